@@ -1,0 +1,84 @@
+"""What the data side and the model side agree on: `InputSpec` going in, `Batch` coming out.
+
+Shapes: B pictures, C captions (training: C = B, one caption a picture; evaluation: all captions of each
+picture, C >= B), T tokens, H and W pixels.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+from PIL import Image
+from torch import Tensor
+
+
+class InputSpec(NamedTuple):
+    """Facts about inputs that the encoders know and the data module needs; no YAML repeats them.
+
+    `tokenizer` is None where the text encoder starts without one: the data module then trains one of at
+    most `vocab_size` entries on its training captions, and the model takes it over.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    text_length: int
+    vocab_size: int
+    tokenizer: Any | None = None
+
+
+class Batch(NamedTuple):
+    """Pictures and captions, ready for the encoders; masking happens later, on the device.
+
+    Attributes:
+        image_BCHW: normalised RGB, float.
+        token_CT: token ids, padded to the longest caption of the batch.
+        attention_CT: True on tokens, False on padding.
+        special_CT: True on start, end and padding: never masked.
+        word_CT: index of the word a token belongs to, -1 on specials; for whole-word masking.
+        owner_C: row of the caption's picture in image_BCHW.
+        image_id_B: 64-bit hash of the picture's id; rows with the same id show the same picture.
+        text_id_C: 64-bit hash of the cleaned caption; rows with the same id say the same.
+        valid_B: False where the sample could not be read: a hole that keeps its place, blank, with weight 0.
+        index_B: the sample's position in the data set.
+    """
+
+    image_BCHW: Tensor
+    token_CT: Tensor
+    attention_CT: Tensor
+    special_CT: Tensor
+    word_CT: Tensor
+    owner_C: Tensor
+    image_id_B: Tensor
+    text_id_C: Tensor
+    valid_B: Tensor
+    index_B: Tensor
+
+
+class Row(TypedDict):
+    """One picture with its captions, as a source hands it out.
+
+    `image` is encoded bytes, a path, or a Pillow image; `origin` names the row in error messages
+    (`dataset_flickr8k.json image 12 (123.jpg)`).
+    """
+
+    image: bytes | str | Image.Image
+    captions: list[str]
+    image_id: str
+    origin: str
+
+
+class Pairs(Protocol):
+    """One split of a data set: rows by index. `fingerprint` changes when the content does."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class Source(Protocol):
+    """A data set: what a reader must offer. A new data set is one class with this method and one YAML."""
+
+    def split(self, name: str) -> Pairs:
+        """The pairs of `train`, `val` or `test`."""
+        ...

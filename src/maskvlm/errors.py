@@ -1,0 +1,40 @@
+"""The one exception for a user's mistake, and the exit codes (BSD sysexits) that go with it."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit status of the command by class of outcome, so that a scheduler can tell them apart."""
+
+    DONE = 0
+    USAGE = 2  # a wrong option, key or value
+    BAD_DATA = 65  # a file was found but its content is wrong
+    MISSING_INPUT = 66  # a file or folder is not there
+    UNAVAILABLE = 69  # a device, port or package is not there
+    OUR_BUG = 70
+    CANNOT_CREATE = 73  # an output cannot be created
+    IO_ERROR = 74  # disk full, read or write failed
+    REQUEUE = 75  # stopped with a checkpoint: start the same command again
+    REFUSED = 77  # refused for safety
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: shown as one line, without a traceback.
+
+    Args:
+        where: file:line, archive member, configuration key or checkpoint path.
+        what: what is wrong, with the offending value.
+        todo: what to do about it.
+        code: the exit status of the command.
+    """
+
+    def __init__(self, where: object, what: str, todo: str, code: ExitCode = ExitCode.USAGE) -> None:
+        self.where, self.what, self.todo, self.code = str(where), what, todo, code
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.todo}."
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, ExitCode]]:
+        """Data workers send exceptions as pickles; the default would lose three of the four parts."""
+        return type(self), (self.where, self.what, self.todo, self.code)
