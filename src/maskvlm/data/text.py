@@ -1,0 +1,244 @@
+"""Captions: cleaning, token ids, identity, and a WordPiece tokenizer trained on the spot.
+
+Whatever becomes tokens passes `clean_caption` first, and no text can smuggle in a special token: `[MASK]`
+or `</s>` written in a caption is split like any other text.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.errors import ExitCode, UserError
+
+MAX_CAPTION_BYTES = 4096
+"""Longer captions are cut here before tokenizing: over a hundred times the 30 tokens a model reads."""
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""Ids 0 to 4 of a tokenizer trained here, in this order."""
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+
+class CaptionTokens(NamedTuple):
+    """Tokens of C captions, padded to the longest of them (T).
+
+    Attributes:
+        token_CT: ids, long.
+        attention_CT: True on tokens, False on padding.
+        special_CT: True on start, end and padding.
+        word_CT: index of the word within its caption, long; -1 where special_CT is True. A word is what the
+            tokenizer's own first split calls one: BERT and RoBERTa both split at white space and set
+            punctuation apart, RoBERTa also sets `'s` and the like apart.
+    """
+
+    token_CT: Tensor
+    attention_CT: Tensor
+    special_CT: Tensor
+    word_CT: Tensor
+
+
+def clean_caption(text: str) -> tuple[str, str | None]:
+    """Plain, printable, composed (NFC) text on one line, at most MAX_CAPTION_BYTES bytes of UTF-8.
+
+    Returns:
+        The text, "" where nothing is left, and what had to be mended, the worst first: "empty", "cut",
+        "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters
+        dropped, zero-width joiners and terminal escapes too); None where nothing but white space changed.
+    """
+    if text.isascii() and text.isprintable() and len(text) <= MAX_CAPTION_BYTES:
+        text = " ".join(text.split())
+        return text, None if text else "empty"
+    notes = set()
+    if len(text) > MAX_CAPTION_BYTES:  # a character is at least a byte; composing a huge text can be slow
+        text = text[:MAX_CAPTION_BYTES]
+        notes.add("cut")
+    if _SURROGATES.search(text):
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        notes.add("surrogate")
+    folded = " ".join(text.split())
+    printable = _drop_controls(folded)
+    if printable != folded:
+        notes.add("control")
+    text = " ".join(unicodedata.normalize("NFC", printable).split())
+    if len(text.encode()) > MAX_CAPTION_BYTES:
+        text = text.encode()[:MAX_CAPTION_BYTES].decode(errors="ignore").rstrip()
+        notes.add("cut")
+    if not text:
+        notes.add("empty")
+    return text, next((note for note in ("empty", "cut", "surrogate", "control") if note in notes), None)
+
+
+def _drop_controls(text: str) -> str:
+    text = _TERMINAL_ESCAPE.sub("", text)
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def stable_id(text: str) -> int:
+    """63-bit hash that is the same in every process and on every machine; fits a signed int64."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def caption_id(text: str) -> int:
+    """`stable_id` of the cleaned caption in lower case: equal for captions that say the same word by word."""
+    return stable_id(clean_caption(text)[0].lower())
+
+
+class Captioner:
+    """Captions to tensors with any fast Hugging Face tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer with a padding token; copied, so its settings stay as they are.
+        text_length: longest token sequence, start and end token included; longer captions lose words and
+            keep the end token.
+
+    Raises:
+        UserError: the tokenizer cannot be used, or text_length leaves no room for a word.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, text_length: int) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UserError(
+                "tokenizer",
+                f"{type(tokenizer).__name__} is not a fast tokenizer",
+                "Take one with a tokenizer.json",
+            )
+        if tokenizer.pad_token_id is None:
+            raise UserError("tokenizer", "it has no padding token", "Take a tokenizer of a BERT-like model")
+        if text_length <= backend.num_special_tokens_to_add(False):
+            raise UserError("text_length", f"{text_length} leaves no room for a word", "Set it to 3 or more")
+        self.tokenizer, self.text_length = tokenizer, text_length
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.no_padding()
+        self._backend.enable_truncation(text_length)
+        self._backend.encode_special_tokens = True  # the name misleads: special tokens as plain text
+        self._pad = int(tokenizer.pad_token_id)
+        self._forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else self._pad
+
+    def __reduce__(self) -> tuple[type["Captioner"], tuple[PreTrainedTokenizerFast, int]]:
+        """A pickled backend forgets `encode_special_tokens`; build it anew in the data worker."""
+        return type(self), (self.tokenizer, self.text_length)
+
+    def __call__(self, captions: list[str]) -> CaptionTokens:
+        """Clean and tokenize C captions; an empty one becomes start and end token alone.
+
+        Captions are encoded one by one: a batch is too small for the library's threads, which moreover do
+        not survive the fork of a data worker.
+        """
+        encodings = [self._backend.encode(clean_caption(caption)[0]) for caption in captions]
+        longest = max((len(encoding) for encoding in encodings), default=0)
+        for encoding in encodings:
+            encoding.pad(longest, pad_id=self._pad)
+        shape = (len(encodings), longest)
+        token_CT = torch.tensor([e.ids for e in encodings]).long().view(shape)
+        special_CT = torch.tensor([e.special_tokens_mask for e in encodings]).bool().view(shape)
+        attention_CT = torch.tensor([e.attention_mask for e in encodings]).bool().view(shape)
+        words = [[-1 if word is None else word for word in e.word_ids] for e in encodings]
+        word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
+        return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
+
+    def _plain(self, token_CT: Tensor, special_CT: Tensor) -> Tensor:
+        """A tokenizer that does not split `[MASK]` finds it whole in its vocabulary: unknown, then."""
+        forbidden = torch.tensor(sorted(self._forbidden))
+        return token_CT.masked_fill(torch.isin(token_CT, forbidden) & ~special_CT, self._unknown)
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """BERT-style lower-case WordPiece tokenizer of at most vocab_size entries (our choice for small worlds).
+
+    The same captions give the same tokenizer, whatever their order and the number of threads: the library
+    numbers the pieces of its alphabet in the order of a hash table, so they are numbered here beforehand.
+    """
+    texts = [clean_caption(caption)[0] for caption in captions]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    first, inner = _alphabet(tokenizer, texts, max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *first, *inner],
+        initial_alphabet=first,
+        limit_alphabet=len(first),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finish(tokenizer, tokenizer.get_vocab())
+
+
+def _alphabet(tokenizer: Tokenizer, texts: list[str], limit: int) -> tuple[list[str], list[str]]:
+    """The `limit` most frequent characters, and those of them inside words with WordPiece's `##`."""
+    words: Counter[str] = Counter()
+    for text in texts:
+        text = tokenizer.normalizer.normalize_str(text)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        counts.update({character: times * count for character, times in Counter(word).items()})
+    first = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:limit])
+    inner = {character for word in words for character in word[1:]}
+    return first, [f"##{character}" for character in first if character in inner]
+
+
+def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFast:
+    """The alphabet was handed over as special tokens: build a tokenizer where only the five are."""
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    pad, unk, cls, sep, mask = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        unk_token=unk,
+        cls_token=cls,
+        sep_token=sep,
+        mask_token=mask,
+    )
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A fast tokenizer as plain text, to be stored in a checkpoint; padding and cutting are left out."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+    }
+    content = {"special": dict(sorted(special.items())), "tokenizer": json.loads(backend.to_str())}
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
+    """The inverse of `tokenizer_json`.
+
+    Raises:
+        UserError: the text is not what tokenizer_json writes.
+    """
+    try:
+        content: dict[str, Any] = json.loads(text)
+        backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
+        added: dict[str, AddedToken] = {
+            str(t.content): t for t in backend.get_added_tokens_decoder().values()
+        }
+        special = {name: added.get(token, token) for name, token in content["special"].items()}
+    except Exception as error:  # the library raises the bare Exception
+        what = f"the stored tokenizer cannot be read ({str(error)[:100]})"
+        raise UserError("tokenizer", what, "Store it again with this version", ExitCode.BAD_DATA) from error
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Identity of a tokenizer, 16 hexadecimal digits: equal exactly when the stored texts are."""
+    return hashlib.blake2b(tokenizer_json(tokenizer).encode(), digest_size=8).hexdigest()
