@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -109,11 +109,8 @@ class Captioner:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text_length: int) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise UserError(
-                "tokenizer",
-                f"{type(tokenizer).__name__} is not a fast tokenizer",
-                "Take one with a tokenizer.json",
-            )
+            kind = type(tokenizer).__name__
+            raise UserError("tokenizer", f"{kind} is not a fast tokenizer", "Take one with a tokenizer.json")
         if tokenizer.pad_token_id is None:
             raise UserError("tokenizer", "it has no padding token", "Take a tokenizer of a BERT-like model")
         if text_length <= backend.num_special_tokens_to_add(False):
@@ -197,14 +194,9 @@ def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFas
     tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    pad, unk, cls, sep, mask = SPECIAL_TOKENS
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        unk_token=unk,
-        cls_token=cls,
-        sep_token=sep,
-        mask_token=mask,
+        tokenizer_object=tokenizer, **dict(zip(names, SPECIAL_TOKENS, strict=True))
     )
 
 
@@ -229,9 +221,7 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     try:
         content: dict[str, Any] = json.loads(text)
         backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
-        added: dict[str, AddedToken] = {
-            str(t.content): t for t in backend.get_added_tokens_decoder().values()
-        }
+        added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         special = {name: added.get(token, token) for name, token in content["special"].items()}
     except Exception as error:  # the library raises the bare Exception
         what = f"the stored tokenizer cannot be read ({str(error)[:100]})"

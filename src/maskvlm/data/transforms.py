@@ -5,6 +5,7 @@ All randomness comes from torch's global generator, so a seed per sample fixes t
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,8 +18,8 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 
 _HUES = (
     "red orange yellow green blue purple violet pink brown black white gr[ae]y beige tan gold golden silver "
-    "bronze copper turquoise cyan aqua teal magenta maroon burgundy crimson scarlet navy indigo lavender lilac "
-    "olive khaki ivory cream amber blonde? brunette"
+    "bronze copper turquoise cyan aqua teal magenta maroon burgundy crimson scarlet navy indigo lavender "
+    "lilac olive khaki ivory cream amber blonde? brunette"
 )
 _COLOUR_WORDS = re.compile(
     rf"\b(?:(?:{'|'.join(_HUES.split())})(?:s|ish|y)?|redd?ish|colou?r\w*|multicolou?r\w*|dark|bright|pale|light)\b",
@@ -57,8 +58,8 @@ class TrainTransform:
         spec: size, mean and standard deviation from the encoder.
         crop_scale: least and greatest share of the picture's area that a crop keeps.
         randaugment: number of operations and magnitude (0 to 30), or None for none.
-        flip: mirror half of the pictures.
         colour: RandAugment may change colours.
+        flip: mirror half of the pictures.
         caption_aware: no colour change where the caption names a colour, no mirroring where it names a side
             (English words).
     """
@@ -68,8 +69,8 @@ class TrainTransform:
         spec: InputSpec,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         randaugment: tuple[int, int] | None = (2, 7),
-        flip: bool = True,
         colour: bool = True,
+        flip: bool = True,
         caption_aware: bool = True,
     ) -> None:
         self.flip, self.colour, self.caption_aware = flip, colour, caption_aware
@@ -89,24 +90,19 @@ class TrainTransform:
 
 
 def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.Transform, v2.Transform]:
-    """With and without colour operations; what moves in from outside has the mean colour, 0 once normalised."""
+    """With and without colour operations; what moves in from outside has the mean colour."""
     if setting is None:
         return v2.Identity(), v2.Identity()
     number, magnitude = setting
     fill = [round(255 * mean) for mean in spec.mean]
-    settings = {
-        "num_ops": number,
-        "magnitude": magnitude,
-        "interpolation": v2.InterpolationMode.BILINEAR,
-        "fill": fill,
-    }
+    settings: dict[str, Any] = {"num_ops": number, "magnitude": magnitude, "fill": fill}
+    settings["interpolation"] = v2.InterpolationMode.BILINEAR
     return v2.RandAugment(**settings), GeometricRandAugment(**settings)
 
 
 def _to_tensor(spec: InputSpec) -> v2.Transform:
-    return v2.Compose(
-        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]
-    )
+    scale = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([v2.PILToTensor(), scale, v2.Normalize(list(spec.mean), list(spec.std))])
 
 
 def _tensor(value: Tensor) -> Tensor:
@@ -131,17 +127,17 @@ class EvalTransform:
 
 def train_transform(
     spec: InputSpec,
-    augment: bool = True,
     crop_scale: tuple[float, float] = (0.2, 1.0),
     randaugment: tuple[int, int] | None = (2, 7),
-    flip: bool = True,
     colour: bool = True,
+    flip: bool = True,
     caption_aware: bool = True,
+    augment: bool = True,
 ) -> Callable[..., Tensor]:
     """What training applies: `TrainTransform`, or only the resizing where `augment` is false."""
     if not augment:
         return EvalTransform(spec)
-    return TrainTransform(spec, crop_scale, randaugment, flip, colour, caption_aware)
+    return TrainTransform(spec, crop_scale, randaugment, colour, flip, caption_aware)
 
 
 def eval_transform(spec: InputSpec) -> EvalTransform:
