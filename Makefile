@@ -1,0 +1,97 @@
+# MaskVLM's front door. `make` alone lists the targets; README.md shows what they print.
+# Make composes the stack of YAML files and hands it to `python -m maskvlm`; later files win, then ARGS.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain finetune evaluate config preview test check bench gpu-check submit conf tasks tests checkpoints
+
+# Only the command line sets these: a stray variable of the environment must not choose a model.
+MODEL := tiny
+DATA := scenes
+WHERE := auto
+TASK :=
+FROM :=
+ARGS :=
+# One name for all processes of a job: the time of day would differ between them.
+RUN := pretrain-$(DATA)-$(MODEL)-$(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
+
+# PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
+ifeq ($(origin PYTHON),command line)
+ready :=
+ready-dev :=
+else
+PYTHON := .venv/bin/python
+ready := .venv/.installed
+ready-dev := .venv/.installed-dev
+endif
+# The editable install does the same; a given PYTHON needs no install at all.
+export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+names = $(sort $(basename $(notdir $(wildcard $1/*.yaml))))
+task-names := $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))
+# $(call chosen,MODEL,conf/model) is the file, or one line that lists the choices.
+chosen = $(if $(filter 1,$(words $($1))),$(if $(filter $($1),$(call names,$2)),$2/$($1).yaml,$(call unknown,$1,$2)),$(call unknown,$1,$2))
+unknown = $(error no $1=$($1); there are: $(call names,$2))
+stack = -c conf/base.yaml -c $(call chosen,MODEL,conf/model) -c conf/pretrain.yaml -c $(call chosen,DATA,conf/data) -c $(call chosen,WHERE,conf/where)
+
+help:  ## this list
+	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. ARGS=\"--model.lr 1e-3 ..\"]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@echo "MODEL   $(call names,conf/model)   (now: $(MODEL))"
+	@echo "DATA    $(call names,conf/data)   (now: $(DATA))"
+	@echo "WHERE   $(call names,conf/where)   (now: $(WHERE); auto = this machine's GPUs, or else its CPU)"
+
+setup: $(ready)  ## make .venv and install into it (the other targets do it when needed)
+
+pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN
+	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(stack) $(ARGS)
+
+config: $(ready)  ## print the composed configuration of pretrain and stop
+	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(stack) $(ARGS) --print_config
+
+preview: $(ready)  ## write a contact sheet of DATA: pictures with their captions
+	@$(PYTHON) -m maskvlm preview --out checkpoints/preview-$(DATA).png $(stack) $(ARGS)
+
+submit: $(ready)  ## write the SLURM batch script of pretrain (WHERE=slurm4x8) and submit it
+	@$(PYTHON) -m maskvlm submit --run checkpoints/$(RUN) $(stack) $(ARGS)
+
+finetune evaluate:  ## (finetune, evaluate: downstream tasks, TASK=.. FROM=checkpoint)
+	$(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet))
+
+test: $(ready)  ## run the tests (ARGS="-k masking" picks some)
+	@$(PYTHON) -m pytest -n 2 $(ARGS)
+
+check: $(ready-dev)  ## ruff and mypy
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
+
+bench: $(ready)  ## a few training steps of MODEL on DATA: pairs per second, FLOP use, memory
+	@$(PYTHON) -m maskvlm bench $(stack) $(ARGS)
+
+gpu-check: $(ready)  ## the tests that need CUDA, then the speed of MODEL=base with a random start
+	@$(PYTHON) -m pytest -m gpu $(ARGS)
+	@$(MAKE) --no-print-directory bench MODEL=base WHERE=gpu1 ARGS="--model.random_init true"
+
+# ---- installation -------------------------------------------------------------------------------------------
+define find-python
+for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$$p; break; fi; done; \
+if [ -z "$$base" ]; then \
+  echo "error: Python 3.11 or newer is needed, found $$(python3 --version 2>&1 || true). Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 69; fi; \
+if ! $$base -c 'import venv, ensurepip' 2>/dev/null; then \
+  echo "error: $$base cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv), or name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 69; fi
+endef
+# pip's own words go to a log; a terminal sees the current line only. Fails with pip's last lines.
+define install
+{ .venv/bin/python -m pip install --disable-pip-version-check -e '$1' 2>&1; echo $$? > .venv/status; } | tee .venv/install.log | \
+  if [ -t 2 ]; then awk '{printf "\r\033[K%s", substr($$0, 1, 78) > "/dev/stderr"} END {printf "\r\033[K" > "/dev/stderr"}'; else cat >/dev/null; fi; \
+if [ "$$(cat .venv/status)" != 0 ]; then tail -n 3 .venv/install.log >&2; echo "error: the installation failed; .venv/install.log says why" >&2; exit 69; fi
+endef
+
+.venv/.installed: setup.cfg pyproject.toml
+	@base=; $(find-python); echo "making .venv and installing the packages (a minute or two) ..."; $$base -m venv .venv
+	@$(call install,.[test])
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@$(call install,.[test$(comma)dev])
+	@touch $@
+comma := ,
