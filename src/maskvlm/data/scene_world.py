@@ -1,0 +1,134 @@
+"""The built-in world: what a scene is, how one is drawn by lot, and which split it belongs to.
+
+A scene is 2 to 4 things on a coloured ground, each thing in its own cell of a 3x3 grid. All attributes are
+independent of each other, so that nothing about a hidden thing can be guessed from the rest of the picture,
+and everything can be read in a caption. Our choice; the paper has no such world.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any, TypeVar
+
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
+COLOURS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink")
+SIZES = ("large", "small")
+PATTERNS = ("plain", "striped", "dotted")
+BACKGROUNDS = ("white", "mint", "grey", "maroon", "navy", "black")
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+RELATIONS = ("left of", "right of", "above", "below")
+COUNTS = (2, 3, 4)
+SPLITS = ("train", "val", "test")
+
+# How far a thing may sit from the centre of its cell, in sixteenths of the cell: it never leaves the cell.
+JITTER = {"large": 1, "small": 2}
+
+Choice = TypeVar("Choice")
+
+
+def choose(rng: random.Random, options: Sequence[Choice]) -> Choice:
+    """One option, uniformly. Uses `random()` alone: Python promises only its sequence to later versions."""
+    return options[int(rng.random() * len(options))]
+
+
+def shuffled(rng: random.Random, options: Sequence[Choice]) -> list[Choice]:
+    """The options in random order, by `random()` alone, as in `choose`."""
+    lots = sorted((rng.random(), place) for place in range(len(options)))
+    return [options[place] for _, place in lots]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. `cell` counts the 3x3 grid row by row from the top left (0 to 8).
+
+    `dx` and `dy` shift it from the cell's centre, in sixteenths of the cell, to the right and downwards.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    pattern: str
+    cell: int
+    dx: int = 0
+    dy: int = 0
+
+    @property
+    def row(self) -> int:
+        return self.cell // 3
+
+    @property
+    def column(self) -> int:
+        return self.cell % 3
+
+    @property
+    def place(self) -> str:
+        """The cell's name, from "top left" to "bottom right"."""
+        return PLACES[self.cell]
+
+    def relates(self, relation: str, other: "Thing") -> bool:
+        """True where this thing is `relation` (one of RELATIONS) `other`, judged by rows and columns."""
+        return {
+            "left of": self.column < other.column,
+            "right of": self.column > other.column,
+            "above": self.row < other.row,
+            "below": self.row > other.row,
+        }[relation]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: the ground and its things, ordered by cell."""
+
+    background: str
+    things: tuple[Thing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON; `from_dict` is the inverse."""
+        return {"background": self.background, "things": [asdict(thing) for thing in self.things]}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Scene":
+        """The scene that `to_dict` described."""
+        return cls(content["background"], tuple(Thing(**thing) for thing in content["things"]))
+
+    @property
+    def key(self) -> str:
+        """All that can be said of the scene, without the jitter: equal keys mean the same scene."""
+        things = (f"{t.cell} {t.size} {t.pattern} {t.colour} {t.shape}" for t in self.things)
+        return "; ".join((self.background, *things))
+
+    @property
+    def split(self) -> str:
+        """The only split that may hold this scene, whatever the seed: 8 in 10 train, 1 val, 1 test."""
+        digit = sha256(self.key.encode()).digest()[0] % 10
+        return "val" if digit == 8 else "test" if digit == 9 else "train"
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene by lot, of any split."""
+    cells = sorted(shuffled(rng, range(9))[: choose(rng, COUNTS)])
+    return Scene(choose(rng, BACKGROUNDS), tuple(random_thing(rng, cell) for cell in cells))
+
+
+def random_thing(rng: random.Random, cell: int) -> Thing:
+    """A thing by lot, for the given cell."""
+    size = choose(rng, SIZES)
+    shifts = range(-JITTER[size], JITTER[size] + 1)
+    return Thing(
+        shape=choose(rng, SHAPES),
+        colour=choose(rng, COLOURS),
+        size=size,
+        pattern=choose(rng, PATTERNS),
+        cell=cell,
+        dx=choose(rng, shifts),
+        dy=choose(rng, shifts),
+    )
+
+
+def scene_of_split(rng: random.Random, split: str) -> Scene:
+    """The first scene by lot that belongs to the split."""
+    while True:
+        scene = random_scene(rng)
+        if scene.split == split:
+            return scene
