@@ -1,0 +1,189 @@
+"""The one place that reads and writes checkpoints.
+
+Writing: a temporary file in the same folder, fsync, rename, fsync of the folder, and a `.sha256` beside it
+that `sha256sum -c` understands. At every instant the file under the checkpoint's name is whole, old or new.
+Reading: `verify.py` checks the file before a single byte is unpickled, and then plain types only: nothing in
+a checkpoint is ever imported.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any, cast
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.verify import ANOTHER, SIDE, Fact, bad, first_line, side_file, stated, verify
+
+SCHEMA = 1  # raise it when an old reader would misread a new file
+PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def save(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint; on any failure the file that was there before is untouched.
+
+    Raises:
+        UserError: the disk is full (74) or the folder cannot be written (73).
+        TypeError: the content holds something other than tensors and plain types; the message names its key.
+    """
+    path = Path(path)
+    content = {**content, "schema": SCHEMA}
+    for key, value in _walk(content):
+        if type(value) not in PLAIN + TENSORS:
+            raise TypeError(
+                f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only"
+            )
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer a folder, so one name: nothing piles up
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path, _tensor_bytes(content))
+        fact = _write(content, temporary)
+        # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
+        _write_side(path, [*stated(path), fact])
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+        _write_side(path, [fact])
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _write(content: Mapping[str, Any], path: Path) -> Fact:
+    with path.open("wb") as file:
+        tee = _HashingWriter(file)
+        try:
+            torch.save(content, cast(IO[bytes], tee))
+        except RuntimeError as error:  # torch hides the writer's OSError behind its own
+            raise tee.error or error from error
+        file.flush()
+        os.fsync(file.fileno())
+    return Fact(tee.size, tee.sha256.hexdigest())
+
+
+class _HashingWriter:
+    """Hashes what passes through, so that a checkpoint is not read again to know its hash."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, chunk: bytes) -> int:
+        try:
+            self.file.write(chunk)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(chunk)
+        self.size += len(chunk)
+        return len(chunk)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_side(path: Path, facts: list[Fact]) -> None:
+    side, temporary = side_file(path), path.with_name(f".{path.name}{SIDE}.tmp")
+    lines = [f"# {fact.size} bytes, schema {SCHEMA}\n{fact.sha256}  {path.name}\n" for fact in facts]
+    with temporary.open("w") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, side)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames in it permanent, and in their order."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _require_space(path: Path, need: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f"{need} bytes needed, {free} free")
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    kept = "the checkpoint that was there is untouched" if path.exists() else "nothing was written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(path, f"disk full ({error.strerror})", f"Free some space; {kept}", ExitCode.IO_ERROR)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        what = f"cannot be written ({error.strerror})"
+        return UserError(path, what, f"Choose another folder; {kept}", ExitCode.CANNOT_CREATE)
+    return UserError(path, f"could not be written ({error})", f"Check the disk; {kept}", ExitCode.IO_ERROR)
+
+
+def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested plain containers; a container of any other type is itself a leaf."""
+    if type(value) in (dict, OrderedDict):
+        for name, part in value.items():
+            yield f"{key}.{name}".lstrip("."), name
+            yield from _walk(part, f"{key}.{name}".lstrip("."))
+    elif type(value) in (list, tuple, set):
+        for index, part in enumerate(value):
+            yield from _walk(part, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
+def _tensor_bytes(content: Mapping[str, Any]) -> int:
+    return sum(leaf.nbytes for _, leaf in _walk(dict(content)) if isinstance(leaf, torch.Tensor))
+
+
+def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint that `save` wrote, after checking it.
+
+    Raises:
+        UserError: not there (66), damaged or another kind of file (65), or it asks to run code (77).
+    """
+    verify(path)
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        names = ", ".join(re.findall(r"GLOBAL ([\w.]+)", str(error))) or first_line(error)
+        what = f"loading it would run or import code ({names})"
+        raise bad(path, what, "Take a checkpoint from a source you trust", ExitCode.REFUSED) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
+        raise bad(path, f"damaged ({first_line(error)})", ANOTHER) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        what = f"holds a {type(content).__name__} without state_dict: bare weights, not a run's checkpoint"
+        raise bad(
+            path, what, "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
+        )
+    if content.get("schema", 0) > SCHEMA:
+        what = f"was written in format {content['schema']}, this version reads up to {SCHEMA}"
+        raise bad(path, what, "Update the project")
+    return content
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.SafeCheckpointIO]` makes it use this file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        save(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load(path, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+        side_file(Path(path)).unlink(missing_ok=True)
