@@ -1,0 +1,258 @@
+"""The one way every picture enters: checked by its header, then decoded, then made plain RGB.
+
+Whatever goes wrong is a `BadImage` with a short reason to count by; nothing else comes out of `safe_open`.
+"""
+
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import WebPImagePlugin as _webp  # noqa: F401  Pillow registers WEBP late; importing it does so now
+
+from maskvlm.data.text import clean_caption
+from maskvlm.errors import ExitCode, UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What the web and the public data sets hand out. TIFF stays out: no set uses it, and its library reads a
+dozen compressions with a long record of memory faults; EPS would start Ghostscript."""
+
+MAX_PIXELS = 50_000_000
+MAX_FILE_BYTES = 200_000_000
+MAX_ASPECT = 200
+MIN_SIDE = 8  # pixels: the smallest patch of any of our models
+MAX_SCANS = 500  # a progressive JPEG has about ten; thousands keep a decoder busy for minutes
+
+_TODO = {
+    "missing": "Check the folder of the pictures and the name",
+    "unreadable": "Check the disk and the permissions",
+    "bomb": "Shrink it or drop its row",
+}
+_NOT_IMAGES = {
+    b"%pdf": "application/pdf",
+    b"%!ps": "application/postscript",
+    b"{": "application/json",
+    b"pk\x03\x04": "application/zip",
+    b"\x1f\x8b": "application/gzip",
+    b"<?xml": "text/xml",
+}
+_OTHER_FORMATS = {
+    b"ii*\x00": "image/tiff",
+    b"mm\x00*": "image/tiff",
+    b"8bps": "image/vnd.adobe.photoshop",
+    b"simple": "image/fits",
+    b"\xff\x0a": "image/jxl",
+}
+
+
+class BadImage(UserError):
+    """A picture that cannot be used.
+
+    Attributes:
+        reason: short key to count by: "missing", "unreadable", "empty", "not an image (text/html)",
+            "format not allowed (image/tiff)", "bomb", "too small", "too narrow", "truncated", "crc",
+            "corrupt", "not finite".
+        detail: more about this one, may be empty.
+    """
+
+    def __init__(self, where: object, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, clean_caption(detail)[0][:200]
+        codes = {"missing": ExitCode.MISSING_INPUT, "unreadable": ExitCode.IO_ERROR}
+        what = f"bad picture, {reason}" + (f" ({self.detail})" if self.detail else "")
+        todo = _TODO.get(reason, "Replace it or drop its row")
+        super().__init__(clean_caption(str(where))[0], what, todo, codes.get(reason, ExitCode.BAD_DATA))
+
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str, str]]:  # type: ignore[override]
+        """Pickled with its own three arguments."""
+        return type(self), (self.where, self.reason, self.detail)
+
+
+def safe_open(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
+    """Decode a picture to 8-bit RGB, upright (EXIF applied and dropped), transparency on white.
+
+    Of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped; floats are taken to
+    range from 0 to 1, 255 or 65,535, the first that holds them all, else from their least to their greatest.
+    Colour profiles are ignored, as everywhere in this field. JPEG and GIF carry no checksum: damage within
+    the pixels that leaves their end marker in place goes unnoticed.
+
+    Args:
+        source: encoded bytes, the path of a file, or a Pillow image in any mode.
+        name: how error messages call it.
+
+    Raises:
+        BadImage: it is absent, not a picture, of a format not in FORMATS, damaged, under MIN_SIDE pixels, of
+            more than MAX_PIXELS pixels (seen in the header, before decoding), or longer than MAX_ASPECT times
+            its width.
+    """
+    with _strict_pillow():
+        try:
+            image = source if isinstance(source, Image.Image) else _open(source, name)
+            return _decode(image, name)
+        except BadImage:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+            raise BadImage(name, "bomb", f"more than {MAX_PIXELS:,} pixels") from error
+        except Exception as error:  # Pillow's decoders raise over a dozen types
+            raise BadImage(name, _reason(error), str(error)) from error
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Bomb warnings are errors, others silent; no half-decoded picture even where Pillow was told to."""
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _open(source: bytes | str | Path, name: str) -> Image.Image:
+    """Read the header; pixels stay encoded."""
+    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    _check_bytes(data, name)
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        reason = _kind(data)
+        detail = "its header cannot be read" if reason == "corrupt" else ""
+        raise BadImage(name, reason, detail) from error
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(name, "missing", f"{path} is not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise BadImage(name, "bomb", f"a file of {status.st_size:,} bytes")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if isinstance(error, BadImage):
+            raise
+        raise BadImage(name, "missing", f"no file {path}") from error
+    except OSError as error:
+        raise BadImage(name, "unreadable", f"{path}: {error.strerror}") from error
+
+
+def _check_bytes(data: bytes, name: str) -> None:
+    """What Pillow overlooks, or would find out only after much work."""
+    if not data.strip(b"\x00"):
+        raise BadImage(name, "empty", f"{len(data)} bytes")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadImage(name, "bomb", f"more than {MAX_SCANS} scans")
+    if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") > len(data) - 8:
+        raise BadImage(name, "truncated", f"{len(data)} bytes")
+    if data.startswith(b"\x89PNG"):
+        _check_png(data, name)
+
+
+def _check_png(data: bytes, name: str) -> None:
+    """Pillow neither checks the checksums of pixel data nor asks for the end marker."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            break
+        if kind == b"IDAT" and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(
+            data[end - 4 : end]
+        ):
+            raise BadImage(name, "crc", "a block of pixels fails its checksum")
+        if kind == b"IEND":
+            return
+        position = end
+    raise BadImage(name, "truncated", f"{len(data)} bytes without an end marker")
+
+
+def _kind(data: bytes) -> str:
+    """The reason for a file that none of the allowed formats knows, by what it starts with."""
+    head = data[:512].lstrip().lower()
+    if b"<html" in head or head.startswith(b"<!doctype html"):
+        return "not an image (text/html)"
+    if b"<svg" in head:
+        return "format not allowed (image/svg+xml)"
+    if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1"):
+        return "format not allowed (image/heif)"
+    for start, kind in _OTHER_FORMATS.items():
+        if head.startswith(start):
+            return f"format not allowed ({kind})"
+    for start, kind in _NOT_IMAGES.items():
+        if head.startswith(start):
+            return f"not an image ({kind})"
+    if data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM")):
+        return "corrupt"
+    return "not an image (unknown)"
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).lower()
+    if isinstance(error, EOFError) or any(
+        sign in text for sign in ("truncat", "not enough", "unexpected end")
+    ):
+        return "truncated"
+    return "crc" if "checksum" in text or "crc" in text else "corrupt"
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Check the size in the header, decode, turn upright, make RGB."""
+    size = image.size
+    _check_size(*size, name)
+    image.load()
+    if image.size != size:
+        raise BadImage(name, "corrupt", f"{image.size} pixels instead of {size} in the header")
+    rgb = _to_rgb(image, name)
+    rgb.info = dict(image.info)
+    _turn_upright(rgb)
+    rgb.info = {}
+    return rgb
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    shorter, longer = sorted((width, height))
+    broken = {
+        "bomb": width * height > MAX_PIXELS,
+        "too small": shorter < MIN_SIDE,
+        "too narrow": longer > MAX_ASPECT * shorter,
+    }
+    for reason in broken:
+        if broken[reason]:
+            raise BadImage(name, reason, f"{width} x {height} pixels")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Apply EXIF orientation in place; a picture is not refused for damaged EXIF."""
+    with suppress(Exception):  # EXIF parsing raises whatever its damaged bytes lead to
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image, name)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Scale integers of 16 and 32 bits and floats to 0..255, rounded; a transparent grey becomes white."""
+    values_HW = np.asarray(image).astype(np.float32)
+    if not np.isfinite(values_HW).all():
+        raise BadImage(name, "not finite", "a pixel is infinite or not a number")
+    least, greatest = float(values_HW.min()), float(values_HW.max())
+    usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    low, high = next(((0.0, top) for top in usual if least >= 0 and greatest <= top), (least, greatest))
+    grey_HW = np.rint((values_HW - low) * (255 / (high - low or 1))).astype(np.uint8)
+    if isinstance(key := image.info.get("transparency"), int):
+        grey_HW[values_HW == key] = 255
+    return Image.fromarray(grey_HW)
