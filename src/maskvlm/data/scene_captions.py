@@ -155,7 +155,7 @@ def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
     words = Wording(rng)
     attribute = choose(rng, ("size", "pattern"))
     said = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
-    verb = choose(rng, ("", "is "))
+    verb = choose(rng, ("", "is ")) if len(said) < 4 else ""  # text length costs compute
     text = listed([f"{words.place(str(m.place))} {verb}{words.noun(m)}" for m in said])
     return Caption(text, Statement(tuple(said)))
 
@@ -172,7 +172,7 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
     ground = choose(rng, GROUNDS).format(scene.background)
     head = f"{COUNT_WORDS[len(things)]} {choose(rng, OBJECT_WORDS)} {ground}"
     statement = Statement(tuple(said), background=scene.background, count=len(things))
-    return Caption(f"{head}, {listed([words.noun(m) for m in said])}", statement)
+    return Caption(f"{head}: {listed([words.noun(m) for m in said])}", statement)
 
 
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)

@@ -35,7 +35,7 @@ BACKGROUND_RGB: dict[str, RGB] = {
     "black": (10, 10, 10),
 }
 
-# Diameters in cells: a large thing leaves one jitter of room on each side, a small one is 71 % of it, with half its area.
+# Diameters in cells: a large thing and its jitter fill the cell, a small one has half its area.
 DIAMETER = {"large": 14 / 16, "small": 10 / 16}
 SUPERSAMPLE = 8  # masks are drawn this many times larger, then averaged
 
@@ -101,7 +101,7 @@ def draw_pattern(pattern: str, side: int, step: float) -> Image.Image:
             draw.rectangle((0, y - step / 4, side, y + step / 4 - 1), fill=255)
             continue
         for column in range(-reach, reach + 1):
-            x, radius = side / 2 + column * step, 0.3 * step
+            x, radius = side / 2 + column * step, 0.25 * step
             draw.ellipse((x - radius, y - radius, x + radius - 1, y + radius - 1), fill=255)
     return mask
 

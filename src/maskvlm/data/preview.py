@@ -1,0 +1,107 @@
+"""A contact sheet: what a data set looks like, pictures with their captions, before any training."""
+
+import math
+import textwrap
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from maskvlm.data.batch import Pairs, Row
+from maskvlm.data.images import safe_open
+from maskvlm.errors import ExitCode, UserError
+
+COLUMNS = 4
+WRAP = 62  # characters a line of caption, what fits under a picture at the sizes below
+MOST_CAPTIONS, MOST_CHARACTERS = 5, 180  # more of either would run into the next row
+PICTURE_INCHES, CAPTION_INCHES, LINE_INCHES = 2.4, 4.0, 0.125
+
+
+def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
+    """Write a PNG of `count` pictures, spread evenly over the data set, each above its captions.
+
+    A row that cannot be read leaves its reason in the picture's place. Small pictures are shown pixel by
+    pixel, large ones smoothed.
+
+    Returns:
+        `path`; its folder is made when missing.
+
+    Raises:
+        UserError: no pictures to show, or the file cannot be written.
+    """
+    count = min(count, len(pairs))
+    if count < 1:
+        raise UserError("preview", "no pictures to show", "Check the data set and the count")
+    indices = [number * len(pairs) // count for number in range(count)]
+    figure = draw_sheet([read_row(pairs, index) for index in indices])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=100)
+    except OSError as error:
+        todo = "Name a file in a folder that can be written"
+        raise UserError(path, error.strerror or str(error), todo, ExitCode.CANNOT_CREATE) from error
+    return path
+
+
+def read_row(pairs: Pairs, index: int) -> Row | UserError:
+    """The row with its picture opened, or why it cannot be read."""
+    try:
+        row = pairs[index]
+        return Row(
+            image=safe_open(row["image"], row["origin"]),
+            captions=row["captions"],
+            image_id=row["image_id"],
+            origin=row["origin"],
+        )
+    except UserError as error:
+        return error
+
+
+def wrapped(captions: list[str]) -> list[str]:
+    """The lines that stand below a picture: each caption starts with a dash and goes on indented."""
+    lines = []
+    for caption in captions[:MOST_CAPTIONS]:
+        text = textwrap.shorten(caption, MOST_CHARACTERS, placeholder=" ...")
+        lines += textwrap.wrap(text, WRAP, initial_indent="- ", subsequent_indent="  ") or ["- (empty)"]
+    if len(captions) > MOST_CAPTIONS:
+        lines.append(f"  and {len(captions) - MOST_CAPTIONS} more")
+    return lines
+
+
+def draw_sheet(rows: list[Row | UserError]) -> Figure:
+    """The sheet, as high as its longest captions need."""
+    texts = [[] if isinstance(row, UserError) else wrapped(row["captions"]) for row in rows]
+    columns = min(COLUMNS, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    heights = []
+    for line in range(lines):
+        longest = max(len(text) for text in texts[line * columns : (line + 1) * columns])
+        heights += [PICTURE_INCHES, LINE_INCHES * (longest + 2)]
+    size = columns * CAPTION_INCHES, sum(heights)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        line, column = divmod(number, columns)
+        draw_picture(grid[2 * line, column], row)
+        write(grid[2 * line + 1, column], "\n".join(text))
+    return figure
+
+
+def draw_picture(axes: Axes, row: Row | UserError) -> None:
+    """The picture under its id, or the reason why there is none."""
+    if isinstance(row, UserError):
+        write(axes, textwrap.fill(f"not readable: {row}", WRAP))
+        return
+    picture = row["image"]
+    assert not isinstance(picture, bytes | str)
+    axes.set_title(row["image_id"], fontsize=8, parse_math=False)
+    axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
+
+
+def write(axes: Axes, text: str) -> None:
+    """Small print from the top left corner, as it is: a dollar sign starts no formula."""
+    axes.text(
+        0, 1, text, va="top", fontsize=7.5, family="monospace", parse_math=False, transform=axes.transAxes
+    )

@@ -1,0 +1,249 @@
+"""The built-in world: the same everywhere, its splits apart, and its pictures show what its scenes say."""
+
+import pickle
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from maskvlm.data.scene_drawing import COLOUR_RGB, draw_scene, ink_of
+from maskvlm.data.scene_world import COLOURS, SHAPES, random_scene
+from maskvlm.data.scenes import Scene, ScenePairs, Scenes, Thing
+from maskvlm.errors import ExitCode, UserError
+
+TOY = Scene(
+    "navy",
+    (Thing("circle", "red", "large", "plain", 0), Thing("star", "blue", "small", "dotted", 5, dx=2, dy=-1)),
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> ScenePairs:
+    return Scenes(train=1000).split("train")
+
+
+# ---- scenes ------------------------------------------------------------------------------------------------
+@given(st.integers(0, 10**6), st.sampled_from(["train", "val", "test"]))
+@settings(max_examples=60, deadline=None)
+def test_a_scene_belongs_to_one_split_whatever_the_seed(seed: int, name: str) -> None:
+    """The split is a function of what the scene shows; jitter does not make it another scene."""
+    scene = Scenes(1, 1, 1, seed=seed).split(name).scene(0)
+    assert scene.split == name
+    still = Scene(scene.background, tuple(replace(thing, dx=0, dy=0) for thing in scene.things))
+    assert (still.key, still.split) == (scene.key, name)
+
+
+def test_every_row_of_every_split_is_of_that_split() -> None:
+    source = Scenes(train=300, val=100, test=100, seed=3)
+    keys = {
+        name: {pairs.scene(i).key for i in range(len(pairs))}
+        for name in source.counts
+        if (pairs := source.split(name))
+    }
+    assert not keys["train"] & keys["val"]
+    assert not keys["train"] & keys["test"]
+    assert not keys["val"] & keys["test"]
+    assert all(source.split(name).scene(i).split == name for name in keys for i in range(100))
+
+
+def test_attributes_are_uniform_and_independent(world: ScenePairs) -> None:
+    """Nothing about one thing follows from another: two things share an attribute as often as chance says."""
+    scenes = [world.scene(index) for index in range(len(world))]
+    things = [thing for scene in scenes for thing in scene.things]
+    for attribute, options in {"shape": 8, "colour": 8, "size": 2, "pattern": 3, "cell": 9}.items():
+        shares = np.array(list(Counter(getattr(thing, attribute) for thing in things).values())) / len(things)
+        assert shares == pytest.approx(np.full(options, 1 / options), rel=0.25)
+    for attribute, options in {"shape": 8, "colour": 8, "size": 2, "pattern": 3}.items():
+        same = [
+            getattr(scene.things[0], attribute) == getattr(scene.things[1], attribute) for scene in scenes
+        ]
+        assert np.mean(same) == pytest.approx(1 / options, abs=0.05)
+    assert all(len({thing.cell for thing in scene.things}) == len(scene.things) for scene in scenes)
+    assert {len(scene.things) for scene in scenes} == {2, 3, 4}
+
+
+def test_a_scene_survives_plain_types(world: ScenePairs) -> None:
+    scene = world.scene(4)
+    assert Scene.from_dict(scene.to_dict()) == scene
+    assert TOY.to_dict() == {
+        "background": "navy",
+        "things": [
+            {
+                "shape": "circle",
+                "colour": "red",
+                "size": "large",
+                "pattern": "plain",
+                "cell": 0,
+                "dx": 0,
+                "dy": 0,
+            },
+            {
+                "shape": "star",
+                "colour": "blue",
+                "size": "small",
+                "pattern": "dotted",
+                "cell": 5,
+                "dx": 2,
+                "dy": -1,
+            },
+        ],
+    }
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+def random_scenes(count: int) -> list[Scene]:
+    rng = random.Random(7)
+    return [random_scene(rng) for _ in range(count)]
+
+
+def shares_of(picture: np.ndarray, cell: int, size: int) -> dict[str, float]:
+    """For each colour name, the share of a cell's pixels that have it exactly."""
+    edges = [round(size * step / 3) for step in range(4)]
+    row, column = divmod(cell, 3)
+    pixels = picture[edges[row] : edges[row + 1], edges[column] : edges[column + 1]].reshape(-1, 3)
+    return {name: float((pixels == rgb).all(1).mean()) for name, rgb in COLOUR_RGB.items()}
+
+
+@pytest.mark.parametrize("size", [48, 96, 100])
+def test_the_picture_shows_what_the_scene_says_and_nothing_else(size: int) -> None:
+    for scene in random_scenes(60):
+        picture = np.asarray(draw_scene(scene, size))
+        assert picture.shape == (size, size, 3)
+        for cell in range(9):
+            shares = shares_of(picture, cell, size)
+            thing = next((thing for thing in scene.things if thing.cell == cell), None)
+            for name, share in shares.items():
+                assert (share > 0.025) is (thing is not None and thing.colour == name), (thing, name, share)
+
+
+@pytest.mark.parametrize("pattern", ["plain", "striped", "dotted"])
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_patterns_can_be_seen_at_48_pixels(pattern: str, size: str) -> None:
+    """A patterned shape has four pixels or more that look like its ink, not its colour or the ground."""
+    for shape in SHAPES:
+        for colour in COLOURS:
+            picture = np.asarray(
+                draw_scene(Scene("grey", (Thing(shape, colour, size, pattern, 4),)), 48)
+            ).astype(int)
+            candidates = np.array([COLOUR_RGB[colour], (140, 140, 140), ink_of(colour)])
+            nearest = ((picture[:, :, None] - candidates) ** 2).sum(-1).argmin(-1)
+            inked = int((nearest == 2).sum())
+            assert (inked >= 4) if pattern != "plain" else (inked <= 4), (shape, colour, inked)
+
+
+def test_object_mask_is_true_on_things_only() -> None:
+    pairs = Scenes(train=40).split("train")
+    for index in range(40):
+        picture, mask = np.asarray(pairs[index]["image"]), pairs.object_mask(index, 48)
+        ground = picture[~mask]
+        assert mask.shape == (48, 48)
+        assert mask.dtype == bool
+        lone = np.asarray(draw_scene(Scene(pairs.scene(index).background, ()), 48))
+        assert (picture[mask] != lone[mask]).any(-1).all()
+        assert (ground == lone[~mask]).all(-1).mean() > 0.85  # the rest is the soft edge
+    assert pairs.object_mask(0).shape == (48, 48)
+    assert pairs.object_mask(0, 30).shape == (30, 30)
+
+
+def test_large_things_fill_their_cell_and_stay_inside() -> None:
+    areas = {}
+    for size, reach in {"large": 1, "small": 2}.items():
+        for dx, dy in [(-reach, reach), (reach, -reach), (0, 0)]:
+            scene = Scene("white", (Thing("square", "red", size, "plain", 4, dx, dy),))
+            changed = (np.asarray(draw_scene(scene, 48)) != 248).any(-1)
+            assert not changed[:16].any()
+            assert not changed[32:].any()
+            assert not changed[:, :16].any()
+            assert not changed[:, 32:].any()
+            areas[size] = int(changed.sum())
+    assert areas["large"] >= 0.7 * 16 * 16
+    assert areas["small"] < 0.6 * areas["large"]
+
+
+# ---- the data set ------------------------------------------------------------------------------------------
+GOLDEN_CAPTIONS = [
+    "a large striped pink square top, a large plain red diamond bottom right and a small striped turquoise "
+    "square bottom on a navy background",
+    "a little turquoise square is below a big pink square and left of a big red diamond",
+    "the background is navy with a pink square top, a red diamond bottom right and a turquoise square bottom",
+    "at the bottom a striped turquoise square, at the top a striped pink square and at the bottom right a "
+    "plain red diamond",
+    "a large plain red diamond bottom right and a small striped turquoise square bottom",
+]
+GOLDEN_PIXELS = {
+    (1, 1): (22, 28, 80),
+    (7, 7): (22, 28, 80),
+    (7, 24): (76, 38, 58),
+    (24, 24): (22, 28, 80),
+    (40, 24): (50, 215, 215),
+    (40, 40): (225, 30, 35),
+}
+
+
+def test_the_same_on_every_machine() -> None:
+    """Captions and pixels written out; no pixel of an edge, which another Pillow may round otherwise."""
+    row = Scenes().split("test")[2]
+    assert row["captions"] == GOLDEN_CAPTIONS
+    picture = np.asarray(row["image"])
+    assert {point: tuple(picture[point].tolist()) for point in GOLDEN_PIXELS} == GOLDEN_PIXELS
+    assert row["image_id"] == "scenes-test-2"
+
+
+def test_a_row_is_a_function_of_seed_split_and_index_alone() -> None:
+    one, other = Scenes().split("train"), Scenes(train=50, val=3).split("train")
+    rows = [other[index] for index in (7, 3, 7)]
+    again = pickle.loads(pickle.dumps(one))[7]
+    for row in (rows[0], rows[2], again):
+        assert row["captions"] == one[7]["captions"]
+        assert (np.asarray(row["image"]) == np.asarray(one[7]["image"])).all()
+    assert one[7]["captions"] != one[8]["captions"]
+    assert one[7]["captions"] != Scenes(seed=1).split("train")[7]["captions"]
+
+
+@pytest.mark.parametrize("size", [12, 48, 50, 224])
+def test_any_size_on_demand(size: int) -> None:
+    pairs = Scenes(size=size).split("test")
+    picture = pairs[0]["image"]
+    assert isinstance(picture, Image.Image)
+    assert (picture.size, picture.mode) == ((size, size), "RGB")
+    assert pairs[0]["captions"] == Scenes().split("test")[0]["captions"]
+
+
+def test_fingerprint_changes_with_the_content() -> None:
+    sources = [Scenes(), Scenes(seed=1), Scenes(size=64), Scenes(train=19999)]
+    prints = [source.split("train").fingerprint for source in sources] + [Scenes().split("val").fingerprint]
+    assert len(set(prints)) == 5
+    assert prints[0] == Scenes(val=7).split("train").fingerprint
+
+
+@pytest.mark.parametrize("index", [-1, 500, 10**9])
+def test_a_row_outside_the_split_is_an_index_error(index: int) -> None:
+    pairs = Scenes().split("val")
+    assert len(pairs) == 500
+    with pytest.raises(IndexError, match=str(index)):
+        pairs[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        ({"train": 0}, "scenes.train"),
+        ({"val": -1}, "scenes.val"),
+        ({"test": 0}, "scenes.test"),
+        ({"size": 0}, "scenes.size"),
+    ],
+)
+def test_counts_and_sizes_must_be_positive(arguments: dict[str, int], where: str) -> None:
+    with pytest.raises(UserError, match=where) as caught:
+        Scenes(**arguments)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_an_unknown_split_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"no split 'dev'\. The splits are train, val, test"):
+        Scenes().split("dev")
