@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from maskvlm.data.batch import Batch
+from maskvlm.masking import Uniform
 
 if TYPE_CHECKING:
     from maskvlm.model import MaskVLM
 
 
 class Task(nn.Module, ABC):
-    """What is special about one objective: its heads, its losses, its metrics."""
+    """What is special about one objective: its heads, its losses, its metrics.
+
+    `uniform` gives the random numbers of the current step (see `masking.Uniform`).
+    """
+
+    uniform: Uniform
 
     @abstractmethod
     def build(self, backbone: "MaskVLM") -> None:
@@ -27,9 +33,13 @@ class Task(nn.Module, ABC):
         """Take in one evaluation batch."""
 
     @abstractmethod
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self, backbone: "MaskVLM") -> dict[str, float]:
         """Metrics over all batches taken in since the last call, then forget them."""
 
-    def floors(self) -> dict[str, float]:
+    def floors(self, batch_size: int) -> dict[str, float]:
         """No-knowledge level of each loss term: what a model pays that has learned nothing."""
         return {}
+
+    def reseed(self, uniform: Uniform) -> None:
+        """Take the random numbers of the coming step; LitModel derives them from (seed, step)."""
+        self.uniform = uniform

@@ -4,8 +4,9 @@ Shapes: B pictures, C captions (training: C = B, one caption a picture; evaluati
 picture, C >= B), T tokens, H and W pixels.
 """
 
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Batch(NamedTuple):
         text_id_C: 64-bit hash of the cleaned caption; rows with the same id say the same.
         valid_B: False where the sample could not be read: a hole that keeps its place, blank, with weight 0.
         index_B: the sample's position in the data set.
+        foreground_BHW: True on pixels of objects, where the source knows them; for evaluation.
+        problems: (reason, message) of each sample that could not be read or had to be mended.
     """
 
     image_BCHW: Tensor
@@ -51,19 +54,22 @@ class Batch(NamedTuple):
     text_id_C: Tensor
     valid_B: Tensor
     index_B: Tensor
+    foreground_BHW: Tensor | None = None
+    problems: tuple[tuple[str, str], ...] = ()
 
 
 class Row(TypedDict):
     """One picture with its captions, as a source hands it out.
 
     `image` is encoded bytes, a path, or a Pillow image; `origin` names the row in error messages
-    (`dataset_flickr8k.json image 12 (123.jpg)`).
+    (`dataset_flickr8k.json image 12 (123.jpg)`). `foreground` marks the pixels of objects [H, W], where known.
     """
 
     image: bytes | str | Image.Image
     captions: list[str]
     image_id: str
     origin: str
+    foreground: NotRequired[np.ndarray]
 
 
 class Pairs(Protocol):

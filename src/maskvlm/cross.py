@@ -1,0 +1,162 @@
+"""The cross-modality encoder: blocks of self-attention, cross-attention and feed-forward (paper sec. 3, fig. 2).
+
+Shapes: B pairs, L positions of the querying side, U rows and S positions of the other side, D width, H heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+
+class KeyValue(NamedTuple):
+    """Projected keys and values, [B, H, S, D/H] each; computed once where many queries meet one context."""
+
+    key: Tensor
+    value: Tensor
+
+    def rows(self, index_B: Tensor | None) -> "KeyValue":
+        """The rows of these pairs; all of them, in order, for None."""
+        return self if index_B is None else KeyValue(*(part.index_select(0, index_B) for part in self))
+
+
+class Context(NamedTuple):
+    """What is looked at: keys and values for every block, the padding mask, and which row each pair uses."""
+
+    blocks: list[KeyValue]
+    attention_US: Tensor | None
+    index_B: Tensor | None
+
+    def mask(self, rows: slice) -> Tensor | None:
+        """Mask [B, 1, 1, S] of the pairs in `rows` for scaled_dot_product_attention."""
+        if self.attention_US is None:
+            return None
+        picked = self.attention_US if self.index_B is None else self.attention_US[self.index_B]
+        return picked[rows, None, None, :]
+
+
+class CrossOutput(NamedTuple):
+    """every_RLD: all positions of the first R pairs. first_BD: the first position (class token) of all."""
+
+    every_RLD: Tensor
+    first_BD: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values can be kept (for cached re-ranking)."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def keys_values(self, context_USD: Tensor) -> KeyValue:
+        key, value = self.key_value(context_USD).chunk(2, dim=-1)
+        return KeyValue(self._split(key), self._split(value))
+
+    def forward(self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None) -> Tensor:
+        mixed = scaled_dot_product_attention(self._split(self.query(x_BLD)), *context, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class CrossBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each followed by add and norm (post-norm, R)."""
+
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.self_attention = Attention(width, width, heads)
+        self.cross_attention = Attention(width, context_width, heads)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        self_mask: Tensor | None,
+        context: KeyValue,
+        context_mask: Tensor | None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """New features of all positions, or of the first position alone: exact, and cheaper in a last block."""
+        own = self.self_attention.keys_values(x_BLD)
+        x = x_BLD[:, :1] if first_only else x_BLD
+        x = self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask)))
+        x = self.norms[1](x + self.dropout(self.cross_attention(x, context, context_mask)))
+        return self.norms[2](x + self.dropout(self.feed_forward(x)))
+
+
+class CrossEncoder(nn.Module):
+    """One modality's features informed by the other's (paper: 3 blocks for each of g_im, g_txt and the decoder).
+
+    Args:
+        width, context_width: of the querying side and of the other side.
+        layers, heads: number of blocks and of attention heads.
+        dropout: on each residual branch, 0 to 1.
+        checkpointing: recompute activations in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        layers: int = 3,
+        heads: int = 12,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.blocks = nn.ModuleList(CrossBlock(width, context_width, heads, dropout) for _ in range(layers))
+
+    def context(
+        self, context_USD: Tensor, attention_US: Tensor | None = None, index_B: Tensor | None = None
+    ) -> Context:
+        """Project the other side once; `index_B` names its row for each pair (None: row by row)."""
+        blocks = [block.cross_attention.keys_values(context_USD) for block in self.blocks]
+        return Context(blocks, attention_US, index_B)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        context: Context,
+        attention_BL: Tensor | None = None,
+        every: int | None = None,
+    ) -> CrossOutput:
+        """Run all pairs in one pass.
+
+        Args:
+            x_BLD: the querying side, one row a pair.
+            context: from `context`.
+            attention_BL: padding mask of the querying side.
+            every: the last block gives all positions of the first `every` pairs only (None: of all pairs);
+                of the others just the first position, which is all that matching reads.
+        """
+        every = x_BLD.shape[0] if every is None else every
+        self_mask = None if attention_BL is None else attention_BL[:, None, None, :]
+        all_rows = slice(None)
+        for block, key_value in zip(self.blocks[:-1], context.blocks[:-1], strict=True):
+            mask = context.mask(all_rows)
+            x_BLD = self._run(block, x_BLD, self_mask, key_value.rows(context.index_B), mask)
+        last = context.blocks[-1].rows(context.index_B)
+        parts = []
+        for rows, first_only in ((slice(0, every), False), (slice(every, None), True)):
+            mask = None if self_mask is None else self_mask[rows]
+            picked = KeyValue(last.key[rows], last.value[rows])
+            if x_BLD[rows].shape[0]:
+                args = (x_BLD[rows], mask, picked, context.mask(rows), first_only)
+                parts.append(self._run(self.blocks[-1], *args))
+        whole = parts[0] if every else x_BLD[:0]
+        return CrossOutput(whole, torch.cat([part[:, 0] for part in parts]))
+
+    def _run(self, block: nn.Module, *args: object) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)

@@ -1,0 +1,168 @@
+"""The data module: one source, its splits as loaders, and the tokenizer where the model has none yet."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.data.batch import Batch, InputSpec, Pairs, Source
+from maskvlm.data.pairs import Collate, EvalPairs, Sample, TrainPairs
+from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
+from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
+from maskvlm.data.transforms import eval_transform, train_transform
+from maskvlm.distributed import gather_objects, rank, world_size
+from maskvlm.errors import ExitCode, UserError
+
+
+class PairData(L.LightningDataModule):
+    """Pictures with captions for pre-training and retrieval.
+
+    Args:
+        source: the data set's reader.
+        spec: linked from the backbone; not set by hand.
+        batch_size: pairs in a global batch, over all processes and accumulated passes.
+        steps: length of the run in batches; or
+        epochs: in passes over the training pictures (each with one caption). Exactly one of the two.
+        seed: of order, captions and augmentation.
+        workers: processes that read ahead; 0 reads in the main process.
+        eval_batch_size: pictures (with all their captions) in an evaluation batch.
+        accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
+        augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
+        max_bad_fraction: the run stops when more than this share of the samples could not be read.
+
+    Raises:
+        UserError: neither or both of steps and epochs, a batch that the processes cannot share.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        spec: InputSpec,
+        batch_size: int = 512,
+        steps: int | None = None,
+        epochs: float | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        eval_batch_size: int = 64,
+        accumulate: int = 1,
+        augment: bool = True,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        randaugment: tuple[int, int] | None = (2, 7),
+        colour: bool = True,
+        flip: bool = True,
+        caption_aware: bool = True,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if (steps is None) == (epochs is None):
+            raise UserError("data", f"steps is {steps} and epochs is {epochs}", "set exactly one of the two")
+        self.source, self.spec, self.batch_size = source, spec, batch_size
+        self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
+        self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
+        self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
+        self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
+        self.problems: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.seen = 0
+        self.splits: dict[str, Pairs] = {}
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        self.splits["val"] = self.source.split("val")
+        if stage == "fit" or self.tokenizer is None:
+            self.splits["train"] = self.source.split("train")
+        if stage == "test":
+            self.splits["test"] = self.source.split("test")
+        if self.tokenizer is None:
+            # Deterministic, so every process arrives at the same tokenizer without a word between them.
+            self.tokenizer = train_tokenizer(some_captions(self.splits["train"]), self.spec.vocab_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
+        card: dict[str, Any] = {
+            name: {"sha": pairs.fingerprint, "pictures": len(pairs)} for name, pairs in self.splits.items()
+        }
+        if self.tokenizer is not None:
+            card["tokenizer"] = tokenizer_hash(self.tokenizer)
+        card["sha"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+        return card
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return math.ceil(self.epochs * len(self.splits["train"]) / self.batch_size)
+
+    # ------------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        share = self.batch_size // self.accumulate
+        if share * self.accumulate != self.batch_size or share % world_size():
+            whom = f"{world_size()} processes x {self.accumulate} accumulated passes"
+            todo = "choose a batch size they divide"
+            raise UserError("data.batch_size", f"{self.batch_size} pairs cannot be shared by {whom}", todo)
+        pairs = self.splits["train"]
+        order = FlatOrder(len(pairs), self.seed)
+        sampler = FlatBatchSampler(order, share, self.total_steps * self.accumulate, rank(), world_size())
+        transform = train_transform(self.spec, *self.augment)
+        data = TrainPairs(pairs, transform, self.seed, self.spec.image_size)
+        return self._loader(data, batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation(self.splits["val"])
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation(self.splits["test"])
+
+    def _evaluation(self, pairs: Pairs) -> DataLoader[Batch]:
+        """Each process takes its own pictures, none is padded in or counted twice."""
+        mine = range(rank(), len(pairs), world_size())
+        batches = [list(mine[i : i + self.eval_batch_size]) for i in range(0, len(mine), self.eval_batch_size)]
+        return self._loader(EvalPairs(pairs, eval_transform(self.spec)), batch_sampler=batches)
+
+    def _loader(self, data: TrainPairs | EvalPairs, **kwargs: Any) -> DataLoader[Batch]:
+        assert self.tokenizer is not None
+        collate = Collate(Captioner(self.tokenizer, self.spec.text_length))
+        timeout = 120 if self.workers else 0
+        return DataLoader(data, collate_fn=collate, num_workers=self.workers, timeout=timeout, **kwargs)
+
+    # ------------------------------------------------------------------ bad rows
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self.seen += len(batch.image_BCHW)
+        for reason, message in batch.problems:
+            self.problems[reason] += 1
+            examples = self.examples.setdefault(reason, [])
+            if len(examples) < 10:
+                examples.append(message)
+        unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
+        if batch.problems and self.seen >= 1000 and unread > self.max_bad_fraction * self.seen:
+            what = f"{unread} of {self.seen} samples could not be read, first: {batch.problems[0][1]}"
+            todo = "mend the data or raise data.max_bad_fraction"
+            raise UserError("training data", what, todo, ExitCode.BAD_DATA)
+        return batch
+
+    def bad_rows(self) -> dict[str, Any]:
+        """Samples skipped or mended so far by reason, with examples; also what the reader left out."""
+        left_out = {name: dict(getattr(pairs, "skipped", {})) for name, pairs in self.splits.items()}
+        counts: Counter[str] = Counter()
+        for part in gather_objects(self.problems):
+            counts.update(part)  # type: ignore[call-overload]
+        return {"samples": self.seen, "problems": dict(counts), "examples": self.examples, "left_out": left_out}
+
+
+def some_captions(pairs: Pairs, most: int = 6_000) -> Iterator[str]:
+    """The captions of at most `most` pictures evenly spread over a split: enough to learn a vocabulary from."""
+    step = math.ceil(len(pairs) / most)
+    for index in range(0, len(pairs), step):
+        yield from pairs[index]["captions"]

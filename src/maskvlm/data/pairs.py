@@ -1,0 +1,128 @@
+"""From a source's rows to samples: reading, augmentation, one caption or all, holes for what cannot be read."""
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maskvlm.data.batch import Batch, Pairs, Row
+from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.sampler import Pick
+from maskvlm.data.text import Captioner, caption_id, clean_caption, stable_id
+from maskvlm.distributed import mix
+from maskvlm.errors import ExitCode, UserError
+
+Transform = Callable[..., Tensor]
+
+
+class Sample(TypedDict):
+    """One picture and the captions shown with it; `problem` is (reason, message) or None."""
+
+    image_CHW: Tensor
+    captions: list[str]
+    image_id: str
+    index: int
+    valid: bool
+    problem: tuple[str, str] | None
+    foreground: np.ndarray | None
+
+
+class TrainPairs(Dataset[Sample]):
+    """One caption a picture, another one each epoch; augmentation seeded by (seed, epoch, index).
+
+    A row that cannot be read becomes a hole that keeps its place in the batch (blank, without words, weight 0),
+    so that processes stay in step and no other sample moves.
+    """
+
+    def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int) -> None:
+        self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, pick: Pick) -> Sample:
+        row = self.pairs[pick.index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.seed, pick.epoch, pick.index))
+            return self._read(row, pick)
+
+    def _read(self, row: Row, pick: Pick) -> Sample:
+        captions = row["captions"]
+        caption, note = clean_caption(captions[(pick.epoch + pick.index) % len(captions)] if captions else "")
+        if not caption:
+            return self._hole(pick.index, ("empty caption", f"{row['origin']}: the caption is empty"))
+        try:
+            image_CHW = self.transform(safe_open(row["image"], row["origin"]), caption)
+        except BadImage as problem:
+            return self._hole(pick.index, (problem.reason, str(problem)))
+        return Sample(
+            image_CHW=image_CHW,
+            captions=[caption],
+            image_id=row["image_id"],
+            index=pick.index,
+            valid=True,
+            problem=(f"caption {note}", row["origin"]) if note else None,
+            foreground=None,
+        )
+
+    def _hole(self, index: int, problem: tuple[str, str]) -> Sample:
+        return Sample(
+            image_CHW=torch.zeros(3, self.image_size, self.image_size),
+            captions=[""],
+            image_id=f"hole {index}",
+            index=index,
+            valid=False,
+            problem=problem,
+            foreground=None,
+        )
+
+
+class EvalPairs(Dataset[Sample]):
+    """Every picture with all its captions; a row that cannot be read is an error, never skipped."""
+
+    def __init__(self, pairs: Pairs, transform: Transform) -> None:
+        self.pairs, self.transform = pairs, transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.pairs[index]
+        captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
+        if not captions:
+            raise UserError(row["origin"], "no caption with words", "mend or remove the row", ExitCode.BAD_DATA)
+        return Sample(
+            image_CHW=self.transform(safe_open(row["image"], row["origin"])),
+            captions=captions,
+            image_id=row["image_id"],
+            index=index,
+            valid=True,
+            problem=None,
+            foreground=row.get("foreground"),
+        )
+
+
+class Collate:
+    """Samples -> Batch; captions are turned into tokens here, padded to the longest of the batch."""
+
+    def __init__(self, captioner: Captioner) -> None:
+        self.captioner = captioner
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        captions = [caption for sample in samples for caption in sample["captions"]]
+        counts = torch.tensor([len(sample["captions"]) for sample in samples])
+        grounds = [sample["foreground"] for sample in samples]
+        return Batch(
+            torch.stack([sample["image_CHW"] for sample in samples]),
+            *self.captioner(captions),
+            torch.arange(len(samples)).repeat_interleave(counts),
+            torch.tensor([stable_id(sample["image_id"]) for sample in samples]),
+            torch.tensor([caption_id(caption) for caption in captions]),
+            torch.tensor([sample["valid"] for sample in samples]),
+            torch.tensor([sample["index"] for sample in samples]),
+            torch.from_numpy(np.stack(grounds)) if all(ground is not None for ground in grounds) else None,
+            tuple(sample["problem"] for sample in samples if sample["problem"]),
+        )

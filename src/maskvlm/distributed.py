@@ -1,0 +1,82 @@
+"""The only torch.distributed in the core: gathering with gradient, counts shared by all processes, random draws
+that are the same for any number of processes. Without a process group every function is the identity."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(x_B: Tensor) -> Tensor:
+    """Rows of all processes in rank order, [world * B, ...]; gradients flow back to their owners.
+
+    Every process must hold the same shape.
+    """
+    if world_size() == 1:
+        return x_B
+    if not x_B.is_floating_point():
+        parts = [torch.empty_like(x_B) for _ in range(world_size())]
+        dist.all_gather(parts, x_B.contiguous())
+        return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x_B.contiguous()))
+
+
+def shared_count(count: Tensor) -> Tensor:
+    """Mean of a count over processes.
+
+    A sum of losses divided by it and averaged over processes (as DDP averages gradients) is the mean over the
+    whole global batch, also where processes hold different numbers of masked tokens.
+    """
+    if world_size() == 1:
+        return count
+    total = count.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_objects(value: object) -> list[object]:
+    """Any picklable value of every process, in rank order; for evaluation, whose shards differ in size."""
+    if world_size() == 1:
+        return [value]
+    values: list[object] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Draw:
+    """Uniform random numbers of one step: drawn for the global batch, cut to this process's rows.
+
+    Masks and negatives depend on (seed, step) alone, not on how many processes share the batch.
+    """
+
+    def __init__(self, seed: int, step: int, device: torch.device | str) -> None:
+        self.generator = torch.Generator(device).manual_seed(mix(seed, step))
+
+    def __call__(self, rows: int, *shape: int) -> Tensor:
+        return self.local(rows * world_size(), *shape)[rank() * rows : (rank() + 1) * rows]
+
+    def local(self, rows: int, *shape: int) -> Tensor:
+        """For this process alone: in evaluation, where processes hold different numbers of rows."""
+        return torch.rand(rows, *shape, generator=self.generator, device=self.generator.device)
+
+
+def mix(*values: int) -> int:
+    """One 63-bit seed from several whole numbers (splitmix64 steps: near seeds give unrelated streams)."""
+    state = 0
+    for value in values:
+        state = (state ^ (value & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,94 @@
+"""Heads that read the backbone's features; each is built to the backbone's widths by the task that uses it."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskvlm.cross import CrossEncoder
+
+
+class Projection(nn.Module):
+    """Unit vectors for contrast from the two class tokens, with a learnable temperature (ITC).
+
+    Args:
+        image_width, text_width: of the two encoders.
+        dim: of the shared space (256, C).
+        temperature: start value (0.07, C); kept within [0.001, 0.5] as in ALBEF.
+    """
+
+    def __init__(self, image_width: int, text_width: int, dim: int = 256, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.image = nn.Linear(image_width, dim)
+        self.text = nn.Linear(text_width, dim)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, in [2, 1000]."""
+        return self.log_scale.float().clamp(math.log(2.0), math.log(1000.0)).exp()
+
+    def embed_image(self, image_BLD: Tensor) -> Tensor:
+        """Unit vector of the class token, [B, dim]."""
+        return F.normalize(self.image(image_BLD[:, 0]).float(), dim=-1)
+
+    def embed_text(self, text_BTD: Tensor) -> Tensor:
+        """Unit vector of the start token, [B, dim]."""
+        return F.normalize(self.text(text_BTD[:, 0]).float(), dim=-1)
+
+
+class Matching(nn.Module):
+    """Match or not, from the product of the two class tokens after the cross encoders (ITM, R)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, 2)
+
+    def forward(self, fused_MD: Tensor) -> Tensor:
+        return self.classify(fused_MD)
+
+
+class TokenHead(nn.Module):
+    """Logits over the vocabulary: one linear layer (R)."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.vocabulary = nn.Linear(width, vocab_size)
+
+    def forward(self, text_CKD: Tensor) -> Tensor:
+        return self.vocabulary(text_CKD)
+
+
+class PixelDecoder(nn.Module):
+    """Pixels of every patch: cross-attention blocks on the unmasked text, then one linear layer (P).
+
+    The text is the text encoder's output (C), as for the cross encoders.
+    """
+
+    def __init__(self, width: int, text_width: int, values: int, layers: int = 3, heads: int = 12) -> None:
+        super().__init__()
+        self.blocks = CrossEncoder(width, text_width, layers, heads)
+        self.pixels = nn.Linear(width, values)
+
+    def forward(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor, index_BK: Tensor) -> Tensor:
+        """Predicted values [B, K, P] of the patches at `index_BK` (patches are counted without the class token)."""
+        decoded_BLD = self.blocks(image_BLD, self.blocks.context(text_BTD, attention_BT)).every_RLD
+        return self.pixels(pick(decoded_BLD, index_BK + 1))
+
+
+def pick(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
+    """The positions `index_BK` of each row, [B, K, D]."""
+    return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
+
+
+def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
+    """Pixels of each patch, [B, N, patch * patch * 3], row by row, channel last."""
+    rows = image_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C r p c q
+    return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patch_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patchify`: [B, 3, H, W]."""
+    blocks = patch_BNP.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # B r c p q C
+    return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -1,0 +1,90 @@
+"""The four losses and the hard negatives: tensors in, scalar out, no parameters, no logging.
+
+Shapes: B rows of this process, G rows of all processes, D width, K masked positions, V vocabulary, P values of
+a patch. Weights are 0 or 1; a sum is divided by `count`, which the caller may share over processes.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PixelLoss = Literal["l1", "squared", "smooth_l1"]
+
+
+def contrastive(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    image_GD: Tensor,
+    text_GD: Tensor,
+    scale: Tensor,
+    own_B: Tensor,
+    excluded_BG: Tensor,
+    weight_B: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """Image-text contrast (ITC): InfoNCE within the batch, mean of the two directions (paper sec. 3).
+
+    Args:
+        image_BD, text_BD: unit vectors of this process's pairs; image_GD, text_GD: of all processes.
+        scale: 1 / temperature.
+        own_B: column of each row's partner.
+        excluded_BG: True where a column shows the same picture or says the same: not a negative.
+        weight_B, count: see the top.
+    """
+    terms = []
+    for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
+        logits_BG = (scale * query_BD.float() @ key_GD.float().T).masked_fill(excluded_BG, float("-inf"))
+        terms.append((F.cross_entropy(logits_BG, own_B, reduction="none") * weight_B).sum())
+    return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
+
+
+def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor) -> Tensor:
+    """Image-text matching (ITM): two-class cross-entropy over positives and hard negatives."""
+    loss_M = F.cross_entropy(logits_M2.float(), match_M.long(), reduction="none")
+    return (loss_M * weight_M).sum() / count.clamp(min=1)
+
+
+def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
+    """Masked language modelling (MLM): cross-entropy on the hidden tokens; 0 where nothing is hidden."""
+    loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")
+    return (loss_CK * weight_CK.flatten()).sum() / count.clamp(min=1)
+
+
+def masked_pixel(
+    predicted_BKP: Tensor, target_BKP: Tensor, weight_BK: Tensor, count: Tensor, kind: PixelLoss = "l1"
+) -> Tensor:
+    """Masked image modelling (MIM): mean error over the values of the hidden patches; the paper's is L1."""
+    error_BKP = pixel_error(predicted_BKP.float(), target_BKP.float(), kind)
+    return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
+
+
+def pixel_error(predicted: Tensor, target: Tensor, kind: PixelLoss) -> Tensor:
+    """Error of each value: |d|, d^2, or |d| that turns into d^2 / 2 below 1."""
+    if kind == "l1":
+        return (predicted - target).abs()
+    if kind == "squared":
+        return (predicted - target).square()
+    return F.smooth_l1_loss(predicted, target, reduction="none")
+
+
+class Negatives(NamedTuple):
+    """index_B: column of the drawn negative. weight_B: 0.0 where the row has no valid negative."""
+
+    index_B: Tensor
+    weight_B: Tensor
+
+
+def hard_negatives(logits_BG: Tensor, excluded_BG: Tensor, uniform_BG: Tensor) -> Negatives:
+    """Draw one negative for each row in proportion to exp(logit), excluded columns never (paper sec. 3, ITM).
+
+    Gumbel-max over all rows at once: no division that could be 0/0, no probabilities that could overflow, no
+    copy to the host. Works in float32 whatever the precision of the logits; a NaN counts as a logit of 0.
+    A row in which everything is excluded gets index 0 and weight 0.
+    """
+    logits = torch.nan_to_num(logits_BG.detach().float(), nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
+    gumbel = -torch.log(-torch.log(uniform_BG.float().clamp(1e-9, 1 - 1e-6)))
+    score = (logits + gumbel).masked_fill(excluded_BG, float("-inf"))
+    index_B = score.argmax(dim=1)
+    return Negatives(index_B, (~excluded_BG).any(dim=1).float())

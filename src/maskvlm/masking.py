@@ -1,0 +1,111 @@
+"""Which patches and which words are hidden: pure functions, their random numbers passed in.
+
+Shapes: B pictures, C captions, N patches, T tokens, K positions at most masked in a row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Uniform = Callable[..., Tensor]
+"""`uniform(rows, ...)`: float numbers in [0, 1) of that shape, on the device of the batch."""
+
+
+class PatchMask(NamedTuple):
+    """mask_BN: True where a patch is hidden. index_BK, weight_BK: the hidden positions, weight 1, filled up
+    with visible ones of weight 0, so that the shape is known without asking the device."""
+
+    mask_BN: Tensor
+    index_BK: Tensor
+    weight_BK: Tensor
+
+
+class TokenMask(NamedTuple):
+    """token_CT: ids with the hidden ones replaced. mask_CT: True where the loss looks. index_CK, weight_CK as
+    in `PatchMask`."""
+
+    token_CT: Tensor
+    mask_CT: Tensor
+    index_CK: Tensor
+    weight_CK: Tensor
+
+
+def count_masked(units: int, ratio: float) -> int:
+    """How many of `units` are hidden: nearest whole number, half up, at least one if the ratio is above 0."""
+    return 0 if ratio == 0 else min(units, max(1, int(ratio * units + 0.5)))
+
+
+def mask_patches(
+    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform
+) -> PatchMask:
+    """Hide a share of square blocks of patches, uniform over blocks, fresh for each picture (paper sec. 3, P).
+
+    Args:
+        valid_B: False rows get no mask.
+        grid: rows and columns of patches.
+        block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and lower
+            edge are cut where the grid does not divide.
+        ratio: share of blocks, 0 to 1; the count is exact in every picture.
+        uniform: source of random numbers.
+    """
+    block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
+    hidden = count_masked(block_rows * block_cols, ratio)
+    noise = uniform(valid_B.shape[0], block_rows * block_cols)
+    rank = noise.argsort(dim=1).argsort(dim=1)
+    block_mask = (rank < hidden).unflatten(1, (block_rows, block_cols))
+    mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
+    mask_BN = mask.flatten(1) & valid_B[:, None]
+    return PatchMask(mask_BN, *_positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])))
+
+
+def mask_tokens(
+    token_CT: Tensor,
+    special_CT: Tensor,
+    word_CT: Tensor,
+    ratio: float,
+    uniform: Uniform,
+    mask_id: int,
+    vocab_size: int,
+    text_length: int,
+    whole_word: bool = False,
+    keep_and_swap: bool = False,
+) -> TokenMask:
+    """Hide a share of the real tokens, never specials or padding (paper sec. 3: 30 %, always [MASK]).
+
+    Args:
+        token_CT, special_CT, word_CT: as in `Batch`.
+        ratio: share of tokens (of words with `whole_word`), 0 to 1; nearest whole number, at least one.
+        uniform: source of random numbers; drawn for `text_length` positions whatever T is, so that the
+            draw does not depend on the longest caption of the batch.
+        mask_id: the id of [MASK].
+        vocab_size: bound of the random replacements.
+        text_length: the longest T there can be.
+        whole_word: hide all pieces of a word together.
+        keep_and_swap: BERT's 80/10/10 rule ([MASK], a random token, unchanged) instead of always [MASK].
+    """
+    rows, length = token_CT.shape
+    unit_CT = word_CT if whole_word else torch.arange(length, device=token_CT.device).expand(rows, length)
+    unit_CT = torch.where(special_CT, length, unit_CT)  # specials share one unit that is then cut off
+    exists_CU = torch.zeros(rows, length + 1, dtype=torch.bool, device=token_CT.device)
+    exists_CU = exists_CU.scatter(1, unit_CT, True)[:, :length]
+    noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
+    rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
+    units_C1 = exists_CU.sum(1, keepdim=True)
+    hidden_C1 = (units_C1 * ratio + 0.5).floor().clamp(min=1 if ratio > 0 else 0)
+    hidden_CU = (rank_CU < hidden_C1) & exists_CU
+    mask_CT = torch.cat([hidden_CU, torch.zeros_like(hidden_CU[:, :1])], 1).gather(1, unit_CT)
+    shown_CT = torch.full_like(token_CT, mask_id)
+    if keep_and_swap:
+        choice_CT, other_CT = uniform(rows, 2, text_length)[:, :, :length].unbind(1)
+        shown_CT = torch.where(choice_CT < 0.9, shown_CT, token_CT)
+        shown_CT = torch.where((choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), shown_CT)
+    most = length if whole_word else count_masked(length, ratio)
+    return TokenMask(torch.where(mask_CT, shown_CT, token_CT), mask_CT, *_positions(mask_CT, most))
+
+
+def _positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Positions of the True entries of each row first, then others, `most` in all; 1.0 where True."""
+    index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return index, mask.gather(1, index).float()

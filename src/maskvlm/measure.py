@@ -1,0 +1,169 @@
+"""What pre-training is judged by: retrieval, and each masked loss with the right partner, a wrong one and none.
+
+Shapes: B pictures, C captions, K masked positions, P values of a patch.
+"""
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskvlm.cross import Context
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw, gather_objects
+from maskvlm.heads import patchify, pick
+from maskvlm.losses import pixel_error
+from maskvlm.model import MaskVLM
+from maskvlm.retrieval import Gallery, contrast_scores, recall, rerank
+
+if TYPE_CHECKING:
+    from maskvlm.pretrain import Hidden, MaskedPretraining
+
+EVAL_SEED = 20230501
+
+
+class Measure:
+    """Takes in evaluation batches and computes the metrics of an epoch.
+
+    The wrong partner is the next row's in the batch. "None" is a picture of the mean colour (zeros after
+    normalisation) or a caption without words. Masks depend on the position in the data set alone, so that
+    every checkpoint is asked the same.
+    """
+
+    def __init__(self, rerank_k: int) -> None:
+        self.rerank_k = rerank_k
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.features: list[tuple[Tensor, ...]] = []
+
+    @torch.no_grad()
+    def update(self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch) -> None:
+        """One batch: pictures with all their captions."""
+        draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device)
+        hidden = task.hide(backbone, batch, draw.local)
+        image_BLD = backbone.image(batch.image_BCHW)
+        text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
+        if task.weights["mlm"]:
+            self.words(task, backbone, batch, hidden, image_BLD)
+        if task.weights["mim"]:
+            self.patches(task, backbone, batch, hidden, text_CTD)
+        if task.weights["itc"]:
+            self.keep(task, batch, image_BLD, text_CTD)
+
+    def words(
+        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", image_BLD: Tensor
+    ) -> None:
+        """Masked-word accuracy (percent) and nats with the picture, another one, and none."""
+        assert hidden.token is not None
+        owner, rows = batch.owner_C, len(image_BLD)
+        hidden_CTD = backbone.text(hidden.token.token_CT, batch.attention_CT)
+        blank_1LD = backbone.image(torch.zeros_like(batch.image_BCHW[:1]))
+        context = backbone.cross_text.context(torch.cat([image_BLD, blank_1LD]))
+        target_CK = batch.token_CT.gather(1, hidden.token.index_CK)
+        weight_CK = hidden.token.weight_CK
+        for name, seen_C in (("", owner), ("_wrong_image", (owner + 1) % rows), ("_no_image", torch.full_like(owner, rows))):
+            out_CTD = backbone.cross_text(hidden_CTD, Context(context.blocks, None, seen_C), batch.attention_CT).every_RLD
+            logits_CKV = task.tokens(pick(out_CTD, hidden.token.index_CK)).float()
+            nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
+            self.add(f"mlm/accuracy{name}", 100.0 * (logits_CKV.argmax(-1) == target_CK), weight_CK)
+            self.add(f"mlm/nats{name}", nats_CK, weight_CK)
+
+    def patches(
+        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", text_CTD: Tensor
+    ) -> None:
+        """Masked-pixel error with the caption, another one, and none; one caption a picture, in turn."""
+        assert hidden.patch is not None
+        chosen_B = one_caption(batch)
+        text_BTD, attention_BT = text_CTD[chosen_B], batch.attention_CT[chosen_B]
+        empty_BT = batch.special_CT[chosen_B] & attention_BT
+        order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
+        hidden_BLD = backbone.image(batch.image_BCHW, hidden.patch.mask_BN)
+        target_BKP = task.pixel_target(batch.image_BCHW, hidden.patch.index_BK)
+        partners = (
+            ("", text_BTD, attention_BT),
+            ("_wrong_text", text_BTD.roll(-1, 0), attention_BT.roll(-1, 0)),
+            ("_no_text", empty_BTD, empty_BT.gather(1, order_BT)),
+        )
+        for name, words_BTD, mask_BT in partners:
+            out_BLD = backbone.cross_image(hidden_BLD, backbone.cross_image.context(words_BTD, mask_BT)).every_RLD
+            predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, hidden.patch.index_BK)
+            self.pixel_errors(name, predicted_BKP.float(), target_BKP, hidden.patch.weight_BK, batch, hidden)
+
+    def pixel_errors(
+        self, name: str, predicted: Tensor, target: Tensor, weight_BK: Tensor, batch: Batch, hidden: "Hidden"
+    ) -> None:
+        assert hidden.patch is not None
+        for key, kind in (("mse", "squared"), ("l1", "l1")):
+            error_BKP = pixel_error(predicted, target, kind)  # type: ignore[arg-type]
+            self.add(f"mim/{key}{name}", error_BKP.mean(-1), weight_BK)
+            if batch.foreground_BHW is not None:
+                patch = int((target.shape[-1] // 3) ** 0.5)
+                things = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
+                inside_BKP = pick(patchify(things, patch), hidden.patch.index_BK) * weight_BK[..., None]
+                self.add(f"mim/object_{key}{name}", error_BKP, inside_BKP)
+
+    def keep(self, task: "MaskedPretraining", batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> None:
+        """Features for retrieval, kept until the set is complete."""
+        image_BE, text_CE = task.projection.embed_image(image_BLD), task.projection.embed_text(text_CTD)
+        owner = batch.index_B[batch.owner_C]
+        self.features.append((batch.index_B, image_BE, image_BLD, text_CE, text_CTD, batch.attention_CT, owner))
+
+    def add(self, name: str, value: Tensor, weight: Tensor) -> None:
+        total = self.sums[name]
+        total[0] += float((value * weight).sum())
+        total[1] += float(weight.sum())
+
+    @torch.no_grad()
+    def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
+        """All metrics; percent, nats, or error of normalised pixel values. Chance levels end in `_chance`."""
+        metrics = {}
+        shards = gather_objects({name: tuple(total) for name, total in self.sums.items()})
+        for name in self.sums:
+            total, weight = (sum(shard[name][part] for shard in shards) for part in (0, 1))  # type: ignore[index]
+            metrics[name] = total / weight if weight else math.nan
+        if self.features:
+            metrics |= self.retrieval(task, backbone)
+        self.reset()
+        return metrics
+
+    def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
+        """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
+        gallery = join(self.features)
+        relevant_BC = gallery.owner_C == torch.arange(len(gallery.image_BE), device=gallery.owner_C.device)[:, None]
+        found = {"itc_": contrast_scores(gallery)}
+        if task.weights["itm"]:
+            found[""] = rerank(backbone, task.matching, gallery, self.rerank_k)
+        metrics: dict[str, float] = {}
+        for name, scores in found.items():
+            metrics |= {f"retrieval/{name}tr_r{k}": r for k, r in recall(scores.text_BC, relevant_BC).items()}
+            metrics |= {f"retrieval/{name}ir_r{k}": r for k, r in recall(scores.image_CB, relevant_BC.T).items()}
+        return metrics
+
+
+def one_caption(batch: Batch) -> Tensor:
+    """Row of one caption for each picture: its (index mod count)-th, so that all phrasings are met."""
+    count_B = torch.bincount(batch.owner_C, minlength=len(batch.image_BCHW))
+    first_B = count_B.cumsum(0) - count_B
+    return first_B + batch.index_B % count_B.clamp(min=1)
+
+
+def join(features: list[tuple[Tensor, ...]]) -> Gallery:
+    """One gallery out of the batches of all processes; captions padded to the longest."""
+    width = max(part[4].shape[1] for part in features)
+    columns = zip(*features, strict=True)
+    index, image_BE, image_BLD, text_CE, text, attention, owner = (list(column) for column in columns)
+    text = [F.pad(part, (0, 0, 0, width - part.shape[1])) for part in text]
+    attention = [F.pad(part, (0, width - part.shape[1])) for part in attention]
+    order = torch.cat(index)
+    place = torch.empty(int(order.max()) + 1, dtype=torch.long, device=order.device)
+    place[order] = torch.arange(len(order), device=order.device)
+    return Gallery(
+        torch.cat(image_BE), torch.cat(text_CE), torch.cat(image_BLD), torch.cat(text), torch.cat(attention),
+        place[torch.cat(owner)],
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""MaskVLM: two encoders and two cross-modality encoders in parallel, the paper's figure 2.
+
+Shapes: B rows, L image positions (class token and patches), T tokens, D width.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from maskvlm.cross import CrossEncoder
+from maskvlm.data.batch import InputSpec
+from maskvlm.encoders import ImageEncoder, TextEncoder
+from maskvlm.errors import UserError
+
+
+class Fused(NamedTuple):
+    """Class tokens after the cross encoders: image_MD, text_MD, and their product, which matching reads."""
+
+    image_MD: Tensor
+    text_MD: Tensor
+
+    @property
+    def product_MD(self) -> Tensor:
+        return self.image_MD * self.text_MD
+
+
+class MaskVLM(nn.Module):
+    """The backbone that every task shares; heads belong to the tasks.
+
+    Args:
+        image: f_im, any timm ViT.
+        text: f_txt, any Hugging Face encoder.
+        cross_layers: blocks of each cross encoder (paper: 3).
+        cross_heads: attention heads (12, C).
+        dropout: in the cross encoders.
+        checkpointing: recompute the cross encoders' activations in the backward pass.
+
+    Raises:
+        UserError: the widths of the two encoders differ; matching multiplies their class tokens.
+    """
+
+    def __init__(
+        self,
+        image: ImageEncoder,
+        text: TextEncoder,
+        cross_layers: int = 3,
+        cross_heads: int = 12,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if image.width != text.width:
+            raise UserError(
+                "model.backbone",
+                f"the image encoder is {image.width} wide and the text encoder {text.width}",
+                "choose two encoders of one width (matching multiplies their class tokens)",
+            )
+        self.image, self.text = image, text
+        self.width, self.cross_heads = image.width, cross_heads
+        settings = (self.width, self.width, cross_layers, cross_heads, dropout, checkpointing)
+        self.cross_image = CrossEncoder(*settings)
+        self.cross_text = CrossEncoder(*settings)
+        for part in (self.cross_image, self.cross_text):
+            init_weights(part)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the data module must know about the inputs."""
+        return InputSpec(
+            self.image.image_size,
+            self.image.mean,
+            self.image.std,
+            self.text.text_length,
+            self.text.vocab_size,
+            self.text.tokenizer,
+        )
+
+    def fuse(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Fused:
+        """Class tokens of row-by-row pairs (picture, caption) after both cross encoders."""
+        image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), every=0)
+        text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, every=0)
+        return Fused(image.first_BD, text.first_BD)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Start values of everything that is ours: linear N(0, 0.02) and bias 0; norms weight 1 and bias 0 (C)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)

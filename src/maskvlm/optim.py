@@ -1,0 +1,65 @@
+"""AdamW with the paper's two learning rates, and warm-up then cosine by step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(
+    backbone: nn.Module, encoders: Iterable[nn.Module], heads: nn.Module, lr: float, lr_encoders: float, decay: float
+) -> list[dict[str, Any]]:
+    """Four groups: encoders and the rest, each with and without weight decay.
+
+    Biases, norms, class and mask tokens, positions and the temperature are not decayed (C): one dimension or
+    fewer, or a parameter that is no weight matrix by name.
+    """
+    encoder_ids = {id(p) for encoder in encoders for p in encoder.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for module in (backbone, heads):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.ndim >= 2 and not name.endswith(("token", "pos_embed", "embeddings.weight"))
+                groups.setdefault((id(parameter) in encoder_ids, decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": lr_encoders if is_encoder else lr,
+            "weight_decay": decay if decayed else 0.0,
+            "name": f"{'encoders' if is_encoder else 'rest'}{'' if decayed else ' (no decay)'}",
+        }
+        for (is_encoder, decayed), parameters in groups.items()
+    ]
+
+
+def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> AdamW:
+    """AdamW over the groups; fused where the device has it."""
+    return AdamW(groups, betas=betas, fused=fused)
+
+
+def warmup_cosine(total: int, warmup: int, floor: float) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear from 0 to 1, then cosine down to `floor`.
+
+    Args:
+        total: steps of the run.
+        warmup: steps of the rise; the first step already learns.
+        floor: final factor, 0 to 1.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def schedule(optimizer: AdamW, total: int, warmup: int, min_lr: float) -> LambdaLR:
+    """Warm-up and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
+    encoders: 1e-5 under a floor of 3e-5)."""
+    floors = [min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0 for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [warmup_cosine(total, warmup, floor) for floor in floors])

@@ -1,0 +1,386 @@
+"""Joint masked pre-training: mask one side, reconstruct it with the help of the other (paper sec. 3).
+
+Shapes: B pairs of this process, G of all processes, L image positions, T tokens, K masked positions, D width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskvlm import losses
+from maskvlm.cross import CrossEncoder, CrossOutput
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import gather, rank, shared_count, world_size
+from maskvlm.errors import UserError
+from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick
+from maskvlm.losses import Negatives, PixelLoss
+from maskvlm.masking import PatchMask, TokenMask, Uniform, mask_patches, mask_tokens
+from maskvlm.measure import Measure
+from maskvlm.model import Fused, MaskVLM, init_weights
+from maskvlm.task import Task
+
+
+class Hidden(NamedTuple):
+    """What is hidden in this step; None where the loss that needs it has weight 0."""
+
+    patch: PatchMask | None
+    token: TokenMask | None
+
+
+class Encoded(NamedTuple):
+    """Encoder outputs: the whole inputs, and the masked ones where they are wanted."""
+
+    image_BLD: Tensor
+    text_BTD: Tensor
+    hidden_image_BLD: Tensor | None
+    hidden_text_BTD: Tensor | None
+
+
+class Contrast(NamedTuple):
+    """Unit vectors of this process and of all, and which columns are no negatives of which rows."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+    image_GE: Tensor
+    text_GE: Tensor
+    scale: Tensor
+    own_B: Tensor
+    excluded_BG: Tensor
+
+
+class Crossed(NamedTuple):
+    """Cross encoder outputs: all positions of the masked rows, class tokens of the 3B matching pairs."""
+
+    image_BLD: Tensor
+    text_BTD: Tensor
+    fused_M: Fused
+
+
+class MaskedPretraining(Task):
+    """The paper's four losses in one step: ITC + ITM + MLM + MIM.
+
+    Args:
+        image_mask_ratio: share of image blocks hidden (0.6, P).
+        text_mask_ratio: share of tokens hidden (0.3, P).
+        mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
+        weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
+        mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
+        whole_word: hide all pieces of a word together.
+        keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
+        pixel_loss: l1 (P), squared or smooth_l1.
+        pixel_norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
+        decoder_layers: blocks of the pixel decoder (3, P).
+        contrast_dim: width of the contrast space (256, C).
+        temperature: start value of the contrast temperature (0.07, C).
+        rerank_k: candidates re-scored by matching when retrieval is measured (C; ALBEF: 128 to 256).
+
+    Raises:
+        UserError: a ratio outside [0, 1], a negative weight, all weights 0, a block that is no multiple of
+            the patch size.
+    """
+
+    def __init__(
+        self,
+        image_mask_ratio: float = 0.6,
+        text_mask_ratio: float = 0.3,
+        mask_block: int = 32,
+        weight_itc: float = 1.0,
+        weight_itm: float = 1.0,
+        weight_mlm: float = 1.0,
+        weight_mim: float = 1.0,
+        mask_both: bool = False,
+        whole_word: bool = False,
+        keep_and_swap: bool = False,
+        pixel_loss: PixelLoss = "l1",
+        pixel_norm: bool = False,
+        decoder_layers: int = 3,
+        contrast_dim: int = 256,
+        temperature: float = 0.07,
+        rerank_k: int = 128,
+    ) -> None:
+        super().__init__()
+        self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
+        _check_settings(image_mask_ratio, text_mask_ratio, self.weights)
+        self.image_mask_ratio, self.text_mask_ratio, self.mask_block = image_mask_ratio, text_mask_ratio, mask_block
+        self.mask_both, self.whole_word, self.keep_and_swap = mask_both, whole_word, keep_and_swap
+        self.pixel_loss, self.pixel_norm = pixel_loss, pixel_norm
+        self.decoder_layers, self.contrast_dim, self.temperature = decoder_layers, contrast_dim, temperature
+        self.measure = Measure(rerank_k)
+
+    # ------------------------------------------------------------------ heads
+
+    def build(self, backbone: MaskVLM) -> None:
+        patch, width = backbone.image.patch_size, backbone.width
+        if self.mask_block % patch:
+            todo = f"set model.task.mask_block to a multiple of {patch}"
+            raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
+        if self.weights["itc"]:
+            self.projection = Projection(width, width, self.contrast_dim, self.temperature)
+        if self.weights["itm"]:
+            self.matching = Matching(width)
+        if self.weights["mlm"]:
+            self.tokens = TokenHead(width, backbone.text.vocab_size)
+            self.register_buffer("token_count_V", torch.zeros(backbone.text.vocab_size), persistent=False)
+        if self.weights["mim"]:
+            self.pixels = PixelDecoder(width, width, 3 * patch**2, self.decoder_layers, backbone.cross_heads)
+        init_weights(self)
+        self._freeze_unused(backbone)
+
+    def _freeze_unused(self, backbone: MaskVLM) -> None:
+        """Parts that no wanted loss reaches get no gradient; DDP would wait for it for ever."""
+        if not self.weights["mim"]:
+            backbone.image.mask_token.requires_grad_(False)
+        if not (self.weights["mim"] or self.weights["itm"]):
+            backbone.cross_image.requires_grad_(False)
+        if not (self.weights["mlm"] or self.weights["itm"]):
+            backbone.cross_text.requires_grad_(False)
+
+    # ------------------------------------------------------------------ one step
+
+    def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
+        batch = pad_text(batch, backbone.text.text_length) if world_size() > 1 else batch
+        hidden = self.hide(backbone, batch, self.uniform)
+        encoded = self.encode(backbone, batch, hidden)
+        contrast = self.contrast(batch, encoded)
+        found = self.negatives(contrast)
+        crossed = self.cross(backbone, batch, encoded, found)
+        terms = {}
+        if self.weights["itc"]:
+            terms["itc"] = self.contrastive_loss(contrast, batch.valid_B)
+        if self.weights["itm"]:
+            terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
+        if hidden.token is not None:
+            terms["mlm"] = self.token_loss(crossed.text_BTD, batch, hidden.token)
+        if hidden.patch is not None:
+            text_BTD = encoded.hidden_text_BTD if self.mask_both else encoded.text_BTD
+            terms["mim"] = self.pixel_loss_of(crossed.image_BLD, text_BTD, batch, hidden.patch)
+        return {name: self.weights[name] * term for name, term in terms.items()}
+
+    def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform) -> Hidden:
+        """Draw this step's masks."""
+        patch = token = None
+        if self.weights["mim"]:
+            block = self.mask_block // backbone.image.patch_size
+            patch = mask_patches(batch.valid_B, backbone.image.grid, block, self.image_mask_ratio, uniform)
+        if self.weights["mlm"]:
+            text = backbone.text
+            token = mask_tokens(
+                batch.token_CT, batch.special_CT, batch.word_CT, self.text_mask_ratio, uniform,
+                text.tokenizer.mask_token_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
+            )  # fmt: skip
+        return Hidden(patch, token)
+
+    def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden) -> Encoded:
+        """One pass of each encoder over the whole and the masked half of the batch."""
+        image, token, attention, mask = batch.image_BCHW, batch.token_CT, batch.attention_CT, None
+        if hidden.patch is not None:
+            image = torch.cat([image, image])
+            mask = torch.cat([torch.zeros_like(hidden.patch.mask_BN), hidden.patch.mask_BN])
+        if hidden.token is not None:
+            token = torch.cat([token, hidden.token.token_CT])
+            attention = torch.cat([attention, attention])
+        images = backbone.image(image, mask).split(len(batch.image_BCHW))
+        texts = backbone.text(token, attention).split(len(batch.token_CT))
+        return Encoded(
+            images[0],
+            texts[0],
+            images[1] if len(images) > 1 else None,
+            texts[1] if len(texts) > 1 else None,
+        )
+
+    def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
+        """Unit vectors of all processes; the same picture, the same words and unread rows are no negatives."""
+        if self.weights["itc"]:
+            image = self.projection.embed_image(encoded.image_BLD)
+            text, scale = self.projection.embed_text(encoded.text_BTD), self.projection.scale
+        else:  # nothing learns similarities: negatives are then drawn uniformly
+            image = text = torch.zeros_like(encoded.image_BLD[:, 0]).float()
+            scale = torch.ones((), device=image.device)
+        own_B = torch.arange(len(image), device=image.device) + rank() * len(image)
+        same = batch.image_id_B[:, None] == gather(batch.image_id_B)
+        same |= batch.text_id_C[:, None] == gather(batch.text_id_C)
+        excluded = same | ~gather(batch.valid_B.to(torch.uint8)).bool()
+        return Contrast(image, text, gather(image), gather(text), scale, own_B, excluded)
+
+    def negatives(self, contrast: Contrast) -> tuple[Negatives, Negatives] | None:
+        """For each picture a hard caption, for each caption a hard picture, out of the global batch."""
+        if not self.weights["itm"]:
+            return None
+        image, text, image_all, text_all, scale, _, excluded = contrast
+        drawn = [
+            losses.hard_negatives(scale * query.detach() @ keys.detach().T, excluded, self.uniform(*excluded.shape))
+            for query, keys in ((image, text_all), (text, image_all))
+        ]
+        return drawn[0], drawn[1]
+
+    def cross(
+        self, backbone: MaskVLM, batch: Batch, encoded: Encoded, found: tuple[Negatives, Negatives] | None
+    ) -> Crossed:
+        """One pass of each cross encoder over all its pairs: the masked rows first, then 3B matching pairs.
+
+        Matching pairs: (picture, its caption), (picture, hard caption), (hard picture, caption).
+        """
+        image, text, attention = encoded.image_BLD, encoded.text_BTD, batch.attention_CT
+        images, texts = [], []
+        if found is not None:
+            own = torch.arange(len(image), device=image.device)
+            text, caption = with_negatives(text, found[0].index_B)
+            attention, _ = with_negatives(attention, found[0].index_B)
+            image, picture = with_negatives(image, found[1].index_B)
+            images, texts = [own, own, picture], [own, caption, own]
+        both = encoded if self.mask_both else encoded._replace(hidden_image_BLD=None, hidden_text_BTD=None)
+        image_side, text_side = Side(image, None), Side(text, attention)
+        crossed_image = cross_pairs(
+            backbone.cross_image, encoded.hidden_image_BLD, image_side, text_side, both.hidden_text_BTD, images, texts
+        )
+        crossed_text = cross_pairs(
+            backbone.cross_text, encoded.hidden_text_BTD, text_side, image_side, both.hidden_image_BLD, texts, images
+        )
+        skip = len(batch.token_CT)
+        return Crossed(
+            crossed_image.every_RLD,
+            crossed_text.every_RLD,
+            Fused(
+                crossed_image.first_BD[skip if encoded.hidden_image_BLD is not None else 0 :],
+                crossed_text.first_BD[skip if encoded.hidden_text_BTD is not None else 0 :],
+            ),
+        )
+
+    # ------------------------------------------------------------------ losses
+
+    def contrastive_loss(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
+        own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
+        return losses.contrastive(
+            contrast.image_BE, contrast.text_BE, contrast.image_GE, contrast.text_GE, contrast.scale,
+            contrast.own_B, contrast.excluded_BG & ~own_BG, valid_B.float(), shared_count(valid_B.float().sum()),
+        )  # fmt: skip
+
+    def matching_loss(self, fused_M: Fused, found: tuple[Negatives, Negatives], valid_B: Tensor) -> Tensor:
+        valid = valid_B.float()
+        weight_M = torch.cat([valid, valid * found[0].weight_B, valid * found[1].weight_B])
+        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
+        return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
+
+    def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
+        target_CK = batch.token_CT.gather(1, token.index_CK)
+        if self.training:
+            self.token_count_V.index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
+        logits_CKV = self.tokens(pick(text_BTD, token.index_CK))
+        return losses.masked_token(logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum()))
+
+    def pixel_loss_of(self, image_BLD: Tensor, text_BTD: Tensor, batch: Batch, patch: PatchMask) -> Tensor:
+        predicted_BKP = self.pixels(image_BLD, text_BTD, batch.attention_CT, patch.index_BK)
+        target_BKP = self.pixel_target(batch.image_BCHW, patch.index_BK)
+        count = shared_count(patch.weight_BK.sum())
+        if self.training:
+            level = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
+            flat = losses.masked_pixel(level.expand_as(target_BKP), target_BKP, patch.weight_BK, count, self.pixel_loss)
+            self.pixel_floor = flat.detach()
+        return losses.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.pixel_loss)
+
+    def pixel_target(self, image_BCHW: Tensor, index_BK: Tensor) -> Tensor:
+        """Values of the patches at `index_BK`, [B, K, P]; normalised patch by patch if so configured."""
+        patch = int((self.pixels.pixels.out_features // 3) ** 0.5)
+        target_BKP = pick(patchify(image_BCHW, patch), index_BK)
+        if self.pixel_norm:
+            mean, var = target_BKP.mean(-1, keepdim=True), target_BKP.var(-1, keepdim=True)
+            target_BKP = (target_BKP - mean) / (var + 1e-6).sqrt()
+        return target_BKP
+
+    def floors(self, batch_size: int) -> dict[str, float]:
+        """No-knowledge level of each weighted loss.
+
+        ITC: log of the global batch. ITM: entropy of its 1:2 class prior, 0.6365. MLM: entropy of the hidden
+        tokens seen so far. MIM: error of predicting the mean colour of the latest batch.
+        """
+        levels = {"itc": math.log(max(batch_size, 1)), "itm": math.log(3) - 2 / 3 * math.log(2)}
+        if self.weights["mlm"]:
+            share_V = self.token_count_V / self.token_count_V.sum().clamp(min=1)
+            levels["mlm"] = float(torch.special.entr(share_V).sum())
+        if self.weights["mim"]:
+            levels["mim"] = float(self.pixel_floor)
+        return {name: self.weights[name] * level for name, level in levels.items() if self.weights[name]}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def update(self, backbone: MaskVLM, batch: Batch) -> None:
+        self.measure.update(self, backbone, batch)
+
+    def compute(self, backbone: MaskVLM) -> dict[str, float]:
+        return self.measure.compute(self, backbone)
+
+
+class Side(NamedTuple):
+    """Rows of one modality that pairs can pick, and their padding mask."""
+
+    rows_ULD: Tensor
+    attention_UL: Tensor | None
+
+    def pick(self, index: Tensor) -> "Side":
+        return Side(self.rows_ULD.index_select(0, index), None if self.attention_UL is None else self.attention_UL[index])
+
+
+def with_negatives(own_BLD: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that pairs can pick, and where each row's negative stands among them.
+
+    With one process the negatives are among the own rows; with several they are fetched, with gradient.
+    """
+    if world_size() == 1:
+        return own_BLD, index_B
+    fetched_BLD = gather(own_BLD)[index_B]
+    return torch.cat([own_BLD, fetched_BLD]), torch.arange(len(index_B), device=index_B.device) + len(index_B)
+
+
+def cross_pairs(
+    encoder: CrossEncoder,
+    hidden_BLD: Tensor | None,
+    own: Side,
+    other: Side,
+    hidden_other_BLD: Tensor | None,
+    rows: list[Tensor],
+    sees: list[Tensor],
+) -> CrossOutput:
+    """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
+
+    Args:
+        hidden_BLD: masked rows; they see the whole partner, or `hidden_other_BLD` where that is given.
+        own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
+    """
+    first = 0 if hidden_BLD is None else len(hidden_BLD)
+    partners = torch.arange(first, device=own.rows_ULD.device)
+    if hidden_other_BLD is not None:
+        mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:first]])
+        partners = partners + len(other.rows_ULD)
+        other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)
+    picked = own.pick(torch.cat([torch.arange(first, device=partners.device), *rows]))
+    query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
+    context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
+    return encoder(query_BLD, context, picked.attention_UL, every=first)
+
+
+def pad_text(batch: Batch, length: int) -> Batch:
+    """Captions padded to `length`, so that all processes hold the same shape."""
+    extra = length - batch.token_CT.shape[1]
+
+    def pad(x_CT: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(x_CT, (0, extra), value=value)
+
+    return batch._replace(
+        token_CT=pad(batch.token_CT, 0),
+        attention_CT=pad(batch.attention_CT, False),
+        special_CT=pad(batch.special_CT, True),
+        word_CT=pad(batch.word_CT, -1),
+    )
+
+
+def _check_settings(image_ratio: float, text_ratio: float, weights: dict[str, float]) -> None:
+    for name, value in (("image_mask_ratio", image_ratio), ("text_mask_ratio", text_ratio)):
+        if not 0 <= value <= 1:
+            raise UserError(f"model.task.{name}", f"{value} is no share", "give a number from 0 to 1")
+    for name, value in weights.items():
+        if value < 0:
+            raise UserError(f"model.task.weight_{name}", f"{value} is negative", "give 0 (off) or more")
+    if not any(weights.values()):
+        raise UserError("model.task", "all four loss weights are 0", "give at least one weight above 0")
