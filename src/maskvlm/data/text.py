@@ -208,7 +208,12 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
     special = {
         name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
     }
-    content = {"special": dict(sorted(special.items())), "tokenizer": json.loads(backend.to_str())}
+    extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
+    content = {
+        "special": dict(sorted(special.items())),
+        "extra": extra,
+        "tokenizer": json.loads(backend.to_str()),
+    }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -222,11 +227,12 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
         content: dict[str, Any] = json.loads(text)
         backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
         added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-        special = {name: added.get(token, token) for name, token in content["special"].items()}
+        special = {name: added[token] for name, token in content["special"].items()}
+        extra = [added[token] for token in content["extra"]]
     except Exception as error:  # the library raises the bare Exception
         what = f"the stored tokenizer cannot be read ({str(error)[:100]})"
         raise UserError("tokenizer", what, "Store it again with this version", ExitCode.BAD_DATA) from error
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -1,0 +1,319 @@
+"""Captions: what is cleaned, what becomes which token, and the tokenizer trained on the spot."""
+
+import json
+import pickle
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
+
+from maskvlm.data.text import (
+    MAX_CAPTION_BYTES,
+    SPECIAL_TOKENS,
+    Captioner,
+    caption_id,
+    clean_caption,
+    stable_id,
+    tokenizer_from_json,
+    tokenizer_hash,
+    tokenizer_json,
+    train_tokenizer,
+)
+from maskvlm.errors import ExitCode, UserError
+
+CAPTIONS = [
+    f"{start} {size} {colour} {thing} {place} the {colour} {other} ."
+    for start in ("There is a", "A", "One")
+    for size in ("small", "large", "tiny")
+    for colour in ("red", "green", "blue")
+    for thing, other in (("circle", "square"), ("triangle", "star"))
+    for place in ("left of", "beside", "unbelievably near")
+]
+EXAMPLES = [
+    ("a dog", "a dog", None),
+    ("  a\tdog \n runs ", "a dog runs", None),
+    ("", "", "empty"),
+    (" \t\n\u2003", "", "empty"),
+    ("\x00\u200b", "", "empty"),
+    ("cafe\u0301", "caf\u00e9", None),
+    ("a \x00dog\u200d", "a dog", "control"),
+    ("a \x1b[1;31mred\x1b[0m dog", "a red dog", "control"),
+    ("dog \ud800", "dog \ufffd", "surrogate"),
+    ("\udc00 \ud800\x07", "\ufffd \ufffd", "surrogate"),
+    ("smile \ud83d\ude00", "smile \U0001f600", "surrogate"),
+    ("\ufb01ne \u2460 \u4e00", "\ufb01ne \u2460 \u4e00", None),
+]
+
+
+@pytest.mark.parametrize(("text", "clean", "note"), EXAMPLES)
+def test_clean_caption_gives_the_exact_text_and_note(text: str, clean: str, note: str | None) -> None:
+    assert clean_caption(text) == (clean, note)
+
+
+@pytest.mark.parametrize("text", ["word " * 10_000, "x" * 100_000, "é" * 5_000, "e\u0301" * 50_000])
+def test_an_overlong_caption_is_cut_at_the_cap(text: str) -> None:
+    clean, note = clean_caption(text)
+    assert note == "cut"
+    assert MAX_CAPTION_BYTES // 2 < len(clean.encode()) <= MAX_CAPTION_BYTES
+    assert unicodedata.normalize("NFC", text).startswith(clean)
+
+
+def test_a_caption_of_exactly_the_cap_is_not_cut() -> None:
+    assert clean_caption("x" * MAX_CAPTION_BYTES) == ("x" * MAX_CAPTION_BYTES, None)
+    assert clean_caption("é" * (MAX_CAPTION_BYTES // 2))[1] is None
+
+
+@given(st.text(st.characters(exclude_categories=[]), max_size=200))
+def test_clean_text_is_one_printable_composed_line_and_stays_so(text: str) -> None:
+    clean, note = clean_caption(text)
+    assert clean == unicodedata.normalize("NFC", clean) == " ".join(clean.split())
+    assert not any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in clean)
+    assert (note == "empty") == (clean == "")
+    assert clean_caption(clean)[0] == clean
+
+
+def test_ids_are_63_bit_and_the_same_everywhere() -> None:
+    assert stable_id("") == 0xE4A6A0577479B2B4 >> 1  # `printf '' | b2sum -l 64`
+    assert stable_id("a dog") == 0xFE02E6665A225AC7 >> 1
+    ids = [stable_id(str(number)) for number in range(1000)]
+    assert len(set(ids)) == 1000
+    assert 0 <= min(ids) < 2**55
+    assert 2**62 < max(ids) < 2**63
+    assert stable_id("\ud800") != stable_id("\ud801")
+
+
+def test_caption_ids_ignore_case_and_white_space_only() -> None:
+    assert caption_id("A  Dog\n") == caption_id("a dog")
+    assert caption_id("a dog") != caption_id("a dog .")
+
+
+@pytest.fixture(scope="module")
+def trained() -> PreTrainedTokenizerFast:
+    return train_tokenizer(CAPTIONS, 200)
+
+
+@pytest.fixture(scope="module")
+def bert() -> PreTrainedTokenizerFast:
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "dog",
+        "[",
+        "]",
+        "mask",
+        "run",
+        "##ning",
+        "##s",
+    ]
+    return BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+
+
+@pytest.fixture(scope="module")
+def roberta(shared_data: Path) -> PreTrainedTokenizerFast:
+    return RobertaTokenizerFast.from_pretrained(shared_data / "roberta_vocab")
+
+
+def test_a_trained_tokenizer_has_the_five_special_ids_and_lower_cases(
+    trained: PreTrainedTokenizerFast,
+) -> None:
+    assert trained.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
+    names = ("pad", "unk", "cls", "sep", "mask")
+    assert [getattr(trained, f"{name}_token_id") for name in names] == [0, 1, 2, 3, 4]
+    assert trained.all_special_ids == [1, 3, 0, 2, 4]
+    assert sorted(trained.get_vocab().values()) == list(range(len(trained)))
+    assert trained.tokenize("A Red CIRCLE") == ["a", "red", "circle"]
+
+
+def test_a_frequent_word_is_one_piece_and_an_unseen_one_several(trained: PreTrainedTokenizerFast) -> None:
+    assert trained.tokenize("circle") == ["circle"]
+    pieces = trained.tokenize("reddest")
+    assert len(pieces) > 1
+    assert "".join(pieces).replace("##", "") == "reddest"
+    assert trained.tokenize("犬") == ["[UNK]"]
+
+
+@pytest.mark.parametrize("size", [20, 60, 200])
+def test_the_vocabulary_never_exceeds_its_size(size: int) -> None:
+    chinese = [chr(0x4E00 + i) + chr(0x5000 + i) for i in range(500)]
+    assert len(train_tokenizer(CAPTIONS, size)) <= size
+    assert len(train_tokenizer(chinese, size)) <= size
+
+
+TRAIN_ELSEWHERE = """
+import sys
+from maskvlm.data.text import tokenizer_json, train_tokenizer
+captions = sys.stdin.read().splitlines()
+sys.stdout.write(tokenizer_json(train_tokenizer(captions, 200)))
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_training_again_elsewhere_in_another_order_gives_the_same_json(
+    trained: PreTrainedTokenizerFast, threads: str, root: Path
+) -> None:
+    environment = {
+        "RAYON_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONPATH": str(root / "src"),
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "1",
+    }
+    text = "\n".join(reversed(CAPTIONS))
+    command = [sys.executable, "-c", TRAIN_ELSEWHERE]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == tokenizer_json(trained)
+
+
+def test_real_captions_train_in_seconds_and_leave_nothing_unknown(shared_data: Path) -> None:
+    images = json.loads((shared_data / "flickr8k" / "dataset_flickr8k.json").read_text())["images"]
+    captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
+    tokenizer = train_tokenizer(captions, 4000)
+    assert len(tokenizer) == 4000
+    tokens = Captioner(tokenizer, 30)(captions[:2000]).token_CT
+    assert (tokens == tokenizer.unk_token_id).float().mean() < 1e-4
+
+
+def _read(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[str]:
+    tokens = Captioner(tokenizer, 30)([caption])
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(tokens.token_CT[0].tolist())]
+
+
+def test_special_tokens_in_a_caption_are_plain_text_to_bert(bert: PreTrainedTokenizerFast) -> None:
+    assert bert.mask_token_id in bert("a [MASK] dog")["input_ids"]  # what the library does unasked
+    assert _read(bert, "a [MASK] dog") == ["[CLS]", "a", "[", "mask", "]", "dog", "[SEP]"]
+    assert _read(bert, "[PAD][SEP]")[1:-1] == ["[", "[UNK]", "]", "[", "[UNK]", "]"]
+
+
+def test_special_tokens_in_a_caption_are_plain_text_to_roberta(roberta: PreTrainedTokenizerFast) -> None:
+    assert roberta.mask_token_id in roberta("a <mask> dog")["input_ids"]
+    assert _read(roberta, "a <mask> dog</s>") == [
+        "<s>",
+        "a",
+        "Ġ<",
+        "mask",
+        ">",
+        "Ġdog",
+        "</",
+        "s",
+        ">",
+        "</s>",
+    ]
+
+
+def test_a_tokenizer_that_keeps_brackets_whole_reads_them_as_unknown() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, "dog"])}
+    whole = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    whole.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, **dict(zip(names, SPECIAL_TOKENS, strict=True))
+    )
+    assert Captioner(tokenizer, 9)(["dog [MASK] [PAD] dog"]).token_CT.tolist() == [[2, 5, 1, 1, 5, 3]]
+
+
+def test_using_a_captioner_leaves_the_tokenizer_as_it_was(bert: PreTrainedTokenizerFast) -> None:
+    before = bert("a [MASK] dog")["input_ids"]
+    Captioner(bert, 5)(["a dog runs runs runs runs"])
+    assert bert("a [MASK] dog")["input_ids"] == before
+    assert len(bert("a dog " * 50)["input_ids"]) == 102
+
+
+def test_captions_are_padded_to_the_longest_and_marked(bert: PreTrainedTokenizerFast) -> None:
+    tokens = Captioner(bert, 30)(["a dog", "", "a dog runs"])
+    assert tokens.token_CT.tolist() == [[2, 5, 6, 3, 0, 0], [2, 3, 0, 0, 0, 0], [2, 5, 6, 10, 12, 3]]
+    assert tokens.attention_CT.int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
+    assert tokens.special_CT.int().tolist() == [[1, 0, 0, 1, 1, 1], [1] * 6, [1, 0, 0, 0, 0, 1]]
+    assert tokens.word_CT.tolist() == [[-1, 0, 1, -1, -1, -1], [-1] * 6, [-1, 0, 1, 2, 2, -1]]
+    kinds = [tensor.dtype for tensor in tokens]
+    assert kinds == [torch.long, torch.bool, torch.bool, torch.long]
+
+
+def test_a_long_caption_keeps_its_end_token(bert: PreTrainedTokenizerFast) -> None:
+    tokens = Captioner(bert, 5)(["a dog " * 10_000, "dog"])
+    assert tokens.token_CT.tolist() == [[2, 5, 6, 5, 3], [2, 6, 3, 0, 0]]
+
+
+def test_captions_are_cleaned_before_they_become_tokens(bert: PreTrainedTokenizerFast) -> None:
+    assert Captioner(bert, 9)(["a\x00 d\u200bog"]).token_CT.tolist() == [[2, 5, 6, 3]]
+    Captioner(bert, 9)(["dog \ud800"])  # the library alone raises TypeError
+
+
+def test_no_captions_give_empty_tensors(bert: PreTrainedTokenizerFast) -> None:
+    assert [tuple(tensor.shape) for tensor in Captioner(bert, 9)([])] == [(0, 0)] * 4
+
+
+def test_the_pieces_of_a_word_share_its_number_in_roberta(roberta: PreTrainedTokenizerFast) -> None:
+    tokens = Captioner(roberta, 30)(["the man's unbelievableness, tall"])
+    pieces = roberta.convert_ids_to_tokens(tokens.token_CT[0].tolist())
+    assert pieces == ["<s>", "the", "Ġman", "'s", "Ġunbeliev", "abl", "eness", ",", "Ġtall", "</s>"]
+    assert tokens.word_CT[0].tolist() == [-1, 0, 1, 2, 3, 3, 3, 4, 5, -1]
+
+
+def test_a_captioner_sent_to_a_data_worker_still_guards(bert: PreTrainedTokenizerFast) -> None:
+    sent = pickle.loads(pickle.dumps(Captioner(bert, 6)))
+    for tensor, same in zip(sent(["a [MASK]"]), Captioner(bert, 6)(["a [MASK]"]), strict=True):
+        assert torch.equal(tensor, same)
+    assert bert.mask_token_id not in sent(["a [MASK] dog"]).token_CT
+
+
+def test_what_a_captioner_cannot_use_is_named(bert: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="text_length: 2 leaves no room"):
+        Captioner(bert, 2)
+    with pytest.raises(UserError, match="str is not a fast tokenizer"):
+        Captioner("bert", 30)  # type: ignore[arg-type]
+    padless = PreTrainedTokenizerFast(tokenizer_object=bert.backend_tokenizer)
+    with pytest.raises(UserError, match="no padding token"):
+        Captioner(padless, 30)
+
+
+@pytest.mark.parametrize("kind", ["trained", "bert", "roberta"])
+def test_a_stored_tokenizer_comes_back_the_same(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(kind)
+    text = tokenizer_json(tokenizer)
+    back = tokenizer_from_json(text)
+    assert tokenizer_json(back) == text
+    assert back.special_tokens_map == tokenizer.special_tokens_map
+    assert back.all_special_ids == tokenizer.all_special_ids
+    for caption in ("a dog runs", "A <mask> [MASK] dog's café</s>", "  two  spaces"):
+        assert back(caption)["input_ids"] == tokenizer(caption)["input_ids"]
+
+
+def test_a_stored_tokenizer_keeps_extra_special_tokens_and_forgets_padding(shared_data: Path) -> None:
+    folder = shared_data / "roberta_vocab"
+    tokenizer = RobertaTokenizerFast.from_pretrained(folder, extra_special_tokens=["<region>"])
+    text = tokenizer_json(tokenizer)
+    assert tokenizer_from_json(text).all_special_tokens == tokenizer.all_special_tokens
+    tokenizer("a dog", padding="max_length", max_length=9, truncation=True)
+    assert tokenizer_json(tokenizer) == text
+
+
+def test_the_hash_tells_tokenizers_apart(
+    trained: PreTrainedTokenizerFast, bert: PreTrainedTokenizerFast
+) -> None:
+    assert tokenizer_hash(trained) == tokenizer_hash(tokenizer_from_json(tokenizer_json(trained)))
+    assert (
+        len({tokenizer_hash(tokenizer) for tokenizer in (trained, bert, train_tokenizer(CAPTIONS, 100))}) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", '{"tokenizer": {}, "special": {}, "extra": []}', "[" * 100_000]
+)
+def test_a_broken_stored_tokenizer_is_one_clear_line(text: str) -> None:
+    with pytest.raises(UserError, match="the stored tokenizer cannot be read") as caught:
+        tokenizer_from_json(text)
+    assert caught.value.code == ExitCode.BAD_DATA
+    assert "\n" not in str(caught.value)
