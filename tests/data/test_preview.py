@@ -25,7 +25,7 @@ class Toys:
     def __getitem__(self, index: int, /) -> Row:
         self.read.append(index)
         image = Image.new("RGB", (30, 20), "red") if index < self.count - 1 else b"no picture"
-        captions = [f"{index} cards for $5 or $6", "word " * 500, *"abcd"]
+        captions = [f"{index} cards for $^$ each", "word " * 500, *"abcd"]
         return Row(image=image, captions=captions, image_id=f"card-{index}", origin=f"toys row {index}")
 
 
@@ -56,7 +56,7 @@ def test_captions_stand_below_their_picture_shortened_and_as_they_are() -> None:
     toys = Toys(3)
     figure = draw_sheet([read_row(toys, 0), read_row(toys, 1)])
     below = texts_of(figure)
-    assert [text.splitlines()[0] for text in below] == ["- 0 cards for $5 or $6", "- 1 cards for $5 or $6"]
+    assert [text.splitlines()[0] for text in below] == ["- 0 cards for $^$ each", "- 1 cards for $^$ each"]
     assert below[0].splitlines()[-1] == "  and 1 more"
     assert "word ..." in below[0]
     assert len(below[0].splitlines()) < 12
