@@ -122,7 +122,7 @@ def test_every_caption_is_true_of_its_picture(world: ScenePairs) -> None:
 
 
 def near_miss(scene: Scene, donor: Scene, rng: random.Random) -> Scene:
-    """The scene with one thing less or more, or with one attribute, one place or the background of another scene."""
+    """The scene with one thing less or more, or an attribute, a place or the background of another scene."""
     change = rng.choice(["fewer", "more", "background", "colour", "shape", "pattern", "size", "cell"])
     if change == "fewer":
         return Scene(scene.background, scene.things[1:])
