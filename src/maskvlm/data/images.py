@@ -214,7 +214,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     rgb.info = dict(image.info)
     _turn_upright(rgb)
     rgb.info = {}
-    return rgb
+    return rgb.copy() if rgb.getexif() else rgb  # parsed EXIF hides in the object, a copy has none
 
 
 def _check_size(width: int, height: int, name: str) -> None:
