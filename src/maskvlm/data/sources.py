@@ -136,7 +136,7 @@ def _origin(file: str, position: int, image: str) -> str:
 def _no_split(file: Path, name: str, split_N: np.ndarray) -> UserError:
     names, counts = np.unique(split_N, return_counts=True)
     there = ", ".join(f"{other} with {count}" for other, count in zip(names, counts, strict=True))
-    what = f"no picture with a caption in split '{name}' (there is {there or 'none in any'})"
+    what = f"no picture with a caption in split '{name}' (there is {there})"
     return UserError(file, what, "Take the complete file or another split", ExitCode.MISSING_INPUT)
 
 
@@ -195,7 +195,8 @@ def _write_table(rows: list[dict[str, Any]], skipped: dict[str, Skipped], folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
         made = Path(work) / folder.name
-        datasets.Dataset.from_list(rows, features=features).save_to_disk(made / "table")
+        table = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in features}, features)
+        table.save_to_disk(made / "table")
         (made / "skipped.json").write_text(json.dumps(skipped))
         try:
             made.rename(folder)
@@ -239,6 +240,8 @@ def _parse(content: bytes, file: Path) -> tuple[list[dict[str, Any]], dict[str, 
         if (first := seen.setdefault(row["image_id"], position)) != position:
             what = f"images {first} and {position} have the same id '{row['image_id']}'"
             raise UserError(file, what, "Make `cocoid` or `imgid` unique", ExitCode.BAD_DATA)
+    if not rows:
+        raise UserError(file, "no picture with a caption", "Take the complete file", ExitCode.BAD_DATA)
     return rows, skipped
 
 
