@@ -11,6 +11,7 @@ from maskvlm.cross import CrossEncoder
 from maskvlm.data.batch import InputSpec
 from maskvlm.encoders import ImageEncoder, TextEncoder
 from maskvlm.errors import UserError
+from maskvlm.init import init_normal, init_xavier
 
 
 class Fused(NamedTuple):
@@ -60,8 +61,11 @@ class MaskVLM(nn.Module):
         settings = (self.width, self.width, cross_layers, cross_heads, dropout, checkpointing)
         self.cross_image = CrossEncoder(*settings)
         self.cross_text = CrossEncoder(*settings)
+        for encoder in (image, text):
+            if encoder.random_init:
+                init_xavier(encoder)
         for part in (self.cross_image, self.cross_text):
-            init_weights(part)
+            init_normal(part)
 
     @property
     def input_spec(self) -> InputSpec:
@@ -80,14 +84,3 @@ class MaskVLM(nn.Module):
         image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), every=0)
         text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, every=0)
         return Fused(image.first_BD, text.first_BD)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Start values of everything that is ours: linear N(0, 0.02) and bias 0; norms weight 1 and bias 0 (C)."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)

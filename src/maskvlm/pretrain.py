@@ -15,10 +15,11 @@ from maskvlm.data.batch import Batch
 from maskvlm.distributed import gather, rank, shared_count, world_size
 from maskvlm.errors import UserError
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick
+from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Negatives, PixelLoss
 from maskvlm.masking import PatchMask, TokenMask, Uniform, mask_patches, mask_tokens
 from maskvlm.measure import Measure
-from maskvlm.model import Fused, MaskVLM, init_weights
+from maskvlm.model import Fused, MaskVLM
 from maskvlm.task import Task
 
 
@@ -125,7 +126,9 @@ class MaskedPretraining(Task):
             self.register_buffer("token_count_V", torch.zeros(backbone.text.vocab_size), persistent=False)
         if self.weights["mim"]:
             self.pixels = PixelDecoder(width, width, 3 * patch**2, self.decoder_layers, backbone.cross_heads)
-        init_weights(self)
+        init_normal(self)
+        if self.weights["itc"]:
+            init_xavier(self.projection)
         self._freeze_unused(backbone)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
