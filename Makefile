@@ -31,7 +31,9 @@ task-names := $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))
 # $(call chosen,MODEL,conf/model) is the file, or one line that lists the choices.
 chosen = $(if $(filter 1,$(words $($1))),$(if $(filter $($1),$(call names,$2)),$2/$($1).yaml,$(call unknown,$1,$2)),$(call unknown,$1,$2))
 unknown = $(error no $1=$($1); there are: $(call names,$2))
-stack = -c conf/base.yaml -c $(call chosen,MODEL,conf/model) -c conf/pretrain.yaml -c $(call chosen,DATA,conf/data) -c $(call chosen,WHERE,conf/where)
+# conf/pretrain-MODEL.yaml, where there is one, is what the paper's recipe must change for that model.
+stack = $(addprefix -c ,conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml \
+    $(wildcard conf/pretrain-$(MODEL).yaml) $(call chosen,DATA,conf/data) $(call chosen,WHERE,conf/where))
 
 help:  ## this list
 	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. ARGS=\"--model.lr 1e-3 ..\"]"

@@ -1,0 +1,92 @@
+"""`python -m maskvlm COMMAND ...`: finds what it can before seconds of imports; every error is one line."""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+from maskvlm.config import options as settings
+from maskvlm.config import places
+from maskvlm.errors import UserError
+from maskvlm.failure import report
+
+USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
+
+  fit       train; evaluates along the way and at the end
+  validate  measure a checkpoint (--ckpt_path) on the validation split
+  test      measure a checkpoint on the test split
+  preview   write a contact sheet of the data (--out FILE.png)
+  submit    write and submit the SLURM batch script of fit
+  bench     time a few training steps
+
+  --run FOLDER          where everything of a run is written
+  --print_config        print the composed configuration and stop
+  --allow-import NAME   let files name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
+  --debug               show tracebacks
+
+`python -m maskvlm fit --help` lists all keys. `make` composes the files for you."""
+COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status (see `errors.ExitCode`)."""
+    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    front.add_argument("--debug", action="store_true")
+    front.add_argument("--allow-import", action="append", default=[])
+    front.add_argument("--out", default="checkpoints/preview.png")
+    options, arguments = front.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
+    try:
+        check(arguments)
+        return dispatch(arguments, options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns it into exit(1)
+            print("interrupted", file=sys.stderr)
+            return 130
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        return report(error, run_folder(arguments), options.debug)
+
+
+def check(arguments: list[str]) -> None:
+    """What needs no import: the command's name, and files that are there and are plain YAML."""
+    if arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
+        what = "no such command" + (f" (did you mean {near[0]}?)" if near else "")
+        raise UserError(arguments[0], what, f"There are: {', '.join(COMMANDS)}")
+    places(arguments[1:])
+
+
+def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
+    """Import what the command needs, and run it."""
+    name, rest = arguments[0], arguments[1:]
+    if name == "preview":
+        from maskvlm.extras import preview
+
+        print(preview(rest, Path(options.out), options.allow_import))
+    elif name == "submit":
+        from maskvlm.extras import submit
+
+        print(submit(rest, options.allow_import))
+    else:
+        from maskvlm.cli import run
+
+        run(arguments, options.allow_import)
+    return 0
+
+
+def run_folder(arguments: list[str]) -> Path | None:
+    """The value of --run, for the traceback of a bug."""
+    given = [option.value for option in settings(arguments) if option.key == "run"]
+    return Path(given[-1]) if given else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How a command ends when it cannot go on: one line on stderr and an exit status by class of cause.
+
+Of several processes the first to fail tells the cause, the others only who that was.
+"""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.errors import ExitCode, UserError
+
+FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
+
+
+class Line(NamedTuple):
+    """What is said, and the exit status."""
+
+    text: str
+    code: ExitCode
+
+
+def report(error: BaseException, folder: Path | None = None, debug: bool = False) -> int:
+    """Say why the command ends.
+
+    Args:
+        error: what ended it.
+        folder: the run's folder, where the traceback of a bug is kept.
+        debug: show the traceback instead.
+
+    Returns:
+        The exit status.
+    """
+    if debug:
+        traceback.print_exception(error)
+    line = user_line(error) or _bug(error, folder)
+    rank = process_rank()
+    first = _first_to_fail(folder, rank)
+    if first == rank:
+        print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{line.text}", file=sys.stderr)
+    else:
+        print(f"[rank {rank}] see rank {first}", file=sys.stderr)
+    return int(line.code)
+
+
+def user_line(error: BaseException) -> Line | None:
+    """The line for what a user can mend; None for a bug."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return Line(_one_line(str(cause)), cause.code)
+        cause = cause.__cause__
+    if worker := _from_worker(str(error)):
+        return worker
+    name, text = type(error).__name__, _one_line(str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Line(f"{error.filename or 'disk'}: no space left. Free some space.", ExitCode.IO_ERROR)
+    if name == "MisconfigurationException":
+        return Line(f"trainer: {text}", ExitCode.USAGE)
+    if name == "OutOfMemoryError":
+        todo = "Lower data.batch_size, or share it over more passes with trainer.accumulate_grad_batches"
+        return Line(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
+    return None
+
+
+def _from_worker(text: str) -> Line | None:
+    """A mistake found in a data worker arrives as the text of its traceback: the last line names it."""
+    for kind in (UserError, *_all_subclasses(UserError)):
+        found = re.findall(rf"^{re.escape(kind.__module__)}\.{kind.__qualname__}: (.+)$", text, re.MULTILINE)
+        if found:
+            status = re.findall(r"^exit status (\d+)$", text, re.MULTILINE)
+            return Line(found[-1], ExitCode(int(status[-1])) if status else ExitCode.BAD_DATA)
+    return None
+
+
+def _all_subclasses(kind: type) -> list[type]:
+    return [deep for sub in kind.__subclasses__() for deep in (sub, *_all_subclasses(sub))]
+
+
+def _bug(error: BaseException, folder: Path | None) -> Line:
+    text = _one_line(f"{type(error).__name__}: {error}")[:300]
+    name = f"crash-rank{process_rank()}.txt" if process_rank() else "crash.txt"
+    path = (folder or Path("checkpoints")) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        traceback.print_exception(error)
+        return Line(text, ExitCode.OUR_BUG)
+    return Line(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
+
+
+def process_rank() -> int:
+    """This process's number before any process group exists: torchrun's, SLURM's, or the launcher's."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def _first_to_fail(folder: Path | None, rank: int) -> int:
+    """Each process tries to create the same file; who succeeds was first. No communication, so no hang."""
+    processes = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    if processes == 1 or folder is None or not folder.is_dir():
+        return rank
+    try:
+        with (folder / FIRST).open("x") as file:
+            file.write(f"{rank}\n")
+        return rank
+    except FileExistsError:
+        words = (folder / FIRST).read_text().split()
+        return int(words[0]) if words else 0
+    except OSError:
+        return rank
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,145 @@
+"""A run's folder: who may write into it, and what a run leaves there to be understood later.
+
+Everything a run writes lies in `trainer.default_root_dir`, which the command line sets to `--run`.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import SaveConfigCallback
+
+from maskvlm.errors import ExitCode, UserError
+
+PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")
+
+
+def claim(folder: Path) -> None:
+    """Make a new run's folder; found at the start, not at the first checkpoint, if that cannot be done.
+
+    Raises:
+        UserError: it already holds a run, or it cannot be written (73).
+    """
+    if any(folder.glob("*.ckpt")) or (folder / "config-fit.yaml").exists():
+        todo = "Choose another folder (--run; RUN= with make), or go on with it by --ckpt_path last"
+        raise UserError(folder, "already holds a run", todo, ExitCode.CANNOT_CREATE)
+    write_json(folder / "versions.json", versions())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file whole or not at all; NaN becomes null, as JSON has none."""
+    plain = {key: None if value != value else value for key, value in content.items()}
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, any text. Raises UserError (73, or 74 for a full disk)."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        full = error.errno in (28, 122)
+        code = ExitCode.IO_ERROR if full else ExitCode.CANNOT_CREATE
+        raise UserError(
+            path, f"cannot be written ({error.strerror})", "Choose another folder", code
+        ) from error
+
+
+def versions() -> dict[str, Any]:
+    """What this run is made of: our version and commit, the packages, the machine, the command."""
+    return {
+        "maskvlm": _version("maskvlm"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": machine(),
+        "command": sys.argv[1:],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, and the cards, by name."""
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "gpus": cards}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with a + where files differ from it; None outside a repository."""
+    try:
+        folder = Path(__file__).parent
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunRecord(L.Callback):
+    """Completes `versions.json` with seed and data, and keeps `metrics.json` up to date.
+
+    `metrics.json` holds the numbers of the latest evaluation and the step it was made at; other stages than
+    fit write their own (`metrics-test.json`), so that looking at a run never changes its record.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or stage != "fit":
+            return
+        fingerprint = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
+        facts = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0)), "processes": trainer.world_size}
+        facts["data"] = fingerprint() if fingerprint else None
+        write_json(folder_of(trainer) / "versions.json", versions() | facts)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = getattr(pl_module, "metrics", {})
+        if trainer.is_global_zero and metrics and not trainer.sanity_checking:
+            stage = trainer.state.fn
+            name = "metrics.json" if stage in (None, "fit") else f"metrics-{stage.value}.json"
+            write_json(folder_of(trainer) / name, {"step": trainer.global_step} | metrics)
+
+
+class SaveConfig(SaveConfigCallback):
+    """The composed configuration, defaults written out, a file a stage: `fit -c config-fit.yaml` repeats."""
+
+    def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        write_text(folder_of(trainer) / f"config-{getattr(stage, 'value', stage)}.yaml", text)
+
+
+def folder_of(trainer: L.Trainer) -> Path:
+    """The run's folder."""
+    return Path(trainer.default_root_dir)
