@@ -1,0 +1,235 @@
+"""Which patches and words are hidden: against written-out NumPy, and what must hold for every input."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from toys import MASK, VOCAB, tokens
+
+from maskvlm.masking import PatchMask, TokenMask, count_masked, mask_patches, mask_tokens
+
+ratios = st.integers(0, 100).map(lambda percent: percent / 100)
+captions = st.lists(st.lists(st.integers(5, VOCAB - 1), max_size=9), min_size=1, max_size=5)
+
+
+class Noise:
+    """Random numbers from a seed; `last` keeps what was handed out."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.last: list[Tensor] = []
+
+    def __call__(self, *shape: int) -> Tensor:
+        self.last.append(torch.rand(*shape, generator=self.generator))
+        return self.last[-1]
+
+
+def words(
+    ids: list[list[int]], ratio: float, noise: Noise, length: int | None = None, **options: bool
+) -> TokenMask:
+    text = tokens(ids, length)
+    return mask_tokens(
+        text["token_CT"], text["special_CT"], text["word_CT"], ratio, noise, MASK, VOCAB, 11, **options
+    )
+
+
+def assert_positions(mask: Tensor, found: PatchMask | TokenMask) -> None:
+    """index, weight: each hidden position once with weight 1, the rest visible with weight 0."""
+    _, _, index, weight = found if isinstance(found, TokenMask) else (None, *found)
+    for row, places, weights in zip(mask, index, weight, strict=True):
+        assert sorted(places[weights == 1].tolist()) == row.nonzero().flatten().tolist()
+        assert not row[places[weights == 0]].any()
+        assert len(set(places.tolist())) == len(places)
+        assert set(weights.tolist()) <= {0.0, 1.0}
+
+
+# ---------------------------------------------------------------------- counts
+
+
+def test_count_is_the_nearest_whole_number_and_at_least_one() -> None:
+    counted = {
+        (49, 0.6): 29,
+        (9, 0.5): 5,
+        (4, 0.6): 2,
+        (8, 0.3): 2,
+        (5, 0.3): 2,
+        (9, 0.01): 1,
+        (9, 0.0): 0,
+        (9, 1.0): 9,
+    }
+    assert {case: count_masked(*case) for case in counted} == counted
+
+
+# ---------------------------------------------------------------------- patches
+
+
+@pytest.mark.parametrize(
+    ("grid", "block"), [((14, 14), 2), ((4, 4), 1), ((5, 7), 2), ((6, 6), 4), ((3, 3), 5)]
+)
+def test_patches_are_the_blocks_of_the_smallest_random_numbers(grid: tuple[int, int], block: int) -> None:
+    noise = Noise()
+    mask_BN = mask_patches(torch.ones(3, dtype=torch.bool), grid, block, 0.6, noise).mask_BN.numpy()
+    rows, cols = int(np.ceil(grid[0] / block)), int(np.ceil(grid[1] / block))
+    for mask_N, noise_U in zip(mask_BN, noise.last[0].numpy(), strict=True):
+        expected = np.zeros((rows * block, cols * block), dtype=bool)
+        for unit in np.argsort(noise_U)[: int(np.floor(0.6 * rows * cols + 0.5))]:
+            r, c = unit // cols * block, unit % cols * block
+            expected[r : r + block, c : c + block] = True
+        np.testing.assert_array_equal(mask_N.reshape(grid), expected[: grid[0], : grid[1]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.integers(1, 4),
+    ratios,
+    st.lists(st.booleans(), min_size=1, max_size=5),
+    st.integers(0, 2**31),
+)
+def test_patch_masks_for_every_grid(
+    grid: tuple[int, int], block: int, ratio: float, valid: list[bool], seed: int
+) -> None:
+    valid_B = torch.tensor(valid)
+    found = mask_patches(valid_B, grid, block, ratio, Noise(seed))
+    assert_positions(found.mask_BN, found)
+    assert not found.mask_BN[~valid_B].any()
+    rows, cols = -(-grid[0] // block), -(-grid[1] // block)
+    for mask_N in found.mask_BN[valid_B]:
+        blocks = [part for strip in mask_N.view(grid).split(block, 0) for part in strip.split(block, 1)]
+        assert all(part.all() or not part.any() for part in blocks)
+        assert sum(bool(part.any()) for part in blocks) == count_masked(rows * cols, ratio)
+
+
+def test_no_patch_at_ratio_zero_and_every_patch_at_ratio_one() -> None:
+    valid_B = torch.ones(2, dtype=torch.bool)
+    none, everything = (mask_patches(valid_B, (5, 5), 2, ratio, Noise()) for ratio in (0.0, 1.0))
+    assert none.index_BK.shape == (2, 0)
+    assert not none.mask_BN.any()
+    assert everything.index_BK.shape == (2, 25)
+    assert everything.weight_BK.all()
+    assert everything.mask_BN.all()
+
+
+def test_blocks_are_chosen_evenly_and_independently_for_each_picture() -> None:
+    mask_BN = mask_patches(torch.ones(6000, dtype=torch.bool), (5, 5), 2, 0.5, Noise()).mask_BN
+    chosen_BU = (
+        mask_BN.view(-1, 5, 5)[:, ::2, ::2].flatten(1).double()
+    )  # one patch of each of the nine blocks
+    expected = 6000 * 5 / 9
+    assert ((chosen_BU.sum(0) - expected) ** 2 / expected).sum() < 20  # chi-square, eight degrees of freedom
+    together = (chosen_BU.T @ chosen_BU)[~torch.eye(9, dtype=torch.bool)] / 6000
+    torch.testing.assert_close(together, torch.full_like(together, 5 / 9 * 4 / 8), atol=0.03, rtol=0)
+    assert len({tuple(row.tolist()) for row in chosen_BU}) == 126  # all choices of five out of nine
+
+
+# ---------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_words_are_those_of_the_smallest_random_numbers(whole_word: bool) -> None:
+    noise, ids = Noise(), [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [], [15]]
+    found = words(ids, 0.4, noise, whole_word=whole_word)
+    text = tokens(ids)
+    for row, noise_U in enumerate(noise.last[0].numpy()):
+        places = np.arange(1, len(ids[row]) + 1)
+        unit_of = (places - 1) // 2 if whole_word else places
+        units = np.unique(unit_of)
+        hidden = units[np.argsort(noise_U[units])][: max(1, int(0.4 * len(units) + 0.5))]
+        expected = np.zeros(9, dtype=bool)
+        expected[places[np.isin(unit_of, hidden)]] = True
+        np.testing.assert_array_equal(found.mask_CT[row].numpy(), expected)
+        shown = np.where(expected, MASK, text["token_CT"][row].numpy())
+        np.testing.assert_array_equal(found.token_CT[row].numpy(), shown)
+
+
+@settings(max_examples=60, deadline=None)
+@given(captions, ratios, st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_word_masks_for_every_batch(
+    ids: list[list[int]], ratio: float, whole_word: bool, keep_and_swap: bool, seed: int
+) -> None:
+    text = tokens(ids)
+    found = words(ids, ratio, Noise(seed), whole_word=whole_word, keep_and_swap=keep_and_swap)
+    assert_positions(found.mask_CT, found)
+    assert not (found.mask_CT & text["special_CT"]).any()
+    assert torch.equal(found.token_CT[~found.mask_CT], text["token_CT"][~found.mask_CT])
+    assert ((found.token_CT >= 0) & (found.token_CT < VOCAB)).all()
+    if not keep_and_swap:
+        assert (found.token_CT[found.mask_CT] == MASK).all()
+    for row, mask_T in enumerate(found.mask_CT):
+        units = (text["word_CT"][row] if whole_word else torch.arange(len(mask_T)))[~text["special_CT"][row]]
+        hidden = units[mask_T[~text["special_CT"][row]]]
+        assert len(hidden.unique()) == (count_masked(len(units.unique()), ratio) if len(units) else 0)
+        assert len(hidden) == torch.isin(units, hidden).sum()  # words entire
+
+
+@settings(max_examples=30, deadline=None)
+@given(captions, ratios, st.booleans(), st.booleans(), st.integers(0, 2))
+def test_the_longest_caption_of_the_batch_does_not_matter(
+    ids: list[list[int]], ratio: float, whole_word: bool, keep_and_swap: bool, extra: int
+) -> None:
+    trimmed = words(ids, ratio, Noise(3), whole_word=whole_word, keep_and_swap=keep_and_swap)
+    length = trimmed.mask_CT.shape[1]
+    padded = words(
+        ids, ratio, Noise(3), min(length + extra, 11), whole_word=whole_word, keep_and_swap=keep_and_swap
+    )
+    assert torch.equal(padded.mask_CT[:, :length], trimmed.mask_CT)
+    assert torch.equal(padded.token_CT[:, :length], trimmed.token_CT)
+    assert not padded.mask_CT[:, length:].any()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.29, 1.0])
+def test_the_count_is_exact_also_without_special_tokens(ratio: float) -> None:
+    """0.29 * 50 is 14.499999... in double precision and 14.5 in single: both counts must use one of them."""
+    shape = (2, 50)
+    found = mask_tokens(
+        torch.full(shape, 7), torch.zeros(shape, dtype=torch.bool), torch.arange(50).expand(shape),
+        ratio, Noise(), MASK, VOCAB, 50,
+    )  # fmt: skip
+    assert found.mask_CT.sum(1).tolist() == [count_masked(50, ratio)] * 2
+    assert_positions(found.mask_CT, found)
+
+
+def test_eighty_ten_ten() -> None:
+    ids = [[7] * 9] * 2000
+    found = words(ids, 1.0, Noise(), keep_and_swap=True)
+    shown = found.token_CT[found.mask_CT]
+    swapped = shown[(shown != MASK) & (shown != 7)]
+    assert len(shown) == 18000
+    assert (shown == MASK).double().mean() == pytest.approx(0.8 + 0.1 / VOCAB, abs=0.01)
+    assert (shown == 7).double().mean() == pytest.approx(0.1 + 0.1 / VOCAB, abs=0.01)
+    count_V = torch.bincount(swapped, minlength=VOCAB)[[v for v in range(VOCAB) if v not in (MASK, 7)]]
+    expected = 18000 * 0.1 / VOCAB
+    assert ((count_V - expected) ** 2 / expected).sum() < 75  # 38 degrees of freedom; every token, evenly
+
+
+def test_every_word_is_as_likely_as_any_other() -> None:
+    mask_CT = words([[7] * 9] * 6000, 0.3, Noise()).mask_CT[:, 1:10].double()
+    expected = 6000 * 3 / 9
+    assert ((mask_CT.sum(0) - expected) ** 2 / expected).sum() < 20
+
+
+def test_masks_are_drawn_without_asking_the_device() -> None:
+    """A tensor without data cannot be copied to the host."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    text = {name: part.to("meta") for name, part in tokens([[5, 6, 7]] * 4).items()}
+    for option in (False, True):
+        found = mask_tokens(
+            text["token_CT"],
+            text["special_CT"],
+            text["word_CT"],
+            0.3,
+            uniform,
+            MASK,
+            VOCAB,
+            11,
+            option,
+            option,
+        )
+        assert found.mask_CT.shape == (4, 5)
+    patches = mask_patches(torch.ones(4, dtype=torch.bool, device="meta"), (4, 4), 2, 0.6, uniform)
+    assert patches.index_BK.shape == (4, 8)
