@@ -1,17 +1,14 @@
 """Captions: what is cleaned, what becomes which token, and the tokenizer trained on the spot."""
 
-import json
 import pickle
-import subprocess
-import sys
+import time
 import unicodedata
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import (
     MAX_CAPTION_BYTES,
@@ -20,21 +17,9 @@ from maskvlm.data.text import (
     caption_id,
     clean_caption,
     stable_id,
-    tokenizer_from_json,
-    tokenizer_hash,
-    tokenizer_json,
-    train_tokenizer,
 )
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.errors import UserError
 
-CAPTIONS = [
-    f"{start} {size} {colour} {thing} {place} the {colour} {other} ."
-    for start in ("There is a", "A", "One")
-    for size in ("small", "large", "tiny")
-    for colour in ("red", "green", "blue")
-    for thing, other in (("circle", "square"), ("triangle", "star"))
-    for place in ("left of", "beside", "unbelievably near")
-]
 EXAMPLES = [
     ("a dog", "a dog", None),
     ("  a\tdog \n runs ", "a dog runs", None),
@@ -64,6 +49,13 @@ def test_an_overlong_caption_is_cut_at_the_cap(text: str) -> None:
     assert unicodedata.normalize("NFC", text).startswith(clean)
 
 
+def test_a_huge_caption_is_cut_before_any_work_is_done_on_it() -> None:
+    text = "\u00e9" * 30_000_000
+    start = time.perf_counter()
+    assert clean_caption(text)[1] == "cut"
+    assert time.perf_counter() - start < 0.2
+
+
 def test_a_caption_of_exactly_the_cap_is_not_cut() -> None:
     assert clean_caption("x" * MAX_CAPTION_BYTES) == ("x" * MAX_CAPTION_BYTES, None)
     assert clean_caption("é" * (MAX_CAPTION_BYTES // 2))[1] is None
@@ -91,96 +83,6 @@ def test_ids_are_63_bit_and_the_same_everywhere() -> None:
 def test_caption_ids_ignore_case_and_white_space_only() -> None:
     assert caption_id("A  Dog\n") == caption_id("a dog")
     assert caption_id("a dog") != caption_id("a dog .")
-
-
-@pytest.fixture(scope="module")
-def trained() -> PreTrainedTokenizerFast:
-    return train_tokenizer(CAPTIONS, 200)
-
-
-@pytest.fixture(scope="module")
-def bert() -> PreTrainedTokenizerFast:
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "a",
-        "dog",
-        "[",
-        "]",
-        "mask",
-        "run",
-        "##ning",
-        "##s",
-    ]
-    return BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
-
-
-@pytest.fixture(scope="module")
-def roberta(shared_data: Path) -> PreTrainedTokenizerFast:
-    return RobertaTokenizerFast.from_pretrained(shared_data / "roberta_vocab")
-
-
-def test_a_trained_tokenizer_has_the_five_special_ids_and_lower_cases(
-    trained: PreTrainedTokenizerFast,
-) -> None:
-    assert trained.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
-    names = ("pad", "unk", "cls", "sep", "mask")
-    assert [getattr(trained, f"{name}_token_id") for name in names] == [0, 1, 2, 3, 4]
-    assert trained.all_special_ids == [1, 3, 0, 2, 4]
-    assert sorted(trained.get_vocab().values()) == list(range(len(trained)))
-    assert trained.tokenize("A Red CIRCLE") == ["a", "red", "circle"]
-
-
-def test_a_frequent_word_is_one_piece_and_an_unseen_one_several(trained: PreTrainedTokenizerFast) -> None:
-    assert trained.tokenize("circle") == ["circle"]
-    pieces = trained.tokenize("reddest")
-    assert len(pieces) > 1
-    assert "".join(pieces).replace("##", "") == "reddest"
-    assert trained.tokenize("犬") == ["[UNK]"]
-
-
-@pytest.mark.parametrize("size", [20, 60, 200])
-def test_the_vocabulary_never_exceeds_its_size(size: int) -> None:
-    chinese = [chr(0x4E00 + i) + chr(0x5000 + i) for i in range(500)]
-    assert len(train_tokenizer(CAPTIONS, size)) <= size
-    assert len(train_tokenizer(chinese, size)) <= size
-
-
-TRAIN_ELSEWHERE = """
-import sys
-from maskvlm.data.text import tokenizer_json, train_tokenizer
-captions = sys.stdin.read().splitlines()
-sys.stdout.write(tokenizer_json(train_tokenizer(captions, 200)))
-"""
-
-
-@pytest.mark.parametrize("threads", ["1", "4"])
-def test_training_again_elsewhere_in_another_order_gives_the_same_json(
-    trained: PreTrainedTokenizerFast, threads: str, root: Path
-) -> None:
-    environment = {
-        "RAYON_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "true",
-        "PYTHONPATH": str(root / "src"),
-        "PYTHONIOENCODING": "utf-8",
-        "OMP_NUM_THREADS": "1",
-    }
-    text = "\n".join(reversed(CAPTIONS))
-    command = [sys.executable, "-c", TRAIN_ELSEWHERE]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout == tokenizer_json(trained)
-
-
-def test_real_captions_train_in_seconds_and_leave_nothing_unknown(shared_data: Path) -> None:
-    images = json.loads((shared_data / "flickr8k" / "dataset_flickr8k.json").read_text())["images"]
-    captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
-    tokenizer = train_tokenizer(captions, 4000)
-    assert len(tokenizer) == 4000
-    tokens = Captioner(tokenizer, 30)(captions[:2000]).token_CT
-    assert (tokens == tokenizer.unk_token_id).float().mean() < 1e-4
 
 
 def _read(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[str]:
@@ -227,8 +129,9 @@ def test_a_tokenizer_that_keeps_brackets_whole_reads_them_as_unknown() -> None:
 def test_using_a_captioner_leaves_the_tokenizer_as_it_was(bert: PreTrainedTokenizerFast) -> None:
     before = bert("a [MASK] dog")["input_ids"]
     Captioner(bert, 5)(["a dog runs runs runs runs"])
+    backend = bert.backend_tokenizer  # looked at before the library sets it up for its next call
+    assert (backend.truncation, backend.padding, backend.encode_special_tokens) == (None, None, False)
     assert bert("a [MASK] dog")["input_ids"] == before
-    assert len(bert("a dog " * 50)["input_ids"]) == 102
 
 
 def test_captions_are_padded_to_the_longest_and_marked(bert: PreTrainedTokenizerFast) -> None:
@@ -277,43 +180,3 @@ def test_what_a_captioner_cannot_use_is_named(bert: PreTrainedTokenizerFast) -> 
     padless = PreTrainedTokenizerFast(tokenizer_object=bert.backend_tokenizer)
     with pytest.raises(UserError, match="no padding token"):
         Captioner(padless, 30)
-
-
-@pytest.mark.parametrize("kind", ["trained", "bert", "roberta"])
-def test_a_stored_tokenizer_comes_back_the_same(kind: str, request: pytest.FixtureRequest) -> None:
-    tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(kind)
-    text = tokenizer_json(tokenizer)
-    back = tokenizer_from_json(text)
-    assert tokenizer_json(back) == text
-    assert back.special_tokens_map == tokenizer.special_tokens_map
-    assert back.all_special_ids == tokenizer.all_special_ids
-    for caption in ("a dog runs", "A <mask> [MASK] dog's café</s>", "  two  spaces"):
-        assert back(caption)["input_ids"] == tokenizer(caption)["input_ids"]
-
-
-def test_a_stored_tokenizer_keeps_extra_special_tokens_and_forgets_padding(shared_data: Path) -> None:
-    folder = shared_data / "roberta_vocab"
-    tokenizer = RobertaTokenizerFast.from_pretrained(folder, extra_special_tokens=["<region>"])
-    text = tokenizer_json(tokenizer)
-    assert tokenizer_from_json(text).all_special_tokens == tokenizer.all_special_tokens
-    tokenizer("a dog", padding="max_length", max_length=9, truncation=True)
-    assert tokenizer_json(tokenizer) == text
-
-
-def test_the_hash_tells_tokenizers_apart(
-    trained: PreTrainedTokenizerFast, bert: PreTrainedTokenizerFast
-) -> None:
-    assert tokenizer_hash(trained) == tokenizer_hash(tokenizer_from_json(tokenizer_json(trained)))
-    assert (
-        len({tokenizer_hash(tokenizer) for tokenizer in (trained, bert, train_tokenizer(CAPTIONS, 100))}) == 3
-    )
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "{}", '{"tokenizer": {}, "special": {}, "extra": []}', "[" * 100_000]
-)
-def test_a_broken_stored_tokenizer_is_one_clear_line(text: str) -> None:
-    with pytest.raises(UserError, match="the stored tokenizer cannot be read") as caught:
-        tokenizer_from_json(text)
-    assert caught.value.code == ExitCode.BAD_DATA
-    assert "\n" not in str(caught.value)

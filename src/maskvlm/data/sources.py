@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -58,8 +58,7 @@ class KarpathyPairs:
 
     def captions(self, index: int) -> list[str]:
         """The captions of a picture, without building the rest of its row."""
-        captions: list[str] = self._table[int(self._row_N[index])]["captions"]
-        return captions
+        return list(self._table[int(self._row_N[index])]["captions"])
 
 
 class Karpathy:
@@ -248,8 +247,8 @@ def _parse(content: bytes, file: Path) -> tuple[list[dict[str, Any]], dict[str, 
 def _parse_image(image: Any, position: int, file: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     where = f"{file} images[{position}]"
     name = _get(image, "filename", str, where)
-    if folder := image.get("filepath"):
-        name = f"{_get(image, 'filepath', str, where)}/{name}" if folder else name
+    if image.get("filepath"):
+        name = f"{_get(image, 'filepath', str, where)}/{name}"
     _check_name(name, where)
     origin = _origin(file.name, position, name)
     captions, notes = [], []
@@ -277,8 +276,7 @@ def _get(record: Any, key: str, kind: type[T], where: str) -> T:
     elif not isinstance(record[key], kind):
         what = f"'{key}' is {type(record[key]).__name__} instead of {kind.__name__}"
     else:
-        value: T = record[key]
-        return value
+        return cast(T, record[key])
     raise UserError(where, what, "A file in the Karpathy layout is needed", ExitCode.BAD_DATA)
 
 

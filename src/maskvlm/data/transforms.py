@@ -86,7 +86,7 @@ class TrainTransform:
             image = self._mirror(image)
         keep_colour = not self.colour or (self.caption_aware and names_colour(caption))
         image = self._geometric(image) if keep_colour else self._any(image)
-        return _tensor(self._tensor(image))
+        return self._tensor(image)
 
 
 def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.Transform, v2.Transform]:
@@ -105,11 +105,6 @@ def _to_tensor(spec: InputSpec) -> v2.Transform:
     return v2.Compose([v2.PILToTensor(), scale, v2.Normalize(list(spec.mean), list(spec.std))])
 
 
-def _tensor(value: Tensor) -> Tensor:
-    """A plain tensor, not torchvision's subclass, whose every operation costs a dispatch."""
-    return value.as_subclass(Tensor)
-
-
 class EvalTransform:
     """Resize to image_size x image_size (bicubic, the whole picture, proportions not kept) and normalise.
 
@@ -122,7 +117,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
         """Turn an RGB picture into a normalised float tensor (3, image_size, image_size); no randomness."""
-        return _tensor(self._tensor(self._resize(image)))
+        return self._tensor(self._resize(image))
 
 
 def train_transform(
