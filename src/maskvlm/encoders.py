@@ -1,13 +1,14 @@
-"""The two unimodal encoders: any timm ViT, any Hugging Face masked language model.
+"""The two unimodal encoders: any timm ViT with a class token, any Hugging Face masked language model.
 
-Shapes: B rows, C channels, H and W pixels, N patches, L = 1 + N positions (class token first),
-T tokens, D width.
+Both are built with random weights. Unless random ones are asked for, `load_pretrained` must follow (for both
+at once: `weights.load_pretrained`); until then forward refuses.
+
+Shapes: B rows, C channels, H and W pixels, N patches, L = 1 + N positions (class token first), T tokens,
+D width.
 """
 
-import difflib
 from typing import Any, Literal
 
-import timm
 import torch
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
@@ -15,32 +16,72 @@ from timm.data.constants import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
-from torch import BoolTensor, Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from maskvlm.data.text import tokenizer_hash
-from maskvlm.errors import UserError
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.huggingface import (
+    build,
+    check_positions,
+    check_tokenizer,
+    fit_config,
+    is_folder,
+    pretrained_tokenizer,
+    read_config,
+    read_text_state,
+    read_tokenizer,
+)
+from maskvlm.provenance import Provenance
+from maskvlm.timm_vit import HEADS, create_vit, read_vit_state
+from maskvlm.weights import load_state
 
+Triple = tuple[float, float, float]
 Normalisation = Literal["model", "clip", "imagenet"]
-NORMALISATIONS = {
+NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
 
 
-class ImageEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What the two have in common: whether their weights are in place."""
+
+    def __init__(self, random_init: bool) -> None:
+        super().__init__()
+        self.random_init = random_init
+        self.ready = random_init
+        self.register_load_state_dict_post_hook(_mark_ready)
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            what = f"the weights of {type(self).__name__} are not loaded"
+            raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
+
+
+def _mark_ready(module: nn.Module, _: Any) -> None:
+    """A checkpoint of the whole model brings the encoders' weights too."""
+    module.ready = True  # type: ignore[assignment]
+
+
+class ImageEncoder(Encoder):
     """f_im: a timm ViT with a learnable token in the place of masked patches (paper: ViT-B/16).
 
     Args:
-        name: of the timm model; it needs a class token.
+        name: of the timm model, with or without the tag of its weights (`vit_base_patch16_224.augreg_in21k`).
         image_size: side of the square input in pixels, a multiple of the patch size.
-        weights: file of weights; None takes the ones timm names.
-        random_init: start from random weights instead.
+        weights: a file or folder of weights; None takes those that timm names for the model.
+        random_init: keep random weights, whatever `weights` says.
         config: arguments for `timm.create_model`, such as patch_size, embed_dim, depth, num_heads.
-        normalisation: mean and standard deviation of the input: those the weights were trained with (C), or
-            CLIP's, or ImageNet's.
+        normalisation: mean and standard deviation of the input: those that the weights were trained with,
+            or CLIP's, or ImageNet's (C).
         drop_path: rate of stochastic depth.
         checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        width: D. grid: patches down and across. num_patches: N. patch_size: side of a patch in pixels.
+        mean, std: of the normalised input, by channel, for RGB in [0, 1].
+        vit: the timm model. mask_token: the learnable token, [1, 1, D].
 
     Raises:
         UserError: no such model, no class token, an image_size that does not hold whole patches.
@@ -57,31 +98,34 @@ class ImageEncoder(nn.Module):
         drop_path: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.name, self.image_size, self.weights, self.random_init = name, image_size, weights, random_init
+        super().__init__(random_init)
+        self.name, self.image_size, self.weights = name, image_size, weights
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
-        self.vit = _create_vit(name, settings | (config or {}))
+        self.vit = create_vit(name, settings | (config or {}))
         self.width: int = self.vit.embed_dim
         self.grid: tuple[int, int] = self.vit.patch_embed.grid_size
         self.num_patches: int = self.vit.patch_embed.num_patches
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
-        if image_size % self.patch_size:
-            raise UserError(
-                "model.backbone.image.image_size",
-                f"{image_size} px do not hold whole patches of {self.patch_size} px",
-                f"Set it to a multiple of {self.patch_size}",
-            )
+        self._check_size()
         facts = self.vit.pretrained_cfg
         self.mean, self.std = NORMALISATIONS.get(normalisation, (tuple(facts["mean"]), tuple(facts["std"])))
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self._mask_BN: Tensor | None = None
+        self.vit.patch_embed.register_forward_hook(self._hide)
         self.vit.set_grad_checkpointing(checkpointing)
 
-    def forward(self, image_BCHW: Tensor, mask_BN: BoolTensor | None = None) -> Tensor:
+    def _check_size(self) -> None:
+        if self.image_size % self.patch_size or self.vit.patch_embed.patch_size[1] != self.patch_size:
+            what = f"{self.image_size} px do not hold whole square patches of {self.patch_size} px"
+            todo = f"Set it to a multiple of {self.patch_size}"
+            raise UserError("model.backbone.image.image_size", what, todo)
+
+    def forward(self, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tensor:
         """Features of every position after the final norm.
 
         Masked patches enter as the mask token, after the patch embedding and before the position embedding
-        (SimMIM's way), so the ViT knows where they are and every position passes through it.
+        (C, SimMIM's way): the ViT knows where they are, and every position passes through it (P).
 
         Args:
             image_BCHW: normalised RGB, H = W = image_size.
@@ -90,42 +134,55 @@ class ImageEncoder(nn.Module):
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
         """
-        hidden_BND = self.vit.patch_embed(image_BCHW)
-        if mask_BN is not None:
-            hidden_BND = torch.where(mask_BN[..., None], self.mask_token.to(hidden_BND.dtype), hidden_BND)
-        hidden_BLD = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(hidden_BND)))
-        hidden_BLD = self.vit.norm(self.vit.blocks(hidden_BLD))
-        patch_BND = hidden_BLD[:, self.vit.num_prefix_tokens :]
-        return torch.cat([hidden_BLD[:, :1], patch_BND], 1)
+        self._check_ready()
+        self._mask_BN = mask_BN
+        hidden_BLD: Tensor = self.vit.forward_features(image_BCHW)
+        self._mask_BN = None
+        if self.vit.num_prefix_tokens == 1:
+            return hidden_BLD
+        return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, self.vit.num_prefix_tokens :]], 1)
+
+    def _hide(self, _: nn.Module, __: Any, patch: Tensor) -> Tensor:
+        """Hook on the patch embedding: fits every ViT of timm, whatever its blocks and positions are."""
+        if self._mask_BN is None:
+            return patch
+        mask = self._mask_BN.view(*patch.shape[:-1], 1)  # [B, N, 1], or [B, rows, columns, 1] in some ViTs
+        return torch.where(mask, self.mask_token.view(-1).to(patch.dtype), patch)
+
+    def load_pretrained(self) -> Provenance:
+        """Load the weights wanted, whatever their resolution; with random_init there are none.
+
+        Raises:
+            Unreachable: not on this machine, and the hub cannot be asked.
+            UserError: they do not fit, or cannot be read.
+        """
+        if self.random_init:
+            return Provenance()
+        stored, state = read_vit_state(self.name, self.weights, self.vit)
+        was = {name: value.shape for name, value in stored.tensors.items()}
+        loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
+        self.ready = True
+        return loaded.under("vit")
 
 
-def _create_vit(name: str, settings: dict[str, Any]) -> Any:
-    where = "model.backbone.image"
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise UserError(where, f"timm has no model {name}", f"Did you mean {', '.join(near) or 'a vit_...'}")
-    try:
-        vit = timm.create_model(name, num_classes=0, **settings)
-    except (TypeError, AssertionError) as error:
-        raise UserError(where, f"{name} cannot be built ({error})", "Mend its `config`") from error
-    if getattr(vit, "cls_token", None) is None or not hasattr(vit, "patch_embed"):
-        what = f"{name} is no ViT with a class token, which contrast and matching read"
-        raise UserError(where, what, "Choose one such as vit_base_patch16_224")
-    return vit
-
-
-class TextEncoder(nn.Module):
-    """f_txt: a Hugging Face encoder without its pooling head (paper: RoBERTa-base).
+class TextEncoder(Encoder):
+    """f_txt: a Hugging Face encoder without its heads (paper: RoBERTa-base).
 
     Args:
-        name: of a model on the hub, a folder, or with random_init a model type such as `bert`.
+        name: of a model on the hub, a folder that save_pretrained wrote, or with random_init a model type
+            such as `bert`.
         text_length: longest sequence in tokens, start and end token included (30, C).
-        random_init: start from random weights instead of the model's own.
-        config: settings that replace the model's own, such as hidden_size.
-        tokenizer: name or folder; None takes the model's own, or with random_init none: it is trained on the
-            captions and handed to `set_tokenizer`.
-        vocab_size: rows of the embedding; None leaves it to the model.
+        random_init: keep random weights.
+        config: settings in the place of the model's own, such as hidden_size.
+        tokenizer: name or folder; None takes the model's own. A model with random weights that is no folder
+            has none: it is trained on the captions and handed to `set_tokenizer`.
+        vocab_size: rows of the token embedding; None leaves it to the model, with random_init to the
+            tokenizer.
         checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        width: D. text_length, vocab_size, tokenizer: as above; tokenizer is None where it is yet to be
+            trained. model: the Hugging Face model.
 
     Raises:
         UserError: no such model, no masked language model, text_length beyond its positions.
@@ -141,44 +198,58 @@ class TextEncoder(nn.Module):
         vocab_size: int | None = None,
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.name, self.text_length, self.random_init = name, text_length, random_init
-        settings = {"pad_token_id": 0, "max_position_embeddings": text_length + 1, **(config or {})}
-        if vocab_size is not None:
-            settings["vocab_size"] = vocab_size
-        facts = AutoConfig.for_model(name, **settings)
-        if type(facts) not in MODEL_FOR_MASKED_LM_MAPPING or facts.is_encoder_decoder:
-            what = f"{name} is no masked language model"
-            raise UserError("model.backbone.text", what, "Take one such as roberta-base")
-        self.bert = AutoModel.from_config(facts, attn_implementation="sdpa")
-        self.bert.pooler = None  # nothing reads it, and DDP would wait for its gradients
-        self.width: int = facts.hidden_size
-        self.vocab_size: int = facts.vocab_size
+        super().__init__(random_init)
+        self.name, self.text_length = name, text_length
         self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.tokenizer_name = tokenizer
+        settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
+        self.config = read_config(name, random_init, settings)
+        if random_init:
+            source = tokenizer or (name if is_folder(name) else None)
+            own = read_tokenizer(source, self.config) if source else None
+            fit_config(self.config, own, text_length, settings, keep_positions=name not in CONFIG_MAPPING)
+        self.model = build(self.config)
+        self.width: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        check_positions(self.model, text_length)
+        if random_init and own is not None:
+            self.set_tokenizer(own)
         if checkpointing:
-            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take over the tokenizer that was trained on the captions, or that a checkpoint brings.
 
         Raises:
-            UserError: it does not fit, or another one is in place.
+            UserError: it does not fit the model, or a different one is in place.
         """
+        check_tokenizer(tokenizer, self.config)
         if self.tokenizer is not None and tokenizer_hash(self.tokenizer) != tokenizer_hash(tokenizer):
             ours, other = (f"{tokenizer_hash(t)} ({len(t)} entries)" for t in (self.tokenizer, tokenizer))
-            what = f"{other} differs from the model's {ours}"
-            raise UserError("tokenizer", what, "Use the one the model was trained with")
+            what = f"tokenizer {other} differs from the model's, {ours}"
+            raise UserError("tokenizer", what, "Use the one the model was trained with", ExitCode.BAD_DATA)
         self.tokenizer = tokenizer
 
     def forward(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         """Features of every token.
 
         Args:
-            token_BT: ids, padded on the right.
+            token_BT: ids, at padding the tokenizer's padding id; T up to text_length.
             attention_BT: True on tokens, False on padding.
 
         Returns:
-            text_BTD: what stands at padding is meaningless.
+            text_BTD: values at padding mean nothing.
         """
-        features_BTD: Tensor = self.bert(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
+        self._check_ready()
+        features_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
         return features_BTD
+
+    def load_pretrained(self) -> Provenance:
+        """Load weights and tokenizer; with random_init there are none to load. Raises as ImageEncoder's."""
+        if self.random_init:
+            return Provenance()
+        state = read_text_state(self.name, self.config)
+        loaded = load_state(self.model, state.tensors, state.source)
+        self.set_tokenizer(pretrained_tokenizer(self.name, self.tokenizer_name, self.config))
+        self.ready = True
+        return loaded.under("model")

@@ -1,0 +1,109 @@
+"""What is not in a local file: the hub's cache on this machine, or else the hub itself.
+
+Whatever is on this machine is taken without asking the hub. Where the hub cannot be reached its own clients
+try again for half a minute a file; here one question of at most PROBE_SECONDS decides, once a process.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.verify import first_line
+
+PROBE_SECONDS = 5.0
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+"""Names under which timm and transformers store weights, in the order in which they are looked for."""
+
+T = TypeVar("T")
+
+
+class Unreachable(UserError):
+    """Weights that are neither on this machine nor, at the moment, to be had from the hub.
+
+    Args:
+        names: which ones, such as `roberta-base (Hugging Face)`.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        what = f"no weights for {' and '.join(names)}: not on this machine, and the hub cannot be reached"
+        todo = (
+            "Name local ones (--model.backbone.image.weights FILE, --model.backbone.text.name FOLDER), "
+            "or start from random ones with --model.random_init true"
+        )
+        super().__init__("model.backbone", what, todo, ExitCode.MISSING_INPUT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.names
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """One short question to the hub, through the session (proxy, certificates) that its downloads use."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the session's library, and so its exceptions, differ between versions of the client
+        return False
+    return True
+
+
+def from_cache_or_hub(name: str, fetch: Callable[[bool], T]) -> T:
+    """What `fetch(local_files_only)` finds in the cache, or else on the hub.
+
+    Raises:
+        Unreachable: not in the cache, and the hub cannot be asked.
+        UserError: the hub does not know the name, or what it has is of no use.
+    """
+    try:
+        return fetch(True)
+    except (OSError, ValueError):  # what the libraries raise where a file is not in the cache
+        pass
+    if not hub_reachable():
+        raise Unreachable(name)
+    try:
+        return fetch(False)
+    except Exception as error:
+        chain = list(_chain(error))
+        if any(isinstance(e, RepositoryNotFoundError | RevisionNotFoundError) for e in chain):
+            what = f"the hub has no {name}, or does not show it to you"
+            raise UserError("model.backbone", what, "Check the name", ExitCode.MISSING_INPUT) from error
+        if any(isinstance(e, LocalEntryNotFoundError | ConnectionError | TimeoutError) for e in chain):
+            raise Unreachable(name) from error
+        what = f"{name} is of no use ({first_line(error)})"
+        raise UserError("model.backbone", what, "Choose another one", ExitCode.BAD_DATA) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def hub_weights(name: str, repository: str, filename: str | None = None) -> Path:
+    """The weight file of a repository (`owner/name`, `owner/name@revision`); raises as from_cache_or_hub."""
+    repo, _, revision = repository.partition("@")
+    places: dict[str, Any] = {"revision": revision or None}
+
+    def fetch(local: bool) -> Path:
+        for candidate in (filename,) if filename else WEIGHT_FILES:
+            try:
+                return Path(hf_hub_download(repo, candidate, local_files_only=local, **places))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not local:
+                    raise  # the connection broke
+        raise FileNotFoundError(f"{repo} holds none of {', '.join(WEIGHT_FILES)}")
+
+    return from_cache_or_hub(name, fetch)
