@@ -35,9 +35,15 @@ def contrastive(
     """
     terms = []
     for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
-        logits_BG = (scale * query_BD.float() @ key_GD.float().T).masked_fill(excluded_BG, float("-inf"))
+        logits_BG = similarity(query_BD, key_GD, scale).masked_fill(excluded_BG, float("-inf"))
         terms.append((F.cross_entropy(logits_BG, own_B, reduction="none") * weight_B).sum())
     return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
+
+
+def similarity(query_BD: Tensor, key_GD: Tensor, scale: Tensor) -> Tensor:
+    """Cosines times `scale`, [B, G], in float32 also under autocast: at scale 1000 bfloat16 is off by up to 2."""
+    with torch.autocast(query_BD.device.type, enabled=False):
+        return scale.float() * query_BD.float() @ key_GD.float().T
 
 
 def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor) -> Tensor:

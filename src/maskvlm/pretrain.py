@@ -212,10 +212,11 @@ class MaskedPretraining(Task):
         if not self.weights["itm"]:
             return None
         image, text, image_all, text_all, scale, _, excluded = contrast
-        drawn = [
-            losses.hard_negatives(scale * query.detach() @ keys.detach().T, excluded, self.uniform(*excluded.shape))
-            for query, keys in ((image, text_all), (text, image_all))
-        ]
+        with torch.no_grad():
+            drawn = [
+                losses.hard_negatives(losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
+                for pair in ((image, text_all), (text, image_all))
+            ]
         return drawn[0], drawn[1]
 
     def cross(

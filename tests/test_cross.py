@@ -1,0 +1,136 @@
+"""The cross-modality encoder against torch's own attention, and its short cuts against the long way."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import slow_cross, torch_attention
+
+from maskvlm.cross import Context, CrossBlock, CrossEncoder
+
+WIDTH, OTHER, HEADS = 12, 20, 4
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padding(lengths: list[int], longest: int) -> Tensor:
+    return torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+@pytest.fixture
+def encoder() -> CrossEncoder:
+    torch.manual_seed(0)
+    encoder = CrossEncoder(WIDTH, OTHER, layers=3, heads=HEADS)
+    for parameter in encoder.parameters():  # norms and biases away from 1 and 0
+        nn.init.normal_(parameter, std=0.4)
+    return encoder
+
+
+def test_a_block_is_torchs_attention_with_post_norm() -> None:
+    torch.manual_seed(0)
+    block = CrossBlock(WIDTH, OTHER, HEADS)
+    own, other = torch_attention(block.self_attention), torch_attention(block.cross_attention)
+    x, context = noise(3, 5, WIDTH), noise(3, 7, OTHER, seed=1)
+    self_mask, context_mask = padding([5, 2, 4], 5), padding([7, 1, 3], 7)
+    y = block.norms[0](x + own(x, x, x, key_padding_mask=~self_mask)[0])
+    y = block.norms[1](y + other(y, context, context, key_padding_mask=~context_mask)[0])
+    expected = block.norms[2](y + block.feed_forward(y))
+    key_value = block.cross_attention.keys_values(context)
+    found = block(x, self_mask[:, None, None], key_value, context_mask[:, None, None])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_feed_forward_is_four_times_as_wide_with_gelu() -> None:
+    layers = CrossBlock(768, 768, 12).feed_forward
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear]
+    assert layers[0].out_features == 3072
+
+
+def test_all_pairs_at_once_equal_each_pair_alone_without_padding(encoder: CrossEncoder) -> None:
+    lengths, others = [6, 3, 1], [4, 2, 5]
+    x_BLD, context_BSD = noise(3, 6, WIDTH), noise(3, 5, OTHER, seed=1)
+    context = encoder.context(context_BSD, padding(others, 5))
+    found = encoder(x_BLD, context, padding(lengths, 6)).every_RLD
+    for row, (length, other) in enumerate(zip(lengths, others, strict=True)):
+        expected = slow_cross(encoder, x_BLD[row, :length], context_BSD[row, :other])
+        torch.testing.assert_close(found[row, :length], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, None])
+def test_skipping_positions_in_the_last_block_is_exact(encoder: CrossEncoder, every: int | None) -> None:
+    x_BLD, attention_BL = noise(4, 6, WIDTH), padding([6, 3, 1, 5], 6)
+    context = encoder.context(noise(4, 5, OTHER, seed=1), padding([4, 5, 1, 2], 5))
+    full = encoder(x_BLD, context, attention_BL)
+    found = encoder(x_BLD, context, attention_BL, every)
+    rows = 4 if every is None else every
+    torch.testing.assert_close(found.every_RLD, full.every_RLD[:rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.first_BD, full.every_RLD[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every", [0, 2, None])
+def test_a_context_by_index_equals_the_rows_gathered_beforehand(
+    encoder: CrossEncoder, every: int | None
+) -> None:
+    x_BLD, context_USD = noise(5, 6, WIDTH), noise(3, 4, OTHER, seed=1)
+    attention_US, index_B = padding([4, 1, 2], 4), torch.tensor([2, 0, 0, 1, 2])
+    by_index = encoder(x_BLD, encoder.context(context_USD, attention_US, index_B), every=every)
+    gathered = encoder(x_BLD, encoder.context(context_USD[index_B], attention_US[index_B]), every=every)
+    torch.testing.assert_close(by_index, gathered, atol=1e-6, rtol=1e-6)
+    unpadded = encoder(x_BLD, encoder.context(context_USD, None, index_B), every=every)
+    torch.testing.assert_close(
+        unpadded, encoder(x_BLD, encoder.context(context_USD[index_B]), every=every), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_a_context_can_be_kept_and_met_by_other_pairs(encoder: CrossEncoder) -> None:
+    context_USD, attention_US = noise(3, 4, OTHER), padding([4, 1, 2], 4)
+    kept = encoder.context(context_USD, attention_US)
+    for index_B in (torch.tensor([1, 1]), torch.tensor([2, 0])):
+        found = encoder(noise(2, 6, WIDTH), Context(kept.blocks, attention_US, index_B))
+        expected = encoder(noise(2, 6, WIDTH), encoder.context(context_USD[index_B], attention_US[index_B]))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_what_stands_at_padding_changes_nothing(encoder: CrossEncoder, every: int) -> None:
+    lengths, others = padding([6, 3, 1], 6), padding([4, 2, 5], 5)
+    x_BLD, context_BSD = noise(3, 6, WIDTH), noise(3, 5, OTHER, seed=1)
+    clean = encoder(x_BLD, encoder.context(context_BSD, others), lengths, every)
+    x_BLD, context_BSD = x_BLD.clone(), context_BSD.clone()
+    x_BLD[~lengths], context_BSD[~others] = 1e4, -1e4
+    dirty = encoder(x_BLD, encoder.context(context_BSD, others), lengths, every)
+    assert torch.equal(dirty.first_BD, clean.first_BD)
+    assert torch.equal(dirty.every_RLD[lengths[:every]], clean.every_RLD[lengths[:every]])
+
+
+def test_recomputing_activations_gives_the_same_gradients() -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        encoder = CrossEncoder(WIDTH, OTHER, 2, HEADS, dropout=0.2, checkpointing=checkpointing)
+        x_BLD, other = noise(4, 6, WIDTH).requires_grad_(), noise(3, 5, OTHER, seed=1).requires_grad_()
+        context = encoder.context(other, padding([5, 2, 3], 5), torch.tensor([0, 1, 2, 0]))
+        torch.manual_seed(1)  # of dropout
+        out = encoder(x_BLD, context, padding([6, 3, 1, 5], 6), every=2)
+        (out.every_RLD.square().sum() + out.first_BD.sum()).backward()
+        return [part.grad for part in (x_BLD, other, *encoder.parameters())]
+
+    calls: list[int] = []
+    hook = CrossBlock.forward
+    try:
+        CrossBlock.forward = lambda self, *args: (calls.append(1), hook(self, *args))[1]  # type: ignore[method-assign]
+        plain, plain_calls = gradients(False), len(calls)
+        recomputed = gradients(True)
+    finally:
+        CrossBlock.forward = hook  # type: ignore[method-assign]
+    assert len(calls) == 3 * plain_calls  # each block once more
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
+
+
+def test_every_parameter_is_used(encoder: CrossEncoder) -> None:
+    """Also where only class tokens leave the last block; distributed training waits for each gradient."""
+    encoder(
+        noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), every=0
+    ).first_BD.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())

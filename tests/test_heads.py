@@ -1,0 +1,88 @@
+"""The heads, and the way from a picture to its patches and back."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import slow_cross
+
+from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_patchify_is_row_by_row_with_the_channel_last() -> None:
+    image_BCHW = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    patch_BNP = patchify(image_BCHW, 2)
+    assert patch_BNP.shape == (2, 6, 12)
+    for number, (r, c) in enumerate([(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)]):
+        expected = image_BCHW[1, :, r : r + 2, c : c + 2].permute(1, 2, 0).flatten()
+        assert torch.equal(patch_BNP[1, number], expected)
+
+
+def test_patchify_orders_patches_as_the_vit_does() -> None:
+    """A ViT's patch embedding that reads one pixel of each patch."""
+    embed = nn.Conv2d(3, 1, 4, stride=4, bias=False)
+    nn.init.zeros_(embed.weight)
+    embed.weight.data[0, 2, 1, 3] = 1.0
+    image_BCHW = noise(1, 3, 8, 12)
+    seen_N = embed(image_BCHW).flatten()
+    torch.testing.assert_close(patchify(image_BCHW, 4)[0, :, (1 * 4 + 3) * 3 + 2], seen_N)
+
+
+def test_unpatchify_is_the_inverse() -> None:
+    image_BCHW = noise(2, 3, 6, 9)
+    assert torch.equal(unpatchify(patchify(image_BCHW, 3), (2, 3), 3), image_BCHW)
+
+
+def test_pick() -> None:
+    x_BLD = torch.arange(12).view(2, 3, 2)
+    assert pick(x_BLD, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
+
+
+def test_projection_gives_unit_vectors_of_the_class_tokens() -> None:
+    head = Projection(8, 6, dim=5)
+    image_BLD, text_BTD = noise(3, 4, 8), noise(3, 7, 6)
+    for found, layer, x in (
+        (head.embed_image(image_BLD), head.image, image_BLD),
+        (head.embed_text(text_BTD), head.text, text_BTD),
+    ):
+        expected = x[:, 0] @ layer.weight.T + layer.bias
+        torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True))
+    assert head.image.weight is not head.text.weight
+
+
+def test_temperature_starts_where_told_and_keeps_its_bounds() -> None:
+    head = Projection(8, 8, temperature=0.07)
+    assert head.scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert Projection(8, 8).scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    for log_scale, scale in ((math.log(5e3), 1000.0), (90.0, 1000.0), (-3.0, 2.0)):
+        nn.init.constant_(head.log_scale, log_scale)
+        assert head.scale.item() == pytest.approx(scale, rel=1e-5)
+
+
+def test_matching_and_token_head_are_one_linear_layer_each() -> None:
+    matching, words = Matching(8), TokenHead(8, 11)
+    fused_MD, text_CKD = noise(4, 8), noise(2, 3, 8)
+    torch.testing.assert_close(
+        matching(fused_MD), fused_MD @ matching.classify.weight.T + matching.classify.bias
+    )
+    logits_CKV = words(text_CKD)
+    assert logits_CKV.shape == (2, 3, 11)
+    torch.testing.assert_close(logits_CKV, text_CKD @ words.vocabulary.weight.T + words.vocabulary.bias)
+
+
+def test_the_pixel_decoder_reads_the_text_and_skips_the_class_token() -> None:
+    torch.manual_seed(0)
+    decoder = PixelDecoder(8, 6, values=12, layers=2, heads=2)
+    image_BLD, text_BTD = noise(2, 10, 8), noise(2, 5, 6, seed=1)
+    attention_BT = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    index_BK = torch.tensor([[0, 4, 8], [7, 1, 2]])
+    found = decoder(image_BLD, text_BTD, attention_BT, index_BK)
+    assert found.shape == (2, 3, 12)
+    for row, words in ((0, 5), (1, 2)):
+        expected = decoder.pixels(slow_cross(decoder.blocks, image_BLD[row], text_BTD[row, :words]))
+        torch.testing.assert_close(found[row], expected[1 + index_BK[row]], atol=1e-6, rtol=1e-5)

@@ -1,0 +1,59 @@
+"""The backbone: two encoders and two cross encoders, neither of which sees the other's inner states."""
+
+import pytest
+import torch
+from toys import LENGTH, SIZE, VOCAB, slow_cross, toy_backbone, toy_batch
+
+from maskvlm.errors import UserError
+from maskvlm.model import MaskVLM
+
+
+def test_class_tokens_of_pairs_are_those_of_the_slow_way() -> None:
+    backbone, batch = toy_backbone().eval(), toy_batch(3)
+    image_BLD = backbone.image(batch.image_BCHW)
+    text_BTD = backbone.text(batch.token_CT, batch.attention_CT)
+    fused = backbone.fuse(image_BLD, text_BTD, batch.attention_CT)
+    for row in range(3):
+        words_TD = text_BTD[row, batch.attention_CT[row]]
+        image_D = slow_cross(backbone.cross_image, image_BLD[row], words_TD)[0]
+        text_D = slow_cross(backbone.cross_text, words_TD, image_BLD[row])[0]
+        torch.testing.assert_close(fused.image_MD[row], image_D, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fused.text_MD[row], text_D, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fused.product_MD[row], image_D * text_D, atol=1e-6, rtol=1e-5)
+
+
+def test_the_two_cross_encoders_share_nothing() -> None:
+    backbone = toy_backbone()
+    image_ids = {id(parameter) for parameter in backbone.cross_image.parameters()}
+    assert not image_ids & {id(parameter) for parameter in backbone.cross_text.parameters()}
+    assert len(backbone.cross_image.blocks) == len(backbone.cross_text.blocks) == 2
+
+
+def test_the_data_module_is_told_what_the_encoders_know() -> None:
+    backbone = toy_backbone()
+    spec = backbone.input_spec
+    assert (spec.image_size, spec.text_length, spec.vocab_size) == (SIZE, LENGTH, VOCAB)
+    assert (spec.mean, spec.std) == (backbone.image.mean, backbone.image.std)
+    assert spec.tokenizer is backbone.text.tokenizer
+
+
+def test_encoders_of_different_widths_are_refused() -> None:
+    with pytest.raises(UserError, match="16 wide and the text encoder 32"):
+        MaskVLM(toy_backbone().image, toy_backbone(width=32).text)
+
+
+def test_cross_encoders_start_small_and_encoders_from_xavier() -> None:
+    backbone = toy_backbone(width=64)
+    cross = backbone.cross_image.blocks[0].feed_forward[0]
+    assert cross.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.05)  # cut at two deviations
+    assert not cross.bias.any()
+    layer = backbone.image.vit.blocks[0].mlp.fc1
+    bound = (6 / sum(layer.weight.shape)) ** 0.5
+    assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_checkpointing_and_dropout_reach_the_cross_encoders() -> None:
+    backbone = toy_backbone(dropout=0.3, checkpointing=True)
+    for cross in (backbone.cross_image, backbone.cross_text):
+        assert cross.checkpointing
+        assert {block.dropout.p for block in cross.blocks} == {0.3}
