@@ -56,7 +56,10 @@ preview: $(ready)  ## write a contact sheet of DATA: pictures with their caption
 submit: $(ready)  ## write the SLURM batch script of pretrain (WHERE=slurm4x8) and submit it
 	@$(PYTHON) -m maskvlm submit --run checkpoints/$(RUN) $(stack) $(ARGS)
 
-finetune evaluate:  ## (finetune, evaluate: downstream tasks, TASK=.. FROM=checkpoint)
+finetune:  ## train a downstream TASK from the checkpoint FROM
+	$(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet))
+
+evaluate:  ## measure a downstream TASK's checkpoint FROM
 	$(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet))
 
 test: $(ready)  ## run the tests (ARGS="-k masking" picks some)

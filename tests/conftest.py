@@ -1,6 +1,9 @@
 """What every test shares: an offline, single-threaded process, and the skips that name their reason."""
 
 import os
+import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def stack() -> Callable[..., list[str]]:
+    """The `-c FILE` arguments that `make pretrain MODEL=.. DATA=..` passes, asked of make itself."""
+
+    def compose(**choices: str) -> list[str]:
+        words = [f"{name}={value}" for name, value in choices.items()]
+        command = ["make", "-n", "pretrain", "PYTHON=python", "RUN=x", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        arguments = shlex.split(done.stdout.strip().splitlines()[-1])
+        return arguments[arguments.index("checkpoints/x") + 1 :]
+
+    return compose

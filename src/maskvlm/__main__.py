@@ -68,13 +68,18 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
     """Import what the command needs, and run it."""
     name, rest = arguments[0], arguments[1:]
     if name == "preview":
-        from maskvlm.extras import preview
+        from maskvlm.commands import preview
 
         print(preview(rest, Path(options.out), options.allow_import))
     elif name == "submit":
-        from maskvlm.extras import submit
+        from maskvlm.commands import submit
 
         print(submit(rest, options.allow_import))
+    elif name == "bench":
+        from maskvlm.bench import bench
+
+        if line := bench(rest, options.allow_import):
+            print(line)
     else:
         from maskvlm.cli import run
 

@@ -240,7 +240,8 @@ def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
     )
     for pattern in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # devices found, seeds set, why it stopped
 
 
 def run(arguments: list[str], allowed: Iterable[str] = (), command: type[Command] = Command) -> Command:

@@ -81,7 +81,7 @@ def _all_subclasses(kind: type) -> list[type]:
 
 
 def _bug(error: BaseException, folder: Path | None) -> Line:
-    text = _one_line(f"{type(error).__name__}: {error}")[:300]
+    text = _one_line(f"{type(error).__name__}: {error}")[:300].rstrip(".")
     name = f"crash-rank{process_rank()}.txt" if process_rank() else "crash.txt"
     path = (folder or Path("checkpoints")) / name
     try:

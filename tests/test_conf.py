@@ -1,0 +1,159 @@
+"""Every stack of configuration files that the Makefile can build, and the Makefile itself."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maskvlm.cli import Command, Parsed, run
+
+ROOT = Path(__file__).resolve().parents[1]
+Stack = Callable[..., list[str]]
+
+
+def choices(folder: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / folder).glob("*.yaml"))
+
+
+def make(*words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"PATH": path} if path else {})
+    return subprocess.run(
+        ["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("where", choices("where"))
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_stack_parses(model: str, where: str, stack: Stack) -> None:
+    for data in choices("data"):
+        settings = run(["fit", *stack(MODEL=model, DATA=data, WHERE=where)], (), Parsed).settings
+        assert settings.model.task.init_args.image_mask_ratio == 0.6
+        assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
+
+
+def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
+    settings = run(["fit", *stack(MODEL="base", DATA="coco", WHERE="cpu")], (), Parsed).settings
+    model, task = settings.model, settings.model.task.init_args
+    assert (model.lr, model.lr_encoders, model.weight_decay, model.min_lr) == (3e-4, 1e-5, 0.05, 3e-5)
+    assert (task.image_mask_ratio, task.text_mask_ratio, task.pixel_loss) == (0.6, 0.3, "l1")
+    assert (task.weight_itc, task.weight_itm, task.weight_mlm, task.weight_mim) == (1, 1, 1, 1)
+    assert (settings.data.init_args.batch_size, settings.data.init_args.epochs) == (512, 50)
+    backbone = model.backbone.init_args
+    assert (backbone.cross_layers, backbone.cross_heads) == (3, 12)
+    assert backbone.image.init_args.name == "vit_base_patch16_224"
+
+
+def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {lr: 0.5, weight_decay: 0.25}\n")
+    files = [*stack(), "-c", str(tmp_path / "mine.yaml")]
+    settings = run(["fit", *files, "--model.lr", "0.75"], (), Parsed).settings
+    assert (settings.model.lr, settings.model.weight_decay) == (0.75, 0.25)
+    assert settings.model.task.init_args.text_mask_ratio == 0.3
+
+
+def test_the_environment_names_the_folder_of_data(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", "/somewhere")
+    settings = run(["fit", *stack(DATA="flickr8k")], (), Parsed).settings
+    assert settings.data.init_args.source.init_args.file == "/somewhere/dataset_flickr8k.json"
+
+
+class Built(Command):
+    """Builds model, data and trainer, and runs nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is claimed."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def test_the_links_carry_what_they_should(stack: Stack) -> None:
+    """Lightning drops a link to a name that is not there without a word."""
+    options = [
+        "--seed_everything",
+        "7",
+        "--trainer.accumulate_grad_batches",
+        "2",
+        "--run",
+        "checkpoints/never",
+    ]
+    built = run(["fit", *stack(WHERE="cpu"), *options], (), Built)
+    data, model = built.datamodule, built.model
+    assert data.spec == model.backbone.input_spec
+    assert data.spec.image_size == 48
+    assert (model.seed, data.seed, data.accumulate) == (7, 7, 2)
+    assert built.trainer.default_root_dir == "checkpoints/never"
+    assert {str(logger.save_dir) for logger in built.trainer.loggers} == {"checkpoints/never"}
+    assert not Path("checkpoints/never").exists()
+
+
+def test_make_alone_lists_targets_and_choices() -> None:
+    text = make().stdout
+    for word in ("setup", "pretrain", "finetune", "evaluate", "config", "preview", "test", "check"):
+        assert f"  {word}" in text
+    for folder in ("model", "data", "where"):
+        assert " ".join(choices(folder)) in text
+
+
+@pytest.mark.parametrize(("name", "folder"), [("MODEL", "model"), ("DATA", "data"), ("WHERE", "where")])
+@pytest.mark.parametrize("value", ["nope", "", "tiny small", "../base"])
+def test_a_wrong_choice_is_one_line_with_the_choices(name: str, folder: str, value: str) -> None:
+    done = make("pretrain", "PYTHON=false", f"{name}={value}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"no {name}={value}; there are: {' '.join(choices(folder))}" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["finetune", "evaluate"])
+def test_tasks_are_listed_where_one_is_missing(target: str) -> None:
+    done = make(target, "TASK=nope")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "no TASK=nope; tasks found under tasks/: " in done.stderr
+
+
+def test_arguments_pass_through_with_their_quotes() -> None:
+    done = make("-n", "pretrain", "PYTHON=python", "RUN=x", """ARGS=--model.lr 1e-3 --a "b c" """)
+    assert done.stdout.strip().endswith('--model.lr 1e-3 --a "b c"')
+    assert "--run checkpoints/x" in done.stdout
+
+
+def fake_python(folder: Path, body: str) -> str:
+    """A PATH on which every Python is a script with that body."""
+    for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            '[ "$1" = --version ] && echo Python 3.9.1 && exit; exit 1',
+            "3.11 or newer is needed, found Python 3.9.1",
+        ),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "cannot make virtual environments"),
+    ],
+    ids=["too old", "no venv"],
+)
+def test_setup_names_what_the_python_lacks(body: str, said: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        (copy / name).write_text((ROOT / name).read_text())
+    environment = os.environ | {"PATH": fake_python(tmp_path, body)}
+    command = ["make", "setup"]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=60)
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert said in first
+    assert all(line.startswith("make: ***") for line in rest)
+    assert not (copy / ".venv").exists()

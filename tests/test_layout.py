@@ -1,0 +1,145 @@
+"""The house rules that no linter knows: which way imports point, what no file may contain."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+TEXTS = [*SOURCES, *sorted((ROOT / "conf").rglob("*.yaml")), *sorted((ROOT / "tasks").rglob("*.*"))]
+# What each part must know nothing of; `data` stands for every file in it.
+STRANGERS = {
+    "errors": {"*"},
+    "config": {"* but errors"},
+    "data": {"model", "encoders", "cross", "heads", "losses", "task", "pretrain", "lit", "run", "cli"},
+    "masking": {"data", "model", "encoders", "task", "pretrain", "lit", "cli"},
+    "losses": {"data", "model", "encoders", "heads", "task", "pretrain", "lit", "cli"},
+    "encoders": {"model", "heads", "losses", "task", "pretrain", "lit", "cli"},
+    "model": {"heads", "losses", "task", "pretrain", "lit", "cli"},
+    "lit": {"pretrain", "losses", "masking", "heads", "cli", "run"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports when it is run; what stands under TYPE_CHECKING does not count."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module or "")
+            if node.module == "maskvlm":
+                found |= {f"maskvlm.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(module: str) -> str:
+    """`maskvlm.data.text` -> `data`."""
+    return module.split(".")[1]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+
+
+GRAPH = {module_of(path): {m for m in imports(path) if m.startswith("maskvlm.")} for path in SOURCES}
+
+
+def test_the_core_knows_no_task_and_no_test() -> None:
+    guilty = {path.name for path in SOURCES if {m.split(".")[0] for m in imports(path)} & {"tasks", "tests"}}
+    assert guilty == set()
+
+
+def test_imports_point_one_way() -> None:
+    """No module leads back to itself: nothing is left when those without imports are taken away repeatedly."""
+    left = {name: found & GRAPH.keys() for name, found in GRAPH.items()}
+    while free := {name for name, found in left.items() if not found}:
+        left = {name: found - free for name, found in left.items() if name not in free}
+    assert left == {}, "these import each other"
+
+
+@pytest.mark.parametrize("own", STRANGERS)
+def test_parts_do_not_know_what_comes_after_them(own: str) -> None:
+    known = {part(m) for name, found in GRAPH.items() if part(name + ".") == own for m in found} - {own}
+    if STRANGERS[own] == {"*"}:
+        assert known == set()
+    elif STRANGERS[own] == {"* but errors"}:
+        assert known == {"errors"}
+    else:
+        assert not known & STRANGERS[own]
+
+
+@pytest.mark.parametrize("alone", ["cli", "__main__", "lit"])
+def test_the_ends_of_the_flow_are_known_by_the_front_alone(alone: str) -> None:
+    knowing = {name for name, found in GRAPH.items() if f"maskvlm.{alone}" in found}
+    assert knowing <= {"maskvlm.cli", "maskvlm.commands", "maskvlm.bench", "maskvlm.__main__"}
+
+
+def test_the_command_refuses_before_it_imports_torch() -> None:
+    """What `__main__` needs to find a wrong file or command must not cost seconds."""
+    light, todo = set(), ["__main__"]
+    while todo:
+        name = todo.pop()
+        light.add(name)
+        tree = ast.parse((ROOT / "src" / "maskvlm" / f"{name}.py").read_text())
+        for node in tree.body:  # what functions import later does not count
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            names = (
+                {module}
+                if module
+                else {a.name for a in node.names}
+                if isinstance(node, ast.Import)
+                else set()
+            )
+            assert not {word.split(".")[0] for word in names} & {"torch", "lightning", "transformers", "timm"}
+            todo += [part(word) for word in names if word.startswith("maskvlm.") and part(word) not in light]
+    assert {"config", "errors", "failure"} <= light
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"weights_only\s*=\s*False",  # runs code out of a file
+        r"LOAD_TRUNCATED_IMAGES\s*=\s*True",  # half grey pictures without a word
+        r"MAX_IMAGE_PIXELS\s*=\s*None",  # bombs
+        r"[\"' (](/home/|/Users/|/root/|/data/|/mnt/|/scratch/)",  # somebody's own machine
+        r"\byaml\.(load|unsafe_load|full_load)\(",
+        r"\beval\(|\bexec\(|pickle\.loads?\(",
+        r"\bprint\(.*#.*debug|breakpoint\(\)",
+    ],
+)
+def test_no_file_contains(pattern: str) -> None:
+    guilty = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in TEXTS
+        if path.is_file() and path.suffix in (".py", ".yaml")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(pattern, line) and "\\." not in line and ".eval()" not in line
+    ]
+    assert guilty == []
+
+
+def test_what_the_project_promises_is_there() -> None:
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", ".ci/run", ".gitignore"):
+        assert (ROOT / name).is_file(), name
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert (ROOT / "checkpoints" / "README.md").is_file()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_files_stay_short() -> None:
+    """Past 300 lines ask what second thing the file does."""
+    long = {path.name: count for path in SOURCES if (count := len(path.read_text().splitlines())) > 300}
+    assert long == {}
