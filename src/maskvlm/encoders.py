@@ -208,14 +208,12 @@ class TextEncoder(Encoder):
             source = tokenizer or (name if is_folder(name) else None)
             own = read_tokenizer(source, self.config) if source else None
             fit_config(self.config, own, text_length, settings, keep_positions=name not in CONFIG_MAPPING)
-        self.model = build(self.config)
+        self.model = build(self.config, checkpointing)
         self.width: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         check_positions(self.model, text_length)
         if random_init and own is not None:
             self.set_tokenizer(own)
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take over the tokenizer that was trained on the captions, or that a checkpoint brings.

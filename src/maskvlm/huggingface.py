@@ -85,14 +85,19 @@ def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any])
             raise UserError(f"{WHERE}.config.{key}", what, todo.rstrip("."))
 
 
-def build(config: PreTrainedConfig) -> Any:
-    """The bare encoder with random weights, attention by SDPA, without a pooling layer."""
+def build(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
+    """The bare encoder with random weights, without a pooling layer; attention by SDPA where it can."""
+    config.use_cache = False  # for decoders; with checkpointing it warns
     try:
-        model = AutoModel.from_config(config, attn_implementation="sdpa")
+        model = AutoModel.from_config(config)
     except Exception as error:  # settings that contradict each other: each model has its own error
         raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # nothing reads it, and DDP would wait for its gradients
+    if checkpointing:  # renamed in transformers 5.24; the old name warns
+        name = "activation_checkpointing_enable"
+        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
@@ -158,11 +163,12 @@ def fit_config(
     What `settings` gives stays. A mere model type gets as many positions as text_length needs; RoBERTa's
     begin after the padding token's id.
     """
-    wanted = {"pad_token_id": 0 if tokenizer is None else tokenizer.pad_token_id}
+    pad = settings.get("pad_token_id", 0 if tokenizer is None else tokenizer.pad_token_id)
+    wanted = {"pad_token_id": pad}
     if tokenizer is not None:
         wanted["vocab_size"] = len(tokenizer)
     if not keep_positions:
-        wanted["max_position_embeddings"] = text_length + wanted["pad_token_id"] + 1
+        wanted["max_position_embeddings"] = text_length + pad + 1
     for key, value in wanted.items():
         if key not in settings and hasattr(config, key):
             setattr(config, key, value)

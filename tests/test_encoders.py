@@ -1,0 +1,306 @@
+"""Both encoders against timm's and transformers' own, on narrow models with random weights."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from maskvlm.data.text import train_tokenizer
+from maskvlm.encoders import ImageEncoder, TextEncoder
+from maskvlm.errors import UserError
+
+VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+CAPTIONS = ["a red ball on a table", "two dogs run", "the small blue cube is left of a ball"]
+
+
+def image_encoder(
+    name: str = "vit_tiny_patch16_224", size: int = 64, config: dict[str, Any] | None = None, **kwargs: Any
+) -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder(name, size, random_init=True, config=VIT | (config or {}), **kwargs).eval()
+
+
+def text_encoder(kind: str = "bert", config: dict[str, Any] | None = None, **kwargs: Any) -> TextEncoder:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 50, "text_length": 12, "random_init": True, **kwargs}
+    return TextEncoder(kind, config=BERT | (config or {}), **settings).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(CAPTIONS, 50)
+
+
+def pictures(rows: int = 2, size: int = 64) -> Tensor:
+    return torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+        ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),  # four registers
+        ("deit_tiny_distilled_patch16_224", {}),  # a second class token
+        ("deit3_small_patch16_224", {}),  # no position for the class token
+        ("vit_base_patch32_clip_224", {"patch_size": 16}),  # a norm before the blocks
+        ("eva02_tiny_patch14_224", {"patch_size": 16}),  # rotary positions
+        ("beit_base_patch16_224", {}),  # relative positions
+        ("vit_small_patch16_dinov3", {}),  # patches as [B, rows, columns, D]
+    ],
+)
+def test_every_vit_gives_what_timm_gives(name: str, config: dict[str, Any]) -> None:
+    encoder = image_encoder(name, config=config)
+    with torch.no_grad():
+        ours, theirs = encoder(pictures()), encoder.vit.forward_features(pictures())
+        nothing = encoder(pictures(), torch.zeros(2, 16, dtype=torch.bool))
+        masked = encoder(pictures(), torch.ones(2, 16, dtype=torch.bool))
+    assert ours.shape == (2, 1 + encoder.num_patches, encoder.width) == (2, 17, 32)
+    torch.testing.assert_close(ours[:, 0], theirs[:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours[:, 1:], theirs[:, -16:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(nothing, ours, atol=1e-6, rtol=0)
+    torch.testing.assert_close(masked[0], masked[1], atol=1e-6, rtol=0)  # neither picture is seen
+    assert not torch.allclose(masked[0], ours[0], atol=1e-3)
+
+
+def test_a_masked_patch_is_the_mask_token_before_its_position() -> None:
+    encoder = image_encoder()
+    mask_BN = torch.zeros(2, 16, dtype=torch.bool)
+    mask_BN[0, [1, 6]] = True
+    with torch.no_grad():
+        vit, hidden_BND = encoder.vit, encoder.vit.patch_embed(pictures())
+        for row, patch in ((0, 1), (0, 6)):
+            hidden_BND[row, patch] = encoder.mask_token[0, 0]
+        hidden_BLD = torch.cat([vit.cls_token.expand(2, 1, 32), hidden_BND], 1) + vit.pos_embed
+        expected_BLD = vit.norm(vit.blocks(hidden_BLD))
+        torch.testing.assert_close(encoder(pictures(), mask_BN), expected_BLD, atol=1e-6, rtol=0)
+
+
+def test_masked_pixels_are_invisible_and_others_are_not() -> None:
+    encoder, image = image_encoder(), pictures(1)
+    mask_1N = torch.zeros(1, 16, dtype=torch.bool)
+    mask_1N[0, 5] = True  # row 1, column 1 of 4 x 4
+    inside, outside = image.clone(), image.clone()
+    inside[:, :, 16:32, 16:32] = 9
+    outside[:, :, 16:32, 32:48] = 9
+    with torch.no_grad():
+        expected = encoder(image, mask_1N)
+        assert torch.equal(encoder(inside, mask_1N), expected)
+        assert not torch.allclose(encoder(outside, mask_1N), expected, atol=1e-3)
+        assert not torch.allclose(encoder(inside), encoder(image), atol=1e-3)  # the mask is forgotten
+
+
+def test_the_mask_token_learns_only_where_something_is_masked() -> None:
+    encoder = image_encoder()
+    encoder(pictures()).square().sum().backward()
+    assert encoder.mask_token.grad is None
+    assert all(p.grad is not None for p in encoder.vit.parameters())
+    mask_BN = torch.zeros(2, 16, dtype=torch.bool)
+    mask_BN[1, 3] = True
+    encoder(pictures(), mask_BN)[:, :, 0].sum().backward()
+    assert encoder.mask_token.grad is not None
+    assert encoder.mask_token.grad.abs().sum() > 0
+
+
+def test_what_the_data_module_must_know() -> None:
+    encoder = image_encoder(size=48, config={"patch_size": 8})
+    assert (encoder.width, encoder.patch_size, encoder.grid) == (32, 8, (6, 6))
+    assert (encoder.num_patches, encoder.image_size) == (36, 48)
+    assert encoder.mean == encoder.std == (0.5, 0.5, 0.5)  # what timm trained these with
+    clip, imagenet = image_encoder(normalisation="clip"), image_encoder(normalisation="imagenet")
+    assert (clip.mean[0], imagenet.mean[0], imagenet.std[2]) == (0.48145466, 0.485, 0.225)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "config", "words"),
+    [
+        ("vit_tiny_patch16_24", 64, {}, "vit_tiny_patch16_224"),  # the nearest name
+        ("vit_tiny_patch16_224.nope", 64, {}, "nope"),
+        ("vit_base_patch16_siglip_224", 64, {}, "class token"),
+        ("vit_small_r26_s32_224", 64, {}, "plain patches"),  # a CNN before the ViT
+        ("resnet18", 64, {}, "resnet18"),
+        ("vit_tiny_patch16_224", 70, {}, "multiple of 16"),
+        ("vit_tiny_patch16_224", 64, {"embed_dimm": 3}, "embed_dimm"),
+        ("vit_tiny_patch16_224", 64, {"num_heads": 5}, "divisible"),
+    ],
+)
+def test_image_encoders_that_cannot_be(name: str, size: int, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        ImageEncoder(name, size, random_init=True, config=config)
+    assert "\n" not in str(caught.value)
+    assert caught.value.where.startswith("model.backbone.image")
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_checkpointing_changes_nothing_but_memory(kind: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        if kind == "image":
+            encoder, inputs = image_encoder(checkpointing=checkpointing).train(), (pictures(),)
+        else:
+            encoder = text_encoder(checkpointing=checkpointing).train()
+            inputs = (torch.arange(5, 13).view(2, 4), torch.ones(2, 4, dtype=torch.bool))
+        block = encoder.vit.blocks[0] if kind == "image" else encoder.model.encoder.layer[0]
+        passes = []
+        block.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        encoder(*inputs).square().mean().backward()
+        assert len(passes) == 1 + checkpointing
+        grads.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_copy_masks_with_its_own_token() -> None:
+    encoder = image_encoder()
+    twin = copy.deepcopy(encoder)
+    mask_BN = torch.ones(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        twin.mask_token.normal_()
+        assert not torch.allclose(twin(pictures(), mask_BN), encoder(pictures(), mask_BN), atol=1e-3)
+        assert torch.equal(twin(pictures()), encoder(pictures()))
+
+
+# ---------------------------------------------------------------------- text
+
+
+def padded(pad: int) -> tuple[Tensor, Tensor]:
+    """Two rows of 7 and 4 tokens."""
+    token_BT = torch.tensor([[2, 9, 8, 7, 6, 5, 3], [2, 11, 12, 3, pad, pad, pad]])
+    attention_BT = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    return token_BT, attention_BT
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad"), [("bert", 0), ("roberta", 0), ("roberta", 1), ("electra", 0), ("mpnet", 1)]
+)
+def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
+    encoder = text_encoder(kind, {"pad_token_id": pad})
+    token_BT, attention_BT = padded(pad)
+    torch.manual_seed(0)
+    theirs = AutoModel.from_config(AutoConfig.for_model(**encoder.config.to_dict())).eval()
+    theirs.load_state_dict(encoder.model.state_dict(), strict=False)
+    with torch.no_grad():
+        ours_BTD = encoder(token_BT, attention_BT)
+        theirs_BTD = theirs(input_ids=token_BT, attention_mask=attention_BT.long()).last_hidden_state
+        alone_1TD = encoder(token_BT[1:, :4], attention_BT[1:, :4])
+    assert ours_BTD.shape == (2, 7, encoder.width) == (2, 7, 32)
+    torch.testing.assert_close(ours_BTD[attention_BT], theirs_BTD[attention_BT], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours_BTD[1, :4], alone_1TD[0], atol=1e-5, rtol=0)  # padding changes nothing
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_roberta_counts_positions_from_the_padding_id_on(pad: int) -> None:
+    encoder = text_encoder("roberta", {"pad_token_id": pad})
+    token_BT, attention_BT = padded(pad)
+    position_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]]) + pad
+    with torch.no_grad():
+        by_hand = encoder.model(token_BT, attention_BT, position_ids=position_BT).last_hidden_state
+        ours = encoder(token_BT, attention_BT)
+    torch.testing.assert_close(ours[attention_BT], by_hand[attention_BT], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_no_parameter_is_without_use(kind: str) -> None:
+    """DDP would wait for its gradient for ever."""
+    encoder = text_encoder(kind)
+    encoder(*padded(0)).sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+    assert encoder.model.config._attn_implementation == "sdpa"
+
+
+def test_the_longest_text_has_a_position() -> None:
+    for kind in ("bert", "roberta"):
+        encoder = text_encoder(kind)
+        assert encoder(torch.full((1, 12), 7), torch.ones(1, 12, dtype=torch.bool)).shape == (1, 12, 32)
+        first = 1 if kind == "roberta" else 0
+        with pytest.raises(UserError, match="13 tokens, but the model has 12 positions"):
+            text_encoder(kind, {"max_position_embeddings": 12 + first}, text_length=13)
+
+
+def test_a_well_known_model_starts_at_random_without_a_hub() -> None:
+    encoder = TextEncoder("roberta-base", random_init=True, config={"num_hidden_layers": 1})
+    shapes = {name: tuple(value.shape) for name, value in encoder.model.state_dict().items()}
+    assert shapes["embeddings.word_embeddings.weight"] == (50265, 768)
+    assert shapes["embeddings.position_embeddings.weight"] == (514, 768)
+    assert shapes["embeddings.token_type_embeddings.weight"] == (1, 768)
+    assert encoder.tokenizer is None
+    assert encoder.vocab_size == 50265
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_model_takes_over_the_trained_tokenizer(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = text_encoder(kind)
+    assert encoder.tokenizer is None
+    encoder.set_tokenizer(tokenizer)
+    encoder.set_tokenizer(train_tokenizer(CAPTIONS, 50))  # the same once more
+    other = train_tokenizer(["something else entirely"], 50)
+    with pytest.raises(
+        UserError, match=rf"\({len(other)} entries\) differs from the model's, .*\(50 entries\)"
+    ):
+        encoder.set_tokenizer(other)
+    assert encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_tokenizers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="50 entries, but the model has rows for 49"):
+        text_encoder(vocab_size=49).set_tokenizer(tokenizer)
+    with pytest.raises(UserError, match="its padding is token 0, the model's is 1"):
+        text_encoder("roberta", {"pad_token_id": 1}).set_tokenizer(tokenizer)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
+    with pytest.raises(UserError, match="no mask token"):
+        text_encoder().set_tokenizer(bare)
+
+
+def test_a_given_tokenizer_sizes_the_random_model(tmp_path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    encoder = TextEncoder("roberta", 12, random_init=True, config=BERT, tokenizer=str(tmp_path))
+    assert encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert encoder.vocab_size == len(tokenizer)
+    assert encoder.config.pad_token_id == tokenizer.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "where", "words"),
+    [
+        ("gpt2", {}, "model.backbone.text.name", "no encoder trained by masking words"),
+        ("bart", {}, "model.backbone.text.name", "no encoder trained by masking words"),
+        ("bert", {"hiden_size": 32}, "model.backbone.text.config.hiden_size", "Did you mean hidden_size"),
+        ("bert", {"num_attention_heads": 5}, "model.backbone.text.config", "32.*5"),
+        ("bert", {"hidden_size": "wide"}, "model.backbone.text", "hidden_size"),
+        ("./nowhere/roberta", {}, "./nowhere/roberta", "no such folder"),
+        ("some-org/some-model", {}, "model.backbone", "some-org/some-model"),
+    ],
+)
+def test_text_encoders_that_cannot_be(name: str, config: dict[str, Any], where: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        TextEncoder(name, 12, random_init=True, config=(BERT if name == "bert" else {}) | config)
+    assert caught.value.where == where
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- readiness
+
+
+def test_random_weights_must_be_asked_for() -> None:
+    image, text = ImageEncoder(image_size=64, config=VIT), TextEncoder(config=BERT | {"num_hidden_layers": 1})
+    for encoder, inputs in ((image, (pictures(),)), (text, padded(1))):
+        with pytest.raises(UserError, match=f"the weights of {type(encoder).__name__} are not loaded"):
+            encoder(*inputs)
+    torch.nn.ModuleDict({"image": image}).load_state_dict(
+        {f"image.{k}": v for k, v in image.state_dict().items()}
+    )
+    assert image(pictures()).shape == (2, 17, 32)  # a checkpoint of the whole model is as good
