@@ -24,7 +24,7 @@ from maskvlm.task import Task
 
 
 class Hidden(NamedTuple):
-    """What is hidden in this step; None where the loss that needs it has weight 0."""
+    """What is hidden in this step; None where no loss of weight above 0 needs it."""
 
     patch: PatchMask | None
     token: TokenMask | None
@@ -114,7 +114,7 @@ class MaskedPretraining(Task):
 
     def build(self, backbone: MaskVLM) -> None:
         patch, width = backbone.image.patch_size, backbone.width
-        if self.mask_block % patch:
+        if self.mask_block < patch or self.mask_block % patch:
             todo = f"set model.task.mask_block to a multiple of {patch}"
             raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
         if self.weights["itc"]:
@@ -125,6 +125,7 @@ class MaskedPretraining(Task):
             self.tokens = TokenHead(width, backbone.text.vocab_size)
             self.register_buffer("token_count_V", torch.zeros(backbone.text.vocab_size), persistent=False)
         if self.weights["mim"]:
+            self.pixel_floor: Tensor | None = None
             self.pixels = PixelDecoder(width, width, 3 * patch**2, self.decoder_layers, backbone.cross_heads)
         init_normal(self)
         if self.weights["itc"]:
@@ -133,7 +134,7 @@ class MaskedPretraining(Task):
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
         """Parts that no wanted loss reaches get no gradient; DDP would wait for it for ever."""
-        if not self.weights["mim"]:
+        if not (self.weights["mim"] or (self.mask_both and self.weights["mlm"])):
             backbone.image.mask_token.requires_grad_(False)
         if not (self.weights["mim"] or self.weights["itm"]):
             backbone.cross_image.requires_grad_(False)
@@ -154,9 +155,9 @@ class MaskedPretraining(Task):
             terms["itc"] = self.contrastive_loss(contrast, batch.valid_B)
         if self.weights["itm"]:
             terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
-        if hidden.token is not None:
+        if self.weights["mlm"] and hidden.token is not None:
             terms["mlm"] = self.token_loss(crossed.text_BTD, batch, hidden.token)
-        if hidden.patch is not None:
+        if self.weights["mim"] and hidden.patch is not None:
             text_BTD = encoded.hidden_text_BTD if self.mask_both else encoded.text_BTD
             terms["mim"] = self.pixel_loss_of(crossed.image_BLD, text_BTD, batch, hidden.patch)
         return {name: self.weights[name] * term for name, term in terms.items()}
@@ -164,10 +165,10 @@ class MaskedPretraining(Task):
     def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform) -> Hidden:
         """Draw this step's masks."""
         patch = token = None
-        if self.weights["mim"]:
+        if self.weights["mim"] or (self.mask_both and self.weights["mlm"]):
             block = self.mask_block // backbone.image.patch_size
             patch = mask_patches(batch.valid_B, backbone.image.grid, block, self.image_mask_ratio, uniform)
-        if self.weights["mlm"]:
+        if self.weights["mlm"] or (self.mask_both and self.weights["mim"]):
             text = backbone.text
             token = mask_tokens(
                 batch.token_CT, batch.special_CT, batch.word_CT, self.text_mask_ratio, uniform,
@@ -236,19 +237,21 @@ class MaskedPretraining(Task):
             images, texts = [own, own, picture], [own, caption, own]
         both = encoded if self.mask_both else encoded._replace(hidden_image_BLD=None, hidden_text_BTD=None)
         image_side, text_side = Side(image, None), Side(text, attention)
+        hidden_image = encoded.hidden_image_BLD if self.weights["mim"] else None
+        hidden_text = encoded.hidden_text_BTD if self.weights["mlm"] else None
         crossed_image = cross_pairs(
-            backbone.cross_image, encoded.hidden_image_BLD, image_side, text_side, both.hidden_text_BTD, images, texts
+            backbone.cross_image, hidden_image, image_side, text_side, both.hidden_text_BTD, images, texts
         )
         crossed_text = cross_pairs(
-            backbone.cross_text, encoded.hidden_text_BTD, text_side, image_side, both.hidden_image_BLD, texts, images
+            backbone.cross_text, hidden_text, text_side, image_side, both.hidden_image_BLD, texts, images
         )
         skip = len(batch.token_CT)
         return Crossed(
             crossed_image.every_RLD,
             crossed_text.every_RLD,
             Fused(
-                crossed_image.first_BD[skip if encoded.hidden_image_BLD is not None else 0 :],
-                crossed_text.first_BD[skip if encoded.hidden_text_BTD is not None else 0 :],
+                crossed_image.first_BD[skip if hidden_image is not None else 0 :],
+                crossed_text.first_BD[skip if hidden_text is not None else 0 :],
             ),
         )
 
@@ -297,13 +300,14 @@ class MaskedPretraining(Task):
         """No-knowledge level of each weighted loss.
 
         ITC: log of the global batch. ITM: entropy of its 1:2 class prior, 0.6365. MLM: entropy of the hidden
-        tokens seen so far. MIM: error of predicting the mean colour of the latest batch.
+        tokens seen so far. MIM: error of predicting the mean colour of the latest batch. The last two are missing
+        until a batch was seen.
         """
         levels = {"itc": math.log(max(batch_size, 1)), "itm": math.log(3) - 2 / 3 * math.log(2)}
-        if self.weights["mlm"]:
+        if self.weights["mlm"] and self.token_count_V.any():
             share_V = self.token_count_V / self.token_count_V.sum().clamp(min=1)
             levels["mlm"] = float(torch.special.entr(share_V).sum())
-        if self.weights["mim"]:
+        if self.weights["mim"] and self.pixel_floor is not None:
             levels["mim"] = float(self.pixel_floor)
         return {name: self.weights[name] * level for name, level in levels.items() if self.weights[name]}
 
@@ -352,9 +356,11 @@ def cross_pairs(
         hidden_BLD: masked rows; they see the whole partner, or `hidden_other_BLD` where that is given.
         own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
     """
+    if hidden_BLD is None and not rows:  # no loss reads this side
+        return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
     first = 0 if hidden_BLD is None else len(hidden_BLD)
     partners = torch.arange(first, device=own.rows_ULD.device)
-    if hidden_other_BLD is not None:
+    if first and hidden_other_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:first]])
         partners = partners + len(other.rows_ULD)
         other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)

@@ -1,0 +1,108 @@
+"""The training step of the paper written out pair by pair: what the batched one must equal."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from toys import PATCH, slow_cross
+
+from maskvlm.data.batch import Batch
+from maskvlm.losses import Negatives
+from maskvlm.model import MaskVLM
+from maskvlm.pretrain import Hidden, MaskedPretraining
+
+
+class Recorded(MaskedPretraining):
+    """Keeps the masks and negatives of its last step."""
+
+    hidden: Hidden
+    found: tuple[Negatives, Negatives] | None
+
+    def hide(self, *args: Any) -> Hidden:
+        self.hidden = super().hide(*args)
+        return self.hidden
+
+    def negatives(self, *args: Any) -> tuple[Negatives, Negatives] | None:
+        self.found = super().negatives(*args)
+        return self.found
+
+
+class Slow:
+    """The four losses of the masks and negatives that `task` recorded: each row by itself, nothing padded."""
+
+    def __init__(self, task: Recorded, backbone: MaskVLM, batch: Batch) -> None:
+        self.task, self.backbone, self.batch = task, backbone, batch
+        self.valid = batch.valid_B.nonzero().flatten().tolist()
+        rows = range(len(batch.image_BCHW))
+        self.image = [backbone.image(batch.image_BCHW[r : r + 1])[0] for r in rows]
+        self.text = [self.read(batch.token_CT, r) for r in rows]
+        self.masked_image, self.masked_text = self.image, self.text
+        if task.hidden.patch is not None:
+            mask = task.hidden.patch.mask_BN
+            self.masked_image = [
+                backbone.image(batch.image_BCHW[r : r + 1], mask[r : r + 1])[0] for r in rows
+            ]
+        if task.hidden.token is not None:
+            self.masked_text = [self.read(task.hidden.token.token_CT, r) for r in rows]
+
+    def read(self, token_CT: Tensor, row: int) -> Tensor:
+        token_1T = token_CT[row, self.batch.attention_CT[row]][None]
+        return self.backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
+
+    def itc(self) -> Tensor:
+        head, batch = self.task.projection, self.batch
+        image = [F.normalize(head.image(x[0]), dim=0) for x in self.image]
+        text = [F.normalize(head.text(x[0]), dim=0) for x in self.text]
+        terms = []
+        for i in self.valid:
+            columns = [
+                j
+                for j in self.valid
+                if i == j
+                or (batch.image_id_B[i] != batch.image_id_B[j] and batch.text_id_C[i] != batch.text_id_C[j])
+            ]
+            for query, keys in ((image[i], text), (text[i], image)):
+                logits = torch.stack([query @ keys[j] for j in columns]) * head.log_scale.exp()
+                terms.append(-logits.log_softmax(0)[columns.index(i)])
+        return torch.stack(terms).mean()
+
+    def itm(self) -> Tensor:
+        assert self.task.found is not None
+        captions, pictures = self.task.found
+        pairs = [(i, i, 1) for i in self.valid]
+        pairs += [(i, int(captions.index_B[i]), 0) for i in self.valid if captions.weight_B[i]]
+        pairs += [(int(pictures.index_B[i]), i, 0) for i in self.valid if pictures.weight_B[i]]
+        terms = []
+        for i, j, match in pairs:
+            image = slow_cross(self.backbone.cross_image, self.image[i], self.text[j])[0]
+            text = slow_cross(self.backbone.cross_text, self.text[j], self.image[i])[0]
+            terms.append(-self.task.matching.classify(image * text).log_softmax(0)[match])
+        return torch.stack(terms).mean()
+
+    def mlm(self) -> Tensor:
+        assert self.task.hidden.token is not None
+        partner = self.masked_image if self.task.mask_both else self.image
+        terms = []
+        for i in self.valid:
+            out = slow_cross(self.backbone.cross_text, self.masked_text[i], partner[i])
+            for place in self.task.hidden.token.mask_CT[i].nonzero().flatten().tolist():
+                logits = self.task.tokens.vocabulary(out[place])
+                terms.append(-logits.log_softmax(0)[self.batch.token_CT[i, place]])
+        return torch.stack(terms).mean()
+
+    def mim(self) -> Tensor:
+        assert self.task.hidden.patch is not None
+        partner = self.masked_text if self.task.mask_both else self.text
+        terms = []
+        for i in self.valid:
+            out = slow_cross(self.backbone.cross_image, self.masked_image[i], partner[i])
+            out = slow_cross(self.task.pixels.blocks, out, partner[i])
+            for n in self.task.hidden.patch.mask_BN[i].nonzero().flatten().tolist():
+                r, c = n // 4 * PATCH, n % 4 * PATCH
+                target = self.batch.image_BCHW[i, :, r : r + PATCH, c : c + PATCH].permute(1, 2, 0).flatten()
+                if self.task.pixel_norm:
+                    target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+                d = self.task.pixels.pixels(out[1 + n]) - target
+                terms.append(d.square().mean() if self.task.pixel_loss == "squared" else d.abs().mean())
+        return torch.stack(terms).mean()

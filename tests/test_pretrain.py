@@ -1,0 +1,348 @@
+"""One training step against separate passes for every pair, and what must not change its losses."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from slow_step import Recorded, Slow
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
+
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw
+from maskvlm.errors import UserError
+from maskvlm.model import MaskVLM
+from maskvlm.pretrain import MaskedPretraining, pad_text
+
+TERMS = ("itc", "itm", "mlm", "mim")
+
+
+class Table:
+    """Draws that belong to rows and columns: the same for a row wherever it stands, however many there are.
+
+    The first two draws of a step are masks, the others [rows, columns] of negatives.
+    """
+
+    def __init__(self, order: list[int] | None = None) -> None:
+        self.order, self.calls = order, 0
+
+    def __call__(self, rows: int, *shape: int) -> Tensor:
+        table = torch.rand(8, 16, generator=torch.Generator().manual_seed(self.calls))
+        self.calls += 1
+        if self.order is not None:
+            table = table[self.order]
+            table = table[:, self.order] if self.calls > 2 else table
+        return table[:rows, : shape[-1]]
+
+
+def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Recorded]:
+    """A step in which everything matters: weights far from their small start values."""
+    backbone = backbone or toy_backbone()
+    task = Recorded(**{"mask_block": 16, "decoder_layers": 1, "contrast_dim": 8, **settings})
+    task.build(backbone)
+    torch.manual_seed(5)
+    for name, parameter in itertools.chain(backbone.named_parameters(), task.named_parameters()):
+        if name != "projection.log_scale":
+            nn.init.normal_(parameter, std=0.3)
+    task.reseed(Draw(7, 0, "cpu"))
+    return backbone, task
+
+
+def eventful_batch() -> Batch:
+    """A picture with two captions, a caption of two pictures, and a hole."""
+    batch = toy_batch(7, holes=(4,))
+    image_id_B, text_id_C, image_BCHW = (
+        batch.image_id_B.clone(),
+        batch.text_id_C.clone(),
+        batch.image_BCHW.clone(),
+    )
+    image_id_B[1], image_BCHW[1] = image_id_B[0], image_BCHW[0]
+    text_id_C[3] = text_id_C[2]
+    return batch._replace(image_id_B=image_id_B, text_id_C=text_id_C, image_BCHW=image_BCHW)
+
+
+def gradients(*modules: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": parameter.grad
+        for number, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "weighted": {"weight_itc": 0.5, "weight_itm": 2.0, "weight_mlm": 3.0, "weight_mim": 0.25},
+    "both masked": {"mask_both": True},
+    "pixels": {"pixel_loss": "squared", "pixel_norm": True, "image_mask_ratio": 0.3},
+    "words": {"whole_word": True, "keep_and_swap": True, "text_mask_ratio": 0.6},
+    "no contrast": {"weight_itc": 0.0},
+    "words from masked picture": {"mask_both": True, "weight_mim": 0.0},
+    "picture from masked words": {"mask_both": True, "weight_mlm": 0.0, "weight_itm": 0.0},
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_one_pass_over_everything_equals_a_pass_for_each_pair(variant: str) -> None:
+    batch = eventful_batch()
+    backbone, task = build(**VARIANTS[variant])
+    terms = task(backbone, batch)
+    sum(terms.values()).backward()
+    fast = gradients(backbone, task)
+    backbone.zero_grad()
+    task.zero_grad()
+
+    slow = Slow(task, backbone, batch)
+    expected = {name: task.weights[name] * getattr(slow, name)() for name in TERMS if task.weights[name]}
+    assert list(terms) == list(expected)
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name], atol=1e-6, rtol=1e-5)
+    sum(expected.values()).backward()
+    for name, grad in gradients(backbone, task).items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(fast[name], grad, atol=2e-5 * scale + 1e-6, rtol=1e-4)
+
+
+def test_the_eventful_batch_is_eventful() -> None:
+    """The negatives of the rows above are what the comparison needs: drawn, never a duplicate or the hole."""
+    backbone, task = build()
+    task(backbone, eventful_batch())
+    assert task.found is not None
+    for index_B, weight_B in task.found:
+        assert weight_B.all()
+        assert 4 not in index_B.tolist()
+        assert all(i != j and {i, j} not in ({0, 1}, {2, 3}) for i, j in enumerate(index_B.tolist()))
+
+
+# ---------------------------------------------------------------------- what does not matter
+
+
+def losses_of(batch: Batch, order: list[int] | None = None, **settings: Any) -> list[float]:
+    backbone, task = build(**settings)
+    task.reseed(Table(order))
+    with torch.no_grad():
+        return [float(term) for term in task(backbone, batch).values()]
+
+
+def test_the_order_of_pairs_does_not_matter() -> None:
+    order = [3, 0, 6, 2, 5, 1, 4, 7]
+    batch = eventful_batch()
+    assert losses_of(take(batch, torch.tensor(order[:7])), order) == pytest.approx(losses_of(batch), rel=1e-5)
+
+
+def test_a_hole_changes_nothing_for_the_other_rows() -> None:
+    with_hole = toy_batch(6, holes=(5,))
+    without = take(with_hole, torch.arange(5))
+    assert losses_of(with_hole) == pytest.approx(losses_of(without), rel=1e-5)
+    noise = with_hole.image_BCHW.clone()
+    noise[5] = 100.0
+    assert losses_of(with_hole._replace(image_BCHW=noise)) == pytest.approx(losses_of(without), rel=1e-5)
+
+
+def test_the_longest_caption_does_not_matter() -> None:
+    batch = eventful_batch()
+    assert batch.token_CT.shape[1] <= LENGTH
+    padded = pad_text(batch, LENGTH + 1)
+    assert [part.shape[1] for part in padded[1:5]] == [LENGTH + 1] * 4
+    assert not padded.attention_CT[:, LENGTH:].any()
+    assert padded.special_CT[:, LENGTH:].all()
+    assert (padded.word_CT[:, LENGTH:] == -1).all()
+    padded = pad_text(batch._replace(**tokens([[5, 6]] * 7)), LENGTH)
+    short = batch._replace(**tokens([[5, 6]] * 7))
+    assert losses_of(padded) == pytest.approx(losses_of(short), rel=1e-5)
+
+
+def test_weights_multiply_the_terms() -> None:
+    weights = [0.5, 2.0, 3.0, 0.25]
+    weighted = losses_of(
+        toy_batch(), **{f"weight_{name}": weight for name, weight in zip(TERMS, weights, strict=True)}
+    )
+    assert weighted == pytest.approx(
+        [w * term for w, term in zip(weights, losses_of(toy_batch()), strict=True)]
+    )
+
+
+# ---------------------------------------------------------------------- edges
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        ("one pair", toy_batch(1)),
+        ("one picture", toy_batch(4)._replace(image_id_B=torch.zeros(4, dtype=torch.long))),
+        ("only holes", toy_batch(3, holes=(0, 1, 2))),
+    ],
+)
+def test_batches_without_a_valid_negative(name: str, batch: Batch) -> None:
+    backbone, task = build()
+    terms = task(backbone, batch)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(grad).all() for grad in gradients(backbone, task).values())
+    assert terms["itc"].item() == pytest.approx(0, abs=1e-6)
+    assert all(torch.isfinite(term) for term in terms.values())
+    if name == "only holes":
+        assert not any(term.item() for term in terms.values())
+        assert not any(grad.any() for grad in gradients(backbone, task).values())
+    else:  # positives alone
+        assert terms["itm"].item() == pytest.approx(Slow(task, backbone, batch).itm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_nothing_hidden_and_everything_hidden(ratio: float) -> None:
+    backbone, task = build(image_mask_ratio=ratio, text_mask_ratio=ratio)
+    terms = task(backbone, eventful_batch())
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert [bool(terms[name].item()) for name in ("mlm", "mim")] == [bool(ratio)] * 2
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in itertools.chain(backbone.parameters(), task.parameters())
+    )
+
+
+def test_bfloat16_gives_nearly_the_same_losses() -> None:
+    expected = losses_of(eventful_batch(), weight_itm=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses_of(eventful_batch(), weight_itm=0.0)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+# ---------------------------------------------------------------------- weights of zero
+
+ROWS = 5
+
+
+@pytest.mark.parametrize("wanted", [w for n in range(1, 5) for w in itertools.combinations(TERMS, n)])
+@pytest.mark.parametrize("mask_both", [False, True])
+def test_a_weight_of_zero_leaves_no_parameter_without_gradient(
+    wanted: tuple[str, ...], mask_both: bool
+) -> None:
+    """Distributed training waits for the gradient of each parameter that may have one."""
+    settings = {f"weight_{name}": float(name in wanted) for name in TERMS}
+    backbone, task = build(mask_both=mask_both, **settings)
+    terms = task(backbone, toy_batch(ROWS))
+    assert tuple(terms) == wanted
+    sum(terms.values()).backward()
+    for name, parameter in itertools.chain(backbone.named_parameters(), task.named_parameters()):
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.any() or name.endswith("key.bias"), name
+    frozen = {
+        name.split(".")[0] for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+    }
+    read = {"cross_image": {"itm", "mim"}, "cross_text": {"itm", "mlm"}}
+    assert frozen - {"image"} == {part for part, terms in read.items() if not terms & set(wanted)}
+    needs_mask_token = {"mim"} | ({"mlm"} if mask_both else set())
+    assert backbone.image.mask_token.requires_grad == bool(needs_mask_token & set(wanted))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        (("itc", "itm", "mlm", "mim"), {"image": 2, "text": 2, "cross_image": 4, "cross_text": 4}),
+        (("itc", "itm", "mlm"), {"image": 1, "text": 2, "cross_image": 3, "cross_text": 4}),
+        (("itc", "itm", "mim"), {"image": 2, "text": 1, "cross_image": 4, "cross_text": 3}),
+        (("itc", "mlm", "mim"), {"image": 2, "text": 2, "cross_image": 1, "cross_text": 1}),
+        (("mlm", "mim"), {"image": 2, "text": 2, "cross_image": 1, "cross_text": 1}),
+        (("itc", "itm"), {"image": 1, "text": 1, "cross_image": 3, "cross_text": 3}),
+        (("itc", "mlm"), {"image": 1, "text": 2, "cross_text": 1}),
+        (("itc",), {"image": 1, "text": 1}),
+    ],
+)
+def test_each_part_makes_one_pass_over_the_rows_it_needs(
+    wanted: tuple[str, ...], rows: dict[str, int]
+) -> None:
+    backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in TERMS})
+    seen: list[tuple[str, int]] = []
+    for part in ("image", "text", "cross_image", "cross_text"):
+        getattr(backbone, part).register_forward_hook(
+            lambda module, inputs, output, part=part: seen.append((part, len(inputs[0]) // ROWS))
+        )
+    task(backbone, toy_batch(ROWS))
+    assert sorted(seen) == sorted(rows.items())
+    heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels"}
+    assert {name for name, _ in task.named_children()} == {heads[name] for name in wanted}
+
+
+def test_pixels_and_words_are_predicted_at_masked_positions_only() -> None:
+    backbone, task = build()
+    shapes = {}
+    task.tokens.vocabulary.register_forward_hook(lambda _, inputs, out: shapes.update(words=tuple(out.shape)))
+    task.pixels.pixels.register_forward_hook(lambda _, inputs, out: shapes.update(pixels=tuple(out.shape)))
+    batch = toy_batch(ROWS)
+    task(backbone, batch)
+    longest = batch.token_CT.shape[1]
+    assert shapes == {"words": (ROWS, int(0.3 * longest + 0.5), VOCAB), "pixels": (ROWS, 8, 3 * PATCH**2)}
+
+
+# ---------------------------------------------------------------------- levels of no knowledge
+
+
+def test_levels_of_a_model_that_has_learned_nothing() -> None:
+    backbone, task = build(text_mask_ratio=1.0, image_mask_ratio=1.0, weight_itm=2.0)
+    assert task.floors(64) == pytest.approx({"itc": math.log(64), "itm": 2 * 0.636514}, rel=1e-6)
+    batch = toy_batch(4)._replace(**tokens([[5, 5, 5, 6]] * 4))
+    task(backbone, batch)
+    levels = task.floors(64)
+    assert levels["mlm"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
+    mean_C = batch.image_BCHW.mean((0, 2, 3), keepdim=True)
+    assert levels["mim"] == pytest.approx((batch.image_BCHW - mean_C).abs().mean().item(), rel=1e-5)
+    task.eval()
+    task(backbone, toy_batch(4))
+    assert task.floors(64) == levels  # evaluation leaves them alone
+
+
+def test_levels_of_weightless_losses_are_left_out() -> None:
+    _, task = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
+    assert task.floors(8) == pytest.approx({"itc": math.log(8)})
+
+
+# ---------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
+        ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
+        ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),
+        ({"weight_mlm": -1.0}, "model.task.weight_mlm: -1.0"),
+        ({f"weight_{name}": 0.0 for name in TERMS}, "all four loss weights are 0"),
+        ({"mask_block": 12}, "model.task.mask_block: 12 px"),
+        ({"mask_block": 0}, "model.task.mask_block: 0 px"),
+    ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**settings)
+
+
+# ---------------------------------------------------------------------- it learns
+
+
+def test_eight_pairs_are_learned_by_heart() -> None:
+    backbone = toy_backbone(seed=1, width=32)
+    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=16, pixel_loss="squared")
+    task.build(backbone)
+    batch = toy_batch(8, seed=3)
+    coarse = F.interpolate(batch.image_BCHW[:, :, :4, :4], scale_factor=8)  # one colour a patch
+    batch = batch._replace(image_BCHW=coarse)
+    parameters = [*backbone.parameters(), *task.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=0.0)
+    recent = []
+    for step in range(150):
+        task.reseed(Draw(0, step, "cpu"))
+        terms = task(backbone, batch)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        recent.append([float(term.detach()) for term in terms.values()])
+    last = dict(zip(TERMS, torch.tensor(recent[-20:]).mean(0).tolist(), strict=True))
+    floors = task.floors(8)
+    assert {name: last[name] < 0.5 * floors[name] for name in TERMS} == dict.fromkeys(TERMS, True), (
+        last,
+        floors,
+    )
