@@ -154,7 +154,7 @@ def test_checkpointing_changes_nothing_but_memory(kind: str) -> None:
         else:
             encoder = text_encoder(checkpointing=checkpointing).train()
             inputs = (torch.arange(5, 13).view(2, 4), torch.ones(2, 4, dtype=torch.bool))
-        block = encoder.vit.blocks[0] if kind == "image" else encoder.model.encoder.layer[0]
+        block = encoder.vit.blocks[0].attn if kind == "image" else encoder.model.encoder.layer[0].attention
         passes = []
         block.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         encoder(*inputs).square().mean().backward()
