@@ -14,7 +14,7 @@ import yaml
 
 from maskvlm.errors import ExitCode, UserError
 
-MOST_BYTES, MOST_NODES = 200_000, 50_000  # the largest composed configuration has 15 kB and 600 nodes
+MOST_BYTES, MOST_NODES = 100_000, 20_000  # a composed configuration has 5 kB and 400 nodes
 KINDS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in KINDS}
 PACKAGES = ("maskvlm", "tasks", "lightning", "torch", "torchvision", "torchmetrics")

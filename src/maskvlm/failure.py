@@ -48,13 +48,13 @@ def report(error: BaseException, folder: Path | None = None, debug: bool = False
 
 def user_line(error: BaseException) -> Line | None:
     """The line for what a user can mend; None for a bug."""
+    if worker := _from_worker(str(error)):
+        return worker
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return Line(_one_line(str(cause)), cause.code)
         cause = cause.__cause__
-    if worker := _from_worker(str(error)):
-        return worker
     name, text = type(error).__name__, _one_line(str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Line(f"{error.filename or 'disk'}: no space left. Free some space.", ExitCode.IO_ERROR)

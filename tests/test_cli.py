@@ -1,0 +1,349 @@
+"""The command line: every wrong input is one line with its place and what to do, and its exit status."""
+
+import random
+import re
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from maskvlm import __main__ as front
+from maskvlm.__main__ import main
+from maskvlm.cli import Parsed, option_names, run
+from maskvlm.config import check_yaml
+from maskvlm.data.images import BadImage
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.failure import FIRST, report, user_line
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def fails(
+    stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run `fit` with the tiny stack and more; returns its one line on stderr, after checking the status."""
+
+    def call(*more: str, code: ExitCode = ExitCode.USAGE, yaml: str | None = None) -> str:
+        extra = []
+        if yaml is not None:
+            (tmp_path / "mine.yaml").write_text(yaml)
+            extra = ["-c", str(tmp_path / "mine.yaml")]
+        status = main(["fit", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), *extra, *more])
+        error = capsys.readouterr().err
+        assert error.startswith("error: "), error
+        assert len(error.splitlines()) == 1, error
+        assert "Traceback" not in error
+        assert status == code
+        return error.removeprefix("error: ").rstrip()
+
+    return call
+
+
+# Options: the key itself is the place.
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model.lrr 3", "--model.lrr: unknown key (did you mean model.lr?)"),
+        ("--model.task.image_mask_ratioo=3", "(did you mean model.task.image_mask_ratio?)"),
+        ("--model.backbone.image.nam x", "(did you mean model.backbone.image.name?)"),
+        ("--data.batch_siz 3", "(did you mean data.batch_size?)"),
+        ("--data.source.trian 3", "(did you mean data.source.train?)"),
+        ("--lr 3", "(did you mean model.lr?)"),
+        ("--image_mask_ratio 0.7", "(did you mean model.task.image_mask_ratio?)"),
+        ("--trainer.max_step 3", "(did you mean trainer.max_steps?)"),
+        ("--xyzzy 3", "--xyzzy: unknown key. Keys there: "),
+        ("--model.lr fast", "--model.lr: fast does not fit. Give a number."),
+        ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),
+        ("--model.task.pixel_loss l3", "l3 does not fit. Give one of l1, squared, smooth_l1."),
+        ("--model.task nope.X", "--model.task: class nope.X cannot be used (No module named 'nope')"),
+        ("--model.task maskvlm.pretrain.X", "module 'maskvlm.pretrain' has no attribute 'X'"),
+        ("--model.task torch.nn.Linear", "does not correspond to a subclass of Task"),
+        ("--model.lr", "--model.lr: expected one argument"),
+        ("stray", "stray: neither an option nor its value"),
+        ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is no share"),
+    ],
+)
+def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said: str) -> None:
+    assert said in fails(*words.split())
+
+
+# Files: file and line are the place.
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  hiden: 3\n", "mine.yaml:2: model.hiden: unknown key. Keys there: model.backbone, "),
+        ("# a\nmodle:\n  lr: 1\n", "mine.yaml:3: modle.lr: unknown key (did you mean model.lr?)"),
+        (
+            "model:\n  task:\n    init_args:\n      text_mask_rati: 1\n",
+            "mine.yaml:4: model.task.text_mask_rati: ",
+        ),
+        ("model:\n  lr: fast\n", "mine.yaml:2: model.lr: fast does not fit. Give a number."),
+        ("model: {a: [1\n", "mine.yaml:2: not YAML ("),
+        ("- 1\n- 2\n", "mine.yaml:1: holds no `key: value` lines"),
+        ("model:\n  lr: 1\n  lr: 2\n", "mine.yaml:2: the key lr is given twice"),
+        ("model:\n  lr: ${nope}\n", "Interpolation key 'nope' not found"),
+        ("model:\n  lr: ${oc.env:NO_SUCH_VARIABLE}\n", "Environment variable 'NO_SUCH_VARIABLE' not found"),
+    ],
+)
+def test_a_wrong_line_of_a_file_is_named(fails: Callable[..., str], text: str, said: str) -> None:
+    assert said in fails(yaml=text)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "aliases that multiply"),
+        ("a: &a [*a]\n", "an alias to the value it is in"),
+        (
+            "model: !!python/object/apply:os.system ['touch MARK']\n",
+            "python/object/apply:os.system is not allowed",
+        ),
+        ("model: !!python/name:os.system\n", "is not allowed"),
+        ("model: !!binary aGVsbG8=\n", "is not allowed"),
+        ("x: " + "[" * 20_000, "nested too deeply"),
+        ("x: " + "y" * 300_000, "are no configuration file"),
+    ],
+    ids=["bomb", "loop", "apply", "name", "binary", "deep", "huge"],
+)
+def test_hostile_yaml_is_refused_at_once(
+    fails: Callable[..., str], text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    assert said in fails(yaml=text.replace("MARK", str(tmp_path / "mark")), code=ExitCode.REFUSED)
+    assert time.perf_counter() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert not (tmp_path / "mark").exists()
+
+
+def test_yaml_that_a_file_or_an_option_brings_in_is_checked_too(
+    fails: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "inner.yaml").write_text(BOMB)
+    assert "aliases that multiply" in fails(
+        "--model.task", str(tmp_path / "inner.yaml"), code=ExitCode.REFUSED
+    )
+    loop = "&a [*a]"
+    assert "an alias to the value" in fails("--model.betas", loop, code=ExitCode.REFUSED)
+
+
+def test_plain_yaml_with_aliases_is_fine() -> None:
+    assert check_yaml("a: &a {b: 1, c: [1.5, null, true]}\nd: *a\ne: *a\n", "x") is not None
+
+
+PLUGIN = """
+from pathlib import Path
+from lightning.pytorch import Callback
+Path({mark!r}).touch()
+class Hello(Callback):
+    def __init__(self, word: str = "hello"): self.word = word
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A package of somebody else's, under a new name, and the mark that importing it leaves."""
+    name, mark = f"acme{random.randrange(10**9)}", tmp_path / "mark"
+    (tmp_path / "site" / name).mkdir(parents=True)
+    (tmp_path / "site" / name / "__init__.py").write_text("")
+    (tmp_path / "site" / name / "hello.py").write_text(PLUGIN.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return f"{name}.hello.Hello", mark
+
+
+def test_a_file_may_not_name_foreign_code(fails: Callable[..., str], plugin: tuple[str, Path]) -> None:
+    path, mark = plugin
+    text = f"trainer:\n  callbacks:\n  - class_path: {path}\n"
+    said = fails(yaml=text, code=ExitCode.REFUSED)
+    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is in no package" in said
+    assert f"Add --allow-import {path.split('.')[0]}" in said
+    assert not mark.exists()  # refused before it was imported
+
+
+@pytest.mark.parametrize("how", ["file and --allow-import", "file and environment", "typed"])
+def test_plug_ins_of_others_work(
+    how: str,
+    plugin: tuple[str, Path],
+    stack: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, mark = plugin
+    (tmp_path / "mine.yaml").write_text(f"trainer:\n  callbacks+:\n  - class_path: {path}\n")
+    words = ["-c", str(tmp_path / "mine.yaml")] if "file" in how else ["--trainer.callbacks+", path]
+    if how == "file and --allow-import":
+        words += ["--allow-import", path.split(".")[0]]
+    elif how == "file and environment":
+        monkeypatch.setenv("MASKVLM_ALLOW_IMPORT", f"other,{path.split('.')[0]}")
+    assert main(["fit", *stack(), *words, "--print_config"]) == 0
+    assert mark.exists()
+
+
+def test_the_standard_library_is_nobodys_plug_in(fails: Callable[..., str]) -> None:
+    assert "os.system is in no package" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
+    assert "torch.hub.load is in no" in fails(
+        yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED
+    )
+
+
+def test_files_and_commands_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", "conf/bse.yaml"]) == ExitCode.MISSING_INPUT
+    assert (
+        "conf/bse.yaml: no such configuration file (did you mean conf/base.yaml?)" in capsys.readouterr().err
+    )
+    assert main(["fitt"]) == ExitCode.USAGE
+    assert "fitt: no such command (did you mean fit?)" in capsys.readouterr().err
+    assert main(["fit"]) == ExitCode.USAGE
+    assert "nothing sets model.backbone, model.task, data. Give the files with -c" in capsys.readouterr().err
+    assert main([]) == 0
+    assert "fit " in capsys.readouterr().out
+
+
+def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:
+    asked = torch.cuda.device_count() + 3
+    said = fails("--trainer.accelerator", "gpu", "--trainer.devices", str(asked), code=ExitCode.UNAVAILABLE)
+    assert f"trainer.devices: found {asked - 3} of {asked} GPUs. Use WHERE=cpu" in said
+
+
+def typo(name: str, draw: random.Random) -> str:
+    """One letter dropped, doubled, replaced, or swapped with its neighbour."""
+    at = draw.randrange(1, len(name) - 1)
+    return draw.choice(
+        [
+            name[:at] + name[at + 1 :],
+            name[:at] + name[at] + name[at:],
+            name[:at] + draw.choice("abcdefghijklmnopqrstuvwxyz") + name[at + 1 :],
+            name[:at] + name[at + 1] + name[at] + name[at + 2 :],
+        ]
+    )
+
+
+def test_a_typo_finds_its_key(stack: Callable[..., list[str]]) -> None:
+    arguments = ["fit", *stack(WHERE="cpu")]
+    parsed = run(arguments, (), Parsed)
+    top = {name for name in option_names(parsed._subcommand_parsers["fit"]) if name.startswith("trainer.")}
+    task = {f"model.task.{name}" for name in vars(parsed.settings.model.task.init_args)}
+    data = {f"data.{name}" for name in vars(parsed.settings.data.init_args)}
+    draw, right, tried = random.Random(0), 0, 0
+    for key in sorted(top | task | data):
+        parent, _, last = key.rpartition(".")
+        wrong = f"{parent}.{typo(last, draw)}"
+        if len(last) < 4 or wrong in top | task | data or "help" in last:
+            continue
+        tried += 1
+        with pytest.raises(UserError) as caught:
+            run([*arguments, f"--{wrong}", "1"], (), Parsed)
+        right += f"(did you mean {key}?)" in str(caught.value)
+    assert tried > 60
+    assert right >= 0.95 * tried
+
+
+def raising(error: BaseException) -> Callable[..., int]:
+    def dispatch(*_: Any) -> int:
+        raise error
+
+    return dispatch
+
+
+def test_a_bug_is_one_line_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(front, "dispatch", raising(ZeroDivisionError("division\nby zero")))
+    assert main(["fit", "--run", str(tmp_path / "run")]) == ExitCode.OUR_BUG
+    where = f"{tmp_path}/run/crash.txt"
+    said = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"
+    assert capsys.readouterr().err == said
+    assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(front, "dispatch", raising(UserError("here", "wrong", "Mend it")))
+    assert main(["fit", "--debug"]) == ExitCode.USAGE
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(front, "dispatch", raising(KeyboardInterrupt()))
+    assert main(["fit"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+class Simple(UserError):
+    """torch can build this one again, from the text of the worker's whole traceback."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where, "not json", "Mend it", ExitCode.BAD_DATA)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.where,)
+
+
+class Bad(Dataset[int]):
+    """Fails in the worker that reads it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            UserError("a.json:3", "no caption", "Mend the row", ExitCode.BAD_DATA),
+            "a.json:3: no caption. Mend the row.",
+        ),
+        (BadImage("x.jpg", "truncated", "half of it is missing"), "x.jpg: "),
+        (Simple("y.json"), "y.json: not json. Mend it."),
+    ],
+    ids=["UserError", "a kind of it", "a kind that takes one argument"],
+)
+def test_a_mistake_found_in_a_data_worker_is_one_line(error: UserError, said: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        next(iter(DataLoader(Bad(error), num_workers=1)))
+    line = user_line(caught.value)
+    assert line is not None
+    assert line.text.startswith(said)
+    assert "\n" not in line.text
+    assert line.code == ExitCode.BAD_DATA
+
+
+def test_the_cause_is_told_once_by_whoever_failed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert report(UserError("data", "broken", "Mend it", ExitCode.BAD_DATA), tmp_path) == ExitCode.BAD_DATA
+    assert capsys.readouterr().err == "error: [rank 1] data: broken. Mend it.\n"
+    monkeypatch.setenv("RANK", "0")
+    assert report(RuntimeError("Connection closed by peer"), tmp_path) == ExitCode.OUR_BUG
+    assert capsys.readouterr().err == "[rank 0] see rank 1\n"
+    assert (tmp_path / FIRST).exists()
+
+
+def test_an_error_reads_as_one_line_whatever_it_holds() -> None:
+    line = user_line(UserError("a\nb", "x\ty", "z"))
+    assert line is not None
+    assert not re.search(r"[\n\t]", line.text)
