@@ -1,0 +1,154 @@
+"""What is read off a run while it trains: smoothed losses, their levels, where the time goes, time left."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from maskvlm.data.batch import Batch
+
+NOT_LOSSES = {"train/loss", "train/pairs_per_second", "train/data_wait"}
+"""What stands under `train/` beside the terms of the task."""
+
+
+class Smoothed:
+    """Running means in which recent values weigh more, kept where the values are.
+
+    Args:
+        decay: weight of the past against the newest value, 0 to below 1; 0.97 looks back some 30 values.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.weight = decay, 0.0
+        self.sums: dict[str, Tensor] = {}
+
+    def take(self, values: Mapping[str, Tensor | float]) -> None:
+        """One value of each name; names that come or go start anew."""
+        if values.keys() != self.sums.keys():
+            self.weight, self.sums = 0.0, {name: torch.zeros(()) for name in values}
+        self.weight = self.decay * self.weight + 1
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().float()
+            self.sums[name] = self.decay * self.sums[name].to(value.device) + value
+
+    def read(self) -> dict[str, float]:
+        """The means so far, copied to the host in one go."""
+        if not self.sums:
+            return {}
+        means = torch.stack(list(self.sums.values())) / self.weight
+        return dict(zip(self.sums, means.tolist(), strict=True))
+
+
+class Readings(NamedTuple):
+    """losses: of the task's terms, smoothed. levels: no-knowledge level of those that have one."""
+
+    losses: dict[str, float]
+    levels: dict[str, float]
+
+
+class Losses:
+    """Follows the terms that the module logs as `train/<name>`, and the task's levels."""
+
+    def __init__(self, decay: float = 0.97) -> None:
+        self.losses, self.levels = Smoothed(decay), Smoothed(0.8)
+
+    def take(self, trainer: L.Trainer) -> None:
+        """The terms of this step, without waiting for the device."""
+        logged = trainer.callback_metrics
+        names = [name for name in logged if name.startswith("train/") and name not in NOT_LOSSES]
+        self.losses.take({name.removeprefix("train/"): logged[name] for name in names})
+
+    def read(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> Readings:
+        """Waits for the device. The level of contrast is that of the pairs that meet in one pass."""
+        task = getattr(pl_module, "task", None)
+        self.levels.take(task.floors(len(batch.image_BCHW) * trainer.world_size) if task else {})
+        return Readings(self.losses.read(), self.levels.read())
+
+
+class Speed(NamedTuple):
+    """pairs_per_second: of all processes. data_wait: share of the time spent waiting for a batch, 0 to 1."""
+
+    pairs_per_second: float
+    data_wait: float
+
+
+class Clock:
+    """Where the time of training goes. What is neither a step nor waiting for a batch (validation, writing a
+    checkpoint) is left out.
+
+    Args:
+        now: seconds from anywhere.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+        self.began: float | None = None
+        self.ended: float | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.waited = self.worked = 0.0
+        self.pairs = 0
+
+    def batch_starts(self) -> None:
+        self.began = self.now()
+        if self.ended is not None:
+            self.waited += self.began - self.ended
+
+    def batch_ends(self, pairs: int) -> None:
+        self.ended = self.now()
+        if self.began is not None:
+            self.worked += self.ended - self.began
+            self.pairs += pairs
+
+    def interrupt(self) -> None:
+        """Something else happens before the next batch."""
+        self.ended = None
+
+    def read(self) -> Speed:
+        """Since the last call."""
+        total = self.waited + self.worked
+        speed = Speed(self.pairs / total, self.waited / total) if total else Speed(0.0, 0.0)
+        self.reset()
+        return speed
+
+
+class Left:
+    """Time left, from the pace since the first step that was seen: that one compiles and fills caches. Unlike
+    the speed it counts the evaluations on the way."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.first: tuple[float, int] | None = None
+
+    def seconds(self, step: int, total: float) -> float | None:
+        """None where it cannot be told."""
+        if self.first is None:
+            self.first = (self.now(), step)
+        began, first = self.first
+        if step == first or math.isinf(total):
+            return None
+        return (self.now() - began) / (step - first) * max(0.0, total - step)
+
+
+def reading_interval(trainer: L.Trainer) -> int:
+    """Steps between two looks at the device; Lightning's own default where the run logs nothing."""
+    return trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
+
+
+def number(value: float) -> str:
+    """Three digits: 4.16, 0.637, 0.0985, 123."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def duration(seconds: float) -> str:
+    """45 s is 0:45, one hour and five minutes 1:05:00, more than a day 2 d 03:00."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
