@@ -196,9 +196,9 @@ def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...]) -> None:
     own = model.state_dict()
     reshaped = [
-        f"{name} {list(value.shape)} -> {list(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
+        f"{name} {list(state[name].shape)} -> {list(value.shape)}"
+        for name, value in own.items()
+        if name in state and value.shape != state[name].shape
     ]
     missing = [name for name in own if name not in state and not (new and name.startswith(new))]
     left = [name for name in state if name not in own]
