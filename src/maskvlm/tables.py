@@ -1,0 +1,149 @@
+"""The metrics of an evaluation as a table, each beside its chance level, and the paper's claim as numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+KS = (1, 5, 10)
+SIZES = ("retrieval/pictures", "retrieval/captions")
+RETRIEVAL = (
+    ("captions of a picture, contrast alone", "retrieval/itc_tr_r"),
+    ("captions of a picture, re-ranked", "retrieval/tr_r"),
+    ("picture of a caption, contrast alone", "retrieval/itc_ir_r"),
+    ("picture of a caption, re-ranked", "retrieval/ir_r"),
+)
+
+
+class Measured(NamedTuple):
+    """One number, asked with the right partner, with another row's, and with none.
+
+    Attributes:
+        name: what a reader sees.
+        key: in the metrics; `_wrong_image`, `_no_image` (or `_text`) and `_chance` follow it.
+        partner: `image` or `text`.
+        digits: after the point.
+        gain: `points` (more is better), `nats` (less is better) or `%` (less is better, relative).
+    """
+
+    name: str
+    key: str
+    partner: str
+    digits: int
+    gain: str
+
+
+WORDS = (
+    Measured("accuracy, %", "mlm/accuracy", "image", 1, "points"),
+    Measured("loss, nats", "mlm/nats", "image", 3, "nats"),
+)
+PIXELS = (
+    Measured("squared error", "mim/mse", "text", 4, "%"),
+    Measured("absolute error", "mim/l1", "text", 4, "%"),
+    Measured("squared, objects", "mim/object_mse", "text", 4, "%"),
+    Measured("absolute, objects", "mim/object_l1", "text", 4, "%"),
+)
+
+
+def gain(kind: str, right: float, other: float) -> str:
+    """How much better the right partner is: `+13.9` points, `+0.520` nats, `+12.2 %` less error; `-` unknown.
+
+    Positive is better in all three; a worse right partner has a minus.
+    """
+    if math.isnan(right) or math.isnan(other):
+        return "-"
+    if kind == "points":
+        return f"{right - other:+.1f}"
+    if kind == "nats":
+        return f"{other - right:+.3f}"
+    return f"{100 * (other - right) / other:+.1f} %" if other else "-"
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """What was measured, in groups: retrieval, masked words, masked pixels, and whatever else there is.
+
+    Args:
+        metrics: names and values as a task's `compute` gives them; any may be missing.
+    """
+    parts = [
+        retrieval_table(metrics),
+        partner_table("Words, with picture", WORDS, metrics),
+        partner_table("Pixels, with caption", PIXELS, metrics),
+        other_table(metrics),
+    ]
+    whole = Table.grid()
+    for part in parts:
+        if part is not None:
+            whole.add_row(part)
+    if claims := claim(metrics):
+        whole.add_row(Text(claims, style="bold"))
+    return whole
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
+    """Recall in percent, by contrast alone and re-ranked, with what a random order reaches."""
+    sizes = [f"{metrics[key]:.0f} {key.split('/')[1]}" for key in SIZES if key in metrics]
+    among = f" ({', '.join(sizes)})" if sizes else ""
+    table = _table(f"Recall in %{among}", [f"R@{k}" for k in KS])
+    for direction in ("tr", "ir"):
+        for name, key in RETRIEVAL:
+            if key.endswith(f"{direction}_r") and f"{key}1" in metrics:
+                table.add_row(name, *(f"{metrics[f'{key}{k}']:.1f}" for k in KS))
+        chance = [metrics.get(f"retrieval/{direction}_r{k}_chance", math.nan) for k in KS]
+        if table.rows and not math.isnan(chance[0]):
+            table.add_row("  by chance", *(f"{value:.1f}" for value in chance), style="dim")
+    return table if table.rows else None
+
+
+def partner_table(title: str, measured: Sequence[Measured], metrics: Mapping[str, float]) -> Table | None:
+    """Each number with the right partner, a wrong one and none, and what the right one gains over both."""
+    columns = ["right", "wrong", "none", "vs wrong", "vs none"]
+    chances = any(f"{m.key}_chance" in metrics for m in measured)
+    table = _table(title, [*columns, "chance"] if chances else columns)
+    for m in measured:
+        if m.key not in metrics:
+            continue
+        wrong, none = f"{m.key}_wrong_{m.partner}", f"{m.key}_no_{m.partner}"
+        values = [metrics.get(key, math.nan) for key in (m.key, wrong, none)]
+        cells = ["-" if math.isnan(value) else f"{value:.{m.digits}f}" for value in values]
+        cells += [gain(m.gain, values[0], other) for other in values[1:]]
+        chance = metrics.get(f"{m.key}_chance")
+        table.add_row(m.name, *cells, *(["" if chance is None else f"{chance:.{m.digits}f}"] * chances))
+    return table if table.rows else None
+
+
+def other_table(metrics: Mapping[str, float]) -> Table | None:
+    """What no group above knows: a downstream task's metrics, by name."""
+    known = {f"{key}{k}{end}" for _, key in RETRIEVAL for k in KS for end in ("", "_chance")}
+    known |= set(SIZES)
+    for m in (*WORDS, *PIXELS):
+        ends = ("", f"_wrong_{m.partner}", f"_no_{m.partner}", "_chance")
+        known |= {f"{m.key}{end}" for end in ends}
+    table = _table("Metric", ["value"])
+    for name, value in metrics.items():
+        if name not in known:
+            table.add_row(Text(name), f"{value:.4g}")
+    return table if table.rows else None
+
+
+def claim(metrics: Mapping[str, float]) -> str:
+    """The paper's claim in one sentence: what the right partner is worth; "" where neither was measured."""
+    parts = []
+    if "mlm/accuracy_wrong_image" in metrics:
+        points, nats = (gain(m.gain, metrics[m.key], metrics[f"{m.key}_wrong_image"]) for m in WORDS)
+        parts.append(f"hidden words {points} points right ({nats} nats)")
+    if "mim/mse_wrong_text" in metrics:
+        less = gain("%", metrics["mim/mse"], metrics["mim/mse_wrong_text"])
+        parts.append(f"hidden pixels {less} less squared error")
+    return f"Gain of the right partner over a wrong one: {', '.join(parts)}" if parts else ""

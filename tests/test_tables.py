@@ -1,0 +1,91 @@
+"""The table of metrics: exact lines for known numbers."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from maskvlm.tables import claim, gain, metrics_table
+
+RECALL = {
+    f"retrieval/{name}r{k}": 10.0 * n + k
+    for n, name in enumerate(("itc_tr_", "tr_", "itc_ir_", "ir_"))
+    for k in (1, 5, 10)
+}
+WORDS = {
+    "mlm/accuracy": 63.1, "mlm/accuracy_wrong_image": 49.2, "mlm/accuracy_no_image": 48.9,
+    "mlm/nats": 1.2, "mlm/nats_wrong_image": 1.72, "mlm/nats_no_image": 1.8,
+}  # fmt: skip
+PIXELS = {
+    "mim/mse": 0.0885, "mim/mse_wrong_text": 0.1008, "mim/mse_no_text": 0.1013,
+    "mim/object_mse": 0.2, "mim/object_mse_wrong_text": 0.16, "mim/object_mse_no_text": 0.0,
+}  # fmt: skip
+SIZES = {"retrieval/pictures": 500.0, "retrieval/captions": 2500.0}
+CHANCE = {f"retrieval/{side}_r{k}_chance": 0.2 * k for side in ("tr", "ir") for k in (1, 5, 10)}
+
+
+def lines(metrics: dict[str, float], width: int = 80) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width).print(metrics_table(metrics))
+    return [line.strip() for line in out.getvalue().splitlines() if line.strip(" ─")]
+
+
+def test_every_metric_stands_in_its_group() -> None:
+    assert lines(RECALL | WORDS | PIXELS | {"vqa/accuracy": 12.3456}) == [
+        "Recall in %                              R@1    R@5   R@10",
+        "captions of a picture, contrast alone    1.0    5.0   10.0",
+        "captions of a picture, re-ranked        11.0   15.0   20.0",
+        "picture of a caption, contrast alone    21.0   25.0   30.0",
+        "picture of a caption, re-ranked         31.0   35.0   40.0",
+        "Words, with picture   right   wrong    none   vs wrong   vs none",
+        "accuracy, %            63.1    49.2    48.9      +13.9     +14.2",
+        "loss, nats            1.200   1.720   1.800     +0.520    +0.600",
+        "Pixels, with caption    right    wrong     none   vs wrong   vs none",
+        "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %",
+        "squared, objects       0.2000   0.1600   0.0000    -25.0 %         -",
+        "Metric         value",
+        "vqa/accuracy   12.35",
+        "Gain of the right partner over a wrong one: hidden words +13.9 points right",
+        "(+0.520 nats), hidden pixels +12.2 % less squared error",
+    ]
+
+
+def test_chance_levels_stand_beside_what_was_measured() -> None:
+    found = lines(
+        RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5}
+    )
+    assert found[0] == "Recall in % (500 pictures, 2500 captions)    R@1    R@5   R@10"
+    assert found[3] == found[6] == "by chance                                  0.2    1.0    2.0"
+    assert "accuracy, %            63.1    49.2    48.9      +13.9     +14.2      9.1" in found
+    assert "loss, nats            1.200   1.720   1.800     +0.520    +0.600" in found
+    assert "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %   0.5000" in found
+    assert not any("…" in line for line in found)
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    assert lines({}) == []
+    assert claim({}) == claim(RECALL) == ""
+    assert lines({"mim/l1": 0.1, "mim/l1_wrong_text": 0.2}) == [
+        "Pixels, with caption    right    wrong   none   vs wrong   vs none",
+        "absolute error         0.1000   0.2000      -    +50.0 %         -",
+    ]
+
+
+def test_names_are_no_markup() -> None:
+    assert lines({"[red]score": 1.0}) == ["Metric       value", "[red]score       1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "other", "text"),
+    [
+        ("points", 63.1, 49.2, "+13.9"),
+        ("points", 49.2, 63.1, "-13.9"),
+        ("nats", 1.2, 1.72, "+0.520"),
+        ("%", 0.08, 0.1, "+20.0 %"),
+        ("%", 0.1, 0.08, "-25.0 %"),
+    ],
+)
+def test_a_gain_is_positive_where_the_right_partner_is_better(
+    kind: str, right: float, other: float, text: str
+) -> None:
+    assert gain(kind, right, other) == text
