@@ -1,13 +1,15 @@
 """The training step of the paper written out pair by pair: what the batched one must equal."""
 
+import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import PATCH, slow_cross
+from toys import PATCH, slow_cross, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw
 from maskvlm.losses import Negatives
 from maskvlm.model import MaskVLM
 from maskvlm.pretrain import Hidden, MaskedPretraining
@@ -26,6 +28,41 @@ class Recorded(MaskedPretraining):
     def negatives(self, *args: Any) -> tuple[Negatives, Negatives] | None:
         self.found = super().negatives(*args)
         return self.found
+
+
+def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Recorded]:
+    """A step in which everything matters: weights far from their small start values."""
+    backbone = backbone or toy_backbone()
+    task = Recorded(**{"mask_block": 16, "decoder_layers": 1, "contrast_dim": 8, **settings})
+    task.build(backbone)
+    torch.manual_seed(5)
+    for name, parameter in itertools.chain(backbone.named_parameters(), task.named_parameters()):
+        if name != "projection.log_scale":
+            nn.init.normal_(parameter, std=0.3)
+    task.reseed(Draw(7, 0, "cpu"))
+    return backbone, task
+
+
+def eventful_batch() -> Batch:
+    """A picture with two captions, a caption of two pictures, and a hole."""
+    batch = toy_batch(8, holes=(4,))
+    image_id_B, text_id_C, image_BCHW = (
+        batch.image_id_B.clone(),
+        batch.text_id_C.clone(),
+        batch.image_BCHW.clone(),
+    )
+    image_id_B[1], image_BCHW[1] = image_id_B[0], image_BCHW[0]
+    text_id_C[3] = text_id_C[2]
+    return batch._replace(image_id_B=image_id_B, text_id_C=text_id_C, image_BCHW=image_BCHW)
+
+
+def gradients(*modules: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": parameter.grad
+        for number, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 class Slow:

@@ -128,6 +128,12 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
+def test_no_pair_at_all(encoder: CrossEncoder) -> None:
+    nobody = torch.zeros(0, dtype=torch.long)
+    out = encoder(noise(0, 6, WIDTH), encoder.context(noise(3, 5, OTHER), None, nobody))
+    assert (out.every_RLD.shape[0], out.first_BD.shape) == (0, (0, WIDTH))
+
+
 def test_every_parameter_is_used(encoder: CrossEncoder) -> None:
     """Also where only class tokens leave the last block; distributed training waits for each gradient."""
     encoder(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from slow_step import Recorded, Slow
+from slow_step import Slow, build, eventful_batch, gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
@@ -14,7 +14,6 @@ from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw
 from maskvlm.errors import UserError
-from maskvlm.model import MaskVLM
 from maskvlm.pretrain import MaskedPretraining, pad_text
 
 TERMS = ("itc", "itm", "mlm", "mim")
@@ -36,41 +35,6 @@ class Table:
             table = table[self.order]
             table = table[:, self.order] if self.calls > 2 else table
         return table[:rows, : shape[-1]]
-
-
-def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Recorded]:
-    """A step in which everything matters: weights far from their small start values."""
-    backbone = backbone or toy_backbone()
-    task = Recorded(**{"mask_block": 16, "decoder_layers": 1, "contrast_dim": 8, **settings})
-    task.build(backbone)
-    torch.manual_seed(5)
-    for name, parameter in itertools.chain(backbone.named_parameters(), task.named_parameters()):
-        if name != "projection.log_scale":
-            nn.init.normal_(parameter, std=0.3)
-    task.reseed(Draw(7, 0, "cpu"))
-    return backbone, task
-
-
-def eventful_batch() -> Batch:
-    """A picture with two captions, a caption of two pictures, and a hole."""
-    batch = toy_batch(7, holes=(4,))
-    image_id_B, text_id_C, image_BCHW = (
-        batch.image_id_B.clone(),
-        batch.text_id_C.clone(),
-        batch.image_BCHW.clone(),
-    )
-    image_id_B[1], image_BCHW[1] = image_id_B[0], image_BCHW[0]
-    text_id_C[3] = text_id_C[2]
-    return batch._replace(image_id_B=image_id_B, text_id_C=text_id_C, image_BCHW=image_BCHW)
-
-
-def gradients(*modules: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{number}.{name}": parameter.grad
-        for number, module in enumerate(modules)
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None
-    }
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -128,9 +92,9 @@ def losses_of(batch: Batch, order: list[int] | None = None, **settings: Any) -> 
 
 
 def test_the_order_of_pairs_does_not_matter() -> None:
-    order = [3, 0, 6, 2, 5, 1, 4, 7]
+    order = [3, 0, 6, 2, 5, 7, 1, 4]
     batch = eventful_batch()
-    assert losses_of(take(batch, torch.tensor(order[:7])), order) == pytest.approx(losses_of(batch), rel=1e-5)
+    assert losses_of(take(batch, torch.tensor(order)), order) == pytest.approx(losses_of(batch), rel=1e-5)
 
 
 def test_a_hole_changes_nothing_for_the_other_rows() -> None:
@@ -150,8 +114,8 @@ def test_the_longest_caption_does_not_matter() -> None:
     assert not padded.attention_CT[:, LENGTH:].any()
     assert padded.special_CT[:, LENGTH:].all()
     assert (padded.word_CT[:, LENGTH:] == -1).all()
-    padded = pad_text(batch._replace(**tokens([[5, 6]] * 7)), LENGTH)
-    short = batch._replace(**tokens([[5, 6]] * 7))
+    padded = pad_text(batch._replace(**tokens([[5, 6]] * 8)), LENGTH)
+    short = batch._replace(**tokens([[5, 6]] * 8))
     assert losses_of(padded) == pytest.approx(losses_of(short), rel=1e-5)
 
 

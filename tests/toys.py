@@ -78,12 +78,18 @@ def toy_batch(rows: int = 6, seed: int = 0, captions: int = 1, holes: tuple[int,
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """These rows of a batch with one caption a picture, captions trimmed to the longest that is left."""
-    picked = [None if part is None else part[rows] for part in batch[:11]]
-    longest = int(picked[2].sum(1).max())
-    picked[1:5] = [part[:, :longest] for part in picked[1:5]]
-    picked[5] = torch.arange(len(rows))
-    return Batch(*picked)
+    """These pictures with their captions, trimmed to the longest that is left."""
+    captions = torch.cat([(batch.owner_C == row).nonzero().flatten() for row in rows])
+    longest = int(batch.attention_CT[captions].sum(1).max())
+    text = {
+        name: getattr(batch, name)[captions, :longest]
+        for name in ("token_CT", "attention_CT", "special_CT", "word_CT")
+    }
+    pictures = {
+        name: getattr(batch, name)[rows] for name in ("image_BCHW", "image_id_B", "valid_B", "index_B")
+    }
+    owner_C = (batch.owner_C[captions][:, None] == rows).long().argmax(1)
+    return Batch(**pictures, **text, owner_C=owner_C, text_id_C=batch.text_id_C[captions])
 
 
 def torch_attention(attention: Attention) -> nn.MultiheadAttention:

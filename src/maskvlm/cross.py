@@ -154,7 +154,7 @@ class CrossEncoder(nn.Module):
                 args = (x_BLD[rows], mask, picked, context.mask(rows), first_only)
                 parts.append(self._run(self.blocks[-1], *args))
         whole = parts[0] if every else x_BLD[:0]
-        return CrossOutput(whole, torch.cat([part[:, 0] for part in parts]))
+        return CrossOutput(whole, torch.cat([part[:, 0] for part in parts or [x_BLD]]))
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.checkpointing and self.training:

@@ -5,7 +5,7 @@ Shapes: B pictures, C captions, K masked positions, P values of a patch.
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from maskvlm.cross import Context
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw, gather_objects
+from maskvlm.distributed import Draw, gather_objects, world_size
 from maskvlm.heads import patchify, pick
 from maskvlm.losses import pixel_error
 from maskvlm.model import MaskVLM
@@ -28,9 +28,9 @@ EVAL_SEED = 20230501
 class Measure:
     """Takes in evaluation batches and computes the metrics of an epoch.
 
-    The wrong partner is the next row's in the batch. "None" is a picture of the mean colour (zeros after
-    normalisation) or a caption without words. Masks depend on the position in the data set alone, so that
-    every checkpoint is asked the same.
+    The wrong partner is the next row's in the batch; a batch of one picture has none. "None" is a picture of
+    the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
+    in the data set alone, so that every checkpoint is asked the same, by any number of processes.
     """
 
     def __init__(self, rerank_k: int) -> None:
@@ -38,7 +38,7 @@ class Measure:
         self.reset()
 
     def reset(self) -> None:
-        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.features: list[tuple[Tensor, ...]] = []
 
     @torch.no_grad()
@@ -66,7 +66,10 @@ class Measure:
         context = backbone.cross_text.context(torch.cat([image_BLD, blank_1LD]))
         target_CK = batch.token_CT.gather(1, hidden.token.index_CK)
         weight_CK = hidden.token.weight_CK
-        for name, seen_C in (("", owner), ("_wrong_image", (owner + 1) % rows), ("_no_image", torch.full_like(owner, rows))):
+        partners = {"": owner, "_wrong_image": (owner + 1) % rows, "_no_image": torch.full_like(owner, rows)}
+        for name, seen_C in partners.items():
+            if rows == 1 and name == "_wrong_image":
+                continue
             out_CTD = backbone.cross_text(hidden_CTD, Context(context.blocks, None, seen_C), batch.attention_CT).every_RLD
             logits_CKV = task.tokens(pick(out_CTD, hidden.token.index_CK)).float()
             nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
@@ -91,6 +94,8 @@ class Measure:
             ("_no_text", empty_BTD, empty_BT.gather(1, order_BT)),
         )
         for name, words_BTD, mask_BT in partners:
+            if len(words_BTD) == 1 and name == "_wrong_text":
+                continue
             out_BLD = backbone.cross_image(hidden_BLD, backbone.cross_image.context(words_BTD, mask_BT)).every_RLD
             predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, hidden.patch.index_BK)
             self.pixel_errors(name, predicted_BKP.float(), target_BKP, hidden.patch.weight_BK, batch, hidden)
@@ -115,26 +120,25 @@ class Measure:
         self.features.append((batch.index_B, image_BE, image_BLD, text_CE, text_CTD, batch.attention_CT, owner))
 
     def add(self, name: str, value: Tensor, weight: Tensor) -> None:
-        total = self.sums[name]
-        total[0] += float((value * weight).sum())
-        total[1] += float(weight.sum())
+        self.sums[name].append((float((value * weight).sum()), float(weight.sum())))
 
     @torch.no_grad()
     def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
         """All metrics; percent, nats, or error of normalised pixel values. Chance levels end in `_chance`."""
         metrics = {}
-        shards = gather_objects({name: tuple(total) for name, total in self.sums.items()})
-        for name in self.sums:
-            total, weight = (sum(shard[name][part] for shard in shards) for part in (0, 1))  # type: ignore[index]
+        shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all
+        for name in dict.fromkeys(name for shard in shards for name in shard):
+            parts = [part for shard in shards for part in shard.get(name, ())]
+            total, weight = (math.fsum(column) for column in zip(*parts, strict=True))  # exact in any order
             metrics[name] = total / weight if weight else math.nan
-        if self.features:
-            metrics |= self.retrieval(task, backbone)
+        features = everywhere(self.features, next(backbone.parameters()).device)
+        if features:
+            metrics |= self.retrieval(task, backbone, join(features))
         self.reset()
         return metrics
 
-    def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
+    def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
-        gallery = join(self.features)
         relevant_BC = gallery.owner_C == torch.arange(len(gallery.image_BE), device=gallery.owner_C.device)[:, None]
         found = {"itc_": contrast_scores(gallery)}
         if task.weights["itm"]:
@@ -153,8 +157,16 @@ def one_caption(batch: Batch) -> Tensor:
     return first_B + batch.index_B % count_B.clamp(min=1)
 
 
+def everywhere(features: list[tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """The batches of all processes."""
+    if world_size() == 1:
+        return features
+    shards: list[Any] = gather_objects([tuple(part.cpu() for part in batch) for batch in features])
+    return [tuple(part.to(device) for part in batch) for shard in shards for batch in shard]
+
+
 def join(features: list[tuple[Tensor, ...]]) -> Gallery:
-    """One gallery out of the batches of all processes; captions padded to the longest."""
+    """One gallery out of many batches; captions padded to the longest."""
     width = max(part[4].shape[1] for part in features)
     columns = zip(*features, strict=True)
     index, image_BE, image_BLD, text_CE, text, attention, owner = (list(column) for column in columns)

@@ -35,11 +35,13 @@ def recall(score_QG: Tensor, relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 1
     """Recall@k in percent: share of queries with at least one relevant item among the best k.
 
     A tie counts against the model: an irrelevant item of the same score ranks before the relevant one, so a
-    model that gives every pair one score has recall 0.
+    model that gives every pair one score has recall 0. So does a score that is no number.
     """
+    score_QG = score_QG.masked_fill(score_QG.isnan(), float("-inf"))
     best_Q1 = score_QG.masked_fill(~relevant_QG, float("-inf")).amax(1, keepdim=True)
     rank_Q = ((score_QG >= best_Q1) & ~relevant_QG).sum(1)
-    return {k: 100 * (rank_Q < k).float().mean().item() for k in ks}
+    can_hit_Q = relevant_QG.any(1)
+    return {k: 100 * ((rank_Q < k) & can_hit_Q).float().mean().item() for k in ks}
 
 
 def contrast_scores(gallery: Gallery) -> Scores:
@@ -64,8 +66,8 @@ def rerank(backbone: MaskVLM, head: Matching, gallery: Gallery, k: int, chunk: i
     image_M, text_M = (top_BC | top_CB.T).nonzero(as_tuple=True)
     match_BC = torch.zeros_like(contrast.text_BC)
     match_BC[image_M, text_M] = match_pairs(backbone, head, gallery, image_M, text_M, chunk)
-    # Contrast lies in [-1, 1]; log-odds lifted by 1e4 stay above it, and float32 keeps three decimals of them.
-    lifted_BC = (match_BC + 1e4).float()
+    # Contrast lies in [-1, 1]: the log-odds are lifted above it, no higher than needed to keep their decimals.
+    lifted_BC = match_BC - match_BC.nan_to_num().min() + 2
     return Scores(
         torch.where(top_BC, lifted_BC, contrast.text_BC), torch.where(top_CB, lifted_BC.T, contrast.image_CB)
     )

@@ -5,7 +5,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.batch import Batch, InputSpec, Pairs, Source
-from maskvlm.data.pairs import Collate, EvalPairs, Sample, TrainPairs
+from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import eval_transform, train_transform
@@ -125,10 +124,12 @@ class PairData(L.LightningDataModule):
         return self._evaluation(self.splits["test"])
 
     def _evaluation(self, pairs: Pairs) -> DataLoader[Batch]:
-        """Each process takes its own pictures, none is padded in or counted twice."""
-        mine = range(rank(), len(pairs), world_size())
-        batches = [list(mine[i : i + self.eval_batch_size]) for i in range(0, len(mine), self.eval_batch_size)]
-        return self._loader(EvalPairs(pairs, eval_transform(self.spec)), batch_sampler=batches)
+        """Each process takes its own batches: no picture is padded in or counted twice, and a batch (whose masks
+        and wrong partners depend on what is in it) is the same for any number of processes."""
+        size, whole = self.eval_batch_size, range(len(pairs))
+        batches = [list(whole[first : first + size]) for first in whole[::size]]
+        mine = batches[rank() :: world_size()]
+        return self._loader(EvalPairs(pairs, eval_transform(self.spec)), batch_sampler=mine)
 
     def _loader(self, data: TrainPairs | EvalPairs, **kwargs: Any) -> DataLoader[Batch]:
         assert self.tokenizer is not None
@@ -139,6 +140,8 @@ class PairData(L.LightningDataModule):
     # ------------------------------------------------------------------ bad rows
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if not getattr(self.trainer, "training", True):
+            return batch
         self.seen += len(batch.image_BCHW)
         for reason, message in batch.problems:
             self.problems[reason] += 1
@@ -158,7 +161,8 @@ class PairData(L.LightningDataModule):
         counts: Counter[str] = Counter()
         for part in gather_objects(self.problems):
             counts.update(part)  # type: ignore[call-overload]
-        return {"samples": self.seen, "problems": dict(counts), "examples": self.examples, "left_out": left_out}
+        samples = sum(gather_objects(self.seen))  # type: ignore[arg-type]
+        return {"samples": samples, "problems": dict(counts), "examples": self.examples, "left_out": left_out}
 
 
 def some_captions(pairs: Pairs, most: int = 6_000) -> Iterator[str]:

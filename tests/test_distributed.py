@@ -1,0 +1,197 @@
+"""Two processes on half the batch each give the losses, gradients and metrics of one on the whole batch.
+
+Each case runs in both processes of one pair, which is started once; what they return is compared here.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from slow_step import build, eventful_batch
+from torch import Tensor, nn
+from toys import take, toy_batch
+
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
+from maskvlm.measure import Measure
+
+WORLD = 2
+
+
+class Step(nn.Module):
+    """One module around backbone and task, as Lightning hands it to DistributedDataParallel."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.backbone, self.task = build(**settings)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = self.task(self.backbone, batch)
+        return terms
+
+
+def share(batch: Batch) -> Batch:
+    """This process's rows, trimmed to their own longest caption."""
+    rows = len(batch.image_BCHW) // world_size()
+    return take(batch, torch.arange(rank() * rows, (rank() + 1) * rows))
+
+
+def train_step(settings: dict[str, Any]) -> dict[str, Any]:
+    """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP."""
+    step, batch = Step(settings).double(), eventful_batch()
+    module = step if world_size() == 1 else nn.parallel.DistributedDataParallel(step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", Tensor.double)  # the losses too, so that any difference is an error
+        terms = module(share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+        sum(terms.values()).backward()
+    mean = {name: sum(gather(term.detach()[None])) / world_size() for name, term in terms.items()}
+    grads = {name: p.grad for name, p in step.named_parameters() if p.requires_grad}
+    return {"terms": mean, "gradients": grads}
+
+
+def evaluate(pictures: int) -> dict[str, float]:
+    """Metrics over batches of three pictures with two captions each, dealt out whole."""
+    backbone, task = build()
+    measure = Measure(4)
+    for first in range(0, pictures, 3)[rank() :: world_size()]:
+        measure.update(
+            task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures)))
+        )
+    return measure.compute(task, backbone)
+
+
+def gather_everything() -> dict[str, Any]:
+    x_B = (torch.arange(3.0) + 10 * rank()).requires_grad_()
+    everyone = gather(x_B)
+    (everyone * torch.arange(1.0, 7.0) * (rank() + 1)).sum().backward()
+    return {
+        "rows": everyone.tolist(),
+        "gradient": x_B.grad.tolist(),
+        "words": gather(torch.tensor([[rank(), 5]])).tolist(),
+        "flags": gather(torch.tensor([rank() == 0, True])).tolist(),
+        "half": gather(torch.tensor([float(rank())], dtype=torch.bfloat16)).tolist(),
+        "count": shared_count(torch.tensor(3.0 + rank())).item(),
+        "objects": gather_objects({"rank": rank()}),
+        "draws": [Draw(1, 2, "cpu")(2, 3), Draw(1, 2, "cpu")(2)],
+        "local": Draw(1, 2, "cpu").local(4, 3),
+    }
+
+
+def _join(place: str, number: Any) -> None:
+    torch.set_num_threads(1)
+    with number.get_lock():
+        own, number.value = number.value, number.value + 1
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=own, world_size=WORLD)
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, Any]:
+    """Waits for the other process: a pool may hand both calls to one worker otherwise."""
+    result = function(*arguments)
+    dist.barrier()
+    return rank(), result
+
+
+class Pair:
+    """Two processes that have met."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results of both, in rank order."""
+        calls = [self.pool.submit(_call, function, arguments) for _ in range(WORLD)]
+        return [result for _, result in sorted((call.result(60) for call in calls), key=lambda pair: pair[0])]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    # A server process imports everything once; forking this one would copy autograd's threads half alive.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    place = tmp_path_factory.mktemp("pair") / "meeting"
+    with ProcessPoolExecutor(WORLD, context, _join, (str(place), context.Value("i", 0))) as pool:
+        yield Pair(pool)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "both masked": {"mask_both": True, "whole_word": True, "keep_and_swap": True},
+    "no contrast": {"weight_itc": 0.0, "pixel_loss": "squared"},
+    "contrast alone": {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
+    "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_losses_and_gradients_are_those_of_one_process(pair: Pair, variant: str) -> None:
+    """The batch holds duplicates across the two halves and a hole in one of them."""
+    expected = train_step(VARIANTS[variant])
+    largest = max(grad.abs().max().item() for grad in expected["gradients"].values())
+    for found in pair(train_step, VARIANTS[variant]):
+        for kind, scale in (("terms", 1.0), ("gradients", largest)):
+            assert found[kind].keys() == expected[kind].keys()
+            for name, value in expected[kind].items():
+                torch.testing.assert_close(found[kind][name], value, atol=1e-9 * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pictures", [8, 3])
+def test_metrics_are_those_of_one_process_to_the_bit(pair: Pair, pictures: int) -> None:
+    """Eight pictures are three batches, of two and of one process; three leave one process without any."""
+    expected = evaluate(pictures)
+    assert {"mlm/accuracy_wrong_image", "mim/l1_no_text", "retrieval/ir_r5"} < expected.keys()
+    assert pair(evaluate, pictures) == [expected, expected]
+
+
+def test_gathering(pair: Pair) -> None:
+    first, second = pair(gather_everything)
+    for found in (first, second):
+        assert found["rows"] == [0, 1, 2, 10, 11, 12]
+        assert found["words"] == [[0, 5], [1, 5]]
+        assert found["flags"] == [True, True, False, True]
+        assert found["half"] == [0.0, 1.0]
+        assert found["count"] == 3.5
+        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+    assert first["gradient"] == [3 * 1, 3 * 2, 3 * 3]  # from both processes: weights 1 and 2
+    assert second["gradient"] == [3 * 4, 3 * 5, 3 * 6]
+
+
+def test_draws_of_both_processes_are_the_draws_of_one(pair: Pair) -> None:
+    first, second = pair(gather_everything)
+    for number, shape in enumerate([(4, 3), (4,)]):
+        whole = torch.cat([first["draws"][number], second["draws"][number]])
+        assert torch.equal(whole, Draw(1, 2, "cpu")(*shape))
+    assert torch.equal(first["local"], second["local"])
+
+
+# ---------------------------------------------------------------------- one process
+
+
+def test_one_process_is_all_there_is() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert (world_size(), rank()) == (1, 0)
+    assert gather(x) is x
+    assert shared_count(x) is x
+    assert gather_objects(5) == [5]
+
+
+def test_draws_follow_from_seed_and_step() -> None:
+    same, again = Draw(3, 4, "cpu"), Draw(3, 4, "cpu")
+    first = same(5, 2)
+    assert torch.equal(first, again(5, 2))
+    assert not torch.equal(first, same(5, 2))  # it goes on
+    for other in (Draw(3, 5, "cpu"), Draw(4, 4, "cpu"), Draw(4, 3, "cpu")):
+        assert not torch.equal(first, other(5, 2))
+    assert ((first >= 0) & (first < 1)).all()
+
+
+def test_mixed_seeds_of_near_numbers_are_unrelated() -> None:
+    seeds = {mix(seed, step, third) for seed in range(20) for step in range(20) for third in range(5)}
+    assert len(seeds) == 2000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len({mix(0), mix(0, 0), mix(0, 0, 0), mix(1), mix(1, 0), mix(-1)}) == 6
+    bits = torch.tensor([[seed >> bit & 1 for bit in range(63)] for seed in seeds]).float().mean(0)
+    torch.testing.assert_close(bits, torch.full((63,), 0.5), atol=0.06, rtol=0)

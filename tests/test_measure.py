@@ -1,0 +1,308 @@
+"""Held-out metrics: the partner is the one that a name says, and sums are exact over uneven batches."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from slow_step import Recorded, build
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import CLS, PATCH, SEP, SIZE, slow_cross, take, tokens, toy_batch
+
+from maskvlm.cross import Context, CrossOutput
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw
+from maskvlm.heads import patchify
+from maskvlm.masking import mask_patches, mask_tokens
+from maskvlm.measure import EVAL_SEED, Measure, join, one_caption
+from maskvlm.model import MaskVLM
+from maskvlm.pretrain import Hidden
+from maskvlm.retrieval import recall
+
+PICTURES = 7
+
+
+def several() -> Batch:
+    """Seven pictures with two captions each, some pixels of each being an object's."""
+    batch = toy_batch(PICTURES, captions=2)
+    ground = torch.rand(PICTURES, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.2
+    return batch._replace(foreground_BHW=ground, index_B=torch.arange(PICTURES) + 10)
+
+
+def measured(task: Recorded, backbone: MaskVLM, batch: Batch, *sizes: int) -> dict[str, float]:
+    measure = Measure(4)
+    first = 0
+    for size in sizes:
+        rows = torch.arange(first, first + size)
+        part = take(batch, rows)
+        if batch.foreground_BHW is not None:
+            part = part._replace(foreground_BHW=batch.foreground_BHW[rows])
+        measure.update(task, backbone, part)
+        first += size
+    return measure.compute(task, backbone)
+
+
+# ---------------------------------------------------------------------- the slow way
+
+
+class Slow:
+    """Sums over single rows of one batch, with the masks that Measure draws for it."""
+
+    def __init__(self, task: Recorded, backbone: MaskVLM, batch: Batch) -> None:
+        self.task, self.backbone, self.batch = task, backbone, batch
+        self.hidden = task.hide(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
+        self.sums: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums.setdefault(name, []).append(value)
+
+    def read(self, token_T: Tensor, attention_T: Tensor) -> Tensor:
+        token_1T = token_T[attention_T][None]
+        return self.backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
+
+    @torch.no_grad()
+    def words(self) -> None:
+        batch, token = self.batch, self.hidden.token
+        assert token is not None
+        rows = len(batch.image_BCHW)
+        for c in range(len(batch.token_CT)):
+            own = int(batch.owner_C[c])
+            other = batch.image_BCHW[(own + 1) % rows]
+            pictures = {
+                "": batch.image_BCHW[own],
+                "_wrong_image": other,
+                "_no_image": torch.zeros_like(other),
+            }
+            words_TD = self.read(token.token_CT[c], batch.attention_CT[c])
+            places = token.mask_CT[c].nonzero().flatten()
+            for name, picture in pictures.items():
+                out_TD = slow_cross(self.backbone.cross_text, words_TD, self.backbone.image(picture[None])[0])
+                logits_KV = self.task.tokens.vocabulary(out_TD[places])
+                target_K = batch.token_CT[c, places]
+                self.add(f"mlm/accuracy{name}", 100.0 * (logits_KV.argmax(1) == target_K))
+                self.add(f"mlm/nats{name}", -logits_KV.log_softmax(1)[torch.arange(len(places)), target_K])
+
+    @torch.no_grad()
+    def patches(self) -> None:
+        batch, patch = self.batch, self.hidden.patch
+        assert patch is not None
+        assert batch.foreground_BHW is not None
+        rows = len(batch.image_BCHW)
+        captions = [2 * b + int(batch.index_B[b]) % 2 for b in range(rows)]
+        whole = [self.read(batch.token_CT[c], batch.attention_CT[c]) for c in captions]
+        empty = self.read(torch.tensor([CLS, SEP]), torch.tensor([True, True]))
+        for b in range(rows):
+            image_LD = self.backbone.image(batch.image_BCHW[b][None], patch.mask_BN[b][None])[0]
+            places = patch.mask_BN[b].nonzero().flatten()
+            target_KP = patchify(batch.image_BCHW[b][None], PATCH)[0, places]
+            things_KP = patchify(batch.foreground_BHW[b].expand(1, 3, -1, -1), PATCH)[0, places]
+            for name, text_TD in (
+                ("", whole[b]),
+                ("_wrong_text", whole[(b + 1) % rows]),
+                ("_no_text", empty),
+            ):
+                out_LD = slow_cross(self.backbone.cross_image, image_LD, text_TD)
+                out_LD = slow_cross(self.task.pixels.blocks, out_LD, text_TD)
+                error_KP = (self.task.pixels.pixels(out_LD[1 + places]) - target_KP).abs()
+                for key, values in (("l1", error_KP), ("mse", error_KP.square())):
+                    self.add(f"mim/{key}{name}", values.flatten())
+                    self.add(f"mim/object_{key}{name}", values[things_KP])
+
+
+def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
+    """Batches of four and three: their sums are joined, not their means."""
+    backbone, task = build()
+    batch = several()
+    found = measured(task, backbone, batch, 4, 3)
+    sums: dict[str, list[Tensor]] = {}
+    for rows in (torch.arange(4), torch.arange(4, 7)):
+        assert batch.foreground_BHW is not None
+        slow = Slow(task, backbone, take(batch, rows)._replace(foreground_BHW=batch.foreground_BHW[rows]))
+        slow.words()
+        slow.patches()
+        for name, values in slow.sums.items():
+            sums.setdefault(name, []).extend(values)
+    assert len(sums) == 18
+    for name, values in sums.items():
+        assert found[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-4), name
+    assert {name for name in found if not name.startswith("retrieval/")} == set(sums)
+
+
+def test_retrieval_is_measured_over_all_batches_at_once() -> None:
+    backbone, task = build()
+    batch = several()
+    found = measured(task, backbone, batch, 4, 3)
+    whole = measured(task, backbone, batch, 7)
+    names = [name for name in found if name.startswith("retrieval/")]
+    assert len(names) == 12
+    assert {name: found[name] for name in names} == {name: whole[name] for name in names}
+    with torch.no_grad():
+        image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
+        text_CE = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT))
+    relevant_BC = batch.owner_C == torch.arange(PICTURES)[:, None]
+    for k, value in recall(image_BE @ text_CE.T, relevant_BC).items():
+        assert found[f"retrieval/itc_tr_r{k}"] == value
+    for k, value in recall(text_CE @ image_BE.T, relevant_BC.T).items():
+        assert found[f"retrieval/itc_ir_r{k}"] == value
+
+
+def test_metrics_start_anew_after_they_were_computed() -> None:
+    backbone, task = build()
+    first = task
+    first.update(backbone, several())
+    once = first.compute(backbone)
+    first.update(backbone, several())
+    assert first.compute(backbone) == once
+    assert first.compute(backbone) == {}
+
+
+def test_every_checkpoint_is_asked_the_same() -> None:
+    """Masks come from the place in the data set, not from the step or the global generator."""
+    backbone, task = build()
+    once = measured(task, backbone, several(), 7)
+    torch.manual_seed(99)
+    task.reseed(Draw(1, 1, "cpu"))
+    assert measured(task, backbone, several(), 7) == once
+    moved = several()._replace(index_B=torch.arange(PICTURES) + 20)
+    assert measured(task, backbone, moved, 7)["mlm/nats"] != once["mlm/nats"]
+
+
+def test_a_batch_of_one_picture_has_no_wrong_partner() -> None:
+    backbone, task = build()
+    found = measured(task, backbone, several(), 1)
+    assert not [name for name in found if "wrong" in name]
+    assert {"mlm/accuracy", "mlm/nats_no_image", "mim/mse", "mim/mse_no_text"} < found.keys()
+    six_and_one, six = measured(task, backbone, several(), 6, 1), measured(task, backbone, several(), 6)
+    assert six_and_one["mim/mse_wrong_text"] == six["mim/mse_wrong_text"]
+    assert six_and_one["mim/mse"] != six["mim/mse"]
+
+
+@pytest.mark.parametrize("left_out", ["itc", "itm", "mlm", "mim"])
+def test_a_weight_of_zero_leaves_out_its_metrics(left_out: str) -> None:
+    backbone, task = build(**{f"weight_{left_out}": 0.0})
+    found = measured(task, backbone, several()._replace(foreground_BHW=None), 4, 3)
+    groups = {"itc": "retrieval/itc_", "itm": "retrieval/tr", "mlm": "mlm/", "mim": "mim/"}
+    for name, group in groups.items():
+        wanted = name != left_out and (left_out, name) != ("itc", "itm")
+        assert any(key.startswith(group) for key in found) == wanted
+    assert not [name for name in found if "object" in name]
+
+
+# ---------------------------------------------------------------------- partners that can be seen
+
+
+class Teller(nn.Module):
+    """A cross encoder whose output is what its partner shows, at every position."""
+
+    def context(self, partner: Tensor, attention: Tensor | None = None) -> Context:
+        return Context([partner], None, None)  # type: ignore[list-item]
+
+    def forward(self, own: Tensor, context: Context, attention: Tensor | None = None) -> CrossOutput:
+        seen: Any = context.blocks[0] if context.index_B is None else context.blocks[0][context.index_B]
+        return CrossOutput(seen[:, :1].expand(-1, own.shape[1], -1), seen[:, 0])
+
+
+def telling_world() -> tuple[Any, Any, Batch]:
+    """Picture b is of colour 5 + b, all its words are 5 + b; the model says the number that it sees."""
+    colour_B = torch.arange(4) + 5
+    batch = Batch(
+        image_BCHW=colour_B[:, None, None, None].float().expand(4, 3, SIZE, SIZE),
+        **tokens([[5 + b] * 3 for b in range(4)]),
+        owner_C=torch.arange(4),
+        image_id_B=torch.arange(4),
+        text_id_C=torch.arange(4),
+        valid_B=torch.ones(4, dtype=torch.bool),
+        index_B=torch.arange(4),
+    )
+    backbone = SimpleNamespace(
+        image=lambda image, mask=None: (
+            F.one_hot(image[:, 0, 0, 0].long(), 12).float()[:, None].expand(-1, 17, -1)
+        ),
+        text=lambda token, attention: (
+            F.one_hot(token[:, 1], 12).float()[:, None].expand(-1, token.shape[1], -1)
+        ),
+        cross_text=Teller(),
+        cross_image=Teller(),
+        parameters=lambda: iter([torch.zeros(1)]),
+    )
+
+    def hide(backbone: Any, batch: Batch, uniform: Any) -> Hidden:
+        patch = mask_patches(batch.valid_B, (4, 4), 2, 0.6, uniform)
+        text = batch.token_CT, batch.special_CT, batch.word_CT
+        return Hidden(patch, mask_tokens(*text, 0.3, uniform, 4, 12, 5))
+
+    def pixels(image_BLD: Tensor, text: Tensor, attention: Tensor, index_BK: Tensor) -> Tensor:
+        value_B1 = image_BLD[:, 0].argmax(-1, keepdim=True).float()
+        return value_B1[..., None].expand(-1, index_BK.shape[1], 3 * PATCH**2)
+
+    task = SimpleNamespace(
+        weights={"itc": 0, "itm": 0, "mlm": 1, "mim": 1},
+        hide=hide,
+        tokens=lambda x: 50 * x,
+        pixels=pixels,
+        pixel_target=lambda image, index: patchify(image, PATCH).gather(
+            1, index[..., None].expand(-1, -1, 3 * PATCH**2)
+        ),
+    )
+    return task, backbone, batch
+
+
+def test_a_model_that_says_what_its_partner_shows() -> None:
+    task, backbone, batch = telling_world()
+    measure = Measure(4)
+    measure.update(task, backbone, batch)
+    found = measure.compute(task, backbone)
+    assert (found["mlm/accuracy"], found["mlm/accuracy_wrong_image"], found["mlm/accuracy_no_image"]) == (
+        100,
+        0,
+        0,
+    )
+    assert found["mlm/nats"] == pytest.approx(0, abs=1e-6)
+    assert found["mlm/nats_wrong_image"] == pytest.approx(50)
+    assert found["mim/l1"] == 0
+    assert found["mim/l1_wrong_text"] == (1 + 1 + 1 + 3) / 4  # colours 5 6 7 8 read as 6 7 8 5
+    assert found["mim/mse_wrong_text"] == (1 + 1 + 1 + 9) / 4
+    assert found["mim/l1_no_text"] == pytest.approx(
+        (5 + 6 + 7 + 8) / 4 - SEP
+    )  # the word after the start is the end
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def test_captions_of_a_picture_take_turns() -> None:
+    owner_C = torch.tensor([0, 0, 0, 1, 2, 2])
+    batch = toy_batch(3)._replace(owner_C=owner_C, index_B=torch.tensor([3, 4, 5]))
+    assert one_caption(batch).tolist() == [0, 3, 5]
+    assert one_caption(batch._replace(index_B=torch.tensor([5, 4, 6]))).tolist() == [2, 3, 4]
+
+
+def test_batches_of_different_text_widths_join_by_their_place_in_the_data_set() -> None:
+    def part(index: list[int], owner: list[int], width: int) -> tuple[Tensor, ...]:
+        image, text = torch.tensor(index), torch.tensor(owner)
+        return (
+            image,
+            image[:, None].float(),
+            image[:, None, None].float().expand(-1, 2, 1),
+            text[:, None].float(),
+            text[:, None, None].float().expand(-1, width, 1),
+            torch.ones(len(text), width, dtype=torch.bool),
+            text,
+        )
+
+    gallery = join([part([7, 2], [7, 7, 2], 3), part([5], [5, 5], 4)])
+    assert gallery.image_BE.flatten().tolist() == [7, 2, 5]
+    assert gallery.owner_C.tolist() == [0, 0, 1, 2, 2]
+    assert gallery.text_CTD.shape == (5, 4, 1)
+    assert gallery.attention_CT.sum(1).tolist() == [3, 3, 3, 4, 4]
+    assert torch.equal(gallery.image_BE[gallery.owner_C], gallery.text_CE)
+
+
+def test_nothing_taken_in_gives_nothing() -> None:
+    backbone, task = build()
+    assert Measure(4).compute(task, backbone) == {}
+    empty = Measure(4)
+    empty.add("mlm/nats", torch.zeros(2, 0), torch.zeros(2, 0))
+    assert math.isnan(empty.compute(task, backbone)["mlm/nats"])

@@ -1,0 +1,113 @@
+"""Which parameter learns how fast and decays, and the learning rate of each step."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from slow_step import build
+from torch import nn
+
+from maskvlm.optim import build_adamw, parameter_groups, schedule, warmup_cosine
+
+
+def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
+    backbone, task = build()
+    groups = parameter_groups(backbone, (backbone.image, backbone.text), task, 3e-4, 1e-5, 0.05)
+    names = {id(p): n for n, p in itertools.chain(backbone.named_parameters(), task.named_parameters())}
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(names)  # complete, and none twice
+    assert len(groups) == 4
+    for group in groups:
+        decays = group["weight_decay"] == 0.05
+        assert group["weight_decay"] in (0.05, 0.0)
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == (1e-5 if name.startswith(("image.vit", "image.mask", "text.")) else 3e-4), (
+                name
+            )
+            plain = (
+                name.endswith(("bias", "token", "pos_embed", "embeddings.weight", "log_scale"))
+                or "norm" in name.lower()
+            )
+            assert decays == (not plain), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image.mask_token",
+        "image.vit.cls_token",
+        "image.vit.pos_embed",
+        "image.vit.norm.weight",
+        "cross_image.blocks.0.norms.1.weight",
+    ],
+)
+def test_no_decay(name: str) -> None:
+    backbone, task = build()
+    groups = parameter_groups(backbone, (backbone.image, backbone.text), task, 1.0, 1.0, 0.05)
+    free = {id(parameter) for group in groups if group["weight_decay"] == 0 for parameter in group["params"]}
+    assert id(dict(backbone.named_parameters())[name]) in free
+    assert id(task.projection.log_scale) in free
+    assert {id(task.matching.classify.weight), id(backbone.image.vit.patch_embed.proj.weight)}.isdisjoint(
+        free
+    )
+
+
+def test_what_gets_no_gradient_is_in_no_group() -> None:
+    backbone, task = build(weight_itm=0.0, weight_mlm=0.0)
+    groups = parameter_groups(backbone, (backbone.image, backbone.text), task, 1.0, 1.0, 0.05)
+    members = {id(parameter) for group in groups for parameter in group["params"]}
+    assert members.isdisjoint(map(id, backbone.cross_text.parameters()))
+    assert members >= set(map(id, backbone.cross_image.parameters()))
+
+
+def test_rate_at_written_out_steps() -> None:
+    factor = warmup_cosine(total=12, warmup=4, floor=0.1)
+    expected = [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        *(0.55 + 0.45 * math.cos(math.pi * n / 8) for n in range(1, 9)),
+        0.1,
+    ]
+    assert [factor(step) for step in range(14)] == pytest.approx(expected)
+    assert factor(8) == pytest.approx(0.55)  # half way down
+    assert factor(1000) == pytest.approx(0.1)
+
+
+def test_runs_without_warm_up_and_runs_that_only_warm_up() -> None:
+    assert [warmup_cosine(2, 0, 0.0)(step) for step in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [warmup_cosine(2, 4, 0.0)(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def rates(lrs: list[float], min_lr: float) -> list[list[float]]:
+    """Learning rates of the groups at each of ten steps, the first two of which warm up."""
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in lrs]
+    optimizer = build_adamw(groups, (0.9, 0.98), fused=False)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
+    scheduler = schedule(optimizer, 10, 2, min_lr)
+    seen = []
+    for _ in range(11):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_the_encoders_rate_under_the_floor_of_the_others_stays() -> None:
+    """The paper's 1e-5 under a floor of 3e-5: after warm-up it neither falls nor rises."""
+    seen = rates([3e-4, 1e-5], 3e-5)
+    assert seen[0] == pytest.approx([1.5e-4, 5e-6])
+    assert seen[1] == seen[2] == pytest.approx([3e-4, 1e-5])
+    assert [encoder for _, encoder in seen[1:]] == pytest.approx([1e-5] * 10)
+    assert seen[6] == pytest.approx([(3e-4 + 3e-5) / 2, 1e-5])
+    assert seen[10] == pytest.approx([3e-5, 1e-5])
+    rest = [rate for rate, _ in seen[2:]]
+    assert rest == sorted(rest, reverse=True)
+
+
+def test_a_rate_of_zero_stays_zero() -> None:
+    assert {rate for step in rates([0.0], 3e-5) for rate in step} == {0.0}
