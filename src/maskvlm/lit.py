@@ -28,6 +28,7 @@ class LitModel(L.LightningModule):
         warmup: share of the run's steps, or a number of steps from 1 on (paper: 5 of 50 epochs).
         min_lr: where the cosine ends (3e-5, R).
         seed: of masks, negatives and dropout; together with the step it determines them.
+        random_init: both encoders start from random weights; the command line hands it on to them.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LitModel(L.LightningModule):
         warmup: float = 0.1,
         min_lr: float = 3e-5,
         seed: int = 0,
+        random_init: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.task = backbone, task

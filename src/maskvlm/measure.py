@@ -17,7 +17,7 @@ from maskvlm.distributed import Draw, gather_objects, world_size
 from maskvlm.heads import patchify, pick
 from maskvlm.losses import pixel_error
 from maskvlm.model import MaskVLM
-from maskvlm.retrieval import Gallery, contrast_scores, recall, rerank
+from maskvlm.retrieval import Gallery, chance, contrast_scores, recall, rerank
 
 if TYPE_CHECKING:
     from maskvlm.pretrain import Hidden, MaskedPretraining
@@ -124,7 +124,10 @@ class Measure:
 
     @torch.no_grad()
     def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
-        """All metrics; percent, nats, or error of normalised pixel values. Chance levels end in `_chance`."""
+        """All metrics; percent, nats, or error of normalised pixel values.
+
+        Chance levels end in `_chance`. `score` chooses the best checkpoint: the mean of the two R@1.
+        """
         metrics = {}
         shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all
         for name in dict.fromkeys(name for shard in shards for name in shard):
@@ -134,6 +137,8 @@ class Measure:
         features = everywhere(self.features, next(backbone.parameters()).device)
         if features:
             metrics |= self.retrieval(task, backbone, join(features))
+        else:  # no contrast to retrieve with: the masked losses themselves, higher is better
+            metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
         self.reset()
         return metrics
 
@@ -143,10 +148,15 @@ class Measure:
         found = {"itc_": contrast_scores(gallery)}
         if task.weights["itm"]:
             found[""] = rerank(backbone, task.matching, gallery, self.rerank_k)
-        metrics: dict[str, float] = {}
+        pictures, captions = relevant_BC.shape
+        metrics: dict[str, float] = {"retrieval/pictures": pictures, "retrieval/captions": captions}
         for name, scores in found.items():
             metrics |= {f"retrieval/{name}tr_r{k}": r for k, r in recall(scores.text_BC, relevant_BC).items()}
             metrics |= {f"retrieval/{name}ir_r{k}": r for k, r in recall(scores.image_CB, relevant_BC.T).items()}
+        metrics |= {f"retrieval/tr_r{k}_chance": r for k, r in chance(relevant_BC).items()}
+        metrics |= {f"retrieval/ir_r{k}_chance": r for k, r in chance(relevant_BC.T).items()}
+        best = list(found)[-1]
+        metrics["score"] = (metrics[f"retrieval/{best}tr_r1"] + metrics[f"retrieval/{best}ir_r1"]) / 2
         return metrics
 
 

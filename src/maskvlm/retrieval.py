@@ -44,6 +44,17 @@ def recall(score_QG: Tensor, relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 1
     return {k: 100 * ((rank_Q < k) & can_hit_Q).float().mean().item() for k in ks}
 
 
+def chance(relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[int, float]:
+    """Recall@k in percent of an order by lot: at least one of a query's relevant items among k drawn of all G."""
+    total, relevant_Q = relevant_QG.shape[1], relevant_QG.sum(1).double()
+    levels = {}
+    for k in ks:
+        drawn = torch.arange(min(k, total), device=relevant_QG.device)
+        missed_Q = ((total - relevant_Q[:, None] - drawn).clamp(min=0) / (total - drawn)).prod(1)
+        levels[k] = 100 * (1 - missed_Q).mean().item()
+    return levels
+
+
 def contrast_scores(gallery: Gallery) -> Scores:
     """Cosine of every picture with every caption."""
     cosine_BC = gallery.image_BE.float() @ gallery.text_CE.float().T

@@ -4,9 +4,9 @@ Shapes: B pictures, C captions (training: C = B, one caption a picture; evaluati
 picture, C >= B), T tokens, H and W pixels.
 """
 
-from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, Protocol, TypedDict
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -62,18 +62,21 @@ class Row(TypedDict):
     """One picture with its captions, as a source hands it out.
 
     `image` is encoded bytes, a path, or a Pillow image; `origin` names the row in error messages
-    (`dataset_flickr8k.json image 12 (123.jpg)`). `foreground` marks the pixels of objects [H, W], where known.
+    (`dataset_flickr8k.json image 12 (123.jpg)`).
     """
 
     image: bytes | str | Image.Image
     captions: list[str]
     image_id: str
     origin: str
-    foreground: NotRequired[np.ndarray]
 
 
 class Pairs(Protocol):
-    """One split of a data set: rows by index. `fingerprint` changes when the content does."""
+    """One split of a data set: rows by index. `fingerprint` changes when the content does.
+
+    A split that knows where its objects are may also offer `object_mask(index, size)`, a boolean array
+    [size, size]; masked-pixel errors are then measured over object pixels alone, too.
+    """
 
     fingerprint: str
 
@@ -82,9 +85,9 @@ class Pairs(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
-class Source(Protocol):
-    """A data set: what a reader must offer. A new data set is one class with this method and one YAML."""
+class Source(ABC):
+    """A data set: what a reader must offer. A new data set is one subclass and one YAML that names it."""
 
+    @abstractmethod
     def split(self, name: str) -> Pairs:
         """The pairs of `train`, `val` or `test`."""
-        ...

@@ -129,7 +129,7 @@ class PairData(L.LightningDataModule):
         size, whole = self.eval_batch_size, range(len(pairs))
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         mine = batches[rank() :: world_size()]
-        return self._loader(EvalPairs(pairs, eval_transform(self.spec)), batch_sampler=mine)
+        return self._loader(EvalPairs(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
 
     def _loader(self, data: TrainPairs | EvalPairs, **kwargs: Any) -> DataLoader[Batch]:
         assert self.tokenizer is not None

@@ -83,8 +83,8 @@ class TrainPairs(Dataset[Sample]):
 class EvalPairs(Dataset[Sample]):
     """Every picture with all its captions; a row that cannot be read is an error, never skipped."""
 
-    def __init__(self, pairs: Pairs, transform: Transform) -> None:
-        self.pairs, self.transform = pairs, transform
+    def __init__(self, pairs: Pairs, transform: Transform, image_size: int) -> None:
+        self.pairs, self.transform, self.image_size = pairs, transform, image_size
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -93,7 +93,8 @@ class EvalPairs(Dataset[Sample]):
         row = self.pairs[index]
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         if not captions:
-            raise UserError(row["origin"], "no caption with words", "mend or remove the row", ExitCode.BAD_DATA)
+            raise UserError(row["origin"], "no caption with words", "Mend or remove the row", ExitCode.BAD_DATA)
+        object_mask = getattr(self.pairs, "object_mask", None)
         return Sample(
             image_CHW=self.transform(safe_open(row["image"], row["origin"])),
             captions=captions,
@@ -101,7 +102,7 @@ class EvalPairs(Dataset[Sample]):
             index=index,
             valid=True,
             problem=None,
-            foreground=row.get("foreground"),
+            foreground=object_mask(index, self.image_size) if object_mask else None,
         )
 
 

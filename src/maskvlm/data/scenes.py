@@ -7,7 +7,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from maskvlm.data.batch import Row
+from maskvlm.data.batch import Row, Source
 from maskvlm.data.scene_captions import Caption, captions_of, describes, vocabulary
 from maskvlm.data.scene_drawing import draw_object_mask, draw_scene
 from maskvlm.data.scene_world import SPLITS, Scene, Thing, scene_of_split
@@ -74,7 +74,7 @@ class ScenePairs:
         return digest.hexdigest()[:16]
 
 
-class Scenes:
+class Scenes(Source):
     """The built-in world (a `Source`): small scenes with five captions each, nothing to download.
 
     Args:

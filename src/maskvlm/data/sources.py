@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from maskvlm.data.batch import Row
+from maskvlm.data.batch import Row, Source
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
 
@@ -61,7 +61,7 @@ class KarpathyPairs:
         return list(self._table[int(self._row_N[index])]["captions"])
 
 
-class Karpathy:
+class Karpathy(Source):
     """COCO, Flickr30k or Flickr8k captions in the json layout of Karpathy's splits (a `Source`).
 
     `images[]` with `filename`, perhaps `filepath` (a folder), `split` (`restval` counts as `train`), `cocoid`
