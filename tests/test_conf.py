@@ -29,17 +29,28 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("where", choices("where"))
-@pytest.mark.parametrize("model", choices("model"))
-def test_every_stack_parses(model: str, where: str, stack: Stack) -> None:
-    for data in choices("data"):
-        settings = run(["fit", *stack(MODEL=model, DATA=data, WHERE=where)], (), Parsed).settings
-        assert settings.model.task.init_args.image_mask_ratio == 0.6
-        assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
+# WHERE meets each model and each data set once: it sets devices and workers, which no other file touches.
+WHERE = choices("where")
+STACKS = [
+    (model, data, WHERE[(row + column) % len(WHERE)])
+    for row, model in enumerate(choices("model"))
+    for column, data in enumerate(choices("data"))
+]
+
+
+@pytest.mark.parametrize(("model", "data", "where"), STACKS)
+def test_every_stack_parses(model: str, data: str, where: str, stack: Stack) -> None:
+    settings = run(Parsed, ["fit", *stack(MODEL=model, DATA=data, WHERE=where)]).settings
+    assert settings.model.task.init_args.image_mask_ratio == 0.6
+    assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
+
+
+def test_every_where_is_met() -> None:
+    assert {where for _, _, where in STACKS} == set(WHERE)
 
 
 def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
-    settings = run(["fit", *stack(MODEL="base", DATA="coco", WHERE="cpu")], (), Parsed).settings
+    settings = run(Parsed, ["fit", *stack(MODEL="base", DATA="coco", WHERE="cpu")]).settings
     model, task = settings.model, settings.model.task.init_args
     assert (model.lr, model.lr_encoders, model.weight_decay, model.min_lr) == (3e-4, 1e-5, 0.05, 3e-5)
     assert (task.image_mask_ratio, task.text_mask_ratio, task.pixel_loss) == (0.6, 0.3, "l1")
@@ -53,14 +64,14 @@ def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
 def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: {lr: 0.5, weight_decay: 0.25}\n")
     files = [*stack(), "-c", str(tmp_path / "mine.yaml")]
-    settings = run(["fit", *files, "--model.lr", "0.75"], (), Parsed).settings
+    settings = run(Parsed, ["fit", *files, "--model.lr", "0.75"]).settings
     assert (settings.model.lr, settings.model.weight_decay) == (0.75, 0.25)
     assert settings.model.task.init_args.text_mask_ratio == 0.3
 
 
 def test_the_environment_names_the_folder_of_data(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_ROOT", "/somewhere")
-    settings = run(["fit", *stack(DATA="flickr8k")], (), Parsed).settings
+    settings = run(Parsed, ["fit", *stack(DATA="flickr8k")]).settings
     assert settings.data.init_args.source.init_args.file == "/somewhere/dataset_flickr8k.json"
 
 
@@ -84,11 +95,13 @@ def test_the_links_carry_what_they_should(stack: Stack) -> None:
         "--run",
         "checkpoints/never",
     ]
-    built = run(["fit", *stack(WHERE="cpu"), *options], (), Built)
+    built = run(Built, ["fit", *stack(WHERE="cpu"), *options])
     data, model = built.datamodule, built.model
     assert data.spec == model.backbone.input_spec
     assert data.spec.image_size == 48
     assert (model.seed, data.seed, data.accumulate) == (7, 7, 2)
+    assert model.backbone.image.random_init
+    assert model.backbone.text.random_init
     assert built.trainer.default_root_dir == "checkpoints/never"
     assert {str(logger.save_dir) for logger in built.trainer.loggers} == {"checkpoints/never"}
     assert not Path("checkpoints/never").exists()

@@ -81,9 +81,9 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
         if line := bench(rest, options.allow_import):
             print(line)
     else:
-        from maskvlm.cli import run
+        from maskvlm.cli import Command, run
 
-        run(arguments, options.allow_import)
+        run(Command, arguments, options.allow_import)
     return 0
 
 

@@ -89,9 +89,8 @@ class Bench(Command):
     """A few steps of fit: no evaluation, no folder, no checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        settings = self.config[self.config.subcommand]
-        check_device(settings.trainer)
-        trainer, data = settings.trainer, settings.data.init_args
+        trainer, data = self.settings.trainer, self.settings.data.init_args
+        check_device(trainer)
         trainer.logger, trainer.callbacks, trainer.limit_val_batches = False, [], 0
         trainer.enable_checkpointing = trainer.enable_progress_bar = False
         data.steps, data.epochs = STEPS, None
@@ -104,6 +103,5 @@ class Bench(Command):
 
 def bench(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """Time a few training steps of a configuration; returns the line that says how fast they were."""
-    command = run(["fit", *arguments], allowed, Bench)
-    assert isinstance(command, Bench)
+    command = run(Bench, ["fit", *arguments], allowed)
     return str(command.stopwatch.speed) if process_rank() == 0 else ""

@@ -4,86 +4,26 @@
 Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
-import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from maskvlm.config import NEVER, check_yaml, resolve, trusted_packages
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
+from maskvlm.parser import MODE, Complaint, Parser, prepare
 from maskvlm.run import SaveConfig, claim
 from maskvlm.verify import newest_valid
 
-COMMANDS = {
-    "fit": "train; evaluates along the way and at the end",
-    "validate": "measure a checkpoint on the validation split",
-    "test": "measure a checkpoint on the test split",
-}
-# Said on every run by versions that fit each other; none of them is about what the user did.
-KNOWN_WARNINGS = (
-    r".*isinstance\(treespec, LeafSpec\).*",
-    r".*`?set_vital`? is deprecated.*",
-    r".*does not have many workers.*",
-    r".*Checkpoint directory .* exists and is not empty.*",
-    r".*Experiment logs directory .* exists.*",
-    r".*The number of training batches .* is smaller than the logging interval.*",
-)
-
-
-class Complaint(Exception):
-    """The parser's message, with the names it would have accepted; `explain` makes one line of it."""
-
-    def __init__(self, message: str, known: Iterable[str], siblings: Iterable[str]) -> None:
-        self.message, self.known, self.siblings = message, set(known), set(siblings)
-        super().__init__(message)
-
-
-class Parser(LightningArgumentParser):
-    """Raises Complaint where the original prints fifty lines of usage."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_step is a mistake
-
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().validate(*args, **kwargs)
-        except KeyError as error:  # the innermost parser knows the names that were possible here
-            if getattr(self, "_inner_parser", False) and not hasattr(error, "siblings"):
-                error.siblings = option_names(self)  # type: ignore[attr-defined]
-            raise
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if getattr(self, "_inner_parser", False):  # caught and tried otherwise by the outer one
-            super().error(message, ex)
-        causes = list(chain(ex))
-        for cause in causes:
-            if isinstance(cause, UserError):
-                raise cause
-        command = next((c.subcommand_parser for c in causes if hasattr(c, "subcommand_parser")), self)
-        siblings = next((c.siblings for c in causes if hasattr(c, "siblings")), ())
-        raise Complaint(message, option_names(command), siblings) from ex
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what led to it, the first cause last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def option_names(parser: LightningArgumentParser) -> set[str]:
-    """The dotted keys of a parser's options."""
-    names = {action.dest for action in parser._actions if action.option_strings}
-    return names - {"help", "config", "print_config", "print_shtab"}
+COMMANDS = ("fit", "validate", "test")
+AnyCommand = TypeVar("AnyCommand", bound="Command")
 
 
 class Command(LightningCLI):
@@ -102,7 +42,7 @@ class Command(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"parser_mode": "maskvlm"},
+            parser_kwargs={"parser_mode": MODE},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # it would put class paths into checkpoints
             args=arguments,
@@ -121,18 +61,27 @@ class Command(LightningCLI):
         parser.link_arguments(
             "model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate"
         )
+        for encoder in ("image", "text"):
+            parser.link_arguments(
+                "model.random_init", f"model.backbone.init_args.{encoder}.init_args.random_init"
+            )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(self.arguments)
+
+    @property
+    def settings(self) -> Namespace:
+        """The composed configuration of the subcommand."""
+        return self.config[self.config.subcommand]
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would replace the model's settings by those inside the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        settings = self.config[self.config.subcommand]
+        settings = self.settings
         folder = Path(settings.run)
         check_device(settings.trainer)
         settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
@@ -143,13 +92,28 @@ class Command(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
-        written = self.config
-        self.config = written.clone()
-        settings = self.config[self.config.subcommand]
+        self.written = self.config
+        self.config = self.written.clone()
+        settings = self.settings
         settings.trainer = fill_in(settings.trainer, settings.run)
         settings.trainer.default_root_dir = settings.run
         super().instantiate_classes()
-        self.config = written
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """bf16 wherever the GPU has it, unless told otherwise. On the CPU single precision: without AMX
+        instructions bf16 is emulated."""
+        self.config = self.written
+        trainer = self.settings.trainer
+        if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda"):
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            kwargs.setdefault("precision", "bf16-mixed" if bf16 else None)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Evaluation along the way may look at a part (limit_val_batches), the last one looks at all."""
+        if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+            self.trainer.limit_val_batches = 1.0
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
 
 
 class Parsed(Command):
@@ -163,11 +127,6 @@ class Parsed(Command):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
-
-    @property
-    def settings(self) -> Namespace:
-        """The composed configuration of the subcommand."""
-        return self.config[self.config.subcommand]
 
 
 def input_spec(backbone: Any) -> Any:
@@ -225,32 +184,13 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     return str(folder / "best.ckpt") if asked == "best" else asked
 
 
-def load_text(text: str) -> Any:
-    """YAML of files and option values: checked first, then `${oc.env:NAME,default}` filled in."""
-    check_yaml(text, "configuration")
-    value = get_loader("yaml")(text)
-    return resolve(value) if "${" in text else value
-
-
-def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
-    """What holds for every command: whose classes may be named, and a calm console."""
-    set_loader("maskvlm", load_text)
-    set_parsing_settings(
-        import_path_denylist=["*", *NEVER], import_path_allowlist=trusted_packages(arguments, allowed)
-    )
-    for pattern in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", pattern)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # devices found, seeds set, why it stopped
-
-
-def run(arguments: list[str], allowed: Iterable[str] = (), command: type[Command] = Command) -> Command:
+def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] = ()) -> AnyCommand:
     """Run one command.
 
     Args:
+        command: what is done with them: Command, or Parsed to check only.
         arguments: the subcommand and its options.
         allowed: further packages that class paths in files may come from.
-        command: Parsed to check only.
 
     Raises:
         UserError: whatever is wrong with the arguments, in one line.

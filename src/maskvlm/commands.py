@@ -33,7 +33,7 @@ srun {command}
 
 def preview(arguments: list[str], out: Path, allowed: Iterable[str] = ()) -> str:
     """Write a contact sheet of the training pictures with their captions; returns what was done."""
-    pairs = source(run(["fit", *arguments], allowed, Parsed).settings).split("train")
+    pairs = source(run(Parsed, ["fit", *arguments], allowed).settings).split("train")
     contact_sheet(pairs, out)
     return f"{out}: {len(pairs)} training pictures, some of them shown with their captions"
 
@@ -52,7 +52,7 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     Raises:
         UserError: sbatch refused it (69).
     """
-    settings = run(["fit", *arguments], allowed, Parsed).settings
+    settings = run(Parsed, ["fit", *arguments], allowed).settings
     path = Path(settings.run) / "job.sh"
     write_text(path, batch_script(settings, arguments))
     if shutil.which("sbatch") is None:

@@ -154,7 +154,8 @@ def find_place(key: str, found: list[Place], value: str | None = None) -> Place 
     key = _flat(key)
     fits = [place for place in found if place.key == key or place.key.endswith("." + key)]
     exact = [place for place in fits if value is not None and place.value == value]
-    return (exact or fits or [None])[-1]
+    candidates = exact or fits
+    return candidates[-1] if candidates else None
 
 
 def trusted_packages(arguments: list[str], allowed: Iterable[str]) -> list[str]:

@@ -77,7 +77,8 @@ def _from_worker(text: str) -> Line | None:
 
 
 def _all_subclasses(kind: type) -> list[type]:
-    return [deep for sub in kind.__subclasses__() for deep in (sub, *_all_subclasses(sub))]
+    subclasses: list[type] = kind.__subclasses__()
+    return [deep for sub in subclasses for deep in (sub, *_all_subclasses(sub))]
 
 
 def _bug(error: BaseException, folder: Path | None) -> Line:
@@ -101,8 +102,9 @@ def process_rank() -> int:
 
 def _first_to_fail(folder: Path | None, rank: int) -> int:
     """Each process tries to create the same file; who succeeds was first. No communication, so no hang."""
-    processes = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-    if processes == 1 or folder is None or not folder.is_dir():
+    # Lightning's launcher forgets WORLD_SIZE on its way out, but not LOCAL_RANK.
+    several = "LOCAL_RANK" in os.environ or "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if not several or folder is None or not folder.is_dir():
         return rank
     try:
         with (folder / FIRST).open("x") as file:

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from maskvlm.errors import ExitCode, UserError
@@ -103,15 +104,20 @@ def _commit() -> str | None:
 class RunRecord(L.Callback):
     """Completes `versions.json` with seed and data, and keeps `metrics.json` up to date.
 
-    `metrics.json` holds the numbers of the latest evaluation and the step it was made at; other stages than
-    fit write their own (`metrics-test.json`), so that looking at a run never changes its record.
+    `metrics.json` holds the numbers of the run's latest evaluation and the step it was made at. Measuring a
+    checkpoint later writes another file (`metrics-test.json`): looking at a run never changes its record.
     """
 
+    def __init__(self) -> None:
+        self.trained = False
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.trained |= stage == "fit"
         if not trainer.is_global_zero or stage != "fit":
             return
         fingerprint = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
-        facts = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0)), "processes": trainer.world_size}
+        facts: dict[str, Any] = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
+        facts["processes"] = trainer.world_size
         facts["data"] = fingerprint() if fingerprint else None
         write_json(folder_of(trainer) / "versions.json", versions() | facts)
 
@@ -124,9 +130,31 @@ class RunRecord(L.Callback):
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = getattr(pl_module, "metrics", {})
         if trainer.is_global_zero and metrics and not trainer.sanity_checking:
-            stage = trainer.state.fn
-            name = "metrics.json" if stage in (None, "fit") else f"metrics-{stage.value}.json"
+            stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
+            name = "metrics.json" if stage == "fit" else f"metrics-{stage}.json"
             write_json(folder_of(trainer) / name, {"step": trainer.global_step} | metrics)
+
+
+class Best(ModelCheckpoint):
+    """`best.ckpt`: by the first of several metrics that the run measures.
+
+    Args:
+        dirpath: the run's folder.
+        monitors: names of metrics, better when higher; with a loss left out its metric is not there.
+    """
+
+    def __init__(self, dirpath: str, monitors: list[str]) -> None:
+        super().__init__(dirpath, "best", monitors[0], mode="max", enable_version_counter=False)
+        self.monitors = monitors
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        measured = [name for name in self.monitors if name in trainer.callback_metrics]
+        if measured:
+            self.monitor = measured[0]
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Only an evaluation tells which is best."""
 
 
 class SaveConfig(SaveConfigCallback):

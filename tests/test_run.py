@@ -1,0 +1,201 @@
+"""A run's folder: what a short real run leaves, and that no run overwrites another."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskvlm.__main__ import main
+from maskvlm.checkpoint import load, save
+from maskvlm.cli import Parsed, find_checkpoint, run
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.run import claim, versions, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = {
+    "data.steps": 4,
+    "data.batch_size": 8,
+    "data.source.train": 60,
+    "data.source.val": 6,
+    "data.source.test": 6,
+    "model.task.rerank_k": 4,
+    "trainer.val_check_interval": 2,
+    "trainer.log_every_n_steps": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def words(stack: Callable[..., list[str]]) -> list[str]:
+    return [*stack(WHERE="cpu"), *(f"--{key}={value}" for key, value in SHORT.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, made by the real command."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        assert main(["fit", "--run", str(folder), *words]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_everything_lies_in_the_folder(finished: Path) -> None:
+    names = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in finished.iterdir()}
+    assert names >= {"config-fit.yaml", "versions.json", "metrics.csv", "metrics.json", "events"}
+    assert names >= {"last.ckpt", "last.ckpt.sha256", "best.ckpt", "best.ckpt.sha256"}
+    assert names >= {"curves.png", "reconstructions.png"}
+    assert not [name for name in names if name.startswith("crash")]
+    assert not [path for path in finished.rglob("*") if path.is_dir()]
+    assert not (ROOT / "lightning_logs").exists()
+
+
+def test_what_was_measured_is_plain_json(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["step"] == 4
+    for key in (
+        "retrieval/tr_r1",
+        "retrieval/itc_ir_r10",
+        "mlm/accuracy",
+        "mlm/accuracy_wrong_image",
+        "mim/mse",
+    ):
+        assert isinstance(metrics[key], float)
+
+
+def test_the_curves_are_a_table(finished: Path) -> None:
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(bool(row["train/loss"]) for row in rows) == 4
+
+
+def test_versions_tell_what_the_run_was_made_of(finished: Path) -> None:
+    facts = json.loads((finished / "versions.json").read_text())
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert facts["seed"] == 0
+    assert facts["data"]["train"]["pictures"] == 60
+    assert facts["machine"]["processor"]
+
+
+def test_the_saved_configuration_repeats_the_run_elsewhere(finished: Path) -> None:
+    path = finished / "config-fit.yaml"
+    assert yaml.safe_load(path.read_text())["data"]["init_args"]["steps"] == 4
+    assert "'{run}'" in path.read_text()  # not this run's folder
+    again = run(Parsed, ["fit", "-c", str(path), "--run", "elsewhere"]).settings
+    assert (again.run, again.data.init_args.batch_size) == ("elsewhere", 8)
+
+
+def test_a_checkpoint_holds_the_model_and_reads_back(finished: Path) -> None:
+    content = load(finished / "last.ckpt")
+    assert content["global_step"] == 4
+    assert any(name.startswith("backbone.cross_image.") for name in content["state_dict"])
+    assert "hyper_parameters" not in content  # nothing in a checkpoint decides about the model
+
+
+def test_a_second_run_is_refused(
+    finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert main(["fit", "--run", str(finished), *words]) == ExitCode.CANNOT_CREATE
+    error = capsys.readouterr().err
+    assert f"error: {finished}: already holds a run. Choose another folder (--run; RUN= with make)" in error
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_a_checkpoint_is_measured_without_touching_the_record(
+    finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = (finished / "metrics.json").read_text()
+    assert main(["validate", "--run", str(finished), *words, "--ckpt_path", "last"]) == 0
+    assert (finished / "metrics.json").read_text() == recorded
+    before, now = json.loads(recorded), json.loads((finished / "metrics-validate.json").read_text())
+    assert now["mlm/accuracy"] == before["mlm/accuracy"]
+    assert now["mim/mse"] == pytest.approx(before["mim/mse"], rel=1e-5)
+    assert (finished / "config-validate.yaml").exists()
+
+
+def test_a_broken_checkpoint_is_one_line(
+    finished: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes((finished / "last.ckpt").read_bytes()[:1000])
+    arguments = ["validate", "--run", str(tmp_path), *words, "--ckpt_path", str(path)]
+    assert main(arguments) == ExitCode.BAD_DATA
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: truncated or damaged (")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_checkpoint_does_not_change_the_settings(words: list[str], tmp_path: Path) -> None:
+    """Lightning's own reading of --ckpt_path would put these in the place of the user's."""
+    save({"state_dict": {}, "hyper_parameters": {"lr": 9.0}}, tmp_path / "x.ckpt")
+    arguments = ["fit", *words, "--model.lr", "0.25", "--ckpt_path", str(tmp_path / "x.ckpt")]
+    assert run(Parsed, arguments).settings.model.lr == 0.25
+
+
+def test_words_for_checkpoints(tmp_path: Path) -> None:
+    assert find_checkpoint(None, tmp_path, "fit") is None
+    with pytest.raises(UserError, match="no checkpoint is named"):
+        find_checkpoint(None, tmp_path, "test")
+    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+        find_checkpoint("last", tmp_path, "fit")  # Lightning would start from scratch without a word
+    with pytest.raises(UserError, match="is an address"):
+        find_checkpoint("https://x/y.ckpt", tmp_path, "fit")
+    save({"state_dict": {}}, tmp_path / "last.ckpt")
+    assert find_checkpoint("last", tmp_path, "fit") == str(tmp_path / "last.ckpt")
+    assert find_checkpoint("best", tmp_path, "fit") == str(tmp_path / "best.ckpt")
+
+
+def test_a_folder_that_cannot_be_made_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path / "file" / "run")
+    assert caught.value.code == ExitCode.CANNOT_CREATE
+
+
+def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "m.json", {"a": float("nan"), "b": 1.5, "c": "é"})
+    assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": 1.5, "c": "é"}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError) as caught:
+        write_json(tmp_path / "m.json", {"a": 1})
+    assert caught.value.code == ExitCode.IO_ERROR
+    assert json.loads((tmp_path / "m.json").read_text())["b"] == 1.5
+
+
+def test_versions_outside_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskvlm.run.__file__", "/no/such/folder/run.py")
+    assert versions()["commit"] is None
+
+
+def test_two_processes_tell_a_mistake_once(words: list[str], tmp_path: Path) -> None:
+    """Both ranks find it; one says it, the other who did. And a batch they cannot share is refused."""
+    command = [sys.executable, "-m", "maskvlm", "fit", "--run", str(tmp_path / "run"), *words]
+    command += ["--trainer.devices", "2", "--data.batch_size", "7"]
+    path = os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, done.stderr
+    assert "data.batch_size: 7 pairs cannot be shared by 2 processes" in told[0]
+    assert "Traceback" not in done.stderr
+    assert done.returncode == ExitCode.USAGE
