@@ -1,0 +1,122 @@
+"""`reconstructions.png`: its words, its colours, its size."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_reconstruct import toy
+from toys import tokens, toy_batch
+
+from maskvlm.data.text import Captioner, train_tokenizer
+from maskvlm.pictures import (
+    GREEN,
+    GREY,
+    RED,
+    SIDE,
+    Segment,
+    caption_pieces,
+    draw,
+    guess_line,
+    piece_text,
+    reconstructions,
+    short,
+    wrap,
+)  # fmt: skip
+from maskvlm.reconstruct import Guesses, Reconstruction, Words, few, reconstruct
+
+NAMES: Any = SimpleNamespace(decode=lambda ids: f" w{ids[0]}")
+
+
+def plain(line: list[Segment]) -> str:
+    return "".join(segment.text for segment in line)
+
+
+def test_a_caption_is_written_with_its_hidden_words_shaded() -> None:
+    tokenizer = train_tokenizer(["a red circle, left of a blue square."] * 5, 99)
+    words = Captioner(tokenizer, 30)(["A red circle, left of a blue square."])
+    batch = toy_batch(1)._replace(**words._asdict())
+    place = batch.token_CT[0].tolist().index(tokenizer.convert_tokens_to_ids("blue"))
+    pieces = caption_pieces(batch, 0, tokenizer, {place})
+    assert plain(pieces) == "a red circle, left of a blue square."
+    assert [piece.text for piece in pieces if piece.shade] == ["blue"]
+
+
+def test_pieces_of_a_word_stand_together() -> None:
+    pieces = caption_pieces(toy_batch(1)._replace(**tokens([[7, 8, 9]])), 0, NAMES, {1, 3})
+    assert [(piece.text, piece.shade) for piece in pieces] == [
+        ("w7", True),
+        ("w8", False),
+        (" ", False),
+        ("w9", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("decoded", "text"), [(" red", "red"), ("##ing", "ing"), ("##", "##"), ("#", "#"), ("$", "$")]
+)
+def test_marks_of_tokenizers_are_left_out(decoded: str, text: str) -> None:
+    assert piece_text(SimpleNamespace(decode=lambda ids: decoded), 1) == text
+
+
+def test_lines_break_at_spaces_and_long_words_are_cut() -> None:
+    pieces = [
+        Segment("one"),
+        Segment(" "),
+        Segment("two"),
+        Segment("s"),
+        Segment(" "),
+        Segment("abcdefghijk"),
+    ]
+    assert [plain(line) for line in wrap(pieces, 8)] == ["one twos", "abcdefgh"]
+    assert [plain(line) for line in wrap(pieces, 7)] == ["one", "twos", "abcdefg"]
+
+
+def test_a_right_guess_is_green_and_a_wrong_first_one_red() -> None:
+    batch = toy_batch(1)._replace(**tokens([[7, 8, 9]]))
+    seeing = Guesses(torch.tensor([[[8, 9, 5]]]), torch.tensor([[[0.9, 0.07, 0.03]]]))
+    blind = Guesses(torch.tensor([[[9, 8, 5]]]), torch.tensor([[[0.5, 0.4, 0.1]]]))
+    words = Words(torch.tensor([[2]]), torch.tensor([[True]]), seeing, blind)
+    line = guess_line(Reconstruction(batch, batch.image_BCHW, None, words), 0, 2, NAMES)
+    assert plain(line) == f"{'w8':14}{'w8 90  w9 7  w5 3':{SIDE}}{'w9 50  w8 40  w5 10':{SIDE}}"
+    assert [(s.text, s.colour) for s in line[1:] if s.text.strip()] == [
+        ("w8 90", GREEN), ("w9 7", GREY), ("w5 3", GREY), ("w9 50", RED), ("w8 40", GREEN), ("w5 10", GREY),
+    ]  # fmt: skip
+
+
+def test_long_words_are_shortened() -> None:
+    assert short("turquoise", 9) == "turquoise"
+    assert short("turquoises", 9) == "turquois…"
+
+
+def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp_path: Path) -> None:
+    backbone, task = toy()
+    path = reconstructions(backbone, task, toy_batch(6), NAMES, tmp_path / "r.png", count=3)
+    width, height = Image.open(path).size
+    assert width == 1256
+    assert 3 * 164 < height < 3 * 240
+    assert len(draw(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).axes) == 12
+
+
+def test_one_picture_has_no_wrong_caption(tmp_path: Path) -> None:
+    backbone, task = toy()
+    path = reconstructions(backbone, task, toy_batch(1), NAMES, tmp_path / "r.png")
+    assert Image.open(path).size[0] == 1104
+
+
+@pytest.mark.parametrize(("off", "width"), [("weight_mim", 800), ("weight_mlm", 1256)])
+def test_a_loss_that_is_off_leaves_its_columns_out(off: str, width: int, tmp_path: Path) -> None:
+    backbone, task = toy(**{off: 0.0})
+    path = reconstructions(backbone, task, toy_batch(3), NAMES, tmp_path / "r.png")
+    assert Image.open(path).size[0] == width
+
+
+def test_dollars_and_unknown_scripts_are_drawn_as_they_are(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    backbone, task = toy()
+    names: Any = SimpleNamespace(decode=lambda ids: "$x_1 猫")
+    reconstructions(backbone, task, toy_batch(2), names, tmp_path / "r.png")
+    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
