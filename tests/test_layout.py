@@ -63,7 +63,7 @@ def test_the_core_knows_no_task_and_no_test() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """No module leads back to itself: nothing is left when those without imports are taken away repeatedly."""
+    """No module leads back to itself: nothing is left when those without imports are taken away in turn."""
     left = {name: found & GRAPH.keys() for name, found in GRAPH.items()}
     while free := {name for name, found in left.items() if not found}:
         left = {name: found - free for name, found in left.items() if name not in free}

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from maskvlm.errors import ExitCode, UserError
@@ -133,28 +132,6 @@ class RunRecord(L.Callback):
             stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
             name = "metrics.json" if stage == "fit" else f"metrics-{stage}.json"
             write_json(folder_of(trainer) / name, {"step": trainer.global_step} | metrics)
-
-
-class Best(ModelCheckpoint):
-    """`best.ckpt`: by the first of several metrics that the run measures.
-
-    Args:
-        dirpath: the run's folder.
-        monitors: names of metrics, better when higher; with a loss left out its metric is not there.
-    """
-
-    def __init__(self, dirpath: str, monitors: list[str]) -> None:
-        super().__init__(dirpath, "best", monitors[0], mode="max", enable_version_counter=False)
-        self.monitors = monitors
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        measured = [name for name in self.monitors if name in trainer.callback_metrics]
-        if measured:
-            self.monitor = measured[0]
-            super().on_validation_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Only an evaluation tells which is best."""
 
 
 class SaveConfig(SaveConfigCallback):
