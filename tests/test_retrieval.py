@@ -1,5 +1,7 @@
 """Recall against NumPy, and re-ranking against every pair scored by itself."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from toys import slow_cross, toy_batch
 
 from maskvlm.heads import Matching
 from maskvlm.model import MaskVLM
-from maskvlm.retrieval import Gallery, contrast_scores, match_pairs, recall, rerank
+from maskvlm.retrieval import Gallery, chance, contrast_scores, match_pairs, recall, rerank
 
 PICTURES, CAPTIONS = 5, 3
 OWNER = torch.arange(PICTURES).repeat_interleave(CAPTIONS)
@@ -83,6 +85,16 @@ def test_a_broken_model_finds_nothing() -> None:
 
 def test_a_query_without_a_relevant_item_is_missed() -> None:
     assert recall(torch.eye(2), torch.tensor([[True, False], [False, False]]), (1, 2)) == {1: 50.0, 2: 50.0}
+
+
+@given(st.integers(1, 15), st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_chance_is_that_of_a_draw_by_lot(items: int, relevant: list[int]) -> None:
+    counts = [min(count, items) for count in relevant]
+    relevant_QG = torch.arange(items) < torch.tensor(counts)[:, None]
+    for k, level in chance(relevant_QG).items():
+        drawn = min(k, items)
+        missed = [math.comb(items - count, drawn) / math.comb(items, drawn) for count in counts]
+        assert level == pytest.approx(100 * (1 - sum(missed) / len(missed)))
 
 
 # ---------------------------------------------------------------------- scores

@@ -1,0 +1,232 @@
+"""The data module: length of a run, who reads what, the tokenizer, and the share of rows that may be bad."""
+
+from typing import Any
+
+import pytest
+import torch
+from toy_pairs import SPEC, Rows, Squares, row
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.data import module
+from maskvlm.data.batch import Batch
+from maskvlm.data.module import PairData, some_captions
+from maskvlm.data.text import tokenizer_hash
+from maskvlm.errors import ExitCode, UserError
+
+
+def ready(source: Squares | None = None, stage: str = "fit", **settings: Any) -> PairData:
+    data = PairData(
+        source or Squares(), SPEC, **{"batch_size": 4, "steps": 6, "eval_batch_size": 3, **settings}
+    )
+    data.setup(stage)
+    return data
+
+
+def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(module, "rank", lambda: rank)
+    monkeypatch.setattr(module, "world_size", lambda: world)
+
+
+def assert_equal(first: Batch, second: Batch) -> None:
+    for name, one, other in zip(Batch._fields, first, second, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
+
+
+# ---------------------------------------------------------------------- length
+
+
+def test_the_length_is_given_in_steps_or_in_epochs() -> None:
+    assert ready(steps=6).total_steps == 6
+    assert ready(steps=None, epochs=1.5).total_steps == 6  # 16 pictures
+    assert ready(steps=None, epochs=1.6).total_steps == 7
+    for steps, epochs in ((None, None), (3, 3)):
+        with pytest.raises(UserError, match="exactly one"):
+            PairData(Squares(), SPEC, steps=steps, epochs=epochs)
+
+
+# ---------------------------------------------------------------------- training
+
+
+def test_one_epoch_of_batches_shows_every_picture_once() -> None:
+    batches = list(ready(steps=4).train_dataloader())
+    assert [len(batch.image_BCHW) for batch in batches] == [4] * 4
+    assert sorted(torch.cat([batch.index_B for batch in batches]).tolist()) == list(range(16))
+
+
+@pytest.mark.parametrize("settings", [{}, {"augment": False}, {"seed": 7}])
+def test_the_number_of_workers_changes_nothing(settings: dict[str, Any]) -> None:
+    source = Squares(train=[5])
+    here = list(ready(source, **settings).train_dataloader())
+    there = list(ready(source, workers=2, **settings).train_dataloader())
+    assert len(here) == len(there) == 6
+    for one, other in zip(here, there, strict=True):
+        assert_equal(one, other)
+
+
+def test_another_seed_gives_another_order() -> None:
+    orders = [[batch.index_B.tolist() for batch in ready(seed=seed).train_dataloader()] for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_augmentation_settings_reach_the_pictures() -> None:
+    plain, augmented = (next(iter(ready(augment=augment).train_dataloader())) for augment in (False, True))
+    assert torch.equal(plain.index_B, augmented.index_B)
+    assert not torch.equal(plain.image_BCHW, augmented.image_BCHW)
+    still = next(iter(ready(crop_scale=(1.0, 1.0), randaugment=None, flip=False).train_dataloader()))
+    torch.testing.assert_close(still.image_BCHW, plain.image_BCHW)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    whole = list(ready().train_dataloader())
+    shares = []
+    for rank in range(world):
+        as_process(monkeypatch, rank, world)
+        shares.append(list(ready().train_dataloader()))
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert torch.equal(torch.cat([part.image_BCHW for part in parts]), batch.image_BCHW)
+        assert torch.equal(torch.cat([part.text_id_C for part in parts]), batch.text_id_C)
+
+
+def test_accumulated_passes_join_to_the_batches_of_a_run_without() -> None:
+    whole, passes = list(ready().train_dataloader()), list(ready(accumulate=2).train_dataloader())
+    assert (len(whole), len(passes)) == (6, 12)
+    joined = [
+        torch.cat([first.index_B, second.index_B])
+        for first, second in zip(passes[::2], passes[1::2], strict=True)
+    ]
+    assert [part.tolist() for part in joined] == [batch.index_B.tolist() for batch in whole]
+
+
+@pytest.mark.parametrize(("batch_size", "world", "accumulate"), [(6, 4, 1), (4, 1, 3), (8, 4, 4)])
+def test_a_batch_that_cannot_be_shared_is_refused(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int, world: int, accumulate: int
+) -> None:
+    as_process(monkeypatch, 0, world)
+    data = ready(batch_size=batch_size, accumulate=accumulate)
+    with pytest.raises(
+        UserError, match=rf"data.batch_size: {batch_size} pairs .* {world} processes x {accumulate}"
+    ):
+        data.train_dataloader()
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_reads_every_picture_once_with_all_captions() -> None:
+    batches = list(ready().val_dataloader())
+    assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [batch.owner_C.tolist() for batch in batches] == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2 + [[0, 0, 0]]
+    assert sum(len(batch.index_B) for batch in ready(stage="test").test_dataloader()) == 5
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_whole_batches_of_evaluation(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    found = {}
+    for rank in range(world):
+        as_process(monkeypatch, rank, world)
+        found[rank] = [batch.index_B.tolist() for batch in ready().val_dataloader()]
+    assert sorted(batch for batches in found.values() for batch in batches) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [len(batches) for batches in found.values()] == ([2, 1] if world == 2 else [1, 1, 1, 0])
+
+
+# ---------------------------------------------------------------------- tokenizer and fingerprint
+
+
+def test_the_tokenizer_is_trained_on_training_captions_and_the_same_every_time() -> None:
+    data = ready()
+    assert data.tokenizer is not None
+    assert len(data.tokenizer) <= SPEC.vocab_size
+    assert tokenizer_hash(ready(seed=5).tokenizer) == tokenizer_hash(data.tokenizer)
+    assert tokenizer_hash(ready(stage="validate").tokenizer) == tokenizer_hash(data.tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    words = data.tokenizer.decode(batch.token_CT[0], skip_special_tokens=True)
+    assert words in row(int(batch.index_B[0]))["captions"]
+
+
+def test_a_tokenizer_that_the_model_has_is_kept(trained: PreTrainedTokenizerFast) -> None:
+    data = PairData(Squares(), SPEC._replace(tokenizer=trained), steps=1)
+    data.setup("validate")
+    assert data.tokenizer is trained
+    assert set(data.splits) == {"val"}  # nothing needs the training captions
+
+
+def test_the_fingerprint_names_each_split_and_the_tokenizer() -> None:
+    card = ready().fingerprint()
+    assert card["train"] == {"sha": "train", "pictures": 16}
+    assert card["val"] == {"sha": "val", "pictures": 7}
+    assert ready(seed=3, batch_size=8).fingerprint() == card
+    other = ready()
+    other.splits["train"] = Rows([row(0)], "other")
+    assert other.fingerprint()["sha"] != card["sha"]
+
+
+def test_a_vocabulary_is_learned_from_pictures_spread_over_the_split() -> None:
+    pairs = Rows([row(number) for number in range(10)])
+    assert list(some_captions(pairs)) == [
+        caption for number in range(10) for caption in row(number)["captions"]
+    ]
+    assert list(some_captions(pairs, 4)) == [
+        caption for number in (0, 3, 6, 9) for caption in row(number)["captions"]
+    ]
+
+
+# ---------------------------------------------------------------------- bad rows
+
+
+def take_in(data: PairData, batches: int, *problems: tuple[str, str]) -> None:
+    batch = next(iter(data.val_dataloader()))
+    blank = batch._replace(image_BCHW=torch.zeros(100, 1, 1, 1), problems=problems)
+    for _ in range(batches):
+        data.on_after_batch_transfer(blank, 0)
+
+
+def test_too_many_bad_rows_stop_the_run() -> None:
+    data = ready(max_bad_fraction=0.02)
+    take_in(data, 12, ("truncated", "toy:7: bad picture"), ("empty caption", "toy:8: the caption is empty"))
+    with pytest.raises(UserError, match=r"27 of 1300 samples could not be read, first: toy:9") as raised:
+        take_in(data, 1, ("missing", "toy:9"), ("missing", "toy:10"), ("missing", "toy:11"))
+    assert raised.value.code == ExitCode.BAD_DATA
+    assert "data.max_bad_fraction" in raised.value.todo
+
+
+def test_a_few_samples_do_not_judge_a_data_set() -> None:
+    data = ready(max_bad_fraction=0.01)
+    take_in(data, 9, *[("missing", "toy:1")] * 50)
+    with pytest.raises(UserError):
+        take_in(data, 1, ("missing", "toy:1"))
+
+
+def test_mended_captions_are_counted_and_do_not_stop_the_run() -> None:
+    data = ready(max_bad_fraction=0.0)
+    take_in(data, 20, ("caption cut", "toy:3"))
+    assert data.bad_rows()["problems"] == {"caption cut": 20}
+
+
+def test_samples_of_evaluation_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Validating:
+        training = False
+
+    data = ready()
+    monkeypatch.setattr(data, "trainer", Validating(), raising=False)
+    take_in(data, 20)
+    assert data.bad_rows()["samples"] == 0
+
+
+def test_what_was_left_out_is_listed_with_examples() -> None:
+    data = ready(Squares(train=[5]), steps=8)
+    for batch in data.train_dataloader():
+        data.on_after_batch_transfer(batch, 0)
+    listed = data.bad_rows()
+    assert listed["samples"] == 32
+    assert listed["problems"] == {"not an image (unknown)": 2}  # once an epoch
+    assert len(listed["examples"]["not an image (unknown)"]) == 2
+    assert "toy:5" in listed["examples"]["not an image (unknown)"][0]
+    take_in(data, 30, ("caption cut", "toy:3"))
+    assert len(data.bad_rows()["examples"]["caption cut"]) == 10
+
+
+def test_what_the_reader_left_out_is_passed_on() -> None:
+    data = ready()
+    data.splits["train"].skipped = {"empty caption": 3}  # type: ignore[attr-defined]
+    assert data.bad_rows()["left_out"] == {"val": {}, "train": {"empty caption": 3}}

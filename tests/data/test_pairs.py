@@ -1,0 +1,184 @@
+"""From rows to batches: captions in turn, augmentation by seed, epoch and index, holes in place."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from toy_pairs import SPEC, Outlined, Rows, png, row, square
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.data.images import BadImage
+from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
+from maskvlm.data.sampler import Pick
+from maskvlm.data.text import Captioner
+from maskvlm.data.transforms import eval_transform, train_transform
+from maskvlm.errors import ExitCode, UserError
+
+
+def training(*rows: dict[str, object], seed: int = 0, augment: bool = True) -> TrainPairs:
+    pairs = Rows([row(number, **changes) for number, changes in enumerate(rows)])
+    return TrainPairs(pairs, train_transform(SPEC, augment=augment), seed, SPEC.image_size)
+
+
+def evaluation(*rows: dict[str, object], kind: type[Rows] = Rows) -> EvalPairs:
+    pairs = kind([row(number, **changes) for number, changes in enumerate(rows)])
+    return EvalPairs(pairs, eval_transform(SPEC), SPEC.image_size)
+
+
+# ---------------------------------------------------------------------- training
+
+
+def test_captions_take_turns_over_the_epochs() -> None:
+    data = training({}, {})
+    for index in range(2):
+        shown = [data[Pick(index, epoch)]["captions"] for epoch in range(6)]
+        assert all(len(captions) == 1 for captions in shown)
+        assert sorted(captions[0] for captions in shown[:3]) == sorted(row(index)["captions"])
+        assert shown[3:] == shown[:3]
+    assert data[Pick(0, 0)]["captions"] == ["a red square"]
+    assert data[Pick(1, 0)]["captions"] == ["this one is green"]  # not everybody's first caption at once
+
+
+def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
+    data = training({}, {})
+    first = data[Pick(0, 3)]["image_CHW"]
+    torch.manual_seed(123)
+    torch.rand(7)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    assert torch.equal(data[Pick(0, 3)]["image_CHW"], first)
+    assert torch.equal(training({}, {})[Pick(0, 3)]["image_CHW"], first)
+    same_picture = training({"captions": ["x"]}, {"image": square("red"), "captions": ["x"]})
+    views = [same_picture[Pick(index, epoch)]["image_CHW"] for index in (0, 1) for epoch in (0, 1)]
+    views.append(training({"captions": ["x"]}, seed=1)[Pick(0, 0)]["image_CHW"])
+    assert not any(torch.equal(a, b) for n, a in enumerate(views) for b in views[:n])
+
+
+def test_reading_a_sample_leaves_the_global_random_numbers_alone() -> None:
+    data = training({})
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    assert data[Pick(0, 0)]["valid"]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
+    sample = training({}, augment=False)[Pick(0, 0)]
+    assert torch.equal(sample["image_CHW"], evaluation({})[0]["image_CHW"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"image": b"no picture"}, "not an image"),
+        ({"image": png(square("red"))[:-40]}, "truncated"),
+        ({"image": "nowhere/1.png"}, "missing"),
+        ({"captions": [" \t\n"]}, "empty caption"),
+        ({"captions": []}, "empty caption"),
+    ],
+)
+def test_what_cannot_be_read_becomes_a_hole_that_keeps_its_place(
+    changes: dict[str, object], reason: str
+) -> None:
+    data = training({}, changes, {})
+    samples = [data[Pick(index, 0)] for index in range(3)]
+    assert [sample["valid"] for sample in samples] == [True, False, True]
+    assert [sample["index"] for sample in samples] == [0, 1, 2]
+    hole = samples[1]
+    assert hole["problem"] is not None
+    assert hole["problem"][0].startswith(reason)
+    assert "toy:1" in hole["problem"][1]
+    assert not hole["image_CHW"].any()
+    assert hole["captions"] == [""]
+    assert hole["image_CHW"].shape == samples[0]["image_CHW"].shape
+    assert [sample["problem"] for sample in (samples[0], samples[2])] == [None, None]
+
+
+def test_a_mended_caption_is_used_and_reported() -> None:
+    sample = training({"captions": ["a dog \ud800"]})[Pick(0, 0)]
+    assert sample["valid"]
+    assert sample["captions"] == ["a dog \ufffd"]
+    assert sample["problem"] == ("caption surrogate", "toy:0")
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_shows_all_captions_that_have_words() -> None:
+    data = evaluation({"captions": ["one", " ", "two"]}, {})
+    assert data[0]["captions"] == ["one", "two"]
+    assert len(data[1]["captions"]) == 3
+    assert data[0]["valid"]
+
+
+def test_evaluation_never_skips() -> None:
+    data = evaluation({"image": b"no picture"}, {"captions": ["", "\n"]})
+    with pytest.raises(BadImage, match="toy:0"):
+        data[0]
+    with pytest.raises(UserError, match="toy:1: no caption with words") as raised:
+        data[1]
+    assert raised.value.code == ExitCode.BAD_DATA
+
+
+def test_object_pixels_come_at_the_size_of_the_picture() -> None:
+    sample = evaluation({}, kind=Outlined)[0]
+    ground = sample["foreground"]
+    assert ground is not None
+    assert ground.shape == (24, 24)
+    red = sample["image_CHW"][1] < 0  # on white; the bicubic edge is in doubt by half a pixel
+    assert (torch.from_numpy(ground) == red).all()
+    assert evaluation({})[0]["foreground"] is None
+
+
+# ---------------------------------------------------------------------- batches
+
+
+@pytest.fixture(scope="module")
+def collate(trained: PreTrainedTokenizerFast) -> Callable[..., object]:
+    return Collate(Captioner(trained, 12))
+
+
+def test_a_training_batch(collate: Collate) -> None:
+    data = training(
+        {"captions": ["A red circle"]}, {"image": b"no"}, {"captions": ["a  RED circle"], "image_id": "id 0"}
+    )
+    batch = collate([data[Pick(index, 0)] for index in range(3)])
+    assert batch.image_BCHW.shape == (3, 3, 24, 24)
+    assert batch.image_BCHW.dtype == torch.float32
+    assert (
+        batch.token_CT.shape
+        == batch.attention_CT.shape
+        == batch.special_CT.shape
+        == batch.word_CT.shape
+        == (3, 5)
+    )
+    assert batch.attention_CT.sum(1).tolist() == [5, 2, 5]  # a hole: start and end alone
+    assert batch.special_CT[1].all()
+    assert batch.owner_C.tolist() == batch.index_B.tolist() == [0, 1, 2]
+    assert batch.valid_B.tolist() == [True, False, True]
+    assert batch.image_id_B[0] == batch.image_id_B[2] != batch.image_id_B[1]
+    assert batch.text_id_C[0] == batch.text_id_C[2] != batch.text_id_C[1]  # whatever the case and the spaces
+    assert batch.foreground_BHW is None
+    assert [reason for reason, _ in batch.problems] == ["not an image (unknown)"]
+
+
+def test_two_holes_are_not_one_picture(collate: Collate) -> None:
+    data = training({"image": b"no"}, {"image": b"no"})
+    batch = collate([data[Pick(0, 0)], data[Pick(1, 0)]])
+    assert batch.image_id_B[0] != batch.image_id_B[1]
+
+
+def test_an_evaluation_batch_keeps_each_caption_with_its_picture(collate: Collate) -> None:
+    data = evaluation({"captions": ["a star", "one star"]}, {}, kind=Outlined)
+    batch = collate([data[1], data[0]])
+    assert batch.owner_C.tolist() == [0, 0, 0, 1, 1]
+    assert batch.index_B.tolist() == [1, 0]
+    assert batch.token_CT.shape[0] == batch.text_id_C.shape[0] == 5
+    ground: Tensor | None = batch.foreground_BHW
+    assert ground is not None
+    assert ground.shape == (2, 24, 24)
+    assert ground.dtype == torch.bool
