@@ -12,6 +12,7 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.encoders import ImageEncoder, TextEncoder
 from maskvlm.errors import UserError
 from maskvlm.init import init_normal, init_xavier
+from maskvlm.weights import load_pretrained
 
 
 class Fused(NamedTuple):
@@ -36,8 +37,12 @@ class MaskVLM(nn.Module):
         dropout: in the cross encoders.
         checkpointing: recompute the cross encoders' activations in the backward pass.
 
+    Attributes:
+        provenance: where the encoders' weights come from.
+
     Raises:
-        UserError: the widths of the two encoders differ; matching multiplies their class tokens.
+        UserError: the widths of the two encoders differ; matching multiplies their class tokens. Or an
+            encoder's weights are wanted and cannot be had.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class MaskVLM(nn.Module):
                 init_xavier(encoder)
         for part in (self.cross_image, self.cross_text):
             init_normal(part)
+        self.provenance = load_pretrained(image, text)
 
     @property
     def input_spec(self) -> InputSpec:

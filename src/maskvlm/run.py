@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
+from rich.console import Console
 
 from maskvlm.errors import ExitCode, UserError
 
@@ -119,6 +120,10 @@ class RunRecord(L.Callback):
         facts["processes"] = trainer.world_size
         facts["data"] = fingerprint() if fingerprint else None
         write_json(folder_of(trainer) / "versions.json", versions() | facts)
+        if trainer.ckpt_path is None:  # else the checkpoint brings every tensor
+            provenance = pl_module.backbone.provenance.under("backbone").complete(pl_module)  # type: ignore[union-attr, operator]
+            Console().print(provenance.table())
+            provenance.save(folder_of(trainer) / "provenance.json")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
