@@ -102,6 +102,8 @@ def test_masked_pixels_are_invisible_and_others_are_not() -> None:
         assert torch.equal(encoder(inside, mask_1N), expected)
         assert not torch.allclose(encoder(outside, mask_1N), expected, atol=1e-3)
         assert not torch.allclose(encoder(inside), encoder(image), atol=1e-3)  # the mask is forgotten
+        encoder(image, mask_1N)
+        assert torch.equal(encoder.vit.forward_features(image), encoder(image))
 
 
 def test_the_mask_token_learns_only_where_something_is_masked() -> None:

@@ -50,9 +50,7 @@ class Unreachable(UserError):
 
 @functools.cache
 def hub_reachable() -> bool:
-    """One short question to the hub, through the session (proxy, certificates) that its downloads use."""
-    if constants.HF_HUB_OFFLINE:
-        return False
+    """One short question, through the session (proxy, certificates, offline mode) of the hub's downloads."""
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
     except Exception:  # the session's library, and so its exceptions, differ between versions of the client
