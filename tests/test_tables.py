@@ -31,7 +31,7 @@ def lines(metrics: dict[str, float], width: int = 80) -> list[str]:
 
 
 def test_every_metric_stands_in_its_group() -> None:
-    assert lines(RECALL | WORDS | PIXELS | {"vqa/accuracy": 12.3456}) == [
+    assert lines(RECALL | WORDS | PIXELS | {"vqa/accuracy": 12.3456, "score": 9.0}) == [
         "Recall in %                              R@1    R@5   R@10",
         "captions of a picture, contrast alone    1.0    5.0   10.0",
         "captions of a picture, re-ranked        11.0   15.0   20.0",

@@ -126,7 +126,7 @@ def partner_table(title: str, measured: Sequence[Measured], metrics: Mapping[str
 def other_table(metrics: Mapping[str, float]) -> Table | None:
     """What no group above knows: a downstream task's metrics, by name."""
     known = {f"{key}{k}{end}" for _, key in RETRIEVAL for k in KS for end in ("", "_chance")}
-    known |= set(SIZES)
+    known |= {*SIZES, "score"}  # the score repeats what retrieval shows
     for m in (*WORDS, *PIXELS):
         ends = ("", f"_wrong_{m.partner}", f"_no_{m.partner}", "_chance")
         known |= {f"{m.key}{end}" for end in ends}

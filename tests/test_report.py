@@ -1,0 +1,108 @@
+"""What an evaluation leaves in the run's folder, and that no drawing ends a training."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toys import PATCH, SIZE, toy_backbone
+
+import maskvlm.report
+from maskvlm.data.module import PairData
+from maskvlm.data.scenes import Scenes
+from maskvlm.lit import LitModel
+from maskvlm.pretrain import MaskedPretraining
+from maskvlm.report import Report
+
+
+def run(folder: Path, report: Report, fit: bool = True, **settings: Any) -> L.Trainer:
+    """Three steps on the built-in world with an evaluation after the second, then the full evaluation."""
+    backbone = toy_backbone(length=24)
+    backbone.text.tokenizer = None
+    task = MaskedPretraining(mask_block=PATCH, decoder_layers=1, contrast_dim=8, rerank_k=2)
+    model = LitModel(backbone, task)
+    data = PairData(Scenes(8, 6, 6, SIZE), backbone.input_spec, batch_size=4, steps=3, eval_batch_size=4)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, default_root_dir=folder, callbacks=[report],
+        logger=[CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "")],
+        log_every_n_steps=1, val_check_interval=2, num_sanity_val_steps=1,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        use_distributed_sampler=False, **settings,
+    )  # fmt: skip
+    if fit:
+        trainer.fit(model, datamodule=data)
+    trainer.validate(model, datamodule=data, verbose=False)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run's folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maskvlm.report, "say", said.append)
+        run(folder, Report(count=3))
+    return folder, "\n".join(said)
+
+
+def test_both_pictures_lie_in_the_runs_folder(finished: tuple[Path, str]) -> None:
+    folder, said = finished
+    assert Image.open(folder / "curves.png").size == (1386, 924)
+    assert Image.open(folder / "reconstructions.png").size[0] == 1256
+    assert f"wrote {folder / 'curves.png'}\nwrote {folder / 'reconstructions.png'}" in said
+
+
+def test_an_evaluation_on_the_way_says_what_the_partner_is_worth(finished: tuple[Path, str]) -> None:
+    assert finished[1].startswith("step 2: Gain of the right partner over a wrong one: hidden words ")
+
+
+def test_both_pictures_are_in_tensorboard(finished: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(finished[0])).Reload()
+    assert events.Tags()["images"] == ["curves", "reconstructions"]
+    (image,) = events.Images("reconstructions")
+    assert image.step == 3
+    assert (image.width, image.height) == Image.open(finished[0] / "reconstructions.png").size
+
+
+def test_pictures_may_be_drawn_on_the_way_and_the_table_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, Report(every=1, count=2))
+    out = capsys.readouterr().out
+    assert out.count("reconstructions.png") == 2
+    assert "captions of a picture, re-ranked" in out
+    assert out.index("step 2: Gain") < out.index("captions of a picture, re-ranked")
+
+
+def test_measuring_a_checkpoint_leaves_the_runs_pictures_alone(tmp_path: Path) -> None:
+    run(tmp_path, Report(count=2), fit=False)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["reconstructions-validate.png"]
+
+
+def test_a_picture_that_fails_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError("no space\nleft on device")
+
+    monkeypatch.setattr(maskvlm.report, "reconstructions", broken)
+    run(tmp_path, Report())
+    assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.report"] == [
+        f"warning: {tmp_path / 'reconstructions.png'} was not drawn: OSError: no space left on device"
+    ]
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_a_trial_run_draws_nothing(tmp_path: Path) -> None:
+    run(tmp_path, Report(), fast_dev_run=True)
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_other_processes_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(L.Trainer, "is_global_zero", property(lambda trainer: False))
+    run(tmp_path, Report())
+    assert list(tmp_path.glob("*.png")) == []
