@@ -30,12 +30,12 @@ def test_the_report_counts_every_tensor(tmp_path: Path) -> None:
     numbers = {name: value.numel() for name, value in model.state_dict().items()}
     counts = stored["parts"]["image"]
     position = 37 * 32
-    assert counts["resized"] == {"tensors": 1, "numbers": position}
-    assert counts["random"] == {"tensors": 1, "numbers": 32}  # the mask token
-    assert counts["loaded"]["numbers"] == sum(p.numel() for p in image.parameters()) - position - 32
-    assert stored["parts"]["tokens"]["random"] == {"tensors": 2, "numbers": 33 * 60}
+    assert counts["resized"] == {"tensors": 1, "parameters": position}
+    assert counts["random"] == {"tensors": 1, "parameters": 32}  # the mask token
+    assert counts["loaded"]["parameters"] == sum(p.numel() for p in image.parameters()) - position - 32
+    assert stored["parts"]["tokens"]["random"] == {"tensors": 2, "parameters": 33 * 60}
     assert stored["parts"]["text"]["random"]["tensors"] == 0
-    assert sum(c["numbers"] for part in stored["parts"].values() for c in part.values()) == sum(
+    assert sum(c["parameters"] for part in stored["parts"].values() for c in part.values()) == sum(
         numbers.values()
     )
     assert stored["tensors"]["backbone.image.vit.pos_embed"] == {

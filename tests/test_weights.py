@@ -179,7 +179,7 @@ def test_real_weights_know_what_words_mean() -> None:
     encoder = TextEncoder(str(folder)).eval()
     provenance = encoder.load_pretrained()
     assert {origin.how for origin in provenance.tensors.values()} == {"loaded"}
-    assert sum(origin.numbers for origin in provenance.tensors.values()) == 22_565_376
+    assert sum(origin.parameters for origin in provenance.tensors.values()) == 22_565_376
     captions = ["a dog runs over the grass", "a puppy is running on a lawn", "the stock market fell"]
     tokens = Captioner(AutoTokenizer.from_pretrained(folder), 30)(captions)
     theirs = AutoModel.from_pretrained(folder).eval()
@@ -191,6 +191,17 @@ def test_real_weights_know_what_words_mean() -> None:
     mean_CD = nn.functional.normalize((ours_CTD * mask_CT[..., None]).sum(1), dim=-1)
     alike, apart = (mean_CD[0] @ mean_CD[1]).item(), (mean_CD[0] @ mean_CD[2]).item()
     assert alike > 0.6 > 0.2 > apart
+
+
+def test_a_folder_at_random_keeps_its_shape_and_tokenizer(bert_folder: Path) -> None:
+    encoder = TextEncoder(str(bert_folder), 12, random_init=True)
+    assert encoder.load_pretrained().tensors == {}
+    stored = read_state(bert_folder).tensors["bert.embeddings.word_embeddings.weight"]
+    ours = encoder.model.embeddings.word_embeddings.weight
+    assert ours.shape == stored.shape
+    assert not torch.equal(ours, stored)
+    assert len(encoder.tokenizer) == encoder.vocab_size
+    assert encoder.model.embeddings.position_embeddings.num_embeddings == 40
 
 
 def test_weights_in_several_files(tmp_path: Path, bert_folder: Path) -> None:

@@ -29,7 +29,7 @@ class Origin(NamedTuple):
     was: tuple[int, ...] | None = None
 
     @property
-    def numbers(self) -> int:
+    def parameters(self) -> int:
         count = 1
         for size in self.shape:
             count *= size
@@ -67,13 +67,13 @@ class Provenance:
     def table(self) -> Table:
         """Counts by part, to be printed once at the start."""
         table = Table("part", title="Where the weights come from", title_justify="left")
-        for heading in (*HOW, "numbers"):
+        for heading in (*HOW, "parameters"):
             table.add_column(heading, justify="right")
         table.add_column("from", overflow="fold")
         for part, tensors in self.parts().items():
             counts = Counter(origin.how for origin in tensors.values())
-            numbers = f"{sum(origin.numbers for origin in tensors.values()):,}"
-            table.add_row(part, *(str(counts[how] or "-") for how in HOW), numbers, _remark(tensors))
+            total = f"{sum(origin.parameters for origin in tensors.values()):,}"
+            table.add_row(part, *(str(counts[how] or "-") for how in HOW), total, _remark(tensors))
         return table
 
     def save(self, path: str | Path) -> None:
@@ -81,8 +81,8 @@ class Provenance:
         counts: dict[str, dict[str, dict[str, int]]] = {}
         for part, tensors in self.parts().items():
             for how in HOW:
-                numbers = [origin.numbers for origin in tensors.values() if origin.how == how]
-                counts.setdefault(part, {})[how] = {"tensors": len(numbers), "numbers": sum(numbers)}
+                found = [origin.parameters for origin in tensors.values() if origin.how == how]
+                counts.setdefault(part, {})[how] = {"tensors": len(found), "parameters": sum(found)}
         origins = {name: {k: v for k, v in o._asdict().items() if v} for name, o in self.tensors.items()}
         Path(path).write_text(json.dumps({"parts": counts, "tensors": origins}, indent=1) + "\n")
 
