@@ -18,7 +18,9 @@ WIDTH, SIZE, PATCH, LENGTH, VOCAB = 16, 32, 8, 10, 40
 CLS, SEP, MASK = 2, 3, 4
 
 
-def toy_backbone(seed: int = 0, width: int = WIDTH, length: int = LENGTH, **settings: Any) -> MaskVLM:
+def toy_backbone(
+    seed: int = 0, width: int = WIDTH, length: int = LENGTH, vocab: int = VOCAB, **settings: Any
+) -> MaskVLM:
     """32-px pictures in 4 x 4 patches, captions of at most `length` tokens, two cross blocks."""
     torch.manual_seed(seed)
     vit = {"patch_size": PATCH, "embed_dim": width, "depth": 1, "num_heads": 2}
@@ -31,7 +33,7 @@ def toy_backbone(seed: int = 0, width: int = WIDTH, length: int = LENGTH, **sett
         "attention_probs_dropout_prob": 0.0,
     }
     image = ImageEncoder("vit_tiny_patch16_224", SIZE, random_init=True, config=vit)
-    text = TextEncoder("bert", length, random_init=True, vocab_size=VOCAB, config=bert)
+    text = TextEncoder("bert", length, random_init=True, vocab_size=vocab, config=bert)
     text.tokenizer = SimpleNamespace(mask_token_id=MASK)
     return MaskVLM(image, text, **{"cross_layers": 2, "cross_heads": 2, **settings})
 

@@ -4,7 +4,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
+from torch.optim import Optimizer
 
 from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData
@@ -63,11 +66,29 @@ class LitModel(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         encoders = (self.backbone.image, self.backbone.text)
         groups = parameter_groups(self.backbone, encoders, self.task, self.lr, self.lr_encoders, self.weight_decay)
-        optimizer = build_adamw(groups, self.betas, fused=True)
+        optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         total = self.data.total_steps
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
         scheduler = schedule(optimizer, total, warmup, self.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients are larger than they should be until the optimiser's step: in float16 alone."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip also for a fused optimiser in bfloat16: Lightning refuses, though nothing is scaled there."""
+        if self.scales_gradients:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            how = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, how)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.

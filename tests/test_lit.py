@@ -1,0 +1,213 @@
+"""Whole runs of a few steps on the built-in world: what is logged, repeated, stored and read back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from toys import SIZE, toy_backbone
+
+from maskvlm.checkpoint import SafeCheckpointIO
+from maskvlm.data.module import PairData
+from maskvlm.data.scenes import Scenes
+from maskvlm.data.text import tokenizer_hash, tokenizer_json
+from maskvlm.errors import UserError
+from maskvlm.lit import LitModel
+from maskvlm.pretrain import MaskedPretraining
+
+TERMS = ("itc", "itm", "mlm", "mim")
+
+
+class Watch(L.Callback):
+    """The loss and the learning rates of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[list[float]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self.losses.append(outputs["loss"].item())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def make_data(steps: int = 3, **settings: Any) -> PairData:
+    backbone = toy_backbone(length=24, vocab=150)
+    backbone.text.tokenizer = None
+    settings = {"batch_size": 6, "eval_batch_size": 4, "randaugment": None, **settings}
+    world = Scenes(train=24, val=6, test=5, size=SIZE)
+    return PairData(world, backbone.input_spec, steps=steps, **settings)
+
+
+def make_model(seed: int = 0, dropout: float = 0.1, **settings: Any) -> LitModel:
+    backbone = toy_backbone(length=24, vocab=150, dropout=dropout)
+    backbone.text.tokenizer = None
+    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3)
+    return LitModel(
+        backbone, task, **{"lr": 1e-3, "lr_encoders": 1e-4, "warmup": 1, "seed": seed, **settings}
+    )
+
+
+def make_trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    fixed = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "use_distributed_sampler": False}
+    fixed |= {"num_sanity_val_steps": 0, "enable_checkpointing": False, "gradient_clip_val": 1.0}
+    return L.Trainer(
+        **{**quiet, **fixed, **settings}, callbacks=list(callbacks), plugins=[SafeCheckpointIO()]
+    )
+
+
+@pytest.fixture(scope="module")
+def run() -> tuple[LitModel, PairData, L.Trainer, Watch]:
+    """Three steps and an evaluation."""
+    model, data, watch = make_model(), make_data(), Watch()
+    trainer = make_trainer(watch)
+    trainer.fit(model, data)
+    return model, data, trainer, watch
+
+
+def test_one_lightning_epoch_is_the_whole_run(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
+    model, data, trainer, watch = run
+    assert (trainer.global_step, len(watch.losses), trainer.current_epoch) == (3, 3, 1)
+    assert data.seen == 18
+    assert all(math.isfinite(loss) for loss in watch.losses)
+    assert model.backbone.text.tokenizer is data.tokenizer
+
+
+def test_terms_and_their_sum_are_logged(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
+    _, _, trainer, watch = run
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert sum(logged[f"train/{name}"] for name in TERMS) == pytest.approx(logged["train/loss"], rel=1e-6)
+    assert logged["train/loss"] == pytest.approx(watch.losses[-1])
+
+
+def test_metrics_of_the_last_evaluation_are_kept(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
+    model, _, trainer, _ = run
+    names = {"retrieval/itc_tr_r1", "retrieval/tr_r1", "retrieval/ir_r10"}
+    names |= {f"mlm/accuracy{partner}" for partner in ("", "_wrong_image", "_no_image")}
+    names |= {
+        f"mim/{kind}{partner}"
+        for kind in ("mse", "l1", "object_mse")
+        for partner in ("", "_wrong_text", "_no_text")
+    }
+    assert names <= model.metrics.keys()
+    assert all(math.isfinite(value) for value in model.metrics.values())
+    assert trainer.callback_metrics["mim/mse"].item() == pytest.approx(model.metrics["mim/mse"])
+    assert (
+        model.metrics["retrieval/tr_r10"]
+        >= model.metrics["retrieval/tr_r5"]
+        >= model.metrics["retrieval/tr_r1"]
+    )
+
+
+def test_rates_follow_warm_up_and_cosine(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
+    """One step of warm-up, then down to 3e-5 after the third."""
+    _, _, trainer, watch = run
+    factors = [1.0, 1.0, 0.5]
+    names = [group["name"] for group in trainer.optimizers[0].param_groups]
+    for rates, factor in zip(watch.rates, factors, strict=True):
+        for name, rate in zip(names, rates, strict=True):
+            peak = 1e-4 if name.startswith("encoders") else 1e-3
+            assert rate == pytest.approx(3e-5 + (peak - 3e-5) * factor)
+    assert trainer.optimizers[0].param_groups[0]["fused"]
+
+
+def losses(model: LitModel, data: PairData, **settings: Any) -> list[float]:
+    watch = Watch()
+    make_trainer(watch, limit_val_batches=0, **settings).fit(model, data)
+    return watch.losses
+
+
+def test_the_same_seed_gives_the_same_curve_to_the_bit(
+    run: tuple[LitModel, PairData, L.Trainer, Watch],
+) -> None:
+    torch.manual_seed(1)  # what happened before does not matter: a run is a function of its seeds
+    again = losses(make_model(), make_data())
+    assert again == run[3].losses
+    assert losses(make_model(), make_data(workers=1)) == again
+    assert losses(make_model(seed=1), make_data())[0] != again[0]
+    assert losses(make_model(), make_data(seed=1))[0] != again[0]
+
+
+def test_accumulated_passes_make_one_step() -> None:
+    watch, data = Watch(), make_data(steps=2, accumulate=2)
+    trainer = make_trainer(watch, limit_val_batches=0, accumulate_grad_batches=2)
+    trainer.fit(make_model(), data)
+    assert (trainer.global_step, len(watch.losses), len(watch.rates)) == (2, 4, 2)
+    assert max(watch.rates[1]) == pytest.approx(1e-3)  # scheduled by step, not by pass
+
+
+class Norms(L.Callback):
+    """The norm of all gradients as the optimiser sees them."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_zero_grad(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        self.norms += [torch.cat(grads).norm().item()] if grads else []
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_and_evaluation_in_every_precision(precision: Any) -> None:
+    """Lightning does not clip for a fused optimiser in mixed precision; bfloat16 has nothing to unscale."""
+    model, norms = make_model(), Norms()
+    make_trainer(norms, precision=precision, gradient_clip_val=0.5).fit(model, make_data(steps=2))
+    assert all(math.isfinite(value) for value in model.metrics.values())
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert norms.norms == pytest.approx([0.5] * len(norms.norms), rel=1e-3)
+    assert norms.norms
+
+
+def test_a_checkpoint_brings_weights_and_tokenizer(
+    run: tuple[LitModel, PairData, L.Trainer, Watch], tmp_path: Path
+) -> None:
+    model, data, trainer, _ = run
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = make_model()
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    make_trainer().validate(other, make_data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert other.metrics == model.metrics
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert other.backbone.text.tokenizer is not None
+    assert data.tokenizer is not None
+    assert tokenizer_hash(other.backbone.text.tokenizer) == tokenizer_hash(data.tokenizer)
+
+
+def test_the_stored_tokenizer_needs_no_data(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
+    stored: dict[str, Any] = {}
+    run[0].on_save_checkpoint(stored)
+    assert isinstance(stored["tokenizer"], str)
+    bare = make_model()
+    bare.on_load_checkpoint(stored)
+    assert tokenizer_json(bare.backbone.text.tokenizer) == stored["tokenizer"]
+    empty: dict[str, Any] = {}
+    make_model().on_save_checkpoint(empty)
+    assert empty == {}
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(
+    run: tuple[LitModel, PairData, L.Trainer, Watch],
+) -> None:
+    stored: dict[str, Any] = {}
+    run[0].on_save_checkpoint(stored)
+    other, data = make_model(), make_data()
+    data.source = Scenes(train=3, val=3, test=3, size=SIZE, seed=5)
+    data.setup("fit")
+    other.backbone.text.set_tokenizer(data.tokenizer)
+    with pytest.raises(UserError, match="tokenizer"):
+        other.on_load_checkpoint(stored)
+
+
+def test_the_test_split_is_measured_like_validation() -> None:
+    model = make_model()
+    make_trainer().test(model, make_data(), verbose=False)
+    assert model.metrics["retrieval/pictures"] == 5
