@@ -117,6 +117,6 @@ def test_dollars_and_unknown_scripts_are_drawn_as_they_are(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     backbone, task = toy()
-    names: Any = SimpleNamespace(decode=lambda ids: "$x_1 猫")
+    names: Any = SimpleNamespace(decode=lambda ids: "$\\frac$ 猫")
     reconstructions(backbone, task, toy_batch(2), names, tmp_path / "r.png")
     assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []

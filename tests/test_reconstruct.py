@@ -10,6 +10,7 @@ from toys import PATCH, SIZE, toy_backbone, toy_batch
 
 from maskvlm.distributed import Draw
 from maskvlm.heads import patchify, pick
+from maskvlm.init import init_xavier
 from maskvlm.masking import mask_patches
 from maskvlm.measure import EVAL_SEED
 from maskvlm.model import MaskVLM
@@ -21,6 +22,8 @@ def toy(**settings: Any) -> tuple[MaskVLM, MaskedPretraining]:
     backbone = toy_backbone()
     task = MaskedPretraining(mask_block=PATCH, decoder_layers=1, contrast_dim=8, **settings)
     task.build(backbone)
+    for part in (backbone.cross_image, backbone.cross_text, task):
+        init_xavier(part)  # a fresh model hardly looks at its partner
     return backbone.eval(), task.eval()
 
 
@@ -107,6 +110,7 @@ def test_errors_are_those_of_the_evaluation() -> None:
     assert pictures is not None
     task.update(backbone, batch)
     metrics = task.compute(backbone)
+    assert abs(metrics["mim/mse"] / metrics["mim/mse_wrong_text"] - 1) > 1e-3
     assert pictures.error_B.mean().item() == pytest.approx(metrics["mim/mse"], rel=1e-5)
     assert pictures.error_wrong_B.mean().item() == pytest.approx(metrics["mim/mse_wrong_text"], rel=1e-5)
 
@@ -125,6 +129,17 @@ def test_guesses_are_those_of_the_evaluation() -> None:
         assert guesses.token_BKG.shape[2] == 3
         assert (guesses.probability_BKG.diff(dim=-1) <= 0).all()
     assert not torch.equal(words.seeing.probability_BKG, words.blind.probability_BKG)
+
+
+def test_without_a_picture_means_the_mean_colour() -> None:
+    backbone, task = toy()
+    batch = toy_batch(4)
+    words = reconstruct(backbone, task, batch).words
+    blank = reconstruct(backbone, task, batch._replace(image_BCHW=torch.zeros_like(batch.image_BCHW))).words
+    assert words is not None
+    assert blank is not None
+    torch.testing.assert_close(words.blind.probability_BKG, blank.seeing.probability_BKG)
+    assert torch.equal(words.blind.token_BKG, blank.seeing.token_BKG)
 
 
 def test_what_is_seen_stays_and_what_is_hidden_is_grey_or_filled() -> None:
