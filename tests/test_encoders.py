@@ -1,6 +1,7 @@
 """Both encoders against timm's and transformers' own, on narrow models with random weights."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,7 +268,25 @@ def test_tokenizers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
         text_encoder().set_tokenizer(bare)
 
 
-def test_a_given_tokenizer_sizes_the_random_model(tmp_path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_that_cannot_be_had(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the tokenizer of roberta-base is not on this machine.*leave it out"
+    ):
+        text_encoder(tokenizer="roberta-base")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        text_encoder(tokenizer=str(tmp_path))
+
+
+def test_a_model_type_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert text_encoder("bert").tokenizer is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="its configuration cannot be read"):
+        TextEncoder("~/bert", 12)
+
+
+def test_a_given_tokenizer_sizes_the_random_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.save_pretrained(tmp_path)
     encoder = TextEncoder("roberta", 12, random_init=True, config=BERT, tokenizer=str(tmp_path))
     assert encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -284,7 +303,12 @@ def test_a_given_tokenizer_sizes_the_random_model(tmp_path, tokenizer: PreTraine
         ("bert", {"num_attention_heads": 5}, "model.backbone.text.config", "32.*5"),
         ("bert", {"hidden_size": "wide"}, "model.backbone.text", "hidden_size"),
         ("./nowhere/roberta", {}, "./nowhere/roberta", "no such folder"),
-        ("some-org/some-model", {}, "model.backbone", "some-org/some-model"),
+        (
+            "some-org/some-model",
+            {},
+            "model.backbone.text.name",
+            "configuration of some-org/some-model is not on",
+        ),
     ],
 )
 def test_text_encoders_that_cannot_be(name: str, config: dict[str, Any], where: str, words: str) -> None:

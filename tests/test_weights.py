@@ -4,6 +4,7 @@ The references are timm's own loading (`pretrained_cfg_overlay`) and `AutoModel.
 """
 
 import importlib.util
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -121,6 +122,16 @@ def test_positions_without_a_class_token_are_resized_too(tmp_path: Path) -> None
     origin = encoder.load_pretrained().tensors["vit.pos_embed"]
     assert origin[0] == "resized"
     assert (origin.was, origin.shape) == ((1, 16, 32), (1, 36, 32))
+
+
+def test_the_norm_after_the_average_becomes_the_last_norm(tmp_path: Path) -> None:
+    beit = make_vit(64, "beit_base_patch16_224")
+    assert isinstance(beit.norm, nn.Identity)
+    save_file(beit.state_dict(), tmp_path / "beit.safetensors")
+    encoder = ImageEncoder("beit_base_patch16_224", 64, str(tmp_path / "beit.safetensors"), config=VIT)
+    encoder.load_pretrained()
+    assert torch.equal(encoder.vit.norm.weight, beit.fc_norm.weight)
+    assert torch.equal(encoder.vit.norm.bias, beit.fc_norm.bias)
 
 
 # ---------------------------------------------------------------------- text
@@ -324,6 +335,10 @@ def bare_pickle(path: Path, marker: Path) -> None:
     path.write_bytes(pickle.dumps({"weight": Marker(marker)}))
 
 
+def numbered(path: Path, _: Path) -> None:
+    torch.save({0: torch.zeros(2)}, path)
+
+
 def whole_module(path: Path, _: Path) -> None:
     torch.save(nn.Linear(2, 2), path)
 
@@ -352,6 +367,7 @@ BROKEN: list[tuple[Callable[[Path, Path], None], ExitCode, str]] = [
     (bare_pickle, ExitCode.REFUSED, "could run code"),
     (whole_module, ExitCode.REFUSED, "could run code"),
     (a_list, ExitCode.BAD_DATA, "list, no state dict|weights cannot be read"),
+    (numbered, ExitCode.BAD_DATA, "dict, no state dict|weights cannot be read"),
     (numbers, ExitCode.BAD_DATA, "epoch is of type int|does not fit"),
     (nothing, ExitCode.BAD_DATA, "it is empty|does not fit"),
 ]
@@ -396,6 +412,19 @@ def test_places_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="its configuration cannot be read"):
         TextEncoder(str(tmp_path), 12)
+
+
+def test_a_model_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would ask on the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    names = {"AutoConfig": "custom.Custom", "AutoModel": "custom.Custom"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "custom", "auto_map": names}))
+    marker = tmp_path / "code was run"
+    (tmp_path / "custom.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Custom: pass\n")
+    with pytest.raises(UserError, match="program code of its own") as caught:
+        TextEncoder(str(tmp_path), 12)
+    assert caught.value.code is ExitCode.REFUSED
+    assert not marker.exists()
 
 
 def test_averaged_weights_come_first(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Shapes: B rows, C channels, H and W pixels, N patches, L = 1 + N positions (clas
 D width.
 """
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from timm.data.constants import (
     OPENAI_CLIP_STD,
 )
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.errors import ExitCode, UserError
@@ -26,11 +27,11 @@ from maskvlm.huggingface import (
     check_positions,
     check_tokenizer,
     fit_config,
-    is_folder,
+    is_type,
     pretrained_tokenizer,
+    random_tokenizer,
     read_config,
     read_text_state,
-    read_tokenizer,
 )
 from maskvlm.provenance import Provenance
 from maskvlm.timm_vit import HEADS, create_vit, read_vit_state
@@ -199,15 +200,15 @@ class TextEncoder(Encoder):
         checkpointing: bool = False,
     ) -> None:
         super().__init__(random_init)
-        self.name, self.text_length = name, text_length
+        self.name = name = os.path.expanduser(name)
+        self.text_length = text_length
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.tokenizer_name = tokenizer
         settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
         self.config = read_config(name, random_init, settings)
         if random_init:
-            source = tokenizer or (name if is_folder(name) else None)
-            own = read_tokenizer(source, self.config) if source else None
-            fit_config(self.config, own, text_length, settings, keep_positions=name not in CONFIG_MAPPING)
+            own = random_tokenizer(name, tokenizer, self.config)
+            fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
         self.model = build(self.config, checkpointing)
         self.width: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size

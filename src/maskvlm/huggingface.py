@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.hub import from_cache_or_hub
+from maskvlm.hub import Unreachable, from_cache_or_hub
 from maskvlm.verify import first_line
 from maskvlm.weights import State, check_file, find_weights
 
@@ -35,6 +35,8 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-large-uncased": ("bert", _LARGE),
 }
 """Shapes of well-known models, so that a random start, and the error that names weights, need no hub."""
+SAFE: dict[str, Any] = {"trust_remote_code": False}
+"""Without it the library asks on the terminal whether to run code that comes with a model."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -44,21 +46,27 @@ def read_config(name: str, random_init: bool, settings: dict[str, Any]) -> PreTr
     Raises:
         UserError: no such model, a setting it does not have, no masked language model.
     """
-    if is_folder(name):
-        config = _guard(name, "configuration", lambda: AutoConfig.from_pretrained(name, **settings))
+
+    def fetch(local: bool) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(name, local_files_only=local, **SAFE, **settings)
+
+    if random_init and is_type(name):
+        config = _guard(WHERE, "configuration", lambda: AutoConfig.for_model(name, **settings))
+    elif is_folder(name):
+        config = _guard(name, "configuration", lambda: fetch(True))
     elif name.rpartition("/")[2] in KNOWN:
         kind, known = KNOWN[name.rpartition("/")[2]]
         config = _guard(WHERE, "configuration", lambda: AutoConfig.for_model(kind, **(known | settings)))
-    elif random_init and name in CONFIG_MAPPING:
-        config = _guard(WHERE, "configuration", lambda: AutoConfig.for_model(name, **settings))
     else:
-        config = _from_hub(
-            name,
-            "configuration",
-            lambda local: AutoConfig.from_pretrained(name, local_files_only=local, **settings),
-        )
+        todo = "Name a folder, or a model type such as bert with its settings in config"
+        config = _from_hub(name, "configuration", fetch, f"{WHERE}.name", todo if random_init else None)
     _check_config(name, config, settings)
     return config
+
+
+def is_type(name: str) -> bool:
+    """Whether a name is that of a model type (`bert`), which stands for no weights."""
+    return name in CONFIG_MAPPING
 
 
 def is_folder(name: str) -> bool:
@@ -101,18 +109,41 @@ def build(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
     return model
 
 
-def read_tokenizer(name: str, config: PreTrainedConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a folder (None where it has none) or of a hub model."""
+def read_tokenizer(
+    name: str, config: PreTrainedConfig, todo: str | None = None
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a folder (None where it has none) or of a hub model; `todo` as in `_from_hub`."""
+
+    def fetch(local: bool) -> Any:
+        # A bare pair of vocab.json and merges.txt does not say which kind of tokenizer it is.
+        kind = {"config": config} if Path(name).is_dir() else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, **kind, **SAFE)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where files are missing
+            raise FileNotFoundError(f"{name} holds no vocabulary")
+        return tokenizer
+
     if is_folder(name):
-        # The library would make up an empty tokenizer of five entries.
         if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
             return None
-        return _guard(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, config=config))
-    return _from_hub(
-        name,
-        "tokenizer",
-        lambda local: AutoTokenizer.from_pretrained(name, config=config, local_files_only=local),
+        return _guard(name, "tokenizer", lambda: fetch(True))
+    return _from_hub(name, "tokenizer", fetch, f"{WHERE}.tokenizer", todo)
+
+
+def random_tokenizer(
+    name: str, other: str | None, config: PreTrainedConfig
+) -> PreTrainedTokenizerFast | None:
+    """For random weights: the one asked for, or a folder's own; None where one is to be trained."""
+    if other is None:
+        return None if is_type(name) or not is_folder(name) else read_tokenizer(name, config)
+    tokenizer = read_tokenizer(
+        other, config, "Name a folder, or leave it out: one is trained on the captions"
     )
+    return tokenizer if tokenizer is not None else _no_tokenizer(other)
+
+
+def _no_tokenizer(name: str) -> NoReturn:
+    todo = f"Name one ({WHERE}.tokenizer FOLDER)"
+    raise UserError(name, "holds no tokenizer", todo, ExitCode.MISSING_INPUT)
 
 
 def pretrained_tokenizer(name: str, other: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
@@ -129,8 +160,7 @@ def pretrained_tokenizer(name: str, other: str | None, config: PreTrainedConfig)
     own = read_tokenizer(name, config) if other is None or is_folder(name) else None
     tokenizer = own if other is None else read_tokenizer(other, config)
     if tokenizer is None:
-        todo = f"Name one ({WHERE}.tokenizer FOLDER)"
-        raise UserError(other or name, "holds no tokenizer", todo, ExitCode.MISSING_INPUT)
+        _no_tokenizer(other or name)
     if own is not None and own.get_vocab() != tokenizer.get_vocab():
         what = f"the weights in {name} were trained with another vocabulary ({len(own)} entries)"
         todo = "Leave it out: the model brings its own"
@@ -219,12 +249,22 @@ def _pretrained(name: str, config: PreTrainedConfig, local: bool) -> tuple[Any, 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
+            **SAFE,
         )
     return model, info
 
 
-def _from_hub(name: str, kind: str, fetch: Callable[[bool], Any]) -> Any:
-    return _guard(name, kind, lambda: from_cache_or_hub(f"{name} (Hugging Face)", fetch))
+def _from_hub(
+    name: str, kind: str, fetch: Callable[[bool], Any], where: str = WHERE, todo: str | None = None
+) -> Any:
+    """`todo`: what to do where the hub cannot be reached, if it is not about weights."""
+    try:
+        return _guard(name, kind, lambda: from_cache_or_hub(f"{name} (Hugging Face)", fetch))
+    except Unreachable as error:
+        if todo is None:
+            raise
+        what = f"the {kind} of {name} is not on this machine, and the hub cannot be reached"
+        raise UserError(where, what, todo, ExitCode.MISSING_INPUT) from error
 
 
 def _guard(where: str, kind: str, read: Callable[[], Any]) -> Any:
@@ -236,6 +276,9 @@ def _guard(where: str, kind: str, read: Callable[[], Any]) -> Any:
         what = f"its {kind} could run code ({first_line(error)})"
         raise UserError(where, what, "Store them with safetensors", ExitCode.REFUSED) from error
     except Exception as error:  # each of the three libraries underneath has its own
+        if "trust_remote_code" in str(error):
+            what = f"its {kind} comes with program code of its own"
+            raise UserError(where, what, "Choose a model that needs none", ExitCode.REFUSED) from error
         what = f"its {kind} cannot be read ({first_line(error)})"
         raise UserError(where, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
 

@@ -1,6 +1,7 @@
 """A ViT of timm: built, and its weights found and converted to its names and shapes."""
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ def _convert(state: State, vit: Any) -> dict[str, Tensor]:
     if convert is None:
         return state.tensors
     try:
-        return dict(convert(dict(state.tensors), vit))
+        converted = dict(convert(dict(state.tensors), vit))
     except Exception as error:  # tensors of an unknown format can break it anywhere
         what = f"holds no weights of this kind of model ({first_line(error)})"
         raise UserError(state.source, what, "Name weights of this very model", ExitCode.BAD_DATA) from error
+    if "norm.weight" in converted:
+        return converted
+    # Classifiers that average patches (BEiT, EVA) have their last norm after the average.
+    return {re.sub("^fc_norm", "norm", name): value for name, value in converted.items()}

@@ -69,7 +69,7 @@ def read_state(path: str | Path) -> State:
     Raises:
         UserError: not there (66); damaged, or holds no weights (65); holds what could run code (77).
     """
-    path = find_weights(Path(path))
+    path = find_weights(Path(path).expanduser())
     content = _read(path)
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     tensors = clean_state_dict(content[key] if key else content)
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # weights_only refuses with UnpicklingError, damage can raise anything
         what = f"holds more than weights, and that could run code ({first_line(error)})"
         raise UserError(path, what, "Store its tensors with safetensors", ExitCode.REFUSED) from error
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         what = f"holds a {type(content).__name__}, no state dict"
         raise UserError(path, what, "Store a state dict of tensors", ExitCode.BAD_DATA)
     return dict(content)
