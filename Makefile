@@ -17,10 +17,12 @@ RUN := pretrain-$(DATA)-$(MODEL)-$(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
 ready :=
+ready-test :=
 ready-dev :=
 else
 PYTHON := .venv/bin/python
 ready := .venv/.installed
+ready-test := .venv/.installed-test
 ready-dev := .venv/.installed-dev
 endif
 # The editable install does the same; a given PYTHON needs no install at all.
@@ -62,7 +64,7 @@ finetune:  ## train a downstream TASK from the checkpoint FROM
 evaluate:  ## measure a downstream TASK's checkpoint FROM
 	$(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet))
 
-test: $(ready)  ## run the tests (ARGS="-k masking" picks some)
+test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
 check: $(ready-dev)  ## ruff and mypy
@@ -71,7 +73,7 @@ check: $(ready-dev)  ## ruff and mypy
 bench: $(ready)  ## a few training steps of MODEL on DATA: pairs per second, FLOP use, memory
 	@$(PYTHON) -m maskvlm bench $(stack) $(ARGS)
 
-gpu-check: $(ready)  ## the tests that need CUDA, then the speed of MODEL=base with a random start
+gpu-check: $(ready-test)  ## the tests that need CUDA, then the speed of MODEL=base with a random start
 	@$(PYTHON) -m pytest -m gpu $(ARGS)
 	@$(MAKE) --no-print-directory bench MODEL=base WHERE=gpu1 ARGS="--model.random_init true"
 
@@ -93,10 +95,10 @@ endef
 
 .venv/.installed: setup.cfg pyproject.toml
 	@base=; $(find-python); echo "making .venv and installing the packages (a minute or two) ..."; $$base -m venv .venv
-	@$(call install,.[test])
+	@$(call install,.)
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed
-	@$(call install,.[test$(comma)dev])
+.venv/.installed-test .venv/.installed-dev: .venv/.installed-%: .venv/.installed
+	@echo "installing what '$*' needs ..."
+	@$(call install,.[$*])
 	@touch $@
-comma := ,

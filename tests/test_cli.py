@@ -1,8 +1,11 @@
 """The command line: every wrong input is one line with its place and what to do, and its exit status."""
 
+import os
 import random
 import re
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +74,7 @@ def fails(
         ("--model.task maskvlm.pretrain.X", "module 'maskvlm.pretrain' has no attribute 'X'"),
         ("--model.task torch.nn.Linear", "does not correspond to a subclass of Task"),
         ("--model.lr", "--model.lr: expected one argument"),
+        ("--allow-import", "--allow-import: expected one argument"),
         ("stray", "stray: neither an option nor its value"),
         ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is no share"),
     ],
@@ -281,6 +285,16 @@ def test_debug_shows_the_traceback(
     monkeypatch.setattr(front, "dispatch", raising(UserError("here", "wrong", "Mend it")))
     assert main(["fit", "--debug"]) == ExitCode.USAGE
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "maskvlm"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": "src"}, stdout=write, stderr=subprocess.PIPE
+    )
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_an_interrupt_is_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

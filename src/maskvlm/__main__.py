@@ -31,28 +31,46 @@ COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (see `errors.ExitCode`)."""
-    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    front.add_argument("--debug", action="store_true")
-    front.add_argument("--allow-import", action="append", default=[])
-    front.add_argument("--out", default="checkpoints/preview.png")
-    options, arguments = front.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
-    options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
     try:
+        options, arguments = split(arguments)
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(USAGE, flush=True)
+            return 0
         check(arguments)
         return dispatch(arguments, options)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return interrupted()
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns it into exit(1)
-            print("interrupted", file=sys.stderr)
-            return 130
+            return interrupted()
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
-        return report(error, run_folder(arguments), options.debug)
+        return report(error, run_folder(arguments), debug)
+
+
+def interrupted() -> int:
+    """Ctrl-C is no error; 130 is what shells expect."""
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+def split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command line itself, and what remains for the command."""
+    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    front.add_argument("--debug", action="store_true")
+    front.add_argument("--allow-import", action="append", default=[])
+    front.add_argument("--out", default="checkpoints/preview.png")
+    try:
+        options, rest = front.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(error.argument_name, error.message, "Write the option and then its value") from None
+    options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
+    return options, rest
 
 
 def check(arguments: list[str]) -> None:
