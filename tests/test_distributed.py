@@ -4,8 +4,11 @@ Each case runs in both processes of one pair, which is started once; what they r
 """
 
 import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from typing import Any
 
 import pytest
@@ -113,6 +116,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     place = tmp_path_factory.mktemp("pair") / "meeting"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 hands the server no sys.path
+        forkserver.ensure_running()
     with ProcessPoolExecutor(WORLD, context, _join, (str(place), context.Value("i", 0))) as pool:
         yield Pair(pool)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -107,16 +108,15 @@ def test_a_hole_changes_nothing_for_the_other_rows() -> None:
 
 
 def test_the_longest_caption_does_not_matter() -> None:
-    batch = eventful_batch()
-    assert batch.token_CT.shape[1] <= LENGTH
-    padded = pad_text(batch, LENGTH + 1)
-    assert [part.shape[1] for part in padded[1:5]] == [LENGTH + 1] * 4
-    assert not padded.attention_CT[:, LENGTH:].any()
-    assert padded.special_CT[:, LENGTH:].all()
-    assert (padded.word_CT[:, LENGTH:] == -1).all()
-    padded = pad_text(batch._replace(**tokens([[5, 6]] * 8)), LENGTH)
-    short = batch._replace(**tokens([[5, 6]] * 8))
+    short = eventful_batch()._replace(**tokens([[5, 6]] * 8))
+    padded = pad_text(short, LENGTH, 0)
     assert losses_of(padded) == pytest.approx(losses_of(short), rel=1e-5)
+    assert [part.shape for part in padded[1:5]] == [(8, LENGTH)] * 4
+    padded = pad_text(short, LENGTH, pad_id=1)
+    assert (padded.token_CT[:, 4:] == 1).all()
+    assert not padded.attention_CT[:, 4:].any()
+    assert padded.special_CT[:, 4:].all()
+    assert (padded.word_CT[:, 4:] == -1).all()
 
 
 def test_weights_multiply_the_terms() -> None:
@@ -172,6 +172,33 @@ def test_bfloat16_gives_nearly_the_same_losses() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = losses_of(eventful_batch(), weight_itm=0.0)
     assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_both": True, "whole_word": True, "keep_and_swap": True}])
+def test_a_step_never_asks_the_device(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    """Tensors without data stand for a device that would be waited for; transformers' own look at the
+    padding mask is left aside."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for them
+    monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_, **__: False)
+    backbone, task = build(**settings)
+    backbone.to("meta")
+    task.to("meta")
+    task.reseed(lambda *shape: torch.empty(shape, device="meta"))
+    batch = Batch(*(part.to("meta") if isinstance(part, Tensor) else part for part in eventful_batch()))
+    sum(task(backbone, batch).values()).backward()
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_gpu_is_that_of_the_cpu() -> None:
+    expected = losses_of(eventful_batch())
+    backbone, task = build()
+    backbone.cuda()
+    task.cuda()
+    table = Table()
+    task.reseed(lambda *shape: table(*shape).cuda())
+    batch = Batch(*(part.cuda() if isinstance(part, Tensor) else part for part in eventful_batch()))
+    found = [term.item() for term in task(backbone, batch).values()]
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------------- weights of zero

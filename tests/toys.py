@@ -34,7 +34,7 @@ def toy_backbone(
     }
     image = ImageEncoder("vit_tiny_patch16_224", SIZE, random_init=True, config=vit)
     text = TextEncoder("bert", length, random_init=True, vocab_size=vocab, config=bert)
-    text.tokenizer = SimpleNamespace(mask_token_id=MASK)
+    text.tokenizer = SimpleNamespace(mask_token_id=MASK, pad_token_id=0)
     return MaskVLM(image, text, **{"cross_layers": 2, "cross_heads": 2, **settings})
 
 

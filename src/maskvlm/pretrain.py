@@ -144,7 +144,8 @@ class MaskedPretraining(Task):
     # ------------------------------------------------------------------ one step
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
-        batch = pad_text(batch, backbone.text.text_length) if world_size() > 1 else batch
+        if world_size() > 1:
+            batch = pad_text(batch, backbone.text.text_length, backbone.text.tokenizer.pad_token_id)
         hidden = self.hide(backbone, batch, self.uniform)
         encoded = self.encode(backbone, batch, hidden)
         contrast = self.contrast(batch, encoded)
@@ -370,7 +371,7 @@ def cross_pairs(
     return encoder(query_BLD, context, picked.attention_UL, every=first)
 
 
-def pad_text(batch: Batch, length: int) -> Batch:
+def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:
     """Captions padded to `length`, so that all processes hold the same shape."""
     extra = length - batch.token_CT.shape[1]
 
@@ -378,7 +379,7 @@ def pad_text(batch: Batch, length: int) -> Batch:
         return nn.functional.pad(x_CT, (0, extra), value=value)
 
     return batch._replace(
-        token_CT=pad(batch.token_CT, 0),
+        token_CT=pad(batch.token_CT, pad_id),
         attention_CT=pad(batch.attention_CT, False),
         special_CT=pad(batch.special_CT, True),
         word_CT=pad(batch.word_CT, -1),
