@@ -68,6 +68,31 @@ def test_random_weights_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_pretrained(image, text).tensors == {}
 
 
+def cached(cache: Path, repository: str) -> Path:
+    """An empty snapshot of a repository in the layout of the hub's cache."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_what_was_downloaded_before_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("maskvlm.hub.hub_reachable", lambda: pytest.fail("asked the hub"))
+    image = ImageEncoder("vit_tiny_patch16_224", 96, config=VIT)
+    snapshot = cached(tmp_path, image.vit.pretrained_cfg["hf_hub_id"])
+    save_vit(tmp_path, 64).rename(snapshot / "model.safetensors")
+    save_bert(cached(tmp_path, "some/model"))
+    text = TextEncoder("some/model", 12)
+    provenance = load_pretrained(image, text)
+    assert provenance.tensors["image.vit.pos_embed"].was == (1, 17, 32)
+    assert provenance.tensors["text.model.encoder.layer.1.output.dense.bias"].source == "some/model"
+    assert len(text.tokenizer) == text.vocab_size
+
+
 class Hub(BaseHTTPRequestHandler):
     """A hub that knows no repository."""
 
