@@ -15,7 +15,8 @@ from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw
 from maskvlm.errors import UserError
-from maskvlm.pretrain import MaskedPretraining, pad_text
+from maskvlm.pairing import pad_text
+from maskvlm.pretrain import MaskedPretraining
 
 TERMS = ("itc", "itm", "mlm", "mim")
 

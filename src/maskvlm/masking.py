@@ -92,8 +92,8 @@ def mask_tokens(
     exists_CU = exists_CU.scatter(1, unit_CT, True)[:, :length]
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
-    units_C1 = exists_CU.sum(1, keepdim=True)
-    hidden_C1 = (units_C1.double() * ratio + 0.5).floor().clamp(min=1 if ratio > 0 else 0)  # as count_masked
+    counts = torch.tensor([count_masked(units, ratio) for units in range(length + 1)], device=token_CT.device)
+    hidden_C1 = counts[exists_CU.sum(1, keepdim=True)]
     hidden_CU = (rank_CU < hidden_C1) & exists_CU
     mask_CT = torch.cat([hidden_CU, torch.zeros_like(hidden_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)

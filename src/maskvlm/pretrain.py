@@ -7,12 +7,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskvlm import losses
-from maskvlm.cross import CrossEncoder, CrossOutput
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import gather, rank, shared_count, world_size
+from maskvlm.distributed import shared_count, world_size
 from maskvlm.errors import UserError
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick
 from maskvlm.init import init_normal, init_xavier
@@ -20,6 +19,7 @@ from maskvlm.losses import Negatives, PixelLoss
 from maskvlm.masking import PatchMask, TokenMask, Uniform, mask_patches, mask_tokens
 from maskvlm.measure import Measure
 from maskvlm.model import Fused, MaskVLM
+from maskvlm.pairing import Contrast, Side, cross_pairs, gather_contrast, pad_text, with_negatives
 from maskvlm.task import Task
 
 
@@ -37,18 +37,6 @@ class Encoded(NamedTuple):
     text_BTD: Tensor
     hidden_image_BLD: Tensor | None
     hidden_text_BTD: Tensor | None
-
-
-class Contrast(NamedTuple):
-    """Unit vectors of this process and of all, and which columns are no negatives of which rows."""
-
-    image_BE: Tensor
-    text_BE: Tensor
-    image_GE: Tensor
-    text_GE: Tensor
-    scale: Tensor
-    own_B: Tensor
-    excluded_BG: Tensor
 
 
 class Crossed(NamedTuple):
@@ -104,7 +92,11 @@ class MaskedPretraining(Task):
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
         _check_settings(image_mask_ratio, text_mask_ratio, self.weights)
-        self.image_mask_ratio, self.text_mask_ratio, self.mask_block = image_mask_ratio, text_mask_ratio, mask_block
+        self.image_mask_ratio, self.text_mask_ratio, self.mask_block = (
+            image_mask_ratio,
+            text_mask_ratio,
+            mask_block,
+        )
         self.mask_both, self.whole_word, self.keep_and_swap = mask_both, whole_word, keep_and_swap
         self.pixel_loss, self.pixel_norm = pixel_loss, pixel_norm
         self.decoder_layers, self.contrast_dim, self.temperature = decoder_layers, contrast_dim, temperature
@@ -116,7 +108,9 @@ class MaskedPretraining(Task):
         patch, width = backbone.image.patch_size, backbone.width
         if self.mask_block < patch or self.mask_block % patch:
             todo = f"set model.task.mask_block to a multiple of {patch}"
-            raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
+            raise UserError(
+                "model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo
+            )
         if self.weights["itc"]:
             self.projection = Projection(width, width, self.contrast_dim, self.temperature)
         if self.weights["itm"]:
@@ -196,18 +190,14 @@ class MaskedPretraining(Task):
         )
 
     def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
-        """Unit vectors of all processes; the same picture, the same words and unread rows are no negatives."""
+        """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
         if self.weights["itc"]:
             image = self.projection.embed_image(encoded.image_BLD)
             text, scale = self.projection.embed_text(encoded.text_BTD), self.projection.scale
-        else:  # nothing learns similarities: negatives are then drawn uniformly
+        else:
             image = text = torch.zeros_like(encoded.image_BLD[:, 0]).float()
             scale = torch.ones((), device=image.device)
-        own_B = torch.arange(len(image), device=image.device) + rank() * len(image)
-        same = batch.image_id_B[:, None] == gather(batch.image_id_B)
-        same |= batch.text_id_C[:, None] == gather(batch.text_id_C)
-        excluded = same | ~gather(batch.valid_B.to(torch.uint8)).bool()
-        return Contrast(image, text, gather(image), gather(text), scale, own_B, excluded)
+        return gather_contrast(batch, image, text, scale)
 
     def negatives(self, contrast: Contrast) -> tuple[Negatives, Negatives] | None:
         """For each picture a hard caption, for each caption a hard picture, out of the global batch."""
@@ -216,7 +206,9 @@ class MaskedPretraining(Task):
         image, text, image_all, text_all, scale, _, excluded = contrast
         with torch.no_grad():
             drawn = [
-                losses.hard_negatives(losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
+                losses.hard_negatives(
+                    losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape)
+                )
                 for pair in ((image, text_all), (text, image_all))
             ]
         return drawn[0], drawn[1]
@@ -269,14 +261,18 @@ class MaskedPretraining(Task):
         valid = valid_B.float()
         weight_M = torch.cat([valid, valid * found[0].weight_B, valid * found[1].weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
-        return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
+        return losses.matching(
+            self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum())
+        )
 
     def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
         target_CK = batch.token_CT.gather(1, token.index_CK)
         if self.training:
             self.token_count_V.index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
         logits_CKV = self.tokens(pick(text_BTD, token.index_CK))
-        return losses.masked_token(logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum()))
+        return losses.masked_token(
+            logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum())
+        )
 
     def pixel_loss_of(self, image_BLD: Tensor, text_BTD: Tensor, batch: Batch, patch: PatchMask) -> Tensor:
         predicted_BKP = self.pixels(image_BLD, text_BTD, batch.attention_CT, patch.index_BK)
@@ -284,7 +280,9 @@ class MaskedPretraining(Task):
         count = shared_count(patch.weight_BK.sum())
         if self.training:
             level = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
-            flat = losses.masked_pixel(level.expand_as(target_BKP), target_BKP, patch.weight_BK, count, self.pixel_loss)
+            flat = losses.masked_pixel(
+                level.expand_as(target_BKP), target_BKP, patch.weight_BK, count, self.pixel_loss
+            )
             self.pixel_floor = flat.detach()
         return losses.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.pixel_loss)
 
@@ -319,71 +317,6 @@ class MaskedPretraining(Task):
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         return self.measure.compute(self, backbone)
-
-
-class Side(NamedTuple):
-    """Rows of one modality that pairs can pick, and their padding mask."""
-
-    rows_ULD: Tensor
-    attention_UL: Tensor | None
-
-    def pick(self, index: Tensor) -> "Side":
-        return Side(self.rows_ULD.index_select(0, index), None if self.attention_UL is None else self.attention_UL[index])
-
-
-def with_negatives(own_BLD: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that pairs can pick, and where each row's negative stands among them.
-
-    With one process the negatives are among the own rows; with several they are fetched, with gradient.
-    """
-    if world_size() == 1:
-        return own_BLD, index_B
-    fetched_BLD = gather(own_BLD)[index_B]
-    return torch.cat([own_BLD, fetched_BLD]), torch.arange(len(index_B), device=index_B.device) + len(index_B)
-
-
-def cross_pairs(
-    encoder: CrossEncoder,
-    hidden_BLD: Tensor | None,
-    own: Side,
-    other: Side,
-    hidden_other_BLD: Tensor | None,
-    rows: list[Tensor],
-    sees: list[Tensor],
-) -> CrossOutput:
-    """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
-
-    Args:
-        hidden_BLD: masked rows; they see the whole partner, or `hidden_other_BLD` where that is given.
-        own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
-    """
-    if hidden_BLD is None and not rows:  # no loss reads this side
-        return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
-    first = 0 if hidden_BLD is None else len(hidden_BLD)
-    partners = torch.arange(first, device=own.rows_ULD.device)
-    if first and hidden_other_BLD is not None:
-        mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:first]])
-        partners = partners + len(other.rows_ULD)
-        other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)
-    picked = own.pick(torch.cat([torch.arange(first, device=partners.device), *rows]))
-    query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
-    context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
-    return encoder(query_BLD, context, picked.attention_UL, every=first)
-
-
-def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:
-    """Captions padded to `length`, so that all processes hold the same shape."""
-    extra = length - batch.token_CT.shape[1]
-
-    def pad(x_CT: Tensor, value: int) -> Tensor:
-        return nn.functional.pad(x_CT, (0, extra), value=value)
-
-    return batch._replace(
-        token_CT=pad(batch.token_CT, pad_id),
-        attention_CT=pad(batch.attention_CT, False),
-        special_CT=pad(batch.special_CT, True),
-        word_CT=pad(batch.word_CT, -1),
-    )
 
 
 def _check_settings(image_ratio: float, text_ratio: float, weights: dict[str, float]) -> None:

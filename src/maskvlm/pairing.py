@@ -1,0 +1,107 @@
+"""Which rows meet which: in contrast, as hard negatives, and in the one pass of each cross encoder.
+
+Shapes: B pairs of this process, G of all processes, U rows to pick from, L positions, T tokens, E contrast
+width, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskvlm.cross import CrossEncoder, CrossOutput
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import gather, rank, world_size
+
+
+class Contrast(NamedTuple):
+    """Unit vectors of this process and of all, and which columns are no negatives of which rows."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+    image_GE: Tensor
+    text_GE: Tensor
+    scale: Tensor
+    own_B: Tensor
+    excluded_BG: Tensor
+
+
+def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
+    """The vectors of all processes; the same picture, the same words and unread rows are no negatives."""
+    own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
+    same_BG = batch.image_id_B[:, None] == gather(batch.image_id_B)
+    same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
+    excluded_BG = same_BG | ~gather(batch.valid_B.to(torch.uint8)).bool()
+    return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG)
+
+
+class Side(NamedTuple):
+    """Rows of one modality that pairs can pick, and their padding mask."""
+
+    rows_ULD: Tensor
+    attention_UL: Tensor | None
+
+    def pick(self, index: Tensor) -> "Side":
+        return Side(
+            self.rows_ULD.index_select(0, index),
+            None if self.attention_UL is None else self.attention_UL[index],
+        )
+
+
+def with_negatives(own_BLD: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that pairs can pick, and where each row's negative stands among them.
+
+    With one process the negatives are among the own rows; with several they are fetched, with gradient.
+    """
+    if world_size() == 1:
+        return own_BLD, index_B
+    fetched_BLD = gather(own_BLD)[index_B]
+    return torch.cat([own_BLD, fetched_BLD]), torch.arange(len(index_B), device=index_B.device) + len(index_B)
+
+
+def cross_pairs(
+    encoder: CrossEncoder,
+    hidden_BLD: Tensor | None,
+    own: Side,
+    other: Side,
+    hidden_other_BLD: Tensor | None,
+    rows: list[Tensor],
+    sees: list[Tensor],
+) -> CrossOutput:
+    """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
+
+    Args:
+        hidden_BLD: masked rows; they see the whole partner, or `hidden_other_BLD` where that is given.
+        own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
+    """
+    if hidden_BLD is None and not rows:  # no loss reads this side
+        return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
+    first = 0 if hidden_BLD is None else len(hidden_BLD)
+    partners = torch.arange(first, device=own.rows_ULD.device)
+    if first and hidden_other_BLD is not None:
+        mask = (
+            None
+            if other.attention_UL is None
+            else torch.cat([other.attention_UL, other.attention_UL[:first]])
+        )
+        partners = partners + len(other.rows_ULD)
+        other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)
+    picked = own.pick(torch.cat([torch.arange(first, device=partners.device), *rows]))
+    query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
+    context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
+    return encoder(query_BLD, context, picked.attention_UL, every=first)
+
+
+def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:
+    """Captions padded to `length`, so that all processes hold the same shape."""
+    extra = length - batch.token_CT.shape[1]
+
+    def pad(x_CT: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(x_CT, (0, extra), value=value)
+
+    return batch._replace(
+        token_CT=pad(batch.token_CT, pad_id),
+        attention_CT=pad(batch.attention_CT, False),
+        special_CT=pad(batch.special_CT, True),
+        word_CT=pad(batch.word_CT, -1),
+    )
