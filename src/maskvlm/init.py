@@ -1,11 +1,13 @@
 """Start values of everything that does not come from a checkpoint.
 
-| part | linear layers | why |
-| --- | --- | --- |
-| encoders at random (`random_init`) | Xavier uniform, bias 0 | learns at any width (MAE's rule): at width 96 contrast falls twice as fast as from N(0, 0.02) |
-| contrast projections | Xavier uniform, bias 0 | likewise |
-| cross encoders, pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) | post-norm blocks start near the identity; with Xavier masked words are learned late |
-| norms | weight 1, bias 0 | |
+| part | linear layers |
+| --- | --- |
+| encoders with `random_init`, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
+| cross encoders, pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) |
+
+Norms start at weight 1 and bias 0. Xavier follows the width: at width 96 contrast falls about twice as fast as from
+N(0, 0.02), which suits a width of 768. Post-norm cross blocks do better near the identity: with Xavier masked words
+were learned much later (loss 3.65 instead of 2.37 after 200 steps).
 """
 
 from torch import nn

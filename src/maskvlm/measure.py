@@ -70,8 +70,8 @@ class Measure:
         for name, seen_C in partners.items():
             if rows == 1 and name == "_wrong_image":
                 continue
-            out_CTD = backbone.cross_text(hidden_CTD, Context(context.blocks, None, seen_C), batch.attention_CT).every_RLD
-            logits_CKV = task.tokens(pick(out_CTD, hidden.token.index_CK)).float()
+            crossed = backbone.cross_text(hidden_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
+            logits_CKV = task.tokens(pick(crossed.every_RLD, hidden.token.index_CK)).float()
             nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
             self.add(f"mlm/accuracy{name}", 100.0 * (logits_CKV.argmax(-1) == target_CK), weight_CK)
             self.add(f"mlm/nats{name}", nats_CK, weight_CK)
