@@ -37,8 +37,10 @@ def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Re
     task.build(backbone)
     torch.manual_seed(5)
     for name, parameter in itertools.chain(backbone.named_parameters(), task.named_parameters()):
-        if name != "projection.log_scale":
-            nn.init.normal_(parameter, std=0.3)
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.4)
+        elif name != "projection.log_scale":
+            parameter.data += 0.2 * torch.randn_like(parameter)
     task.reseed(Draw(7, 0, "cpu"))
     return backbone, task
 
@@ -77,9 +79,7 @@ class Slow:
         self.masked_image, self.masked_text = self.image, self.text
         if task.hidden.patch is not None:
             mask = task.hidden.patch.mask_BN
-            self.masked_image = [
-                backbone.image(batch.image_BCHW[r : r + 1], mask[r : r + 1])[0] for r in rows
-            ]
+            self.masked_image = [backbone.image(batch.image_BCHW[r : r + 1], mask[r : r + 1])[0] for r in rows]
         if task.hidden.token is not None:
             self.masked_text = [self.read(task.hidden.token.token_CT, r) for r in rows]
 
@@ -96,8 +96,7 @@ class Slow:
             columns = [
                 j
                 for j in self.valid
-                if i == j
-                or (batch.image_id_B[i] != batch.image_id_B[j] and batch.text_id_C[i] != batch.text_id_C[j])
+                if i == j or (batch.image_id_B[i] != batch.image_id_B[j] and batch.text_id_C[i] != batch.text_id_C[j])
             ]
             for query, keys in ((image[i], text), (text[i], image)):
                 logits = torch.stack([query @ keys[j] for j in columns]) * head.log_scale.exp()

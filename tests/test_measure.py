@@ -112,8 +112,8 @@ class Slow:
 
 
 def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
-    """Batches of four and three: their sums are joined, not their means."""
-    backbone, task = build()
+    """Batches of four and three: their sums are joined, not their means. Blocks of 24 px do not divide 32."""
+    backbone, task = build(mask_block=24)
     batch = several()
     found = measured(task, backbone, batch, 4, 3)
     sums: dict[str, list[Tensor]] = {}
@@ -126,7 +126,7 @@ def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
             sums.setdefault(name, []).extend(values)
     assert len(sums) == 18
     for name, values in sums.items():
-        assert found[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-4), name
+        assert found[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-5), name
     assert {name for name in found if not name.startswith("retrieval/")} == {*sums, "score"}
 
 
@@ -224,12 +224,8 @@ def telling_world() -> tuple[Any, Any, Batch]:
         index_B=torch.arange(4),
     )
     backbone = SimpleNamespace(
-        image=lambda image, mask=None: (
-            F.one_hot(image[:, 0, 0, 0].long(), 12).float()[:, None].expand(-1, 17, -1)
-        ),
-        text=lambda token, attention: (
-            F.one_hot(token[:, 1], 12).float()[:, None].expand(-1, token.shape[1], -1)
-        ),
+        image=lambda image, mask=None: F.one_hot(image[:, 0, 0, 0].long(), 12).float()[:, None].expand(-1, 17, -1),
+        text=lambda token, attention: F.one_hot(token[:, 1], 12).float()[:, None].expand(-1, token.shape[1], -1),
         cross_text=Teller(),
         cross_image=Teller(),
         parameters=lambda: iter([torch.zeros(1)]),
@@ -271,9 +267,7 @@ def test_a_model_that_says_what_its_partner_shows() -> None:
     assert found["mim/l1"] == 0
     assert found["mim/l1_wrong_text"] == (1 + 1 + 1 + 3) / 4  # colours 5 6 7 8 read as 6 7 8 5
     assert found["mim/mse_wrong_text"] == (1 + 1 + 1 + 9) / 4
-    assert found["mim/l1_no_text"] == pytest.approx(
-        (5 + 6 + 7 + 8) / 4 - SEP
-    )  # the word after the start is the end
+    assert found["mim/l1_no_text"] == pytest.approx((5 + 6 + 7 + 8) / 4 - SEP)  # the word after the start is the end
 
 
 # ---------------------------------------------------------------------- parts

@@ -16,7 +16,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw
 from maskvlm.errors import UserError
 from maskvlm.pairing import pad_text
-from maskvlm.pretrain import MaskedPretraining
+from maskvlm.pretrain import Contrast, MaskedPretraining
 
 TERMS = ("itc", "itm", "mlm", "mim")
 
@@ -83,6 +83,20 @@ def test_the_eventful_batch_is_eventful() -> None:
         assert all(i != j and {i, j} not in ({0, 1}, {2, 3}) for i, j in enumerate(index_B.tolist()))
 
 
+def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
+    """For a picture the caption most like it, for a caption the picture most like it."""
+    _, task = build()
+    image, text = (F.normalize(torch.randn(8, 6), dim=1) for _ in range(2))
+    excluded = torch.eye(8, dtype=torch.bool)
+    excluded[0, 1] = excluded[1, 0] = True
+    sure = Contrast(image, text, image, text, torch.tensor(1e4), torch.arange(8), excluded)
+    captions, pictures = task.negatives(sure)
+    similar = (image @ text.T).masked_fill(excluded, -2.0)
+    assert captions.index_B.tolist() == similar.argmax(1).tolist()
+    assert pictures.index_B.tolist() == (text @ image.T).masked_fill(excluded, -2.0).argmax(1).tolist()
+    assert captions.index_B.tolist() != pictures.index_B.tolist()
+
+
 # ---------------------------------------------------------------------- what does not matter
 
 
@@ -122,12 +136,8 @@ def test_the_longest_caption_does_not_matter() -> None:
 
 def test_weights_multiply_the_terms() -> None:
     weights = [0.5, 2.0, 3.0, 0.25]
-    weighted = losses_of(
-        toy_batch(), **{f"weight_{name}": weight for name, weight in zip(TERMS, weights, strict=True)}
-    )
-    assert weighted == pytest.approx(
-        [w * term for w, term in zip(weights, losses_of(toy_batch()), strict=True)]
-    )
+    weighted = losses_of(toy_batch(), **{f"weight_{name}": weight for name, weight in zip(TERMS, weights, strict=True)})
+    assert weighted == pytest.approx([w * term for w, term in zip(weights, losses_of(toy_batch()), strict=True)])
 
 
 # ---------------------------------------------------------------------- edges
@@ -209,9 +219,7 @@ ROWS = 5
 
 @pytest.mark.parametrize("wanted", [w for n in range(1, 5) for w in itertools.combinations(TERMS, n)])
 @pytest.mark.parametrize("mask_both", [False, True])
-def test_a_weight_of_zero_leaves_no_parameter_without_gradient(
-    wanted: tuple[str, ...], mask_both: bool
-) -> None:
+def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str, ...], mask_both: bool) -> None:
     """Distributed training waits for the gradient of each parameter that may have one."""
     settings = {f"weight_{name}": float(name in wanted) for name in TERMS}
     backbone, task = build(mask_both=mask_both, **settings)
@@ -221,9 +229,7 @@ def test_a_weight_of_zero_leaves_no_parameter_without_gradient(
     for name, parameter in itertools.chain(backbone.named_parameters(), task.named_parameters()):
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.any() or name.endswith("key.bias"), name
-    frozen = {
-        name.split(".")[0] for name, parameter in backbone.named_parameters() if not parameter.requires_grad
-    }
+    frozen = {name.split(".")[0] for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
     read = {"cross_image": {"itm", "mim"}, "cross_text": {"itm", "mlm"}}
     assert frozen - {"image"} == {part for part, terms in read.items() if not terms & set(wanted)}
     needs_mask_token = {"mim"} | ({"mlm"} if mask_both else set())
@@ -243,9 +249,7 @@ def test_a_weight_of_zero_leaves_no_parameter_without_gradient(
         (("itc",), {"image": 1, "text": 1}),
     ],
 )
-def test_each_part_makes_one_pass_over_the_rows_it_needs(
-    wanted: tuple[str, ...], rows: dict[str, int]
-) -> None:
+def test_each_part_makes_one_pass_over_the_rows_it_needs(wanted: tuple[str, ...], rows: dict[str, int]) -> None:
     backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in TERMS})
     seen: list[tuple[str, int]] = []
     for part in ("image", "text", "cross_image", "cross_text"):

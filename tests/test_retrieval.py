@@ -1,5 +1,6 @@
 """Recall against NumPy, and re-ranking against every pair scored by itself."""
 
+import copy
 import math
 
 import numpy as np
@@ -128,18 +129,24 @@ def test_reranking_everything_orders_by_matching_alone(world: tuple[MaskVLM, Mat
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("doubt", [0.0, 30.0])
 def test_the_best_by_contrast_come_first_in_the_order_of_matching(
-    world: tuple[MaskVLM, Matching, Gallery], k: int
+    world: tuple[MaskVLM, Matching, Gallery], k: int, doubt: float
 ) -> None:
-    odds_BC, contrast, scores = slow_odds(*world), contrast_scores(world[2]), rerank(*world, k=k)
+    """Also where matching believes in no pair at all: every log-odd is then below every cosine."""
+    backbone, head, gallery = world
+    odds_BC, contrast = slow_odds(*world) - doubt, contrast_scores(gallery)
+    doubtful = copy.deepcopy(head)
+    doubtful.classify.bias.data[0] += doubt
+    scores = rerank(backbone, doubtful, gallery, k=k)
     for found, cosine, odds in (
         (scores.text_BC, contrast.text_BC, odds_BC),
         (scores.image_CB, contrast.image_CB, odds_BC.T),
     ):
         by_contrast = order(cosine)
         for row, best in enumerate(by_contrast):
-            head = sorted(best[:k], key=lambda item: -odds[row, item].item())
-            assert order(found)[row] == head + best[k:]
+            head_of_row = sorted(best[:k], key=lambda item: -odds[row, item].item())
+            assert order(found)[row] == head_of_row + best[k:]
 
 
 def test_small_differences_of_matching_survive(world: tuple[MaskVLM, Matching, Gallery]) -> None:
