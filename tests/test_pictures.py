@@ -19,6 +19,7 @@ from maskvlm.pictures import (
     Segment,
     caption_pieces,
     draw,
+    error_text,
     guess_line,
     piece_text,
     reconstructions,
@@ -54,9 +55,7 @@ def test_pieces_of_a_word_stand_together() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("decoded", "text"), [(" red", "red"), ("##ing", "ing"), ("##", "##"), ("#", "#"), ("$", "$")]
-)
+@pytest.mark.parametrize(("decoded", "text"), [(" red", "red"), ("##ing", "ing"), ("##", "##"), ("#", "#"), ("$", "$")])
 def test_marks_of_tokenizers_are_left_out(decoded: str, text: str) -> None:
     assert piece_text(SimpleNamespace(decode=lambda ids: decoded), 1) == text
 
@@ -86,6 +85,22 @@ def test_a_right_guess_is_green_and_a_wrong_first_one_red() -> None:
     ]  # fmt: skip
 
 
+def test_the_smaller_error_of_a_row_is_green() -> None:
+    errors = torch.tensor([0.0984, 0.1012])
+    assert error_text(errors[0], errors) == Segment("error 0.098", GREEN, bold=True)
+    assert error_text(errors[1], errors) == Segment("error 0.101", GREY)
+    close = torch.tensor([0.0984, 0.0983])
+    assert error_text(close[0], close) == error_text(close[1], close) == Segment("error 0.098", GREY)
+    assert error_text(errors[0], errors[:1]) == Segment("error 0.098", GREY)
+
+
+def test_true_statistics_are_admitted() -> None:
+    for normalised in (False, True):
+        backbone, task = toy(pixel_norm=normalised)
+        figure = draw(reconstruct(backbone, task, toy_batch(2)), NAMES)
+        assert any("true mean" in text.get_text() for text in figure.texts) == normalised
+
+
 def test_long_words_are_shortened() -> None:
     assert short("turquoise", 9) == "turquoise"
     assert short("turquoises", 9) == "turquois…"
@@ -113,9 +128,7 @@ def test_a_loss_that_is_off_leaves_its_columns_out(off: str, width: int, tmp_pat
     assert Image.open(path).size[0] == width
 
 
-def test_dollars_and_unknown_scripts_are_drawn_as_they_are(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_dollars_and_unknown_scripts_are_drawn_as_they_are(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     backbone, task = toy()
     names: Any = SimpleNamespace(decode=lambda ids: "$\\frac$ 猫")
     reconstructions(backbone, task, toy_batch(2), names, tmp_path / "r.png")

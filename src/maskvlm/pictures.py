@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -19,9 +20,9 @@ from maskvlm.pretrain import MaskedPretraining
 from maskvlm.reconstruct import Guesses, Reconstruction, few, reconstruct
 
 PICTURE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words
-POINTS = 7.5
-SPACE = 0.26  # inches between rows
-LINE, CHARACTER = 0.145, 0.602 * POINTS / 72  # inches a line and a character of DejaVu Sans Mono
+POINTS = 7.2  # ten pixels at 100 an inch, where a character takes six: words stand in columns
+SPACE = 0.22  # inches between rows
+LINE, CHARACTER = 0.14, 0.06  # inches a line and a character of DejaVu Sans Mono
 WRAP = int(TEXT / CHARACTER)
 WORD, GUESS, SIDE = 14, 9, 36  # characters: the hidden word, a guess, three guesses with their percentages
 MOST_WORDS = 8
@@ -83,13 +84,17 @@ def draw(result: Reconstruction, tokenizer: Any) -> Figure:
         Segment("  (percentages: the likeliest guesses)"),
     ]
     write(figure, MARGIN + len(columns) * (PICTURE + GAP) + GAP, top, words)
+    if result.true_statistics and len(columns) > 2:
+        note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
+        write(figure, MARGIN + 2 * (PICTURE + GAP), top + LINE, note)
     top += 2 * LINE
+    errors = torch.stack([error_B for _, _, error_B in columns if error_B is not None] or [torch.empty(0)])
     for row, (text, height) in enumerate(zip(texts, heights, strict=True)):
         for place, (_, image_BCHW, error_B) in enumerate(columns):
             left = MARGIN + place * (PICTURE + GAP)
             show(figure, left, top, image_BCHW[row])
             if error_B is not None:
-                write(figure, left, top + PICTURE + 0.02, [Segment(f"error {error_B[row]:.3f}", GREY)])
+                write(figure, left, top + PICTURE + 0.03, [error_text(error_B[row], errors[:, row])])
         left = MARGIN + len(columns) * (PICTURE + GAP) + GAP
         for number, line in enumerate(text):
             write(figure, left, top + number * LINE, line)
@@ -108,6 +113,13 @@ def picture_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | 
         if len(hidden) > 1:  # the wrong caption is the next row's
             columns += [("with a wrong caption", wrong, error_wrong)]
     return columns
+
+
+def error_text(error: Tensor, errors: Tensor) -> Segment:
+    """The error below a picture, green where it is the smallest of its row."""
+    shown = {f"{value:.3f}" for value in errors.tolist()}
+    best = len(shown) > 1 and bool((error <= errors).all())
+    return Segment(f"error {error:.3f}", GREEN if best else GREY, bold=best)
 
 
 # ---------------------------------------------------------------------- words

@@ -51,12 +51,17 @@ class Words(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """`pictures` or `words` is None where the task does not train that loss."""
+    """`pictures` or `words` is None where the task does not train that loss.
+
+    true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the true
+    patch (`pixel_norm`): the filled in pictures are better than the model alone could draw them.
+    """
 
     batch: Batch
     picture_BCHW: Tensor
     pictures: Pictures | None
     words: Words | None
+    true_statistics: bool = False
 
 
 def few(batch: Batch, count: int) -> Batch:
@@ -88,7 +93,7 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
         pictures = fill_pictures(backbone, task, batch, hidden.patch)
     if task.weights["mlm"] and hidden.token is not None:
         words = guess_words(backbone, task, batch, hidden.token, guesses)
-    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words)
+    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words, task.pixel_norm)
 
 
 def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> Pictures:
@@ -113,9 +118,7 @@ def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patc
     return Pictures(grey_BCHW, *pictures, *errors)
 
 
-def guess_words(
-    backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int
-) -> Words:
+def guess_words(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int) -> Words:
     """Hidden words from the rest of the caption and the whole picture, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
     found = []
