@@ -26,8 +26,7 @@ RATES: list[dict[str, float]] = [
     for step in (0, 99)
 ]
 SPEED: list[dict[str, float]] = [
-    {"step": step, "train/pairs_per_second": 80.0, "train/data_wait": wait}
-    for step, wait in ((0, 0.02), (99, 0.04))
+    {"step": step, "train/pairs_per_second": 80.0, "train/data_wait": wait} for step, wait in ((0, 0.02), (99, 0.04))
 ]
 
 

@@ -36,9 +36,7 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.log_dict(
-            {f"train/{name}": values[batch_idx] for name, values in self.losses.items()}, batch_size=1
-        )
+        self.log_dict({f"train/{name}": values[batch_idx] for name, values in self.losses.items()}, batch_size=1)
         self.log("train/loss", 1.0, batch_size=1)
         return self.layer(torch.ones(1)).sum()
 
@@ -149,9 +147,7 @@ def test_other_processes_are_silent(terminal: bool) -> None:
 # ---------------------------------------------------------------------- stuck losses
 
 
-def test_a_stuck_loss_is_told_once_and_only_past_warm_up(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stuck_loss_is_told_once_and_only_past_warm_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stuck = StuckLoss(patience=6)
     losses = {"itc": [1.0] * 20, "itm": [0.6365] * 20}
     with caplog.at_level(logging.WARNING, logger="maskvlm"):

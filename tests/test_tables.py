@@ -51,9 +51,7 @@ def test_every_metric_stands_in_its_group() -> None:
 
 
 def test_chance_levels_stand_beside_what_was_measured() -> None:
-    found = lines(
-        RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5}
-    )
+    found = lines(RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5})
     assert found[0] == "Recall in % (500 pictures, 2500 captions)    R@1    R@5   R@10"
     assert found[3] == found[6] == "by chance                                  0.2    1.0    2.0"
     assert "accuracy, %            63.1    49.2    48.9      +13.9     +14.2      9.1" in found
@@ -85,7 +83,5 @@ def test_names_are_no_markup() -> None:
         ("%", 0.1, 0.08, "-25.0 %"),
     ],
 )
-def test_a_gain_is_positive_where_the_right_partner_is_better(
-    kind: str, right: float, other: float, text: str
-) -> None:
+def test_a_gain_is_positive_where_the_right_partner_is_better(kind: str, right: float, other: float, text: str) -> None:
     assert gain(kind, right, other) == text

@@ -76,9 +76,7 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def curves(
-    source: Path | Rows, path: Path, levels: Mapping[str, float] | None = None, title: str = ""
-) -> Path:
+def curves(source: Path | Rows, path: Path, levels: Mapping[str, float] | None = None, title: str = "") -> Path:
     """Draw the curves of a run.
 
     Args:
@@ -186,9 +184,7 @@ def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Line], title: str) -> Non
             part = [row for row in rows if size is None or row.get("retrieval/pictures") == size]
             star = size is not None and size == sizes[-1]
             look: dict[str, Any] = (
-                {"marker": "*", "markersize": 9}
-                if star
-                else {"marker": "o", "markersize": 3.5, "label": line.label}
+                {"marker": "*", "markersize": 9} if star else {"marker": "o", "markersize": 3.5, "label": line.label}
             )
             style = line.style if len(series(part, line.key)[0]) > 1 else "none"
             fill = line.colour if line.style == "-" else "white"

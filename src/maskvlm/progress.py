@@ -103,9 +103,7 @@ class TrainingProgress(ProgressBar):
             self._tell(pl_module, readings, self.clock.read(), left)
         self._show(self._step_of, self.step, self.status)
 
-    def _tell(
-        self, pl_module: L.LightningModule, readings: Readings, speed: Speed, left: float | None
-    ) -> None:
+    def _tell(self, pl_module: L.LightningModule, readings: Readings, speed: Speed, left: float | None) -> None:
         logged = {f"level/{name}": level for name, level in readings.levels.items()}
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
@@ -121,9 +119,7 @@ class TrainingProgress(ProgressBar):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.clock.interrupt()
 
     # ------------------------------------------------------------------ evaluation
@@ -167,9 +163,7 @@ class TrainingProgress(ProgressBar):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
 
     # ------------------------------------------------------------------ the line

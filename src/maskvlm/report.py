@@ -115,9 +115,7 @@ def attempt(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> N
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 logger.experiment.add_image(path.stem, pixels, trainer.global_step, dataformats="HWC")
     except Exception as error:  # hours of training must not end here
-        log.warning(
-            "warning: %s was not drawn: %s: %s", path, type(error).__name__, " ".join(str(error).split())
-        )
+        log.warning("warning: %s was not drawn: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
         return
     say(f"wrote {path}")
 
