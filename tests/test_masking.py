@@ -1,5 +1,7 @@
 """Which patches and words are hidden: against written-out NumPy, and what must hold for every input."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -26,13 +28,9 @@ class Noise:
         return self.last[-1]
 
 
-def words(
-    ids: list[list[int]], ratio: float, noise: Noise, length: int | None = None, **options: bool
-) -> TokenMask:
+def words(ids: list[list[int]], ratio: float, noise: Noise, length: int | None = None, **options: bool) -> TokenMask:
     text = tokens(ids, length)
-    return mask_tokens(
-        text["token_CT"], text["special_CT"], text["word_CT"], ratio, noise, MASK, VOCAB, 11, **options
-    )
+    return mask_tokens(text["token_CT"], text["special_CT"], text["word_CT"], ratio, noise, MASK, VOCAB, 11, **options)
 
 
 def assert_positions(mask: Tensor, found: PatchMask | TokenMask) -> None:
@@ -65,9 +63,7 @@ def test_count_is_the_nearest_whole_number_and_at_least_one() -> None:
 # ---------------------------------------------------------------------- patches
 
 
-@pytest.mark.parametrize(
-    ("grid", "block"), [((14, 14), 2), ((4, 4), 1), ((5, 7), 2), ((6, 6), 4), ((3, 3), 5)]
-)
+@pytest.mark.parametrize(("grid", "block"), [((14, 14), 2), ((4, 4), 1), ((5, 7), 2), ((6, 6), 4), ((3, 3), 5)])
 def test_patches_are_the_blocks_of_the_smallest_random_numbers(grid: tuple[int, int], block: int) -> None:
     noise = Noise()
     mask_BN = mask_patches(torch.ones(3, dtype=torch.bool), grid, block, 0.6, noise).mask_BN.numpy()
@@ -114,9 +110,7 @@ def test_no_patch_at_ratio_zero_and_every_patch_at_ratio_one() -> None:
 
 def test_blocks_are_chosen_evenly_and_independently_for_each_picture() -> None:
     mask_BN = mask_patches(torch.ones(6000, dtype=torch.bool), (5, 5), 2, 0.5, Noise()).mask_BN
-    chosen_BU = (
-        mask_BN.view(-1, 5, 5)[:, ::2, ::2].flatten(1).double()
-    )  # one patch of each of the nine blocks
+    chosen_BU = mask_BN.view(-1, 5, 5)[:, ::2, ::2].flatten(1).double()  # one patch of each of the nine blocks
     expected = 6000 * 5 / 9
     assert ((chosen_BU.sum(0) - expected) ** 2 / expected).sum() < 20  # chi-square, eight degrees of freedom
     together = (chosen_BU.T @ chosen_BU)[~torch.eye(9, dtype=torch.bool)] / 6000
@@ -171,24 +165,21 @@ def test_the_longest_caption_of_the_batch_does_not_matter(
 ) -> None:
     trimmed = words(ids, ratio, Noise(3), whole_word=whole_word, keep_and_swap=keep_and_swap)
     length = trimmed.mask_CT.shape[1]
-    padded = words(
-        ids, ratio, Noise(3), min(length + extra, 11), whole_word=whole_word, keep_and_swap=keep_and_swap
-    )
+    padded = words(ids, ratio, Noise(3), min(length + extra, 11), whole_word=whole_word, keep_and_swap=keep_and_swap)
     assert torch.equal(padded.mask_CT[:, :length], trimmed.mask_CT)
     assert torch.equal(padded.token_CT[:, :length], trimmed.token_CT)
     assert not padded.mask_CT[:, length:].any()
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.29, 1.0])
-def test_the_count_is_exact_also_without_special_tokens(ratio: float) -> None:
+@pytest.mark.parametrize("percent", range(0, 101, 7))
+def test_the_count_is_exact_also_without_special_tokens(percent: int) -> None:
     """0.29 * 50 is 14.499999... in double precision and 14.5 in single: both counts must use one of them."""
-    shape = (2, 50)
-    found = mask_tokens(
-        torch.full(shape, 7), torch.zeros(shape, dtype=torch.bool), torch.arange(50).expand(shape),
-        ratio, Noise(), MASK, VOCAB, 50,
-    )  # fmt: skip
-    assert found.mask_CT.sum(1).tolist() == [count_masked(50, ratio)] * 2
-    assert_positions(found.mask_CT, found)
+    for ratio, units in itertools.product((percent / 100, 0.29), (1, 7, 50)):
+        shape = (2, units)
+        special, word = torch.zeros(shape, dtype=torch.bool), torch.arange(units).expand(shape)
+        found = mask_tokens(torch.full(shape, 7), special, word, ratio, Noise(), MASK, VOCAB, 50)
+        assert found.mask_CT.sum(1).tolist() == [count_masked(units, ratio)] * 2
+        assert_positions(found.mask_CT, found)
 
 
 def test_eighty_ten_ten() -> None:

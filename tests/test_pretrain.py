@@ -338,7 +338,5 @@ def test_eight_pairs_are_learned_by_heart() -> None:
         recent.append([float(term.detach()) for term in terms.values()])
     last = dict(zip(TERMS, torch.tensor(recent[-20:]).mean(0).tolist(), strict=True))
     floors = task.floors(8)
-    assert {name: last[name] < 0.5 * floors[name] for name in TERMS} == dict.fromkeys(TERMS, True), (
-        last,
-        floors,
-    )
+    learned = {"itc": 0.1, "itm": 0.2, "mlm": 0.2, "mim": 0.65}  # of the level of no knowledge
+    assert {name for name in TERMS if last[name] > learned[name] * floors[name]} == set(), (last, floors)

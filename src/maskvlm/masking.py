@@ -6,6 +6,7 @@ Shapes: B pictures, C captions, N patches, T tokens, K positions at most masked 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,12 +35,11 @@ class TokenMask(NamedTuple):
 
 def count_masked(units: int, ratio: float) -> int:
     """How many of `units` are hidden: nearest whole number, half up, at least one if the ratio is above 0."""
-    return 0 if ratio == 0 else min(units, max(1, int(ratio * units + 0.5)))
+    share = np.float32(units) * np.float32(ratio)  # in single precision, as on the device
+    return 0 if ratio == 0 else min(units, max(1, int(share + np.float32(0.5))))
 
 
-def mask_patches(
-    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform
-) -> PatchMask:
+def mask_patches(valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform) -> PatchMask:
     """Hide a share of square blocks of patches, uniform over blocks, fresh for each picture (paper sec. 3, P).
 
     Args:
@@ -92,8 +92,8 @@ def mask_tokens(
     exists_CU = exists_CU.scatter(1, unit_CT, True)[:, :length]
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
-    counts = torch.tensor([count_masked(units, ratio) for units in range(length + 1)], device=token_CT.device)
-    hidden_C1 = counts[exists_CU.sum(1, keepdim=True)]
+    units_C1 = exists_CU.sum(1, keepdim=True)
+    hidden_C1 = (units_C1 * ratio + 0.5).floor().clamp(min=1 if ratio > 0 else 0)  # as count_masked
     hidden_CU = (rank_CU < hidden_C1) & exists_CU
     mask_CT = torch.cat([hidden_CU, torch.zeros_like(hidden_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)
