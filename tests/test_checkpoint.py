@@ -59,7 +59,7 @@ def test_sha256sum_agrees_with_the_side_file(saved: Path) -> None:
 
 
 def test_other_types_are_refused_on_saving_with_their_key(tmp_path: Path) -> None:
-    for value in (np.float64(1), Path("x"), ExitCode.DONE, {"deep": [np.int64(1)]}):
+    for value in (np.float64(1), Path("x"), ExitCode.DONE, {"deep": [np.int64(1)]}, {np.int64(1): 2}):
         with pytest.raises(TypeError, match=r"hparams.*plain types only"):
             save({"state_dict": {}, "hparams": value}, tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []
