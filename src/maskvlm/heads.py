@@ -92,3 +92,9 @@ def unpatchify(patch_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify`: [B, 3, H, W]."""
     blocks = patch_BNP.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # B r c p q C
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def normalise_patches(patch_BKP: Tensor) -> Tensor:
+    """Each patch with mean 0 and variance 1 over its values (MAE's targets)."""
+    mean, var = patch_BKP.mean(-1, keepdim=True), patch_BKP.var(-1, keepdim=True)
+    return (patch_BKP - mean) / (var + 1e-6).sqrt()

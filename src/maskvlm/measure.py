@@ -40,6 +40,7 @@ class Measure:
     def reset(self) -> None:
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.features: list[tuple[Tensor, ...]] = []
+        self.hidden_words: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch) -> None:
@@ -66,6 +67,7 @@ class Measure:
         context = backbone.cross_text.context(torch.cat([image_BLD, blank_1LD]))
         target_CK = batch.token_CT.gather(1, hidden.token.index_CK)
         weight_CK = hidden.token.weight_CK
+        self.hidden_words.append(target_CK[weight_CK > 0])
         partners = {"": owner, "_wrong_image": (owner + 1) % rows, "_no_image": torch.full_like(owner, rows)}
         for name, seen_C in partners.items():
             if rows == 1 and name == "_wrong_image":
@@ -88,6 +90,8 @@ class Measure:
         empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
         hidden_BLD = backbone.image(batch.image_BCHW, hidden.patch.mask_BN)
         target_BKP = task.pixel_target(batch.image_BCHW, hidden.patch.index_BK)
+        level = target_BKP.unflatten(-1, (-1, 3)).mean((0, 1, 2)).repeat(target_BKP.shape[-1] // 3)
+        self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, hidden.patch.weight_BK, batch, hidden)
         partners = (
             ("", text_BTD, attention_BT),
             ("_wrong_text", text_BTD.roll(-1, 0), attention_BT.roll(-1, 0)),
@@ -126,7 +130,8 @@ class Measure:
     def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
         """All metrics; percent, nats, or error of normalised pixel values.
 
-        Chance levels end in `_chance`. `score` chooses the best checkpoint: the mean of the two R@1.
+        Levels of knowing nothing end in `_chance`: an order by lot, word frequencies, the batch's mean colour.
+        `score` chooses the best checkpoint: the mean of the two R@1.
         """
         metrics = {}
         shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all
@@ -134,6 +139,7 @@ class Measure:
             parts = [part for shard in shards for part in shard.get(name, ())]
             total, weight = (math.fsum(column) for column in zip(*parts, strict=True))  # exact in any order
             metrics[name] = total / weight if weight else math.nan
+        metrics |= self.word_chance()
         features = everywhere(self.features, next(backbone.parameters()).device)
         if features:
             metrics |= self.retrieval(task, backbone, join(features))
@@ -141,6 +147,16 @@ class Measure:
             metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
         self.reset()
         return metrics
+
+    def word_chance(self) -> dict[str, float]:
+        """Always guessing the most frequent hidden word, and the entropy of the hidden words' frequencies."""
+        shards: list[Any] = gather_objects([words.cpu() for words in self.hidden_words])
+        words = [part for shard in shards for part in shard]
+        if not words:
+            return {}
+        share_V = torch.cat(words).bincount().double() / max(1, sum(map(len, words)))
+        entropy = float(torch.special.entr(share_V).sum())
+        return {"mlm/accuracy_chance": 100 * float(share_V.max()), "mlm/nats_chance": entropy}
 
     def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""

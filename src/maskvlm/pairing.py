@@ -12,6 +12,32 @@ from torch import Tensor, nn
 from maskvlm.cross import CrossEncoder, CrossOutput
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import gather, rank, world_size
+from maskvlm.masking import PatchMask, TokenMask
+from maskvlm.model import Fused
+
+
+class Hidden(NamedTuple):
+    """What is hidden in this step; None where no loss of weight above 0 needs it."""
+
+    patch: PatchMask | None
+    token: TokenMask | None
+
+
+class Encoded(NamedTuple):
+    """Encoder outputs: the whole inputs, and the masked ones where they are wanted."""
+
+    image_BLD: Tensor
+    text_BTD: Tensor
+    hidden_image_BLD: Tensor | None
+    hidden_text_BTD: Tensor | None
+
+
+class Crossed(NamedTuple):
+    """Cross encoder outputs: all positions of the masked rows, class tokens of the 3B matching pairs."""
+
+    image_BLD: Tensor
+    text_BTD: Tensor
+    fused_M: Fused
 
 
 class Contrast(NamedTuple):
@@ -79,11 +105,7 @@ def cross_pairs(
     first = 0 if hidden_BLD is None else len(hidden_BLD)
     partners = torch.arange(first, device=own.rows_ULD.device)
     if first and hidden_other_BLD is not None:
-        mask = (
-            None
-            if other.attention_UL is None
-            else torch.cat([other.attention_UL, other.attention_UL[:first]])
-        )
+        mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:first]])
         partners = partners + len(other.rows_ULD)
         other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)
     picked = own.pick(torch.cat([torch.arange(first, device=partners.device), *rows]))

@@ -4,7 +4,6 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,38 +12,24 @@ from maskvlm import losses
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import shared_count, world_size
 from maskvlm.errors import UserError
-from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick
+from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, normalise_patches, patchify, pick
 from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Negatives, PixelLoss
 from maskvlm.masking import PatchMask, TokenMask, Uniform, mask_patches, mask_tokens
 from maskvlm.measure import Measure
 from maskvlm.model import Fused, MaskVLM
-from maskvlm.pairing import Contrast, Side, cross_pairs, gather_contrast, pad_text, with_negatives
+from maskvlm.pairing import (
+    Contrast,
+    Crossed,
+    Encoded,
+    Hidden,
+    Side,
+    cross_pairs,
+    gather_contrast,
+    pad_text,
+    with_negatives,
+)
 from maskvlm.task import Task
-
-
-class Hidden(NamedTuple):
-    """What is hidden in this step; None where no loss of weight above 0 needs it."""
-
-    patch: PatchMask | None
-    token: TokenMask | None
-
-
-class Encoded(NamedTuple):
-    """Encoder outputs: the whole inputs, and the masked ones where they are wanted."""
-
-    image_BLD: Tensor
-    text_BTD: Tensor
-    hidden_image_BLD: Tensor | None
-    hidden_text_BTD: Tensor | None
-
-
-class Crossed(NamedTuple):
-    """Cross encoder outputs: all positions of the masked rows, class tokens of the 3B matching pairs."""
-
-    image_BLD: Tensor
-    text_BTD: Tensor
-    fused_M: Fused
 
 
 class MaskedPretraining(Task):
@@ -108,9 +93,7 @@ class MaskedPretraining(Task):
         patch, width = backbone.image.patch_size, backbone.width
         if self.mask_block < patch or self.mask_block % patch:
             todo = f"set model.task.mask_block to a multiple of {patch}"
-            raise UserError(
-                "model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo
-            )
+            raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
         if self.weights["itc"]:
             self.projection = Projection(width, width, self.contrast_dim, self.temperature)
         if self.weights["itm"]:
@@ -182,12 +165,8 @@ class MaskedPretraining(Task):
             attention = torch.cat([attention, attention])
         images = backbone.image(image, mask).split(len(batch.image_BCHW))
         texts = backbone.text(token, attention).split(len(batch.token_CT))
-        return Encoded(
-            images[0],
-            texts[0],
-            images[1] if len(images) > 1 else None,
-            texts[1] if len(texts) > 1 else None,
-        )
+        hidden_image, hidden_text = (part[1] if len(part) > 1 else None for part in (images, texts))
+        return Encoded(images[0], texts[0], hidden_image, hidden_text)
 
     def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
         """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
@@ -206,9 +185,7 @@ class MaskedPretraining(Task):
         image, text, image_all, text_all, scale, _, excluded = contrast
         with torch.no_grad():
             drawn = [
-                losses.hard_negatives(
-                    losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape)
-                )
+                losses.hard_negatives(losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
                 for pair in ((image, text_all), (text, image_all))
             ]
         return drawn[0], drawn[1]
@@ -261,18 +238,14 @@ class MaskedPretraining(Task):
         valid = valid_B.float()
         weight_M = torch.cat([valid, valid * found[0].weight_B, valid * found[1].weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
-        return losses.matching(
-            self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum())
-        )
+        return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
 
     def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
         target_CK = batch.token_CT.gather(1, token.index_CK)
         if self.training:
             self.token_count_V.index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
         logits_CKV = self.tokens(pick(text_BTD, token.index_CK))
-        return losses.masked_token(
-            logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum())
-        )
+        return losses.masked_token(logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum()))
 
     def pixel_loss_of(self, image_BLD: Tensor, text_BTD: Tensor, batch: Batch, patch: PatchMask) -> Tensor:
         predicted_BKP = self.pixels(image_BLD, text_BTD, batch.attention_CT, patch.index_BK)
@@ -280,9 +253,7 @@ class MaskedPretraining(Task):
         count = shared_count(patch.weight_BK.sum())
         if self.training:
             level = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
-            flat = losses.masked_pixel(
-                level.expand_as(target_BKP), target_BKP, patch.weight_BK, count, self.pixel_loss
-            )
+            flat = losses.masked_pixel(level.expand_as(target_BKP), target_BKP, patch.weight_BK, count, self.pixel_loss)
             self.pixel_floor = flat.detach()
         return losses.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.pixel_loss)
 
@@ -290,10 +261,7 @@ class MaskedPretraining(Task):
         """Values of the patches at `index_BK`, [B, K, P]; normalised patch by patch if so configured."""
         patch = int((self.pixels.pixels.out_features // 3) ** 0.5)
         target_BKP = pick(patchify(image_BCHW, patch), index_BK)
-        if self.pixel_norm:
-            mean, var = target_BKP.mean(-1, keepdim=True), target_BKP.var(-1, keepdim=True)
-            target_BKP = (target_BKP - mean) / (var + 1e-6).sqrt()
-        return target_BKP
+        return normalise_patches(target_BKP) if self.pixel_norm else target_BKP
 
     def floors(self, batch_size: int) -> dict[str, float]:
         """No-knowledge level of each weighted loss.
