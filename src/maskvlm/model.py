@@ -11,7 +11,7 @@ from maskvlm.cross import CrossEncoder
 from maskvlm.data.batch import InputSpec
 from maskvlm.encoders import ImageEncoder, TextEncoder
 from maskvlm.errors import UserError
-from maskvlm.init import init_normal, init_xavier
+from maskvlm.init import init_normal, init_positions, init_xavier
 from maskvlm.weights import load_pretrained
 
 
@@ -69,6 +69,8 @@ class MaskVLM(nn.Module):
         for encoder in (image, text):
             if encoder.random_init:
                 init_xavier(encoder)
+        if image.random_init and image.vit.pos_embed is not None:
+            init_positions(image.vit.pos_embed, image.grid)
         for part in (self.cross_image, self.cross_text):
             init_normal(part)
         self.provenance = load_pretrained(image, text)
