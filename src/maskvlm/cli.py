@@ -19,7 +19,7 @@ from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
 from maskvlm.parser import MODE, Complaint, Parser, prepare
-from maskvlm.run import SaveConfig, claim
+from maskvlm.run import SaveConfig, claim, keep_log
 from maskvlm.verify import newest_valid
 
 COMMANDS = ("fit", "validate", "test")
@@ -89,6 +89,8 @@ class Command(LightningCLI):
             folder.joinpath(FIRST).unlink(missing_ok=True)
             if settings.ckpt_path is None:
                 claim(folder)
+            else:
+                keep_log(folder)
 
     def instantiate_classes(self) -> None:
         """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
@@ -97,6 +99,8 @@ class Command(LightningCLI):
         settings = self.settings
         settings.trainer = fill_in(settings.trainer, settings.run)
         settings.trainer.default_root_dir = settings.run
+        if self.subcommand != "fit":
+            settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

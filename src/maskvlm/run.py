@@ -35,6 +35,13 @@ def claim(folder: Path) -> None:
     write_json(folder / "versions.json", versions())
 
 
+def keep_log(folder: Path) -> None:
+    """Before a run goes on: Lightning's CSV logger begins by deleting the file it finds."""
+    if (folder / "metrics.csv").is_file():
+        number = 1 + len(list(folder.glob("metrics-*.csv")))
+        (folder / "metrics.csv").rename(folder / f"metrics-{number}.csv")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a small file whole or not at all; NaN becomes null, as JSON has none."""
     plain = {key: None if value != value else value for key, value in content.items()}

@@ -128,9 +128,14 @@ def tell_all(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_relations(scene: Scene, rng: random.Random) -> Caption:
-    """One thing related to each other one; every attribute of two things, one attribute less of more."""
+    """One thing related to each other one; every attribute of two things, one attribute less of more. A thing
+    that has none to be related to is said to be alone."""
     words = Wording(rng)
     things = shuffled(rng, scene.things)
+    if len(things) == 1:
+        said = [mention(things[0], "size", "pattern")]
+        text = f"{words.noun(said[0])} alone {choose(rng, GROUNDS).format(scene.background)}"
+        return Caption(text, Statement(tuple(said), background=scene.background, count=1))
     attributes = ("size", "pattern") if len(things) == 2 else (choose(rng, ("size", "pattern")),)
     said = [mention(thing, *attributes) for thing in things]
     relations = []
@@ -151,20 +156,23 @@ def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
-    """Each place, then what is there, without size or without pattern."""
+    """Each place, then what is there, without size or without pattern; one thing alone with its background."""
     words = Wording(rng)
     attribute = choose(rng, ("size", "pattern"))
     said = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
     verb = choose(rng, ("", "is ")) if len(said) < 4 else ""  # text length costs compute
     text = listed([f"{words.place(str(m.place))} {verb}{words.noun(m)}" for m in said])
-    return Caption(text, Statement(tuple(said)))
+    if len(said) > 1:
+        return Caption(text, Statement(tuple(said)))
+    ground = choose(rng, GROUNDS).format(scene.background)  # one thing would fit too many pictures
+    return Caption(f"{text} {ground}", Statement(tuple(said), background=scene.background))
 
 
 def tell_part(scene: Scene, rng: random.Random) -> Caption:
-    """Two things in full, or how many there are, and their colours and shapes."""
+    """At most two things in full, or how many there are, and their colours and shapes."""
     words = Wording(rng)
     things = shuffled(rng, scene.things)
-    if len(things) == 2 or rng.random() < 0.5:
+    if len(things) <= 2 or rng.random() < 0.5:
         said = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
         text = listed([f"{words.noun(m)} {words.place(str(m.place))}" for m in said])
         return Caption(text, Statement(tuple(said)))
@@ -185,8 +193,8 @@ def captions_of(scene: Scene, rng: random.Random) -> list[Caption]:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can use, sorted."""
-    frames = [*GROUNDS, *GROUNDS_FIRST, *OBJECT_WORDS, "a an and is at in on the centre"]
-    counts = [COUNT_WORDS[count] for count in world.COUNTS if count > 2]  # see tell_part
+    frames = [*GROUNDS, *GROUNDS_FIRST, *OBJECT_WORDS, "a alone an and is at in on the centre"]
+    counts = [COUNT_WORDS[count] for count in set(world.COUNTS) if count > 2]  # see tell_part
     synonyms = [word for table in (*SIZE_WORDS, *RELATION_WORDS) for word in table.values()]
     content = [*world.SHAPES, *world.COLOURS, *world.PATTERNS, *world.BACKGROUNDS, *world.PLACES]
     return sorted(set(re.findall("[a-z]+", " ".join((*frames, *counts, *synonyms, *content)))))

@@ -18,7 +18,8 @@ PATTERNS = ("plain", "striped", "dotted")
 BACKGROUNDS = ("white", "mint", "grey", "maroon", "navy", "black")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-COUNTS = (2, 3, 4)
+COUNTS = (1, 1, 2, 2, 3, 3, 4)
+"""Things a scene, each entry as likely: a thing alone teaches what words mean before it is asked which is which."""
 SPLITS = ("train", "val", "test")
 
 # How far a thing may sit from the centre of its cell, in sixteenths of the cell: it never leaves the cell.
