@@ -52,10 +52,7 @@ def test_a_checkpoint_comes_back_as_it_was(saved: Path) -> None:
 def test_sha256sum_agrees_with_the_side_file(saved: Path) -> None:
     save(content(2.0), saved)  # a second save replaces file and hash
     command = ["sha256sum", "--check", "--strict", "last.ckpt.sha256"]
-    assert (
-        subprocess.run(command, cwd=saved.parent, check=True, capture_output=True).stdout
-        == b"last.ckpt: OK\n"
-    )
+    assert subprocess.run(command, cwd=saved.parent, check=True, capture_output=True).stdout == b"last.ckpt: OK\n"
 
 
 def test_other_types_are_refused_on_saving_with_their_key(tmp_path: Path) -> None:

@@ -33,9 +33,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fails(
-    stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run `fit` with the tiny stack and more; returns its one line on stderr, after checking the status."""
 
     def call(*more: str, code: ExitCode = ExitCode.USAGE, yaml: str | None = None) -> str:
@@ -136,13 +134,9 @@ def test_hostile_yaml_is_refused_at_once(
     assert not (tmp_path / "mark").exists()
 
 
-def test_yaml_that_a_file_or_an_option_brings_in_is_checked_too(
-    fails: Callable[..., str], tmp_path: Path
-) -> None:
+def test_yaml_that_a_file_or_an_option_brings_in_is_checked_too(fails: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "inner.yaml").write_text(BOMB)
-    assert "aliases that multiply" in fails(
-        "--model.task", str(tmp_path / "inner.yaml"), code=ExitCode.REFUSED
-    )
+    assert "aliases that multiply" in fails("--model.task", str(tmp_path / "inner.yaml"), code=ExitCode.REFUSED)
     loop = "&a [*a]"
     assert "an alias to the value" in fails("--model.betas", loop, code=ExitCode.REFUSED)
 
@@ -201,16 +195,12 @@ def test_plug_ins_of_others_work(
 
 def test_the_standard_library_is_nobodys_plug_in(fails: Callable[..., str]) -> None:
     assert "os.system is in no package" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
-    assert "torch.hub.load is in no" in fails(
-        yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED
-    )
+    assert "torch.hub.load is in no" in fails(yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED)
 
 
 def test_files_and_commands_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "conf/bse.yaml"]) == ExitCode.MISSING_INPUT
-    assert (
-        "conf/bse.yaml: no such configuration file (did you mean conf/base.yaml?)" in capsys.readouterr().err
-    )
+    assert "conf/bse.yaml: no such configuration file (did you mean conf/base.yaml?)" in capsys.readouterr().err
     assert main(["fitt"]) == ExitCode.USAGE
     assert "fitt: no such command (did you mean fit?)" in capsys.readouterr().err
     assert main(["fit"]) == ExitCode.USAGE
@@ -279,9 +269,7 @@ def test_a_bug_is_one_line_and_a_file(
     assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
 
 
-def test_debug_shows_the_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(front, "dispatch", raising(UserError("here", "wrong", "Mend it")))
     assert main(["fit", "--debug"]) == ExitCode.USAGE
     assert "Traceback" in capsys.readouterr().err
@@ -291,9 +279,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = [sys.executable, "-m", "maskvlm"]
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": "src"}, stdout=write, stderr=subprocess.PIPE
-    )
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": "src"}, stdout=write, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (141, b"")
 
 

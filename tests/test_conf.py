@@ -19,9 +19,7 @@ def choices(folder: str) -> list[str]:
 
 def make(*words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | ({"PATH": path} if path else {})
-    return subprocess.run(
-        ["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(autouse=True)

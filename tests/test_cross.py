@@ -69,9 +69,7 @@ def test_skipping_positions_in_the_last_block_is_exact(encoder: CrossEncoder, ev
 
 
 @pytest.mark.parametrize("every", [0, 2, None])
-def test_a_context_by_index_equals_the_rows_gathered_beforehand(
-    encoder: CrossEncoder, every: int | None
-) -> None:
+def test_a_context_by_index_equals_the_rows_gathered_beforehand(encoder: CrossEncoder, every: int | None) -> None:
     x_BLD, context_USD = noise(5, 6, WIDTH), noise(3, 4, OTHER, seed=1)
     attention_US, index_B = padding([4, 1, 2], 4), torch.tensor([2, 0, 0, 1, 2])
     by_index = encoder(x_BLD, encoder.context(context_USD, attention_US, index_B), every=every)
@@ -136,7 +134,5 @@ def test_no_pair_at_all(encoder: CrossEncoder) -> None:
 
 def test_every_parameter_is_used(encoder: CrossEncoder) -> None:
     """Also where only class tokens leave the last block; distributed training waits for each gradient."""
-    encoder(
-        noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), every=0
-    ).first_BD.square().sum().backward()
+    encoder(noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), every=0).first_BD.square().sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())

@@ -61,9 +61,7 @@ def evaluate(pictures: int) -> dict[str, float]:
     backbone, task = build()
     measure = Measure(4)
     for first in range(0, pictures, 3)[rank() :: world_size()]:
-        measure.update(
-            task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures)))
-        )
+        measure.update(task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures))))
     return measure.compute(task, backbone)
 
 

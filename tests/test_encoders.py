@@ -187,9 +187,7 @@ def padded(pad: int) -> tuple[Tensor, Tensor]:
     return token_BT, attention_BT
 
 
-@pytest.mark.parametrize(
-    ("kind", "pad"), [("bert", 0), ("roberta", 0), ("roberta", 1), ("electra", 0), ("mpnet", 1)]
-)
+@pytest.mark.parametrize(("kind", "pad"), [("bert", 0), ("roberta", 0), ("roberta", 1), ("electra", 0), ("mpnet", 1)])
 def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
     encoder = text_encoder(kind, {"pad_token_id": pad})
     token_BT, attention_BT = padded(pad)
@@ -251,9 +249,7 @@ def test_the_model_takes_over_the_trained_tokenizer(kind: str, tokenizer: PreTra
     encoder.set_tokenizer(tokenizer)
     encoder.set_tokenizer(train_tokenizer(CAPTIONS, 50))  # the same once more
     other = train_tokenizer(["something else entirely"], 50)
-    with pytest.raises(
-        UserError, match=rf"\({len(other)} entries\) differs from the model's, .*\(50 entries\)"
-    ):
+    with pytest.raises(UserError, match=rf"\({len(other)} entries\) differs from the model's, .*\(50 entries\)"):
         encoder.set_tokenizer(other)
     assert encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -269,9 +265,7 @@ def test_tokenizers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_tokenizer_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"the tokenizer of roberta-base is not on this machine.*leave it out"
-    ):
+    with pytest.raises(UserError, match=r"the tokenizer of roberta-base is not on this machine.*leave it out"):
         text_encoder(tokenizer="roberta-base")
     with pytest.raises(UserError, match="holds no tokenizer"):
         text_encoder(tokenizer=str(tmp_path))
@@ -326,7 +320,5 @@ def test_random_weights_must_be_asked_for() -> None:
     for encoder, inputs in ((image, (pictures(),)), (text, padded(1))):
         with pytest.raises(UserError, match=f"the weights of {type(encoder).__name__} are not loaded"):
             encoder(*inputs)
-    torch.nn.ModuleDict({"image": image}).load_state_dict(
-        {f"image.{k}": v for k, v in image.state_dict().items()}
-    )
+    torch.nn.ModuleDict({"image": image}).load_state_dict({f"image.{k}": v for k, v in image.state_dict().items()})
     assert image(pictures()).shape == (2, 17, 32)  # a checkpoint of the whole model is as good

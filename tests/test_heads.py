@@ -67,9 +67,7 @@ def test_temperature_starts_where_told_and_keeps_its_bounds() -> None:
 def test_matching_and_token_head_are_one_linear_layer_each() -> None:
     matching, words = Matching(8), TokenHead(8, 11)
     fused_MD, text_CKD = noise(4, 8), noise(2, 3, 8)
-    torch.testing.assert_close(
-        matching(fused_MD), fused_MD @ matching.classify.weight.T + matching.classify.bias
-    )
+    torch.testing.assert_close(matching(fused_MD), fused_MD @ matching.classify.weight.T + matching.classify.bias)
     logits_CKV = words(text_CKD)
     assert logits_CKV.shape == (2, 3, 11)
     torch.testing.assert_close(logits_CKV, text_CKD @ words.vocabulary.weight.T + words.vocabulary.bias)

@@ -96,13 +96,7 @@ def test_the_command_refuses_before_it_imports_torch() -> None:
         tree = ast.parse((ROOT / "src" / "maskvlm" / f"{name}.py").read_text())
         for node in tree.body:  # what functions import later does not count
             module = node.module if isinstance(node, ast.ImportFrom) else None
-            names = (
-                {module}
-                if module
-                else {a.name for a in node.names}
-                if isinstance(node, ast.Import)
-                else set()
-            )
+            names = {module} if module else {a.name for a in node.names} if isinstance(node, ast.Import) else set()
             assert not {word.split(".")[0] for word in names} & {"torch", "lightning", "transformers", "timm"}
             todo += [part(word) for word in names if word.startswith("maskvlm.") and part(word) not in light]
     assert {"config", "errors", "failure"} <= light

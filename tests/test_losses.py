@@ -27,9 +27,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------- contrast
 
 
-def contrast_inputs(
-    rows: int = 6, excluded: Tensor | None = None, weight: Tensor | None = None
-) -> dict[str, Tensor]:
+def contrast_inputs(rows: int = 6, excluded: Tensor | None = None, weight: Tensor | None = None) -> dict[str, Tensor]:
     image_BD, text_BD = F.normalize(noise(rows, 8, seed=1), dim=1), F.normalize(noise(rows, 8, seed=2), dim=1)
     weight_B = torch.ones(rows) if weight is None else weight
     return {
@@ -109,9 +107,7 @@ def test_masked_token() -> None:
     weight_CK = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
     log_p = log_softmax(logits_CKV.double().numpy())
     expected = -(log_p[0, 0, 1] + log_p[0, 1, 6] + log_p[1, 0, 3]) / 3
-    assert masked_token(logits_CKV, target_CK, weight_CK, weight_CK.sum()).item() == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert masked_token(logits_CKV, target_CK, weight_CK, weight_CK.sum()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_masked_pixel() -> None:
@@ -122,9 +118,7 @@ def test_masked_pixel() -> None:
     for kind, error in (("l1", np.abs(d)), ("squared", d**2), ("smooth_l1", smooth)):
         found = masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum(), kind)  # type: ignore[arg-type]
         assert found.item() == pytest.approx(error.mean(), rel=1e-6)
-    assert masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum()).item() == pytest.approx(
-        np.abs(d).mean()
-    )
+    assert masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum()).item() == pytest.approx(np.abs(d).mean())
 
 
 def test_pixel_error_keeps_the_shape() -> None:
@@ -174,9 +168,7 @@ def test_nothing_masked_at_all() -> None:
 def test_negatives_are_drawn_in_proportion_to_the_exponent_of_the_logit() -> None:
     logits_G = torch.tensor([1.0, -1.0, 0.5, 9.0, -2.0])
     excluded_G = torch.tensor([False, False, False, True, False])
-    index_B, weight_B = hard_negatives(
-        logits_G.expand(40000, 5), excluded_G.expand(40000, 5), uniform(40000, 5)
-    )
+    index_B, weight_B = hard_negatives(logits_G.expand(40000, 5), excluded_G.expand(40000, 5), uniform(40000, 5))
     expected_G = torch.softmax(logits_G.masked_fill(excluded_G, -torch.inf), 0)
     torch.testing.assert_close(torch.bincount(index_B, minlength=5) / 40000, expected_G, atol=0.008, rtol=0)
     assert weight_B.all()
@@ -194,9 +186,7 @@ def test_whatever_the_logits_an_excluded_column_is_never_drawn(
 ) -> None:
     """NaN and infinite logits, random numbers of exactly 0 and 1, rows without any negative."""
     excluded_BG = torch.from_numpy(excluded)
-    index_B, weight_B = hard_negatives(
-        torch.from_numpy(logits).to(dtype), excluded_BG, torch.from_numpy(draw)
-    )
+    index_B, weight_B = hard_negatives(torch.from_numpy(logits).to(dtype), excluded_BG, torch.from_numpy(draw))
     assert torch.equal(weight_B, (~excluded_BG).any(1).float())
     assert ((index_B >= 0) & (index_B < 4)).all()
     assert not excluded_BG[torch.arange(3), index_B][weight_B == 1].any()
@@ -210,9 +200,7 @@ def test_a_row_without_negative_gets_index_and_weight_zero() -> None:
 
 def test_nan_counts_as_a_logit_of_zero() -> None:
     logits_G = torch.tensor([torch.nan, 1.0, 0.0])
-    index_B, _ = hard_negatives(
-        logits_G.expand(20000, 3), torch.zeros(20000, 3, dtype=torch.bool), uniform(20000, 3)
-    )
+    index_B, _ = hard_negatives(logits_G.expand(20000, 3), torch.zeros(20000, 3, dtype=torch.bool), uniform(20000, 3))
     expected_G = torch.softmax(torch.tensor([0.0, 1.0, 0.0]), 0)
     torch.testing.assert_close(torch.bincount(index_B) / 20000, expected_G, atol=0.01, rtol=0)
 

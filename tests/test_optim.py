@@ -23,9 +23,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
         assert group["weight_decay"] in (0.05, 0.0)
         for parameter in group["params"]:
             name = names[id(parameter)]
-            assert group["lr"] == (1e-5 if name.startswith(("image.vit", "image.mask", "text.")) else 3e-4), (
-                name
-            )
+            assert group["lr"] == (1e-5 if name.startswith(("image.vit", "image.mask", "text.")) else 3e-4), name
             plain = (
                 name.endswith(("bias", "token", "pos_embed", "embeddings.weight", "log_scale"))
                 or "norm" in name.lower()
@@ -49,9 +47,7 @@ def test_no_decay(name: str) -> None:
     free = {id(parameter) for group in groups if group["weight_decay"] == 0 for parameter in group["params"]}
     assert id(dict(backbone.named_parameters())[name]) in free
     assert id(task.projection.log_scale) in free
-    assert {id(task.matching.classify.weight), id(backbone.image.vit.patch_embed.proj.weight)}.isdisjoint(
-        free
-    )
+    assert {id(task.matching.classify.weight), id(backbone.image.vit.patch_embed.proj.weight)}.isdisjoint(free)
 
 
 def test_what_gets_no_gradient_is_in_no_group() -> None:

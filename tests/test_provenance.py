@@ -35,9 +35,7 @@ def test_the_report_counts_every_tensor(tmp_path: Path) -> None:
     assert counts["loaded"]["parameters"] == sum(p.numel() for p in image.parameters()) - position - 32
     assert stored["parts"]["tokens"]["random"] == {"tensors": 2, "parameters": 33 * 60}
     assert stored["parts"]["text"]["random"]["tensors"] == 0
-    assert sum(c["parameters"] for part in stored["parts"].values() for c in part.values()) == sum(
-        numbers.values()
-    )
+    assert sum(c["parameters"] for part in stored["parts"].values() for c in part.values()) == sum(numbers.values())
     assert stored["tensors"]["backbone.image.vit.pos_embed"] == {
         "how": "resized", "shape": [1, 37, 32], "was": [1, 17, 32], "source": str(vit_file)
     }  # fmt: skip

@@ -59,9 +59,7 @@ def test_recall_is_the_share_of_queries_with_a_relevant_item_among_the_best(
         rng.random((queries, items)) < 0.3,
     )
     best = np.argsort(-score, axis=1)
-    expected = {
-        k: 100 * np.mean([relevant[q, best[q, :k]].any() for q in range(queries)]) for k in (1, 5, 10)
-    }
+    expected = {k: 100 * np.mean([relevant[q, best[q, :k]].any() for q in range(queries)]) for k in (1, 5, 10)}
     assert recall(torch.from_numpy(score).float(), torch.from_numpy(relevant)) == pytest.approx(expected)
 
 

@@ -107,9 +107,7 @@ def test_a_checkpoint_holds_the_model_and_reads_back(finished: Path) -> None:
     assert "hyper_parameters" not in content  # nothing in a checkpoint decides about the model
 
 
-def test_a_second_run_is_refused(
-    finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_run_is_refused(finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert main(["fit", "--run", str(finished), *words]) == ExitCode.CANNOT_CREATE
     error = capsys.readouterr().err

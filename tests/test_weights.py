@@ -104,9 +104,7 @@ def test_a_whole_model_changes_its_resolution() -> None:
         for size in (64, 96)
     )
     provenance = load_state(large, small.state_dict(), "run.ckpt")
-    assert provenance.tensors["image.vit.pos_embed"] == Origin(
-        "resized", (1, 37, 32), "run.ckpt", (1, 17, 32)
-    )
+    assert provenance.tensors["image.vit.pos_embed"] == Origin("resized", (1, 37, 32), "run.ckpt", (1, 17, 32))
     expected = timm.layers.resample_abs_pos_embed(small.image.vit.pos_embed.detach(), (6, 6))
     assert torch.equal(large.image.vit.pos_embed, expected)
     assert torch.equal(large.image.mask_token, small.image.mask_token)
@@ -143,9 +141,7 @@ def test_features_of_a_bert_folder_are_those_of_transformers(bert_folder: Path) 
     assert {origin.how for origin in provenance.tensors.values()} == {"loaded"}
     assert len(provenance.tensors) == len(encoder.model.state_dict())
     tokens = Captioner(encoder.tokenizer, 12)(CAPTIONS)
-    theirs_CTD = text_features(
-        AutoModel.from_pretrained(bert_folder).eval(), tokens.token_CT, tokens.attention_CT
-    )
+    theirs_CTD = text_features(AutoModel.from_pretrained(bert_folder).eval(), tokens.token_CT, tokens.attention_CT)
     with torch.no_grad():
         ours_CTD = encoder(tokens.token_CT, tokens.attention_CT)
     mask_CT = tokens.attention_CT
@@ -155,9 +151,7 @@ def test_features_of_a_bert_folder_are_those_of_transformers(bert_folder: Path) 
 def test_a_roberta_checkpoint_with_the_real_vocabulary(tmp_path: Path, shared_data: Path) -> None:
     tokenizer = RobertaTokenizerFast.from_pretrained(shared_data / "roberta_vocab")
     known = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-    AutoModelForMaskedLM.from_config(RobertaConfig(vocab_size=50265, **known, **BERT)).save_pretrained(
-        tmp_path
-    )
+    AutoModelForMaskedLM.from_config(RobertaConfig(vocab_size=50265, **known, **BERT)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     encoder = TextEncoder(str(tmp_path)).eval()
     encoder.load_pretrained()
@@ -373,9 +367,7 @@ BROKEN: list[tuple[Callable[[Path, Path], None], ExitCode, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "status", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
-)
+@pytest.mark.parametrize(("spoil", "status", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_files_that_are_no_weights(
     tmp_path: Path, bert_folder: Path, kind: str, spoil: Any, status: ExitCode, words: str
@@ -387,9 +379,7 @@ def test_files_that_are_no_weights(
     else:
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (tmp_path / name).write_bytes((bert_folder / name).read_bytes())
-        path = tmp_path / (
-            "model.safetensors" if spoil in (short_safetensors, short_header) else "pytorch_model.bin"
-        )
+        path = tmp_path / ("model.safetensors" if spoil in (short_safetensors, short_header) else "pytorch_model.bin")
         encoder = TextEncoder(str(tmp_path), 12)
     spoil(path, marker)
     with pytest.raises(UserError, match=words) as caught:

@@ -84,12 +84,9 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     captions = torch.cat([(batch.owner_C == row).nonzero().flatten() for row in rows])
     longest = int(batch.attention_CT[captions].sum(1).max())
     text = {
-        name: getattr(batch, name)[captions, :longest]
-        for name in ("token_CT", "attention_CT", "special_CT", "word_CT")
+        name: getattr(batch, name)[captions, :longest] for name in ("token_CT", "attention_CT", "special_CT", "word_CT")
     }
-    pictures = {
-        name: getattr(batch, name)[rows] for name in ("image_BCHW", "image_id_B", "valid_B", "index_B")
-    }
+    pictures = {name: getattr(batch, name)[rows] for name in ("image_BCHW", "image_id_B", "valid_B", "index_B")}
     owner_C = (batch.owner_C[captions][:, None] == rows).long().argmax(1)
     return Batch(**pictures, **text, owner_C=owner_C, text_id_C=batch.text_id_C[captions])
 
@@ -97,9 +94,7 @@ def take(batch: Batch, rows: Tensor) -> Batch:
 def torch_attention(attention: Attention) -> nn.MultiheadAttention:
     """torch's own module with the weights of ours."""
     width, context_width = attention.query.in_features, attention.key_value.in_features
-    other = nn.MultiheadAttention(
-        width, attention.heads, kdim=context_width, vdim=context_width, batch_first=True
-    )
+    other = nn.MultiheadAttention(width, attention.heads, kdim=context_width, vdim=context_width, batch_first=True)
     if context_width != width:
         other.q_proj_weight.data = attention.query.weight
         other.k_proj_weight.data, other.v_proj_weight.data = attention.key_value.weight.chunk(2)

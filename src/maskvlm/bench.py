@@ -30,9 +30,7 @@ class Speed(NamedTuple):
     memory_gib: float | None
 
     def __str__(self) -> str:
-        use = (
-            f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
-        )
+        use = f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
         memory = f", {self.memory_gib:.2f} GiB at most" if self.memory_gib is not None else ""
         return (
             f"{self.device}, {self.precision}: {self.pairs_per_second:.1f} pairs/s, "

@@ -40,9 +40,7 @@ def save(content: Mapping[str, Any], path: str | Path) -> None:
     content = {**content, "schema": SCHEMA}
     for key, value in _walk(content):
         if type(value) not in PLAIN + TENSORS:
-            raise TypeError(
-                f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only"
-            )
+            raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
     temporary = path.with_name(f".{path.name}.tmp")  # one writer a folder, so one name: nothing piles up
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,9 +160,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise bad(path, f"damaged ({first_line(error)})", ANOTHER) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         what = f"holds a {type(content).__name__} without state_dict: bare weights, not a run's checkpoint"
-        raise bad(
-            path, what, "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
-        )
+        raise bad(path, what, "Give it as an encoder's `weights`, or name a checkpoint that this project wrote")
     if content.get("schema", 0) > SCHEMA:
         what = f"was written in format {content['schema']}, this version reads up to {SCHEMA}"
         raise bad(path, what, "Update the project")
@@ -174,9 +170,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 class SafeCheckpointIO(CheckpointIO):
     """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.SafeCheckpointIO]` makes it use this file."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         save(checkpoint, path)
 
     def load_checkpoint(

@@ -54,17 +54,11 @@ class Command(LightningCLI):
         return {name: every[name] for name in COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run", type=str, default="checkpoints/run", help="the run's folder; {run} in files"
-        )
+        parser.add_argument("--run", type=str, default="checkpoints/run", help="the run's folder; {run} in files")
         # What the encoders know goes to the data once; one seed and one number of passes rule both sides.
-        parser.link_arguments(
-            "model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate"
-        )
+        parser.link_arguments("model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate")
         for encoder in ("image", "text"):
-            parser.link_arguments(
-                "model.random_init", f"model.backbone.init_args.{encoder}.init_args.random_init"
-            )
+            parser.link_arguments("model.random_init", f"model.backbone.init_args.{encoder}.init_args.random_init")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
@@ -174,9 +168,7 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     if asked is None:
         if command == "fit":
             return None
-        raise UserError(
-            command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --run"
-        )
+        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --run")
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":

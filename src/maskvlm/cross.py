@@ -120,8 +120,8 @@ class CrossEncoder(nn.Module):
         self, context_USD: Tensor, attention_US: Tensor | None = None, index_B: Tensor | None = None
     ) -> Context:
         """Project the other side once; `index_B` names its row for each pair (None: row by row)."""
-        blocks = [block.cross_attention.keys_values(context_USD) for block in self.blocks]
-        return Context(blocks, attention_US, index_B)
+        attentions: list[Attention] = [block.cross_attention for block in self.blocks]  # type: ignore[misc]
+        return Context([each.keys_values(context_USD) for each in attentions], attention_US, index_B)
 
     def forward(
         self,

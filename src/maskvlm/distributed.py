@@ -73,10 +73,10 @@ class Draw:
 
 def mix(*values: int) -> int:
     """One 63-bit seed from several whole numbers (splitmix64 steps: near seeds give unrelated streams)."""
-    state = 0
+    state, mask = 0, 2**64 - 1
     for value in values:
-        state = (state ^ (value & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+        state = ((state ^ (value & mask)) + 0x9E3779B97F4A7C15) & mask
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
         state ^= state >> 31
     return state >> 1

@@ -216,6 +216,18 @@ class TextEncoder(Encoder):
         if random_init and own is not None:
             self.set_tokenizer(own)
 
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token."""
+        assert self.tokenizer is not None, "the tokenizer is set before the first step"
+        return int(self.tokenizer.mask_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """Id at padding."""
+        assert self.tokenizer is not None, "the tokenizer is set before the first step"
+        return int(self.tokenizer.pad_token_id)
+
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take over the tokenizer that was trained on the captions, or that a checkpoint brings.
 

@@ -31,6 +31,7 @@ class UserError(ValueError):
     def __init__(self, where: object, what: str, todo: str, code: ExitCode = ExitCode.USAGE) -> None:
         self.where, self.what, self.todo, self.code = str(where), what, todo, code
         super().__init__(str(self))
+        self.add_note(f"exit status {int(code)}")  # torch hands on the text of a data worker's exception alone
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. {self.todo}."

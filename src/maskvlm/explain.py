@@ -87,9 +87,7 @@ def _wrong_value(match: re.Match[str], context: Context) -> UserError:
     text = match["text"]
     given = re.search(r"(?:Got value|Given value): (.*)", text)
     value = given[1].strip() if given else None
-    place = find_place(match["key"], context.found, value) or Place(
-        "configuration", match["key"], value or ""
-    )
+    place = find_place(match["key"], context.found, value) or Place("configuration", match["key"], value or "")
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
     if types is None:
         return UserError(_where(place), " ".join(text.split())[:300], "See --help")

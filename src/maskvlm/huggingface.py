@@ -109,9 +109,7 @@ def build(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
     return model
 
 
-def read_tokenizer(
-    name: str, config: PreTrainedConfig, todo: str | None = None
-) -> PreTrainedTokenizerFast | None:
+def read_tokenizer(name: str, config: PreTrainedConfig, todo: str | None = None) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a folder (None where it has none) or of a hub model; `todo` as in `_from_hub`."""
 
     def fetch(local: bool) -> Any:
@@ -129,15 +127,11 @@ def read_tokenizer(
     return _from_hub(name, "tokenizer", fetch, f"{WHERE}.tokenizer", todo)
 
 
-def random_tokenizer(
-    name: str, other: str | None, config: PreTrainedConfig
-) -> PreTrainedTokenizerFast | None:
+def random_tokenizer(name: str, other: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerFast | None:
     """For random weights: the one asked for, or a folder's own; None where one is to be trained."""
     if other is None:
         return None if is_type(name) or not is_folder(name) else read_tokenizer(name, config)
-    tokenizer = read_tokenizer(
-        other, config, "Name a folder, or leave it out: one is trained on the captions"
-    )
+    tokenizer = read_tokenizer(other, config, "Name a folder, or leave it out: one is trained on the captions")
     return tokenizer if tokenizer is not None else _no_tokenizer(other)
 
 
@@ -254,9 +248,7 @@ def _pretrained(name: str, config: PreTrainedConfig, local: bool) -> tuple[Any, 
     return model, info
 
 
-def _from_hub(
-    name: str, kind: str, fetch: Callable[[bool], Any], where: str = WHERE, todo: str | None = None
-) -> Any:
+def _from_hub(name: str, kind: str, fetch: Callable[[bool], Any], where: str = WHERE, todo: str | None = None) -> Any:
     """`todo`: what to do where the hub cannot be reached, if it is not about weights."""
     try:
         return _guard(name, kind, lambda: from_cache_or_hub(f"{name} (Hugging Face)", fetch))

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -61,9 +62,9 @@ class LitModel(L.LightningModule):
 
     @property
     def data(self) -> PairData:
-        return self.trainer.datamodule  # type: ignore[attr-defined,no-any-return]
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         encoders = (self.backbone.image, self.backbone.text)
         groups = parameter_groups(self.backbone, encoders, self.task, self.lr, self.lr_encoders, self.weight_decay)
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)

@@ -81,9 +81,7 @@ def load_text(text: str) -> Any:
 def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
     """What holds for every command: whose classes may be named, and a calm console."""
     set_loader("maskvlm", load_text)
-    set_parsing_settings(
-        import_path_denylist=["*", *NEVER], import_path_allowlist=trusted_packages(arguments, allowed)
-    )
+    set_parsing_settings(import_path_denylist=["*", *NEVER], import_path_allowlist=trusted_packages(arguments, allowed))
     for pattern in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -55,6 +55,8 @@ class MaskedPretraining(Task):
             the patch size.
     """
 
+    token_count_V: Tensor
+
     def __init__(
         self,
         image_mask_ratio: float = 0.6,
@@ -122,7 +124,7 @@ class MaskedPretraining(Task):
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         if world_size() > 1:
-            batch = pad_text(batch, backbone.text.text_length, backbone.text.tokenizer.pad_token_id)
+            batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         hidden = self.hide(backbone, batch, self.uniform)
         encoded = self.encode(backbone, batch, hidden)
         contrast = self.contrast(batch, encoded)
@@ -131,13 +133,15 @@ class MaskedPretraining(Task):
         terms = {}
         if self.weights["itc"]:
             terms["itc"] = self.contrastive_loss(contrast, batch.valid_B)
-        if self.weights["itm"]:
+        if found is not None:
             terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
         if self.weights["mlm"] and hidden.token is not None:
             terms["mlm"] = self.token_loss(crossed.text_BTD, batch, hidden.token)
         if self.weights["mim"] and hidden.patch is not None:
-            text_BTD = encoded.hidden_text_BTD if self.mask_both else encoded.text_BTD
-            terms["mim"] = self.pixel_loss_of(crossed.image_BLD, text_BTD, batch, hidden.patch)
+            seen = (
+                encoded.text_BTD if encoded.hidden_text_BTD is None or not self.mask_both else encoded.hidden_text_BTD
+            )
+            terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform) -> Hidden:
@@ -150,7 +154,7 @@ class MaskedPretraining(Task):
             text = backbone.text
             token = mask_tokens(
                 batch.token_CT, batch.special_CT, batch.word_CT, self.text_mask_ratio, uniform,
-                text.tokenizer.mask_token_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
+                text.mask_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
             )  # fmt: skip
         return Hidden(patch, token)
 

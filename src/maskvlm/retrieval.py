@@ -79,9 +79,7 @@ def rerank(backbone: MaskVLM, head: Matching, gallery: Gallery, k: int, chunk: i
     match_BC[image_M, text_M] = match_pairs(backbone, head, gallery, image_M, text_M, chunk)
     # Contrast lies in [-1, 1]: the log-odds are lifted above it, no higher than needed to keep their decimals.
     lifted_BC = match_BC - match_BC.nan_to_num().min() + 2
-    return Scores(
-        torch.where(top_BC, lifted_BC, contrast.text_BC), torch.where(top_CB, lifted_BC.T, contrast.image_CB)
-    )
+    return Scores(torch.where(top_BC, lifted_BC, contrast.text_BC), torch.where(top_CB, lifted_BC.T, contrast.image_CB))
 
 
 @torch.no_grad()

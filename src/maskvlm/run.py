@@ -58,9 +58,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         full = error.errno in (28, 122)
         code = ExitCode.IO_ERROR if full else ExitCode.CANNOT_CREATE
-        raise UserError(
-            path, f"cannot be written ({error.strerror})", "Choose another folder", code
-        ) from error
+        raise UserError(path, f"cannot be written ({error.strerror})", "Choose another folder", code) from error
 
 
 def versions() -> dict[str, Any]:

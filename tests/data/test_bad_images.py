@@ -154,9 +154,7 @@ def test_the_memory_of_the_process_does_not_grow_with_a_bomb(bomb: bytes) -> Non
 
 
 @pytest.mark.parametrize(("width", "height"), [(7072, 7072), (9000, 9000), (13_000, 13_000), (2**30, 2**30)])
-def test_pictures_over_the_cap_are_bombs_in_pillows_silent_warned_and_refused_range(
-    width: int, height: int
-) -> None:
+def test_pictures_over_the_cap_are_bombs_in_pillows_silent_warned_and_refused_range(width: int, height: int) -> None:
     assert width * height > MAX_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,9 +171,7 @@ def _gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
     return header + picture
 
 
-@pytest.mark.parametrize(
-    "sizes", [((60_000, 60_000), (9, 9)), ((9, 9), (60_000, 60_000)), ((9, 9), (9000, 9000))]
-)
+@pytest.mark.parametrize("sizes", [((60_000, 60_000), (9, 9)), ((9, 9), (60_000, 60_000)), ((9, 9), (9000, 9000))])
 def test_a_gif_cannot_hide_its_size(sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
     assert reason(_gif(*sizes)) == "bomb"
 
@@ -214,9 +210,7 @@ def test_what_is_no_regular_file_is_missing(tmp_path: Path) -> None:
         assert reason(path) == "missing"
 
 
-def test_a_file_that_cannot_be_read_is_the_disks_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_read_is_the_disks_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(SEEDS["png"])
 
     def fail(path: Path) -> bytes:
@@ -269,9 +263,7 @@ def _mutate(data: bytes, rng: random.Random) -> bytes:
             mutant[place:place] = rng.randbytes(rng.randrange(30))
         case _:
             start = rng.randrange(60)
-            mutant[start : start + 4] = rng.choice(
-                [b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff"]
-            )
+            mutant[start : start + 4] = rng.choice([b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff"])
     return bytes(mutant)
 
 

@@ -90,9 +90,7 @@ def test_another_structure_says_which_key_of_which_row(refusal: Any, content: An
 
 
 def test_a_missing_split_names_those_there(karpathy: Any) -> None:
-    file = karpathy(
-        [image("a.png", "train", "a", imgid=0), image("b.png", "restval", "b"), image("c.png", "val", "c")]
-    )
+    file = karpathy([image("a.png", "train", "a", imgid=0), image("b.png", "restval", "b"), image("c.png", "val", "c")])
     with pytest.raises(UserError, match=r"split 'test' \(there is train with 2, val with 1\)") as caught:
         Karpathy(file).split("test")
     assert caught.value.code == ExitCode.MISSING_INPUT
@@ -113,9 +111,7 @@ def test_a_split_whose_captions_are_all_empty_is_a_missing_split(refusal: Any) -
 def test_a_cache_that_cannot_be_written_is_named(karpathy: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="the cache cannot be written") as caught:
-        Karpathy(karpathy([image("a.png", "train", "a dog")]), cache=str(tmp_path / "file" / "cache")).split(
-            "train"
-        )
+        Karpathy(karpathy([image("a.png", "train", "a dog")]), cache=str(tmp_path / "file" / "cache")).split("train")
     assert caught.value.code == ExitCode.CANNOT_CREATE
 
 
@@ -125,9 +121,7 @@ def test_a_damaged_cache_says_what_to_delete(karpathy: Any, tmp_path: Path) -> N
     (folder,) = (tmp_path / "cache" / "maskvlm").iterdir()
     for table in folder.rglob("*.arrow"):
         table.write_bytes(table.read_bytes()[:10])
-    with pytest.raises(
-        UserError, match=f"{folder.name}: the cached table cannot be read .* Delete this folder"
-    ):
+    with pytest.raises(UserError, match=f"{folder.name}: the cached table cannot be read .* Delete this folder"):
         Karpathy(file).split("train")
     shutil.rmtree(folder)
     assert len(Karpathy(file).split("train")) == 1

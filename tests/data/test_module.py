@@ -15,9 +15,7 @@ from maskvlm.errors import ExitCode, UserError
 
 
 def ready(source: Squares | None = None, stage: str = "fit", **settings: Any) -> PairData:
-    data = PairData(
-        source or Squares(), SPEC, **{"batch_size": 4, "steps": 6, "eval_batch_size": 3, **settings}
-    )
+    data = PairData(source or Squares(), SPEC, **{"batch_size": 4, "steps": 6, "eval_batch_size": 3, **settings})
     data.setup(stage)
     return data
 
@@ -92,8 +90,7 @@ def test_accumulated_passes_join_to_the_batches_of_a_run_without() -> None:
     whole, passes = list(ready().train_dataloader()), list(ready(accumulate=2).train_dataloader())
     assert (len(whole), len(passes)) == (6, 12)
     joined = [
-        torch.cat([first.index_B, second.index_B])
-        for first, second in zip(passes[::2], passes[1::2], strict=True)
+        torch.cat([first.index_B, second.index_B]) for first, second in zip(passes[::2], passes[1::2], strict=True)
     ]
     assert [part.tolist() for part in joined] == [batch.index_B.tolist() for batch in whole]
 
@@ -104,9 +101,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
 ) -> None:
     as_process(monkeypatch, 0, world)
     data = ready(batch_size=batch_size, accumulate=accumulate)
-    with pytest.raises(
-        UserError, match=rf"data.batch_size: {batch_size} pairs .* {world} processes x {accumulate}"
-    ):
+    with pytest.raises(UserError, match=rf"data.batch_size: {batch_size} pairs .* {world} processes x {accumulate}"):
         data.train_dataloader()
 
 
@@ -163,12 +158,8 @@ def test_the_fingerprint_names_each_split_and_the_tokenizer() -> None:
 
 def test_a_vocabulary_is_learned_from_pictures_spread_over_the_split() -> None:
     pairs = Rows([row(number) for number in range(10)])
-    assert list(some_captions(pairs)) == [
-        caption for number in range(10) for caption in row(number)["captions"]
-    ]
-    assert list(some_captions(pairs, 4)) == [
-        caption for number in (0, 3, 6, 9) for caption in row(number)["captions"]
-    ]
+    assert list(some_captions(pairs)) == [caption for number in range(10) for caption in row(number)["captions"]]
+    assert list(some_captions(pairs, 4)) == [caption for number in (0, 3, 6, 9) for caption in row(number)["captions"]]
 
 
 # ---------------------------------------------------------------------- bad rows

@@ -81,9 +81,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
         ({"captions": []}, "empty caption"),
     ],
 )
-def test_what_cannot_be_read_becomes_a_hole_that_keeps_its_place(
-    changes: dict[str, object], reason: str
-) -> None:
+def test_what_cannot_be_read_becomes_a_hole_that_keeps_its_place(changes: dict[str, object], reason: str) -> None:
     data = training({}, changes, {})
     samples = [data[Pick(index, 0)] for index in range(3)]
     assert [sample["valid"] for sample in samples] == [True, False, True]
@@ -149,13 +147,7 @@ def test_a_training_batch(collate: Collate) -> None:
     batch = collate([data[Pick(index, 0)] for index in range(3)])
     assert batch.image_BCHW.shape == (3, 3, 24, 24)
     assert batch.image_BCHW.dtype == torch.float32
-    assert (
-        batch.token_CT.shape
-        == batch.attention_CT.shape
-        == batch.special_CT.shape
-        == batch.word_CT.shape
-        == (3, 5)
-    )
+    assert batch.token_CT.shape == batch.attention_CT.shape == batch.special_CT.shape == batch.word_CT.shape == (3, 5)
     assert batch.attention_CT.sum(1).tolist() == [5, 2, 5]  # a hole: start and end alone
     assert batch.special_CT[1].all()
     assert batch.owner_C.tolist() == batch.index_B.tolist() == [0, 1, 2]

@@ -40,9 +40,7 @@ def test_a_sheet_is_a_picture_file_of_rows_from_all_over(tmp_path: Path) -> None
     assert toys.read == [0, 20, 40, 60, 80]
     sheet = Image.open(path).convert("RGB")
     assert sheet.format is None or sheet.format == "PNG"
-    reds = sum(
-        count for count, colour in sheet.getcolors(sheet.width * sheet.height) or [] if colour == (255, 0, 0)
-    )
+    reds = sum(count for count, colour in sheet.getcolors(sheet.width * sheet.height) or [] if colour == (255, 0, 0))
     assert reds / (sheet.width * sheet.height) > 0.1
 
 

@@ -14,14 +14,14 @@ def test_every_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
     order = FlatOrder(size, seed)
     picks = [order[position] for position in range(epoch * size, (epoch + 1) * size)]
     assert {pick.epoch for pick in picks} == {epoch}
-    assert sorted(pick.index for pick in picks) == list(range(size))
+    assert sorted(pick.row for pick in picks) == list(range(size))
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     def epoch(seed: int, number: int) -> list[Pick]:
         return [FlatOrder(100, seed)[position] for position in range(100 * number, 100 * number + 100)]
 
-    orders = [[pick.index for pick in epoch(seed, number)] for seed in (0, 1) for number in (0, 1)]
+    orders = [[pick.row for pick in epoch(seed, number)] for seed in (0, 1) for number in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert epoch(0, 1) == epoch(0, 1)
     assert list(range(100)) not in orders

@@ -41,9 +41,7 @@ def test_a_scene_belongs_to_one_split_whatever_the_seed(seed: int, name: str) ->
 def test_every_row_of_every_split_is_of_that_split() -> None:
     source = Scenes(train=300, val=100, test=100, seed=3)
     keys = {
-        name: {pairs.scene(i).key for i in range(len(pairs))}
-        for name in source.counts
-        if (pairs := source.split(name))
+        name: {pairs.scene(i).key for i in range(len(pairs))} for name in source.counts if (pairs := source.split(name))
     }
     assert not keys["train"] & keys["val"]
     assert not keys["train"] & keys["test"]
@@ -59,9 +57,7 @@ def test_attributes_are_uniform_and_independent(world: ScenePairs) -> None:
         shares = np.array(list(Counter(getattr(thing, attribute) for thing in things).values())) / len(things)
         assert shares == pytest.approx(np.full(options, 1 / options), rel=0.25)
     for attribute, options in {"shape": 8, "colour": 8, "size": 2, "pattern": 3}.items():
-        same = [
-            getattr(scene.things[0], attribute) == getattr(scene.things[1], attribute) for scene in scenes
-        ]
+        same = [getattr(scene.things[0], attribute) == getattr(scene.things[1], attribute) for scene in scenes]
         assert np.mean(same) == pytest.approx(1 / options, abs=0.05)
     assert all(len({thing.cell for thing in scene.things}) == len(scene.things) for scene in scenes)
     assert {len(scene.things) for scene in scenes} == {2, 3, 4}
@@ -127,9 +123,7 @@ def test_patterns_can_be_seen_at_48_pixels(pattern: str, size: str) -> None:
     """A patterned shape has four pixels or more that look like its ink, not its colour or the ground."""
     for shape in SHAPES:
         for colour in COLOURS:
-            picture = np.asarray(
-                draw_scene(Scene("grey", (Thing(shape, colour, size, pattern, 4),)), 48)
-            ).astype(int)
+            picture = np.asarray(draw_scene(Scene("grey", (Thing(shape, colour, size, pattern, 4),)), 48)).astype(int)
             candidates = np.array([COLOUR_RGB[colour], (140, 140, 140), ink_of(colour)])
             nearest = ((picture[:, :, None] - candidates) ** 2).sum(-1).argmin(-1)
             inked = int((nearest == 2).sum())

@@ -68,8 +68,7 @@ def test_coco_folders_ids_and_restval(karpathy: Any, tmp_path: Path) -> None:
 
 def test_without_any_id_the_file_name_serves(karpathy: Any) -> None:
     assert (
-        Karpathy(karpathy([image("a.png", "train", "a dog", imgid=None)])).split("train")[0]["image_id"]
-        == "toy a.png"
+        Karpathy(karpathy([image("a.png", "train", "a dog", imgid=None)])).split("train")[0]["image_id"] == "toy a.png"
     )
 
 
@@ -145,9 +144,7 @@ def test_several_readers_can_make_the_same_table_at_once(
 
     monkeypatch.setattr("maskvlm.data.sources._parse", parse)
     with ThreadPoolExecutor(3) as pool:
-        pairs = list(
-            pool.map(lambda _: Karpathy(file, cache=str(tmp_path / "shared")).split("train"), range(3))
-        )
+        pairs = list(pool.map(lambda _: Karpathy(file, cache=str(tmp_path / "shared")).split("train"), range(3)))
     assert [len(each) for each in pairs] == [20, 20, 20]
     assert pairs[0][7] == pairs[1][7] == pairs[2][7]
     assert len(list((tmp_path / "shared").iterdir())) == 1

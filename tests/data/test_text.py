@@ -120,9 +120,7 @@ def test_a_tokenizer_that_keeps_brackets_whole_reads_them_as_unknown() -> None:
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     whole.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=whole, **dict(zip(names, SPECIAL_TOKENS, strict=True))
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, **dict(zip(names, SPECIAL_TOKENS, strict=True)))
     assert Captioner(tokenizer, 9)(["dog [MASK] [PAD] dog"]).token_CT.tolist() == [[2, 5, 1, 1, 5, 3]]
 
 

@@ -104,14 +104,10 @@ def test_the_hash_tells_tokenizers_apart(
     trained: PreTrainedTokenizerFast, bert: PreTrainedTokenizerFast, captions: list[str]
 ) -> None:
     assert tokenizer_hash(trained) == tokenizer_hash(tokenizer_from_json(tokenizer_json(trained)))
-    assert (
-        len({tokenizer_hash(tokenizer) for tokenizer in (trained, bert, train_tokenizer(captions, 100))}) == 3
-    )
+    assert len({tokenizer_hash(tokenizer) for tokenizer in (trained, bert, train_tokenizer(captions, 100))}) == 3
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "{}", '{"tokenizer": {}, "special": {}, "extra": []}', "[" * 100_000]
-)
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"tokenizer": {}, "special": {}, "extra": []}', "[" * 100_000])
 def test_a_broken_stored_tokenizer_is_one_clear_line(text: str) -> None:
     with pytest.raises(UserError, match="the stored tokenizer cannot be read") as caught:
         tokenizer_from_json(text)

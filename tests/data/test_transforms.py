@@ -160,23 +160,17 @@ def test_crops_keep_the_asked_share_of_the_picture() -> None:
     assert 0.42 < max(shares) < 0.53
 
 
-@pytest.mark.parametrize(
-    "caption", ["a red dog", "Two BLUES", "reddish hair", "colourful", "a multicolored kite"]
-)
+@pytest.mark.parametrize("caption", ["a red dog", "Two BLUES", "reddish hair", "colourful", "a multicolored kite"])
 def test_colour_words_are_found(caption: str) -> None:
     assert names_colour(caption)
 
 
-@pytest.mark.parametrize(
-    "caption", ["a dog", "he reads", "a tanker", "credit", "a greenhouse", "highlight", ""]
-)
+@pytest.mark.parametrize("caption", ["a dog", "he reads", "a tanker", "credit", "a greenhouse", "highlight", ""])
 def test_words_that_only_contain_a_colour_are_not(caption: str) -> None:
     assert not names_colour(caption)
 
 
-@pytest.mark.parametrize(
-    "caption", ["on the left", "RIGHT of it", "a left-handed man", "the leftmost", "rightward"]
-)
+@pytest.mark.parametrize("caption", ["on the left", "RIGHT of it", "a left-handed man", "the leftmost", "rightward"])
 def test_side_words_are_found(caption: str) -> None:
     assert names_side(caption)
 

@@ -78,7 +78,8 @@ class Pairs(Protocol):
     [size, size]; masked-pixel errors are then measured over object pixels alone, too.
     """
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 

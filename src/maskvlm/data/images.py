@@ -163,9 +163,7 @@ def _check_png(data: bytes, name: str) -> None:
         end = position + 12 + length
         if end > len(data):
             break
-        if kind == b"IDAT" and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(
-            data[end - 4 : end]
-        ):
+        if kind == b"IDAT" and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
             raise BadImage(name, "crc", "a block of pixels fails its checksum")
         if kind == b"IEND":
             return
@@ -195,9 +193,7 @@ def _kind(data: bytes) -> str:
 
 def _reason(error: Exception) -> str:
     text = str(error).lower()
-    if isinstance(error, EOFError) or any(
-        sign in text for sign in ("truncat", "not enough", "unexpected end")
-    ):
+    if isinstance(error, EOFError) or any(sign in text for sign in ("truncat", "not enough", "unexpected end")):
         return "truncated"
     return "crc" if "checksum" in text or "crc" in text else "corrupt"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.batch import Batch, InputSpec, Pairs, Source
@@ -61,7 +61,11 @@ class PairData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if (steps is None) == (epochs is None):
-            raise UserError("data", f"steps is {steps} and epochs is {epochs}", "set exactly one of the two")
+            todo = "Set exactly one of the two, the other to null"
+            raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
+        for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
+            if value is not None and value <= 0:
+                raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
@@ -131,7 +135,7 @@ class PairData(L.LightningDataModule):
         mine = batches[rank() :: world_size()]
         return self._loader(EvalPairs(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
 
-    def _loader(self, data: TrainPairs | EvalPairs, **kwargs: Any) -> DataLoader[Batch]:
+    def _loader(self, data: Dataset[Any], **kwargs: Any) -> DataLoader[Batch]:
         assert self.tokenizer is not None
         collate = Collate(Captioner(self.tokenizer, self.spec.text_length))
         timeout = 120 if self.workers else 0

@@ -44,25 +44,25 @@ class TrainPairs(Dataset[Sample]):
         return len(self.pairs)
 
     def __getitem__(self, pick: Pick) -> Sample:
-        row = self.pairs[pick.index]
+        row = self.pairs[pick.row]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, pick.epoch, pick.index))
+            torch.manual_seed(mix(self.seed, pick.epoch, pick.row))
             return self._read(row, pick)
 
     def _read(self, row: Row, pick: Pick) -> Sample:
         captions = row["captions"]
-        caption, note = clean_caption(captions[(pick.epoch + pick.index) % len(captions)] if captions else "")
+        caption, note = clean_caption(captions[(pick.epoch + pick.row) % len(captions)] if captions else "")
         if not caption:
-            return self._hole(pick.index, ("empty caption", f"{row['origin']}: the caption is empty"))
+            return self._hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
         try:
             image_CHW = self.transform(safe_open(row["image"], row["origin"]), caption)
         except BadImage as problem:
-            return self._hole(pick.index, (problem.reason, str(problem)))
+            return self._hole(pick.row, (problem.reason, str(problem)))
         return Sample(
             image_CHW=image_CHW,
             captions=[caption],
             image_id=row["image_id"],
-            index=pick.index,
+            index=pick.row,
             valid=True,
             problem=(f"caption {note}", row["origin"]) if note else None,
             foreground=None,
@@ -115,7 +115,7 @@ class Collate:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         captions = [caption for sample in samples for caption in sample["captions"]]
         counts = torch.tensor([len(sample["captions"]) for sample in samples])
-        grounds = [sample["foreground"] for sample in samples]
+        grounds = [sample["foreground"] for sample in samples if sample["foreground"] is not None]
         return Batch(
             torch.stack([sample["image_CHW"] for sample in samples]),
             *self.captioner(captions),
@@ -124,6 +124,6 @@ class Collate:
             torch.tensor([caption_id(caption) for caption in captions]),
             torch.tensor([sample["valid"] for sample in samples]),
             torch.tensor([sample["index"] for sample in samples]),
-            torch.from_numpy(np.stack(grounds)) if all(ground is not None for ground in grounds) else None,
+            torch.from_numpy(np.stack(grounds)) if len(grounds) == len(samples) else None,
             tuple(sample["problem"] for sample in samples if sample["problem"]),
         )

@@ -102,6 +102,4 @@ def draw_picture(axes: Axes, row: Row | UserError) -> None:
 
 def write(axes: Axes, text: str) -> None:
     """Small print from the top left corner, as it is: a dollar sign starts no formula."""
-    axes.text(
-        0, 1, text, va="top", fontsize=7.5, family="monospace", parse_math=False, transform=axes.transAxes
-    )
+    axes.text(0, 1, text, va="top", fontsize=7.5, family="monospace", parse_math=False, transform=axes.transAxes)

@@ -15,9 +15,9 @@ from maskvlm.distributed import mix
 
 
 class Pick(NamedTuple):
-    """One sample: its index in the data set and how often the set was seen before."""
+    """One sample: its row in the data set and how often the set was seen before."""
 
-    index: int
+    row: int
     epoch: int
 
 

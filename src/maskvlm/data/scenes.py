@@ -85,9 +85,7 @@ class Scenes(Source):
         seed: draws other scenes; train, val and test share no scene under any pair of seeds.
     """
 
-    def __init__(
-        self, train: int = 20000, val: int = 500, test: int = 500, size: int = 48, seed: int = 0
-    ) -> None:
+    def __init__(self, train: int = 20000, val: int = 500, test: int = 500, size: int = 48, seed: int = 0) -> None:
         self.counts = {"train": train, "val": val, "test": test}
         self.size, self.seed = size, seed
         for name, count in self.counts.items():

@@ -160,9 +160,7 @@ def _read_bytes(file: Path) -> bytes:
 # ------------------------------------------------------------------ the cached table
 
 
-def _cached_table(
-    content: bytes, digest: str, file: Path, cache: str | None
-) -> tuple["Dataset", dict[str, Skipped]]:
+def _cached_table(content: bytes, digest: str, file: Path, cache: str | None) -> tuple["Dataset", dict[str, Skipped]]:
     """The table of the file's content, from the cache or made now, and what it leaves out by split."""
     import datasets
 
@@ -176,9 +174,7 @@ def _cached_table(
             what = f"the cache cannot be written ({error.strerror or error})"
             raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
     try:
-        return datasets.Dataset.load_from_disk(folder / "table"), json.loads(
-            (folder / "skipped.json").read_text()
-        )
+        return datasets.Dataset.load_from_disk(folder / "table"), json.loads((folder / "skipped.json").read_text())
     except Exception as error:
         what = f"the cached table cannot be read ({type(error).__name__})"
         raise UserError(folder, what, "Delete this folder; it is made again", ExitCode.IO_ERROR) from error

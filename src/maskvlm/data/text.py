@@ -195,9 +195,7 @@ def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFas
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **dict(zip(names, SPECIAL_TOKENS, strict=True))
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, SPECIAL_TOKENS, strict=True)))
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -205,9 +203,7 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    special = {
-        name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
-    }
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
     content = {
         "special": dict(sorted(special.items())),
