@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from multiprocessing import forkserver
 from typing import Any
 
@@ -86,7 +87,8 @@ def _join(place: str, number: Any) -> None:
     torch.set_num_threads(1)
     with number.get_lock():
         own, number.value = number.value, number.value + 1
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=own, world_size=WORLD)
+    patience = timedelta(seconds=60)  # where one fails, the other must not wait for it for ever
+    dist.init_process_group("gloo", f"file://{place}", patience, rank=own, world_size=WORLD)
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, Any]:
@@ -105,7 +107,7 @@ class Pair:
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results of both, in rank order."""
         calls = [self.pool.submit(_call, function, arguments) for _ in range(WORLD)]
-        return [result for _, result in sorted((call.result(60) for call in calls), key=lambda pair: pair[0])]
+        return [result for _, result in sorted((call.result(180) for call in calls), key=lambda pair: pair[0])]
 
 
 @pytest.fixture(scope="module")
