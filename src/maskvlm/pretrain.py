@@ -89,8 +89,6 @@ class MaskedPretraining(Task):
         self.decoder_layers, self.contrast_dim, self.temperature = decoder_layers, contrast_dim, temperature
         self.measure = Measure(rerank_k)
 
-    # ------------------------------------------------------------------ heads
-
     def build(self, backbone: MaskVLM) -> None:
         patch, width = backbone.image.patch_size, backbone.width
         if self.mask_block < patch or self.mask_block % patch:
@@ -119,8 +117,6 @@ class MaskedPretraining(Task):
             backbone.cross_image.requires_grad_(False)
         if not (self.weights["mlm"] or self.weights["itm"]):
             backbone.cross_text.requires_grad_(False)
-
-    # ------------------------------------------------------------------ one step
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         if world_size() > 1:
@@ -229,8 +225,6 @@ class MaskedPretraining(Task):
             ),
         )
 
-    # ------------------------------------------------------------------ losses
-
     def contrastive_loss(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
         return losses.contrastive(
@@ -281,8 +275,6 @@ class MaskedPretraining(Task):
         if self.weights["mim"] and self.pixel_floor is not None:
             levels["mim"] = float(self.pixel_floor)
         return {name: self.weights[name] * level for name, level in levels.items() if self.weights[name]}
-
-    # ------------------------------------------------------------------ evaluation
 
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
         self.measure.update(self, backbone, batch)

@@ -70,6 +70,8 @@ def is_true(text: str, scene: Scene) -> bool:
         return False
     if any({"two": 2, "three": 3, "four": 4}[count] != len(scene.things) for count in counts):
         return False
+    if "alone" in text and len(scene.things) != 1:
+        return False
     said, relations = read_nouns(text), RELATION.findall(text)
     if relations:
         said = [noun | {"place": None} for noun in said]
@@ -105,6 +107,7 @@ def world() -> ScenePairs:
         ("top left is a red circle and right is a blue star", True),
         ("right is a red circle and top left is a blue star", False),
         ("three shapes on navy: a red circle and a blue star", False),
+        ("a red circle alone on navy", False),
     ],
 )
 def test_the_reader_of_captions_can_tell_true_from_false(text: str, truth: bool) -> None:
@@ -117,7 +120,7 @@ def test_every_caption_is_true_of_its_picture(world: ScenePairs) -> None:
         assert len(set(row["captions"])) == 5
         for caption, (text, statement) in zip(row["captions"], world.captions(index), strict=True):
             assert caption == text
-            assert len(read_nouns(text)) == len(statement.mentions) >= 2, text
+            assert len(read_nouns(text)) == len(statement.mentions) >= min(2, len(scene.things)), text
             assert is_true(text, scene), (text, scene)
 
 
@@ -164,7 +167,7 @@ def test_captions_are_short_and_stay_within_the_vocabulary(world: ScenePairs) ->
     """38 words keep a caption within 40 tokens, commas, start and end included: length costs compute."""
     texts = [text for index in range(len(world)) for text in world[index]["captions"]]
     lengths = [len(re.findall("[a-z]+", text)) for text in texts]
-    assert 18 < np.mean(lengths) < 22
+    assert 15 < np.mean(lengths) < 18
     assert max(lengths) <= 38
     assert max(len(re.findall("[a-z]+|[,:]", text)) for text in texts) <= 38
     assert sorted({word for text in texts for word in re.findall("[a-z]+", text)}) == vocabulary()
@@ -172,7 +175,8 @@ def test_captions_are_short_and_stay_within_the_vocabulary(world: ScenePairs) ->
 
 
 def test_the_order_of_a_caption_gives_nothing_away(world: ScenePairs) -> None:
-    """The first thing named is the first of the scene about as often as chance says (1/2, 1/3, 1/4)."""
+    """Of two things, the first one named is the first of the scene half of the time."""
     pairs = [(world.scene(index), world.captions(index)[0].statement) for index in range(len(world))]
+    pairs = [(scene, statement) for scene, statement in pairs if len(scene.things) == 2]
     first = sum(statement.mentions[0].place == scene.things[0].place for scene, statement in pairs)
-    assert first / len(pairs) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3, abs=0.05)
+    assert first / len(pairs) == pytest.approx(1 / 2, abs=0.08)
