@@ -127,7 +127,35 @@ def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
     assert len(sums) == 18
     for name, values in sums.items():
         assert found[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-5), name
-    assert {name for name in found if not name.startswith("retrieval/")} == {*sums, "score"}
+    without_chance = {name for name in found if not name.endswith("_chance") and not name.startswith("retrieval/")}
+    assert without_chance == {*sums, "score"}
+
+
+def test_levels_of_knowing_nothing() -> None:
+    """Over the hidden words of all batches together, and the mean colour of each batch."""
+    backbone, task = build(text_mask_ratio=1.0, image_mask_ratio=1.0)
+    batch = several()
+    text = tokens([[5, 5, 6]] * 8 + [[7]] * 6)
+    batch = batch._replace(**text)
+    found = measured(task, backbone, batch, 4, 3)
+    assert found["mlm/accuracy_chance"] == pytest.approx(100 * 16 / 30)
+    shares = torch.tensor([16, 8, 6]) / 30
+    assert found["mlm/nats_chance"] == pytest.approx(-(shares * shares.log()).sum().item())
+    errors = [part - part.mean((0, 2, 3), keepdim=True) for part in batch.image_BCHW.split(4)]
+    error = torch.cat(errors)
+    assert found["mim/l1_chance"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
+    assert found["mim/mse_chance"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+    assert batch.foreground_BHW is not None
+    things = batch.foreground_BHW[:, None].expand_as(error)
+    assert found["mim/object_l1_chance"] == pytest.approx(error[things].abs().mean().item(), rel=1e-5)
+
+
+def test_nothing_hidden_is_no_number() -> None:
+    backbone, task = build(text_mask_ratio=0.0, image_mask_ratio=0.0)
+    found = measured(task, backbone, several(), 4, 3)
+    assert math.isnan(found["mlm/nats"])
+    assert math.isnan(found["mim/mse_wrong_text"])
+    assert found["retrieval/ir_r10"] == 100
 
 
 def test_retrieval_is_measured_over_all_batches_at_once() -> None:

@@ -152,7 +152,7 @@ class Measure:
         """Always guessing the most frequent hidden word, and the entropy of the hidden words' frequencies."""
         shards: list[Any] = gather_objects([words.cpu() for words in self.hidden_words])
         words = [part for shard in shards for part in shard]
-        if not words:
+        if not any(map(len, words)):
             return {}
         share_V = torch.cat(words).bincount().double() / max(1, sum(map(len, words)))
         entropy = float(torch.special.entr(share_V).sum())
