@@ -84,3 +84,15 @@ def test_the_pixel_decoder_reads_the_text_and_skips_the_class_token() -> None:
     for row, words in ((0, 5), (1, 2)):
         expected = decoder.pixels(slow_cross(decoder.blocks, image_BLD[row], text_BTD[row, :words]))
         torch.testing.assert_close(found[row], expected[1 + index_BK[row]], atol=1e-6, rtol=1e-5)
+
+
+def test_a_temperature_that_overshoots_returns() -> None:
+    """Clamped on reading alone it would have no gradient, and stay where it is for ever."""
+    head = Projection(4, 4, 2)
+    with torch.no_grad():
+        head.log_scale.fill_(9.0)
+    head.bound()
+    assert head.scale.item() == pytest.approx(1000.0)
+    head.scale.backward()
+    assert head.log_scale.grad is not None
+    assert head.log_scale.grad.item() > 0

@@ -18,6 +18,8 @@ class Projection(nn.Module):
         temperature: start value (0.07, C); kept within [0.001, 0.5] as in ALBEF.
     """
 
+    LOG_BOUNDS = (math.log(2.0), math.log(1000.0))
+
     def __init__(self, image_width: int, text_width: int, dim: int = 256, temperature: float = 0.07) -> None:
         super().__init__()
         self.image = nn.Linear(image_width, dim)
@@ -27,7 +29,13 @@ class Projection(nn.Module):
     @property
     def scale(self) -> Tensor:
         """1 / temperature, in [2, 1000]."""
-        return self.log_scale.float().clamp(math.log(2.0), math.log(1000.0)).exp()
+        return self.log_scale.float().clamp(*self.LOG_BOUNDS).exp()
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Put the parameter itself back within its bounds before a step: outside them it has no gradient, and would
+        never return (ALBEF does the same)."""
+        self.log_scale.clamp_(*self.LOG_BOUNDS)
 
     def embed_image(self, image_BLD: Tensor) -> Tensor:
         """Unit vector of the class token, [B, dim]."""

@@ -14,8 +14,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Four groups: encoders and the rest, each with and without weight decay.
 
-    Biases, norms, class and mask tokens, positions and the temperature are not decayed (C): one dimension or
-    fewer, or a parameter that is no weight matrix by name.
+    Not decayed (C): biases, norms, class and mask tokens, positions, word embeddings and the temperature, that is, what
+    has one dimension or fewer, or is no weight matrix by name.
     """
     encoder_ids = {id(p) for encoder in encoders for p in encoder.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

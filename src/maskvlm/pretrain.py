@@ -171,6 +171,8 @@ class MaskedPretraining(Task):
     def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
         """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
         if self.weights["itc"]:
+            if self.training:
+                self.projection.bound()
             image = self.projection.embed_image(encoded.image_BLD)
             text, scale = self.projection.embed_text(encoded.text_BTD), self.projection.scale
         else:
