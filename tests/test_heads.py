@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from toys import slow_cross
 
+from maskvlm.cross import CrossEncoder
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
 
 
@@ -75,7 +76,7 @@ def test_matching_and_token_head_are_one_linear_layer_each() -> None:
 
 def test_the_pixel_decoder_reads_the_text_and_skips_the_class_token() -> None:
     torch.manual_seed(0)
-    decoder = PixelDecoder(8, 6, values=12, layers=2, heads=2)
+    decoder = PixelDecoder(CrossEncoder(8, 6, layers=2, heads=2), width=8, values=12)
     image_BLD, text_BTD = noise(2, 10, 8), noise(2, 5, 6, seed=1)
     attention_BT = torch.tensor([[True] * 5, [True, True, False, False, False]])
     index_BK = torch.tensor([[0, 4, 8], [7, 1, 2]])

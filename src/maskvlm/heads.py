@@ -72,11 +72,16 @@ class PixelDecoder(nn.Module):
     """Pixels of every patch: cross-attention blocks on the unmasked text, then one linear layer (P).
 
     The text is the text encoder's output (C), as for the cross encoders.
+
+    Args:
+        blocks: as of a cross encoder (paper: 3).
+        width: of the image features.
+        values: P, of a patch: 3 x its side squared.
     """
 
-    def __init__(self, width: int, text_width: int, values: int, layers: int = 3, heads: int = 12) -> None:
+    def __init__(self, blocks: CrossEncoder, width: int, values: int) -> None:
         super().__init__()
-        self.blocks = CrossEncoder(width, text_width, layers, heads)
+        self.blocks = blocks
         self.pixels = nn.Linear(width, values)
 
     def forward(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor, index_BK: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class MaskVLM(nn.Module):
         text: f_txt, any Hugging Face encoder.
         cross_layers: blocks of each cross encoder (paper: 3).
         cross_heads: attention heads (12, C).
-        dropout: in the cross encoders.
+        dropout: in the cross encoders and the blocks of heads.
         checkpointing: recompute the cross encoders' activations in the backward pass.
 
     Attributes:
@@ -63,9 +63,9 @@ class MaskVLM(nn.Module):
             )
         self.image, self.text = image, text
         self.width, self.cross_heads = image.width, cross_heads
-        settings = (self.width, self.width, cross_layers, cross_heads, dropout, checkpointing)
-        self.cross_image = CrossEncoder(*settings)
-        self.cross_text = CrossEncoder(*settings)
+        self.dropout, self.checkpointing = dropout, checkpointing
+        self.cross_image = self.new_cross(cross_layers)
+        self.cross_text = self.new_cross(cross_layers)
         for encoder in (image, text):
             if encoder.random_init:
                 init_xavier(encoder)
@@ -86,6 +86,10 @@ class MaskVLM(nn.Module):
             self.text.vocab_size,
             self.text.tokenizer,
         )
+
+    def new_cross(self, layers: int) -> CrossEncoder:
+        """Cross-attention blocks that fit this backbone and share its settings; for heads that need some, too."""
+        return CrossEncoder(self.width, self.width, layers, self.cross_heads, self.dropout, self.checkpointing)
 
     def fuse(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Fused:
         """Class tokens of row-by-row pairs (picture, caption) after both cross encoders."""

@@ -103,7 +103,7 @@ class MaskedPretraining(Task):
             self.register_buffer("token_count_V", torch.zeros(backbone.text.vocab_size), persistent=False)
         if self.weights["mim"]:
             self.pixel_floor: Tensor | None = None
-            self.pixels = PixelDecoder(width, width, 3 * patch**2, self.decoder_layers, backbone.cross_heads)
+            self.pixels = PixelDecoder(backbone.new_cross(self.decoder_layers), width, 3 * patch**2)
         init_normal(self)
         if self.weights["itc"]:
             init_xavier(self.projection)
