@@ -39,7 +39,7 @@ def test_the_report_counts_every_tensor(tmp_path: Path) -> None:
     assert stored["tensors"]["backbone.image.vit.pos_embed"] == {
         "how": "resized", "shape": [1, 37, 32], "was": [1, 17, 32], "source": str(vit_file)
     }  # fmt: skip
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=500, record=True, file=io.StringIO())
     console.print(provenance.table())
     lines = {line.split()[1]: line for line in console.export_text().splitlines() if line.count("│") > 5}
     assert "vit.pos_embed [1, 17, 32] -> [1, 37, 32]; random: mask_token" in lines["image"]
