@@ -1,10 +1,12 @@
 """The backbone: two encoders and two cross encoders, neither of which sees the other's inner states."""
 
+import numpy as np
 import pytest
 import torch
 from toys import LENGTH, SIZE, VOCAB, slow_cross, toy_backbone, toy_batch
 
 from maskvlm.errors import UserError
+from maskvlm.init import init_positions
 from maskvlm.model import MaskVLM
 
 
@@ -42,14 +44,30 @@ def test_encoders_of_different_widths_are_refused() -> None:
         MaskVLM(toy_backbone().image, toy_backbone(width=32).text)
 
 
-def test_cross_encoders_start_small_and_encoders_from_xavier() -> None:
+def test_cross_encoders_start_small_but_for_cross_attention_and_encoders_from_xavier() -> None:
     backbone = toy_backbone(width=64)
-    cross = backbone.cross_image.blocks[0].feed_forward[0]
-    assert cross.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.05)  # cut at two deviations
-    assert not cross.bias.any()
-    layer = backbone.image.vit.blocks[0].mlp.fc1
-    bound = (6 / sum(layer.weight.shape)) ** 0.5
-    assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    block = backbone.cross_image.blocks[0]
+    for small in (block.feed_forward[0], block.self_attention.key_value):
+        assert small.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.05)  # cut at two deviations
+        assert not small.bias.any()
+    cross = block.cross_attention
+    for layer in (backbone.image.vit.blocks[0].mlp.fc1, cross.query, cross.key_value, cross.out):
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
+def test_positions_start_as_sines_and_cosines_that_tell_patches_apart(grid: tuple[int, int]) -> None:
+    """Against a few lines of NumPy; the class token starts at 0."""
+    position = torch.nn.Parameter(torch.full((1, 1 + grid[0] * grid[1], 16), 9.0))
+    init_positions(position, grid)
+    assert not position[0, 0].any()
+    rate_4 = max(grid) ** -(np.arange(4) / 4)
+    for number, found_D in enumerate(position[0, 1:].detach().numpy()):
+        row, column = divmod(number, grid[1])
+        axes = [2**0.5 * wave(place * rate_4) for wave in (np.sin, np.cos) for place in (row, column)]
+        assert found_D == pytest.approx(np.concatenate(axes), abs=1e-6)
 
 
 def test_checkpointing_and_dropout_reach_the_cross_encoders() -> None:

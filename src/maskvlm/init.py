@@ -4,13 +4,13 @@
 | --- | --- |
 | encoders with `random_init`, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
 | positions of an image encoder with `random_init` | 2-D sine and cosine, learned from there (MAE's start) |
-| cross encoders, pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) |
+| cross-attention in cross encoders and pixel decoder | Xavier uniform, bias 0 |
+| the rest of cross encoders and pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) |
 
 Norms start at weight 1 and bias 0. Xavier follows the width: at width 96 contrast falls about twice as fast as from
-N(0, 0.02), which suits a width of 768. Post-norm cross blocks do better near the identity: with Xavier masked words
-were learned much later (loss 3.65 instead of 2.37 after 200 steps).
-timm's random positions of size 0.02 are small beside patch embeddings of size 0.4; what the sine start gains alone
-has not been measured.
+N(0, 0.02), which suits a width of 768, and cross-attention from N(0, 0.02) stays near uniform for long: of hidden
+colour words 55 % instead of 22 % are right after 700 steps of masked words alone. With Xavier in every layer of the
+post-norm cross blocks it is 28 %: they do better near the identity.
 """
 
 import torch
@@ -19,11 +19,14 @@ from torch import nn
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:
-    """Linear layers N(0, std) cut at two standard deviations, biases 0, norms 1 and 0."""
+    """Linear layers N(0, std) cut at two standard deviations, those of cross-attention Xavier; biases 0, norms 1 and 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
         _rest(part)
+    for name, part in module.named_modules():
+        if name.endswith("cross_attention"):
+            init_xavier(part)
 
 
 def init_xavier(module: nn.Module) -> None:
@@ -36,9 +39,13 @@ def init_xavier(module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_positions(position_1LD: nn.Parameter, grid: tuple[int, int]) -> None:
-    """2-D sine and cosine of row and column for the patches; the class token, where it has a position, at 0."""
-    table_ND = build_sincos2d_pos_embed(list(grid), dim=position_1LD.shape[-1])
-    position_1LD.zero_()[0, -len(table_ND) :] = table_ND
+    """2-D sine and cosine of row and column for the patches; the class token, where it has a position, at 0.
+
+    Wavelengths from 2 pi patches to 2 pi times the grid's side: with the usual 10,000 nearly all dimensions are constant
+    over a small grid, and the features hardly say where they are. Of mean square 1, as text features are.
+    """
+    table_ND = build_sincos2d_pos_embed(list(grid), dim=position_1LD.shape[-1], temperature=max(grid))
+    position_1LD.zero_()[0, -len(table_ND) :] = 2**0.5 * table_ND
 
 
 def _rest(part: nn.Module) -> None:

@@ -1,8 +1,7 @@
 """Five truthful captions a scene, each at its own completeness, from a structured statement.
 
 A `Statement` is what a caption claims, `describes` says of which scenes it is true. The words are chosen by
-lot among a few frames and synonyms; a caption keeps to one set of synonyms throughout, so that a masked word
-can be told from the picture and its neighbours.
+lot among a few frames; each caption keeps to one style, sentences or notes.
 """
 
 import random
@@ -14,15 +13,65 @@ from typing import NamedTuple
 from maskvlm.data import scene_world as world
 from maskvlm.data.scene_world import Scene, Thing, choose, shuffled
 
-SIZE_WORDS = ({"large": "large", "small": "small"}, {"large": "big", "small": "little"})
-RELATION_WORDS = (
-    {"left of": "left of", "right of": "right of", "above": "above", "below": "below"},
-    {"left of": "to the left of", "right of": "to the right of", "above": "over", "below": "under"},
-)
-COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = {2: "two", 3: "three"}
 OBJECT_WORDS = ("shapes", "objects", "things")
-GROUNDS = ("on {}", "against {}", "on a {} background", "with a {} background")
-GROUNDS_FIRST = ("on {},", "on a {} background,", "the background is {} with", "a {} background with")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a writer puts things. The size words go with the rest of the style, so that a hidden word can be told from
+    the picture and its neighbours. Few words that a picture does not decide: they would cost compute and teach little.
+    """
+
+    full: bool  # sentences with articles and prepositions, or notes
+    sizes: dict[str, str]
+    relations: dict[str, str]
+    grounds: tuple[str, ...]
+    grounds_first: tuple[str, ...]
+
+    def noun(self, said: "Mention") -> str:
+        """ "a small striped red circle", as far as the mention goes."""
+        size = self.sizes[said.size] if said.size else None
+        words = [word for word in (size, said.pattern, said.colour, said.shape) if word]
+        article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
+        return " ".join((*article, *words))
+
+    def place(self, name: str) -> str:
+        """ "at the top left", or "top left" alone."""
+        preposition = {"middle": "in", "left": "on", "right": "on"}.get(name, "at")
+        return f"{preposition} the {name}" if self.full else name
+
+    def listed(self, parts: list[str]) -> str:
+        """ "a, b and c", or "a, b, c"."""
+        if not self.full or len(parts) == 1:
+            return ", ".join(parts)
+        return " and ".join((", ".join(parts[:-1]), parts[-1]))
+
+    def ground(self, rng: random.Random, background: str) -> str:
+        """ " on a navy background", to follow upon the rest."""
+        return choose(rng, self.grounds).format(background)
+
+
+SENTENCES = Style(
+    full=True,
+    sizes={"large": "large", "small": "small"},
+    relations={"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"},
+    grounds=(" on {}", " against {}", " on a {} background"),
+    grounds_first=("on {},", "on a {} background,", "the background is {} with"),
+)
+NOTES = Style(
+    full=False,
+    sizes={"large": "big", "small": "little"},
+    relations={"left of": "left of", "right of": "right of", "above": "over", "below": "under"},
+    grounds=(" on {}", ", {} background", ", {}"),
+    grounds_first=("on {},", "{} background,", "{},"),
+)
+
+
+def style_of(scene: Scene, rng: random.Random) -> Style:
+    """Either, by lot; notes where there is much to tell, since length costs compute."""
+    drawn = choose(rng, (SENTENCES, NOTES))
+    return NOTES if len(scene.things) > 2 else drawn
 
 
 @dataclass(frozen=True)
@@ -89,52 +138,23 @@ def mention(thing: Thing, *attributes: str) -> Mention:
     return Mention(thing.shape, thing.colour, **{name: getattr(thing, name) for name in attributes})
 
 
-class Wording:
-    """The synonyms that one caption keeps to."""
-
-    def __init__(self, rng: random.Random, brief: bool = False) -> None:
-        self.sizes = choose(rng, SIZE_WORDS)
-        self.relations = choose(rng, RELATION_WORDS)
-        self.middle = choose(rng, ("middle", "centre"))
-        self.prepositions = choose(rng, (True, False)) and not brief
-
-    def noun(self, said: Mention) -> str:
-        """ "a small striped red circle", as far as the mention goes."""
-        size = self.sizes[said.size] if said.size else None
-        words = [word for word in (size, said.pattern, said.colour, said.shape) if word]
-        return " ".join(("an" if words[0][0] in "aeiou" else "a", *words))
-
-    def place(self, name: str) -> str:
-        """ "at the top left", or "top left" alone."""
-        words = self.middle if name == "middle" else name
-        if not self.prepositions:
-            return words
-        preposition = {"middle": "in", "left": "on", "right": "on"}.get(name, "at")
-        return f"{preposition} the {words}"
-
-
-def listed(parts: list[str]) -> str:
-    """ "a, b and c"."""
-    return " and ".join((", ".join(parts[:-1]), parts[-1])) if len(parts) > 1 else parts[0]
-
-
 def tell_all(scene: Scene, rng: random.Random) -> Caption:
     """Every thing with every attribute and its place, and the background."""
-    words = Wording(rng, brief=len(scene.things) > 3)
+    style = style_of(scene, rng)
     said = [mention(thing, "size", "pattern", "place") for thing in shuffled(rng, scene.things)]
-    things = listed([f"{words.noun(m)} {words.place(str(m.place))}" for m in said])
-    text = f"{things} {choose(rng, GROUNDS).format(scene.background)}"
+    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+    text = f"{things}{style.ground(rng, scene.background)}"
     return Caption(text, Statement(tuple(said), background=scene.background))
 
 
 def tell_relations(scene: Scene, rng: random.Random) -> Caption:
     """One thing related to each other one; every attribute of two things, one attribute less of more. A thing
     that has none to be related to is said to be alone."""
-    words = Wording(rng)
+    style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
     if len(things) == 1:
         said = [mention(things[0], "size", "pattern")]
-        text = f"{words.noun(said[0])} alone {choose(rng, GROUNDS).format(scene.background)}"
+        text = f"{style.noun(said[0])} alone{style.ground(rng, scene.background)}"
         return Caption(text, Statement(tuple(said), background=scene.background, count=1))
     attributes = ("size", "pattern") if len(things) == 2 else (choose(rng, ("size", "pattern")),)
     said = [mention(thing, *attributes) for thing in things]
@@ -142,45 +162,48 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
     for number, thing in enumerate(things[1:], start=1):
         true = [name for name in world.RELATIONS if things[0].relates(name, thing)]
         relations.append(Relation(0, choose(rng, true), number))
-    others = listed([f"{words.relations[r.name]} {words.noun(said[r.second])}" for r in relations])
-    return Caption(f"{words.noun(said[0])} is {others}", Statement(tuple(said), tuple(relations)))
+    others = style.listed([f"{style.relations[r.name]} {style.noun(said[r.second])}" for r in relations])
+    text = f"{style.noun(said[0])} {'is ' if style.full else ''}{others}"
+    return Caption(text, Statement(tuple(said), tuple(relations)))
 
 
 def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
-    """The background, then each thing's colour, shape and place."""
-    words = Wording(rng)
-    said = [mention(thing, "place") for thing in shuffled(rng, scene.things)]
-    things = listed([f"{words.noun(m)} {words.place(str(m.place))}" for m in said])
-    text = f"{choose(rng, GROUNDS_FIRST).format(scene.background)} {things}"
+    """The background, then each thing's colour, shape and place; of one thing alone its size or pattern, too."""
+    style = style_of(scene, rng)
+    more = () if len(scene.things) > 1 else (choose(rng, ("size", "pattern")),)
+    said = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
+    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+    text = f"{choose(rng, style.grounds_first).format(scene.background)} {things}"
     return Caption(text, Statement(tuple(said), background=scene.background))
 
 
 def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
     """Each place, then what is there, without size or without pattern; one thing alone with its background."""
-    words = Wording(rng)
+    style = style_of(scene, rng)
     attribute = choose(rng, ("size", "pattern"))
     said = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
-    verb = choose(rng, ("", "is ")) if len(said) < 4 else ""  # text length costs compute
-    text = listed([f"{words.place(str(m.place))} {verb}{words.noun(m)}" for m in said])
+    verb = " is" if style.full else ""
+    text = style.listed([f"{style.place(str(m.place))}{verb} {style.noun(m)}" for m in said])
     if len(said) > 1:
         return Caption(text, Statement(tuple(said)))
-    ground = choose(rng, GROUNDS).format(scene.background)  # one thing would fit too many pictures
-    return Caption(f"{text} {ground}", Statement(tuple(said), background=scene.background))
+    ground = style.ground(rng, scene.background)  # one thing would fit too many pictures
+    return Caption(f"{text}{ground}", Statement(tuple(said), background=scene.background))
 
 
 def tell_part(scene: Scene, rng: random.Random) -> Caption:
-    """At most two things in full, or how many there are, and their colours and shapes."""
-    words = Wording(rng)
+    """At most two things in full, or that there is one only, or how many there are, and their colours and shapes."""
+    style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
     if len(things) <= 2 or rng.random() < 0.5:
         said = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
-        text = listed([f"{words.noun(m)} {words.place(str(m.place))}" for m in said])
+        text = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+        if len(things) == 1:
+            return Caption(f"only {text}", Statement(tuple(said), count=1))
         return Caption(text, Statement(tuple(said)))
     said = [mention(thing) for thing in things]
-    ground = choose(rng, GROUNDS).format(scene.background)
-    head = f"{COUNT_WORDS[len(things)]} {choose(rng, OBJECT_WORDS)} {ground}"
+    head = f"{COUNT_WORDS[len(things)]} {choose(rng, OBJECT_WORDS)}{style.ground(rng, scene.background)}"
     statement = Statement(tuple(said), background=scene.background, count=len(things))
-    return Caption(f"{head}: {listed([words.noun(m) for m in said])}", statement)
+    return Caption(f"{head}: {style.listed([style.noun(m) for m in said])}", statement)
 
 
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)
@@ -193,8 +216,10 @@ def captions_of(scene: Scene, rng: random.Random) -> list[Caption]:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can use, sorted."""
-    frames = [*GROUNDS, *GROUNDS_FIRST, *OBJECT_WORDS, "a alone an and is at in on the centre"]
+    styles = (SENTENCES, NOTES)
+    frames = [*OBJECT_WORDS, "a alone an and is at in on only the"]
+    frames += [frame for style in styles for frame in (*style.grounds, *style.grounds_first)]
     counts = [COUNT_WORDS[count] for count in set(world.COUNTS) if count > 2]  # see tell_part
-    synonyms = [word for table in (*SIZE_WORDS, *RELATION_WORDS) for word in table.values()]
+    synonyms = [word for style in styles for word in (*style.sizes.values(), *style.relations.values())]
     content = [*world.SHAPES, *world.COLOURS, *world.PATTERNS, *world.BACKGROUNDS, *world.PLACES]
     return sorted(set(re.findall("[a-z]+", " ".join((*frames, *counts, *synonyms, *content)))))

@@ -1,6 +1,6 @@
 """The built-in world: what a scene is, how one is drawn by lot, and which split it belongs to.
 
-A scene is 2 to 4 things on a coloured ground, each thing in its own cell of a 3x3 grid. All attributes are
+A scene is 1 to 3 things on a coloured ground, each thing in its own cell of a 3x3 grid. All attributes are
 independent of each other, so that nothing about a hidden thing can be guessed from the rest of the picture,
 and everything can be read in a caption. Our choice; the paper has no such world.
 """
@@ -18,7 +18,7 @@ PATTERNS = ("plain", "striped", "dotted")
 BACKGROUNDS = ("white", "mint", "grey", "maroon", "navy", "black")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-COUNTS = (1, 1, 2, 2, 3, 3, 4)
+COUNTS = (1, 1, 1, 1, 2, 2, 3)
 """Things a scene, each entry as likely: a thing alone teaches what words mean before it is asked which is which."""
 SPLITS = ("train", "val", "test")
 
