@@ -19,7 +19,7 @@ from torch import nn
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:
-    """Linear layers N(0, std) cut at two standard deviations, those of cross-attention Xavier; biases 0, norms 1 and 0."""
+    """Linear layers N(0, std) cut at two standard deviations, cross-attention Xavier; biases 0, norms 1 and 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
@@ -41,8 +41,8 @@ def init_xavier(module: nn.Module) -> None:
 def init_positions(position_1LD: nn.Parameter, grid: tuple[int, int]) -> None:
     """2-D sine and cosine of row and column for the patches; the class token, where it has a position, at 0.
 
-    Wavelengths from 2 pi patches to 2 pi times the grid's side: with the usual 10,000 nearly all dimensions are constant
-    over a small grid, and the features hardly say where they are. Of mean square 1, as text features are.
+    Wavelengths from 2 pi patches to 2 pi times the grid's side: with the usual 10,000 nearly all dimensions are
+    constant over a small grid, and the features hardly say where they are. Of mean square 1, as text features are.
     """
     table_ND = build_sincos2d_pos_embed(list(grid), dim=position_1LD.shape[-1], temperature=max(grid))
     position_1LD.zero_()[0, -len(table_ND) :] = 2**0.5 * table_ND
