@@ -18,8 +18,6 @@ from maskvlm.errors import UserError
 from maskvlm.lit import LitModel
 from maskvlm.pretrain import MaskedPretraining
 
-TERMS = ("itc", "itm", "mlm", "mim")
-
 
 class Watch(L.Callback):
     """The loss and the learning rates of every step."""
@@ -46,7 +44,7 @@ def make_data(steps: int = 3, **settings: Any) -> PairData:
 def make_model(seed: int = 0, dropout: float = 0.1, **settings: Any) -> LitModel:
     backbone = toy_backbone(length=24, vocab=150, dropout=dropout)
     backbone.text.tokenizer = None
-    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3)
+    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3, weight_mlm=4.0)
     return LitModel(backbone, task, **{"lr": 1e-3, "lr_encoders": 1e-4, "warmup": 1, "seed": seed, **settings})
 
 
@@ -74,10 +72,13 @@ def test_one_lightning_epoch_is_the_whole_run(run: tuple[LitModel, PairData, L.T
     assert model.backbone.text.tokenizer is data.tokenizer
 
 
-def test_terms_and_their_sum_are_logged(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
+def test_terms_and_their_weighted_sum_are_logged(run: tuple[LitModel, PairData, L.Trainer, Watch]) -> None:
     _, _, trainer, watch = run
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    assert sum(logged[f"train/{name}"] for name in TERMS) == pytest.approx(logged["train/loss"], rel=1e-6)
+    weights = {"itc": 1, "itm": 1, "mlm": 4, "mim": 1}
+    total = sum(weight * logged[f"train/{name}"] for name, weight in weights.items())
+    assert total == pytest.approx(logged["train/loss"], rel=1e-6)
+    assert 2 < logged["train/mlm"] < 8  # nats of a token out of 150, not four times as much
     assert logged["train/loss"] == pytest.approx(watch.losses[-1])
 
 

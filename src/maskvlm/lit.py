@@ -96,7 +96,7 @@ class LitModel(L.LightningModule):
         torch.manual_seed(mix(self.seed, batch_idx, rank()))
         self.task.reseed(Draw(self.seed, batch_idx, self.device))
         terms = self.task(self.backbone, batch)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         logged = {f"train/{name}": term.detach() for name, term in terms.items()}
         self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.image_BCHW))
         return loss

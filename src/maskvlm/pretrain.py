@@ -138,7 +138,7 @@ class MaskedPretraining(Task):
                 encoded.text_BTD if encoded.hidden_text_BTD is None or not self.mask_both else encoded.hidden_text_BTD
             )
             terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
-        return {name: self.weights[name] * term for name, term in terms.items()}
+        return terms
 
     def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform) -> Hidden:
         """Draw this step's masks."""
@@ -264,7 +264,7 @@ class MaskedPretraining(Task):
         return normalise_patches(target_BKP) if self.pixel_norm else target_BKP
 
     def floors(self, batch_size: int) -> dict[str, float]:
-        """No-knowledge level of each weighted loss.
+        """No-knowledge level of each loss that is computed.
 
         ITC: log of the global batch. ITM: entropy of its 1:2 class prior, 0.6365. MLM: entropy of the hidden
         tokens seen so far. MIM: error of predicting the mean colour of the latest batch. The last two are missing
@@ -276,7 +276,7 @@ class MaskedPretraining(Task):
             levels["mlm"] = float(torch.special.entr(share_V).sum())
         if self.weights["mim"] and self.pixel_floor is not None:
             levels["mim"] = float(self.pixel_floor)
-        return {name: self.weights[name] * level for name, level in levels.items() if self.weights[name]}
+        return {name: level for name, level in levels.items() if self.weights[name]}
 
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
         self.measure.update(self, backbone, batch)

@@ -1,6 +1,8 @@
 """The plug-in interface: pre-training and every downstream task implement it, nothing else knows them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,10 +17,12 @@ if TYPE_CHECKING:
 class Task(nn.Module, ABC):
     """What is special about one objective: its heads, its losses, its metrics.
 
-    `uniform` gives the random numbers of the current step (see `masking.Uniform`).
+    `uniform` gives the random numbers of the current step (see `masking.Uniform`); `weights` is the weight of each
+    loss term in the sum, 1 where it has none.
     """
 
     uniform: Uniform
+    weights: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def build(self, backbone: "MaskVLM") -> None:
@@ -26,7 +30,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, backbone: "MaskVLM", batch: Batch) -> dict[str, Tensor]:
-        """Named, weighted loss terms of one training batch; LitModel sums and logs them, knowing none."""
+        """Named loss terms of one training batch; LitModel logs them as they are and sums them by `weights`."""
 
     @abstractmethod
     def update(self, backbone: "MaskVLM", batch: Batch) -> None:
