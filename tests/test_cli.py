@@ -75,6 +75,16 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
         ("--allow-import", "--allow-import: expected one argument"),
         ("stray", "stray: neither an option nor its value"),
         ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is no share"),
+        ("--model.task.rerank_k -1", "model.task.rerank_k: -1 is too small. Give 1 or more."),
+        ("--model.task.temperature 0", "model.task.temperature: 0.0 is too small"),
+        ("--model.task.decoder_layers 0", "model.task.decoder_layers: 0 is too small"),
+        ("--model.backbone.cross_layers 0", "model.backbone.cross_layers: 0 is too small"),
+        ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 do not divide width 96"),
+        ("--data.eval_batch_size 0", "data.eval_batch_size: 0 is too small"),
+        ("--data.workers -1", "data.workers: -1 is too small. Give 0 or more."),
+        ("--model.lr -1", "model.lr: -1.0 is too small"),
+        ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are no decay rates"),
+        ("--model.backbone.image.weights a.pth", "weights a.pth are given, and random_init is true"),
     ],
 )
 def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said: str) -> None:

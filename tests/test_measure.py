@@ -16,7 +16,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw
 from maskvlm.heads import patchify
 from maskvlm.masking import mask_patches, mask_tokens
-from maskvlm.measure import EVAL_SEED, Measure, join, one_caption
+from maskvlm.measure import EVAL_SEED, Measure, gains, join, one_caption
 from maskvlm.model import MaskVLM
 from maskvlm.pretrain import Hidden
 from maskvlm.retrieval import recall
@@ -127,8 +127,16 @@ def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
     assert len(sums) == 18
     for name, values in sums.items():
         assert found[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-5), name
-    without_chance = {name for name in found if not name.endswith("_chance") and not name.startswith("retrieval/")}
-    assert without_chance == {*sums, "score"}
+    others = ("_chance", "_gain")
+    measured_alone = {name for name in found if not name.endswith(others) and not name.startswith("retrieval/")}
+    assert measured_alone == {*sums, "score"}
+
+
+def test_the_gain_of_the_right_partner_is_a_number() -> None:
+    words = {"mlm/accuracy": 70.0, "mlm/accuracy_wrong_image": 50.0, "mlm/nats": 1.0, "mlm/nats_wrong_image": 2.5}
+    pixels = {"mim/mse": 0.06, "mim/mse_wrong_text": 0.08, "mim/l1": 0.1, "mim/l1_wrong_text": 0.0}
+    assert gains(words | pixels) == pytest.approx({"mlm/accuracy_gain": 20, "mlm/nats_gain": 1.5, "mim/mse_gain": 25})
+    assert gains({"mlm/accuracy": 70.0}) == {}
 
 
 def test_levels_of_knowing_nothing() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from maskvlm.__main__ import main
 from maskvlm.checkpoint import load, save
 from maskvlm.cli import Parsed, find_checkpoint, run
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.run import claim, versions, write_json
+from maskvlm.run import RunRecord, claim, versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -62,6 +64,34 @@ def test_everything_lies_in_the_folder(finished: Path) -> None:
     assert not [name for name in names if name.startswith("crash")]
     assert not [path for path in finished.rglob("*") if path.is_dir()]
     assert not (ROOT / "lightning_logs").exists()
+
+
+def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str], tmp_path: Path) -> None:
+    for number, settings in enumerate([["--trainer.val_check_interval=2"], ["--trainer.limit_val_batches=0"]]):
+        folder = tmp_path / str(number)
+        assert main(["fit", "--run", str(folder), *words, "--data.steps=3", *settings]) == 0
+        assert load(folder / "last.ckpt")["global_step"] == 3
+
+
+def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: dict[str, Any] = {"samples": 32, "problems": {"truncated": 2}, "examples": {"truncated": ["a.jpg"]}}
+    rows["left_out"] = {"val": {}, "train": {"missing picture": ["toy.json image 3 (3.png)"]}}
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(bad_rows=lambda: rows), is_global_zero=True, default_root_dir=str(tmp_path)
+    )
+    RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "(32 read): truncated: 2, missing picture (train): 1; listed in" in said
+    assert json.loads((tmp_path / "bad_samples.json").read_text()) == rows
+    rows |= {"problems": {}, "left_out": {"val": {}}}
+    RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_trial_of_one_batch_leaves_the_record_alone(finished: Path, words: list[str]) -> None:
+    before = {path.name: path.read_bytes() for path in finished.glob("*.json")}
+    assert main(["fit", "--run", str(finished), *words, "--trainer.fast_dev_run=true"]) == 0
+    assert {path.name: path.read_bytes() for path in finished.glob("*.json")} == before
 
 
 def test_what_was_measured_is_plain_json(finished: Path) -> None:

@@ -79,8 +79,9 @@ class Command(LightningCLI):
         folder = Path(settings.run)
         check_device(settings.trainer)
         settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
+        if process_rank() == 0:
+            folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
         if self.subcommand == "fit" and process_rank() == 0 and not settings.trainer.fast_dev_run:
-            folder.joinpath(FIRST).unlink(missing_ok=True)
             if settings.ckpt_path is None:
                 claim(folder)
             else:
@@ -111,7 +112,10 @@ class Command(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        """Evaluation along the way may look at a part (limit_val_batches), the last one looks at all."""
+        """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
+        along the way looked at a part (limit_val_batches)."""
+        if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "last.ckpt")
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 1.0
             self.trainer.validate(self.model, self.datamodule, verbose=False)

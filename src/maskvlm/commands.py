@@ -27,6 +27,7 @@ SCRIPT = """#!/usr/bin/env bash
 set -euo pipefail
 cd {here}
 export PYTHONPATH=src
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
 srun {command}
 """
 
@@ -54,7 +55,7 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """
     settings = run(Parsed, ["fit", *arguments], allowed).settings
     path = Path(settings.run) / "job.sh"
-    write_text(path, batch_script(settings, arguments))
+    write_text(path, batch_script(settings, arguments, allowed))
     if shutil.which("sbatch") is None:
         return f"{path}: written; there is no sbatch here, submit it where there is: sbatch {path}"
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
@@ -63,12 +64,13 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     return f"{path}: {done.stdout.strip()}"
 
 
-def batch_script(settings: Namespace, arguments: list[str]) -> str:
+def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """One task a GPU, as Lightning expects it under srun."""
     devices, workers = settings.trainer.devices, settings.data.init_args.get("workers") or 0
     if not str(devices).isdigit():
         what = f"a batch job needs a number of devices a node, not {devices}"
         raise UserError("trainer.devices", what, "Choose WHERE=slurm4x8 or give --trainer.devices 8")
+    allow = [word for name in allowed for word in ("--allow-import", name)]
     return SCRIPT.format(
         name=Path(settings.run).name,
         nodes=settings.trainer.num_nodes,
@@ -76,5 +78,5 @@ def batch_script(settings: Namespace, arguments: list[str]) -> str:
         cpus=workers + 2,
         folder=settings.run,
         here=shlex.quote(str(Path.cwd())),
-        command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments]),
+        command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
     )

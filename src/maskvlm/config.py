@@ -95,6 +95,8 @@ def read_config(name: str) -> yaml.Node | None:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(name, f"not UTF-8 text (byte {error.start})", "Save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(name, f"cannot be read ({error.strerror})", "Mend it", ExitCode.MISSING_INPUT) from None
     root = check_yaml(text, name)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")

@@ -1,6 +1,8 @@
 """The only torch.distributed in the core: gathering with gradient, counts shared by all processes, random draws
 that are the same for any number of processes. Without a process group every function is the identity."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +45,12 @@ def shared_count(count: Tensor) -> Tensor:
     total = count.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def cores() -> int:
+    """Processor cores this process may use; macOS and Windows do not tell the share, so all there are."""
+    share = getattr(os, "sched_getaffinity", None)
+    return len(share(0)) if share else os.cpu_count() or 1
 
 
 def gather_objects(value: object) -> list[object]:

@@ -72,7 +72,7 @@ class ImageEncoder(Encoder):
         name: of the timm model, with or without the tag of its weights (`vit_base_patch16_224.augreg_in21k`).
         image_size: side of the square input in pixels, a multiple of the patch size.
         weights: a file or folder of weights; None takes those that timm names for the model.
-        random_init: keep random weights, whatever `weights` says.
+        random_init: keep random weights; excludes `weights`.
         config: arguments for `timm.create_model`, such as patch_size, embed_dim, depth, num_heads.
         normalisation: mean and standard deviation of the input: those that the weights were trained with,
             or CLIP's, or ImageNet's (C).
@@ -85,7 +85,8 @@ class ImageEncoder(Encoder):
         vit: the timm model. mask_token: the learnable token, [1, 1, D].
 
     Raises:
-        UserError: no such model, no class token, an image_size that does not hold whole patches.
+        UserError: no such model, no class token, an image_size that does not hold whole patches, or weights
+            beside random_init.
     """
 
     def __init__(
@@ -100,6 +101,9 @@ class ImageEncoder(Encoder):
         checkpointing: bool = False,
     ) -> None:
         super().__init__(random_init)
+        if random_init and weights is not None:
+            what = f"weights {weights} are given, and random_init is true"
+            raise UserError("model.backbone.image.weights", what, "Give --model.random_init false, or no weights")
         self.name, self.image_size, self.weights = name, image_size, weights
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
         self.vit = create_vit(name, settings | (config or {}))

@@ -39,3 +39,18 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, ExitCode]]:
         """Data workers send exceptions as pickles; the default would lose three of the four parts."""
         return type(self), (self.where, self.what, self.todo, self.code)
+
+
+def check_least(least: float, **values: float | None) -> None:
+    """Refuse numbers below `least`; None passes.
+
+    Args:
+        least: the smallest value allowed.
+        values: by configuration key, with `__` for the dot.
+
+    Raises:
+        UserError: names the key, the value and the bound.
+    """
+    for key, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(key.replace("__", "."), f"{value} is too small", f"Give {least} or more")

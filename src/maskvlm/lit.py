@@ -14,6 +14,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.distributed import Draw, mix, rank
+from maskvlm.errors import UserError, check_least
 from maskvlm.model import MaskVLM
 from maskvlm.optim import build_adamw, parameter_groups, schedule
 from maskvlm.task import Task
@@ -49,6 +50,10 @@ class LitModel(L.LightningModule):
         random_init: bool = False,
     ) -> None:
         super().__init__()
+        check_least(0, model__lr=lr, model__lr_encoders=lr_encoders, model__weight_decay=weight_decay)
+        check_least(0, model__warmup=warmup, model__min_lr=min_lr)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
         self.backbone, self.task = backbone, task
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
         self.warmup, self.min_lr, self.seed = warmup, min_lr, seed

@@ -5,6 +5,7 @@ Shapes: B pictures, C captions, K masked positions, P values of a patch.
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +140,7 @@ class Measure:
             parts = [part for shard in shards for part in shard.get(name, ())]
             total, weight = (math.fsum(column) for column in zip(*parts, strict=True))  # exact in any order
             metrics[name] = total / weight if weight else math.nan
+        metrics |= gains(metrics)
         metrics |= self.word_chance()
         features = everywhere(self.features, next(backbone.parameters()).device)
         if features:
@@ -174,6 +176,19 @@ class Measure:
         best = list(found)[-1]
         metrics["score"] = (metrics[f"retrieval/{best}tr_r1"] + metrics[f"retrieval/{best}ir_r1"]) / 2
         return metrics
+
+
+def gains(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the right partner is worth against a wrong one: in points and nats for words, in percent of the error
+    for pixels."""
+    found = {}
+    if "mlm/accuracy_wrong_image" in metrics:
+        found["mlm/accuracy_gain"] = metrics["mlm/accuracy"] - metrics["mlm/accuracy_wrong_image"]
+        found["mlm/nats_gain"] = metrics["mlm/nats_wrong_image"] - metrics["mlm/nats"]
+    for key in ("mim/mse", "mim/l1", "mim/object_mse", "mim/object_l1"):
+        if wrong := metrics.get(f"{key}_wrong_text"):  # nothing to gain where even a wrong caption makes no error
+            found[f"{key}_gain"] = 100 * (1 - metrics[key] / wrong)
+    return found
 
 
 def one_caption(batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maskvlm.cross import CrossEncoder
 from maskvlm.data.batch import InputSpec
 from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.errors import UserError
+from maskvlm.errors import UserError, check_least
 from maskvlm.init import init_normal, init_positions, init_xavier
 from maskvlm.weights import load_pretrained
 
@@ -61,6 +61,10 @@ class MaskVLM(nn.Module):
                 f"the image encoder is {image.width} wide and the text encoder {text.width}",
                 "choose two encoders of one width (matching multiplies their class tokens)",
             )
+        check_least(1, model__backbone__cross_layers=cross_layers, model__backbone__cross_heads=cross_heads)
+        if image.width % cross_heads:
+            todo = f"give a divisor of {image.width}"
+            raise UserError("model.backbone.cross_heads", f"{cross_heads} do not divide width {image.width}", todo)
         self.image, self.text = image, text
         self.width, self.cross_heads = image.width, cross_heads
         self.dropout, self.checkpointing = dropout, checkpointing

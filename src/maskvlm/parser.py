@@ -20,6 +20,7 @@ KNOWN_WARNINGS = (
     r".*does not have many workers.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Experiment logs directory .* exists.*",
+    r".*It is recommended to use .self\.log.*sync_dist=True.*",  # each process has the metrics of all
     r".*The number of training batches .* is smaller than the logging interval.*",
 )
 

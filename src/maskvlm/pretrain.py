@@ -11,7 +11,7 @@ from torch import Tensor
 from maskvlm import losses
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import shared_count, world_size
-from maskvlm.errors import UserError
+from maskvlm.errors import UserError, check_least
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, normalise_patches, patchify, pick
 from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Negatives, PixelLoss
@@ -79,6 +79,9 @@ class MaskedPretraining(Task):
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
         _check_settings(image_mask_ratio, text_mask_ratio, self.weights)
+        sizes = {"decoder_layers": decoder_layers, "contrast_dim": contrast_dim, "rerank_k": rerank_k}
+        check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
+        check_least(0.001, model__task__temperature=temperature)
         self.image_mask_ratio, self.text_mask_ratio, self.mask_block = (
             image_mask_ratio,
             text_mask_ratio,

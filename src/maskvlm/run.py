@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
 
+from maskvlm.distributed import cores
 from maskvlm.errors import ExitCode, UserError
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")
@@ -77,7 +78,7 @@ def versions() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Processor, cores this process may use, and the cards, by name."""
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "gpus": cards}
+    return {"processor": _processor(), "cores": cores(), "gpus": cards}
 
 
 def _processor() -> str:
@@ -118,17 +119,30 @@ class RunRecord(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.trained |= stage == "fit"
-        if not trainer.is_global_zero or stage != "fit":
-            return
+        if not trainer.is_global_zero or stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial of a few batches may stand on a finished run's folder
         fingerprint = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
         facts: dict[str, Any] = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
-        facts["processes"] = trainer.world_size
+        facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None
         write_json(folder_of(trainer) / "versions.json", versions() | facts)
         if trainer.ckpt_path is None:  # else the checkpoint brings every tensor
             provenance = pl_module.backbone.provenance.under("backbone").complete(pl_module)  # type: ignore[union-attr, operator]
             Console().print(provenance.table())
             provenance.save(folder_of(trainer) / "provenance.json")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say and list which samples were left out, mended or cut."""
+        bad_rows = getattr(trainer.datamodule, "bad_rows", None)  # type: ignore[attr-defined]
+        rows = bad_rows() if bad_rows else {}  # all processes: it adds up their counts
+        counts = dict(rows.get("problems", {}))
+        for split, left_out in rows.get("left_out", {}).items():
+            counts |= {f"{reason} ({split})": len(places) for reason, places in left_out.items()}
+        if trainer.is_global_zero and counts:
+            path = folder_of(trainer) / "bad_samples.json"
+            write_json(path, rows)
+            told = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+            print(f"samples skipped or mended ({rows['samples']} read): {told}; listed in {path}", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
@@ -138,7 +152,8 @@ class RunRecord(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = getattr(pl_module, "metrics", {})
-        if trainer.is_global_zero and metrics and not trainer.sanity_checking:
+        trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.is_global_zero and metrics and not trial:
             stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
             name = "metrics.json" if stage == "fit" else f"metrics-{stage}.json"
             write_json(folder_of(trainer) / name, {"step": trainer.global_step} | metrics)

@@ -128,7 +128,7 @@ def other_table(metrics: Mapping[str, float]) -> Table | None:
     known = {f"{key}{k}{end}" for _, key in RETRIEVAL for k in KS for end in ("", "_chance")}
     known |= {*SIZES, "score"}  # the score repeats what retrieval shows
     for m in (*WORDS, *PIXELS):
-        ends = ("", f"_wrong_{m.partner}", f"_no_{m.partner}", "_chance")
+        ends = ("", f"_wrong_{m.partner}", f"_no_{m.partner}", "_chance", "_gain")
         known |= {f"{m.key}{end}" for end in ends}
     table = _table("Metric", ["value"])
     for name, value in metrics.items():

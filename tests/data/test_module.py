@@ -1,5 +1,6 @@
 """The data module: length of a run, who reads what, the tokenizer, and the share of rows that may be bad."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,8 +122,9 @@ def test_processes_share_whole_batches_of_evaluation(monkeypatch: pytest.MonkeyP
     for rank in range(world):
         as_process(monkeypatch, rank, world)
         found[rank] = [batch.index_B.tolist() for batch in ready().val_dataloader()]
-    assert sorted(batch for batches in found.values() for batch in batches) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [len(batches) for batches in found.values()] == ([2, 1] if world == 2 else [1, 1, 1, 0])
+    each = [[0, 1, 2], [3, 4, 5], [6]] if world == 2 else [[picture] for picture in range(7)]
+    assert sorted(batch for batches in found.values() for batch in batches) == each
+    assert [len(batches) for batches in found.values()] == ([2, 1] if world == 2 else [2, 2, 2, 1])
 
 
 # ---------------------------------------------------------------------- tokenizer and fingerprint
@@ -160,6 +162,41 @@ def test_a_vocabulary_is_learned_from_pictures_spread_over_the_split() -> None:
     pairs = Rows([row(number) for number in range(10)])
     assert list(some_captions(pairs)) == [caption for number in range(10) for caption in row(number)["captions"]]
     assert list(some_captions(pairs, 4)) == [caption for number in (0, 3, 6, 9) for caption in row(number)["captions"]]
+
+
+@pytest.mark.parametrize(("processes", "sizes"), [(1, [4, 3]), (2, [3, 1]), (7, [1])])
+def test_no_process_is_left_without_an_evaluation_batch(
+    monkeypatch: pytest.MonkeyPatch, processes: int, sizes: list[int]
+) -> None:
+    """Seven pictures in batches of at most four, by process 0 of one, two, seven."""
+    monkeypatch.setattr(module, "world_size", lambda: processes)
+    sampler = ready(eval_batch_size=4).val_dataloader().batch_sampler
+    assert [len(batch) for batch in sampler] == sizes  # type: ignore[union-attr]
+
+
+def test_more_processes_than_pictures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "world_size", lambda: 8)
+    with pytest.raises(UserError, match="7 pictures are fewer than the 8 processes"):
+        ready().val_dataloader()
+
+
+class Card:
+    """What the module asks a trainer for."""
+
+    training, num_devices = True, 4
+    strategy = SimpleNamespace(root_device=torch.device("cuda", 0))
+
+
+def test_readers_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ready()
+    assert data._readers() == 0
+    monkeypatch.setattr(module, "cores", lambda: 20)
+    monkeypatch.setattr(data, "trainer", Card(), raising=False)
+    assert data._readers() == 5
+    monkeypatch.setattr(module, "cores", lambda: 200)
+    assert data._readers() == 12
+    data.workers = 0
+    assert data._readers() == 0
 
 
 # ---------------------------------------------------------------------- bad rows
@@ -211,10 +248,11 @@ def test_what_was_left_out_is_listed_with_examples() -> None:
     listed = data.bad_rows()
     assert listed["samples"] == 32
     assert listed["problems"] == {"not an image (unknown)": 2}  # once an epoch
-    assert len(listed["examples"]["not an image (unknown)"]) == 2
+    assert len(listed["examples"]["not an image (unknown)"]) == 1
     assert "toy:5" in listed["examples"]["not an image (unknown)"][0]
-    take_in(data, 30, ("caption cut", "toy:3"))
-    assert len(data.bad_rows()["examples"]["caption cut"]) == 10
+    take_in(data, 1, *[("caption cut", f"toy:{number}") for number in range(1200)])
+    assert data.bad_rows()["problems"]["caption cut"] == 1200
+    assert data.bad_rows()["examples"]["caption cut"] == [f"toy:{number}" for number in range(1000)]
 
 
 def test_what_the_reader_left_out_is_passed_on() -> None:

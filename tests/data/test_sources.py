@@ -183,6 +183,12 @@ def test_mended_captions_are_counted(karpathy: Any) -> None:
     assert counts == {"caption cut": 1, "caption surrogate": 1, "caption control": 1}
 
 
+def test_evaluation_leaves_no_picture_out(karpathy: Any) -> None:
+    images = [image(f"{n}.png", "val", "a dog", imgid=n) for n in range(10)]
+    with pytest.raises(UserError, match=r"1 of 10 pictures of split 'val'.*evaluation leaves nothing out"):
+        Karpathy(karpathy(images, absent=("3.png",)), max_missing=0.5).split("val")
+
+
 def test_a_few_missing_pictures_are_skipped_and_listed(karpathy: Any) -> None:
     images = [image(f"{i}.png", "train", f"dog {i}", imgid=i) for i in range(10)]
     pairs = Karpathy(karpathy(images, absent=("3.png",)), max_missing=0.1).split("train")

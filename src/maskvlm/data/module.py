@@ -16,8 +16,10 @@ from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import eval_transform, train_transform
-from maskvlm.distributed import gather_objects, rank, world_size
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.distributed import cores, gather_objects, rank, world_size
+from maskvlm.errors import ExitCode, UserError, check_least
+
+MOST_LISTED = 1000
 
 
 class PairData(L.LightningDataModule):
@@ -30,7 +32,8 @@ class PairData(L.LightningDataModule):
         steps: length of the run in batches; or
         epochs: in passes over the training pictures (each with one caption). Exactly one of the two.
         seed: of order, captions and augmentation.
-        workers: processes that read ahead; 0 reads in the main process.
+        workers: processes that read ahead; 0 reads in the main process. None: with a GPU as many as this process's
+            share of the cores, at most 12; without one 0, as the cores have enough to do.
         eval_batch_size: pictures (with all their captions) in an evaluation batch.
         accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
@@ -48,7 +51,7 @@ class PairData(L.LightningDataModule):
         steps: int | None = None,
         epochs: float | None = None,
         seed: int = 0,
-        workers: int = 0,
+        workers: int | None = None,
         eval_batch_size: int = 64,
         accumulate: int = 1,
         augment: bool = True,
@@ -66,6 +69,8 @@ class PairData(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:
                 raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
+        check_least(1, data__eval_batch_size=eval_batch_size, data__accumulate=accumulate)
+        check_least(0, data__workers=workers, data__max_bad_fraction=max_bad_fraction)
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
@@ -129,8 +134,13 @@ class PairData(L.LightningDataModule):
 
     def _evaluation(self, pairs: Pairs) -> DataLoader[Batch]:
         """Each process takes its own batches: no picture is padded in or counted twice, and a batch (whose masks
-        and wrong partners depend on what is in it) is the same for any number of processes."""
-        size, whole = self.eval_batch_size, range(len(pairs))
+        and wrong partners depend on what is in it) is the same for any number of processes that the batches of
+        `eval_batch_size` suffice for."""
+        if len(pairs) < world_size():
+            what = f"{len(pairs)} pictures are fewer than the {world_size()} processes that measure them"
+            raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
+        # No process may be left without a batch: Lightning would stop, and the others wait for it for ever.
+        size, whole = min(self.eval_batch_size, len(pairs) // world_size()), range(len(pairs))
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         mine = batches[rank() :: world_size()]
         return self._loader(EvalPairs(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
@@ -138,8 +148,18 @@ class PairData(L.LightningDataModule):
     def _loader(self, data: Dataset[Any], **kwargs: Any) -> DataLoader[Batch]:
         assert self.tokenizer is not None
         collate = Collate(Captioner(self.tokenizer, self.spec.text_length))
-        timeout = 120 if self.workers else 0
-        return DataLoader(data, collate_fn=collate, num_workers=self.workers, timeout=timeout, **kwargs)
+        workers = self._readers()
+        timeout, pinned = 120 if workers else 0, self._on_gpu()
+        return DataLoader(data, collate_fn=collate, num_workers=workers, timeout=timeout, pin_memory=pinned, **kwargs)
+
+    def _on_gpu(self) -> bool:
+        strategy = getattr(self.trainer, "strategy", None)
+        return strategy is not None and strategy.root_device.type == "cuda"
+
+    def _readers(self) -> int:
+        if self.workers is not None or not self._on_gpu():
+            return self.workers or 0
+        return min(12, cores() // max(1, self.trainer.num_devices))  # type: ignore[union-attr]
 
     # ------------------------------------------------------------------ bad rows
 
@@ -149,9 +169,9 @@ class PairData(L.LightningDataModule):
         self.seen += len(batch.image_BCHW)
         for reason, message in batch.problems:
             self.problems[reason] += 1
-            examples = self.examples.setdefault(reason, [])
-            if len(examples) < 10:
-                examples.append(message)
+            listed = self.examples.setdefault(reason, [])
+            if len(listed) < MOST_LISTED and message not in listed:  # a bad row comes back every epoch
+                listed.append(message)
         unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
         if batch.problems and self.seen >= 1000 and unread > self.max_bad_fraction * self.seen:
             what = f"{unread} of {self.seen} samples could not be read, first: {batch.problems[0][1]}"
@@ -160,13 +180,18 @@ class PairData(L.LightningDataModule):
         return batch
 
     def bad_rows(self) -> dict[str, Any]:
-        """Samples skipped or mended so far by reason, with examples; also what the reader left out."""
+        """Samples skipped or mended so far by reason, and which they are (the first 1,000 of a reason); also
+        what the reader left out."""
         left_out = {name: dict(getattr(pairs, "skipped", {})) for name, pairs in self.splits.items()}
         counts: Counter[str] = Counter()
         for part in gather_objects(self.problems):
             counts.update(part)  # type: ignore[call-overload]
         samples = sum(gather_objects(self.seen))  # type: ignore[arg-type]
-        return {"samples": samples, "problems": dict(counts), "examples": self.examples, "left_out": left_out}
+        examples: dict[str, list[str]] = {}
+        for shard in gather_objects(self.examples):
+            for reason, messages in shard.items():  # type: ignore[attr-defined]
+                examples[reason] = list(dict.fromkeys([*examples.get(reason, []), *messages]))[:MOST_LISTED]
+        return {"samples": samples, "problems": dict(counts), "examples": examples, "left_out": left_out}
 
 
 def some_captions(pairs: Pairs, most: int = 6_000) -> Iterator[str]:

@@ -1,0 +1,48 @@
+"""The batch script of a run on a cluster."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maskvlm.__main__ import main
+from maskvlm.errors import ExitCode
+
+
+def test_the_batch_script_is_the_command_with_a_task_for_every_card(
+    stack: Callable[..., list[str]],
+    tmp_path: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(root)
+    words = [*stack(WHERE="slurm4x8"), "--model.task.image_mask_ratio", "0.7"]
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    assert main(["submit", "--run", str(tmp_path / "a run"), *words, "--allow-import", "plug"]) == 0
+    script = (tmp_path / "a run" / "job.sh").read_text()
+    assert "written; there is no sbatch here" in capsys.readouterr().out
+    wanted = ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=14")
+    assert all(f"#SBATCH --{line}\n" in script for line in wanted)
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in script
+    command = script.splitlines()[-1]
+    assert command.startswith("srun ")
+    assert command.endswith("--model.task.image_mask_ratio 0.7 --allow-import plug")
+    assert "'" + str(tmp_path / "a run") + "'" in command
+
+
+def test_a_refusal_of_sbatch_is_one_line(
+    stack: Callable[..., list[str]],
+    tmp_path: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(root)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = stack(WHERE="slurm4x8")
+    assert main(["submit", "--run", str(tmp_path / "run"), *words]) == ExitCode.UNAVAILABLE
+    assert "sbatch: invalid partition. Mend " in capsys.readouterr().err
