@@ -77,7 +77,10 @@ def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.Cap
     rows: dict[str, Any] = {"samples": 32, "problems": {"truncated": 2}, "examples": {"truncated": ["a.jpg"]}}
     rows["left_out"] = {"val": {}, "train": {"missing picture": ["toy.json image 3 (3.png)"]}}
     trainer: Any = SimpleNamespace(
-        datamodule=SimpleNamespace(bad_rows=lambda: rows), is_global_zero=True, default_root_dir=str(tmp_path)
+        fast_dev_run=False,
+        datamodule=SimpleNamespace(bad_rows=lambda: rows),
+        is_global_zero=True,
+        default_root_dir=str(tmp_path),
     )
     RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
     said = capsys.readouterr().out

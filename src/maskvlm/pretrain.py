@@ -246,7 +246,8 @@ class MaskedPretraining(Task):
     def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
         target_CK = batch.token_CT.gather(1, token.index_CK)
         if self.training:
-            self.token_count_V.index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
+            # Fading keeps float32 counts exact where a frequent word would reach 2^24, and follows the data.
+            self.token_count_V.mul_(0.9999).index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
         logits_CKV = self.tokens(pick(text_BTD, token.index_CK))
         return losses.masked_token(logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum()))
 
@@ -270,8 +271,8 @@ class MaskedPretraining(Task):
         """No-knowledge level of each loss that is computed.
 
         ITC: log of the global batch. ITM: entropy of its 1:2 class prior, 0.6365. MLM: entropy of the hidden
-        tokens seen so far. MIM: error of predicting the mean colour of the latest batch. The last two are missing
-        until a batch was seen.
+        tokens of the last 10,000 steps or so. MIM: error of predicting the mean colour of the latest batch. The
+        last two are missing until a batch was seen.
         """
         levels = {"itc": math.log(max(batch_size, 1)), "itm": math.log(3) - 2 / 3 * math.log(2)}
         if self.weights["mlm"] and self.token_count_V.any():

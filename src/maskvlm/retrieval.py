@@ -46,10 +46,10 @@ def recall(score_QG: Tensor, relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 1
 
 def chance(relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[int, float]:
     """Recall@k in percent of an order by lot: at least one of a query's relevant items among k drawn of all G."""
-    total, relevant_Q = relevant_QG.shape[1], relevant_QG.sum(1).double()
+    total, relevant_Q = relevant_QG.shape[1], relevant_QG.sum(1).cpu().double()  # an Apple GPU has no float64
     levels = {}
     for k in ks:
-        drawn = torch.arange(min(k, total), device=relevant_QG.device)
+        drawn = torch.arange(min(k, total))
         missed_Q = ((total - relevant_Q[:, None] - drawn).clamp(min=0) / (total - drawn)).prod(1)
         levels[k] = 100 * (1 - missed_Q).mean().item()
     return levels

@@ -138,7 +138,7 @@ class RunRecord(L.Callback):
         counts = dict(rows.get("problems", {}))
         for split, left_out in rows.get("left_out", {}).items():
             counts |= {f"{reason} ({split})": len(places) for reason, places in left_out.items()}
-        if trainer.is_global_zero and counts:
+        if trainer.is_global_zero and counts and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = folder_of(trainer) / "bad_samples.json"
             write_json(path, rows)
             told = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
