@@ -293,10 +293,17 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_an_interrupt_is_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_is_clean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr(front, "dispatch", raising(KeyboardInterrupt()))
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    assert main(["fit", "--run", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"interrupted before the first checkpoint of {tmp_path}\n"
+    (tmp_path / "last.ckpt").touch()
+    assert main(["fit", "--run", str(tmp_path)]) == 130
+    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: go on from it by" in capsys.readouterr().err
 
 
 class Simple(UserError):

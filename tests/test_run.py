@@ -199,6 +199,12 @@ def test_a_folder_that_cannot_be_made_is_found_at_the_start(tmp_path: Path) -> N
     assert caught.value.code == ExitCode.CANNOT_CREATE
 
 
+def test_a_run_without_a_checkpoint_is_no_dead_end(tmp_path: Path) -> None:
+    (tmp_path / "config-fit.yaml").touch()
+    with pytest.raises(UserError, match="ended before its first checkpoint.*or delete this one"):
+        claim(tmp_path)
+
+
 def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": 1.5, "c": "é"})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": 1.5, "c": "é"}

@@ -1,5 +1,6 @@
 """The small commands beside fit, validate and test: a look at the data, and a job for the cluster."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ SCRIPT = """#!/usr/bin/env bash
 set -euo pipefail
 cd {here}
 export PYTHONPATH=src
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
+{root}export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
 srun {command}
 """
 
@@ -77,6 +78,7 @@ def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[st
         devices=devices,
         cpus=workers + 2,
         folder=settings.run,
+        root=f"export DATA_ROOT={shlex.quote(root)}\n" if (root := os.environ.get("DATA_ROOT")) else "",
         here=shlex.quote(str(Path.cwd())),
         command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
     )

@@ -21,6 +21,7 @@ KNOWN_WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Experiment logs directory .* exists.*",
     r".*It is recommended to use .self\.log.*sync_dist=True.*",  # each process has the metrics of all
+    r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # its successor is private
     r".*The number of training batches .* is smaller than the logging interval.*",
 )
 

@@ -203,13 +203,18 @@ class TrainingProgress(ProgressBar):
             self.bar = None
 
 
+LEAST_PATIENCE = 50
+"""Steps below which even a healthy matching loss sits at its level: a trial run need not alarm."""
+
+
 class StuckLoss(Callback):
     """Warns, once for each loss, when it sits at its no-knowledge level past warm-up: nothing is learned.
 
     Args:
         share: of the level above which a loss counts as sitting at it.
         patience: how long it must have sat there, counted from the end of warm-up at the earliest: a share of
-            the run's steps, or a number of steps from 1 on. Matching stays for a while, hence a quarter.
+            the run's steps, at least 50 of them, or a number of steps from 1 on. Matching stays for a while, hence
+            a quarter.
         warmup: like patience; the module's own unless told.
     """
 
@@ -232,7 +237,9 @@ class StuckLoss(Callback):
             total = float(trainer.estimated_stepping_batches)
             warmup = getattr(pl_module, "warmup", 0) if self.warmup is None else self.warmup
             if step > steps_of(warmup, total):
-                self.look(step, steps_of(self.patience, total), self.losses.read(trainer, pl_module, batch))
+                patience = steps_of(self.patience, total)
+                patience = max(patience, LEAST_PATIENCE) if self.patience < 1 else patience
+                self.look(step, patience, self.losses.read(trainer, pl_module, batch))
 
     def look(self, step: int, patience: float, readings: Readings) -> None:
         """Follow which losses sit at their level, and warn of those that have sat there for long enough."""

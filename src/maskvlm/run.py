@@ -31,7 +31,11 @@ def claim(folder: Path) -> None:
         UserError: it already holds a run, or it cannot be written (73).
     """
     if any(folder.glob("*.ckpt")) or (folder / "config-fit.yaml").exists():
-        todo = "Choose another folder (--run; RUN= with make), or go on with it by --ckpt_path last"
+        todo = "Choose another folder (--run; RUN= with make), or "
+        if not any(folder.glob("*.ckpt")):
+            what = "already holds a run, which ended before its first checkpoint"
+            raise UserError(folder, what, f"{todo}delete this one", ExitCode.CANNOT_CREATE)
+        todo += "go on with it by --ckpt_path last"
         raise UserError(folder, "already holds a run", todo, ExitCode.CANNOT_CREATE)
     write_json(folder / "versions.json", versions())
 

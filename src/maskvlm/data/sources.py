@@ -113,7 +113,7 @@ class Karpathy(Source):
         if self.images is not None:
             if not self.images.is_dir():
                 what = "there is no such folder of pictures"
-                raise UserError(self.images, what, "Correct `images`", ExitCode.MISSING_INPUT)
+                raise UserError(self.images, what, "Correct data.source.images", ExitCode.MISSING_INPUT)
             return self.images
         beside, own = self.file.parent / "images", self.file.parent
         if (own / first).is_file() and not (beside / first).is_file():
@@ -126,9 +126,9 @@ class Karpathy(Source):
         if len(absent) > most or len(absent) == total:
             first = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
             what = f"{len(absent)} of {total} pictures of split '{name}' are not in {root}: {first}"
-            todo = "Set `images` to their folder, fetch them, or raise `max_missing`"
+            todo = "Set data.source.images to their folder, fetch them, or raise data.source.max_missing"
             if name != "train":
-                todo = "Set `images` to their folder, or fetch them: evaluation leaves nothing out"
+                todo = "Set data.source.images to their folder, or fetch them: evaluation leaves nothing out"
             raise UserError(self.file, what, todo, ExitCode.MISSING_INPUT)
 
 
@@ -155,7 +155,9 @@ def _read_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(file, "no such file", "Correct `file`", ExitCode.MISSING_INPUT) from error
+        raise UserError(
+            file, "no such file", "Set data.source.file (with make: DATA_ROOT= its folder)", ExitCode.MISSING_INPUT
+        ) from error
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise UserError(file, what, "Check disk and permissions", ExitCode.IO_ERROR) from error
