@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_made_is_found_at_the_start(tmp_path: Path) -> N
 
 def test_a_run_without_a_checkpoint_is_no_dead_end(tmp_path: Path) -> None:
     (tmp_path / "config-fit.yaml").touch()
-    with pytest.raises(UserError, match="ended before its first checkpoint.*or delete this one"):
+    with pytest.raises(UserError, match=r"ended before its first checkpoint.*or delete this one"):
         claim(tmp_path)
 
 

@@ -78,6 +78,8 @@ class Command(LightningCLI):
         settings = self.settings
         folder = Path(settings.run)
         check_device(settings.trainer)
+        if self.subcommand != "fit":
+            settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
         settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if process_rank() == 0:
             folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
