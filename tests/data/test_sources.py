@@ -204,7 +204,7 @@ def test_many_missing_pictures_are_an_error_that_names_the_first(karpathy: Any, 
     assert caught.value.code == ExitCode.MISSING_INPUT
     assert str(caught.value) == (
         f"{file}: 5 of 10 pictures of split 'train' are not in {tmp_path}/images: 2.png, 3.png, 4.png, .... "
-        "Set data.source.images to their folder, fetch them, or raise data.source.max_missing."
+        "Set data.source.images to their folder, or raise data.source.max_missing."
     )
 
 

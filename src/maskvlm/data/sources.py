@@ -121,14 +121,12 @@ class Karpathy(Source):
         return beside if beside.is_dir() else own
 
     def _check_missing(self, name: str, root: Path, absent: list[str], total: int) -> None:
-        # Evaluation never skips: a figure on fewer pictures would be another figure.
-        most = self.max_missing * total if name == "train" else 0
+        most = self.max_missing * total if name == "train" else 0  # evaluation never skips
         if len(absent) > most or len(absent) == total:
             first = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
             what = f"{len(absent)} of {total} pictures of split '{name}' are not in {root}: {first}"
-            todo = "Set data.source.images to their folder, fetch them, or raise data.source.max_missing"
-            if name != "train":
-                todo = "Set data.source.images to their folder, or fetch them: evaluation leaves nothing out"
+            way = "raise data.source.max_missing" if name == "train" else "fetch them: evaluation leaves nothing out"
+            todo = f"Set data.source.images to their folder, or {way}"
             raise UserError(self.file, what, todo, ExitCode.MISSING_INPUT)
 
 
