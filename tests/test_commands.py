@@ -9,15 +9,17 @@ from maskvlm.__main__ import main
 from maskvlm.errors import ExitCode
 
 
-def test_the_batch_script_is_the_command_with_a_task_for_every_card(
-    stack: Callable[..., list[str]],
-    tmp_path: Path,
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def cluster(stack: Callable[..., list[str]], root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files of `make submit WHERE=slurm4x8`, from the repository's root."""
     monkeypatch.chdir(root)
-    words = [*stack(WHERE="slurm4x8"), "--model.task.image_mask_ratio", "0.7"]
+    return stack(WHERE="slurm4x8")
+
+
+def test_the_batch_script_is_the_command_with_a_task_for_every_card(
+    cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*cluster, "--model.task.image_mask_ratio", "0.7"]
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
     monkeypatch.setenv("DATA_ROOT", "/data/all photos")
     assert main(["submit", "--run", str(tmp_path / "a run"), *words, "--allow-import", "plug"]) == 0
@@ -34,17 +36,11 @@ def test_the_batch_script_is_the_command_with_a_task_for_every_card(
 
 
 def test_a_refusal_of_sbatch_is_one_line(
-    stack: Callable[..., list[str]],
-    tmp_path: Path,
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(root)
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    words = stack(WHERE="slurm4x8")
-    assert main(["submit", "--run", str(tmp_path / "run"), *words]) == ExitCode.UNAVAILABLE
+    assert main(["submit", "--run", str(tmp_path / "run"), *cluster]) == ExitCode.UNAVAILABLE
     assert "sbatch: invalid partition. Mend " in capsys.readouterr().err

@@ -41,20 +41,20 @@ def main(argv: list[str] | None = None) -> int:
         check(arguments)
         return dispatch(arguments, options)
     except KeyboardInterrupt:
-        return interrupted(run_folder(arguments))
+        return interrupted(run_folder(arguments) if arguments[:1] == ["fit"] else None)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns it into exit(1)
-            return interrupted(run_folder(arguments))
+            return interrupted(run_folder(arguments) if arguments[:1] == ["fit"] else None)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         return report(error, run_folder(arguments), debug)
 
 
 def interrupted(folder: Path | None) -> int:
-    """Ctrl-C is no error; 130 is what shells expect. Says what is left of the run."""
+    """Ctrl-C is no error; 130 is what shells expect. Says what is left of a training run."""
     told = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
         told += f"; {folder / 'last.ckpt'} holds its latest checkpoint: go on from it by --ckpt_path last"
