@@ -1,0 +1,110 @@
+"""Examples of downstream tasks: a text about one or several pictures, and what is to be said of it.
+
+A question about a photo, a sentence about two, a hypothesis: one contract for all. Sources live with the tasks.
+
+Shapes: B examples, P pictures an example, T tokens, K labels, A answers of all examples, H and W pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, TypedDict
+
+from PIL import Image
+from torch import Tensor
+
+
+class Example(TypedDict):
+    """One text about pictures, as a source hands it out.
+
+    Attributes:
+        images: encoded bytes, a path, or a Pillow image each; every example of a source has the same number.
+        image_ids: of the pictures; the same photo has the same id in every data set (`coco 458752`, `flickr 1019604187`).
+        text: question, sentence or hypothesis.
+        answers: what people answered, one label in most tasks, ten in VQA v2; empty where it is not published.
+        id: the data set's own (question_id, identifier, pairID), unique in its split; predictions carry it.
+        kind: question type or "": metrics are also given by kind.
+        group: examples with the same sentence share it (NLVR's consistency), else "".
+        origin: names the row in error messages: file, and line or position.
+    """
+
+    images: list[bytes | str | Image.Image]
+    image_ids: list[str]
+    text: str
+    answers: list[str]
+    id: str
+    kind: str
+    group: str
+    origin: str
+
+
+class Examples(Protocol):
+    """One split: examples by index. `skipped`: reason -> places of the rows that were left out or mended."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def skipped(self) -> dict[str, list[str]]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+    def image_ids(self) -> Iterator[str]:
+        """Of all its pictures, each at least once, without opening them."""
+        ...
+
+
+class ExampleSource(ABC):
+    """A data set of a downstream task; a new one is a subclass and a YAML that names it."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[str, ...]:
+        """What the head decides among, in the order of its outputs; known before any picture is read."""
+
+    @abstractmethod
+    def split(self, name: str) -> Examples:
+        """The examples of `train`, `val` or `test`."""
+
+    def targets(self, answers: list[str]) -> dict[str, float]:
+        """Label -> weight in the loss, 0 to 1. One label is the rule; VQA's ten answers make several."""
+        return dict.fromkeys(answers[:1], 1.0)
+
+
+class AnswerTokens(NamedTuple):
+    """All target answers of a batch as text. owner_A: row of the example; weight_A: its target's weight."""
+
+    token_AT: Tensor
+    attention_AT: Tensor
+    owner_A: Tensor
+    weight_A: Tensor
+
+
+class ExampleBatch(NamedTuple):
+    """Examples ready for the encoders.
+
+    Attributes:
+        image_BPCHW: normalised RGB, float.
+        token_BT, attention_BT, special_BT, word_BT: of the texts, as in `Batch`.
+        target_BK: weight of each label.
+        valid_B: False where a picture could not be read: a blank row that keeps its place, with weight 0.
+        index_B: position in the split.
+        image_id_BP: 64-bit hashes.
+        answers: the target answers as text.
+        examples: the examples as the source gave them, without their pictures.
+        problems: (reason, message) of what could not be read or had to be mended.
+    """
+
+    image_BPCHW: Tensor
+    token_BT: Tensor
+    attention_BT: Tensor
+    special_BT: Tensor
+    word_BT: Tensor
+    target_BK: Tensor
+    valid_B: Tensor
+    index_B: Tensor
+    image_id_BP: Tensor
+    answers: AnswerTokens
+    examples: tuple[Example, ...]
+    problems: tuple[tuple[str, str], ...] = ()
