@@ -3,42 +3,87 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor, nn
 
-from maskvlm.data.batch import Batch
 from maskvlm.masking import Uniform
 
 if TYPE_CHECKING:
     from maskvlm.model import MaskVLM
 
 
+class Prediction(TypedDict):
+    """One line of `predictions.jsonl`, and a row of `examples.png`.
+
+    Attributes:
+        id: the data set's own id of the example.
+        text: what was asked.
+        truth, prediction: in words; truth is "" where it is not published.
+        right: 0 to 1, None where the truth is not published.
+        index: rows of the evaluated split whose pictures belong to it: the examples' own, or those that were found.
+        kind: question type, or "".
+    """
+
+    id: str
+    text: str
+    truth: str
+    prediction: str
+    right: float | None
+    index: list[int]
+    kind: str
+
+
 class Task(nn.Module, ABC):
     """What is special about one objective: its heads, its losses, its metrics.
 
-    `uniform` gives the random numbers of the current step (see `masking.Uniform`); `weights` is the weight of each
-    loss term in the sum, 1 where it has none.
+    A batch is whatever the task's data source makes: `Batch` of pairs, `ExampleBatch` of questions and the like.
+
+    Attributes:
+        uniform: gives the random numbers of the current step (see `masking.Uniform`).
+        weights: weight of each loss term in the sum, 1 where it has none.
+        predictions: of the last evaluation, complete in every process; empty where a task makes none.
     """
 
     uniform: Uniform
     weights: Mapping[str, float] = MappingProxyType({})
+    predictions: list[Prediction]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predictions = []
 
     @abstractmethod
     def build(self, backbone: "MaskVLM") -> None:
         """Create the heads to fit the backbone's widths; called once, before the optimiser exists."""
 
     @abstractmethod
-    def forward(self, backbone: "MaskVLM", batch: Batch) -> dict[str, Tensor]:
+    def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:
         """Named loss terms of one training batch; LitModel logs them as they are and sums them by `weights`."""
 
     @abstractmethod
-    def update(self, backbone: "MaskVLM", batch: Batch) -> None:
+    def update(self, backbone: "MaskVLM", batch: Any) -> None:
         """Take in one evaluation batch."""
 
     @abstractmethod
     def compute(self, backbone: "MaskVLM") -> dict[str, float]:
-        """Metrics over all batches taken in since the last call, then forget them."""
+        """Metrics over all batches taken in since the last call, then forget them. `score` chooses the best
+        checkpoint, higher is better; levels of knowing nothing end in `_chance` or `_majority`."""
+
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.
+
+        Returns:
+            Names of this task's own tensors that were taken over.
+        """
+        own = self.state_dict()
+        fitting = {n: value for n, value in heads.items() if n in own and own[n].shape == value.shape}
+        self.load_state_dict(fitting, strict=False)
+        return set(fitting)
+
+    def card(self) -> dict[str, Any]:
+        """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""
+        return {}
 
     def floors(self, batch_size: int) -> dict[str, float]:
         """No-knowledge level of each loss term: what a model pays that has learned nothing."""
