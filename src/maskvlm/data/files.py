@@ -1,0 +1,225 @@
+"""Files of data sets: json and lines of json whose errors name the place, and pictures found by their names.
+
+Shapes: N keys looked up.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maskvlm.data.text import clean_caption
+from maskvlm.errors import ExitCode, UserError
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+"""NLVR2 calls everything .png and VQA v2 everything .jpg; what is inside is found out on opening."""
+
+T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """A json object of a file of lines. `where` is file:line."""
+
+    where: str
+    number: int
+    record: dict[str, Any]
+
+
+# ------------------------------------------------------------------ bytes
+
+
+@contextmanager
+def opened(file: Path, todo: str = "Check the name and the folder") -> Iterator[BufferedReader]:
+    """A file to read from; what goes wrong with it is the user's error."""
+    try:
+        with file.open("rb") as stream:
+            yield stream
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(file, "no such file", todo, ExitCode.MISSING_INPUT) from error
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise UserError(file, what, "Check disk and permissions", ExitCode.IO_ERROR) from error
+
+
+def digest_of(*files: Path, todo: str = "Check the name and the folder") -> str:
+    """SHA-256 of the files' contents, as hexadecimal digits; files as large as they like."""
+    digests = []
+    for file in files:
+        with opened(file, todo) as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------ json
+
+
+def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
+    """The document in `content`, or in the file's line of that number; errors name file and line."""
+    todo, place = "Fetch it again", file if line is None else f"{file}:{line}"
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where, what = f"{file}:{line or error.lineno}", f"not JSON (column {error.colno}: {error.msg})"
+        raise UserError(where, what, todo, ExitCode.BAD_DATA) from error
+    except UnicodeDecodeError as error:
+        raise UserError(place, f"not UTF-8 text (byte {error.start})", todo, ExitCode.BAD_DATA) from error
+    except RecursionError as error:
+        raise UserError(place, "nested too deeply for JSON data", todo, ExitCode.BAD_DATA) from error
+    except ValueError as error:  # Python refuses numbers of thousands of digits
+        raise UserError(place, "not JSON (a number is too long)", todo, ExitCode.BAD_DATA) from error
+
+
+def json_lines(file: Path, todo: str = "Check the name and the folder") -> Iterator[Line]:
+    """One object a line, read as they come; blank lines are passed over."""
+    with opened(file, todo) as stream:
+        for number, content in enumerate(stream, 1):
+            if content.strip():
+                where, record = f"{file}:{number}", load_json(content.rstrip(b"\r\n"), file, number)
+                if not isinstance(record, dict):
+                    what = f"{type(record).__name__} where a JSON object belongs"
+                    raise UserError(where, what, "One object a line is needed", ExitCode.BAD_DATA)
+                yield Line(where, number, record)
+
+
+def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
+    """A value of a json object; its absence or another type is the user's error, named by its place.
+
+    Args:
+        layout: whose files look as they should, for the message ("Karpathy", "VQA v2").
+    """
+    if not isinstance(record, dict):
+        what = f"{type(record).__name__} where an object with '{key}' belongs"
+    elif key not in record:
+        what = f"key '{key}' is missing"
+    elif not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
+        what = f"'{key}' is {type(record[key]).__name__} instead of {kind.__name__}"
+    else:
+        return cast(T, record[key])
+    raise UserError(where, what, f"A file in the {layout} layout is needed", ExitCode.BAD_DATA)
+
+
+def get_name(record: Any, key: str, where: str, layout: str) -> str:
+    """A whole number, or a text that can name things: plain, not empty, and no way out of a folder."""
+    value = get(record, key, object, where, layout)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        what = f"'{key}' is {type(value).__name__} instead of a number or a name"
+    elif isinstance(value, int) and value < 0:
+        what = f"'{key}' is {value}"
+    elif isinstance(value, str) and (not value or clean_caption(value)[0] != value):
+        what = f"'{key}' is {value[:80]!r}: empty, or not plain text"
+    else:
+        check_name(str(value), where)
+        return str(value)
+    raise UserError(where, what, f"A file in the {layout} layout is needed", ExitCode.BAD_DATA)
+
+
+def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layout: str) -> str:
+    """One of the classes, in any case; also true and false where they are classes."""
+    value = get(record, key, object, where, layout)
+    given = str(value).strip().lower() if isinstance(value, str | bool | int | float) else type(value).__name__
+    for name in classes:
+        if given == name.lower() and isinstance(value, str | bool):
+            return name
+    what = f"'{key}' is {given[:80]!r}, the classes are {', '.join(classes)}"
+    raise UserError(where, what, "Correct the label or remove the row", ExitCode.BAD_DATA)
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse the name of a picture that would be looked for outside of the folder of pictures."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\x00" in name or clean_caption(name)[1] == "surrogate":
+        what = f"file name {name!r} leads out of the folder of pictures or is not text"
+        raise UserError(where, what, "Name files relative to that folder", ExitCode.BAD_DATA)
+
+
+# ------------------------------------------------------------------ pictures
+
+
+class Pictures:
+    """Files of a folder by a key; kept as Arrow, which costs data workers no copy.
+
+    Args:
+        folder: where the names start.
+        name_of: key -> name of the file.
+    """
+
+    def __init__(self, folder: Path, name_of: dict[str, str]) -> None:
+        self.folder = folder
+        self._key_N = pa.array(list(name_of), pa.string())
+        self._name_N = pa.array(list(name_of.values()), pa.string())
+
+    def find(self, key_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Numbers for `path`, -1 where there is no such picture."""
+        return pc.index_in(key_N, value_set=self._key_N).fill_null(-1).to_numpy().astype(np.int32)
+
+    def path(self, number: int) -> str:
+        """The path of a file."""
+        return str(self.folder / self._name_N[int(number)].as_py())
+
+
+def picture_folder(images: str | Path | None, root: Path, key: str = "data.source.images") -> Path:
+    """The folder that was named, else `images/` in the root, else the root.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    beside = root / "images"
+    folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
+    if not folder.is_dir():
+        what = "there is no such folder of pictures"
+        raise UserError(folder, what, f"Correct {key}", ExitCode.MISSING_INPUT)
+    return folder
+
+
+def picture_names(folder: Path) -> list[str]:
+    """Every picture in the folder and those in it, relative to it, sorted; not hidden ones, nor names that are no text.
+
+    Raises:
+        UserError: there are none.
+    """
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(place).relative_to(folder)
+        fitting = (name for name in files if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES)
+        names += [(inside / name).as_posix() for name in fitting if not name.startswith(".")]
+    if not names:
+        raise UserError(folder, "no picture in this folder", "Correct data.source.images", ExitCode.MISSING_INPUT)
+    return sorted(name for name in names if name.encode("utf-8", "ignore").decode() == name)
+
+
+def check_missing(
+    where: object, split: str, folder: Path, absent: list[str], total: int, max_missing: float, rows: str = "pictures"
+) -> None:
+    """Refuse a split that lacks too many pictures.
+
+    Args:
+        where: names the file, or its first row without a picture.
+        absent: the pictures missed, one a row.
+        total: rows of the split.
+        max_missing: the share of training rows that may lack a picture; in evaluation none may.
+        rows: what is counted, for the message.
+    """
+    most = max_missing * total if split == "train" else 0
+    if len(absent) <= most and len(absent) < total:
+        return
+    names = list(dict.fromkeys(absent))
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    what = f"{len(absent)} of {total} {rows} of split '{split}' are not in {folder}: {first}"
+    way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"
+    todo = f"Set data.source.images to their folder, or {way}"
+    raise UserError(where, what, todo, ExitCode.MISSING_INPUT)

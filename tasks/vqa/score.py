@@ -1,0 +1,135 @@
+"""`python -m maskvlm vqa.score RESULTS.json ANNOTATIONS.json`: the official accuracy of a file of answers.
+
+Results are in the form that the VQA v2 server takes: [{"question_id": 458752000, "answer": "net"}, ...].
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from maskvlm.data.files import get
+from maskvlm.errors import ExitCode, UserError
+from tasks.vqa.metric import Mean, VqaAccuracy, vqa_accuracy
+from tasks.vqa.vocabulary import LAYOUT, Arguments, get_text, number_once, read_annotations, read_json
+
+
+def main(arguments: list[str]) -> int:
+    """Score a file of answers with the official VQA v2 accuracy. arguments: what follows the command's name."""
+    parser = Arguments("python -m maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("results", type=Path, help='the answers: [{"question_id": 1, "answer": "yes"}, ...]')
+    parser.add_argument("annotations", type=Path, help="people's answers: v2_mscoco_val2014_annotations.json")
+    parser.add_argument("--questions", type=Path, help="the questions: each must have its annotation and answer")
+    parser.add_argument("--json", action="store_true", help="one line of JSON, not rounded, instead of the table")
+    options = parser.parse_args(arguments)
+    measured = score(options.results, options.annotations, options.questions)
+    if options.json:
+        print(json.dumps(as_json(measured)))
+    else:
+        Console().print(as_table(measured))
+    return 0
+
+
+def score(results: Path, annotations: Path, questions: Path | None = None) -> VqaAccuracy:
+    """The accuracy of a file of answers; every question of the annotations counts, none may be left out.
+
+    Raises:
+        UserError: a file is missing, of another form, or speaks of other questions than the annotations do.
+    """
+    asked = list(read_annotations(annotations))
+    if not asked:
+        raise UserError(annotations, "no annotations", "Take the complete file", ExitCode.BAD_DATA)
+    known = dict.fromkeys(annotation.question_id for annotation in asked)
+    if questions is not None:
+        compare(read_questions(questions), questions, known, annotations, "annotation")
+    given = read_results(results)
+    compare(known, annotations, given, results, "answer")
+    return vqa_accuracy(
+        [given[annotation.question_id] for annotation in asked],
+        [annotation.answers for annotation in asked],
+        [annotation.question_type for annotation in asked],
+        [annotation.answer_type for annotation in asked],
+    )
+
+
+def read_results(path: Path) -> dict[int, str]:
+    """question_id -> answer.
+
+    Raises:
+        UserError: names the file and the position of what is not as the server wants it.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        what = f"{type(entries).__name__} where a list of answers belongs"
+        todo = 'Write [{"question_id": 1, "answer": "yes"}, ...]'
+        raise UserError(path, what, todo, ExitCode.BAD_DATA)
+    seen: dict[int, int] = {}
+    answers: dict[int, str] = {}
+    for position, entry in enumerate(entries):
+        where = f"{path} [{position}]"
+        question_id = number_once(entry, where, position, seen)
+        answers[question_id] = get_text(entry, "answer", where)
+    return answers
+
+
+def read_questions(path: Path) -> dict[int, int]:
+    """question_id -> position in the file of questions."""
+    seen: dict[int, int] = {}
+    for position, entry in enumerate(get(read_json(path), "questions", list, str(path), LAYOUT)):
+        number_once(entry, f"{path} questions[{position}]", position, seen)
+    return seen
+
+
+def compare(asked: Collection[int], source: Path, given: Collection[int], path: Path, what: str) -> None:
+    """Refuse a file that lacks questions of the other one, or has more.
+
+    Args:
+        asked: ids that `source` has.
+        given: ids for which `path` has an answer or annotation.
+        what: "answer" or "annotation".
+    """
+    if missing := [number for number in asked if number not in given]:
+        problem = f"no {what} to {len(missing)} of {len(asked)} questions of {source}, the first is {missing[0]}"
+    elif unknown := [number for number in given if number not in asked]:
+        problem = f"{len(unknown)} of {len(given)} question ids are not in {source}, the first is {unknown[0]}"
+    else:
+        return
+    raise UserError(path, problem, "Give two files of the same split", ExitCode.BAD_DATA)
+
+
+def as_json(measured: VqaAccuracy) -> dict[str, object]:
+    """In percent, not rounded; the keys of the official code, and the number of questions."""
+
+    def percent(by: Mapping[str, Mean]) -> dict[str, float]:
+        return {kind: mean.percent for kind, mean in by.items()}
+
+    return {
+        "overall": measured.overall.percent,
+        "perAnswerType": percent(measured.by_answer_type),
+        "perQuestionType": percent(measured.by_question_type),
+        "questions": measured.overall.questions,
+    }
+
+
+def as_table(measured: VqaAccuracy) -> Table:
+    """Overall, by answer type, by question type; two digits as the original, the most frequent types first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("VQA accuracy", no_wrap=True)
+    table.add_column("%", justify="right", no_wrap=True)
+    table.add_column("questions", justify="right", no_wrap=True)
+    table.add_row("overall", *cells(measured.overall))
+    for name, part in (("by answer type", measured.by_answer_type), ("by question type", measured.by_question_type)):
+        if part:
+            table.add_section()
+            table.add_row(name, style="dim")
+        for kind, mean in sorted(part.items(), key=lambda item: (-item[1].questions, item[0])):
+            table.add_row(Text(f"  {kind}"), *cells(mean))
+    return table
+
+
+def cells(mean: Mean) -> tuple[str, str]:
+    return f"{mean.percent:.2f}", f"{mean.questions:,}"

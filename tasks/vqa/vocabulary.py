@@ -1,0 +1,228 @@
+"""The answers that a VQA head chooses from, how much each is worth in training, and the reader of annotations.
+
+The rule of the usual list of 3,129 answers is that of github.com/hengyuan-hu/bottom-up-attention-vqa,
+tools/compute_softscore.py: the `multiple_choice_answer` of each question of train and val is normalised, and kept if
+at least nine questions have it. Run as a command, this file writes such a list.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from maskvlm.data.files import get, load_json, opened
+from maskvlm.errors import ExitCode, UserError, check_least
+from tasks.vqa.metric import credit, normalise
+
+LAYOUT = "VQA v2"
+BROKEN = re.compile("[\ud800-\udfff]")  # JSON can hold halves of surrogate pairs; no file or terminal takes them
+OPTIONAL = ("multiple_choice_answer", "question_type", "answer_type")
+
+
+class Annotation(NamedTuple):
+    """What people answered to one question.
+
+    Attributes:
+        origin: file and position, for messages.
+        majority: `multiple_choice_answer`; like the types, "" where the file has none.
+    """
+
+    question_id: int
+    answers: list[str]
+    origin: str
+    majority: str
+    question_type: str
+    answer_type: str
+
+
+def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, ...]:
+    """Answers in their normalised form, the most frequent first, equally frequent ones in alphabetical order.
+
+    The usual list also has "", which is left of answers such as "a"; so has this one.
+
+    Args:
+        answers: one of each question, its `multiple_choice_answer`.
+        min_count: questions that must share an answer.
+    """
+    check_least(1, min_count=min_count)
+    counts = Counter(map(normalise, answers))
+    kept = [answer for answer, count in counts.items() if count >= min_count]
+    return tuple(sorted(kept, key=lambda answer: (-counts[answer], answer)))
+
+
+def soft_targets(answers: Sequence[str]) -> dict[str, float]:
+    """Each normalised answer and what the official accuracy gives for it: 0.3, 0.6, 0.9, from four of ten people on 1.
+
+    The usual code counts answers as they are written, so that "two" does not help "2", although the metric compares
+    normalised ones; here both count. An only answer, as Visual Genome has, is worth 1 (see `metric.credit`).
+    """
+    counts = Counter(map(normalise, answers))
+    return {answer: credit(count, len(answers)) for answer, count in counts.items()}
+
+
+def shares(answers: Sequence[str]) -> dict[str, float]:
+    """Each normalised answer and the share of people who gave it; the weights of a head that writes answers.
+
+    ALBEF weighs its decoder's loss so (dataset/vqa_dataset.py of salesforce/ALBEF; Visual Genome's answers get 0.5).
+    """
+    counts = Counter(map(normalise, answers))
+    return {answer: count / len(answers) for answer, count in counts.items()}
+
+
+def read_vocabulary(path: str | Path) -> tuple[str, ...]:
+    """A given list: `.json` with a list or `{answer: index}`, any other file with one answer a line.
+
+    Answers are taken as they stand; `soft_targets` never names one that is not in normalised form.
+
+    Raises:
+        UserError: missing or unreadable, not a list of texts, an answer twice, or indices that are not 0, 1, 2, ...
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".json":
+        return _unique(enumerate(_lines(path), 1), path, ":")
+    entries = read_json(path)
+    if isinstance(entries, dict):
+        entries = _by_index(entries, path)
+    if not isinstance(entries, list):
+        what = f"{type(entries).__name__} where a list of answers or {{answer: index}} belongs"
+        raise UserError(path, what, "Give the list of answers", ExitCode.BAD_DATA)
+    return _unique(enumerate(entries), path, " answer ")
+
+
+def _lines(path: Path) -> list[str]:
+    with opened(path) as stream:
+        content = stream.read()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(path, f"not UTF-8 text (byte {error.start})", "Write it as UTF-8", ExitCode.BAD_DATA) from error
+
+
+def _by_index(entries: dict[str, Any], path: Path) -> list[str]:
+    """Answers in the order of their indices, which say which output of a trained head each one has."""
+    answers: dict[int, str] = {}
+    for answer, index in entries.items():
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(entries):
+            what = f"index {index!r} of {answer!r} is not one of 0 to {len(entries) - 1}"
+        elif index in answers:
+            what = f"{answers[index]!r} and {answer!r} have the same index {index}"
+        else:
+            answers[index] = answer
+            continue
+        raise UserError(path, what, "Number the answers from 0 without gaps", ExitCode.BAD_DATA)
+    return [answers[index] for index in range(len(entries))]
+
+
+def _unique(entries: Iterable[tuple[int, Any]], path: Path, sign: str) -> tuple[str, ...]:
+    """The answers, numbered by line or position; only json can say that an answer is empty."""
+    seen: dict[str, int] = {}
+    for number, answer in entries:
+        if not isinstance(answer, str):
+            what = f"{type(answer).__name__} where an answer belongs"
+        elif BROKEN.search(answer):
+            what = f"{answer!r} has half a surrogate pair"
+        elif answer in seen:
+            what = f"'{answer}' stands there twice, first at {seen[answer]}"
+        elif sign == ":" and not answer.strip():
+            what = "an empty line; the empty answer needs a .json file"
+        else:
+            seen[answer] = number
+            continue
+        raise UserError(f"{path}{sign}{number}", what, "Correct the list of answers", ExitCode.BAD_DATA)
+    if not seen:
+        raise UserError(path, "no answers", "Give a list with at least one", ExitCode.BAD_DATA)
+    return tuple(seen)
+
+
+# ------------------------------------------------------------------ annotations
+
+
+def read_annotations(path: Path) -> Iterator[Annotation]:
+    """The answers of each question, from a file in the layout of VQA v2 (`v2_mscoco_val2014_annotations.json`).
+
+    Raises:
+        UserError: names the file and the position of what is missing, of the wrong type, empty, or there twice.
+    """
+    seen: dict[int, int] = {}
+    for position, entry in enumerate(get(read_json(path), "annotations", list, str(path), LAYOUT)):
+        where = f"{path} annotations[{position}]"
+        answers = [
+            get_text(answer, "answer", f"{where}.answers[{number}]")
+            for number, answer in enumerate(get(entry, "answers", list, where, LAYOUT))
+        ]
+        if not answers:
+            what = "a question without answers"
+            raise UserError(where, what, "Take annotations with people's answers (train or val)", ExitCode.BAD_DATA)
+        question_id = number_once(entry, where, position, seen)
+        optional = (get_text(entry, key, where) if key in entry else "" for key in OPTIONAL)
+        yield Annotation(question_id, answers, where, *optional)
+
+
+def number_once(entry: Any, where: str, position: int, seen: dict[int, int]) -> int:
+    """The `question_id` of an entry, which no earlier one may have; `seen`: id -> position, filled here."""
+    question_id = get(entry, "question_id", int, where, LAYOUT)
+    if question_id in seen:
+        what = f"question_id {question_id} is also that of position {seen[question_id]}"
+        raise UserError(where, what, "Keep one of them", ExitCode.BAD_DATA)
+    seen[question_id] = position
+    return question_id
+
+
+def get_text(record: Any, key: str, where: str) -> str:
+    """A text of a json object, one that can be printed and written to files again."""
+    text = get(record, key, str, where, LAYOUT)
+    if BROKEN.search(text):
+        what = f"'{key}' is {text[:80]!r}, with half a surrogate pair"
+        raise UserError(where, what, "Correct the text", ExitCode.BAD_DATA)
+    return text
+
+
+def read_json(path: Path) -> Any:
+    """The content of a json file; it is the user's error if there is none."""
+    with opened(path) as stream:
+        return load_json(stream.read(), path)
+
+
+# ------------------------------------------------------------------ the command
+
+
+class Arguments(argparse.ArgumentParser):
+    """Raises UserError where the original prints its usage and ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split()[1:])
+        raise UserError(self.prog, message, f"Usage: {usage}", ExitCode.USAGE)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the answer list of annotation files as JSON. arguments: what follows the command's name."""
+    parser = Arguments("python -m maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("annotations", type=Path, nargs="+", help="v2_..._annotations.json; the usual list: train, val")
+    parser.add_argument("--min-count", type=int, default=9, help="questions that must share an answer (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the list, a .json file")
+    options = parser.parse_args(arguments)
+    if options.out.suffix.lower() != ".json":
+        raise UserError("--out", f"'{options.out}' does not end in .json", "Name a .json file")
+    answers = build_vocabulary(_majorities(options.annotations), options.min_count)
+    if not answers:
+        what = f"no answer is shared by {options.min_count} questions"
+        raise UserError(options.annotations[0], what, "Lower --min-count or give more files", ExitCode.BAD_DATA)
+    try:
+        options.out.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    except OSError as error:
+        what = f"cannot be written ({error.strerror})"
+        raise UserError(options.out, what, "Name another file with --out", ExitCode.CANNOT_CREATE) from error
+    print(f"{options.out}: {len(answers)} answers")
+    return 0
+
+
+def _majorities(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        for annotation in read_annotations(path):
+            if not annotation.majority:
+                what = "no multiple_choice_answer, which the list is made of"
+                raise UserError(annotation.origin, what, "Take the annotations as distributed", ExitCode.BAD_DATA)
+            yield annotation.majority
