@@ -4,8 +4,10 @@
 Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +16,14 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from maskvlm.config import options
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
 from maskvlm.parser import MODE, Complaint, Parser, prepare
 from maskvlm.run import SaveConfig, claim, keep_log
+from maskvlm.start import model_of, model_yaml
 from maskvlm.verify import newest_valid
 
 COMMANDS = ("fit", "validate", "test")
@@ -55,12 +59,16 @@ class Command(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="checkpoints/run", help="the run's folder; {run} in files")
+        told = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
+        parser.add_argument("--from", type=str | None, default=None, help=told)
+        parser.link_arguments("from", "model.backbone.init_args.start")
         # What the encoders know goes to the data once; one seed and one number of passes rule both sides.
         parser.link_arguments("model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate")
         for encoder in ("image", "text"):
             parser.link_arguments("model.random_init", f"model.backbone.init_args.{encoder}.init_args.random_init")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("data", "model.task.init_args.labels", compute_fn=labels, apply_on="instantiate")
         parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -80,7 +88,8 @@ class Command(LightningCLI):
         check_device(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
-        settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
+        if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
+            settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if process_rank() == 0:
             folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
         if self.subcommand == "fit" and process_rank() == 0 and not settings.trainer.fast_dev_run:
@@ -99,6 +108,7 @@ class Command(LightningCLI):
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
+        self.model.model_yaml = model_yaml(self.written[self.subcommand].as_dict())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """bf16 wherever the GPU has it, unless told otherwise. On the CPU single precision, the faster one there.
@@ -134,6 +144,11 @@ class Parsed(Command):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
+
+
+def labels(data: Any) -> Any:
+    """What the head of a downstream task decides among."""
+    return getattr(data, "labels", None)
 
 
 def input_spec(backbone: Any) -> Any:
@@ -202,6 +217,20 @@ def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] 
     """
     prepare(arguments, allowed)
     try:
-        return command(arguments)
+        with with_model(arguments) as arguments:
+            return command(arguments)
     except Complaint as complaint:
         raise explain(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
+
+
+@contextmanager
+def with_model(arguments: list[str]) -> Iterator[list[str]]:
+    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides."""
+    starts = [option.value for option in options(arguments) if option.key == "from"]
+    if not starts or starts[-1] in ("", "null"):
+        yield arguments
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.yaml"
+        file.write_text(model_of(starts[-1]), encoding="utf-8")
+        yield [arguments[0], "-c", str(file), *arguments[1:]]

@@ -14,9 +14,11 @@ from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.distributed import Draw, mix, rank
-from maskvlm.errors import UserError, check_least
+from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.model import MaskVLM
 from maskvlm.optim import build_adamw, parameter_groups, schedule
+from maskvlm.provenance import Origin, Provenance
+from maskvlm.start import Seen
 from maskvlm.task import Task
 
 
@@ -33,6 +35,7 @@ class LitModel(L.LightningModule):
         warmup: share of the run's steps, or a number of steps from 1 on (paper: 5 of 50 epochs).
         min_lr: where the cosine ends (3e-5, R).
         seed: of masks, negatives and dropout; together with the step it determines them.
+        lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning gives them the encoders', R).
         random_init: both encoders start from random weights; the command line hands it on to them.
     """
 
@@ -48,22 +51,63 @@ class LitModel(L.LightningModule):
         min_lr: float = 3e-5,
         seed: int = 0,
         random_init: bool = False,
+        lr_cross: float | None = None,
     ) -> None:
         super().__init__()
         check_least(0, model__lr=lr, model__lr_encoders=lr_encoders, model__weight_decay=weight_decay)
+        check_least(0, model__lr_cross=lr_cross)
         check_least(0, model__warmup=warmup, model__min_lr=min_lr)
         if not all(0 <= beta < 1 for beta in betas):
             raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
         self.backbone, self.task = backbone, task
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
+        self.lr_cross = lr_cross
         self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
         self.metrics: dict[str, float] = {}
+        self.model_yaml: str | None = None
+        self._seen: Seen | None = None
+        self.trained = False
         task.build(backbone)
+        self.inherited = self._inherit()
+
+    def _inherit(self) -> set[str]:
+        """Heads of the checkpoint that the backbone starts from, unless they decide among other labels."""
+        origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
+        if origin is None or (origin.labels is not None and labels is not None and origin.labels != tuple(labels)):
+            return set()
+        self.backbone.origin = origin._replace(heads={})
+        return self.task.inherit(origin.heads)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where every tensor comes from, heads included."""
+        own = self.task.state_dict()
+        source = self.backbone.origin.path if self.backbone.origin else ""
+        heads = Provenance({name: Origin("loaded", tuple(own[name].shape), source) for name in self.inherited})
+        return (self.backbone.provenance.under("backbone") | heads.under("task")).complete(self)
 
     def setup(self, stage: str) -> None:
+        self.trained |= stage == "fit"
+        if not self.trained and self.trainer.ckpt_path is None and self.backbone.origin is not None:
+            self._check_heads(self.backbone.origin.path)
         tokenizer = getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
+
+    def _check_heads(self, path: str) -> None:
+        """Measuring needs every head; a training may begin without."""
+        missing = [name for name, _ in self.task.named_parameters() if name not in self.inherited]
+        if not missing:
+            return
+        theirs, name = self.backbone.origin and self.backbone.origin.labels, type(self.task).__name__
+        labels = getattr(self.task, "labels", None)
+        if theirs is not None and labels is not None and theirs != tuple(labels):
+            what = f"its head decides among {len(theirs)} labels ({', '.join(theirs[:3])}, ...), which differ from the"
+            what += f" data's {len(labels)} ({', '.join(labels[:3])}, ...)"
+            todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
+            raise UserError(path, what, todo, ExitCode.BAD_DATA)
+        what = f"holds no heads of {name} ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        raise UserError(path, what, "Fine-tune it first: make finetune TASK=... FROM=this file", ExitCode.BAD_DATA)
 
     @property
     def data(self) -> PairData:
@@ -71,7 +115,8 @@ class LitModel(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         encoders = (self.backbone.image, self.backbone.text)
-        groups = parameter_groups(self.backbone, encoders, self.task, self.lr, self.lr_encoders, self.weight_decay)
+        rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross)
+        groups = parameter_groups(self.backbone, encoders, self.task, *rates)
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         total = self.data.total_steps
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
@@ -103,14 +148,15 @@ class LitModel(L.LightningModule):
         terms = self.task(self.backbone, batch)
         loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         logged = {f"train/{name}": term.detach() for name, term in terms.items()}
-        self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.image_BCHW))
+        self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.task.update(self.backbone, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.metrics = self.task.compute(self.backbone)
+        with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
+            self.metrics = self.task.compute(self.backbone)
         self.log_dict(self.metrics, sync_dist=False)
 
     test_step = validation_step
@@ -119,6 +165,32 @@ class LitModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.backbone.text.tokenizer is not None:
             checkpoint["tokenizer"] = tokenizer_json(self.backbone.text.tokenizer)
+        if self.model_yaml is not None:
+            checkpoint["model"] = self.model_yaml
+        if getattr(self.task, "labels", None) is not None:
+            checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
+        checkpoint["lineage"] = [seen.plain() for seen in (*self.lineage, self._seen_here())]
+
+    @property
+    def lineage(self) -> tuple[Seen, ...]:
+        """The data that the weights had seen before this run."""
+        return self.backbone.origin.lineage if self.backbone.origin else ()
+
+    @property
+    def history(self) -> tuple[Seen, ...]:
+        """The data that the weights have seen by now."""
+        trained = "train" in self.data.splits and self.trainer.global_step > 0
+        return (*self.lineage, self._seen_here()) if trained else self.lineage
+
+    def _seen_here(self) -> Seen:
+        """This run's training data; its ids are hashed once."""
+        if self._seen is None:
+            kind, source = type(self.task), type(self.data.source)
+            ids = self.data.picture_ids("train")
+            pictures = len(self.data.splits["train"]) if ids is None else len(ids)
+            names = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
+            self._seen = Seen(*names, self.data.splits["train"].fingerprint, pictures, 0, ids)
+        return self._seen._replace(steps=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "tokenizer" in checkpoint:

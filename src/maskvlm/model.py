@@ -12,7 +12,9 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.encoders import ImageEncoder, TextEncoder
 from maskvlm.errors import UserError, check_least
 from maskvlm.init import init_normal, init_positions, init_xavier
-from maskvlm.weights import load_pretrained
+from maskvlm.provenance import Provenance
+from maskvlm.start import Start, read_start
+from maskvlm.weights import load_pretrained, load_state
 
 
 class Fused(NamedTuple):
@@ -36,9 +38,12 @@ class MaskVLM(nn.Module):
         cross_heads: attention heads (12, C).
         dropout: in the cross encoders and the blocks of heads.
         checkpointing: recompute the cross encoders' activations in the backward pass.
+        start: a checkpoint of an earlier run, whose backbone is taken over whole, tokenizer included, with positions
+            resized where the picture size differs; the encoders' own pretrained weights are then not looked for.
 
     Attributes:
-        provenance: where the encoders' weights come from.
+        provenance: where the weights come from.
+        origin: what the checkpoint `start` handed on; None without one.
 
     Raises:
         UserError: the widths of the two encoders differ; matching multiplies their class tokens. Or an
@@ -53,6 +58,7 @@ class MaskVLM(nn.Module):
         cross_heads: int = 12,
         dropout: float = 0.0,
         checkpointing: bool = False,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         if image.width != text.width:
@@ -77,7 +83,15 @@ class MaskVLM(nn.Module):
             init_positions(image.vit.pos_embed, image.grid)
         for part in (self.cross_image, self.cross_text):
             init_normal(part)
-        self.provenance = load_pretrained(image, text)
+        self.origin: Start | None = None if start is None else read_start(start)
+        self.provenance = load_pretrained(image, text) if self.origin is None else self._take_over(self.origin)
+
+    def _take_over(self, origin: Start) -> Provenance:
+        if origin.tokenizer is not None:
+            self.text.set_tokenizer(origin.tokenizer)
+        provenance = load_state(self, origin.backbone, origin.path)
+        self.origin = origin._replace(backbone={})  # its tensors are not needed twice
+        return provenance
 
     @property
     def input_spec(self) -> InputSpec:

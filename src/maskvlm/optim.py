@@ -10,28 +10,38 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(
-    backbone: nn.Module, encoders: Iterable[nn.Module], heads: nn.Module, lr: float, lr_encoders: float, decay: float
+    backbone: nn.Module,
+    encoders: Iterable[nn.Module],
+    heads: nn.Module,
+    lr: float,
+    lr_encoders: float,
+    decay: float,
+    lr_cross: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Four groups: encoders and the rest, each with and without weight decay.
+    """Groups of encoders, cross encoders (with the rest where they have no rate of their own) and the rest, each with
+    and without weight decay.
 
     Not decayed (C): biases, norms, class and mask tokens, positions, word embeddings and the temperature, that is, what
     has one dimension or fewer, or is no weight matrix by name.
     """
     encoder_ids = {id(p) for encoder in encoders for p in encoder.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    rates = {"encoders": lr_encoders, "cross": lr if lr_cross is None else lr_cross, "rest": lr}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for module in (backbone, heads):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 decayed = parameter.ndim >= 2 and not name.endswith(("token", "pos_embed", "embeddings.weight"))
-                groups.setdefault((id(parameter) in encoder_ids, decayed), []).append(parameter)
+                cross = module is backbone and lr_cross is not None
+                kind = "encoders" if id(parameter) in encoder_ids else "cross" if cross else "rest"
+                groups.setdefault((kind, decayed), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": lr_encoders if is_encoder else lr,
+            "lr": rates[kind],
             "weight_decay": decay if decayed else 0.0,
-            "name": f"{'encoders' if is_encoder else 'rest'}{'' if decayed else ' (no decay)'}",
+            "name": f"{kind}{'' if decayed else ' (no decay)'}",
         }
-        for (is_encoder, decayed), parameters in groups.items()
+        for (kind, decayed), parameters in groups.items()
     ]
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from maskvlm.distributed import cores
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.provenance import Provenance
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")
 
@@ -131,7 +132,7 @@ class RunRecord(L.Callback):
         facts["data"] = fingerprint() if fingerprint else None
         write_json(folder_of(trainer) / "versions.json", versions() | facts)
         if trainer.ckpt_path is None:  # else the checkpoint brings every tensor
-            provenance = pl_module.backbone.provenance.under("backbone").complete(pl_module)  # type: ignore[union-attr, operator]
+            provenance: Provenance = pl_module.provenance  # type: ignore[assignment]
             Console().print(provenance.table())
             provenance.save(folder_of(trainer) / "provenance.json")
 
@@ -159,7 +160,8 @@ class RunRecord(L.Callback):
         trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.is_global_zero and metrics and not trial:
             stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
-            name = "metrics.json" if stage == "fit" else f"metrics-{stage}.json"
+            own = stage == "fit" or not is_training_run(folder_of(trainer))
+            name = "metrics.json" if own else f"metrics-{stage}.json"
             write_json(folder_of(trainer) / name, {"step": trainer.global_step} | metrics)
 
 
@@ -172,6 +174,11 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         write_text(folder_of(trainer) / f"config-{getattr(stage, 'value', stage)}.yaml", text)
+
+
+def is_training_run(folder: Path) -> bool:
+    """Whether a training left its record here, which measuring a checkpoint must not replace."""
+    return (folder / "config-fit.yaml").exists()
 
 
 def folder_of(trainer: L.Trainer) -> Path:

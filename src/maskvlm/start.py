@@ -1,0 +1,108 @@
+"""Where a run starts from: an earlier run's checkpoint, its backbone, its heads, its tokenizer and its history.
+
+`checkpoint.py` reads and verifies the file; here is what the parts of it mean.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm import checkpoint
+from maskvlm.data.text import tokenizer_from_json
+from maskvlm.errors import ExitCode, UserError
+
+
+class Seen(NamedTuple):
+    """Data that weights were trained on.
+
+    Attributes:
+        task, source: class paths. sha: the data's fingerprint.
+        pictures: different ones. steps: of the optimiser.
+        ids: 64-bit hashes of the pictures' ids, sorted; None where the source cannot tell them.
+    """
+
+    task: str
+    source: str
+    sha: str
+    pictures: int
+    steps: int
+    ids: Tensor | None
+
+    def plain(self) -> dict[str, Any]:
+        """For a checkpoint, which holds plain types and tensors alone."""
+        return self._asdict()
+
+    def words(self) -> dict[str, Any]:
+        """For people: without the ids."""
+        return {name: value for name, value in self._asdict().items() if name != "ids"}
+
+
+class Start(NamedTuple):
+    """What a checkpoint hands on.
+
+    Attributes:
+        path: of the file.
+        backbone, heads: tensors, by their names within the backbone and within the task.
+        tokenizer: None where it holds none.
+        labels: what its head decides among; None before a downstream task.
+        lineage: the data its weights have seen, first to last.
+    """
+
+    path: str
+    backbone: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    tokenizer: PreTrainedTokenizerFast | None
+    labels: tuple[str, ...] | None
+    lineage: tuple[Seen, ...]
+
+
+def read_start(path: str) -> Start:
+    """Read a checkpoint of this project; raises as `checkpoint.load`."""
+    content = checkpoint.load(path)
+    state = content["state_dict"]
+    tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
+    labels = tuple(content["labels"]) if content.get("labels") is not None else None
+    lineage = tuple(Seen(**seen) for seen in content.get("lineage", ()))
+    return Start(path, part(state, "backbone."), part(state, "task."), tokenizer, labels, lineage)
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def model_of(path: str) -> str:
+    """The backbone's configuration that a checkpoint was made with, as YAML of a `-c` file.
+
+    Raises:
+        UserError: the file is damaged, or neither it nor the `config-fit.yaml` beside it says which model it is.
+    """
+    content = checkpoint.load(path)
+    if "model" in content:
+        return str(content["model"])
+    beside = Path(path).parent / "config-fit.yaml"
+    if not beside.is_file():
+        what = f"does not say which model it is, and there is no {beside.name} beside it"
+        raise UserError(path, what, "Put that file of its run beside it", ExitCode.MISSING_INPUT)
+    return model_yaml(yaml.safe_load(beside.read_text(encoding="utf-8")))
+
+
+def model_yaml(config: Mapping[str, Any]) -> str:
+    """The part of a composed configuration that a model's weights depend on."""
+    model = config["model"]
+    backbone = {**model["backbone"], "init_args": {**model["backbone"]["init_args"], "start": None}}
+    kept = {"random_init": model.get("random_init", False), "backbone": backbone}
+    return yaml.safe_dump({"model": kept}, sort_keys=False)
+
+
+def overlap(ids: Tensor, lineage: tuple[Seen, ...]) -> int | None:
+    """How many of these pictures the weights have seen; None where a part of their history tells no ids."""
+    if any(seen.ids is None for seen in lineage):
+        return None
+    known = [seen.ids for seen in lineage if seen.ids is not None]
+    return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0
