@@ -64,7 +64,7 @@ class Stopwatch(L.Callback):
             self.started = time.perf_counter()
         elif batch_idx + 1 == STEPS:
             seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
-            pairs = len(batch.image_BCHW) * trainer.world_size
+            pairs = len(batch.valid_B) * trainer.world_size
             self.speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
 
 

@@ -65,7 +65,7 @@ class Losses:
     def read(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> Readings:
         """Waits for the device. The level of contrast is that of the pairs that meet in one pass."""
         task = getattr(pl_module, "task", None)
-        self.levels.take(task.floors(len(batch.image_BCHW) * trainer.world_size) if task else {})
+        self.levels.take(task.floors(len(batch.valid_B) * trainer.world_size) if task else {})
         return Readings(self.losses.read(), self.levels.read())
 
 

@@ -97,7 +97,7 @@ class TrainingProgress(ProgressBar):
         self.step = trainer.global_step
         due = stepped and (self.step % reading_interval(trainer) == 0 or self.step == self.total)
         readings = self.losses.read(trainer, pl_module, batch) if due else None  # waits for the device, so
-        self.clock.batch_ends(len(batch.image_BCHW) * trainer.world_size)  # the clock stops after it
+        self.clock.batch_ends(len(batch.valid_B) * trainer.world_size)  # the clock stops after it
         left = self.left.seconds(self.step, self.total)
         if readings is not None:
             self._tell(pl_module, readings, self.clock.read(), left)

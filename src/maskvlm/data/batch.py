@@ -42,6 +42,7 @@ class Batch(NamedTuple):
         index_B: the sample's position in the data set.
         foreground_BHW: True on pixels of objects, where the source knows them; for evaluation.
         problems: (reason, message) of each sample that could not be read or had to be mended.
+        texts: the cleaned captions, C of them, for predictions.
     """
 
     image_BCHW: Tensor
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     index_B: Tensor
     foreground_BHW: Tensor | None = None
     problems: tuple[tuple[str, str], ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class Row(TypedDict):
@@ -75,7 +77,8 @@ class Pairs(Protocol):
     """One split of a data set: rows by index. `fingerprint` changes when the content does.
 
     A split that knows where its objects are may also offer `object_mask(index, size)`, a boolean array
-    [size, size]; masked-pixel errors are then measured over object pixels alone, too.
+    [size, size]; masked-pixel errors are then measured over object pixels alone, too. One that knows its pictures'
+    ids without opening them offers `image_ids()`: the ids that a checkpoint has seen are kept with it.
     """
 
     @property

@@ -4,17 +4,21 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from maskvlm.data.batch import Batch, InputSpec, Pairs, Source
+from maskvlm.data.batch import InputSpec, Source
+from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
+from maskvlm.data.examples import ExampleSource
 from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
-from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
+from maskvlm.data.text import Captioner, stable_id, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import eval_transform, train_transform
 from maskvlm.distributed import cores, gather_objects, rank, world_size
 from maskvlm.errors import ExitCode, UserError, check_least
@@ -23,12 +27,12 @@ MOST_LISTED = 1000
 
 
 class PairData(L.LightningDataModule):
-    """Pictures with captions for pre-training and retrieval.
+    """Pictures with texts: captions for pre-training and retrieval, or the examples of a downstream task.
 
     Args:
         source: the data set's reader.
         spec: linked from the backbone; not set by hand.
-        batch_size: pairs in a global batch, over all processes and accumulated passes.
+        batch_size: pairs (or examples) in a global batch, over all processes and accumulated passes.
         steps: length of the run in batches; or
         epochs: in passes over the training pictures (each with one caption). Exactly one of the two.
         seed: of order, captions and augmentation.
@@ -37,6 +41,7 @@ class PairData(L.LightningDataModule):
         eval_batch_size: pictures (with all their captions) in an evaluation batch.
         accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
+        captions: captions shown with each picture of a training batch.
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
 
     Raises:
@@ -45,7 +50,7 @@ class PairData(L.LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | ExampleSource,
         spec: InputSpec,
         batch_size: int = 512,
         steps: int | None = None,
@@ -60,6 +65,7 @@ class PairData(L.LightningDataModule):
         colour: bool = True,
         flip: bool = True,
         caption_aware: bool = True,
+        captions: int = 1,
         max_bad_fraction: float = 0.01,
     ) -> None:
         super().__init__()
@@ -69,29 +75,37 @@ class PairData(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:
                 raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
-        check_least(1, data__eval_batch_size=eval_batch_size, data__accumulate=accumulate)
+        check_least(1, data__eval_batch_size=eval_batch_size, data__accumulate=accumulate, data__captions=captions)
         check_least(0, data__workers=workers, data__max_bad_fraction=max_bad_fraction)
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
+        self.captions = captions
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.seen = 0
-        self.splits: dict[str, Pairs] = {}
+        self.splits: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ set-up
 
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """What a downstream task's head decides among; None where the source is of pairs."""
+        return self.source.labels if isinstance(self.source, ExampleSource) else None
+
     def setup(self, stage: str) -> None:
-        self.splits["val"] = self.source.split("val")
+        if stage != "test":
+            self.splits["val"] = self.source.split("val")
         if stage == "fit" or self.tokenizer is None:
             self.splits["train"] = self.source.split("train")
         if stage == "test":
             self.splits["test"] = self.source.split("test")
         if self.tokenizer is None:
             # Deterministic, so every process arrives at the same tokenizer without a word between them.
-            self.tokenizer = train_tokenizer(some_captions(self.splits["train"]), self.spec.vocab_size)
+            texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
+            self.tokenizer = train_tokenizer(texts(self.splits["train"]), self.spec.vocab_size)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
@@ -103,6 +117,12 @@ class PairData(L.LightningDataModule):
         card["sha"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
         return card
 
+    def picture_ids(self, split: str) -> Tensor | None:
+        """64-bit hashes of a split's picture ids, sorted, each once; None where its source cannot tell them without
+        opening the pictures."""
+        ids = getattr(self.splits[split], "image_ids", None)
+        return None if ids is None else torch.tensor([stable_id(name) for name in set(ids())]).sort().values
+
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -113,7 +133,7 @@ class PairData(L.LightningDataModule):
 
     # ------------------------------------------------------------------ loaders
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         share = self.batch_size // self.accumulate
         if share * self.accumulate != self.batch_size or share % world_size():
             whom = f"{world_size()} processes x {self.accumulate} accumulated passes"
@@ -123,16 +143,20 @@ class PairData(L.LightningDataModule):
         order = FlatOrder(len(pairs), self.seed)
         sampler = FlatBatchSampler(order, share, self.total_steps * self.accumulate, rank(), world_size())
         transform = train_transform(self.spec, *self.augment)
-        data = TrainPairs(pairs, transform, self.seed, self.spec.image_size)
+        data: Dataset[Any]
+        if isinstance(self.source, ExampleSource):
+            data = TrainExamples(pairs, transform, self.seed, self.spec.image_size)
+        else:
+            data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
         return self._loader(data, batch_sampler=sampler)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation(self.splits["val"])
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self._evaluation(self.splits["test"])
 
-    def _evaluation(self, pairs: Pairs) -> DataLoader[Batch]:
+    def _evaluation(self, pairs: Any) -> DataLoader[Any]:
         """Each process takes its own batches: no picture is padded in or counted twice, and a batch (whose masks
         and wrong partners depend on what is in it) is the same for any number of processes that the batches of
         `eval_batch_size` suffice for."""
@@ -143,11 +167,15 @@ class PairData(L.LightningDataModule):
         size, whole = min(self.eval_batch_size, len(pairs) // world_size()), range(len(pairs))
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         mine = batches[rank() :: world_size()]
-        return self._loader(EvalPairs(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
+        kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
+        return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
 
-    def _loader(self, data: Dataset[Any], **kwargs: Any) -> DataLoader[Batch]:
+    def _loader(self, data: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
         assert self.tokenizer is not None
-        collate = Collate(Captioner(self.tokenizer, self.spec.text_length))
+        captioner = Captioner(self.tokenizer, self.spec.text_length)
+        collate: Callable[..., Any] = Collate(captioner)
+        if isinstance(self.source, ExampleSource):
+            collate = CollateExamples(captioner, self.source)
         workers = self._readers()
         timeout, pinned = 120 if workers else 0, self._on_gpu()
         return DataLoader(data, collate_fn=collate, num_workers=workers, timeout=timeout, pin_memory=pinned, **kwargs)
@@ -163,10 +191,10 @@ class PairData(L.LightningDataModule):
 
     # ------------------------------------------------------------------ bad rows
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not getattr(self.trainer, "training", True):
             return batch
-        self.seen += len(batch.image_BCHW)
+        self.seen += len(batch.valid_B)
         for reason, message in batch.problems:
             self.problems[reason] += 1
             listed = self.examples.setdefault(reason, [])
@@ -194,8 +222,16 @@ class PairData(L.LightningDataModule):
         return {"samples": samples, "problems": dict(counts), "examples": examples, "left_out": left_out}
 
 
-def some_captions(pairs: Pairs, most: int = 6_000) -> Iterator[str]:
+def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
     """The captions of at most `most` pictures evenly spread over a split: enough to learn a vocabulary from."""
     step = math.ceil(len(pairs) / most)
     for index in range(0, len(pairs), step):
         yield from pairs[index]["captions"]
+
+
+def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
+    """As `some_captions`: texts and answers."""
+    for index in range(0, len(examples), math.ceil(len(examples) / most)):
+        example = examples[index]
+        yield example["text"]
+        yield from example["answers"]

@@ -31,14 +31,15 @@ class Sample(TypedDict):
 
 
 class TrainPairs(Dataset[Sample]):
-    """One caption a picture, another one each epoch; augmentation seeded by (seed, epoch, index).
+    """One caption a picture (or `captions` of them), others each epoch; augmentation seeded by (seed, epoch, index).
 
     A row that cannot be read becomes a hole that keeps its place in the batch (blank, without words, weight 0),
     so that processes stay in step and no other sample moves.
     """
 
-    def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int) -> None:
+    def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int, captions: int = 1) -> None:
         self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -51,17 +52,19 @@ class TrainPairs(Dataset[Sample]):
             return self._read(row, pick)
 
     def _read(self, row: Row, pick: Pick) -> Sample:
-        captions = row["captions"]
-        caption, note = clean_caption(captions[(pick.epoch + pick.row) % len(captions)] if captions else "")
-        if not caption:
+        there = row["captions"]
+        first = pick.epoch * self.captions + pick.row
+        shown = [clean_caption(there[(first + n) % len(there)] if there else "") for n in range(self.captions)]
+        captions, note = [text for text, _ in shown], next((note for _, note in shown if note), None)
+        if not all(captions):
             return self._hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
         try:
-            image_CHW = self.transform(safe_open(row["image"], row["origin"]), caption)
+            image_CHW = self.transform(safe_open(row["image"], row["origin"]), " ".join(captions))
         except BadImage as problem:
             return self._hole(pick.row, (problem.reason, str(problem)))
         return Sample(
             image_CHW=image_CHW,
-            captions=[caption],
+            captions=captions,
             image_id=row["image_id"],
             index=pick.row,
             valid=True,
@@ -72,7 +75,7 @@ class TrainPairs(Dataset[Sample]):
     def _hole(self, index: int, problem: tuple[str, str]) -> Sample:
         return Sample(
             image_CHW=torch.zeros(3, self.image_size, self.image_size),
-            captions=[""],
+            captions=[""] * self.captions,
             image_id=f"hole {index}",
             index=index,
             valid=False,
@@ -127,4 +130,5 @@ class Collate:
             torch.tensor([sample["index"] for sample in samples]),
             torch.from_numpy(np.stack(grounds)) if len(grounds) == len(samples) else None,
             tuple(sample["problem"] for sample in samples if sample["problem"]),
+            tuple(captions),
         )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw
 
-from maskvlm.data.scene_world import Scene, Thing
+from maskvlm.data.scene_world import LINES, Scene, Thing
 
 RGB = tuple[int, int, int]
 
@@ -37,6 +37,9 @@ BACKGROUND_RGB: dict[str, RGB] = {
 
 # Diameters in cells: a large thing and its jitter fill the cell, a small one has half its area.
 DIAMETER = {"large": 14 / 16, "small": 10 / 16}
+# Folds of a curtain, dark and light in turn: no background has folds, no thing is grey.
+FOLD_RGB: tuple[RGB, RGB] = ((85, 85, 85), (185, 185, 185))
+FOLDS = 24  # folds in a picture's width: two pixels each at 48 pixels
 SUPERSAMPLE = 8  # masks are drawn this many times larger, then averaged
 
 
@@ -145,3 +148,26 @@ def draw_object_mask(scene: Scene, size: int) -> NDArray[np.bool_]:
         stamp = stamp_of(thing.shape, thing.size, thing.pattern, size).shape
         cover.paste(255, corner_of(thing, stamp.width, size), stamp)
     return np.asarray(cover) >= 128
+
+
+@lru_cache(maxsize=256)
+def curtain_of(size: int, line: str) -> Image.Image:
+    """The curtain over a row or column (a key of LINES) of pictures of `size` pixels, mode "RGBA", clear elsewhere."""
+    curtain = Image.new("RGBA", (size, size))
+    draw = ImageDraw.Draw(curtain)
+    row, column = divmod(LINES[line][0], 3)
+    rows, columns = (3, 1) if line.endswith("column") else (1, 3)
+    top, bottom = round(row * size / 3), round((row + rows) * size / 3) - 1
+    left, right = round(column * size / 3), round((column + columns) * size / 3) - 1
+    for x in range(left, right + 1):
+        draw.line((x, top, x, bottom), fill=FOLD_RGB[x * FOLDS // size % 2])
+    return curtain
+
+
+def draw_behind(scene: Scene, size: int, line: str) -> Image.Image:
+    """The scene with a curtain over a row or column (a key of LINES): nothing of what stands there can be seen."""
+    seen = tuple(thing for thing in scene.things if thing.cell not in LINES[line])  # edges may reach out by a pixel
+    picture = draw_scene(Scene(scene.background, seen), size)
+    curtain = curtain_of(size, line)
+    picture.paste(curtain, (0, 0), curtain)
+    return picture

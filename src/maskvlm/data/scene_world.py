@@ -18,6 +18,11 @@ PATTERNS = ("plain", "striped", "dotted")
 BACKGROUNDS = ("white", "mint", "grey", "maroon", "navy", "black")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
+LINES = {
+    "top row": (0, 1, 2), "middle row": (3, 4, 5), "bottom row": (6, 7, 8),
+    "left column": (0, 3, 6), "middle column": (1, 4, 7), "right column": (2, 5, 8),
+}  # fmt: skip
+"""The cells of each row and column of the grid."""
 COUNTS = (1, 1, 1, 1, 2, 2, 3)
 """Things a scene, each entry as likely: a thing alone teaches what words mean before it is asked which is which."""
 SPLITS = ("train", "val", "test")
@@ -98,6 +103,11 @@ class Scene:
         """All that can be said of the scene, without the jitter: equal keys mean the same scene."""
         things = (f"{t.cell} {t.size} {t.pattern} {t.colour} {t.shape}" for t in self.things)
         return "; ".join((self.background, *things))
+
+    @property
+    def id(self) -> str:
+        """The scene's name in all data sets: a training scene can be found among another set's test scenes."""
+        return f"scene {sha256(self.key.encode()).hexdigest()[:16]}"
 
     @property
     def split(self) -> str:

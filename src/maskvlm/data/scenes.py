@@ -1,6 +1,7 @@
 """The built-in world as a data set: pictures and captions made on demand, the same on every machine."""
 
 import random
+from collections.abc import Iterator
 from functools import cached_property
 from hashlib import sha256
 
@@ -40,9 +41,13 @@ class ScenePairs:
         return Row(
             image=draw_scene(scene, self.size),
             captions=[caption.text for caption in captions_of(scene, rng)],
-            image_id=f"scenes-{self.name}-{index}",
+            image_id=scene.id,
             origin=f"scenes (seed {self.seed}) {self.name} picture {index}",
         )
+
+    def image_ids(self) -> Iterator[str]:
+        """Of all pictures, without drawing them: pictures of which the same can be said share one."""
+        return (self.scene(index).id for index in range(self.count))
 
     def scene(self, index: int) -> Scene:
         """What picture `index` shows. Raises IndexError outside 0 to the length - 1."""

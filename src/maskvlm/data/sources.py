@@ -5,27 +5,36 @@ annotation file nor many processes cost memory; pictures stay files until they a
 """
 
 import hashlib
-import json
 import os
-import tempfile
+import re
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from maskvlm.data.batch import Row, Source
+from maskvlm.data.files import check_missing, check_name, get, load_json, opened, picture_folder
+from maskvlm.data.table import Columns, Made, cached_table
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import: only where it is used
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 """Raise it when the same file gives another table; older cached tables are then left alone."""
 
-T = TypeVar("T")
+COLUMNS: Columns = {
+    "image": "string",
+    "split": "string",
+    "image_id": "string",
+    "position": "int64",
+    "captions": ["string"],
+}
+LAYOUT = "Karpathy"
 Skipped = dict[str, list[str]]
 
 
@@ -60,6 +69,11 @@ class KarpathyPairs:
         """The captions of a picture, without building the rest of its row."""
         return list(self._table[int(self._row_N[index])]["captions"])
 
+    def image_ids(self) -> Iterator[str]:
+        """Of all its pictures, each once, without opening them."""
+        for image in pc.unique(self._table.data.column("image_id").take(self._row_N)):
+            yield image.as_py()
+
 
 class Karpathy(Source):
     """COCO, Flickr30k or Flickr8k captions in the json layout of Karpathy's splits (a `Source`).
@@ -89,9 +103,11 @@ class Karpathy(Source):
             UserError: json or pictures are missing, the json is malformed or of another structure, it has no
                 such split, or the cache cannot be written.
         """
-        content = _read_bytes(self.file)
+        with opened(self.file, "Set data.source.file (with make: DATA_ROOT= its folder)") as stream:
+            content = stream.read()
         digest = hashlib.sha256(content).hexdigest()
-        table, all_skipped = _cached_table(content, digest, self.file, self.cache)
+        key = f"karpathy-{TABLE_VERSION}-{digest[:32]}"
+        _, table, all_skipped = cached_table(key, self.cache, COLUMNS, lambda: _columns(*_parse(content, self.file)))
         split_N = np.asarray(table.data.column("split").to_numpy())
         row_N = np.flatnonzero(split_N == name)
         if not len(row_N):
@@ -102,7 +118,7 @@ class Karpathy(Source):
         there_N = np.array(_present(root, image_N[row_N].tolist()))
         if not there_N.all():
             absent_N = row_N[~there_N]
-            self._check_missing(name, root, image_N[absent_N].tolist(), len(row_N))
+            check_missing(self.file, name, root, image_N[absent_N].tolist(), len(row_N), self.max_missing)
             places = [_origin(self.file.name, table[int(row)]["position"], image_N[row]) for row in absent_N]
             skipped["missing picture"] = places
         identity = repr((TABLE_VERSION, digest, name, np.flatnonzero(~there_N).tolist()))
@@ -110,24 +126,11 @@ class Karpathy(Source):
         return KarpathyPairs(table, row_N[there_N], root, self.file.name, fingerprint, skipped)
 
     def _root(self, first: str) -> Path:
-        if self.images is not None:
-            if not self.images.is_dir():
-                what = "there is no such folder of pictures"
-                raise UserError(self.images, what, "Correct data.source.images", ExitCode.MISSING_INPUT)
-            return self.images
-        beside, own = self.file.parent / "images", self.file.parent
-        if (own / first).is_file() and not (beside / first).is_file():
+        """The named folder, `images/` beside the json, or the json's own where the first picture is there."""
+        own = self.file.parent
+        if self.images is None and (own / first).is_file() and not (own / "images" / first).is_file():
             return own
-        return beside if beside.is_dir() else own
-
-    def _check_missing(self, name: str, root: Path, absent: list[str], total: int) -> None:
-        most = self.max_missing * total if name == "train" else 0  # evaluation never skips
-        if len(absent) > most or len(absent) == total:
-            first = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-            what = f"{len(absent)} of {total} pictures of split '{name}' are not in {root}: {first}"
-            way = "raise data.source.max_missing" if name == "train" else "fetch them: evaluation leaves nothing out"
-            todo = f"Set data.source.images to their folder, or {way}"
-            raise UserError(self.file, what, todo, ExitCode.MISSING_INPUT)
+        return picture_folder(self.images, own)
 
 
 def _origin(file: str, position: int, image: str) -> str:
@@ -149,88 +152,25 @@ def _present(root: Path, images: list[str]) -> list[bool]:
     return [path.name in names.get(str(path.parent), ()) for path in paths]
 
 
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(
-            file, "no such file", "Set data.source.file (with make: DATA_ROOT= its folder)", ExitCode.MISSING_INPUT
-        ) from error
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise UserError(file, what, "Check disk and permissions", ExitCode.IO_ERROR) from error
-
-
-# ------------------------------------------------------------------ the cached table
-
-
-def _cached_table(content: bytes, digest: str, file: Path, cache: str | None) -> tuple["Dataset", dict[str, Skipped]]:
-    """The table of the file's content, from the cache or made now, and what it leaves out by split."""
-    import datasets
-
-    parent = Path(cache).expanduser() if cache else Path(datasets.config.HF_DATASETS_CACHE) / "maskvlm"
-    folder = parent / f"karpathy-{TABLE_VERSION}-{digest[:32]}"
-    if not folder.is_dir():
-        rows, skipped = _parse(content, file)
-        try:
-            _write_table(rows, skipped, folder)
-        except OSError as error:
-            what = f"the cache cannot be written ({error.strerror or error})"
-            raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
-    try:
-        return datasets.Dataset.load_from_disk(folder / "table"), json.loads((folder / "skipped.json").read_text())
-    except Exception as error:
-        what = f"the cached table cannot be read ({type(error).__name__})"
-        raise UserError(folder, what, "Delete this folder; it is made again", ExitCode.IO_ERROR) from error
-
-
-def _write_table(rows: list[dict[str, Any]], skipped: dict[str, Skipped], folder: Path) -> None:
-    """Complete or not at all: other processes may read or write the same table at this moment."""
-    import datasets
-
-    text, number = datasets.Value("string"), datasets.Value("int64")
-    columns = {"image": text, "split": text, "image_id": text, "position": number}
-    features = datasets.Features({**columns, "captions": datasets.List(text)})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
-        made = Path(work) / folder.name
-        table = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in features}, features)
-        table.save_to_disk(made / "table")
-        (made / "skipped.json").write_text(json.dumps(skipped))
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # unless another process was faster
-                raise
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 # ------------------------------------------------------------------ the json
+
+
+def _columns(rows: list[dict[str, Any]], skipped: dict[str, Skipped]) -> Made:
+    return Made({name: [row[name] for row in rows] for name in COLUMNS}, skipped)
 
 
 def _parse(content: bytes, file: Path) -> tuple[list[dict[str, Any]], dict[str, Skipped]]:
     """Rows with a caption in the file's order, and what was left out or mended, by split and reason."""
-    document = _load_json(content, file)
-    images = _get(document, "images", list, f"{file}")
+    document = load_json(content, file)
+    images = get(document, "images", list, f"{file}", LAYOUT)
     name = document.get("dataset", file.stem)  # ids count from 0 in every file
+    photos = _photos(name, images)
     rows: list[dict[str, Any]] = []
     skipped: dict[str, Skipped] = {}
     seen: dict[str, int] = {}
     for position, image in enumerate(images):
         row, notes = _parse_image(image, position, file)
-        row["image_id"] = f"{name} {row['image_id']}"
+        row["image_id"] = photos.get(row["image"], f"{name} {row['image_id']}")
         lists = skipped.setdefault(row["split"], {})
         for reason, place in notes:
             lists.setdefault(reason, []).append(place)
@@ -244,16 +184,34 @@ def _parse(content: bytes, file: Path) -> tuple[list[dict[str, Any]], dict[str, 
     return rows, skipped
 
 
+def _photos(name: Any, images: list[Any]) -> dict[str, str]:
+    """Path -> `flickr` and the photo's number there, which starts the file's name; where it names one photo only.
+
+    The same photo then has the same id in Flickr8k, Flickr30k and SNLI-VE.
+    """
+    if not str(name).lower().startswith("flickr"):
+        return {}
+    named = [image for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str)]
+    starts = [re.match(r"\d+", PurePosixPath(image["filename"]).name) for image in named]
+    count = Counter(start[0] for start in starts if start)
+    pairs = zip(named, starts, strict=True)
+    return {_path(image): f"flickr {start[0]}" for image, start in pairs if start and count[start[0]] == 1}
+
+
+def _path(image: dict[str, Any]) -> str:
+    return f"{image['filepath']}/{image['filename']}" if image.get("filepath") else str(image["filename"])
+
+
 def _parse_image(image: Any, position: int, file: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     where = f"{file} images[{position}]"
-    name = _get(image, "filename", str, where)
+    name = get(image, "filename", str, where, LAYOUT)
     if image.get("filepath"):
-        name = f"{_get(image, 'filepath', str, where)}/{name}"
-    _check_name(name, where)
+        name = f"{get(image, 'filepath', str, where, LAYOUT)}/{name}"
+    check_name(name, where)
     origin = _origin(file.name, position, name)
     captions, notes = [], []
-    for number, sentence in enumerate(_get(image, "sentences", list, where)):
-        caption, note = clean_caption(_get(sentence, "raw", str, f"{where}.sentences[{number}]"))
+    for number, sentence in enumerate(get(image, "sentences", list, where, LAYOUT)):
+        caption, note = clean_caption(get(sentence, "raw", str, f"{where}.sentences[{number}]", LAYOUT))
         if note:
             reason = "empty caption" if note == "empty" else f"caption {note}"
             notes.append((reason, f"{origin} sentence {number}"))
@@ -261,40 +219,7 @@ def _parse_image(image: Any, position: int, file: Path) -> tuple[dict[str, Any],
             captions.append(caption)
     if not captions:
         notes.append(("no caption", origin))
-    split = _get(image, "split", str, where)
+    split = get(image, "split", str, where, LAYOUT)
     identity = next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name)
     row = {"image": name, "captions": captions, "image_id": str(identity), "position": position}
     return {**row, "split": "train" if split == "restval" else split}, notes
-
-
-def _get(record: Any, key: str, kind: type[T], where: str) -> T:
-    """A value of a json object; its absence or another type is the user's error, named by its place."""
-    if not isinstance(record, dict):
-        what = f"{type(record).__name__} where an object with '{key}' belongs"
-    elif key not in record:
-        what = f"key '{key}' is missing"
-    elif not isinstance(record[key], kind):
-        what = f"'{key}' is {type(record[key]).__name__} instead of {kind.__name__}"
-    else:
-        return cast(T, record[key])
-    raise UserError(where, what, "A file in the Karpathy layout is needed", ExitCode.BAD_DATA)
-
-
-def _check_name(name: str, where: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\x00" in name or clean_caption(name)[1] == "surrogate":
-        what = f"file name {name!r} leads out of the folder of pictures or is not text"
-        raise UserError(where, what, "Name files relative to that folder", ExitCode.BAD_DATA)
-
-
-def _load_json(content: bytes, file: Path) -> Any:
-    todo = "Fetch it again"
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        where, what = f"{file}:{error.lineno}", f"not JSON (column {error.colno}: {error.msg})"
-        raise UserError(where, what, todo, ExitCode.BAD_DATA) from error
-    except UnicodeDecodeError as error:
-        raise UserError(file, f"not UTF-8 text (byte {error.start})", todo, ExitCode.BAD_DATA) from error
-    except RecursionError as error:
-        raise UserError(file, "nested too deeply for JSON data", todo, ExitCode.BAD_DATA) from error

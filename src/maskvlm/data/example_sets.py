@@ -1,0 +1,120 @@
+"""From a task's examples to batches: reading, augmentation, targets, tokens; holes for what cannot be read.
+
+The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P pictures an example, K labels, A answers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples, ExampleSource
+from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.sampler import Pick
+from maskvlm.data.text import Captioner, clean_caption, stable_id
+from maskvlm.distributed import mix
+from maskvlm.errors import ExitCode, UserError
+
+
+class ExampleSample(TypedDict):
+    """One example with its pictures as tensors; `problem` is (reason, message) or None."""
+
+    image_PCHW: Tensor
+    example: Example
+    index: int
+    valid: bool
+    problem: tuple[str, str] | None
+
+
+class TrainExamples(Dataset[ExampleSample]):
+    """Augmentation seeded by (seed, epoch, index); an example that cannot be read keeps its place with weight 0."""
+
+    def __init__(self, examples: Examples, transform: Any, seed: int, image_size: int) -> None:
+        self.examples, self.transform, self.seed, self.image_size = examples, transform, seed, image_size
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, pick: Pick) -> ExampleSample:
+        example = self.examples[pick.row]
+        text, note = clean_caption(example["text"])
+        problem, valid = (f"caption {note}", example["origin"]) if note else None, True
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix(self.seed, pick.epoch, pick.row))
+            try:
+                if not text:
+                    raise BadImage(example["origin"], "empty text", "there is no word in it")
+                images = [self.transform(safe_open(image, example["origin"]), text) for image in example["images"]]
+            except BadImage as bad:
+                blank = torch.zeros(3, self.image_size, self.image_size)
+                images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
+        image_PCHW = torch.stack(images)
+        return ExampleSample(image_PCHW=image_PCHW, example=example, index=pick.row, valid=valid, problem=problem)
+
+
+class EvalExamples(Dataset[ExampleSample]):
+    """Every example as it is; one that cannot be read is an error, never skipped."""
+
+    def __init__(self, examples: Examples, transform: Any, image_size: int) -> None:
+        self.examples, self.transform = examples, transform
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> ExampleSample:
+        example = self.examples[index]
+        if not clean_caption(example["text"])[0]:
+            raise UserError(example["origin"], "no words in its text", "Mend or remove the row", ExitCode.BAD_DATA)
+        images = [self.transform(safe_open(image, example["origin"])) for image in example["images"]]
+        return ExampleSample(image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None)
+
+
+class CollateExamples:
+    """Samples -> ExampleBatch.
+
+    Args:
+        captioner: texts and answers to tokens.
+        source: its labels and targets.
+    """
+
+    def __init__(self, captioner: Captioner, source: ExampleSource) -> None:
+        self.captioner, self.source = captioner, source
+        self.column = {label: number for number, label in enumerate(source.labels)}
+
+    def __call__(self, samples: Sequence[ExampleSample]) -> ExampleBatch:
+        examples = [sample["example"] for sample in samples]
+        targets = [self.source.targets(example["answers"]) for example in examples]
+        ids = [[stable_id(name) for name in example["image_ids"]] for example in examples]
+        return ExampleBatch(
+            torch.stack([sample["image_PCHW"] for sample in samples]),
+            *self.captioner([example["text"] for example in examples]),
+            self.dense(targets, examples),
+            torch.tensor([sample["valid"] for sample in samples]),
+            torch.tensor([sample["index"] for sample in samples]),
+            torch.tensor(ids),
+            self.answers(targets),
+            tuple(Example(**{**example, "images": []}) for example in examples),  # type: ignore[typeddict-item]
+            tuple(sample["problem"] for sample in samples if sample["problem"]),
+        )
+
+    def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:
+        """Weights of all labels, [B, K]."""
+        target_BK = torch.zeros(len(targets), len(self.column))
+        for row, (target, example) in enumerate(zip(targets, examples, strict=True)):
+            for label, weight in target.items():
+                if label not in self.column:
+                    choices = ", ".join(list(self.column)[:8]) + (", ..." if len(self.column) > 8 else "")
+                    what = f"label '{label}' is none of the {len(self.column)} classes ({choices})"
+                    raise UserError(example["origin"], what, "Mend or remove the row", ExitCode.BAD_DATA)
+                target_BK[row, self.column[label]] = weight
+        return target_BK
+
+    def answers(self, targets: list[dict[str, float]]) -> AnswerTokens:
+        """The target answers of all examples, one after the other."""
+        flat = [(row, label, weight) for row, target in enumerate(targets) for label, weight in target.items()]
+        tokens = self.captioner([label for _, label, _ in flat])
+        owner_A = torch.tensor([row for row, _, _ in flat], dtype=torch.long)
+        weight_A = torch.tensor([weight for _, _, weight in flat], dtype=torch.float)
+        return AnswerTokens(tokens.token_CT, tokens.attention_CT, owner_A, weight_A)

@@ -1,0 +1,300 @@
+"""Data sets as memory-mapped Arrow tables, made once and kept, and the examples that such a table hands out.
+
+A table is named by the content of its files, so that it is made again when they change and several runs share
+it; neither a large annotation file nor many processes cost memory. Pictures stay files until they are needed.
+
+Shapes: N rows, P pictures a row.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maskvlm.data.examples import Example
+from maskvlm.data.files import Pictures, check_missing
+from maskvlm.data.text import clean_caption
+from maskvlm.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second to import: only where it is used
+
+Columns = dict[str, str | list[str]]
+"""Name -> Arrow type ("string", "int64"), in a list where each row has a list of them."""
+
+EXAMPLE_VERSION = 1
+"""Raise it when `Rows` makes another table of the same file; it is part of the tables' names."""
+
+
+class Made(NamedTuple):
+    """What a parser hands over. columns: name -> values, N each; notes: anything that json can hold."""
+
+    columns: dict[str, list[Any]]
+    notes: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A cached table. `name` tells it from all others, its content included."""
+
+    name: str
+    rows: "Dataset"
+    notes: dict[str, Any]
+
+
+# ------------------------------------------------------------------ the cache
+
+
+def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[[], Made]) -> Table:
+    """The table of that name, from the cache or made now.
+
+    Args:
+        name: of its folder; holds a digest of all that the table depends on, and a version.
+        cache: folder of the tables; by default with those of Hugging Face datasets.
+        columns: what each row consists of.
+        make: reads the files; called where the cache has no such table.
+
+    Raises:
+        UserError: the cache cannot be written, or what is there cannot be read.
+    """
+    import datasets
+
+    parent = Path(cache).expanduser() if cache else Path(datasets.config.HF_DATASETS_CACHE) / "maskvlm"
+    folder = parent / name
+    if not folder.is_dir():
+        made = make()
+        try:
+            _write(made, columns, folder)
+        except OSError as error:
+            what = f"the cache cannot be written ({error.strerror or error})"
+            raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
+    try:
+        rows = datasets.Dataset.load_from_disk(folder / "table")
+        return Table(name, rows, json.loads((folder / "notes.json").read_text()))
+    except Exception as error:
+        what = f"the cached table cannot be read ({type(error).__name__})"
+        raise UserError(folder, what, "Delete this folder; it is made again", ExitCode.IO_ERROR) from error
+
+
+def _write(made: Made, columns: Columns, folder: Path) -> None:
+    """Complete or not at all: other processes may read or write the same table at this moment."""
+    import datasets
+
+    kinds = {
+        name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+        for name, kind in columns.items()
+    }
+    features = datasets.Features(kinds)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
+        new = Path(work) / folder.name
+        datasets.Dataset.from_dict({name: made.columns[name] for name in features}, features).save_to_disk(
+            new / "table"
+        )
+        (new / "notes.json").write_text(json.dumps(made.notes))
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # unless another process was faster
+                raise
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+# ------------------------------------------------------------------ examples, going in
+
+
+class Origin(NamedTuple):
+    """How a row is named: `pattern` says where in the file row number `place` stands ("{file}:{place}")."""
+
+    file: Path
+    pattern: str
+
+    def short(self, place: int) -> str:
+        """With the file's name alone, as examples carry it."""
+        return self.pattern.format(file=self.file.name, place=place)
+
+    def full(self, place: int) -> str:
+        """With the file's path, as errors name it."""
+        return self.pattern.format(file=self.file, place=place)
+
+
+EXAMPLE_COLUMNS: Columns = {
+    "images": ["string"],  # the ids of a row's pictures
+    "text": "string",  # cleaned; "" where nothing was left
+    "answers": ["string"],
+    "id": "string",
+    "kind": "string",
+    "group": "string",
+    "place": "int64",
+}
+
+
+class Rows:
+    """The columns of an examples table while a file is read.
+
+    Args:
+        origin: names the rows in errors.
+        id_key: what the file calls the id, for errors.
+        more: string columns besides EXAMPLE_COLUMNS.
+    """
+
+    def __init__(self, origin: Origin, id_key: str, *more: str) -> None:
+        self.origin, self.id_key = origin, id_key
+        self.values: dict[str, list[Any]] = {name: [] for name in (*EXAMPLE_COLUMNS, *more)}
+        self.notes: dict[str, list[int]] = {}
+        self._place_of: dict[str, int] = {}
+
+    def add(
+        self,
+        place: int,
+        id: str,
+        images: list[str],
+        text: str,
+        answers: list[str],
+        kind: str = "",
+        group: str = "",
+        **more: str,
+    ) -> None:
+        """Append a row. Raises UserError where the id was there before."""
+        if (first := self._place_of.setdefault(id, place)) != place:
+            what = f"{self.id_key} '{id}' stands there twice, first at {self.origin.short(first)}"
+            raise UserError(self.origin.full(place), what, "Keep one of the two rows", ExitCode.BAD_DATA)
+        clean, note = clean_caption(text)
+        if note and clean:
+            self.note(f"text {note}", place)
+        row = {"images": images, "text": clean, "answers": answers, "id": id, "kind": kind, "group": group}
+        for name, value in {**row, "place": place, **more}.items():
+            self.values[name].append(value)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._place_of
+
+    def note(self, reason: str, place: int) -> None:
+        """Count a row that was left out or mended."""
+        self.notes.setdefault(reason, []).append(place)
+
+    def made(self) -> Made:
+        """The finished table. Raises UserError where no row was added."""
+        if not self.values["id"]:
+            raise UserError(self.origin.file, "no example in this file", "Take the complete file", ExitCode.BAD_DATA)
+        return Made(self.values, self.notes)
+
+
+# ------------------------------------------------------------------ examples, coming out
+
+
+class TableExamples:
+    """Rows of an examples table with their pictures (an `Examples`).
+
+    Attributes:
+        row_N: which rows of the table.
+        fingerprint: changes with the table and with the rows chosen.
+        skipped: reason -> the rows that were left out or mended.
+    """
+
+    def __init__(
+        self, table: Table, row_N: np.ndarray, number_NP: np.ndarray, pictures: Pictures, origin: Origin
+    ) -> None:
+        self.row_N, self.skipped = row_N, dict[str, list[str]]()
+        self._rows, self._number_NP, self._pictures, self._origin = table.rows, number_NP, pictures, origin
+        identity = f"{EXAMPLE_VERSION} {table.name}".encode() + row_N.astype(np.int64).tobytes()
+        self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    def __getitem__(self, index: int, /) -> Example:
+        row = self._rows[int(self.row_N[index])]
+        return Example(
+            images=[self._pictures.path(number) for number in self._number_NP[index]],
+            image_ids=row["images"],
+            text=row["text"],
+            answers=row["answers"],
+            id=row["id"],
+            kind=row["kind"],
+            group=row["group"],
+            origin=self._origin.short(row["place"]),
+        )
+
+    def image_ids(self) -> Iterator[str]:
+        """Of all its pictures, each once, without opening them."""
+        for image in pc.unique(pc.list_flatten(self.column("images"))):
+            yield image.as_py()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One of EXAMPLE_COLUMNS, of the rows chosen."""
+        return self._rows.data.column(name).take(self.row_N)
+
+
+def choose(
+    table: Table,
+    origin: Origin,
+    split: str,
+    pictures: Pictures,
+    max_missing: float,
+    drop: dict[str, np.ndarray] | None = None,
+) -> TableExamples:
+    """The rows of a split that can be used.
+
+    Args:
+        split: `train` leaves rows out and lists them; in all others an unusable row is an error.
+        max_missing: the share of training rows that may lack a picture.
+        drop: reason -> True (N) on rows that training leaves out for it.
+
+    Raises:
+        UserError: nothing is left, too many pictures are absent, or evaluation would have to leave a row out.
+    """
+    empty_N = np.asarray(table.rows.data.column("text").to_numpy()) == ""
+    place_N = table.rows.data.column("place").to_numpy()
+    if split != "train" and empty_N.any():
+        where, todo = origin.full(place_N[empty_N][0]), "Mend the row: evaluation leaves nothing out"
+        raise UserError(where, "the text is empty", todo, ExitCode.BAD_DATA)
+    skipped = {reason: places for reason, places in table.notes.items() if places}
+    kept_N = np.ones(len(empty_N), bool)
+    for reason, out_N in {"empty text": empty_N, **(drop or {})}.items():
+        skipped[reason] = place_N[kept_N & out_N].tolist()
+        kept_N &= ~out_N
+    number_NP = _numbers(table, pictures)
+    absent_N = kept_N & (number_NP < 0).any(1)
+    if absent_N.any():
+        skipped["missing picture"] = place_N[absent_N].tolist()
+        where, absent = origin.full(place_N[absent_N][0]), _absent(table, absent_N, number_NP)
+        check_missing(where, split, pictures.folder, absent, int(kept_N.sum()), max_missing, "pictures of examples")
+    row_N = np.flatnonzero(kept_N & ~absent_N)
+    if not len(row_N):
+        reasons = ", ".join(f"{reason}: {len(places)}" for reason, places in skipped.items() if places)
+        raise UserError(origin.file, f"no example is left ({reasons})", "Take the complete file", ExitCode.BAD_DATA)
+    examples = TableExamples(table, row_N, number_NP[row_N], pictures, origin)
+    examples.skipped = {reason: [*map(origin.short, places)] for reason, places in skipped.items() if places}
+    return examples
+
+
+def _numbers(table: Table, pictures: Pictures) -> np.ndarray:
+    """Number of each picture of each row (NP), -1 where it is absent."""
+    images_N = table.rows.data.column("images")
+    return pictures.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)
+
+
+def _absent(table: Table, absent_N: np.ndarray, number_NP: np.ndarray) -> list[str]:
+    """The first absent picture of each of these rows."""
+    first_N = (number_NP < 0).argmax(1)
+    images = table.rows.data.column("images").filter(pa.array(absent_N)).to_pylist()
+    return [each[first] for each, first in zip(images, first_N[absent_N], strict=True)]
