@@ -13,9 +13,11 @@ DATA := scenes
 WHERE := auto
 TASK :=
 FROM :=
+SPLIT := val
 ARGS :=
 # One name for all processes of a job: the time of day would differ between them.
-RUN := pretrain-$(DATA)-$(MODEL)-$(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
+now := $(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
+RUN := $(if $(filter finetune evaluate,$(MAKECMDGOALS)),$(MAKECMDGOALS)-$(TASK)-$(DATA)-$(now),pretrain-$(DATA)-$(MODEL)-$(now))
 
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
@@ -40,11 +42,32 @@ unknown = $(error no $1=$($1); there are: $(call names,$2))
 stack = $(addprefix -c ,conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml \
     $(wildcard conf/pretrain-$(MODEL).yaml) $(call chosen,DATA,conf/data) $(call chosen,WHERE,conf/where))
 
+# A task is a folder under tasks/, or a package that is installed (TASK=acme.ocr): the folder that holds its YAML files.
+# The built-in world is its conf.yaml, real data sets lie beside it.
+task-name = $(if $(filter 1,$(words $(TASK))),$(if $(or $(filter $(TASK),$(task-names)),$(findstring .,$(TASK))),$(TASK),$(no-task)),$(no-task))
+no-task = $(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet) (or TASK=package.task of an installed package))
+task-folder = $(if $(findstring .,$(task-name)),$(or $(shell $(PYTHON) -m maskvlm where $(TASK)),$(error TASK=$(TASK) was not found)),tasks/$(task-name))
+task-sets = $(sort scenes $(filter-out conf,$(call names,$(task-folder))))
+task-data = $(if $(filter 1,$(words $(DATA))),$(if $(filter $(DATA),$(task-sets)),$(task-folder)/$(DATA:scenes=conf).yaml,$(no-set)),$(no-set))
+no-set = $(error no DATA=$(DATA) for TASK=$(TASK); there are: $(task-sets))
+# FROM=random is the control: the MODEL with random weights instead of a checkpoint's.
+from = $(if $(filter random,$(FROM)),--model.random_init true -c $(call chosen,MODEL,conf/model),--from $(or $(FROM),$(no-from)))
+no-from = $(error no FROM=; name the checkpoint to start from: FROM=checkpoints/RUN/best.ckpt (there are: $(or $(wildcard checkpoints/*/best.ckpt),none; `make pretrain` makes one)))
+task-stack = $(addprefix -c ,conf/base.yaml conf/finetune.yaml $(task-data) $(call chosen,WHERE,conf/where)) \
+    $(if $(findstring .,$(TASK)),--allow-import $(firstword $(subst ., ,$(TASK))))
+
+# Before anything is installed for it.
+ifneq ($(filter finetune evaluate,$(MAKECMDGOALS)),)
+checked := $(task-name)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
+endif
+
 help:  ## this list
 	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. ARGS=\"--model.lr 1e-3 ..\"]"
+	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/RUN/best.ckpt [DATA=.. SPLIT=val|test ..]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 	@echo "MODEL   $(call names,conf/model)   (now: $(MODEL))"
 	@echo "DATA    $(call names,conf/data)   (now: $(DATA))"
+	@echo "TASK    $(or $(task-names),none)   (with DATA=scenes or a YAML file of its folder)"
 	@echo "WHERE   $(call names,conf/where)   (now: $(WHERE); auto = this machine's GPUs, or else its CPU)"
 
 setup: $(ready)  ## make .venv and install into it (the other targets do it when needed)
@@ -61,11 +84,11 @@ preview: $(ready)  ## write a contact sheet of DATA: pictures with their caption
 submit: $(ready)  ## write the SLURM batch script of pretrain (WHERE=slurm4x8) and submit it
 	@$(PYTHON) -m maskvlm submit --run checkpoints/$(RUN) $(stack) $(ARGS)
 
-finetune:  ## train a downstream TASK from the checkpoint FROM
-	$(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet))
+finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
+	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
 
-evaluate:  ## measure a downstream TASK's checkpoint FROM
-	$(error no TASK=$(TASK); tasks found under tasks/: $(or $(task-names),none yet))
+evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
+	@$(PYTHON) -m maskvlm $(subst val,validate,$(SPLIT)) --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
 
 test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)

@@ -13,6 +13,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 import pytest
+import slow_retrieval
 import torch
 import torch.distributed as dist
 from slow_step import build, eventful_batch
@@ -22,6 +23,7 @@ from toys import take, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
 from maskvlm.measure import Measure
+from maskvlm.rerank import in_rounds
 
 WORLD = 2
 
@@ -29,9 +31,9 @@ WORLD = 2
 class Step(nn.Module):
     """One module around backbone and task, as Lightning hands it to DistributedDataParallel."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, builder: Callable[..., Any], settings: dict[str, Any]) -> None:
         super().__init__()
-        self.backbone, self.task = build(**settings)
+        self.backbone, self.task = builder(**settings)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = self.task(self.backbone, batch)
@@ -44,9 +46,11 @@ def share(batch: Batch) -> Batch:
     return take(batch, torch.arange(rank() * rows, (rank() + 1) * rows))
 
 
-def train_step(settings: dict[str, Any]) -> dict[str, Any]:
-    """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP."""
-    step, batch = Step(settings).double(), eventful_batch()
+def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, Any]:
+    """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP; of pre-training, or
+    of retrieval with two captions a picture."""
+    step = Step(slow_retrieval.build if retrieval else build, settings).double()
+    batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
     module = step if world_size() == 1 else nn.parallel.DistributedDataParallel(step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", Tensor.double)  # the losses too, so that any difference is an error
@@ -64,6 +68,20 @@ def evaluate(pictures: int) -> dict[str, float]:
     for first in range(0, pictures, 3)[rank() :: world_size()]:
         measure.update(task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures))))
     return measure.compute(task, backbone)
+
+
+def retrieve(pictures: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Metrics and predictions of the retrieval task over batches of three pictures, dealt out whole."""
+    backbone, task = slow_retrieval.build(**settings)
+    for first in range(0, pictures, 3)[rank() :: world_size()]:
+        part = take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures)))
+        task.update(backbone, part._replace(texts=tuple(f"{first} {n}" for n in range(len(part.owner_C)))))
+    held = [part.image_BLD.shape[0] for part in task.kept]
+    return {"metrics": task.compute(backbone), "predictions": task.predictions, "held": held}
+
+
+def rounds() -> list[str]:
+    return list(in_rounds((f"{rank()} {n}" for n in range(1 + 2 * rank())), 1 + 2 * rank()))
 
 
 def gather_everything() -> dict[str, Any]:
@@ -135,9 +153,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_losses_and_gradients_are_those_of_one_process(pair: Pair, variant: str) -> None:
     """The batch holds duplicates across the two halves and a hole in one of them."""
-    expected = train_step(VARIANTS[variant])
+    compare(pair, VARIANTS[variant])
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_itc": 0.0}, {"weight_itm": 0.0}], ids=str)
+def test_losses_and_gradients_of_retrieval_are_those_of_one_process(pair: Pair, settings: dict[str, float]) -> None:
+    """Two captions a picture: a negative caption stands in another place than a negative picture."""
+    compare(pair, settings, True)
+
+
+def compare(pair: Pair, *arguments: Any) -> None:
+    expected = train_step(*arguments)
     largest = max(grad.abs().max().item() for grad in expected["gradients"].values())
-    for found in pair(train_step, VARIANTS[variant]):
+    for found in pair(train_step, *arguments):
         for kind, scale in (("terms", 1.0), ("gradients", largest)):
             assert found[kind].keys() == expected[kind].keys()
             for name, value in expected[kind].items():
@@ -150,6 +178,23 @@ def test_metrics_are_those_of_one_process_to_the_bit(pair: Pair, pictures: int) 
     expected = evaluate(pictures)
     assert {"mlm/accuracy_wrong_image", "mim/l1_no_text", "retrieval/ir_r5"} < expected.keys()
     assert pair(evaluate, pictures) == [expected, expected]
+
+
+@pytest.mark.parametrize("settings", [{"chunk": 5}, {"sweep": True, "chunk": 7}, {"weight_itm": 0.0}], ids=str)
+@pytest.mark.parametrize("pictures", [8, 3])
+def test_retrieval_is_that_of_one_process_to_the_bit(pair: Pair, pictures: int, settings: dict[str, Any]) -> None:
+    """Each process holds the features of its own pictures alone."""
+    expected = retrieve(pictures, settings)
+    assert len(expected["predictions"]) == 3 * pictures
+    found = pair(retrieve, pictures, settings)
+    assert [part["held"] for part in found] == ([[3, 2], [3]] if pictures == 8 else [[3], []])
+    for part in found:
+        assert part["metrics"] == expected["metrics"]
+        assert part["predictions"] == expected["predictions"]
+
+
+def test_rounds_take_one_item_of_each_process_in_turn(pair: Pair) -> None:
+    assert pair(rounds) == [["0 0", "1 0", "1 1", "1 2"]] * 2
 
 
 def test_gathering(pair: Pair) -> None:

@@ -1,5 +1,7 @@
 """Each loss to six digits against a few lines of NumPy; hard negatives against their distribution."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,17 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskvlm.losses import contrastive, hard_negatives, masked_pixel, masked_token, matching, pixel_error
+from maskvlm.losses import (
+    Columns,
+    contrastive,
+    hard_negatives,
+    masked_pixel,
+    masked_token,
+    matching,
+    pixel_error,
+    soft_contrastive,
+    soft_cross_entropy,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -91,6 +103,71 @@ def test_contrast_keeps_single_precision_under_autocast() -> None:
         assert contrastive(**inputs).item() == pytest.approx(expected, rel=1e-6)
 
 
+# ---------------------------------------------------------------------- contrast with several captions
+
+
+def soft_inputs(owner: list[int], pictures: int, weight_B: Tensor, **excluded: Tensor) -> dict[str, Tensor | Columns]:
+    """Captions in the given order; unread pictures and their captions are no columns."""
+    owner_C = torch.tensor(owner)
+    image_BD, text_CD = (F.normalize(noise(n, 8, seed=n), dim=1) for n in (pictures, len(owner)))
+    own_BC = torch.arange(pictures)[:, None] == owner_C
+    unread_B, weight_C = weight_B == 0, weight_B[owner_C]
+    not_BC = excluded.get("image", torch.zeros_like(own_BC)) | (weight_C == 0)
+    not_CB = excluded.get("text", torch.zeros_like(own_BC.T)) | unread_B
+    sees = {"image_sees": Columns(own_BC, not_BC), "text_sees": Columns(own_BC.T, not_CB)}
+    counts = {"count_B": weight_B.sum(), "count_C": weight_C.sum()}
+    vectors = {"image_BD": image_BD, "text_CD": text_CD, "image_GD": image_BD, "text_HD": text_CD}
+    return {**vectors, "scale": torch.tensor(1 / 0.07), **sees, "weight_B": weight_B, "weight_C": weight_C, **counts}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_soft_contrast_spreads_the_target_over_the_captions_of_a_picture(pictures: int, more: int, random: Any) -> None:
+    """In any order, in uneven numbers, with unread pictures."""
+    owner = [*range(pictures), *(random.randrange(pictures) for _ in range(more))]
+    random.shuffle(owner)
+    weight_B = torch.tensor([1.0, *(float(random.random() < 0.7) for _ in range(pictures - 1))])
+    inputs = soft_inputs(owner, pictures, weight_B)
+    cosine = inputs["image_BD"].double().numpy() @ inputs["text_CD"].double().numpy().T  # type: ignore[union-attr]
+    read, read_of = np.flatnonzero(weight_B.numpy()), np.array(owner)
+    read_C = np.flatnonzero(weight_B.numpy()[read_of])
+    logits = cosine[np.ix_(read, read_C)] / 0.07
+    own = read[:, None] == read_of[read_C]
+    image = -(log_softmax(logits) * own / own.sum(1, keepdims=True)).sum(1).mean()
+    text = -(log_softmax(logits.T) * own.T).sum(1).mean()
+    assert soft_contrastive(**inputs).item() == pytest.approx((image + text) / 2, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_soft_contrast_is_contrast_where_each_picture_has_one_caption() -> None:
+    """With duplicates of words, a hole, and as a share of the global batch."""
+    excluded_BG = torch.zeros(6, 6, dtype=torch.bool)
+    excluded_BG[0, 3] = excluded_BG[3, 0] = excluded_BG[:, 5] = True
+    inputs = contrast_inputs(6, excluded_BG & ~torch.eye(6, dtype=torch.bool), torch.tensor([1.0, 1, 1, 1, 1, 0]))
+    for rows in (slice(0, 6), slice(2, 6)):
+        part = {name: inputs[name][rows] for name in ("image_BD", "text_BD", "own_B", "excluded_BG", "weight_B")}
+        expected = contrastive(**{**inputs, **part})
+        sees = Columns(torch.eye(6, dtype=torch.bool)[rows], excluded_BG[rows])
+        found = soft_contrastive(
+            part["image_BD"], part["text_BD"], inputs["image_GD"], inputs["text_GD"], inputs["scale"],
+            sees, sees, part["weight_B"], part["weight_B"], inputs["count"], inputs["count"],
+        )  # fmt: skip
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_soft_cross_entropy_leaves_out_excluded_columns() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, 9.0], [5.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    positive = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    excluded = torch.tensor([[False, False, False, True], [True, True, True, True]])
+    loss_B = soft_cross_entropy(logits, Columns(positive, excluded))
+    expected = torch.logsumexp(torch.tensor([1.0, 2.0, 3.0]), 0) - 1.5
+    torch.testing.assert_close(loss_B, torch.stack([expected, torch.tensor(0.0)]))  # nothing to find: no loss
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        soft_cross_entropy(logits, Columns(positive, excluded)).sum().backward()
+    assert logits.grad is not None
+    share = torch.softmax(torch.tensor([1.0, 2.0, 3.0]), 0) - torch.tensor([0.5, 0.5, 0.0])
+    torch.testing.assert_close(logits.grad, torch.stack([F.pad(share, (0, 1)), torch.zeros(4)]))
+
+
 # ---------------------------------------------------------------------- matching, words, pixels
 
 
@@ -128,6 +205,18 @@ def test_pixel_error_keeps_the_shape() -> None:
 TERMS = {
     "contrast": lambda x, w: contrastive(
         x, x, x, x, torch.tensor(10.0), torch.arange(4), torch.zeros(4, 4, dtype=torch.bool), w, w.sum()
+    ),
+    "soft contrast": lambda x, w: soft_contrastive(
+        x,
+        x,
+        x,
+        x,
+        torch.tensor(10.0),
+        *[Columns(torch.eye(4).bool(), w[None].expand(4, 4) == 0)] * 2,
+        w,
+        w,
+        w.sum(),
+        w.sum(),
     ),
     "matching": lambda x, w: matching(x[:, :2], torch.tensor([1, 0, 0, 0]), w, w.sum()),
     "token": lambda x, w: masked_token(x[:, None], torch.zeros(4, 1, dtype=torch.long), w[:, None], w.sum()),

@@ -16,7 +16,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw
 from maskvlm.heads import patchify
 from maskvlm.masking import mask_patches, mask_tokens
-from maskvlm.measure import EVAL_SEED, Measure, gains, join, one_caption
+from maskvlm.measure import EVAL_SEED, Measure, gains, one_caption
 from maskvlm.model import MaskVLM
 from maskvlm.pretrain import Hidden
 from maskvlm.retrieval import recall
@@ -314,27 +314,6 @@ def test_captions_of_a_picture_take_turns() -> None:
     batch = toy_batch(3)._replace(owner_C=owner_C, index_B=torch.tensor([3, 4, 5]))
     assert one_caption(batch).tolist() == [0, 3, 5]
     assert one_caption(batch._replace(index_B=torch.tensor([5, 4, 6]))).tolist() == [2, 3, 4]
-
-
-def test_batches_of_different_text_widths_join_by_their_place_in_the_data_set() -> None:
-    def part(index: list[int], owner: list[int], width: int) -> tuple[Tensor, ...]:
-        image, text = torch.tensor(index), torch.tensor(owner)
-        return (
-            image,
-            image[:, None].float(),
-            image[:, None, None].float().expand(-1, 2, 1),
-            text[:, None].float(),
-            text[:, None, None].float().expand(-1, width, 1),
-            torch.ones(len(text), width, dtype=torch.bool),
-            text,
-        )
-
-    gallery = join([part([7, 2], [7, 7, 2], 3), part([5], [5, 5], 4)])
-    assert gallery.image_BE.flatten().tolist() == [7, 2, 5]
-    assert gallery.owner_C.tolist() == [0, 0, 1, 2, 2]
-    assert gallery.text_CTD.shape == (5, 4, 1)
-    assert gallery.attention_CT.sum(1).tolist() == [3, 3, 3, 4, 4]
-    assert torch.equal(gallery.image_BE[gallery.owner_C], gallery.text_CE)
 
 
 def test_nothing_taken_in_gives_nothing() -> None:

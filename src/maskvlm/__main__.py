@@ -2,13 +2,15 @@
 
 import argparse
 import difflib
+import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from maskvlm.config import options as settings
 from maskvlm.config import places
-from maskvlm.errors import UserError
+from maskvlm.errors import ExitCode, UserError
 from maskvlm.failure import report
 
 USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
@@ -19,6 +21,8 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   preview   write a contact sheet of the data (--out FILE.png)
   submit    write and submit the SLURM batch script of fit
   bench     time a few training steps
+  where     print the folder of an installed package's task (where acme.ocr)
+  TASK.TOOL a task's own tool with its own options, such as vqa.score
 
   --run FOLDER          where everything of a run is written
   --print_config        print the composed configuration and stop
@@ -26,7 +30,7 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   --debug               show tracebacks
 
 `python -m maskvlm fit --help` lists all keys. `make` composes the files for you."""
-COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench")
+COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "where")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:
+        if arguments and "." in arguments[0] and "/" not in arguments[0]:
+            return tool(arguments[0])([word for word in arguments[1:] if word != "--debug"])
         options, arguments = split(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, flush=True)
@@ -78,8 +84,41 @@ def split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
+def tool(name: str) -> Callable[[list[str]], int]:
+    """The `main` of `tasks/TASK/TOOL.py`."""
+    task, _, module = name.partition(".")
+    found = sorted(f"{path.parent.name}.{path.stem}" for path in Path("tasks").glob("*/*.py") if has_main(path))
+    if name not in found:
+        near = difflib.get_close_matches(name, found, 1, 0.5)
+        what = "no such tool" + (f" (did you mean {near[0]}?)" if near else "")
+        raise UserError(name, what, f"There are: {', '.join(found)}" if found else "Run it where tasks/ is")
+    main: Callable[[list[str]], int] = importlib.import_module(f"tasks.{task}.{module}").main
+    return main
+
+
+def has_main(path: Path) -> bool:
+    """Whether a file of a task is a tool."""
+    return "\ndef main(" in path.read_text(encoding="utf-8")
+
+
+def where(names: list[str]) -> Path:
+    """The folder of a task in an installed package, which holds its YAML files; nothing of it is imported but its
+    parent packages."""
+    name = names[0] if names else ""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        todo = "Install the package that holds it (pip install), or correct the name"
+        raise UserError(f"TASK={name}", "no such package", todo, ExitCode.MISSING_INPUT)
+    return Path(spec.origin).parent
+
+
 def check(arguments: list[str]) -> None:
     """What needs no import: the command's name, and files that are there and are plain YAML."""
+    if arguments[0] == "where":
+        return
     if arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
         what = "no such command" + (f" (did you mean {near[0]}?)" if near else "")
@@ -90,7 +129,9 @@ def check(arguments: list[str]) -> None:
 def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
     """Import what the command needs, and run it."""
     name, rest = arguments[0], arguments[1:]
-    if name == "preview":
+    if name == "where":
+        print(where(rest))
+    elif name == "preview":
         from maskvlm.commands import preview
 
         print(preview(rest, Path(options.out), options.allow_import))

@@ -57,6 +57,26 @@ class Matching(nn.Module):
         return self.classify(fused_MD)
 
 
+class Classifier(nn.Module):
+    """Two linear layers on the fused vectors of one picture or of several (NLVR2, SNLI-VE; R).
+
+    Args:
+        width: of the input: D times the number of pictures.
+        hidden: width between the two.
+        labels: K, classes.
+        dropout: before the second layer, 0 to 1.
+    """
+
+    def __init__(self, width: int, hidden: int, labels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, labels)
+        )
+
+    def forward(self, fused_BD: Tensor) -> Tensor:
+        return self.layers(fused_BD)
+
+
 class TokenHead(nn.Module):
     """Logits over the vocabulary: one linear layer (R)."""
 

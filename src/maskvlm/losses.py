@@ -1,7 +1,8 @@
-"""The four losses and the hard negatives: tensors in, scalar out, no parameters, no logging.
+"""The losses and the hard negatives: tensors in, scalar out, no parameters, no logging.
 
-Shapes: B rows of this process, G rows of all processes, D width, K masked positions, V vocabulary, P values of
-a patch. Weights are 0 or 1; a sum is divided by `count`, which the caller may share over processes.
+Shapes: B rows of this process, G rows of all processes (C and H: captions, where pictures have several), D width,
+K masked positions, V vocabulary, P values of a patch. Weights are 0 or 1; a sum is divided by `count`, which the
+caller may share over processes.
 """
 
 from typing import Literal, NamedTuple
@@ -38,6 +39,53 @@ def contrastive(
         logits_BG = similarity(query_BD, key_GD, scale).masked_fill(excluded_BG, float("-inf"))
         terms.append((F.cross_entropy(logits_BG, own_B, reduction="none") * weight_B).sum())
     return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
+
+
+class Columns(NamedTuple):
+    """What each row of a similarity sees. positive: the same picture, what is to be found. excluded: neither to be
+    found nor a negative."""
+
+    positive_BG: Tensor
+    excluded_BG: Tensor
+
+
+def soft_contrastive(
+    image_BD: Tensor,
+    text_CD: Tensor,
+    image_GD: Tensor,
+    text_HD: Tensor,
+    scale: Tensor,
+    image_sees: Columns,
+    text_sees: Columns,
+    weight_B: Tensor,
+    weight_C: Tensor,
+    count_B: Tensor,
+    count_C: Tensor,
+) -> Tensor:
+    """Image-text contrast (ITC) where pictures have several captions: the target is spread equally over all columns
+    of the same picture, mean of the two directions (ALBEF's rule for fine-tuning).
+
+    Args:
+        image_BD, text_CD: unit vectors of this process; image_GD, text_HD: of all processes.
+        scale: 1 / temperature.
+        image_sees, text_sees: columns [B, H] of pictures and [C, G] of captions.
+        weight_B, weight_C, count_B, count_C: of pictures and of captions, see the top.
+    """
+    loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_sees)
+    loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_sees)
+    image, text = (loss_B * weight_B).sum() / count_B.clamp(min=1), (loss_C * weight_C).sum() / count_C.clamp(min=1)
+    return (image + text) / 2
+
+
+def soft_cross_entropy(logits_BG: Tensor, columns: Columns) -> Tensor:
+    """Cross-entropy [B] with the target spread equally over the positive columns; a row without any gives 0.
+
+    torch's own takes such targets too, but excluded columns, of -inf x 0, would make it NaN.
+    """
+    target_BG = columns.positive_BG & ~columns.excluded_BG
+    excluded_BG = columns.excluded_BG & target_BG.any(1, keepdim=True)  # a row of -inf alone has no softmax
+    log_p_BG = logits_BG.masked_fill(excluded_BG, float("-inf")).log_softmax(1)
+    return -log_p_BG.masked_fill(~target_BG, 0.0).sum(1) / target_BG.sum(1).clamp(min=1)
 
 
 def similarity(query_BD: Tensor, key_GD: Tensor, scale: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from maskvlm.cross import Context
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw, gather_objects, world_size
+from maskvlm.distributed import Draw, gather_objects
 from maskvlm.heads import patchify, pick
 from maskvlm.losses import pixel_error
 from maskvlm.model import MaskVLM
-from maskvlm.retrieval import Gallery, chance, contrast_scores, recall, rerank
+from maskvlm.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
+from maskvlm.retrieval import rankings, retrieval_metrics
 
 if TYPE_CHECKING:
     from maskvlm.pretrain import Hidden, MaskedPretraining
@@ -32,15 +33,19 @@ class Measure:
     The wrong partner is the next row's in the batch; a batch of one picture has none. "None" is a picture of
     the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
     in the data set alone, so that every checkpoint is asked the same, by any number of processes.
+
+    Args:
+        rerank_k: candidates a query that matching looks at again.
+        chunk: pairs at once in the cross encoders when it does.
     """
 
-    def __init__(self, rerank_k: int) -> None:
-        self.rerank_k = rerank_k
+    def __init__(self, rerank_k: int, chunk: int = CHUNK) -> None:
+        self.rerank_k, self.chunk = rerank_k, chunk
         self.reset()
 
     def reset(self) -> None:
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        self.features: list[tuple[Tensor, ...]] = []
+        self.kept: list[Kept] = []
         self.hidden_words: list[Tensor] = []
 
     @torch.no_grad()
@@ -55,7 +60,7 @@ class Measure:
         if task.weights["mim"]:
             self.patches(task, backbone, batch, hidden, text_CTD)
         if task.weights["itc"]:
-            self.keep(task, batch, image_BLD, text_CTD)
+            self.kept.append(keep(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
 
     def words(
         self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", image_BLD: Tensor
@@ -118,12 +123,6 @@ class Measure:
                 inside_BKP = pick(patchify(things, patch), hidden.patch.index_BK) * weight_BK[..., None]
                 self.add(f"mim/object_{key}{name}", error_BKP, inside_BKP)
 
-    def keep(self, task: "MaskedPretraining", batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> None:
-        """Features for retrieval, kept until the set is complete."""
-        image_BE, text_CE = task.projection.embed_image(image_BLD), task.projection.embed_text(text_CTD)
-        owner = batch.index_B[batch.owner_C]
-        self.features.append((batch.index_B, image_BE, image_BLD, text_CE, text_CTD, batch.attention_CT, owner))
-
     def add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.sums[name].append((float((value * weight).sum()), float(weight.sum())))
 
@@ -142,9 +141,9 @@ class Measure:
             metrics[name] = total / weight if weight else math.nan
         metrics |= gains(metrics)
         metrics |= self.word_chance()
-        features = everywhere(self.features, next(backbone.parameters()).device)
-        if features:
-            metrics |= self.retrieval(task, backbone, join(features))
+        gallery = gather_gallery(self.kept)
+        if gallery is not None:
+            metrics |= self.retrieval(task, backbone, gallery)
         else:  # no contrast to retrieve with: the masked losses themselves, higher is better
             metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
         self.reset()
@@ -162,20 +161,9 @@ class Measure:
 
     def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
-        relevant_BC = gallery.owner_C == torch.arange(len(gallery.image_BE), device=gallery.owner_C.device)[:, None]
-        found = {"itc_": contrast_scores(gallery)}
-        if task.weights["itm"]:
-            found[""] = rerank(backbone, task.matching, gallery, self.rerank_k)
-        pictures, captions = relevant_BC.shape
-        metrics: dict[str, float] = {"retrieval/pictures": pictures, "retrieval/captions": captions}
-        for name, scores in found.items():
-            metrics |= {f"retrieval/{name}tr_r{k}": r for k, r in recall(scores.text_BC, relevant_BC).items()}
-            metrics |= {f"retrieval/{name}ir_r{k}": r for k, r in recall(scores.image_CB, relevant_BC.T).items()}
-        metrics |= {f"retrieval/tr_r{k}_chance": r for k, r in chance(relevant_BC).items()}
-        metrics |= {f"retrieval/ir_r{k}_chance": r for k, r in chance(relevant_BC.T).items()}
-        best = list(found)[-1]
-        metrics["score"] = (metrics[f"retrieval/{best}tr_r1"] + metrics[f"retrieval/{best}ir_r1"]) / 2
-        return metrics
+        matched = bool(task.weights["itm"])
+        scores = score(backbone, task.matching if matched else None, gallery, self.rerank_k, self.chunk)
+        return retrieval_metrics(scores, rankings(scores, [0, self.rerank_k] if matched else [0]), self.rerank_k)
 
 
 def gains(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -196,27 +184,3 @@ def one_caption(batch: Batch) -> Tensor:
     count_B = torch.bincount(batch.owner_C, minlength=len(batch.image_BCHW))
     first_B = count_B.cumsum(0) - count_B
     return first_B + batch.index_B % count_B.clamp(min=1)
-
-
-def everywhere(features: list[tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """The batches of all processes."""
-    if world_size() == 1:
-        return features
-    shards: list[Any] = gather_objects([tuple(part.cpu() for part in batch) for batch in features])
-    return [tuple(part.to(device) for part in batch) for shard in shards for batch in shard]
-
-
-def join(features: list[tuple[Tensor, ...]]) -> Gallery:
-    """One gallery out of many batches; captions padded to the longest."""
-    width = max(part[4].shape[1] for part in features)
-    columns = zip(*features, strict=True)
-    index, image_BE, image_BLD, text_CE, text, attention, owner = (list(column) for column in columns)
-    text = [F.pad(part, (0, 0, 0, width - part.shape[1])) for part in text]
-    attention = [F.pad(part, (0, width - part.shape[1])) for part in attention]
-    order = torch.cat(index)
-    place = torch.empty(int(order.max()) + 1, dtype=torch.long, device=order.device)
-    place[order] = torch.arange(len(order), device=order.device)
-    return Gallery(
-        torch.cat(image_BE), torch.cat(text_CE), torch.cat(image_BLD), torch.cat(text), torch.cat(attention),
-        place[torch.cat(owner)],
-    )  # fmt: skip

@@ -19,7 +19,7 @@ from maskvlm.pictures import reconstructions
 from maskvlm.pretrain import MaskedPretraining
 from maskvlm.reconstruct import few
 from maskvlm.run import folder_of
-from maskvlm.tables import claim, metrics_table
+from maskvlm.tables import claim, metrics_table, score
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Report(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first pairs: they are decoded and on the device."""
-        if batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
+        pretrains = isinstance(getattr(pl_module, "task", None), MaskedPretraining)
+        if pretrains and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
             self.batch = few(batch, self.count)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,8 +64,8 @@ class Report(Callback):
         metrics = getattr(pl_module, "metrics", {})
         if trainer.state.fn == TrainerFn.FITTING:
             self.evaluations += 1
-            if claims := claim(metrics):
-                say(f"step {trainer.global_step}: {claims}")
+            if told := claim(metrics) or score(metrics):
+                say(f"step {trainer.global_step}: {told}")
             if not self.every or self.evaluations % self.every:
                 return
         else:

@@ -1,112 +1,162 @@
-"""Zero-shot retrieval: contrast picks candidates, the cross encoders and matching re-score them (paper sec. 4).
+"""Retrieval in numbers: how pictures and captions rank each other, and recall, whatever gave the scores.
 
-Shapes: B pictures, C captions (several a picture), E contrast width, L and T positions, D width, M pairs.
+Shapes: B pictures, C captions (several a picture), Q queries, G items of the gallery that they search. Everything
+is in host memory; the matrices [B, C] are the only large ones (0.5 GB each for COCO's 5,000 x 25,000), and orders
+are made of a block of queries at a time.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskvlm.cross import Context
-from maskvlm.heads import Matching
-from maskvlm.model import Fused, MaskVLM
-
-
-class Gallery(NamedTuple):
-    """Unimodal features of an evaluation set, computed once. owner_C: the picture of each caption."""
-
-    image_BE: Tensor
-    text_CE: Tensor
-    image_BLD: Tensor
-    text_CTD: Tensor
-    attention_CT: Tensor
-    owner_C: Tensor
+BLOCK = 256  # queries ordered at once: 50 MB for 25,000 items
+KS = (1, 5, 10)
 
 
 class Scores(NamedTuple):
-    """Higher is better. text_BC: for text retrieval (a picture looks for captions); image_CB: the reverse."""
+    """What is known of every picture with every caption; higher is better.
 
-    text_BC: Tensor
-    image_CB: Tensor
+    Attributes:
+        contrast_BC: cosine.
+        match_BC: log-odds of a match, NaN where the pair was not scored; None where no pair was.
+        owner_C: row of each caption's picture.
+    """
+
+    contrast_BC: Tensor
+    match_BC: Tensor | None
+    owner_C: Tensor
 
 
-def recall(score_QG: Tensor, relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[int, float]:
-    """Recall@k in percent: share of queries with at least one relevant item among the best k.
+class Ranking(NamedTuple):
+    """rank_Q: how many irrelevant items come before the best relevant one. found_Q: the item in the first place."""
+
+    rank_Q: Tensor
+    found_Q: Tensor
+
+
+class Rankings(NamedTuple):
+    """text: pictures look for their captions (TR). image: captions look for their picture (IR)."""
+
+    text: Ranking
+    image: Ranking
+
+
+def contrast_scores(image_BE: Tensor, text_CE: Tensor) -> Tensor:
+    """Cosine of every picture with every caption, [B, C], in float32 also under autocast."""
+    with torch.autocast(image_BE.device.type, enabled=False):
+        return image_BE.float() @ text_CE.float().T
+
+
+def top_places(score_QG: Tensor, k: int) -> Tensor:
+    """Place of the k best items of each query, from 0; G for all others."""
+    total = score_QG.shape[1]
+    best_QK = score_QG.topk(min(k, total), dim=1).indices
+    place_QK = torch.arange(best_QK.shape[1]).expand_as(best_QK)
+    return torch.full(score_QG.shape, total).scatter(1, best_QK, place_QK)
+
+
+def candidates(contrast_BC: Tensor, k: int) -> Tensor:
+    """Pairs worth a second look, [B, C]: a caption among a picture's k best, or a picture among a caption's."""
+    wanted_BC = torch.zeros(contrast_BC.shape, dtype=torch.bool)
+    for score_QG, wanted_QG in ((contrast_BC, wanted_BC), (contrast_BC.T, wanted_BC.T)):
+        for score_qG, wanted_qG in zip(score_QG.split(BLOCK), wanted_QG.split(BLOCK), strict=True):
+            wanted_qG |= top_places(score_qG.contiguous(), k) < k
+    return wanted_BC
+
+
+def blend(contrast_QG: Tensor, match_QG: Tensor, place_QG: Tensor, k: int) -> Tensor:
+    """Scores that put each query's k best by contrast first, in the order of matching; the others follow by contrast.
+
+    Cosines lie in [-1, 1], so the log-odds are lifted above 1; in float64, where lifting rounds nothing that
+    float32 told apart.
+    """
+    top_QG = place_QG < k
+    least_Q1 = match_QG.masked_fill(~(top_QG & match_QG.isfinite()), torch.inf).amin(1, keepdim=True)
+    return torch.where(top_QG, match_QG.double() - least_Q1 + 2, contrast_QG.double())
+
+
+def ranking(score_QG: Tensor, relevant_QG: Tensor) -> Ranking:
+    """Where each query's best relevant item stands.
 
     A tie counts against the model: an irrelevant item of the same score ranks before the relevant one, so a
-    model that gives every pair one score has recall 0. So does a score that is no number.
+    model that gives every pair one score has recall 0. So does a score that is no number. The rank of a query
+    without relevant item is beyond any gallery.
     """
-    score_QG = score_QG.masked_fill(score_QG.isnan(), float("-inf"))
-    best_Q1 = score_QG.masked_fill(~relevant_QG, float("-inf")).amax(1, keepdim=True)
-    rank_Q = ((score_QG >= best_Q1) & ~relevant_QG).sum(1)
-    can_hit_Q = relevant_QG.any(1)
-    return {k: 100 * ((rank_Q < k) & can_hit_Q).float().mean().item() for k in ks}
+    score_QG = score_QG.masked_fill(score_QG.isnan(), -torch.inf)
+    good_Q, good_at_Q = score_QG.masked_fill(~relevant_QG, -torch.inf).max(1)
+    bad_at_Q = score_QG.masked_fill(relevant_QG, -torch.inf).argmax(1)
+    rank_Q = ((score_QG >= good_Q[:, None]) & ~relevant_QG).sum(1)
+    rank_Q = rank_Q.masked_fill(~relevant_QG.any(1), torch.iinfo(torch.long).max)
+    return Ranking(rank_Q, torch.where(rank_Q == 0, good_at_Q, bad_at_Q))
 
 
-def chance(relevant_QG: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[int, float]:
-    """Recall@k in percent of an order by lot: at least one of a query's relevant items among k drawn of all G."""
-    total, relevant_Q = relevant_QG.shape[1], relevant_QG.sum(1).cpu().double()  # an Apple GPU has no float64
+def rankings(scores: Scores, ks: Sequence[int]) -> dict[int, Rankings]:
+    """Both directions, re-ranked at each k of `ks`: 0 is contrast alone, the size of the gallery matching alone."""
+    contrast_BC, match_BC, owner_C = scores
+    picture_B = torch.arange(len(contrast_BC))
+    text = _rankings(contrast_BC, match_BC, picture_B, owner_C, ks)
+    image = _rankings(contrast_BC.T, None if match_BC is None else match_BC.T, owner_C, picture_B, ks)
+    return {k: Rankings(text[k], image[k]) for k in ks}
+
+
+def _rankings(
+    contrast_QG: Tensor, match_QG: Tensor | None, query_Q: Tensor, item_G: Tensor, ks: Sequence[int]
+) -> dict[int, Ranking]:
+    """Of one direction; a query and an item of the same picture are relevant to each other."""
+    parts: dict[int, list[Ranking]] = {k: [] for k in ks}
+    for first in range(0, len(query_Q), BLOCK):
+        rows = slice(first, first + BLOCK)
+        contrast_qG, relevant_qG = contrast_QG[rows].contiguous(), query_Q[rows, None] == item_G
+        place_qG = top_places(contrast_qG, max(ks))
+        for k in ks:
+            score_qG = contrast_qG
+            if k and match_QG is not None:
+                score_qG = blend(contrast_qG, match_QG[rows], place_qG, k)
+            parts[k].append(ranking(score_qG, relevant_qG))
+    return {k: Ranking(*(torch.cat(column) for column in zip(*found, strict=True))) for k, found in parts.items()}
+
+
+def recall(score_QG: Tensor, relevant_QG: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
+    """Recall@k in percent: share of queries with at least one relevant item among the best k; ties: see `ranking`."""
+    return recall_of(ranking(score_QG, relevant_QG), ks)
+
+
+def recall_of(found: Ranking, ks: Sequence[int] = KS) -> dict[int, float]:
+    """Recall@k in percent of an order that is known."""
+    return {k: 100 * (found.rank_Q < k).double().mean().item() for k in ks}
+
+
+def chance(relevant_Q: Tensor, total: int, ks: Sequence[int] = KS) -> dict[int, float]:
+    """Recall@k in percent of an order by lot: at least one of a query's relevant items among k drawn of `total`."""
     levels = {}
     for k in ks:
         drawn = torch.arange(min(k, total))
-        missed_Q = ((total - relevant_Q[:, None] - drawn).clamp(min=0) / (total - drawn)).prod(1)
+        missed_Q = ((total - relevant_Q[:, None] - drawn).clamp(min=0).double() / (total - drawn)).prod(1)
         levels[k] = 100 * (1 - missed_Q).mean().item()
     return levels
 
 
-def contrast_scores(gallery: Gallery) -> Scores:
-    """Cosine of every picture with every caption."""
-    cosine_BC = gallery.image_BE.float() @ gallery.text_CE.float().T
-    return Scores(cosine_BC, cosine_BC.T)
+def named(levels: dict[int, float], name: str, end: str = "") -> dict[str, float]:
+    """Recalls under the names of metrics: `retrieval/<name>_r<k><end>`."""
+    return {f"retrieval/{name}_r{k}{end}": value for k, value in levels.items()}
 
 
-@torch.no_grad()
-def rerank(backbone: MaskVLM, head: Matching, gallery: Gallery, k: int, chunk: int = 1024) -> Scores:
-    """Scores in which each query's k best by contrast are ordered by matching, the others behind by contrast.
+def retrieval_metrics(scores: Scores, found: dict[int, Rankings], k: int) -> dict[str, float]:
+    """Recall@1/5/10 both ways over all captions: by contrast alone (`itc_`) and, where pairs were matched, re-ranked
+    at k; with the levels of chance, the sizes, and `score`, the mean of the two R@1.
 
     Args:
-        backbone, head: in evaluation mode.
-        gallery: from the same backbone.
-        k: candidates a query; at most the size of the gallery is used.
-        chunk: pairs in one pass of the cross encoders; a bound on memory.
+        found: from `rankings`, at 0 and, where pairs were matched, at k.
     """
-    contrast = contrast_scores(gallery)
-    top_BC = _top(contrast.text_BC, k)
-    top_CB = _top(contrast.image_CB, k)
-    image_M, text_M = (top_BC | top_CB.T).nonzero(as_tuple=True)
-    match_BC = torch.zeros_like(contrast.text_BC)
-    match_BC[image_M, text_M] = match_pairs(backbone, head, gallery, image_M, text_M, chunk)
-    # Contrast lies in [-1, 1]: the log-odds are lifted above it, no higher than needed to keep their decimals.
-    lifted_BC = match_BC - match_BC.nan_to_num().min() + 2
-    return Scores(torch.where(top_BC, lifted_BC, contrast.text_BC), torch.where(top_CB, lifted_BC.T, contrast.image_CB))
-
-
-@torch.no_grad()
-def match_pairs(
-    backbone: MaskVLM, head: Matching, gallery: Gallery, image_M: Tensor, text_M: Tensor, chunk: int = 1024
-) -> Tensor:
-    """Log-odds of a match for M pairs of (picture, caption) rows, float32; keys and values are projected once."""
-    text_context = backbone.cross_image.context(gallery.text_CTD, gallery.attention_CT)
-    image_context = backbone.cross_text.context(gallery.image_BLD)
-    odds = []
-    for image_m, text_m in zip(image_M.split(chunk), text_M.split(chunk), strict=True):
-        fused = Fused(
-            backbone.cross_image(
-                gallery.image_BLD[image_m], Context(text_context.blocks, gallery.attention_CT, text_m), every=0
-            ).first_BD,
-            backbone.cross_text(
-                gallery.text_CTD[text_m],
-                Context(image_context.blocks, None, image_m),
-                gallery.attention_CT[text_m],
-                every=0,
-            ).first_BD,
-        )
-        logits_m2 = head(fused.product_MD).float()
-        odds.append(logits_m2[:, 1] - logits_m2[:, 0])
-    return torch.cat(odds) if odds else torch.zeros(0, device=image_M.device)
-
-
-def _top(score_QG: Tensor, k: int) -> Tensor:
-    index_QK = score_QG.topk(min(k, score_QG.shape[1]), dim=1).indices
-    return torch.zeros_like(score_QG, dtype=torch.bool).scatter(1, index_QK, True)
+    pictures, captions = scores.contrast_BC.shape
+    metrics: dict[str, float] = {"retrieval/pictures": pictures, "retrieval/captions": captions}
+    best = "itc_" if scores.match_BC is None else ""
+    for name, ranked in {"itc_": found[0], best: found[0 if best else k]}.items():
+        metrics |= named(recall_of(ranked.text), f"{name}tr") | named(recall_of(ranked.image), f"{name}ir")
+    own_B = torch.bincount(scores.owner_C, minlength=pictures)
+    metrics |= named(chance(own_B, captions), "tr", "_chance")
+    metrics |= named(chance(torch.ones_like(scores.owner_C), pictures), "ir", "_chance")
+    metrics["score"] = (metrics[f"retrieval/{best}tr_r1"] + metrics[f"retrieval/{best}ir_r1"]) / 2
+    return metrics

@@ -147,3 +147,13 @@ def claim(metrics: Mapping[str, float]) -> str:
         less = gain("%", metrics["mim/mse"], metrics["mim/mse_wrong_text"])
         parts.append(f"hidden pixels {less} less squared error")
     return f"Gain of the right partner over a wrong one: {', '.join(parts)}" if parts else ""
+
+
+def score(metrics: Mapping[str, float]) -> str:
+    """What a downstream task is judged by, in a few words: `accuracy 71.3 (majority 29.7)`."""
+    names = [name for name in metrics if name.count("/") == 1 and name.endswith("/accuracy")]
+    if not names:
+        return f"score {metrics['score']:.1f}" if "score" in metrics else ""
+    level = metrics.get(f"{names[0]}_majority", math.nan)
+    known = "" if math.isnan(level) else f" (majority {level:.1f})"
+    return f"accuracy {metrics[names[0]]:.1f}{known}"

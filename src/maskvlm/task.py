@@ -85,6 +85,10 @@ class Task(nn.Module, ABC):
         """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""
         return {}
 
+    def files(self) -> dict[str, str]:
+        """Further files of the last evaluation for the run's folder, by name, such as a server's submission."""
+        return {}
+
     def floors(self, batch_size: int) -> dict[str, float]:
         """No-knowledge level of each loss term: what a model pays that has learned nothing."""
         return {}

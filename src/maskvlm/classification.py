@@ -1,0 +1,128 @@
+"""A downstream task that decides among labels: the base of NLVR and visual entailment, of VQA by classes, and of
+whatever asks a text about one picture or several.
+
+Shapes: B examples, P pictures an example, L image positions, T tokens, D width, K labels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskvlm.blind import Blind
+from maskvlm.data.examples import ExampleBatch
+from maskvlm.distributed import Draw, shared_count
+from maskvlm.errors import UserError, check_least
+from maskvlm.heads import Classifier
+from maskvlm.init import init_xavier
+from maskvlm.judged import Judged, Judgements, by_kind, majority, percent
+from maskvlm.masking import Uniform
+from maskvlm.model import MaskVLM
+from maskvlm.task import Task
+
+EVAL_SEED = 20230502
+
+
+class Classification(Task):
+    """Fused vectors of the pictures with the text, concatenated, through two linear layers (paper sec. 4; R).
+
+    Args:
+        labels: what to decide among; linked from the data, not set by hand.
+        pictures: of an example.
+        hidden: between the two layers; None takes the backbone's width.
+        dropout: in the head, 0 to 1.
+        blind: the control: noise in the place of every picture.
+
+    Attributes:
+        name: prefix of the metrics.
+    """
+
+    name = "classification"
+
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        pictures: int = 1,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        blind: bool = False,
+    ) -> None:
+        super().__init__()
+        if labels is None:
+            raise UserError("data.source", "it has no labels for the task to decide among", "Choose the task's own data")
+        check_least(1, model__task__pictures=pictures, model__task__hidden=hidden)
+        check_least(0, model__task__dropout=dropout)
+        self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
+        self.blind = Blind() if blind else None
+        self.judgements = Judgements()
+
+    def build(self, backbone: MaskVLM) -> None:
+        width = backbone.width
+        self.head = Classifier(width * self.pictures, self.hidden or width, len(self.labels), self.dropout)
+        init_xavier(self.head)
+        backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
+
+    def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
+        logits_BK = self.logits(backbone, batch, self.uniform)
+        weight_B = batch.valid_B.float()
+        loss_B = self.loss(logits_BK.float(), batch.target_BK)
+        return {self.name: (loss_B * weight_B).sum() / shared_count(weight_B.sum()).clamp(min=1)}
+
+    def loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        """Cross-entropy of each example."""
+        return F.cross_entropy(logits_BK, target_BK, reduction="none")
+
+    def logits(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Tensor:
+        """What speaks for each label, [B, K]."""
+        image = batch.image_BPCHW
+        if image.shape[1] != self.pictures:
+            what = f"the data has {image.shape[1]} pictures an example, the task is set to {self.pictures}"
+            raise UserError("model.task.pictures", what, f"Set it to {image.shape[1]}")
+        if self.blind is not None:
+            image = self.blind(image, uniform)
+        return self.head(fuse_pictures(backbone, image, batch.token_BT, batch.attention_BT))
+
+    @torch.no_grad()
+    def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
+        draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.image_BPCHW.device)
+        best = self.logits(backbone, batch, draw.local).argmax(1).tolist()
+        said = [self.labels[number] for number in best]
+        right = [self.right(word, example["answers"]) for word, example in zip(said, batch.examples, strict=True)]
+        self.judgements.add(batch, said, right)
+
+    def right(self, prediction: str, answers: list[str]) -> float | None:
+        """1 where the prediction is the answer, else 0; None without one."""
+        return float(prediction == answers[0]) if answers else None
+
+    def compute(self, backbone: MaskVLM) -> dict[str, float]:
+        judged = self.judgements.all()
+        self.predictions = [one.line for one in judged]
+        metrics = {f"{self.name}/accuracy": percent(judged), f"{self.name}/accuracy_majority": majority(judged, self.right)}
+        for kind, part in by_kind(judged).items():
+            metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
+        metrics |= {f"{self.name}/{key}": value for key, value in self.more(judged).items()}
+        metrics[f"{self.name}/examples"] = float(len(judged))
+        return metrics | {"score": metrics[f"{self.name}/accuracy"]}
+
+    def more(self, judged: list[Judged]) -> dict[str, float]:
+        """Further metrics of the task, without its prefix."""
+        return {}
+
+    def card(self) -> dict[str, Any]:
+        return {"labels": len(self.labels), "pictures": self.pictures, "blind": self.blind is not None}
+
+    def floors(self, batch_size: int) -> dict[str, float]:
+        """Entropy of labels that are all as frequent."""
+        return {self.name: float(torch.tensor(float(len(self.labels))).log())}
+
+
+def fuse_pictures(backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
+    """One pass a picture with the same text; the P fused vectors side by side, [B, P * D] (paper sec. 4, NLVR2; R)."""
+    pictures = image_BPCHW.shape[1]
+    image_XLD = backbone.image(image_BPCHW.flatten(0, 1))
+    text_BTD = backbone.text(token_BT, attention_BT)
+    text_XTD = text_BTD.repeat_interleave(pictures, 0)
+    fused = backbone.fuse(image_XLD, text_XTD, attention_BT.repeat_interleave(pictures, 0))
+    return fused.product_MD.unflatten(0, (-1, pictures)).flatten(1)

@@ -1,0 +1,102 @@
+"""A page of examples: pictures, what was asked, the truth and the prediction, green where it is right, red where not."""
+
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from maskvlm.data.images import safe_open
+from maskvlm.task import Prediction
+
+COLUMNS = 3
+PICTURE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
+WRAP, LINES = 38, 4  # characters a line, lines of a question
+GREEN, RED, GREY = "#1a7f37", "#cf222e", "#6e7781"
+
+
+class Shown(NamedTuple):
+    """A prediction with its pictures: encoded bytes, paths or Pillow images."""
+
+    prediction: Prediction
+    pictures: Sequence[Any]
+
+
+def example_page(shown: Sequence[Shown], path: Path) -> Path:
+    """Write a PNG; rows are filled from left to right.
+
+    Returns:
+        `path`.
+    """
+    figure = draw_page(shown)
+    with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(path, format="png", dpi=100)
+    return path
+
+
+def draw_page(shown: Sequence[Shown]) -> Figure:
+    """Cells of one size, as wide as the example with most pictures needs."""
+    most = max(len(one.pictures) for one in shown)
+    columns = COLUMNS if most == 1 else 2
+    rows = -(-len(shown) // columns)
+    cell_width, cell_height = most * (PICTURE + GAP) + TEXT, PICTURE + 2 * GAP
+    figure = Figure(figsize=(columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE))
+    known = [one.prediction["right"] for one in shown if one.prediction["right"] is not None]
+    right = f"; {sum(known):.3g} of these {len(known)} right" if known else ""
+    ink = Ink(figure)
+    ink.text(MARGIN, MARGIN, f"Some predictions, at even distances through the split{right}", "black", bold=True)
+    for number, one in enumerate(shown):
+        row, column = divmod(number, columns)
+        draw_cell(ink, MARGIN + column * cell_width, MARGIN + 2 * LINE + row * cell_height, one, most)
+    return figure
+
+
+def draw_cell(ink: "Ink", left: float, top: float, shown: Shown, most: int) -> None:
+    """The pictures side by side, the words to their right."""
+    prediction = shown.prediction
+    colour = GREY if prediction["right"] is None else GREEN if prediction["right"] >= 0.5 else RED
+    for place, picture in enumerate(shown.pictures):
+        ink.picture(left + place * (PICTURE + GAP), top, picture, prediction["id"], colour)
+    left += most * (PICTURE + GAP)
+    asked = textwrap.wrap(prediction["text"], WRAP) or [""]
+    if len(asked) > LINES:
+        asked = [*asked[: LINES - 1], textwrap.shorten(" ".join(asked[LINES - 1 :]), WRAP, placeholder=" …")]
+    lines = [(line, "black") for line in asked]
+    if prediction["truth"]:
+        lines += [(line, GREY) for line in textwrap.wrap(f"truth: {prediction['truth']}", WRAP)[:2]]
+    lines += [(line, colour) for line in textwrap.wrap(f"said:  {prediction['prediction']}", WRAP)[:2]]
+    for number, (line, shade) in enumerate(lines[:8]):
+        ink.text(left, top + number * LINE, line, shade, bold=shade in (GREEN, RED))
+
+
+class Ink:
+    """Text and pictures at places given in inches from the top left."""
+
+    def __init__(self, figure: Figure) -> None:
+        self.figure = figure
+        self.width, self.height = figure.get_size_inches()
+
+    def text(self, left: float, top: float, words: str, colour: str, bold: bool = False) -> None:
+        """One line, as it is: a dollar sign starts no formula."""
+        self.figure.text(
+            left / self.width, 1 - top / self.height, words, va="top", fontsize=8, family="monospace", color=colour,
+            weight="bold" if bold else "normal", parse_math=False,
+        )  # fmt: skip
+
+    def picture(self, left: float, top: float, image: Any, name: str, colour: str) -> None:
+        """Whole, in its own proportions, in a frame of the verdict's colour."""
+        area = (left / self.width, 1 - (top + PICTURE) / self.height, PICTURE / self.width, PICTURE / self.height)
+        axes = self.figure.add_axes(area)
+        pixels = np.asarray(safe_open(image, name))
+        axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) <= 128 else "antialiased")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for side in axes.spines.values():
+            side.set_visible(False)
+        frame = Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=3, clip_on=False)
+        axes.add_patch(frame)

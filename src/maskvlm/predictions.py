@@ -1,0 +1,130 @@
+"""What an evaluation leaves beside its numbers: every prediction as a line of JSON, a page of pictures with some of
+them, and the evaluation card, which says what was measured, on what, with which weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from maskvlm.data.text import tokenizer_hash
+from maskvlm.example_page import Shown, example_page
+from maskvlm.report import attempt, say
+from maskvlm.run import folder_of, is_training_run, versions, write_json, write_text
+from maskvlm.start import overlap
+from maskvlm.task import Prediction
+from maskvlm.verify import stated
+
+
+class Predictions(Callback):
+    """After an evaluation outside training: `predictions.jsonl`, `examples.png` and `card.json` in the run's folder.
+
+    Measuring a checkpoint in its training's own folder leaves those of the training alone and adds the split's name.
+
+    Args:
+        count: predictions on the page.
+    """
+
+    def __init__(self, count: int = 24) -> None:
+        self.count, self.trained = count, False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.trained |= stage == "fit"
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._write(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "test")
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder, task, data = folder_of(trainer), pl_module.task, trainer.datamodule  # type: ignore[attr-defined]
+        end = f"-{split}" if is_training_run(folder) and not self.trained else ""
+        write_json(folder / f"card{end}.json", evaluation_card(trainer, pl_module, split))
+        predictions: list[Prediction] = task.predictions  # type: ignore[assignment, union-attr]
+        if not predictions:
+            return
+        lines = (json.dumps(plain(one), ensure_ascii=False) for one in predictions)
+        write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
+        say(f"wrote {folder / f'predictions{end}.jsonl'}")
+        shown = [Shown(one, pictures_of(data.splits[split], one["index"])) for one in spread(predictions, self.count)]
+        attempt(trainer, folder / f"examples{end}.png", lambda path: example_page(shown, path))
+        for name, text in task.files().items():  # type: ignore[union-attr, operator]
+            write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
+            say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")
+
+
+def plain(prediction: Prediction) -> dict[str, Any]:
+    """With null for what is not known, as JSON has no NaN."""
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in prediction.items()}
+
+
+def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
+    """`count` of them at even distances, so that right and wrong ones appear as often as they are."""
+    count = min(count, len(predictions))
+    return [predictions[number * len(predictions) // count] for number in range(count)]
+
+
+def pictures_of(rows: Any, index: list[int]) -> list[Any]:
+    """The pictures of some rows of a split, of pairs or of examples, as the source hands them out."""
+    found: list[Any] = []
+    for number in index:
+        row = rows[number]
+        found += row["images"] if "images" in row else [row["image"]]
+    return found
+
+
+def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str, Any]:
+    """What a reader must know to trust or repeat the numbers beside it."""
+    data, backbone, task = trainer.datamodule, pl_module.backbone, pl_module.task  # type: ignore[attr-defined]
+    rows, source = data.splits[split], type(data.source)
+    ids = data.picture_ids(split)
+    lineage = pl_module.history
+    seen = None if ids is None else overlap(ids, lineage)
+    return {
+        "task": f"{type(task).__module__}.{type(task).__qualname__}",
+        "data": {
+            "source": f"{source.__module__}.{source.__qualname__}",
+            "split": split,
+            "sha": rows.fingerprint,
+            "rows": len(rows),
+            "pictures": None if ids is None else len(ids),
+            "share measured": share_measured(trainer, split),
+        },
+        "checkpoint": checkpoint_of(trainer, pl_module),
+        "lineage": [step.words() for step in lineage],
+        "evaluated pictures seen in training": "unknown" if seen is None else seen,
+        "resolution": backbone.image.image_size,
+        "text length": backbone.text.text_length,
+        "tokenizer": tokenizer_hash(backbone.text.tokenizer),
+        "settings": task.card(),
+        "precision": str(trainer.precision),
+        "processes": trainer.world_size,
+        "metrics": {name: None if value != value else value for name, value in pl_module.metrics.items()},
+        "versions": versions(),
+    }
+
+
+def share_measured(trainer: L.Trainer, split: str) -> float:
+    """Below 1 where trainer.limit_val_batches (or limit_test_batches) cut the evaluation short."""
+    limit = trainer.limit_test_batches if split == "test" else trainer.limit_val_batches
+    counts = trainer.num_test_batches if split == "test" else trainer.num_val_batches
+    loaders = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
+    total = len(loaders) if loaders is not None else 0
+    return 1.0 if limit == 1.0 or not total else round(float(sum(counts)) / total, 4)
+
+
+def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    """The file the measured weights come from and its sha256; where this run trained them, what it started from."""
+    origin = pl_module.backbone.origin
+    path = trainer.ckpt_path or (origin.path if origin else None)
+    facts = stated(Path(path)) if path else []
+    name = None if path is None else f"{Path(path).parent.name}/{Path(path).name}"
+    trained = getattr(trainer, "global_step", 0)
+    return {"file": name, "sha256": facts[-1].sha256 if facts else None, "steps trained here": trained}

@@ -1,0 +1,160 @@
+"""SNLI-VE: does a photo of Flickr30k entail a sentence? (Xie et al. 2019, github.com/necla-ml/SNLI-VE)
+
+Test labels were found wrong for many `neutral` pairs; corrected ones for validation and test come with e-SNLI-VE 2.0
+(Do et al. 2020, data/gt_labels.csv: pairID, image_link, sentence2, label) and e-ViL (Kayser et al. 2021,
+esnlive_dev.csv, esnlive_test.csv: pairID, Flickr30kID, hypothesis, gold_label, explanation).
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from maskvlm.data.examples import ExampleSource
+from maskvlm.data.files import (
+    Line,
+    Pictures,
+    digest_of,
+    get,
+    get_label,
+    get_name,
+    json_lines,
+    opened,
+    picture_folder,
+    picture_names,
+)
+from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
+from maskvlm.errors import ExitCode, UserError
+
+VERSION = 1
+"""Raise it when the same files give another table."""
+
+LABELS = ("entailment", "neutral", "contradiction")
+NO_LABEL = "-"  # the annotators did not agree
+LAYOUT = "SNLI-VE"
+TODO = "Set data.source.root to the folder of the jsonl files"
+
+
+class SnliVe(ExampleSource):
+    """SNLI-VE as distributed: one pair a line with `Flickr30K_ID`, `sentence2`, `gold_label` and `pairID`.
+
+    Pairs with the label `-` are left out of every split and counted, as the data set's authors do.
+
+    Args:
+        root: folder of the files.
+        train, val, test: their names; None where there is none.
+        images: folder of Flickr30k's (or Flickr8k's) pictures, found by the photo's number that starts their names;
+            by default `images/` in the root, else the root.
+        corrected: files with labels that replace those of the same pairID in every split, .csv or jsonl, with
+            columns `pairID` and `gold_label` (or `label`); the pairs changed are listed in `skipped`.
+        cache: where the tables are kept; by default with those of Hugging Face datasets.
+        max_missing: the share of training pairs that may lack their picture; they are skipped and listed.
+    """
+
+    labels = LABELS
+
+    def __init__(
+        self,
+        root: str,
+        train: str | None = "snli_ve_train.jsonl",
+        val: str | None = "snli_ve_dev.jsonl",
+        test: str | None = "snli_ve_test.jsonl",
+        images: str | None = None,
+        corrected: str | list[str] | None = None,
+        cache: str | None = None,
+        max_missing: float = 0.01,
+    ) -> None:
+        self.root, self.images = Path(root).expanduser(), images
+        self.files = {"train": train, "val": val, "test": test}
+        named = [corrected] if isinstance(corrected, str) else corrected or []
+        self.corrected = [Path(name).expanduser() for name in named]
+        self.cache, self.max_missing = cache, max_missing
+
+    def split(self, name: str) -> TableExamples:
+        """The pairs of `train`, `val` or `test`.
+
+        Raises:
+            UserError: a file or its pictures are missing, a line is malformed, or a pairID stands there twice.
+        """
+        if not (file := self.files.get(name)):
+            raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
+        origin = Origin(self.root / file, "{file}:{place}")
+        digest = digest_of(origin.file, todo=TODO) + digest_of(*self.corrected, todo="Correct data.source.corrected")
+        key = f"snli-ve-{EXAMPLE_VERSION}.{VERSION}-{digest[:32]}-{digest[64:96]}"
+        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin, read_labels(self.corrected)))
+        return choose(table, origin, name, self._pictures(), self.max_missing)
+
+    def _pictures(self) -> Pictures:
+        """Where two files have the same number, the one that is named by it alone."""
+        folder = picture_folder(self.images, self.root)
+        named: dict[str, str] = {}
+        for name in sorted(picture_names(folder), key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
+            if number := re.match(r"\d+", PurePosixPath(name).name):
+                named.setdefault(f"flickr {number[0]}", name)
+        return Pictures(folder, named)
+
+
+def parse(origin: Origin, corrected: dict[str, str]) -> Made:
+    """The lines of a file as an examples table; a wrong one is an error that names it."""
+    rows = Rows(origin, "pairID")
+    for where, number, record in json_lines(origin.file):
+        pair = get_name(record, "pairID", where, LAYOUT)
+        old = get_label(record, "gold_label", (*LABELS, NO_LABEL), where, LAYOUT)
+        label = corrected.get(pair, old)
+        if label != old:
+            rows.note("label corrected", number)
+        if label == NO_LABEL:
+            rows.note("no gold label", number)
+            continue
+        rows.add(
+            place=number,
+            id=pair,
+            images=[f"flickr {get_name(record, 'Flickr30K_ID', where, LAYOUT)}"],
+            text=get(record, "sentence2", str, where, LAYOUT),
+            answers=[label],
+        )
+    return rows.made()
+
+
+# ------------------------------------------------------------------ corrected labels
+
+
+def read_labels(files: list[Path]) -> dict[str, str]:
+    """pairID -> label of all files.
+
+    Raises:
+        UserError: a file has no such columns, a label is none of the classes, or a pair has two different ones.
+    """
+    labels: dict[str, str] = {}
+    for file in files:
+        rows = [*(csv_rows(file) if file.suffix == ".csv" else json_lines(file))]
+        if not rows:
+            raise UserError(file, "no label in this file", "Correct data.source.corrected", ExitCode.BAD_DATA)
+        for where, _, record in rows:
+            pair, label = _correction(record, where)
+            if labels.setdefault(pair, label) != label:
+                what = f"pairID '{pair}' is '{label}' here and '{labels[pair]}' before"
+                raise UserError(where, what, "Keep one of the two", ExitCode.BAD_DATA)
+    return labels
+
+
+def _correction(record: dict[str, Any], where: str) -> tuple[str, str]:
+    column = next((name for name in ("gold_label", "label") if name in record), None)
+    if column is None or "pairID" not in record:
+        there = ", ".join(repr(name) for name in record)[:200]
+        what = f"no columns 'pairID' and 'gold_label' (there is {there or 'nothing'})"
+        raise UserError(where, what, "Name the columns so", ExitCode.BAD_DATA)
+    return get_name(record, "pairID", where, LAYOUT), get_label(record, column, (*LABELS, NO_LABEL), where, LAYOUT)
+
+
+def csv_rows(file: Path) -> Iterator[Line]:
+    """The rows of a comma-separated file by the names in its first line; each with the line that it ends on."""
+    with opened(file) as stream:
+        rows = csv.DictReader((line.decode("utf-8-sig") for line in stream), restkey="without a name", strict=True)
+        try:
+            for row in rows:
+                yield Line(f"{file}:{rows.line_num}", rows.line_num, dict(row))
+        except (csv.Error, UnicodeDecodeError) as error:
+            where, what = f"{file}:{rows.line_num + 1}", f"not comma-separated UTF-8 text ({error})"
+            raise UserError(where, what, "Fetch it again", ExitCode.BAD_DATA) from error

@@ -1,0 +1,234 @@
+"""Hypotheses about scenes of the built-in world that are partly behind a curtain, nothing to download.
+
+Where all can be seen nothing is neutral, so a curtain covers a row or a column of each picture. A hypothesis is
+entailed if what is seen makes it true whatever stands behind, contradicted if nothing behind could make it true, else
+neutral. Behind the curtain anything may stand, one thing a place; more than one is never needed to make a hypothesis
+true, so that the world's rule of three things at most never decides.
+
+Picture and class are drawn first, apart from each other, then a hypothesis of that class: the picture alone tells
+nothing. The lots treat all colours, shapes and places alike, and things that are mentioned together lie and look alike
+or not in the same way in every class, so that each hypothesis is as likely in each class: the text alone tells nothing.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
+
+from maskvlm.data.examples import ExampleSource
+from maskvlm.data.scene_captions import SENTENCES
+from maskvlm.data.scene_examples import (
+    TRIES,
+    SceneExamples,
+    SceneSplits,
+    Told,
+    Traits,
+    View,
+    a_noun,
+    first_of_split,
+    fits,
+    names_by_lot,
+    near_miss,
+    scene_of,
+    thing_like,
+    traits_of,
+)
+from maskvlm.data.scene_world import BACKGROUNDS, LINES, PLACES, Scene, Thing, choose, shuffled
+
+LABELS = ("entailment", "neutral", "contradiction")
+EVERYWHERE = tuple(range(9))
+ACROSS = {"row": ("above", "below"), "column": ("left of", "right of")}
+"""Relations by what the curtain covers: along the curtain, two hidden things could make any relation true."""
+GHOST = Thing("circle", "red", "small", "plain", cell=0)  # what might stand behind, but for what is said of it
+
+
+class Hypothesis(NamedTuple):
+    """There are things that fit what is `said`, each in one of its `cells`, the first in `relation` to the second.
+
+    `denied` turns it round: there are none. `background` is claimed besides, unless it is None.
+    """
+
+    text: str
+    said: tuple[Traits, ...]
+    cells: tuple[Sequence[int], ...]
+    relation: str | None = None
+    background: str | None = None
+    denied: bool = False
+
+
+def is_so(claim: Hypothesis, things: tuple[Thing, ...]) -> bool:
+    """True where there are such things; looks neither at `denied` nor at `background`."""
+    fit = [
+        [thing for thing in things if thing.cell in cells and fits(said, thing)]
+        for said, cells in zip(claim.said, claim.cells, strict=True)
+    ]
+    if claim.relation is None:
+        return all(fit)  # two that are mentioned are never the same thing: their cells differ
+    return any(one.relates(claim.relation, other) for one, other in product(*fit))
+
+
+def verdict(claim: Hypothesis, view: View) -> str:
+    """One of LABELS: what the seen part of the picture says of the claim."""
+    assert view.curtain is not None
+    seen, hidden = view.scene.things, LINES[view.curtain]
+    if claim.background not in (None, view.scene.background):
+        return "contradiction"
+    # More things never make a claim less true: where all that is spoken of, everywhere behind, is no help, nothing is.
+    ghosts = [replace(GHOST, cell=cell, dx=0, dy=0, **said) for cell in hidden for said in claim.said]
+    certain, possible = is_so(claim, seen), is_so(claim, (*seen, *ghosts))
+    if claim.denied:
+        certain, possible = not possible, not certain
+    return "entailment" if certain else "neutral" if possible else "contradiction"
+
+
+def is_apart(kind: str, curtain: str, cells: Sequence[int]) -> bool:
+    """True where things in these cells allow every class.
+
+    A relation needs one thing on each side, or two beyond the curtain one behind the other. Of two places a hidden and
+    a seen one cannot be in the curtain's line, seen ones can: they differ in row and column always, so as not to tell.
+    """
+    rows, columns = {cell // 3 for cell in cells}, {cell % 3 for cell in cells}
+    if kind == "two":
+        return len(rows) == len(columns) == 2
+    return len(rows if curtain.endswith("row") else columns) == 2
+
+
+def unlike(one: Thing, other: Thing) -> bool:
+    """True where neither colour nor shape is the same."""
+    return one.colour != other.colour and one.shape != other.shape
+
+
+def view_of(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
+    """A curtain over a line by lot, and one or two things beside it; a picture in which every class is possible."""
+    curtain = choose(rng, tuple(LINES))
+    free = [cell for cell in EVERYWHERE if cell not in LINES[curtain]]
+
+    def make_pair() -> Scene | None:
+        cells = shuffled(rng, free)[:2]
+        things = [thing_like(rng, cell, {}) for cell in cells]
+        return scene_of(rng, things) if is_apart(kind, curtain, cells) and unlike(*things) else None
+
+    def make() -> Scene:
+        cells = shuffled(rng, free)[: choose(rng, (1, 2))]
+        first = thing_like(rng, cells[0], {})
+        like = near_miss(rng, traits_of(first, names)) if rng.random() < 0.5 else {}
+        return scene_of(rng, [first, *(thing_like(rng, cell, like) for cell in cells[1:])])
+
+    return View(first_of_split(split, make_pair if kind in ("relation", "two") else make), curtain)
+
+
+# ---- hypotheses of any class, by lot -----------------------------------------------------------------------
+def said_of(rng: random.Random, thing: Thing, names: tuple[str, ...], taken: Sequence[str] = ()) -> Traits:
+    """What the thing is like, or nearly that."""
+    traits = traits_of(thing, names)
+    return traits if rng.random() < 0.5 else near_miss(rng, traits, taken)
+
+
+def cell_of(rng: random.Random, thing: Thing) -> int:
+    """The thing's own cell or any."""
+    return thing.cell if rng.random() < 0.5 else choose(rng, EVERYWHERE)
+
+
+def two_of(rng: random.Random, view: View, names: tuple[str, ...]) -> tuple[list[Thing], tuple[Traits, Traits]]:
+    """The two things of a scene in any order, and what is said of them: unlike each other, too."""
+    one, other = shuffled(rng, view.scene.things)
+    first = said_of(rng, one, names, (other.colour, other.shape))
+    return [one, other], (first, said_of(rng, other, names, (first["colour"], first["shape"])))
+
+
+def say_place(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
+    """A thing is at a place."""
+    thing = choose(rng, view.scene.things)
+    said, cell = said_of(rng, thing, names), cell_of(rng, thing)
+    return Hypothesis(f"{a_noun(said)} is {SENTENCES.place(PLACES[cell])}", (said,), ((cell,),))
+
+
+def say_region(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
+    """A thing is in a row or column."""
+    said, line = said_of(rng, choose(rng, view.scene.things), names), choose(rng, tuple(LINES))
+    return Hypothesis(f"{a_noun(said)} is in the {line}", (said,), (LINES[line],))
+
+
+def say_relation(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
+    """A thing is left of, right of, above or below another."""
+    assert view.curtain is not None
+    _, said = two_of(rng, view, names)
+    relation = choose(rng, ACROSS[view.curtain.split()[1]])
+    text = f"{a_noun(said[0])} is {relation} {a_noun(said[1])}"
+    return Hypothesis(text, said, (EVERYWHERE, EVERYWHERE), relation=relation)
+
+
+def say_ground(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
+    """There is a thing, and the background is so."""
+    said = said_of(rng, choose(rng, view.scene.things), names)
+    background = view.scene.background if rng.random() < 0.5 else choose(rng, BACKGROUNDS)
+    return Hypothesis(f"{a_noun(said)} is on {background}", (said,), (EVERYWHERE,), background=background)
+
+
+def say_two(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis | None:
+    """Two things are at two places."""
+    assert view.curtain is not None
+    things, said = two_of(rng, view, names)
+    cells = [cell_of(rng, thing) for thing in things]
+    if not is_apart("two", view.curtain, cells):
+        return None
+    first, second = (
+        f"{a_noun(traits)} {{}}{SENTENCES.place(PLACES[c])}" for traits, c in zip(said, cells, strict=True)
+    )
+    return Hypothesis(f"{first.format('is ')} and {second.format('')}", said, ((cells[0],), (cells[1],)))
+
+
+def say_empty(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
+    """Nothing is at a place."""
+    cell = cell_of(rng, choose(rng, view.scene.things))
+    return Hypothesis(f"no thing is {SENTENCES.place(PLACES[cell])}", ({},), ((cell,),), denied=True)
+
+
+SAY: dict[str, Callable[[random.Random, View, tuple[str, ...]], Hypothesis | None]] = {
+    "place": say_place,
+    "region": say_region,
+    "relation": say_relation,
+    "ground": say_ground,
+    "two": say_two,
+    "empty": say_empty,
+}
+"""Kind -> a hypothesis of that kind, not yet of a class; None where the lot fell on an unfit one."""
+
+
+def tell_hypothesis(key: str, split: str, index: int) -> Told:
+    """Example `index`; see `Tell`."""
+    rng = random.Random(f"{key}-{index}")
+    kind, label = choose(rng, tuple(SAY)), choose(rng, LABELS)
+    names = names_by_lot(rng)  # once: drawn again with each hypothesis, it would lean to one class
+    view = view_of(rng, split, kind, names)
+    for _ in range(TRIES):
+        claim = SAY[kind](rng, view, names)
+        if claim is not None and verdict(claim, view) == label:
+            return Told((view,), claim.text, label, kind, id=f"{split}-{index}")
+    raise AssertionError(f"no {label} of kind {kind} for {view}")
+
+
+class SceneHypotheses(ExampleSource):
+    """Hypotheses about half-hidden scenes of the built-in world (an `ExampleSource`), six kinds.
+
+    Args:
+        train: number of training examples.
+        val: number of validation examples.
+        test: number of test examples.
+        size: width and height of the pictures in pixels, at least 12.
+        seed: draws other hypotheses and scenes; the splits share no scene under any pair of seeds.
+    """
+
+    def __init__(self, train: int = 100_000, val: int = 2000, test: int = 2000, size: int = 48, seed: int = 0) -> None:
+        counts = {"train": train, "val": val, "test": test}
+        self.splits = SceneSplits("SceneHypotheses", tell_hypothesis, counts, size, seed)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """`entailment`, `neutral`, `contradiction`, as SNLI-VE writes them."""
+        return LABELS
+
+    def split(self, name: str) -> SceneExamples:
+        """The examples of `train`, `val` or `test`; another name is a UserError."""
+        return self.splits.split(name)

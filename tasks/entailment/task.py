@@ -1,0 +1,29 @@
+"""Visual entailment: does the picture show that the hypothesis is true, that it is false, or neither? (SNLI-VE)"""
+
+import torch
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from maskvlm.classification import Classification
+from maskvlm.judged import Judged
+
+
+class Entailment(Classification):
+    """The fused vector through two linear layers, three classes (paper sec. 4; R)."""
+
+    name = "entailment"
+
+    def more(self, judged: list[Judged]) -> dict[str, float]:
+        """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: number of examples."""
+        known = [one for one in judged if one.truth]
+        if not known:
+            return {}
+        column = {label: number for number, label in enumerate(self.labels)}
+        truth_N = torch.tensor([column[one.truth] for one in known])
+        said_N = torch.tensor([column[one.prediction] for one in known])
+        count_KK = multiclass_confusion_matrix(said_N, truth_N, len(self.labels))
+        found: dict[str, float] = {}
+        for row, label in zip(count_KK.tolist(), self.labels, strict=True):
+            found[f"recall/{label}"] = 100 * row[column[label]] / sum(row) if sum(row) else float("nan")
+        for row, label in zip(count_KK.tolist(), self.labels, strict=True):
+            found |= {f"confusion/{label}_as_{said}": float(n) for n, said in zip(row, self.labels, strict=True)}
+        return found

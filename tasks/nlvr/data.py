@@ -1,0 +1,86 @@
+"""NLVR2: a sentence about two photos, true or false (Suhr et al. 2019, github.com/lil-lab/nlvr, nlvr2/)."""
+
+from pathlib import Path, PurePosixPath
+
+from maskvlm.data.examples import ExampleSource
+from maskvlm.data.files import Pictures, digest_of, get, get_label, get_name, json_lines, picture_folder, picture_names
+from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
+from maskvlm.errors import ExitCode, UserError
+
+VERSION = 1
+"""Raise it when the same file gives another table."""
+
+LABELS = ("False", "True")
+LAYOUT = "NLVR2"
+TODO = "Set data.source.root to the folder of the json files"
+
+
+class Nlvr2(ExampleSource):
+    """NLVR2 as distributed: one example a line with `identifier`, `sentence` and `label`.
+
+    The identifier `dev-850-2-1` says split, set of pictures, pair and sentence; its photos are `dev-850-2-img0.png`
+    (left) and `dev-850-2-img1.png`, in any folder. The pairs that a sentence is shown with have the same `group`,
+    named by the identifier without the pair, as eval/metrics.py has it for consistency.
+
+    Args:
+        root: folder of the files.
+        train, val, test: their names; None where there is none.
+        images: folder of the pictures; by default `images/` in the root, else the root.
+        cache: where the tables are kept; by default with those of Hugging Face datasets.
+        max_missing: the share of training examples that may lack a picture; they are skipped and listed.
+    """
+
+    labels = LABELS
+
+    def __init__(
+        self,
+        root: str,
+        train: str | None = "train.json",
+        val: str | None = "dev.json",
+        test: str | None = "test1.json",
+        images: str | None = None,
+        cache: str | None = None,
+        max_missing: float = 0.01,
+    ) -> None:
+        self.root, self.images = Path(root).expanduser(), images
+        self.files = {"train": train, "val": val, "test": test}
+        self.cache, self.max_missing = cache, max_missing
+
+    def split(self, name: str) -> TableExamples:
+        """The examples of `train`, `val` or `test`.
+
+        Raises:
+            UserError: a file or its pictures are missing, a line is malformed, or an identifier stands there twice.
+        """
+        if not (file := self.files.get(name)):
+            raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
+        origin = Origin(self.root / file, "{file}:{place}")
+        key = f"nlvr2-{EXAMPLE_VERSION}.{VERSION}-{digest_of(origin.file, todo=TODO)[:32]}"
+        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin))
+        return choose(table, origin, name, self._pictures(), self.max_missing)
+
+    def _pictures(self) -> Pictures:
+        folder = picture_folder(self.images, self.root)
+        names = picture_names(folder)
+        return Pictures(folder, {f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(names)})
+
+
+def parse(origin: Origin) -> Made:
+    """The lines of a file as an examples table; a wrong one is an error that names it."""
+    rows = Rows(origin, "identifier")
+    for where, number, record in json_lines(origin.file):
+        identifier = get_name(record, "identifier", where, LAYOUT)
+        parts = identifier.split("-")
+        if len(parts) != 4 or not all(parts):
+            what = f"identifier '{identifier[:80]}' is not split-set-pair-sentence"
+            raise UserError(where, what, f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA)
+        split, pictures, pair, sentence = parts
+        rows.add(
+            place=number,
+            id=identifier,
+            images=[f"nlvr2 {split}-{pictures}-{pair}-img{side}" for side in (0, 1)],
+            text=get(record, "sentence", str, where, LAYOUT),
+            answers=[get_label(record, "label", LABELS, where, LAYOUT)],
+            group=f"{split}-{pictures}-{sentence}",
+        )
+    return rows.made()

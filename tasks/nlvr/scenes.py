@@ -1,0 +1,220 @@
+"""Sentences about two scenes of the built-in world, true or false, nothing to download.
+
+As in NLVR2 each sentence comes with four pairs of pictures, true of two of them, so that the sentence alone tells
+nothing. The pictures alone tell nothing either: whatever the sentence, each picture of a pair about things shows one
+thing that is in both pictures and one that is nearly in both, and it depends on the words whether that makes a true
+or a false pair. False pairs are near misses: one attribute differs, or the number is next to it.
+"""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from maskvlm.data.examples import ExampleSource
+from maskvlm.data.scene_examples import (
+    SceneExamples,
+    SceneSplits,
+    Told,
+    Traits,
+    View,
+    a_noun,
+    first_of_split,
+    names_by_lot,
+    near_miss,
+    scene_like,
+    strangers,
+    traits_by_lot,
+)
+from maskvlm.data.scene_world import BACKGROUNDS, choose, shuffled
+
+LABELS = ("False", "True")
+PAIRS = 4  # of a sentence, two true and two false
+
+# Where the mentioned thing may stand when the sentence is true, and when it is false: the same in both pictures, in
+# one with a near miss in the other, or nowhere, with the same near miss in both.
+ROLES: dict[str, dict[bool, tuple[str, ...]]] = {
+    "left": {True: ("same", "left"), False: ("right", "nowhere")},
+    "right": {True: ("same", "right"), False: ("left", "nowhere")},
+    "both": {True: ("same",), False: ("left", "right", "nowhere")},
+    "one": {True: ("left", "right"), False: ("same", "nowhere")},
+    "none": {True: ("nowhere",), False: ("same", "left", "right")},
+}
+PHRASES = {
+    "left": "{} is in the left picture",
+    "right": "{} is in the right picture",
+    "both": "{} is in both pictures",
+    "one": "{} is in only one picture",
+    "none": "{} is in no picture",
+}
+# Two mentions: one plays the first role and the other the second. One of the two roles has the same in both pictures.
+SIDES: dict[bool, tuple[tuple[str, str], ...]] = {
+    True: (("same", "right"), ("left", "same")),
+    False: (("same", "left"), ("right", "same"), ("nowhere", "right"), ("left", "nowhere")),
+}
+GROUNDS = {
+    "both": "both pictures are on {}",
+    "one": "only one picture is on {}",
+    "same": "both pictures are on the same background",
+    "differ": "the pictures are not on the same background",
+}
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
+# Number -> what a false pair has instead. A ring, 2 3 5 4 2: each number is as often the false as the true one.
+BESIDE = {2: (3, 4), 3: (2, 5), 4: (2, 5), 5: (3, 4)}
+KINDS = (*ROLES, "sides", "background", "count")
+
+
+class Pair(NamedTuple):
+    """What each picture must show: the things' traits (more may be drawn by lot), and its background or None."""
+
+    left: list[Traits]
+    right: list[Traits]
+    grounds: tuple[str, str] | None = None
+
+
+class Sentence(NamedTuple):
+    """The words, and a maker of pairs of which they are true or false."""
+
+    text: str
+    make: Callable[[random.Random, bool], Pair]
+
+
+class Slot(NamedTuple):
+    """What stands in the left and in the right picture, and the colours and shapes that others must not have."""
+
+    left: Traits
+    right: Traits
+    taken: frozenset[str]
+
+
+def slot_of(rng: random.Random, role: str, said: Traits, taken: frozenset[str] = frozenset()) -> Slot:
+    """The mentioned thing, or a near miss of it, in each picture, as the role says (see ROLES)."""
+    near = near_miss(rng, said, taken)
+    left = said if role in ("same", "left") else near
+    right = said if role in ("same", "right") else near
+    return Slot(left, right, taken | {traits[name] for traits in (said, near) for name in ("colour", "shape")})
+
+
+def say_thing(rng: random.Random, kind: str) -> Sentence:
+    """One thing, and in which of the pictures it is."""
+    names = names_by_lot(rng)
+    said = traits_by_lot(rng, names)
+
+    def make(rng: random.Random, truth: bool) -> Pair:
+        role = choose(rng, ROLES[kind][truth])
+        main = slot_of(rng, role, said)
+        other_role = "same" if role in ("left", "right") else "left"
+        other = slot_of(rng, other_role, strangers(rng, names, main.taken), main.taken)
+        return filled(rng, main, other)
+
+    return Sentence(PHRASES[kind].format(a_noun(said)), make)
+
+
+def say_sides(rng: random.Random, kind: str) -> Sentence:
+    """One thing in the left, another in the right picture."""
+    names = ("colour", "shape")  # more would be longer than the text encoder reads
+    first = traits_by_lot(rng, names)
+    second = strangers(rng, names, first.values())
+
+    def make(rng: random.Random, truth: bool) -> Pair:
+        roles = choose(rng, SIDES[truth])
+        main = slot_of(rng, roles[0], first, frozenset(second.values()))
+        return filled(rng, main, slot_of(rng, roles[1], second, main.taken))
+
+    return Sentence(f"{a_noun(first)} in the left picture, {a_noun(second)} in the right", make)
+
+
+def filled(rng: random.Random, main: Slot, other: Slot) -> Pair:
+    """A pair from two slots; every second picture gets a third thing, unlike all that is or might be mentioned."""
+
+    def more() -> list[Traits]:
+        return [strangers(rng, ("colour", "shape"), other.taken)] if rng.random() < 0.5 else []
+
+    return Pair([main.left, other.left, *more()], [main.right, other.right, *more()])
+
+
+def say_background(rng: random.Random, kind: str) -> Sentence:
+    """A background of both or of one picture, or that both have the same.
+
+    Over the four forms, pairs of equal and of different backgrounds are true as often as false.
+    """
+    form, said = choose(rng, tuple(GROUNDS)), choose(rng, BACKGROUNDS)
+
+    def make(rng: random.Random, truth: bool) -> Pair:
+        named = form in ("both", "one")
+        first, second = shuffled(rng, BACKGROUNDS)[:2]
+        if named:
+            first, second = said, choose(rng, [name for name in BACKGROUNDS if name != said])
+        equal = (form in ("both", "same")) == truth
+        if equal:
+            all_wrong = named and not truth and rng.random() < 0.5
+            grounds = (second, second) if all_wrong else (first, first)
+        else:
+            grounds = (first, second) if rng.random() < 0.5 else (second, first)
+        return Pair([{}] * choose(rng, (1, 2, 3)), [{}] * choose(rng, (1, 2, 3)), grounds)
+
+    return Sentence(GROUNDS[form].format(said), make)
+
+
+def say_count(rng: random.Random, kind: str) -> Sentence:
+    """How many things there are in the two pictures together."""
+    said = choose(rng, tuple(NUMBERS))
+
+    def make(rng: random.Random, truth: bool) -> Pair:
+        total = said if truth else choose(rng, BESIDE[said])
+        left = choose(rng, range(max(1, total - 3), min(3, total - 1) + 1))
+        return Pair([{}] * left, [{}] * (total - left))
+
+    return Sentence(f"there are {NUMBERS[said]} things in all", make)
+
+
+SAY: dict[str, Callable[[random.Random, str], Sentence]] = {
+    **dict.fromkeys(ROLES, say_thing),
+    "sides": say_sides,
+    "background": say_background,
+    "count": say_count,
+}
+
+
+def view_of(rng: random.Random, split: str, things: list[Traits], ground: str | None) -> View:
+    """A scene of the split with these things."""
+    return View(first_of_split(split, lambda: scene_like(rng, things, ground)))
+
+
+def tell_comparison(key: str, split: str, index: int) -> Told:
+    """Pair `index % 4` of sentence `index // 4`; see `Tell`. Ids as NLVR2's, split-set-pair-sentence."""
+    number, place = divmod(index, PAIRS)
+    rng = random.Random(f"{key}-{number}")
+    kind = choose(rng, KINDS)
+    sentence = SAY[kind](rng, kind)
+    truth = shuffled(rng, (True, True, False, False))[place]
+    rng = random.Random(f"{key}-{number}-{place}")
+    pair = sentence.make(rng, truth)
+    grounds = pair.grounds or (None, None)
+    views = (view_of(rng, split, pair.left, grounds[0]), view_of(rng, split, pair.right, grounds[1]))
+    identifier, group = f"{split}-{number}-{place}-0", f"{split}-{number}-0"
+    return Told(views, sentence.text, LABELS[truth], kind, identifier, group)
+
+
+class SceneComparisons(ExampleSource):
+    """Sentences about pairs of scenes (an `ExampleSource`), eight kinds; four examples in a row share a sentence.
+
+    Args:
+        train: number of training examples, a multiple of 4, as are the next two.
+        val: number of validation examples.
+        test: number of test examples.
+        size: width and height of the pictures in pixels, at least 12.
+        seed: draws other sentences and scenes; the splits share no scene under any pair of seeds.
+    """
+
+    def __init__(self, train: int = 100_000, val: int = 2000, test: int = 2000, size: int = 48, seed: int = 0) -> None:
+        counts = {"train": train, "val": val, "test": test}
+        self.splits = SceneSplits("SceneComparisons", tell_comparison, counts, size, seed, multiple=PAIRS)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """`False` and `True`, as NLVR2 writes them."""
+        return LABELS
+
+    def split(self, name: str) -> SceneExamples:
+        """The examples of `train`, `val` or `test`; another name is a UserError."""
+        return self.splits.split(name)

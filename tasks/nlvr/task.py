@@ -1,0 +1,49 @@
+"""NLVR: is the sentence true of the two pictures? (NLVR2, Suhr et al. 2019)"""
+
+from collections.abc import Sequence
+
+from maskvlm.classification import Classification
+from maskvlm.judged import Judged
+
+
+class Nlvr(Classification):
+    """Both pictures are run with the sentence, the two fused vectors go through two linear layers (paper sec. 4; R).
+
+    Args: as `Classification`; `pictures` may be any number, 2 in NLVR2.
+    """
+
+    name = "nlvr"
+
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        pictures: int = 2,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        blind: bool = False,
+    ) -> None:
+        super().__init__(labels, pictures, hidden, dropout, blind)
+
+    def more(self, judged: list[Judged]) -> dict[str, float]:
+        return {"consistency": consistency(judged), "consistency_chance": chance(judged)}
+
+
+def groups_of(judged: list[Judged]) -> list[list[Judged]]:
+    """Examples with a known truth by sentence."""
+    found: dict[str, list[Judged]] = {}
+    for one in judged:
+        if one.right is not None:
+            found.setdefault(one.example["group"] or one.example["id"], []).append(one)
+    return list(found.values())
+
+
+def consistency(judged: list[Judged]) -> float:
+    """Percent of sentences that are judged right with every pair of pictures they are shown with (NLVR2's)."""
+    right = [all(one.right == 1 for one in group) for group in groups_of(judged)]
+    return 100 * sum(right) / len(right) if right else float("nan")
+
+
+def chance(judged: list[Judged]) -> float:
+    """Consistency of answers by lot."""
+    level = [0.5 ** len(group) for group in groups_of(judged)]
+    return 100 * sum(level) / len(level) if level else float("nan")

@@ -1,0 +1,271 @@
+"""Image-text retrieval, fine-tuned: contrast over all captions of the batch, and matching with hard negatives
+(paper sec. 4; heads and weights go on from pre-training).
+
+Shapes: B pictures and C captions of this process, G and H of all processes, L image positions, T tokens, D width,
+E contrast width, M matching pairs.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskvlm import losses
+from maskvlm.blind import Blind
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw, gather, rank, shared_count, world_size
+from maskvlm.errors import UserError, check_least
+from maskvlm.heads import Matching, Projection
+from maskvlm.init import init_normal, init_xavier
+from maskvlm.losses import Columns, Negatives
+from maskvlm.measure import EVAL_SEED
+from maskvlm.model import Fused, MaskVLM
+from maskvlm.pairing import Side, cross_pairs, pad_text
+from maskvlm.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
+from maskvlm.retrieval import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
+from maskvlm.task import Prediction, Task
+
+
+class Contrast(NamedTuple):
+    """Cosines times the scale of this process's rows with the columns of all processes, and what the columns are.
+
+    image_BE ... text_HE: unit vectors. image_sees: columns [B, H] of pictures; text_sees: columns [C, G] of captions.
+    """
+
+    image_BE: Tensor
+    text_CE: Tensor
+    image_GE: Tensor
+    text_HE: Tensor
+    scale: Tensor
+    image_sees: Columns
+    text_sees: Columns
+
+
+class Hard(NamedTuple):
+    """caption: one hard caption for each picture (B). picture: one hard picture for each caption (C)."""
+
+    caption: Negatives
+    picture: Negatives
+
+
+class Retrieval(Task):
+    """ITC + ITM, and recall both ways.
+
+    Args:
+        weight_itc, weight_itm: weight of each loss; 0 skips it. Without ITC the contrast that picks candidates stays
+            as it was inherited; without ITM retrieval is by contrast alone.
+        contrast_dim, temperature: as in pre-training, whose projections are taken over.
+        rerank_k: candidates a query that matching scores again (C; ALBEF: 256 for COCO, 128 for Flickr30k).
+        sweep: match every picture with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
+        chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
+        blind: the control: noise in the place of every picture.
+
+    Raises:
+        UserError: a negative weight, both weights 0, a size below 1.
+    """
+
+    def __init__(
+        self,
+        weight_itc: float = 1.0,
+        weight_itm: float = 1.0,
+        contrast_dim: int = 256,
+        temperature: float = 0.07,
+        rerank_k: int = 128,
+        sweep: bool = False,
+        chunk: int = CHUNK,
+        blind: bool = False,
+    ) -> None:
+        super().__init__()
+        check_least(0, model__task__weight_itc=weight_itc, model__task__weight_itm=weight_itm)
+        check_least(1, model__task__contrast_dim=contrast_dim, model__task__rerank_k=rerank_k, model__task__chunk=chunk)
+        check_least(0.001, model__task__temperature=temperature)
+        if not weight_itc and not weight_itm:
+            raise UserError("model.task", "both loss weights are 0", "Give at least one weight above 0")
+        self.weights = {"itc": weight_itc, "itm": weight_itm}
+        self.contrast_dim, self.temperature = contrast_dim, temperature
+        self.rerank_k, self.sweep, self.chunk = rerank_k, sweep, chunk
+        self.blind = Blind() if blind else None
+        self.kept: list[Kept] = []
+        self.shown = 1.0  # captions a picture in training, for the levels of knowing nothing
+        self.measured: dict[str, Any] = {}
+
+    def build(self, backbone: MaskVLM) -> None:
+        """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen: DDP would wait for
+        its gradient for ever."""
+        self.projection = Projection(backbone.width, backbone.width, self.contrast_dim, self.temperature)
+        if self.weights["itm"]:
+            self.matching = Matching(backbone.width)
+            init_normal(self.matching)
+        init_xavier(self.projection)
+        self.projection.requires_grad_(bool(self.weights["itc"]))
+        backbone.image.mask_token.requires_grad_(False)
+        for part in (backbone.cross_image, backbone.cross_text):
+            part.requires_grad_(bool(self.weights["itm"]))
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
+        if world_size() > 1:
+            batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
+        self.shown = len(batch.owner_C) / len(batch.valid_B)
+        if self.blind is not None:
+            batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
+        image_BLD, text_CTD = backbone.image(batch.image_BCHW), backbone.text(batch.token_CT, batch.attention_CT)
+        contrast = self.contrast(batch, image_BLD, text_CTD)
+        terms = {}
+        if self.weights["itc"]:
+            terms["itc"] = self.contrastive_loss(contrast, batch)
+        if self.weights["itm"]:
+            hard = self.negatives(contrast)
+            terms["itm"] = self.matching_loss(cross(backbone, batch, image_BLD, text_CTD, hard), hard, batch)
+        return terms
+
+    def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> Contrast:
+        if self.training:
+            self.projection.bound()
+        image_BE, text_CE = self.projection.embed_image(image_BLD), self.projection.embed_text(text_CTD)
+        return Contrast(image_BE, text_CE, gather(image_BE), gather(text_CE), self.projection.scale, *columns(batch))
+
+    def contrastive_loss(self, contrast: Contrast, batch: Batch) -> Tensor:
+        weight_B = batch.valid_B.float()
+        weight_C = weight_B[batch.owner_C]
+        counts = shared_count(weight_B.sum()), shared_count(weight_C.sum())
+        return losses.soft_contrastive(*contrast, weight_B, weight_C, *counts)
+
+    @torch.no_grad()
+    def negatives(self, contrast: Contrast) -> Hard:
+        """Out of the global batch; never of the same picture, the same words, or what could not be read."""
+        image, text, image_all, text_all, scale, image_sees, text_sees = contrast
+        drawn = []
+        for query, key, (positive, excluded) in ((image, text_all, image_sees), (text, image_all, text_sees)):
+            logits = losses.similarity(query, key, scale)
+            drawn.append(losses.hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
+        return Hard(*drawn)
+
+    def matching_loss(self, fused_M: Fused, hard: Hard, batch: Batch) -> Tensor:
+        weight_B = batch.valid_B.float()
+        weight_C = weight_B[batch.owner_C]
+        weight_M = torch.cat([weight_C, weight_C * hard.picture.weight_B, weight_B * hard.caption.weight_B])
+        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
+        return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
+
+    def floors(self, batch_size: int) -> dict[str, float]:
+        """No-knowledge level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
+        of its class prior, m of 2m + 1 pairs with m captions a picture (0.6365 for one)."""
+        share = self.shown / (2 * self.shown + 1)
+        itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2
+        itm = -share * math.log(share) - (1 - share) * math.log(1 - share)
+        return {name: level for name, level in {"itc": itc, "itm": itm}.items() if self.weights[name]}
+
+    # ------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def update(self, backbone: MaskVLM, batch: Batch) -> None:
+        image = batch.image_BCHW
+        if self.blind is not None:
+            image = self.blind(image, Draw(EVAL_SEED, int(batch.index_B[0]), image.device).local)
+        image_BLD, text_CTD = backbone.image(image), backbone.text(batch.token_CT, batch.attention_CT)
+        self.kept.append(keep(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
+
+    @torch.no_grad()
+    def compute(self, backbone: MaskVLM) -> dict[str, float]:
+        """Recall@1/5/10 in percent, their sum (`rsum`), by contrast alone (`itc_`) and re-ranked; `k<k>_` and
+        `k_all_` with the sweep."""
+        gallery, self.kept = gather_gallery(self.kept), []
+        self.predictions = []
+        if gallery is None:
+            return {}
+        matched = bool(self.weights["itm"])
+        k, head = self.rerank_k if matched else 0, self.matching if matched else None
+        scores = score(backbone, head, gallery, None if self.sweep else k, self.chunk)
+        swept = steps(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
+        found = rankings(scores, sorted({0, k, *swept.values()}))
+        self.predictions = predictions(gallery, found[k])
+        self.measured = {"captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
+        metrics = retrieval_metrics(scores, found, k) | rsum(found[0], "itc_") | (rsum(found[k], "") if k else {})
+        for name, at in swept.items():
+            metrics |= named(recall_of(found[at].text, [1]), f"{name}_tr")
+            metrics |= named(recall_of(found[at].image, [1]), f"{name}_ir")
+        return metrics
+
+    def card(self) -> dict[str, Any]:
+        k = self.rerank_k if self.weights["itm"] else 0
+        return {"rerank_k": k, "sweep": self.sweep, "blind": self.blind is not None, **self.measured}
+
+
+def columns(batch: Batch) -> tuple[Columns, Columns]:
+    """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
+    words of another picture, and what could not be read, are neither found nor negatives."""
+    owner_C = batch.owner_C + rank() * len(batch.valid_B)
+    owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
+    valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
+    same_CH = (batch.text_id_C[:, None] == text_H).float()
+    says_BH = same_CH.new_zeros(len(batch.valid_B), len(text_H)).index_add(0, batch.owner_C, same_CH) > 0
+    says_CG = same_CH.new_zeros(len(batch.text_id_C), len(image_G)).index_add(1, owner_H, same_CH) > 0
+    own_BH = batch.image_id_B[:, None] == image_G[owner_H]
+    own_CG = batch.image_id_B[batch.owner_C][:, None] == image_G
+    return (
+        Columns(own_BH, (says_BH & ~own_BH) | ~valid_G[owner_H]),
+        Columns(own_CG, (says_CG & ~own_CG) | ~valid_G),
+    )
+
+
+def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: Hard) -> Fused:
+    """One pass of each cross encoder over M = 2C + B pairs: (picture, its caption), (hard picture, caption),
+    (picture, hard caption)."""
+    own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
+    image, picture = reachable(image_BLD, hard.picture.index_B)
+    text, caption = reachable(text_CTD, hard.caption.index_B)
+    attention, _ = reachable(batch.attention_CT, hard.caption.index_B)
+    images, texts = [batch.owner_C, picture, own_B], [own_C, own_C, caption]
+    image_side, text_side = Side(image, None), Side(text, attention)
+    return Fused(
+        cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).first_BD,
+        cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).first_BD,
+    )
+
+
+def reachable(own: Tensor, index_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that pairs can pick, and where the rows `index_M` of the global batch stand among them: with several
+    processes they are fetched, with gradient, and follow the own ones."""
+    if world_size() == 1:
+        return own, index_M
+    return torch.cat([own, gather(own)[index_M]]), torch.arange(len(index_M), device=index_M.device) + len(own)
+
+
+def steps(largest: int) -> dict[str, int]:
+    """Name -> k of the sweep: 0, 1, 2, 4, ... and all, which is `largest`."""
+    powers = [2**n for n in range(largest.bit_length()) if 2**n < largest]
+    return {f"k{k}": k for k in [0, *powers]} | {"k_all": largest}
+
+
+def rsum(found: Rankings, name: str) -> dict[str, float]:
+    """Sum of the six recalls, at most 600."""
+    return {f"retrieval/{name}rsum": sum(sum(recall_of(ranked).values()) for ranked in found)}
+
+
+def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
+    """The picture found for every caption, then the caption found for every picture; right: R@1."""
+    owner, pictures = gallery.owner_C.tolist(), [f"picture {index}" for index in gallery.index_B.tolist()]
+    captions = [text or f"caption {row}" for row, text in enumerate(gallery.texts)]
+    first = {picture: captions[row] for row, picture in reversed(list(enumerate(owner)))}
+    lines = []
+    for row, (at, right) in enumerate(_firsts(found.image)):
+        name, index = f"caption {row}", gallery.index_B[[at, owner[row]]].tolist()
+        words = gallery.texts[row], pictures[owner[row]], pictures[at]
+        lines.append(_line(name, words, right, index, "image retrieval"))
+    for row, (at, right) in enumerate(_firsts(found.text)):
+        words = pictures[row], first[row], captions[at]
+        lines.append(_line(pictures[row], words, right, gallery.index_B[[row]].tolist(), "text retrieval"))
+    return lines
+
+
+def _firsts(found: Ranking) -> list[tuple[int, float]]:
+    """Of each query the item in the first place, and 1 where it is relevant, else 0."""
+    return list(zip(found.found_Q.tolist(), (found.rank_Q == 0).double().tolist(), strict=True))
+
+
+def _line(name: str, words: tuple[str, str, str], right: float, index: list[int], kind: str) -> Prediction:
+    text, truth, prediction = words
+    return Prediction(id=name, text=text, truth=truth, prediction=prediction, right=right, index=index, kind=kind)

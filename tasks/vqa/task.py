@@ -1,0 +1,183 @@
+"""VQA: answer a question about a picture, by writing the answer or by choosing among known ones (paper sec. 4).
+
+Shapes: B questions, A answers of all, S answer tokens, L image positions, T tokens, D width, K labels.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskvlm.classification import EVAL_SEED, Classification
+from maskvlm.data.examples import AnswerTokens, ExampleBatch
+from maskvlm.data.text import Captioner
+from maskvlm.distributed import Draw, shared_count
+from maskvlm.errors import check_least
+from maskvlm.judged import Judged
+from maskvlm.masking import Uniform
+from maskvlm.model import MaskVLM
+from tasks.vqa.decoder import AnswerDecoder, Question
+from tasks.vqa.metric import accuracy
+
+
+class Vqa(Classification):
+    """The generative head of the paper, or a classifier over the answer vocabulary (METER's).
+
+    Args:
+        labels: the answer vocabulary; linked from the data, not set by hand.
+        head: `generate` (paper; R) or `classify` (C).
+        decode: of the generative head: `rank` chooses the likeliest of the vocabulary (ALBEF's rule, C), `free` writes
+            whatever is likeliest word by word.
+        candidates: answers with the likeliest first word that `rank` compares whole (128, C).
+        answer_length: longest answer in tokens, start and end included.
+        hidden, dropout, blind: as `Classification`.
+    """
+
+    name = "vqa"
+
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        head: Literal["generate", "classify"] = "generate",
+        decode: Literal["rank", "free"] = "rank",
+        candidates: int = 128,
+        answer_length: int = 10,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        blind: bool = False,
+    ) -> None:
+        super().__init__(labels, 1, hidden, dropout, blind)
+        check_least(1, model__task__candidates=candidates)
+        check_least(3, model__task__answer_length=answer_length)
+        self.generates, self.decode, self.candidates, self.answer_length = head == "generate", decode, candidates, answer_length
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def build(self, backbone: MaskVLM) -> None:
+        if not self.generates:
+            return super().build(backbone)
+        self.answer = AnswerDecoder(backbone, self.answer_length)
+        backbone.image.mask_token.requires_grad_(False)
+
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """From pre-training, the generative head takes over the token head; its decoder has its weights already."""
+        if not self.generates:
+            return super().inherit(heads)
+        renamed = {f"answer.{name}": value for name, value in heads.items() if name.startswith("tokens.")}
+        copied = {name for name in self.state_dict() if name.startswith("answer.decoder.")}
+        return super().inherit({**renamed, **heads}) | copied
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
+        if not self.generates:
+            return super().forward(backbone, batch)
+        question = self.read(backbone, batch, self.uniform)
+        token_AS, attention_AS, owner_A, weight_A = shortened(batch.answers, self.answer_length)
+        likelihood_A = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, owner_A)
+        valid_B = batch.valid_B.float()
+        share_A = weight_A / torch.zeros_like(valid_B).index_add(0, owner_A, weight_A)[owner_A].clamp(min=1e-6)
+        loss = -(likelihood_A * share_A * valid_B[owner_A]).sum()
+        return {self.name: loss / shared_count(valid_B.sum()).clamp(min=1)}
+
+    def loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        """Binary cross-entropy of every answer with its soft target, summed (C, Teney et al. 2018 and METER)."""
+        return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1)
+
+    def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Question:
+        """Pictures and questions through the encoders, the cross encoders and the fusion block."""
+        image_BCHW = batch.image_BPCHW[:, 0]
+        if self.blind is not None:
+            image_BCHW = self.blind(image_BCHW, uniform)
+        text_BTD = backbone.text(batch.token_BT, batch.attention_BT)
+        return self.answer.read(backbone, backbone.image(image_BCHW), text_BTD, batch.attention_BT)
+
+    # ------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
+        if not self.generates:
+            return super().update(backbone, batch)
+        said = self.answers(backbone, batch)
+        right = [self.right(word, example["answers"]) for word, example in zip(said, batch.examples, strict=True)]
+        self.judgements.add(batch, said, right)
+
+    def answers(self, backbone: MaskVLM, batch: ExampleBatch) -> list[str]:
+        """The generative head's answer to each question."""
+        device = batch.image_BPCHW.device
+        question = self.read(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), device).local)
+        token_KS, attention_KS = self.vocabulary(backbone)
+        token_KS, attention_KS = token_KS.to(device), attention_KS.to(device)
+        rows = len(batch.valid_B)
+        if self.decode == "rank":
+            best_B = self.answer.rank(backbone, question, token_KS, attention_KS, rows, self.candidates)
+            return [self.labels[number] for number in best_B.tolist()]
+        tokenizer: Any = backbone.text.tokenizer
+        start, end = (int(token_KS[0, place]) for place in (0, int(attention_KS[0].sum()) - 1))
+        forbidden = [token for token in tokenizer.all_special_ids if token != end]
+        written_BS = self.answer.write(backbone, question, rows, start, end, forbidden)
+        return [self.words(row, end, tokenizer) for row in written_BS.tolist()]
+
+    def words(self, tokens: list[int], end: int, tokenizer: Any) -> str:
+        """The label with these tokens, or else the tokens as text: a tokenizer need not give back a label's spaces."""
+        inner = tokens[1 : tokens.index(end, 1)] if end in tokens[1:] else tokens[1:]
+        assert self.table is not None
+        label = self.spelt.get(tuple(inner))
+        return label if label is not None else str(tokenizer.decode(inner)).strip()
+
+    def vocabulary(self, backbone: MaskVLM) -> tuple[Tensor, Tensor]:
+        """Tokens of every label and their padding mask, [K, S] each; made once."""
+        if self.table is None:
+            made = Captioner(backbone.text.tokenizer, self.answer_length)(list(self.labels))  # type: ignore[arg-type]
+            self.table = made.token_CT, made.attention_CT
+            rows = zip(made.token_CT.tolist(), made.special_CT.tolist(), self.labels, strict=True)
+            self.spelt = {
+                tuple(t for t, special in zip(tokens, specials, strict=True) if not special): label
+                for tokens, specials, label in rows
+            }
+        return self.table
+
+    def right(self, prediction: str, answers: list[str]) -> float | None:
+        """The official accuracy (`metric.py`)."""
+        return accuracy(prediction, answers) if answers else None
+
+    def more(self, judged: list[Judged]) -> dict[str, float]:
+        """`accuracy_prior`: of the most frequent answer to everything. `accuracy_ceiling`: of choosing the best answer
+        that the vocabulary has."""
+        known = [one for one in judged if one.example["answers"]]
+        if not known:
+            return {}
+        usual = Counter(one.truth for one in known).most_common(1)[0][0]
+        labels = set(self.labels)
+        best = [
+            max((accuracy(answer, one.example["answers"]) for answer in {*one.example["answers"]} & labels), default=0.0)
+            for one in known
+        ]
+        prior = [accuracy(usual, one.example["answers"]) for one in known]
+        return {"accuracy_prior": 100 * sum(prior) / len(known), "accuracy_ceiling": 100 * sum(best) / len(known)}
+
+    def files(self) -> dict[str, str]:
+        """What the VQA server takes, where ids are its numbers; and the answer vocabulary."""
+        found = {"answers.json": json.dumps(list(self.labels), ensure_ascii=False, indent=0) + "\n"}
+        if all(one["id"].isdigit() for one in self.predictions):
+            results = [{"question_id": int(one["id"]), "answer": one["prediction"]} for one in self.predictions]
+            found["submission.json"] = json.dumps(results, ensure_ascii=False) + "\n"
+        return found
+
+    def card(self) -> dict[str, Any]:
+        if not self.generates:
+            return super().card() | {"head": "classify"}
+        settings = {"head": "generate", "decode": self.decode, "candidates": min(self.candidates, len(self.labels))}
+        return super().card() | settings
+
+    def floors(self, batch_size: int) -> dict[str, float]:
+        """Classes: every answer at even odds. Generated answers have no such level: their length varies."""
+        return {} if self.generates else {self.name: len(self.labels) * 0.6931}
+
+
+def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:
+    """At most `length` tokens of each answer; what is longer loses its end."""
+    return answers._replace(token_AT=answers.token_AT[:, :length], attention_AT=answers.attention_AT[:, :length])

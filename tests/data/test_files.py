@@ -1,0 +1,286 @@
+"""Reading json, lines of json and folders of pictures: what is found, and the one line that says what is wrong."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from karpathy_rows import image
+
+from maskvlm.data.files import (
+    Pictures,
+    check_missing,
+    digest_of,
+    get,
+    get_label,
+    get_name,
+    json_lines,
+    load_json,
+    picture_folder,
+    picture_names,
+)
+from maskvlm.data.sources import Karpathy
+from maskvlm.errors import ExitCode, UserError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=5), inside, max_size=3),
+    max_leaves=6,
+)
+
+
+def error_of(read: Callable[[], object]) -> UserError | None:
+    """The user's error that reading ends with; any other exception is ours."""
+    try:
+        read()
+    except UserError as error:
+        return error
+    return None
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+# ------------------------------------------------------------------ lines
+
+
+def test_lines_are_numbered_as_an_editor_does(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": "\xe2\x80\xa8"}')
+    assert [*json_lines(file)] == [(f"{file}:1", 1, {"a": 1}), (f"{file}:4", 4, {"a": "\u2028"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": 1', "x.jsonl:2: not JSON (column 8: "),
+        (b'{"a": "\xff"}', "x.jsonl:2: not UTF-8 text (byte 7)"),
+        (b"[" * 200_000, "x.jsonl:2: nested too deeply for JSON data"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "x.jsonl:2: not JSON (a number is too long)"),
+        (b"[1]", "x.jsonl:2: list where a JSON object belongs. One object a line is needed."),
+        (b"null", "x.jsonl:2: NoneType where"),
+        (b"{} {}", "x.jsonl:2: not JSON (column 4: Extra data)"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"{}\n" + line + b"\n{}\n")
+    with pytest.raises(UserError) as caught:
+        list(json_lines(file))
+    assert message in str(caught.value)
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+@given(line=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_whatever_a_line_holds_is_an_object_or_an_error_that_names_it(
+    tmp_path_factory: pytest.TempPathFactory, line: bytes
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.jsonl"
+    file.write_bytes(b"{}\n" + line)
+    error = error_of(lambda: [each.record.keys() for each in json_lines(file)])
+    assert error is None or error.where in {f"{file}:{number}" for number in range(2, 42)}
+    assert "\n" not in str(error)
+
+
+def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    for path in (tmp_path / "no", tmp_path, tmp_path / "no" / "x"):
+        with pytest.raises(UserError, match=r"no such file\. Look there\.") as caught:
+            list(json_lines(path, "Look there"))
+        assert (caught.value.where, caught.value.code) == (str(path), ExitCode.MISSING_INPUT)
+        with pytest.raises(UserError, match=r"no such file\. Look there\."):
+            digest_of(path, todo="Look there")
+
+
+def test_the_digest_follows_contents_and_their_order(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    a.write_bytes(b"1"), b.write_bytes(b"2"), c.write_bytes(b"1")
+    assert digest_of(a) == digest_of(c)
+    assert len({digest_of(a), digest_of(b), digest_of(a, b), digest_of(b, a), digest_of()}) == 5
+
+
+# ------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "message"),
+    [
+        ([], int, "list where an object with 'key' belongs"),
+        ({}, int, "key 'key' is missing"),
+        ({"key": "3"}, int, "'key' is str instead of int"),
+        ({"key": True}, int, "'key' is bool instead of int"),
+        ({"key": None}, str, "'key' is NoneType instead of str"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(record: Any, kind: type, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        get(record, "key", kind, "file:3", "VQA")
+    assert str(caught.value) == f"file:3: {message}. A file in the VQA layout is needed."
+
+
+def test_values_of_the_right_type_come_back() -> None:
+    record = {"number": 3, "text": "", "list": []}
+    assert get(record, "number", int, "", "") == 3
+    assert get(record, "text", str, "", "") == ""
+    assert get(record, "list", list, "", "") == []
+
+
+@pytest.mark.parametrize(("value", "name"), [(0, "0"), (12, "12"), ("dev-1", "dev-1"), ("3.jpg#2r1c", "3.jpg#2r1c")])
+def test_numbers_and_plain_texts_are_names(value: Any, name: str) -> None:
+    assert get_name({"id": value}, "id", "x:1", "toy") == name
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "'id' is bool instead of a number or a name"),
+        (1.5, "'id' is float instead"),
+        (None, "'id' is NoneType instead"),
+        ([], "'id' is list instead"),
+        (-1, "'id' is -1"),
+        ("", "'id' is '': empty, or not plain text"),
+        (" a", "empty, or not plain text"),
+        ("a\nb", "'id' is 'a\\nb': empty"),
+        ("\ud800", "empty, or not plain text"),
+        ("a\x00", "empty, or not plain text"),
+        ("../a", "'../a' leads out of the folder"),
+        ("/a", "'/a' leads out of the folder"),
+        ("a/../b", "'a/../b' leads out of the folder"),
+    ],
+)
+def test_what_cannot_name_a_thing_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        get_name({"id": value}, "id", "x:1", "toy")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.where == "x:1"
+
+
+@pytest.mark.parametrize("value", ["True", "true", " TRUE ", True])
+def test_labels_are_found_in_any_case(value: Any) -> None:
+    assert get_label({"label": value}, "label", ("False", "True"), "x:1", "toy") == "True"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [("maybe", "maybe"), (1, "1"), (None, "NoneType"), ([["True"]], "list"), ("", "")]
+)
+def test_another_label_is_named_with_the_classes(value: Any, shown: str) -> None:
+    with pytest.raises(UserError) as caught:
+        get_label({"label": value}, "label", ("False", "True"), "x:1", "toy")
+    assert str(caught.value).startswith(f"x:1: 'label' is '{shown}', the classes are False, True. ")
+
+
+@given(value=JSON)
+def test_no_value_raises_anything_else(value: Any) -> None:
+    for read in (get_name, lambda *a: get_label(a[0], a[1], ("a", "-"), a[2], a[3])):
+        error = error_of(lambda: read({"id": value}, "id", "x:1", "toy"))  # noqa: B023  called at once
+        assert error is None or error.where == "x:1"
+        assert "\n" not in str(error)
+
+
+def test_documents_name_the_line_of_the_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"f\.json:3: not JSON"):
+        load_json(b'{\n"a": 1,\n}', Path("f.json"))
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_pictures_are_found_in_all_folders_but_hidden_ones(tmp_path: Path) -> None:
+    touch(tmp_path, "b.png", "in/a.JPG", "in/deep/c.webp", "in/._a.jpg", ".hidden/d.jpg", "a.txt", "in/jpg")
+    assert picture_names(tmp_path) == ["b.png", "in/a.JPG", "in/deep/c.webp"]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "there/a.jpg", "here/b.jpg")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "back").symlink_to(tmp_path / "here")
+    assert picture_names(tmp_path / "here") == ["b.jpg", "link/a.jpg"]
+
+
+def test_a_name_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
+    assert picture_names(tmp_path) == ["a.jpg"]
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no picture in this folder") as caught:
+        picture_names(touch(tmp_path, "a.txt"))
+    assert caught.value.code == ExitCode.MISSING_INPUT
+
+
+def test_the_folder_is_the_named_one_or_images_or_the_root(tmp_path: Path) -> None:
+    assert picture_folder(None, tmp_path) == tmp_path
+    (tmp_path / "images").mkdir()
+    assert picture_folder(None, tmp_path) == tmp_path / "images"
+    assert picture_folder(str(tmp_path), tmp_path / "else") == tmp_path
+    with pytest.raises(UserError, match=r"/no: there is no such folder of pictures\. Correct data\.source\.images"):
+        picture_folder(str(tmp_path / "no"), tmp_path)
+
+
+def test_keys_are_looked_up_at_once(tmp_path: Path) -> None:
+    pictures = pickle.loads(pickle.dumps(Pictures(tmp_path, {"x 1": "a.png", "x 2": "in/b.png"})))
+    found = pictures.find(pa.chunked_array([["x 2", "x 3"], ["x 1"]]))
+    assert found.tolist() == [1, -1, 0]
+    assert pictures.path(found[0]) == str(tmp_path / "in" / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("split", "absent", "share", "refused"),
+    [("train", 1, 0.1, False), ("train", 2, 0.1, True), ("train", 10, 1.0, True), ("val", 1, 0.5, True)],
+)
+def test_how_many_pictures_may_be_missing(split: str, absent: int, share: float, refused: bool) -> None:
+    def check() -> None:
+        check_missing("x:1", split, Path("in"), [f"{i // 2}.png" for i in range(absent)], 10, share)
+
+    if not refused:
+        return check()
+    with pytest.raises(
+        UserError, match=f"x:1: {absent} of 10 pictures of split '{split}' are not in in: 0.png"
+    ) as caught:
+        check()
+    assert caught.value.code == ExitCode.MISSING_INPUT
+    assert ("evaluation leaves nothing out" in str(caught.value)) == (split == "val")
+
+
+# ------------------------------------------------------------------ the same photo, the same id
+
+
+def named(file: str, dataset: str) -> str:
+    content = json.loads(Path(file).read_text())
+    Path(file).write_text(json.dumps({**content, "dataset": dataset}))
+    return file
+
+
+def test_a_flickr_photo_has_its_own_number_as_id(karpathy: Any) -> None:
+    names = ["1019604187_d087bf9a5f.jpg", "36979.jpg", "x.jpg", "77_a.jpg", "77_b.jpg"]
+    file = karpathy([image(name, "train", "a dog", imgid=number) for number, name in enumerate(names)])
+    pairs = Karpathy(named(file, "flickr30k")).split("train")
+    ids = ["flickr 1019604187", "flickr 36979", "flickr30k 2", "flickr30k 3", "flickr30k 4"]
+    assert [pairs[i]["image_id"] for i in range(5)] == ids
+    assert [*pairs.image_ids()] == ids
+    others = Karpathy(named(file, "coco")).split("train")
+    assert [others[i]["image_id"] for i in range(2)] == ["coco 0", "coco 1"]
+
+
+def test_only_the_splits_own_pictures_are_listed(karpathy: Any) -> None:
+    file = karpathy([image("1.jpg", "train", "a dog", imgid=1), image("2.jpg", "val", "a cat", imgid=2)])
+    assert [*Karpathy(file).split("val").image_ids()] == ["toy 2"]
+
+
+def test_photos_of_snli_ve_are_found_in_flickr8k(shared_data: Path, own_cache: None) -> None:
+    source = Karpathy(str(shared_data / "flickr8k" / "dataset_flickr8k.json"))
+    train, val = ({*source.split(name).image_ids()} for name in ("train", "val"))
+    assert (len(train), len(val)) == (6000, 1000)
+    premises = {f"flickr {file.stem}" for file in (shared_data / "snli_ve" / "images").iterdir()}
+    assert (len(premises), len(premises & train), len(premises & val)) == (208, 185, 20)

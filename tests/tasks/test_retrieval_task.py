@@ -1,0 +1,356 @@
+"""The retrieval task: its step against pairs one by one, its metrics against matrices, and what it passes on."""
+
+import math
+from typing import Any
+
+import pytest
+import slow_step
+import torch
+from slow_retrieval import Slow, build, eventful_batch
+from slow_step import gradients
+from torch import Tensor
+from toys import take, toy_backbone, toy_batch
+
+from maskvlm.data.batch import Batch
+from maskvlm.distributed import Draw
+from maskvlm.errors import UserError
+from maskvlm.losses import Columns
+from maskvlm.model import MaskVLM
+from maskvlm.rerank import gather_gallery, score
+from maskvlm.retrieval import ranking, recall_of
+from tasks.retrieval.task import Retrieval, columns, steps
+
+PICTURES = 7
+
+
+def measured(task: Retrieval, backbone: MaskVLM, batch: Batch, *sizes: int) -> dict[str, float]:
+    """Metrics of the batch in parts of these sizes, in evaluation mode."""
+    task.eval()
+    backbone.eval()
+    for rows in torch.arange(len(batch.image_BCHW)).split(list(sizes)):
+        part = take(batch, rows)
+        captions = [c for row in rows.tolist() for c, b in enumerate(batch.owner_C.tolist()) if b == row]
+        task.update(backbone, part._replace(texts=tuple(batch.texts[c] for c in captions) if batch.texts else ()))
+    return task.compute(backbone)
+
+
+def several() -> Batch:
+    """Seven pictures with two captions each, from the tenth of the split on."""
+    texts = tuple(f"the {n}th" for n in range(2 * PICTURES))
+    return toy_batch(PICTURES, captions=2)._replace(index_B=torch.arange(PICTURES) + 10, texts=texts)
+
+
+# ---------------------------------------------------------------------- the step
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "both": {},
+    "weighted": {"weight_itc": 0.5, "weight_itm": 2.0},
+    "no contrast": {"weight_itc": 0.0},
+    "contrast alone": {"weight_itm": 0.0},
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_one_pass_over_everything_equals_a_pass_for_each_pair(variant: str) -> None:
+    batch = eventful_batch()
+    backbone, task = build(**VARIANTS[variant])
+    terms = task(backbone, batch)
+    sum(terms.values()).backward()
+    fast = gradients(backbone, task)
+    backbone.zero_grad()
+    task.zero_grad()
+
+    slow = Slow(task, backbone, batch)
+    expected = {name: getattr(slow, name)() for name in ("itc", "itm") if task.weights[name]}
+    assert list(terms) == list(expected)
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name], atol=1e-6, rtol=1e-5)
+    torch.stack(list(expected.values())).sum().backward()
+    for name, grad in gradients(backbone, task).items():
+        torch.testing.assert_close(fast[name], grad, atol=2e-5 * grad.abs().max().item() + 1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_whatever_can_be_trained_has_a_gradient(variant: str) -> None:
+    """DDP waits for ever for one that does not come."""
+    backbone, task = build(**VARIANTS[variant], blind=True)
+    sum(task(backbone, eventful_batch()).values()).backward()
+    parameters = [*backbone.named_parameters(), *task.named_parameters()]
+    assert [name for name, p in parameters if p.requires_grad and p.grad is None] == []
+    assert [name for name, p in parameters if not p.requires_grad and p.grad is not None] == []
+    trained = {name.split(".")[0] for name, p in parameters if p.requires_grad}
+    assert ("projection" in trained) == bool(task.weights["itc"])
+    assert ("cross_image" in trained) == ("cross_text" in trained) == bool(task.weights["itm"])
+
+
+def test_negatives_are_never_the_same_picture_nor_the_same_words_nor_a_hole() -> None:
+    backbone, task = build()
+    batch = eventful_batch()
+    slow = Slow(task, backbone, batch)
+    drawn: set[tuple[int, int]] = set()
+    for step in range(30):
+        task.reseed(Draw(1, step, "cpu"))
+        with torch.no_grad():
+            task(backbone, batch)
+        for c in slow.captions:
+            drawn.add((int(task.hard.picture.index_B[c]), c))
+        for b in slow.pictures:
+            drawn.add((b, int(task.hard.caption.index_B[b])))
+    assert all(slow.negative(b, c) and b != 4 and slow.owner[c] != 4 for b, c in drawn)
+    assert len(drawn) > 40
+
+
+def test_the_order_of_captions_does_not_matter() -> None:
+    """Owners say whose a caption is, not its place."""
+    batch = eventful_batch()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    names = ("token_CT", "attention_CT", "special_CT", "word_CT", "owner_C", "text_id_C")
+    mixed = batch._replace(**{name: getattr(batch, name)[order] for name in names})
+    backbone, task = build(weight_itm=0.0)
+    torch.testing.assert_close(task(backbone, mixed)["itc"], task(backbone, batch)["itc"])
+    found, expected = columns(mixed), columns(batch)
+    assert torch.equal(found[0].excluded_BG, expected[0].excluded_BG[:, order])
+    assert torch.equal(found[1].excluded_BG, expected[1].excluded_BG[order])
+
+
+def test_columns_written_out() -> None:
+    """Pictures 0 and 1 are one; caption 3 (of 1) says what caption 4 (of 2) says; picture 3 could not be read."""
+    batch = toy_batch(4, captions=2)
+    text_id_C = torch.tensor([1, 2, 3, 4, 4, 5, 6, 7])
+    batch = batch._replace(
+        image_id_B=torch.tensor([7, 7, 8, 9]), text_id_C=text_id_C, valid_B=torch.tensor([True, True, True, False])
+    )
+    image, text = columns(batch)
+    flags = {name: [[int(x) for x in row] for row in getattr(image, name)] for name in Columns._fields}
+    assert flags["positive_BG"][:3] == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0]]
+    assert flags["excluded_BG"][:3] == [[0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0, 1, 1]]
+    flags = {name: [[int(x) for x in row] for row in getattr(text, name)] for name in Columns._fields}
+    assert flags["positive_BG"][:6] == [[1, 1, 0, 0]] * 4 + [[0, 0, 1, 0]] * 2
+    assert flags["excluded_BG"][:6] == [[0, 0, 0, 1]] * 3 + [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
+
+
+def test_a_hole_changes_nothing_for_the_other_rows() -> None:
+    backbone, task = build(weight_itm=0.0)
+    holes, whole = toy_batch(4, captions=2, holes=(3,)), toy_batch(4, captions=2)
+    three = take(whole, torch.arange(3))
+    torch.testing.assert_close(task(backbone, holes)["itc"], task(backbone, three)["itc"])
+
+
+def test_losses_of_a_model_that_knows_nothing_are_the_floors() -> None:
+    """With two captions a picture: 4 positives and 6 negatives of two pictures."""
+    backbone, task = build()
+    batch = toy_batch(6, captions=2)
+    with torch.no_grad():
+        for part in (task.projection.image, task.projection.text, task.matching.classify):
+            part.weight.zero_()
+            part.bias.zero_()
+        task.projection.text.bias[0] = task.projection.image.bias[0] = 1.0  # all vectors alike
+        task.matching.classify.bias[1] = math.log(2 / 3)
+        terms = task(backbone, batch)
+    levels = task.floors(6)
+    assert levels == {
+        "itc": pytest.approx(math.log(6) + math.log(2) / 2),
+        "itm": pytest.approx(-0.4 * math.log(0.4) - 0.6 * math.log(0.6)),
+    }
+    assert {name: float(term) for name, term in terms.items()} == pytest.approx(levels)
+    one = Retrieval()
+    assert one.floors(8) == pytest.approx({"itc": math.log(8), "itm": math.log(3) - 2 / 3 * math.log(2)})
+    assert Retrieval(weight_itm=0.0).floors(8).keys() == {"itc"}
+
+
+def trained(batch: Batch, steps: int) -> tuple[MaskVLM, Retrieval]:
+    """A model that has seen nothing but this batch."""
+    backbone = toy_backbone()
+    task = Retrieval(contrast_dim=8, rerank_k=3)
+    task.build(backbone)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *task.parameters()], lr=3e-3)
+    for step in range(steps):
+        task.reseed(Draw(0, step, "cpu"))
+        optimizer.zero_grad()
+        sum(task(backbone, batch).values()).backward()
+        optimizer.step()
+    return backbone, task
+
+
+def test_training_learns_to_retrieve() -> None:
+    batch = toy_batch(6, captions=2)
+    backbone, task = trained(batch, steps=80)
+    found = measured(task, backbone, batch, 4, 2)
+    assert found["retrieval/rsum"] > 550
+    assert found["retrieval/itc_rsum"] > 550
+
+
+@pytest.fixture(scope="module")
+def halfway() -> tuple[MaskVLM, dict[str, Tensor]]:
+    """A backbone and heads that know three of the seven pictures, so that some answers are right and some wrong."""
+    backbone, task = trained(take(several(), torch.arange(3)), steps=40)
+    return backbone, task.state_dict()
+
+
+def task_of(halfway: tuple[MaskVLM, dict[str, Tensor]], **settings: Any) -> tuple[MaskVLM, Retrieval]:
+    task = Retrieval(**{"contrast_dim": 8, "rerank_k": 4, **settings})
+    task.build(halfway[0])
+    task.inherit(halfway[1])
+    return halfway[0], task
+
+
+# ---------------------------------------------------------------------- metrics
+
+STAGES = [f"retrieval/{stage}{way}_r{k}" for stage in ("itc_", "") for way in ("tr", "ir") for k in (1, 5, 10)]
+OTHERS = {"retrieval/pictures", "retrieval/captions", "retrieval/itc_rsum", "retrieval/rsum", "score"}
+CHANCE = {f"retrieval/{way}_r{k}_chance" for way in ("tr", "ir") for k in (1, 5, 10)}
+
+
+def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
+    backbone, task = task_of(halfway, rerank_k=100, chunk=5)
+    batch = several()
+    found = measured(task, backbone, batch, 4, 3)
+    assert found.keys() == {*STAGES, *OTHERS, *CHANCE}
+    task.update(backbone, batch)
+    gallery = gather_gallery(task.kept)
+    assert gallery is not None
+    scores = score(backbone, task.matching, gallery, None)
+    relevant_BC = batch.owner_C == torch.arange(PICTURES)[:, None]
+    assert scores.match_BC is not None
+    for name, matrix in (("itc_", scores.contrast_BC), ("", scores.match_BC)):
+        for way, ranked in (("tr", ranking(matrix, relevant_BC)), ("ir", ranking(matrix.T, relevant_BC.T))):
+            for k, value in recall_of(ranked).items():
+                assert found[f"retrieval/{name}{way}_r{k}"] == pytest.approx(value)
+        six = [found[f"retrieval/{name}{way}_r{k}"] for way in ("tr", "ir") for k in (1, 5, 10)]
+        assert found[f"retrieval/{name}rsum"] == pytest.approx(sum(six))
+    assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
+    assert (found["retrieval/pictures"], found["retrieval/captions"]) == (7, 14)
+
+
+def test_a_sweep_gives_every_k_that_could_be_chosen(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
+    names = ["k0", "k1", "k2", "k4", "k8", "k_all"]
+    assert steps(14) == dict(zip(names, [0, 1, 2, 4, 8, 14], strict=True))
+    assert steps(8) == {"k0": 0, "k1": 1, "k2": 2, "k4": 4, "k_all": 8}
+    assert steps(1) == {"k0": 0, "k_all": 1}
+    key = "matching.classify.weight"  # turned round, so that the more is matched the less is found
+    halfway = (halfway[0], halfway[1] | {key: -halfway[1][key]})
+    backbone, task = task_of(halfway, sweep=True)
+    found = measured(task, backbone, several(), 4, 3)
+    swept = {f"retrieval/{name}_{way}_r1" for name in names for way in ("tr", "ir")}
+    assert found.keys() == {*STAGES, *OTHERS, *CHANCE, *swept}
+    for k in (1, 2, 4, 8, 14):
+        alone = measured(task_of(halfway, rerank_k=k)[1], backbone, several(), 4, 3)
+        for way in ("tr_r1", "ir_r1"):
+            assert found[f"retrieval/{'k_all' if k == 14 else f'k{k}'}_{way}"] == alone[f"retrieval/{way}"]
+            assert found[f"retrieval/k0_{way}"] == alone[f"retrieval/itc_{way}"]
+            assert k != 4 or found[f"retrieval/{way}"] == alone[f"retrieval/{way}"]
+    levels = [found[f"retrieval/{name}_ir_r1"] for name in names]
+    assert levels[0] == levels[1] > levels[2] > levels[-1]
+
+
+def test_without_matching_there_is_contrast_alone() -> None:
+    backbone, task = build(weight_itm=0.0, sweep=True)
+    found = measured(task, backbone, several(), 4, 3)
+    assert found.keys() == {
+        *STAGES[:6],
+        "retrieval/itc_rsum",
+        *CHANCE,
+        *(OTHERS - {"retrieval/rsum", "retrieval/itc_rsum"}),
+    }
+    assert found["score"] == (found["retrieval/itc_tr_r1"] + found["retrieval/itc_ir_r1"]) / 2
+    assert len(task.predictions) == 21
+    assert task.card()["rerank_k"] == 0
+
+
+def test_metrics_start_anew_after_they_were_computed() -> None:
+    backbone, task = build()
+    once = measured(task, backbone, several(), 4, 3)
+    assert measured(task, backbone, several(), 4, 3) == once
+    assert task.compute(backbone) == {}
+    assert task.predictions == []
+
+
+def test_the_card_names_what_a_reader_must_know() -> None:
+    backbone, task = build(rerank_k=6)
+    assert task.card() == {"rerank_k": 6, "sweep": False, "blind": False}
+    measured(task, backbone, several(), 4, 3)
+    assert task.card() == {"rerank_k": 6, "sweep": False, "blind": False, "captions_a_picture": 2.0}
+
+
+# ---------------------------------------------------------------------- predictions
+
+
+def test_predictions_say_what_was_found(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
+    backbone, task = task_of(halfway)
+    found = measured(task, backbone, several(), 4, 3)
+    image = [line for line in task.predictions if line["kind"] == "image retrieval"]
+    text = [line for line in task.predictions if line["kind"] == "text retrieval"]
+    assert (len(image), len(text), len(task.predictions)) == (14, 7, 21)
+    for n, line in enumerate(image):
+        assert (line["id"], line["text"], line["truth"]) == (f"caption {n}", f"the {n}th", f"picture {10 + n // 2}")
+        assert line["prediction"] == f"picture {line['index'][0]}"
+        assert line["index"][1] == 10 + n // 2
+        assert line["right"] == float(line["index"][0] == line["index"][1])
+    for b, line in enumerate(text):
+        assert (line["id"], line["truth"], line["index"]) == (f"picture {10 + b}", f"the {2 * b}th", [10 + b])
+        assert line["right"] == float(line["prediction"] in (f"the {2 * b}th", f"the {2 * b + 1}th"))
+    for lines, way in ((image, "ir"), (text, "tr")):
+        assert 100 * sum(line["right"] or 0 for line in lines) / len(lines) == pytest.approx(
+            found[f"retrieval/{way}_r1"]
+        )
+        assert len({line["right"] for line in lines}) == 2
+
+
+def test_captions_without_words_are_named_by_their_row() -> None:
+    backbone, task = build()
+    measured(task, backbone, several()._replace(texts=()), 7)
+    assert {line["text"] for line in task.predictions if line["kind"] == "image retrieval"} == {""}
+    line = next(line for line in task.predictions if line["kind"] == "text retrieval")
+    assert line["truth"] == "caption 0"
+    assert line["prediction"].startswith("caption ")
+
+
+# ---------------------------------------------------------------------- the blind control
+
+
+def test_the_blind_control_does_not_see_the_pictures() -> None:
+    batch = several()
+    other = batch._replace(image_BCHW=batch.image_BCHW.flip(0))
+    for blind in (True, False):
+        backbone, task = build(blind=blind)
+        assert task.card()["blind"] is blind
+        task.train()
+        terms: list[Tensor] = []
+        for one in (batch, other):
+            task.reseed(Draw(7, 0, "cpu"))
+            terms.append(torch.stack(list(task(backbone, one).values())))
+        assert torch.allclose(terms[0], terms[1], rtol=1e-3) == blind  # statistics of the same pictures, summed twice
+        before = measured(task, backbone, batch, 4, 3)
+        assert (measured(task, backbone, other, 4, 3) == before) == blind
+        torch.manual_seed(3)
+        task.reseed(Draw(9, 9, "cpu"))
+        assert measured(task, backbone, batch, 4, 3) == before  # evaluation asks every checkpoint the same
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_heads_are_those_of_pre_training() -> None:
+    _, before = slow_step.build()
+    _, task = build()
+    names = {name for name, _ in task.named_parameters()}
+    assert task.inherit(before.state_dict()) == names
+    for name in names:
+        assert torch.equal(task.state_dict()[name], before.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"weight_itc": -1.0}, "model.task.weight_itc"),
+        ({"weight_itc": 0.0, "weight_itm": 0.0}, "model.task"),
+        ({"rerank_k": 0}, "model.task.rerank_k"),
+        ({"chunk": 0}, "model.task.chunk"),
+        ({"contrast_dim": 0}, "model.task.contrast_dim"),
+        ({"temperature": 0.0}, "model.task.temperature"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, float], where: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Retrieval(**settings)  # type: ignore[arg-type]
+    assert raised.value.where == where

@@ -1,0 +1,153 @@
+"""Sentences about two scenes: truly true or false, near misses, and nothing to be guessed from one side."""
+
+import re
+from collections import Counter, defaultdict
+
+import pytest
+from scene_probe import NOUN, blind_accuracy, features_of, is_noun, noise_bound, things_of, worst_lean
+
+from maskvlm.data.scene_examples import Told
+from maskvlm.errors import UserError
+from tasks.nlvr.scenes import KINDS, SceneComparisons
+
+A = rf"({re.sub(r'[(](?![?])', '(?:', NOUN)})"
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
+
+
+def is_true(told: Told) -> bool:
+    """Whether the sentence is true, by its words and the scenes alone."""
+    text, (left, right) = told.text, (things_of(view) for view in told.views)
+    grounds = [view.scene.background for view in told.views]
+    if match := re.fullmatch(rf"{A} in the left picture, {A} in the right", text):
+        return any(is_noun(match[1], t) for t in left) and any(is_noun(match[2], t) for t in right)
+    if match := re.fullmatch(
+        rf"{A} is in (the left picture|the right picture|both pictures|only one picture|no picture)", text
+    ):
+        here, there = (any(is_noun(match[1], t) for t in side) for side in (left, right))
+        return {
+            "the left picture": here,
+            "the right picture": there,
+            "both pictures": here and there,
+            "only one picture": here != there,
+            "no picture": not here and not there,
+        }[match[2]]
+    if match := re.fullmatch(r"there are (\w+) things in all", text):
+        return len(left) + len(right) == NUMBERS[match[1]]
+    if text == "both pictures are on the same background":
+        return grounds[0] == grounds[1]
+    if text == "the pictures are not on the same background":
+        return grounds[0] != grounds[1]
+    match = re.fullmatch(r"(both pictures are|only one picture is) on (\w+)", text)
+    assert match, text
+    return grounds.count(match[2]) == (2 if match[1] == "both pictures are" else 1)
+
+
+@pytest.fixture(scope="module")
+def train() -> list[Told]:
+    split = SceneComparisons(train=20000).split("train")
+    return [split.told(index) for index in range(len(split))]
+
+
+@pytest.fixture(scope="module")
+def val() -> list[Told]:
+    split = SceneComparisons(val=4000).split("val")
+    return [split.told(index) for index in range(len(split))]
+
+
+def test_each_label_is_what_the_words_say(train: list[Told], val: list[Told]) -> None:
+    wrong = [
+        (told.text, told.answer, [v.scene.key for v in told.views])
+        for told in train + val
+        if str(is_true(told)) != told.answer
+    ]
+    assert wrong == []
+    assert {told.kind for told in train} == set(KINDS)
+
+
+def test_a_sentence_comes_with_four_pairs_two_of_them_true(train: list[Told], val: list[Told]) -> None:
+    """So no function of the sentence alone is right more than half the time, whatever it has learnt."""
+    for split in (train, val):
+        for start in range(0, len(split), 4):
+            four = split[start : start + 4]
+            assert len({told.text for told in four}) == len({told.group for told in four}) == 1
+            assert sorted(told.answer for told in four) == ["False", "False", "True", "True"]
+            assert len({told.views for told in four}) == 4
+    assert len({told.group for told in train}) == len(train) // 4
+
+
+def test_which_of_the_four_are_true_is_by_lot(train: list[Told]) -> None:
+    orders = Counter("".join(told.answer[0] for told in train[start : start + 4]) for start in range(0, len(train), 4))
+    assert len(orders) == 6
+    assert min(orders.values()) > 0.85 * len(train) / 24
+
+
+def test_ids_are_like_those_of_nlvr2(train: list[Told]) -> None:
+    """split-set-pair-sentence; the group leaves out the pair."""
+    assert [told.id for told in train[4:8]] == ["train-1-0-0", "train-1-1-0", "train-1-2-0", "train-1-3-0"]
+    assert {told.group for told in train[4:8]} == {"train-1-0"}
+    assert len({told.id for told in train}) == len(train)
+
+
+def test_the_pictures_do_not_tell_the_label(train: list[Told], val: list[Told]) -> None:
+    """Numbers, attributes, backgrounds, and all that the two pictures have in common: within 4.5 and 4 deviations."""
+    sets = [([features_of(told.views) for told in split], [told.answer for told in split]) for split in (train, val)]
+    z, where = worst_lean(*sets[0])
+    assert z < 4.5, where
+    assert blind_accuracy(sets[0], sets[1]) < noise_bound(0.5, len(val))
+
+
+def test_the_pictures_tell_the_label_once_the_kind_is_known(train: list[Told]) -> None:
+    """The same probe, given one form of sentence alone, sees through it: it would find a leak."""
+    ours = [told for told in train if told.text == "both pictures are on the same background"]
+    assert len(ours) > 100
+    found = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
+    assert found[0] > 9
+    assert "grounds" in found[1]
+
+
+def test_false_pairs_are_near_misses(train: list[Told]) -> None:
+    """Of a thing that is mentioned, the pictures show it or what differs in one word, in each picture."""
+    for told in train:
+        if told.kind not in ("left", "right", "both", "one", "none"):
+            continue
+        match = re.match(NOUN, told.text)
+        assert match
+        said = [word for word in match.groups() if word]
+        for view in told.views:
+            nearest = max(sum(word in map(str, thing.values()) for word in said) for thing in things_of(view))
+            assert nearest >= len(said) - 1, told
+
+
+def test_truth_and_numbers_are_as_often(train: list[Told]) -> None:
+    by_kind = defaultdict(list)
+    for told in train:
+        by_kind[told.kind].append(told)
+    for ours in by_kind.values():
+        assert len(ours) == pytest.approx(len(train) / 8, rel=0.1)
+        assert sum(told.answer == "True" for told in ours) * 2 == len(ours)
+
+
+def test_a_count_that_breaks_a_set_is_refused() -> None:
+    with pytest.raises(UserError, match=r"SceneComparisons\.val: 10 examples\. Ask for a multiple of 4"):
+        SceneComparisons(val=10)
+
+
+def test_labels() -> None:
+    assert SceneComparisons().labels == ("False", "True")
+    assert len(SceneComparisons().split("test")[0]["images"]) == 2
+
+
+GOLDEN = [
+    ("an orange circle in the left picture, a red square in the right", "True"),
+    ("there are four things in all", "False"),
+    ("there are three things in all", "False"),
+    ("only one picture is on navy", "True"),
+    ("a turquoise ring is in the right picture", "True"),
+    ("a green triangle is in the right picture", "True"),
+]
+
+
+def test_the_same_sentences_on_every_machine() -> None:
+    """Written out: other sentences from the same seed need another VERSION in scene_examples."""
+    split = SceneComparisons().split("train")
+    assert [(split.told(i).text, split.told(i).answer) for i in range(0, 4 * len(GOLDEN), 4)] == GOLDEN

@@ -1,0 +1,395 @@
+"""VQA v2 and Visual Genome's questions as distributed: what is read, and the one line for every wrong file."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskvlm.data.images import safe_open
+from maskvlm.data.table import Origin
+from maskvlm.errors import ExitCode, UserError
+from tasks.vqa.data import VqaV2, numbered, parse, parse_genome
+
+PART = "mscoco_train2014"
+QUESTIONS, ANNOTATIONS = f"v2_OpenEnded_{PART}_questions.json", f"v2_{PART}_annotations.json"
+
+
+def error_of(read: Callable[[], object]) -> UserError | None:
+    """The user's error that reading ends with; any other exception is ours."""
+    try:
+        read()
+    except UserError as error:
+        return error
+    return None
+
+
+def question(number: Any = 1, image: Any = 9, text: Any = "What is it?") -> dict[str, Any]:
+    return {"question_id": number, "image_id": image, "question": text}
+
+
+def annotation(number: Any = 1, *answers: str, kind: str = "what is") -> dict[str, Any]:
+    """Ten answers, the given ones in turn; the first is the `multiple_choice_answer`."""
+    given = [{"answer": (answers or ("dog",))[i % len(answers or ("dog",))], "answer_id": i + 1} for i in range(10)]
+    majority = given[0]["answer"]
+    return {"question_id": number, "answers": given, "multiple_choice_answer": majority, "question_type": kind}
+
+
+def write(folder: Path, part: str, questions: Any, annotations: Any = None, *photos: int) -> None:
+    (folder / f"v2_OpenEnded_{part}_questions.json").write_text(json.dumps({"questions": questions}))
+    if annotations is not None:
+        (folder / f"v2_{part}_annotations.json").write_text(json.dumps({"annotations": annotations}))
+    place = part.split("_")[1]
+    (folder / "images" / place).mkdir(parents=True, exist_ok=True)
+    for photo in photos:
+        (folder / "images" / place / f"COCO_{place}_{photo:012d}.jpg").touch()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Any:
+    """A source over the test's folder, whose vocabulary takes every answer."""
+
+    def make(**options: Any) -> VqaV2:
+        return VqaV2(str(tmp_path), cache=str(tmp_path / "cache"), **{"min_count": 1, **options})
+
+    return make
+
+
+def test_a_question_is_an_example_with_ten_answers(source: Any, tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        PART,
+        [question(5, 9, "What  is it?"), question(6, 12)],
+        [annotation(6), annotation(5, "A dog!", "cat", kind="")],
+        9,
+        12,
+    )
+    examples = source().split("train")
+    assert len(examples) == 2
+    assert examples[0] == {
+        "images": [str(tmp_path / "images" / "train2014" / "COCO_train2014_000000000009.jpg")],
+        "image_ids": ["coco 9"],
+        "text": "What is it?",
+        "answers": ["A dog!", "cat"] * 5,
+        "id": "5",
+        "kind": "",
+        "group": "",
+        "origin": f"{QUESTIONS} questions[0]",
+    }
+    assert examples[1]["kind"] == "what is"
+    assert examples[-1] == examples[1]
+    assert [*examples.image_ids()] == ["coco 9", "coco 12"]
+    assert pickle.loads(pickle.dumps(examples))[1] == examples[1]
+    with pytest.raises(IndexError):
+        examples[2]
+
+
+def test_labels_are_the_frequent_answers_of_training(source: Any, tmp_path: Path) -> None:
+    answers = ["dog", "The dog.", "cat", "cat", "cat", "cow"]
+    write(tmp_path, PART, [question(i) for i in range(6)], [annotation(i, answers[i]) for i in range(6)], 9)
+    assert source(min_count=2).labels == ("cat", "dog")
+    assert source(min_count=3).labels == ("cat",)
+    assert source(min_count=2).targets(["dog"] * 3 + ["cow"] * 7) == {"dog": pytest.approx(0.9)}
+    with pytest.raises(UserError, match=r"is shared by 4 questions\. Lower data\.source\.min_count"):
+        _ = source(min_count=4).labels
+
+
+def test_training_skips_questions_without_an_answer_of_the_vocabulary(source: Any, tmp_path: Path) -> None:
+    answered = [annotation(0, "dog"), annotation(1, "dog"), annotation(2, "cow"), annotation(3, "cow", "Dogs", "dog")]
+    write(tmp_path, PART, [question(i) for i in range(4)], answered, 9)
+    examples = source(min_count=2).split("train")
+    assert [examples[i]["id"] for i in range(3)] == ["0", "1", "2"]  # cow, twice
+    assert source(min_count=2).labels == ("cow", "dog")
+    write(
+        tmp_path,
+        PART,
+        [question(i) for i in range(4)],
+        [*answered[:2], annotation(2, "emu"), annotation(3, "emu", "ox", "dog", "yak")],
+    )
+    source_of_dogs = source(answers=str(tmp_path / "answers.json"))
+    (tmp_path / "answers.json").write_text('["dog"]')
+    examples = source_of_dogs.split("train")
+    assert [examples[i]["id"] for i in range(3)] == ["0", "1", "3"]
+    assert examples.skipped == {"answer outside the vocabulary": [f"{QUESTIONS} questions[2]"]}
+    assert len(source(answers=str(tmp_path / "answers.json"), val=PART).split("val")) == 4
+
+
+def test_the_vocabulary_is_kept(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, PART, [question(1), question(2)], [annotation(1), annotation(2, "cat")], 9)
+    first = source()
+    assert len(first.split("train")) == 2
+    for name in ("parse", "build_vocabulary", "soft_targets"):
+        monkeypatch.setattr(f"tasks.vqa.data.{name}", None)
+    second = source()
+    assert second.labels == first.labels == ("cat", "dog")
+    assert second.split("train").fingerprint == first.split("train").fingerprint
+
+
+def test_several_parts_are_trained_on_at_once(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question(1, 9)], [annotation(1, "dog")], 9)
+    write(
+        tmp_path, "mscoco_val2014", [question(2, 12), question(3, 12, " ")], [annotation(2, "cat"), annotation(3)], 12
+    )
+    both = source(train=[PART, "mscoco_val2014"])
+    examples = both.split("train")
+    assert [examples[i]["id"] for i in range(2)] == ["1", "2"]
+    assert both.labels == ("dog", "cat")
+    assert examples[1]["origin"] == "v2_OpenEnded_mscoco_val2014_questions.json questions[0]"
+    assert examples.skipped == {"empty text": ["v2_OpenEnded_mscoco_val2014_questions.json questions[1]"]}
+    assert [*examples.image_ids()] == ["coco 9", "coco 12"]
+    assert examples.fingerprint != source().split("train").fingerprint
+    with pytest.raises(UserError, match=r"1 question_ids stand in more than one .*Name each part once"):
+        source(train=[PART, PART]).split("train")
+
+
+def test_test_questions_need_no_annotations(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, "mscoco_test2015", [question(1, 9)], None, 9)
+    examples = source().split("test")
+    assert (examples[0]["answers"], examples[0]["kind"]) == ([], "")
+    write(tmp_path, "mscoco_test2015", [question(1, 9)], [annotation(1)])
+    assert source().split("test")[0]["answers"] == ["dog"] * 10
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_the_part_s_own_picture_is_preferred() -> None:
+    names = [
+        "train2014/COCO_train2014_000000000009.jpg",
+        "val2014/COCO_val2014_000000000009.jpg",
+        "vg/9.jpg",
+        "vg/10.jpg",
+    ]
+    assert numbered(names, "mscoco_train2014") == {"coco 9": names[0]}
+    assert numbered(names, "mscoco_val2014") == {"coco 9": names[1]}
+    assert numbered(names[2:], "mscoco_val2014") == {"coco 9": "vg/9.jpg", "coco 10": "vg/10.jpg"}
+    assert numbered(["train2017/000000000009.jpg", "x.jpg"], PART) == {"coco 9": "train2017/000000000009.jpg"}
+
+
+def test_a_few_questions_without_picture_are_skipped_in_training_alone(source: Any, tmp_path: Path) -> None:
+    ten = range(10)
+    write(tmp_path, PART, [question(i, 9 + (i == 4)) for i in ten], [annotation(i) for i in ten], 9)
+    examples = source(max_missing=0.1).split("train")
+    assert [examples[i]["id"] for i in range(9)] == [str(i) for i in ten if i != 4]
+    assert examples.skipped == {"missing picture": [f"{QUESTIONS} questions[4]"]}
+    with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* coco 10\. .*raise data\.source\.max_missing"):
+        source().split("train")
+    with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* evaluation leaves nothing out") as caught:
+        source(val=PART, max_missing=1.0).split("val")
+    assert caught.value.code == ExitCode.MISSING_INPUT
+
+
+def test_pictures_that_no_question_names_are_no_matter_but_none_is_an_error(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question(1, 9)], [annotation(1)], 9, 10, 11)
+    assert source().split("train").skipped == {}
+    write(tmp_path, PART, [question(1, 7)], [annotation(1)])
+    with pytest.raises(UserError, match="1 of 1 pictures of examples of split 'train'"):
+        source(max_missing=1.0).split("train")
+    with pytest.raises(UserError, match="there is no such folder of pictures"):
+        source(images=str(tmp_path / "no")).split("train")
+
+
+# ------------------------------------------------------------------ wrong files
+
+
+def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question()], None, 9)
+    for split, options in (("train", {}), ("val", {"val": PART})):
+        with pytest.raises(UserError, match=rf"{ANNOTATIONS}: no such file\. Set data\.source\.root") as caught:
+            source(**options).split(split)
+        assert caught.value.code == ExitCode.MISSING_INPUT
+    with pytest.raises(UserError, match=r"mscoco_val2014_questions\.json: no such file"):
+        source().split("val")
+    with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
+        source(val=None).split("val")
+    with pytest.raises(UserError, match=r"answers\.txt: no such file"):
+        _ = source(answers=str(tmp_path / "answers.txt")).labels
+
+
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        ([question(), question(2), question(1)], "questions[2]: question_id '1' stands there twice, first at"),
+        ([question(), question(2), question(3)], "questions[2]: question 3 has no annotation in "),
+        ([question()], f"{ANNOTATIONS} annotations[1]: question 2 is not in "),
+        ([question(), {"question_id": 2, "question": "a"}], "questions[1]: key 'image_id' is missing"),
+        ([question(), {"image_id": 2, "question": "a"}], "questions[1]: key 'question_id' is missing"),
+        ([question(), {"image_id": 9, "question_id": 2}], "questions[1]: key 'question' is missing"),
+        ([question(), question("2")], "questions[1]: 'question_id' is str instead of int"),
+        ([question(), question(2, "../9")], "questions[1]: 'image_id' is str instead of int"),
+        ([question(), question(2, 9, None)], "questions[1]: 'question' is NoneType instead of str"),
+        ([question(), 3], "questions[1]: int where an object with 'question_id' belongs"),
+        ({}, f"{QUESTIONS}: 'questions' is dict instead of list"),
+        ([], f"{QUESTIONS}"),
+    ],
+)
+def test_a_wrong_question_is_named(source: Any, tmp_path: Path, questions: Any, message: str) -> None:
+    write(tmp_path, PART, questions, [annotation(1), annotation(2)], 9)
+    with pytest.raises(UserError) as caught:
+        source().split("train")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ([annotation(1), annotation(1)], "annotations[1]: question_id 1 is also that of position 0"),
+        ([{**annotation(1), "answers": []}], "annotations[0]: a question without answers"),
+        ([{**annotation(1), "answers": [{"answer": 3}]}], "annotations[0].answers[0]: 'answer' is int instead of str"),
+        ([{"question_id": 1}], "annotations[0]: key 'answers' is missing"),
+        ([annotation(1, "\ud800")], "half a surrogate"),
+        ({}, "'annotations' is dict instead of list"),
+    ],
+)
+def test_a_wrong_annotation_is_named(source: Any, tmp_path: Path, annotations: Any, message: str) -> None:
+    write(tmp_path, PART, [question()], annotations, 9)
+    with pytest.raises(UserError) as caught:
+        source().split("train")
+    assert f"{ANNOTATIONS}" in caught.value.where
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 99_999, b"[]", b'{"questions": 3}', b"<html>"])
+def test_a_file_that_is_something_else_is_named(source: Any, tmp_path: Path, content: bytes) -> None:
+    write(tmp_path, PART, [question()], [annotation()], 9)
+    (tmp_path / QUESTIONS).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        source().split("train")
+    assert caught.value.where.startswith(str(tmp_path / QUESTIONS))
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_an_empty_question_is_an_error_in_evaluation_and_a_mended_one_is_counted(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question(1, 9, ""), question(2, 9, "\ud800?")], [annotation(1), annotation(2)], 9)
+    counts = source().split("train").skipped
+    assert counts == {"text surrogate": [f"{QUESTIONS} questions[1]"], "empty text": [f"{QUESTIONS} questions[0]"]}
+    with pytest.raises(UserError, match=r"questions\[0\]: the text is empty"):
+        source(val=PART).split("val")
+
+
+KEYS = st.sampled_from(["question_id", "image_id", "question", "answers", "multiple_choice_answer"])
+ENTRY = (
+    st.dictionaries(KEYS, st.none() | st.integers() | st.text(max_size=5) | st.just([{"answer": "a"}])) | st.integers()
+)
+
+
+@given(questions=st.lists(ENTRY, max_size=3), annotations=st.lists(ENTRY, max_size=3))
+def test_any_entries_are_rows_or_an_error_that_names_one(
+    tmp_path_factory: pytest.TempPathFactory, questions: list[Any], annotations: list[Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    write(folder, PART, questions, annotations)
+    origin = Origin(folder / QUESTIONS, "{file} questions[{place}]")
+    error = error_of(lambda: parse(origin, PART, folder / ANNOTATIONS))
+    if error is None:
+        assert len(questions) == len(annotations) > 0
+    else:
+        assert error.where.startswith((str(folder / QUESTIONS), str(folder / ANNOTATIONS)))
+        assert "\n" not in str(error)
+
+
+# ------------------------------------------------------------------ Visual Genome
+
+
+def genome(folder: Path, *answers: Any, photos: tuple[int, ...] = (9,)) -> str:
+    (folder / "vg" / "VG_100K").mkdir(parents=True, exist_ok=True)
+    for photo in photos:
+        (folder / "vg" / "VG_100K" / f"{photo}.jpg").touch()
+    qas = [{"qa_id": i + 1, "image_id": 9, "question": "Which?", "answer": answer} for i, answer in enumerate(answers)]
+    (folder / "vg" / "question_answers.json").write_text(json.dumps([{"id": 8, "qas": []}, {"id": 9, "qas": qas}]))
+    return str(folder / "vg" / "question_answers.json")
+
+
+def test_visual_genome_is_added_to_training_alone(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question(1, 9)], [annotation(1, "dog")], 9)
+    both = source(visual_genome=genome(tmp_path, "Dog.", "Cat."), val=PART)
+    examples = both.split("train")
+    assert both.labels == ("dog",)
+    assert len(examples) == 2
+    assert examples[1] == {
+        "images": [str(tmp_path / "vg" / "VG_100K" / "9.jpg")],
+        "image_ids": ["vg 9"],
+        "text": "Which?",
+        "answers": ["Dog."],
+        "id": "vg 1",
+        "kind": "",
+        "group": "",
+        "origin": "question_answers.json question 0",
+    }
+    assert both.targets(["Dog."]) == {"dog": 1.0}
+    assert examples.skipped == {"answer outside the vocabulary": ["question_answers.json question 1"]}
+    assert [*examples.image_ids()] == ["coco 9", "vg 9"]
+    assert len(both.split("val")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "vg.json: dict where a list of pictures with `qas` belongs"),
+        ([3], "vg.json [0]: int where an object with 'id' belongs"),
+        ([{"id": 1}], "vg.json [0]: key 'qas' is missing"),
+        ([{"id": 1, "qas": [{}]}], "vg.json [0].qas[0]: key 'qa_id' is missing"),
+        ([{"id": 1, "qas": [{"qa_id": 1, "question": "a"}]}], "vg.json [0].qas[0]: key 'answer' is missing"),
+        (
+            [{"id": 1, "qas": [{"qa_id": 1, "question": "a", "answer": "b"}] * 2}],
+            "question 1: qa_id 'vg 1' stands there",
+        ),
+        ([], "vg.json: no example in this file"),
+    ],
+)
+def test_a_wrong_file_of_visual_genome_is_named(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "vg.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        parse_genome(Origin(file, "{file} question {place}"))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_of_visual_genome_is_named(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question()], [annotation()], 9)
+    with pytest.raises(UserError, match=r"no\.json: no such file\. Correct data\.source\.visual_genome"):
+        source(visual_genome=str(tmp_path / "no.json")).split("train")
+
+
+# ------------------------------------------------------------------ the real thing
+
+
+def test_all_questions_of_the_small_set_are_read(shared_data: Path, tmp_path: Path) -> None:
+    folder = str(shared_data / "daquar_vqa")
+    small = VqaV2(folder, ["daquar_train"], "daquar_val", min_count=1, cache=str(tmp_path))
+    train, val = small.split("train"), small.split("val")
+    assert (len(train), len(val)) == (5435, 1360)
+    assert (len({*train.image_ids()}), len({*val.image_ids()})) == (635, 159)
+    assert not {*train.image_ids()} & {*val.image_ids()}
+    assert train.skipped == val.skipped == {}
+    assert all(len(small.targets(train[i]["answers"])) == 1 for i in range(100))
+    frequent = VqaV2(folder, ["daquar_train"], "daquar_val", cache=str(tmp_path))
+    kept = frequent.split("train")
+    assert len(kept) + len(kept.skipped["answer outside the vocabulary"]) == 5435
+    assert len(kept) == sum(bool(frequent.targets(train[i]["answers"])) for i in range(5435))
+
+
+def test_true_rows_of_vqa_v2_and_visual_genome_are_read(shared_data: Path, tmp_path: Path) -> None:
+    true = shared_data / "formats"
+    for name, link in (("questions", QUESTIONS), ("annotations", ANNOTATIONS)):
+        (tmp_path / link).symlink_to(true / "vqav2" / f"{name}.json")
+    (tmp_path / "images").symlink_to(true / "vqav2" / "images")
+    usual = VqaV2(
+        str(tmp_path),
+        visual_genome=str(true / "vgqa" / "question_answers.json"),
+        answers=str(true / "vqav2" / "trainval_ans2label.json"),
+        cache=str(tmp_path / "cache"),
+    )
+    assert len(usual.labels) == 3129
+    examples = usual.split("train")
+    ids = [examples[i]["image_ids"][0] for i in range(len(examples))]
+    assert ids[:3] == ["coco 458752"] * 3
+    assert {*ids[3:]} <= {f"vg {i}" for i in (1, 2, 4, 5, 2415125, 2415126)}
+    assert usual.targets(examples[0]["answers"])["net"] == 1.0
+    assert all(safe_open(examples[i]["images"][0], "").width > 100 for i in (0, len(examples) - 1))
