@@ -189,7 +189,7 @@ class Joined:
     def __getitem__(self, index: int, /) -> Example:
         position = range(len(self))[index]
         number = bisect_right(self._end, position)
-        return self.lists[number][position - self._end[number] + len(self.lists[number])]
+        return self.lists[number][position - self._end[number]]  # counted from its end
 
     def image_ids(self) -> Iterator[str]:
         """Of all its pictures, each once a list."""

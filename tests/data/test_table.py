@@ -138,6 +138,7 @@ def test_training_leaves_rows_out_and_lists_them(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, True, False, False, False])}
     examples = choose(table, ORIGIN, "train", pictures_of("0-0", "1-0", "2-0", "4-0"), 0.34, drop)
     assert [examples[i]["id"] for i in range(len(examples))] == ["e2", "e4"]
+    assert [examples[i]["images"] for i in range(2)] == [["photos/2-0.png"], ["photos/4-0.png"]]
     assert examples.skipped == {
         "empty text": ["toy.jsonl:2"],
         "too easy": ["toy.jsonl:1"],

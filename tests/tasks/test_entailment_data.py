@@ -82,7 +82,7 @@ def test_a_line_is_an_example_of_one_picture(snli: Any, tmp_path: Path) -> None:
 
 
 def test_a_photo_named_by_its_number_alone_is_preferred(snli: Any) -> None:
-    examples = snli([row()], photos=("11_a.jpg", "11.jpg")).split("val")
+    examples = snli([row()], photos=("11-a.jpg", "11.jpg", "11_b.jpg")).split("val")
     assert examples[0]["images"][0].endswith("images/11.jpg")
 
 

@@ -11,6 +11,7 @@ from scene_probe import (
     PLACE,
     Thing,
     blind_accuracy,
+    features_of,
     is_noun,
     noise_bound,
     things_of,

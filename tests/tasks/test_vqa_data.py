@@ -130,19 +130,18 @@ def test_the_vocabulary_is_kept(source: Any, tmp_path: Path, monkeypatch: pytest
 
 
 def test_several_parts_are_trained_on_at_once(source: Any, tmp_path: Path) -> None:
-    write(tmp_path, PART, [question(1, 9)], [annotation(1, "dog")], 9)
-    write(
-        tmp_path, "mscoco_val2014", [question(2, 12), question(3, 12, " ")], [annotation(2, "cat"), annotation(3)], 12
-    )
+    write(tmp_path, PART, [question(1), question(2)], [annotation(1, "dog"), annotation(2, "dog")], 9)
+    more = [question(3, 12), question(4, 12, " "), question(5, 12)]
+    write(tmp_path, "mscoco_val2014", more, [annotation(3, "cat"), annotation(4), annotation(5, "cow")], 12)
     both = source(train=[PART, "mscoco_val2014"])
     examples = both.split("train")
-    assert [examples[i]["id"] for i in range(2)] == ["1", "2"]
-    assert both.labels == ("dog", "cat")
-    assert examples[1]["origin"] == "v2_OpenEnded_mscoco_val2014_questions.json questions[0]"
+    assert [examples[i]["id"] for i in range(len(examples))] == ["1", "2", "3", "5"]
+    assert both.labels == ("dog", "cat", "cow")
+    assert examples[2]["origin"] == "v2_OpenEnded_mscoco_val2014_questions.json questions[0]"
     assert examples.skipped == {"empty text": ["v2_OpenEnded_mscoco_val2014_questions.json questions[1]"]}
     assert [*examples.image_ids()] == ["coco 9", "coco 12"]
     assert examples.fingerprint != source().split("train").fingerprint
-    with pytest.raises(UserError, match=r"1 question_ids stand in more than one .*Name each part once"):
+    with pytest.raises(UserError, match=r"2 question_ids stand in more than one .*Name each part once"):
         source(train=[PART, PART]).split("train")
 
 
