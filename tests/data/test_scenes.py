@@ -186,7 +186,7 @@ def test_the_same_on_every_machine() -> None:
     assert row["captions"] == GOLDEN_CAPTIONS
     picture = np.asarray(row["image"])
     assert {point: tuple(picture[point].tolist()) for point in GOLDEN_PIXELS} == GOLDEN_PIXELS
-    assert row["image_id"] == "scenes-test-0"
+    assert row["image_id"] == "scene f9c7ea5de05901f0"
 
 
 def test_a_row_is_a_function_of_seed_split_and_index_alone() -> None:
