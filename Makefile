@@ -56,9 +56,12 @@ no-from = $(error no FROM=; name the checkpoint to start from: FROM=checkpoints/
 task-stack = $(addprefix -c ,conf/base.yaml conf/finetune.yaml $(task-data) $(call chosen,WHERE,conf/where)) \
     $(if $(findstring .,$(TASK)),--allow-import $(firstword $(subst ., ,$(TASK))))
 
+command = $(if $(filter 1,$(words $(SPLIT))),$(or $(if $(filter val,$(SPLIT)),validate),$(filter test,$(SPLIT)),$(no-split)),$(no-split))
+no-split = $(error no SPLIT=$(SPLIT); there are: val test)
+
 # Before anything is installed for it.
 ifneq ($(filter finetune evaluate,$(MAKECMDGOALS)),)
-checked := $(task-name)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
+checked := $(task-name)$(command)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
 endif
 
 help:  ## this list
@@ -88,7 +91,7 @@ finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=ra
 	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
 
 evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
-	@$(PYTHON) -m maskvlm $(subst val,validate,$(SPLIT)) --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
+	@$(PYTHON) -m maskvlm $(command) --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
 
 test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)

@@ -219,6 +219,51 @@ def test_files_and_commands_that_are_not_there(capsys: pytest.CaptureFixture[str
     assert "fit " in capsys.readouterr().out
 
 
+def test_a_tasks_own_tool_has_its_own_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[list[str]] = []
+
+    def tool(words: list[str]) -> int:
+        given.append(words)
+        return 3
+
+    monkeypatch.setattr("tasks.vqa.score.main", tool)
+    assert main(["vqa.score", "r.json", "a.json", "--run", "x", "--debug"]) == 3
+    assert given == [["r.json", "a.json", "--run", "x"]]
+    for name, said in (
+        ("vqa.scoer", "vqa.scoer: no such tool (did you mean vqa.score?). There are: "),
+        ("vqa.task", "vqa.task: no such tool"),  # a module of a task, but no tool
+        ("os.path", "os.path: no such tool. There are: "),
+    ):
+        assert main([name]) == ExitCode.USAGE
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {said}")
+        assert "vqa.score" in error.split("There are: ")[1]
+        assert len(error.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["vqa.score"]) == ExitCode.USAGE
+    assert "vqa.score: no such tool. Run it where tasks/ is." in capsys.readouterr().err
+
+
+def test_the_folder_of_an_installed_package_is_found(
+    plugin: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mark = plugin
+    name = path.partition(".")[0]
+    assert main(["where", f"{name}.hello"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'site' / name}\n"
+    assert not mark.exists()  # looked for, not imported
+    for wrong in ([], ["acme.nothing"], [f"{name}.nothing"], ["..x"]):
+        assert main(["where", *wrong]) == ExitCode.MISSING_INPUT
+        assert f"TASK={wrong[0] if wrong else ''}: no such package. Install" in capsys.readouterr().err
+
+
+def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str]) -> None:
+    said = fails("--model.task", "tasks.nlvr.task.Nlvr")
+    assert said == "data.source: it has no labels for the task to decide among. Choose the task's own data."
+
+
 def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:
     asked = torch.cuda.device_count() + 3
     said = fails("--trainer.accelerator", "gpu", "--trainer.devices", str(asked), code=ExitCode.UNAVAILABLE)

@@ -123,11 +123,65 @@ def test_a_wrong_choice_is_one_line_with_the_choices(name: str, folder: str, val
 
 
 @pytest.mark.parametrize("target", ["finetune", "evaluate"])
-def test_tasks_are_listed_where_one_is_missing(target: str) -> None:
-    done = make(target, "TASK=nope")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["TASK=nope"], "no TASK=nope; tasks found under tasks/: entailment nlvr retrieval vqa (or TASK=package.task"),
+        ([], "no TASK=; tasks found under tasks/: "),
+        (["TASK=vqa nlvr"], "no TASK=vqa nlvr; tasks found under tasks/: "),
+        (["TASK=vqa"], "no FROM=; name the checkpoint to start from: FROM=checkpoints/RUN/best.ckpt (there are: "),
+        (["TASK=vqa", "FROM=x.ckpt", "DATA=coco"], "no DATA=coco for TASK=vqa; there are: daquar scenes vqav2"),
+        (["TASK=nlvr", "FROM=random", "DATA="], "no DATA= for TASK=nlvr; there are: nlvr2 nlvr_pairs scenes"),
+        (["TASK=nlvr", "FROM=random", "DATA=conf"], "no DATA=conf for TASK=nlvr; there are: "),
+        (["TASK=nlvr", "FROM=random", "MODEL=huge"], "no MODEL=huge; there are: "),
+        (["TASK=nlvr", "FROM=random", "WHERE=here"], "no WHERE=here; there are: "),
+    ],
+)
+def test_a_wrong_choice_of_a_task_is_one_line(target: str, words: list[str], said: str) -> None:
+    done = make(target, "PYTHON=false", *words)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "no TASK=nope; tasks found under tasks/: " in done.stderr
+    assert said in done.stderr
+
+
+def test_without_any_checkpoint_one_is_told_how_to_make_one(tmp_path: Path) -> None:
+    for name in ("conf", "tasks", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = ["make", "finetune", "TASK=vqa", "PYTHON=false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "(there are: none; `make pretrain` makes one)" in done.stderr
+    (tmp_path / "checkpoints" / "a").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "a" / "best.ckpt").touch()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "(there are: checkpoints/a/best.ckpt)" in done.stderr
+
+
+@pytest.mark.parametrize("split", ["foo", "", "val test", "validate", "train"])
+def test_a_wrong_split_is_one_line(split: str) -> None:
+    done = make("evaluate", "TASK=vqa", "FROM=x.ckpt", "PYTHON=false", f"SPLIT={split}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"no SPLIT={split}; there are: val test." in done.stderr
+
+
+@pytest.mark.parametrize(("split", "command"), [("val", "validate"), ("test", "test")])
+def test_the_split_chooses_the_command(split: str, command: str) -> None:
+    words = ("TASK=nlvr", "FROM=a/b.ckpt", "WHERE=cpu", "RUN=x", "PYTHON=python", "ARGS=--model.lr 2", f"SPLIT={split}")
+    done = make("-n", "evaluate", *words)
+    assert (
+        done.stdout.split()
+        == (
+            f"python -m maskvlm {command} --run checkpoints/x --from a/b.ckpt -c conf/base.yaml -c conf/finetune.yaml "
+            "-c tasks/nlvr/conf.yaml -c conf/where/cpu.yaml --model.lr 2"
+        ).split()
+    )
+
+
+def test_the_control_begins_with_random_weights_of_the_model() -> None:
+    done = make("-n", "finetune", "TASK=vqa", "DATA=daquar", "FROM=random", "MODEL=small", "WHERE=cpu", "PYTHON=python")
+    assert "--model.random_init true -c conf/model/small.yaml -c conf/base.yaml" in done.stdout
+    assert "-c tasks/vqa/daquar.yaml" in done.stdout
+    assert "--from" not in done.stdout
 
 
 def test_arguments_pass_through_with_their_quotes() -> None:

@@ -16,6 +16,7 @@ import pytest
 import slow_retrieval
 import torch
 import torch.distributed as dist
+import toy_examples
 from slow_step import build, eventful_batch
 from torch import Tensor, nn
 from toys import take, toy_batch
@@ -35,7 +36,7 @@ class Step(nn.Module):
         super().__init__()
         self.backbone, self.task = builder(**settings)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Any) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = self.task(self.backbone, batch)
         return terms
 
@@ -49,16 +50,43 @@ def share(batch: Batch) -> Batch:
 def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, Any]:
     """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP; of pre-training, or
     of retrieval with two captions a picture."""
-    step = Step(slow_retrieval.build if retrieval else build, settings).double()
+    step = Step(slow_retrieval.build if retrieval else build, settings)
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
+    return backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+
+
+def example_step(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """As `train_step`, of a downstream task: six examples with one to three answers; one could not be read."""
+    pictures = settings.get("pictures", 1)
+    batch = toy_examples.example_batch(6, pictures, holes=(4,))
+    answers = batch.answers._replace(weight_A=batch.answers.weight_A.double())
+    batch = batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double(), answers=answers)
+    rows = 6 // world_size()
+    part = toy_examples.take_examples(batch, rank() * rows, (rank() + 1) * rows)
+    return backward(Step(toy_examples.build, {"kind": kind, **settings}), part)
+
+
+def backward(step: Step, batch: Any) -> dict[str, Any]:
+    """Terms, gradients and the blind control's statistics of one step of this process's share of the batch."""
+    step.double()
     module = step if world_size() == 1 else nn.parallel.DistributedDataParallel(step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", Tensor.double)  # the losses too, so that any difference is an error
-        terms = module(share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+        terms = module(batch)
         sum(terms.values()).backward()
     mean = {name: sum(gather(term.detach()[None])) / world_size() for name, term in terms.items()}
     grads = {name: p.grad for name, p in step.named_parameters() if p.requires_grad}
-    return {"terms": mean, "gradients": grads}
+    buffers = {name: value for name, value in step.task.named_buffers() if name.startswith("blind.")}
+    return {"terms": mean, "gradients": grads, "buffers": buffers}
+
+
+def judge(examples: int) -> dict[str, Any]:
+    """Metrics and predictions of a downstream task over batches of three examples, dealt out whole."""
+    backbone, task = toy_examples.build("classes", pictures=2)
+    batch = toy_examples.example_batch(8, 2)
+    for first in range(0, examples, 3)[rank() :: world_size()]:
+        task.update(backbone, toy_examples.take_examples(batch, first, min(first + 3, examples)))
+    return {"metrics": task.compute(backbone), "predictions": task.predictions}
 
 
 def evaluate(pictures: int) -> dict[str, float]:
@@ -162,11 +190,29 @@ def test_losses_and_gradients_of_retrieval_are_those_of_one_process(pair: Pair, 
     compare(pair, settings, True)
 
 
-def compare(pair: Pair, *arguments: Any) -> None:
-    expected = train_step(*arguments)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("classes", {}),
+        ("classes", {"pictures": 2}),
+        ("classes", {"blind": True}),
+        ("generate", {}),
+        ("classify", {}),
+    ],
+    ids=str,
+)
+def test_losses_and_gradients_of_examples_are_those_of_one_process(
+    pair: Pair, kind: str, settings: dict[str, Any]
+) -> None:
+    """The unread example and the answers are of different number in the two halves."""
+    compare(pair, kind, settings, step=example_step)
+
+
+def compare(pair: Pair, *arguments: Any, step: Callable[..., dict[str, Any]] = train_step) -> None:
+    expected = step(*arguments)
     largest = max(grad.abs().max().item() for grad in expected["gradients"].values())
-    for found in pair(train_step, *arguments):
-        for kind, scale in (("terms", 1.0), ("gradients", largest)):
+    for found in pair(step, *arguments):
+        for kind, scale in (("terms", 1.0), ("gradients", largest), ("buffers", 1.0)):
             assert found[kind].keys() == expected[kind].keys()
             for name, value in expected[kind].items():
                 torch.testing.assert_close(found[kind][name], value, atol=1e-9 * scale, rtol=1e-6)
@@ -191,6 +237,13 @@ def test_retrieval_is_that_of_one_process_to_the_bit(pair: Pair, pictures: int, 
     for part in found:
         assert part["metrics"] == expected["metrics"]
         assert part["predictions"] == expected["predictions"]
+
+
+@pytest.mark.parametrize("examples", [8, 3])
+def test_answers_to_examples_are_those_of_one_process(pair: Pair, examples: int) -> None:
+    expected = judge(examples)
+    assert [line["index"] for line in expected["predictions"]] == [[row] for row in range(examples)]
+    assert pair(judge, examples) == [expected, expected]
 
 
 def test_rounds_take_one_item_of_each_process_in_turn(pair: Pair) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from toys import slow_cross
 
 from maskvlm.cross import CrossEncoder
-from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
+from maskvlm.heads import Classifier, Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -97,3 +97,16 @@ def test_a_temperature_that_overshoots_returns() -> None:
     head.scale.backward()
     assert head.log_scale.grad is not None
     assert head.log_scale.grad.item() > 0
+
+
+def test_the_classifier_is_two_linear_layers() -> None:
+    head = Classifier(width=8, hidden=6, labels=3)
+    fused_BD = noise(4, 8)
+    first, norm, _, _, second = head.layers
+    hidden_BH = nn.functional.layer_norm(fused_BD @ first.weight.T + first.bias, (6,), norm.weight, norm.bias)
+    expected_BK = nn.functional.gelu(hidden_BH) @ second.weight.T + second.bias
+    torch.testing.assert_close(head(fused_BD), expected_BK)
+    torch.manual_seed(0)
+    dropping = Classifier(8, 600, 3, dropout=0.5)
+    assert not torch.equal(dropping(fused_BD), dropping(fused_BD))
+    assert torch.equal(dropping.eval()(fused_BD), dropping(fused_BD))

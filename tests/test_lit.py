@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import SIZE, toy_backbone
 
-from maskvlm.checkpoint import SafeCheckpointIO
+from maskvlm.checkpoint import SafeCheckpointIO, load
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
@@ -17,6 +17,7 @@ from maskvlm.distributed import mix
 from maskvlm.errors import UserError
 from maskvlm.lit import LitModel
 from maskvlm.pretrain import MaskedPretraining
+from maskvlm.task import Task
 
 
 class Watch(L.Callback):
@@ -196,7 +197,7 @@ def test_the_stored_tokenizer_needs_no_data(run: tuple[LitModel, PairData, L.Tra
     assert tokenizer_json(bare.backbone.text.tokenizer) == stored["tokenizer"]
     empty: dict[str, Any] = {}
     make_model().on_save_checkpoint(empty)
-    assert empty == {}
+    assert empty == {"lineage": []}
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(
@@ -216,3 +217,54 @@ def test_the_test_split_is_measured_like_validation() -> None:
     model = make_model()
     make_trainer().test(model, make_data(), verbose=False)
     assert model.metrics["retrieval/pictures"] == 5
+
+
+def test_cross_encoders_follow_their_own_rate() -> None:
+    watch, model = Watch(), make_model(lr_cross=2e-4)
+    make_trainer(watch, limit_val_batches=0).fit(model, make_data(steps=2))
+    names = [group["name"].partition(" ")[0] for group in model.trainer.optimizers[0].param_groups]
+    peaks = dict(zip(names, watch.rates[1], strict=True))
+    assert peaks == pytest.approx({"encoders": 1e-4, "cross": 2e-4, "rest": 1e-3})
+    with pytest.raises(UserError, match=r"model\.lr_cross: -1 is too small"):
+        make_model(lr_cross=-1)
+
+
+def test_a_checkpoint_says_which_model_and_labels_it_holds(
+    run: tuple[LitModel, PairData, L.Trainer, Watch], tmp_path: Path
+) -> None:
+    model, _, trainer, _ = run
+    model.model_yaml = "model: {}\n"
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    content = load(tmp_path / "x.ckpt")
+    assert content["model"] == "model: {}\n"
+    assert "labels" not in content  # pre-training decides among none
+    assert [seen["steps"] for seen in content["lineage"]] == [3]
+
+
+class Plain(Task):
+    """The least that a task must be; takes the defaults of all else."""
+
+    def build(self, backbone: Any) -> None:
+        self.head, self.other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 2)
+
+    def forward(self, backbone: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {}
+
+    def update(self, backbone: Any, batch: Any) -> None:
+        pass
+
+    def compute(self, backbone: Any) -> dict[str, float]:
+        return {}
+
+
+def test_what_a_task_gets_for_nothing() -> None:
+    task, given = Plain(), torch.nn.Linear(2, 3).state_dict()
+    task.build(None)
+    before = task.other.weight.clone()
+    heads = {f"head.{name}": value for name, value in given.items()}
+    heads |= {"other.weight": torch.ones(5, 2), "stranger.weight": torch.ones(1)}
+    assert task.inherit(heads) == {"head.weight", "head.bias"}
+    assert torch.equal(task.head.weight, given["weight"])
+    assert torch.equal(task.other.weight, before)  # of another shape
+    assert (task.card(), task.files(), task.floors(4), task.predictions) == ({}, {}, {}, [])
+    assert task.weights.get("anything", 1.0) == 1.0

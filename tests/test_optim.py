@@ -107,3 +107,20 @@ def test_the_encoders_rate_under_the_floor_of_the_others_stays() -> None:
 
 def test_a_rate_of_zero_stays_zero() -> None:
     assert {rate for step in rates([0.0], 3e-5) for rate in step} == {0.0}
+
+
+@pytest.mark.parametrize(("lr_cross", "expected"), [(2e-5, 2e-5), (0.0, 0.0), (None, 3e-4)])
+def test_cross_encoders_may_have_a_rate_of_their_own(lr_cross: float | None, expected: float) -> None:
+    """Heads keep `lr`, though pre-training's hold cross blocks, too."""
+    backbone, task = build()
+    groups = parameter_groups(backbone, (backbone.image, backbone.text), task, 3e-4, 1e-5, 0.05, lr_cross)
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    every = [*backbone.named_parameters(), *task.named_parameters()]
+    assert sorted(members) == sorted(id(parameter) for _, parameter in every)
+    assert {group["name"].removesuffix(" (no decay)") for group in groups} == (
+        {"encoders", "rest"} if lr_cross is None else {"encoders", "cross", "rest"}
+    )
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in backbone.named_parameters():
+        assert rate[id(parameter)] == (expected if name.startswith("cross_") else 1e-5), name
+    assert {rate[id(parameter)] for parameter in task.parameters()} == {3e-4}

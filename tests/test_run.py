@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from maskvlm.__main__ import main
 from maskvlm.checkpoint import load, save
 from maskvlm.cli import Parsed, find_checkpoint, run
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.provenance import Origin, Provenance
 from maskvlm.run import RunRecord, claim, versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +91,30 @@ def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.Cap
     rows |= {"problems": {}, "left_out": {"val": {}}}
     RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("begins", "written"), [(None, True), ("last.ckpt", False)])
+def test_where_weights_come_from_is_said_of_a_run_that_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], begins: str | None, written: bool
+) -> None:
+    """Of one that goes on the checkpoint brings every tensor. The path is known at this point, not at `setup`."""
+    facts = {"is_global_zero": True, "fast_dev_run": False, "default_root_dir": str(tmp_path), "ckpt_path": begins}
+    trainer: Any = SimpleNamespace(**facts)
+    module: Any = SimpleNamespace(provenance=Provenance({"head.weight": Origin("random", (2, 3))}))
+    RunRecord().on_fit_start(trainer, module)
+    assert (tmp_path / "provenance.json").exists() == written
+    assert ("head" in capsys.readouterr().out) == written
+
+
+def test_a_run_that_goes_on_keeps_what_was_said_of_its_weights(
+    finished: Path, words: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(finished, folder)
+    (folder / "provenance.json").write_text("as it began")
+    more = ["--ckpt_path=last", "--data.steps=5", "--trainer.limit_val_batches=0"]
+    assert main(["fit", "--run", str(folder), *words, *more]) == 0
+    assert (folder / "provenance.json").read_text() == "as it began"
 
 
 def test_a_trial_of_one_batch_leaves_the_record_alone(finished: Path, words: list[str]) -> None:
@@ -236,3 +262,20 @@ def test_two_processes_tell_a_mistake_once(words: list[str], tmp_path: Path) -> 
     assert "data.batch_size: 7 pairs cannot be shared by 2 processes" in told[0]
     assert "Traceback" not in done.stderr
     assert done.returncode == ExitCode.USAGE
+
+
+def test_a_folder_without_a_training_holds_the_metrics_themselves(tmp_path: Path) -> None:
+    """What was measured elsewhere is this folder's own; in a training's folder it stands beside."""
+    function = SimpleNamespace(value="validate")
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, sanity_checking=False, fast_dev_run=False, global_step=0, default_root_dir=str(tmp_path),
+        state=SimpleNamespace(fn=function),
+    )  # fmt: skip
+    module: Any = SimpleNamespace(metrics={"score": 1.5})
+    RunRecord().on_validation_end(trainer, module)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"step": 0, "score": 1.5}
+    (tmp_path / "config-fit.yaml").touch()
+    module.metrics = {"score": 2.5}
+    RunRecord().on_validation_end(trainer, module)
+    assert json.loads((tmp_path / "metrics.json").read_text())["score"] == 1.5
+    assert json.loads((tmp_path / "metrics-validate.json").read_text())["score"] == 2.5

@@ -1,11 +1,12 @@
 """The table of metrics: exact lines for known numbers."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
 
-from maskvlm.tables import claim, gain, metrics_table
+from maskvlm.tables import claim, gain, metrics_table, score
 
 RECALL = {
     f"retrieval/{name}r{k}": 10.0 * n + k
@@ -43,8 +44,8 @@ def test_every_metric_stands_in_its_group() -> None:
         "Pixels, with caption    right    wrong     none   vs wrong   vs none",
         "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %",
         "squared, objects       0.2000   0.1600   0.0000    -25.0 %         -",
-        "Metric         value",
-        "vqa/accuracy   12.35",
+        "vqa           %",
+        "accuracy   12.3",
         "Gain of the right partner over a wrong one: hidden words +13.9 points right",
         "(+0.520 nats), hidden pixels +12.2 % less squared error",
     ]
@@ -85,3 +86,73 @@ def test_names_are_no_markup() -> None:
 )
 def test_a_gain_is_positive_where_the_right_partner_is_better(kind: str, right: float, other: float, text: str) -> None:
     assert gain(kind, right, other) == text
+
+
+def test_a_tasks_accuracy_stands_beside_its_majority_and_above_its_kinds() -> None:
+    metrics = {
+        "nlvr/accuracy": 71.34, "nlvr/accuracy_majority": 50.2, "nlvr/accuracy/colour [x]": 80.0,
+        "nlvr/accuracy/number": 60.0, "nlvr/consistency": 31.2, "nlvr/consistency_chance": 12.5,
+        "nlvr/mean_error": 1.25, "nlvr/examples": 500.0, "score": 71.34,
+    }  # fmt: skip
+    assert lines(metrics) == [
+        "nlvr (500 examples)      %   knowing nothing",
+        "accuracy              71.3   50.2 (majority)",
+        "colour [x]          80.0",
+        "number              60.0",
+        "consistency           31.2     12.5 (chance)",
+        "Metric            value",
+        "nlvr/mean_error    1.25",
+    ]
+
+
+def test_recall_and_confusion_of_classes() -> None:
+    metrics = {"entailment/accuracy": 60.0, "entailment/accuracy_prior": 40.0, "entailment/recall/yes": 75.0}
+    for truth, said, count in (("yes", "yes", 3), ("yes", "no", 1), ("no", "yes", 0), ("no", "no", 12)):
+        metrics[f"entailment/confusion/{truth}_as_{said}"] = float(count)
+    assert lines(metrics) == [
+        "entailment           %",
+        "accuracy          60.0",
+        "accuracy, prior   40.0",
+        "recall, yes       75.0",
+        "truth, and what was said   yes   no",
+        "yes                          3    1",
+        "no                           0   12",
+    ]
+
+
+def test_sums_and_the_sweep_of_retrieval() -> None:
+    metrics = dict(RECALL)
+    for number, name in enumerate(("k0", "k1", "k16", "k_all")):
+        metrics |= {f"retrieval/{name}_tr_r1": 50.0 + number, f"retrieval/{name}_ir_r1": 40.0 + number}
+    metrics |= {"retrieval/itc_rsum": 412.34, "retrieval/rsum": 523.0}
+    assert lines(metrics)[5:] == [
+        "sum of both ways, contrast alone                      412.3",
+        "sum of both ways, re-ranked                           523.0",
+        "R@1 in %, candidates re-ranked   captions   pictures",
+        "0                                    50.0       40.0",
+        "1                                    51.0       41.0",
+        "16                                   52.0       42.0",
+        "all                                  53.0       43.0",
+    ]
+
+
+def test_unknown_levels_are_left_open() -> None:
+    assert lines({"a/accuracy": math.nan, "a/accuracy_majority": math.nan}) == [
+        "a            %   knowing nothing", "accuracy   nan    nan (majority)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (
+            {"vqa/accuracy": 71.34, "vqa/accuracy/x": 3.0, "vqa/accuracy_majority": 29.7},
+            "accuracy 71.3 (majority 29.7)",
+        ),
+        ({"vqa/accuracy": 71.34, "vqa/accuracy_majority": math.nan}, "accuracy 71.3"),
+        ({"retrieval/rsum": 3.0, "score": 42.0}, "score 42.0"),
+        ({}, ""),
+    ],
+)
+def test_what_a_task_is_judged_by_in_a_few_words(metrics: dict[str, float], said: str) -> None:
+    assert score(metrics) == said

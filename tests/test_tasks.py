@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 
+from maskvlm.__main__ import main
 from maskvlm.cli import Command, Parsed, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,8 +117,7 @@ def make(folder: Path, *words: str, path: Path | None = None) -> subprocess.Comp
 TINY = "--data.steps 2 --data.batch_size 8 --data.source.train 40 --data.source.val 12"
 
 
-def check_run(done: subprocess.CompletedProcess[str], folder: Path) -> None:
-    assert done.returncode == 0, done.stderr
+def check_run(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     assert 0 <= metrics["counting/accuracy"] <= 100
     assert metrics["counting/mean_error"] >= 0
@@ -130,19 +131,28 @@ def test_a_folder_is_all_it_takes(copy: Path) -> None:
     write(copy / "tasks" / "counting", "tasks.counting")
     assert "counting" in make(copy, "help").stdout
     done = make(copy, "finetune", "TASK=counting", "FROM=random", "RUN=r", "WHERE=cpu", f"ARGS={TINY}")
-    check_run(done, copy / "checkpoints" / "r")
+    assert done.returncode == 0, done.stderr
+    check_run(copy / "checkpoints" / "r")
     start = "FROM=checkpoints/r/best.ckpt"
     again = make(copy, "evaluate", "TASK=counting", start, "RUN=e", "WHERE=cpu", f"ARGS={TINY}")
-    check_run(again, copy / "checkpoints" / "e")
+    assert again.returncode == 0, again.stderr
+    check_run(copy / "checkpoints" / "e")
     both = [json.loads((copy / "checkpoints" / name / "metrics.json").read_text()) for name in ("r", "e")]
     assert both[0]["counting/accuracy"] == both[1]["counting/accuracy"]
 
 
-def test_a_task_of_an_installed_package(copy: Path, tmp_path: Path) -> None:
+def test_a_task_of_an_installed_package(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that make finds for it, which asks Python where the package is, run in this process."""
     write(tmp_path / "acme" / "counting", "acme.counting")
     (tmp_path / "acme" / "__init__.py").touch()
     words = ("finetune", "TASK=acme.counting", "FROM=random", "RUN=a", "WHERE=cpu", f"ARGS={TINY}")
-    check_run(make(copy, *words, path=tmp_path), copy / "checkpoints" / "a")
+    told = make(copy, "-n", *words, path=tmp_path)
+    python, *command = shlex.split(told.stdout.strip().splitlines()[-1])
+    assert (python, command[:3]) == (sys.executable, ["-m", "maskvlm", "fit"])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(copy)
+    assert main(command[2:]) == 0
+    check_run(copy / "checkpoints" / "a")
 
 
 def test_a_package_that_is_not_there(copy: Path) -> None:

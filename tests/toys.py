@@ -19,7 +19,7 @@ CLS, SEP, MASK = 2, 3, 4
 
 
 def toy_backbone(
-    seed: int = 0, width: int = WIDTH, length: int = LENGTH, vocab: int = VOCAB, **settings: Any
+    seed: int = 0, width: int = WIDTH, length: int = LENGTH, vocab: int = VOCAB, size: int = SIZE, **settings: Any
 ) -> MaskVLM:
     """32-px pictures in 4 x 4 patches, captions of at most `length` tokens, two cross blocks."""
     torch.manual_seed(seed)
@@ -32,9 +32,10 @@ def toy_backbone(
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    image = ImageEncoder("vit_tiny_patch16_224", SIZE, random_init=True, config=vit)
+    image = ImageEncoder("vit_tiny_patch16_224", size, random_init=True, config=vit)
     text = TextEncoder("bert", length, random_init=True, vocab_size=vocab, config=bert)
-    text.tokenizer = SimpleNamespace(mask_token_id=MASK, pad_token_id=0)
+    if settings.get("start") is None:  # a checkpoint brings its own
+        text.tokenizer = SimpleNamespace(mask_token_id=MASK, pad_token_id=0)
     return MaskVLM(image, text, **{"cross_layers": 2, "cross_heads": 2, **settings})
 
 

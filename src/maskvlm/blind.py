@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from maskvlm.distributed import gather
 from maskvlm.masking import Uniform
 
 
@@ -10,7 +11,8 @@ class Blind(nn.Module):
     """Normal noise with the mean and the variance that the training pictures have in each channel.
 
     The statistics are those of all pictures seen in training so far: those of one batch, let alone of one picture,
-    would tell of its background. Before the first training step they are 0 and 1, as normalisation aims at.
+    would tell of its background. All processes hold the same. Before the first training step they are 0 and 1, as
+    normalisation aims at.
     """
 
     seen: Tensor
@@ -35,6 +37,7 @@ class Blind(nn.Module):
     @torch.no_grad()
     def _take(self, image: Tensor) -> None:
         channels = image.detach().float().flatten(0, -4).transpose(0, 1).flatten(1)
+        mean_C, square_C = gather(torch.stack([channels.mean(1), channels.square().mean(1)])[None]).mean(0)
         self.seen += 1
-        self.mean_C += (channels.mean(1) - self.mean_C) / self.seen
-        self.square_C += (channels.square().mean(1) - self.square_C) / self.seen
+        self.mean_C += (mean_C - self.mean_C) / self.seen
+        self.square_C += (square_C - self.square_C) / self.seen

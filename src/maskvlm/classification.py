@@ -51,9 +51,11 @@ class Classification(Task):
     ) -> None:
         super().__init__()
         if labels is None:
-            raise UserError("data.source", "it has no labels for the task to decide among", "Choose the task's own data")
+            what = "it has no labels for the task to decide among"
+            raise UserError("data.source", what, "Choose the task's own data")
         check_least(1, model__task__pictures=pictures, model__task__hidden=hidden)
-        check_least(0, model__task__dropout=dropout)
+        if not 0 <= dropout <= 1:
+            raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
         self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
         self.blind = Blind() if blind else None
         self.judgements = Judgements()
@@ -99,7 +101,8 @@ class Classification(Task):
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         judged = self.judgements.all()
         self.predictions = [one.line for one in judged]
-        metrics = {f"{self.name}/accuracy": percent(judged), f"{self.name}/accuracy_majority": majority(judged, self.right)}
+        metrics = {f"{self.name}/accuracy": percent(judged)}
+        metrics[f"{self.name}/accuracy_majority"] = majority(judged, self.right)
         for kind, part in by_kind(judged).items():
             metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
         metrics |= {f"{self.name}/{key}": value for key, value in self.more(judged).items()}

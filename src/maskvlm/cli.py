@@ -217,9 +217,9 @@ def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] 
     """
     prepare(arguments, allowed)
     try:
-        with with_model(arguments) as arguments:
-            return command(arguments)
-    except Complaint as complaint:
+        with with_model(arguments) as whole:
+            return command(whole)
+    except Complaint as complaint:  # explained by what the user gave: the checkpoint's file is gone by now
         raise explain(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
 
 

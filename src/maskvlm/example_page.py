@@ -1,4 +1,4 @@
-"""A page of examples: pictures, what was asked, the truth and the prediction, green where it is right, red where not."""
+"""A page of examples: pictures, what was asked, the truth and the prediction, green where it is right, else red."""
 
 import textwrap
 import warnings
@@ -98,5 +98,6 @@ class Ink:
         axes.set_yticks([])
         for side in axes.spines.values():
             side.set_visible(False)
-        frame = Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=3, clip_on=False)
+        frame = Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=3)
+        frame.set_clip_on(False)
         axes.add_patch(frame)

@@ -10,9 +10,9 @@ from maskvlm.task import Prediction
 
 
 class Judged(NamedTuple):
-    """One example with its answer. right: 0 to 1; None where nobody published what is true."""
+    """One example with its answer. row: of the split. right: 0 to 1; None where nobody published what is true."""
 
-    index: int
+    row: int
     example: Example
     prediction: str
     right: float | None
@@ -28,7 +28,7 @@ class Judged(NamedTuple):
         example = self.example
         return Prediction(
             id=example["id"], text=example["text"], truth=self.truth, prediction=self.prediction, right=self.right,
-            index=[self.index], kind=example["kind"],
+            index=[self.row], kind=example["kind"],
         )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class Judgements:
         """Those of every process, in the data set's order; the collection is empty afterwards."""
         shards: list[list[Judged]] = gather_objects(self.own)  # type: ignore[assignment]
         self.own = []
-        return sorted((judged for shard in shards for judged in shard), key=lambda judged: judged.index)
+        return sorted((judged for shard in shards for judged in shard), key=lambda judged: judged.row)
 
 
 def percent(judged: Iterable[Judged]) -> float:

@@ -18,7 +18,7 @@ from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.model import MaskVLM
 from maskvlm.optim import build_adamw, parameter_groups, schedule
 from maskvlm.provenance import Origin, Provenance
-from maskvlm.start import Seen
+from maskvlm.start import Seen, lineage_of
 from maskvlm.task import Task
 
 
@@ -35,7 +35,7 @@ class LitModel(L.LightningModule):
         warmup: share of the run's steps, or a number of steps from 1 on (paper: 5 of 50 epochs).
         min_lr: where the cosine ends (3e-5, R).
         seed: of masks, negatives and dropout; together with the step it determines them.
-        lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning gives them the encoders', R).
+        lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
         random_init: both encoders start from random weights; the command line hands it on to them.
     """
 
@@ -66,6 +66,7 @@ class LitModel(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None
         self._seen: Seen | None = None
+        self._loaded: tuple[Seen, ...] | None = None
         self.trained = False
         task.build(backbone)
         self.inherited = self._inherit()
@@ -88,14 +89,18 @@ class LitModel(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.trained |= stage == "fit"
-        if not self.trained and self.trainer.ckpt_path is None and self.backbone.origin is not None:
-            self._check_heads(self.backbone.origin.path)
         tokenizer = getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
 
+    def on_validation_start(self) -> None:
+        """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
+        if not self.trained and self._loaded is None and self.backbone.origin is not None:
+            self._check_heads(self.backbone.origin.path)
+
+    on_test_start = on_validation_start
+
     def _check_heads(self, path: str) -> None:
-        """Measuring needs every head; a training may begin without."""
         missing = [name for name, _ in self.task.named_parameters() if name not in self.inherited]
         if not missing:
             return
@@ -169,18 +174,20 @@ class LitModel(L.LightningModule):
             checkpoint["model"] = self.model_yaml
         if getattr(self.task, "labels", None) is not None:
             checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
-        checkpoint["lineage"] = [seen.plain() for seen in (*self.lineage, self._seen_here())]
+        checkpoint["lineage"] = [seen.plain() for seen in self.history]
 
     @property
     def lineage(self) -> tuple[Seen, ...]:
-        """The data that the weights had seen before this run."""
+        """The data that the weights had seen before this run; where it trains nothing, what a checkpoint tells."""
+        if self._loaded is not None:
+            return self._loaded
         return self.backbone.origin.lineage if self.backbone.origin else ()
 
     @property
     def history(self) -> tuple[Seen, ...]:
         """The data that the weights have seen by now."""
-        trained = "train" in self.data.splits and self.trainer.global_step > 0
-        return (*self.lineage, self._seen_here()) if trained else self.lineage
+        learned = self.trained and self.trainer.global_step > 0
+        return (*self.lineage, self._seen_here()) if learned else self.lineage
 
     def _seen_here(self) -> Seen:
         """This run's training data; its ids are hashed once."""
@@ -188,10 +195,14 @@ class LitModel(L.LightningModule):
             kind, source = type(self.task), type(self.data.source)
             ids = self.data.picture_ids("train")
             pictures = len(self.data.splits["train"]) if ids is None else len(ids)
-            names = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
-            self._seen = Seen(*names, self.data.splits["train"].fingerprint, pictures, 0, ids)
+            task, data = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
+            self._seen = Seen(task, data, self.data.splits["train"].fingerprint, pictures, 0, ids)
         return self._seen._replace(steps=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
+        told = lineage_of(checkpoint)
+        if self.trained and told and told[-1][:3] == self._seen_here()[:3]:
+            told = told[:-1]  # a run that goes on states its own part anew
+        self._loaded = told

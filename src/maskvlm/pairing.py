@@ -1,7 +1,7 @@
 """Which rows meet which: in contrast, as hard negatives, and in the one pass of each cross encoder.
 
-Shapes: B pairs of this process, G of all processes, U rows to pick from, L positions, T tokens, E contrast
-width, D width.
+Shapes: B pairs of this process, G of all processes, M negatives, U rows to pick from, L positions, T tokens,
+E contrast width, D width.
 """
 
 from typing import NamedTuple
@@ -74,15 +74,16 @@ class Side(NamedTuple):
         )
 
 
-def with_negatives(own_BLD: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that pairs can pick, and where each row's negative stands among them.
+def with_negatives(own_BLD: Tensor, index_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that pairs can pick, and where the rows `index_M` of the global batch stand among them.
 
-    With one process the negatives are among the own rows; with several they are fetched, with gradient.
+    With one process they are among the own rows; with several they are fetched, with gradient, and follow them. There
+    may be more or fewer of them than own rows: each of B pictures has a hard caption, each of C captions a picture.
     """
     if world_size() == 1:
-        return own_BLD, index_B
-    fetched_BLD = gather(own_BLD)[index_B]
-    return torch.cat([own_BLD, fetched_BLD]), torch.arange(len(index_B), device=index_B.device) + len(index_B)
+        return own_BLD, index_M
+    fetched_MLD = gather(own_BLD)[index_M]
+    return torch.cat([own_BLD, fetched_MLD]), torch.arange(len(index_M), device=index_M.device) + len(own_BLD)
 
 
 def cross_pairs(

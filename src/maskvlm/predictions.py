@@ -113,11 +113,10 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
 
 def share_measured(trainer: L.Trainer, split: str) -> float:
     """Below 1 where trainer.limit_val_batches (or limit_test_batches) cut the evaluation short."""
-    limit = trainer.limit_test_batches if split == "test" else trainer.limit_val_batches
     counts = trainer.num_test_batches if split == "test" else trainer.num_val_batches
     loaders = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
     total = len(loaders) if loaders is not None else 0
-    return 1.0 if limit == 1.0 or not total else round(float(sum(counts)) / total, 4)
+    return round(float(sum(counts)) / total, 4) if total else 1.0
 
 
 def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:

@@ -131,7 +131,10 @@ class RunRecord(L.Callback):
         facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None
         write_json(folder_of(trainer) / "versions.json", versions() | facts)
-        if trainer.ckpt_path is None:  # else the checkpoint brings every tensor
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the weights come from; of a run that goes on, the checkpoint brings every tensor."""
+        if trainer.is_global_zero and not trainer.fast_dev_run and trainer.ckpt_path is None:  # type: ignore[attr-defined]
             provenance: Provenance = pl_module.provenance  # type: ignore[assignment]
             Console().print(provenance.table())
             provenance.save(folder_of(trainer) / "provenance.json")

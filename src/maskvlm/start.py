@@ -67,8 +67,14 @@ def read_start(path: str) -> Start:
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
-    lineage = tuple(Seen(**seen) for seen in content.get("lineage", ()))
-    return Start(path, part(state, "backbone."), part(state, "task."), tokenizer, labels, lineage)
+    return Start(path, part(state, "backbone."), part(state, "task."), tokenizer, labels, lineage_of(content))
+
+
+def lineage_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
+    """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
+    if "lineage" not in content:
+        return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
+    return tuple(Seen(**seen) for seen in content["lineage"])
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

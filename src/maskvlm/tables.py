@@ -1,6 +1,7 @@
 """The metrics of an evaluation as a table, each beside its chance level, and the paper's claim as numbers."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,12 @@ RETRIEVAL = (
     ("picture of a caption, contrast alone", "retrieval/itc_ir_r"),
     ("picture of a caption, re-ranked", "retrieval/ir_r"),
 )
+SUMS = (
+    ("sum of both ways, contrast alone", "retrieval/itc_rsum"),
+    ("sum of both ways, re-ranked", "retrieval/rsum"),
+)
+SWEPT = re.compile(r"retrieval/(k\d+|k_all)_(tr|ir)_r1")
+LEVELS = ("_majority", "_chance")
 
 
 class Measured(NamedTuple):
@@ -63,15 +70,17 @@ def gain(kind: str, right: float, other: float) -> str:
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """What was measured, in groups: retrieval, masked words, masked pixels, and whatever else there is.
+    """What was measured, in groups: retrieval, masked words, masked pixels, downstream tasks, whatever else there is.
 
     Args:
         metrics: names and values as a task's `compute` gives them; any may be missing.
     """
     parts = [
         retrieval_table(metrics),
+        sweep_table(metrics),
         partner_table("Words, with picture", WORDS, metrics),
         partner_table("Pixels, with caption", PIXELS, metrics),
+        *(table for name in tasks_of(metrics) for table in (task_table(name, metrics), confusion_table(name, metrics))),
         other_table(metrics),
     ]
     whole = Table.grid()
@@ -103,6 +112,59 @@ def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
         chance = [metrics.get(f"retrieval/{direction}_r{k}_chance", math.nan) for k in KS]
         if table.rows and not math.isnan(chance[0]):
             table.add_row("  by chance", *(f"{value:.1f}" for value in chance), style="dim")
+    for name, key in SUMS:
+        if table.rows and key in metrics:
+            table.add_row(name, "", "", f"{metrics[key]:.1f}")
+    return table if table.rows else None
+
+
+def sweep_table(metrics: Mapping[str, float]) -> Table | None:
+    """R@1 in percent both ways for every number of candidates that matching has ranked again."""
+    table = _table("R@1 in %, candidates re-ranked", ["captions", "pictures"])
+    for name in metrics:
+        if found := SWEPT.fullmatch(name):
+            row = [f"{metrics.get(f'retrieval/{found[1]}_{side}_r1', math.nan):.1f}" for side in ("tr", "ir")]
+            if found[2] == "tr":
+                table.add_row(found[1].removeprefix("k").removeprefix("_"), *row)
+    return table if table.rows else None
+
+
+def tasks_of(metrics: Mapping[str, float]) -> list[str]:
+    """Prefixes of the downstream tasks that give an accuracy."""
+    found = (name.partition("/")[0] for name in metrics if name.count("/") == 1 and name.endswith("/accuracy"))
+    return [name for name in found if name != "mlm"]
+
+
+def shares(task: str, metrics: Mapping[str, float]) -> list[str]:
+    """Metrics of a task that are percentages: accuracy of all and by kind, recall by class, whatever has a level."""
+    own = [name for name in metrics if name.startswith(f"{task}/") and not name.endswith(LEVELS)]
+    kinds = ("accuracy", "recall/")
+    return [n for n in own if n.split("/", 1)[1].startswith(kinds) or any(n + end in metrics for end in LEVELS)]
+
+
+def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
+    """Percentages, each beside the level of knowing nothing (the most frequent answer's, or chance), by kind below."""
+    among = f" ({metrics[f'{task}/examples']:.0f} examples)" if f"{task}/examples" in metrics else ""
+    names = shares(task, metrics)
+    levels = any(name + end in metrics for name in names for end in LEVELS)
+    table = _table(f"{task}{among}", ["%", "knowing nothing"] if levels else ["%"])
+    for name in names:
+        known = [f"{metrics[name + end]:.1f} ({end[1:]})" for end in LEVELS if name + end in metrics]
+        label = name.split("/", 1)[1].replace("accuracy/", "  ", 1).replace("recall/", "recall, ", 1)
+        cells = [f"{metrics[name]:.1f}", *([known[0] if known else ""] * levels)]
+        table.add_row(Text(label.replace("accuracy_", "accuracy, ", 1)), *cells)
+    return table if table.rows else None
+
+
+def confusion_table(task: str, metrics: Mapping[str, float]) -> Table | None:
+    """How often each class was taken for which: a row a truth, a column an answer."""
+    start = f"{task}/confusion/"
+    right = (re.fullmatch(rf"{re.escape(start)}(.+)_as_\1", name) for name in metrics)
+    labels = [found[1] for found in right if found]
+    table = _table("truth, and what was said", labels)
+    for truth in labels:
+        counts = (metrics.get(f"{start}{truth}_as_{said}", math.nan) for said in labels)
+        table.add_row(Text(truth), *(f"{count:.0f}" for count in counts))
     return table if table.rows else None
 
 
@@ -124,9 +186,13 @@ def partner_table(title: str, measured: Sequence[Measured], metrics: Mapping[str
 
 
 def other_table(metrics: Mapping[str, float]) -> Table | None:
-    """What no group above knows: a downstream task's metrics, by name."""
+    """What no group above knows, by name."""
     known = {f"{key}{k}{end}" for _, key in RETRIEVAL for k in KS for end in ("", "_chance")}
-    known |= {*SIZES, "score"}  # the score repeats what retrieval shows
+    known |= {*SIZES, *(key for _, key in SUMS), "score"}  # the score repeats what another group shows
+    known |= {name for name in metrics if SWEPT.fullmatch(name)}
+    for task in tasks_of(metrics):
+        known |= {f"{name}{end}" for name in shares(task, metrics) for end in ("", *LEVELS)} | {f"{task}/examples"}
+        known |= {name for name in metrics if name.startswith(f"{task}/confusion/")}
     for m in (*WORDS, *PIXELS):
         ends = ("", f"_wrong_{m.partner}", f"_no_{m.partner}", "_chance", "_gain")
         known |= {f"{m.key}{end}" for end in ends}

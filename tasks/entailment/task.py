@@ -13,7 +13,7 @@ class Entailment(Classification):
     name = "entailment"
 
     def more(self, judged: list[Judged]) -> dict[str, float]:
-        """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: number of examples."""
+        """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: examples."""
         known = [one for one in judged if one.truth]
         if not known:
             return {}

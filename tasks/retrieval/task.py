@@ -6,6 +6,7 @@ E contrast width, M matching pairs.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Columns, Negatives
 from maskvlm.measure import EVAL_SEED
 from maskvlm.model import Fused, MaskVLM
-from maskvlm.pairing import Side, cross_pairs, pad_text
+from maskvlm.pairing import Side, cross_pairs, pad_text, with_negatives
 from maskvlm.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
 from maskvlm.retrieval import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.task import Prediction, Task
@@ -55,21 +56,22 @@ class Retrieval(Task):
     Args:
         weight_itc, weight_itm: weight of each loss; 0 skips it. Without ITC the contrast that picks candidates stays
             as it was inherited; without ITM retrieval is by contrast alone.
-        contrast_dim, temperature: as in pre-training, whose projections are taken over.
+        contrast_dim: width of the projections; None takes that of the checkpoint it starts from, else 256 (C).
+        temperature: start value, as in pre-training.
         rerank_k: candidates a query that matching scores again (C; ALBEF: 256 for COCO, 128 for Flickr30k).
         sweep: match every picture with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
         chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
         blind: the control: noise in the place of every picture.
 
     Raises:
-        UserError: a negative weight, both weights 0, a size below 1.
+        UserError: a negative weight, both weights 0, a size below 1; projections of another width are inherited.
     """
 
     def __init__(
         self,
         weight_itc: float = 1.0,
         weight_itm: float = 1.0,
-        contrast_dim: int = 256,
+        contrast_dim: int | None = None,
         temperature: float = 0.07,
         rerank_k: int = 128,
         sweep: bool = False,
@@ -93,15 +95,29 @@ class Retrieval(Task):
     def build(self, backbone: MaskVLM) -> None:
         """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen: DDP would wait for
         its gradient for ever."""
-        self.projection = Projection(backbone.width, backbone.width, self.contrast_dim, self.temperature)
+        self.project(backbone.width, self.contrast_dim or 256)
         if self.weights["itm"]:
             self.matching = Matching(backbone.width)
             init_normal(self.matching)
-        init_xavier(self.projection)
-        self.projection.requires_grad_(bool(self.weights["itc"]))
         backbone.image.mask_token.requires_grad_(False)
         for part in (backbone.cross_image, backbone.cross_text):
             part.requires_grad_(bool(self.weights["itm"]))
+
+    def project(self, width: int, dim: int) -> None:
+        """New projections from features of `width` to `dim`."""
+        self.projection = Projection(width, width, dim, self.temperature)
+        init_xavier(self.projection)
+        self.projection.requires_grad_(bool(self.weights["itc"]))
+
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """The projections take the checkpoint's width: left random they would cost the contrast it has learned."""
+        theirs, own = heads.get("projection.image.weight"), self.projection.image
+        if theirs is not None and len(theirs) != own.out_features:
+            if self.contrast_dim is not None:
+                what = f"{self.contrast_dim}, but the checkpoint's projections are {len(theirs)} wide"
+                raise UserError("model.task.contrast_dim", what, f"Leave it out, or give {len(theirs)}")
+            self.project(own.in_features, len(theirs))
+        return super().inherit(heads)
 
     # ------------------------------------------------------------------ training
 
@@ -215,23 +231,15 @@ def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, 
     """One pass of each cross encoder over M = 2C + B pairs: (picture, its caption), (hard picture, caption),
     (picture, hard caption)."""
     own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
-    image, picture = reachable(image_BLD, hard.picture.index_B)
-    text, caption = reachable(text_CTD, hard.caption.index_B)
-    attention, _ = reachable(batch.attention_CT, hard.caption.index_B)
+    image, picture = with_negatives(image_BLD, hard.picture.index_B)
+    text, caption = with_negatives(text_CTD, hard.caption.index_B)
+    attention, _ = with_negatives(batch.attention_CT, hard.caption.index_B)
     images, texts = [batch.owner_C, picture, own_B], [own_C, own_C, caption]
     image_side, text_side = Side(image, None), Side(text, attention)
     return Fused(
         cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).first_BD,
         cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).first_BD,
     )
-
-
-def reachable(own: Tensor, index_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that pairs can pick, and where the rows `index_M` of the global batch stand among them: with several
-    processes they are fetched, with gradient, and follow the own ones."""
-    if world_size() == 1:
-        return own, index_M
-    return torch.cat([own, gather(own)[index_M]]), torch.arange(len(index_M), device=index_M.device) + len(own)
 
 
 def steps(largest: int) -> dict[str, int]:

@@ -29,9 +29,9 @@ class Question(NamedTuple):
 class AnswerDecoder(nn.Module):
     """Reads picture and question, writes an answer token by token.
 
-    The fusion block queries with the text cross encoder's output and looks at the image cross encoder's. The decoder has
-    the text cross encoder's shape and starts from its weights; its words enter through the text encoder's word embeddings
-    with positions of their own (C: the paper does not say).
+    The fusion block queries with the text cross encoder's output and looks at the image cross encoder's. The decoder
+    has the text cross encoder's shape and starts from its weights; its words enter through the text encoder's word
+    embeddings with positions of their own (C: the paper does not say).
 
     Args:
         backbone: fits the widths; its text cross encoder is copied.
@@ -108,8 +108,8 @@ class AnswerDecoder(nn.Module):
     def write(
         self, backbone: MaskVLM, question: Question, rows: int, start: int, end: int, forbidden: list[int]
     ) -> Tensor:
-        """The likeliest next token again and again until the end token, [B, S] with the start token; what follows an end
-        token is the end token. `forbidden` tokens are never written."""
+        """The likeliest next token again and again until the end token, [B, S] with the start token; what follows an
+        end token is the end token. `forbidden` tokens are never written."""
         device = self.position_SD.device
         token_BS = torch.full((rows, 1), start, device=device)
         owner_B, done_B = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)

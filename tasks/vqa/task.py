@@ -53,7 +53,8 @@ class Vqa(Classification):
         super().__init__(labels, 1, hidden, dropout, blind)
         check_least(1, model__task__candidates=candidates)
         check_least(3, model__task__answer_length=answer_length)
-        self.generates, self.decode, self.candidates, self.answer_length = head == "generate", decode, candidates, answer_length
+        self.generates, self.decode = head == "generate", decode
+        self.candidates, self.answer_length = candidates, answer_length
         self.table: tuple[Tensor, Tensor] | None = None
 
     def build(self, backbone: MaskVLM) -> None:
@@ -151,18 +152,15 @@ class Vqa(Classification):
         if not known:
             return {}
         usual = Counter(one.truth for one in known).most_common(1)[0][0]
-        labels = set(self.labels)
-        best = [
-            max((accuracy(answer, one.example["answers"]) for answer in {*one.example["answers"]} & labels), default=0.0)
-            for one in known
-        ]
-        prior = [accuracy(usual, one.example["answers"]) for one in known]
+        labels, given = set(self.labels), [one.example["answers"] for one in known]
+        best = [max((accuracy(one, answers) for one in {*answers} & labels), default=0.0) for answers in given]
+        prior = [accuracy(usual, answers) for answers in given]
         return {"accuracy_prior": 100 * sum(prior) / len(known), "accuracy_ceiling": 100 * sum(best) / len(known)}
 
     def files(self) -> dict[str, str]:
         """What the VQA server takes, where ids are its numbers; and the answer vocabulary."""
         found = {"answers.json": json.dumps(list(self.labels), ensure_ascii=False, indent=0) + "\n"}
-        if all(one["id"].isdigit() for one in self.predictions):
+        if all(one["id"].isdecimal() for one in self.predictions):
             results = [{"question_id": int(one["id"]), "answer": one["prediction"]} for one in self.predictions]
             found["submission.json"] = json.dumps(results, ensure_ascii=False) + "\n"
         return found

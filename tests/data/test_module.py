@@ -204,9 +204,9 @@ def test_readers_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take_in(data: PairData, batches: int, *problems: tuple[str, str]) -> None:
     batch = next(iter(data.val_dataloader()))
-    blank = batch._replace(image_BCHW=torch.zeros(100, 1, 1, 1), problems=problems)
+    hundred = batch._replace(valid_B=torch.ones(100, dtype=torch.bool), problems=problems)
     for _ in range(batches):
-        data.on_after_batch_transfer(blank, 0)
+        data.on_after_batch_transfer(hundred, 0)
 
 
 def test_too_many_bad_rows_stop_the_run() -> None:

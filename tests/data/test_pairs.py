@@ -42,6 +42,21 @@ def test_captions_take_turns_over_the_epochs() -> None:
     assert data[Pick(1, 0)]["captions"] == ["this one is green"]  # not everybody's first caption at once
 
 
+def test_several_captions_a_picture_take_turns_together() -> None:
+    """Two of three: every epoch begins where the last one ended."""
+    pairs = Rows([row(0), row(1, captions=["only one"]), row(2, captions=["", "word"])])
+    data = TrainPairs(pairs, train_transform(SPEC, augment=False), 0, SPEC.image_size, captions=2)
+    first, second, third = row(0)["captions"]
+    assert [data[Pick(0, epoch)]["captions"] for epoch in range(3)] == [
+        [first, second], [third, first], [second, third],
+    ]  # fmt: skip
+    assert data[Pick(1, 0)]["captions"] == ["only one", "only one"]
+    hole = data[Pick(2, 0)]
+    assert (hole["valid"], hole["captions"]) == (False, ["", ""])
+    assert hole["problem"] is not None
+    assert hole["problem"][0] == "empty caption"
+
+
 def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
     data = training({}, {})
     first = data[Pick(0, 3)]["image_CHW"]
@@ -174,3 +189,14 @@ def test_an_evaluation_batch_keeps_each_caption_with_its_picture(collate: Collat
     assert ground is not None
     assert ground.shape == (2, 24, 24)
     assert ground.dtype == torch.bool
+    assert batch.texts == (*row(1)["captions"], "a star", "one star")
+
+
+def test_several_captions_of_a_training_picture_know_it(collate: Collate) -> None:
+    pairs = Rows([row(0), row(1, image=b"no"), row(2)])
+    data = TrainPairs(pairs, train_transform(SPEC, augment=False), 0, SPEC.image_size, captions=2)
+    batch = collate([data[Pick(index, 0)] for index in range(3)])
+    assert batch.owner_C.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.token_CT.shape[0] == batch.text_id_C.shape[0] == len(batch.texts) == 6
+    assert batch.valid_B.tolist() == [True, False, True]
+    assert batch.texts[:4] == ("a red square", "this one is red", "", "")

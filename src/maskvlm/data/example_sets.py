@@ -95,7 +95,7 @@ class CollateExamples:
             torch.tensor([sample["index"] for sample in samples]),
             torch.tensor(ids),
             self.answers(targets),
-            tuple(Example(**{**example, "images": []}) for example in examples),  # type: ignore[typeddict-item]
+            tuple(Example(**{**example, "images": []}) for example in examples),
             tuple(sample["problem"] for sample in samples if sample["problem"]),
         )
 

@@ -17,8 +17,8 @@ class Example(TypedDict):
     """One text about pictures, as a source hands it out.
 
     Attributes:
-        images: encoded bytes, a path, or a Pillow image each; every example of a source has the same number.
-        image_ids: of the pictures; the same photo has the same id in every data set (`coco 458752`, `flickr 1019604187`).
+        images: encoded bytes, a path, or a Pillow image each; as many in every example of a source.
+        image_ids: of the pictures; the same photo has the same id in every data set (`coco 458752`).
         text: question, sentence or hypothesis.
         answers: what people answered, one label in most tasks, ten in VQA v2; empty where it is not published.
         id: the data set's own (question_id, identifier, pairID), unique in its split; predictions carry it.

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from maskvlm.data.batch import Row, Source
 from maskvlm.data.scene_captions import Caption, captions_of, describes, vocabulary
 from maskvlm.data.scene_drawing import draw_object_mask, draw_scene
-from maskvlm.data.scene_world import SPLITS, Scene, Thing, scene_of_split
-from maskvlm.errors import UserError
+from maskvlm.data.scene_world import SPLITS, Scene, Thing, near_miss_of_split, scene_of_split
+from maskvlm.errors import UserError, check_least
 
 __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "describes", "vocabulary"]
 
@@ -28,10 +28,11 @@ class ScenePairs:
         count: number of pictures.
         size: width and height of the pictures in pixels.
         seed: another seed gives other scenes; a scene's split is the same under every seed.
+        kin: so many neighbours are one scene and near misses of it, each with one attribute of one thing altered.
     """
 
-    def __init__(self, name: str, count: int, size: int, seed: int) -> None:
-        self.name, self.count, self.size, self.seed = name, count, size, seed
+    def __init__(self, name: str, count: int, size: int, seed: int, kin: int = 1) -> None:
+        self.name, self.count, self.size, self.seed, self.kin = name, count, size, seed, kin
 
     def __len__(self) -> int:
         return self.count
@@ -65,13 +66,19 @@ class ScenePairs:
         """The scene, and the generator in the state that its captions go on from."""
         if not 0 <= index < self.count:
             raise IndexError(f"scenes {self.name}: no picture {index}, there are {self.count}")
-        rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{index}")
-        return scene_of_split(rng, self.name), rng
+        family, member = divmod(index, self.kin)
+        rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{family}")
+        scene = scene_of_split(rng, self.name)
+        if not member:
+            return scene, rng
+        own = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{family}-{member}")
+        return near_miss_of_split(own, scene, self.name), own
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the parameters and of the first pictures and captions."""
-        digest = sha256(repr((VERSION, self.name, self.count, self.size, self.seed)).encode())
+        facts = (VERSION, self.name, self.count, self.size, self.seed, *([self.kin] if self.kin > 1 else []))
+        digest = sha256(repr(facts).encode())
         for index in range(min(4, self.count)):
             row = self[index]
             digest.update(repr(row["captions"]).encode())
@@ -88,11 +95,16 @@ class Scenes(Source):
         test: number of test pictures.
         size: width and height of the pictures in pixels, at least 12.
         seed: draws other scenes; train, val and test share no scene under any pair of seeds.
+        kin: neighbours among the training pictures that are near misses of each other (see `ScenePairs`); kept in one
+            batch by `data.group`, they are hard negatives. Evaluation has none.
     """
 
-    def __init__(self, train: int = 20000, val: int = 500, test: int = 500, size: int = 48, seed: int = 0) -> None:
+    def __init__(
+        self, train: int = 20000, val: int = 500, test: int = 500, size: int = 48, seed: int = 0, kin: int = 1
+    ) -> None:
         self.counts = {"train": train, "val": val, "test": test}
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.kin = size, seed, kin
+        check_least(1, data__source__kin=kin)
         for name, count in self.counts.items():
             if count < 1:
                 raise UserError(f"scenes.{name}", f"{count} pictures", "Ask for at least one")
@@ -103,4 +115,4 @@ class Scenes(Source):
         """The pairs of `train`, `val` or `test`; another name is a UserError."""
         if name not in self.counts:
             raise UserError("scenes", f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
-        return ScenePairs(name, self.counts[name], self.size, self.seed)
+        return ScenePairs(name, self.counts[name], self.size, self.seed, self.kin if name == "train" else 1)

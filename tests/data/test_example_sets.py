@@ -1,0 +1,230 @@
+"""Examples of downstream tasks as batches: pictures, targets, answers, and what cannot be read."""
+
+from typing import Any
+
+import pytest
+import torch
+from toy_examples import LABELS, Asked, Nameless, Questions, example
+from toy_pairs import SPEC, Squares
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
+from maskvlm.data.examples import ExampleSource
+from maskvlm.data.images import BadImage
+from maskvlm.data.module import PairData, some_texts
+from maskvlm.data.sampler import Pick
+from maskvlm.data.text import Captioner, stable_id
+from maskvlm.data.transforms import eval_transform, train_transform
+from maskvlm.errors import ExitCode, UserError
+
+
+def training(*rows: dict[str, Any], pictures: int = 1, augment: bool = True, seed: int = 0) -> TrainExamples:
+    asked = Asked([example(number, pictures, **changes) for number, changes in enumerate(rows)])
+    return TrainExamples(asked, train_transform(SPEC, augment=augment), seed, SPEC.image_size)
+
+
+def evaluation(*rows: dict[str, Any], pictures: int = 1) -> EvalExamples:
+    asked = Asked([example(number, pictures, **changes) for number, changes in enumerate(rows)])
+    return EvalExamples(asked, eval_transform(SPEC), SPEC.image_size)
+
+
+@pytest.fixture(scope="module")
+def collate(trained: PreTrainedTokenizerFast) -> CollateExamples:
+    return CollateExamples(Captioner(trained, 12), Questions())
+
+
+# ---------------------------------------------------------------------- samples
+
+
+def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
+    data = training({}, {}, pictures=2)
+    first = data[Pick(0, 3)]["image_PCHW"]
+    assert first.shape == (2, 3, 24, 24)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(data[Pick(0, 3)]["image_PCHW"], first)
+    assert torch.equal(torch.rand(3), expected)  # the global numbers are left alone
+    assert not torch.equal(data[Pick(0, 4)]["image_PCHW"], first)
+    assert not torch.equal(training({}, pictures=2, seed=1)[Pick(0, 3)]["image_PCHW"], first)
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
+    sample = training({}, pictures=3, augment=False)[Pick(0, 0)]
+    assert torch.equal(sample["image_PCHW"], evaluation({}, pictures=3)[0]["image_PCHW"])
+    assert (sample["valid"], sample["problem"], sample["index"]) == (True, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"images": [example(0)["images"][0], b"no picture"]}, "not an image"),
+        ({"images": ["nowhere/1.png", example(0)["images"][0]]}, "missing"),
+        ({"text": " \t"}, "empty text"),
+    ],
+)
+def test_what_cannot_be_read_keeps_its_place(changes: dict[str, Any], reason: str) -> None:
+    """One bad picture makes the example a hole: half an example means nothing."""
+    data = training({}, changes, {}, pictures=2)
+    samples = [data[Pick(index, 0)] for index in range(3)]
+    assert [sample["valid"] for sample in samples] == [True, False, True]
+    assert [sample["index"] for sample in samples] == [0, 1, 2]
+    hole = samples[1]
+    assert hole["problem"] is not None
+    assert hole["problem"][0].startswith(reason)
+    assert "toy.json:1" in hole["problem"][1]
+    assert hole["image_PCHW"].shape == (2, 3, 24, 24)
+    assert not hole["image_PCHW"].any()
+
+
+def test_a_mended_text_is_used_and_reported() -> None:
+    sample = training({"text": "is it \ud800 red"})[Pick(0, 0)]
+    assert sample["valid"]
+    assert sample["problem"] == ("caption surrogate", "toy.json:0")
+
+
+def test_evaluation_never_skips() -> None:
+    data = evaluation({"images": [b"no picture"]}, {"text": "\n"})
+    with pytest.raises(BadImage, match=r"toy\.json:0"):
+        data[0]
+    with pytest.raises(UserError, match=r"toy\.json:1: no words in its text") as caught:
+        data[1]
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def test_a_batch_of_two_pictures_each(collate: CollateExamples) -> None:
+    data = training({}, {"images": [b"no", b"no"]}, {"answers": []}, pictures=2, augment=False)
+    batch = collate([data[Pick(index, 0)] for index in range(3)])
+    assert batch.image_BPCHW.shape == (3, 2, 3, 24, 24)
+    assert batch.token_BT.shape == batch.attention_BT.shape == batch.special_BT.shape == batch.word_BT.shape
+    assert batch.valid_B.tolist() == [True, False, True]
+    assert batch.index_B.tolist() == [0, 1, 2]
+    assert batch.image_id_BP.tolist() == [[stable_id(f"toy {row} {place}") for place in (0, 1)] for row in range(3)]
+    assert batch.target_BK.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert [one["id"] for one in batch.examples] == ["1000", "1001", "1002"]
+    assert {len(one["images"]) for one in batch.examples} == {0}  # pictures do not travel with the batch
+    assert data.examples[0]["images"], "the source keeps its own"
+    assert [reason for reason, _ in batch.problems] == ["not an image (unknown)"]
+    assert batch.answers.owner_A.tolist() == [0, 1]
+    assert batch.answers.weight_A.tolist() == [1.0, 1.0]
+
+
+class Soft(ExampleSource):
+    """Several answers with weights, as VQA v2 has them."""
+
+    labels = LABELS
+
+    def split(self, name: str) -> Asked:
+        return Asked([])
+
+    def targets(self, answers: list[str]) -> dict[str, float]:
+        return {label: min(1.0, 0.3 * answers.count(label)) for label in dict.fromkeys(answers)}
+
+
+def test_soft_targets_reach_both_heads(trained: PreTrainedTokenizerFast) -> None:
+    captioner = Captioner(trained, 12)
+    people = [["blue"] * 3 + ["red"], [], ["green"] * 9]
+    data = evaluation(*({"answers": answers} for answers in people))
+    batch = CollateExamples(captioner, Soft())([data[index] for index in range(3)])
+    expected = torch.tensor([[0.3, 0, 0.9], [0, 0, 0], [0, 1.0, 0]])
+    torch.testing.assert_close(batch.target_BK, expected)
+    assert batch.answers.owner_A.tolist() == [0, 0, 2]
+    torch.testing.assert_close(batch.answers.weight_A, torch.tensor([0.9, 0.3, 1.0]))
+    alone = captioner(["blue", "red", "green"])
+    assert torch.equal(batch.answers.token_AT, alone.token_CT)
+    assert torch.equal(batch.answers.attention_AT, alone.attention_CT)
+
+
+def test_a_batch_without_any_answer(collate: CollateExamples) -> None:
+    """A test split whose answers nobody has published."""
+    data = evaluation({"answers": []}, {"answers": []})
+    batch = collate([data[0], data[1]])
+    assert not batch.target_BK.any()
+    assert batch.answers.owner_A.shape == batch.answers.weight_A.shape == (0,)
+    assert batch.answers.token_AT.shape[0] == 0
+    assert batch.answers.owner_A.dtype == torch.long
+
+
+def test_a_label_outside_the_classes_names_its_row(collate: CollateExamples) -> None:
+    data = evaluation({}, {"answers": ["pink"]})
+    with pytest.raises(UserError) as caught:
+        collate([data[0], data[1]])
+    assert str(caught.value) == (
+        "toy.json:1: label 'pink' is none of the 3 classes (red, green, blue). Mend or remove the row."
+    )
+    assert caught.value.code == ExitCode.BAD_DATA
+    many = CollateExamples(collate.captioner, Questions(names=tuple(f"l{n}" for n in range(20))))
+    with pytest.raises(UserError, match=r"none of the 20 classes \(l0, l1, l2, l3, l4, l5, l6, l7, \.\.\.\)"):
+        many([data[0]])
+
+
+# ---------------------------------------------------------------------- the data module
+
+
+def ready(source: Any, stage: str = "fit", **settings: Any) -> PairData:
+    data = PairData(source, SPEC, **{"batch_size": 4, "steps": 6, "eval_batch_size": 3, **settings})
+    data.setup(stage)
+    return data
+
+
+def test_the_module_deals_out_examples_as_it_does_pairs() -> None:
+    data = ready(Questions(pictures=2), steps=4)
+    batches = list(data.train_dataloader())
+    assert sorted(torch.cat([batch.index_B for batch in batches]).tolist()) == list(range(16))
+    assert {tuple(batch.image_BPCHW.shape) for batch in batches} == {(4, 2, 3, 24, 24)}
+    assert [batch.index_B.tolist() for batch in data.val_dataloader()] == [[0, 1, 2], [3, 4, 5], [6]]
+    tested = list(ready(Questions(), "test").test_dataloader())
+    assert [one["id"] for batch in tested for one in batch.examples] == [f"{1100 + n}" for n in range(5)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    here = list(ready(Questions(), workers=0).train_dataloader())
+    there = list(ready(Questions(), workers=workers).train_dataloader())
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.image_BPCHW, other.image_BPCHW)
+        assert torch.equal(one.answers.token_AT, other.answers.token_AT)
+        assert one.examples == other.examples
+
+
+def test_labels_are_known_before_a_split_is() -> None:
+    assert PairData(Questions(), SPEC, steps=1).labels == LABELS
+    assert PairData(Squares(), SPEC, steps=1).labels is None
+
+
+def test_the_tokenizer_learns_texts_and_answers() -> None:
+    data = ready(Questions())
+    assert list(some_texts(data.splits["train"], most=8)) == [
+        text for number in range(0, 16, 2) for text in (example(number)["text"], *example(number)["answers"])
+    ]
+    assert data.tokenizer is not None
+    assert len(data.tokenizer.tokenize("red green number")) == 3
+
+
+def test_picture_ids_are_each_once_and_sorted() -> None:
+    data = ready(Questions(pictures=2, changes={"val": {1: {"image_ids": ["toy 12 0", "x"]}}}))
+    ids = data.picture_ids("val")
+    assert ids is not None
+    names = {f"toy {number} {place}" for number in (12, *range(14, 19)) for place in (0, 1)} | {"x"}
+    assert ids.tolist() == sorted(stable_id(name) for name in names)
+    assert ready(Nameless()).picture_ids("val") is None
+    assert ready(Squares()).picture_ids("val") is None
+
+
+def test_holes_of_examples_are_counted_and_too_many_stop_the_run() -> None:
+    bad = {"train": {n: {"images": [b"no"]} for n in (3, 5)}}
+    data = ready(Questions(changes=bad), steps=8)
+    for batch in data.train_dataloader():
+        data.on_after_batch_transfer(batch, 0)
+    listed = data.bad_rows()
+    assert listed["samples"] == 32
+    assert listed["problems"] == {"not an image (unknown)": 4}  # two, in two epochs
+    assert sorted(listed["examples"]["not an image (unknown)"])[0].startswith("toy.json:3")
+    data.seen = 1000
+    data.max_bad_fraction = 0.001
+    holed = next(batch for batch in data.train_dataloader() if batch.problems)
+    with pytest.raises(UserError, match=r"5 of 1004 samples could not be read, first: toy\.json:"):
+        data.on_after_batch_transfer(holed, 0)

@@ -1,0 +1,49 @@
+"""Visual entailment: recall and confusion of the classes, against torchmetrics and by hand."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchmetrics import ConfusionMatrix, Recall
+from toy_examples import example
+
+from maskvlm.judged import Judged
+from tasks.entailment.task import Entailment
+
+LABELS = ("entailment", "neutral", "contradiction")
+
+
+def judged(rows: list[tuple[str, str]]) -> list[Judged]:
+    """Examples by (truth, prediction); a truth of "" is not published."""
+    return [
+        Judged(n, example(n, answers=[truth] if truth else []), said, float(truth == said) if truth else None)
+        for n, (truth, said) in enumerate(rows)
+    ]
+
+
+def test_by_hand() -> None:
+    e, n, c = LABELS
+    found = Entailment(LABELS).more(judged([(e, e), (e, n), (e, e), (e, c), (n, n), ("", c)]))
+    assert found[f"recall/{e}"] == 50
+    assert found[f"recall/{n}"] == 100
+    assert math.isnan(found[f"recall/{c}"])
+    counts = {name.removeprefix("confusion/"): value for name, value in found.items() if name.startswith("confusion/")}
+    assert len(counts) == 9
+    assert {name: value for name, value in counts.items() if value} == {
+        f"{e}_as_{e}": 2, f"{e}_as_{n}": 1, f"{e}_as_{c}": 1, f"{n}_as_{n}": 1,
+    }  # fmt: skip
+    assert Entailment(LABELS).more(judged([("", e)])) == {}
+
+
+@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=30))
+def test_against_torchmetrics(rows: list[tuple[str, str]]) -> None:
+    found = Entailment(LABELS).more(judged(rows))
+    truth, said = (torch.tensor([LABELS.index(row[side]) for row in rows]) for side in (0, 1))
+    counts = ConfusionMatrix(task="multiclass", num_classes=3)(said, truth)
+    recall = Recall(task="multiclass", num_classes=3, average=None)(said, truth)
+    for row, label in enumerate(LABELS):
+        for column, other in enumerate(LABELS):
+            assert found[f"confusion/{label}_as_{other}"] == counts[row, column]
+        if (truth == row).any():
+            assert math.isclose(found[f"recall/{label}"], 100 * recall[row].item(), rel_tol=1e-5, abs_tol=1e-9)

@@ -1,0 +1,46 @@
+"""NLVR: consistency written out, and the two pictures."""
+
+import math
+
+import pytest
+import torch
+from toy_examples import example, example_batch
+from toys import WIDTH, toy_backbone
+
+from maskvlm.judged import Judged
+from tasks.nlvr.task import Nlvr, chance, consistency, groups_of
+
+LABELS = ("True", "False")
+
+
+def judged(*rows: tuple[str, float | None]) -> list[Judged]:
+    """Examples by (group, right)."""
+    return [Judged(n, example(n, group=group), "", right) for n, (group, right) in enumerate(rows)]
+
+
+def test_consistency_by_hand() -> None:
+    """Sentence a: all three right. b: one of two. c: its one is wrong. Two examples without a group stand alone."""
+    rows = judged(
+        ("a", 1.0), ("b", 1.0), ("a", 1.0), ("c", 0.0), ("b", 0.0), ("a", 1.0), ("", 1.0), ("", 0.0), ("a", None),
+    )  # fmt: skip
+    assert sorted(len(group) for group in groups_of(rows)) == [1, 1, 1, 2, 3]
+    assert consistency(rows) == 100 * 2 / 5
+    assert chance(rows) == pytest.approx(100 * (1 / 8 + 1 / 4 + 3 / 2) / 5)
+    assert Nlvr(LABELS).more(rows) == {"consistency": consistency(rows), "consistency_chance": chance(rows)}
+
+
+def test_where_no_truth_is_published_nothing_is_said() -> None:
+    for rows in ([], judged(("a", None), ("", None))):
+        assert math.isnan(consistency(rows))
+        assert math.isnan(chance(rows))
+
+
+def test_two_pictures_unless_told_otherwise() -> None:
+    assert Nlvr(LABELS).pictures == 2
+    backbone, task = toy_backbone(), Nlvr(LABELS, pictures=3)
+    task.build(backbone)
+    assert task.head.layers[0].in_features == 3 * WIDTH
+    task.reseed(torch.rand)
+    batch = example_batch(2, 3)._replace(target_BK=torch.eye(2))
+    assert task.logits(backbone, batch, torch.rand).shape == (2, 2)
+    assert set(task(backbone, batch)) == {"nlvr"}

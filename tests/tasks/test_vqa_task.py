@@ -1,0 +1,380 @@
+"""VQA's two heads: the decoder against slow loops, ranking against brute force, and what is handed in.
+
+Shapes: A answers, S answer tokens, K candidates, V vocabulary.
+"""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import slow_step
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from toy_examples import LABELS, example, example_batch, matters, take_examples
+from toys import CLS, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_attention, toy_backbone
+
+from maskvlm.data.examples import ExampleBatch
+from maskvlm.data.text import train_tokenizer
+from maskvlm.distributed import Draw
+from maskvlm.errors import UserError
+from maskvlm.judged import Judged
+from maskvlm.model import MaskVLM
+from maskvlm.task import Prediction
+from tasks.vqa.decoder import Question
+from tasks.vqa.task import Vqa, shortened
+
+ANSWERS = [[7], [8, 9], [7, 9, 11], [30], [8], [31, 32]]
+"""Six answers by their tokens: some begin alike, some are the beginning of others."""
+
+
+def build(labels: Any = LABELS, **settings: Any) -> tuple[MaskVLM, Vqa]:
+    backbone, task = toy_backbone(), Vqa(labels, **settings)
+    task.build(backbone)
+    matters(backbone, task)
+    task.reseed(Draw(7, 0, "cpu"))
+    return backbone.double(), task.double()
+
+
+def noise(rows: int = 4, **settings: Any) -> ExampleBatch:
+    batch = example_batch(rows, **settings)
+    return batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double())
+
+
+def asked(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Question:
+    return task.read(backbone, batch, task.uniform)
+
+
+def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, said: list[int]) -> Tensor:
+    """Logits [V] of what follows the tokens `said` in answer to one question, in torch's own attention, without
+    padding and without a causal mask: later tokens do not exist."""
+    head = task.answer
+    token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
+    text_TD = backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
+    image_LD = backbone.image(batch.image_BPCHW[row])[0]
+    image = slow_cross(backbone.cross_image, image_LD, text_TD)
+    text = slow_cross(backbone.cross_text, text_TD, image_LD)
+    fused_TD = slow_cross(head.fusion, text, image)
+    words = backbone.text.model.get_input_embeddings()(torch.tensor(said))
+    x = head.norm(words + head.position_SD[: len(said)])
+    for number in range(len(head.decoder.blocks)):
+        x = causal_block(head.decoder.blocks[number], x, fused_TD)
+    return head.tokens(x[-1])
+
+
+def causal_block(block: Any, x: Tensor, context: Tensor) -> Tensor:
+    """One block written out; every position is computed from the positions up to it alone."""
+    own, other = torch_attention(block.self_attention), torch_attention(block.cross_attention)
+    rows = []
+    for at in range(len(x)):
+        past = x[: at + 1]
+        y = block.norms[0](x[at : at + 1] + own(x[at : at + 1], past, past)[0])
+        y = block.norms[1](y + other(y, context, context)[0])
+        rows.append(block.norms[2](y + block.feed_forward[2](F.gelu(block.feed_forward[0](y)))))
+    return torch.cat(rows)
+
+
+# ---------------------------------------------------------------------- the decoder
+
+
+def test_a_later_token_does_not_move_an_earlier_logit() -> None:
+    backbone, task = build()
+    batch = noise(1)
+    question, owner = asked(backbone, task, batch), torch.zeros(1, dtype=torch.long)
+    one, other = torch.tensor([[CLS, 7, 8, 9]]), torch.tensor([[CLS, 7, 30, 31]])
+    first_SV, second_SV = (task.answer(backbone, question, each, owner)[0] for each in (one, other))
+    torch.testing.assert_close(first_SV[:2], second_SV[:2], atol=1e-12, rtol=1e-12)
+    assert not torch.allclose(first_SV[2:], second_SV[2:])
+    alone_SV = task.answer(backbone, question, one[:, :2], owner)[0]
+    torch.testing.assert_close(alone_SV, first_SV[:2], atol=1e-12, rtol=1e-12)
+
+
+def test_likelihood_is_that_of_a_loop_over_tokens() -> None:
+    backbone, task = build()
+    batch = noise(3)
+    owners = [0, 2, 1, 0, 2, 2]
+    made = tokens(ANSWERS)
+    found_A = task.answer.log_likelihood(
+        backbone, asked(backbone, task, batch), made["token_CT"], made["attention_CT"], torch.tensor(owners)
+    )
+    for found, row, answer in zip(found_A, owners, ANSWERS, strict=True):
+        whole, total = [CLS, *answer, SEP], 0.0
+        for at in range(1, len(whole)):
+            total += slow_logits(backbone, task, batch, row, whole[:at]).log_softmax(0)[whole[at]].item()
+        assert found.item() == pytest.approx(total, rel=1e-6)  # summed in single precision
+
+
+def likelihoods(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Tensor:
+    """Of every answer to every question, one at a time, [B, K]."""
+    question = asked(backbone, task, batch)
+    table = []
+    for row in range(len(batch.valid_B)):
+        each = [tokens([answer]) for answer in ANSWERS]
+        pairs = [(made["token_CT"], made["attention_CT"]) for made in each]
+        owner = torch.tensor([row])
+        table.append(torch.cat([task.answer.log_likelihood(backbone, question, *pair, owner) for pair in pairs]))
+    return torch.stack(table)
+
+
+@pytest.mark.parametrize(("most", "chunk"), [(6, 4096), (100, 5), (6, 1)])
+def test_ranking_all_candidates_is_brute_force(most: int, chunk: int) -> None:
+    backbone, task = build()
+    batch, made = noise(7, seed=1), tokens(ANSWERS)
+    best_B = task.answer.rank(
+        backbone, asked(backbone, task, batch), made["token_CT"], made["attention_CT"], 7, most, chunk
+    )
+    expected_B = likelihoods(backbone, task, batch).argmax(1)
+    assert best_B.tolist() == expected_B.tolist()
+    assert len(set(expected_B.tolist())) > 1, "choose another seed"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_ranking_a_few_takes_those_with_the_likeliest_first_word(most: int) -> None:
+    backbone, task = build()
+    distinct = [answer for answer in ANSWERS if answer not in ([7, 9, 11], [8])]  # no two first words are the same
+    batch, made = noise(7, seed=1), tokens(distinct)
+    question = asked(backbone, task, batch)
+    best_B = task.answer.rank(backbone, question, made["token_CT"], made["attention_CT"], 7, most)
+    whole_BK = likelihoods(backbone, task, batch)[:, [0, 1, 3, 5]]
+    for row in range(7):
+        first = slow_logits(backbone, task, batch, row, [CLS])
+        chosen = sorted(range(4), key=lambda k: -first[distinct[k][0]].item())[:most]
+        assert best_B[row] == max(chosen, key=lambda k: whole_BK[row, k].item())
+
+
+def test_writing_stops_at_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that says 5, the end and then 11 to the first question, and 6, 7, 8, 9, 10 to the second, where 9 is
+    forbidden (the first of equals is written in its place) and the length is used up."""
+    backbone, task = build(answer_length=6)
+
+    def said(self: object, backbone: MaskVLM, question: Question, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+        steps = token_AS.shape[1]
+        logits_ASV = torch.zeros(2, steps, VOCAB)
+        logits_ASV[0, :, {1: 5, 2: SEP}.get(steps, 11)] = 1.0
+        logits_ASV[1, :, 5 + steps] = 1.0
+        logits_ASV[:, :, 9] = 2.0
+        return logits_ASV
+
+    monkeypatch.setattr(type(task.answer), "forward", said)
+    question: Any = SimpleNamespace()
+    written_BS = task.answer.write(backbone, question, 2, CLS, SEP, [9])
+    assert written_BS.tolist() == [[CLS, 5, SEP, SEP, SEP, SEP], [CLS, 6, 7, 8, 0, 10]]
+
+
+def test_writing_takes_the_likeliest_token_each_time() -> None:
+    backbone, task = build(answer_length=5)
+    batch = noise(5)
+    written_BS = task.answer.write(backbone, asked(backbone, task, batch), 5, CLS, SEP, [0, CLS])
+    assert written_BS.shape[1] <= 5
+    for row, written in enumerate(written_BS.tolist()):
+        assert written[0] == CLS
+        for at in range(1, len(written)):
+            if SEP in written[1:at]:
+                assert written[at] == SEP
+                continue
+            logits_V = slow_logits(backbone, task, batch, row, written[:at])
+            logits_V[[0, CLS]] = float("-inf")
+            assert written[at] == int(logits_V.argmax())
+
+
+def test_the_decoder_starts_as_the_text_cross_encoder() -> None:
+    backbone = toy_backbone(seed=3)
+    task = Vqa(LABELS)
+    task.build(backbone)
+    own = task.answer.decoder.state_dict()
+    assert own.keys() == backbone.cross_text.state_dict().keys()
+    for name, value in backbone.cross_text.state_dict().items():
+        assert torch.equal(own[name], value), name
+        assert own[name].data_ptr() != value.data_ptr()  # a copy that goes its own way
+    assert len(task.answer.fusion.blocks) == 1
+    assert tuple(task.answer.position_SD.shape) == (10, WIDTH)
+    assert not backbone.image.mask_token.requires_grad
+
+
+# ---------------------------------------------------------------------- inheritance
+
+
+def test_the_token_head_comes_from_pre_training() -> None:
+    _, before = slow_step.build()
+    backbone, task = toy_backbone(), Vqa(LABELS)
+    task.build(backbone)
+    taken = task.inherit(before.state_dict())
+    for end in ("weight", "bias"):
+        assert torch.equal(
+            task.state_dict()[f"answer.tokens.vocabulary.{end}"], before.state_dict()[f"tokens.vocabulary.{end}"]
+        )
+    decoder = {name for name in task.state_dict() if name.startswith("answer.decoder.")}
+    assert taken == decoder | {"answer.tokens.vocabulary.weight", "answer.tokens.vocabulary.bias"}
+    assert all(
+        torch.equal(task.answer.decoder.state_dict()[name], value)
+        for name, value in backbone.cross_text.state_dict().items()
+    )
+
+
+def test_its_own_checkpoint_brings_everything() -> None:
+    _, before = build()
+    backbone, task = toy_backbone(), Vqa(LABELS)
+    task.build(backbone)
+    assert task.inherit({name: value.float() for name, value in before.state_dict().items()}) == set(task.state_dict())
+    for name, value in before.state_dict().items():
+        assert torch.equal(task.state_dict()[name], value.float()), name
+    classes = Vqa(LABELS, head="classify")
+    classes.build(backbone)
+    assert classes.inherit(before.state_dict()) == set()  # the other head's are none of its own
+
+
+# ---------------------------------------------------------------------- the losses
+
+
+@pytest.mark.parametrize("holes", [(), (1,), (0, 2)])
+def test_the_loss_weighs_answers_by_their_share(holes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean over questions of the weighted mean over each one's answers; what could not be read weighs nothing."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    backbone, task = build()
+    batch = noise(4, holes=holes)
+    answers = batch.answers._replace(weight_A=batch.answers.weight_A.double())
+    loss = task(backbone, batch._replace(answers=answers))["vqa"]
+    terms = []
+    for row in (row for row in range(4) if row not in holes):
+        mine = (answers.owner_A == row).nonzero().flatten()
+        part = take_examples(batch, row, row + 1)
+        likelihood_A = task.answer.log_likelihood(
+            backbone, asked(backbone, task, part), answers.token_AT[mine], answers.attention_AT[mine],
+            torch.zeros(len(mine), dtype=torch.long),
+        )  # fmt: skip
+        weight_A = answers.weight_A[mine]
+        terms.append(-(likelihood_A * weight_A).sum() / weight_A.sum())
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-9)
+
+
+def test_a_question_without_an_answer_costs_nothing() -> None:
+    backbone, task = build()
+    batch = noise(2)
+    kept = batch.answers.owner_A == 1
+    answers = type(batch.answers)(*(part[kept] for part in batch.answers))
+    both = task(backbone, batch._replace(answers=answers))["vqa"]
+    alone = task(backbone, take_examples(batch, 1, 2))["vqa"]
+    assert both.item() == pytest.approx(alone.item() / 2, rel=1e-6)
+
+
+def test_answer_classes_are_binary_each() -> None:
+    """0.6 for the first, 1 for the third: the soft targets of VQA v2."""
+    task = Vqa(LABELS, head="classify")
+    logits, target = torch.tensor([[0.3, -2.0, 1.5]]), torch.tensor([[0.6, 0.0, 1.0]])
+    p = logits.sigmoid()[0]
+    by_hand = -(0.6 * p[0].log() + 0.4 * (1 - p[0]).log() + (1 - p[1]).log() + p[2].log())
+    assert task.loss(logits, target).item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert task.floors(4)["vqa"] == pytest.approx(task.loss(torch.zeros(1, 3), target).item(), abs=1e-3)
+    assert Vqa(LABELS).floors(4) == {}
+
+
+def test_long_answers_lose_their_end() -> None:
+    answers = example_batch(2).answers
+    cut = shortened(answers, 3)
+    assert cut.token_AT.tolist() == answers.token_AT[:, :3].tolist()
+    assert cut.attention_AT.shape == cut.token_AT.shape
+    assert shortened(answers, 99).token_AT.shape == answers.token_AT.shape
+
+
+# ---------------------------------------------------------------------- what is said
+
+SPELT = ("red", "new york's", "t-shirt", "two words")
+
+
+def speaking(**settings: Any) -> tuple[MaskVLM, Vqa, Any]:
+    """With a tokenizer of real text, which gives neither apostrophe nor hyphen back as they were."""
+    tokenizer = train_tokenizer([*SPELT, "blue is not there"], 120)
+    backbone, task = toy_backbone(vocab=120), Vqa(SPELT, **settings)
+    backbone.text.tokenizer = tokenizer
+    task.build(backbone)
+    return backbone.eval(), task.eval(), tokenizer
+
+
+def test_written_tokens_become_the_label_they_spell() -> None:
+    backbone, task, tokenizer = speaking()
+    token_KS, attention_KS = task.vocabulary(backbone)
+    end = tokenizer.sep_token_id
+    for row, label in enumerate(SPELT):
+        spelt = token_KS[row][attention_KS[row]].tolist()
+        assert task.words(spelt, end, tokenizer) == label
+        assert task.words([*spelt, end, end], end, tokenizer) == label
+    assert tokenizer.decode(token_KS[1], skip_special_tokens=True) != "new york's"  # why labels are looked up
+    stranger = tokenizer("blue")["input_ids"]
+    assert task.words(stranger, end, tokenizer) == "blue"
+    assert task.words(stranger[:-1], end, tokenizer) == "blue"  # the length was used up before the end
+    assert task.words([stranger[0], end, end], end, tokenizer) == ""
+
+
+@pytest.mark.parametrize("decode", ["rank", "free"])
+def test_an_answer_that_was_learned_is_given_both_ways(decode: Any) -> None:
+    """A head that always starts the second label and goes on with it, whatever the question."""
+    backbone, task, _tokenizer = speaking(decode=decode)
+    token_KS, _ = task.vocabulary(backbone)
+    spelt = token_KS[1].tolist()
+
+    def said(backbone: MaskVLM, question: Question, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+        logits_ASV = torch.zeros(*token_AS.shape, 120)
+        for at in range(token_AS.shape[1]):
+            logits_ASV[:, at, spelt[min(at + 1, len(spelt) - 1)]] = 9.0
+        return logits_ASV
+
+    task.answer.forward = said  # type: ignore[method-assign]
+    batch = example_batch(3)._replace(examples=tuple(example(n, answers=["new york's"] * 10) for n in range(3)))
+    assert task.answers(backbone, batch) == ["new york's"] * 3
+    task.update(backbone, batch)
+    assert task.compute(backbone)["vqa/accuracy"] == 100
+
+
+# ---------------------------------------------------------------------- metrics and files
+
+
+def test_metrics_by_hand() -> None:
+    """Official accuracy: of ten people, 2 said `red` (0.6 on average over the subsets of nine), 8 said `blue`."""
+    task = Vqa(("red", "green"))
+    people = ["red"] * 2 + ["blue"] * 8
+    assert task.right("red", people) == pytest.approx(0.6)
+    assert task.right("blue", people) == 1.0
+    assert task.right("cat", people) == 0.0
+    assert task.right("red", []) is None
+    rows = [
+        Judged(0, example(0, answers=people), "red", 0.6),
+        Judged(1, example(1, answers=["green"] * 10), "red", 0.0),
+        Judged(2, example(2, answers=["blue"] * 10), "green", 0.0),
+        Judged(3, example(3, answers=[]), "green", None),
+    ]
+    found = task.more(rows)
+    assert found["accuracy_prior"] == pytest.approx(100 * (1 + 0 + 1) / 3)  # always `blue`
+    assert found["accuracy_ceiling"] == pytest.approx(100 * (0.6 + 1 + 0) / 3)  # `blue` is not in the vocabulary
+    assert task.more(rows[3:]) == {}
+
+
+def said(name: str, answer: str) -> Prediction:
+    return Prediction(id=name, text="", truth="", prediction=answer, right=None, index=[0], kind="")
+
+
+@pytest.mark.parametrize(
+    ("ids", "there"), [(["7", "12"], True), (["7", "x1"], False), (["7", "²"], False), (["-3"], False)]
+)
+def test_the_servers_file_is_for_its_own_numbers(ids: list[str], there: bool) -> None:
+    task = Vqa(("yes", "café"))
+    task.predictions = [said(name, "café") for name in ids]
+    files = task.files()
+    assert json.loads(files["answers.json"]) == ["yes", "café"]
+    assert ("submission.json" in files) == there
+    if there:
+        expected = [{"question_id": int(name), "answer": "café"} for name in ids]
+        assert json.loads(files["submission.json"]) == expected
+
+
+def test_cards_and_settings() -> None:
+    shared = {"labels": 3, "pictures": 1, "blind": False}
+    assert Vqa(LABELS).card() == shared | {"head": "generate", "decode": "rank", "candidates": 3}
+    assert Vqa(LABELS, decode="free", candidates=2).card() == shared | {
+        "head": "generate", "decode": "free", "candidates": 2,
+    }  # fmt: skip
+    assert Vqa(LABELS, head="classify").card() == shared | {"head": "classify"}
+    for settings, where in (({"candidates": 0}, "candidates"), ({"answer_length": 2}, "answer_length")):
+        with pytest.raises(UserError) as caught:
+            Vqa(LABELS, **settings)  # type: ignore[arg-type]
+        assert caught.value.where == f"model.task.{where}"

@@ -1,0 +1,180 @@
+"""Deciding among labels: pictures run one by one, weights of what could not be read, what is frozen and refused."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_judged import same
+from toy_examples import LABELS, example_batch, matters, take_examples
+from toys import WIDTH, toy_backbone
+
+from maskvlm.classification import Classification, fuse_pictures
+from maskvlm.data.examples import ExampleBatch
+from maskvlm.distributed import Draw
+from maskvlm.errors import UserError
+from maskvlm.judged import Judged
+from maskvlm.model import MaskVLM
+
+
+def build(pictures: int = 1, **settings: Any) -> tuple[MaskVLM, Classification]:
+    """In double precision, with weights that matter."""
+    backbone, task = toy_backbone(), Classification(LABELS, pictures, **settings)
+    task.build(backbone)
+    matters(backbone, task)
+    task.reseed(Draw(7, 0, "cpu"))
+    return backbone.double(), task.double()
+
+
+def noise(rows: int = 5, pictures: int = 1, **settings: Any) -> ExampleBatch:
+    batch = example_batch(rows, pictures, **settings)
+    return batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double())
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3])
+def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
+    """Each example and picture by itself, its text without padding, through the backbone's own parts."""
+    backbone, task = build(pictures)
+    batch = noise(4, pictures)
+    fused_BX = fuse_pictures(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT)
+    assert fused_BX.shape == (4, pictures * WIDTH)
+    for row in range(4):
+        token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
+        there_1T = torch.ones_like(token_1T, dtype=torch.bool)
+        text_1TD = backbone.text(token_1T, there_1T)
+        parts = []
+        for place in range(pictures):
+            image_1LD = backbone.image(batch.image_BPCHW[row, place][None])
+            fused = backbone.fuse(image_1LD, text_1TD, there_1T)
+            parts.append(fused.image_MD[0] * fused.text_MD[0])
+        torch.testing.assert_close(fused_BX[row], torch.cat(parts), atol=1e-11, rtol=1e-9)
+        logits_K = task.head(torch.cat(parts)[None])[0]
+        torch.testing.assert_close(task.logits(backbone, batch, task.uniform)[row], logits_K, atol=1e-9, rtol=1e-9)
+
+
+def test_the_order_of_pictures_matters() -> None:
+    backbone, task = build(2)
+    batch = noise(3, 2)
+    swapped = batch._replace(image_BPCHW=batch.image_BPCHW.flip(1))
+    one, other = (task.logits(backbone, each, task.uniform) for each in (batch, swapped))
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("holes", [(), (1,), (0, 3), (0, 1, 2, 3, 4)])
+def test_what_could_not_be_read_weighs_nothing(holes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    backbone, task = build()
+    batch = noise(holes=holes)
+    kept = [row for row in range(5) if row not in holes]
+    loss = task(backbone, batch)["classification"]
+    terms = []
+    for row in kept:
+        logits_1K = task.logits(backbone, take_examples(batch, row, row + 1), task.uniform)
+        terms.append(-logits_1K.log_softmax(1)[0, row % 3].item())
+    assert loss.item() == pytest.approx(sum(terms) / len(terms) if terms else 0.0, rel=1e-9)
+    loss.backward()
+    gradients = [parameter.grad for parameter in task.head.parameters() if parameter.grad is not None]
+    assert len(gradients) == len(list(task.head.parameters()))
+    assert any(gradient.any() for gradient in gradients) == bool(kept)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_soft_targets_weigh_their_labels() -> None:
+    task = Classification(LABELS)
+    logits_1K = torch.tensor([[0.5, -1.0, 2.0]])
+    target_1K = torch.tensor([[0.25, 0.0, 0.75]])
+    log = logits_1K.log_softmax(1)[0]
+    assert task.loss(logits_1K, target_1K).item() == pytest.approx(-(0.25 * log[0] + 0.75 * log[2]).item())
+    assert task.loss(logits_1K, torch.zeros(1, 3)).item() == 0  # nobody published an answer
+
+
+def test_the_mask_token_is_frozen_and_everything_else_learns() -> None:
+    backbone, task = build(2)
+    task(backbone, noise(3, 2))["classification"].backward()
+    named = [*backbone.named_parameters(), *task.named_parameters()]
+    still = {name for name, parameter in named if not parameter.requires_grad}
+    assert still == {"image.mask_token"}
+    assert {name for name, parameter in named if parameter.requires_grad and parameter.grad is None} == set()
+
+
+def test_measured_by_hand() -> None:
+    backbone, task = build()
+    task.eval()
+    batch = noise(6)
+    unknown = {**batch.examples[5], "answers": []}
+    batch = batch._replace(examples=(*batch.examples[:5], unknown))  # type: ignore[arg-type]
+    said = [LABELS[n] for n in task.logits(backbone, batch, task.uniform).argmax(1).tolist()]
+    for first, last in ((4, 6), (0, 4)):
+        task.update(backbone, take_examples(batch, first, last))
+    found = task.compute(backbone)
+    right = [float(said[row] == LABELS[row % 3]) for row in range(5)]
+    assert 0 < sum(right) < 5, "choose another seed"
+    assert found == pytest.approx(
+        {
+            "classification/accuracy": 100 * sum(right) / 5,
+            "classification/accuracy_majority": 100 * 2 / 5,  # even: red, blue, green; odd: green, red
+            "classification/accuracy/even": 100 * (right[0] + right[2] + right[4]) / 3,
+            "classification/accuracy/odd": 100 * (right[1] + right[3]) / 2,
+            "classification/examples": 6.0,
+            "score": 100 * sum(right) / 5,
+        }
+    )
+    assert [one["prediction"] for one in task.predictions] == said
+    assert [one["right"] for one in task.predictions] == [*right, None]
+    assert task.compute(backbone)["classification/examples"] == 0
+    assert task.predictions == []
+
+
+def test_right_is_the_first_answer_word_for_word() -> None:
+    task = Classification(LABELS)
+    cases: list[tuple[str, list[str]]] = [("red", ["red"]), ("red", ["Red"]), ("red", ["blue", "red"]), ("red", [])]
+    assert [task.right(*case) for case in cases] == [1.0, 0.0, 0.0, None] == [same(*case) for case in cases]
+
+
+def test_levels_card_and_settings() -> None:
+    task = Classification(LABELS, pictures=2, blind=True)
+    assert task.floors(8) == pytest.approx({"classification": math.log(3)})
+    assert task.card() == {"labels": 3, "pictures": 2, "blind": True}
+    assert task.files() == {}
+    _, task = build(2, hidden=7)
+    shapes = [tuple(value.shape) for value in task.head.state_dict().values() if value.ndim == 2]
+    assert shapes == [(7, 2 * WIDTH), (3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"labels": None}, "data.source: it has no labels for the task to decide among"),
+        ({"pictures": 0}, "model.task.pictures: 0 is too small"),
+        ({"hidden": 0}, "model.task.hidden: 0 is too small"),
+        ({"dropout": -0.5}, "model.task.dropout: -0.5 is no share"),
+        ({"dropout": 1.5}, "model.task.dropout: 1.5 is no share"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Classification(**{"labels": LABELS, **settings})
+    assert str(caught.value).startswith(where)
+
+
+@pytest.mark.parametrize(("set_to", "has"), [(1, 2), (2, 1), (3, 2)])
+def test_another_number_of_pictures_is_one_line(set_to: int, has: int) -> None:
+    backbone, task = build(set_to)
+    with pytest.raises(UserError) as caught:
+        task(backbone, noise(2, has))
+    assert str(caught.value) == (
+        f"model.task.pictures: the data has {has} pictures an example, the task is set to {set_to}. Set it to {has}."
+    )
+
+
+def test_more_is_named_after_the_task() -> None:
+    class More(Classification):
+        name = "more"
+
+        def more(self, judged: list[Judged]) -> dict[str, float]:
+            return {"seen": float(len(judged))}
+
+    backbone, task = toy_backbone(), More(LABELS)
+    task.build(backbone)
+    task.update(backbone, example_batch(2))
+    assert task.compute(backbone)["more/seen"] == 2

@@ -1,0 +1,91 @@
+"""The page of predictions: its size, its words and its colours."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from maskvlm.example_page import GREEN, GREY, RED, Shown, draw_page, example_page
+from maskvlm.task import Prediction
+
+
+def shown(pictures: int = 1, **changes: Any) -> Shown:
+    whole = {
+        "id": "7",
+        "text": "what is it",
+        "truth": "cat",
+        "prediction": "dog",
+        "right": 0.0,
+        "index": [0],
+        "kind": "",
+    }
+    picture = Image.new("RGB", (40, 20), "navy")
+    return Shown(Prediction(**{**whole, **changes}), [picture] * pictures)  # type: ignore[typeddict-item]
+
+
+def words(*cells: Shown) -> list[str]:
+    return [text.get_text() for text in draw_page(cells).texts]
+
+
+def frames(*cells: Shown) -> list[Any]:
+    return [axes.patches[0].get_edgecolor()[:3] for axes in draw_page(cells).axes]
+
+
+def test_words_of_a_cell() -> None:
+    assert words(shown()) == [
+        "Some predictions, at even distances through the split; 0 of these 1 right",
+        "what is it", "truth: cat", "said:  dog",
+    ]  # fmt: skip
+    assert words(shown(truth="", right=None))[1:] == ["what is it", "said:  dog"]
+    assert words(shown(right=1.0), shown(right=0.3), shown(right=None))[0].endswith("; 1.3 of these 2 right")
+    assert words(shown(right=None))[0].endswith("through the split")
+
+
+def test_a_long_question_ends_in_dots_and_nothing_is_a_formula() -> None:
+    found = words(shown(text="word " * 100))
+    assert len(found) == 1 + 4 + 2
+    assert found[4].endswith("…")
+    assert all(len(line) <= 38 for line in found[1:])
+    page = draw_page([shown(text="$x_1$ costs $5")])
+    assert page.texts[1].get_text() == "$x_1$ costs $5"
+    assert not page.texts[1].get_parse_math()
+
+
+def test_colours_are_the_verdict() -> None:
+    assert frames(shown(right=1.0), shown(right=0.0), shown(right=None), shown(right=0.5), shown(right=0.3)) == [
+        to_rgb(colour) for colour in (GREEN, RED, GREY, GREEN, RED)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "cells", "columns", "rows"), [(1, 1, 3, 1), (1, 7, 3, 3), (2, 3, 2, 2), (3, 4, 2, 2)]
+)
+def test_the_page_is_as_large_as_its_cells_need(pictures: int, cells: int, columns: int, rows: int) -> None:
+    page = draw_page([shown(pictures) for _ in range(cells)])
+    width, height = page.get_size_inches()
+    assert width == pytest.approx(columns * (pictures * 1.37 + 2.6) + 0.4)
+    assert height == pytest.approx(rows * 1.49 + 0.7)
+    assert len(page.axes) == pictures * cells
+    corners = {tuple(np.round(axes.get_position().p0, 4)) for axes in page.axes}
+    assert len(corners) == pictures * cells  # none over another
+    for axes in page.axes:
+        box = axes.get_position()
+        assert 0 <= box.x0 < box.x1 <= 1
+        assert 0 <= box.y0 < box.y1 <= 1
+
+
+def test_a_page_of_any_script_is_written(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    data = BytesIO()
+    Image.new("RGB", (300, 200), "orange").save(data, "JPEG")
+    cell = Shown(shown(text="これは何ですか 😀", prediction="<b>&").prediction, [data.getvalue()])
+    path = example_page([cell, shown(2)], tmp_path / "page.png")
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert pixels.shape[:2] == (int((1.49 + 0.7) * 100), int((2 * (2 * 1.37 + 2.6) + 0.4) * 100))
+    colours = {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()}
+    assert (0, 0, 128) in colours  # the navy picture
+    assert len(colours) > 50
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -1,0 +1,325 @@
+"""What an evaluation leaves: predictions line by line, a page, and the card that says what was measured on what."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+from PIL import Image
+from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
+
+from maskvlm.__main__ import main
+from maskvlm.data.text import tokenizer_hash
+from maskvlm.errors import ExitCode
+from maskvlm.lit import LitModel
+from maskvlm.predictions import Predictions, pictures_of, plain, share_measured, spread
+from maskvlm.task import Prediction
+from maskvlm.verify import stated
+from tasks.nlvr.task import Nlvr
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def line(number: int, right: float | None = 1.0) -> Prediction:
+    return Prediction(id=str(number), text="?", truth="yes", prediction="yes", right=right, index=[number], kind="")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two steps on sixteen questions, in a folder of its own."""
+    path = tmp_path_factory.mktemp("tuned") / "last.ckpt"
+    backbone = bare_backbone()
+    fit(LitModel(backbone, Nlvr(LABELS, pictures=2)), data_for(backbone, Questions(pictures=2)), path)
+    return path
+
+
+def measure(start: Path, folder: Path, source: Any, test: bool = False, **settings: Any) -> LitModel:
+    """Measured from a checkpoint, with the callback."""
+    backbone = bare_backbone(start)
+    model = LitModel(backbone, Nlvr(LABELS, pictures=2))
+    trainer = trainer_in(folder, Predictions(count=4), **settings)
+    run = trainer.test if test else trainer.validate
+    run(model, data_for(backbone, source), verbose=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def measured(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LitModel]:
+    folder = tmp_path_factory.mktemp("measured")
+    unknown = {"val": {2: {"answers": [], "text": 'こ\u2028れ "quoted"'}}}
+    return folder, measure(tuned, folder, Questions(2, changes=unknown))
+
+
+def test_predictions_are_lines_of_json_in_the_order_of_the_split(measured: tuple[Path, LitModel]) -> None:
+    folder, model = measured
+    text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    rows = [json.loads(one) for one in text.removesuffix("\n").split("\n")]
+    assert [row["id"] for row in rows] == [str(1012 + n) for n in range(7)]
+    assert [row["index"] for row in rows] == [[n] for n in range(7)]
+    assert rows == model.task.predictions
+    assert rows[2]["right"] is None
+    assert rows[2]["truth"] == ""
+    assert rows[2]["text"] == 'こ\u2028れ "quoted"'
+    known = [row["right"] for row in rows if row["right"] is not None]
+    assert 100 * sum(known) / len(known) == pytest.approx(model.metrics["nlvr/accuracy"])
+    for row in rows:
+        assert row["prediction"] in LABELS
+        assert set(row) == {"id", "text", "truth", "prediction", "right", "index", "kind"}
+
+
+def test_the_page_is_drawn(measured: tuple[Path, LitModel]) -> None:
+    page = Image.open(measured[0] / "examples.png").convert("RGB")
+    assert page.size == (int((2 * (2 * 1.37 + 2.6) + 0.4) * 100), int((2 * 1.49 + 0.7) * 100))  # four cells
+    colours = {colour for _, colour in page.getcolors(1 << 20) or []}
+    assert colours & {(255, 0, 0), (0, 128, 0), (0, 0, 255)}  # the squares
+
+
+def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], tuned: Path) -> None:
+    folder, model = measured
+    card = json.loads((folder / "card.json").read_text())
+    assert set(card) == {
+        "task", "data", "checkpoint", "lineage", "evaluated pictures seen in training", "resolution", "text length",
+        "tokenizer", "settings", "precision", "processes", "metrics", "versions",
+    }  # fmt: skip
+    assert card["task"] == "tasks.nlvr.task.Nlvr"
+    assert card["data"] == {
+        "source": "toy_examples.Questions", "split": "val", "sha": "toy val", "rows": 7, "pictures": 14,
+        "share measured": 1.0,
+    }  # fmt: skip
+    assert card["checkpoint"] == {
+        "file": f"{tuned.parent.name}/last.ckpt", "sha256": stated(tuned)[-1].sha256, "steps trained here": 0,
+    }  # fmt: skip
+    assert card["lineage"] == [
+        {
+            "task": "tasks.nlvr.task.Nlvr",
+            "source": "toy_examples.Questions",
+            "sha": "toy train",
+            "pictures": 32,
+            "steps": 2,
+        }
+    ]
+    assert card["evaluated pictures seen in training"] == 8  # numbers 12 to 15, two pictures each
+    assert (card["resolution"], card["text length"]) == (32, 24)
+    assert card["tokenizer"] == tokenizer_hash(model.backbone.text.tokenizer)
+    assert card["settings"] == {"labels": 3, "pictures": 2, "blind": False}
+    assert card["metrics"]["nlvr/accuracy"] == model.metrics["nlvr/accuracy"]
+    assert (card["precision"], card["processes"]) == ("32-true", 1)
+    assert card["versions"]["packages"]["torch"]
+
+
+def test_the_test_split_and_a_part_of_it(tuned: Path, tmp_path: Path) -> None:
+    measure(tuned, tmp_path, Questions(2), test=True)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert (card["data"]["split"], card["data"]["rows"]) == ("test", 5)
+    assert card["evaluated pictures seen in training"] == 0
+    measure(tuned, tmp_path, Questions(2), limit_val_batches=1)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["data"]["share measured"] == 0.3333  # of three batches
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3
+
+
+def test_pictures_without_ids_are_unknown(tuned: Path, tmp_path: Path) -> None:
+    measure(tuned, tmp_path, Nameless(2))
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["data"]["pictures"] is None
+    assert card["evaluated pictures seen in training"] == "unknown"
+
+
+def test_a_trial_leaves_nothing(tuned: Path, tmp_path: Path) -> None:
+    measure(tuned, tmp_path, Questions(2), fast_dev_run=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_drawn_costs_a_warning(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("maskvlm.predictions.example_page", fails)
+    measure(tuned, tmp_path, Questions(2))
+    assert (tmp_path / "predictions.jsonl").is_file()
+    assert not (tmp_path / "examples.png").exists()
+
+
+def test_nothing_is_written_during_training(tmp_path: Path) -> None:
+    backbone = bare_backbone()
+    seen: list[list[str]] = []
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            seen.append([path.name for path in tmp_path.iterdir()])
+
+    trainer = trainer_in(tmp_path, Predictions(), Look(), val_check_interval=1)
+    trainer.fit(LitModel(backbone, Nlvr(LABELS, pictures=2)), data_for(backbone, Questions(2)))
+    assert seen == [[]]
+
+
+def test_a_measured_training_folder_keeps_the_trainings_own(tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "config-fit.yaml").touch()
+    for name in ("card.json", "predictions.jsonl", "examples.png"):
+        (tmp_path / name).write_text("the training's")
+    measure(tuned, tmp_path, Questions(2))
+    measure(tuned, tmp_path, Questions(2), test=True)
+    for name in ("card.json", "predictions.jsonl", "examples.png"):
+        assert (tmp_path / name).read_text() == "the training's"
+        for split in ("val", "test"):
+            assert (tmp_path / name.replace(".", f"-{split}.")).stat().st_size > 100
+
+
+# ---------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "rows"),
+    [(3, 5, [0, 1, 2]), (4, 4, [0, 1, 2, 3]), (9, 3, [0, 3, 6]), (10, 4, [0, 2, 5, 7]), (0, 3, [])],
+)
+def test_shown_ones_stand_at_even_distances(total: int, count: int, rows: list[int]) -> None:
+    assert [one["index"] for one in spread([line(n) for n in range(total)], count)] == [[row] for row in rows]
+
+
+def test_what_is_not_known_is_null() -> None:
+    assert plain(line(1, float("nan")))["right"] is None
+    assert plain(line(1, 0.25)) == line(1, 0.25)
+
+
+def test_pictures_of_pairs_and_of_examples() -> None:
+    rows: list[dict[str, Any]] = [{"image": "a"}, {"images": ["b", "c"]}, {"image": "d"}]
+    assert pictures_of(rows, [1, 0]) == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "batches", "share"),
+    [(1.0, [3], 1.0), (1, [1], 0.3333), (0.5, [1], 0.3333), (3, [3], 1.0)],  # 1 is one batch
+)
+def test_share_measured(limit: float, batches: list[int], share: float) -> None:
+    """1.0 is everything and 1 is one batch."""
+    trainer: Any = SimpleNamespace(
+        limit_val_batches=limit, num_val_batches=batches, val_dataloaders=[1, 2, 3],
+        limit_test_batches=1.0, num_test_batches=[9], test_dataloaders=None,
+    )  # fmt: skip
+    assert share_measured(trainer, "val") == share
+    assert share_measured(trainer, "test") == 1.0
+
+
+# ---------------------------------------------------------------------- the real command
+
+
+def stack(task: str) -> list[str]:
+    files = ("conf/base.yaml", "conf/finetune.yaml", f"tasks/{task}/conf.yaml", "conf/where/cpu.yaml")
+    return [word for file in files for word in ("-c", file)]
+
+
+SIZES = ["--data.batch_size=4", "--data.eval_batch_size=8", "--data.source.train=40", "--data.source.val=12"]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`make pretrain`, `make finetune TASK=vqa` with larger pictures, `make evaluate`: folders p, f and e."""
+    folder, before = tmp_path_factory.mktemp("chain"), Path.cwd()
+    files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/pretrain.yaml", "conf/pretrain-tiny.yaml")
+    first = [word for file in (*files, "conf/data/scenes.yaml", "conf/where/cpu.yaml") for word in ("-c", file)]
+    larger = ["--model.backbone.image.image_size=64"]
+    os.chdir(ROOT)
+    try:
+        short = ["--data.steps=1", "--trainer.limit_val_batches=0"]
+        assert main(["fit", "--run", str(folder / "p"), *first, *SIZES, *short]) == 0
+        more = ["--data.steps=2", *larger]
+        start = ["--from", str(folder / "p" / "last.ckpt")]
+        assert main(["fit", "--run", str(folder / "f"), *start, *stack("vqa"), *SIZES, *more]) == 0
+        start = ["--from", str(folder / "f" / "last.ckpt")]
+        assert main(["validate", "--run", str(folder / "e"), *start, *stack("vqa"), *SIZES]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_a_checkpoint_measures_as_its_training_did(chain: Path) -> None:
+    trained, measured = load(chain / "f" / "metrics.json"), load(chain / "e" / "metrics.json")
+    assert trained.pop("step") == 2
+    assert measured.pop("step") == 0
+    assert measured == pytest.approx(trained)
+    assert (chain / "f" / "predictions.jsonl").read_text() == (chain / "e" / "predictions.jsonl").read_text()
+    names = {path.name for path in (chain / "e").iterdir()}
+    assert names >= {"card.json", "examples.png", "predictions.jsonl", "answers.json", "config-validate.yaml"}
+    assert not [name for name in names if name.endswith(".ckpt")]
+
+
+def test_history_and_picture_size_pass_from_run_to_run(chain: Path) -> None:
+    card = load(chain / "e" / "card.json")
+    assert [step["task"] for step in card["lineage"]] == ["maskvlm.pretrain.MaskedPretraining", "tasks.vqa.task.Vqa"]
+    assert card["resolution"] == 64
+    assert card["evaluated pictures seen in training"] == 0
+    assert card["checkpoint"]["file"] == "f/last.ckpt"
+    assert "pos_embed" in (chain / "f" / "provenance.json").read_text()
+
+
+def test_measuring_in_a_trainings_folder_touches_none_of_its_files(
+    chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --ckpt_path, as README says of a finished run: its configuration names what it began with."""
+    monkeypatch.chdir(ROOT)
+    folder = chain / "f"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    again = ["-c", str(folder / "config-fit.yaml"), "--run", str(folder), "--ckpt_path", "last"]
+    assert main(["validate", *again]) == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    added = {path.name for path in folder.iterdir()} - before.keys()
+    assert added >= {"metrics-validate.json", "card-val.json", "predictions-val.jsonl", "examples-val.png"}
+    card = load(folder / "card-val.json")
+    assert card["checkpoint"]["file"] == "f/last.ckpt"
+    assert [step["steps"] for step in card["lineage"]] == [1, 2]
+
+
+REFUSED = [
+    (["--from", "p/last.ckpt"], "nlvr", ExitCode.BAD_DATA, "p/last.ckpt: holds no heads of Nlvr (head.layers.0.weight"),
+    (["--from", "p/last.ckpt"], "vqa", ExitCode.BAD_DATA, "p/last.ckpt: holds no heads of Vqa (answer.position_SD"),
+    (["--from", "f/last.ckpt"], "entailment", ExitCode.BAD_DATA, "f/last.ckpt: its head decides among "),
+    (
+        ["--from", "p/last.ckpt", "--model.task.contrast_dim=64"],
+        "retrieval",
+        ExitCode.USAGE,
+        "model.task.contrast_dim: 64, but the checkpoint's projections are 128 wide. Leave it out, or give 128.",
+    ),
+    (
+        ["--from", "p/last.ckpt", "--model.backbone.cross_layers=1"],
+        "retrieval",
+        ExitCode.BAD_DATA,
+        "p/last.ckpt: does not fit MaskVLM: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "task", "code", "said"), REFUSED)
+def test_what_a_checkpoint_cannot_do_is_one_line(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], task: str,
+    code: ExitCode, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    words = [str(chain / word) if word.endswith(".ckpt") else word for word in words]
+    assert main(["validate", "--run", str(chain / "no"), *stack(task), *SIZES, *words]) == code
+    error = [one for one in capsys.readouterr().err.splitlines() if not one.startswith(("INFO", "💡"))]
+    assert len(error) == 1, error
+    assert error[0].startswith("error: ")
+    assert said in error[0]
+
+
+def test_more_pictures_than_the_task_is_set_to_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["-c", "conf/model/tiny.yaml", *stack("nlvr"), *SIZES, "--data.steps=1", "--model.task.pictures=3"]
+    assert main(["fit", "--run", str(tmp_path / "run"), *words]) == ExitCode.USAGE
+    (error,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error")]
+    assert error == (
+        "error: model.task.pictures: the data has 2 pictures an example, the task is set to 3. Set it to 2."
+    )

@@ -1,0 +1,367 @@
+"""What a checkpoint hands on to the next run, and one line for each that cannot."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
+from toys import SIZE, toy_backbone
+
+from maskvlm import checkpoint
+from maskvlm.__main__ import main
+from maskvlm.cli import Parsed, run
+from maskvlm.data.scenes import Scenes
+from maskvlm.data.text import stable_id, tokenizer_hash
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.lit import LitModel
+from maskvlm.pretrain import MaskedPretraining
+from maskvlm.start import Seen, model_of, model_yaml, overlap, part, read_start
+from tasks.entailment.task import Entailment
+from tasks.nlvr.task import Nlvr
+from tasks.retrieval.task import Retrieval
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def scenes() -> Scenes:
+    return Scenes(train=24, val=6, test=5, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two steps of pre-training on scenes."""
+    path = tmp_path_factory.mktemp("pretrained") / "last.ckpt"
+    backbone = bare_backbone()
+    model = LitModel(backbone, MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3))
+    model.model_yaml = "model: {random_init: true}\n"
+    fit(model, data_for(backbone, scenes()), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of three steps of entailment that began from it."""
+    path = tmp_path_factory.mktemp("tuned") / "last.ckpt"
+    backbone = bare_backbone(pretrained)
+    fit(LitModel(backbone, Entailment(LABELS)), data_for(backbone, Questions(), steps=3), path)
+    return path
+
+
+# ---------------------------------------------------------------------- what is handed on
+
+
+def test_backbone_heads_tokenizer_and_history_are_handed_on(pretrained: Path) -> None:
+    content, start = checkpoint.load(pretrained), read_start(str(pretrained))
+    assert {f"backbone.{name}" for name in start.backbone} | {f"task.{name}" for name in start.heads} == set(
+        content["state_dict"]
+    )
+    assert torch.equal(start.heads["matching.classify.weight"], content["state_dict"]["task.matching.classify.weight"])
+    assert start.labels is None
+    ids = sorted({stable_id(name) for name in scenes().split("train").image_ids()})
+    (seen,) = start.lineage
+    assert seen.words() == {
+        "task": "maskvlm.pretrain.MaskedPretraining",
+        "source": "maskvlm.data.scenes.Scenes",
+        "sha": scenes().split("train").fingerprint,
+        "pictures": len(ids),
+        "steps": 2,
+    }
+    assert seen.ids is not None
+    assert seen.ids.tolist() == ids
+    backbone = bare_backbone(pretrained, seed=9)  # other random weights
+    for name, value in start.backbone.items():
+        assert torch.equal(backbone.state_dict()[name], value), name
+    assert start.tokenizer is not None
+    assert tokenizer_hash(backbone.text.tokenizer) == tokenizer_hash(start.tokenizer)
+    assert backbone.input_spec.tokenizer is backbone.text.tokenizer  # the data trains no other
+    assert {origin.source for origin in backbone.provenance.tensors.values()} == {str(pretrained)}
+    assert set(backbone.provenance.tensors) == set(backbone.state_dict())
+
+
+def test_a_fine_tuned_checkpoint_tells_both_parts_of_its_history(tuned: Path) -> None:
+    start = read_start(str(tuned))
+    assert [(seen.task.rpartition(".")[2], seen.source.rpartition(".")[2], seen.steps) for seen in start.lineage] == [
+        ("MaskedPretraining", "Scenes", 2),
+        ("Entailment", "Questions", 3),
+    ]
+    assert start.lineage[1].pictures == 16
+    assert start.labels == LABELS
+
+
+def test_heads_that_fit_are_taken_over_and_counted(pretrained: Path, tuned: Path) -> None:
+    model = LitModel(bare_backbone(tuned), Entailment(LABELS))
+    heads = read_start(str(tuned)).heads
+    assert model.inherited == set(heads) == set(model.task.state_dict())
+    for name, value in model.task.state_dict().items():
+        assert torch.equal(value, heads[name])
+    assert all(origin.how == "loaded" for origin in model.provenance.tensors.values())
+    retrieval = LitModel(bare_backbone(pretrained), Retrieval(rerank_k=3))
+    assert retrieval.inherited == set(retrieval.task.state_dict())
+    fresh = LitModel(bare_backbone(pretrained), Nlvr(LABELS, pictures=1))
+    assert fresh.inherited == set()
+    assert {n for n, o in fresh.provenance.tensors.items() if o.how == "random"} == {
+        f"task.{name}" for name in fresh.task.state_dict()
+    }
+
+
+def test_heads_that_decide_among_other_labels_are_not(tuned: Path) -> None:
+    """As many labels, so the shapes would fit."""
+    assert LitModel(bare_backbone(tuned), Entailment(("red", "blue", "green"))).inherited == set()
+    assert LitModel(bare_backbone(tuned), Entailment(LABELS)).inherited != set()
+
+
+def test_projections_take_the_width_of_the_checkpoint(pretrained: Path) -> None:
+    assert Retrieval().contrast_dim is None
+    task = LitModel(bare_backbone(pretrained), Retrieval()).task
+    assert task.projection.image.out_features == 8  # type: ignore[union-attr]
+    task = LitModel(bare_backbone(), Retrieval()).task
+    assert task.projection.image.out_features == 256  # type: ignore[union-attr]
+    frozen = LitModel(bare_backbone(pretrained), Retrieval(weight_itc=0.0)).task
+    assert not any(parameter.requires_grad for parameter in frozen.projection.parameters())  # type: ignore[union-attr]
+    with pytest.raises(UserError) as caught:
+        LitModel(bare_backbone(pretrained), Retrieval(contrast_dim=16))
+    assert str(caught.value) == (
+        "model.task.contrast_dim: 16, but the checkpoint's projections are 8 wide. Leave it out, or give 8."
+    )
+
+
+def test_positions_follow_the_picture_size_and_a_step_runs(pretrained: Path, tmp_path: Path) -> None:
+    backbone = toy_backbone(length=24, vocab=150, start=str(pretrained), size=48)
+    before = read_start(str(pretrained)).backbone["image.vit.pos_embed"]
+    assert before.shape == (1, 1 + 16, 16)
+    assert backbone.image.vit.pos_embed.shape == (1, 1 + 36, 16)
+    origin = backbone.provenance.tensors["image.vit.pos_embed"]
+    assert (origin.how, origin.was) == ("resized", (1, 17, 16))
+    torch.testing.assert_close(backbone.image.vit.pos_embed[:, 0], before[:, 0])  # the class token's
+    trainer = fit(LitModel(backbone, Entailment(LABELS)), data_for(backbone, Questions(), steps=1), tmp_path / "x.ckpt")
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+# ---------------------------------------------------------------------- history
+
+
+def test_overlap_counts_pictures_that_any_part_of_the_history_saw() -> None:
+    def seen(ids: list[int] | None) -> Seen:
+        return Seen("t", "s", "sha", 3, 1, None if ids is None else torch.tensor(ids))
+
+    asked = torch.tensor([2, 3, 5, 7])
+    assert overlap(asked, ()) == 0
+    assert overlap(asked, (seen([1, 2]), seen([2, 7, 9]))) == 2
+    assert overlap(asked, (seen([1, 4]),)) == 0
+    assert overlap(asked, (seen([2]), seen(None))) is None
+    assert overlap(torch.tensor([], dtype=torch.long), (seen([2]),)) == 0
+
+
+def test_a_source_without_ids_leaves_the_history_unknown(tmp_path: Path) -> None:
+    backbone = bare_backbone()
+    fit(LitModel(backbone, Entailment(LABELS)), data_for(backbone, Nameless()), tmp_path / "x.ckpt")
+    (seen,) = read_start(str(tmp_path / "x.ckpt")).lineage
+    assert (seen.ids, seen.pictures, seen.steps) == (None, 16, 2)
+
+
+class Saving(L.Callback):
+    """Leaves a checkpoint of the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_that_goes_on_states_its_own_part_once(pretrained: Path, tmp_path: Path) -> None:
+    half, whole = tmp_path / "half.ckpt", tmp_path / "whole.ckpt"
+    for settings in ({}, {"ckpt_path": half, "weights_only": True}):
+        backbone = bare_backbone(pretrained)
+        model = LitModel(backbone, Entailment(LABELS))
+        fit(model, data_for(backbone, Questions(), steps=5), whole, Saving(half), **settings)
+        for path, steps in ((half, 2), (whole, 5)):
+            told = [(seen.task.rpartition(".")[2], seen.steps) for seen in read_start(str(path)).lineage]
+            assert told == [("MaskedPretraining", 2), ("Entailment", steps)]
+
+
+def test_a_checkpoint_that_is_only_measured_keeps_its_history(pretrained: Path, tuned: Path, tmp_path: Path) -> None:
+    """By --ckpt_path a run brings its own part of the history, not only that of what it started from."""
+    backbone = bare_backbone(pretrained)
+    model = LitModel(backbone, Entailment(LABELS))
+    trainer = trainer_in(tmp_path)
+    trainer.validate(model, data_for(backbone, Questions()), ckpt_path=tuned, weights_only=True, verbose=False)
+    assert [seen.steps for seen in model.history] == [2, 3]
+    trainer.save_checkpoint(tmp_path / "copy.ckpt", weights_only=True)
+    assert [seen.steps for seen in read_start(str(tmp_path / "copy.ckpt")).lineage] == [2, 3]
+
+
+def test_a_run_that_learned_nothing_has_seen_nothing(tmp_path: Path) -> None:
+    backbone = bare_backbone()
+    model = LitModel(backbone, Entailment(LABELS))
+    trainer_in(tmp_path, fast_dev_run=1).validate(model, data_for(backbone, Questions()), verbose=False)
+    assert model.history == ()
+
+
+# ---------------------------------------------------------------------- older checkpoints
+
+
+def older(path: Path, content: dict[str, Any], config: dict[str, Any] | None = None) -> str:
+    """A checkpoint file with this content, and perhaps its run's configuration beside it."""
+    checkpoint.save({"state_dict": {}, **content}, path)
+    if config is not None:
+        path.with_name("config-fit.yaml").write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+CONFIG = {
+    "model": {
+        "lr": 3.0,
+        "random_init": True,
+        "backbone": {"class_path": "maskvlm.model.MaskVLM", "init_args": {"cross_layers": 2, "start": "gone.ckpt"}},
+    }
+}
+
+
+def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -> None:
+    kept = yaml.safe_load(model_of(older(tmp_path / "x.ckpt", {}, CONFIG)))
+    assert kept == {
+        "model": {
+            "random_init": True,
+            "backbone": {"class_path": "maskvlm.model.MaskVLM", "init_args": {"cross_layers": 2, "start": None}},
+        }
+    }
+    assert (
+        yaml.safe_load(model_yaml({"model": CONFIG["model"] | {"random_init": False}}))["model"]["random_init"] is False
+    )
+    assert model_of(older(tmp_path / "y.ckpt", {"model": "own"}, CONFIG)) == "own"
+
+
+def test_without_both_it_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        model_of(older(tmp_path / "x.ckpt", {}))
+    assert str(caught.value) == (
+        f"{tmp_path / 'x.ckpt'}: does not say which model it is, and there is no config-fit.yaml beside it. "
+        "Put that file of its run beside it."
+    )
+    assert caught.value.code == ExitCode.MISSING_INPUT
+
+
+def test_an_older_checkpoint_has_seen_unknown_data(tmp_path: Path) -> None:
+    start = read_start(older(tmp_path / "x.ckpt", {"global_step": 7}))
+    assert (start.tokenizer, start.labels) == (None, None)
+    assert [(seen.task, seen.steps, seen.ids) for seen in start.lineage] == [("unknown", 7, None)]
+    assert overlap(torch.tensor([1]), start.lineage) is None
+
+
+def test_part() -> None:
+    one = torch.ones(1)
+    assert part({"a.b": one, "ab": one, "a.a.c": one}, "a.") == {"b": one, "a.c": one}
+
+
+# ---------------------------------------------------------------------- measuring what cannot be measured
+
+
+def refused(start: Path, task: Any, tmp_path: Path, source: Any) -> UserError:
+    backbone = bare_backbone(start)
+    with pytest.raises(UserError) as caught:
+        trainer_in(tmp_path).validate(LitModel(backbone, task), data_for(backbone, source), verbose=False)
+    assert caught.value.code == ExitCode.BAD_DATA
+    return caught.value
+
+
+def test_heads_that_a_checkpoint_lacks_are_named(pretrained: Path, tmp_path: Path) -> None:
+    error = refused(pretrained, Entailment(LABELS), tmp_path, Questions())
+    assert f"{pretrained}: holds no heads of Entailment (head.layers.0.weight, head.layers.0.bias, " in str(error)
+    assert "Fine-tune it first: make finetune" in error.todo
+
+
+def test_labels_that_a_checkpoint_does_not_know_are_named(tuned: Path, tmp_path: Path) -> None:
+    names = ("red", "green", "blue", "grey")
+    error = refused(tuned, Entailment(names), tmp_path, Questions(names=names))
+    assert "its head decides among 3 labels (red, green, blue, ...), which differ from the data's 4 (red" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"width": 32}, r"last.ckpt: does not fit MaskVLM: \d+ of another shape \("),
+        ({"cross_layers": 1}, r"last.ckpt: does not fit MaskVLM: \d+ left over of the file's \d+ \("),
+        ({"vocab": 90}, "tokenizer: 150 entries, but the model has rows for 90"),
+        ({"vocab": 180}, r"last.ckpt: does not fit .* of another shape \(text.model.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_another_model_is_one_line(pretrained: Path, settings: dict[str, int], said: str) -> None:
+    whole = {"length": 24, "vocab": 150, **settings}
+    with pytest.raises(UserError, match=said):
+        toy_backbone(start=str(pretrained), **whole)
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options of a run from a checkpoint that says it is the tiny model with pictures of 80 pixels."""
+    monkeypatch.chdir(ROOT)
+    model = yaml.safe_load((ROOT / "conf/model/tiny.yaml").read_text())["model"]
+    model["backbone"]["class_path"] = "maskvlm.model.MaskVLM"
+    model["backbone"]["init_args"]["image"] |= {"class_path": "maskvlm.encoders.ImageEncoder"}
+    model["backbone"]["init_args"]["text"] |= {"class_path": "maskvlm.encoders.TextEncoder"}
+    model["backbone"]["init_args"]["image"]["init_args"]["image_size"] = 80
+    path = older(tmp_path / "x.ckpt", {"model": yaml.safe_dump({"model": model})})
+    files = ("conf/base.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml", "conf/where/cpu.yaml")
+    return ["--from", path, *(word for file in files for word in ("-c", file))]
+
+
+def test_the_checkpoints_model_comes_first_and_everything_overrides_it(named: list[str], tmp_path: Path) -> None:
+    def image_size(*more: str) -> int:
+        settings = run(Parsed, ["fit", *named, *more]).settings
+        assert settings.model.backbone.init_args.text.init_args.vocab_size == 256
+        assert settings.model.backbone.init_args.start == settings["from"] == named[1]
+        return int(settings.model.backbone.init_args.image.init_args.image_size)
+
+    (tmp_path / "mine.yaml").write_text("model: {backbone: {init_args: {image: {init_args: {image_size: 96}}}}}\n")
+    assert image_size() == 80
+    assert image_size("-c", str(tmp_path / "mine.yaml")) == 96
+    assert image_size("-c", str(tmp_path / "mine.yaml"), "--model.backbone.image.image_size", "112") == 112
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        (None, ExitCode.MISSING_INPUT, "not there ("),
+        (b"", ExitCode.BAD_DATA, "truncated (0 of unknown bytes)"),
+        (b"hello world", ExitCode.BAD_DATA, "is not a checkpoint"),
+        ("folder", ExitCode.MISSING_INPUT, "is a folder. Name a file in it"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line(
+    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, code: ExitCode, said: str
+) -> None:
+    path = tmp_path / "other.ckpt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    assert main(["fit", "--run", str(tmp_path / "run"), "--from", str(path), *named[2:]]) == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: {said}")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model.lrr 3", "--model.lrr: unknown key (did you mean model.lr?)"),
+        ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),
+        ("--from", "--from: expected one argument"),
+    ],
+)
+def test_a_wrong_option_beside_a_checkpoint_is_one_line(
+    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    """The checkpoint's part of the configuration is a file of its own, which is gone when a mistake is explained."""
+    assert main(["fit", "--run", str(tmp_path / "run"), *named, *words.split()]) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}")
+    assert len(error.splitlines()) == 1
