@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from maskvlm.data.scene_drawing import COLOUR_RGB, draw_scene, ink_of
 from maskvlm.data.scene_world import COLOURS, SHAPES, random_scene
-from maskvlm.data.scenes import Scene, ScenePairs, Scenes, Thing
+from maskvlm.data.scenes import Scene, ScenePairs, Scenes, Thing, describes, vocabulary
 from maskvlm.errors import ExitCode, UserError
 
 TOY = Scene(
@@ -242,3 +243,20 @@ def test_counts_and_sizes_must_be_positive(arguments: dict[str, int], where: str
 def test_an_unknown_split_names_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no split 'dev'\. The splits are train, val, test"):
         Scenes().split("dev")
+
+
+def test_short_captions_are_added_to_training_alone() -> None:
+    plain, more = Scenes(train=30, val=5), Scenes(train=30, val=5, short=3)
+    assert more.split("val").fingerprint == plain.split("val").fingerprint
+    assert more.split("train").fingerprint != plain.split("train").fingerprint
+    for index in range(30):
+        long, all_of_them = plain.split("train").captions(index), more.split("train").captions(index)
+        assert all_of_them[:5] == long
+        assert len(all_of_them) == 8
+        scene = more.split("train").scene(index)
+        for text, statement in all_of_them[5:]:
+            assert describes(statement, scene)
+            assert len(statement.mentions) == len(scene.things)
+            assert all(thing.shape in text and thing.colour in text for thing in scene.things)
+            assert not any(f" {place} " in f" {text} " for place in ("top", "bottom", "middle"))
+            assert set(re.findall("[a-z]+", text)) <= set(vocabulary())

@@ -1,7 +1,7 @@
 """Fine-tunes tasks from a checkpoint, from random weights and blind, several seeds each, and prints the table.
 
     .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt
-    .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained blind --env DATA_ROOT=...
+    DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained blind
 
 A run that is already there is read, not repeated.
 """

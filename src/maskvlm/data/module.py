@@ -42,7 +42,6 @@ class PairData(L.LightningDataModule):
         accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
         captions: captions shown with each picture of a training batch.
-        group: neighbouring rows that stay together in a batch (see `FlatOrder`).
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
 
     Raises:
@@ -67,7 +66,6 @@ class PairData(L.LightningDataModule):
         flip: bool = True,
         caption_aware: bool = True,
         captions: int = 1,
-        group: int = 1,
         max_bad_fraction: float = 0.01,
     ) -> None:
         super().__init__()
@@ -82,8 +80,7 @@ class PairData(L.LightningDataModule):
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
-        check_least(1, data__group=group)
-        self.captions, self.group = captions, group
+        self.captions = captions
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self.problems: Counter[str] = Counter()
@@ -143,7 +140,7 @@ class PairData(L.LightningDataModule):
             todo = "choose a batch size they divide"
             raise UserError("data.batch_size", f"{self.batch_size} pairs cannot be shared by {whom}", todo)
         pairs = self.splits["train"]
-        order = FlatOrder(len(pairs), self.seed, self.group)
+        order = FlatOrder(len(pairs), self.seed)
         sampler = FlatBatchSampler(order, share, self.total_steps * self.accumulate, rank(), world_size())
         transform = train_transform(self.spec, *self.augment)
         data: Dataset[Any]

@@ -27,21 +27,17 @@ class FlatOrder:
     Args:
         size: samples in the data set.
         seed: of the permutations.
-        group: so many neighbouring rows stay together; 1 shuffles them all. Where neighbours are alike they become each
-            other's hard negatives (as GRIT-VLP groups pairs that are alike).
     """
 
-    def __init__(self, size: int, seed: int, group: int = 1) -> None:
-        self.size, self.seed, self.group = size, seed, group
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> Pick:
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            first_G = torch.randperm(-(-self.size // self.group), generator=generator) * self.group
-            row_N = (first_G[:, None] + torch.arange(self.group)).flatten()
-            self._epoch, self._permutation = epoch, row_N[row_N < self.size].numpy()
+            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator).numpy()
         return Pick(int(self._permutation[place]), epoch)
 
 

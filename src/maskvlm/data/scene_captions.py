@@ -206,6 +206,17 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
     return Caption(f"{head}: {style.listed([style.noun(m) for m in said])}", statement)
 
 
+def tell_names(scene: Scene, rng: random.Random) -> Caption:
+    """The things by name: colour and shape, and of all of them perhaps size, pattern or both.
+
+    Colours, places and backgrounds of long captions tell a batch's pictures apart without a look at shapes; these do not.
+    """
+    style = style_of(scene, rng)
+    attributes = choose(rng, ((), ("size",), ("pattern",), ("size", "pattern")))
+    said = [mention(thing, *attributes) for thing in shuffled(rng, scene.things)]
+    return Caption(style.listed([style.noun(m) for m in said]), Statement(tuple(said)))
+
+
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)
 
 

@@ -7,7 +7,7 @@ and everything can be read in a caption. Our choice; the paper has no such world
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -143,25 +143,3 @@ def scene_of_split(rng: random.Random, split: str) -> Scene:
         scene = random_scene(rng)
         if scene.split == split:
             return scene
-
-
-ALTERED = ("shape",) * 4 + ("pattern",) * 3 + ("colour", "size", "cell")
-"""Attributes that a near miss differs in, each entry as likely: the most that are hard to see, and shape and colour,
-which nearly every caption names."""
-
-
-def near_miss_of_split(rng: random.Random, scene: Scene, split: str) -> Scene:
-    """The first scene by lot that belongs to the split and differs from `scene` in one attribute of one thing."""
-    free = [cell for cell in range(9) if cell not in {thing.cell for thing in scene.things}]
-    options: dict[str, Sequence[Any]] = {
-        "shape": SHAPES, "pattern": PATTERNS, "colour": COLOURS, "size": SIZES, "cell": free
-    }  # fmt: skip
-    while True:
-        old, name = choose(rng, scene.things), choose(rng, ALTERED)
-        new = replace(old, **{name: choose(rng, options[name])})
-        if new.size != old.size:  # a large thing has less room to move
-            new = replace(new, dx=0, dy=0)
-        things = sorted((new if thing is old else thing for thing in scene.things), key=lambda thing: thing.cell)
-        found = Scene(scene.background, tuple(things))
-        if found.key != scene.key and found.split == split:
-            return found

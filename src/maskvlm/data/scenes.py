@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskvlm.data.batch import Row, Source
-from maskvlm.data.scene_captions import Caption, captions_of, describes, vocabulary
+from maskvlm.data.scene_captions import Caption, captions_of, describes, tell_names, vocabulary
 from maskvlm.data.scene_drawing import draw_object_mask, draw_scene
-from maskvlm.data.scene_world import SPLITS, Scene, Thing, near_miss_of_split, scene_of_split
+from maskvlm.data.scene_world import SPLITS, Scene, Thing, scene_of_split
 from maskvlm.errors import UserError, check_least
 
 __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "describes", "vocabulary"]
@@ -28,11 +28,11 @@ class ScenePairs:
         count: number of pictures.
         size: width and height of the pictures in pixels.
         seed: another seed gives other scenes; a scene's split is the same under every seed.
-        kin: so many neighbours are one scene and near misses of it, each with one attribute of one thing altered.
+        short: captions that only name the things, added to the five.
     """
 
-    def __init__(self, name: str, count: int, size: int, seed: int, kin: int = 1) -> None:
-        self.name, self.count, self.size, self.seed, self.kin = name, count, size, seed, kin
+    def __init__(self, name: str, count: int, size: int, seed: int, short: int = 0) -> None:
+        self.name, self.count, self.size, self.seed, self.short = name, count, size, seed, short
 
     def __len__(self) -> int:
         return self.count
@@ -41,7 +41,7 @@ class ScenePairs:
         scene, rng = self._scene(index)
         return Row(
             image=draw_scene(scene, self.size),
-            captions=[caption.text for caption in captions_of(scene, rng)],
+            captions=[caption.text for caption in self._captions(scene, rng)],
             image_id=scene.id,
             origin=f"scenes (seed {self.seed}) {self.name} picture {index}",
         )
@@ -56,7 +56,10 @@ class ScenePairs:
 
     def captions(self, index: int) -> list[Caption]:
         """The captions of picture `index` with what each claims."""
-        return captions_of(*self._scene(index))
+        return self._captions(*self._scene(index))
+
+    def _captions(self, scene: Scene, rng: random.Random) -> list[Caption]:
+        return [*captions_of(scene, rng), *(tell_names(scene, rng) for _ in range(self.short))]
 
     def object_mask(self, index: int, size: int | None = None) -> NDArray[np.bool_]:
         """True on the pixels that show a thing, (size, size); `size` defaults to the pictures' own."""
@@ -66,18 +69,13 @@ class ScenePairs:
         """The scene, and the generator in the state that its captions go on from."""
         if not 0 <= index < self.count:
             raise IndexError(f"scenes {self.name}: no picture {index}, there are {self.count}")
-        family, member = divmod(index, self.kin)
-        rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{family}")
-        scene = scene_of_split(rng, self.name)
-        if not member:
-            return scene, rng
-        own = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{family}-{member}")
-        return near_miss_of_split(own, scene, self.name), own
+        rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{index}")
+        return scene_of_split(rng, self.name), rng
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the parameters and of the first pictures and captions."""
-        facts = (VERSION, self.name, self.count, self.size, self.seed, *([self.kin] if self.kin > 1 else []))
+        facts = (VERSION, self.name, self.count, self.size, self.seed, *([self.short] if self.short else []))
         digest = sha256(repr(facts).encode())
         for index in range(min(4, self.count)):
             row = self[index]
@@ -95,16 +93,15 @@ class Scenes(Source):
         test: number of test pictures.
         size: width and height of the pictures in pixels, at least 12.
         seed: draws other scenes; train, val and test share no scene under any pair of seeds.
-        kin: neighbours among the training pictures that are near misses of each other (see `ScenePairs`); kept in one
-            batch by `data.group`, they are hard negatives. Evaluation has none.
+        short: captions that only name the things, added to the five of every training picture; evaluation has the five.
     """
 
     def __init__(
-        self, train: int = 20000, val: int = 500, test: int = 500, size: int = 48, seed: int = 0, kin: int = 1
+        self, train: int = 20000, val: int = 500, test: int = 500, size: int = 48, seed: int = 0, short: int = 0
     ) -> None:
         self.counts = {"train": train, "val": val, "test": test}
-        self.size, self.seed, self.kin = size, seed, kin
-        check_least(1, data__source__kin=kin)
+        self.size, self.seed, self.short = size, seed, short
+        check_least(0, data__source__short=short)
         for name, count in self.counts.items():
             if count < 1:
                 raise UserError(f"scenes.{name}", f"{count} pictures", "Ask for at least one")
@@ -115,4 +112,4 @@ class Scenes(Source):
         """The pairs of `train`, `val` or `test`; another name is a UserError."""
         if name not in self.counts:
             raise UserError("scenes", f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
-        return ScenePairs(name, self.counts[name], self.size, self.seed, self.kin if name == "train" else 1)
+        return ScenePairs(name, self.counts[name], self.size, self.seed, self.short if name == "train" else 0)
