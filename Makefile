@@ -17,7 +17,7 @@ SPLIT := val
 ARGS :=
 # One name for all processes of a job: the time of day would differ between them.
 now := $(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
-RUN := $(if $(filter finetune evaluate,$(MAKECMDGOALS)),$(MAKECMDGOALS)-$(TASK)-$(DATA)-$(now),pretrain-$(DATA)-$(MODEL)-$(now))
+RUN := $(if $(TASK),$(if $(filter evaluate,$(MAKECMDGOALS)),evaluate,finetune)-$(TASK)-$(DATA),pretrain-$(DATA)-$(MODEL))-$(now)
 
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
@@ -78,14 +78,14 @@ setup: $(ready)  ## make .venv and install into it (the other targets do it when
 pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN
 	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(stack) $(ARGS)
 
-config: $(ready)  ## print the composed configuration of pretrain and stop
-	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(stack) $(ARGS) --print_config
+config: $(ready)  ## print the composed configuration of pretrain, or of finetune with TASK and FROM, and stop
+	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS) --print_config
 
 preview: $(ready)  ## write a contact sheet of DATA: pictures with their captions
 	@$(PYTHON) -m maskvlm preview --out checkpoints/preview-$(DATA).png $(stack) $(ARGS)
 
-submit: $(ready)  ## write the SLURM batch script of pretrain (WHERE=slurm4x8) and submit it
-	@$(PYTHON) -m maskvlm submit --run checkpoints/$(RUN) $(stack) $(ARGS)
+submit: $(ready)  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit it
+	@$(PYTHON) -m maskvlm submit --run checkpoints/$(RUN) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS)
 
 finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
 	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)

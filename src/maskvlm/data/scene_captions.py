@@ -209,7 +209,7 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
 def tell_names(scene: Scene, rng: random.Random) -> Caption:
     """The things by name: colour and shape, and of all of them perhaps size, pattern or both.
 
-    Colours, places and backgrounds of long captions tell a batch's pictures apart without a look at shapes; these do not.
+    Colours, places and backgrounds of long captions tell a batch's pictures apart without a look at shapes; these not.
     """
     style = style_of(scene, rng)
     attributes = choose(rng, ((), ("size",), ("pattern",), ("size", "pattern")))
