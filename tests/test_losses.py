@@ -21,6 +21,7 @@ from maskvlm.losses import (
     pixel_error,
     soft_contrastive,
     soft_cross_entropy,
+    words_present,
 )
 
 
@@ -306,3 +307,23 @@ def test_negatives_are_drawn_without_asking_the_device_and_without_gradient() ->
     index_B, weight_B = hard_negatives(logits_BG, logits_BG > 0, torch.empty_like(logits_BG))
     assert (index_B.shape, weight_B.shape) == ((5,), (5,))
     assert not weight_B.requires_grad
+
+
+def test_words_present_is_noisy_or() -> None:
+    """Written out for two pictures of two positions and a vocabulary of three, the second picture unread."""
+    logits = torch.tensor([[[2.0, -1.0, 0.5], [0.0, -3.0, 1.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]])
+    words = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    p = logits[0].sigmoid().double()
+    shown = 1 - (1 - p[0]) * (1 - p[1])
+    expected = -(shown[0].log() + (1 - shown[1]).log() + shown[2].log()) / 2
+    found = words_present(logits, words, torch.tensor([1.0, 0.0]), torch.tensor(1.0))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_words_present_stays_finite() -> None:
+    logits = torch.tensor([[[200.0, -200.0], [200.0, -200.0]]], requires_grad=True)
+    loss = words_present(logits, torch.tensor([[0.0, 1.0]]), torch.ones(1), torch.tensor(1.0))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()

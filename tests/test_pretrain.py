@@ -343,3 +343,29 @@ def test_eight_pairs_are_learned_by_heart() -> None:
     floors = task.floors(8)
     learned = {"itc": 0.1, "itm": 0.2, "mlm": 0.2, "mim": 0.65}  # of the level of no knowledge
     assert {name for name in TERMS if last[name] > learned[name] * floors[name]} == set(), (last, floors)
+
+
+def test_the_words_term_asks_the_picture_alone_and_changes_no_other() -> None:
+    batch = eventful_batch()
+    backbone, task = build()
+    plain = task(backbone, batch)
+    backbone, task = build(weight_words=10.0)
+    terms = task(backbone, batch)
+    others = {name: term.item() for name, term in terms.items() if name != "words"}
+    assert others == pytest.approx({name: term.item() for name, term in plain.items()})
+    terms["words"].backward()
+    moved = {name.split(".")[0] for name, p in backbone.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"image"}
+    other = batch._replace(image_BCHW=batch.image_BCHW.roll(1, 0))
+    assert task(backbone, other)["words"].item() != pytest.approx(terms["words"].item())
+
+
+def test_special_tokens_are_no_words_of_a_picture() -> None:
+    batch = eventful_batch()
+    backbone, task = build(weight_words=1.0)
+    longer = pad_text(batch, LENGTH, 0)
+    image_BLD = backbone.image(batch.image_BCHW)
+    padded, plain = task.words_loss(image_BLD, longer), task.words_loss(image_BLD, batch)
+    assert padded.item() == pytest.approx(plain.item())
+    logits = task.detector(image_BLD)
+    assert logits.shape == (len(batch.valid_B), image_BLD.shape[1], VOCAB)

@@ -88,6 +88,22 @@ class TokenHead(nn.Module):
         return self.vocabulary(text_CKD)
 
 
+class WordDetector(nn.Module):
+    """Logits that a position of the picture shows each word of the vocabulary: one linear layer, [B, L, V].
+
+    Nearly all words are absent from nearly all positions: the bias starts there.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.words = nn.Linear(width, vocab_size)
+        nn.init.xavier_uniform_(self.words.weight)
+        nn.init.constant_(self.words.bias, -4.0)
+
+    def forward(self, image_BLD: Tensor) -> Tensor:
+        return self.words(image_BLD)
+
+
 class PixelDecoder(nn.Module):
     """Pixels of every patch: cross-attention blocks on the unmasked text, then one linear layer (P).
 

@@ -100,6 +100,18 @@ def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor
     return (loss_M * weight_M).sum() / count.clamp(min=1)
 
 
+def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count: Tensor) -> Tensor:
+    """Which words a caption has, from the picture alone: a word is there where any position shows it.
+
+    Noisy-or over positions, p = 1 - prod(1 - p_l), as Fang et al. 2015 (From captions to visual concepts and back)
+    detect words in regions; binary cross-entropy summed over the vocabulary, for each word that the caption has.
+    """
+    absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
+    present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-6)))
+    loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
+    return (loss_B * weight_B).sum() / count.clamp(min=1)
+
+
 def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
     """Masked language modelling (MLM): cross-entropy on the hidden tokens; 0 where nothing is hidden."""
     loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")

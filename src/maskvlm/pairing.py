@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from maskvlm.cross import CrossEncoder, CrossOutput
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import gather, rank, world_size
+from maskvlm.losses import Negatives
 from maskvlm.masking import PatchMask, TokenMask
-from maskvlm.model import Fused
+from maskvlm.model import Fused, MaskVLM
 
 
 class Hidden(NamedTuple):
@@ -128,3 +129,46 @@ def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:
         special_CT=pad(batch.special_CT, True),
         word_CT=pad(batch.word_CT, -1),
     )
+
+
+def cross_all(
+    backbone: MaskVLM,
+    encoded: Encoded,
+    attention_BT: Tensor,
+    found: tuple[Negatives, Negatives] | None,
+    hides: tuple[bool, bool],
+    mask_both: bool,
+) -> Crossed:
+    """One pass of each cross encoder over all its pairs: the masked rows first, then 3B matching pairs.
+
+    Matching pairs: (picture, its caption), (picture, hard caption), (hard picture, caption).
+
+    Args:
+        found: a hard caption for each picture and a hard picture for each caption; None without matching.
+        hides: whether masked patches, and masked words, are to be reconstructed.
+        mask_both: each side from the masked other one.
+    """
+    image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
+    images, texts = [], []
+    if found is not None:
+        own = torch.arange(len(image), device=image.device)
+        text, caption = with_negatives(text, found[0].index_B)
+        attention, _ = with_negatives(attention, found[0].index_B)
+        image, picture = with_negatives(image, found[1].index_B)
+        images, texts = [own, own, picture], [own, caption, own]
+    seen = encoded if mask_both else encoded._replace(hidden_image_BLD=None, hidden_text_BTD=None)
+    image_side, text_side = Side(image, None), Side(text, attention)
+    hidden_image = encoded.hidden_image_BLD if hides[0] else None
+    hidden_text = encoded.hidden_text_BTD if hides[1] else None
+    image_out = cross_pairs(
+        backbone.cross_image, hidden_image, image_side, text_side, seen.hidden_text_BTD, images, texts
+    )
+    text_out = cross_pairs(
+        backbone.cross_text, hidden_text, text_side, image_side, seen.hidden_image_BLD, texts, images
+    )
+    skip = len(attention_BT)
+    fused = Fused(
+        image_out.first_BD[skip if hidden_image is not None else 0 :],
+        text_out.first_BD[skip if hidden_text is not None else 0 :],
+    )
+    return Crossed(image_out.every_RLD, text_out.every_RLD, fused)

@@ -12,7 +12,7 @@ from maskvlm import losses
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import shared_count, world_size
 from maskvlm.errors import UserError, check_least
-from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, normalise_patches, patchify, pick
+from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, WordDetector, normalise_patches, patchify, pick
 from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Negatives, PixelLoss
 from maskvlm.masking import PatchMask, TokenMask, Uniform, mask_patches, mask_tokens
@@ -20,14 +20,11 @@ from maskvlm.measure import Measure
 from maskvlm.model import Fused, MaskVLM
 from maskvlm.pairing import (
     Contrast,
-    Crossed,
     Encoded,
     Hidden,
-    Side,
-    cross_pairs,
+    cross_all,
     gather_contrast,
     pad_text,
-    with_negatives,
 )
 from maskvlm.task import Task
 
@@ -40,6 +37,8 @@ class MaskedPretraining(Task):
         text_mask_ratio: share of tokens hidden (0.3, P).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
+        weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
+            picture alone. It stands in for pretrained weights where the image encoder starts from scratch.
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
         whole_word: hide all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
@@ -75,9 +74,11 @@ class MaskedPretraining(Task):
         contrast_dim: int = 256,
         temperature: float = 0.07,
         rerank_k: int = 128,
+        weight_words: float = 0.0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
+        self.weights["words"] = weight_words
         _check_settings(image_mask_ratio, text_mask_ratio, self.weights)
         sizes = {"decoder_layers": decoder_layers, "contrast_dim": contrast_dim, "rerank_k": rerank_k}
         check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
@@ -110,6 +111,8 @@ class MaskedPretraining(Task):
         init_normal(self)
         if self.weights["itc"]:
             init_xavier(self.projection)
+        if self.weights["words"]:  # last, so that the others draw what they draw without it
+            self.detector = WordDetector(width, backbone.text.vocab_size)
         self._freeze_unused(backbone)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
@@ -128,12 +131,15 @@ class MaskedPretraining(Task):
         encoded = self.encode(backbone, batch, hidden)
         contrast = self.contrast(batch, encoded)
         found = self.negatives(contrast)
-        crossed = self.cross(backbone, batch, encoded, found)
+        hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
+        crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both)
         terms = {}
         if self.weights["itc"]:
             terms["itc"] = self.contrastive_loss(contrast, batch.valid_B)
         if found is not None:
             terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
+        if self.weights["words"]:
+            terms["words"] = self.words_loss(encoded.image_BLD, batch)
         if self.weights["mlm"] and hidden.token is not None:
             terms["mlm"] = self.token_loss(crossed.text_BTD, batch, hidden.token)
         if self.weights["mim"] and hidden.patch is not None:
@@ -195,41 +201,6 @@ class MaskedPretraining(Task):
             ]
         return drawn[0], drawn[1]
 
-    def cross(
-        self, backbone: MaskVLM, batch: Batch, encoded: Encoded, found: tuple[Negatives, Negatives] | None
-    ) -> Crossed:
-        """One pass of each cross encoder over all its pairs: the masked rows first, then 3B matching pairs.
-
-        Matching pairs: (picture, its caption), (picture, hard caption), (hard picture, caption).
-        """
-        image, text, attention = encoded.image_BLD, encoded.text_BTD, batch.attention_CT
-        images, texts = [], []
-        if found is not None:
-            own = torch.arange(len(image), device=image.device)
-            text, caption = with_negatives(text, found[0].index_B)
-            attention, _ = with_negatives(attention, found[0].index_B)
-            image, picture = with_negatives(image, found[1].index_B)
-            images, texts = [own, own, picture], [own, caption, own]
-        both = encoded if self.mask_both else encoded._replace(hidden_image_BLD=None, hidden_text_BTD=None)
-        image_side, text_side = Side(image, None), Side(text, attention)
-        hidden_image = encoded.hidden_image_BLD if self.weights["mim"] else None
-        hidden_text = encoded.hidden_text_BTD if self.weights["mlm"] else None
-        crossed_image = cross_pairs(
-            backbone.cross_image, hidden_image, image_side, text_side, both.hidden_text_BTD, images, texts
-        )
-        crossed_text = cross_pairs(
-            backbone.cross_text, hidden_text, text_side, image_side, both.hidden_image_BLD, texts, images
-        )
-        skip = len(batch.token_CT)
-        return Crossed(
-            crossed_image.every_RLD,
-            crossed_text.every_RLD,
-            Fused(
-                crossed_image.first_BD[skip if hidden_image is not None else 0 :],
-                crossed_text.first_BD[skip if hidden_text is not None else 0 :],
-            ),
-        )
-
     def contrastive_loss(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
         return losses.contrastive(
@@ -242,6 +213,13 @@ class MaskedPretraining(Task):
         weight_M = torch.cat([valid, valid * found[0].weight_B, valid * found[1].weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
         return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
+
+    def words_loss(self, image_BLD: Tensor, batch: Batch) -> Tensor:
+        logits_BLV = self.detector(image_BLD)
+        words_BV = torch.zeros_like(logits_BLV[:, 0], dtype=torch.float).scatter(1, batch.token_CT, 1.0)
+        special_V = torch.zeros_like(words_BV[0]).index_fill(0, batch.token_CT[batch.special_CT], 1.0)
+        valid = batch.valid_B.float()
+        return losses.words_present(logits_BLV, words_BV * (1 - special_V), valid, shared_count(valid.sum()))
 
     def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
         target_CK = batch.token_CT.gather(1, token.index_CK)
