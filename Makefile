@@ -91,7 +91,7 @@ finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=ra
 	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
 
 evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
-	@$(PYTHON) -m maskvlm $(command) --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
+	@$(PYTHON) -m maskvlm $(command) --run checkpoints/$(RUN) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
 
 test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
