@@ -4,6 +4,7 @@ Shapes: B questions, A answers of all, S answer tokens, L image positions, T tok
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -173,7 +174,7 @@ class Vqa(Classification):
 
     def floors(self, batch_size: int) -> dict[str, float]:
         """Classes: every answer at even odds. Generated answers have no such level: their length varies."""
-        return {} if self.generates else {self.name: len(self.labels) * 0.6931}
+        return {} if self.generates else {self.name: len(self.labels) * math.log(2)}
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:
