@@ -37,7 +37,7 @@ def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
     backbone, task = build(pictures)
     batch = noise(4, pictures)
     fused_BX = fuse_pictures(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT)
-    assert fused_BX.shape == (4, pictures * WIDTH)
+    assert fused_BX.shape == (4, pictures * 3 * WIDTH)
     for row in range(4):
         token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
         there_1T = torch.ones_like(token_1T, dtype=torch.bool)
@@ -46,7 +46,7 @@ def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
         for place in range(pictures):
             image_1LD = backbone.image(batch.image_BPCHW[row, place][None])
             fused = backbone.fuse(image_1LD, text_1TD, there_1T)
-            parts.append(fused.image_MD[0] * fused.text_MD[0])
+            parts += [fused.image_MD[0], fused.text_MD[0], fused.image_MD[0] * fused.text_MD[0]]
         torch.testing.assert_close(fused_BX[row], torch.cat(parts), atol=1e-11, rtol=1e-9)
         logits_K = task.head(torch.cat(parts)[None])[0]
         torch.testing.assert_close(task.logits(backbone, batch, task.uniform)[row], logits_K, atol=1e-9, rtol=1e-9)
@@ -138,7 +138,7 @@ def test_levels_card_and_settings() -> None:
     assert task.files() == {}
     _, task = build(2, hidden=7)
     shapes = [tuple(value.shape) for value in task.head.state_dict().values() if value.ndim == 2]
-    assert shapes == [(7, 2 * WIDTH), (3, 7)]
+    assert shapes == [(7, 2 * 3 * WIDTH), (3, 7)]
 
 
 @pytest.mark.parametrize(

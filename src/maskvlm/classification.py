@@ -28,6 +28,9 @@ EVAL_SEED = 20230502
 class Classification(Task):
     """Fused vectors of the pictures with the text, concatenated, through two linear layers (paper sec. 4; R).
 
+    A fused vector is the two class tokens and their product (C). Matching has the product alone, which says how well
+    text and picture agree; where that is to mean different things under different texts, the text is needed, too.
+
     Args:
         labels: what to decide among; linked from the data, not set by hand.
         pictures: of an example.
@@ -62,7 +65,7 @@ class Classification(Task):
 
     def build(self, backbone: MaskVLM) -> None:
         width = backbone.width
-        self.head = Classifier(width * self.pictures, self.hidden or width, len(self.labels), self.dropout)
+        self.head = Classifier(3 * width * self.pictures, self.hidden or width, len(self.labels), self.dropout)
         init_xavier(self.head)
         backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
 
@@ -122,10 +125,10 @@ class Classification(Task):
 
 
 def fuse_pictures(backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
-    """One pass a picture with the same text; the P fused vectors side by side, [B, P * D] (paper sec. 4, NLVR2; R)."""
+    """One pass a picture with the same text; the P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R)."""
     pictures = image_BPCHW.shape[1]
     image_XLD = backbone.image(image_BPCHW.flatten(0, 1))
     text_BTD = backbone.text(token_BT, attention_BT)
     text_XTD = text_BTD.repeat_interleave(pictures, 0)
     fused = backbone.fuse(image_XLD, text_XTD, attention_BT.repeat_interleave(pictures, 0))
-    return fused.product_MD.unflatten(0, (-1, pictures)).flatten(1)
+    return fused.joined_MX.unflatten(0, (-1, pictures)).flatten(1)

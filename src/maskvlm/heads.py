@@ -61,7 +61,7 @@ class Classifier(nn.Module):
     """Two linear layers on the fused vectors of one picture or of several (NLVR2, SNLI-VE; R).
 
     Args:
-        width: of the input: D times the number of pictures.
+        width: of the input: 3 * D for each picture.
         hidden: width between the two.
         labels: K, classes.
         dropout: before the second layer, 0 to 1.

@@ -5,6 +5,7 @@ Shapes: B rows, L image positions (class token and patches), T tokens, D width.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from maskvlm.cross import CrossEncoder
@@ -18,14 +19,20 @@ from maskvlm.weights import load_pretrained, load_state
 
 
 class Fused(NamedTuple):
-    """Class tokens after the cross encoders: image_MD, text_MD, and their product, which matching reads."""
+    """Class tokens after the cross encoders: image_MD and text_MD."""
 
     image_MD: Tensor
     text_MD: Tensor
 
     @property
     def product_MD(self) -> Tensor:
+        """What matching reads."""
         return self.image_MD * self.text_MD
+
+    @property
+    def joined_MX(self) -> Tensor:
+        """What classifiers read, [M, 3 * D]: both and their product."""
+        return torch.cat([self.image_MD, self.text_MD, self.product_MD], 1)
 
 
 class MaskVLM(nn.Module):

@@ -61,6 +61,10 @@ NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 # Number -> what a false pair has instead. A ring, 2 3 5 4 2: each number is as often the false as the true one.
 BESIDE = {2: (3, 4), 3: (2, 5), 4: (2, 5), 5: (3, 4)}
 KINDS = (*ROLES, "sides", "background", "count")
+SHARES = {"left": 3, "right": 3, "both": 2}
+"""Of the kinds in training, beside 1. What one kind of sentence teaches another denies ("left" and "right", "both" and
+"none"): where all are as frequent, a model stays at guessing for thousands of steps."""
+LOTS = {"train": tuple(kind for kind in KINDS for _ in range(SHARES.get(kind, 1))), "val": KINDS, "test": KINDS}
 
 
 class Pair(NamedTuple):
@@ -184,7 +188,7 @@ def tell_comparison(key: str, split: str, index: int) -> Told:
     """Pair `index % 4` of sentence `index // 4`; see `Tell`. Ids as NLVR2's, split-set-pair-sentence."""
     number, place = divmod(index, PAIRS)
     rng = random.Random(f"{key}-{number}")
-    kind = choose(rng, KINDS)
+    kind = choose(rng, LOTS[split])
     sentence = SAY[kind](rng, kind)
     truth = shuffled(rng, (True, True, False, False))[place]
     rng = random.Random(f"{key}-{number}-{place}")

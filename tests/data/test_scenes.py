@@ -4,7 +4,7 @@ import pickle
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -246,10 +246,11 @@ def test_an_unknown_split_names_the_known_ones() -> None:
 
 
 def test_short_captions_are_added_to_training_alone() -> None:
-    plain, more = Scenes(train=30, val=5), Scenes(train=30, val=5, short=3)
+    plain, more = Scenes(train=100, val=5), Scenes(train=100, val=5, short=3)
+    found: Counter[tuple[str, int]] = Counter()
     assert more.split("val").fingerprint == plain.split("val").fingerprint
     assert more.split("train").fingerprint != plain.split("train").fingerprint
-    for index in range(30):
+    for index in range(100):
         long, all_of_them = plain.split("train").captions(index), more.split("train").captions(index)
         assert all_of_them[:5] == long
         assert len(all_of_them) == 8
@@ -257,6 +258,12 @@ def test_short_captions_are_added_to_training_alone() -> None:
         for text, statement in all_of_them[5:]:
             assert describes(statement, scene)
             assert len(statement.mentions) == len(scene.things)
-            assert all(thing.shape in text and thing.colour in text for thing in scene.things)
-            assert not any(f" {place} " in f" {text} " for place in ("top", "bottom", "middle"))
             assert set(re.findall("[a-z]+", text)) <= set(vocabulary())
+            said = [{name for name, value in asdict(mention).items() if value} for mention in statement.mentions]
+            spots = len(said) > 1 and all("place" in names and len(names) == 2 for names in said)
+            assert spots or all({"shape", "colour"} <= names and "place" not in names for names in said)
+            found["spots" if spots else "names", len(said)] += 1
+    assert set(found) == {("names", 1), ("names", 2), ("names", 3), ("spots", 2), ("spots", 3)}
+    for count in (2, 3):
+        both = found["names", count] + found["spots", count]
+        assert found["spots", count] / both == pytest.approx(1 / 2, abs=4 * (0.25 / both) ** 0.5)

@@ -109,10 +109,14 @@ def test_the_verdict_on_any_hypothesis_is_that_of_brute_force(seed: int, kind: s
     assert claim is None or verdict(claim, view) == by_brute_force(claim.text, view)
 
 
-def test_every_kind_has_every_class_as_often(train: list[Told]) -> None:
-    found = Counter((told.kind, told.answer) for told in train)
-    assert set(found) == set(product(SAY, LABELS))
-    assert all(abs(count - 1000) < 4.5 * 1000**0.5 for count in found.values()), found
+def test_every_kind_has_every_class_as_often(train: list[Told], val: list[Told]) -> None:
+    """In evaluation all kinds are as frequent; training has more of places and regions."""
+    for split, shares in ((train, {"place": 4 / 10, "region": 2 / 10}), (val, dict.fromkeys(SAY, 1 / 6))):
+        found = Counter((told.kind, told.answer) for told in split)
+        assert set(found) == set(product(SAY, LABELS))
+        for (kind, _), count in found.items():
+            expected = shares.get(kind, 1 / 10) / 3 * len(split)
+            assert abs(count - expected) < 4.5 * expected**0.5, found
 
 
 def test_nothing_is_drawn_that_the_curtain_hides(train: list[Told]) -> None:
@@ -161,12 +165,12 @@ def test_labels() -> None:
 
 
 GOLDEN = [
-    ("a blue cross is in the middle", "contradiction"),
-    ("a turquoise circle is at the bottom", "contradiction"),
-    ("a green star is below a pink circle", "entailment"),
-    ("a turquoise ring is on the right", "contradiction"),
-    ("a small purple cross is in the middle column", "contradiction"),
-    ("a purple circle is on the right", "contradiction"),
+    ("a yellow ring is in the middle column", "entailment"),
+    ("a yellow heart is at the bottom", "entailment"),
+    ("a red cross is on the left", "contradiction"),
+    ("a large red circle is on grey", "contradiction"),
+    ("a large pink square is on the left", "contradiction"),
+    ("a yellow triangle is in the middle", "contradiction"),
 ]
 
 

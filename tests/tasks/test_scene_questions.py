@@ -136,12 +136,12 @@ def test_labels_are_all_answers_sorted() -> None:
 
 
 GOLDEN = [
-    ("how large is the blue cross", "small"),
-    ("where is the large red circle", "middle"),
-    ("what pattern has the small purple triangle", "striped"),
-    ("what pattern has the small purple square", "striped"),
-    ("is the green ring below the pink square", "yes"),
-    ("is there a striped turquoise cross", "no"),
+    ("what is the background", "white"),
+    ("what colour is the background", "mint"),
+    ("how many striped things are there", "three"),
+    ("how large is the plain yellow star", "small"),
+    ("how large is the striped red star", "large"),
+    ("how large is the yellow cross", "large"),
 ]
 
 

@@ -32,7 +32,7 @@ class Style:
     def noun(self, said: "Mention") -> str:
         """ "a small striped red circle", as far as the mention goes."""
         size = self.sizes[said.size] if said.size else None
-        words = [word for word in (size, said.pattern, said.colour, said.shape) if word]
+        words = [word for word in (size, said.pattern, said.colour, said.shape or "thing") if word]
         article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
         return " ".join((*article, *words))
 
@@ -78,8 +78,8 @@ def style_of(scene: Scene, rng: random.Random) -> Style:
 class Mention:
     """What a caption says of one thing; None where it keeps silent."""
 
-    shape: str
-    colour: str
+    shape: str | None = None
+    colour: str | None = None
     size: str | None = None
     pattern: str | None = None
     place: str | None = None
@@ -87,8 +87,8 @@ class Mention:
     def fits(self, thing: Thing) -> bool:
         """True where nothing said is false of the thing."""
         return (
-            self.shape == thing.shape
-            and self.colour == thing.colour
+            self.shape in (None, thing.shape)
+            and self.colour in (None, thing.colour)
             and self.size in (None, thing.size)
             and self.pattern in (None, thing.pattern)
             and self.place in (None, thing.place)
@@ -217,6 +217,24 @@ def tell_names(scene: Scene, rng: random.Random) -> Caption:
     return Caption(style.listed([style.noun(m) for m in said]), Statement(tuple(said)))
 
 
+def tell_spots(scene: Scene, rng: random.Random) -> Caption:
+    """Each place, and one attribute of what is there, the same of all things.
+
+    A hidden word of long captions can be told from the rest of the thing's attributes; here only from its place.
+    """
+    style = style_of(scene, rng)
+    attribute = choose(rng, ("shape", "colour", "size", "pattern"))
+    said = [
+        Mention(place=thing.place, **{attribute: getattr(thing, attribute)}) for thing in shuffled(rng, scene.things)
+    ]
+    return Caption(style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]), Statement(tuple(said)))
+
+
+def tell_short(scene: Scene, rng: random.Random) -> Caption:
+    """Names, or of several things the places and one attribute: of one thing alone this would fit too many pictures."""
+    return choose(rng, (tell_names, tell_spots) if len(scene.things) > 1 else (tell_names,))(scene, rng)
+
+
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)
 
 
@@ -228,7 +246,7 @@ def captions_of(scene: Scene, rng: random.Random) -> list[Caption]:
 def vocabulary() -> list[str]:
     """Every word that a caption can use, sorted."""
     styles = (SENTENCES, NOTES)
-    frames = [*OBJECT_WORDS, "a alone an and is at in on only the"]
+    frames = [*OBJECT_WORDS, "thing a alone an and is at in on only the"]
     frames += [frame for style in styles for frame in (*style.grounds, *style.grounds_first)]
     counts = [COUNT_WORDS[count] for count in set(world.COUNTS) if count > 2]  # see tell_part
     synonyms = [word for style in styles for word in (*style.sizes.values(), *style.relations.values())]
