@@ -19,6 +19,11 @@ ARGS :=
 now := $(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
 RUN := $(if $(TASK),$(if $(filter evaluate,$(MAKECMDGOALS)),evaluate,finetune)-$(TASK)-$(DATA),pretrain-$(DATA)-$(MODEL))-$(now)
 
+# One folder under checkpoints/, or one in a folder there.
+run = checkpoints/$(if $(findstring command,$(origin RUN)),$(run-name),$(RUN))
+run-name = $(if $(filter 1,$(words $(RUN))),$(if $(filter /%,$(RUN))$(filter . ..,$(subst /, ,$(RUN))),$(no-run),$(RUN)),$(no-run))
+no-run = $(error RUN='$(RUN)' is no folder name; give one word such as RUN=first, it is made under checkpoints/)
+
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
 ready :=
@@ -61,7 +66,7 @@ no-split = $(error no SPLIT=$(SPLIT); there are: val test)
 
 # Before anything is installed for it.
 ifneq ($(filter finetune evaluate,$(MAKECMDGOALS)),)
-checked := $(task-name)$(command)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
+checked := $(run)$(task-name)$(command)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
 endif
 
 help:  ## this list
@@ -76,22 +81,22 @@ help:  ## this list
 setup: $(ready)  ## make .venv and install into it (the other targets do it when needed)
 
 pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN
-	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(stack) $(ARGS)
+	@$(PYTHON) -m maskvlm fit --run $(run) $(stack) $(ARGS)
 
 config: $(ready)  ## print the composed configuration of pretrain, or of finetune with TASK and FROM, and stop
-	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS) --print_config
+	@$(PYTHON) -m maskvlm fit --run $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS) --print_config
 
 preview: $(ready)  ## write a contact sheet of DATA: pictures with their captions
 	@$(PYTHON) -m maskvlm preview --out checkpoints/preview-$(DATA).png $(stack) $(ARGS)
 
 submit: $(ready)  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit it
-	@$(PYTHON) -m maskvlm submit --run checkpoints/$(RUN) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS)
+	@$(PYTHON) -m maskvlm submit --run $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS)
 
 finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
-	@$(PYTHON) -m maskvlm fit --run checkpoints/$(RUN) $(from) $(task-stack) $(ARGS)
+	@$(PYTHON) -m maskvlm fit --run $(run) $(from) $(task-stack) $(ARGS)
 
 evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
-	@$(PYTHON) -m maskvlm $(command) --run checkpoints/$(RUN) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
+	@$(PYTHON) -m maskvlm $(command) --run $(run) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
 
 test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)

@@ -122,6 +122,16 @@ def test_a_wrong_choice_is_one_line_with_the_choices(name: str, folder: str, val
     assert f"no {name}={value}; there are: {' '.join(choices(folder))}" in done.stderr
 
 
+@pytest.mark.parametrize("target", ["pretrain", "finetune", "evaluate", "config", "submit"])
+@pytest.mark.parametrize("name", ["", "../x", "a/../../x", "/tmp/x", "a b", "."])
+def test_a_run_stays_under_checkpoints(target: str, name: str) -> None:
+    words = [] if target == "pretrain" else ["TASK=vqa", "FROM=x.ckpt"]
+    done = make(target, "PYTHON=false", f"RUN={name}", *words)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"RUN='{name}' is no folder name; give one word such as RUN=first" in done.stderr
+
+
 @pytest.mark.parametrize("target", ["finetune", "evaluate"])
 @pytest.mark.parametrize(
     ("words", "said"),

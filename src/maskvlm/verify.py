@@ -15,7 +15,7 @@ from maskvlm.errors import ExitCode, UserError
 
 SIDE = ".sha256"
 ZIP = b"PK\x03\x04"
-ANOTHER = "Use another checkpoint of the run"
+ANOTHER = "Copy it again, or use another checkpoint of the run"
 
 
 class Fact(NamedTuple):
@@ -38,7 +38,7 @@ def verify(path: str | Path) -> None:
     _check_kind(path, facts)
     if facts and all(size < fact.size for fact in facts):
         raise bad(path, f"truncated ({size} of {facts[-1].size} bytes)", ANOTHER)
-    if facts and _hash(path) not in {fact.sha256 for fact in facts}:
+    if facts and sha256_of(path) not in {fact.sha256 for fact in facts}:
         raise bad(path, f"damaged (its sha256 differs from {side_file(path).name})", ANOTHER)
     _check_archive(path)
 
@@ -115,7 +115,8 @@ def stated(path: Path) -> list[Fact]:
         return []
 
 
-def _hash(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of the whole file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
