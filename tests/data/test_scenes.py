@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskvlm.data.scene_captions import Statement
 from maskvlm.data.scene_drawing import COLOUR_RGB, draw_scene, ink_of
 from maskvlm.data.scene_world import COLOURS, SHAPES, random_scene
 from maskvlm.data.scenes import Scene, ScenePairs, Scenes, Thing, describes, vocabulary
@@ -258,24 +257,13 @@ def test_short_captions_are_added_to_training_alone() -> None:
         scene = more.split("train").scene(index)
         for text, statement in all_of_them[5:]:
             assert describes(statement, scene)
+            assert len(statement.mentions) == len(scene.things)
             assert set(re.findall("[a-z]+", text)) <= set(vocabulary())
-            found[short_kind(statement), len(scene.things)] += 1
-            assert len(statement.mentions) == (2 if statement.relations else len(scene.things))
-    kinds = ("names", "spots", "sides")
-    assert set(found) == {("names", 1)} | {(kind, count) for kind in kinds for count in (2, 3)}
+            said = [{name for name, value in asdict(mention).items() if value} for mention in statement.mentions]
+            spots = len(said) > 1 and all("place" in names and len(names) == 2 for names in said)
+            assert spots or all({"shape", "colour"} <= names and "place" not in names for names in said)
+            found["spots" if spots else "names", len(said)] += 1
+    assert set(found) == {("names", 1), ("names", 2), ("names", 3), ("spots", 2), ("spots", 3)}
     for count in (2, 3):
-        total = sum(found[kind, count] for kind in kinds)
-        assert all(abs(found[kind, count] - total / 3) < 4 * (total * 2 / 9) ** 0.5 for kind in kinds)
-
-
-def short_kind(statement: Statement) -> str:
-    """Names have colour and shape; the others one attribute, with places or a relation."""
-    said = [{name for name, value in asdict(mention).items() if value} for mention in statement.mentions]
-    if all({"shape", "colour"} <= names and "place" not in names for names in said):
-        return "names"
-    assert len(said) > 1
-    if statement.relations:
-        assert all(len(names) == 1 for names in said)
-        return "sides"
-    assert all("place" in names and len(names) == 2 for names in said)
-    return "spots"
+        both = found["names", count] + found["spots", count]
+        assert found["spots", count] / both == pytest.approx(1 / 2, abs=4 * (0.25 / both) ** 0.5)

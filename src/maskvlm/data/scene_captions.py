@@ -14,7 +14,6 @@ from maskvlm.data import scene_world as world
 from maskvlm.data.scene_world import Scene, Thing, choose, shuffled
 
 COUNT_WORDS = {2: "two", 3: "three"}
-ATTRIBUTES = ("shape", "colour", "size", "pattern")
 OBJECT_WORDS = ("shapes", "objects", "things")
 
 
@@ -223,32 +222,17 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
 
     A hidden word of long captions can be told from the rest of the thing's attributes; here only from its place.
     """
-    style, attribute = style_of(scene, rng), choose(rng, ATTRIBUTES)
-    said = [one_word(thing, attribute, place=thing.place) for thing in shuffled(rng, scene.things)]
+    style = style_of(scene, rng)
+    attribute = choose(rng, ("shape", "colour", "size", "pattern"))
+    said = [
+        Mention(place=thing.place, **{attribute: getattr(thing, attribute)}) for thing in shuffled(rng, scene.things)
+    ]
     return Caption(style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]), Statement(tuple(said)))
 
 
-def tell_sides(scene: Scene, rng: random.Random) -> Caption:
-    """One attribute of two things, in which they differ, and how one stands to the other."""
-    style, (first, second) = style_of(scene, rng), shuffled(rng, scene.things)[:2]
-    unlike = [name for name in ATTRIBUTES if getattr(first, name) != getattr(second, name)]
-    attribute = choose(rng, unlike or ATTRIBUTES)
-    name = choose(rng, [name for name in world.RELATIONS if first.relates(name, second)])
-    said = one_word(first, attribute), one_word(second, attribute)
-    text = f"{style.noun(said[0])} {'is ' if style.full else ''}{style.relations[name]} {style.noun(said[1])}"
-    return Caption(text, Statement(said, (Relation(0, name, 1),)))
-
-
-def one_word(thing: Thing, attribute: str, place: str | None = None) -> Mention:
-    """The thing by a single attribute, and its place where that is given."""
-    return Mention(place=place, **{attribute: getattr(thing, attribute)})
-
-
 def tell_short(scene: Scene, rng: random.Random) -> Caption:
-    """Names; of several things perhaps one attribute, with their places or how they stand to each other: of one thing
-    alone this would fit too many pictures."""
-    several = len(scene.things) > 1
-    return choose(rng, (tell_names, tell_spots, tell_sides) if several else (tell_names,))(scene, rng)
+    """Names, or of several things the places and one attribute: of one thing alone this would fit too many pictures."""
+    return choose(rng, (tell_names, tell_spots) if len(scene.things) > 1 else (tell_names,))(scene, rng)
 
 
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)
