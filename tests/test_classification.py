@@ -115,6 +115,8 @@ def test_measured_by_hand() -> None:
             "classification/accuracy_majority": 100 * 2 / 5,  # even: red, blue, green; odd: green, red
             "classification/accuracy/even": 100 * (right[0] + right[2] + right[4]) / 3,
             "classification/accuracy/odd": 100 * (right[1] + right[3]) / 2,
+            "classification/accuracy/even_majority": 100 / 3,
+            "classification/accuracy/odd_majority": 100 / 2,
             "classification/examples": 6.0,
             "score": 100 * sum(right) / 5,
         }

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
-from maskvlm.example_page import GREEN, GREY, RED, Shown, draw_page, example_page
+from maskvlm.example_page import GAP, GREEN, GREY, RED, TEXT, Ink, Shown, draw_page, example_page
 from maskvlm.task import Prediction
 
 
@@ -53,6 +57,53 @@ def test_a_long_question_ends_in_dots_and_nothing_is_a_formula() -> None:
     page = draw_page([shown(text="$x_1$ costs $5")])
     assert page.texts[1].get_text() == "$x_1$ costs $5"
     assert not page.texts[1].get_parse_math()
+
+
+LONG = "how many of the men in blue shirts stand with their bicycles on the left side of the table?"
+
+
+def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
+    found = words(shown(truth=LONG * 2, prediction="word " * 40))[2:]
+    assert [line.endswith("…") for line in found] == [False, True, False, True]
+    assert words(shown(truth="a b c"))[2] == "truth: a b c"
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("text", [LONG * 3, "W" * 300, "これは何ですか" * 20, "mm " * 90])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_no_text_is_wider_than_its_column(text: str, pictures: int) -> None:
+    """As it is drawn, in pixels: the letters of a small font take whole ones."""
+    page = draw_page([shown(pictures, text=text, truth=text, prediction=text) for _ in range(4)])
+    renderer = FigureCanvasAgg(page).get_renderer()
+    edge = page.get_size_inches()[0] * page.dpi
+    boxes = [axes.get_window_extent(renderer) for axes in page.axes]
+    for line in page.texts:
+        box = line.get_window_extent(renderer)
+        right_of = [other.x0 for other in boxes if other.x0 > box.x0 and other.y0 < box.y1 and box.y0 < other.y1]
+        assert box.x1 + 3 < min([edge, *right_of]), line.get_text()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=150), st.integers(1, 4))
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_words_of_any_script_are_wrapped_within_the_column(text: str, most: int) -> None:
+    ink = Ink(Figure(dpi=100))
+    lines = ink.wrap(text, TEXT - GAP, most)
+    assert len(lines) <= most
+    assert all(ink.inches(line) <= TEXT - GAP for line in lines)
+    if not (lines and lines[-1].endswith("…")):
+        assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+def test_pictures_of_different_parts_are_labelled() -> None:
+    cell = shown(2)._replace(labels=("found", "truth"))
+    page = draw_page([cell, shown(2)])
+    labels = {text.get_text(): text for text in page.texts if text.get_text() in ("found", "truth")}
+    assert list(labels) == ["found", "truth"]
+    for text, axes in zip(labels.values(), page.axes, strict=False):  # below its own picture
+        place = axes.get_position(original=True)
+        assert text.get_position()[0] == pytest.approx(place.x0)
+        assert 0 < place.y0 - text.get_position()[1] < GAP / page.get_size_inches()[1]
 
 
 def test_colours_are_the_verdict() -> None:

@@ -1,7 +1,9 @@
 """What an evaluation leaves: predictions line by line, a page, and the card that says what was measured on what."""
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +14,11 @@ from PIL import Image
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
 
 from maskvlm.__main__ import main
+from maskvlm.data.scenes import Scenes
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.errors import ExitCode
 from maskvlm.lit import LitModel
-from maskvlm.predictions import Predictions, pictures_of, plain, share_measured, spread
+from maskvlm.predictions import Predictions, hash_of, plain, share_measured, shown_with, spread, with_ids
 from maskvlm.task import Prediction
 from maskvlm.verify import stated
 from tasks.nlvr.task import Nlvr
@@ -82,13 +85,13 @@ def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], 
     folder, model = measured
     card = json.loads((folder / "card.json").read_text())
     assert set(card) == {
-        "task", "data", "checkpoint", "lineage", "evaluated pictures seen in training", "resolution", "text length",
+        "task", "data", "checkpoint", "lineage", "pictures of the split seen in training", "resolution", "text length",
         "tokenizer", "settings", "precision", "processes", "metrics", "versions",
     }  # fmt: skip
     assert card["task"] == "tasks.nlvr.task.Nlvr"
     assert card["data"] == {
-        "source": "toy_examples.Questions", "split": "val", "sha": "toy val", "rows": 7, "pictures": 14,
-        "share measured": 1.0,
+        "source": "toy_examples.Questions", "settings": None, "split": "val", "sha": "toy val", "rows of the split": 7,
+        "pictures of the split": 14, "left out or mended": {}, "share measured": 1.0,
     }  # fmt: skip
     assert card["checkpoint"] == {
         "file": f"{tuned.parent.name}/last.ckpt", "sha256": stated(tuned)[-1].sha256, "steps trained here": 0,
@@ -102,7 +105,7 @@ def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], 
             "steps": 2,
         }
     ]
-    assert card["evaluated pictures seen in training"] == 8  # numbers 12 to 15, two pictures each
+    assert card["pictures of the split seen in training"] == 8  # numbers 12 to 15, two pictures each
     assert (card["resolution"], card["text length"]) == (32, 24)
     assert card["tokenizer"] == tokenizer_hash(model.backbone.text.tokenizer)
     assert card["settings"] == {"labels": 3, "pictures": 2, "blind": False}
@@ -114,19 +117,43 @@ def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], 
 def test_the_test_split_and_a_part_of_it(tuned: Path, tmp_path: Path) -> None:
     measure(tuned, tmp_path, Questions(2), test=True)
     card = json.loads((tmp_path / "card.json").read_text())
-    assert (card["data"]["split"], card["data"]["rows"]) == ("test", 5)
-    assert card["evaluated pictures seen in training"] == 0
+    assert (card["data"]["split"], card["data"]["rows of the split"]) == ("test", 5)
+    assert card["pictures of the split seen in training"] == 0
     measure(tuned, tmp_path, Questions(2), limit_val_batches=1)
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["data"]["share measured"] == 0.3333  # of three batches
+    assert card["pictures of the split seen in training"] == 8  # as the key says, not of the three rows measured
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3
 
 
 def test_pictures_without_ids_are_unknown(tuned: Path, tmp_path: Path) -> None:
     measure(tuned, tmp_path, Nameless(2))
     card = json.loads((tmp_path / "card.json").read_text())
-    assert card["data"]["pictures"] is None
-    assert card["evaluated pictures seen in training"] == "unknown"
+    assert card["data"]["pictures of the split"] is None
+    assert card["pictures of the split seen in training"] == "unknown"
+
+
+class Sieved(Questions):
+    """A reader that left rows of every split out; one reason met none."""
+
+    def split(self, name: str) -> Any:
+        found = super().split(name)
+        found.skipped = {"no gold label": [f"{name}:1", f"{name}:4"], "empty text": []}
+        return found
+
+
+def test_the_card_counts_what_was_left_out_of_the_split(tuned: Path, tmp_path: Path) -> None:
+    measure(tuned, tmp_path, Sieved(2))
+    assert json.loads((tmp_path / "card.json").read_text())["data"]["left out or mended"] == {"no gold label": 2}
+
+
+def test_a_checkpoint_without_its_hash_beside_it_is_hashed(tuned: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(tuned, tmp_path / "alone.ckpt"))
+    measure(alone, tmp_path / "run", Questions(2))
+    card = json.loads((tmp_path / "run" / "card.json").read_text())
+    expected = hashlib.sha256(tuned.read_bytes()).hexdigest()
+    assert card["checkpoint"]["sha256"] == expected == hash_of(tuned)
+    assert hash_of(tmp_path / "gone.ckpt") is None
 
 
 def test_a_trial_leaves_nothing(tuned: Path, tmp_path: Path) -> None:
@@ -187,9 +214,30 @@ def test_what_is_not_known_is_null() -> None:
     assert plain(line(1, 0.25)) == line(1, 0.25)
 
 
-def test_pictures_of_pairs_and_of_examples() -> None:
-    rows: list[dict[str, Any]] = [{"image": "a"}, {"images": ["b", "c"]}, {"image": "d"}]
-    assert pictures_of(rows, [1, 0]) == ["b", "c", "a"]
+PAIRS: list[dict[str, Any]] = [{"image": "a", "image_id": "flickr 1"}, {"image": "d", "image_id": "flickr 23"}]
+
+
+def test_pictures_of_pairs_and_of_examples_and_what_they_are() -> None:
+    assert shown_with([{"images": ["b", "c"]}], line(0))[1:] == (["b", "c"], ("left", "right"))
+    assert shown_with([{"images": ["b"]}], line(0))[1:] == (["b"], ())
+    assert shown_with([{"images": ["b", "c", "d"]}], line(0))[1:] == (["b", "c", "d"], ())
+    found = Prediction(**{**line(0), "index": [1, 0]})
+    assert shown_with(PAIRS, found)[1:] == (["d", "a"], ("found", "truth"))
+    assert shown_with(PAIRS, line(1))[1:] == (["d"], ())
+    assert shown_with(PAIRS, Prediction(**{**line(0), "index": []}))[1:] == ([], ())
+
+
+def test_a_picture_of_pairs_is_called_by_its_id() -> None:
+    one = Prediction(
+        id="7", text="a picture 1", truth="picture 0", prediction="picture 1", right=0.0, index=[1, 0], kind=""
+    )
+    (found,) = with_ids([one], PAIRS)
+    assert found == {**one, "truth": "picture 0, flickr 1", "prediction": "picture 1, flickr 23"}
+    asked = [Prediction(**{**line(0), "text": "picture 0"})]
+    assert with_ids(asked, PAIRS)[0]["text"] == "picture 0, flickr 1"
+    assert with_ids(asked, [{"images": ["b"]}]) is asked  # an example has an id of its own
+    nowhere = [Prediction(**{**line(0), "index": []})]
+    assert with_ids(nowhere, PAIRS) is nowhere
 
 
 @pytest.mark.parametrize(
@@ -258,9 +306,32 @@ def test_history_and_picture_size_pass_from_run_to_run(chain: Path) -> None:
     card = load(chain / "e" / "card.json")
     assert [step["task"] for step in card["lineage"]] == ["maskvlm.pretrain.MaskedPretraining", "tasks.vqa.task.Vqa"]
     assert card["resolution"] == 64
-    assert card["evaluated pictures seen in training"] == 0
+    assert card["pictures of the split seen in training"] == 0
     assert card["checkpoint"]["file"] == "f/last.ckpt"
     assert "pos_embed" in (chain / "f" / "provenance.json").read_text()
+
+
+def test_the_card_has_the_sources_settings(chain: Path) -> None:
+    """Given and by default."""
+    for folder in ("f", "e"):
+        settings = load(chain / folder / "card.json")["data"]["settings"]
+        assert (settings["train"], settings["val"], settings["seed"]) == (40, 12, 0)
+
+
+def test_retrieval_names_the_pictures_it_found(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero-shot, from pre-training."""
+    monkeypatch.chdir(ROOT)
+    folder, start = chain / "r", ["--from", str(chain / "p" / "last.ckpt")]
+    whole = ["--trainer.limit_val_batches=1.0"]
+    assert main(["validate", "--run", str(folder), *start, *stack("retrieval"), *SIZES, *whole]) == 0
+    rows = Scenes(train=40, val=12).split("val")
+    lines = [json.loads(one) for one in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 12 * 5 + 12
+    for one in lines:
+        names = [f"picture {place}, {rows[place]['image_id']}" for place in one["index"]]
+        said = [one["prediction"], one["truth"]] if one["kind"] == "image retrieval" else [one["text"]]
+        assert names == said
+    assert (folder / "examples.png").stat().st_size > 1000
 
 
 def test_measuring_in_a_trainings_folder_touches_none_of_its_files(
@@ -311,6 +382,7 @@ def test_what_a_checkpoint_cannot_do_is_one_line(
     assert len(error) == 1, error
     assert error[0].startswith("error: ")
     assert said in error[0]
+    assert not (chain / "no").exists()
 
 
 def test_more_pictures_than_the_task_is_set_to_is_one_line(

@@ -93,6 +93,52 @@ def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == ""
 
 
+def evaluation(folder: Path, skipped: dict[str, list[str]]) -> Any:
+    """A trainer after an evaluation of seven rows of `val` and of `test`."""
+    rows = type("Rows", (), {"skipped": skipped, "__len__": lambda self: 7})()
+    return SimpleNamespace(
+        is_global_zero=True, sanity_checking=False, fast_dev_run=False, default_root_dir=str(folder),
+        datamodule=SimpleNamespace(splits={"val": rows, "test": rows}),
+    )  # fmt: skip
+
+
+SKIPPED = {"missing picture": ["toy.json:3", "toy.json:5"], "empty text": []}
+
+
+def test_what_an_evaluation_leaves_out_is_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, module, path = RunRecord(), SimpleNamespace(metrics={}), tmp_path / "bad_samples.json"
+    record.on_validation_end(evaluation(tmp_path, SKIPPED), module)  # type: ignore[arg-type]
+    said = f"samples skipped or mended (val, 7 rows): missing picture: 2; listed in {path}\n"
+    assert capsys.readouterr().out == said
+    assert json.loads(path.read_text())["left_out"] == {"val": SKIPPED}
+    record.on_test_end(evaluation(tmp_path, {}), module)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+    assert not path.exists()  # it told of an evaluation whose card is replaced, too
+
+
+def test_measuring_in_a_trainings_folder_keeps_its_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module: Any = SimpleNamespace(metrics={})
+    for name in ("config-fit.yaml", "bad_samples.json"):
+        (tmp_path / name).write_text("the training's")
+    RunRecord().on_validation_end(evaluation(tmp_path, SKIPPED), module)
+    RunRecord().on_test_end(evaluation(tmp_path, SKIPPED), module)
+    assert (tmp_path / "bad_samples.json").read_text() == "the training's"
+    for split in ("val", "test"):
+        assert json.loads((tmp_path / f"bad_samples-{split}.json").read_text())["left_out"] == {split: SKIPPED}
+    assert capsys.readouterr().out.count("samples skipped or mended") == 2
+
+
+def test_a_training_says_it_once_and_a_trial_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, record, module = evaluation(tmp_path, SKIPPED), RunRecord(), SimpleNamespace(metrics={})
+    record.trained = True
+    record.on_validation_end(trainer, module)  # type: ignore[arg-type]
+    for fact in ({"fast_dev_run": True}, {"is_global_zero": False}, {"sanity_checking": True}):
+        other = SimpleNamespace(**{**vars(trainer), **fact})
+        RunRecord().on_validation_end(other, module)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("begins", "written"), [(None, True), ("last.ckpt", False)])
 def test_where_weights_come_from_is_said_of_a_run_that_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], begins: str | None, written: bool

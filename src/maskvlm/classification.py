@@ -108,6 +108,7 @@ class Classification(Task):
         metrics[f"{self.name}/accuracy_majority"] = majority(judged, self.right)
         for kind, part in by_kind(judged).items():
             metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
+            metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.right)
         metrics |= {f"{self.name}/{key}": value for key, value in self.more(judged).items()}
         metrics[f"{self.name}/examples"] = float(len(judged))
         return metrics | {"score": metrics[f"{self.name}/accuracy"]}

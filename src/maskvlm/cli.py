@@ -123,6 +123,14 @@ class Command(LightningCLI):
             kwargs.setdefault("precision", "bf16-mixed" if bf16 else None)
         return super().instantiate_trainer(**kwargs)
 
+    def before_validate(self) -> None:
+        """A checkpoint without the task's heads is refused before anything is written. One that is loaded by
+        --ckpt_path brings them later."""
+        if self.settings.get("ckpt_path") is None:
+            self.model.on_validation_start()
+
+    before_test = before_validate
+
     def after_fit(self) -> None:
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
         along the way looked at a part (limit_val_batches)."""

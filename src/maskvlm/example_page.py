@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from maskvlm.data.images import safe_open
@@ -15,15 +17,19 @@ from maskvlm.task import Prediction
 
 COLUMNS = 3
 PICTURE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
-WRAP, LINES = 38, 4  # characters a line, lines of a question
+ASKED, SAID = 4, 2  # lines at most: of a question, of the truth and of the prediction each
+DPI, SIZE = 100, 8  # dots an inch, points of the font
+FONTS = [FontProperties(family="monospace", size=SIZE, weight=weight) for weight in ("normal", "bold")]
+MORE = " …"
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#6e7781"
 
 
 class Shown(NamedTuple):
-    """A prediction with its pictures: encoded bytes, paths or Pillow images."""
+    """A prediction with its pictures: encoded bytes, paths or Pillow images; and what each picture is, or nothing."""
 
     prediction: Prediction
     pictures: Sequence[Any]
+    labels: Sequence[str] = ()
 
 
 def example_page(shown: Sequence[Shown], path: Path) -> Path:
@@ -32,10 +38,9 @@ def example_page(shown: Sequence[Shown], path: Path) -> Path:
     Returns:
         `path`.
     """
-    figure = draw_page(shown)
     with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(path, format="png", dpi=100)
+        draw_page(shown).savefig(path, format="png", dpi=DPI)
     return path
 
 
@@ -45,7 +50,8 @@ def draw_page(shown: Sequence[Shown]) -> Figure:
     columns = COLUMNS if most == 1 else 2
     rows = -(-len(shown) // columns)
     cell_width, cell_height = most * (PICTURE + GAP) + TEXT, PICTURE + 2 * GAP
-    figure = Figure(figsize=(columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE))
+    size = (columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE)
+    figure = Figure(figsize=size, dpi=DPI)
     known = [one.prediction["right"] for one in shown if one.prediction["right"] is not None]
     right = f"; {sum(known):.3g} of these {len(known)} right" if known else ""
     ink = Ink(figure)
@@ -57,21 +63,19 @@ def draw_page(shown: Sequence[Shown]) -> Figure:
 
 
 def draw_cell(ink: "Ink", left: float, top: float, shown: Shown, most: int) -> None:
-    """The pictures side by side, the words to their right."""
+    """The pictures side by side, what they are below, the words to their right."""
     prediction = shown.prediction
     colour = GREY if prediction["right"] is None else GREEN if prediction["right"] >= 0.5 else RED
     for place, picture in enumerate(shown.pictures):
         ink.picture(left + place * (PICTURE + GAP), top, picture, prediction["id"], colour)
-    left += most * (PICTURE + GAP)
-    asked = textwrap.wrap(prediction["text"], WRAP) or [""]
-    if len(asked) > LINES:
-        asked = [*asked[: LINES - 1], textwrap.shorten(" ".join(asked[LINES - 1 :]), WRAP, placeholder=" …")]
-    lines = [(line, "black") for line in asked]
+    for place, label in enumerate(shown.labels):
+        ink.text(left + place * (PICTURE + GAP), top + PICTURE + GAP / 3, label, GREY)
+    parts = [(prediction["text"] or " ", ASKED, "black"), (f"said:  {prediction['prediction']}", SAID, colour)]
     if prediction["truth"]:
-        lines += [(line, GREY) for line in textwrap.wrap(f"truth: {prediction['truth']}", WRAP)[:2]]
-    lines += [(line, colour) for line in textwrap.wrap(f"said:  {prediction['prediction']}", WRAP)[:2]]
-    for number, (line, shade) in enumerate(lines[:8]):
-        ink.text(left, top + number * LINE, line, shade, bold=shade in (GREEN, RED))
+        parts.insert(1, (f"truth: {prediction['truth']}", SAID, GREY))
+    lines = [(line, shade) for words, most_lines, shade in parts for line in ink.wrap(words, TEXT - GAP, most_lines)]
+    for number, (line, shade) in enumerate(lines):
+        ink.text(left + most * (PICTURE + GAP), top + number * LINE, line, shade, bold=shade in (GREEN, RED))
 
 
 class Ink:
@@ -80,11 +84,27 @@ class Ink:
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
         self.width, self.height = figure.get_size_inches()
+        self.renderer = FigureCanvasAgg(figure).get_renderer()
+
+    def inches(self, words: str) -> float:
+        """Width of a line as it is drawn, in the wider of the two weights: more than the font says, as each
+        letter takes whole pixels, and more still in a script that the font lacks."""
+        return max(self.renderer.get_text_width_height_descent(words, font, False)[0] for font in FONTS) / DPI
+
+    def wrap(self, words: str, width: float, most: int) -> list[str]:
+        """At most so many lines, none wider than `width` inches; dots say that there is more."""
+        letters = int(width / self.inches("m"))
+        while True:
+            lines = textwrap.wrap(words, letters, max_lines=most, placeholder=MORE)
+            over = max((self.inches(line) / width for line in lines), default=0.0)
+            if over <= 1 or letters == 1:
+                return lines
+            letters = max(1, min(letters - 1, int(letters / over)))
 
     def text(self, left: float, top: float, words: str, colour: str, bold: bool = False) -> None:
         """One line, as it is: a dollar sign starts no formula."""
         self.figure.text(
-            left / self.width, 1 - top / self.height, words, va="top", fontsize=8, family="monospace", color=colour,
+            left / self.width, 1 - top / self.height, words, va="top", fontsize=SIZE, family="monospace", color=colour,
             weight="bold" if bold else "normal", parse_math=False,
         )  # fmt: skip
 

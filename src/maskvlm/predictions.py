@@ -13,10 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.example_page import Shown, example_page
 from maskvlm.report import attempt, say
-from maskvlm.run import folder_of, is_training_run, versions, write_json, write_text
+from maskvlm.run import SaveConfig, folder_of, left_out, name_end, versions, write_json, write_text
 from maskvlm.start import overlap
 from maskvlm.task import Prediction
-from maskvlm.verify import stated
+from maskvlm.verify import sha256_of, stated
 
 
 class Predictions(Callback):
@@ -45,15 +45,15 @@ class Predictions(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, task, data = folder_of(trainer), pl_module.task, trainer.datamodule  # type: ignore[attr-defined]
-        end = f"-{split}" if is_training_run(folder) and not self.trained else ""
+        end = name_end(folder, split, self.trained)
         write_json(folder / f"card{end}.json", evaluation_card(trainer, pl_module, split))
-        predictions: list[Prediction] = task.predictions  # type: ignore[assignment, union-attr]
-        if not predictions:
+        if not task.predictions:  # type: ignore[union-attr]
             return
+        predictions = with_ids(task.predictions, data.splits[split])  # type: ignore[arg-type, union-attr]
         lines = (json.dumps(plain(one), ensure_ascii=False) for one in predictions)
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
         say(f"wrote {folder / f'predictions{end}.jsonl'}")
-        shown = [Shown(one, pictures_of(data.splits[split], one["index"])) for one in spread(predictions, self.count)]
+        shown = [shown_with(data.splits[split], one) for one in spread(predictions, self.count)]
         attempt(trainer, folder / f"examples{end}.png", lambda path: example_page(shown, path))
         for name, text in task.files().items():  # type: ignore[union-attr, operator]
             write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
@@ -71,13 +71,28 @@ def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
     return [predictions[number * len(predictions) // count] for number in range(count)]
 
 
-def pictures_of(rows: Any, index: list[int]) -> list[Any]:
-    """The pictures of some rows of a split, of pairs or of examples, as the source hands them out."""
-    found: list[Any] = []
-    for number in index:
-        row = rows[number]
-        found += row["images"] if "images" in row else [row["image"]]
-    return found
+def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
+    """A picture of pairs, which a task can only call `picture ROW`, is followed by its id in the data set: nobody finds
+    a photo by its place in a split. Examples have an id of their own."""
+    places = sorted({place for one in predictions for place in one["index"]})
+    if not places or "images" in rows[places[0]]:
+        return predictions
+    names = {f"picture {place}": f"picture {place}, {rows[place]['image_id']}" for place in places}
+
+    def told(one: Prediction) -> Prediction:
+        text, truth, said = (names.get(words, words) for words in (one["text"], one["truth"], one["prediction"]))
+        return {**one, "text": text, "truth": truth, "prediction": said}
+
+    return [told(one) for one in predictions]
+
+
+def shown_with(rows: Any, prediction: Prediction) -> Shown:
+    """With its pictures, of pairs or of examples, as the source hands them out, and what each is where there are two:
+    of an example by their place, of pairs (retrieval) the one that was found, then the true one."""
+    found = [rows[place] for place in prediction["index"]]
+    pictures = [picture for row in found for picture in (row["images"] if "images" in row else [row["image"]])]
+    several = ("left", "right") if found and "images" in found[0] else ("found", "truth")
+    return Shown(prediction, pictures, several if len(pictures) == 2 else ())
 
 
 def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str, Any]:
@@ -92,14 +107,16 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
         "data": {
             "source": f"{source.__module__}.{source.__qualname__}",
             "split": split,
+            "settings": source_settings(trainer),
             "sha": rows.fingerprint,
-            "rows": len(rows),
-            "pictures": None if ids is None else len(ids),
+            "rows of the split": len(rows),
+            "pictures of the split": None if ids is None else len(ids),
+            "left out or mended": left_out(rows),
             "share measured": share_measured(trainer, split),
         },
         "checkpoint": checkpoint_of(trainer, pl_module),
         "lineage": [step.words() for step in lineage],
-        "evaluated pictures seen in training": "unknown" if seen is None else seen,
+        "pictures of the split seen in training": "unknown" if seen is None else seen,
         "resolution": backbone.image.image_size,
         "text length": backbone.text.text_length,
         "tokenizer": tokenizer_hash(backbone.text.tokenizer),
@@ -109,6 +126,16 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
         "metrics": {name: None if value != value else value for name, value in pl_module.metrics.items()},
         "versions": versions(),
     }
+
+
+def source_settings(trainer: L.Trainer) -> dict[str, Any] | None:
+    """The source's arguments as configured, defaults included; None where no command line configured it."""
+    saved = next((one for one in trainer.callbacks if isinstance(one, SaveConfig)), None)  # type: ignore[attr-defined]
+    if saved is None:
+        return None
+    given = saved.config.data.init_args.source.get("init_args")
+    settings: dict[str, Any] = json.loads(json.dumps(given.as_dict() if given else {}, default=str))
+    return settings
 
 
 def share_measured(trainer: L.Trainer, split: str) -> float:
@@ -123,7 +150,17 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     """The file the measured weights come from and its sha256; where this run trained them, what it started from."""
     origin = pl_module.backbone.origin
     path = trainer.ckpt_path or (origin.path if origin else None)
-    facts = stated(Path(path)) if path else []
     name = None if path is None else f"{Path(path).parent.name}/{Path(path).name}"
     trained = getattr(trainer, "global_step", 0)
-    return {"file": name, "sha256": facts[-1].sha256 if facts else None, "steps trained here": trained}
+    sha = None if path is None else hash_of(Path(path))
+    if trained and trainer.ckpt_path is None:
+        return {"started from": name, "sha256 of that": sha, "measured after steps": trained}
+    return {"file": name, "sha256": sha, "steps trained here": trained}
+
+
+def hash_of(path: Path) -> str | None:
+    """As the `.sha256` beside it states it, else of the file itself; None where it has gone since it was read."""
+    facts = stated(path)
+    if facts:
+        return facts[-1].sha256
+    return sha256_of(path) if path.is_file() else None

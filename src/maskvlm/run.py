@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -144,28 +145,39 @@ class RunRecord(L.Callback):
         bad_rows = getattr(trainer.datamodule, "bad_rows", None)  # type: ignore[attr-defined]
         rows = bad_rows() if bad_rows else {}  # all processes: it adds up their counts
         counts = dict(rows.get("problems", {}))
-        for split, left_out in rows.get("left_out", {}).items():
-            counts |= {f"{reason} ({split})": len(places) for reason, places in left_out.items()}
+        for split, reasons in rows.get("left_out", {}).items():
+            counts |= {f"{reason} ({split})": len(places) for reason, places in reasons.items()}
         if trainer.is_global_zero and counts and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = folder_of(trainer) / "bad_samples.json"
-            write_json(path, rows)
-            told = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-            print(f"samples skipped or mended ({rows['samples']} read): {told}; listed in {path}", flush=True)
+            tell_left_out(folder_of(trainer) / "bad_samples.json", f"{rows['samples']} read", counts, rows)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
+        self._left_out(trainer, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
+        self._left_out(trainer, "test")
+
+    def _left_out(self, trainer: L.Trainer, split: str) -> None:
+        """After an evaluation alone, of the split that was measured; a training has said it of all its splits."""
+        rows = getattr(getattr(trainer, "datamodule", None), "splits", {}).get(split)
+        trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.trained or rows is None or trial or not trainer.is_global_zero:
+            return
+        folder, counts = folder_of(trainer), left_out(rows)
+        path = folder / f"bad_samples{name_end(folder, split, trained=False)}.json"
+        path.unlink(missing_ok=True)  # of an earlier evaluation here
+        if counts:
+            listed = {"samples": len(rows), "problems": {}, "examples": {}, "left_out": {split: rows.skipped}}
+            tell_left_out(path, f"{split}, {len(rows)} rows", counts, listed)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = getattr(pl_module, "metrics", {})
         trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.is_global_zero and metrics and not trial:
             stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
-            own = stage == "fit" or not is_training_run(folder_of(trainer))
-            name = "metrics.json" if own else f"metrics-{stage}.json"
-            write_json(folder_of(trainer) / name, {"step": trainer.global_step} | metrics)
+            end = name_end(folder_of(trainer), stage, trained=stage == "fit")
+            write_json(folder_of(trainer) / f"metrics{end}.json", {"step": trainer.global_step} | metrics)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -182,6 +194,24 @@ class SaveConfig(SaveConfigCallback):
 def is_training_run(folder: Path) -> bool:
     """Whether a training left its record here, which measuring a checkpoint must not replace."""
     return (folder / "config-fit.yaml").exists()
+
+
+def name_end(folder: Path, split: str, trained: bool) -> str:
+    """What the names of an evaluation's files end in: nothing where they are the folder's own, `-val` or the like where
+    they would replace those of the training that the folder belongs to. trained: in this very process."""
+    return f"-{split}" if is_training_run(folder) and not trained else ""
+
+
+def left_out(rows: Any) -> dict[str, int]:
+    """Rows of a split that its reader left out or mended, by reason; empty where it tells none."""
+    return {reason: len(places) for reason, places in getattr(rows, "skipped", {}).items() if places}
+
+
+def tell_left_out(path: Path, of: str, counts: Mapping[str, int], listed: dict[str, Any]) -> None:
+    """One line on the standard output, and which samples they are in `path`."""
+    write_json(path, listed)
+    told = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+    print(f"samples skipped or mended ({of}): {told}; listed in {path}", flush=True)
 
 
 def folder_of(trainer: L.Trainer) -> Path:

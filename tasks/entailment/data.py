@@ -6,6 +6,7 @@ esnlive_dev.csv, esnlive_test.csv: pairID, Flickr30kID, hypothesis, gold_label, 
 """
 
 import csv
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -24,16 +25,30 @@ from maskvlm.data.files import (
     picture_folder,
     picture_names,
 )
-from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
+from maskvlm.data.table import (
+    EXAMPLE_COLUMNS,
+    EXAMPLE_VERSION,
+    Made,
+    Origin,
+    Rows,
+    Table,
+    TableExamples,
+    cached_table,
+    choose,
+)
+from maskvlm.distributed import rank
 from maskvlm.errors import ExitCode, UserError
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 """Raise it when the same files give another table."""
 
 LABELS = ("entailment", "neutral", "contradiction")
 NO_LABEL = "-"  # the annotators did not agree
+CORRECTED = "label corrected"
 LAYOUT = "SNLI-VE"
-TODO = "Set data.source.root to the folder of the jsonl files"
+TODO = "Set data.source.root (with make: DATA_ROOT=) to the folder of the jsonl files"
 
 
 class SnliVe(ExampleSource):
@@ -47,7 +62,8 @@ class SnliVe(ExampleSource):
         images: folder of Flickr30k's (or Flickr8k's) pictures, found by the photo's number that starts their names;
             by default `images/` in the root, else the root.
         corrected: files with labels that replace those of the same pairID in every split, .csv or jsonl, with
-            columns `pairID` and `gold_label` (or `label`); the pairs changed are listed in `skipped`.
+            columns `pairID` and `gold_label` (or `label`); the pairs changed are listed in `skipped`. A line warns
+            where none of them is in a split that is evaluated.
         cache: where the tables are kept; by default with those of Hugging Face datasets.
         max_missing: the share of training pairs that may lack their picture; they are skipped and listed.
     """
@@ -70,6 +86,7 @@ class SnliVe(ExampleSource):
         named = [corrected] if isinstance(corrected, str) else corrected or []
         self.corrected = [Path(name).expanduser() for name in named]
         self.cache, self.max_missing = cache, max_missing
+        self.warned: set[str] = set()
 
     def split(self, name: str) -> TableExamples:
         """The pairs of `train`, `val` or `test`.
@@ -83,7 +100,22 @@ class SnliVe(ExampleSource):
         digest = digest_of(origin.file, todo=TODO) + digest_of(*self.corrected, todo="Correct data.source.corrected")
         key = f"snli-ve-{EXAMPLE_VERSION}.{VERSION}-{digest[:32]}-{digest[64:96]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin, read_labels(self.corrected)))
+        if name != "train" and self.corrected and name not in self.warned and rank() == 0:
+            self._warn_if_missed(table, name)
         return choose(table, origin, name, self._pictures(), self.max_missing)
+
+    def _warn_if_missed(self, table: Table, split: str) -> None:
+        """One line a split whose labels no correction is for; told from the table, which may come from the cache.
+
+        A file for validation has nothing for training, so that is no mistake; labels thought to be corrected are.
+        """
+        pairs = read_labels(self.corrected).keys()
+        if table.notes.get(CORRECTED) or not pairs.isdisjoint(table.rows.data.column("id").to_pylist()):
+            return
+        self.warned.add(split)
+        count = f"{len(pairs)} pairIDs" if len(pairs) > 1 else "1 pairID"
+        files, file = ", ".join(map(str, self.corrected)), self.files[split]
+        log.warning("warning: none of the %s of %s is in %s; its labels stay as they are", count, files, file)
 
     def _pictures(self) -> Pictures:
         """Where two files have the same number, the one that is named by it alone."""
@@ -103,7 +135,7 @@ def parse(origin: Origin, corrected: dict[str, str]) -> Made:
         old = get_label(record, "gold_label", (*LABELS, NO_LABEL), where, LAYOUT)
         label = corrected.get(pair, old)
         if label != old:
-            rows.note("label corrected", number)
+            rows.note(CORRECTED, number)
         if label == NO_LABEL:
             rows.note("no gold label", number)
             continue

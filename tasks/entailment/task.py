@@ -24,6 +24,7 @@ class Entailment(Classification):
         found: dict[str, float] = {}
         for row, label in zip(count_KK.tolist(), self.labels, strict=True):
             found[f"recall/{label}"] = 100 * row[column[label]] / sum(row) if sum(row) else float("nan")
+            found[f"recall/{label}_chance"] = 100 / len(self.labels)
         for row, label in zip(count_KK.tolist(), self.labels, strict=True):
             found |= {f"confusion/{label}_as_{said}": float(n) for n, said in zip(row, self.labels, strict=True)}
         return found

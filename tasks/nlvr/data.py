@@ -12,7 +12,7 @@ VERSION = 1
 
 LABELS = ("False", "True")
 LAYOUT = "NLVR2"
-TODO = "Set data.source.root to the folder of the json files"
+TODO = "Set data.source.root (with make: DATA_ROOT=) to the folder of the json files"
 
 
 class Nlvr2(ExampleSource):

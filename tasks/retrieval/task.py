@@ -254,7 +254,11 @@ def rsum(found: Rankings, name: str) -> dict[str, float]:
 
 
 def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
-    """The picture found for every caption, then the caption found for every picture; right: R@1."""
+    """The picture found for every caption, then the caption found for every picture; right: R@1.
+
+    `index` has the picture that was found, then the true one. All captions of a picture are true: the truth beside one
+    of them is itself, beside a wrong one the first. `picture ROW` gets the photo's id when it is written out.
+    """
     owner, pictures = gallery.owner_C.tolist(), [f"picture {index}" for index in gallery.index_B.tolist()]
     captions = [text or f"caption {row}" for row, text in enumerate(gallery.texts)]
     first = {picture: captions[row] for row, picture in reversed(list(enumerate(owner)))}
@@ -264,7 +268,7 @@ def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
         words = gallery.texts[row], pictures[owner[row]], pictures[at]
         lines.append(_line(name, words, right, index, "image retrieval"))
     for row, (at, right) in enumerate(_firsts(found.text)):
-        words = pictures[row], first[row], captions[at]
+        words = pictures[row], captions[at] if right else first[row], captions[at]
         lines.append(_line(pictures[row], words, right, gallery.index_B[[row]].tolist(), "text retrieval"))
     return lines
 

@@ -29,14 +29,25 @@ from maskvlm.data.table import (
     choose,
 )
 from maskvlm.errors import ExitCode, UserError
-from tasks.vqa.vocabulary import Annotation, build_vocabulary, get_text, read_annotations, read_vocabulary, soft_targets
+from tasks.vqa.genome import parse_genome
+from tasks.vqa.vocabulary import (
+    SAME_PART,
+    Annotation,
+    build_vocabulary,
+    check_majorities,
+    check_picture,
+    read_annotations,
+    read_vocabulary,
+    soft_targets,
+)
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same files give another table or vocabulary, also where answers are normalised otherwise."""
 
 LAYOUT = "VQA v2"
 DIGITS = 12  # how wide the number in the name of a COCO picture is
-TODO = "Set data.source.root to the folder of the files as distributed"
+TODO = "Set data.source.root (with make: DATA_ROOT=) to the folder of the files as distributed"
+VOCABULARY_TODO = "Lower data.source.min_count, or set data.source.answers"
 
 
 class VqaV2(ExampleSource):
@@ -83,6 +94,9 @@ class VqaV2(ExampleSource):
         if self.answers is not None:
             return read_vocabulary(self.answers)
         tables = [self._table(part, answered=True) for part in self.parts["train"]]
+        for part, table in zip(self.parts["train"], tables, strict=True):
+            ids, majorities = (table.rows.data.column(name).to_pylist() for name in ("id", "majority"))
+            check_majorities(ids, majorities, self._annotations(part))
         key = hashed("vqa-answers", self.min_count, *(table.name for table in tables))
         kept = cached_table(key, self.cache, {"answer": "string"}, lambda: self._vocabulary(tables))
         return tuple(kept.rows.data.column("answer").to_pylist())
@@ -106,27 +120,36 @@ class VqaV2(ExampleSource):
         """
         if not (parts := self.parts.get(name)):
             raise UserError(f"data.source.{name}", "no part is named for this split", "Name one")
+        tables = [self._table(part, answered=name != "test") for part in parts]
         folder = picture_folder(self.images, self.root)
         names = picture_names(folder)
         chosen = []
-        for part in parts:
+        for part, table in zip(parts, tables, strict=True):
             pictures = Pictures(folder, numbered(names, part))
-            chosen.append(self._choose(self._table(part, answered=name != "test"), self._origin(part), name, pictures))
+            chosen.append(self._choose(table, self._origin(part), name, pictures, self._if_dropped()))
         if name == "train" and self.visual_genome:
             chosen.append(self._genome(self.visual_genome))
         return Joined(chosen, self.root)
 
-    def _choose(self, table: Table, origin: Origin, split: str, pictures: Pictures) -> TableExamples:
+    def _if_dropped(self) -> str:
+        return VOCABULARY_TODO if self.answers is None else f"Correct data.source.answers ({self.answers})"
+
+    def _choose(
+        self, table: Table, origin: Origin, split: str, pictures: Pictures, if_dropped: str | None
+    ) -> TableExamples:
         drop = {"answer outside the vocabulary": ~self._known(table)} if split == "train" else {}
-        return choose(table, origin, split, pictures, self.max_missing, drop)
+        return choose(table, origin, split, pictures, self.max_missing, drop, if_dropped)
 
     # -------------------------------------------------------------- tables
 
     def _origin(self, part: str) -> Origin:
         return Origin(self.root / f"v2_OpenEnded_{part}_questions.json", "{file} questions[{place}]")
 
+    def _annotations(self, part: str) -> Path:
+        return self.root / f"v2_{part}_annotations.json"
+
     def _table(self, part: str, answered: bool) -> Table:
-        origin, annotations = self._origin(part), self.root / f"v2_{part}_annotations.json"
+        origin, annotations = self._origin(part), self._annotations(part)
         files = [origin.file, annotations] if answered or annotations.is_file() else [origin.file]
         key = f"vqa-{EXAMPLE_VERSION}.{VERSION}-{part.split('_')[0]}-{digest_of(*files, todo=TODO)[:32]}"
         columns = {**EXAMPLE_COLUMNS, "majority": "string"}
@@ -137,16 +160,16 @@ class VqaV2(ExampleSource):
         key = f"vqa-genome-{EXAMPLE_VERSION}.{VERSION}-{digest_of(file, todo='Correct data.source.visual_genome')[:32]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin))
         stems = {f"vg {PurePosixPath(name).stem}": name for name in reversed(picture_names(file.parent))}
-        return self._choose(table, origin, "train", Pictures(file.parent, stems))
+        return self._choose(table, origin, "train", Pictures(file.parent, stems), None)  # an addition may be empty
 
     # -------------------------------------------------------------- vocabulary
 
     def _vocabulary(self, tables: list[Table]) -> Made:
         majorities = chain.from_iterable(table.rows.data.column("majority").to_pylist() for table in tables)
-        answers = [*build_vocabulary(filter(None, majorities), self.min_count)]
+        answers = [*build_vocabulary(majorities, self.min_count)]
         if not answers:
             what = f"no multiple_choice_answer of the training parts is shared by {self.min_count} questions"
-            raise UserError(self.root, what, "Lower data.source.min_count, or set data.source.answers")
+            raise UserError("data.source.min_count", what, VOCABULARY_TODO)
         return Made({"answer": answers}, {})
 
     def _known(self, table: Table) -> np.ndarray:
@@ -179,8 +202,11 @@ class Joined:
             for reason, places in each.skipped.items():
                 self.skipped.setdefault(reason, []).extend(places)
         ids = pa.chunked_array([chunk for each in lists for chunk in each.column("id").chunks])
-        if len(lists) > 1 and (twice := len(ids) - pc.count_distinct(ids).as_py()):
-            what = f"{twice} question_ids stand in more than one of the training parts"
+        counted = pc.value_counts(ids)
+        if twice := counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist():
+            shown = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+            number = "1 question_id stands" if len(twice) == 1 else f"{len(twice)} question_ids stand"
+            what = f"{number} in more than one of the training parts: {shown}"
             raise UserError(where, what, "Name each part once in data.source.train", ExitCode.BAD_DATA)
 
     def __len__(self) -> int:
@@ -217,14 +243,16 @@ def parse(origin: Origin, part: str, annotations: Path | None) -> Made:
     for place, record in enumerate(questions):
         where = origin.full(place)
         number = get(record, "question_id", int, where, LAYOUT)
+        image = get(record, "image_id", int, where, LAYOUT)
         given = answered.get(number) or Annotation(number, [], "", "", "", "")
         if annotations and number not in answered:
-            todo = "Take questions and annotations of the same part"
-            raise UserError(where, f"question {number} has no annotation in {annotations}", todo, ExitCode.BAD_DATA)
+            what = f"question {number} has no annotation in {annotations}"
+            raise UserError(where, what, SAME_PART, ExitCode.BAD_DATA)
+        check_picture(given, image, where)
         rows.add(
             place=place,
             id=str(number),
-            images=[f"{family(part)} {get(record, 'image_id', int, where, LAYOUT)}"],
+            images=[f"{family(part)} {image}"],
             text=get(record, "question", str, where, LAYOUT),
             answers=given.answers,
             kind=given.question_type,
@@ -233,31 +261,7 @@ def parse(origin: Origin, part: str, annotations: Path | None) -> Made:
     for each in answered.values():
         if str(each.question_id) not in rows:
             what = f"question {each.question_id} is not in {origin.file}"
-            raise UserError(each.origin, what, "Take questions and annotations of the same part", ExitCode.BAD_DATA)
-    return rows.made()
-
-
-def parse_genome(origin: Origin) -> Made:
-    """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1."""
-    rows, place = Rows(origin, "qa_id"), 0
-    with opened(origin.file) as stream:
-        document = load_json(stream.read(), origin.file)
-    if not isinstance(document, list):
-        what = f"{type(document).__name__} where a list of pictures with `qas` belongs"
-        raise UserError(origin.file, what, "Take question_answers.json as distributed", ExitCode.BAD_DATA)
-    for position, entry in enumerate(document):
-        where = f"{origin.file} [{position}]"
-        image = get(entry, "id", int, where, "Visual Genome")
-        for number, record in enumerate(get(entry, "qas", list, where, "Visual Genome")):
-            inside = f"{where}.qas[{number}]"
-            rows.add(
-                place=place,
-                id=f"vg {get(record, 'qa_id', int, inside, 'Visual Genome')}",
-                images=[f"vg {image}"],
-                text=get(record, "question", str, inside, "Visual Genome"),
-                answers=[get_text(record, "answer", inside)],
-            )
-            place += 1
+            raise UserError(each.origin, what, SAME_PART, ExitCode.BAD_DATA)
     return rows.made()
 
 

@@ -19,6 +19,7 @@ from tasks.vqa.metric import credit, normalise
 
 LAYOUT = "VQA v2"
 BROKEN = re.compile("[\ud800-\udfff]")  # JSON can hold halves of surrogate pairs; no file or terminal takes them
+SAME_PART = "Take questions and annotations of the same part"
 OPTIONAL = ("multiple_choice_answer", "question_type", "answer_type")
 
 
@@ -28,6 +29,7 @@ class Annotation(NamedTuple):
     Attributes:
         origin: file and position, for messages.
         majority: `multiple_choice_answer`; like the types, "" where the file has none.
+        image_id: as it stands in the file, None where it has none; to be compared with the question's.
     """
 
     question_id: int
@@ -36,6 +38,7 @@ class Annotation(NamedTuple):
     majority: str
     question_type: str
     answer_type: str
+    image_id: Any = None
 
 
 def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, ...]:
@@ -158,7 +161,25 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
             raise UserError(where, what, "Take annotations with people's answers (train or val)", ExitCode.BAD_DATA)
         question_id = number_once(entry, where, position, seen)
         optional = (get_text(entry, key, where) if key in entry else "" for key in OPTIONAL)
-        yield Annotation(question_id, answers, where, *optional)
+        yield Annotation(question_id, answers, where, *optional)._replace(image_id=entry.get("image_id"))
+
+
+def check_majorities(ids: Sequence[str], majorities: Sequence[str], file: Path) -> None:
+    """Refuse annotations in which a question has no `multiple_choice_answer`: the list would silently lack it."""
+    without = [number for number, majority in zip(ids, majorities, strict=True) if not majority]
+    if without:
+        have = "1 question has" if len(without) == 1 else f"{len(without)} questions have"
+        what = f"{have} no multiple_choice_answer, which the vocabulary is made of; the first is {without[0]}"
+        todo = "Take the annotations as distributed, or set data.source.answers"
+        raise UserError(file, what, todo, ExitCode.BAD_DATA)
+
+
+def check_picture(annotation: Annotation, image: int, where: str) -> None:
+    """Refuse an annotation that names another picture than its question does, which stands at `where`."""
+    if annotation.image_id not in (None, image):
+        named = repr(annotation.image_id)[:80]
+        what = f"image_id of question {annotation.question_id} is {named} here and {image} in {where}"
+        raise UserError(annotation.origin, what, SAME_PART, ExitCode.BAD_DATA)
 
 
 def number_once(entry: Any, where: str, position: int, seen: dict[int, int]) -> int:

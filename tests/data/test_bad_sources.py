@@ -44,7 +44,7 @@ def test_a_missing_folder_of_pictures_is_named(karpathy: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "toy.json:1: not JSON (column 1: Expecting value)"),
+        ("", "toy.json: empty file. Fetch it again."),
         ('{"images": [\n  {"filename": "a.jpg",}\n]}', "toy.json:2: not JSON (column 2"),
         ('{"images": [', "toy.json:1: not JSON (column 13: "),
         (b'{"images": "\xe9"}', "toy.json: not UTF-8 text (byte 12)"),

@@ -1,5 +1,7 @@
 """Examples of downstream tasks as batches: pictures, targets, answers, and what cannot be read."""
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +83,37 @@ def test_a_mended_text_is_used_and_reported() -> None:
     sample = training({"text": "is it \ud800 red"})[Pick(0, 0)]
     assert sample["valid"]
     assert sample["problem"] == ("caption surrogate", "toy.json:0")
+
+
+HTML = b"<!doctype html><html>not found</html>"
+
+
+def test_the_file_of_a_bad_picture_is_named(tmp_path: Path) -> None:
+    """Of the two pictures of a row the second one; the reason, by which it is counted, stays as it is."""
+    bad = tmp_path / "11.jpg"
+    bad.write_bytes(HTML)
+    images = [example(0)["images"][0], str(bad)]
+    message = f"toy.json:0 ({bad}): bad picture, not an image (text/html). Replace it or drop its row."
+    assert training({"images": images}, pictures=2)[Pick(0, 0)]["problem"] == ("not an image (text/html)", message)
+    with pytest.raises(BadImage) as caught:
+        evaluation({"images": images}, pictures=2)[0]
+    assert str(caught.value) == message
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message  # as a data worker sends it
+    assert (caught.value.reason, caught.value.code) == ("not an image (text/html)", ExitCode.BAD_DATA)
+
+
+def test_no_file_is_named_twice_and_none_where_there_is_none(tmp_path: Path) -> None:
+    absent = str(tmp_path / "no.jpg")
+    for image, message in (
+        (absent, f"toy.json:0: bad picture, missing (no file {absent}). "),
+        (HTML, "toy.json:0: bad picture, not an image (text/html). "),
+    ):
+        with pytest.raises(BadImage) as caught:
+            evaluation({"images": [image]})[0]
+        assert str(caught.value).startswith(message)
+    deep = tmp_path / ("d" * 120) / ("e" * 120) / "11.jpg"  # longer than a detail may be
+    with pytest.raises(BadImage, match=r"toy\.json:0 \(.*/11\.jpg\): bad picture, missing"):
+        evaluation({"images": [str(deep)]})[0]
 
 
 def test_evaluation_never_skips() -> None:

@@ -93,12 +93,16 @@ def test_whatever_a_line_holds_is_an_object_or_an_error_that_names_it(
 
 
 def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    for path in (tmp_path / "no", tmp_path, tmp_path / "no" / "x"):
-        with pytest.raises(UserError, match=r"no such file\. Look there\.") as caught:
-            list(json_lines(path, "Look there"))
-        assert (caught.value.where, caught.value.code) == (str(path), ExitCode.MISSING_INPUT)
-        with pytest.raises(UserError, match=r"no such file\. Look there\."):
-            digest_of(path, todo="Look there")
+    no_folder = f" (there is no folder {tmp_path / 'no'})"
+    for path, folder in ((tmp_path / "no", ""), (tmp_path, ""), (tmp_path / "no" / "x", no_folder)):
+        for read in (
+            lambda file: list(json_lines(file, "Look there")),
+            lambda file: digest_of(file, todo="Look there"),
+        ):
+            with pytest.raises(UserError) as caught:
+                read(path)
+            assert str(caught.value) == f"{path}: no such file{folder}. Look there."
+            assert caught.value.code == ExitCode.MISSING_INPUT
 
 
 def test_the_digest_follows_contents_and_their_order(tmp_path: Path) -> None:
@@ -171,12 +175,21 @@ def test_labels_are_found_in_any_case(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [("maybe", "maybe"), (1, "1"), (None, "NoneType"), ([["True"]], "list"), ("", "")]
+    ("value", "shown"), [("maybe", "maybe"), ("2", "2"), (None, "NoneType"), ([["True"]], "list"), ("", "")]
 )
 def test_another_label_is_named_with_the_classes(value: Any, shown: str) -> None:
     with pytest.raises(UserError) as caught:
         get_label({"label": value}, "label", ("False", "True"), "x:1", "toy")
     assert str(caught.value).startswith(f"x:1: 'label' is '{shown}', the classes are False, True. ")
+
+
+@pytest.mark.parametrize("value", [2, 0, -1.5])
+def test_a_number_is_no_label(value: float) -> None:
+    with pytest.raises(UserError) as caught:
+        get_label({"label": value}, "label", ("False", "True"), "x:1", "toy")
+    assert str(caught.value) == (
+        f"x:1: 'label' is {value}, a number; the classes are named False, True. Correct the label or remove the row."
+    )
 
 
 @given(value=JSON)
@@ -190,6 +203,16 @@ def test_no_value_raises_anything_else(value: Any) -> None:
 def test_documents_name_the_line_of_the_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"f\.json:3: not JSON"):
         load_json(b'{\n"a": 1,\n}', Path("f.json"))
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf"])
+def test_an_empty_document_is_called_so(content: bytes) -> None:
+    with pytest.raises(UserError) as caught:
+        load_json(content, Path("f.json"))
+    assert str(caught.value) == "f.json: empty file. Fetch it again."
+    assert caught.value.code == ExitCode.BAD_DATA
+    with pytest.raises(UserError, match=r"f\.json:3: not JSON"):  # one line of several
+        load_json(content, Path("f.json"), 3)
 
 
 # ------------------------------------------------------------------ pictures
@@ -245,12 +268,20 @@ def test_how_many_pictures_may_be_missing(split: str, absent: int, share: float,
 
     if not refused:
         return check()
+    verb = "is" if absent == 1 else "are"
     with pytest.raises(
-        UserError, match=f"x:1: {absent} of 10 pictures of split '{split}' are not in in: 0.png"
+        UserError, match=f"x:1: {absent} of 10 pictures of split '{split}' {verb} not in in: 0.png"
     ) as caught:
         check()
     assert caught.value.code == ExitCode.MISSING_INPUT
     assert ("evaluation leaves nothing out" in str(caught.value)) == (split == "val")
+
+
+@pytest.mark.parametrize(("names", "fault"), [(["a 1"], "lacks a picture"), (["a 1", "a 1"], "lack a picture")])
+def test_of_examples_it_is_examples_that_are_counted(names: list[str], fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_missing("x:1", "val", Path("in"), names, 9, 0, "examples")
+    assert caught.value.what == f"{len(names)} of 9 examples of split 'val' {fault} in in: a 1"
 
 
 # ------------------------------------------------------------------ the same photo, the same id

@@ -159,13 +159,13 @@ def test_evaluation_misses_no_picture(split: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         choose(stored(rows_of("a", "b", images=2), tmp_path), ORIGIN, split, pictures_of("0-0", "0-1", "1-0"), 1)
     assert str(caught.value).startswith(
-        f"folder/toy.jsonl:2: 1 of 2 pictures of examples of split '{split}' are not in photos: toy 1-1. "
+        f"folder/toy.jsonl:2: 1 of 2 examples of split '{split}' lacks a picture in photos: toy 1-1. "
     )
     assert caught.value.code == ExitCode.MISSING_INPUT
 
 
 def test_pictures_none_of_which_is_named_are_an_error_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 of 2 pictures of examples of split 'train'"):
+    with pytest.raises(UserError, match="2 of 2 examples of split 'train' lack a picture"):
         choose(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("7-0"), 1.0)
 
 
@@ -173,6 +173,26 @@ def test_nothing_left_says_why(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, False])}
     with pytest.raises(UserError, match=r"no example is left \(empty text: 1, too easy: 1\)"):
         choose(stored(rows_of("a", ""), tmp_path), ORIGIN, "train", pictures_of("0-0", "1-0"), 1.0, drop)
+
+
+@pytest.mark.parametrize(
+    ("texts", "todo"), [(("a", ""), "Choose easier ones"), (("", " "), "Take the complete file")], ids=["drop", "text"]
+)
+def test_what_to_do_follows_from_why_nothing_is_left(texts: tuple[str, ...], todo: str, tmp_path: Path) -> None:
+    drop = {"too easy": np.array([True, False])}
+    with pytest.raises(UserError) as caught:
+        choose(stored(rows_of(*texts), tmp_path), ORIGIN, "train", pictures_of(*PAIRS), 1.0, drop, "Choose easier ones")
+    assert (caught.value.where, caught.value.todo) == ("folder/toy.jsonl", todo)
+
+
+def test_a_split_that_may_be_empty_lists_what_it_left_out(tmp_path: Path) -> None:
+    drop = {"too easy": np.array([True, True])}
+    examples = choose(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("0-0"), 0, drop, None)
+    assert len(examples) == 0
+    assert [*examples.image_ids()] == examples.column("id").to_pylist() == []
+    assert examples.skipped == {"too easy": ["toy.jsonl:1", "toy.jsonl:2"]}
+    with pytest.raises(IndexError):
+        examples[0]
 
 
 def test_the_fingerprint_follows_table_and_rows(tmp_path: Path) -> None:

@@ -117,6 +117,44 @@ def test_corrections_of_two_files_make_another_table(snli: Any, tmp_path: Path) 
     assert both.fingerprint != plain.fingerprint
 
 
+def test_corrections_for_none_of_the_pairs_are_warned_of(
+    snli: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [
+        corrections(tmp_path, "none.csv", ("x", "neutral"), ("y", "neutral")),
+        corrections(tmp_path, "z.jsonl", ("z", "-")),
+    ]
+    told = f"none of the 3 pairIDs of {files[0]}, {files[1]} is in snli_ve_dev.jsonl; its labels stay as they are"
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        source = snli([row("a"), row("b", "-")], corrected=files)
+        for _ in range(2):  # a run may ask for its splits several times
+            assert source.split("val")[0]["answers"] == ["entailment"]
+        assert [record.getMessage() for record in caplog.records] == [f"warning: {told}"]
+
+
+@pytest.mark.parametrize("hit", [("a", "neutral"), ("a", "entailment"), ("a", "-"), ("b", "neutral")])
+def test_one_correction_that_fits_is_enough(
+    snli: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, hit: tuple[str, str]
+) -> None:
+    """Whichever of several files it is in, and also where the label was right before, or a pair is left out now."""
+    files = [corrections(tmp_path, "none.csv", ("x", "neutral")), corrections(tmp_path, "dev.csv", hit)]
+    snli([row("a"), row("b", "-"), row("c")], corrected=files).split("val")
+    assert caplog.records == []
+
+
+def test_training_needs_no_correction_and_each_evaluated_split_one(
+    snli: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = corrections(tmp_path, "dev.csv", ("a", "neutral"))
+    snli([row("b")], "train", corrected=files).split("train")
+    assert caplog.records == []
+    snli([row("b")], "test", corrected=files).split("test")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: none of the 1 pairID of {files} is in snli_ve_test.jsonl; its labels stay as they are"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -162,11 +200,11 @@ def test_a_missing_file_of_corrections_is_named(snli: Any, tmp_path: Path) -> No
         ({"pairID": "x", "gold_label": "neutral"}, ":2: key 'Flickr30K_ID' is missing"),
         ({"pairID": "x", "gold_label": "neutral", "Flickr30K_ID": "11"}, ":2: key 'sentence2' is missing"),
         (row("x", "unsure"), ":2: 'gold_label' is 'unsure', the classes are entailment, neutral, contradiction, -"),
-        (row("x", 3), ":2: 'gold_label' is '3', the classes are"),
+        (row("x", 3), ":2: 'gold_label' is 3, a number; the classes are named entailment, "),
         (row("x", text=["a"]), ":2: 'sentence2' is list instead of str"),
         (row("x", text=" "), ":2: the text is empty"),
         (row("x", photo="../11"), ":2: file name '../11' leads out of the folder"),
-        (row("x", photo="33"), "snli_ve_dev.jsonl:2: 1 of 2 pictures of examples of split 'val' are not in "),
+        (row("x", photo="33"), "snli_ve_dev.jsonl:2: 1 of 2 examples of split 'val' lacks a picture in "),
         (row(), ":2: pairID '11.jpg#0r1e' stands there twice, first at snli_ve_dev.jsonl:1"),
     ],
 )
@@ -186,10 +224,13 @@ def test_training_skips_a_pair_without_its_picture(snli: Any) -> None:
     }
 
 
-def test_missing_files_and_splits_are_named(snli: Any) -> None:
-    with pytest.raises(UserError, match=r"snli_ve_test\.jsonl: no such file\. Set data\.source\.root") as caught:
+def test_missing_files_and_splits_are_named(snli: Any, tmp_path: Path) -> None:
+    todo = r"Set data\.source\.root \(with make: DATA_ROOT=\) to the folder"
+    with pytest.raises(UserError, match=rf"snli_ve_test\.jsonl: no such file\. {todo}") as caught:
         snli([row()]).split("test")
     assert caught.value.code == ExitCode.MISSING_INPUT
+    with pytest.raises(UserError, match=rf"/no/snli_ve_dev\.jsonl: no such file \(there is no folder .*/no\)\. {todo}"):
+        SnliVe(str(tmp_path / "no")).split("val")
     for name in ("val", "validation"):
         with pytest.raises(UserError, match=rf"data\.source\.{name}: no file is named for this split"):
             snli([row()], "train", val=None).split(name)

@@ -85,7 +85,10 @@ def test_training_skips_a_few_pairs_without_a_picture(nlvr: Any, tmp_path: Path)
     assert [examples[i]["id"] for i in range(9)] == [f"train-{i}-0-0" for i in range(10) if i != 4]
     assert examples.skipped == {"missing picture": ["train.json:5"]}
     (tmp_path / "images" / "deep" / "train-5-0-img0.png").unlink()
-    with pytest.raises(UserError, match=r"train\.json:5: 2 of 10 pictures .*train-4-0-img1, nlvr2 train-5-0-img0\. "):
+    with pytest.raises(
+        UserError,
+        match=r"train\.json:5: 2 of 10 examples .* lack a picture in .*train-4-0-img1, nlvr2 train-5-0-img0\. ",
+    ):
         source.split("train")
 
 
@@ -106,7 +109,7 @@ def test_evaluation_names_the_missing_picture(nlvr: Any) -> None:
         (row("dev-1-1-0", 3), "dev.json:2: 'sentence' is int instead of str"),
         (row("dev-1-1-0", " \u200b"), "dev.json:2: the text is empty"),
         (row("dev-1-1-0", label="maybe"), "dev.json:2: 'label' is 'maybe', the classes are False, True"),
-        (row("dev-1-1-0", label=1), "dev.json:2: 'label' is '1', the classes are False, True"),
+        (row("dev-1-1-0", label=1), "dev.json:2: 'label' is 1, a number; the classes are named False, True"),
         (row("dev-1-1"), "dev.json:2: identifier 'dev-1-1' is not split-set-pair-sentence"),
         (row("dev-1--0"), "dev.json:2: identifier 'dev-1--0' is not split-set-pair-sentence"),
         (row("../dev-1-1-0"), "dev.json:2: file name '../dev-1-1-0' leads out of the folder"),
@@ -128,9 +131,13 @@ def test_an_empty_sentence_is_skipped_in_training_and_a_mended_one_counted(nlvr:
 
 
 def test_missing_files_and_splits_are_named(nlvr: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"test1\.json: no such file\. Set data\.source\.root") as caught:
+    with pytest.raises(
+        UserError, match=r"test1\.json: no such file\. Set data\.source\.root \(with make: DATA_ROOT=\) to "
+    ) as caught:
         nlvr([row()]).split("test")
     assert caught.value.code == ExitCode.MISSING_INPUT
+    with pytest.raises(UserError, match=r"/no/dev\.json: no such file \(there is no folder .*/no\)\. .*DATA_ROOT="):
+        Nlvr2(str(tmp_path / "no")).split("val")
     with pytest.raises(UserError, match=r"data\.source\.test: no file is named for this split"):
         nlvr([row()], test=None).split("test")
     (tmp_path / "dev.json").write_text("\n")

@@ -287,8 +287,11 @@ def test_predictions_say_what_was_found(halfway: tuple[MaskVLM, dict[str, Tensor
         assert line["index"][1] == 10 + n // 2
         assert line["right"] == float(line["index"][0] == line["index"][1])
     for b, line in enumerate(text):
-        assert (line["id"], line["truth"], line["index"]) == (f"picture {10 + b}", f"the {2 * b}th", [10 + b])
-        assert line["right"] == float(line["prediction"] in (f"the {2 * b}th", f"the {2 * b + 1}th"))
+        assert (line["id"], line["text"], line["index"]) == (f"picture {10 + b}", f"picture {10 + b}", [10 + b])
+        own = (f"the {2 * b}th", f"the {2 * b + 1}th")
+        assert line["right"] == float(line["prediction"] in own)
+        assert line["truth"] == (line["prediction"] if line["right"] else own[0])  # all are true, one is shown
+    assert any(line["truth"] != f"the {2 * b}th" for b, line in enumerate(text))
     for lines, way in ((image, "ir"), (text, "tr")):
         assert 100 * sum(line["right"] or 0 for line in lines) / len(lines) == pytest.approx(
             found[f"retrieval/{way}_r1"]

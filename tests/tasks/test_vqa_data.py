@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from maskvlm.data.images import safe_open
 from maskvlm.data.table import Origin
 from maskvlm.errors import ExitCode, UserError
-from tasks.vqa.data import VqaV2, numbered, parse, parse_genome
+from tasks.vqa.data import VqaV2, numbered, parse
+from tasks.vqa.genome import parse_genome
 
 PART = "mscoco_train2014"
 QUESTIONS, ANNOTATIONS = f"v2_OpenEnded_{PART}_questions.json", f"v2_{PART}_annotations.json"
@@ -94,8 +95,45 @@ def test_labels_are_the_frequent_answers_of_training(source: Any, tmp_path: Path
     assert source(min_count=2).labels == ("cat", "dog")
     assert source(min_count=3).labels == ("cat",)
     assert source(min_count=2).targets(["dog"] * 3 + ["cow"] * 7) == {"dog": pytest.approx(0.9)}
-    with pytest.raises(UserError, match=r"is shared by 4 questions\. Lower data\.source\.min_count"):
+    with pytest.raises(UserError, match=r"is shared by 4 questions\. Lower data\.source\.min_count") as caught:
         _ = source(min_count=4).labels
+    assert (caught.value.where, caught.value.code) == ("data.source.min_count", ExitCode.USAGE)
+
+
+@pytest.mark.parametrize("majority", [{"multiple_choice_answer": ""}, {}])
+def test_a_vocabulary_of_some_of_the_questions_is_refused(source: Any, tmp_path: Path, majority: Any) -> None:
+    """It would lack the answers of the others, and nobody would know."""
+    some = {key: value for key, value in annotation(7).items() if key != "multiple_choice_answer"} | majority
+    write(tmp_path, PART, [question(5), question(7), question(9)], [{**some, "question_id": 9}, some, annotation(5)], 9)
+    with pytest.raises(UserError) as caught:
+        source().split("train")
+    assert str(caught.value) == (
+        f"{tmp_path / ANNOTATIONS}: 2 questions have no multiple_choice_answer, which the vocabulary is made of; "
+        "the first is 7. Take the annotations as distributed, or set data.source.answers."
+    )
+    assert caught.value.code == ExitCode.BAD_DATA
+    (tmp_path / "answers.json").write_text('["dog"]')
+    assert len(source(answers=str(tmp_path / "answers.json")).split("train")) == 3
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_part_outside_the_vocabulary_says_how_to_change_that(source: Any, tmp_path: Path, given: bool) -> None:
+    write(tmp_path, PART, [question(1), question(2)], [annotation(1, "dog"), annotation(2, "dog")], 9)
+    write(tmp_path, "mscoco_val2014", [question(3, 12)], [annotation(3, "cow")], 12)
+    (tmp_path / "answers.json").write_text('["emu"]')
+    options: Any = {"answers": str(tmp_path / "answers.json")} if given else {"min_count": 2}
+    with pytest.raises(UserError) as caught:
+        source(train=[PART, "mscoco_val2014"], **options).split("train")
+    number, todo = (
+        (2, f"Correct data.source.answers ({tmp_path / 'answers.json'})")
+        if given
+        else (
+            1,
+            "Lower data.source.min_count, or set data.source.answers",
+        )
+    )
+    assert caught.value.what == f"no example is left (answer outside the vocabulary: {number})"
+    assert caught.value.todo == todo
 
 
 def test_training_skips_questions_without_an_answer_of_the_vocabulary(source: Any, tmp_path: Path) -> None:
@@ -141,8 +179,22 @@ def test_several_parts_are_trained_on_at_once(source: Any, tmp_path: Path) -> No
     assert examples.skipped == {"empty text": ["v2_OpenEnded_mscoco_val2014_questions.json questions[1]"]}
     assert [*examples.image_ids()] == ["coco 9", "coco 12"]
     assert examples.fingerprint != source().split("train").fingerprint
-    with pytest.raises(UserError, match=r"2 question_ids stand in more than one .*Name each part once"):
+    with pytest.raises(UserError, match=r"2 question_ids stand in more than one .*parts: 1, 2\. Name each part once"):
         source(train=[PART, PART]).split("train")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(1, "1 question_id stands in more than one of the training parts: 0"), (5, ": 0, 1, 2, ...")],
+)
+def test_some_ids_of_two_parts_are_named(source: Any, tmp_path: Path, number: int, told: str) -> None:
+    write(tmp_path, PART, [question(i) for i in range(6)], [annotation(i) for i in range(6)], 9)
+    same = [question(i) for i in range(number)]
+    write(tmp_path, "mscoco_val2014", [question(9), *same], [annotation(9), *map(annotation, range(number))], 9)
+    with pytest.raises(UserError) as caught:
+        source(train=[PART, "mscoco_val2014"]).split("train")
+    assert caught.value.what.endswith(told)
+    assert caught.value.what.startswith(f"{number} question_id")
 
 
 def test_test_questions_need_no_annotations(source: Any, tmp_path: Path) -> None:
@@ -186,7 +238,7 @@ def test_pictures_that_no_question_names_are_no_matter_but_none_is_an_error(sour
     write(tmp_path, PART, [question(1, 9)], [annotation(1)], 9, 10, 11)
     assert source().split("train").skipped == {}
     write(tmp_path, PART, [question(1, 7)], [annotation(1)])
-    with pytest.raises(UserError, match="1 of 1 pictures of examples of split 'train'"):
+    with pytest.raises(UserError, match=r"1 of 1 examples of split 'train' lacks a picture in .*: coco 7"):
         source(max_missing=1.0).split("train")
     with pytest.raises(UserError, match="there is no such folder of pictures"):
         source(images=str(tmp_path / "no")).split("train")
@@ -198,11 +250,14 @@ def test_pictures_that_no_question_names_are_no_matter_but_none_is_an_error(sour
 def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
     write(tmp_path, PART, [question()], None, 9)
     for split, options in (("train", {}), ("val", {"val": PART})):
-        with pytest.raises(UserError, match=rf"{ANNOTATIONS}: no such file\. Set data\.source\.root") as caught:
+        todo = r"Set data\.source\.root \(with make: DATA_ROOT=\)"
+        with pytest.raises(UserError, match=rf"{ANNOTATIONS}: no such file\. {todo}") as caught:
             source(**options).split(split)
         assert caught.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"mscoco_val2014_questions\.json: no such file"):
         source().split("val")
+    with pytest.raises(UserError, match=r"_questions\.json: no such file \(there is no folder .*/no\)\. .*DATA_ROOT="):
+        VqaV2(str(tmp_path / "no")).split("val")
     with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
         source(val=None).split("val")
     with pytest.raises(UserError, match=r"answers\.txt: no such file"):
@@ -254,7 +309,22 @@ def test_a_wrong_annotation_is_named(source: Any, tmp_path: Path, annotations: A
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 99_999, b"[]", b'{"questions": 3}', b"<html>"])
+@pytest.mark.parametrize("image", [12, "9", [9]])
+def test_an_annotation_of_another_picture_is_named(source: Any, tmp_path: Path, image: Any) -> None:
+    fits = {**annotation(1), "image_id": 9}
+    write(tmp_path, PART, [question(1), question(2)], [{**annotation(2), "image_id": None}, fits], 9)
+    assert len(source().split("train")) == 2
+    write(tmp_path, PART, [question(1), question(2)], [fits, {**annotation(2), "image_id": image}])
+    with pytest.raises(UserError) as caught:
+        source().split("train")
+    assert str(caught.value) == (
+        f"{tmp_path / ANNOTATIONS} annotations[1]: image_id of question 2 is {image!r} here and 9 in "
+        f"{tmp_path / QUESTIONS} questions[1]. Take questions and annotations of the same part."
+    )
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 99_999, b"[]", b'{"questions": 3}', b"<html>"])
 def test_a_file_that_is_something_else_is_named(source: Any, tmp_path: Path, content: bytes) -> None:
     write(tmp_path, PART, [question()], [annotation()], 9)
     (tmp_path / QUESTIONS).write_bytes(content)
@@ -325,6 +395,17 @@ def test_visual_genome_is_added_to_training_alone(source: Any, tmp_path: Path) -
     assert examples.skipped == {"answer outside the vocabulary": ["question_answers.json question 1"]}
     assert [*examples.image_ids()] == ["coco 9", "vg 9"]
     assert len(both.split("val")) == 1
+
+
+def test_visual_genome_may_add_nothing(source: Any, tmp_path: Path) -> None:
+    write(tmp_path, PART, [question(1, 9)], [annotation(1, "dog")], 9)
+    plain = source().split("train")
+    both = source(visual_genome=genome(tmp_path, "Cat.", "Cow.")).split("train")
+    assert [both[i] for i in (0, -1)] == [plain[0]] * 2
+    assert len(both) == 1
+    assert [*both.image_ids()] == ["coco 9"]
+    places = [f"question_answers.json question {place}" for place in (0, 1)]
+    assert both.skipped == {"answer outside the vocabulary": places}
 
 
 @pytest.mark.parametrize(

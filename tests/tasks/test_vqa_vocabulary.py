@@ -171,6 +171,7 @@ def test_an_empty_answer_in_json(tmp_path: Path) -> None:
         ("a.json", [], "a.json", "no answers"),
         ("a.json", {}, "a.json", "no answers"),
         ("a.json", '["yes",\n', "a.json:2", "not JSON"),
+        ("a.json", "", "a.json", "empty file"),
         ("a.json", b"\xff", "a.json", "not UTF-8"),
         ("a.txt", b"yes\n\xff", "a.txt", "not UTF-8 text (byte 4)"),
         ("a.txt", "yes\n\nno", "a.txt:2", "an empty line"),
@@ -200,13 +201,13 @@ def test_annotations_as_distributed(shared_data: Path) -> None:
     path = shared_data / "daquar_vqa" / "v2_daquar_val_annotations.json"
     entries = list(read_annotations(path))
     assert len(entries) == 1360
-    assert entries[0] == (300001, ["desk"] * 10, f"{path} annotations[0]", "desk", "what is", "other")
+    assert entries[0] == (300001, ["desk"] * 10, f"{path} annotations[0]", "desk", "what is", "other", 3)
 
 
 def test_types_and_majority_may_be_absent(shared_data: Path) -> None:
     first = next(read_annotations(shared_data / "formats" / "vqav2" / "annotations.json"))
     assert first.answers[2:5] == ["net", "netting", "net"]
-    assert first[3:] == ("", "", "")
+    assert first[3:6] == ("", "", "")
 
 
 @pytest.mark.parametrize(

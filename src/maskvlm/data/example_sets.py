@@ -3,10 +3,11 @@
 The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P pictures an example, K labels, A answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,6 +29,18 @@ class ExampleSample(TypedDict):
     problem: tuple[str, str] | None
 
 
+def opened(example: Example) -> Iterator[Image.Image]:
+    """The example's pictures, decoded. Raises BadImage, which names the file besides the row: a row of several
+    pictures tells neither which of them it is nor in which folder."""
+    for image in example["images"]:
+        try:
+            yield safe_open(image, example["origin"])
+        except BadImage as bad:
+            if not isinstance(image, str) or image in bad.detail:
+                raise
+            raise BadImage(f"{bad.where} ({image})", bad.reason, bad.detail) from bad
+
+
 class TrainExamples(Dataset[ExampleSample]):
     """Augmentation seeded by (seed, epoch, index); an example that cannot be read keeps its place with weight 0."""
 
@@ -46,7 +59,7 @@ class TrainExamples(Dataset[ExampleSample]):
             try:
                 if not text:
                     raise BadImage(example["origin"], "empty text", "there is no word in it")
-                images = [self.transform(safe_open(image, example["origin"]), text) for image in example["images"]]
+                images = [self.transform(picture, text) for picture in opened(example)]
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size)
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
@@ -67,7 +80,7 @@ class EvalExamples(Dataset[ExampleSample]):
         example = self.examples[index]
         if not clean_caption(example["text"])[0]:
             raise UserError(example["origin"], "no words in its text", "Mend or remove the row", ExitCode.BAD_DATA)
-        images = [self.transform(safe_open(image, example["origin"])) for image in example["images"]]
+        images = [self.transform(picture) for picture in opened(example)]
         return ExampleSample(image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None)
 
 

@@ -43,7 +43,8 @@ def opened(file: Path, todo: str = "Check the name and the folder") -> Iterator[
         with file.open("rb") as stream:
             yield stream
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(file, "no such file", todo, ExitCode.MISSING_INPUT) from error
+        folder = "" if file.parent.is_dir() else f" (there is no folder {file.parent})"
+        raise UserError(file, f"no such file{folder}", todo, ExitCode.MISSING_INPUT) from error
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise UserError(file, what, "Check disk and permissions", ExitCode.IO_ERROR) from error
@@ -67,6 +68,8 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
+        if line is None and not error.doc.strip():
+            raise UserError(file, "empty file", todo, ExitCode.BAD_DATA) from error
         where, what = f"{file}:{line or error.lineno}", f"not JSON (column {error.colno}: {error.msg})"
         raise UserError(where, what, todo, ExitCode.BAD_DATA) from error
     except UnicodeDecodeError as error:
@@ -128,7 +131,11 @@ def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layou
     for name in classes:
         if given == name.lower() and isinstance(value, str | bool):
             return name
-    what = f"'{key}' is {given[:80]!r}, the classes are {', '.join(classes)}"
+    named = ", ".join(classes)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        what = f"'{key}' is {given[:80]}, a number; the classes are named {named}"
+    else:
+        what = f"'{key}' is {given[:80]!r}, the classes are {named}"
     raise UserError(where, what, "Correct the label or remove the row", ExitCode.BAD_DATA)
 
 
@@ -212,14 +219,16 @@ def check_missing(
         absent: the pictures missed, one a row.
         total: rows of the split.
         max_missing: the share of training rows that may lack a picture; in evaluation none may.
-        rows: what is counted, for the message.
+        rows: what is counted, `pictures` or `examples`; an example lacks at least one of its pictures.
     """
     most = max_missing * total if split == "train" else 0
     if len(absent) <= most and len(absent) < total:
         return
     names = list(dict.fromkeys(absent))
     first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    what = f"{len(absent)} of {total} {rows} of split '{split}' are not in {folder}: {first}"
+    one, more = ("lacks a picture", "lack a picture") if rows == "examples" else ("is not", "are not")
+    fault = one if len(absent) == 1 else more
+    what = f"{len(absent)} of {total} {rows} of split '{split}' {fault} in {folder}: {first}"
     way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"
     todo = f"Set data.source.images to their folder, or {way}"
     raise UserError(where, what, todo, ExitCode.MISSING_INPUT)

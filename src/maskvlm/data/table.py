@@ -93,10 +93,8 @@ def _write(made: Made, columns: Columns, folder: Path) -> None:
     features = datasets.Features(kinds)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
-        new = Path(work) / folder.name
-        datasets.Dataset.from_dict({name: made.columns[name] for name in features}, features).save_to_disk(
-            new / "table"
-        )
+        new, values = Path(work) / folder.name, {name: made.columns[name] for name in features}
+        datasets.Dataset.from_dict(values, features).save_to_disk(new / "table")
         (new / "notes.json").write_text(json.dumps(made.notes))
         try:
             new.rename(folder)
@@ -251,6 +249,7 @@ def choose(
     pictures: Pictures,
     max_missing: float,
     drop: dict[str, np.ndarray] | None = None,
+    if_dropped: str | None = "Take the complete file",
 ) -> TableExamples:
     """The rows of a split that can be used.
 
@@ -258,6 +257,7 @@ def choose(
         split: `train` leaves rows out and lists them; in all others an unusable row is an error.
         max_missing: the share of training rows that may lack a picture.
         drop: reason -> True (N) on rows that training leaves out for it.
+        if_dropped: what to do where `drop` leaves no row; None where the split may be empty.
 
     Raises:
         UserError: nothing is left, too many pictures are absent, or evaluation would have to leave a row out.
@@ -272,25 +272,21 @@ def choose(
     for reason, out_N in {"empty text": empty_N, **(drop or {})}.items():
         skipped[reason] = place_N[kept_N & out_N].tolist()
         kept_N &= ~out_N
-    number_NP = _numbers(table, pictures)
+    images_N = table.rows.data.column("images")
+    number_NP = pictures.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)  # -1: absent
     absent_N = kept_N & (number_NP < 0).any(1)
     if absent_N.any():
         skipped["missing picture"] = place_N[absent_N].tolist()
         where, absent = origin.full(place_N[absent_N][0]), _absent(table, absent_N, number_NP)
-        check_missing(where, split, pictures.folder, absent, int(kept_N.sum()), max_missing, "pictures of examples")
+        check_missing(where, split, pictures.folder, absent, int(kept_N.sum()), max_missing, "examples")
     row_N = np.flatnonzero(kept_N & ~absent_N)
-    if not len(row_N):
+    if not len(row_N) and if_dropped:
         reasons = ", ".join(f"{reason}: {len(places)}" for reason, places in skipped.items() if places)
-        raise UserError(origin.file, f"no example is left ({reasons})", "Take the complete file", ExitCode.BAD_DATA)
+        todo = if_dropped if any(skipped[reason] for reason in drop or {}) else "Take the complete file"
+        raise UserError(origin.file, f"no example is left ({reasons})", todo, ExitCode.BAD_DATA)
     examples = TableExamples(table, row_N, number_NP[row_N], pictures, origin)
     examples.skipped = {reason: [*map(origin.short, places)] for reason, places in skipped.items() if places}
     return examples
-
-
-def _numbers(table: Table, pictures: Pictures) -> np.ndarray:
-    """Number of each picture of each row (NP), -1 where it is absent."""
-    images_N = table.rows.data.column("images")
-    return pictures.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)
 
 
 def _absent(table: Table, absent_N: np.ndarray, number_NP: np.ndarray) -> list[str]:

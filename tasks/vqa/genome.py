@@ -1,0 +1,32 @@
+"""The questions of Visual Genome (Krishna et al. 2017, visualgenome.org), which VQA v2 may be trained with."""
+
+from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.table import Made, Origin, Rows
+from maskvlm.errors import ExitCode, UserError
+from tasks.vqa.vocabulary import get_text
+
+LAYOUT = "Visual Genome"
+
+
+def parse_genome(origin: Origin) -> Made:
+    """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1."""
+    rows, place = Rows(origin, "qa_id"), 0
+    with opened(origin.file) as stream:
+        document = load_json(stream.read(), origin.file)
+    if not isinstance(document, list):
+        what = f"{type(document).__name__} where a list of pictures with `qas` belongs"
+        raise UserError(origin.file, what, "Take question_answers.json as distributed", ExitCode.BAD_DATA)
+    for position, entry in enumerate(document):
+        where = f"{origin.file} [{position}]"
+        image = get(entry, "id", int, where, LAYOUT)
+        for number, record in enumerate(get(entry, "qas", list, where, LAYOUT)):
+            inside = f"{where}.qas[{number}]"
+            rows.add(
+                place=place,
+                id=f"vg {get(record, 'qa_id', int, inside, LAYOUT)}",
+                images=[f"vg {image}"],
+                text=get(record, "question", str, inside, LAYOUT),
+                answers=[get_text(record, "answer", inside)],
+            )
+            place += 1
+    return rows.made()
