@@ -193,12 +193,13 @@ class Retrieval(Task):
         if gallery is None:
             return {}
         matched = bool(self.weights["itm"])
-        k, head = self.rerank_k if matched else 0, self.matching if matched else None
+        most = max(len(gallery.owner_C), len(gallery.index_B))
+        k, head = min(self.rerank_k, most) if matched else 0, self.matching if matched else None
         scores = score(backbone, head, gallery, None if self.sweep else k, self.chunk)
         swept = steps(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
         found = rankings(scores, sorted({0, k, *swept.values()}))
         self.predictions = predictions(gallery, found[k])
-        self.measured = {"captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
+        self.measured = {"rerank_k": k, "captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
         metrics = retrieval_metrics(scores, found, k) | rsum(found[0], "itc_") | (rsum(found[k], "") if k else {})
         for name, at in swept.items():
             metrics |= named(recall_of(found[at].text, [1]), f"{name}_tr")

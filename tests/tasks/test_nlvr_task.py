@@ -39,7 +39,7 @@ def test_two_pictures_unless_told_otherwise() -> None:
     assert Nlvr(LABELS).pictures == 2
     backbone, task = toy_backbone(), Nlvr(LABELS, pictures=3)
     task.build(backbone)
-    assert task.head.layers[0].in_features == 3 * WIDTH
+    assert task.head.layers[0].in_features == 3 * 3 * WIDTH
     task.reseed(torch.rand)
     batch = example_batch(2, 3)._replace(target_BK=torch.eye(2))
     assert task.logits(backbone, batch, torch.rand).shape == (2, 2)
