@@ -195,9 +195,9 @@ SAY: dict[str, Callable[[random.Random, View, tuple[str, ...]], Hypothesis | Non
 }
 """Kind -> a hypothesis of that kind, not yet of a class; None where the lot fell on an unfit one."""
 KINDS = tuple(SAY)
-SHARES = {"place": 4, "region": 2}
-"""Of the kinds in training, beside 1: which words are which places, and what lies behind the curtain, these teach; the
-others need it, too."""
+SHARES = {"place": 8, "region": 2}
+"""Of the kinds in training, beside 1: which words are which places, and what lies behind the curtain, these teach, and
+the others need. Where all are as frequent this is learned late or not at all."""
 LOTS = {"train": tuple(kind for kind in KINDS for _ in range(SHARES.get(kind, 1))), "val": KINDS, "test": KINDS}
 
 

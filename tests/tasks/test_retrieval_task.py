@@ -206,6 +206,7 @@ def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[st
     batch = several()
     found = measured(task, backbone, batch, 4, 3)
     assert found.keys() == {*STAGES, *OTHERS, *CHANCE}
+    assert task.card()["rerank_k"] == len(batch.owner_C)  # there are no 100
     task.update(backbone, batch)
     gallery = gather_gallery(task.kept)
     assert gallery is not None

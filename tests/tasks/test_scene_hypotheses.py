@@ -111,11 +111,11 @@ def test_the_verdict_on_any_hypothesis_is_that_of_brute_force(seed: int, kind: s
 
 def test_every_kind_has_every_class_as_often(train: list[Told], val: list[Told]) -> None:
     """In evaluation all kinds are as frequent; training has more of places and regions."""
-    for split, shares in ((train, {"place": 4 / 10, "region": 2 / 10}), (val, dict.fromkeys(SAY, 1 / 6))):
+    for split, shares in ((train, {"place": 8 / 14, "region": 2 / 14}), (val, dict.fromkeys(SAY, 1 / 6))):
         found = Counter((told.kind, told.answer) for told in split)
         assert set(found) == set(product(SAY, LABELS))
         for (kind, _), count in found.items():
-            expected = shares.get(kind, 1 / 10) / 3 * len(split)
+            expected = shares.get(kind, 1 / 14) / 3 * len(split)
             assert abs(count - expected) < 4.5 * expected**0.5, found
 
 
@@ -165,10 +165,10 @@ def test_labels() -> None:
 
 
 GOLDEN = [
-    ("a yellow ring is in the middle column", "entailment"),
+    ("a yellow star is on the right", "entailment"),
     ("a yellow heart is at the bottom", "entailment"),
     ("a red cross is on the left", "contradiction"),
-    ("a large red circle is on grey", "contradiction"),
+    ("a large purple heart is left of a small yellow star", "contradiction"),
     ("a large pink square is on the left", "contradiction"),
     ("a yellow triangle is in the middle", "contradiction"),
 ]
