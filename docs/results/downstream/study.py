@@ -1,7 +1,8 @@
-"""Fine-tunes tasks from a checkpoint, from random weights and blind, several seeds each, and prints the table.
+r"""Fine-tunes tasks from a checkpoint, from random weights and blind, several seeds each, and prints the table.
 
     .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt
-    DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained blind
+    DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained blind \
+        --model small --prefix real --blind-seeds 0 1 2
 
 A run that is already there is read, not repeated.
 """
@@ -30,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(KEYS), help="task, or task:DATA")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--blind-seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--args", default="", help="options of every run")
     parser.add_argument("--model", default="tiny", help="MODEL of the random start")
     parser.add_argument("--prefix", default="study", help="the runs are checkpoints/PREFIX-...")
@@ -66,7 +68,8 @@ def main() -> None:
     options = parse()
     print(f"| | level | {' | '.join(options.ways)} |\n|---|---|{'---|' * len(options.ways)}", flush=True)
     for task in options.tasks:
-        found = {way: [run(task, way, seed, options) for seed in options.seeds] for way in options.ways}
+        seeds = {way: options.blind_seeds if way == "blind" else options.seeds for way in options.ways}
+        found = {way: [run(task, way, seed, options) for seed in seeds[way]] for way in options.ways}
         for key in KEYS[task.partition(":")[0]]:
             some = next(iter(found.values()))[0]
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
