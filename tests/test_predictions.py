@@ -18,7 +18,7 @@ from maskvlm.data.scenes import Scenes
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.errors import ExitCode
 from maskvlm.lit import LitModel
-from maskvlm.predictions import Predictions, hash_of, plain, share_measured, shown_with, spread, with_ids
+from maskvlm.predictions import Predictions, checkpoint_of, hash_of, plain, share_measured, shown_with, spread, with_ids
 from maskvlm.task import Prediction
 from maskvlm.verify import stated
 from tasks.nlvr.task import Nlvr
@@ -154,6 +154,17 @@ def test_a_checkpoint_without_its_hash_beside_it_is_hashed(tuned: Path, tmp_path
     expected = hashlib.sha256(tuned.read_bytes()).hexdigest()
     assert card["checkpoint"]["sha256"] == expected == hash_of(tuned)
     assert hash_of(tmp_path / "gone.ckpt") is None
+
+
+def test_a_training_says_what_it_started_from_not_that_it_measured_it(tuned: Path) -> None:
+    trainer: Any = SimpleNamespace(ckpt_path=None, global_step=5)
+    model = SimpleNamespace(backbone=SimpleNamespace(origin=SimpleNamespace(path=str(tuned))))
+    name, sha = f"{tuned.parent.name}/last.ckpt", hash_of(tuned)
+    assert checkpoint_of(trainer, model) == {"started from": name, "sha256 of that": sha, "measured after steps": 5}
+    model.backbone.origin = None
+    assert checkpoint_of(trainer, model) == {"started from": None, "sha256 of that": None, "measured after steps": 5}
+    trainer.ckpt_path = str(tuned)  # measured as it is
+    assert checkpoint_of(trainer, model) == {"file": name, "sha256": sha, "steps trained here": 5}
 
 
 def test_a_trial_leaves_nothing(tuned: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_by_hand() -> None:
     e, n, c = LABELS
     found = Entailment(LABELS).more(judged([(e, e), (e, n), (e, e), (e, c), (n, n), ("", c)]))
     assert found[f"recall/{e}"] == 50
+    assert found[f"recall/{e}_chance"] == 100 / 3
     assert found[f"recall/{n}"] == 100
     assert math.isnan(found[f"recall/{c}"])
     counts = {name.removeprefix("confusion/"): value for name, value in found.items() if name.startswith("confusion/")}
