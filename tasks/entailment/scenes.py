@@ -28,6 +28,7 @@ from maskvlm.data.scene_examples import (
     a_noun,
     first_of_split,
     fits,
+    lots_of,
     names_by_lot,
     near_miss,
     scene_of,
@@ -197,8 +198,8 @@ SAY: dict[str, Callable[[random.Random, View, tuple[str, ...]], Hypothesis | Non
 KINDS = tuple(SAY)
 SHARES = {"place": 8, "region": 2}
 """Of the kinds in training, beside 1: which words are which places, and what lies behind the curtain, these teach, and
-the others need. Where all are as frequent this is learned late or not at all."""
-LOTS = {"train": tuple(kind for kind in KINDS for _ in range(SHARES.get(kind, 1))), "val": KINDS, "test": KINDS}
+the others need. With fewer of them this was learned late or not at all (docs/results/downstream)."""
+LOTS = lots_of(KINDS, SHARES)
 
 
 def tell_hypothesis(key: str, split: str, index: int) -> Told:

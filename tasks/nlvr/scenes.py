@@ -19,6 +19,7 @@ from maskvlm.data.scene_examples import (
     View,
     a_noun,
     first_of_split,
+    lots_of,
     names_by_lot,
     near_miss,
     scene_like,
@@ -63,8 +64,8 @@ BESIDE = {2: (3, 4), 3: (2, 5), 4: (2, 5), 5: (3, 4)}
 KINDS = (*ROLES, "sides", "background", "count")
 SHARES = {"left": 3, "right": 3, "both": 2}
 """Of the kinds in training, beside 1. What one kind of sentence teaches another denies ("left" and "right", "both" and
-"none"): where all are as frequent, a model stays at guessing for thousands of steps."""
-LOTS = {"train": tuple(kind for kind in KINDS for _ in range(SHARES.get(kind, 1))), "val": KINDS, "test": KINDS}
+"none"): where all were as frequent, a model stayed at guessing in the first thousand steps, all it was given."""
+LOTS = lots_of(KINDS, SHARES)
 
 
 class Pair(NamedTuple):

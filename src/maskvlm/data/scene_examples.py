@@ -6,7 +6,7 @@ trained on captions, other words are spelt in pieces (x and z not even that).
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import NamedTuple
@@ -66,6 +66,15 @@ def names_by_lot(rng: random.Random) -> tuple[str, ...]:
     """What to say of a thing: colour and shape, one time in four size or pattern, too."""
     more = choose(rng, ("size", "pattern"))
     return (more, "colour", "shape") if rng.random() < 0.25 else ("colour", "shape")
+
+
+def lots_of(kinds: Sequence[str], shares: dict[str, int]) -> dict[str, tuple[str, ...]]:
+    """Split -> what to draw a kind from: all alike, but in training as often as `shares` says (else once)."""
+    return {
+        "train": tuple(kind for kind in kinds for _ in range(shares.get(kind, 1))),
+        "val": tuple(kinds),
+        "test": tuple(kinds),
+    }
 
 
 def near_miss(rng: random.Random, traits: Traits, taken: Collection[str] = ()) -> Traits:
