@@ -84,7 +84,7 @@ def test_parts_do_not_know_what_comes_after_them(own: str) -> None:
 @pytest.mark.parametrize("alone", ["cli", "__main__", "lit"])
 def test_the_ends_of_the_flow_are_known_by_the_front_alone(alone: str) -> None:
     knowing = {name for name, found in GRAPH.items() if f"maskvlm.{alone}" in found}
-    assert knowing <= {"maskvlm.cli", "maskvlm.commands", "maskvlm.bench", "maskvlm.__main__"}
+    assert knowing <= {"maskvlm.cli", "maskvlm.commands", "maskvlm.bench", "maskvlm.vectors", "maskvlm.__main__"}
 
 
 def test_the_command_refuses_before_it_imports_torch() -> None:

@@ -332,7 +332,7 @@ def test_the_checkpoints_model_comes_first_and_everything_overrides_it(named: li
         (None, ExitCode.MISSING_INPUT, "not there ("),
         (b"", ExitCode.BAD_DATA, "truncated (0 of unknown bytes)"),
         (b"hello world", ExitCode.BAD_DATA, "is not a checkpoint"),
-        ("folder", ExitCode.MISSING_INPUT, "is a folder. Name a file in it"),
+        ("folder", ExitCode.MISSING_INPUT, "is a folder without config.json"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(

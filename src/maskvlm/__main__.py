@@ -21,6 +21,9 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   preview   write a contact sheet of the data (--out FILE.png)
   submit    write and submit the SLURM batch script of fit
   bench     time a few training steps
+  fill match rank caption score explain reconstruct inpaint, and verbs of tasks such as answer
+            ask a model: VERB --from CHECKPOINT PICTURE "TEXT" (VERB --help)
+  convert   a checkpoint to the hub's format or back (convert CHECKPOINT FOLDER)
   where     print the folder of an installed package's task (where acme.ocr)
   TASK.TOOL a task's own tool with its own options, such as vqa.score
 
@@ -30,7 +33,8 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   --debug               show tracebacks
 
 `python -m maskvlm fit --help` lists all keys. `make` composes the files for you."""
-COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "where")
+COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "convert", "where")
+VERBS = ("fill", "match", "rank", "caption", "score", "explain", "reconstruct", "inpaint")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments and "." in arguments[0] and "/" not in arguments[0]:
             return tool(arguments[0])([word for word in arguments[1:] if word != "--debug"])
+        if arguments and is_verb(arguments):
+            return ask(arguments)
         options, arguments = split(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, flush=True)
@@ -57,6 +63,27 @@ def main(argv: list[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         return report(error, run_folder(arguments), debug)
+
+
+def is_verb(arguments: list[str]) -> bool:
+    """A verb of the core, or a word that may be one of a task: a checkpoint is named and no command sounds like it."""
+    word = arguments[0]
+    if word in VERBS:
+        return True
+    from_somewhere = any(each == "--from" or each.startswith("--from=") for each in arguments)
+    near = difflib.get_close_matches(word, COMMANDS, 1, 0.6)
+    return from_somewhere and word.isidentifier() and not near
+
+
+def ask(arguments: list[str]) -> int:
+    """A verb has options of its own; those of every command are taken out."""
+    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    front.add_argument("--debug", action="store_true")
+    front.add_argument("--allow-import", action="append", default=[])
+    options, rest = front.parse_known_args(arguments)
+    from maskvlm.ask import main as answer
+
+    return answer(rest, options.allow_import)
 
 
 def interrupted(folder: Path | None) -> int:
@@ -117,7 +144,7 @@ def where(names: list[str]) -> Path:
 
 def check(arguments: list[str]) -> None:
     """What needs no import: the command's name, and files that are there and are plain YAML."""
-    if arguments[0] == "where":
+    if arguments[0] in ("where", "convert"):
         return
     if arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
@@ -131,6 +158,10 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
     name, rest = arguments[0], arguments[1:]
     if name == "where":
         print(where(rest))
+    elif name == "convert":
+        from maskvlm.convert import convert
+
+        print(convert(rest, options.allow_import))
     elif name == "preview":
         from maskvlm.commands import preview
 

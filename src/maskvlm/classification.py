@@ -5,15 +5,16 @@ Shapes: B examples, P pictures an example, L image positions, T tokens, D width,
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from maskvlm.blind import Blind
-from maskvlm.data.examples import ExampleBatch
+from maskvlm.data.examples import ExampleBatch, asked
 from maskvlm.distributed import Draw, shared_count
+from maskvlm.embed import Model, chunks
 from maskvlm.errors import UserError, check_least
 from maskvlm.heads import Classifier
 from maskvlm.init import init_xavier
@@ -23,6 +24,15 @@ from maskvlm.model import MaskVLM
 from maskvlm.task import Task
 
 EVAL_SEED = 20230502
+SHOWN = 5  # labels of a decision
+
+
+class Decision(NamedTuple):
+    """The label, its probability, and the likeliest labels, itself included, with theirs."""
+
+    answer: str
+    probability: float
+    likeliest: dict[str, float]
 
 
 class Classification(Task):
@@ -97,6 +107,15 @@ class Classification(Task):
         right = [self.right(word, example["answers"]) for word, example in zip(said, batch.examples, strict=True)]
         self.judgements.add(batch, said, right)
 
+    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[Decision]:
+        """The labels of examples whose truth nobody knows."""
+        draw = Draw(EVAL_SEED, 0, batch.image_BPCHW.device)
+        return likeliest(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
+
+    def probability(self, logits_BK: Tensor) -> Tensor:
+        """Of each label."""
+        return logits_BK.softmax(1)
+
     def right(self, prediction: str, answers: list[str]) -> float | None:
         """1 where the prediction is the answer, else 0; None without one."""
         return float(prediction == answers[0]) if answers else None
@@ -123,6 +142,24 @@ class Classification(Task):
     def floors(self, batch_size: int) -> dict[str, float]:
         """Entropy of labels that are all as frequent."""
         return {self.name: float(torch.tensor(float(len(self.labels))).log())}
+
+
+def likeliest(probability_BK: Tensor, labels: Sequence[str]) -> list[Decision]:
+    """The decision of each row."""
+    top = probability_BK.topk(min(SHOWN, probability_BK.shape[1]))
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    named = [{labels[k]: p for k, p in zip(ks, ps, strict=True)} for ks, ps in rows]
+    return [Decision(*next(iter(each.items())), each) for each in named]
+
+
+def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[Decision]:
+    """A `Verb`: what the task says of each example, its pictures followed by its text."""
+    found: list[Decision] = []
+    for part in chunks(examples, model.batch_size):
+        image_BPCHW = torch.stack([model.pixels(example[:-1]) for example in part])
+        text = model.tokens([example[-1] for example in part])
+        found += task.decisions(model.backbone, asked(image_BPCHW, text))
+    return found
 
 
 def fuse_pictures(backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
 from maskvlm.parser import MODE, Complaint, Parser, prepare
+from maskvlm.recipe import portable_yaml
 from maskvlm.run import SaveConfig, claim, keep_log
-from maskvlm.start import model_of, model_yaml
+from maskvlm.start import model_of, task_yaml
 from maskvlm.verify import newest_valid
 
 COMMANDS = ("fit", "validate", "test")
@@ -108,7 +109,9 @@ class Command(LightningCLI):
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
-        self.model.model_yaml = model_yaml(self.written[self.subcommand].as_dict())
+        written = self.written[self.subcommand].as_dict()
+        self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
+        self.model.task_yaml = task_yaml(written)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """bf16 wherever the GPU has it, unless told otherwise. On the CPU single precision, the faster one there.

@@ -5,11 +5,12 @@ try again for half a minute a file; here one question of at most PROBE_SECONDS d
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -24,6 +25,8 @@ from maskvlm.verify import first_line
 PROBE_SECONDS = 5.0
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """Names under which timm and transformers store weights, in the order in which they are looked for."""
+PARTS = ["*.json", "*.safetensors", "*.txt", "README.md"]
+"""What is fetched of a model of this project: no pickle, no code."""
 
 T = TypeVar("T")
 
@@ -105,3 +108,36 @@ def hub_weights(name: str, repository: str, filename: str | None = None) -> Path
         raise FileNotFoundError(f"{repo} holds none of {', '.join(WEIGHT_FILES)}")
 
     return from_cache_or_hub(name, fetch)
+
+
+def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
+    """A path that exists as it is; else the folder of a hub's repository on this machine, downloaded where needed.
+
+    Args:
+        name: a path, or `owner/name`, `owner/name@revision`.
+        settings: revision, token, cache_dir, local_files_only.
+
+    Raises:
+        UserError: neither a path nor a repository, or the hub cannot be reached (66).
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not is_repository(name):
+        return path
+    repo, _, revision = name.partition("@")
+    known = {key: value for key, value in (settings or {}).items() if key in ("revision", "token", "cache_dir")}
+    only = bool((settings or {}).get("local_files_only"))
+
+    def get(local: bool) -> Path:
+        return Path(snapshot_download(repo, local_files_only=local or only, allow_patterns=PARTS, **known))
+
+    known.setdefault("revision", revision or None)
+    try:
+        return from_cache_or_hub(f"{name} (Hugging Face)", get)
+    except Unreachable as error:
+        what = "no such file or folder, nor is it in the cache, and the hub cannot be reached"
+        raise UserError(name, what, "Check the path or the connection", ExitCode.MISSING_INPUT) from error
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can be one of the hub's (`owner/name`), not a path."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None and not name.endswith(".ckpt")

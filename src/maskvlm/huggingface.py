@@ -235,7 +235,7 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
 
 
 def _pretrained(name: str, config: PreTrainedConfig, local: bool) -> tuple[Any, dict[str, Any]]:
-    with _quiet():
+    with quiet():
         model, info = AutoModel.from_pretrained(
             name,
             config=config,
@@ -276,8 +276,8 @@ def _guard(where: str, kind: str, read: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no report of the library's: load_state reports, and stricter."""
+def quiet() -> Iterator[None]:
+    """No progress bar and no report of the library's: ours are stricter, and these files are small."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

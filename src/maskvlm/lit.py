@@ -65,6 +65,7 @@ class LitModel(L.LightningModule):
         self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None
+        self.task_yaml: str | None = None
         self._seen: Seen | None = None
         self._loaded: tuple[Seen, ...] | None = None
         self.trained = False
@@ -172,6 +173,8 @@ class LitModel(L.LightningModule):
             checkpoint["tokenizer"] = tokenizer_json(self.backbone.text.tokenizer)
         if self.model_yaml is not None:
             checkpoint["model"] = self.model_yaml
+        if self.task_yaml is not None:
+            checkpoint["task"] = self.task_yaml
         if getattr(self.task, "labels", None) is not None:
             checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
         checkpoint["lineage"] = [seen.plain() for seen in self.history]

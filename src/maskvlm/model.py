@@ -91,9 +91,10 @@ class MaskVLM(nn.Module):
         for part in (self.cross_image, self.cross_text):
             init_normal(part)
         self.origin: Start | None = None if start is None else read_start(start)
-        self.provenance = load_pretrained(image, text) if self.origin is None else self._take_over(self.origin)
+        self.provenance = load_pretrained(image, text) if self.origin is None else self.take_over(self.origin)
 
-    def _take_over(self, origin: Start) -> Provenance:
+    def take_over(self, origin: Start) -> Provenance:
+        """Weights and tokenizer of a checkpoint; raises as `load_state` where they do not fit."""
         if origin.tokenizer is not None:
             self.text.set_tokenizer(origin.tokenizer)
         provenance = load_state(self, origin.backbone, origin.path)

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.example_page import Shown, example_page
+from maskvlm.folder import WEIGHTS
 from maskvlm.report import attempt, say
 from maskvlm.run import SaveConfig, folder_of, left_out, name_end, versions, write_json, write_text
 from maskvlm.start import overlap
@@ -159,8 +160,10 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
 
 
 def hash_of(path: Path) -> str | None:
-    """As the `.sha256` beside it states it, else of the file itself; None where it has gone since it was read."""
+    """As the `.sha256` beside it states it, else of the file itself (of a folder its weights); None where it has gone
+    since it was read."""
     facts = stated(path)
     if facts:
         return facts[-1].sha256
+    path = path / WEIGHTS if path.is_dir() else path
     return sha256_of(path) if path.is_file() else None

@@ -12,9 +12,10 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from maskvlm import checkpoint
+from maskvlm import checkpoint, folder
 from maskvlm.data.text import tokenizer_from_json
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.hub import folder_of_hub
 
 
 class Seen(NamedTuple):
@@ -61,9 +62,23 @@ class Start(NamedTuple):
     lineage: tuple[Seen, ...]
 
 
+def read_content(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds: a file of this project, a folder that `save_pretrained` wrote, or one on the hub.
+
+    Raises:
+        UserError: as `checkpoint.load`, `folder.read` and `folder_of_hub`.
+    """
+    place = folder_of_hub(str(path))
+    return folder.read(place) if place.is_dir() else checkpoint.load(place)
+
+
 def read_start(path: str) -> Start:
-    """Read a checkpoint of this project; raises as `checkpoint.load`."""
-    content = checkpoint.load(path)
+    """What a checkpoint hands on; raises as `read_content`."""
+    return start_of(read_content(path), path)
+
+
+def start_of(content: Mapping[str, Any], path: str) -> Start:
+    """What the content of a checkpoint means; `path` is named in errors."""
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
@@ -88,7 +103,7 @@ def model_of(path: str) -> str:
     Raises:
         UserError: the file is damaged, or neither it nor the `config-fit.yaml` beside it says which model it is.
     """
-    content = checkpoint.load(path)
+    content = read_content(path)
     if "model" in content:
         return str(content["model"])
     beside = Path(path).parent / "config-fit.yaml"
@@ -104,6 +119,13 @@ def model_yaml(config: Mapping[str, Any]) -> str:
     backbone = {**model["backbone"], "init_args": {**model["backbone"]["init_args"], "start": None}}
     kept = {"random_init": model.get("random_init", False), "backbone": backbone}
     return yaml.safe_dump({"model": kept}, sort_keys=False)
+
+
+def task_yaml(config: Mapping[str, Any]) -> str:
+    """The part of a composed configuration that says what the heads are; labels come with the checkpoint."""
+    task = config["model"]["task"]
+    args = {name: value for name, value in (task.get("init_args") or {}).items() if name != "labels"}
+    return yaml.safe_dump({"class_path": task["class_path"], "init_args": args}, sort_keys=False)
 
 
 def overlap(ids: Tensor, lineage: tuple[Seen, ...]) -> int | None:

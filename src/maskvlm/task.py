@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor, nn
 
 from maskvlm.masking import Uniform
+from maskvlm.verbs import Verb
 
 if TYPE_CHECKING:
     from maskvlm.model import MaskVLM
@@ -42,11 +43,13 @@ class Task(nn.Module, ABC):
     Attributes:
         uniform: gives the random numbers of the current step (see `masking.Uniform`).
         weights: weight of each loss term in the sum, 1 where it has none.
+        verbs: what a loaded model can be asked through this task, by name.
         predictions: of the last evaluation, complete in every process; empty where a task makes none.
     """
 
     uniform: Uniform
     weights: Mapping[str, float] = MappingProxyType({})
+    verbs: Mapping[str, Verb] = MappingProxyType({})
     predictions: list[Prediction]
 
     def __init__(self) -> None:

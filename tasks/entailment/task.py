@@ -1,16 +1,26 @@
 """Visual entailment: does the picture show that the hypothesis is true, that it is false, or neither? (SNLI-VE)"""
 
+from types import MappingProxyType
+
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from maskvlm.classification import Classification
+from maskvlm.classification import Classification, decide
 from maskvlm.judged import Judged
+from maskvlm.verbs import Verb
 
 
 class Entailment(Classification):
     """The fused vector through two linear layers, three classes (paper sec. 4; R)."""
 
     name = "entailment"
+    verbs = MappingProxyType(
+        {
+            "entail": Verb(
+                decide, 1, "hypothesis", "whether a picture shows that a hypothesis is true, false, or neither"
+            )
+        }
+    )
 
     def more(self, judged: list[Judged]) -> dict[str, float]:
         """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: examples."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from maskvlm.classification import Classification
+from maskvlm.classification import Classification, decide
 from maskvlm.judged import Judged
+from maskvlm.verbs import Verb
 
 
 class Nlvr(Classification):
@@ -23,6 +24,8 @@ class Nlvr(Classification):
         blind: bool = False,
     ) -> None:
         super().__init__(labels, pictures, hidden, dropout, blind)
+        told = f"whether a sentence is true of {pictures} pictures"
+        self.verbs = {"compare": Verb(decide, pictures, "sentence", told)}
 
     def more(self, judged: list[Judged]) -> dict[str, float]:
         return {"consistency": consistency(judged), "consistency_chance": chance(judged)}

@@ -88,7 +88,22 @@ class AnswerDecoder(nn.Module):
         most: int,
         chunk: int = 4096,
     ) -> Tensor:
-        """The likeliest of K candidate answers for each question, [B].
+        """The likeliest of K candidate answers for each question, [B]."""
+        chosen_BM, likelihood_BM = self.compare(backbone, question, token_KS, attention_KS, rows, most, chunk)
+        return chosen_BM.gather(1, likelihood_BM.argmax(1)[:, None])[:, 0]
+
+    @torch.no_grad()
+    def compare(
+        self,
+        backbone: MaskVLM,
+        question: Question,
+        token_KS: Tensor,
+        attention_KS: Tensor,
+        rows: int,
+        most: int,
+        chunk: int = 4096,
+    ) -> tuple[Tensor, Tensor]:
+        """Candidates of each question, [B, M], and their log probabilities.
 
         The `most` candidates with the likeliest first word are compared whole (ALBEF's rule); exact for K <= most.
         """
@@ -101,8 +116,7 @@ class AnswerDecoder(nn.Module):
             self.log_likelihood(backbone, question, token_KS[picked], attention_KS[picked], owner)
             for picked, owner in zip(chosen_BM.flatten().split(chunk), owner_X.split(chunk), strict=True)
         ]
-        best_B = torch.cat(parts).view(rows, -1).argmax(1)
-        return chosen_BM.gather(1, best_B[:, None])[:, 0]
+        return chosen_BM, torch.cat(parts).view(rows, -1)
 
     @torch.no_grad()
     def write(

@@ -7,13 +7,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskvlm.classification import EVAL_SEED, Classification
+from maskvlm.classification import EVAL_SEED, Classification, Decision, decide, likeliest
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
 from maskvlm.distributed import Draw, shared_count
@@ -21,6 +22,7 @@ from maskvlm.errors import check_least
 from maskvlm.judged import Judged
 from maskvlm.masking import Uniform
 from maskvlm.model import MaskVLM
+from maskvlm.verbs import Verb
 from tasks.vqa.decoder import AnswerDecoder, Question
 from tasks.vqa.metric import accuracy
 
@@ -39,6 +41,7 @@ class Vqa(Classification):
     """
 
     name = "vqa"
+    verbs = MappingProxyType({"answer": Verb(decide, 1, "question", "the answer to a question about a picture")})
 
     def __init__(
         self,
@@ -122,6 +125,33 @@ class Vqa(Classification):
         forbidden = [token for token in tokenizer.all_special_ids if token != end]
         written_BS = self.answer.write(backbone, question, rows, start, end, forbidden)
         return [self.words(row, end, tokenizer) for row in written_BS.tolist()]
+
+    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[Decision]:
+        """Answers of the vocabulary with their probability; of free decoding what was written, with its own."""
+        if not self.generates:
+            return super().decisions(backbone, batch)
+        device, rows = batch.image_BPCHW.device, len(batch.valid_B)
+        question = self.read(backbone, batch, Draw(EVAL_SEED, 0, device).local)
+        token_KS, attention_KS = (part.to(device) for part in self.vocabulary(backbone))
+        if self.decode == "free":
+            said = self.answers(backbone, batch)
+            token_AS, attention_AS = (part.to(device) for part in self.spell(backbone, said))
+            own = torch.arange(rows, device=device)
+            likelihood = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, own).exp().tolist()
+            return [Decision(word, p, {word: p}) for word, p in zip(said, likelihood, strict=True)]
+        found = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
+        chosen_BM, likelihood_BM = found
+        probability_BK = likelihood_BM.new_zeros(rows, len(self.labels)).scatter(1, chosen_BM, likelihood_BM.exp())
+        return likeliest(probability_BK, self.labels)
+
+    def probability(self, logits_BK: Tensor) -> Tensor:
+        """Each answer is a question of its own."""
+        return logits_BK.sigmoid()
+
+    def spell(self, backbone: MaskVLM, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of answers and their padding mask, [A, S] each."""
+        made = Captioner(backbone.text.tokenizer, self.answer_length)(list(answers))  # type: ignore[arg-type]
+        return made.token_CT, made.attention_CT
 
     def words(self, tokens: list[int], end: int, tokenizer: Any) -> str:
         """The label with these tokens, or else the tokens as text: a tokenizer need not give back a label's spaces."""

@@ -9,8 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, TypedDict
 
+import torch
 from PIL import Image
 from torch import Tensor
+
+from maskvlm.data.text import CaptionTokens
 
 
 class Example(TypedDict):
@@ -108,3 +111,14 @@ class ExampleBatch(NamedTuple):
     answers: AnswerTokens
     examples: tuple[Example, ...]
     problems: tuple[tuple[str, str], ...] = ()
+
+
+def asked(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
+    """Questions of somebody who wants answers: no targets, ids of nothing."""
+    rows, pictures = image_BPCHW.shape[:2]
+    number_B = torch.arange(rows, device=image_BPCHW.device)
+    none = number_B[:0]
+    nothing = AnswerTokens(none.new_zeros(0, 0), none.new_zeros(0, 0).bool(), none, image_BPCHW.new_zeros(0))
+    target_BK, valid_B = image_BPCHW.new_zeros(rows, 0), torch.ones_like(number_B, dtype=torch.bool)
+    ids_BP = number_B[:, None].expand(rows, pictures)
+    return ExampleBatch(image_BPCHW, *text, target_BK, valid_B, number_B, ids_BP, nothing, ())

@@ -146,6 +146,12 @@ class Captioner:
         word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
         return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
 
+    def inner(self, text: str) -> list[int]:
+        """Ids of a piece of a text, without start and end token; a space before its first word counts."""
+        encoding = self._backend.encode(text)
+        ids = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not special]
+        return [self._unknown if i in self._forbidden else i for i in ids]
+
     def _plain(self, token_CT: Tensor, special_CT: Tensor) -> Tensor:
         """A tokenizer that does not split `[MASK]` finds it whole in its vocabulary: unknown, then."""
         forbidden = torch.tensor(sorted(self._forbidden))

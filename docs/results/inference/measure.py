@@ -1,0 +1,118 @@
+"""What a model of the built-in world has understood: captions it writes, texts it prefers, where it looks.
+
+    .venv/bin/python docs/results/inference/measure.py checkpoints/RUN/best.ckpt [--scenes 500]
+
+Held-out scenes. Of each number the level of knowing nothing is printed beside it.
+"""
+
+import argparse
+import random
+import re
+from itertools import pairwise
+
+from maskvlm import MaskVLM
+from maskvlm.data.scene_captions import describes, tell_all, tell_relations
+from maskvlm.data.scene_drawing import draw_scene
+from maskvlm.data.scene_world import COLOURS, SHAPES, Scene
+from maskvlm.data.scenes import ScenePairs, Scenes
+
+TURNED = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
+
+
+def named(text: str) -> list[tuple[str, str]]:
+    """(colour, shape) that stand side by side in a text."""
+    return [(a, b) for a, b in pairwise(re.findall("[a-z]+", text)) if a in COLOURS and b in SHAPES]
+
+
+def swapped(scene: Scene, text: str, which: tuple[str, ...]) -> str | None:
+    """The text with two things' colours (or shapes) exchanged; None where that changes nothing."""
+    words = text.split(" ")
+    at = [place for place, word in enumerate(words) if word.strip(",:") in which]
+    if len(at) < 2 or words[at[0]].strip(",:") == words[at[1]].strip(",:"):
+        return None
+    first, second = (words[place].strip(",:") for place in at[:2])
+    words[at[0]] = words[at[0]].replace(first, second)
+    words[at[1]] = words[at[1]].replace(second, first)
+    return " ".join(words)
+
+
+def share(found: list[bool]) -> str:
+    return f"{100 * sum(found) / len(found):5.1f} % of {len(found)}" if found else "none"
+
+
+def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, bool, bool]]:
+    """Text, whether it names a thing rightly, whether all it names is right."""
+    found = []
+    for index in range(count):
+        scene, text = pairs.scene(index), model.caption(draw_scene(pairs.scene(index), pairs.size))
+        true = {(thing.colour, thing.shape) for thing in scene.things}
+        told = named(text)
+        found.append((text, any(one in true for one in told), bool(told) and all(one in true for one in told)))
+    return found
+
+
+def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
+    """Whether `score` prefers the true text over one with attributes exchanged, or with its relation turned round."""
+    found: dict[str, list[bool]] = {"colours exchanged": [], "shapes exchanged": [], "relation turned round": []}
+    for index in range(count):
+        scene, rng = pairs.scene(index), random.Random(index)
+        if len(scene.things) < 2:
+            continue
+        picture, whole = draw_scene(scene, pairs.size), tell_all(scene, rng)
+        for kind, which in (("colours exchanged", COLOURS), ("shapes exchanged", SHAPES)):
+            other = swapped(scene, whole.text, which)
+            if other is not None:
+                true, false = model.score([picture, picture], [whole.text, other])
+                found[kind].append(true > false)
+        related = tell_relations(scene, rng)
+        if len(scene.things) == 2 and related.statement.relations:
+            false_text = " ".join(TURNED.get(word, word) for word in related.text.split(" "))
+            (relation,) = related.statement.relations
+            back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation.name]
+            turned = related.statement.__class__(related.statement.mentions, (relation._replace(name=back),))
+            if not describes(turned, scene):
+                true, false = model.score([picture, picture], [related.text, false_text])
+                found["relation turned round"].append(true > false)
+    return found
+
+
+def looks(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
+    """Whether the peak of the map for a thing's shape is on the thing: 3 x 3 patches are the world's 3 x 3 cells."""
+    found: dict[str, list[bool]] = {"attention": [], "Grad-CAM": []}
+    for index in range(count):
+        scene, rng = pairs.scene(index), random.Random(index)
+        text, picture = tell_all(scene, rng).text, draw_scene(scene, pairs.size)
+        for thing in scene.things:
+            if text.count(thing.shape) != 1:
+                continue
+            explained = model.explain(picture, text, thing.shape)
+            for name, map_RC in (("attention", explained.attention), ("Grad-CAM", explained.gradcam)):
+                found[name].append(int(map_RC.argmax()) == thing.cell)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--only", nargs="+", default=["caption", "score", "explain"])
+    options = parser.parse_args()
+    model = MaskVLM.from_pretrained(options.checkpoint)
+    pairs = Scenes().split("val")
+    if "caption" in options.only:
+        written = captions(model, pairs, options.scenes)
+        for text, right, _ in written[:12]:
+            print(f"  {'right' if right else 'wrong'}  {text}")
+        print(f"caption: names a thing with its colour and shape: {share([right for _, right, _ in written])}")
+        print(f"caption: all things it names are there:           {share([every for _, _, every in written])}")
+    if "score" in options.only:
+        for name, values in preferred(model, pairs, options.scenes).items():
+            print(f"score: true text over one with {name}: {share(values)} (chance 50 %)")
+    if "explain" in options.only:
+        for name, values in looks(model, pairs, options.scenes).items():
+            print(f"explain: peak of {name} on the thing: {share(values)} (chance 11.1 %)")
+
+
+if __name__ == "__main__":
+    main()

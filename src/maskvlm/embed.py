@@ -1,0 +1,145 @@
+"""Pictures and texts compared: unit vectors (ITC), pairs matched (ITM), candidates ranked by the one, then the other.
+
+Shapes: B pictures, C texts, E contrast width, L and T positions, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from maskvlm.data.text import CaptionTokens
+from maskvlm.errors import UserError
+from maskvlm.heads import Matching, Projection
+from maskvlm.inputs import Words
+from maskvlm.model import MaskVLM
+from maskvlm.task import Task
+
+
+class Model(Protocol):
+    """What verbs need of a loaded model: the backbone, the heads it has, and its inputs as tensors."""
+
+    backbone: MaskVLM
+    task: Task
+    batch_size: int
+
+    @property
+    def words(self) -> Words: ...
+
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Normalised [B, 3, H, W] on the model's device, in its precision."""
+        ...
+
+    def tokens(self, texts: Sequence[str]) -> CaptionTokens:
+        """On the model's device."""
+        ...
+
+    def head(self, name: str, verb: str) -> Any:
+        """A head of the task by its name. Raises UserError where the checkpoint has none."""
+        ...
+
+
+def device_of(model: Model) -> torch.device:
+    """Where its weights are."""
+    return next(model.backbone.parameters()).device
+
+
+class Ranked(NamedTuple):
+    """A candidate: its place among those given, the cosine with the query, and the probability of a match, None beyond
+    the k that were re-ranked."""
+
+    place: int
+    similarity: float
+    match: float | None
+
+
+class Side(NamedTuple):
+    """Encoded pictures or texts. features: of the encoder, [L, D] each. vector_XE: unit vectors."""
+
+    features: list[Tensor]
+    vector_XE: Tensor
+
+
+def chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Parts of at most `size`."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
+    """Of the image encoder, [L, D] of each picture."""
+    parts = (model.backbone.image(model.pixels(part)) for part in chunks(images, model.batch_size))
+    return [image_LD for image_BLD in parts for image_LD in image_BLD]
+
+
+def text_features(model: Model, texts: Sequence[str]) -> list[Tensor]:
+    """Of the text encoder, [T, D] of each text, without padding."""
+    found: list[Tensor] = []
+    for part in chunks(texts, model.batch_size):
+        tokens = model.tokens(part)
+        text_CTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
+        lengths = tokens.attention_CT.sum(1).tolist()
+        found += [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
+    return found
+
+
+def encode_image(model: Model, images: Sequence[Any]) -> Side:
+    """Features and unit vector of each picture."""
+    projection: Projection = model.head("projection", "encode_image")
+    features = image_features(model, images)
+    return Side(features, projection.embed_image(torch.stack([image_LD[:1] for image_LD in features])))
+
+
+def encode_text(model: Model, texts: Sequence[str]) -> Side:
+    """Features and unit vector of each text."""
+    projection: Projection = model.head("projection", "encode_text")
+    features = text_features(model, texts)
+    return Side(features, projection.embed_text(torch.stack([text_TD[:1] for text_TD in features])))
+
+
+def match(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
+    """Probability that picture and text of each pair belong together, [M], float32, from their encoders' features."""
+    head: Matching = model.head("matching", "match")
+    found = []
+    for image, text in zip(
+        chunks(image_features, model.batch_size), chunks(text_features, model.batch_size), strict=True
+    ):
+        text_MTD = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)
+        length_M = torch.tensor([len(text_TD) for text_TD in text], device=text_MTD.device)
+        attention_MT = torch.arange(text_MTD.shape[1], device=text_MTD.device) < length_M[:, None]
+        fused = model.backbone.fuse(torch.stack(list(image)), text_MTD, attention_MT)
+        found.append(head(fused.product_MD).float().softmax(1)[:, 1])
+    return torch.cat(found)
+
+
+def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
+    """Which picture meets which text: row by row, or the single one with each of the others.
+
+    Raises:
+        UserError: two lists of different lengths.
+    """
+    if images != texts and 1 not in (images, texts):
+        what = f"{images} pictures and {texts} texts do not make pairs"
+        raise UserError("match", what, "Give one of a kind, or as many of both")
+    return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(max(images, texts))]
+
+
+def rank(model: Model, queries: Side, gallery: Side, k: int, images: bool) -> list[list[Ranked]]:
+    """For each query all candidates, the best first: the k most similar by their match, then the others by cosine.
+
+    Args:
+        images: whether the queries are pictures.
+    """
+    similarity_QG = queries.vector_XE @ gallery.vector_XE.T
+    order_QG = similarity_QG.argsort(dim=1, descending=True, stable=True)
+    every = []
+    for row, order_G in enumerate(order_QG.tolist()):
+        found, likely = order_G[:k], []
+        if found:
+            sides = [queries.features[row]] * len(found), [gallery.features[g] for g in found]
+            likely = match(model, *(sides if images else sides[::-1])).tolist()
+        best = sorted(zip(found, likely, strict=True), key=lambda pair: -pair[1])
+        cosine = similarity_QG[row].tolist()
+        first = [Ranked(g, cosine[g], probability) for g, probability in best]
+        every.append(first + [Ranked(g, cosine[g], None) for g in order_G[k:]])
+    return every

@@ -1,0 +1,167 @@
+"""What lies beside the weights in a folder of the hub: configuration, processor, and the model card.
+
+`folder.py` reads such a folder; here are the classes that transformers needs to know.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
+
+from maskvlm.data.batch import InputSpec
+from maskvlm.folder import SEEN
+from maskvlm.recipe import Recipe
+from maskvlm.run import write_text
+from maskvlm.start import Start
+
+BICUBIC = 3  # Pillow's number
+
+
+class MaskVLMConfig(PreTrainedConfig):
+    """`config.json`.
+
+    Attributes:
+        backbone, task: class_path and init_args.
+        labels: what the task's head decides among; None for pre-training.
+        lineage: the data that the weights have seen, first to last, without ids.
+        evaluation: card and metrics of the run, as `card.json` and `metrics.json` hold them.
+        step: of the optimiser.
+    """
+
+    model_type = "maskvlm"
+
+    backbone: dict[str, Any] | None = None
+    task: dict[str, Any] | None = None
+    labels: list[str] | None = None
+    lineage: list[dict[str, Any]] | None = None
+    evaluation: dict[str, Any] | None = None
+    step: int = 0
+
+
+class MaskVLMImageProcessor(ViTImageProcessorPil):
+    """Pictures as evaluation prepares them. With a name of its own, because Auto classes would choose torchvision's
+    resizing for a ViT's, which differs."""
+
+
+class MaskVLMProcessor(ProcessorMixin):
+    """Pictures and texts to the model's inputs: `processor(images=..., text=..., return_tensors="pt", padding=True)`.
+
+    Pictures come out as evaluation prepares them (bicubic by Pillow, the whole picture).
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **more: Any) -> None:
+        super().__init__(image_processor, tokenizer, **more)
+
+
+def processor_of(spec: InputSpec) -> MaskVLMProcessor:
+    """The processor that does what the encoders expect."""
+    side = {"height": spec.image_size, "width": spec.image_size}
+    images = MaskVLMImageProcessor(size=side, resample=BICUBIC, image_mean=list(spec.mean), image_std=list(spec.std))
+    tokenizer: Any = spec.tokenizer
+    tokenizer.model_max_length = spec.text_length
+    return MaskVLMProcessor(images, tokenizer)
+
+
+def configuration(recipe: Recipe, origin: Start, evaluation: Mapping[str, Any] | None, step: int) -> MaskVLMConfig:
+    """The configuration of a model with this recipe (a portable one) and history."""
+    return MaskVLMConfig(
+        backbone=recipe.backbone,
+        task=recipe.task,
+        labels=None if origin.labels is None else list(origin.labels),
+        lineage=[seen.words() for seen in origin.lineage],
+        evaluation=dict(evaluation) if evaluation else None,
+        step=step,
+    )
+
+
+def evaluation_beside(path: Path) -> dict[str, Any] | None:
+    """`card.json` and `metrics.json` of a checkpoint's run, where they are."""
+    found = {}
+    for name in ("card", "metrics"):
+        file = path.parent / f"{name}.json"
+        if file.is_file():
+            found[name] = json.loads(file.read_text(encoding="utf-8"))
+    return found or None
+
+
+def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
+    """Tokenizer, image processing, ids of the pictures seen, model card."""
+    processor_of(spec).save_pretrained(folder)
+    ids = {str(n): seen.ids for n, seen in enumerate(origin.lineage) if seen.ids is not None}
+    if ids:
+        save_file(ids, folder / SEEN)
+    write_text(folder / "README.md", model_card(config, spec))
+
+
+def model_card(config: MaskVLMConfig, spec: InputSpec) -> str:
+    """The hub's `README.md`: what it is, what it has seen, how it was measured, how to use it."""
+    task = str((config.task or {}).get("class_path", "unknown"))
+    lines = [
+        "---",
+        "library_name: maskvlm",
+        "license: apache-2.0",
+        "pipeline_tag: image-text-to-text",
+        "tags: [maskvlm, vision-and-language, masked-modelling]",
+        "---",
+        "",
+        "# MaskVLM",
+        "",
+        "Two encoders and two cross encoders trained by joint masked modelling "
+        "([Kwon et al., ICLR 2023](https://arxiv.org/abs/2208.02131)).",
+        "",
+        f"- task: `{task}`" + (f", {len(config.labels)} labels" if config.labels else ""),
+        f"- pictures: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
+        f"{spec.vocab_size}",
+        f"- steps: {config.step:,}",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from maskvlm import MaskVLM",
+        "",
+        'model = MaskVLM.from_pretrained("THIS_FOLDER_OR_HUB_NAME")',
+        USES.get(task.rpartition(".")[2], USES["MaskedPretraining"]),
+        "```",
+        "",
+        "## Data seen",
+        "",
+        *[_told(seen) for seen in config.lineage or []],
+        "",
+        "## Evaluation",
+        "",
+        *_evaluation(config),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+USES = {
+    "MaskedPretraining": 'model.fill_mask("picture.jpg", "a [MASK] dog")',
+    "Retrieval": 'model.rank("picture.jpg", ["a dog", "a cat"])',
+}
+
+
+def _told(seen: Mapping[str, Any]) -> str:
+    pictures = f", {seen['pictures']:,} pictures" if seen.get("pictures") else ""
+    return f"- `{seen['source']}` (`{seen['task']}`{pictures}, {seen['steps']:,} steps, data hash `{seen['sha'][:16]}`)"
+
+
+def _evaluation(config: MaskVLMConfig) -> list[str]:
+    """A table of the run's metrics, each beside its level of knowing nothing, and what they were measured on."""
+    found = config.evaluation or {}
+    metrics: dict[str, Any] = found.get("metrics", {})
+    if not metrics:
+        return ["None came with this checkpoint."]
+    card, step = found.get("card", {}), metrics.get("step")
+    where = [f"- {key}: {card[key]}" for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)]
+    if step is not None and step != config.step:
+        where.append(f"- measured at step {step:,} of the same run; these weights are of step {config.step:,}")
+    ends = ("_chance", "_majority")
+    rows = []
+    for key, value in metrics.items():
+        if isinstance(value, int | float) and "/" in key and not key.endswith(ends):
+            level = next((metrics[key + end] for end in ends if metrics.get(key + end) is not None), None)
+            rows.append(f"| {key} | {value:.4g} | {'' if level is None else f'{level:.4g}'} |")
+    return [*where, "", "| metric | value | knowing nothing |", "|---|---|---|", *rows]

@@ -1,0 +1,186 @@
+"""The model for those who use it: loaded from a checkpoint, a folder or the hub, and asked in plain Python.
+
+    from maskvlm import MaskVLM
+    model = MaskVLM.from_pretrained("checkpoints/RUN/best.ckpt")
+    model.fill_mask("dog.jpg", "a [MASK] dog on the grass")
+
+It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm` is imported.
+
+Shapes: B pictures, C texts, E contrast width, T tokens, D width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from maskvlm.asked import Asked
+from maskvlm.errors import UserError
+from maskvlm.hub import folder_of_hub
+from maskvlm.hub_folder import (
+    MaskVLMConfig,
+    MaskVLMImageProcessor,
+    MaskVLMProcessor,
+    configuration,
+    evaluation_beside,
+    write_beside,
+)
+from maskvlm.huggingface import quiet
+from maskvlm.inputs import as_list
+from maskvlm.model import MaskVLM as Backbone
+from maskvlm.recipe import build, portable, recipe_of
+from maskvlm.start import Start, read_content, start_of
+from maskvlm.task import Task
+
+
+@dataclass
+class MaskVLMOutput(ModelOutput):
+    """image_embeds [B, E], text_embeds [C, E]: unit vectors, where the checkpoint has contrast heads.
+    fused [B, 3 * D]: class tokens of row-by-row pairs and their product. match [B]: log-odds that they belong together.
+    """
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    fused: Tensor | None = None
+    match: Tensor | None = None
+
+
+class PretrainedMaskVLM(Asked, PreTrainedModel):
+    """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
+
+    Its verbs are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint).
+    """
+
+    config_class = MaskVLMConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: MaskVLMConfig, backbone: Backbone, task: Task, origin: Start) -> None:
+        super().__init__(config)
+        self.backbone, self.task, self.origin = backbone, task, origin
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Weights come from the checkpoint."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        allow_import: Iterable[str] = (),
+        **hub: Any,
+    ) -> Self:
+        """Load a model, in evaluation mode.
+
+        Args:
+            path: a checkpoint of a run, a folder that `save_pretrained` wrote, or a name on the hub.
+            device, dtype: where to, and in which precision; None for the CPU and float32.
+            allow_import: packages beside this project's that its task may come from.
+            hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
+
+        Raises:
+            UserError: not there (66), damaged or of another kind (65), or it would run code (77).
+        """
+        place = folder_of_hub(str(path), hub)
+        content = read_content(place)
+        origin, recipe = start_of(content, str(place)), recipe_of(content, place)
+        backbone, task = build(recipe, origin, allow_import)
+        evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
+        config = configuration(
+            portable(recipe, backbone.text.config), origin, evaluation, content.get("global_step", 0)
+        )
+        model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
+        device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        return model.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else None)
+
+    def save_pretrained(self, save_directory: str | Path, **more: Any) -> None:  # type: ignore[override]
+        """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
+
+        Args: as in transformers; `push_to_hub=True` uploads the folder.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise UserError(folder, "is a file", "Name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_beside(folder, cast(MaskVLMConfig, self.config), self.origin, self.backbone.input_spec)
+        with quiet():
+            super().save_pretrained(folder, **more)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> MaskVLMOutput:
+        """Row-by-row pairs of what `AutoProcessor` makes, or one side alone.
+
+        Args:
+            pixel_values: normalised, [B, 3, H, W]. input_ids, attention_mask: [B, T].
+        """
+        out, image_BLD, text_BTD = MaskVLMOutput(), None, None
+        projection = getattr(self.task, "projection", None)
+        if pixel_values is not None:
+            image_BLD = self.backbone.image(pixel_values)
+            out.image_embeds = projection.embed_image(image_BLD) if projection else None
+        if input_ids is not None:
+            attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            text_BTD = self.backbone.text(input_ids, attention.bool())
+            out.text_embeds = projection.embed_text(text_BTD) if projection else None
+        if image_BLD is not None and text_BTD is not None and len(image_BLD) == len(text_BTD):
+            fused = self.backbone.fuse(image_BLD, text_BTD, attention.bool())
+            out.fused = fused.joined_MX
+            if (matching := getattr(self.task, "matching", None)) is not None:
+                logits_B2 = matching(fused.product_MD).float()
+                out.match = logits_B2[:, 1] - logits_B2[:, 0]
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        """Verbs of the task: `model.answer(picture, question)`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            task = self.__dict__.get("_modules", {}).get("task")
+            if task is None or name not in task.verbs:
+                raise
+        return partial(ask, self, name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.task.verbs]
+
+
+def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
+    """A verb of the task: its pictures and its text, each a single one or a list."""
+    verb = model.task.verbs[name]
+    if len(inputs) != verb.pictures + 1:
+        needs = f"{verb.pictures} picture{'s' if verb.pictures > 1 else ''} and a {verb.text}"
+        raise UserError(name, f"{len(inputs)} inputs", f"Give {needs}")
+    lists = [as_list(given) for given in inputs]
+    size = max(len(rows) for rows, _ in lists)
+    if any(len(rows) not in (1, size) for rows, _ in lists) or not size:
+        raise UserError(name, f"lists of {', '.join(str(len(rows)) for rows, _ in lists)}", "Give lists of one length")
+    columns = [rows * (size if len(rows) == 1 else 1) for rows, _ in lists]
+    with torch.no_grad():
+        answers = verb.run(model.task, model, list(zip(*columns, strict=True)))
+    return answers[0] if all(single for _, single in lists) else answers
+
+
+def register() -> None:
+    """Make transformers' Auto classes know this model."""
+    AutoConfig.register(MaskVLMConfig.model_type, MaskVLMConfig, exist_ok=True)
+    AutoModel.register(MaskVLMConfig, PretrainedMaskVLM, exist_ok=True)
+    names: dict[str, type] = {"pil": MaskVLMImageProcessor, "torchvision": MaskVLMImageProcessor}
+    AutoImageProcessor.register(MaskVLMConfig, image_processor_classes=names, exist_ok=True)
+    AutoProcessor.register(MaskVLMConfig, MaskVLMProcessor, exist_ok=True)
+
+
+register()

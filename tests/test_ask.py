@@ -1,0 +1,156 @@
+"""The verbs in the shell: what they print equals what the model answers, and every mistake is one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_pretrained import saved
+
+from maskvlm import checkpoint
+from maskvlm.__main__ import main
+from maskvlm.ask import box_mask, lot_mask
+from maskvlm.convert import convert
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.pretrained import PretrainedMaskVLM
+
+TEXT = "a red circle on the left"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pre-training checkpoint, one of VQA, and two pictures."""
+    folder = tmp_path_factory.mktemp("ask")
+    saved(folder / "best.ckpt")
+    saved(folder / "vqa.ckpt", "vqa")
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> PretrainedMaskVLM:
+    return PretrainedMaskVLM.from_pretrained(place / "best.ckpt")
+
+
+def lines(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, Any]]:
+    """The lines of JSON that a verb prints."""
+    assert main([*map(str, words), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_words_and_numbers(place: Path, model: PretrainedMaskVLM, capsys: pytest.CaptureFixture[str]) -> None:
+    asked, one, two = ("--from", place / "best.ckpt"), place / "0.png", place / "1.png"
+    (found,) = lines(capsys, "fill", *asked, one, "a [MASK] circle", "--top", 2)
+    guesses: Any = model.fill_mask(one, "a [MASK] circle", 2)[0]
+    assert found == {"words": {guess.word: guess.probability for guess in guesses}}
+    matches = lines(capsys, "match", *asked, one, TEXT, "two things")
+    assert [line["match"] for line in matches] == model.match(one, [TEXT, "two things"])
+    assert [line["text"] for line in matches] == [TEXT, "two things"]
+    scores = [line["score"] for line in lines(capsys, "score", *asked, one, TEXT, "two things")]
+    assert scores == [model.score(one, TEXT), model.score(one, "two things")]
+    assert [line["caption"] for line in lines(capsys, "caption", *asked, one, two)] == model.caption([one, two])
+    order: Any = model.rank(TEXT, [one, two], 1)
+    ranked = lines(capsys, "rank", *asked, TEXT, one, two, "--k", 1)
+    assert [line["candidate"] for line in ranked] == [str((one, two)[each.place]) for each in order]
+    assert [line["match"] is None for line in ranked] == [False, True]
+
+
+def test_without_json_answers_are_for_reading(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["match", "--from", str(place / "best.ckpt"), str(place / "0.png"), TEXT]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(f"  {TEXT}\n")
+    assert 0 <= float(out.split()[0]) <= 1
+
+
+def test_pictures_are_written(
+    place: Path, model: PretrainedMaskVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, one = ("--from", place / "best.ckpt"), place / "0.png"
+    for verb, made in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
+        out = tmp_path / "new" / f"{verb}.png"
+        (found,) = lines(capsys, verb, *asked, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
+        assert found == {"written": str(out), "hidden": 4}
+        wanted: Any = made(one, box_mask("0,0,0.5,0.5", (4, 4)), TEXT)
+        assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
+    (found,) = lines(capsys, "explain", *asked, one, TEXT, "circle", "--out", tmp_path / "e.png")
+    assert Image.open(tmp_path / "e.png").size == (50, 40)
+    np.testing.assert_allclose(found["attention"], model.explain(one, TEXT, "circle").attention, atol=1e-6)
+    assert main(["explain", *map(str, asked), str(one), TEXT, "circle", "--out", str(tmp_path / "f.png")]) == 0
+    assert "'circle' is seen most in row" in capsys.readouterr().out
+
+
+def test_a_task_s_verb(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
+    model = PretrainedMaskVLM.from_pretrained(place / "vqa.ckpt")
+    assert found == model.answer(place / "0.png", "what colour")._asdict()
+
+
+def test_which_patches_a_box_touches() -> None:
+    assert box_mask("0,0,1,1", (2, 3)).all()
+    assert box_mask("0.5,0,1,0.5", (2, 2)).tolist() == [[False, True], [False, False]]
+    assert box_mask("0.4,0.4,0.6,0.6", (2, 2)).all()
+    assert box_mask("0,0,0.34,0.1", (3, 3)).tolist() == [[True, True, False], [False] * 3, [False] * 3]
+    assert lot_mask(0.5, 0, (3, 4)).sum() == 6
+    assert (lot_mask(0.5, 0, (3, 4)) != lot_mask(0.5, 1, (3, 4))).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "code"),
+    [
+        (["fill", "0.png", "a [MASK]"], "no checkpoint is named", ExitCode.USAGE),
+        (["fill", "--from", "best.ckpt", "0.png"], "1 inputs. Give PICTURE", ExitCode.USAGE),
+        (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad picture, missing", ExitCode.MISSING_INPUT),
+        (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is hidden", ExitCode.USAGE),
+        (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
+        (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
+        (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
+        (["answer", "--from", "best.ckpt", "0.png", "a"], "no verb of this checkpoint", ExitCode.USAGE),
+        (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 picture and a question", ExitCode.USAGE),
+        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--hide", "7"], "7.0 is no share", ExitCode.USAGE),
+        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
+        (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
+        (["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x.nope"], "cannot be written", ExitCode.USAGE),
+        (["explain", "--from", "best.ckpt", "0.png", "a dog", "cat"], "'cat' is not in the text", ExitCode.USAGE),
+        (["fot", "--from", "best.ckpt"], "did you mean fit?", ExitCode.USAGE),
+        (["convert", "best.ckpt"], "1 names", ExitCode.USAGE),
+        (["convert", "best.ckpt", "0.png"], "is there already", ExitCode.CANNOT_CREATE),
+    ],
+)
+def test_a_mistake_is_one_line(
+    place: Path, words: list[str], said: str, code: int,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(place)
+    assert main(words) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fill", "--help"]) == 0
+    assert "python -m maskvlm fill --from CHECKPOINT PICTURE" in capsys.readouterr().out
+
+
+def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint to a folder and to a checkpoint again: the same tensors, tokenizer, labels and history."""
+    for name in ("best", "vqa"):
+        folder, back = tmp_path / name, tmp_path / f"{name}.ckpt"
+        assert main(["convert", str(place / f"{name}.ckpt"), str(folder)]) == 0
+        assert main(["convert", str(folder), str(back)]) == 0
+        ours, theirs = checkpoint.load(back), checkpoint.load(place / f"{name}.ckpt")
+        assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+        assert all((ours["state_dict"][key] == value).all() for key, value in theirs["state_dict"].items())
+        assert ours["tokenizer"] == theirs["tokenizer"]
+        assert ours.get("labels") == theirs.get("labels")
+        assert ours["lineage"][0]["ids"].tolist() == theirs["lineage"][0]["ids"].tolist()
+        assert ours["global_step"] == theirs["global_step"] == 7
+        first = PretrainedMaskVLM.from_pretrained(back).state_dict()
+        assert first.keys() == PretrainedMaskVLM.from_pretrained(folder).state_dict().keys()
+    assert "FROM=" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already"):
+        convert([str(place / "best.ckpt"), str(tmp_path / "best")])

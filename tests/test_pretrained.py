@@ -1,0 +1,516 @@
+"""The model for its users: what it answers equals the training code's forward, wherever it was loaded from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from toy_examples import LABELS
+from toy_pretrained import BACKBONE, SEEN, content_of, made, saved
+from toys import SIZE, toy_batch
+from transformers import AutoModel, AutoProcessor
+
+import maskvlm
+from maskvlm import checkpoint
+from maskvlm.attend import trace
+from maskvlm.data.text import Captioner, tokenizer_hash
+from maskvlm.data.transforms import eval_transform
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.hub import folder_of_hub
+from maskvlm.masking import PatchMask
+from maskvlm.model import MaskVLM
+from maskvlm.pretrain import MaskedPretraining
+from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.recipe import portable_yaml
+from maskvlm.reconstruct import fill_pictures, to_rgb
+from maskvlm.start import read_start
+
+TEXTS = ["a red circle on the left", "two things", "a small striped green star at the top left on white"]
+
+
+def noise(seed: int, size: tuple[int, int] = (40, 50)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+PICTURES = [noise(0), noise(1, (32, 32)), noise(2, (90, 33))]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("run") / "best.ckpt"
+    saved(file)
+    (file.parent / "metrics.json").write_text('{"step": 7, "retrieval/tr_r1": 12.5, "retrieval/tr_r1_chance": 0.5}')
+    (file.parent / "card.json").write_text('{"split": "val"}')
+    return file
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[MaskVLM, MaskedPretraining]:
+    """The same model as the training code has it."""
+    backbone, task, _ = made("pretrain")
+    assert isinstance(task, MaskedPretraining)
+    return backbone, task
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> PretrainedMaskVLM:
+    return PretrainedMaskVLM.from_pretrained(path)
+
+
+def inputs(backbone: MaskVLM, pictures: list[Image.Image], texts: list[str]) -> tuple[torch.Tensor, Any]:
+    """As evaluation prepares them."""
+    transform = eval_transform(backbone.input_spec)
+    assert backbone.text.tokenizer is not None
+    return torch.stack([transform(each) for each in pictures]), Captioner(backbone.text.tokenizer, 24)(texts)
+
+
+def close(ours: Any, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(torch.as_tensor(ours), theirs, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- verbs equal the training code
+
+
+@torch.no_grad()
+def test_vectors_and_matches(model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]) -> None:
+    backbone, task = parts
+    image, text = inputs(backbone, PICTURES, TEXTS)
+    image_BLD, text_BTD = backbone.image(image), backbone.text(text.token_CT, text.attention_CT)
+    close(model.encode_image(PICTURES), task.projection.embed_image(image_BLD))
+    close(model.encode_text(TEXTS), task.projection.embed_text(text_BTD))
+    fused = backbone.fuse(image_BLD, text_BTD, text.attention_CT)
+    close(model.match(PICTURES, TEXTS), task.matching(fused.product_MD).softmax(1)[:, 1])
+
+
+@torch.no_grad()
+def test_words_of_hidden_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]) -> None:
+    backbone, task = parts
+    image, text = inputs(backbone, PICTURES[:1], ["a red circle on the left"])
+    token = text.token_CT.clone()
+    token[0, 2], token[0, 6] = backbone.text.mask_id, backbone.text.mask_id
+    context = backbone.cross_text.context(backbone.image(image))
+    text_BTD = backbone.text(token, text.attention_CT)
+    crossed = backbone.cross_text(text_BTD, context, text.attention_CT).every_RLD
+    probability_KV = task.tokens(crossed[0, [2, 6]])
+    probability_KV[:, [0, 2, 3, 4, 1]] = float("-inf")  # no special token is a word
+    top = probability_KV.softmax(1).topk(4)
+    found: Any = model.fill_mask(PICTURES[0], "a [MASK] circle on the [MASK]", 4)
+    close([[guess.probability for guess in place] for place in found], top.values)
+    tokenizer: Any = backbone.text.tokenizer
+    assert [[guess.word for guess in place] for place in found] == [
+        [tokenizer.decode([number]) for number in row] for row in top.indices.tolist()
+    ]
+
+
+@torch.no_grad()
+def test_score_is_the_sum_over_words_hidden_one_at_a_time(
+    model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]
+) -> None:
+    backbone, task = parts
+    image, text = inputs(backbone, PICTURES[:1], TEXTS[:1])
+    total = 0.0
+    for place in range(1, text.token_CT.shape[1] - 1):
+        token = text.token_CT.clone()
+        token[0, place] = backbone.text.mask_id
+        context = backbone.cross_text.context(backbone.image(image))
+        crossed = backbone.cross_text(backbone.text(token, text.attention_CT), context, text.attention_CT).every_RLD
+        total += float(task.tokens(crossed)[0, place].log_softmax(0)[text.token_CT[0, place]])
+    assert model.score(PICTURES[0], TEXTS[0]) == pytest.approx(total, abs=1e-4)
+
+
+@torch.no_grad()
+def test_painted_patches_are_those_of_the_training_figure(
+    model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]
+) -> None:
+    backbone, task = parts
+    image, text = inputs(backbone, PICTURES[:2], TEXTS[:2])
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[1:3, 2] = mask[0, 0] = True
+    index_BK = torch.tensor(mask.flatten()).nonzero().flatten().expand(2, -1)
+    mask_BN = torch.tensor(mask.flatten()).expand(2, -1)
+    patch = PatchMask(mask_BN, index_BK, torch.ones(2, 3))
+    batch = toy_batch(2)._replace(image_BCHW=image, **text._asdict())
+    wanted_BCHW = fill_pictures(backbone, task, batch, patch).filled_BCHW
+    found: Any = model.reconstruct(PICTURES[:2], [mask, mask], TEXTS[:2])
+    for picture, wanted_CHW in zip(found, wanted_BCHW, strict=True):
+        made_CHW = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255
+        torch.testing.assert_close(made_CHW, wanted_CHW, atol=0.5 / 255 + 1e-5, rtol=0)
+    whole = to_rgb(backbone, image)[0]
+    seen = torch.tensor(~mask).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    made_CHW = torch.tensor(np.asarray(found[0])).permute(2, 0, 1) / 255
+    assert (made_CHW - whole).abs()[:, seen].max() <= 0.5 / 255 + 1e-5  # what was not hidden stays
+
+
+def test_painting_in_one_round_is_reconstruction_and_more_rounds_are_not(model: PretrainedMaskVLM) -> None:
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[:2] = True
+    at_once: Any = model.reconstruct(PICTURES[0], mask, TEXTS[0])
+    one: Any = model.inpaint(PICTURES[0], mask, TEXTS[0], steps=1)
+    four: Any = model.inpaint(PICTURES[0], mask, TEXTS[0], steps=4)
+    assert np.array_equal(np.asarray(at_once), np.asarray(one))
+    assert not np.array_equal(np.asarray(at_once), np.asarray(four))
+    assert four.size == (SIZE, SIZE)
+
+
+@torch.no_grad()
+def test_kept_attention_changes_nothing(parts: tuple[MaskVLM, MaskedPretraining]) -> None:
+    backbone, _ = parts
+    image, text = inputs(backbone, PICTURES, TEXTS)
+    image_BLD, text_BTD = backbone.image(image), backbone.text(text.token_CT, text.attention_CT)
+    traced = trace(backbone.cross_text, text_BTD, image_BLD, text.attention_CT)
+    wanted = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), text.attention_CT).every_RLD
+    torch.testing.assert_close(traced.every_BTD, wanted, atol=1e-5, rtol=1e-5)
+    assert [tuple(p.shape) for p in traced.probabilities] == [(3, 2, text.token_CT.shape[1], 17)] * 2
+    torch.testing.assert_close(traced.probabilities[0].sum(-1), torch.ones(3, 2, text.token_CT.shape[1]))
+
+
+def test_explain_gives_shares_of_the_patches_and_a_picture_of_the_same_size(model: PretrainedMaskVLM) -> None:
+    found = model.explain(PICTURES[0], TEXTS[0], "circle")
+    assert found.attention.shape == found.gradcam.shape == (4, 4)
+    assert found.attention.sum() == pytest.approx(1, abs=1e-5)
+    assert found.gradcam.min() >= 0
+    assert found.gradcam.sum() == pytest.approx(1, abs=1e-5) or found.gradcam.sum() == 0
+    assert found.picture.size == PICTURES[0].size
+    assert not np.array_equal(np.asarray(found.picture), np.asarray(PICTURES[0]))
+    two_words = model.explain(PICTURES[0], TEXTS[0], "red circle")
+    assert not np.allclose(two_words.attention, found.attention)
+
+
+def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskVLM) -> None:
+    from maskvlm import unmask
+
+    text: Any = model.caption(PICTURES[0], lengths=[2, 5])
+    with torch.no_grad():
+        both = [one.text for one in unmask.caption(model, PICTURES[0], [2, 5])]
+    matches: Any = model.match(PICTURES[0], both)
+    assert text == both[int(np.argmax(matches))]
+    assert all("[" not in one for one in both)
+
+
+@torch.no_grad()
+def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> None:
+    """By hand: one row, three hidden words."""
+    from maskvlm.unmask import caption, forbid, look, word_logits
+
+    (written,) = caption(model, PICTURES[0], [3])
+    start, end = model.words.ends
+    token, mask = torch.tensor([[start, 4, 4, 4, end]]), 4
+    total = 0.0
+    while (token == mask).any():
+        log_p = forbid(model, word_logits(model, look(model, PICTURES[0]), token)).log_softmax(-1)[0]
+        hidden = (token[0] == mask).nonzero().flatten().tolist()
+        place = max(hidden, key=lambda at: float(log_p[at].max()))
+        total += float(log_p[place].max())
+        token[0, place] = log_p[place].argmax()
+    assert written.text == model.words.decode(token[0, 1:-1].tolist())
+    assert written.certainty == pytest.approx(total / 3, abs=1e-5)
+
+
+# ---------------------------------------------------------------------- lists and forms of pictures
+
+
+def test_lists_equal_singles(model: PretrainedMaskVLM) -> None:
+    model.batch_size = 2  # three of each: a full part and a rest
+    masks = [np.eye(4, dtype=bool)] * 3
+    close(model.encode_image(PICTURES), torch.stack([model.encode_image(each) for each in PICTURES]))
+    close(model.encode_text(TEXTS), torch.stack([model.encode_text(each) for each in TEXTS]))
+    close(model.match(PICTURES, TEXTS), torch.tensor([model.match(p, t) for p, t in zip(PICTURES, TEXTS, strict=True)]))
+    close(model.match(PICTURES[0], TEXTS), torch.tensor([model.match(PICTURES[0], text) for text in TEXTS]))
+    close(model.score(PICTURES, TEXTS), torch.tensor([model.score(p, t) for p, t in zip(PICTURES, TEXTS, strict=True)]))
+    many: Any = model.rank(PICTURES, TEXTS, 2)
+    for ranked, picture in zip(many, PICTURES, strict=True):
+        single: Any = model.rank(picture, TEXTS, 2)
+        assert [one.place for one in ranked] == [one.place for one in single]
+        close([one.similarity for one in ranked], torch.tensor([one.similarity for one in single]))
+    captions: Any = model.caption(PICTURES, [3])
+    assert captions == [model.caption(picture, [3]) for picture in PICTURES]
+    painted: Any = model.reconstruct(PICTURES, masks, TEXTS)
+    for made_, picture, text in zip(painted, PICTURES, TEXTS, strict=True):
+        single = model.reconstruct(picture, masks[0], text)
+        assert np.abs(np.asarray(made_).astype(int) - np.asarray(single).astype(int)).max() <= 1
+    model.batch_size = 64
+
+
+def test_ranking_is_contrast_and_then_matching(model: PretrainedMaskVLM) -> None:
+    found: Any = model.rank(PICTURES[0], TEXTS, k=2)
+    cosine = (model.encode_text(TEXTS) @ model.encode_image(PICTURES[0])).tolist()
+    order = sorted(range(3), key=lambda number: -cosine[number])
+    likely = {number: model.match(PICTURES[0], TEXTS[number]) for number in order[:2]}
+    assert [one.place for one in found] == [*sorted(order[:2], key=lambda number: -likely[number]), order[2]]
+    assert [one.match is None for one in found] == [False, False, True]
+    other: Any = model.rank(TEXTS[0], PICTURES, k=0)
+    cosine = (model.encode_image(PICTURES) @ model.encode_text(TEXTS[0])).tolist()
+    assert [one.place for one in other] == sorted(range(3), key=lambda number: -cosine[number])
+
+
+def test_every_form_of_a_picture_is_the_same_picture(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+    image = PICTURES[0]
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image)
+    image_CHW = torch.tensor(array).permute(2, 0, 1)
+    forms = [
+        tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), image, array,
+        array.astype(np.float32) / 255, image_CHW, image_CHW / 255,
+    ]  # fmt: skip
+    wanted = model.encode_image(image)
+    for form in forms:
+        close(model.encode_image(form), wanted)
+    close(model.encode_image(torch.stack([torch.tensor(array).permute(2, 0, 1)] * 2)), torch.stack([wanted] * 2))
+    close(model.encode_image(array[..., 0]), model.encode_image(Image.fromarray(array[..., 0])))
+
+
+@given(st.lists(st.sampled_from(["red", "circle", "[MASK]", "on", "the", "star"]), min_size=1, max_size=12))
+def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
+    backbone, _, _ = made("pretrain")
+    from maskvlm.inputs import Words
+
+    made_words = Words(backbone.text.tokenizer, 24)
+    if "[MASK]" not in words:
+        with pytest.raises(UserError, match="hidden"):
+            made_words.masked(" ".join(words))
+        return
+    token = made_words.masked(" ".join(words)).tolist()
+    plain = made_words([" ".join(words).replace("[MASK]", "red")]).token_CT[0].tolist()
+    hidden = [False, *(word == "[MASK]" for word in words), False]  # each word is one token
+    assert token == [4 if here else seen for seen, here in zip(plain, hidden, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda m: m.encode_image("nowhere.jpg"), "nowhere.jpg: bad picture, missing"),
+        (lambda m: m.encode_image(b"not a picture at all"), "not an image"),
+        (lambda m: m.encode_image(np.zeros((4, 4, 7))), r"array of shape \[4, 4, 7\]"),
+        (lambda m: m.encode_image(np.full((9, 9, 3), 3.0)), "not normalised"),
+        (lambda m: m.encode_image(torch.full((3, 9, 9), float("nan"))), "not normalised"),
+        (lambda m: m.encode_text(""), "no word"),
+        (lambda m: m.encode_text(7), "int is no text"),
+        (lambda m: m.match(PICTURES[:2], TEXTS), "2 pictures and 3 texts"),
+        (lambda m: m.rank(PICTURES[0], PICTURES), "pictures on both sides"),
+        (lambda m: m.rank("a", TEXTS), "texts on both sides"),
+        (lambda m: m.rank(PICTURES[0], []), "nothing on both sides"),
+        (lambda m: m.fill_mask(PICTURES[0], "a red circle"), "no word in it is hidden"),
+        (lambda m: m.fill_mask(PICTURES[0], "red " * 40 + "[MASK]"), "beyond the 22 tokens"),
+        (lambda m: m.fill_mask(PICTURES[0], "[MASK]", 0), "top_k is 0"),
+        (lambda m: m.explain(PICTURES[0], "a red circle", "star"), "'star' is not in the text"),
+        (lambda m: m.reconstruct(PICTURES[0], np.zeros((3, 3), bool), "a"), r"a mask of shape \[3, 3\]"),
+        (lambda m: m.inpaint(PICTURES[0], np.zeros((4, 4), bool), "a", steps=0), "steps is 0"),
+        (lambda m: m.caption(PICTURES[0], lengths=[99]), "no length from 1 to 22"),
+        (lambda m: m.rank(PICTURES[0], TEXTS, -1), "k is -1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_input_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        ask(model)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- the hub's format
+
+
+@pytest.fixture(scope="module")
+def folder(model: PretrainedMaskVLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("hub") / "model"
+    model.save_pretrained(place)
+    return place
+
+
+def test_saved_and_loaded_is_equal_to_the_bit(model: PretrainedMaskVLM, folder: Path) -> None:
+    again = PretrainedMaskVLM.from_pretrained(folder)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert model.match(PICTURES, TEXTS) == again.match(PICTURES, TEXTS)
+    assert tokenizer_hash(again.words.tokenizer) == tokenizer_hash(model.words.tokenizer)
+    (seen,) = again.origin.lineage
+    assert seen[:5] == SEEN[:5]
+    assert seen.ids is not None
+    assert seen.ids.tolist() == [4, 5, 9]
+    again.save_pretrained(folder.parent / "twice")
+    for name in ("config.json", "README.md", "model.safetensors"):
+        assert (folder.parent / "twice" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_the_folder_holds_no_pickle_and_a_card_with_the_numbers(folder: Path) -> None:
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "README.md"} <= names
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors", ".md"}
+    card = (folder / "README.md").read_text()
+    assert "| retrieval/tr_r1 | 12.5 | 0.5 |" in card
+    assert "`maskvlm.data.scenes.Scenes`" in card
+    assert "steps: 7" in card
+
+
+@torch.no_grad()
+def test_transformers_auto_classes_know_it(model: PretrainedMaskVLM, folder: Path) -> None:
+    other, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    made_ = processor(images=PICTURES, text=TEXTS, return_tensors="pt", padding=True, truncation=True)
+    out = other(**made_)
+    close(out.image_embeds, model.encode_image(PICTURES))
+    close(out.text_embeds, model.encode_text(TEXTS))
+    close(out.match.sigmoid(), torch.tensor(model.match(PICTURES, TEXTS)))
+    assert out.fused.shape == (3, 48)
+    assert maskvlm.MaskVLM is PretrainedMaskVLM
+
+
+def test_fine_tuning_starts_from_the_folder(path: Path, folder: Path) -> None:
+    ours, theirs = read_start(str(folder)), read_start(str(path))
+    assert ours.backbone.keys() == theirs.backbone.keys()
+    assert all(torch.equal(ours.backbone[name], theirs.backbone[name]) for name in theirs.backbone)
+    assert ours.heads.keys() == theirs.heads.keys()
+
+
+def test_from_pretrained_takes_device_and_precision(path: Path) -> None:
+    half = PretrainedMaskVLM.from_pretrained(path, device="cpu", dtype="bfloat16")
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    full = PretrainedMaskVLM.from_pretrained(path)
+    assert half.encode_image(PICTURES[0]).dtype == torch.float32
+    assert float(half.encode_image(PICTURES[0]) @ full.encode_image(PICTURES[0])) > 0.98
+    assert isinstance(half.score(PICTURES[0], TEXTS[0]), float)
+    assert half.explain(PICTURES[0], TEXTS[0], "red").attention.shape == (4, 4)
+
+
+def test_a_folder_or_file_of_another_kind_is_one_line(folder: Path, path: Path, tmp_path: Path) -> None:
+    def refused(place: Path, said: str, code: ExitCode) -> None:
+        with pytest.raises(UserError, match=said) as caught:
+            PretrainedMaskVLM.from_pretrained(place)
+        assert caught.value.code == code
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path, "without config.json", ExitCode.MISSING_INPUT)
+    refused(path.parent, "best.ckpt", ExitCode.MISSING_INPUT)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    refused(tmp_path, "of type clip", ExitCode.BAD_DATA)
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, "cannot be read", ExitCode.BAD_DATA)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    refused(tmp_path, "no model.safetensors", ExitCode.MISSING_INPUT)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    refused(tmp_path, "truncated or damaged", ExitCode.BAD_DATA)
+    evil = json.loads((folder / "config.json").read_text())
+    evil["task"]["class_path"] = "subprocess.Popen"
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(evil))
+    refused(tmp_path, "cannot be built", ExitCode.REFUSED)
+    refused(tmp_path / "absent.ckpt", "not there", ExitCode.MISSING_INPUT)
+
+
+def test_a_checkpoint_without_a_task_needs_the_configuration_of_its_run(tmp_path: Path) -> None:
+    backbone, task, recipe = made("pretrain")
+    file = tmp_path / "last.ckpt"
+    checkpoint.save(content_of(backbone, task, None), file)
+    with pytest.raises(UserError, match="which task"):
+        PretrainedMaskVLM.from_pretrained(file)
+    (tmp_path / "config-fit.yaml").write_text(json.dumps({"model": {"backbone": BACKBONE, "task": recipe}}))
+    assert PretrainedMaskVLM.from_pretrained(file).match(PICTURES[0], "a") >= 0  # type: ignore[operator]
+
+
+def test_a_checkpoint_with_other_heads_than_it_says_is_refused(tmp_path: Path) -> None:
+    backbone, task, recipe = made("pretrain")
+    content = content_of(backbone, task, recipe)
+    del content["state_dict"]["task.matching.classify.weight"]
+    checkpoint.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="matching"):
+        PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
+
+
+def test_a_name_on_the_hub_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskvlm.hub.hub_reachable", lambda: False)
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        PretrainedMaskVLM.from_pretrained("acme/no-such-model")
+
+
+def test_a_name_on_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path) -> None:
+    """The cache's own layout, as a download leaves it."""
+    place = tmp_path / "models--acme--maskvlm-toy"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    for file in folder.iterdir():
+        (place / "snapshots" / ("0" * 40) / file.name).write_bytes(file.read_bytes())
+    found = folder_of_hub("acme/maskvlm-toy", {"cache_dir": str(tmp_path), "local_files_only": True})
+    assert found.samefile(place / "snapshots" / ("0" * 40))
+    other = PretrainedMaskVLM.from_pretrained("acme/maskvlm-toy", cache_dir=str(tmp_path), local_files_only=True)
+    assert other.config.step == 7
+
+
+def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> None:
+    """Of a text encoder out of a folder or the hub its shape is written out, whatever differs from the type's own."""
+    backbone, task, recipe = made("pretrain")
+    place = tmp_path / "text"
+    backbone.text.model.save_pretrained(place)
+    assert backbone.text.tokenizer is not None
+    backbone.text.tokenizer.save_pretrained(place)
+    own = json.loads(json.dumps(BACKBONE))
+    own["init_args"]["text"]["init_args"] = {"name": str(place), "text_length": 24}
+    own["init_args"]["image"]["init_args"]["weights"] = str(tmp_path / "vit.safetensors")
+    config = {"model": {"random_init": False, "backbone": own}}
+    content = {**content_of(backbone, task, recipe), "model": portable_yaml(config, backbone.text.config)}
+    shutil.rmtree(place)
+    checkpoint.save(content, tmp_path / "last.ckpt")
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
+    close(model.encode_text(TEXTS), PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt").encode_text(TEXTS))
+    model.save_pretrained(tmp_path / "model")
+    again = PretrainedMaskVLM.from_pretrained(tmp_path / "model")
+    assert again.backbone.text.config.hidden_size == 16
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+
+
+# ---------------------------------------------------------------------- verbs of tasks
+
+
+@pytest.mark.parametrize(
+    ("kind", "verb", "pictures", "settings"),
+    [
+        ("vqa", "answer", 1, {}),
+        ("vqa", "answer", 1, {"decode": "free"}),
+        ("vqa", "answer", 1, {"head": "classify"}),
+        ("nlvr", "compare", 2, {}),
+        ("nlvr", "compare", 3, {"pictures": 3}),
+        ("entailment", "entail", 1, {}),
+    ],
+)
+def test_a_task_brings_its_verb(kind: str, verb: str, pictures: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    backbone, task = saved(tmp_path / "last.ckpt", kind, **settings)
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
+    assert verb in dir(model)
+    columns = [PICTURES[:pictures], PICTURES[::-1][:pictures]]
+    answers = getattr(model, verb)(*(list(each) for each in zip(*columns, strict=True)), TEXTS[:2])
+    single = getattr(model, verb)(*columns[0], TEXTS[0])
+    assert single.answer == answers[0].answer
+    assert single.probability == pytest.approx(answers[0].probability, abs=1e-5)
+    assert 0 <= single.probability <= 1
+    if settings.get("decode") != "free":
+        assert set(single.likeliest) == set(LABELS)
+    if kind in ("nlvr", "entailment"):
+        image, text = inputs(backbone, columns[0], [TEXTS[0]])
+        from maskvlm.classification import fuse_pictures
+
+        with torch.no_grad():
+            fused = fuse_pictures(backbone, image[None], text.token_CT, text.attention_CT)
+            wanted = task.head(fused).softmax(1)[0]  # type: ignore[operator]
+        close([single.likeliest[label] for label in LABELS], wanted)
+    with pytest.raises(UserError, match=f"{verb}: 1 inputs"):
+        getattr(model, verb)(TEXTS[0])
+    with pytest.raises(UserError, match="no head for it"):
+        model.match(PICTURES[0], TEXTS[0])
+    with pytest.raises(AttributeError):
+        model.no_such_verb  # noqa: B018
+
+
+def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:
+    saved(tmp_path / "last.ckpt", "vqa")
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
+    model.save_pretrained(tmp_path / "model")
+    again = PretrainedMaskVLM.from_pretrained(tmp_path / "model")
+    assert again.config.labels == list(LABELS)
+    assert again.answer(PICTURES[0], TEXTS[0]) == model.answer(PICTURES[0], TEXTS[0])
+    assert "3 labels" in (tmp_path / "model" / "README.md").read_text()
