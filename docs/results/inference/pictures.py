@@ -1,0 +1,108 @@
+"""Draws what a model of the built-in world does: words filled in, patches filled in from two captions, where it looks.
+
+    .venv/bin/python docs/results/inference/pictures.py checkpoints/RUN/last.ckpt docs/results/inference/verbs.png
+"""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from maskvlm import MaskVLM
+from maskvlm.data.scene_captions import SENTENCES, mention
+from maskvlm.data.scene_drawing import draw_scene
+from maskvlm.data.scene_world import COLOURS, Scene, Thing, choose
+from maskvlm.data.scenes import Scenes
+
+LARGE = 240  # pixels, as shown
+
+
+def told(things: list[Thing], background: str) -> str:
+    """All of the things in one sentence."""
+    said = [mention(thing, "place") for thing in things]
+    style = SENTENCES
+    return style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]) + f" on {background}"
+
+
+def recoloured(scene: Scene, rng: random.Random) -> Scene:
+    """The first thing in another colour."""
+    first, *rest = scene.things
+    others = [colour for colour in COLOURS if colour != first.colour]
+    return Scene(scene.background, (replace(first, colour=choose(rng, others)), *rest))
+
+
+def covered(picture: Image.Image, mask_RC: Any) -> Image.Image:
+    """The picture with its hidden patches grey."""
+    array = np.asarray(picture).copy()
+    side = array.shape[0] // mask_RC.shape[0]
+    array[np.kron(mask_RC, np.ones((side, side), bool))] = 128
+    return Image.fromarray(array)
+
+
+def main(checkpoint: str, out: str) -> None:
+    """Draw the page."""
+    model = MaskVLM.from_pretrained(checkpoint)
+    pairs = Scenes(val=500).split("val")
+    rows = [index for index in range(500) if len(pairs.scene(index).things) == 2][:3]
+    titles = ("picture", "covered", "filled in from the caption", "the same, another colour said", "where it looks")
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=(13, 3.2 * len(rows)), layout="constrained")
+    for number, index in enumerate(rows):
+        scene, rng = pairs.scene(index), random.Random(index)
+        picture = draw_scene(scene, pairs.size)
+        first = scene.things[0]
+        text = told(list(scene.things), scene.background)
+        other = recoloured(scene, rng)
+        mask = np.zeros(model.grid, bool)
+        mask[first.row, first.column] = True
+        hidden = text.replace(first.colour, "[MASK]", 1)
+        guesses: Any = model.fill_mask(picture, hidden, 3)[0]
+        looked = model.explain(picture.resize((LARGE, LARGE), Image.Resampling.NEAREST), text, first.shape)
+        shown = (
+            picture,
+            covered(picture, mask),
+            model.reconstruct(picture, mask, text),
+            model.reconstruct(picture, mask, told(list(other.things), other.background)),
+            looked.picture,
+        )
+        under = (
+            f"{hidden}\n" + ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses),
+            "",
+            text,
+            told(list(other.things), other.background),
+            f"for '{first.shape}'",
+        )
+        for axis, image, below, title in zip(axes[number], shown, under, titles, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_xlabel(wrapped(below), fontsize=8)
+            if number == 0:
+                axis.set_title(title, fontsize=10)
+    figure.savefig(out, dpi=90)
+
+
+def wrapped(text: str, width: int = 38) -> str:
+    """Lines of at most `width` characters."""
+    lines = [""]
+    for part in text.split("\n"):
+        lines.append("")
+        for word in part.split(" "):
+            if len(lines[-1]) + len(word) >= width:
+                lines.append("")
+            lines[-1] += f" {word}"
+    return "\n".join(line.strip() for line in lines if line.strip())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+    main(sys.argv[1], str(Path(sys.argv[2])))
