@@ -24,6 +24,7 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   fill match rank caption score explain reconstruct inpaint, and verbs of tasks such as answer
             ask a model: VERB --from CHECKPOINT PICTURE "TEXT" (VERB --help)
   convert   a checkpoint to the hub's format or back (convert CHECKPOINT FOLDER)
+  export    ONNX or torch.export files, checked against torch (export --from CHECKPOINT FOLDER)
   where     print the folder of an installed package's task (where acme.ocr)
   TASK.TOOL a task's own tool with its own options, such as vqa.score
 
@@ -33,7 +34,7 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   --debug               show tracebacks
 
 `python -m maskvlm fit --help` lists all keys. `make` composes the files for you."""
-COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "convert", "where")
+COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "convert", "export", "where")
 VERBS = ("fill", "match", "rank", "caption", "score", "explain", "reconstruct", "inpaint")
 
 
@@ -144,7 +145,7 @@ def where(names: list[str]) -> Path:
 
 def check(arguments: list[str]) -> None:
     """What needs no import: the command's name, and files that are there and are plain YAML."""
-    if arguments[0] in ("where", "convert"):
+    if arguments[0] in ("where", "convert", "export"):
         return
     if arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
@@ -162,6 +163,10 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
         from maskvlm.convert import convert
 
         print(convert(rest, options.allow_import))
+    elif name == "export":
+        from maskvlm.export import main as export
+
+        return export(rest, options.allow_import)
     elif name == "preview":
         from maskvlm.commands import preview
 
