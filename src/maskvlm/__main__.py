@@ -24,6 +24,8 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   fill match rank caption score explain reconstruct inpaint, and verbs of tasks such as answer
             ask a model: VERB --from CHECKPOINT PICTURE "TEXT" (VERB --help)
   convert   a checkpoint to the hub's format or back (convert CHECKPOINT FOLDER)
+  embed     a data set's vectors as Parquet; index makes them searchable, search finds (search "TEXT" --from CHECKPOINT)
+  demo      a page to try a model in, on this machine alone
   export    ONNX or torch.export files, checked against torch (export --from CHECKPOINT FOLDER)
   where     print the folder of an installed package's task (where acme.ocr)
   TASK.TOOL a task's own tool with its own options, such as vqa.score
@@ -34,7 +36,15 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   --debug               show tracebacks
 
 `python -m maskvlm fit --help` lists all keys. `make` composes the files for you."""
-COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "convert", "export", "where")
+COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "convert", "where")
+OWN = {
+    "embed": ("maskvlm.vectors", "main"),
+    "index": ("maskvlm.search", "make"),
+    "search": ("maskvlm.search", "main"),
+    "export": ("maskvlm.export", "main"),
+    "demo": ("maskvlm.demo.serve", "main"),
+}
+"""Commands with options of their own: module and function."""
 VERBS = ("fill", "match", "rank", "caption", "score", "explain", "reconstruct", "inpaint")
 
 
@@ -45,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments and "." in arguments[0] and "/" not in arguments[0]:
             return tool(arguments[0])([word for word in arguments[1:] if word != "--debug"])
-        if arguments and is_verb(arguments):
+        if arguments and (arguments[0] in OWN or is_verb(arguments)):
             return ask(arguments)
         options, arguments = split(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -72,16 +82,20 @@ def is_verb(arguments: list[str]) -> bool:
     if word in VERBS:
         return True
     from_somewhere = any(each == "--from" or each.startswith("--from=") for each in arguments)
-    near = difflib.get_close_matches(word, COMMANDS, 1, 0.6)
+    near = difflib.get_close_matches(word, [*COMMANDS, *OWN], 1, 0.6)
     return from_somewhere and word.isidentifier() and not near
 
 
 def ask(arguments: list[str]) -> int:
-    """A verb has options of its own; those of every command are taken out."""
+    """What has options of its own; those of every command are taken out."""
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--debug", action="store_true")
     front.add_argument("--allow-import", action="append", default=[])
     options, rest = front.parse_known_args(arguments)
+    if rest[0] in OWN:
+        module, name = OWN[rest[0]]
+        command: Callable[[list[str], list[str]], int] = getattr(importlib.import_module(module), name)
+        return command(rest[1:], options.allow_import)
     from maskvlm.ask import main as answer
 
     return answer(rest, options.allow_import)
@@ -145,12 +159,13 @@ def where(names: list[str]) -> Path:
 
 def check(arguments: list[str]) -> None:
     """What needs no import: the command's name, and files that are there and are plain YAML."""
-    if arguments[0] in ("where", "convert", "export"):
+    if arguments[0] in ("where", "convert"):
         return
     if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.5)
+        every = [*COMMANDS, *OWN, *VERBS]
+        near = difflib.get_close_matches(arguments[0], every, 1, 0.5)
         what = "no such command" + (f" (did you mean {near[0]}?)" if near else "")
-        raise UserError(arguments[0], what, f"There are: {', '.join(COMMANDS)}")
+        raise UserError(arguments[0], what, f"There are: {', '.join(every)}")
     places(arguments[1:])
 
 
@@ -163,10 +178,6 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
         from maskvlm.convert import convert
 
         print(convert(rest, options.allow_import))
-    elif name == "export":
-        from maskvlm.export import main as export
-
-        return export(rest, options.allow_import)
     elif name == "preview":
         from maskvlm.commands import preview
 

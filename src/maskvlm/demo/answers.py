@@ -1,0 +1,198 @@
+"""What the page shows: answers as HTML, every word of it escaped, and pictures of patches."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from maskvlm.errors import UserError
+from maskvlm.inputs import MASK, Picture
+from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.unmask import Guess
+
+Mask = list[list[bool]]
+BOARD = 384  # pixels, about: the side of a picture with its patches
+COVER, LINE, FRAME = (64, 72, 88), (148, 163, 184), (245, 158, 11)
+LENGTHS = (5, 8, 12)
+"""Of captions that are tried: a page must answer soon."""
+_WORD = re.compile(rf"{re.escape(MASK)}|[\w'’-]+")
+
+
+class Words(NamedTuple):
+    """A text taken apart: its words, and where each stands."""
+
+    text: str
+    words: list[str]
+    spans: list[tuple[int, int]]
+
+
+def taken_apart(text: str) -> Words:
+    found = list(_WORD.finditer(text))
+    return Words(text, [each.group() for each in found], [each.span() for each in found])
+
+
+def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
+    """The text with [MASK] in the place of chosen words, and what stood in every covered place, "" where [MASK] did."""
+    parts, told = taken_apart(text), []
+    which = set(chosen)
+    made, end = "", 0
+    for number, (word, (start, stop)) in enumerate(zip(parts.words, parts.spans, strict=True)):
+        hidden = number in which or word == MASK
+        made += text[end:start] + (MASK if hidden else word)
+        end = stop
+        if hidden:
+            told.append("" if word == MASK else word)
+    return made + text[end:], told
+
+
+def words_filled(model: PretrainedMaskVLM, image: Picture | None, text: str, chosen: Sequence[int]) -> str:
+    """Guesses for each covered word, with the picture and without it."""
+    masked, told = covered(text, chosen)
+    if not told:
+        return note(f"Click a word to cover it, or write {MASK} in the text.")
+    blind: Any = model.fill_mask(None, masked)
+    seeing: Any = model.fill_mask(image, masked) if image is not None else None
+    parts = [f'<p class="sentence">{escape(masked).replace(MASK, "<b>▮▮▮</b>")}</p>']
+    for number, truth in enumerate(told):
+        head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
+        sides = [] if seeing is None else [guesses("with the picture", seeing[number], truth)]
+        sides.append(guesses("without it", blind[number], truth))
+        parts.append(f'<section><h4>{head}</h4><div class="sides">{"".join(sides)}</div></section>')
+    return "".join(parts)
+
+
+def guesses(title: str, found: Sequence[Guess], truth: str) -> str:
+    rows = [(each.word, each.probability, each.word == truth.lower()) for each in found]
+    return f'<div class="side"><h5>{escape(title)}</h5>{bars(rows)}</div>'
+
+
+def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
+    """A table: a text, its share as a bar and in percent; the true one is marked."""
+    made = []
+    for word, share, right in rows:
+        percent = 100 * min(1.0, max(0.0, share))
+        mark = ' class="right"' if right else ""
+        made.append(
+            f'<tr{mark}><th scope="row">{escape(word)}{" ✓" if right else ""}</th>'
+            f'<td class="bar"><i style="width:{percent:.1f}%"></i></td><td class="number">{percent:.1f} %</td></tr>'
+        )
+    return f'<table class="bars">{"".join(made)}</table>'
+
+
+def note(line: str) -> str:
+    return f'<p class="note">{marked(line)}</p>'
+
+
+def problem(line: str) -> str:
+    return f'<p class="problem" role="alert">{marked(line)}</p>'
+
+
+def marked(line: str) -> str:
+    """Escaped; what stands in backquotes is a command."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(line))
+
+
+def matches(model: PretrainedMaskVLM, image: Picture, texts: list[str]) -> str:
+    """Each text with the probability that it belongs to the picture, the likeliest first."""
+    likely: Any = model.match([image], texts)
+    order = sorted(zip(texts, likely, strict=True), key=lambda pair: -pair[1])
+    return bars((text, share, False) for text, share in order)
+
+
+def captioned(model: PretrainedMaskVLM, image: Picture) -> str:
+    """A caption, and how well it belongs to the picture."""
+    text = str(model.caption(image, LENGTHS))
+    if not text.strip():
+        return note("The model finds no words for it.")
+    likely: Any = model.match(image, text)
+    told = f"Belongs to the picture: {100 * likely:.1f} %. The most certain word was written first."
+    return f'<p class="answer">{escape(text)}</p>{note(told)}'
+
+
+def decided(answer: Any) -> str:
+    """What a task says: its answer, and the shares of what it chose among."""
+    first, *others = answer
+    shares = next((each for each in others if isinstance(each, dict)), None)
+    if shares is None:
+        shares = {str(first): float(others[0])} if others and isinstance(others[0], float) else {}
+    best = list(shares.items())[:5]
+    return f'<p class="answer">{escape(str(first))}</p>' + bars((str(name), float(p), False) for name, p in best)
+
+
+# ---------------------------------------------------------------------- patches
+
+
+def seen(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
+    """The picture as the model has it: a small square."""
+    side = model.image_size
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def enlarge(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
+    """To about BOARD pixels, whole pixels a patch."""
+    rows, columns = model.grid
+    width, height = (max(1, round(BOARD / count)) * count for count in (columns, rows))
+    return image.resize((width, height), Image.Resampling.NEAREST)
+
+
+def boxes(size: tuple[int, int], mask: Mask) -> Iterable[tuple[bool, tuple[int, int, int, int]]]:
+    """Each patch: whether it is covered, and its corners in pixels."""
+    down, across = size[1] / len(mask), size[0] / len(mask[0])
+    for row, line in enumerate(mask):
+        for column, hidden in enumerate(line):
+            left, top = round(column * across), round(row * down)
+            yield hidden, (left, top, round((column + 1) * across) - 1, round((row + 1) * down) - 1)
+
+
+def board(model: PretrainedMaskVLM, image: Image.Image, mask: Mask) -> Image.Image:
+    """What the model sees, with its patches; covered ones are dark."""
+    made = enlarge(model, seen(model, image))
+    draw = ImageDraw.Draw(made)
+    for hidden, box in boxes(made.size, mask):
+        draw.rectangle(box, fill=COVER if hidden else None, outline=LINE)
+        if hidden:
+            left, top, right, bottom = box
+            draw.line((left + 3, top + 3, right - 3, bottom - 3), fill=LINE, width=2)
+            draw.line((left + 3, bottom - 3, right - 3, top + 3), fill=LINE, width=2)
+    return made
+
+
+def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Sequence[str]) -> list[Image.Image]:
+    """The covered patches filled in from each of the texts, framed."""
+    found: Any = model.reconstruct([image] * len(texts), [mask] * len(texts), list(texts))
+    made = []
+    for each in found:
+        large = enlarge(model, each)
+        draw = ImageDraw.Draw(large)
+        for hidden, box in boxes(large.size, mask):
+            if hidden:
+                draw.rectangle(box, outline=FRAME, width=3)
+        made.append(large)
+    return made
+
+
+def clicked(mask: Mask, index: Any, size: tuple[int, int]) -> Mask:
+    """The mask with the patch at a point of the board turned over. Raises UserError: no point of it."""
+    try:
+        across, down = (float(each) for each in index)
+        row, column = math.floor(down / size[1] * len(mask)), math.floor(across / size[0] * len(mask[0]))
+        if not (0 <= row < len(mask) and 0 <= column < len(mask[0])):
+            raise ValueError(f"{index} is outside")
+    except (TypeError, ValueError, OverflowError):
+        raise UserError("patches", "that is no place of the picture", "Click on the picture") from None
+    return [[hidden != ((r, c) == (row, column)) for c, hidden in enumerate(line)] for r, line in enumerate(mask)]
+
+
+def by_lot(grid: tuple[int, int], share: float = 0.6) -> Mask:
+    """Other patches at every call."""
+    count = grid[0] * grid[1]
+    chosen = np.random.default_rng().permutation(count)[: round(share * count)]
+    return [[row * grid[1] + column in chosen for column in range(grid[1])] for row in range(grid[0])]
+
+
+def empty(grid: tuple[int, int]) -> Mask:
+    return [[False] * grid[1] for _ in range(grid[0])]

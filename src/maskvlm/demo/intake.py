@@ -1,0 +1,92 @@
+"""What the page takes from strangers behind its door: pictures, texts, and the time that an answer may take."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from maskvlm.data.images import safe_open
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.inputs import check_text
+
+ANSWER_SECONDS = 20.0
+QUEUE = 24  # questions that wait
+MAX_TEXT = 1000  # characters
+MAX_LINES = 20  # texts at once
+MAX_SIDE = 1024  # pixels of a picture that is kept; models see far fewer
+
+T = TypeVar("T")
+
+
+class Worker:
+    """One thread for all that decodes and computes, so that many questions cost memory for one.
+
+    A thread cannot be stopped: a question that takes too long is given up, not ended, and what waits behind it is given
+    up too. What is asked is bounded above, so that it ends.
+    """
+
+    def __init__(self, seconds: float = ANSWER_SECONDS) -> None:
+        self.seconds, self.pool = seconds, ThreadPoolExecutor(1)
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Raises UserError: no answer in time; and whatever the function raises."""
+        future = self.pool.submit(function, *arguments)
+        try:
+            return future.result(self.seconds)
+        except TimeoutError:
+            if future.done():
+                raise
+            future.cancel()
+            what, todo = f"no answer within {self.seconds:g} seconds", "Try again, with less at once"
+            raise UserError("model", what, todo, ExitCode.UNAVAILABLE) from None
+
+
+class Opener:
+    """Uploads to pictures, through `safe_open`; the last few are kept, since each is asked about again and again."""
+
+    def __init__(self, most: int = 16) -> None:
+        self.most, self.known = most, OrderedDict[bytes, Image.Image]()
+
+    def __call__(self, path: str | None, name: str = "picture") -> Image.Image:
+        """Raises BadImage, or UserError where there is none."""
+        if not path:
+            raise UserError(name, "there is none", "Drop one in, or choose an example")
+        file = Path(path)
+        if not file.is_file():
+            raise UserError(name, "is here no more", "Drop it in again", ExitCode.MISSING_INPUT)
+        data = file.read_bytes()
+        key = hashlib.sha256(data).digest()
+        if key not in self.known:
+            opened = safe_open(data, name)
+            opened.thumbnail((MAX_SIDE, MAX_SIDE))
+            self.known[key] = opened
+            while len(self.known) > self.most:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key]
+
+
+def text_of(given: object, name: str = "text") -> str:
+    """A text of bounded length with a word in it. Raises UserError."""
+    if not isinstance(given, str):
+        raise UserError(name, "is no text", "Write one")
+    if len(given) > MAX_TEXT:
+        raise UserError(name, f"{len(given):,} characters", f"Write at most {MAX_TEXT:,}")
+    return check_text(given)
+
+
+def lines_of(given: object) -> list[str]:
+    """Texts, one a line. Raises UserError."""
+    if not isinstance(given, str):
+        raise UserError("texts", "are no texts", "Write some")
+    if len(given) > MAX_LINES * MAX_TEXT:
+        todo = f"Write at most {MAX_LINES} lines of at most {MAX_TEXT:,}"
+        raise UserError("texts", f"{len(given):,} characters", todo)
+    lines = [line for line in given.splitlines() if line.strip()]
+    if not 0 < len(lines) <= MAX_LINES:
+        raise UserError("texts", f"{len(lines)} lines", f"Write 1 to {MAX_LINES}")
+    return [text_of(line) for line in lines]

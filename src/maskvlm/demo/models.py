@@ -1,0 +1,160 @@
+"""The models of the page: the newest of pre-training, and the newest of each fine-tuned task, found in a folder."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from maskvlm.data.examples import Examples, ExampleSource
+from maskvlm.embed import Model
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.parser import Complaint, Parser, prepare
+from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.recipe import recipe_of
+from maskvlm.start import read_content
+from maskvlm.verbs import Verb
+
+PRETRAINING = "maskvlm.pretrain.MaskedPretraining"
+WEIGHTS = ("best.ckpt", "last.ckpt")
+"""Of a run's folder, the first that is there."""
+
+
+class Run(NamedTuple):
+    """A checkpoint and the class of its task."""
+
+    path: str
+    task: str
+
+    @property
+    def title(self) -> str:
+        """What its tab is called: `tasks.vqa.task.Vqa` is VQA."""
+        name = self.task.rpartition(".")[2]
+        return name.upper() if len(name) < 5 else name
+
+    @property
+    def shown(self) -> str:
+        """The end of its path: the rest is nobody's business."""
+        return "/".join(Path(self.path).parts[-2:])
+
+
+class Found(NamedTuple):
+    """pretrained: None where there is none. tasks: one a class, in alphabetical order. problems: lines."""
+
+    pretrained: Run | None
+    tasks: list[Run]
+    problems: list[str]
+
+
+def find(folder: Path, sources: Iterable[str] = ()) -> Found:
+    """The newest checkpoint of each task.
+
+    Args:
+        folder: of runs; where nothing is named.
+        sources: checkpoints, folders of the hub's format or names of its cache instead; the last of a task counts.
+
+    Raises:
+        UserError: a named one is not there or damaged.
+    """
+    named, problems = [Run(source, task_of(source)) for source in sources], list[str]()
+    if not named:
+        there = [path for path in map(weights_in, folder.glob("*/")) if path is not None]
+        for path in sorted(there, key=lambda path: path.stat().st_mtime):
+            try:
+                named.append(Run(str(path), task_of(str(path))))
+            except UserError as error:
+                problems.append(str(error))
+    newest = {run.task: run for run in named}
+    pretrained = newest.pop(PRETRAINING, None)
+    return Found(pretrained, sorted(newest.values(), key=lambda run: run.title), problems)
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The checkpoint of a run's folder."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def task_of(source: str) -> str:
+    """The class path of a checkpoint's task: from the card beside it, or else from the checkpoint itself."""
+    try:
+        told = json.loads((Path(source).parent / "card.json").read_text(encoding="utf-8"))["task"]
+        if isinstance(told, str) and source.endswith(".ckpt"):
+            return told
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    recipe = recipe_of(read_content(source), source)
+    if recipe.task is None:
+        todo = "Put the config-fit.yaml of its run beside it"
+        raise UserError(source, "does not say which task it was trained for", todo, ExitCode.MISSING_INPUT)
+    return str(recipe.task["class_path"])
+
+
+class Loaded(NamedTuple):
+    """A fine-tuned model and its verb; examples: of the data set it was trained on, where that can be opened here, else
+    None."""
+
+    model: PretrainedMaskVLM
+    verb: Verb
+    examples: Examples | None
+
+
+class Models:
+    """What is found, loaded: pre-training at once, a task when it is first asked.
+
+    Args:
+        found: by `find`.
+        device: None for the CPU.
+        allowed: packages beside this project's that tasks may come from.
+    """
+
+    def __init__(self, found: Found, device: str | None = None, allowed: Iterable[str] = ()) -> None:
+        self.found, self.device, self.allowed = found, device, list(allowed)
+        self.pretrained = self.load(found.pretrained) if found.pretrained else None
+        self.tasks: dict[str, Loaded] = {}
+
+    def load(self, run: Run) -> PretrainedMaskVLM:
+        return PretrainedMaskVLM.from_pretrained(run.path, device=self.device, allow_import=self.allowed)
+
+    def core(self) -> PretrainedMaskVLM:
+        """Of pre-training. Raises UserError: there is none."""
+        if self.pretrained is None:
+            todo = "Run `make pretrain`, then `make demo` again"
+            raise UserError("model", "no checkpoint of pre-training is here", todo, ExitCode.MISSING_INPUT)
+        return self.pretrained
+
+    def task(self, run: Run) -> Loaded:
+        """Raises UserError: it cannot be loaded."""
+        if run.task not in self.tasks:
+            model = self.load(run)
+            verb = next(iter(model.task.verbs.values()), MATCH)  # retrieval has the core's verbs alone
+            self.tasks[run.task] = Loaded(model, verb, self.examples(run))
+        return self.tasks[run.task]
+
+    def examples(self, run: Run) -> Examples | None:
+        """The validation split of the data that a run was trained on, by the configuration beside it."""
+        try:
+            config = yaml.safe_load((Path(run.path).parent / "config-fit.yaml").read_text(encoding="utf-8"))
+            prepare([], self.allowed)
+            parser = Parser(exit_on_error=False)
+            parser.add_subclass_arguments(ExampleSource, "source")
+            source = config["data"]["init_args"]["source"]
+            return parser.instantiate_classes(parser.parse_object({"source": source})).source.split("val")
+        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError, Complaint):
+            return None  # it is another machine's data, or captions: the page has other examples
+
+
+class Matched(NamedTuple):
+    """The probability that both belong together."""
+
+    answer: str
+    probability: float
+
+
+def matched(_: Any, model: Model, examples: list[tuple[Any, ...]]) -> list[Matched]:
+    """A `Verb` of a model that has no other."""
+    found = model.match([example[0] for example in examples], [example[-1] for example in examples])  # type: ignore[attr-defined]
+    return [Matched("belongs to it" if each > 0.5 else "does not belong to it", each) for each in found]
+
+
+MATCH = Verb(matched, 1, "caption", "whether a caption belongs to a picture")

@@ -1,0 +1,231 @@
+"""The page itself, in Gradio: one picture and one text on the left, what can be asked about them in tabs."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from maskvlm.data.images import BadImage
+from maskvlm.demo import answers, guard, intake
+from maskvlm.demo.models import Models
+from maskvlm.demo.samples import Sample, Searched, samples
+from maskvlm.demo.tabs import Patches, Words, match_and_caption, search, task, upload
+from maskvlm.errors import UserError
+from maskvlm.inputs import MASK
+
+CSS = Path(__file__).with_name("page.css")
+INTRO = (
+    "<h1>MaskVLM</h1><p>Cover words and they are filled in from the picture; cover patches of the picture and they are "
+    "filled in from the words.</p>"
+)
+
+
+class Desk:
+    """What all tabs share.
+
+    Attributes:
+        picture, text, status, examples: components. own: whether the picture is one of the page's.
+        samples: what the examples show.
+    """
+
+    picture: gr.Image
+    text: gr.Textbox
+    status: gr.HTML
+    examples: gr.Dataset
+    own: gr.State
+
+    def __init__(self, models: Models, worker: intake.Worker) -> None:
+        self.models, self.worker, self.open = models, worker, intake.Opener()
+        self.samples: list[Sample] = []
+        if models.pretrained is not None:
+            self.samples = worker.run(samples, models.pretrained.image_size, models.pretrained.grid)
+
+    def asked(self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]) -> Callable[..., dict[Any, Any]]:
+        """A function of an event: computed by the worker, its mistakes one line under the picture.
+
+        Args:
+            function: returns component -> value.
+            clear: the same where there is no answer.
+        """
+
+        def answered(*inputs: Any) -> dict[Any, Any]:
+            try:
+                return {self.status: "", **self.worker.run(function, *inputs)}
+            except UserError as error:
+                line = str(error).replace(" or drop its row", "") if isinstance(error, BadImage) else str(error)
+                return {**clear, self.status: answers.problem(" ".join(line.split())[:400])}
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                what = f"{type(error).__name__}. This is a bug; the terminal has its traceback."
+                return {**clear, self.status: answers.problem(what)}
+
+        return answered
+
+    def on(
+        self,
+        trigger: Any,
+        function: Callable[..., dict[Any, Any]],
+        inputs: list[Any],
+        outputs: list[Any],
+        clear: dict[Any, Any] | None = None,
+    ) -> Any:
+        """Ask when something happens; one question at a time."""
+        return trigger(
+            self.asked(function, clear or {}),
+            inputs,
+            [self.status, *outputs],
+            concurrency_limit=1,
+            concurrency_id="model",
+            show_progress="minimal",
+            api_visibility="private",
+        )
+
+
+def page(models: Models, worker: intake.Worker, index: Path | None, allowed: list[str]) -> gr.Blocks:
+    """The whole page.
+
+    Args:
+        models: what was found.
+        index: a folder to search; None for scenes of the built-in world.
+        allowed: packages that the index's data set may be of.
+    """
+    desk = Desk(models, worker)
+    with gr.Blocks(
+        title="MaskVLM", analytics_enabled=False, delete_cache=(60, guard.KEPT_SECONDS), fill_width=True
+    ) as blocks:
+        gr.HTML(INTRO + about(models), elem_id="intro")
+        if models.pretrained is None and not models.found.tasks:
+            return blocks
+        with gr.Row(elem_id="desk"):
+            with gr.Column(scale=2, min_width=300, elem_id="given"):
+                given(desk)
+            with gr.Column(scale=5, min_width=320), gr.Tabs(elem_id="tabs"):
+                if models.pretrained is not None:
+                    of_pretraining(desk, index, allowed)
+                for run in models.found.tasks:
+                    task(desk, run)
+                if not models.found.tasks:
+                    with gr.Tab("Tasks"):
+                        gr.HTML(answers.note(no_task(models)))
+    blocks.queue(max_size=intake.QUEUE, default_concurrency_limit=1, api_open=False)
+    return blocks
+
+
+def about(models: Models) -> str:
+    """Which checkpoints are asked, or what to run."""
+    lines = [f"Not used: {each}" for each in models.found.problems]
+    if models.pretrained is not None and models.found.pretrained is not None:
+        rows, columns = models.pretrained.grid
+        side = models.pretrained.image_size
+        told = f"{models.found.pretrained.shown}: pictures of {side} × {side} pixels in {rows} × {columns} patches."
+        return answers.note(told) + "".join(map(answers.problem, lines))
+    todo = (
+        "No checkpoint of pre-training is here. Run `make pretrain` (about 14 minutes on two cores), then `make demo`."
+    )
+    return "".join(map(answers.problem, [todo, *lines]))
+
+
+def no_task(models: Models) -> str:
+    source = models.found.pretrained.path if models.found.pretrained else "checkpoints/RUN/best.ckpt"
+    name = "/".join(Path(source).parts[-3:])
+    return f"No fine-tuned checkpoint is here. Run `make finetune TASK=vqa FROM={name}`, then `make demo` again."
+
+
+def given(desk: Desk) -> None:
+    """Picture, text and examples."""
+    first = desk.samples[0] if desk.samples else None
+    desk.picture = upload(
+        value=first.picture if first else None,
+        label="Picture",
+        height=280,
+        elem_id="picture",
+    )
+    desk.text = gr.Textbox(
+        value=first.text if first else "",
+        label=f"Text (write {MASK} or click words in the first tab to cover them)",
+        max_length=intake.MAX_TEXT,
+        lines=2,
+        max_lines=3,
+        elem_id="text",
+        visible=bool(desk.samples),
+    )
+    desk.own = gr.State(True)
+    desk.picture.upload(lambda: False, None, desk.own, api_visibility="private")
+    desk.status = gr.HTML("", elem_id="status")
+    if desk.samples:
+        desk.examples = gr.Dataset(
+            components=[gr.Image(visible=False, render=False)],
+            samples=[[sample.picture] for sample in desk.samples],
+            label="Examples, none of them seen in training",
+            type="index",
+            samples_per_page=20,
+            layout="gallery",
+            elem_id="examples",
+        )
+
+
+def of_pretraining(desk: Desk, index: Path | None, allowed: list[str]) -> None:
+    """The tabs of the core's verbs, and what happens where several of them are concerned."""
+    model = desk.models.core()
+    first = desk.samples[0]
+    worded, painted = Words(desk, first), Patches(desk, first)
+    compared = match_and_caption(desk, first)
+    line = None
+    try:
+        searched = desk.worker.pool.submit(Searched, model, index, allowed).result()
+    except UserError as error:
+        line = str(error)
+        searched = desk.worker.pool.submit(Searched, model, None).result()
+    search(desk, searched, line, index is not None)
+
+    def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
+        return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
+
+    inputs = [desk.picture, desk.text, worded.chips, painted.mask, painted.other]
+    results = [*worded.results, *painted.results]
+    nothing = dict.fromkeys(results)
+    desk.on(desk.picture.change, all_anew, inputs, results, nothing)
+
+    def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
+        if text == known:
+            return {}
+        chips, kept = worded.offered(text), list[int]()
+        return {**chips, **all_anew(path, text, kept, mask, other)}
+
+    with_known = [*inputs[:3], worded.known, *inputs[3:]]
+    for trigger in (desk.text.blur, desk.text.submit):
+        desk.on(trigger, retold, with_known, [worded.chips, worded.known, *results])
+
+    def exemplary(number: int) -> dict[Any, Any]:
+        sample = desk.samples[int(number)]
+        chips = worded.offered(sample.text, sample)
+        chosen = chips[worded.chips]["value"]
+        drawn = desk_answer(sample, chosen)
+        told = {desk.picture: sample.picture, desk.text: sample.text, painted.other: sample.other, desk.own: True}
+        return {**told, **chips, painted.mask: sample.hidden, compared: texts_of(desk, sample), **drawn}
+
+    def desk_answer(sample: Sample, chosen: list[int]) -> dict[Any, Any]:
+        filled = answers.words_filled(model, sample.picture, sample.text, chosen)
+        return {worded.results[0]: filled, **painted.of(sample.picture, sample.text, sample.hidden, sample.other)}
+
+    outputs = [
+        desk.picture,
+        desk.own,
+        desk.text,
+        worded.chips,
+        worded.known,
+        painted.mask,
+        painted.other,
+        compared,
+        *results,
+    ]
+    desk.on(desk.examples.click, exemplary, [desk.examples], outputs)
+
+
+def texts_of(desk: Desk, sample: Sample) -> str:
+    """What an example is matched with: what is true, what is nearly true, and what is said of others."""
+    others = [each.text for each in desk.samples if each is not sample]
+    return "\n".join([sample.text, sample.other, *others[:2]])

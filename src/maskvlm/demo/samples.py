@@ -1,0 +1,141 @@
+"""What the page brings along: held-out scenes of the built-in world, drawn when it starts, and what it searches."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from maskvlm.data.scene_world import COLOURS, SHAPES
+from maskvlm.data.scenes import SMALLEST, ScenePairs
+from maskvlm.errors import UserError
+from maskvlm.inputs import Picture
+from maskvlm.inputs import picture as opened
+from maskvlm.pretrained import PretrainedMaskVLM
+
+CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
+"""Of the validation split, one thing and several, all shapes but one."""
+SEARCHED = 200  # pictures of the test split
+SHOWN = 288  # pixels, at least, of a drawn scene on the page
+THUMB = 320
+
+
+class Sample(NamedTuple):
+    """A scene: its picture, a caption, one that is wrong in colours and shapes, and which patches hold its first thing.
+
+    hidden: [rows, columns].
+    """
+
+    picture: Image.Image
+    text: str
+    other: str
+    hidden: list[list[bool]]
+
+
+class Hit(NamedTuple):
+    """A picture that was found, and what is said of it."""
+
+    picture: Image.Image
+    told: str
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small picture in large pixels: scaled down for the model it is what it was."""
+    times = max(1, -(-SHOWN // image.width))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def otherwise(text: str) -> str:
+    """The same caption with other colours and shapes."""
+    found = []
+    for word in text.split():
+        plain = word.strip(",.:")
+        for known in (COLOURS, SHAPES):
+            if plain in known:
+                word = word.replace(plain, known[(known.index(plain) + len(known) // 2) % len(known)])
+        found.append(word)
+    return " ".join(found)
+
+
+def samples(size: int, grid: tuple[int, int]) -> list[Sample]:
+    """Scenes as a model of this resolution has learnt to see them."""
+    pairs = ScenePairs("val", max(CHOSEN) + 1, max(size, SMALLEST), 0)
+    rows, columns = grid
+    found = []
+    for index in CHOSEN:
+        thing = pairs.scene(index).things[0]
+        text = pairs[index]["captions"][0]
+        down, across = np.arange(rows)[:, None], np.arange(columns)[None]
+        row, column = thing.row, thing.column
+        hidden = (down * 3 // rows == row) & (across * 3 // columns == column)
+        found.append(Sample(enlarged(pairs[index]["image"]), text, otherwise(text), hidden.tolist()))  # type: ignore[arg-type]
+    return found
+
+
+class Searched:
+    """The pictures that the page searches: an index of the user's, or scenes of the built-in world.
+
+    Args:
+        model: of pre-training.
+        folder: of an index (`python -m maskvlm index`); None for the scenes.
+        allowed: packages that the index's data set may be of.
+
+    Raises:
+        UserError: the index is damaged, or was made with another checkpoint.
+    """
+
+    def __init__(self, model: PretrainedMaskVLM, folder: Path | None, allowed: Iterable[str] = ()) -> None:
+        self.model, self.index, self.query = model, None, "a red circle"
+        if folder is not None:
+            from maskvlm.search import Index  # brings the command line along; most pages do without
+            from maskvlm.vectors import identity
+
+            self.index = Index.load(folder, allowed)
+            if identity(model) != self.index.about["weights"]:
+                what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
+                raise UserError(folder.name, what, "Make it again: python -m maskvlm index")
+            self.told = f"{self.index.about['count']:,} pictures of the index in {folder.name}"
+        else:
+            pairs = ScenePairs("test", SEARCHED, max(model.image_size, SMALLEST), 0)
+            self.rows = [pairs[row] for row in range(SEARCHED)]
+            self.vector_NE = model.encode_image([row["image"] for row in self.rows])
+            thing = pairs.scene(0).things[0]
+            self.query = f"a {thing.colour} {thing.shape}"
+            self.told = f"{SEARCHED} scenes of the built-in world that the model has not seen"
+
+    def by_text(self, text: str, k: int = 8) -> list[Hit]:
+        """The nearest pictures of a text. It is never taken for the name of a file."""
+        return self.nearest(self.model.encode_text(text), k)
+
+    def by_picture(self, image: Picture, k: int = 8) -> list[Hit]:
+        """The nearest pictures of another one."""
+        return self.nearest(self.model.encode_image(image), k)
+
+    def nearest(self, vector_E: Tensor, k: int) -> list[Hit]:
+        if self.index is None:
+            similarity_N = self.vector_NE @ vector_E
+            order = similarity_N.argsort(descending=True)[:k].tolist()
+            rows = [self.rows[place] for place in order]
+            drawn = [(row["image"], row["captions"]) for row in rows]
+            return [
+                Hit(enlarged(image), f"{similarity_N[place]:.2f}  {captions[0]}")
+                for place, (image, captions) in zip(order, drawn, strict=True)
+            ]
+        from maskvlm.search import Found
+
+        (cosine_K,), (position_K,) = self.index.search(vector_E.cpu(), k)
+        rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()
+        found = [Found(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
+        return [
+            Hit(thumbnail(given, each.id), f"{each.similarity:.2f}  {each.captions[0] if each.captions else ''}")
+            for given, each in zip(self.index.pictures(found), found, strict=True)
+        ]
+
+
+def thumbnail(given: Picture, name: str) -> Image.Image:
+    """A picture of an index, small. Raises BadImage."""
+    image = opened(given, name)
+    image.thumbnail((THUMB, THUMB))
+    return image if image.width >= THUMB // 2 else enlarged(image)

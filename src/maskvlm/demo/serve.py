@@ -1,0 +1,146 @@
+"""`python -m maskvlm demo`: starts the page and serves it until Ctrl-C.
+
+Gradio is told not to call home before it is imported, and everything it writes lies in one temporary folder of this
+process, which goes when the page does.
+"""
+
+import argparse
+import importlib.util
+import ipaddress
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from maskvlm.errors import ExitCode, UserError
+
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_SSR_MODE": "False",
+    "GRADIO_MCP_SERVER": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(self.prog, message, f"See {self.prog} --help")
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """Serve the page; arguments as in the shell, without the command's name."""
+    parser = Parser("python -m maskvlm demo", description="a page to try a model in", allow_abbrev=False)
+    parser.add_argument("--from", dest="sources", nargs="+", default=[], help="checkpoints; the newest, if left out")
+    parser.add_argument("--index", type=Path, help="a folder to search (checkpoints/index, where it is one)")
+    parser.add_argument("--host", default="127.0.0.1", help="another address lets others in: nobody is asked who he is")
+    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    options = parser.parse_args(arguments)
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(
+            "demo", "gradio is not installed", "Run `make demo`, or pip install -e .[demo]", ExitCode.UNAVAILABLE
+        )
+    os.environ.update(QUIET)
+    listener = listen(options.host, options.port)
+    with listener, own_folder() as folder:
+        print("loading ...", flush=True)
+        run(options, allowed, listener, folder)
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Before seconds of imports. Raises UserError: the address or the port cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = socket.socket(family)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(128)
+        return made
+    except (OSError, OverflowError) as error:
+        todo = "Give another --port (0: any that is free) or --host"
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port}", f"cannot be listened on ({reason})", todo, ExitCode.UNAVAILABLE) from error
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A temporary folder for all that is uploaded and shown; every temporary file of this process lies in it."""
+    with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as name:
+        before = tempfile.tempdir
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = name
+        try:
+            yield Path(name)
+        finally:
+            tempfile.tempdir = before
+            os.environ.pop("GRADIO_TEMP_DIR", None)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path) -> None:
+    """Load the models, make the page, serve it. Raises UserError."""
+    import uvicorn
+
+    from maskvlm.demo.guard import Guard
+    from maskvlm.demo.intake import Worker
+    from maskvlm.demo.models import Models, find
+
+    found = find(Path("checkpoints"), options.sources)
+    models = Models(found, options.device, allowed)
+    index = options.index
+    if index is None and Path("checkpoints/index/index.json").is_file():
+        index = Path("checkpoints/index")
+    app = Guard(application(models, Worker(), index, allowed), folder, is_loopback(options.host))
+    told = ", ".join(run.path for run in (found.pretrained, *found.tasks) if run)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(told or "no checkpoint found: the page says what to run", flush=True)
+    print(f"http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", limit_concurrency=200, timeout_keep_alive=10, timeout_graceful_shutdown=2, ws="none"
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes whoever ends the page
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def application(models: Any, worker: Any, index: Path | None, allowed: list[str]) -> Any:
+    """The page as an ASGI application, without its guard."""
+    import fastapi
+    import gradio as gr
+
+    from maskvlm.demo.guard import MAX_UPLOAD
+    from maskvlm.demo.page import CSS, page
+
+    plain = ("system-ui", "sans-serif")  # no font is fetched
+    theme = gr.themes.Default(font=plain, font_mono=("ui-monospace", "monospace"), primary_hue="teal")
+    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    return gr.mount_gradio_app(
+        outer,
+        page(models, worker, index, allowed),
+        path="/",
+        server_name="127.0.0.1",
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        theme=theme,
+        css=CSS.read_text(encoding="utf-8"),
+    )

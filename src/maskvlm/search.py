@@ -1,0 +1,299 @@
+"""`python -m maskvlm index` and `search`: pictures found among many, by a text or a picture.
+
+An index is a folder: `index.json` says what it is, `index.faiss` holds the vectors, `ids.parquet` whose they are. It is
+searched by inner product of unit vectors, the cosine. There is no pickle in it, and `index.json` knows the files'
+hashes; but FAISS reads its own file in C++ without distrust: trust a stranger's index as you would trust his program.
+
+Shapes: N vectors, Q queries, K found, E contrast width.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from maskvlm.ask import Parser, readable
+from maskvlm.data.batch import Source
+from maskvlm.errors import ExitCode, UserError, check_least
+from maskvlm.inputs import Picture, is_picture
+from maskvlm.parser import Complaint, prepare
+from maskvlm.parser import Parser as ClassParser
+from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.vectors import KEPT, Facts, embed_data, facts_of, file_of, identity, parser_of, process_of, write
+from maskvlm.verify import sha256_of
+
+Array = np.ndarray[Any, Any]
+ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
+FLAT_UP_TO = 50_000  # vectors: comparing with all of them takes milliseconds and misses none
+RECALL = 0.96  # of the 10 nearest, on average: a little over what is promised, 0.95, as other queries differ
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+class Kind(NamedTuple):
+    """A kind of index: for `faiss.index_factory`; what trades time for recall in a query, and its values."""
+
+    factory: str
+    knob: str | None = None
+    values: tuple[int, ...] = ()
+
+
+def kinds(count: int, width: int) -> dict[str, Kind]:
+    """What there is for so many vectors of this width; bench/search.py measures them."""
+    lists = 2 ** max(0, round(math.log2(2 * math.sqrt(count))))
+    pieces, steps = width // 2 if width % 2 == 0 else width, [n * 2**power for power in range(15) for n in (2, 3)]
+    return {
+        "flat": Kind("Flat"),
+        "ivf": Kind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
+        "pq": Kind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
+        "hnsw": Kind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
+    }
+
+
+def faiss_module() -> Any:
+    """Raises UserError: it is not installed (69)."""
+    try:
+        import faiss
+    except ImportError:
+        todo = "Install it: python -m pip install faiss-cpu"
+        raise UserError("search", "faiss is not installed", todo, ExitCode.UNAVAILABLE) from None
+    return faiss
+
+
+def trained(kind: Kind, vector_NE: Array) -> Any:
+    """An empty index that knows how vectors like these are spread."""
+    faiss, (count, width) = faiss_module(), vector_NE.shape
+    index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
+    most = 50 * faiss.extract_index_ivf(index).nlist if kind.knob == "nprobe" else 65_536
+    index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
+    return index
+
+
+def turn(index: Any, knob: str | None, value: int | None) -> None:
+    if knob is not None:
+        faiss_module().ParameterSpace().set_index_parameter(index, knob, value)
+
+
+def tune(index: Any, kind: Kind, vector_NE: Array, query_QE: Array, least: float) -> tuple[int | None, float]:
+    """Turn the knob up until enough of the 10 nearest of these queries are found; returns its value and the recall.
+    What is as near as the tenth counts as found: vectors may be equal."""
+    faiss, k, value, recall = faiss_module(), min(10, len(vector_NE)), None, 0.0
+    tenth_Q1 = faiss.knn(query_QE, vector_NE, k, faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
+    for value in kind.values or (None,):
+        turn(index, kind.knob, value)
+        similarity_QK, position_QK = index.search(query_QE, k)
+        recall = float(((similarity_QK >= tenth_Q1 - 1e-5) & (position_QK >= 0)).mean())
+        if recall >= least:
+            break
+    return value, recall
+
+
+def milliseconds(index: Any, query_QE: Array) -> Array:
+    """Of each query, asked alone: [Q]."""
+    times = [time.perf_counter()]
+    for query_1E in query_QE[:, None]:
+        index.search(query_1E, 10)
+        times.append(time.perf_counter())
+    return 1000 * np.diff(times)
+
+
+def build(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = RECALL) -> tuple[Any, Facts]:
+    """An index of unit vectors, and what `index.json` says of it.
+
+    `auto` is flat up to 50,000 vectors, above that IVF; where IVF, looking at an eighth of its lists, misses too much,
+    as with vectors that do not cluster, PQ with exact re-scoring is made too, and the better one taken.
+    """
+    known, auto = kinds(*vector_NE.shape), ["ivf", "pq"] if len(vector_NE) > FLAT_UP_TO else ["flat"]
+    made: dict[float, tuple[Any, Facts]] = {}
+    for each in auto if name == "auto" else [name]:
+        start, kind = time.perf_counter(), known[each]
+        index = trained(kind, vector_NE)
+        index.add(vector_NE)
+        value, recall = tune(index, kind, vector_NE, query_QE, least)
+        about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
+        about |= {"recall_at_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
+        made[recall] = index, about
+        if recall >= least:
+            break
+    index, about = made[max(made)]
+    about["median_ms"] = round(float(np.median(milliseconds(index, query_QE[:200]))), 3)
+    return index, about | {"queries": len(query_QE), "threads": faiss_module().omp_get_max_threads()}
+
+
+def make(arguments: list[str], allowed: list[str]) -> int:
+    """`index`: embed where no vectors are named, and build; arguments as in the shell."""
+    parser = parser_of("index", "checkpoints/index", "an index of a data set's pictures, from vectors or a checkpoint")
+    parser.add_argument("--vectors", type=Path, help="a folder that `embed` wrote; without it this embeds first")
+    parser.add_argument("--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and recall")
+    parser.add_argument("--recall", type=float, default=RECALL, help="share of the 10 nearest to be found")
+    options, rest = parser.parse_known_args(arguments)
+    faiss_module()
+    if process_of(os.environ)[1] > 1:
+        raise UserError("index", "several processes", "`embed` with them, then `index --vectors FOLDER` with one")
+    if options.vectors is not None and rest:
+        raise UserError(rest[0], "is of no use beside --vectors", "Leave it out")
+    vectors = options.vectors or options.out / "vectors"
+    if options.vectors is None:
+        print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
+    about = index_folder(vectors, options.out, options.kind, options.recall)
+    told = "{count} pictures, {factory} {knob} {value}, made in {build_seconds} s; recall@10 {recall_at_10} "
+    told = (told + "with {queries} {asked}; {median_ms} ms a query").format(**about).replace(" None", "")
+    low = "; the recall asked for is not reached: --kind flat misses nothing"
+    print(f"{options.out}: {told}{low if about['recall_at_10'] < options.recall else ''}", flush=True)
+    return 0
+
+
+def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RECALL) -> Facts:
+    """Index a folder of vectors; returns what `index.json` says. Raises UserError: a shard is missing or damaged."""
+    facts = facts_of(vectors)
+    parts, width = range(facts["shards"]), facts["width"]
+    asked = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []  # some captions are enough to ask with
+    pictures = [read(file_of(vectors, part, len(parts)), width) for part in parts]
+    captions = [read(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
+    vector_NE = np.concatenate([vector_NE for _, vector_NE in pictures])
+    if not len(vector_NE):
+        raise UserError(vectors, "holds no picture that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
+    query_NE = np.concatenate(captions) if sum(map(len, captions)) else vector_NE
+    chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
+    index, about = build(vector_NE, query_NE[chosen], name, least)
+    (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
+    write(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in pictures]))
+    faiss_module().write_index(index, str(out / VECTORS))
+    about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
+    about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
+    write(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})
+    return about
+
+
+def read(path: Path, width: int) -> tuple[pa.Table, Array]:
+    """A shard and its vectors, [N, E]. Raises UserError (65)."""
+    try:
+        table = pq.read_table(path)
+        return table, table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, width)
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        todo = "Start the same `embed` again; if the file is there, delete it first"
+        raise UserError(path, f"missing or damaged ({str(error)[:100]})", todo, ExitCode.BAD_DATA) from error
+
+
+class Found(NamedTuple):
+    """A picture: its row in the split, its file or None, the cosine with the query, the probability of a match."""
+
+    row: int
+    id: str
+    origin: str
+    path: str | None
+    captions: list[str]
+    similarity: float
+    match: float | None = None
+
+
+class Index:
+    """An index in memory; `about` is its `index.json`."""
+
+    def __init__(self, index: Any, ids: pa.Table, about: Facts, allowed: Iterable[str] = ()) -> None:
+        self.index, self.ids, self.about, self.allowed = index, ids, about, allowed
+        self.model: PretrainedMaskVLM | None = None  # that was checked
+
+    @classmethod
+    def load(cls, folder: str | Path, allowed: Iterable[str] = ()) -> "Index":
+        """Raises UserError: no index (66), or damaged (65). `allowed`: packages that its data set's class may be of."""
+        place, faiss = Path(folder), faiss_module()
+        if not (place / ABOUT).is_file():
+            raise UserError(place, f"holds no {ABOUT}", "Make one: python -m maskvlm index", ExitCode.MISSING_INPUT)
+        try:
+            about: Facts = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+            if any(sha256_of(place / name) != about["sha256"][name] for name in (VECTORS, IDS)):
+                raise ValueError(f"a file is not the one that {ABOUT} knows")
+            index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
+            turn(index, about["knob"], about["value"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(place, f"damaged ({error})"[:200], "Make it again", ExitCode.BAD_DATA) from error
+        return cls(index, ids, about, allowed)
+
+    def search(self, vector_QE: Array | Tensor, k: int = 10) -> tuple[Array, Array]:
+        """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
+        fewer in the lists it looked at."""
+        check_least(1, k=k)
+        query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
+        if query_QE.shape[1] != self.index.d:
+            what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"
+            raise UserError("search", what, "Encode with the model that the index was made with")
+        found: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
+        return found
+
+    def pictures(self, found: list[Found]) -> list[Picture]:
+        """The pictures themselves: files, or what the data set draws. Raises UserError: a file is gone (66), or the
+        data set is another one by now (65)."""
+        gone = [each.path for each in found if each.path is not None and not Path(each.path).is_file()]
+        todo, source = "Bring them back, or search without --rerank", self.about.get("source")
+        if gone or not (source or all(each.path for each in found)):
+            raise UserError(gone[0] if gone else "search", "the pictures are not on disk", todo, ExitCode.MISSING_INPUT)
+        if all(each.path for each in found):
+            return [Path(str(each.path)) for each in found]
+        prepare([], self.allowed)  # as a recipe out of a checkpoint: a class of trusted packages alone
+        parser = ClassParser(exit_on_error=False)
+        parser.add_subclass_arguments(Source, "source")
+        try:
+            made = parser.instantiate_classes(parser.parse_object({"source": source})).source
+        except Complaint as error:
+            what = f"its data set cannot be opened ({' '.join(error.message.split())[:150]})"
+            raise UserError("search", what, "Search without --rerank", ExitCode.REFUSED) from None
+        pairs = made.split(self.about["split"])
+        if pairs.fingerprint != self.about["data"]:
+            raise UserError("search", "the data set is not the one of the index", "Index it again", ExitCode.BAD_DATA)
+        return [pairs[each.row]["image"] for each in found]
+
+
+def search(index: Index, model: PretrainedMaskVLM, query: Picture, k: int = 10, rerank: bool = False) -> list[Found]:
+    """The k nearest pictures of a text or a picture (of strings those that name a file), the nearest first.
+
+    rerank: these ordered by their match (ITM): a text's with the pictures themselves, a picture's with their captions,
+    of which the best counts. Raises UserError: the index was not made with this model (65).
+    """
+    if model is not index.model and identity(model) != index.about["weights"]:
+        todo = f"Give {index.about['checkpoint']}, or make the index again"
+        raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
+    index.model = model
+    seen = is_picture(query)
+    vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
+    (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
+    rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
+    found = [Found(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
+    if not rerank:
+        return found
+    if seen:  # a match is of a picture and a text
+        likely = [max(model.match([query], each.captions)) if each.captions else 0.0 for each in found]  # type: ignore
+    else:
+        likely = model.match(index.pictures(found), str(query))  # type: ignore[assignment]
+    matched = [each._replace(match=match) for each, match in zip(found, likely, strict=True)]
+    return sorted(matched, key=lambda each: -(each.match or 0))
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """`search`; arguments as in the shell."""
+    parser = Parser("python -m maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
+    parser.add_argument("query", help="a text, or the file of a picture")
+    parser.add_argument("--index", type=Path, default=Path("checkpoints/index"), help="its folder (checkpoints/index)")
+    parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
+    parser.add_argument("--k", type=int, default=10, help="how many (10)")
+    parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each")
+    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    options = parser.parse_args(arguments)
+    if options.query.lower().endswith(PICTURES) and not is_picture(options.query):
+        raise UserError(options.query, "no such file", "Check the path", ExitCode.MISSING_INPUT)
+    index = Index.load(options.index, allowed)
+    model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
+    for place, each in enumerate(search(index, model, options.query, options.k, options.rerank), 1):
+        told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
+        told |= {"picture": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
+        whole = {**told, "id": each.id, "captions": each.captions}
+        print(json.dumps(whole, ensure_ascii=False) if options.json else readable(told), flush=True)
+    return 0

@@ -1,0 +1,265 @@
+"""Indexes and search: what NumPy finds is found, matching orders as the model does, what does not fit is refused.
+
+Shapes: N vectors, Q queries, E width.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_vectors import Photos, rows_of, start, toy_checkpoint, vector_of
+
+from maskvlm import search as searching
+from maskvlm.data.scenes import Scenes
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.search import Array, Index, build, index_folder, main, make, search
+
+faiss = pytest.importorskip("faiss", reason="needs faiss-cpu (the extra `search`)")
+
+
+def unit(count: int, width: int, seed: int, centres: int = 0, shift: float = 0.0) -> Array:
+    """Even over the sphere, or near some centres."""
+    rng = np.random.default_rng(seed)
+    x_NE = rng.standard_normal((count, width)).astype(np.float32)
+    if centres:
+        centre_CE = np.random.default_rng(99).standard_normal((centres, width)).astype(np.float32)
+        x_NE = centre_CE[rng.integers(0, centres, count)] + 0.3 * x_NE
+        x_NE[:, 0] += shift
+    return x_NE / np.linalg.norm(x_NE, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.ckpt")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> PretrainedMaskVLM:
+    return PretrainedMaskVLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
+    return Photos(tmp_path_factory.mktemp("photos"), 12)
+
+
+@pytest.fixture(scope="module")
+def made(model: PretrainedMaskVLM, photos: Photos, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of vectors in it, and their index."""
+    folder = tmp_path_factory.mktemp("index")
+    start(model, photos, folder / "vectors")
+    index_folder(folder / "vectors", folder)
+    return folder
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """To be spoilt."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+# ---------------------------------------------------------------------- vectors
+
+
+def test_a_flat_index_finds_what_numpy_finds() -> None:
+    vector_NE, query_QE = unit(400, 16, 0), unit(7, 16, 1)
+    index, about = build(vector_NE, query_QE)
+    assert (about["kind"], about["recall_at_10"], about["knob"], about["queries"]) == ("flat", 1.0, None, 7)
+    cosine_QN = query_QE @ vector_NE.T
+    similarity_QK, position_QK = Index(index, None, about).search(torch.tensor(query_QE), 5)
+    assert position_QK.tolist() == np.argsort(-cosine_QN, axis=1)[:, :5].tolist()
+    assert np.allclose(similarity_QK, -np.sort(-cosine_QN, axis=1)[:, :5], atol=1e-6)
+    assert Index(index, None, about).search(query_QE[0], 1000)[1].shape == (1, 400)
+
+
+@pytest.mark.parametrize(("centres", "kind"), [(60, "ivf"), (0, "pq")])
+def test_a_large_one_is_turned_up_until_it_finds_enough(
+    centres: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors that cluster, asked by such as lie beside them, and vectors that do not."""
+    monkeypatch.setattr(searching, "FLAT_UP_TO", 1000)
+    vector_NE, query_QE = unit(6000, 32, 0, centres), unit(300, 32, 1, centres, shift=0.5)
+    index, about = build(vector_NE, query_QE[:100])
+    assert (about["kind"], about["factory"][:2]) == (kind, {"ivf": "IV", "pq": "PQ"}[kind])
+    assert about["recall_at_10"] >= 0.95
+    exact_QK = np.argsort(-query_QE[100:] @ vector_NE.T, axis=1)[:, :10]
+    found_QK = Index(index, None, about).search(query_QE[100:])[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found_QK, exact_QK, strict=True)])
+    assert recall > 0.9
+    searching.turn(index, about["knob"], 1)  # the knob matters: else nothing was tuned
+    worse_QK = index.search(query_QE[100:], 10)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(worse_QK, exact_QK, strict=True)]) < recall - 0.05
+
+
+def test_what_was_tuned_holds_after_loading(made: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = index_folder(made / "vectors", copy, "ivf", 1.1)  # never enough: the last value
+    assert (about["kind"], about["factory"], about["knob"], about["value"]) == ("ivf", "IVF8,Flat", "nprobe", 1)
+    about = json.loads((copy / "index.json").read_text()) | {"value": 5}
+    (copy / "index.json").write_text(json.dumps(about))
+    assert faiss.extract_index_ivf(Index.load(copy).index).nprobe == 5
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM) -> None:
+    about = json.loads((made / "index.json").read_text())
+    wanted = {"kind": "flat", "count": 12, "width": 8, "data": "photos", "split": "val", "asked": "captions"}
+    assert wanted.items() <= about.items()
+    assert about["weights"] == searching.identity(model)
+    assert (about["recall_at_10"], about["queries"]) == (1.0, 24)
+    assert about["median_ms"] > 0
+
+
+def test_a_text_finds_the_nearest_pictures(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
+    index = Index.load(made)
+    cosine_N = vector_of(rows_of(made / "vectors")) @ model.encode_text("a blue circle")
+    order = cosine_N.argsort(descending=True).tolist()[:5]
+    found = search(index, model, "a blue circle", 5)
+    assert [each.row for each in found] == order
+    assert [each.path for each in found] == [str(photos.path(n)) for n in order]
+    assert [each.captions for each in found] == [photos[n]["captions"] for n in order]
+    assert [each.match for each in found] == [None] * 5
+    assert torch.allclose(torch.tensor([each.similarity for each in found]), cosine_N[order], atol=1e-5)
+
+
+def test_re_ranking_orders_as_the_model_does(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
+    index, text = Index.load(made), "a red square over a green circle"
+    ranked: Any = model.rank(text, [photos.path(n) for n in range(12)], 6)
+    found = search(index, model, text, 6, rerank=True)
+    assert [each.row for each in found] == [each.place for each in ranked[:6]]
+    assert np.allclose([each.match for each in found], [each.match for each in ranked[:6]], atol=1e-5)  # type: ignore[misc]
+    assert [each.row for each in found] != [each.row for each in search(index, model, text, 6)]
+
+
+def test_a_picture_finds_itself_and_is_re_ranked_by_captions(
+    made: Path, model: PretrainedMaskVLM, photos: Photos
+) -> None:
+    index, path = Index.load(made), photos.path(7)
+    found = search(index, model, path, 4)
+    assert found[0].row == 7
+    assert found[0].similarity == pytest.approx(1, abs=1e-5)
+    ranked = search(index, model, path, 4, rerank=True)
+    best = {each.row: max(model.match(path, text) for text in each.captions) for each in found}  # type: ignore[type-var]
+    assert [each.row for each in ranked] == sorted(best, key=lambda row: -best[row])  # type: ignore[operator]
+    assert [each.match for each in ranked] == pytest.approx(sorted(best.values(), reverse=True), abs=1e-5)
+
+
+# ---------------------------------------------------------------------- what does not fit
+
+
+def refused(ask: Callable[[], Any], code: ExitCode, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ask()
+    assert caught.value.code == code
+    assert said in str(caught.value)
+
+
+def test_another_checkpoint_is_refused(made: Path, checkpoint: Path) -> None:
+    other, index = PretrainedMaskVLM.from_pretrained(checkpoint), Index.load(made)
+    assert search(index, other, "a circle", 1)
+    other = PretrainedMaskVLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        other.backbone.text.model.embeddings.word_embeddings.weight[3, 3] += 1e-3
+    refused(
+        lambda: search(index, other, "a circle", 1), ExitCode.BAD_DATA, "is not the checkpoint of the index. Give c,"
+    )
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "ids.parquet"])
+def test_a_damaged_file_is_refused_before_it_is_read(copy: Path, name: str) -> None:
+    whole = bytearray((copy / name).read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (copy / name).write_bytes(whole)
+    refused(lambda: Index.load(copy), ExitCode.BAD_DATA, "a file is not the one that index.json knows")
+
+
+def test_what_is_no_index_is_refused(copy: Path, made: Path) -> None:
+    (copy / "index.json").write_text("[]")
+    refused(lambda: Index.load(copy), ExitCode.BAD_DATA, f"{copy}: damaged (")
+    (copy / "index.json").unlink()
+    refused(lambda: Index.load(copy), ExitCode.MISSING_INPUT, "holds no index.json")
+    index = Index.load(made)
+    refused(lambda: index.search(np.zeros((1, 9), np.float32)), ExitCode.USAGE, "vectors of width 9, the index has 8")
+    refused(lambda: index.search(np.zeros((1, 8), np.float32), 0), ExitCode.USAGE, "0 is too small")
+
+
+def test_missing_and_damaged_shards_are_refused(copy: Path) -> None:
+    shard = copy / "vectors" / "pictures-00001-of-00003.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(lambda: index_folder(copy / "vectors", copy), ExitCode.BAD_DATA, f"{shard}: missing or damaged (")
+    shard.unlink()
+    refused(lambda: index_folder(copy / "vectors", copy), ExitCode.BAD_DATA, f"{shard}: missing or damaged (")
+    assert Index.load(copy).index.ntotal == 12  # the old one stays
+
+
+def test_pictures_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+    photos = Photos(tmp_path / "photos", 3)
+    start(model, photos, tmp_path / "vectors")
+    index_folder(tmp_path / "vectors", tmp_path)
+    photos.path(1).unlink()
+    index = Index.load(tmp_path)
+    assert len(search(index, model, "a circle", 3)) == 3
+    said = f"{photos.path(1)}: the pictures are not on disk. Bring them back, or search without --rerank."
+    refused(lambda: search(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, said)
+
+
+def test_without_faiss_it_is_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    refused(lambda: Index.load(made), ExitCode.UNAVAILABLE, "Install it: python -m pip install faiss-cpu.")
+
+
+# ---------------------------------------------------------------------- the commands
+
+
+def test_the_commands_index_and_search_a_configured_set(
+    checkpoint: Path,
+    root: Path,
+    tmp_path: Path,
+    stack: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The built-in world, whose pictures lie nowhere: they are drawn again to be matched."""
+    monkeypatch.chdir(root)
+    out, named = tmp_path / "index", ["--from", str(checkpoint)]
+    data = [*stack(WHERE="cpu"), "--data.source.val", "7"]
+    assert make([*named, "--out", str(out), "--device", "cpu", *data], []) == 0
+    assert f"{out}: 7 pictures, Flat, made in " in capsys.readouterr().out
+    assert main([*named, "--index", str(out), "a red circle", "--k", "3", "--rerank", "--json"], []) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, pairs = PretrainedMaskVLM.from_pretrained(checkpoint), Scenes(val=7).split("val")
+    ranked: Any = model.rank("a red circle", [pairs[n]["image"] for n in range(7)], 3)
+    assert [line["id"] for line in lines] == [pairs[each.place]["image_id"] for each in ranked[:3]]
+    assert [line["match"] for line in lines] == pytest.approx([each.match for each in ranked[:3]], abs=1e-5)
+    assert main([*named, "--index", str(out), "a red circle", "--k", "1"], []) == 0
+    assert "scenes (seed 0) val picture" in capsys.readouterr().out
+
+    (tmp_path / "stranger.py").write_text("from maskvlm.data.scenes import Scenes\n\n\nclass Mine(Scenes): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    about = json.loads((out / "index.json").read_text())
+    for spoilt, code, said in (
+        ({"data": "other"}, ExitCode.BAD_DATA, "the data set is not the one of the index"),
+        ({"source": {"class_path": "stranger.Mine"}}, ExitCode.REFUSED, "its data set cannot be opened ("),
+        ({"source": None}, ExitCode.MISSING_INPUT, "the pictures are not on disk"),
+    ):
+        (out / "index.json").write_text(json.dumps(about | spoilt))
+        refused(lambda: search(Index.load(out), model, "a red circle", 2, rerank=True), code, said)
+
+    assert "stranger" not in sys.modules  # a file names no class that is not allowed
+    refused(lambda: main([*named, "gone.jpg"], []), ExitCode.MISSING_INPUT, "gone.jpg: no such file")
+    refused(
+        lambda: main(["a dog"], []), ExitCode.USAGE, "python -m maskvlm search: the following arguments are required"
+    )
+    beside = ["--vectors", str(out / "vectors"), "--out", str(out), "--data.source.val", "8"]
+    refused(lambda: make(beside, []), ExitCode.USAGE, "--data.source.val: is of no use beside --vectors")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(lambda: make([*named, *data], []), ExitCode.USAGE, "index: several processes")
