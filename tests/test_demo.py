@@ -30,7 +30,7 @@ from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main
 from maskvlm.errors import ExitCode, UserError
 
-httpx = pytest.importorskip("httpx")
+httpx: Any = pytest.importorskip("httpx") if find_spec("gradio") else None  # Gradio brings it
 TEXT = "a red circle on the left"
 SCRIPT = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>"
 needs_gradio = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """Draws what a model of the built-in world does: words filled in, patches filled in from two captions, where it looks.
 
-    .venv/bin/python docs/results/inference/pictures.py checkpoints/RUN/last.ckpt docs/results/inference/verbs.png
+.venv/bin/python docs/results/inference/pictures.py checkpoints/RUN/last.ckpt docs/results/inference/verbs.png
 """
 
 import random

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -101,13 +101,19 @@ class Searched:
             pairs = ScenePairs("test", SEARCHED, max(model.image_size, SMALLEST), 0)
             self.rows = [pairs[row] for row in range(SEARCHED)]
             self.vector_NE = model.encode_image([row["image"] for row in self.rows])
-            thing = pairs.scene(0).things[0]
+            thing = next(
+                things[0] for things in (pairs.scene(row).things for row in range(SEARCHED)) if len(things) == 1
+            )
             self.query = f"a {thing.colour} {thing.shape}"
             self.told = f"{SEARCHED} scenes of the built-in world that the model has not seen"
 
     def by_text(self, text: str, k: int = 8) -> list[Hit]:
-        """The nearest pictures of a text. It is never taken for the name of a file."""
-        return self.nearest(self.model.encode_text(text), k)
+        """The nearest pictures of a text, and of these the ones that match it best. It is never taken for the name of a
+        file."""
+        near = self.nearest(self.model.encode_text(text), 3 * k)
+        likely: Any = self.model.match([hit.picture for hit in near], text)
+        order = sorted(zip(near, likely, strict=True), key=lambda pair: -pair[1])[:k]
+        return [hit._replace(told=f"{100 * share:.0f} %  {hit.told.partition('  ')[2]}") for hit, share in order]
 
     def by_picture(self, image: Picture, k: int = 8) -> list[Hit]:
         """The nearest pictures of another one."""

@@ -37,7 +37,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """Serve the page; arguments as in the shell, without the command's name."""
     parser = Parser("python -m maskvlm demo", description="a page to try a model in", allow_abbrev=False)
     parser.add_argument("--from", dest="sources", nargs="+", default=[], help="checkpoints; the newest, if left out")
-    parser.add_argument("--index", type=Path, help="a folder to search (checkpoints/index, where it is one)")
+    parser.add_argument("--index", type=Path, help="a folder to search; the newest that `make index` made, if left out")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in: nobody is asked who he is")
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
@@ -100,8 +100,9 @@ def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path)
     found = find(Path("checkpoints"), options.sources)
     models = Models(found, options.device, allowed)
     index = options.index
-    if index is None and Path("checkpoints/index/index.json").is_file():
-        index = Path("checkpoints/index")
+    if index is None:
+        made = sorted(Path("checkpoints").glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
+        index = made[-1].parent if made else None
     app = Guard(application(models, Worker(), index, allowed), folder, is_loopback(options.host))
     told = ", ".join(run.path for run in (found.pretrained, *found.tasks) if run)
     host, port = listener.getsockname()[:2]

@@ -171,7 +171,7 @@ def search(desk: "Desk", searched: Searched, line: str | None, indexed: bool) ->
             by_text = gr.Button("Find by the text", variant="primary", elem_id="find")
             by_picture = gr.Button("Find by the picture", elem_id="find-like")
         found = gr.Gallery(
-            [], label="The nearest first", columns=4, object_fit="contain", format="png", buttons=[],
+            [], label="The best first", columns=4, object_fit="contain", format="png", buttons=[],
             height="auto", elem_id="found",
         )  # fmt: skip
 
