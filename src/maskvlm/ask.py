@@ -8,11 +8,12 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from maskvlm.arguments import Parser
 from maskvlm.errors import UserError
 from maskvlm.inputs import MASK
 from maskvlm.pretrained import PretrainedMaskVLM
@@ -39,11 +40,6 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     for answer in spoken.ask(model, options.inputs, options):
         print(json.dumps(answer, ensure_ascii=False) if options.json else readable(answer), flush=True)
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, message, f"See {self.prog} --help")
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

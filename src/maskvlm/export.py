@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskvlm.ask import Parser
+from maskvlm.arguments import Parser
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.heads import Matching, Projection
 from maskvlm.hub_folder import processor_of

@@ -52,16 +52,14 @@ def portable(recipe: Recipe, text_config: Any) -> Recipe:
     Args:
         text_config: the text encoder's Hugging Face configuration.
     """
-    args = dict(recipe.backbone["init_args"])
-    image, text = ({**args[name], "init_args": dict(args[name]["init_args"])} for name in ("image", "text"))
-    image["init_args"] |= {"weights": None, "random_init": True}
-    text["init_args"] |= {"tokenizer": None, "random_init": True}
+    whole = without_weights(recipe)
+    text = whole.backbone["init_args"]["text"]
+    text["init_args"] |= {"tokenizer": None}
     if not is_type(text["init_args"].get("name", "")):
         known = type(text_config)().to_dict().keys() - NOT_KEPT
         shape = {key: value for key, value in text_config.to_dict().items() if key in known}
         text["init_args"] |= {"name": text_config.model_type, "config": shape, "vocab_size": None}
-    args |= {"image": image, "text": text, "start": None}
-    return recipe._replace(backbone={**recipe.backbone, "init_args": args})
+    return whole
 
 
 def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
@@ -99,7 +97,7 @@ def build(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[M
 
 
 def without_weights(recipe: Recipe) -> Recipe:
-    """The checkpoint brings all tensors, so that no encoder looks for its own."""
+    """A copy for one whose tensors a checkpoint brings, so that no encoder looks for its own."""
     args = dict(recipe.backbone["init_args"])
     for name in ("image", "text"):
         args[name] = {**args[name], "init_args": {**args[name]["init_args"], "random_init": True}}

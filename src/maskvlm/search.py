@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from maskvlm.ask import Parser, readable
+from maskvlm.arguments import Parser
+from maskvlm.ask import readable
 from maskvlm.data.batch import Source
 from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.inputs import Picture, is_picture

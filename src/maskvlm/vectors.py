@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskvlm.ask import Parser
+from maskvlm.arguments import Parser
 from maskvlm.cli import Parsed, run
 from maskvlm.commands import source
 from maskvlm.data.batch import Pairs, Source

@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from maskvlm.arguments import Parser
 from maskvlm.data.files import get
 from maskvlm.errors import ExitCode, UserError
 from tasks.vqa.metric import Mean, VqaAccuracy, vqa_accuracy
-from tasks.vqa.vocabulary import LAYOUT, Arguments, get_text, number_once, read_annotations, read_json
+from tasks.vqa.vocabulary import LAYOUT, get_text, number_once, read_annotations, read_json
 
 
 def main(arguments: list[str]) -> int:
     """Score a file of answers with the official VQA v2 accuracy. arguments: what follows the command's name."""
-    parser = Arguments("python -m maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
+    parser = Parser("python -m maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("results", type=Path, help='the answers: [{"question_id": 1, "answer": "yes"}, ...]')
     parser.add_argument("annotations", type=Path, help="people's answers: v2_mscoco_val2014_annotations.json")
     parser.add_argument("--questions", type=Path, help="the questions: each must have its annotation and answer")

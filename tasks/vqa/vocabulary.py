@@ -5,14 +5,14 @@ tools/compute_softscore.py: the `multiple_choice_answer` of each question of tra
 at least nine questions have it. Run as a command, this file writes such a list.
 """
 
-import argparse
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from maskvlm.arguments import Parser
 from maskvlm.data.files import get, load_json, opened
 from maskvlm.errors import ExitCode, UserError, check_least
 from tasks.vqa.metric import credit, normalise
@@ -210,17 +210,9 @@ def read_json(path: Path) -> Any:
 # ------------------------------------------------------------------ the command
 
 
-class Arguments(argparse.ArgumentParser):
-    """Raises UserError where the original prints its usage and ends the process."""
-
-    def error(self, message: str) -> NoReturn:
-        usage = " ".join(self.format_usage().split()[1:])
-        raise UserError(self.prog, message, f"Usage: {usage}", ExitCode.USAGE)
-
-
 def main(arguments: list[str]) -> int:
     """Write the answer list of annotation files as JSON. arguments: what follows the command's name."""
-    parser = Arguments("python -m maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
+    parser = Parser("python -m maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("annotations", type=Path, nargs="+", help="v2_..._annotations.json; the usual list: train, val")
     parser.add_argument("--min-count", type=int, default=9, help="questions that must share an answer (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the list, a .json file")

@@ -259,7 +259,11 @@ def test_the_command_writes_a_list(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
-        (["--out", "x.json"], "the following arguments are required: annotations. Usage: python", ExitCode.USAGE),
+        (
+            ["--out", "x.json"],
+            "the following arguments are required: annotations. See python -m maskvlm vqa.vocabulary --help",
+            ExitCode.USAGE,
+        ),
         (["{file}"], "the following arguments are required: --out", ExitCode.USAGE),
         (["{file}", "--out", "x.txt"], "--out: 'x.txt' does not end in .json", ExitCode.USAGE),
         (["{file}", "--out", "x.json", "--min-count", "0"], "min_count: 0 is too small", ExitCode.USAGE),

@@ -4,7 +4,6 @@ Gradio is told not to call home before it is imported, and everything it writes 
 process, which goes when the page does.
 """
 
-import argparse
 import importlib.util
 import ipaddress
 import os
@@ -14,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from maskvlm.arguments import Parser
 from maskvlm.errors import ExitCode, UserError
 
 QUIET = {
@@ -26,11 +26,6 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, message, f"See {self.prog} --help")
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
