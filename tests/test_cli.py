@@ -348,7 +348,7 @@ def test_an_interrupt_is_clean(
     assert capsys.readouterr().err == f"interrupted before the first checkpoint of {tmp_path}\n"
     (tmp_path / "last.ckpt").touch()
     assert main(["fit", "--run", str(tmp_path)]) == 130
-    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: go on from it by" in capsys.readouterr().err
+    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: the same command goes on" in capsys.readouterr().err
 
 
 class Simple(UserError):

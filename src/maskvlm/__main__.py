@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 from maskvlm.config import options as settings
 from maskvlm.config import places
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.failure import report
+from maskvlm.failure import process_rank, report
+from maskvlm.stopped import Finished, Stopped, leave_after_parent, requeue
 
 USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
 
+  data      prepare a data set once (data SET RAW, as it is distributed); data-check ROOT verifies a prepared one
   fit       train; evaluates along the way and at the end
   validate  measure a checkpoint (--ckpt_path) on the validation split
   test      measure a checkpoint on the test split
@@ -38,6 +41,8 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
 `python -m maskvlm fit --help` lists all keys. `make` composes the files for you."""
 COMMANDS = ("fit", "validate", "test", "preview", "submit", "bench", "convert", "where")
 OWN = {
+    "data": ("maskvlm.data.command", "main"),
+    "data-check": ("maskvlm.data.command", "verify"),
     "embed": ("maskvlm.vectors", "main"),
     "index": ("maskvlm.search", "make"),
     "search": ("maskvlm.search", "main"),
@@ -63,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         check(arguments)
         return dispatch(arguments, options)
+    except Finished as finished:
+        print(finished, flush=True)
+        return 0
+    except Stopped as stopped:
+        return stopped_early(stopped)
     except KeyboardInterrupt:
         return interrupted(run_folder(arguments) if arguments[:1] == ["fit"] else None)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
@@ -101,11 +111,22 @@ def ask(arguments: list[str]) -> int:
     return answer(rest, options.allow_import)
 
 
+def stopped_early(stopped: Stopped) -> int:
+    """A training that a signal ended, with a checkpoint: 75 asks whoever started it to start it again."""
+    if process_rank() == 0:
+        print(stopped.text, file=sys.stderr, flush=True)
+        if stopped.signum == signal.SIGUSR1 and (told := requeue()):
+            print(told, file=sys.stderr, flush=True)
+    elif not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ):
+        leave_after_parent()
+    return 130 if stopped.signum == signal.SIGINT else int(ExitCode.REQUEUE)
+
+
 def interrupted(folder: Path | None) -> int:
     """Ctrl-C is no error; 130 is what shells expect. Says what is left of a training run."""
     told = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
-        told += f"; {folder / 'last.ckpt'} holds its latest checkpoint: go on from it by --ckpt_path last"
+        told += f"; {folder / 'last.ckpt'} holds its latest checkpoint: the same command goes on from it"
     elif folder is not None:
         told += f" before the first checkpoint of {folder}"
     print(told, file=sys.stderr)

@@ -29,8 +29,13 @@ PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, to
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def save(content: Mapping[str, Any], path: str | Path) -> None:
+def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = None) -> None:
     """Write a checkpoint; on any failure the file that was there before is untouched.
+
+    Args:
+        content: tensors and plain types.
+        path: of the file.
+        previous: what the file that was there becomes, once the new one is on the disk; None replaces it.
 
     Raises:
         UserError: the disk is full (74) or the folder cannot be written (73).
@@ -47,7 +52,10 @@ def save(content: Mapping[str, Any], path: str | Path) -> None:
         _require_space(path, _tensor_bytes(content))
         fact = _write(content, temporary)
         # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
-        _write_side(path, [*stated(path), fact])
+        old = stated(path)
+        _write_side(path, [*old, fact])
+        if previous is not None and path.exists():
+            _rotate(path, previous, old)
         os.replace(temporary, path)
         _sync_folder(path.parent)
         _write_side(path, [fact])
@@ -55,6 +63,15 @@ def save(content: Mapping[str, Any], path: str | Path) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
+
+
+def _rotate(path: Path, previous: Path, facts: list[Fact]) -> None:
+    """A file without its `.sha256` is held against the checksums inside it: no instant leaves a whole file in doubt."""
+    side_file(previous).unlink(missing_ok=True)
+    os.replace(path, previous)
+    _sync_folder(path.parent)
+    if facts:
+        _write_side(previous, facts)
 
 
 def _write(content: Mapping[str, Any], path: Path) -> Fact:
@@ -171,7 +188,8 @@ class SafeCheckpointIO(CheckpointIO):
     """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.SafeCheckpointIO]` makes it use this file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        save(checkpoint, path)
+        """storage_options: the path that the file which was there is kept under, if any."""
+        save(checkpoint, path, storage_options)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

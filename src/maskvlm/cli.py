@@ -23,7 +23,9 @@ from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
 from maskvlm.parser import MODE, Complaint, Parser, prepare
 from maskvlm.recipe import portable_yaml
-from maskvlm.run import SaveConfig, claim, keep_log
+from maskvlm.run import SaveConfig, claim, finish
+from maskvlm.signals import CAUGHT
+from maskvlm.standing import newest_of
 from maskvlm.start import model_of, task_yaml
 from maskvlm.verify import newest_valid
 
@@ -93,11 +95,11 @@ class Command(LightningCLI):
             settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if process_rank() == 0:
             folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
-        if self.subcommand == "fit" and process_rank() == 0 and not settings.trainer.fast_dev_run:
-            if settings.ckpt_path is None:
+        if self.subcommand == "fit" and not settings.trainer.fast_dev_run and settings.ckpt_path is None:
+            composed = self._parser("fit").dump(settings, skip_none=False)
+            settings.ckpt_path = newest_of(folder, composed, warnings.warn)
+            if settings.ckpt_path is None and process_rank() == 0:
                 claim(folder)
-            else:
-                keep_log(folder)
 
     def instantiate_classes(self) -> None:
         """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
@@ -142,6 +144,14 @@ class Command(LightningCLI):
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 1.0
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            finish(Path(self.trainer.default_root_dir), self.trainer.global_step)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            CAUGHT.restore()
 
 
 class Parsed(Command):

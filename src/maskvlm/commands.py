@@ -24,6 +24,9 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --gpus-per-node={devices}
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --output={folder}/slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120   # two minutes before the time limit: it saves, and is queued again
 # Partition, account and time limit: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT in your environment.
 set -euo pipefail
 cd {here}

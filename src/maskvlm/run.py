@@ -30,23 +30,17 @@ def claim(folder: Path) -> None:
     """Make a new run's folder; found at the start, not at the first checkpoint, if that cannot be done.
 
     Raises:
-        UserError: it already holds a run, or it cannot be written (73).
+        UserError: it cannot be written (73).
     """
-    if any(folder.glob("*.ckpt")) or (folder / "config-fit.yaml").exists():
-        todo = "Choose another folder (--run; RUN= with make), or "
-        if not any(folder.glob("*.ckpt")):
-            what = "already holds a run, which ended before its first checkpoint"
-            raise UserError(folder, what, f"{todo}delete this one", ExitCode.CANNOT_CREATE)
-        todo += "go on with it by --ckpt_path last"
-        raise UserError(folder, "already holds a run", todo, ExitCode.CANNOT_CREATE)
     write_json(folder / "versions.json", versions())
+    (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that died before its first checkpoint
 
 
-def keep_log(folder: Path) -> None:
-    """Before a run goes on: Lightning's CSV logger begins by deleting the file it finds."""
-    if (folder / "metrics.csv").is_file():
-        number = 1 + len(list(folder.glob("metrics-*.csv")))
-        (folder / "metrics.csv").rename(folder / f"metrics-{number}.csv")
+def finish(folder: Path, step: int) -> None:
+    """Note in `versions.json` that a run has come to its end."""
+    facts = json.loads((folder / "versions.json").read_text())
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(folder / "versions.json", facts | {"finished": {"step": step, "time": now}})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -79,6 +73,18 @@ def versions() -> dict[str, Any]:
         "command": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def earlier(folder: Path) -> dict[str, Any]:
+    """`earlier`: of a run that goes on, what it was made of before: command, commit, machine and start of each part."""
+    try:
+        before = json.loads((folder / "versions.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if "processes" not in before:  # a run that begins has only claimed the folder
+        return {}
+    kept = {key: before[key] for key in ("command", "commit", "machine", "started", "processes") if key in before}
+    return {"earlier": [*before.get("earlier", []), kept]}
 
 
 def machine() -> dict[str, Any]:
@@ -131,7 +137,7 @@ class RunRecord(L.Callback):
         facts: dict[str, Any] = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
         facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None
-        write_json(folder_of(trainer) / "versions.json", versions() | facts)
+        write_json(folder_of(trainer) / "versions.json", versions() | facts | earlier(folder_of(trainer)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the weights come from; of a run that goes on, the checkpoint brings every tensor."""

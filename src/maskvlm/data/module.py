@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
@@ -16,12 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from maskvlm.data.batch import InputSpec, Source
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
+from maskvlm.data.leaks import left_out, without_leaks
+from maskvlm.data.pairs import Collate, EvalPairs, Part, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
-from maskvlm.data.text import Captioner, stable_id, tokenizer_hash, train_tokenizer
+from maskvlm.data.subset import fraction_of, picture_ids
+from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import eval_transform, train_transform
 from maskvlm.distributed import cores, gather_objects, rank, world_size
 from maskvlm.errors import ExitCode, UserError, check_least
+from maskvlm.signals import end_with_parent
 
 MOST_LISTED = 1000
 
@@ -43,6 +47,9 @@ class PairData(L.LightningDataModule):
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
         captions: captions shown with each picture of a training batch.
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
+        fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
+        held_out: splits of prepared sets (`data/coco/test`) whose pictures must not be trained on; see `leaks.py`.
+        leaks: what happens where some are: `refuse`, or `drop` them.
 
     Raises:
         UserError: neither or both of steps and epochs, a batch that the processes cannot share.
@@ -67,6 +74,9 @@ class PairData(L.LightningDataModule):
         caption_aware: bool = True,
         captions: int = 1,
         max_bad_fraction: float = 0.01,
+        fraction: float = 1.0,
+        held_out: list[str] | None = None,
+        leaks: str = "refuse",
     ) -> None:
         super().__init__()
         if (steps is None) == (epochs is None):
@@ -80,12 +90,14 @@ class PairData(L.LightningDataModule):
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
-        self.captions = captions
+        self.captions, self.fraction = captions, fraction
+        self.held_out, self.leaks = held_out or [], leaks
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.seen = 0
+        self.start = 0  # batches (passes, where several share a step) that a run which goes on has consumed
         self.splits: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ set-up
@@ -99,7 +111,8 @@ class PairData(L.LightningDataModule):
         if stage != "test":
             self.splits["val"] = self.source.split("val")
         if stage == "fit" or self.tokenizer is None:
-            self.splits["train"] = self.source.split("train")
+            pairs = without_leaks(self.source.split("train"), self.held_out, self.leaks)
+            self.splits["train"] = fraction_of(pairs, self.fraction, self.seed)
         if stage == "test":
             self.splits["test"] = self.source.split("test")
         if self.tokenizer is None:
@@ -110,7 +123,7 @@ class PairData(L.LightningDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
         card: dict[str, Any] = {
-            name: {"sha": pairs.fingerprint, "pictures": len(pairs)} for name, pairs in self.splits.items()
+            name: {"sha": pairs.fingerprint, "pictures": len(pairs) or None} for name, pairs in self.splits.items()
         }
         if self.tokenizer is not None:
             card["tokenizer"] = tokenizer_hash(self.tokenizer)
@@ -120,8 +133,12 @@ class PairData(L.LightningDataModule):
     def picture_ids(self, split: str) -> Tensor | None:
         """64-bit hashes of a split's picture ids, sorted, each once; None where its source cannot tell them without
         opening the pictures."""
-        ids = getattr(self.splits[split], "image_ids", None)
-        return None if ids is None else torch.tensor([stable_id(name) for name in set(ids())]).sort().values
+        ids = picture_ids(self.splits[split])
+        return None if ids is None else torch.from_numpy(ids.astype("int64"))
+
+    def left_out(self) -> dict[str, int] | None:
+        """Held-out split -> training rows left out as they show its pictures; None where none is held out."""
+        return left_out(self.splits["train"], self.held_out) if self.held_out else None
 
     @property
     def total_steps(self) -> int:
@@ -129,20 +146,60 @@ class PairData(L.LightningDataModule):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
+        if not len(self.splits["train"]):
+            what = "the length of a streamed set is not known, so its passes cannot be counted"
+            raise UserError("data.epochs", what, "Set data.steps instead, and data.epochs to null")
         return math.ceil(self.epochs * len(self.splits["train"]) / self.batch_size)
+
+    # ------------------------------------------------------------------ where a run stands
+
+    @property
+    def share(self) -> int:
+        """Pairs of all processes in one pass; `accumulate` of them are a global batch."""
+        return self.batch_size // self.accumulate
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, and what could not be read so far; all processes call it."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
+        rows = self.bad_rows() | {"left_out": None}  # the reader finds it again
+        batches: int = progress.current.processed if progress else 0  # type: ignore[attr-defined]
+        data = self.splits["train"].fingerprint if "train" in self.splits else None
+        return {"batches": batches, "share": self.share, "data": data, "rows": rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stands. Raises UserError where batches have another size now, or hold other data."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if state_dict["data"] != (data := self.splits["train"].fingerprint):
+            what = f"the training data ({data}) are not those that the checkpoint was trained on ({state_dict['data']})"
+            todo = "Restore them, or start a new run --from this checkpoint"
+            raise UserError("data", what, todo, ExitCode.BAD_DATA)
+        if state_dict["share"] != self.share:
+            what = f"a pass has {self.share} pairs, in the checkpoint {state_dict['share']}"
+            todo = "Go on with the same batch_size and accumulate, or start a new run --from this checkpoint"
+            raise UserError("data.batch_size", what, todo)
+        self.start, rows = state_dict["batches"], state_dict["rows"]
+        if rank() == 0:  # the counts are of all processes
+            self.seen, self.problems, self.examples = rows["samples"], Counter(rows["problems"]), rows["examples"]
 
     # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> DataLoader[Any]:
-        share = self.batch_size // self.accumulate
+        share = self.share
         if share * self.accumulate != self.batch_size or share % world_size():
             whom = f"{world_size()} processes x {self.accumulate} accumulated passes"
             todo = "choose a batch size they divide"
             raise UserError("data.batch_size", f"{self.batch_size} pairs cannot be shared by {whom}", todo)
-        pairs = self.splits["train"]
-        order = FlatOrder(len(pairs), self.seed)
-        sampler = FlatBatchSampler(order, share, self.total_steps * self.accumulate, rank(), world_size())
+        pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment)
+        if hasattr(pairs, "stream"):
+            reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
+            part = Part(rank(), world_size(), share // world_size())
+            samples = pairs.stream(reader, part, batches, self.start, self._readers())
+            waits = {} if not self.start else {"timeout": 0}  # reading over what was consumed takes its time
+            return self._loader(samples, samples.loader, batch_size=part.size, **waits)
+        order = FlatOrder(len(pairs), self.seed)
+        sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
         if isinstance(self.source, ExampleSource):
             data = TrainExamples(pairs, transform, self.seed, self.spec.image_size)
@@ -170,7 +227,7 @@ class PairData(L.LightningDataModule):
         kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
         return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
 
-    def _loader(self, data: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
+    def _loader(self, data: Dataset[Any], kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any) -> DataLoader[Any]:
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
         collate: Callable[..., Any] = Collate(captioner)
@@ -178,7 +235,8 @@ class PairData(L.LightningDataModule):
             collate = CollateExamples(captioner, self.source)
         workers = self._readers()
         timeout, pinned = 120 if workers else 0, self._on_gpu()
-        return DataLoader(data, collate_fn=collate, num_workers=workers, timeout=timeout, pin_memory=pinned, **kwargs)
+        settings = {"collate_fn": collate, "num_workers": workers, "timeout": timeout, "pin_memory": pinned, **kwargs}
+        return kind(data, worker_init_fn=end_with_parent, **settings)
 
     def _on_gpu(self) -> bool:
         strategy = getattr(self.trainer, "strategy", None)
@@ -224,6 +282,9 @@ class PairData(L.LightningDataModule):
 
 def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
     """The captions of at most `most` pictures evenly spread over a split: enough to learn a vocabulary from."""
+    if hasattr(pairs, "first_captions"):  # a streamed split has no order to spread over
+        yield from pairs.first_captions(most)
+        return
     step = math.ceil(len(pairs) / most)
     for index in range(0, len(pairs), step):
         yield from pairs[index]["captions"]

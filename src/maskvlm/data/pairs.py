@@ -1,7 +1,7 @@
 """From a source's rows to samples: reading, augmentation, one caption or all, holes for what cannot be read."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ from maskvlm.distributed import mix
 from maskvlm.errors import ExitCode, UserError
 
 Transform = Callable[..., Tensor]
+
+
+class Part(NamedTuple):
+    """A process's part of every batch. size: its pairs in one."""
+
+    rank: int
+    world: int
+    size: int
 
 
 class Sample(TypedDict):
@@ -40,12 +48,16 @@ class TrainPairs(Dataset[Sample]):
     def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int, captions: int = 1) -> None:
         self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
         self.captions = captions
+        self.least: int | None = getattr(transform, "least", None)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, pick: Pick) -> Sample:
-        row = self.pairs[pick.row]
+        return self.sample(self.pairs[pick.row], pick)
+
+    def sample(self, row: Row, pick: Pick) -> Sample:
+        """What is shown of a row; a source without rows by number picks by numbers of its own."""
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also note the stack for every GPU backend: 0.5 ms, as long as all the rest
             torch.default_generator.manual_seed(mix(self.seed, pick.epoch, pick.row))
@@ -57,11 +69,12 @@ class TrainPairs(Dataset[Sample]):
         shown = [clean_caption(there[(first + n) % len(there)] if there else "") for n in range(self.captions)]
         captions, note = [text for text, _ in shown], next((note for _, note in shown if note), None)
         if not all(captions):
-            return self._hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
+            return self.hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
         try:
-            image_CHW = self.transform(safe_open(row["image"], row["origin"]), " ".join(captions))
+            image = safe_open(row["image"], row["origin"], self.least)
+            image_CHW = self.transform(image, " ".join(captions))
         except BadImage as problem:
-            return self._hole(pick.row, (problem.reason, str(problem)))
+            return self.hole(pick.row, (problem.reason, str(problem)))
         return Sample(
             image_CHW=image_CHW,
             captions=captions,
@@ -72,7 +85,8 @@ class TrainPairs(Dataset[Sample]):
             foreground=None,
         )
 
-    def _hole(self, index: int, problem: tuple[str, str]) -> Sample:
+    def hole(self, index: int, problem: tuple[str, str]) -> Sample:
+        """Keeps the place of a row that cannot be used."""
         return Sample(
             image_CHW=torch.zeros(3, self.image_size, self.image_size),
             captions=[""] * self.captions,

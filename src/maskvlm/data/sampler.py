@@ -61,7 +61,8 @@ class FlatBatchSampler(Sampler[list[Pick]]):
         self.rank, self.world, self.start = rank, world, start
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        """Of the whole run: a run that goes on counts from its beginning, and so does Lightning."""
+        return self.steps
 
     def __iter__(self) -> Iterator[list[Pick]]:
         share = self.batch_size // self.world

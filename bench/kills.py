@@ -1,0 +1,334 @@
+r"""Kills a small training at random moments, starts the same command again until it is done, and compares with a run
+that was never killed: the loss of every step, weights, optimiser and the table of the log must be equal to the bit.
+
+    python bench/kills.py --kills 500                                      # half SIGKILL, half SIGTERM
+    python bench/kills.py --kills 500 --workers 2 --folder /dev/shm/kills  # another file system than TMPDIR
+    python bench/kills.py --pairs 40                                       # two processes: SIGTERM to both, to one
+
+To see it fail, break the program first, for example by
+
+    --break position   the position in the data is not kept
+    --break random     random numbers go on from where the process happens to be, instead of from (seed, batch)
+    --break evaluation what is due when a checkpoint is written is not made up for
+
+(What no kill can show, that nothing is torn when the power fails, is in tests/test_checkpoint.py.) Two in five of the
+SIGKILLs come while a checkpoint is written.
+"""
+
+import argparse
+import csv
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import yaml
+from rich.progress import track
+
+from maskvlm.__main__ import main
+from maskvlm.checkpoint import load
+from maskvlm.data.module import PairData
+from maskvlm.resume import KeepState
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY, MEASURED = 40, 4, 16
+STACK = ("base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu")
+SMALL: dict[str, Any] = {
+    "data.steps": STEPS,
+    "data.batch_size": 8,
+    "data.augment": True,
+    "data.source.train": 60,  # an epoch is 7.5 batches: ends of epochs fall within batches and between them
+    "data.source.val": 6,
+    "data.source.test": 6,
+    "model.task.rerank_k": 4,
+    "model.task.weight_words": 0,
+    "model.task.decoder_layers": 1,
+    "model.backbone.cross_layers": 1,
+    "model.backbone.image.config": "{patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
+    "model.backbone.text.config": "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 64}",
+    "trainer.val_check_interval": MEASURED,
+    "trainer.log_every_n_steps": 1,
+}
+KEPT = """
+trainer:
+  logger: [{class_path: maskvlm.runlog.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
+  callbacks:
+  - {class_path: maskvlm.run.RunRecord}
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {dirpath: "{run}", filename: best, enable_version_counter: false, monitor: score, mode: max}
+  - {class_path: maskvlm.resume.KeepState, init_args: {folder: "{run}", steps: STEPS, minutes: 10}}
+"""
+
+
+class Result(NamedTuple):
+    """What a finished run leaves that must not depend on kills."""
+
+    log: list[dict[str, str]]
+    state: dict[str, torch.Tensor]
+    optimiser: dict[str, torch.Tensor]
+
+
+# ------------------------------------------------------------------ runs
+
+
+def command(folder: Path, workers: int, more: tuple[str, ...] = ()) -> list[str]:
+    """The arguments of the small training."""
+    kept = folder.parent / "kept.yaml"
+    if not kept.exists():
+        kept.write_text(KEPT.replace("STEPS", str(EVERY)))
+    stack = [word for name in STACK for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
+    settings = [f"--{key}={value}" for key, value in SMALL.items()]
+    return ["fit", "--run", str(folder), *stack, "-c", str(kept), *settings, f"--data.workers={workers}", *more]
+
+
+def fork(arguments: list[str], broken: str = "", env: dict[str, str] | None = None, log: Path | None = None) -> int:
+    """Run the command in a copy of this process, which has everything imported; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        sys.stdout.flush()
+        out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.environ.update(env or {})
+        torch.set_num_threads(1)
+        with breaking(broken):
+            code = main(arguments)
+    except BaseException as error:
+        print(repr(error))
+        code = 99
+    os._exit(code)
+
+
+def breaking(how: str) -> Any:
+    """One thing that exact resumption needs, taken away."""
+    if how == "position":
+        return mock.patch.object(PairData, "load_state_dict")
+    if how == "random":
+        return mock.patch("maskvlm.lit.mix", side_effect=lambda *values: time.time_ns() % 2**60)
+    if how == "evaluation":
+        return mock.patch.object(KeepState, "_measure")
+    return mock.patch.dict(os.environ, {})
+
+
+def wait(child: int, seconds: float = 300.0) -> int:
+    """Its exit status, negative for a signal. Raises TimeoutError."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise TimeoutError(f"process {child} did not end within {seconds:.0f} s")
+
+
+def result(folder: Path) -> Result:
+    """Of a finished run. Raises AssertionError where its checkpoint is of another step."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        log = [{k: v for k, v in row.items() if v and k not in VOLATILE} for row in csv.DictReader(file)]
+    content = load(folder / "last.ckpt")
+    assert content["global_step"] == STEPS, content["global_step"]
+    moments = {f"{n}.{k}": v for n, each in content["optimizer_states"][0]["state"].items() for k, v in each.items()}
+    return Result([row for row in log if row.keys() - {"step", "epoch"}], content["state_dict"], moments)
+
+
+VOLATILE = ("train/pairs_per_second", "train/data_wait")
+
+
+def differences(one: Result, other: Result) -> list[str]:
+    """What is not equal to the bit."""
+    found = []
+    if one.log != other.log:
+        unlike = [(a, b) for a, b in zip(one.log, other.log, strict=False) if a != b]
+        keys = [key for key in unlike[0][0] if unlike[0][0][key] != unlike[0][1].get(key)] if unlike else []
+        where = f"at step {unlike[0][0]['step']} in {', '.join(keys[:3])}" if unlike else "in number"
+        found.append(f"log: {len(one.log)} and {len(other.log)} rows, first difference {where}")
+    for name in ("state", "optimiser"):
+        was, now = getattr(one, name), getattr(other, name)
+        unequal = [key for key in was if key not in now or not torch.equal(was[key], now[key])]
+        if unequal or was.keys() != now.keys():
+            first = unequal[0] if unequal else "one that was not there"
+            found.append(f"{name}: {len(unequal)} of {len(was)} tensors differ, first {first}")
+    return found
+
+
+# ------------------------------------------------------------------ one process, killed again and again
+
+
+def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) -> dict[str, Any]:
+    """Runs until `kills` kills have been survived.
+
+    Returns:
+        counts: kills by kind, runs, runs that differ from the one never killed, and how.
+    """
+    chance = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    status = wait(fork(command(folder / "whole", workers)))
+    assert status == 0, f"the run without kills ended with {status}"
+    duration, whole = time.monotonic() - began, result(folder / "whole")
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    for number in track(range(10**6), description=f"killing ({workers} workers)", disable=not sys.stdout.isatty()):
+        run, survived = folder / f"run{number}", 0
+        while True:
+            child = fork(command(run, workers), broken, log=folder / f"run{number}.txt")
+            if counts["SIGKILL"] + counts["SIGTERM"] < kills:
+                kind = signal.SIGKILL if counts["SIGKILL"] <= counts["SIGTERM"] else signal.SIGTERM
+                began_writing = strike(child, kind, run, duration, chance)
+                if began_writing is not None:
+                    survived += 1
+                    counts[kind.name] += 1
+                    counts["of them, while a checkpoint is written"] += began_writing
+            status = wait(child)
+            if status == 0:
+                break
+            counts[f"exit {status}"] += 1
+            if status not in (-signal.SIGKILL, -signal.SIGTERM, 75):
+                wrong.append(f"run{number}: ended with {status}: {(folder / f'run{number}.txt').read_text()[-500:]}")
+                break
+        counts["runs"] += 1
+        counts["most kills of one run"] = max(counts["most kills of one run"], survived)
+        if status == 0 and (found := differences(whole, result(run))):
+            wrong.append(f"run{number}: {'; '.join(found)}")
+        if not wrong or not wrong[-1].startswith(f"run{number}:"):
+            shutil.rmtree(run)
+        if counts["SIGKILL"] + counts["SIGTERM"] >= kills:
+            return {"counts": dict(counts), "wrong": wrong, "seconds": time.monotonic() - began}
+    raise AssertionError
+
+
+def strike(child: int, kind: signal.Signals, run: Path, duration: float, chance: random.Random) -> bool | None:
+    """Kill the process at a random moment of its life, two in five times the moment it begins to write a checkpoint.
+
+    Returns:
+        Whether it was writing one; None where it had ended before.
+    """
+    born = time.time()
+    until = time.monotonic() + chance.uniform(0.2, 0.75) * duration
+    wanted = chance.random() < 0.4
+    while time.monotonic() < until or wanted:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return None
+        if wanted and writing(run, born) and chance.random() < 0.5:
+            break
+        time.sleep(0.0005 if wanted else 0.003)
+    found = writing(run, born)
+    os.kill(child, kind)
+    return found
+
+
+def writing(run: Path, since: float) -> bool:
+    """Whether a checkpoint is half written now: an earlier process may have left such a file, too."""
+    try:
+        return any(path.stat().st_mtime > since for path in run.glob(".*.ckpt.tmp"))
+    except FileNotFoundError:  # renamed at this moment
+        return False
+
+
+# ------------------------------------------------------------------ two processes
+
+
+def term_pairs(folder: Path, trials: int, seed: int) -> dict[str, Any]:
+    """Two processes, SIGTERM to both, to both with a gap, to the first, to the second: each must end with 75 and leave
+    a checkpoint."""
+    chance, counts = random.Random(seed), Counter[str]()
+    wrong: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    slowest = 0.0
+    for number in range(trials):
+        whom = ("both", "gap", "first", "second")[number % 4]
+        run, port = folder / f"pair{number}", free_port()
+        more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.steps=9999", "--trainer.val_check_interval=24")
+        logs = [folder / f"pair{number}-{rank}.txt" for rank in (0, 1)]
+        children = [fork(command(run, 0, more), env=elastic(rank, port), log=logs[rank]) for rank in (0, 1)]
+        until = time.monotonic() + 120
+        while not (run / "last.ckpt").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        (run / "last.ckpt").unlink(missing_ok=True)
+        time.sleep(chance.uniform(0.0, 1.5))
+        began = time.monotonic()
+        for child in {"first": children[:1], "second": children[1:]}.get(whom, children):
+            os.kill(child, signal.SIGTERM)
+            time.sleep(0.2 if whom == "gap" else 0.0)
+        try:
+            codes = [wait(child, 60) for child in children]
+        except TimeoutError as error:
+            codes = [str(error)]  # type: ignore[list-item]
+            for child in children:
+                _end(child)
+        slowest = max(slowest, time.monotonic() - began)
+        counts[f"{whom}: exits {codes}"] += 1
+        if codes != [75, 75] or not (run / "last.ckpt").exists():
+            wrong.append(f"pair{number} ({whom}): exits {codes}, checkpoint {(run / 'last.ckpt').exists()}")
+    return {"counts": dict(counts), "wrong": wrong, "slowest end, seconds": round(slowest, 2)}
+
+
+def _end(child: int) -> None:
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def elastic(rank: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives to its processes."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "kills"}
+    return {name: str(value) for name, value in names.items()} | more
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ------------------------------------------------------------------ command line
+
+
+def report(found: dict[str, Any]) -> int:
+    print(yaml.safe_dump(found, sort_keys=False, width=200), end="")
+    print(f"{len(found['wrong'])} wrong")
+    return int(bool(found["wrong"]))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--pairs", type=int, default=0, help="trials of two processes")
+    parser.add_argument("--workers", type=int, default=0, help="data workers")
+    parser.add_argument("--folder", type=Path, default=None, help="where the runs lie; by default a temporary folder")
+    parser.add_argument("--break", dest="broken", default="", choices=("position", "random", "evaluation"))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def start(options: argparse.Namespace) -> int:
+    """Run what was asked for; returns the exit status."""
+    jobs: list[Callable[[Path], dict[str, Any]]] = []
+    if options.kills:
+        jobs.append(lambda at: kill_runs(at, options.kills, options.workers, options.broken, options.seed))
+    if options.pairs:
+        jobs.append(lambda at: term_pairs(at, options.pairs, options.seed))
+    with tempfile.TemporaryDirectory() as scratch:
+        return max(report(job(options.folder or Path(scratch))) for job in jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(start(parse()))

@@ -1,0 +1,147 @@
+"""Parts of a split chosen by picture, before any picture is opened: seeded, and the small inside the large.
+
+Shapes: N rows, P pictures a row.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from maskvlm.data.text import stable_id
+from maskvlm.distributed import mix
+from maskvlm.errors import ExitCode, UserError
+
+Ids = NDArray[np.uint64]
+PART = 100_000  # ids that are Python texts at the same time
+FRACTION, WEIGHT = 1, 2  # so that half of a mix's half is not the very same half
+
+
+class Chosen:
+    """Some rows of a split, in their order (a `Pairs`, or `Examples`).
+
+    Args:
+        pairs: all rows.
+        row_N: which.
+        how: what they were chosen by; the fingerprint depends on it.
+        left_out: reason -> places of those left out that are listed as skipped.
+    """
+
+    def __init__(self, pairs: Any, row_N: NDArray[np.int64], how: str, left_out: dict[str, list[str]]) -> None:
+        self.pairs, self.row_N = pairs, row_N
+        self.skipped = {**getattr(pairs, "skipped", {}), **left_out}
+        identity = hashlib.sha256(f"{how} {pairs.fingerprint}".encode())
+        identity.update(row_N.astype("<i8").tobytes())
+        self.fingerprint = identity.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.pairs[int(self.row_N[index])]
+
+
+def row_ids(pairs: Any) -> Ids | None:
+    """63-bit hashes (`stable_id`) of the ids of each row's pictures, (N, P); None where they cannot be told without
+    opening the pictures."""
+    if isinstance(pairs, Chosen):
+        whole = row_ids(pairs.pairs)
+        return None if whole is None else whole[pairs.row_N]
+    if hasattr(pairs, "row_ids"):
+        own: Ids = pairs.row_ids()
+        return own
+    for name in ("image_id", "images"):  # of pairs, of examples
+        if (ids := _column(pairs, name)) is not None:
+            return _hashed(_texts(ids), len(pairs))
+    names = getattr(pairs, "image_ids", None)
+    return None if names is None else _hashed(names(), len(pairs))
+
+
+def row_hashes(pairs: Any) -> Ids | None:
+    """Perceptual hash of each row's picture, (N); None where the split has none."""
+    if isinstance(pairs, Chosen):
+        whole = row_hashes(pairs.pairs)
+        return None if whole is None else whole[pairs.row_N]
+    column = _column(pairs, "phash")
+    return None if column is None else column.to_numpy()
+
+
+def picture_ids(pairs: Any) -> Ids | None:
+    """As `row_ids`, each picture once, sorted."""
+    ids_NP = row_ids(pairs)
+    if ids_NP is not None:
+        return np.unique(ids_NP)
+    names = getattr(pairs, "image_ids", None)
+    return None if names is None else np.unique(np.fromiter(map(stable_id, names()), np.uint64))
+
+
+def _column(pairs: Any, name: str) -> pa.ChunkedArray | None:
+    try:
+        return pairs.column(name)
+    except (AttributeError, KeyError):
+        return None
+
+
+def _texts(ids: pa.ChunkedArray) -> Iterator[str]:
+    for chunk in ids.chunks:
+        flat = pc.list_flatten(chunk) if pa.types.is_list(chunk.type) else chunk
+        for first in range(0, len(flat), PART):
+            yield from flat.slice(first, PART).to_pylist()
+
+
+def _hashed(texts: Iterable[str], rows: int) -> Ids | None:
+    """(N, P), or None where not every row has as many: some splits name each picture once for all its rows."""
+    ids = np.fromiter(map(stable_id, texts), np.uint64)
+    return ids.reshape(rows, -1) if rows and len(ids) and len(ids) % rows == 0 else None
+
+
+def lots(ids_N: Ids, seed: int, purpose: int) -> Ids:
+    """Each picture's place in a seeded order of all pictures there could be; different ones never share it.
+
+    Args:
+        ids_N: hashes of ids.
+        seed: another seed, another order.
+        purpose: FRACTION or WEIGHT, orders that know nothing of each other.
+    """
+    lot_N = ids_N ^ np.uint64(mix(seed, purpose))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64: one to one
+        lot_N = (lot_N ^ (lot_N >> np.uint64(shift))) * np.uint64(factor)
+    return lot_N ^ (lot_N >> np.uint64(31))
+
+
+def first_pictures(ids_N: Ids, share: float, seed: int, purpose: int) -> NDArray[np.int64]:
+    """Rows of the first round(share * pictures) pictures in the order of their lots; all rows of a picture, or none."""
+    lot_N = lots(ids_N, seed, purpose)
+    different = np.unique(lot_N)
+    count = round(share * len(different))
+    return np.flatnonzero(lot_N <= different[count - 1]) if count else np.empty(0, np.int64)
+
+
+def fraction_of(pairs: Any, fraction: float, seed: int) -> Any:
+    """A part of a training split: with the same seed, 10 % of the pictures are among 25 % of them.
+
+    A picture's rows stay together; an example of several pictures goes with its first.
+
+    Args:
+        fraction: above 0, at most 1 (all).
+
+    Raises:
+        UserError: it is out of range or leaves nothing, or the split does not know its pictures' ids.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError("data.fraction", f"{fraction} is no part of the pictures", "Give a number above 0, at most 1")
+    if fraction == 1:
+        return pairs
+    ids_NP = row_ids(pairs)
+    if ids_NP is None:
+        what = "this data set does not tell its pictures' ids without opening them"
+        raise UserError("data.fraction", what, "Set it to 1, or prepare the data (make data)")
+    row_N = first_pictures(ids_NP[:, 0], fraction, seed, FRACTION)
+    if not len(row_N):
+        what = f"{fraction} of {len(np.unique(ids_NP[:, 0]))} pictures is none"
+        raise UserError("data.fraction", what, "Give a larger part", ExitCode.USAGE)
+    return Chosen(pairs, row_N, f"fraction {fraction} seed {seed}", {})

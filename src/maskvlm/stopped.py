@@ -1,0 +1,47 @@
+"""How a training ends that a signal has stopped; nothing here imports torch."""
+
+import os
+import subprocess
+import time
+
+
+class Stopped(Exception):
+    """A training that ended early and whole: its checkpoint is written, the same command goes on from it.
+
+    Args:
+        text: one line for the user.
+        signum: what asked for it.
+    """
+
+    def __init__(self, text: str, signum: int) -> None:
+        super().__init__(text)
+        self.text, self.signum = text, signum
+
+
+class Finished(Exception):
+    """There is nothing to do: the run has come to its end. Args: the line for the user."""
+
+
+def leave_after_parent(seconds: float = 30.0) -> None:
+    """In a process that Lightning started: wait until the first one has ended, at most so long.
+
+    Lightning kills the first process when one that it started ends with another status than 0.
+    """
+    parent, until = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def requeue() -> str | None:
+    """Queue this SLURM job again; says what happened, None outside of SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        why = " ".join(done.stderr.split()) if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    return f"job {job} could not be queued again ({why})" if why else f"job {job} is queued again"

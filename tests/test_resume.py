@@ -1,0 +1,287 @@
+"""A run that dies goes on as if it had not: what a checkpoint keeps, what the folder tells, what signals do.
+
+`bench/kills.py` is the long version (500 kills) and says how to break the program so that it fails.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskvlm.__main__ import main, stopped_early
+from maskvlm.checkpoint import load, save
+from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.runlog import Writer, rows_of
+from maskvlm.signals import SIGNALS, Caught
+from maskvlm.standing import differences, newest_of
+from maskvlm.stopped import Finished, Stopped, requeue
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def kills(*options: str) -> subprocess.CompletedProcess[str]:
+    """The benchmark as a process of its own: it forks, which a process that has computed gradients cannot."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "bench" / "kills.py"), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_five_times_and_nothing_is_lost(workers: str, tmp_path: Path) -> None:
+    """Fails, for example, with `--break position` or `--break random` (tried: every run differs from its first resumed
+    step on)."""
+    done = kills("--kills", "5", "--workers", workers, "--folder", str(tmp_path), "--seed", workers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = yaml.safe_load(done.stdout.partition("\n0 wrong")[0])["counts"]
+    assert counts.get("SIGKILL", 0) + counts.get("SIGTERM", 0) == 5
+    assert counts["runs"] >= 1
+
+
+def test_two_processes_end_together_with_a_checkpoint(tmp_path: Path) -> None:
+    """SIGTERM to both, to both with a gap, to one: 75 from both. Fails where `KeepState.setup` leaves Lightning's
+    handlers in place (they hang), or where the wish is not agreed upon."""
+    done = kills("--pairs", "4", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("exits [75, 75]': 1") == 4
+
+
+# ------------------------------------------------------------------ the order of samples
+
+
+@given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 30), st.data())
+def test_a_run_that_goes_on_takes_the_very_next_samples(size: int, batch: int, steps: int, data: st.DataObject) -> None:
+    """Fails where the sampler starts its order anew, or at the beginning of the epoch."""
+    start = data.draw(st.integers(0, steps))
+    whole = list(FlatBatchSampler(FlatOrder(size, 7), batch, steps))
+    rest = FlatBatchSampler(FlatOrder(size, 7), batch, steps, start=start)
+    assert list(rest) == whole[start:]
+    assert len(rest) == steps  # Lightning counts from the run's beginning
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_global_batches_are_those_of_one_process(world: int) -> None:
+    parts = [list(FlatBatchSampler(FlatOrder(30, 3), 8, 9, rank, world, start=2)) for rank in range(world)]
+    joined = [[pick for part in step for pick in part] for step in zip(*parts, strict=True)]
+    assert joined == list(FlatBatchSampler(FlatOrder(30, 3), 8, 9, start=2))
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def folder_with(tmp_path: Path, **facts: Any) -> Path:
+    tmp_path.joinpath("config-fit.yaml").write_text("data: {steps: 4, init_args: {workers: 0}}\nrun: a\n")
+    tmp_path.joinpath("versions.json").write_text(json.dumps(facts))
+    return tmp_path
+
+
+SAME = "data: {steps: 4, init_args: {workers: 3}}\nrun: elsewhere\n"
+
+
+def test_how_a_folder_stands(tmp_path: Path) -> None:
+    told: list[str] = []
+    assert newest_of(tmp_path / "none", SAME, told.append) is None
+    folder = folder_with(tmp_path)
+    assert newest_of(folder, SAME, told.append) is None  # it died before its first checkpoint
+    save({"state_dict": {}}, folder / "previous.ckpt")
+    save({"state_dict": {}}, folder / "last.ckpt")
+    assert newest_of(folder, SAME, told.append) == str(folder / "last.ckpt")
+    assert not told
+    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:-1])
+    assert newest_of(folder, SAME, told.append) == str(folder / "previous.ckpt")
+    assert "last.ckpt: truncated (" in told[0]
+    with pytest.raises(UserError, match=r"already holds a run with other settings \(data.steps was 4, is 5\)"):
+        newest_of(folder, SAME.replace("4", "5"), told.append)
+    folder_with(tmp_path, finished={"step": 4})
+    with pytest.raises(Finished, match="finished at step 4"):
+        newest_of(folder, SAME, told.append)
+
+
+def test_checkpoints_without_a_record_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(UserError, match=r"no config-fit\.yaml"):
+        newest_of(tmp_path, SAME, print)
+
+
+def test_what_a_run_runs_on_may_change() -> None:
+    was: dict[str, Any] = {"trainer": {"devices": 1, "strategy": {"a": 1}, "precision": None}}
+    now: dict[str, Any] = {"trainer": {"devices": 8, "strategy": "ddp", "precision": None}}
+    was["data"], now["data"] = ({"init_args": {"workers": workers, "b": [1]}} for workers in (0, 9))
+    assert differences(was, now) == []
+    now["trainer"]["precision"] = "16-mixed"
+    now["data"]["init_args"]["b"] = [1, 2]
+    assert differences(was, now) == ["trainer.precision was None, is 16-mixed", "data.b[1] was None, is 2"]
+
+
+def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
+    """Fails where the old file is replaced, or where its `.sha256` does not follow it."""
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for step in range(3):
+        save({"state_dict": {}, "global_step": step}, last, previous)
+    assert (load(last)["global_step"], load(previous)["global_step"]) == (2, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last.ckpt", "last.ckpt.sha256", "previous.ckpt", "previous.ckpt.sha256",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------ the log
+
+
+def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:
+    first = Writer(str(tmp_path))
+    for step in range(4):
+        first.log_metrics({"train/loss": step / 2}, step)
+        first.save()
+    first.log_metrics({"score": 1.5}, 3)
+    first.save()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("0.5,")  # killed in the middle of a row
+    again = Writer(str(tmp_path))
+    again.forget(3, unmeasured=True)  # goes on after the fourth step, which is still to be measured
+    again.log_metrics({"train/loss": 1.5}, 3)  # logged already
+    again.log_metrics({"score": 2.5}, 3)
+    again.log_metrics({"train/loss": 2.0}, 4)
+    again.save()
+    rows = rows_of((tmp_path / "metrics.csv").read_bytes())
+    assert [(row["step"], row.get("train/loss"), row.get("score")) for row in rows] == [
+        ("0", "0.0", None), ("1", "0.5", None), ("2", "1.0", None), ("3", "1.5", None), ("3", None, "2.5"),
+        ("4", "2.0", None),
+    ]  # fmt: skip
+
+
+def test_a_new_column_never_leaves_half_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's logger opens the file for writing first. Fails where it is rewritten in place."""
+    log = Writer(str(tmp_path))
+    log.log_metrics({"a": 1.0}, 0)
+    log.save()
+    before = (tmp_path / "metrics.csv").read_text()
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", dies)
+    log.log_metrics({"b": 1.0}, 1)
+    with pytest.raises(KeyboardInterrupt):
+        log.save()
+    assert (tmp_path / "metrics.csv").read_text() == before
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_table_or_none(content: bytes) -> None:
+    assert isinstance(rows_of(content), list)
+
+
+# ------------------------------------------------------------------ signals
+
+
+def test_a_signal_is_noted_and_nothing_else() -> None:
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    caught = Caught()
+    caught.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (caught.last, caught.count) == (signal.SIGTERM, 1)
+    os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C is like any other; the second one is impatient
+    assert caught.count == 2
+    caught.restore()
+    assert {each: signal.getsignal(each) for each in SIGNALS} == before
+
+
+def test_how_a_stopped_run_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped_early(Stopped("stopped", signal.SIGTERM)) == ExitCode.REQUEUE == 75
+    assert stopped_early(Stopped("stopped", signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "stopped\nstopped\n"
+
+
+def test_slurm_is_asked_to_queue_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, tool = tmp_path / "asked", tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    tool.chmod(0o755)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert requeue() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert requeue() == "job 17 is queued again"
+    assert asked.read_text() == "requeue 17\n"
+    tool.write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
+    assert requeue() == "job 17 could not be queued again (no such job)"
+
+
+@pytest.fixture(scope="module")
+def small(stack: Callable[..., list[str]]) -> list[str]:
+    settings = {
+        "data.steps": 6, "data.batch_size": 8, "data.source.train": 60, "data.source.val": 6,
+        "model.task.rerank_k": 4, "trainer.val_check_interval": 3, "trainer.log_every_n_steps": 1,
+    }  # fmt: skip
+    return [*stack(WHERE="cpu"), *(f"--{key}={value}" for key, value in settings.items())]
+
+
+def test_usr1_under_slurm_saves_queues_and_goes_on(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: the signal comes during step 2; the second command ends the run."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # alone, it is not yet Lightning's SLURM
+    monkeypatch.setattr("maskvlm.__main__.requeue", lambda: "job 17 is queued again")
+    from maskvlm.lit import LitModel
+
+    step = LitModel.training_step
+
+    def struck(self: LitModel, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1 and not self.trainer.ckpt_path:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitModel, "training_step", struck)
+    command = ["fit", "--run", str(tmp_path / "run"), *small]
+    assert main(command) == 75
+    said = capsys.readouterr().err
+    assert f"SIGUSR1: stopped after step 2; {tmp_path / 'run' / 'last.ckpt'} holds it" in said
+    assert said.rstrip().endswith("job 17 is queued again")
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 2
+    assert main(command) == 0
+    assert f"going on after step 2 ({tmp_path / 'run' / 'last.ckpt'})" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert facts["finished"]["step"] == 6
+    assert len(facts["earlier"]) == 1
+    rows = rows_of((tmp_path / "run" / "metrics.csv").read_bytes())
+    assert [row["step"] for row in rows if "train/loss" in row] == [str(step) for step in range(6)]
+
+
+def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stock loop ends well, with weights that are all NaN, and such a checkpoint."""
+    monkeypatch.chdir(ROOT)
+    from maskvlm.lit import LitModel
+
+    step = LitModel.training_step
+    poison = 4
+    monkeypatch.setattr(
+        LitModel, "training_step", lambda self, batch, i: step(self, batch, i) * (float("nan") if i == poison else 1)
+    )
+    assert main(["fit", "--run", str(tmp_path / "run"), *small]) == ExitCode.USAGE
+    assert "the training has diverged: " in capsys.readouterr().err
+    content = load(tmp_path / "run" / "last.ckpt")
+    assert content["global_step"] == 3
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+def test_other_data_or_batches_are_refused() -> None:
+    from maskvlm.data.module import PairData
+
+    data: Any = SimpleNamespace(share=8, trainer=None, splits={"train": SimpleNamespace(fingerprint="abc")})
+    with pytest.raises(UserError, match="a pass has 8 pairs, in the checkpoint 6"):
+        PairData.load_state_dict(data, {"share": 6, "batches": 1, "data": "abc", "rows": {}})
+    with pytest.raises(UserError, match=r"the training data \(abc\) are not those that the .* trained on \(xyz\)"):
+        PairData.load_state_dict(data, {"share": 8, "batches": 1, "data": "xyz", "rows": {}})
