@@ -70,13 +70,6 @@ def test_a_run_that_goes_on_takes_the_very_next_samples(size: int, batch: int, s
     assert len(rest) == steps  # Lightning counts from the run's beginning
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_global_batches_are_those_of_one_process(world: int) -> None:
-    parts = [list(FlatBatchSampler(FlatOrder(30, 3), 8, 9, rank, world, start=2)) for rank in range(world)]
-    joined = [[pick for part in step for pick in part] for step in zip(*parts, strict=True)]
-    assert joined == list(FlatBatchSampler(FlatOrder(30, 3), 8, 9, start=2))
-
-
 # ------------------------------------------------------------------ the folder
 
 
