@@ -1,0 +1,75 @@
+"""Raw sets by name: each read as it is distributed, into rows of pictures with captions.
+
+`open_raw` is the door; what a row is stands in `base`, which files a set may have in the `open_...` functions.
+"""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from maskvlm.data.raw.annotated import open_daquar, open_nlvr2, open_nlvr_pairs, open_snli_ve, open_vqav2
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.columns import ROLES
+from maskvlm.data.raw.genome import open_genome
+from maskvlm.data.raw.hub import open_hub
+from maskvlm.data.raw.named import open_coco, open_flickr8k, open_flickr30k
+from maskvlm.data.raw.own import open_csv, open_folder, open_jsonl
+from maskvlm.data.raw.shards import open_webdataset
+from maskvlm.data.raw.web import open_cc3m, open_cc12m, open_sbu
+from maskvlm.errors import ExitCode, UserError
+
+__all__ = ["SETS", "BadRow", "Facts", "RawRow", "RawSet", "open_raw"]
+
+Opener = Callable[[str, str, dict[str, str]], RawSet]
+
+SETS: dict[str, Opener] = {
+    "coco": open_coco,
+    "flickr30k": open_flickr30k,
+    "flickr8k": open_flickr8k,
+    "vg": open_genome,
+    "sbu": open_sbu,
+    "cc3m": open_cc3m,
+    "cc12m": open_cc12m,
+    "vqav2": open_vqav2,
+    "daquar": open_daquar,
+    "nlvr2": open_nlvr2,
+    "nlvr_pairs": open_nlvr_pairs,
+    "snli_ve": open_snli_ve,
+    "webdataset": open_webdataset,
+    "csv": open_csv,
+    "jsonl": open_jsonl,
+    "folder": open_folder,
+    "hf": open_hub,
+}
+"""Name -> how to open it, given RAW, the name that starts its ids, and the columns."""
+
+WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
+
+
+def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name: str | None = None) -> RawSet:
+    """A raw set, found but not yet read.
+
+    Args:
+        name: one of SETS.
+        raw: its folder or file; for `hf` also a name on the hub.
+        columns: role ("image", "caption", "id", "split") -> name of a column, where the table's own are to be found
+            under other names than the usual.
+        as_name: starts the ids in place of `name`; sets whose photos are known elsewhere (COCO, Flickr) keep theirs.
+
+    Raises:
+        UserError: there is no such set or role, RAW is not there, or none of the set's files is in it.
+    """
+    if name not in SETS:
+        near = difflib.get_close_matches(name, SETS, 1)
+        todo = f"Did you mean {near[0]}? " if near else ""
+        raise UserError("SET", f"there is no set {name!r}", f"{todo}Take one of {', '.join(SETS)}")
+    if columns and (wrong := [role for role in columns if role not in ROLES]):
+        raise UserError("columns", f"there is no role {wrong[0]!r}", f"Roles are {', '.join(ROLES)}")
+    if columns and name not in WITH_COLUMNS:
+        raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take SET=csv")
+    path = Path(raw).expanduser()
+    if not raw.strip() or (name != "hf" and not path.exists()):
+        where = f"RAW={raw}"
+        todo = "Set RAW to the folder or file of the set as it was downloaded"
+        raise UserError(where, "there is no such file or folder", todo, ExitCode.MISSING_INPUT)
+    return SETS[name](raw if name == "hf" else str(path), as_name or name, columns or {})

@@ -1,0 +1,186 @@
+"""Sets whose examples the tasks read from their own files: here only their pictures, and which files go with them.
+
+Pictures are told by the same rules as in `tasks/*/data.py`, so that an id or a name means the same there.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from maskvlm.data.files import get, get_name, json_lines, load_json, opened, picture_folder, picture_names
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.lines import json_items, plain
+from maskvlm.data.raw.named import nothing
+
+SPLIT = "pictures"
+DIGITS = 12
+
+# VQA v2 (Goyal et al. 2017) is on COCO's 82,783 + 40,504 + 81,434 pictures; SNLI-VE (Xie et al. 2019) has 29,783 +
+# 1,000 + 1,000 of Flickr30k's; DAQUAR (Malinowski and Fritz 2014) has NYU-Depth v2's 1,449. NLVR2 (Suhr et al. 2019)
+# publishes the number of examples (107,292), not of photos.
+VQAV2 = Facts(
+    *("VQA v2 (Goyal et al. 2017)", 204_721, None),
+    "questions and answers CC BY 4.0; photos under the licences of their Flickr owners",
+)
+DAQUAR = Facts("DAQUAR (Malinowski and Fritz 2014)", 1_449, None, "research only")
+NLVR2 = Facts(
+    *("NLVR2 (Suhr et al. 2019)", None, None),
+    "sentences CC BY 4.0; photos belong to their owners, for research only",
+)
+NLVR_PAIRS = Facts("NLVR in NLVR2's layout (Suhr et al. 2017)", None, None, "CC BY 4.0")
+SNLI_VE = Facts(
+    *("SNLI-VE (Xie et al. 2019)", 31_783, None),
+    "sentences CC BY-SA 4.0; photos under Flickr's terms of use, non-commercial research and education only",
+)
+
+
+class Wanted(NamedTuple):
+    """Ids of pictures that the examples of a file are about, and which file of the folder each picture is."""
+
+    file: Path
+    ids: list[str]
+    pictures: dict[str, str]
+
+
+class Annotated(RawSet):
+    """The pictures that the annotation files speak of, each once, by the names under which tasks look for them.
+
+    `name` is relative to `images/` below the raw folder, or to the raw folder where there is no `images/`.
+
+    Args:
+        annotations: the set's files.
+        wanted: the files that name pictures, given all names of pictures there are.
+    """
+
+    def __init__(
+        self, root: Path, facts: Facts, annotations: list[Path], wanted: Callable[[list[str]], Iterator[Wanted]]
+    ) -> None:
+        self.root, self.facts, self.annotations, self.notes = root, facts, annotations, []
+        self._wanted = wanted
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        """File after file; a picture that is not there is a bad row.
+
+        Raises:
+            UserError: an annotation file is damaged, or there is no picture at all.
+        """
+        folder = picture_folder(None, self.root, "RAW")
+        names, seen, named = picture_names(folder), set[str](), set[str]()
+        for file, ids, pictures in self._wanted(names):
+            for image_id in dict.fromkeys(ids):
+                name, origin = pictures.get(image_id), f"{file.name} ({image_id})"
+                if name is None and image_id not in seen:
+                    yield BadRow("missing picture", origin, f"no picture {image_id!r} in {plain(folder)}", SPLIT)
+                elif name is not None and name not in named:
+                    named.add(name)
+                    yield RawRow(str(folder / name), (), image_id, SPLIT, plain(name), name)
+                seen.add(image_id)
+        self.notes = [f"{len(names) - len(named):,} pictures in {folder.name}/ are in no example and left out"]
+
+
+# ------------------------------------------------------------------ VQA
+
+
+def open_vqav2(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """v2_OpenEnded_*_questions.json with v2_*_annotations.json; Visual Genome's question_answers.json may be there."""
+    return _open_vqa(Path(raw), VQAV2)
+
+
+def open_daquar(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """DAQUAR in VQA v2's layout."""
+    return _open_vqa(Path(raw), DAQUAR)
+
+
+def _open_vqa(root: Path, facts: Facts) -> RawSet:
+    questions = sorted(root.glob("*questions.json"))
+    answers = sorted(root.glob("*annotations.json"))
+    genome = sorted(root.glob("question_answers.json"))
+    if not questions:
+        raise nothing(root, "v2_OpenEnded_*_questions.json", "v2_*_annotations.json")
+
+    def wanted(names: list[str]) -> Iterator[Wanted]:
+        for file in questions:
+            with opened(file) as stream:
+                document = load_json(stream.read(), file)
+            found = get(document, "questions", list, str(file), "VQA v2")
+            part = re.sub(r"^v2_OpenEnded_|_?questions\.json$", "", file.name) or str(document.get("data_type"))
+            family = "coco" if part.split("_")[0] == "mscoco" else part.split("_")[0]
+            places = ((f"{file} questions[{place}]", each) for place, each in enumerate(found))
+            ids = [f"{family} {get(each, 'image_id', int, where, 'VQA v2')}" for where, each in places]
+            yield Wanted(file, ids, _numbered(names, part, family))
+        for file in genome:
+            ids = [f"vg {get(each, 'id', int, str(file), 'Visual Genome')}" for each in json_items(file)]
+            yield Wanted(file, ids, {f"vg {PurePosixPath(name).stem}": name for name in reversed(names)})
+
+    return Annotated(root, facts, [*questions, *answers, *genome], wanted)
+
+
+def _numbered(names: list[str], part: str, family: str) -> dict[str, str]:
+    """By the number that ends a name: as `numbered` in `tasks/vqa/data.py` has it."""
+    found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
+    padded = [each for each in found if len(each[0]) == DIGITS]
+    words = set(part.split("_"))
+    best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
+    return {f"{family} {int(number)}": name for number, name in reversed(best)}
+
+
+# ------------------------------------------------------------------ NLVR2, SNLI-VE
+
+
+def open_nlvr2(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """train.json, dev.json, test1.json ...: lines with an identifier."""
+    return _open_nlvr(Path(raw), NLVR2)
+
+
+def open_nlvr_pairs(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """NLVR's three boxes as pairs, in NLVR2's layout."""
+    return _open_nlvr(Path(raw), NLVR_PAIRS)
+
+
+def _open_nlvr(root: Path, facts: Facts) -> RawSet:
+    files = _with_key(root, "identifier")
+    if not files:
+        raise nothing(root, "train.json", "dev.json", "test1.json")
+
+    def wanted(names: list[str]) -> Iterator[Wanted]:
+        pictures = {f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(names)}
+        for file in files:
+            ids = []
+            for where, _, record in json_lines(file):
+                stem = get_name(record, "identifier", where, "NLVR2").rpartition("-")[0]
+                ids += [f"nlvr2 {stem}-img{side}" for side in (0, 1)]
+            yield Wanted(file, ids, pictures)
+
+    return Annotated(root, facts, files, wanted)
+
+
+def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl: lines with Flickr30K_ID; any csv goes with them."""
+    root = Path(raw)
+    files = _with_key(root, "Flickr30K_ID")
+    if not files:
+        raise nothing(root, "snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl")
+
+    def wanted(names: list[str]) -> Iterator[Wanted]:
+        pictures: dict[str, str] = {}
+        for name in sorted(names, key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
+            if number := re.match(r"\d+", PurePosixPath(name).name):
+                pictures.setdefault(f"flickr {number[0]}", name)
+        for file in files:
+            lines = json_lines(file)
+            ids = [f"flickr {get_name(each.record, 'Flickr30K_ID', each.where, 'SNLI-VE')}" for each in lines]
+            yield Wanted(file, ids, pictures)
+
+    return Annotated(root, SNLI_VE, [*files, *sorted(root.glob("*.csv"))], wanted)
+
+
+def _with_key(root: Path, key: str) -> list[Path]:
+    """The files of lines of JSON in a folder whose first line has the key."""
+    files = sorted(file for kind in ("*.json", "*.jsonl") for file in root.glob(kind) if file.is_file())
+    found = []
+    for file in files:
+        with opened(file) as stream:
+            if f'"{key}"'.encode() in stream.readline(100_000):
+                found.append(file)
+    return found

@@ -1,0 +1,230 @@
+"""COCO, Flickr30k and Flickr8k: Karpathy's split, the official files, and the other forms they are passed on in."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.columns import Merged, name_problem, split_named
+from maskvlm.data.raw.lines import plain, read_text, text_lines
+from maskvlm.data.raw.photos import Index
+from maskvlm.data.raw.table import Table
+from maskvlm.data.sources import _photos
+from maskvlm.errors import ExitCode, UserError
+
+KARPATHY = "Karpathy"
+_MARKUP = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
+
+
+class Pictures:
+    """The pictures of a set, anywhere in its folder: as they are named, else by the name alone."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self._index: Index | None = None
+
+    def find(self, name: str) -> tuple[str, tuple[str, str] | None]:
+        """The path, or (reason, message)."""
+        if problem := name_problem(name):
+            return "", ("unsafe name", f"{plain(name)!r}: {problem}")
+        for folder in ("", "images"):
+            if os.path.isfile(path := os.path.join(self.root, folder, name)):
+                return path, None
+        if self._index is None:
+            self._index = Index(self.root)
+        stem = PurePosixPath(name).stem
+        padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the pictures of 2017 have the number alone
+        for each in (stem, padded[1]) if padded else (stem,):
+            if path := self._index.find(each) or "":
+                return path, None
+        return "", ("missing picture", f"{plain(name)!r} is nowhere in {plain(self.root)}")
+
+
+class CaptionSet(RawSet):
+    """Rows of one of the forms below, each with the names of its pictures.
+
+    Args:
+        read: hands out (name of the picture, captions, id, split, origin), or a bad row.
+    """
+
+    def __init__(self, root: Path, facts: Facts, read: Callable[[], Iterator["Found | BadRow"]]) -> None:
+        self.facts, self.notes, self._root, self._read = facts, [], root, read
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        """In the order of the file."""
+        pictures = Pictures(self._root)
+        for found in self._read():
+            if isinstance(found, BadRow):
+                yield found
+                continue
+            name, captions, image_id, split, origin = found
+            path, problem = pictures.find(name)
+            if not problem and not captions:
+                problem = ("no caption", "no sentence for this picture")
+            if problem:
+                yield BadRow(problem[0], origin, problem[1], split)
+            else:
+                yield RawRow(path, tuple(captions), image_id, split, origin)
+
+
+Found = tuple[str, list[str], str, str, str]
+
+
+def flickr_id(name: str) -> str:
+    """`flickr` and the photo's number there, which starts the file's name: as in every other set of Flickr's photos."""
+    number = re.match(r"\d+", PurePosixPath(name).name)
+    return f"flickr {number[0]}" if number else plain(f"flickr {name}")
+
+
+# ------------------------------------------------------------------ Karpathy's json
+
+
+def karpathy(file: Path, prefix: str) -> Iterator[Found | BadRow]:
+    """`images[]` with filename, filepath, split, sentences[].raw and cocoid.
+
+    Raises:
+        UserError: the json as a whole cannot be read.
+    """
+    with opened(file) as stream:
+        images = get(load_json(stream.read(), file), "images", list, str(file), KARPATHY)
+    photos = _photos(prefix, images)
+    for position, image in enumerate(images):
+        origin = f"{file.name} image {position}"
+        try:
+            yield _karpathy_row(image, origin, prefix, photos)
+        except UserError as error:
+            split = image.get("split") if isinstance(image, dict) else None
+            yield BadRow("malformed row", origin, error.what, split_named(split) or "train")
+
+
+def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) -> Found | BadRow:
+    name = get(image, "filename", str, origin, KARPATHY)
+    if image.get("filepath"):
+        name = f"{get(image, 'filepath', str, origin, KARPATHY)}/{name}"
+    origin = f"{origin} ({plain(name)})"
+    sentences = get(image, "sentences", list, origin, KARPATHY)
+    captions = [get(sentence, "raw", str, origin, KARPATHY) for sentence in sentences]
+    split = split_named(get(image, "split", str, origin, KARPATHY))
+    if split is None:
+        return BadRow("unknown split", origin, f"split {plain(image['split'], 40)!r}", "train")
+    own = next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name)
+    return name, captions, photos.get(name) or plain(f"{prefix} {own}"), split, origin
+
+
+# ------------------------------------------------------------------ COCO's own
+
+
+def official(files: list[Path]) -> Iterator[Found | BadRow]:
+    """captions_train2014.json and the like: `images[]` (id, file_name), `annotations[]` (image_id, caption).
+
+    Raises:
+        UserError: a json as a whole cannot be read.
+    """
+    layout = "COCO captions"
+    for file in files:
+        with opened(file) as stream:
+            document = load_json(stream.read(), file)
+        split = "train" if "train" in file.stem else "val"
+        captions: dict[Any, list[str]] = {}
+        for position, record in enumerate(get(document, "annotations", list, str(file), layout)):
+            where = f"{file.name} annotations[{position}]"
+            try:
+                image = get(record, "image_id", int, where, layout)
+                captions.setdefault(image, []).append(get(record, "caption", str, where, layout))
+            except UserError as error:
+                yield BadRow("malformed row", where, error.what, split)
+        for position, image in enumerate(get(document, "images", list, str(file), layout)):
+            where = f"{file.name} images[{position}]"
+            try:
+                name, number = get(image, "file_name", str, where, layout), get(image, "id", int, where, layout)
+            except UserError as error:
+                yield BadRow("malformed row", where, error.what, split)
+                continue
+            folder = file.stem.removeprefix("captions_")
+            origin = f"{file.name} image {position} ({plain(name)})"
+            yield f"{folder}/{name}", captions.get(number, []), f"coco {number}", split, origin
+
+
+# ------------------------------------------------------------------ Flickr's other forms
+
+
+def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
+    """results_20130124.token, Flickr8k.token.txt: `name.jpg#0`, a tab, a caption; the lines of a picture are merged."""
+    merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
+    for line in text_lines(file):
+        origin = f"{file.name}:{line.number}"
+        name, tab, caption = line.text.partition("\t")
+        name = name.rpartition("#")[0] or name
+        if line.problem:
+            yield BadRow(line.problem[0], origin, line.problem[1], "train")
+        elif tab and (bad := merged.add(name, [caption], split_of(name), line.number)):
+            yield bad
+        elif not tab and line.text.strip():
+            yield BadRow("malformed row", origin, "no tab between picture and caption", "train")
+    yield from _named(merged)
+
+
+def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
+    """flickr_annotations_30k.csv (raw, sentids, split, filename, img_id), or results.csv (image_name, comment)."""
+    table = Table(file)
+    merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
+    image, caption = ("filename", "raw") if "raw" in table.columns else ("image_name", "comment")
+    if missing := [name for name in (image, caption) if name not in table.columns]:
+        what = f"no column {missing[0]!r} (there are {', '.join(map(repr, table.columns))})"
+        raise UserError(file, plain(what), "Fetch it again, or use SET=csv", ExitCode.BAD_DATA)
+    for record in table.records():
+        values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
+        problem = record.problem
+        captions = [] if problem else _list(values[caption]) if caption == "raw" else [values[caption]]
+        split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
+        if captions is None:
+            problem = ("malformed row", "the captions are no JSON list of texts")
+        if split is None:
+            problem = ("unknown split", f"split {plain(values['split'], 40)!r}")
+        if problem:
+            yield BadRow(problem[0], f"{file.name}:{record.number}", problem[1], split or "train")
+        elif bad := merged.add(values[image], captions or [], split or "train", record.number):
+            yield bad
+    yield from _named(merged)
+
+
+def _list(text: str) -> list[str] | None:
+    try:
+        captions = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return captions if isinstance(captions, list) and all(isinstance(each, str) for each in captions) else None
+
+
+def _named(merged: Merged) -> Iterator[Found]:
+    for row in merged.rows():
+        yield str(row.image), list(row.captions), row.image_id, row.split, f"{row.origin} ({plain(row.image)})"
+
+
+def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
+    """Flickr30k Entities' `sentences/<photo>.txt`: one caption a line, its phrases in marks, which are taken away."""
+    for file in sorted(folder.glob("*.txt")):
+        text, problem = read_text(file)
+        origin, name = f"{folder.name}/{plain(file.name)}", f"{file.stem}.jpg"
+        if problem:
+            yield BadRow(problem[0], origin, problem[1], split_of(name))
+        else:
+            captions = [_MARKUP.sub(r"\1", line) for line in text.splitlines() if line.strip()]
+            yield name, captions, flickr_id(name), split_of(name), origin
+
+
+def split_lists(folder: Path) -> Callable[[str], str]:
+    """By lists of photos in val.txt, test.txt, flickr30k_val.txt, Flickr_8k.devImages.txt ...; "train" without them."""
+    named: dict[str, str] = {}
+    kinds = {"val": "val", "dev": "val", "test": "test"}
+    for file in sorted(folder.glob("*.txt")):
+        word = re.fullmatch(r"(?:flickr_?\d+k[_.])?(val|dev|test)(?:images)?\.txt", file.name, re.I)
+        if word:
+            for line in text_lines(file):
+                if line.text.strip():
+                    named[flickr_id(line.text.strip())] = kinds[word[1].lower()]
+    return lambda name: named.get(flickr_id(name), "train")

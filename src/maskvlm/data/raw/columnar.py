@@ -1,0 +1,66 @@
+"""Parquet files with pictures in them, as img2dataset and the Hugging Face hub have them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maskvlm.data.raw.columns import ROLES
+from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.samples import Sample
+
+BATCH = 32
+"""Rows in memory at once."""
+
+
+def _image_column(schema: pa.Schema, columns: dict[str, str]) -> str | None:
+    """A column of bytes, or of the hub's {bytes, path}."""
+    names = [columns["image"]] if "image" in columns else ROLES["image"]
+    for name in names:
+        if name in schema.names:
+            kind = schema.field(name).type
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return name
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                return name
+    return None
+
+
+def has_pictures(file: Path, columns: dict[str, str]) -> bool:
+    """Whether a Parquet file holds pictures; one that cannot be read counts, so that it is reported."""
+    try:
+        return _image_column(pq.read_schema(file), columns) is not None
+    except (OSError, pa.ArrowException):
+        return True
+
+
+def parquet_samples(file: Path, columns: dict[str, str]) -> Iterator[Sample]:
+    """The rows of a file in their order; what cannot be read is one sample with a problem."""
+    row = 0
+    try:
+        with pq.ParquetFile(file) as parquet:
+            image = _image_column(parquet.schema_arrow, columns)
+            if image is None:
+                yield Sample("", "", {}, ("no picture", "no column of pictures"))
+                return
+            for batch in parquet.iter_batches(BATCH):
+                for record in batch.to_pylist():
+                    yield _sample(record, image, row)
+                    row += 1
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        yield Sample("", "", {}, ("damaged archive", f"{plain(error, 80)}; what is before row {row} was read"))
+
+
+def _sample(record: dict[str, Any], image: str, row: int) -> Sample:
+    content = record.pop(image)
+    if isinstance(content, dict):
+        content = content.get("bytes")
+    parts: dict[str, Any] = {"json": record}
+    if content is not None:
+        parts["image"] = content
+    if isinstance(record.get("txt"), str):
+        parts["text"] = record["txt"].encode()
+    key = record.get("key")
+    return Sample(str(key) if isinstance(key, str | int) else f"{row}", f"row {row}", parts)

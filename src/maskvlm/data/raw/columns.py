@@ -1,0 +1,157 @@
+"""Which column of a table is the picture, the caption, the id, the split; rows of one picture become one row."""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from maskvlm.data.raw.base import BadRow, RawRow
+from maskvlm.data.raw.lines import plain
+from maskvlm.data.text import clean_caption
+from maskvlm.errors import ExitCode, UserError
+
+ROLES = {
+    "image": (
+        *("image", "image_path", "filepath", "file_path", "file_name", "filename", "image_name", "image_file", "path"),
+        *("file", "img", "img_path", "picture", "photo", "jpg", "png", "image_url", "img_url", "url", "link"),
+    ),
+    "caption": (
+        *("caption", "captions", "text", "txt", "title", "sentence", "sentences", "description", "alt_text", "alt"),
+        *("comment", "raw"),
+    ),
+    "id": ("image_id", "img_id", "imgid", "photo_id", "key", "id"),
+    "split": ("split", "subset", "partition"),
+}
+"""Role -> names of columns, the first that is there is taken; case, spaces and `-` or `_` make no difference."""
+
+SPLITS = {
+    **dict.fromkeys(("train", "training", "restval", ""), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+
+
+def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> dict[str, str]:
+    """Role -> the column's own name; roles without a column are left out.
+
+    Raises:
+        UserError: a given column, the picture or the caption is not there; it lists those that are.
+    """
+    listed = ", ".join(repr(plain(name, 40)) for name in there[:30]) or "none"
+    for role, name in given.items():
+        if name not in there:
+            near = difflib.get_close_matches(name, there, 1)
+            todo = f"Take {near[0]!r}" if near else f"Name the column of the {role} as it is in the file"
+            raise UserError(where, f"no column {name!r} (there are {listed})", todo, ExitCode.BAD_DATA)
+    folded = {_folded(name): name for name in reversed(there)}
+    found = dict(given)
+    for role, names in ROLES.items():
+        fitting = [folded[each] for each in names if each in folded]
+        if fitting and role not in found:
+            found[role] = fitting[0]
+    for role in ("image", "caption"):
+        if role not in found:
+            what = f"no column for the {role} (there are {listed})"
+            todo = f"Name one of them {ROLES[role][0]!r}, or say which one it is"
+            raise UserError(where, what, todo, ExitCode.BAD_DATA)
+    return found
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]+", "_", name.strip()).lower()
+
+
+def split_named(value: object) -> str | None:
+    """ "training" -> "train", also of "train2014" and "train[:10%]"; None where it names none."""
+    name = re.match(r"[a-z]*", str(value if value is not None else "").strip().lower())
+    return SPLITS.get(name[0]) if name and (name[0] or not str(value or "").strip()) else None
+
+
+def split_of_path(path: str) -> str:
+    """The split that a word of a relative path names, the last such word; "train" where none does."""
+    words = [word for word in re.split(r"[^a-z]+", path.lower()) if word]
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def name_problem(name: str) -> str | None:
+    """Why a picture is not to be looked for under this name, or None."""
+    if name.isascii() and not name.startswith("/") and ".." not in name and "\x00" not in name:
+        return None  # what follows takes some 10 us
+    path = PurePosixPath(name)
+    if "\x00" in name or clean_caption(name)[1] == "surrogate":
+        return "the name is not text"
+    if path.is_absolute() or ".." in path.parts:
+        return "the name leads out of the folder"
+    return None
+
+
+class Folder:
+    """Where the pictures of a table lie: relative to the table, or in `images/` beside it.
+
+    A name with the whole path is taken too where that is inside; no other file can be named.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._real = str(root.absolute()), os.path.realpath(root)
+
+    def place(self, name: str) -> tuple[str, tuple[str, str] | None]:
+        """The path of an existing file, or (reason, message)."""
+        inside = name
+        for root in (self.root, self._real):
+            if name.startswith(f"{root}/") and ".." not in PurePosixPath(name).parts:
+                inside = name[len(str(root)) + 1 :]
+        if problem := name_problem(inside):
+            return "", ("unsafe name", f"{plain(name)!r}: {problem} {plain(self.root)}")
+        for folder in ("", "images"):
+            if os.path.isfile(path := os.path.join(self.root, folder, inside)):
+                return path, None
+        return "", ("missing picture", f"{plain(name)!r} is not in {plain(self.root)}")
+
+
+# ------------------------------------------------------------------ rows
+
+
+class Merged:
+    """Rows of a table, merged by picture: the first names id, split and place, each adds its captions.
+
+    Keeps path, id, split, place and captions of every picture, and no more.
+
+    Args:
+        file: how places are named: `<file>:<place>`.
+        prefix: of ids.
+        identity: path of the picture and the table's own id, if any -> its id; by default prefix and own id, else
+            prefix and path.
+    """
+
+    def __init__(self, file: str, prefix: str, identity: Callable[[str, str], str] | None = None) -> None:
+        self._file = file
+        self._identity = identity or (lambda name, own: f"{prefix} {own or name}")
+        self._rows: dict[str, list[Any]] = {}  # path -> [place, id, split, caption, caption, ...]
+        self._path_of: dict[str, str] = {}
+
+    def add(
+        self, path: str, captions: Iterable[str], split: str, place: int, own: str = "", name: str = ""
+    ) -> BadRow | None:
+        """Take in a row; it is bad where its picture is in another split, or its id is another picture's."""
+        if row := self._rows.get(path):
+            if row[2] != split:
+                what = f"its picture is in split {row[2]!r} at {self._file}:{row[0]}"
+                return BadRow("picture in two splits", f"{self._file}:{place}", what, split)
+            row.extend(captions)
+            return None
+        image_id = plain(self._identity(name or path, own))
+        if (other := self._path_of.setdefault(image_id, path)) != path:
+            what = f"id {image_id!r} is that of another picture, at {self._file}:{self._rows[other][0]}"
+            return BadRow("duplicate id", f"{self._file}:{place}", what, split)
+        self._rows[path] = [place, image_id, split, *captions]
+        return None
+
+    def rows(self) -> Iterator[RawRow]:
+        """In the order in which pictures came first."""
+        for path, (place, image_id, split, *captions) in self._rows.items():
+            yield RawRow(path, tuple(captions), image_id, split, f"{self._file}:{place}")

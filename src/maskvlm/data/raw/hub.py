@@ -1,0 +1,133 @@
+"""Any image-caption set that Hugging Face `datasets` can load: by name from the hub, or a local folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.columns import Folder, find_columns, split_named
+from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.own import captions_of
+from maskvlm.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second to import: only where it is used
+
+BATCH = 32
+
+
+class HubSet(RawSet):
+    """A set of the hub (`owner/name`, or `owner/name:configuration`), or what `load_dataset` or `save_to_disk` knows.
+
+    The picture column holds images, bytes or paths, the caption column texts or lists of texts; rows with the same id
+    that follow each other are one picture. A column `split` goes before the name of the split.
+    """
+
+    def __init__(self, raw: str, name: str, columns: dict[str, str] | None = None) -> None:
+        self.raw, self.name, self.columns, self.notes = raw, name, columns or {}, []
+        self.facts = Facts(name, None, None, "see the set's card on the Hugging Face hub")
+        self._sets: dict[str, Dataset] | None = None
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        """Split after split, in the order of the set."""
+        if self._sets is None:
+            self._sets = _load(self.raw)
+        self.notes = []
+        for part, data in self._sets.items():
+            split = split_named(part)
+            if split is None:
+                self.notes.append(f"split {part!r} is taken for train")
+            yield from _merged(self._rows_of(part, data, split or "train"))
+
+    def _rows_of(self, part: str, data: "Dataset", default: str) -> Iterator[RawRow | BadRow]:
+        import datasets
+
+        where = f"{self.raw} ({part})"
+        columns = find_columns(data.column_names, self.columns, where)
+        image = columns["image"]
+        if isinstance(data.features[image], datasets.Image):
+            data = data.cast_column(image, datasets.Image(decode=False))
+        data = data.select_columns(sorted(set(columns.values())))
+        folder = Folder(Path(self.raw) if Path(self.raw).is_dir() else Path())
+        for start in range(0, len(data), BATCH):
+            batch = data[start : start + BATCH]
+            for offset in range(len(batch[image])):
+                values = {role: batch[column][offset] for role, column in columns.items()}
+                yield self._row(values, start + offset, part, default, folder)
+
+    def _row(self, values: dict[str, Any], number: int, part: str, default: str, folder: Folder) -> RawRow | BadRow:
+        origin = plain(f"{self.raw} {part} row {number}")
+        content, problem = _content(values["image"], folder)
+        captions = captions_of(values["caption"])
+        split = split_named(values["split"]) if values.get("split") is not None else default
+        if problem is None and captions is None:
+            problem = ("no caption", f"the caption is {plain(repr(values['caption']), 60)}")
+        if problem is None and split is None:
+            problem = ("unknown split", f"{plain(repr(values['split']), 60)} is none of train, val and test")
+        if problem:
+            return BadRow(problem[0], origin, problem[1], split or default)
+        own = values.get("id")
+        identity = own if isinstance(own, int | str) else f"{part} {number}"
+        return RawRow(content, tuple(captions or ()), plain(f"{self.name} {identity}"), split or default, origin)
+
+
+def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] | None]:
+    """Bytes or a path, and (reason, message)."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        value = value.get("bytes") if value.get("bytes") is not None else path
+        if isinstance(value, str) and _is_fetched(value):
+            return value, None
+    if isinstance(value, bytes):
+        return value, None
+    if isinstance(value, str) and value.strip():
+        return folder.place(value)
+    return "", ("no picture", f"the picture is {plain(repr(value), 60)}")
+
+
+def _is_fetched(path: str) -> bool:
+    """Whether the library put a file there; other whole paths are the set's own word, and may be anything."""
+    import datasets
+
+    own = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE)
+    return any(os.path.realpath(path).startswith(f"{os.path.realpath(str(cache))}/") for cache in own)
+
+
+def _merged(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
+    """Captions of rows of the same picture that follow each other, under the first of them."""
+    held: RawRow | None = None
+    for row in rows:
+        if isinstance(row, RawRow) and held and (row.image_id, row.split) == (held.image_id, held.split):
+            held = held._replace(captions=held.captions + row.captions)
+            continue
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        if held:
+            yield held
+        held = row
+    if held:
+        yield held
+
+
+def _load(raw: str) -> "dict[str, Dataset]":
+    import datasets
+
+    local = Path(raw).expanduser()
+    name, _, configuration = (raw, "", "") if local.exists() else raw.partition(":")
+    try:
+        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            found = datasets.load_from_disk(str(local))
+        else:
+            found = datasets.load_dataset(str(local) if local.exists() else name, configuration or None)
+    except Exception as error:  # the library raises a dozen types, some of its own, some of the network
+        what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {plain(error, 160)})"
+        todo = "Check the name; sets with several configurations are named owner/name:configuration"
+        raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
+    return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def open_hub(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Nothing is loaded before the rows are asked for."""
+    return HubSet(raw, name, columns)

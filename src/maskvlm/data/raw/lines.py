@@ -1,0 +1,134 @@
+"""Lines of text files that may be damaged anywhere, and lists of JSON that are too large for memory."""
+
+import json
+from collections.abc import Iterator
+from io import BufferedReader, TextIOWrapper
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.data.files import opened
+from maskvlm.data.text import clean_caption
+from maskvlm.errors import ExitCode, UserError
+
+MAX_LINE_BYTES = 16_000_000
+"""Longer lines are no rows: a caption is cut at 4096 bytes, the largest rows of public sets have some 100 kB."""
+
+CHUNK = 1_000_000
+_DECODER = json.JSONDecoder()
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class TextLine(NamedTuple):
+    """A line without its end. `problem` is (reason, message) or None; number counts from 1, as editors do."""
+
+    number: int
+    text: str
+    problem: tuple[str, str] | None = None
+
+
+def text_lines(file: Path) -> Iterator[TextLine]:
+    """The lines of a UTF-8 file with or without a byte order mark; blank ones too.
+
+    A line that is not UTF-8, holds null bytes or is longer than MAX_LINE_BYTES has a problem and no text; the others
+    are not touched by it.
+
+    Raises:
+        UserError: the file cannot be read, or is UTF-16.
+    """
+    with opened(file) as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES):
+            number += 1
+            if number == 1 and line.startswith(UTF16):
+                raise UserError(file, "UTF-16 text", "Save it as UTF-8", ExitCode.BAD_DATA)
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(stream)
+                yield TextLine(number, "", ("line too long", f"more than {MAX_LINE_BYTES:,} bytes in one line"))
+            else:
+                yield _decoded(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+
+
+def _skip_line(stream: BufferedReader) -> None:
+    while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _decoded(number: int, line: bytes) -> TextLine:
+    text, problem = decoded(line.rstrip(b"\r\n"))
+    return TextLine(number, text, problem)
+
+
+def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
+    """UTF-8 text, or "" and (reason, message)."""
+    if b"\x00" in content:
+        return "", ("null bytes", f"byte {content.index(0)} is null: the file is damaged, or UTF-16")
+    try:
+        return content.decode(), None
+    except UnicodeDecodeError as error:
+        return "", ("not UTF-8 text", f"byte {error.start} is no UTF-8; save the file as UTF-8")
+
+
+def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, str] | None]:
+    """A small text file, or "" and (reason, message)."""
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
+    except (OSError, ValueError) as error:
+        return "", ("unreadable", str(error))
+    if len(content) > limit:
+        return "", ("bomb", f"more than {limit:,} bytes of text")
+    return decoded(content.removeprefix(b"\xef\xbb\xbf"))
+
+
+def json_items(file: Path) -> Iterator[Any]:
+    """The items of the list that a JSON file consists of, one after the other: files of a gigabyte cost no memory.
+
+    Raises:
+        UserError: the file cannot be read, is no list, or is damaged; the items before the damage were handed out.
+    """
+    with opened(file) as stream:
+        reader = TextIOWrapper(stream, encoding="utf-8-sig")
+        text, position = _read(reader, file, CHUNK).lstrip(), 1
+        if not text.startswith("["):
+            raise _damaged(file, "a list in [ ] is needed")
+        while True:
+            while text[position : position + 1] in (" ", "\n", "\r", "\t", ","):
+                position += 1
+            if text.startswith("]", position):
+                return
+            item, end = _item(text, position, file)
+            if end < len(text):
+                yield item
+                position = end
+                continue
+            left = len(text) - position
+            more = _read(reader, file, max(CHUNK, left)) if left < MAX_LINE_BYTES else ""
+            if not more:
+                raise _damaged(file, "not JSON, or cut short")
+            text, position = text[position:] + more, 0
+
+
+def _item(text: str, position: int, file: Path) -> tuple[Any, int]:
+    """The item and where it ends: at the end of the text where more of it may come."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        return None, len(text)
+    except (RecursionError, ValueError) as error:
+        raise _damaged(file, "nested too deeply, or a number is too long") from error
+
+
+def _read(reader: TextIOWrapper, file: Path, size: int) -> str:
+    try:
+        return reader.read(size)
+    except UnicodeDecodeError as error:
+        raise _damaged(file, "not UTF-8 text") from error
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(file, what, "Fetch it again", ExitCode.BAD_DATA)
+
+
+def plain(text: object, most: int = 200) -> str:
+    """For messages and ids: one line, printable, encodable."""
+    return clean_caption(str(text)[: most * 2])[0][:most]

@@ -1,0 +1,87 @@
+"""Opening the sets that are known by name: which of their files is there decides how they are read."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from maskvlm.data.raw import captions
+from maskvlm.data.raw.base import BadRow, Facts, RawSet
+from maskvlm.data.raw.captions import CaptionSet, Found
+from maskvlm.errors import ExitCode, UserError
+
+# Karpathy's files hold 123,287, 31,014 and 8,000 pictures with (but for a few) five captions each. The first
+# publication of Flickr30k (Young et al. 2014) has 31,783 photos.
+COCO = Facts(
+    *("COCO Captions (Chen et al. 2015)", 123_287, 616_767),
+    "captions CC BY 4.0; photos under the licences of their Flickr owners (cocodataset.org/#termsofuse)",
+)
+FLICKR_TERMS = "non-commercial research and education only; photos under Flickr's terms of use"
+FLICKR30K = Facts("Flickr30k (Young et al. 2014)", 31_783, 158_915, FLICKR_TERMS)
+FLICKR30K_SPLIT = Facts("Flickr30k (Young et al. 2014), Karpathy's split", 31_014, 155_070, FLICKR_TERMS)
+FLICKR8K = Facts("Flickr8k (Hodosh et al. 2013)", 8_000, 40_000, FLICKR_TERMS)
+
+
+def find(root: Path, *names: str) -> Path | None:
+    """The first file of these names in the folder, in `annotations/` or `karpathy/`, or the folder itself as a file."""
+    if root.is_file():
+        return root if root.name in names else None
+    places = ("", "annotations", "karpathy")
+    return next((root / place / name for name in names for place in places if (root / place / name).is_file()), None)
+
+
+def nothing(root: Path, *forms: str) -> UserError:
+    """Says what was looked for."""
+    what = "none of the files of this set is here"
+    return UserError(root, what, f"Looked for {', '.join(forms)}", ExitCode.MISSING_INPUT)
+
+
+def open_coco(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """dataset_coco.json, else annotations/captions_{train,val}20{14,17}.json."""
+    root = Path(raw)
+    folder = root if root.is_dir() else root.parent
+    if file := find(root, "dataset_coco.json"):
+        return CaptionSet(folder, COCO, lambda: captions.karpathy(file, "coco"))
+    for year in ("2014", "2017"):
+        files = [find(root, f"captions_{part}{year}.json") for part in ("train", "val")]
+        if there := [file for file in files if file]:
+            return CaptionSet(folder, COCO, lambda: captions.official(there))
+    raise nothing(root, "dataset_coco.json", "annotations/captions_{train,val}{2014,2017}.json")
+
+
+def open_flickr30k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Karpathy's json, the hub's csv, the token file, Kaggle's results.csv, or the sentences of Flickr30k Entities."""
+    forms: Forms = {
+        "dataset_flickr30k.json": (FLICKR30K_SPLIT, _karpathy),
+        "flickr_annotations_30k.csv": (FLICKR30K_SPLIT, captions.hub_csv),
+        "results_20130124.token": (FLICKR30K, captions.token),
+        "results.csv": (FLICKR30K, captions.hub_csv),
+        "sentences": (FLICKR30K, captions.entities),
+    }
+    return _open_flickr(Path(raw), forms)
+
+
+def open_flickr8k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Karpathy's json, or Flickr8k.token.txt."""
+    forms: Forms = {"dataset_flickr8k.json": (FLICKR8K, _karpathy), "Flickr8k.token.txt": (FLICKR8K, captions.token)}
+    return _open_flickr(Path(raw), forms)
+
+
+Reader = Callable[[Path, Callable[[str], str]], Iterator[Found | BadRow]]
+Forms = dict[str, tuple[Facts, Reader]]
+
+
+def _karpathy(file: Path, _: Callable[[str], str]) -> Iterator[Found | BadRow]:
+    return captions.karpathy(file, "flickr")
+
+
+def _open_flickr(root: Path, forms: Forms) -> RawSet:
+    folder = root if root.is_dir() else root.parent
+    for name, (facts, read) in forms.items():
+        file = root / name if (root / name).is_dir() else find(root, name)
+        if file:
+            return CaptionSet(folder, facts, partial(_read, read, file, folder))
+    raise nothing(root, *forms)
+
+
+def _read(read: Reader, file: Path, folder: Path) -> Iterator[Found | BadRow]:
+    return read(file, captions.split_lists(folder))

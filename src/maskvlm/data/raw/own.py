@@ -1,0 +1,253 @@
+"""Own data: pictures named in a csv, tsv or jsonl file, or lying in a folder with their captions beside them."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.data.files import load_json, picture_names
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.columns import Folder, Merged, find_columns, split_named, split_of_path
+from maskvlm.data.raw.lines import json_items, plain, read_text, text_lines
+from maskvlm.data.raw.table import Table
+from maskvlm.errors import ExitCode, UserError
+
+PROBE = 1000
+UNKNOWN_LICENCE = "not known to this program: see where the data is from"
+
+
+class Entry(NamedTuple):
+    """A row of a file: its values by role, or (reason, message)."""
+
+    place: int
+    values: dict[str, Any]
+    problem: tuple[str, str] | None = None
+
+
+class TableSet(RawSet):
+    """Rows of one or several csv, tsv, jsonl or json files; rows of the same picture are one picture's captions.
+
+    Pictures are named relative to their file, or to `images/` beside it. Where no column says the split, the file's
+    name does (`val.csv`), else it is `train`.
+
+    Args:
+        files: of one kind.
+        name: the set's, starts the ids.
+        columns: role -> column, for those that are not to be found by their names.
+    """
+
+    def __init__(self, files: list[Path], name: str, columns: dict[str, str] | None = None) -> None:
+        self.files, self.name, self.columns = files, name, columns or {}
+        self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        """Of each file first the bad rows, then the pictures in the order in which they came first."""
+        for file in self.files:
+            yield from file_rows(file, self.name, self.columns)
+
+
+def file_rows(file: Path, name: str, given: dict[str, str]) -> Iterator[RawRow | BadRow]:
+    """The rows of one file.
+
+    Raises:
+        UserError: the file cannot be read, or has no column for picture or caption.
+    """
+    merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
+    for entry in _entries(file, given):
+        origin = f"{file.name}:{entry.place}"
+        found = entry.problem or _values(entry.values, default)
+        if isinstance(found, Values):
+            path, problem = folder.place(found.image)
+            bad = merged.add(path, found.captions, found.split, entry.place, found.id, found.image) if path else None
+            if problem:
+                bad = BadRow(problem[0], origin, problem[1], found.split)
+            if bad:
+                yield bad
+        else:
+            yield BadRow(found[0], origin, found[1], default)
+    yield from merged.rows()
+
+
+def _entries(file: Path, given: dict[str, str]) -> Iterator[Entry]:
+    if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        yield from _objects(file, given)
+        return
+    table = Table(file)
+    columns = find_columns(table.columns, given, file)
+    at = {role: table.columns.index(name) for role, name in columns.items()}
+    for number, fields, problem in table.records():
+        yield Entry(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
+
+
+def _objects(file: Path, given: dict[str, str]) -> Iterator[Entry]:
+    """Objects need not have the same keys; those of the first that has picture and caption count where one lacks them.
+
+    Raises:
+        UserError: none of the first PROBE has.
+    """
+    usual: dict[str, str] = {}
+    wrong: UserError | None = None
+    for entry in islice(_json(file), PROBE):
+        if not entry.problem and not usual:
+            try:
+                usual = find_columns([*entry.values], given, f"{file}:{entry.place}")
+            except UserError as error:
+                wrong = wrong or error
+    if wrong and not usual:
+        raise wrong
+    known: dict[tuple[str, ...], dict[str, str]] = {}
+    for entry in _json(file):
+        if entry.problem:
+            yield entry
+            continue
+        keys = tuple(entry.values)
+        if keys not in known:
+            known = known if len(known) < PROBE else {}
+            known[keys] = _columns(keys, given, file) or usual
+        yield Entry(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
+
+
+def _columns(keys: tuple[str, ...], given: dict[str, str], file: Path) -> dict[str, str] | None:
+    try:
+        return find_columns(keys, given, file)
+    except UserError:
+        return None
+
+
+def _json(file: Path) -> Iterator[Entry]:
+    """Lines, or the items of one list; values by their own keys."""
+    if file.suffix.lower() == ".json":
+        for place, record in enumerate(json_items(file)):
+            yield _entry(place, record)
+        return
+    for line in text_lines(file):
+        if line.problem:
+            yield Entry(line.number, {}, line.problem)
+        elif line.text.strip():
+            try:
+                record = load_json(line.text.encode(), file, line.number)
+            except UserError as error:
+                yield Entry(line.number, {}, ("not JSON", error.what))
+                continue
+            yield _entry(line.number, record)
+
+
+def _entry(place: int, record: Any) -> Entry:
+    if isinstance(record, dict):
+        return Entry(place, record)
+    return Entry(place, {}, ("not an object", f"{type(record).__name__} where a JSON object belongs"))
+
+
+class Values(NamedTuple):
+    """What a row says."""
+
+    image: str
+    captions: list[str]
+    split: str
+    id: str
+
+
+def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
+    """The row, or (reason, message)."""
+    image, own, given = values.get("image"), values.get("id"), values.get("split")
+    if not isinstance(image, str) or not image.strip():
+        return "no picture", f"the name of the picture is {plain(repr(image), 60)}"
+    captions = captions_of(values.get("caption"))
+    if captions is None:
+        return "no caption", f"the caption is {plain(repr(values.get('caption')), 60)}"
+    split = default if given is None else split_named(given)
+    if split is None:
+        return "unknown split", f"{plain(repr(given), 60)} is none of train, val and test"
+    named = isinstance(own, str | int) and not isinstance(own, bool)
+    return Values(image.strip(), captions, split, str(own).strip() if named else "")
+
+
+def captions_of(value: Any) -> list[str] | None:
+    """A text, or a list of texts; None where it is neither or has none."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return value
+    return None
+
+
+# ------------------------------------------------------------------ folders
+
+
+class FolderSet(RawSet):
+    """Pictures with a text file of the same name beside them, or named in a `metadata.csv` or `metadata.jsonl`.
+
+    The metadata file, as Hugging Face's ImageFolder has it, stands in the folder or one above, with a column
+    `file_name`. Splits are those that a folder's name says (`train/`, `val/`, `test/`).
+    """
+
+    def __init__(self, root: Path, name: str, columns: dict[str, str] | None = None) -> None:
+        self.root, self.name, self.columns = root, name, columns or {}
+        self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        """First what metadata files name, then the other pictures by name."""
+        named: set[str] = set()
+        tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
+        for file in sorted(tables):
+            inside = file.parent.relative_to(self.root).as_posix()
+            for row in file_rows(file, self.name, {"image": "file_name", **self.columns}):
+                row = row._replace(origin=plain(f"{inside}/{row.origin}" if inside != "." else row.origin))
+                if isinstance(row, BadRow):
+                    yield row
+                    continue
+                named.add(str(row.image))
+                own = Path(str(row.image)).relative_to(self.root.absolute())
+                split = split_of_path(own.parent.as_posix())
+                image_id = plain(f"{self.name} {own.as_posix()}")
+                yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
+        for name in picture_names(self.root):
+            path = self.root.absolute() / name
+            if str(path) not in named:
+                yield self._with_text(path, name)
+
+    def _with_text(self, path: Path, name: str) -> RawRow | BadRow:
+        split, beside = split_of_path(Path(name).parent.as_posix()), path.with_suffix(".txt")
+        if not beside.is_file():
+            what = f"there is no {plain(beside.name)} beside it, nor is it named in a metadata.csv or metadata.jsonl"
+            return BadRow("no caption", plain(name), what, split)
+        text, problem = read_text(beside)
+        if problem:
+            return BadRow(problem[0], plain(beside.name), problem[1], split)
+        return RawRow(str(path), (text,), plain(f"{self.name} {name}"), split, plain(name))
+
+
+# ------------------------------------------------------------------ opening
+
+
+def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, ...]) -> RawSet:
+    """A file of one of these kinds, or a folder with some of them.
+
+    Raises:
+        UserError: the folder has no such file.
+    """
+    path = Path(raw)
+    if path.is_file():
+        return TableSet([path], name, columns)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
+    if not files:
+        what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"
+        raise UserError(raw, what, "Name the file itself with RAW=", ExitCode.MISSING_INPUT)
+    return TableSet(files, name, columns)
+
+
+def open_csv(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Tables of text."""
+    return open_table(raw, name, columns, (".csv", ".tsv", ".tab"))
+
+
+def open_jsonl(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Lines of JSON objects, or one list of them."""
+    return open_table(raw, name, columns, (".jsonl", ".ndjson", ".json"))
+
+
+def open_folder(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Pictures with captions beside them."""
+    if not Path(raw).is_dir():
+        raise UserError(raw, "not a folder", "Name the folder of the pictures with RAW=", ExitCode.MISSING_INPUT)
+    return FolderSet(Path(raw), name, columns)

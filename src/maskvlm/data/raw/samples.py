@@ -1,0 +1,86 @@
+"""The files of one key in webdataset's layout, from a tar or a folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.raw.archive import members
+from maskvlm.data.raw.lines import read_text
+
+TEXTS = (".txt", ".caption", ".text", ".cap")
+
+
+class Sample(NamedTuple):
+    """The files of one key. kinds: "image", "text", "json" -> bytes, or a path of the picture."""
+
+    key: str
+    origin: str
+    parts: dict[str, Any]
+    problem: tuple[str, str] | None = None
+
+
+# ------------------------------------------------------------------ tars
+
+
+def tar_samples(shard: Path, columns: dict[str, str]) -> Iterator[Sample]:
+    """The members of an archive by key: the name up to its first dot, as webdataset has it. One key at a time."""
+    group: Sample | None = None
+    for member in members(shard):
+        if not member.name:
+            if group and "image" in group.parts and group.parts.keys() & {"text", "json"}:
+                yield group  # else it is what was cut
+            yield Sample("", "", {}, member.problem)
+            return
+        key, kind = _key(member.name, columns)
+        if not kind:
+            if member.problem:
+                yield Sample(member.name, member.name, {}, member.problem)
+            continue
+        if group is None or group.key != key or kind in group.parts:
+            if group:
+                yield group
+            group = Sample(key, member.name, {})
+        if kind == "image" and "image" not in group.parts:
+            group = group._replace(origin=member.name)
+        if member.problem:
+            group = group._replace(problem=group.problem or member.problem)
+        group.parts[kind] = member.content
+    if group:
+        yield group
+
+
+def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
+    """Key and kind of a member; None where it is of no use."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    key, last = (f"{folder}/{stem}" if folder else stem), f".{extension.lower().rsplit('.', 1)[-1]}"
+    for role, kind in (("image", "image"), ("caption", "text")):
+        if columns.get(role) and columns[role].lower() == extension.lower():
+            return key, kind
+    if columns.get("image") and last in PICTURE_SUFFIXES:
+        return key, None  # another picture of the same key
+    kinds = {".json": "json", **dict.fromkeys(PICTURE_SUFFIXES, "image"), **dict.fromkeys(TEXTS, "text")}
+    return key, kinds.get(last)
+
+
+# ------------------------------------------------------------------ files
+
+
+def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[Sample]:
+    """Pictures of a folder with the `.txt` and `.json` beside them; pictures are not opened."""
+    for path in pictures_of(folder):
+        parts: dict[str, Any] = {"image": str(path)}
+        problem = None
+        for kind, suffixes in (("text", TEXTS), ("json", (".json",))):
+            beside = next((path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()), None)
+            if beside:
+                text, wrong = read_text(beside)
+                parts[kind], problem = text.encode(), problem or wrong
+        yield Sample(path.stem, path.name, parts, problem)
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures of a folder by name, hidden ones left out."""
+    there = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(path for path in there if not path.name.startswith("."))

@@ -1,0 +1,157 @@
+"""Web-scale sets as webdataset and img2dataset (github.com/rom1504/img2dataset) write them: tars, Parquet or files."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maskvlm.data.raw.archive import TAR
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.columnar import has_pictures, parquet_samples
+from maskvlm.data.raw.columns import ROLES, split_named, split_of_path
+from maskvlm.data.raw.lines import decoded, plain, read_text
+from maskvlm.data.raw.own import captions_of
+from maskvlm.data.raw.photos import photo_of
+from maskvlm.data.raw.samples import Sample, file_samples, pictures_of, tar_samples
+from maskvlm.errors import ExitCode, UserError
+
+MAX_TEXT_BYTES = 16_000_000
+STATS = "_stats.json"
+READERS = {"tar": tar_samples, "files": file_samples, "parquet": parquet_samples}
+FORMS = "*.tar, *.parquet with a column of pictures, or folders of pictures with .json and .txt beside them"
+
+
+class Shards(RawSet):
+    """A folder of shards, or one of them.
+
+    The caption is the `.txt` member, else `caption` of the `.json` member. A picture's id is that of the photo where
+    its address shows COCO, Flickr or Visual Genome, else the set's name and img2dataset's key, else name, shard and
+    key. Splits are those that folders or files are named by. Counts are compared with those in `_stats.json`.
+
+    Args:
+        root: the folder or file.
+        name: the set's, starts the ids.
+        columns: role -> key of the `.json` member, column of the Parquet, or extension of a member.
+    """
+
+    def __init__(self, root: Path, name: str, columns: dict[str, str] | None = None) -> None:
+        self.root, self.name, self.columns = root, name, columns or {}
+        self.facts, self.notes = Facts(name, None, None, "that of each picture: addresses are in the .json"), []
+        self._kind, self._shards = find_shards(root, self.columns)
+        self._asked = self._got = 0
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        """In the order of the shards' names and of what is in them; a duplicate key is refused within its shard."""
+        self._asked = self._got = 0
+        for shard in self._shards:
+            yield from self._rows_of(shard)
+        if self._asked:
+            share = 100 * self._got / self._asked
+            self.notes = [f"img2dataset asked for {self._asked:,} pictures and got {self._got:,} ({share:.0f} %)"]
+
+    def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
+        inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
+        split, found, cut = split_of_path(inside), 0, False
+        seen: set[str] = set()
+        for sample in READERS[self._kind](shard, self.columns):
+            origin = plain(f"{inside}!{sample.origin}" if sample.origin else inside)
+            row = self._row(sample, shard, origin, split)
+            found += isinstance(row, RawRow) or "image" in sample.parts
+            if sample.key and sample.key in seen:
+                row = BadRow("duplicate key", origin, f"key {plain(sample.key)!r} stands there twice", split)
+            seen.add(sample.key)
+            cut |= not sample.key
+            yield row
+        yield from self._compare(shard, inside, split, found, cut)
+
+    def _row(self, sample: Sample, shard: Path, origin: str, split: str) -> RawRow | BadRow:
+        meta, problem = _meta(sample)
+        problem = sample.problem or problem
+        status = meta.get("status")
+        if not problem and "image" not in sample.parts:
+            failed = isinstance(status, str) and status != "success"
+            problem = (plain(status, 40).replace("_", " "), plain(meta.get("error_message"))) if failed else None
+            problem = problem or ("no picture", "no picture of that name")
+        captions = problem or self._captions(sample, meta)
+        if isinstance(captions, tuple):
+            return BadRow(captions[0], origin, captions[1], split)
+        named = split_named(meta[self.columns["split"]]) if self.columns.get("split") in meta else None
+        key = meta.get(self.columns.get("id", "key"))
+        own = str(key) if isinstance(key, str | int) else f"{_stem(shard)}/{sample.key}"
+        split = named or split
+        prefix = self.name if split == "train" else f"{self.name} {split}"  # keys count from 0 in each download
+        image_id = photo_of(meta.get("url")) or f"{prefix} {own}"
+        return RawRow(sample.parts["image"], tuple(captions), plain(image_id), split, origin)
+
+    def _captions(self, sample: Sample, meta: dict[str, Any]) -> list[str] | tuple[str, str]:
+        wanted = self.columns.get("caption")
+        if "text" in sample.parts and (wanted is None or wanted not in meta):
+            if len(sample.parts["text"]) > MAX_TEXT_BYTES:
+                return "bomb", f"a caption of {len(sample.parts['text']):,} bytes"
+            text, problem = decoded(sample.parts["text"])
+            return problem or [text]
+        for name in [wanted] if wanted else ROLES["caption"]:
+            if (captions := captions_of(meta.get(name))) is not None:
+                return captions
+        return "no caption", "neither a .txt nor a caption in a .json"
+
+    def _compare(self, shard: Path, inside: str, split: str, found: int, cut: bool) -> Iterator[BadRow]:
+        """What img2dataset counted and what is there; an archive that is cut short was told already."""
+        file = shard.parent / f"{_stem(shard)}{STATS}"
+        text, problem = read_text(file) if file.is_file() else ("", ("absent", ""))
+        try:
+            stats = {} if problem else json.loads(text)
+            asked, got = int(stats.get("count", found)), int(stats.get("successes", found))
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            yield BadRow("damaged statistics", plain(file.name), "not what img2dataset writes", split)
+            return
+        if stats:
+            self._asked, self._got = self._asked + asked, self._got + got
+        if stats and got != found and not cut:
+            what = f"{file.name} counts {got:,} pictures, {found:,} are there"
+            yield BadRow("other count than img2dataset's", plain(inside), what, split)
+
+
+def find_shards(root: Path, columns: dict[str, str]) -> tuple[str, list[Path]]:
+    """ "tar", "parquet" or "files", and the shards by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: dict[str, list[Path]] = {"tar": [], "parquet": [], "files": []}
+    for place, folders, names in os.walk(root) if root.is_dir() else [(str(root.parent), [], [root.name])]:
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
+        found["tar"] += [Path(place, name) for name in names if TAR.search(name)]
+        found["parquet"] += [Path(place, name) for name in names if name.endswith(".parquet")]
+        if any(name.endswith(".json") and not name.endswith(STATS) for name in names) and pictures_of(Path(place)):
+            found["files"].append(Path(place))
+    if not found["tar"]:
+        found["parquet"] = [path for path in found["parquet"] if has_pictures(path, columns)]
+    for kind, shards in found.items():
+        if shards:
+            return kind, sorted(shards)
+    raise UserError(root, "no shards in this folder", f"Looked for {FORMS}", ExitCode.MISSING_INPUT)
+
+
+def _stem(shard: Path) -> str:
+    return TAR.sub("", shard.name).removesuffix(".parquet")
+
+
+def _meta(sample: Sample) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """The `.json` member as an object, empty where there is none, and what is wrong with it."""
+    content = sample.parts.get("json", {})
+    if isinstance(content, dict):
+        return content, None
+    text, problem = decoded(content)
+    try:
+        meta = json.loads(text) if not problem else {}
+    except (ValueError, RecursionError):
+        meta, problem = {}, ("not JSON", "the .json member cannot be read")
+    return (meta, problem) if isinstance(meta, dict) else ({}, ("not an object", "the .json member is no JSON object"))
+
+
+def open_webdataset(raw: str, name: str, columns: dict[str, str]) -> RawSet:
+    """Any folder of shards."""
+    return Shards(Path(raw), name, columns)

@@ -1,0 +1,118 @@
+"""Comma- or tab-separated tables whose rows may be damaged: what can be read is, the rest is named by its line."""
+
+import csv
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.raw.lines import MAX_LINE_BYTES, TextLine, text_lines
+from maskvlm.errors import ExitCode, UserError
+
+DELIMITERS = ",\t;|"
+MAX_JOINED = 100
+"""Lines that a quoted field may go over: a quote left open must not swallow the rest of the file."""
+OPEN, WRONG = "open", "wrong"
+
+
+class Record(NamedTuple):
+    """A row of a table, or (reason, message). number: the line on which it begins."""
+
+    number: int
+    fields: list[str]
+    problem: tuple[str, str] | None = None
+
+
+class Table:
+    """A table with the names of its columns in the first line.
+
+    Attributes:
+        columns: their names.
+        delimiter: by the file's extension, else the one that stands most often in the first line.
+    """
+
+    def __init__(self, file: Path, delimiter: str | None = None) -> None:
+        self.file = file
+        self._lines = text_lines(file)
+        self._ahead: deque[TextLine] = deque()
+        header = next((line for line in self._lines if line.text.strip() or line.problem), None)
+        if header is None:
+            raise UserError(file, "empty file", "Fetch it again", ExitCode.BAD_DATA)
+        where, todo = f"{file}:{header.number}", "The first line must name the columns"
+        if header.problem:
+            raise UserError(where, f"{header.problem[0]} ({header.problem[1]})", todo, ExitCode.BAD_DATA)
+        self.delimiter = delimiter or _delimiter(file, header.text)
+        names = _split(header.text, self.delimiter)
+        if isinstance(names, str) or not any(name.strip() for name in names):
+            raise UserError(where, "the names of the columns cannot be read", todo, ExitCode.BAD_DATA)
+        self.columns = [name.strip() for name in names]
+
+    def records(self) -> Iterator[Record]:
+        """The rows in the order of the file, each once; blank lines are passed over."""
+        while (line := self._ahead.popleft() if self._ahead else next(self._lines, None)) is not None:
+            if line.problem:
+                yield Record(line.number, [], line.problem)
+            elif line.text.strip():
+                yield self._record(line)
+
+    def _record(self, line: TextLine) -> Record:
+        fields, joined = _split(line.text, self.delimiter), 0
+        size, own_picture = len(line.text), self._has_picture(line.text)
+        while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
+            size += len(following.text) + 1
+            if following.problem or size > MAX_LINE_BYTES or (own_picture and self._is_row(following.text)):
+                break
+            joined += 1
+            if '"' in following.text:  # nothing else can close the field
+                text = "\n".join([line.text, *(self._ahead[n].text for n in range(joined))])
+                fields = _split(text, self.delimiter)
+        if isinstance(fields, str) or (joined and len(fields) != len(self.columns)):
+            opened = fields == OPEN or joined
+            reason = "quote left open" if opened else "quotes do not fit"
+            what = "a quoted field has no end" if opened else "a quote within a quoted field is not doubled"
+            return Record(line.number, [], (reason, f"{what}; the next line is read as a new row"))
+        for _ in range(joined):
+            self._ahead.popleft()
+        if len(fields) != len(self.columns):
+            reason = "missing column" if len(fields) < len(self.columns) else "too many columns"
+            what = f"{len(fields)} fields in {len(self.columns)} columns; put text with {self.delimiter!r} in quotes"
+            return Record(line.number, [], (reason, what))
+        return Record(line.number, fields)
+
+    def _peek(self, index: int) -> TextLine | None:
+        """A line after the current one, without taking it."""
+        while len(self._ahead) <= index and (line := next(self._lines, None)) is not None:
+            self._ahead.append(line)
+        return self._ahead[index] if index < len(self._ahead) else None
+
+    def _is_row(self, text: str) -> bool:
+        """Whether a line within an open quote is more likely a row of its own: complete, with the name of a picture."""
+        fields = _split(text, self.delimiter)
+        return (isinstance(fields, str) or len(fields) == len(self.columns)) and self._has_picture(text)
+
+    def _has_picture(self, text: str) -> bool:
+        """Whether a field outside of quotes, however they fit, is the name of a picture."""
+        names = (each.strip() for each in text.split(self.delimiter))
+        return any(name[name.rfind(".") :].lower() in PICTURE_SUFFIXES for name in names if "." in name)
+
+
+def _delimiter(file: Path, header: str) -> str:
+    if file.suffix.lower() in (".tsv", ".tab"):
+        return "\t"
+    counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
+    return max(counts, key=counts.__getitem__)
+
+
+def _split(text: str, delimiter: str) -> list[str] | str:
+    """The fields of a row; OPEN where a quote is, WRONG where quotes do not fit together otherwise."""
+    if '"' not in text:
+        return text.split(delimiter)
+    limit = csv.field_size_limit(MAX_LINE_BYTES + MAX_JOINED)
+    try:
+        rows = [*csv.reader([text], delimiter=delimiter, strict=True)]
+    except csv.Error as error:
+        return OPEN if "unexpected end of data" in str(error) else WRONG
+    finally:
+        csv.field_size_limit(limit)
+    return rows[0] if len(rows) == 1 else WRONG

@@ -1,0 +1,334 @@
+"""Tables of text: what a damaged row costs, how columns are found, and that no bytes lead astray."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maskvlm.data.raw import BadRow, RawRow, open_raw
+from maskvlm.data.raw.columns import find_columns, split_named, split_of_path
+from maskvlm.data.raw.lines import CHUNK, MAX_LINE_BYTES, json_items, text_lines
+from maskvlm.data.raw.table import Table
+from maskvlm.errors import ExitCode, UserError
+
+FAST = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def read(file: Path, content: bytes | str, name: str = "csv", **columns: str) -> list[RawRow | BadRow]:
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [*open_raw(name, str(file), columns or None).rows()]
+
+
+def short(rows: list[RawRow | BadRow]) -> list[Any]:
+    """(captions, origin) of good rows, (reason, origin) of bad ones."""
+    return [(row.captions if isinstance(row, RawRow) else row.reason, row.origin.split(":")[1]) for row in rows]
+
+
+# ------------------------------------------------------------------ quotes
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['a.jpg,"one, two"', "b.jpg,three"], [(("one, two",), "2"), (("three",), "3")]),
+        (['a.jpg,"one', 'two"', "b.jpg,three"], [(("one\ntwo",), "2"), (("three",), "4")]),
+        (['a.jpg,"one ""two"""', "b.jpg,three"], [(('one "two"',), "2"), (("three",), "3")]),
+        (['a.jpg,5" pipe', "b.jpg,three"], [(('5" pipe',), "2"), (("three",), "3")]),
+        # left open: the row alone is lost, whatever quotes come after it
+        (['a.jpg,"one', "b.jpg,three"], [("quote left open", "2"), (("three",), "3")]),
+        (['a.jpg,"one', 'b.jpg,"three"'], [("quote left open", "2"), (("three",), "3")]),
+        (
+            ['a.jpg,"one', 'b.jpg,"three, four"', "c.jpg,x"],
+            [("quote left open", "2"), (("three, four",), "3"), (("x",), "4")],
+        ),
+        (['a.jpg,"one', "b.jpg,three", 'c.jpg,big"'], [("quote left open", "2"), (("three",), "3"), (('big"',), "4")]),
+        (
+            ['a.jpg,"one', 'b.jpg,"three', "c.jpg,x"],
+            [("quote left open", "2"), ("quote left open", "3"), (("x",), "4")],
+        ),
+        (['a.jpg,"a "big" dog"', "b.jpg,three"], [("quotes do not fit", "2"), (("three",), "3")]),
+        (['"one', 'two"', "b.jpg,three"], [("quote left open", "2"), ("missing column", "3"), (("three",), "4")]),
+        (["a.jpg", "b.jpg,three"], [("missing column", "2"), (("three",), "3")]),
+        (["a.jpg,one,two", "b.jpg,three"], [("too many columns", "2"), (("three",), "3")]),
+    ],
+)
+def test_a_damaged_row_costs_itself_alone(tmp_path: Path, lines: list[str], expected: list[Any]) -> None:
+    """Fails where a joined row is taken without asking whether it swallowed others (`Table._is_row`)."""
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    rows = short(read(tmp_path / "x.csv", "\n".join(["image,caption", *lines])))
+    assert sorted(rows, key=lambda row: row[1]) == expected
+
+
+def test_a_caption_before_the_picture_may_go_over_lines(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    rows = read(tmp_path / "x.csv", 'caption,image\n"one\n\ntwo",a.jpg\n"three,b.jpg\n"four",b.jpg\n')
+    assert short(rows) == [("quote left open", "5"), (("one\n\ntwo",), "2"), (("four",), "6")]
+
+
+def test_a_quote_left_open_in_a_large_file_costs_one_row(tmp_path: Path) -> None:
+    """Fails where lines are joined without bound: the rest of the file would be one caption."""
+    touch(tmp_path, "a.jpg")
+    lines = ["caption;image", '"open', *[f"{n};a.jpg" for n in range(3000)], 'end";a.jpg']
+    rows = read(tmp_path / "x.csv", "\n".join(lines))
+    assert short(rows)[0] == ("quote left open", "2")
+    (good,) = rows[1:]
+    assert isinstance(good, RawRow)
+    assert len(good.captions) == 3001
+
+
+def test_the_limit_of_the_csv_module_is_left_as_it_was(tmp_path: Path) -> None:
+    import csv
+
+    touch(tmp_path, "a.jpg")
+    limit = csv.field_size_limit()
+    (row,) = read(tmp_path / "x.csv", f'image,caption\na.jpg,"{"dog " * 1_300_000}"\n')
+    assert isinstance(row, RawRow)
+    assert len(row.captions[0]) == 5_200_000
+    assert csv.field_size_limit() == limit
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.tsv", "image\tcaption\na.jpg\tone, two\n"),
+        ("x.csv", "image;caption\r\na.jpg;one, two\r\n"),
+        ("x.csv", "\ufeffimage|caption\na.jpg|one, two"),
+        ("x.csv", '"image","caption"\n\n"a.jpg","one, two"\n\n'),
+        ("x.txt", "image\tcaption\na.jpg\tone, two\n"),
+    ],
+)
+def test_delimiter_line_ends_and_mark_make_no_difference(tmp_path: Path, name: str, content: str) -> None:
+    touch(tmp_path, "a.jpg")
+    (row,) = read(tmp_path / name, content)
+    assert isinstance(row, RawRow)
+    assert row[:4] == (str(tmp_path / "a.jpg"), ("one, two",), "csv a.jpg", "train")
+
+
+def test_rows_of_a_picture_are_one(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "images/b.jpg")
+    table = (
+        "file_name,text,image_id,split\na.jpg,one,7,train\nb.jpg,two,8,val\na.jpg,three,7,train\na.jpg,four,7,test\n"
+    )
+    rows = read(tmp_path / "x.csv", table)
+    assert rows == [
+        BadRow("picture in two splits", "x.csv:5", "its picture is in split 'train' at x.csv:2", "test"),
+        RawRow(str(tmp_path / "images/a.jpg"), ("one", "three"), "csv 7", "train", "x.csv:2"),
+        RawRow(str(tmp_path / "images/b.jpg"), ("two",), "csv 8", "val", "x.csv:3"),
+    ]
+
+
+def test_an_id_is_one_picture(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    rows = read(tmp_path / "x.csv", "image,caption,id\na.jpg,one,7\nb.jpg,two,7\n")
+    assert short(rows) == [("duplicate id", "3"), (("one",), "2")]
+
+
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "train.csv").write_text("image,caption\na.jpg,one\n")
+    (tmp_path / "val.csv").write_text("image,caption\nb.jpg,two\n")
+    rows = [*open_raw("csv", str(tmp_path), as_name="mine").rows()]
+    assert [(row.split, row.origin, row[2]) for row in rows] == [
+        ("train", "train.csv:2", "mine a.jpg"),
+        ("val", "val.csv:2", "mine b.jpg"),
+    ]
+
+
+def test_pictures_are_named_inside_the_folder(tmp_path: Path) -> None:
+    """Fails where a name may lead out, through `..` or a whole path."""
+    touch(tmp_path, "outside.jpg", "in/a.jpg")
+    whole = [tmp_path / "in" / "a.jpg", tmp_path / "outside.jpg", tmp_path / "in" / ".." / "outside.jpg"]
+    names = ["../outside.jpg", *map(str, whole), "sub/../../outside.jpg", "/etc/hostname", "~/x.jpg"]
+    rows = read(tmp_path / "in" / "x.csv", "image,caption\n" + "".join(f"{name},one\n" for name in names))
+    assert sorted(short(rows), key=lambda row: row[1]) == [
+        ("unsafe name", "2"),
+        (("one",), "3"),
+        *[("unsafe name", f"{n}") for n in range(4, 8)],
+        ("missing picture", "8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty file"),
+        (b"\n\n", "empty file"),
+        (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
+        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3"),
+        (b"a\x00b\n", "x.csv:1: null bytes"),
+        (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),
+        (b"name,words\na,b\n", "no column for the image (there are 'name', 'words'). Name one of them 'image'"),
+        (b"image,words\na,b\n", "no column for the caption (there are 'image', 'words')"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "x.csv", content)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    with pytest.raises(UserError, match=r"no column 'captoin' \(there are 'image', 'caption'\)\. Take 'caption'"):
+        read(tmp_path / "x.csv", "image,caption\na.jpg,one\n", caption="captoin")
+    (row,) = read(tmp_path / "x.csv", "photo,caption,note\na.jpg,one,two\n", caption="note")
+    assert isinstance(row, RawRow)
+    assert row.captions == ("two",)
+
+
+def test_columns_are_found_by_their_names() -> None:
+    assert find_columns(["Image Path", "ALT-text", "Split"], {}, "x") == {
+        "image": "Image Path",
+        "caption": "ALT-text",
+        "split": "Split",
+    }
+    assert find_columns(["url", "image", "title", "caption"], {}, "x") == {"image": "image", "caption": "caption"}
+
+
+def test_splits_by_their_names() -> None:
+    names = ["train", "Training", "restval", "train2014", "", None, "val", "dev", "validation", "TEST", "test[:10%]"]
+    assert [split_named(name) for name in names] == ["train"] * 6 + ["val"] * 3 + ["test"] * 2
+    assert [split_named(name) for name in ("challenge", 3, "12")] == [None, None, None]
+    paths = ["train/0.tar", "coco-val-00000.tar", "Validation_GCC-1.1.0-Validation", "00000.tar", "test/train/x"]
+    assert [split_of_path(path) for path in paths] == ["train", "val", "val", "train", "train"]
+
+
+# ------------------------------------------------------------------ json
+
+
+def test_json_lines_with_one_caption_or_several(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    records = [
+        {"image": "a.jpg", "caption": "one"},
+        {"image": "b.jpg", "captions": ["two", "three"], "split": "val", "id": 5},
+        {"file_name": "c.jpg", "text": "four"},
+        {"image": "a.jpg"},
+    ]
+    rows = read(tmp_path / "x.jsonl", "\n\n".join(map(json.dumps, records)), "jsonl")
+    assert short(rows) == [("no caption", "7"), (("one",), "1"), (("two", "three"), "3"), (("four",), "5")]
+    assert [row[2:4] for row in rows[1:]] == [("jsonl a.jpg", "train"), ("jsonl 5", "val"), ("jsonl c.jpg", "train")]
+    assert short(read(tmp_path / "x.json", json.dumps(records), "jsonl")) == [
+        ("no caption", "3"),
+        (("one",), "0"),
+        (("two", "three"), "1"),
+        (("four",), "2"),
+    ]
+
+
+def test_json_without_a_caption_anywhere_lists_its_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x\.jsonl:1: no column for the caption \(there are 'image', 'words'\)"):
+        read(tmp_path / "x.jsonl", '{"image": "a.jpg", "words": "one"}\n' * 3, "jsonl")
+
+
+def test_a_list_is_read_piece_by_piece(tmp_path: Path) -> None:
+    """Fails where an item on the border of two pieces is lost, or cut in two."""
+    items = [n if n % 3 else {"text": "é" * (n % 1000), "n": [n]} for n in range(6000)]
+    for spaces in (None, 2):
+        file = tmp_path / "x.json"
+        file.write_text(json.dumps(items, indent=spaces, ensure_ascii=False))
+        assert file.stat().st_size > 2 * CHUNK
+        assert [*json_items(file)] == items
+    file.write_text(json.dumps(["x" * 3 * CHUNK, 1]))
+    assert [len(str(item)) for item in json_items(file)] == [3 * CHUNK, 1]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[", b"[1, 2", b"[1 x]", b'["\xff"]', b"[" * 200_000, b"[" + b"1" * 5000]
+)
+def test_a_damaged_list_is_the_users_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError):
+        [*json_items(tmp_path / "x.json")]
+
+
+def test_a_line_without_end_is_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_bytes(b"a\n" + b"x" * (2 * MAX_LINE_BYTES + 5) + b"\nb\n")
+    lines = [*text_lines(file)]
+    assert [(line.number, line.text, line.problem and line.problem[0]) for line in lines] == [
+        (1, "a", None),
+        (2, "", "line too long"),
+        (3, "b", None),
+    ]
+
+
+# ------------------------------------------------------------------ any bytes
+
+PIECES = st.sampled_from(
+    b'image caption a.jpg b.png , , " " \x00 \xff \xe9 "" one { } [ ] : {"image":"a.jpg","caption":"x"}'.split(b" ")
+    + b"\n|\n|\r\n|\t| |\xed\xa0\x80|\\ud800".split(b"|")
+)
+BYTES = st.binary(max_size=200) | st.lists(PIECES, max_size=40).map(b"".join)
+
+
+def outcome(read_all: Callable[[], list[RawRow | BadRow]]) -> list[RawRow | BadRow]:
+    """Rows; [] where the file is refused in one line. Any other exception fails the test."""
+    try:
+        rows = read_all()
+    except UserError as error:
+        rows, refusal = [], str(error)
+    else:
+        refusal = ""
+    assert "\n" not in refusal
+    for row in rows:
+        assert isinstance(row, RawRow | BadRow)
+        assert row.split in ("train", "val", "test")
+        row.origin.encode()
+        if isinstance(row, RawRow):
+            assert row.captions
+            row.image_id.encode()
+        else:
+            assert row.reason
+            row.message.encode()
+            assert "\n" not in row.message
+    return rows
+
+
+@FAST
+@given(BYTES, st.booleans())
+def test_any_bytes_as_csv(tmp_path: Path, content: bytes, header: bool) -> None:
+    touch(tmp_path, "a.jpg", "b.png")
+    outcome(lambda: read(tmp_path / "x.csv", b"image,caption\n" + content if header else content))
+
+
+@FAST
+@given(BYTES)
+def test_any_bytes_as_jsonl(tmp_path: Path, content: bytes) -> None:
+    touch(tmp_path, "a.jpg", "b.png")
+    good = b'{"image": "a.jpg", "caption": "x"}\n'
+    rows = outcome(lambda: read(tmp_path / "x.jsonl", good + content, "jsonl"))
+    assert any(isinstance(row, RawRow) for row in rows), "the first line is whole"
+    outcome(lambda: read(tmp_path / "x.json", content, "jsonl"))
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_size=20)
+
+
+@FAST
+@given(st.lists(CELLS, min_size=1, max_size=8))
+def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, captions: list[str]) -> None:
+    """Fails where a quoted field with line ends, quotes or delimiters in it is not put together again."""
+    import csv
+
+    file = tmp_path / "x.csv"
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerows([["image", "caption"], *[[f"{n}.jpg", text] for n, text in enumerate(captions)]])
+    records = [*Table(file).records()]
+    swallowed = any(any(suffix in text for suffix in (".jpg", ".png")) for text in captions)
+    assert swallowed or [record.fields for record in records] == [[f"{n}.jpg", text] for n, text in enumerate(captions)]
