@@ -5,7 +5,7 @@
 # on two crowded cores: 8 -> 30 pairs/s). On an idle machine spinning is what is fast, so it is not the default.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain finetune evaluate index demo config preview test check bench gpu-check submit conf tasks tests checkpoints
+.PHONY: help setup data data-check pretrain finetune evaluate index demo config preview test check bench gpu-check submit conf tasks tests checkpoints
 
 # Only the command line sets these: a stray variable of the environment must not choose a model.
 MODEL := tiny
@@ -14,6 +14,9 @@ WHERE := auto
 TASK :=
 FROM :=
 SPLIT := val
+SET :=
+RAW :=
+NAME :=
 ARGS :=
 # One name for all processes of a job: the time of day would differ between them.
 now := $(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
@@ -49,7 +52,23 @@ chosen = $(if $(filter 1,$(words $($1))),$(if $(filter $($1),$(call names,$2)),$
 unknown = $(error no $1=$($1); there are: $(call names,$2))
 # conf/pretrain-MODEL.yaml, where there is one, is what the paper's recipe must change for that model.
 stack = $(addprefix -c ,conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml \
-    $(wildcard conf/pretrain-$(MODEL).yaml) $(call chosen,DATA,conf/data) $(call chosen,WHERE,conf/where))
+    $(wildcard conf/pretrain-$(MODEL).yaml) $(data-file) $(call chosen,WHERE,conf/where)) $(data-place)
+# DATA is a file in conf/data, or a prepared set that needs none of its own.
+own-set = $(if $(filter $(DATA),$(call names,conf/data)),,$(if $(filter 1,$(words $(DATA))),$(filter $(DATA),$(prepared))))
+data-file = $(if $(own-set),conf/data/prepared.yaml,$(if $(filter 1,$(words $(DATA))),$(if $(filter $(DATA),$(call names,conf/data)),conf/data/$(DATA).yaml,$(no-data)),$(no-data)))
+data-place = $(if $(own-set),--data.source.root '$(data-root)/$(own-set)')
+no-data = $(error no DATA=$(DATA); there are: $(call names,conf/data); prepared in $(data-root): $(or $(prepared),none))
+
+# The folder that holds one folder for each prepared set. The environment may name it: the YAML files read it there, too.
+data-root := $(or $(DATA_ROOT),data)
+sets := coco flickr30k flickr8k vg sbu cc3m cc12m vqav2 daquar nlvr2 nlvr_pairs snli_ve webdataset csv jsonl folder hf
+prepared = $(shell cd '$(data-root)' 2>/dev/null && ls -d */manifest.json 2>/dev/null | sed 's,/manifest.json,,')
+# Of `data` and `data-check`: one of the sets, and where it is as distributed; NAME is the prepared set's, else SET.
+set = $(if $(filter 1,$(words $(SET))),$(if $(filter $(SET),$(sets)),$(SET),$(no-raw-set)),$(no-raw-set))
+no-raw-set = $(error no SET=$(SET); there are: $(sets) (your own pairs: SET=csv RAW=pairs.csv NAME=mine))
+raw = $(or $(RAW),$(error no RAW=; give the folder or file of SET=$(set) as it is distributed, for SET=hf a name on the hub))
+set-name = $(if $(filter 1,$(words $(or $(NAME),$(SET)))),$(if $(findstring /,$(NAME))$(filter . ..,$(NAME)),$(no-name),$(or $(NAME),$(SET))),$(no-name))
+no-name = $(error NAME='$(or $(NAME),$(SET))' is no name of a set; give one word, the set is a folder of that name in DATA_ROOT (prepared in $(data-root): $(or $(prepared),none)))
 
 # A task is a folder under tasks/, or a package that is installed (TASK=acme.ocr): the folder that holds its YAML files.
 # The built-in world is its conf.yaml, real data sets lie beside it.
@@ -73,16 +92,32 @@ ifneq ($(filter finetune evaluate,$(MAKECMDGOALS)),)
 checked := $(run)$(task-name)$(command)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
 endif
 
+ifneq ($(filter data,$(MAKECMDGOALS)),)
+checked := $(set)$(raw)$(set-name)
+endif
+ifneq ($(filter data-check,$(MAKECMDGOALS)),)
+checked := $(set-name)
+endif
+
 help:  ## this list
 	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. ARGS=\"--model.lr 1e-3 ..\"]"
 	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/RUN/best.ckpt [DATA=.. SPLIT=val|test ..]"
+	@echo "make data SET=.. RAW=/where/it/was/downloaded [NAME=.. DATA_ROOT=data ARGS=--look]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 	@echo "MODEL   $(call names,conf/model)   (now: $(MODEL))"
 	@echo "DATA    $(call names,conf/data)   (now: $(DATA))"
+	@echo "        prepared in $(data-root): $(or $(prepared),none yet)"
+	@echo "SET     $(sets)"
 	@echo "TASK    $(or $(task-names),none)   (with DATA=scenes or a YAML file of its folder)"
 	@echo "WHERE   $(call names,conf/where)   (now: $(WHERE); auto = this machine's GPUs, or else its CPU)"
 
 setup: $(ready)  ## make .venv and install into it (the other targets do it when needed)
+
+data: $(ready)  ## prepare SET from its files RAW, once, as DATA_ROOT/NAME (ARGS=--look: only look at it)
+	@$(PYTHON) -m maskvlm data $(set) '$(raw)' --out '$(data-root)/$(set-name)' $(ARGS)
+
+data-check: $(ready)  ## verify the prepared set SET (or NAME) against its manifest
+	@$(PYTHON) -m maskvlm data-check '$(data-root)/$(set-name)' $(ARGS)
 
 pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN
 	@$(PYTHON) -m maskvlm fit --run $(run) $(stack) $(ARGS)

@@ -70,7 +70,7 @@ def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path
 def test_the_environment_names_the_folder_of_data(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_ROOT", "/somewhere")
     settings = run(Parsed, ["fit", *stack(DATA="flickr8k")]).settings
-    assert settings.data.init_args.source.init_args.file == "/somewhere/dataset_flickr8k.json"
+    assert settings.data.init_args.source.init_args.root == "/somewhere/flickr8k"
 
 
 class Built(Command):

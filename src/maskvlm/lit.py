@@ -199,7 +199,8 @@ class LitModel(L.LightningModule):
             ids = self.data.picture_ids("train")
             pictures = len(self.data.splits["train"]) if ids is None else len(ids)
             task, data = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
-            self._seen = Seen(task, data, self.data.splits["train"].fingerprint, pictures, 0, ids)
+            sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
+            self._seen = Seen(task, data, sha, pictures, 0, ids, held_out)
         return self._seen._replace(steps=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

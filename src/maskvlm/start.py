@@ -25,6 +25,8 @@ class Seen(NamedTuple):
         task, source: class paths. sha: the data's fingerprint.
         pictures: different ones. steps: of the optimiser.
         ids: 64-bit hashes of the pictures' ids, sorted; None where the source cannot tell them.
+        held_out: evaluation split that it was compared with, by id and look -> rows left out as they show its pictures;
+            None where there was none.
     """
 
     task: str
@@ -33,14 +35,16 @@ class Seen(NamedTuple):
     pictures: int
     steps: int
     ids: Tensor | None
+    held_out: dict[str, int] | None = None
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint, which holds plain types and tensors alone."""
         return self._asdict()
 
     def words(self) -> dict[str, Any]:
-        """For people: without the ids."""
-        return {name: value for name, value in self._asdict().items() if name != "ids"}
+        """For people: without the ids, and without `held_out` where there was none."""
+        absent = {"ids"} if self.held_out is not None else {"ids", "held_out"}
+        return {name: value for name, value in self._asdict().items() if name not in absent}
 
 
 class Start(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from maskvlm.data.album import open_album
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import (
     Line,
@@ -22,8 +23,6 @@ from maskvlm.data.files import (
     get_name,
     json_lines,
     opened,
-    picture_folder,
-    picture_names,
 )
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
@@ -48,7 +47,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 NO_LABEL = "-"  # the annotators did not agree
 CORRECTED = "label corrected"
 LAYOUT = "SNLI-VE"
-TODO = "Set data.source.root (with make: DATA_ROOT=) to the folder of the jsonl files"
+TODO = "Prepare the set (make data SET=snli_ve RAW=..), or set data.source.root to the folder of its files"
 
 
 class SnliVe(ExampleSource):
@@ -57,10 +56,10 @@ class SnliVe(ExampleSource):
     Pairs with the label `-` are left out of every split and counted, as the data set's authors do.
 
     Args:
-        root: folder of the files.
+        root: folder of the files as distributed, or of the set that `make data` made of them.
         train, val, test: their names; None where there is none.
-        images: folder of Flickr30k's (or Flickr8k's) pictures, found by the photo's number that starts their names;
-            by default `images/` in the root, else the root.
+        images: folder of Flickr30k's (or Flickr8k's) pictures, found by the photo's number that starts their names, or
+            of that set prepared; by default the root's own, `images/` in it, or the root.
         corrected: files with labels that replace those of the same pairID in every split, .csv or jsonl, with
             columns `pairID` and `gold_label` (or `label`); the pairs changed are listed in `skipped`. A line warns
             where none of them is in a split that is evaluated.
@@ -119,12 +118,12 @@ class SnliVe(ExampleSource):
 
     def _pictures(self) -> Pictures:
         """Where two files have the same number, the one that is named by it alone."""
-        folder = picture_folder(self.images, self.root)
+        album = open_album(self.images, self.root)
         named: dict[str, str] = {}
-        for name in sorted(picture_names(folder), key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
+        for name in sorted(album.names, key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
             if number := re.match(r"\d+", PurePosixPath(name).name):
                 named.setdefault(f"flickr {number[0]}", name)
-        return Pictures(folder, named)
+        return album.pictures(named)
 
 
 def parse(origin: Origin, corrected: dict[str, str]) -> Made:

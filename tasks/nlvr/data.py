@@ -2,8 +2,9 @@
 
 from pathlib import Path, PurePosixPath
 
+from maskvlm.data.album import open_album
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.files import Pictures, digest_of, get, get_label, get_name, json_lines, picture_folder, picture_names
+from maskvlm.data.files import Pictures, digest_of, get, get_label, get_name, json_lines
 from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
 from maskvlm.errors import ExitCode, UserError
 
@@ -12,7 +13,7 @@ VERSION = 1
 
 LABELS = ("False", "True")
 LAYOUT = "NLVR2"
-TODO = "Set data.source.root (with make: DATA_ROOT=) to the folder of the json files"
+TODO = "Prepare the set (make data SET=nlvr2 RAW=..), or set data.source.root to the folder of its files"
 
 
 class Nlvr2(ExampleSource):
@@ -23,9 +24,9 @@ class Nlvr2(ExampleSource):
     named by the identifier without the pair, as eval/metrics.py has it for consistency.
 
     Args:
-        root: folder of the files.
+        root: folder of the files as distributed, or of the set that `make data` made of them.
         train, val, test: their names; None where there is none.
-        images: folder of the pictures; by default `images/` in the root, else the root.
+        images: folder of the pictures, or of a prepared set; by default the root's own, `images/` in it, or the root.
         cache: where the tables are kept; by default with those of Hugging Face datasets.
         max_missing: the share of training examples that may lack a picture; they are skipped and listed.
     """
@@ -60,9 +61,8 @@ class Nlvr2(ExampleSource):
         return choose(table, origin, name, self._pictures(), self.max_missing)
 
     def _pictures(self) -> Pictures:
-        folder = picture_folder(self.images, self.root)
-        names = picture_names(folder)
-        return Pictures(folder, {f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(names)})
+        album = open_album(self.images, self.root)
+        return album.pictures({f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(album.names)})
 
 
 def parse(origin: Origin) -> Made:

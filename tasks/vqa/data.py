@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from maskvlm.data.album import Album, open_album
 from maskvlm.data.examples import Example, ExampleSource
-from maskvlm.data.files import Pictures, digest_of, get, load_json, opened, picture_folder, picture_names
+from maskvlm.data.files import Pictures, digest_of, get, load_json, opened
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,
@@ -46,7 +47,7 @@ VERSION = 2
 
 LAYOUT = "VQA v2"
 DIGITS = 12  # how wide the number in the name of a COCO picture is
-TODO = "Set data.source.root (with make: DATA_ROOT=) to the folder of the files as distributed"
+TODO = "Prepare the set (make data SET=vqav2 RAW=..), or set data.source.root to the folder of its files"
 VOCABULARY_TODO = "Lower data.source.min_count, or set data.source.answers"
 
 
@@ -58,10 +59,10 @@ class VqaV2(ExampleSource):
     the answers of the vocabulary.
 
     Args:
-        root: folder of the files.
+        root: folder of the files as distributed, or of the set that `make data` made of them.
         train: parts to train on; with val's the model trains on all answers that are published.
         val, test: parts to evaluate on; None where there is none. Without annotations, `test` has no answers.
-        images: folder of the pictures; by default `images/` in the root, else the root.
+        images: folder of the pictures, or of a prepared set; by default the root's own, `images/` in it, or the root.
         visual_genome: a `question_answers.json` whose questions are added to training, `<id>.jpg` somewhere beside it.
         answers: file with the vocabulary; by default that of the training parts' annotations.
         min_count: questions that must share an answer for it to be in the vocabulary.
@@ -121,11 +122,10 @@ class VqaV2(ExampleSource):
         if not (parts := self.parts.get(name)):
             raise UserError(f"data.source.{name}", "no part is named for this split", "Name one")
         tables = [self._table(part, answered=name != "test") for part in parts]
-        folder = picture_folder(self.images, self.root)
-        names = picture_names(folder)
+        album = open_album(self.images, self.root)
         chosen = []
         for part, table in zip(parts, tables, strict=True):
-            pictures = Pictures(folder, numbered(names, part))
+            pictures = album.pictures(numbered(album.names, part))
             chosen.append(self._choose(table, self._origin(part), name, pictures, self._if_dropped()))
         if name == "train" and self.visual_genome:
             chosen.append(self._genome(self.visual_genome))
@@ -159,8 +159,9 @@ class VqaV2(ExampleSource):
         origin = Origin(file, "{file} question {place}")
         key = f"vqa-genome-{EXAMPLE_VERSION}.{VERSION}-{digest_of(file, todo='Correct data.source.visual_genome')[:32]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin))
-        stems = {f"vg {PurePosixPath(name).stem}": name for name in reversed(picture_names(file.parent))}
-        return self._choose(table, origin, "train", Pictures(file.parent, stems), None)  # an addition may be empty
+        album = Album(file.parent)
+        stems = {f"vg {PurePosixPath(name).stem}": name for name in reversed(album.names)}
+        return self._choose(table, origin, "train", album.pictures(stems), None)  # an addition may be empty
 
     # -------------------------------------------------------------- vocabulary
 
@@ -201,8 +202,7 @@ class Joined:
         for each in lists:
             for reason, places in each.skipped.items():
                 self.skipped.setdefault(reason, []).extend(places)
-        ids = pa.chunked_array([chunk for each in lists for chunk in each.column("id").chunks])
-        counted = pc.value_counts(ids)
+        counted = pc.value_counts(self.column("id"))
         if twice := counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist():
             shown = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
             number = "1 question_id stands" if len(twice) == 1 else f"{len(twice)} question_ids stand"
@@ -216,6 +216,10 @@ class Joined:
         position = range(len(self))[index]
         number = bisect_right(self._end, position)
         return self.lists[number][position - self._end[number]]  # counted from its end
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """As of each list, one after the other."""
+        return pa.chunked_array([chunk for each in self.lists for chunk in each.column(name).chunks])
 
     def image_ids(self) -> Iterator[str]:
         """Of all its pictures, each once a list."""

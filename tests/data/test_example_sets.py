@@ -102,11 +102,11 @@ def test_the_file_of_a_bad_picture_is_named(tmp_path: Path) -> None:
     assert (caught.value.reason, caught.value.code) == ("not an image (text/html)", ExitCode.BAD_DATA)
 
 
-def test_no_file_is_named_twice_and_none_where_there_is_none(tmp_path: Path) -> None:
+def test_no_file_is_named_twice_and_a_picture_that_is_none_by_its_id(tmp_path: Path) -> None:
     absent = str(tmp_path / "no.jpg")
     for image, message in (
         (absent, f"toy.json:0: bad picture, missing (no file {absent}). "),
-        (HTML, "toy.json:0: bad picture, not an image (text/html). "),
+        (HTML, "toy.json:0 (toy 0 0): bad picture, not an image (text/html). "),
     ):
         with pytest.raises(BadImage) as caught:
             evaluation({"images": [image]})[0]

@@ -30,15 +30,16 @@ class ExampleSample(TypedDict):
 
 
 def opened(example: Example) -> Iterator[Image.Image]:
-    """The example's pictures, decoded. Raises BadImage, which names the file besides the row: a row of several
-    pictures tells neither which of them it is nor in which folder."""
-    for image in example["images"]:
+    """The example's pictures, decoded. Raises BadImage, which names the file (or, where it is none, the picture's id)
+    besides the row: a row of several pictures tells neither which of them it is nor in which folder."""
+    for image, id in zip(example["images"], example["image_ids"], strict=True):
         try:
             yield safe_open(image, example["origin"])
         except BadImage as bad:
-            if not isinstance(image, str) or image in bad.detail:
+            name = image if isinstance(image, str) else id
+            if name in bad.detail:
                 raise
-            raise BadImage(f"{bad.where} ({image})", bad.reason, bad.detail) from bad
+            raise BadImage(f"{bad.where} ({name})", bad.reason, bad.detail) from bad
 
 
 class TrainExamples(Dataset[ExampleSample]):

@@ -164,12 +164,16 @@ class Pictures:
         self._name_N = pa.array(list(name_of.values()), pa.string())
 
     def find(self, key_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Numbers for `path`, -1 where there is no such picture."""
+        """Numbers for `path` and `image`, -1 where there is no such picture."""
         return pc.index_in(key_N, value_set=self._key_N).fill_null(-1).to_numpy().astype(np.int32)
 
     def path(self, number: int) -> str:
         """The path of a file."""
         return str(self.folder / self._name_N[int(number)].as_py())
+
+    def image(self, number: int) -> str | bytes:
+        """A picture as examples carry it: its path, or encoded where pictures are not files."""
+        return self.path(number)
 
 
 def picture_folder(images: str | Path | None, root: Path, key: str = "data.source.images") -> Path:
@@ -231,4 +235,6 @@ def check_missing(
     what = f"{len(absent)} of {total} {rows} of split '{split}' {fault} in {folder}: {first}"
     way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"
     todo = f"Set data.source.images to their folder, or {way}"
+    if (skipped := folder / "skipped.jsonl").is_file():  # of a prepared set
+        todo = f"{skipped} tells which were left out; mend and prepare them again, or {way}"
     raise UserError(where, what, todo, ExitCode.MISSING_INPUT)

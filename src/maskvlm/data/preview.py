@@ -1,11 +1,11 @@
 """A contact sheet: what a data set looks like, pictures with their captions, before any training."""
 
-import math
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from maskvlm.data.batch import Pairs, Row
 from maskvlm.data.images import safe_open
@@ -70,23 +70,40 @@ def wrapped(captions: list[str]) -> list[str]:
 
 def draw_sheet(rows: list[Row | UserError]) -> Figure:
     """The sheet, as high as its longest captions need."""
-    texts = [[] if isinstance(row, UserError) else wrapped(row["captions"]) for row in rows]
+    layout = lay_out(rows)
+    figure = Figure(figsize=layout.inches, layout="constrained")
+    fill(figure, rows, layout)
+    return figure
+
+
+class Layout(NamedTuple):
+    """Of a sheet: columns, heights of pictures and captions in turn, width and height in inches."""
+
+    columns: int
+    heights: list[float]
+    inches: tuple[float, float]
+
+
+def lay_out(rows: list[Row | UserError]) -> Layout:
+    """Each line as high as its longest captions need."""
+    counts = [0 if isinstance(row, UserError) else len(wrapped(row["captions"])) for row in rows]
     columns = min(COLUMNS, len(rows))
-    lines = math.ceil(len(rows) / columns)
     heights = []
-    for line in range(lines):
-        longest = max(len(text) for text in texts[line * columns : (line + 1) * columns])
-        heights += [PICTURE_INCHES, LINE_INCHES * (longest + 2)]
-    size = columns * CAPTION_INCHES, sum(heights)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=heights)
+    for first in range(0, len(rows), columns):
+        heights += [PICTURE_INCHES, LINE_INCHES * (max(counts[first : first + columns]) + 2)]
+    return Layout(columns, heights, (columns * CAPTION_INCHES, sum(heights)))
+
+
+def fill(figure: FigureBase, rows: list[Row | UserError], layout: Layout) -> None:
+    """Draw the sheet on a figure, or on a part of one."""
+    grid = figure.subplots(len(layout.heights), layout.columns, squeeze=False, height_ratios=layout.heights)
     for axes in grid.flat:
         axes.set_axis_off()
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        line, column = divmod(number, columns)
+    for number, row in enumerate(rows):
+        line, column = divmod(number, layout.columns)
         draw_picture(grid[2 * line, column], row)
+        text = [] if isinstance(row, UserError) else wrapped(row["captions"])
         write(grid[2 * line + 1, column], "\n".join(text))
-    return figure
 
 
 def draw_picture(axes: Axes, row: Row | UserError) -> None:
@@ -100,6 +117,6 @@ def draw_picture(axes: Axes, row: Row | UserError) -> None:
     axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
 
 
-def write(axes: Axes, text: str) -> None:
-    """Small print from the top left corner, as it is: a dollar sign starts no formula."""
-    axes.text(0, 1, text, va="top", fontsize=7.5, family="monospace", parse_math=False, transform=axes.transAxes)
+def write(axes: Axes, text: str, size: float = 7.5) -> None:
+    """Print in points of that size from the top left corner, as it is: a dollar sign starts no formula."""
+    axes.text(0, 1, text, va="top", fontsize=size, family="monospace", parse_math=False, transform=axes.transAxes)

@@ -103,7 +103,7 @@ class Karpathy(Source):
             UserError: json or pictures are missing, the json is malformed or of another structure, it has no
                 such split, or the cache cannot be written.
         """
-        with opened(self.file, "Set data.source.file (with make: DATA_ROOT= its folder)") as stream:
+        with opened(self.file, "Set data.source.file to the json, or prepare the set (make data)") as stream:
             content = stream.read()
         digest = hashlib.sha256(content).hexdigest()
         key = f"karpathy-{TABLE_VERSION}-{digest[:32]}"

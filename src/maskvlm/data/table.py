@@ -222,7 +222,7 @@ class TableExamples:
     def __getitem__(self, index: int, /) -> Example:
         row = self._rows[int(self.row_N[index])]
         return Example(
-            images=[self._pictures.path(number) for number in self._number_NP[index]],
+            images=[self._pictures.image(number) for number in self._number_NP[index]],
             image_ids=row["images"],
             text=row["text"],
             answers=row["answers"],

@@ -3,18 +3,22 @@
 All randomness comes from torch's global generator, so a seed per sample fixes the picture.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from maskvlm.data.batch import InputSpec
 
 BICUBIC = v2.InterpolationMode.BICUBIC
+SQUAREST = 3 / 4  # crops are from 3:4 to 4:3
 
 _HUES = (
     "red orange yellow green blue purple violet pink brown black white gr[ae]y beige tan gold golden silver "
@@ -38,7 +42,19 @@ def names_side(caption: str) -> bool:
     return _SIDE_WORDS.search(caption) is not None
 
 
-class GeometricRandAugment(v2.RandAugment):
+class RandAugment(v2.RandAugment):
+    """torchvision's, with the same pixels in less time: it moves by whole pixels, where interpolating between them
+    changes nothing and takes 1.7 ms instead of 0.1 (224 pixels)."""
+
+    def _apply_image_or_video_transform(
+        self, image: Any, transform_id: str, magnitude: float, interpolation: Any, fill: Any
+    ) -> Any:
+        if transform_id in ("TranslateX", "TranslateY"):
+            interpolation = v2.InterpolationMode.NEAREST
+        return super()._apply_image_or_video_transform(image, transform_id, magnitude, interpolation, fill)
+
+
+class GeometricRandAugment(RandAugment):
     """RandAugment without the operations that change colours, contrast or brightness."""
 
     _AUGMENTATION_SPACE = {
@@ -46,6 +62,20 @@ class GeometricRandAugment(v2.RandAugment):
         for name, operation in v2.RandAugment._AUGMENTATION_SPACE.items()
         if name in ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Sharpness")
     }
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, with its own bicubic resizing of bytes instead of Pillow's: 0.3 ms instead of 0.75 (to 224
+    pixels). The same crops; of their values 2 % differ, by one or two levels of 255."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        left, top, width, height = (params[name] for name in ("left", "top", "width", "height"))
+        crop = inpt.crop((left, top, left + width, top + height))
+        pixels = torch.frombuffer(bytearray(crop.tobytes("raw", "RGBX")), dtype=torch.uint8)  # four bands are faster
+        image_BCHW = pixels.view(1, height, width, 4).permute(0, 3, 1, 2)
+        image_BCHW = interpolate(image_BCHW, self.size, mode="bicubic", antialias=True)
+        pixels_HWC = image_BCHW[0].permute(1, 2, 0).contiguous().numpy()
+        return Image.frombytes("RGB", (self.size[1], self.size[0]), pixels_HWC.tobytes(), "raw", "RGBX")
 
 
 class TrainTransform:
@@ -62,6 +92,10 @@ class TrainTransform:
         flip: mirror half of the pictures.
         caption_aware: no colour change where the caption names a colour, no mirroring where it names a side
             (English words).
+
+    Attributes:
+        least: pixels of a picture's shorter side that suffice: every crop then has as many as the tensor or more. A
+            JPEG that has them at half its size or less may be decoded at that (`safe_open`).
     """
 
     def __init__(
@@ -74,10 +108,11 @@ class TrainTransform:
         caption_aware: bool = True,
     ) -> None:
         self.flip, self.colour, self.caption_aware = flip, colour, caption_aware
-        self._crop = v2.RandomResizedCrop(spec.image_size, crop_scale, interpolation=BICUBIC, antialias=True)
+        self._crop = RandomResizedCrop(spec.image_size, crop_scale)
         self._mirror = v2.RandomHorizontalFlip()
         self._any, self._geometric = _randaugment(spec, randaugment)
-        self._tensor = _to_tensor(spec)
+        self._tensor = ToTensor(spec)
+        self.least = math.ceil(spec.image_size / math.sqrt(crop_scale[0] * SQUAREST))
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
         """Turn an RGB picture into a normalised float tensor (3, image_size, image_size)."""
@@ -97,12 +132,21 @@ def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.T
     fill = [round(255 * mean) for mean in spec.mean]
     settings: dict[str, Any] = {"num_ops": number, "magnitude": magnitude, "fill": fill}
     settings["interpolation"] = v2.InterpolationMode.BILINEAR
-    return v2.RandAugment(**settings), GeometricRandAugment(**settings)
+    return RandAugment(**settings), GeometricRandAugment(**settings)
 
 
-def _to_tensor(spec: InputSpec) -> v2.Transform:
-    scale = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([v2.PILToTensor(), scale, v2.Normalize(list(spec.mean), list(spec.std))])
+class ToTensor:
+    """An RGB picture as a float tensor (3, H, W), normalised: bit by bit what PILToTensor, ToDtype(scale=True) and
+    Normalize give, without their copies between (0.1 ms instead of 0.3 at 224 pixels)."""
+
+    def __init__(self, spec: InputSpec) -> None:
+        self._mean_C11, self._std_C11 = (torch.tensor(value)[:, None, None] for value in (spec.mean, spec.std))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels_HWC = np.asarray(image)
+        image_CHW = torch.empty(3, *pixels_HWC.shape[:2])
+        np.multiply(pixels_HWC.transpose(2, 0, 1), np.float32(1 / 255), out=image_CHW.numpy())
+        return image_CHW.sub_(self._mean_C11).div_(self._std_C11)
 
 
 class EvalTransform:
@@ -113,7 +157,7 @@ class EvalTransform:
 
     def __init__(self, spec: InputSpec) -> None:
         self._resize = v2.Resize((spec.image_size, spec.image_size), interpolation=BICUBIC, antialias=True)
-        self._tensor = _to_tensor(spec)
+        self._tensor = ToTensor(spec)
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
         """Turn an RGB picture into a normalised float tensor (3, image_size, image_size); no randomness."""

@@ -1,0 +1,71 @@
+"""Prepared sets of drawn pictures for the tests of mixes, fractions and leaks."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from io import BytesIO
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+from PIL import Image
+
+from maskvlm.data.prepare import Plan, prepare
+from maskvlm.data.prepare_shards import Job, Settings, make_shard
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+
+SIDE = 64
+
+
+def picture(seed: int) -> Image.Image:
+    """Smooth blotches: unlike any other in its structure, like itself when encoded anew."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, quality: int = 92) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def raw(number: int, split: str = "train", image_id: str = "", image: bytes = b"") -> RawRow:
+    """A row with one caption, "number 7"."""
+    content = image or jpeg(picture(number))
+    return RawRow(content, (f"number {number}",), image_id or f"photo {number}", split, f"row {number}")
+
+
+class Rows(RawSet):
+    """A raw set in memory."""
+
+    facts = Facts("toy", None, None, "none")
+
+    def __init__(self, rows: Iterable[RawRow | BadRow]) -> None:
+        self.all = [*rows]
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        yield from self.all
+
+
+class Here:
+    """In place of the processes that make shards, which take seconds to start."""
+
+    def __init__(self, workers: int, root: Path, settings: Settings) -> None:
+        self.workers, self.root, self.settings, self.counts = workers, root, settings, [0, 0]
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is to be stopped."""
+
+    def submit(self, job: Job) -> Future[int]:
+        done: Future[int] = Future()
+        done.set_result(make_shard(self.root, self.settings, job).rows)
+        return done
+
+
+def make(root: Path, name: str, rows: Iterable[RawRow | BadRow], shard: int = 7) -> Path:
+    """Prepare these rows as `root/name`."""
+    with patch("maskvlm.data.prepare.Pool", Here):
+        prepare(Rows(rows), Plan("csv", "toy", Settings(name), {}, rows=shard), root / name, 1, lambda text: None)
+    return root / name

@@ -1,0 +1,92 @@
+"""The first look: what is counted of captions and rows, and the picture of it.
+
+How to break the code so that these fail: count captions before cleaning, sample the first rows only, draw without
+`SHOWN`, write anything besides first-look.png.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from toy_raw import Toy, encoded, make, photo, row
+
+from maskvlm.data import look
+from maskvlm.data.look import Captions, Sample, look_at_raw
+from maskvlm.data.prepare_rows import Settings
+from maskvlm.data.raw.base import BadRow
+from maskvlm.errors import ExitCode, UserError
+
+SETTINGS = Settings("mine", 48)
+
+
+def test_captions_are_counted() -> None:
+    captions = Captions()
+    captions.add(["a dog", "A dog", "three whole words"])
+    captions.add(["a  dog here now"])
+    assert captions.words == Counter({2: 2, 3: 1, 4: 1})
+    assert captions.card() == {"repeated_captions": 1, "caption_words": {"5 %": 2, "50 %": 2, "95 %": 4}}
+    assert captions.line() == "captions have 2 words (2 to 4 for nine of ten); 25.0 % say what another one says"
+    assert Captions().card() == {"repeated_captions": 0, "caption_words": {"5 %": 0, "50 %": 0, "95 %": 0}}
+
+
+def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
+    rows = [*(row(number) for number in range(30)), row(3), row(40, captions=(" ",)), row(41, image="/no.jpg")]
+    rows += [row(42, image=encoded(photo(1))[:300]), row(43, "val"), BadRow("gone", "x", "x", "train")]  # type: ignore[list-item]
+    lines = look_at_raw(Toy(rows), SETTINGS, tmp_path / "mine" / "first-look.png")  # type: ignore[arg-type]
+    assert lines == [
+        "mine: 36 rows",
+        "32 pictures with 64 captions (train 31, val 1)",
+        "captions have 3 words (3 to 3 for nine of ten); 48.4 % say what another one says",
+        "would be left out: 4",
+        "          1  duplicate picture id",
+        "          1  empty caption",
+        "          1  missing",
+        "          1  gone",
+        "and of 32 pictures that were opened: 1",
+        "          1  truncated",
+    ]
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["first-look.png"]
+    with Image.open(tmp_path / "mine" / "first-look.png") as image:
+        assert image.width == 1600
+        assert image.height > 1500
+
+
+def test_of_a_long_set_the_first_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "MOST_ROWS", 5)
+    lines = look_at_raw(Toy([row(number) for number in range(9)]), SETTINGS, tmp_path / "a.png")
+    assert lines[0] == "mine: the first 5 rows"
+
+
+def test_nothing_to_look_at_says_why(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"mine: no row can be used \(would be left out: 1; +1  missing; and of 0"
+    ) as caught:
+        look_at_raw(Toy([row(1, image="/no.jpg")]), SETTINGS, tmp_path / "a.png")
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_the_sample_is_spread_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "SAMPLE", 20)
+    taken = []
+    for _ in range(2):
+        sample = Sample()
+        for number in range(400):
+            sample.add(row(1)._replace(image_id=str(number)))
+        taken.append([each.image_id for each in sample.rows])
+    assert taken[0] == taken[1]
+    numbers = sorted(map(int, taken[0]))
+    assert len(numbers) == 20
+    assert numbers[2] < 200 < numbers[-3]
+
+
+def test_a_prepared_set_has_its_look(tmp_path: Path) -> None:
+    rows = [row(number, image=encoded(photo(number % 3), "PNG")) for number in range(5)]
+    manifest = make(tmp_path / "toy", [*rows, row(9, captions=("\U0001f600 猫 قطة $x_1$",))])
+    assert manifest["look"] == {
+        "repeated_captions": 4,
+        "caption_words": {"5 %": 3, "50 %": 3, "95 %": 4},
+        "repeated_looks": 2,
+    }
+    with Image.open(tmp_path / "toy" / "first-look.png") as image:
+        assert image.size[0] == 1600

@@ -1,0 +1,293 @@
+"""Streaming: each row once a pass over all processes and workers, full batches for ever, resumes that are exact."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from prepared_sets import make, raw
+from toy_pairs import COLOURS, SPEC, png, square
+
+from maskvlm.cli import Parsed, run
+from maskvlm.data import module
+from maskvlm.data.module import PairData
+from maskvlm.data.remote import find_shards, read_shards
+from maskvlm.data.streaming import Stream
+from maskvlm.data.text import stable_id
+from maskvlm.errors import ExitCode, UserError
+
+BAD = b"no picture"
+
+
+def tar(names: range, bad: tuple[int, ...] = ()) -> bytes:
+    """As img2dataset writes them: a key's picture, caption and facts one after the other."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number in names:
+            picture = BAD if number in bad else png(square(COLOURS[number % 8]))
+            facts = json.dumps({"key": f"{number:05}", "url": "http://example.com/x", "status": "success"}).encode()
+            for ending, content in (("png", picture), ("txt", f"number {number}".encode()), ("json", facts)):
+                member = tarfile.TarInfo(f"{number:05}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def parquet(names: range) -> bytes:
+    table = pa.table(
+        {
+            "image": [{"bytes": png(square(COLOURS[number % 8])), "path": None} for number in names],
+            "caption": [f"number {number}" for number in names],
+            "key": [f"{number:05}" for number in names],
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def tars(folder: Path, shards: int = 4, each: int = 6, **settings: Any) -> str:
+    """So many shards of so many pictures, numbered through."""
+    folder.mkdir(exist_ok=True)
+    for shard in range(shards):
+        (folder / f"{shard:05}.tar").write_bytes(tar(range(shard * each, (shard + 1) * each), **settings))
+    return str(folder / "*.tar")
+
+
+def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(module, "rank", lambda: rank)
+    monkeypatch.setattr(module, "world_size", lambda: world)
+
+
+def numbers(data: PairData) -> list[list[int]]:
+    """What each batch shows, by the captions ("number 7"); -1 for holes."""
+    return [[int(text.removeprefix("number ") or -1) for text in batch.texts] for batch in data.train_dataloader()]
+
+
+def ready(root: Any, start: int = 0, buffer: int = 8, replay: bool = True, **settings: Any) -> PairData:
+    source = Stream(root, "nowhere", buffer=buffer, replay=replay)
+    data = PairData(source, SPEC, **{"batch_size": 4, "steps": 6, "augment": False, **settings})
+    data.splits["train"] = source.split("train")
+    data.tokenizer = module.train_tokenizer(module.some_captions(data.splits["train"]), 120)
+    data.start = start
+    return data
+
+
+def every(batches: list[list[int]]) -> list[int]:
+    return [number for batch in batches for number in batch]
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+def memory(name: str, content: bytes) -> str:
+    address = f"memory://{name}"
+    with fsspec.open(address, "wb") as stream:
+        stream.write(content)
+    return address
+
+
+def test_tars_and_parquet_at_any_address_give_the_same_rows(tmp_path: Path) -> None:
+    local = Path(tars(tmp_path, shards=1))
+    there = find_shards([memory("set/a.tar", tar(range(6))), memory("other/b.parquet", parquet(range(6)))])
+    here = find_shards([str(local), f"file://{tmp_path}/00000.tar"])
+    assert [*there] == ["memory:///other/b.parquet", "memory:///set/a.tar"]
+    assert [*here] == [f"file://{tmp_path}/00000.tar"]
+    rows = [[found["row"] for found in read_shards([one], "toy")] for one in (*there, *here)]
+    assert [[row.captions for row in shard] for shard in rows] == [[(f"number {n}",) for n in range(6)]] * 3
+    assert [[row.image_id for row in shard] for shard in rows] == [[f"toy {n:05}" for n in range(6)]] * 3
+    assert rows[0][3].image == rows[1][3].image == png(square(COLOURS[3]))
+
+
+def test_a_place_without_shards_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="no shard here") as raised:
+        find_shards(str(tmp_path))
+    assert raised.value.code == ExitCode.MISSING_INPUT
+    with pytest.raises(UserError, match=r"cannot be listed|needs another package"):
+        find_shards("nowhere://bucket/*.tar")
+
+
+def test_the_fingerprint_changes_with_the_shards(tmp_path: Path) -> None:
+    root = tars(tmp_path)
+    first = Stream(root, "x").split("train").fingerprint
+    assert Stream(f"file://{root}", "x").split("train").fingerprint == first
+    (tmp_path / "00003.tar").write_bytes(tar(range(50)))
+    assert Stream(root, "x").split("train").fingerprint != first
+
+
+# ---------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("buffer", [0, 8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_shows_every_picture_once_and_the_next_in_another_order(
+    tmp_path: Path, buffer: int, workers: int
+) -> None:
+    """Fails where a worker reads the shards of another (no split), or where passes share their seed."""
+    # Workers take turns in making batches: 12 rows each are three batches of four.
+    batches = numbers(ready(tars(tmp_path), buffer=buffer, workers=workers, steps=12))
+    assert {len(batch) for batch in batches} == {4}
+    first, second = every(batches[:6]), every(batches[6:])
+    assert sorted(first) == sorted(second) == [*range(24)]
+    assert first != second
+    assert first != [*range(24)]
+    assert numbers(ready(tars(tmp_path), buffer=buffer, workers=workers, steps=12)) == batches
+    assert numbers(ready(tars(tmp_path), buffer=buffer, workers=workers, steps=12, seed=1)) != batches
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(4, 0), (4, 2), (3, 0)])
+def test_processes_see_parts_that_make_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, workers: int
+) -> None:
+    """Fails without split_dataset_by_node: both would see the same. Three shards are shared row by row."""
+    root, each = tars(tmp_path, shards=shards, each=24 // shards), []
+    for rank in range(2):
+        as_process(monkeypatch, rank, 2)
+        each.append(every(numbers(ready(root, workers=workers, steps=6))))
+    assert [len(part) for part in each] == [12, 12]
+    assert sorted(each[0] + each[1]) == [*range(24)]
+
+
+def test_no_process_runs_dry_where_shards_differ_in_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.joinpath("a.tar").write_bytes(tar(range(3)))
+    tmp_path.joinpath("b.tar").write_bytes(tar(range(10, 31)))
+    for rank in range(2):
+        as_process(monkeypatch, rank, 2)
+        batches = numbers(ready(str(tmp_path / "*.tar"), steps=30))
+        assert [len(batch) for batch in batches] == [2] * 30
+
+
+@pytest.mark.parametrize(("shards", "workers", "world"), [(1, 0, 2), (3, 2, 2), (1, 2, 1)])
+def test_too_few_shards_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, workers: int, world: int
+) -> None:
+    """Else a worker without a shard would wait for ever, and the other processes for it."""
+    data = ready(tars(tmp_path, shards=shards), workers=workers)
+    as_process(monkeypatch, 0, world)
+    with pytest.raises(UserError, match=rf"{shards} shards for {world} processes with {max(1, workers)} data workers"):
+        data.train_dataloader()
+
+
+def test_shards_without_rows_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar(range(0)))
+    data = ready(tars(tmp_path / "b"), workers=0)
+    data.splits["train"] = Stream(str(tmp_path / "a.tar"), "x").split("train")
+    with pytest.raises(UserError, match="found nothing to train on"):
+        numbers(data)
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("buffer", [0, 8])
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_a_run_that_goes_on_sees_what_the_other_would_have(tmp_path: Path, buffer: int, workers: int) -> None:
+    """From every batch on, also where workers are in the middle of their turns (fails where the loader begins with
+    worker 0 whatever was consumed), with augmentation, and in a later pass."""
+    root = tars(tmp_path)
+    settings: dict[str, Any] = {"buffer": buffer, "workers": workers, "steps": 9, "augment": True}
+    whole = [batch.image_BCHW for batch in ready(root, **settings).train_dataloader()]
+    for start in (1, 2, 5, 8):
+        loader = ready(root, start, **settings).train_dataloader()
+        rest = [batch.image_BCHW for batch in loader]
+        assert len(loader) == len(rest) == 9 - start
+        assert all(torch.equal(one, other) for one, other in zip(rest, whole[start:], strict=True))
+
+
+def test_without_replay_the_order_is_another_and_that_is_said(tmp_path: Path, capsys: Any) -> None:
+    root = tars(tmp_path)
+    whole = numbers(ready(root, steps=6))
+    rest = numbers(ready(root, start=2, replay=False, steps=6))
+    assert len(rest) == 4
+    assert rest != whole[2:]
+    assert "the order of samples is another one after this resume" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- bad rows
+
+
+def test_bad_rows_are_holes_that_keep_their_place(tmp_path: Path) -> None:
+    good, bad = tars(tmp_path / "good"), tars(tmp_path / "bad", bad=(5, 20))
+    whole, holed = numbers(ready(good)), numbers(ready(bad))
+    assert holed == [[-1 if number in (5, 20) else number for number in batch] for batch in whole]
+    batch = next(b for b in ready(bad).train_dataloader() if b.problems)
+    assert batch.problems[0][0] == "not an image (unknown)"
+    assert "00000.tar!00005.png" in batch.problems[0][1] or "00003.tar!00020.png" in batch.problems[0][1]
+    assert (~batch.valid_B).sum() == len(batch.problems)
+    numbered = [
+        int(text.removeprefix("number ") or (5 if "00005" in batch.problems[0][1] else 20)) for text in batch.texts
+    ]
+    places = [stable_id(f"{number // 6:05}.tar!{number:05}.png") for number in numbered]
+    assert batch.index_B.tolist() == places  # seeds of augmentation come from the place
+
+
+def test_a_broken_shard_costs_its_rest_and_is_counted(tmp_path: Path) -> None:
+    tars(tmp_path)
+    path = tmp_path / "00001.tar"
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    (tmp_path / "00002.tar").write_bytes(b"no archive at all" * 100)
+    (tmp_path / "00003.parquet").write_bytes(b"no parquet")
+    data = ready(str(tmp_path), steps=6)
+    reasons: Counter[str] = Counter()
+    seen: set[int] = set()
+    for batch in data.train_dataloader():
+        reasons.update(reason for reason, _ in batch.problems)
+        seen |= {int(text.removeprefix("number ")) for text in batch.texts if text}
+    assert {*range(8), *range(18, 24)} <= seen
+    assert not seen & {*range(10, 18)}
+    assert set(reasons) == {"truncated archive", "damaged archive"}
+
+
+def test_a_reader_that_fails_in_its_own_way_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [*read_shards([str(tmp_path / "gone.tar")], "toy")]
+    assert [row["problem"][0] for row in rows] == ["unreadable shard"]
+    assert "FileNotFoundError" in rows[0]["problem"][1]
+
+
+# ---------------------------------------------------------------------- the choice
+
+
+def test_epochs_of_a_stream_are_refused(tmp_path: Path) -> None:
+    data = ready(tars(tmp_path), steps=None, epochs=2)
+    with pytest.raises(UserError, match=r"data.epochs: .*Set data.steps instead"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize("setting", [{"fraction": 0.5}, {"held_out": ["data/coco/test"]}])
+def test_what_must_know_the_ids_first_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+    data = PairData(Stream(tars(tmp_path), "nowhere"), SPEC, batch_size=4, steps=1, **setting)
+    data.splits["val"] = None
+    data.source.split = lambda name: Stream(tars(tmp_path), "x").split("train")  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="does not tell its pictures' ids"):
+        data.setup("fit")
+
+
+def test_shards_are_not_memory_mapped() -> None:
+    with pytest.raises(UserError, match=r"\*.tar is no prepared set"):
+        Stream("a/*.tar", "x", streaming=False).split("train")
+
+
+def test_the_card_of_a_stream_tells_no_length(tmp_path: Path) -> None:
+    data = ready(tars(tmp_path))
+    assert data.fingerprint()["train"]["pictures"] is None
+    assert data.picture_ids("train") is None
+
+
+def test_a_prepared_set_is_streamed_or_memory_mapped_by_one_setting(tmp_path: Path, stack: Any) -> None:
+    """The same pictures by the same ids; `make pretrain DATA=stream ARGS="--data.source.streaming false ..."`."""
+    root = str(make(tmp_path, "toy", [raw(number) for number in range(20)], shard=5))
+    mapped = Stream(root, "x", streaming=False).split("train")
+    rows = [found["row"] for found in read_shards(Stream(root, "x").split("train").shards, "toy")]
+    assert [row.image_id for row in rows] == [mapped[index]["image_id"] for index in range(20)]
+    assert [row.image for row in rows] == [mapped[index]["image"] for index in range(20)]
+    assert sorted(every(numbers(ready(f"file://{root}", steps=5)))) == [*range(20)]
+    settings = run(Parsed, ["fit", *stack(DATA="stream", WHERE="cpu"), "--data.source.streaming", "false"]).settings
+    assert settings.data.init_args.source.init_args.streaming is False

@@ -1,0 +1,72 @@
+"""A raw set of made pictures, with rows of every kind that preparing has to deal with."""
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maskvlm.data.prepare import prepare
+from maskvlm.data.prepare_end import Plan
+from maskvlm.data.prepare_rows import Settings
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+
+
+class Toy(RawSet):
+    """Rows of a list."""
+
+    def __init__(self, rows: list[RawRow | BadRow], pictures: int | None = None) -> None:
+        self.list = rows
+        self.facts = Facts("Toy pictures", pictures, None, "free")
+        self.annotations: list[Path] = []
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        yield from self.list
+
+
+def photo(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+    """Soft blobs of colour: like a photo to a hash and to JPEG."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    data = BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def row(number: int, split: str = "train", **changes: Any) -> RawRow:
+    """Picture `number`, a PNG that must be encoded anew, with two captions."""
+    whole = RawRow(
+        image=encoded(photo(number), "PNG"),
+        captions=(f"picture  number {number}", "a second caption"),
+        image_id=f"toy {number}",
+        split=split,
+        origin=f"toy.csv:{number}",
+    )
+    return whole._replace(**changes)
+
+
+def many() -> list[RawRow | BadRow]:
+    """Sixty rows, each with a caption to mend and every seventh without a picture."""
+    return [row(n, captions=(f"number {n}\u200b",), **({"image": b"no"} if n % 7 == 6 else {})) for n in range(60)]
+
+
+def plan(name: str = "toy", rows: int = 4, side: int = 48, raw: str = "toy.csv", **more: Any) -> Plan:
+    return Plan("csv", raw, Settings(name, side, **more), {}, rows)
+
+
+def make(
+    root: Path, rows: list[RawRow | BadRow], pictures: int | None = None, workers: int = 1, **more: Any
+) -> dict[str, Any]:
+    """Prepare these rows in `root`; the manifest."""
+    return prepare(Toy(rows, pictures), plan(**more), root, workers, lambda line: None)
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """All files of a set but the manifest, which knows the time."""
+    files = (file for file in sorted(root.rglob("*")) if file.is_file() and file.name != "manifest.json")
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
