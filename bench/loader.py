@@ -6,8 +6,8 @@ project beside webdataset (`pip install webdataset`) and a plain folder, on the 
 
 All hand their pictures to the same tokenizer and collation, and to this project's augmentation; those with
 "+ torchvision" to torchvision's own transforms with the same settings, as one would write it down. Each library reads
-and decodes in its own way (webdataset's "pilrgb", torchvision's `default_loader`). Pictures are made small as `make data`
-does (shorter side 288, quality 90). Rounds are interleaved and medians reported: where other work shares the cores,
+and decodes in its own way (webdataset's "pilrgb", torchvision's `default_loader`). Pictures are made small as by
+`make data` (shorter side 288, quality 90). Rounds are interleaved, medians reported: where other work shares the cores,
 `cpu ms` (of all processes, a picture) says more than pictures a second.
 """
 
@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ CAPTIONS = (
     "Children play with a toy in front of a house while a woman watches them .",
     "A boy jumps off a low wall .",
 )
+SEEDS = count()
 TICKS = os.sysconf("SC_CLK_TCK")
 Loader = DataLoader[Any]
 
@@ -174,9 +176,10 @@ class ToSample:
         return sample(self.transform(image, text), text, 0)
 
 
-def own(work: Path, source: Any, options: argparse.Namespace, workers: int, batches: int) -> PairData:
+def own(source: Any, options: argparse.Namespace, workers: int, batches: int) -> PairData:
     spec = InputSpec(options.size, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), text_length=30, vocab_size=200)
-    data = PairData(source, spec, batch_size=options.batch, steps=batches, workers=workers)
+    seed = next(SEEDS)  # what is drawn costs more or less
+    data = PairData(source, spec, batch_size=options.batch, steps=batches, workers=workers, seed=seed)
     data.setup("fit")
     return data
 
@@ -186,7 +189,7 @@ def loader(name: str, work: Path, options: argparse.Namespace, workers: int, bat
     prepared = str(work / "prepared")
     streamed = name == "streamed"
     source = Stream(prepared if streamed else str(work / "tars"), prepared) if "stream" in name else Prepared(prepared)
-    data = own(work, source, options, workers, batches)
+    data = own(source, options, workers, batches)
     if name == "memory-mapped" or "stream" in name:
         return data.train_dataloader()
     transform, collate = train_transform(data.spec), Collate(Captioner(data.tokenizer, data.spec.text_length))

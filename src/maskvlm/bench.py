@@ -94,6 +94,9 @@ class Bench(Command):
         data.steps, data.epochs = STEPS, None
         self.save_config_callback = None
 
+    def after_fit(self) -> None:
+        """Nothing is kept."""
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.stopwatch = Stopwatch()
         return super().instantiate_trainer(callbacks=[self.stopwatch], **kwargs)

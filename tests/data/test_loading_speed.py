@@ -15,14 +15,17 @@ from PIL import Image
 from prepared_sets import jpeg, make, picture, raw
 from torchvision.transforms import v2
 from toy_pairs import Rows, row
+from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.module import PairData
-from maskvlm.data.pairs import TrainPairs
+from maskvlm.data.pairs import Collate, TrainPairs
 from maskvlm.data.prepared import Prepared
 from maskvlm.data.sampler import Pick
+from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import RandAugment, RandomResizedCrop, ToTensor, TrainTransform
+from maskvlm.distributed import mix
 
 SPEC = InputSpec(48, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), text_length=12, vocab_size=120)
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +67,20 @@ def test_crops_are_torchvisions_within_two_levels(size: int) -> None:
         assert torch.equal(after, torch.rand(1))
         assert ours.shape == theirs.shape == (size, size, 3)
         assert np.abs(ours.astype(int) - theirs).max() <= 2
+
+
+def test_a_batch_holds_what_the_transform_gives(trained: PreTrainedTokenizerFast) -> None:
+    """Pictures travel as bytes; a hole among them comes as floats."""
+    rows, transform = [row(0), row(1, image=b"no"), row(2)], TrainTransform(SPEC)
+    data = TrainPairs(Rows(rows), transform, 5, 48)
+    samples = [data[Pick(number, 1)] for number in range(3)]
+    assert [sample["image_CHW"].dtype for sample in samples] == [torch.uint8, torch.float32, torch.uint8]
+    batch = Collate(Captioner(trained, 12), ToTensor(SPEC))(samples)
+    for number in (0, 2):
+        torch.manual_seed(mix(5, 1, number))
+        shown = transform(safe_open(rows[number]["image"], "x"), samples[number]["captions"][0])
+        assert torch.equal(batch.image_BCHW[number], shown)
+    assert not batch.image_BCHW[1].any()
 
 
 # ---------------------------------------------------------------------- decoding at a reduced scale

@@ -54,8 +54,10 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         return 130
     left_out = sum(entry["count"] for entry in manifest["left_out"].values())
     splits = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
-    counts = f"{manifest['coverage']} ({splits}), {manifest['captions']:,} captions"
-    print(f"{root}: {counts}; licence: {manifest['licence']}")
+    captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
+    print(f"{root}: {manifest['coverage']} ({splits}){captions}; licence: {manifest['licence']}")
+    for note in manifest["notes"]:
+        print(note)
     for note in manifest["notes"]:
         print(f"note: {note}")
     if left_out:

@@ -22,7 +22,7 @@ from maskvlm.data.pairs import Collate, EvalPairs, Part, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.data.subset import fraction_of, picture_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
-from maskvlm.data.transforms import eval_transform, train_transform
+from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
 from maskvlm.distributed import cores, gather_objects, rank, world_size
 from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.signals import end_with_parent
@@ -230,7 +230,7 @@ class PairData(L.LightningDataModule):
     def _loader(self, data: Dataset[Any], kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any) -> DataLoader[Any]:
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
-        collate: Callable[..., Any] = Collate(captioner)
+        collate: Callable[..., Any] = Collate(captioner, ToTensor(self.spec))
         if isinstance(self.source, ExampleSource):
             collate = CollateExamples(captioner, self.source)
         workers = self._readers()

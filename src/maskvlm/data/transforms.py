@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -116,12 +117,16 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
         """Turn an RGB picture into a normalised float tensor (3, image_size, image_size)."""
+        return self._tensor(self.augment(image, caption))
+
+    def augment(self, image: Image.Image, caption: str) -> Image.Image:
+        """All but the last step: a picture of image_size x image_size."""
         image = self._crop(image)
         if self.flip and not (self.caption_aware and names_side(caption)):
             image = self._mirror(image)
         keep_colour = not self.colour or (self.caption_aware and names_colour(caption))
-        image = self._geometric(image) if keep_colour else self._any(image)
-        return self._tensor(image)
+        changed: Image.Image = self._geometric(image) if keep_colour else self._any(image)
+        return changed
 
 
 def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.Transform, v2.Transform]:
@@ -144,8 +149,11 @@ class ToTensor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         pixels_HWC = np.asarray(image)
-        image_CHW = torch.empty(3, *pixels_HWC.shape[:2])
-        np.multiply(pixels_HWC.transpose(2, 0, 1), np.float32(1 / 255), out=image_CHW.numpy())
+        return self.fill(torch.empty(3, *pixels_HWC.shape[:2]), pixels_HWC.transpose(2, 0, 1))
+
+    def fill(self, image_CHW: Tensor, pixels_CHW: NDArray[np.uint8]) -> Tensor:
+        """Write the normalised values of 8-bit pixels into a tensor."""
+        np.multiply(pixels_CHW, np.float32(1 / 255), out=image_CHW.numpy())
         return image_CHW.sub_(self._mean_C11).div_(self._std_C11)
 
 
