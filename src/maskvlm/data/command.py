@@ -57,8 +57,6 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
     print(f"{root}: {manifest['coverage']} ({splits}){captions}; licence: {manifest['licence']}")
     for note in manifest["notes"]:
-        print(note)
-    for note in manifest["notes"]:
         print(f"note: {note}")
     if left_out:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())

@@ -69,8 +69,8 @@ def held_out(place: str) -> HeldOut:
 def near(hash_N: Ids, hash_M: Ids, bits: int = NEAR) -> NDArray[np.bool_]:
     """Whether a row's hash is within so many bits of one of the others. 0, a picture of one colour, is near nothing.
 
-    Hashes that differ in at most 8 bits differ in at most 2 in one of their four parts of 16: only rows whose part is
-    that near are looked at, 0.3 % of them, in each of the four.
+    Hashes that differ in at most 8 bits differ in at most 2 in one of any three of their parts of 16 bits: only rows
+    whose part is that near are looked at, 0.2 % of them for each part. 3 million against 5,000 take two seconds.
 
     Args:
         bits: up to 11.
@@ -78,7 +78,7 @@ def near(hash_N: Ids, hash_M: Ids, bits: int = NEAR) -> NDArray[np.bool_]:
     found_N, hash_M = np.zeros(len(hash_N), bool), np.unique(hash_M[hash_M != 0])
     reach = bits // BANDS
     flips = [sum(1 << bit for bit in some) for n in range(reach + 1) for some in combinations(range(BITS), n)]
-    for band in range(BANDS):
+    for band in range(bits // (reach + 1) + 1):
         part_N, part_M = (_part(hashes, band) for hashes in (hash_N, hash_M))
         order_N = np.argsort(part_N, kind="stable")
         start = np.searchsorted(part_N[order_N], np.arange((1 << BITS) + 1))  # of each value's rows

@@ -63,7 +63,8 @@ class TrainPairs(Dataset[Sample]):
 
     def sample(self, row: Row, pick: Pick) -> Sample:
         """What is shown of a row; a source without rows by number picks by numbers of its own."""
-        with torch.random.fork_rng(devices=[]):
+        # The generator of a data worker serves nothing else, so there is no state to bring back.
+        with torch.random.fork_rng(devices=[], enabled=get_worker_info() is None):
             # torch.manual_seed would also note the stack for every GPU backend: 0.5 ms, as long as all the rest
             torch.default_generator.manual_seed(mix(self.seed, pick.epoch, pick.row))
             return self._read(row, pick)
