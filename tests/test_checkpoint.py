@@ -175,6 +175,15 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     assert (tmp_path / "new.ckpt").exists()  # the evidence stays
 
 
+def test_in_a_copied_folder_the_runs_own_order_counts(tmp_path: Path) -> None:
+    """Times of files do not survive a copy or a backup. Fails where they decide."""
+    for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):  # the newest is written last
+        save({"state_dict": {}}, tmp_path / name)
+    assert newest_valid(tmp_path) == tmp_path / "last.ckpt"
+    (tmp_path / "last.ckpt").unlink()
+    assert newest_valid(tmp_path) == tmp_path / "previous.ckpt"
+
+
 @pytest.mark.parametrize("failing", ["torch.save", "rename", "side"])
 def test_a_kill_between_any_two_steps_leaves_a_whole_file(
     saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch

@@ -136,18 +136,20 @@ def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:
     for step in range(4):
         first.log_metrics({"train/loss": step / 2}, step)
         first.save()
+    first.log_metrics({"train/loss": 1.5}, 3)  # once is enough
+    first.log_metrics({"lr-rest": 0.5}, 3)
     first.log_metrics({"score": 1.5}, 3)
     first.save()
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("0.5,")  # killed in the middle of a row
     again = Writer(str(tmp_path))
     again.forget(3, unmeasured=True)  # goes on after the fourth step, which is still to be measured
-    again.log_metrics({"train/loss": 1.5}, 3)  # logged already
     again.log_metrics({"score": 2.5}, 3)
     again.log_metrics({"train/loss": 2.0}, 4)
     again.save()
     rows = rows_of((tmp_path / "metrics.csv").read_bytes())
-    assert [(row["step"], row.get("train/loss"), row.get("score")) for row in rows] == [
+    assert sum("lr-rest" in row for row in rows) == 1
+    assert [(row["step"], row.get("train/loss"), row.get("score")) for row in rows if "lr-rest" not in row] == [
         ("0", "0.0", None), ("1", "0.5", None), ("2", "1.0", None), ("3", "1.5", None), ("3", None, "2.5"),
         ("4", "2.0", None),
     ]  # fmt: skip

@@ -4,8 +4,8 @@
 Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
+import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +97,7 @@ class Command(LightningCLI):
             folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run and settings.ckpt_path is None:
             composed = self._parser("fit").dump(settings, skip_none=False)
-            settings.ckpt_path = newest_of(folder, composed, warnings.warn)
+            settings.ckpt_path = newest_of(folder, composed, told_once)
             if settings.ckpt_path is None and process_rank() == 0:
                 claim(folder)
 
@@ -167,6 +167,12 @@ class Parsed(Command):
         """Nothing is run."""
 
 
+def told_once(text: str) -> None:
+    """A warning of one line, from the first process alone."""
+    if process_rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def labels(data: Any) -> Any:
     """What the head of a downstream task decides among."""
     return getattr(data, "labels", None)
@@ -217,7 +223,7 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":
-        found = newest_valid(folder, warnings.warn)
+        found = newest_valid(folder, told_once)
         if found is None:
             todo = "Check --run, or leave --ckpt_path out"
             raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)

@@ -33,7 +33,7 @@ class RunLog(CSVLogger):
 
         Args:
             step: the last one whose training row stays.
-            unmeasured: its evaluation is still to be made: rows of it that hold no loss go, too.
+            unmeasured: its evaluation is still to be made: rows that hold its numbers go, too.
         """
         self.experiment.forget(step, unmeasured)
 
@@ -99,7 +99,12 @@ def rows_of(content: bytes) -> list[Row]:
 
 def _keeps(row: Row, step: int, unmeasured: bool) -> bool:
     at = int(float(row.get("step", 0)))
-    return at < step or (at == step and (not unmeasured or "train/loss" in row))
+    return at < step or (at == step and not (unmeasured and any(_measured(key) for key in row)))
+
+
+def _measured(key: str) -> bool:
+    """Whether a column comes of an evaluation."""
+    return key not in ("step", "epoch") and not key.startswith(("train/", "level/", "lr-"))
 
 
 def _table(rows: list[Row], keys: list[str], header: bool) -> str:

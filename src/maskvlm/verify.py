@@ -53,7 +53,9 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
     Raises:
         UserError: there are checkpoints and every one is damaged (77): starting afresh must be asked for.
     """
-    candidates = sorted(Path(folder).glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    # In a copy of the folder times tell nothing: these two are what a run goes on from, in this order.
+    first = {"last.ckpt": 2, "previous.ckpt": 1}
+    candidates = sorted(Path(folder).glob("*.ckpt"), key=lambda p: (first.get(p.name, 0), p.stat().st_mtime_ns))[::-1]
     for path in candidates:
         try:
             verify(path)

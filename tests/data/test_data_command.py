@@ -78,7 +78,7 @@ def test_the_folder_of_sets_is_named_by_the_environment(
         ),
         (["csv", "RAW", "--columns", "picture=x"], "--columns: 'picture=x' is not ROLE=COLUMN"),
         (["csv"], "maskvlm data: the following arguments are required: RAW"),
-        (["csv", "RAW", "--workers", "0"], "workers: 0 is too small"),
+        (["csv", "RAW", "--workers", "0"], "--workers: 0 is not from 1 to 1024"),
         (["csv", "RAW", "--out", "PARENT"], "RAW lies in the folder that is to be made"),
         (["folder", "PARENT", "--out", "PARENT/set"], "lies in RAW and would be read as a part of it"),
         (["folder", "PARENT", "--out", "PARENT"], "RAW lies in the folder that is to be made"),

@@ -286,6 +286,8 @@ def test_an_unfinished_set_of_other_settings_is_not_gone_on_with(tmp_path: Path)
     root = tmp_path / "toy"
     (root / MAKING).mkdir(parents=True)
     (root / MAKING / "plan.json").write_text(json.dumps(plan(side=32).card()))
+    (root / "train").mkdir()
+    (root / "train" / "data-00000.arrow").touch()
     with pytest.raises(UserError, match="holds an unfinished set made with side 32 instead of 48"):
         make(root, ROWS)
 
@@ -398,3 +400,11 @@ def test_rows_are_read_in_batches_of_a_hundred(tmp_path: Path) -> None:
     shard_of(tmp_path, [row(number, image=small) for number in range(250)])
     with pa.ipc.open_stream(tmp_path / "train" / "data-00000.arrow") as stream:
         assert [batch.num_rows for batch in stream] == [100, 100, 50]
+
+
+def test_an_attempt_that_made_nothing_binds_nobody(tmp_path: Path) -> None:
+    """A csv whose columns were not found is corrected and prepared. Fails where the left-over plan is compared."""
+    root = tmp_path / "toy"
+    (root / MAKING).mkdir(parents=True)
+    (root / MAKING / "plan.json").write_text(json.dumps(plan(side=32).card()))
+    assert make(root, [row(number) for number in range(3)])["pictures"] == 3

@@ -73,7 +73,9 @@ def check_shard(root: Path, step: int, shard: dict[str, Any]) -> Found:
     try:
         check_size(path, shard["bytes"])
         if (there := sha256_of(path)) != shard["sha256"]:
-            faults.append(f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}...")
+            # What is in it is not looked at: Arrow trusts the offsets of a file that it maps.
+            told = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
+            return Found([told], "", 0, 0, 0)
         table = read_shard(path)
     except UserError as error:
         return Found([*faults, f"{error.where}: {error.what}"], "", 0, 0, 0)

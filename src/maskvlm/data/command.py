@@ -14,7 +14,7 @@ from maskvlm.data.prepare_rows import Settings
 from maskvlm.data.raw import SETS, open_raw
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.distributed import cores
-from maskvlm.errors import ExitCode, UserError, check_least
+from maskvlm.errors import ExitCode, UserError
 
 
 def main(arguments: list[str], allow_import: list[str]) -> int:
@@ -30,8 +30,9 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=ROWS, help="of a shard (%(default)s)")
     parser.add_argument("--look", action="store_true", help=f"only draw {LOOK}, prepare nothing")
     given = parser.parse_args(arguments)
-    check_least(1, __workers=given.workers, __rows=given.rows)
-    for option, value, low, high in (("--side", given.side, 8, 10_000), ("--quality", given.quality, 1, 100)):
+    bounds = [("--side", given.side, 8, 10_000), ("--quality", given.quality, 1, 100)]
+    bounds += [("--workers", given.workers, 1, 1024), ("--rows", given.rows, 1, 1_000_000)]
+    for option, value, low, high in bounds:
         if not low <= value <= high:
             raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
     root = Path(given.out or Path(os.environ.get("DATA_ROOT") or "data") / given.set).expanduser()
@@ -72,7 +73,8 @@ def verify(arguments: list[str], allow_import: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="decode every picture, not a sample")
     parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
     given = parser.parse_args(arguments)
-    check_least(1, __workers=given.workers)
+    if given.workers < 1:
+        raise UserError("--workers", f"{given.workers} is below 1", "Give another number")
     faults = check(Path(given.root).expanduser(), given.all, given.workers)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

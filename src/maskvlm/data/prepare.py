@@ -127,7 +127,7 @@ def claim(root: Path, plan: Plan) -> None:
     """Make the folder ready to be written to, or found to hold the same set half made."""
     state, file = root / MAKING, root / MAKING / "plan.json"
     try:
-        if file.is_file():
+        if file.is_file() and any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
             check_same(root, json.loads(file.read_text(encoding="utf-8")), plan, "an unfinished set")
             return
         if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from maskvlm.data.batch import Row, Source
+from maskvlm.data.leaks import near
 from maskvlm.data.manifest import SKIPPED, read_manifest
 from maskvlm.data.shards import Shards
 from maskvlm.data.subset import first_pictures, row_ids
@@ -121,11 +122,15 @@ class Prepared(Source):
         share = min(self.hold_out / len(pairs), 0.05)
         val_N = first_pictures(ids_NP[:, 0], max(share, 1 / len(pairs)), 0, HOLD_OUT)
         train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
+        hash_N = pairs.column("phash").to_numpy()
+        copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
+        train_N, copies = train_N[~copy_N], int(copy_N.sum())
         if not len(train_N):
-            what, todo = "its only picture would be held out for validation", "Prepare more pictures"
+            what, todo = "all its pictures would be held out for validation", "Prepare more pictures"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
         if name == "train" and rank() == 0:
             told = f"{len(val_N):,} of its {len(pairs):,} pictures are held out of training for it"
+            told += f", {copies:,} that look like one of them are left out" if copies else ""
             print(f"{self.root} has no val split: {told}", flush=True)
         return pairs.only(train_N if name == "train" else val_N)
 

@@ -58,10 +58,12 @@ class Shards:
 
 
 def read_shard(path: Path) -> pa.Table:
-    """Memory-mapped. Raises UserError where it is no Arrow stream."""
+    """Memory-mapped. Raises UserError where it is no Arrow stream, or its structure is damaged."""
     try:
         with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-            return stream.read_all()
+            table = stream.read_all()
+        table.validate(full=True)  # offsets and texts; a picture's bytes are checked when it is decoded
+        return table
     except (OSError, pa.ArrowInvalid) as error:
         raise damaged(path, f"cannot be read ({' '.join(str(error).split())[:100]})") from error
 

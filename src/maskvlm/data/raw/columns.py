@@ -54,7 +54,7 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
     for role in ("image", "caption"):
         if role not in found:
             what = f"no column for the {role} (there are {listed})"
-            todo = f"Name one of them {ROLES[role][0]!r}, or say which one it is"
+            todo = f"Name one of them {ROLES[role][0]!r}, or say which it is: --columns {role}=NAME (make: ARGS=)"
             raise UserError(where, what, todo, ExitCode.BAD_DATA)
     return found
 

@@ -43,17 +43,19 @@ class TableSet(RawSet):
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Of each file first the bad rows, then the pictures in the order in which they came first."""
         for file in self.files:
-            yield from file_rows(file, self.name, self.columns)
+            yield from file_rows(file, self.name, self.columns, self.notes)
 
 
-def file_rows(file: Path, name: str, given: dict[str, str]) -> Iterator[RawRow | BadRow]:
-    """The rows of one file.
+def file_rows(
+    file: Path, name: str, given: dict[str, str], notes: list[str] | None = None
+) -> Iterator[RawRow | BadRow]:
+    """The rows of one file; `notes` is told which columns were taken.
 
     Raises:
         UserError: the file cannot be read, or has no column for picture or caption.
     """
     merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
-    for entry in _entries(file, given):
+    for entry in _entries(file, given, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
         found = entry.problem or _values(entry.values, default)
         if isinstance(found, Values):
@@ -68,15 +70,23 @@ def file_rows(file: Path, name: str, given: dict[str, str]) -> Iterator[RawRow |
     yield from merged.rows()
 
 
-def _entries(file: Path, given: dict[str, str]) -> Iterator[Entry]:
+def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Entry]:
     if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         yield from _objects(file, given)
         return
     table = Table(file)
     columns = find_columns(table.columns, given, file)
+    if (left := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
+        note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(left))}"
+    ) not in notes:
+        notes.append(note)
     at = {role: table.columns.index(name) for role, name in columns.items()}
     for number, fields, problem in table.records():
         yield Entry(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
+
+
+def _listed(columns: dict[str, str]) -> str:
+    return ", ".join(f"{name} as {role}" for role, name in columns.items())
 
 
 def _objects(file: Path, given: dict[str, str]) -> Iterator[Entry]:
