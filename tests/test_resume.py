@@ -253,6 +253,33 @@ def test_usr1_under_slurm_saves_queues_and_goes_on(
     assert [row["step"] for row in rows if "train/loss" in row] == [str(step) for step in range(6)]
 
 
+def test_an_evaluation_that_was_cut_off_is_made_again(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes within the first evaluation. Fails where `KeepState._measure` does nothing: Lightning passes
+    over what was due when the checkpoint was written."""
+    monkeypatch.chdir(ROOT)
+    from maskvlm.lit import LitModel
+
+    step = LitModel.validation_step
+
+    def struck(self: LitModel, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.ckpt_path and self.trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitModel, "validation_step", struck)
+    command = ["fit", "--run", str(tmp_path / "run"), *small]
+    assert main(command) == 75
+    content = load(tmp_path / "run" / "last.ckpt")
+    assert content["global_step"] == 3
+    assert not (tmp_path / "run" / "best.ckpt").exists()
+    assert main(command) == 0
+    rows = rows_of((tmp_path / "run" / "metrics.csv").read_bytes())
+    assert [row["step"] for row in rows if "score" in row] == ["2", "5", "6"]
+    assert [row["step"] for row in rows if "train/loss" in row] == [str(step) for step in range(6)]
+
+
 def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
