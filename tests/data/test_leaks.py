@@ -11,11 +11,10 @@ from PIL import Image
 from prepared_sets import jpeg, make, picture, raw
 from toy_pairs import SPEC
 
-from maskvlm.data import leaks
-from maskvlm.data.leaks import NEAR, held_out, near, without_leaks
+from maskvlm.data.leaks import held_out, without_leaks
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
-from maskvlm.data.phash import distance, phash
+from maskvlm.data.phash import NEAR, distance, near, phash
 from maskvlm.data.prepared import Prepared
 from maskvlm.data.scenes import Scenes
 from maskvlm.errors import ExitCode, UserError
@@ -73,7 +72,7 @@ def test_every_pattern_of_eight_bits_is_found_and_none_of_nine() -> None:
 
 
 def test_many_pictures_of_one_hash_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "MOST", 100)
+    monkeypatch.setattr("maskvlm.data.phash.MOST", 100)
     hash_N = np.array([7] * 1000 + [2**63] * 5, np.uint64)
     hash_M = np.array([7, 6, 2**63 + 2**40], np.uint64)
     assert near(hash_N, hash_M).all()

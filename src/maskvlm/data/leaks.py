@@ -9,19 +9,16 @@ would be taken for copies that are none.
 Shapes: N training rows, P pictures a row, M held-out pictures.
 """
 
-from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskvlm.data.phash import near
 from maskvlm.data.subset import Chosen, Ids, row_hashes, row_ids
 from maskvlm.distributed import rank
 from maskvlm.errors import ExitCode, UserError
 
-NEAR = 8  # bits
-BANDS, BITS = 4, 16
-MOST = 1 << 22  # hashes compared at once
 WAYS = ("same id", "same look")
 
 
@@ -64,46 +61,6 @@ def held_out(place: str) -> HeldOut:
     assert id_NP is not None
     assert hash_N is not None
     return HeldOut(split_name(place), np.unique(id_NP), np.unique(hash_N))
-
-
-def near(hash_N: Ids, hash_M: Ids, bits: int = NEAR) -> NDArray[np.bool_]:
-    """Whether a row's hash is within so many bits of one of the others. 0, a picture of one colour, is near nothing.
-
-    Hashes that differ in at most 8 bits differ in at most 2 in one of any three of their parts of 16 bits: only rows
-    whose part is that near are looked at, 0.2 % of them for each part. 3 million against 5,000 take two seconds.
-
-    Args:
-        bits: up to 11.
-    """
-    found_N, hash_M = np.zeros(len(hash_N), bool), np.unique(hash_M[hash_M != 0])
-    reach = bits // BANDS
-    flips = [sum(1 << bit for bit in some) for n in range(reach + 1) for some in combinations(range(BITS), n)]
-    for band in range(bits // (reach + 1) + 1):
-        part_N, part_M = (_part(hashes, band) for hashes in (hash_N, hash_M))
-        order_N = np.argsort(part_N, kind="stable")
-        start = np.searchsorted(part_N[order_N], np.arange((1 << BITS) + 1))  # of each value's rows
-        for flip in flips:
-            wanted_M = part_M ^ np.uint16(flip)
-            first_M, count_M = start[wanted_M], start[wanted_M.astype(np.int64) + 1] - start[wanted_M]
-            for some in _portions(count_M):
-                counts, other = count_M[some], hash_M[some]
-                begin = np.repeat(first_M[some] - np.cumsum(counts) + counts, counts)
-                row = order_N[begin + np.arange(len(begin))]
-                far = np.bitwise_count(hash_N[row] ^ np.repeat(other, counts))
-                found_N[row[far <= bits]] = True
-    return found_N & (hash_N != 0)
-
-
-def _part(hashes: Ids, band: int) -> NDArray[np.uint16]:
-    return (hashes >> np.uint64(BITS * band)).astype(np.uint16)
-
-
-def _portions(count_M: NDArray[np.int64]) -> list[slice]:
-    """Consecutive runs that hold about MOST in all: many pictures may share one hash."""
-    total_M = np.cumsum(count_M)
-    cut = np.searchsorted(total_M, np.arange(MOST, int(total_M[-1]) if len(total_M) else 0, MOST)) + 1
-    ends = [0, *np.unique(cut).tolist(), len(count_M)]
-    return [slice(first, last) for first, last in pairwise(ends) if last > first]
 
 
 def find(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str, NDArray[np.int64]]:

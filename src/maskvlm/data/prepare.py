@@ -127,8 +127,10 @@ def claim(root: Path, plan: Plan) -> None:
     """Make the folder ready to be written to, or found to hold the same set half made."""
     state, file = root / MAKING, root / MAKING / "plan.json"
     try:
-        if file.is_file() and any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
-            check_same(root, json.loads(file.read_text(encoding="utf-8")), plan, "an unfinished set")
+        if file.is_file():
+            if any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
+                check_same(root, json.loads(file.read_text(encoding="utf-8")), plan, "an unfinished set")
+            write_json(file, plan.card())
             return
         if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
             todo = "Name another one (NAME=, DATA_ROOT=); it is made"

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from maskvlm.data.batch import Row, Source
-from maskvlm.data.leaks import near
 from maskvlm.data.manifest import SKIPPED, read_manifest
+from maskvlm.data.phash import near
 from maskvlm.data.shards import Shards
 from maskvlm.data.subset import first_pictures, row_ids
 from maskvlm.distributed import rank
@@ -124,13 +124,16 @@ class Prepared(Source):
         train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
         hash_N = pairs.column("phash").to_numpy()
         copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
-        train_N, copies = train_N[~copy_N], int(copy_N.sum())
+        copies = int(copy_N.sum())
+        train_N = train_N if copy_N.all() else train_N[~copy_N]  # where all are alike, nothing else is left
         if not len(train_N):
             what, todo = "all its pictures would be held out for validation", "Prepare more pictures"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
         if name == "train" and rank() == 0:
             told = f"{len(val_N):,} of its {len(pairs):,} pictures are held out of training for it"
-            told += f", {copies:,} that look like one of them are left out" if copies else ""
+            if copies:
+                way = "kept, as all others do" if copies == len(train_N) else "left out"
+                told += f", {copies:,} that look like one of them are {way}"
             print(f"{self.root} has no val split: {told}", flush=True)
         return pairs.only(train_N if name == "train" else val_N)
 
