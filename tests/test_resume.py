@@ -280,10 +280,12 @@ def test_an_evaluation_that_was_cut_off_is_made_again(
     assert [row["step"] for row in rows if "train/loss" in row] == [str(step) for step in range(6)]
 
 
+@pytest.mark.parametrize("steps", [5, 6])
 def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    steps: int, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The stock loop ends well, with weights that are all NaN, and such a checkpoint."""
+    """The stock loop ends well, with weights that are all NaN, and such a checkpoint. In the fifth step, after which
+    the run ends, or is measured; fails where the last checkpoint, or those along the way, are not looked at."""
     monkeypatch.chdir(ROOT)
     from maskvlm.lit import LitModel
 
@@ -292,7 +294,7 @@ def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
     monkeypatch.setattr(
         LitModel, "training_step", lambda self, batch, i: step(self, batch, i) * (float("nan") if i == poison else 1)
     )
-    assert main(["fit", "--run", str(tmp_path / "run"), *small]) == ExitCode.USAGE
+    assert main(["fit", "--run", str(tmp_path / "run"), *small, f"--data.steps={steps}"]) == ExitCode.USAGE
     assert "the training has diverged: " in capsys.readouterr().err
     content = load(tmp_path / "run" / "last.ckpt")
     assert content["global_step"] == 3

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.verify import ANOTHER, SIDE, Fact, bad, first_line, side_file, stated, verify
 
@@ -57,7 +58,7 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
         if previous is not None and path.exists():
             _rotate(path, previous, old)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         _write_side(path, [fact])
     except OSError as error:
         with suppress(OSError):
@@ -69,7 +70,7 @@ def _rotate(path: Path, previous: Path, facts: list[Fact]) -> None:
     """A file without its `.sha256` is held against the checksums inside it: no instant leaves a whole file in doubt."""
     side_file(previous).unlink(missing_ok=True)
     os.replace(path, previous)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     if facts:
         _write_side(previous, facts)
 
@@ -115,16 +116,7 @@ def _write_side(path: Path, facts: list[Fact]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, side)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames in it permanent, and in their order."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(path.parent)
 
 
 def _require_space(path: Path, need: int) -> None:

@@ -23,6 +23,7 @@ from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
 from maskvlm.parser import MODE, Complaint, Parser, prepare
 from maskvlm.recipe import portable_yaml
+from maskvlm.resume import LAST, check_finite
 from maskvlm.run import SaveConfig, claim, finish
 from maskvlm.signals import CAUGHT
 from maskvlm.standing import newest_of
@@ -97,7 +98,7 @@ class Command(LightningCLI):
             folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run and settings.ckpt_path is None:
             composed = self._parser("fit").dump(settings, skip_none=False)
-            settings.ckpt_path = newest_of(folder, composed, told_once)
+            settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
                 claim(folder)
 
@@ -140,7 +141,9 @@ class Command(LightningCLI):
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
         along the way looked at a part (limit_val_batches)."""
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "last.ckpt")
+            folder = Path(self.trainer.default_root_dir)
+            check_finite(self.trainer, folder)
+            self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 1.0
             self.trainer.validate(self.model, self.datamodule, verbose=False)
@@ -167,7 +170,7 @@ class Parsed(Command):
         """Nothing is run."""
 
 
-def told_once(text: str) -> None:
+def warn(text: str) -> None:
     """A warning of one line, from the first process alone."""
     if process_rank() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -223,7 +226,7 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":
-        found = newest_valid(folder, told_once)
+        found = newest_valid(folder, warn)
         if found is None:
             todo = "Check --run, or leave --ckpt_path out"
             raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)

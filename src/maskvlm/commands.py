@@ -26,14 +26,17 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --output={folder}/slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=USR1@120   # two minutes before the time limit: it saves, and is queued again
+#SBATCH --signal=USR1@120
+# Two minutes before the time limit it saves, and is queued again.
 # Partition, account and time limit: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT in your environment.
 set -euo pipefail
 cd {here}
 export PYTHONPATH=src
-{root}export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
+{places}export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
 srun {command}
 """
+
+PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
 
 
 def preview(arguments: list[str], out: Path, allowed: Iterable[str] = ()) -> str:
@@ -81,7 +84,7 @@ def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[st
         devices=devices,
         cpus=workers + 2,
         folder=settings.run,
-        root=f"export DATA_ROOT={shlex.quote(root)}\n" if (root := os.environ.get("DATA_ROOT")) else "",
+        places="".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in PLACES if os.environ.get(name)),
         here=shlex.quote(str(Path.cwd())),
         command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
     )

@@ -115,20 +115,11 @@ class KeepState(Checkpoint):
         Raises:
             UserError: a weight is not a number any more; the files stay what they were.
         """
-        self._check_finite(trainer)
+        check_finite(trainer, self.folder)
         if trainer.state.fn == TrainerFn.FITTING and trainer.training:
             trainer._logger_connector.update_train_step_metrics()
         trainer.save_checkpoint(self.folder / LAST, storage_options=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
-
-    def _check_finite(self, trainer: L.Trainer) -> None:
-        named = list(trainer.lightning_module.named_parameters())
-        finite_N = torch.stack([value.detach().isfinite().all() for _, value in named])
-        if not bool(finite_N.all()):  # one look at the device, however many tensors
-            lost = [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]
-            what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
-            todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"
-            raise UserError(self.folder, f"the training has diverged: {what}", todo)
 
     def _stopped(self, trainer: L.Trainer) -> Stopped:
         signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
@@ -162,3 +153,18 @@ class KeepState(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
+
+
+def check_finite(trainer: L.Trainer, folder: Path) -> None:
+    """Before weights are written: stop a training that has lost them.
+
+    Raises:
+        UserError: some are infinite or not numbers.
+    """
+    named = list(trainer.lightning_module.named_parameters())
+    finite_N = torch.stack([value.detach().isfinite().all() for _, value in named])
+    if not bool(finite_N.all()):  # one look at the device, however many tensors
+        lost = [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]
+        what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
+        todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"
+        raise UserError(folder, f"the training has diverged: {what}", todo)

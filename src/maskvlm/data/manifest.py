@@ -1,10 +1,10 @@
 """The prepared form on disk: names, columns, and small files that are written whole or not at all.
 
-    manifest.json                     written last: where it is, the set is complete
-    dataset_dict.json                 with <split>/state.json and dataset_info.json, as `datasets.load_from_disk` wants
-    <split>/data-00000.arrow          Arrow streams of some thousand rows
-    skipped.jsonl, first-look.png, annotation files
-    .making/                          only while it is made: what each finished shard was made of
+manifest.json                     written last: where it is, the set is complete
+dataset_dict.json                 with <split>/state.json and dataset_info.json, as `datasets.load_from_disk` wants
+<split>/data-00000.arrow          Arrow streams of some thousand rows
+skipped.jsonl, first-look.png, annotation files
+.making/                          only while it is made: what each finished shard was made of
 """
 
 import errno
@@ -22,6 +22,7 @@ import pyarrow as pa
 from PIL import features
 
 from maskvlm.data.files import get, load_json, opened
+from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
 
 FORMAT = 1
@@ -90,16 +91,6 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
     code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
     return UserError(path, f"cannot be written ({error.strerror or error})", f"{todo}; finished shards stay", code)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in it permanent, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
