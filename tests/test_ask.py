@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from toy_pretrained import saved
 
+from maskvlm import __main__ as front
 from maskvlm import checkpoint
 from maskvlm.__main__ import main
-from maskvlm.ask import box_mask, lot_mask
+from maskvlm.ask import VERBS, box_mask, lot_mask
 from maskvlm.convert import convert
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.pretrained import PretrainedMaskVLM
@@ -154,3 +155,8 @@ def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "FROM=" in capsys.readouterr().out
     with pytest.raises(UserError, match="is there already"):
         convert([str(place / "best.ckpt"), str(tmp_path / "best")])
+
+
+def test_the_front_door_knows_the_verbs_that_there_are() -> None:
+    """`__main__` keeps their names, so that none of the core is imported to know a command."""
+    assert list(front.VERBS) == list(VERBS)

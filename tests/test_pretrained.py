@@ -17,7 +17,7 @@ from toys import SIZE, toy_batch
 from transformers import AutoModel, AutoProcessor
 
 import maskvlm
-from maskvlm import checkpoint
+from maskvlm import checkpoint, unmask
 from maskvlm.attend import trace
 from maskvlm.data.text import Captioner, tokenizer_hash
 from maskvlm.data.transforms import eval_transform
@@ -183,11 +183,9 @@ def test_explain_gives_shares_of_the_patches_and_a_picture_of_the_same_size(mode
 
 
 def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskVLM) -> None:
-    from maskvlm import unmask
-
     text: Any = model.caption(PICTURES[0], lengths=[2, 5])
     with torch.no_grad():
-        both = [one.text for one in unmask.caption(model, PICTURES[0], [2, 5])]
+        both = [one.text for one in unmask.caption(model, PICTURES[:1], [2, 5])[0]]
     matches: Any = model.match(PICTURES[0], both)
     assert text == both[int(np.argmax(matches))]
     assert all("[" not in one for one in both)
@@ -196,14 +194,14 @@ def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskV
 @torch.no_grad()
 def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> None:
     """By hand: one row, three hidden words."""
-    from maskvlm.unmask import caption, forbid, look, word_logits
-
-    (written,) = caption(model, PICTURES[0], [3])
+    ((written,),) = unmask.caption(model, PICTURES[:1], [3])
     start, end = model.words.ends
     token, mask = torch.tensor([[start, 4, 4, 4, end]]), 4
     total = 0.0
     while (token == mask).any():
-        log_p = forbid(model, word_logits(model, look(model, PICTURES[0]), token)).log_softmax(-1)[0]
+        rows = unmask.rows_of(model, *unmask.look(model, PICTURES[:1]), [token[0]])
+        ((_, text_1TD),) = unmask.text_cross(model, rows)
+        log_p = unmask.forbid(model, model.head("tokens", "caption")(text_1TD)).log_softmax(-1)[0]
         hidden = (token[0] == mask).nonzero().flatten().tolist()
         place = max(hidden, key=lambda at: float(log_p[at].max()))
         total += float(log_p[place].max())
@@ -228,8 +226,17 @@ def test_lists_equal_singles(model: PretrainedMaskVLM) -> None:
         single: Any = model.rank(picture, TEXTS, 2)
         assert [one.place for one in ranked] == [one.place for one in single]
         close([one.similarity for one in ranked], torch.tensor([one.similarity for one in single]))
-    captions: Any = model.caption(PICTURES, [3])
-    assert captions == [model.caption(picture, [3]) for picture in PICTURES]
+    captions: Any = model.caption(PICTURES, [3, 6, 4])
+    assert captions == [model.caption(picture, [3, 6, 4]) for picture in PICTURES]
+    hidden = ["a [MASK] circle", "[MASK] things on the [MASK]", "a small [MASK] star at the [MASK] left"]
+    looked: list[Any] = [PICTURES[0], None, PICTURES[0]]  # one picture twice, and none
+    words: Any = model.fill_mask(looked, hidden, 3)
+    for places, picture, text in zip(words, looked, hidden, strict=True):
+        one: Any = model.fill_mask(picture, text, 3)
+        assert [[g.word for g in place] for place in places] == [[g.word for g in place] for place in one]
+        close([[g.probability for g in place] for place in places], torch.tensor([[g[1] for g in p] for p in one]))
+    close(model.score(looked, TEXTS), torch.tensor([model.score(p, t) for p, t in zip(looked, TEXTS, strict=True)]))
+    assert model.score([], []) == model.caption([]) == model.fill_mask([], []) == []
     painted: Any = model.reconstruct(PICTURES, masks, TEXTS)
     for made_, picture, text in zip(painted, PICTURES, TEXTS, strict=True):
         single = model.reconstruct(picture, masks[0], text)
@@ -374,6 +381,29 @@ def test_from_pretrained_takes_device_and_precision(path: Path) -> None:
     assert float(half.encode_image(PICTURES[0]) @ full.encode_image(PICTURES[0])) > 0.98
     assert isinstance(half.score(PICTURES[0], TEXTS[0]), float)
     assert half.explain(PICTURES[0], TEXTS[0], "red").attention.shape == (4, 4)
+
+
+def test_a_device_or_precision_that_is_not_there_is_one_line(path: Path) -> None:
+    for settings, said, code in (
+        ({"device": "nonsense"}, "device nonsense: cannot be used here", ExitCode.UNAVAILABLE),
+        ({"dtype": "nonsense"}, "dtype nonsense: is no precision", ExitCode.USAGE),
+        ({"dtype": "int8"}, "dtype int8: is no precision", ExitCode.USAGE),
+        ({"dtype": "nn"}, "dtype nn: is no precision", ExitCode.USAGE),
+        ({"device": "cuda:99"}, "device cuda:99: cannot be used here", ExitCode.UNAVAILABLE),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            PretrainedMaskVLM.from_pretrained(path, **settings)  # type: ignore[arg-type]
+        assert caught.value.code == code
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "null"])
+def test_damaged_metrics_beside_a_checkpoint_are_one_line(path: Path, tmp_path: Path, content: str) -> None:
+    shutil.copy(path, tmp_path)
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.json: cannot be read") as caught:
+        PretrainedMaskVLM.from_pretrained(tmp_path / path.name)
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_a_folder_or_file_of_another_kind_is_one_line(folder: Path, path: Path, tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Names
 
 def score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     picture, *texts = take(inputs, VERBS["score"].form, 2, None, "score")
-    for text in texts:
-        yield {"score": model.score(picture, text), "text": text}
+    for text, value in zip(texts, model.score(picture, texts), strict=True):  # type: ignore[arg-type]
+        yield {"score": value, "text": text}
 
 
 def explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:

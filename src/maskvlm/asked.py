@@ -136,8 +136,8 @@ class Asked(nn.Module):
         """
         if top_k < 1:
             raise UserError("fill_mask", f"top_k is {top_k}", "Give 1 or more")
-        rows, single = self._rows(image, text)
-        found = [unmask.fill_mask(self, each, words, top_k) for each, words in rows]
+        parts, single = self._parts(image, text)
+        found = [one for images, texts in parts for one in unmask.fill_mask(self, images, texts, top_k)]
         return found[0] if single else found
 
     @torch.no_grad()
@@ -151,15 +151,17 @@ class Asked(nn.Module):
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
         given, single = as_list(image)
-        found = [unmask.best_caption(self, each, sizes) for each in given]
+        parts = embed.chunks(given, self.batch_size)
+        found = [one for images in parts for one in unmask.best_captions(self, images, sizes)]
         return found[0] if single else found
 
     @torch.no_grad()
     def score(self, image: Picture | Sequence[Picture | None] | None, text: str | Sequence[str]) -> float | list[float]:
         """Pseudo-log-likelihood of a text given the picture: the sum of log p(word | other words, picture) over its
         words, in nats; higher is likelier. It compares texts of one length, such as one with two words swapped."""
-        rows, single = self._rows(image, text)
-        found = [float(unmask.log_likelihood(self, each, words).sum()) for each, words in rows]
+        parts, single = self._parts(image, text)
+        likely = [one_T for images, texts in parts for one_T in unmask.log_likelihood(self, images, texts)]
+        found = [float(one_T.sum()) for one_T in likely]
         return found[0] if single else found
 
     def explain(self, image: Picture, text: str, word: str) -> Explained:
@@ -273,8 +275,9 @@ class Asked(nn.Module):
             raise UserError(verb, what, "Take the checkpoint of pre-training")
         return found
 
-    def _rows(self, image: Any, text: Any) -> tuple[list[tuple[Any, str]], bool]:
-        """Pictures with their texts, and whether there was a single one of both."""
+    def _parts(self, image: Any, text: Any) -> tuple[list[tuple[list[Any], list[str]]], bool]:
+        """Pictures with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
         (images, one_image), (texts, one_text) = as_list(image), as_list(text)
-        pairs = embed.pair_up(len(images), len(texts))
-        return [(images[i], check_text(texts[t])) for i, t in pairs], one_image and one_text
+        pairs = [(images[i], check_text(texts[t])) for i, t in embed.pair_up(len(images), len(texts))]
+        parts = [([i for i, _ in part], [t for _, t in part]) for part in embed.chunks(pairs, self.batch_size)]
+        return parts, one_image and one_text

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
 from maskvlm.data.batch import InputSpec
+from maskvlm.errors import ExitCode, UserError
 from maskvlm.folder import SEEN
 from maskvlm.recipe import Recipe
 from maskvlm.run import write_text
 from maskvlm.start import Start
+from maskvlm.verify import first_line
 
 BICUBIC = 3  # Pillow's number
 
@@ -78,12 +80,16 @@ def configuration(recipe: Recipe, origin: Start, evaluation: Mapping[str, Any] |
 
 
 def evaluation_beside(path: Path) -> dict[str, Any] | None:
-    """`card.json` and `metrics.json` of a checkpoint's run, where they are."""
+    """`card.json` and `metrics.json` of a checkpoint's run, where they are. Raises UserError for a damaged one (65)."""
     found = {}
     for name in ("card", "metrics"):
         file = path.parent / f"{name}.json"
         if file.is_file():
-            found[name] = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                found[name] = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, OSError) as error:
+                what, todo = f"cannot be read ({first_line(error)})", "Get the file again, or remove it"
+                raise UserError(file, what, todo, ExitCode.BAD_DATA) from error
     return found or None
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from transformers.utils import ModelOutput
 
 from maskvlm.asked import Asked
-from maskvlm.errors import UserError
+from maskvlm.errors import ExitCode, UserError
 from maskvlm.hub import folder_of_hub
 from maskvlm.hub_folder import (
     MaskVLMConfig,
@@ -37,6 +37,7 @@ from maskvlm.model import MaskVLM as Backbone
 from maskvlm.recipe import build, portable, recipe_of
 from maskvlm.start import Start, read_content, start_of
 from maskvlm.task import Task
+from maskvlm.verify import first_line
 
 
 @dataclass
@@ -87,8 +88,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
 
         Raises:
-            UserError: not there (66), damaged or of another kind (65), or it would run code (77).
+            UserError: not there (66), damaged or of another kind (65), it would run code (77), no such device (69) or
+                precision.
         """
+        device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
+        device, dtype = check_device(device), check_dtype(dtype)
         place = folder_of_hub(str(path), hub)
         content = read_content(place)
         origin, recipe = start_of(content, str(place)), recipe_of(content, place)
@@ -98,9 +102,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             portable(recipe, backbone.text.config), origin, evaluation, content.get("global_step", 0)
         )
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
-        device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        return model.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else None)
+        return model.to(device=device, dtype=dtype)
 
     def save_pretrained(self, save_directory: str | Path, **more: Any) -> None:  # type: ignore[override]
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
@@ -172,6 +174,27 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
     with torch.no_grad():
         answers = verb.run(model.task, model, list(zip(*columns, strict=True)))
     return answers[0] if all(single for _, single in lists) else answers
+
+
+def check_device(device: str | torch.device | None) -> torch.device | None:
+    """The device, if this machine has it; None and "auto" are the CPU. Raises UserError (69)."""
+    if device is None or device == "auto":
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # the second: built without CUDA
+        what, todo = f"cannot be used here ({first_line(error)})", "Give cpu, or cuda where there is a GPU"
+        raise UserError(f"device {device}", what, todo, ExitCode.UNAVAILABLE) from None
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A precision to compute in; None and "auto" are the checkpoint's own. Raises UserError."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {dtype}", "is no precision", "Give float32, bfloat16 or float16")
+    return found
 
 
 def register() -> None:

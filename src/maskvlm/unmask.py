@@ -7,11 +7,12 @@ here is trained beyond that. Writing from nothing goes beyond what training hide
 Shapes: B rows, T tokens, K hidden positions, V vocabulary, N patches, P values of a patch, L positions, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from maskvlm import embed
 from maskvlm.embed import Model, device_of
@@ -28,39 +29,67 @@ class Guess(NamedTuple):
     probability: float
 
 
-def look(model: Model, image: Any | None) -> Tensor:
-    """Features of one picture, [1, L, D]; of the mean colour for None."""
-    size = model.backbone.image.image_size
-    if image is None:
-        pixels = next(model.backbone.parameters()).new_zeros(1, 3, size, size)
-    else:
-        pixels = model.pixels([image])
-    return model.backbone.image(pixels)
+def look(model: Model, images: Sequence[Any | None]) -> tuple[Tensor, list[int]]:
+    """Features of the different pictures, [X, L, D], of the mean colour for None, and which is each one's."""
+    each = {id(image): image for image in images}
+    order = {known: number for number, known in enumerate(each)}
+    size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
+    pixels_XCHW = weight.new_zeros(len(each), 3, size, size)
+    given = [number for number, image in enumerate(each.values()) if image is not None]
+    if given:
+        pixels_XCHW[given] = model.pixels([image for image in each.values() if image is not None])
+    return model.backbone.image(pixels_XCHW), [order[id(image)] for image in images]
 
 
-def word_logits(model: Model, image_1LD: Tensor, token_BT: Tensor, attention_BT: Tensor | None = None) -> Tensor:
-    """Logits of every position of every row, all of them about one picture, [B, T, V], float32."""
-    backbone, head = model.backbone, model.head("tokens", "fill_mask")
-    attention_BT = torch.ones_like(token_BT, dtype=torch.bool) if attention_BT is None else attention_BT
+class Rows(NamedTuple):
+    """Texts about pictures. image_XLD: features. image_B: each row's picture. token_BT, attention_BT: its text."""
+
+    image_XLD: Tensor
+    image_B: Tensor
+    token_BT: Tensor
+    attention_BT: Tensor
+
+    def only(self, chosen_B: Tensor) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.image_XLD, self.image_B[chosen_B], self.token_BT[chosen_B], self.attention_BT[chosen_B])
+
+
+def rows_of(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Sequence[Tensor]) -> Rows:
+    """Token ids of texts, [T] each, padded to the longest."""
+    device = device_of(model)
+    token_BT = pad_sequence(list(texts), batch_first=True, padding_value=model.backbone.text.pad_id).to(device)
+    length_B1 = torch.tensor([[len(text)] for text in texts], device=device)
+    attention_BT = torch.arange(token_BT.shape[1], device=device) < length_B1
+    return Rows(image_XLD, torch.tensor(image_B, device=device), token_BT, attention_BT)
+
+
+def text_cross(model: Model, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which rows, some at a time, and what the token head reads of them, [B, T, D]: a large vocabulary's logits of all
+    rows would not fit."""
+    backbone = model.backbone
+    for chosen_B in torch.arange(len(rows.token_BT), device=rows.token_BT.device).split(model.batch_size):
+        part = rows.only(chosen_B)
+        text_BTD = backbone.text(part.token_BT, part.attention_BT)
+        context = backbone.cross_text.context(part.image_XLD, None, part.image_B)
+        yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).every_RLD
+
+
+def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
+    """For each [MASK] of each text, about its picture, the likeliest words; each hidden place by itself."""
+    head = model.head("tokens", "fill_mask")
+    rows = rows_of(model, *look(model, images), [model.words.masked(text) for text in texts])
     found = []
-    for token, attention in zip(token_BT.split(model.batch_size), attention_BT.split(model.batch_size), strict=True):
-        text_BTD = backbone.text(token, attention)
-        zeros_B = torch.zeros(len(token), dtype=torch.long, device=token.device)
-        context = backbone.cross_text.context(image_1LD, None, zeros_B)
-        found.append(head(backbone.cross_text(text_BTD, context, attention).every_RLD).float())
-    return torch.cat(found)
-
-
-def fill_mask(model: Model, image: Any | None, text: str, top_k: int) -> list[list[Guess]]:
-    """The likeliest words for each [MASK] of a text, each hidden place by itself."""
-    token_T = model.words.masked(text).to(device_of(model))
-    logits_TV = word_logits(model, look(model, image), token_T[None])[0]
-    hidden_K = (token_T == model.backbone.text.mask_id).nonzero().flatten()
-    top = forbid(model, logits_TV[hidden_K]).softmax(-1).topk(min(top_k, logits_TV.shape[1]))
-    return [
-        [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True)]
-        for ids, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
+    for chosen_B, text_BTD in text_cross(model, rows):
+        for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
+            logits_KV = forbid(model, head(text_TD[token_T == model.backbone.text.mask_id]).float())
+            top = logits_KV.softmax(-1).topk(min(top_k, logits_KV.shape[1]))
+            found.append(
+                [
+                    [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True)]
+                    for ids, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ]
+            )
+    return found
 
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
@@ -76,52 +105,62 @@ class Written(NamedTuple):
     certainty: float
 
 
-def caption(model: Model, image: Any, lengths: Sequence[int]) -> list[Written]:
-    """One caption of each length in tokens, start and end not counted: all words hidden at first, then the most certain
-    one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
-    image_1LD, device = look(model, image), device_of(model)
+def caption(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[list[Written]]:
+    """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
+    the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
+    head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
-    longest, pad, mask = max(lengths) + 2, model.backbone.text.pad_id, model.backbone.text.mask_id
-    token_BT = torch.full((len(lengths), longest), pad, device=device)
-    for row, length in enumerate(lengths):
-        token_BT[row, : length + 2] = torch.tensor([start, *[mask] * length, end])
-    attention_BT = token_BT != pad
-    total_B = torch.zeros(len(lengths), device=device)
+    blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
+    image_XLD, which = look(model, images)
+    rows = rows_of(model, image_XLD, [number for number in which for _ in lengths], blank * len(images))
+    total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
     for _ in range(max(lengths)):
-        hidden_BT = token_BT == mask
-        if not bool(hidden_BT.any()):
-            break
-        logits_BTV = forbid(model, word_logits(model, image_1LD, token_BT, attention_BT))
-        best = logits_BTV.log_softmax(-1).max(-1)
-        value_BT = best.values.masked_fill(~hidden_BT, float("-inf"))
-        at_B = value_BT.argmax(1)
-        rows = hidden_BT.any(1).nonzero().flatten()
-        token_BT[rows, at_B[rows]] = best.indices[rows, at_B[rows]]
-        total_B[rows] += value_BT[rows, at_B[rows]]
-    ids = [row[1 : length + 1] for row, length in zip(token_BT.tolist(), lengths, strict=True)]
-    certainty = [float(total) / length for total, length in zip(total_B, lengths, strict=True)]
-    return [Written(model.words.decode(row), value) for row, value in zip(ids, certainty, strict=True)]
+        open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
+        for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
+            now_B = open_B[chosen_B]
+            likeliest = forbid(model, head(text_BTD).float()).log_softmax(-1).max(-1)
+            value_BT = likeliest.values.masked_fill(rows.token_BT[now_B] != mask, float("-inf"))
+            at_B1 = value_BT.argmax(1, keepdim=True)
+            rows.token_BT[now_B, at_B1[:, 0]] = likeliest.indices.gather(1, at_B1)[:, 0]
+            total_B[now_B] += value_BT.gather(1, at_B1)[:, 0]
+    ids = rows.token_BT.tolist()
+    written = [
+        Written(model.words.decode(row[1 : length + 1]), total / length)
+        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(images), strict=True)
+    ]
+    return [list(each) for each in embed.chunks(written, len(lengths))]
 
 
-def best_caption(model: Model, image: Any, lengths: Sequence[int]) -> str:
-    """Of captions of these lengths the one that matches the picture best; without a matching head the most certain."""
-    written = [one for one in caption(model, image, lengths) if one.text]
+def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
+    """Of captions of these lengths those that match their pictures best; without a matching head the most certain."""
+    written = [[one for one in each if one.text] or each[:1] for each in caption(model, images, lengths)]
     if getattr(model.task, "matching", None) is None:
-        return max(written, key=lambda one: one.certainty).text
-    features = embed.image_features(model, [image]) * len(written)
-    likely = embed.match(model, features, embed.text_features(model, [one.text for one in written])).tolist()
-    return max(zip(likely, written, strict=True), key=lambda pair: pair[0])[1].text
+        return [max(each, key=lambda one: one.certainty).text for each in written]
+    features = embed.image_features(model, images)
+    pairs = [(place, one.text) for place, each in enumerate(written) for one in each]
+    texts = embed.text_features(model, [text for _, text in pairs])
+    likely = iter(embed.match(model, [features[place] for place, _ in pairs], texts).tolist())
+    return [max(((next(likely), one.text) for one in each), key=lambda pair: pair[0])[1] for each in written]
 
 
-def log_likelihood(model: Model, image: Any | None, text: str) -> Tensor:
-    """log p(word | all other words, picture) of each token of a text, [T], nats (Salazar et al. 2020)."""
-    token_T = model.tokens([text]).token_CT[0]
-    inner = len(token_T) - 2
-    token_BT = token_T.repeat(inner, 1)
-    row_B = torch.arange(inner, device=token_T.device)
-    token_BT[row_B, row_B + 1] = model.backbone.text.mask_id
-    logits_BTV = word_logits(model, look(model, image), token_BT)
-    return logits_BTV[row_B, row_B + 1].log_softmax(-1)[row_B, token_T[1:-1]]
+def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[str]) -> list[Tensor]:
+    """log p(word | all other words, picture) of each token of each text, [T] each, nats (Salazar et al. 2020)."""
+    head, mask = model.head("tokens", "score"), model.backbone.text.mask_id
+    whole = [model.tokens([text]).token_CT[0] for text in texts]
+    inner = [len(token_T) - 2 for token_T in whole]
+    text_B = [number for number, words in enumerate(inner) for _ in range(words)]
+    place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
+    image_XLD, which = look(model, images)
+    rows = rows_of(model, image_XLD, [which[number] for number in text_B], [whole[number] for number in text_B])
+    row_B = torch.arange(len(place_B), device=place_B.device)
+    target_B = rows.token_BT[row_B, place_B]
+    rows.token_BT[row_B, place_B] = mask
+    found = []
+    for chosen_B, text_BTD in text_cross(model, rows):
+        hidden_BD = text_BTD[torch.arange(len(chosen_B), device=place_B.device), place_B[chosen_B]]
+        log_p_BV = head(hidden_BD).float().log_softmax(-1)
+        found.append(log_p_BV.gather(1, target_B[chosen_B, None])[:, 0])
+    return list(torch.cat(found).split(inner))
 
 
 # ---------------------------------------------------------------------- pictures
