@@ -15,11 +15,13 @@ import pytest
 import torch
 from test_vectors import Photos, rows_of, start, toy_checkpoint, vector_of
 
+from maskvlm import nearest
 from maskvlm import search as searching
 from maskvlm.data.scenes import Scenes
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.nearest import Array, build, write_index
 from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.search import Array, Index, build, index_folder, main, make, search
+from maskvlm.search import Index, index_folder, main, make, search
 
 faiss = pytest.importorskip("faiss", reason="needs faiss-cpu (the extra `search`)")
 
@@ -84,7 +86,7 @@ def test_a_large_one_is_turned_up_until_it_finds_enough(
     centres: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors that cluster, asked by such as lie beside them, and vectors that do not."""
-    monkeypatch.setattr(searching, "FLAT_UP_TO", 1000)
+    monkeypatch.setattr(nearest, "FLAT_UP_TO", 1000)
     vector_NE, query_QE = unit(6000, 32, 0, centres), unit(300, 32, 1, centres, shift=0.5)
     index, about = build(vector_NE, query_QE[:100])
     assert (about["kind"], about["factory"][:2]) == (kind, {"ivf": "IV", "pq": "PQ"}[kind])
@@ -93,7 +95,7 @@ def test_a_large_one_is_turned_up_until_it_finds_enough(
     found_QK = Index(index, None, about).search(query_QE[100:])[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found_QK, exact_QK, strict=True)])
     assert recall > 0.9
-    searching.turn(index, about["knob"], 1)  # the knob matters: else nothing was tuned
+    nearest.turn(index, about["knob"], 1)  # the knob matters: else nothing was tuned
     worse_QK = index.search(query_QE[100:], 10)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(worse_QK, exact_QK, strict=True)]) < recall - 0.05
 
@@ -263,3 +265,27 @@ def test_the_commands_index_and_search_a_configured_set(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: make([*named, *data], []), ExitCode.USAGE, "index: several processes")
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, place = build(unit(50, 8, 0), unit(5, 8, 1))[0], tmp_path / "index.faiss"
+    write_index(index, place)
+    whole = place.read_bytes()
+
+    def full(_: Any, path: str) -> None:
+        Path(path).write_bytes(whole[:9])
+        raise RuntimeError(
+            f"Error: 'ret == (size * 4)' failed: write error in {path}: 5 != 9 (No space left on device)"
+        )
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(UserError, match=r"cannot be written \(disk full\)") as caught:
+        write_index(index, place)
+    assert caught.value.code == ExitCode.IO_ERROR
+    assert [path.name for path in tmp_path.iterdir()] == ["index.faiss"]
+    assert place.read_bytes() == whole
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        write_index(index, tmp_path / "file" / "index.faiss")
+    assert caught.value.code == ExitCode.CANNOT_CREATE
+    assert "\n" not in str(caught.value)

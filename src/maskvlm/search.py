@@ -10,7 +10,6 @@ Shapes: N vectors, Q queries, K found, E contrast width.
 import json
 import math
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,107 +24,15 @@ from maskvlm.ask import readable
 from maskvlm.data.batch import Source
 from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.inputs import Picture, is_picture
+from maskvlm.nearest import RECALL, Array, build, faiss_module, kinds, turn, write_index
 from maskvlm.parser import Complaint, prepare
 from maskvlm.parser import Parser as ClassParser
 from maskvlm.pretrained import PretrainedMaskVLM
 from maskvlm.vectors import KEPT, Facts, embed_data, facts_of, file_of, identity, parser_of, process_of, write
 from maskvlm.verify import sha256_of
 
-Array = np.ndarray[Any, Any]
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
-FLAT_UP_TO = 50_000  # vectors: comparing with all of them takes milliseconds and misses none
-RECALL = 0.96  # of the 10 nearest, on average: a little over what is promised, 0.95, as other queries differ
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-
-
-class Kind(NamedTuple):
-    """A kind of index: for `faiss.index_factory`; what trades time for recall in a query, and its values."""
-
-    factory: str
-    knob: str | None = None
-    values: tuple[int, ...] = ()
-
-
-def kinds(count: int, width: int) -> dict[str, Kind]:
-    """What there is for so many vectors of this width; bench/search.py measures them."""
-    lists = 2 ** max(0, round(math.log2(2 * math.sqrt(count))))
-    pieces, steps = width // 2 if width % 2 == 0 else width, [n * 2**power for power in range(15) for n in (2, 3)]
-    return {
-        "flat": Kind("Flat"),
-        "ivf": Kind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
-        "pq": Kind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
-        "hnsw": Kind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
-    }
-
-
-def faiss_module() -> Any:
-    """Raises UserError: it is not installed (69)."""
-    try:
-        import faiss
-    except ImportError:
-        todo = "Install it: python -m pip install faiss-cpu"
-        raise UserError("search", "faiss is not installed", todo, ExitCode.UNAVAILABLE) from None
-    return faiss
-
-
-def trained(kind: Kind, vector_NE: Array) -> Any:
-    """An empty index that knows how vectors like these are spread."""
-    faiss, (count, width) = faiss_module(), vector_NE.shape
-    index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
-    most = 50 * faiss.extract_index_ivf(index).nlist if kind.knob == "nprobe" else 65_536
-    index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
-    return index
-
-
-def turn(index: Any, knob: str | None, value: int | None) -> None:
-    if knob is not None:
-        faiss_module().ParameterSpace().set_index_parameter(index, knob, value)
-
-
-def tune(index: Any, kind: Kind, vector_NE: Array, query_QE: Array, least: float) -> tuple[int | None, float]:
-    """Turn the knob up until enough of the 10 nearest of these queries are found; returns its value and the recall.
-    What is as near as the tenth counts as found: vectors may be equal."""
-    faiss, k, value, recall = faiss_module(), min(10, len(vector_NE)), None, 0.0
-    tenth_Q1 = faiss.knn(query_QE, vector_NE, k, faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
-    for value in kind.values or (None,):
-        turn(index, kind.knob, value)
-        similarity_QK, position_QK = index.search(query_QE, k)
-        recall = float(((similarity_QK >= tenth_Q1 - 1e-5) & (position_QK >= 0)).mean())
-        if recall >= least:
-            break
-    return value, recall
-
-
-def milliseconds(index: Any, query_QE: Array) -> Array:
-    """Of each query, asked alone: [Q]."""
-    times = [time.perf_counter()]
-    for query_1E in query_QE[:, None]:
-        index.search(query_1E, 10)
-        times.append(time.perf_counter())
-    return 1000 * np.diff(times)
-
-
-def build(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = RECALL) -> tuple[Any, Facts]:
-    """An index of unit vectors, and what `index.json` says of it.
-
-    `auto` is flat up to 50,000 vectors, above that IVF; where IVF, looking at an eighth of its lists, misses too much,
-    as with vectors that do not cluster, PQ with exact re-scoring is made too, and the better one taken.
-    """
-    known, auto = kinds(*vector_NE.shape), ["ivf", "pq"] if len(vector_NE) > FLAT_UP_TO else ["flat"]
-    made: dict[float, tuple[Any, Facts]] = {}
-    for each in auto if name == "auto" else [name]:
-        start, kind = time.perf_counter(), known[each]
-        index = trained(kind, vector_NE)
-        index.add(vector_NE)
-        value, recall = tune(index, kind, vector_NE, query_QE, least)
-        about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
-        about |= {"recall_at_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
-        made[recall] = index, about
-        if recall >= least:
-            break
-    index, about = made[max(made)]
-    about["median_ms"] = round(float(np.median(milliseconds(index, query_QE[:200]))), 3)
-    return index, about | {"queries": len(query_QE), "threads": faiss_module().omp_get_max_threads()}
 
 
 def make(arguments: list[str], allowed: list[str]) -> int:
@@ -166,7 +73,7 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     index, about = build(vector_NE, query_NE[chosen], name, least)
     (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
     write(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in pictures]))
-    faiss_module().write_index(index, str(out / VECTORS))
+    write_index(index, out / VECTORS)
     about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
     about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
     write(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})

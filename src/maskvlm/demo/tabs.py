@@ -63,7 +63,7 @@ class Patches:
     def __init__(self, desk: "Desk", first: Sample) -> None:
         self.desk, self.model = desk, desk.models.core()
         made = desk.worker.run(self.drawn, first.picture, first.text, first.hidden, first.other)
-        show = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
+        show: dict[str, Any] = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
         with gr.Tab("Patches", elem_id="patches"):
             self.mask = gr.State(first.hidden)
             self.other = gr.Textbox(first.other, label="Another text", max_length=intake.MAX_TEXT, elem_id="other")
@@ -201,7 +201,8 @@ def task(desk: "Desk", run: Run) -> None:
     name = run.title.lower()
     with gr.Tab(run.title, elem_id=f"tab-{name}") as tab:
         told = gr.HTML(answers.note(f"{run.shown} is loaded when it is first asked ..."))
-        places, more = [], []
+        places: list[gr.Column] = []
+        more: list[Any] = []
         with gr.Row():
             for number in range(2, MOST_PICTURES + 1):
                 with gr.Column(min_width=200, visible=False) as place:
