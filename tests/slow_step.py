@@ -75,16 +75,21 @@ class Slow:
         self.valid = batch.valid_B.nonzero().flatten().tolist()
         rows = range(len(batch.image_BCHW))
         self.image = [backbone.image(batch.image_BCHW[r : r + 1])[0] for r in rows]
-        self.text = [self.read(batch.token_CT, r) for r in rows]
+        self.text = [self.read(batch.token_CT[r], r) for r in rows]
         self.masked_image, self.masked_text = self.image, self.text
         if task.hidden.patch is not None:
             mask = task.hidden.patch.mask_BN
             self.masked_image = [backbone.image(batch.image_BCHW[r : r + 1], mask[r : r + 1])[0] for r in rows]
         if task.hidden.token is not None:
-            self.masked_text = [self.read(task.hidden.token.token_CT, r) for r in rows]
+            self.masked_text = [self.read(self.draws(r)[0], r) for r in rows]
 
-    def read(self, token_CT: Tensor, row: int) -> Tensor:
-        token_1T = token_CT[row, self.batch.attention_CT[row]][None]
+    def draws(self, row: int) -> Tensor:
+        """The maskings of one text, [draws, T]."""
+        assert self.task.hidden.token is not None
+        return self.task.hidden.token.token_CT.unflatten(0, (-1, self.task.text_draws))[row]
+
+    def read(self, token_T: Tensor, row: int) -> Tensor:
+        token_1T = token_T[self.batch.attention_CT[row]][None]
         return self.backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
 
     def itc(self) -> Tensor:
@@ -120,9 +125,10 @@ class Slow:
         assert self.task.hidden.token is not None
         partner = self.masked_image if self.task.mask_both else self.image
         terms = []
-        for i in self.valid:
-            out = slow_cross(self.backbone.cross_text, self.masked_text[i], partner[i])
-            for place in self.task.hidden.token.mask_CT[i].nonzero().flatten().tolist():
+        for i, draw in itertools.product(self.valid, range(self.task.text_draws)):
+            out = slow_cross(self.backbone.cross_text, self.read(self.draws(i)[draw], i), partner[i])
+            hidden_T = self.task.hidden.token.mask_CT[i * self.task.text_draws + draw]
+            for place in hidden_T.nonzero().flatten().tolist():
                 logits = self.task.tokens.vocabulary(out[place])
                 terms.append(-logits.log_softmax(0)[self.batch.token_CT[i, place]])
         return torch.stack(terms).mean()

@@ -175,6 +175,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no contrast": {"weight_itc": 0.0, "pixel_loss": "squared"},
     "contrast alone": {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
+    "texts masked twice": {"text_draws": 2},
 }
 
 

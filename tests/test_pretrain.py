@@ -46,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pixels": {"pixel_loss": "squared", "pixel_norm": True, "image_mask_ratio": 0.3},
     "words": {"whole_word": True, "keep_and_swap": True, "text_mask_ratio": 0.6},
     "no contrast": {"weight_itc": 0.0},
+    "texts masked three times": {"text_draws": 3},
+    "both masked, texts twice": {"mask_both": True, "text_draws": 2},
     "words from masked picture": {"mask_both": True, "weight_mim": 0.0},
     "picture from masked words": {"mask_both": True, "weight_mlm": 0.0, "weight_itm": 0.0},
 }
@@ -85,6 +87,18 @@ def test_the_eventful_batch_is_eventful() -> None:
         assert weight_B.all()
         assert 4 not in index_B.tolist()
         assert all(i != j and {i, j} not in ({0, 1}, {2, 3}) for i, j in enumerate(index_B.tolist()))
+
+
+def test_maskings_of_a_text_are_independent_and_evaluation_has_one() -> None:
+    backbone, task = build(text_draws=3)
+    batch = eventful_batch()
+    task(backbone, batch)
+    assert task.hidden.token is not None
+    first, *others = task.hidden.token.mask_CT.unflatten(0, (8, 3)).unbind(1)
+    assert all((first != other).any(1).sum() > 2 and torch.equal(first.sum(1), other.sum(1)) for other in others)
+    one = task.hide(backbone, batch, task.uniform)
+    assert one.token is not None
+    assert len(one.token.token_CT) == 8
 
 
 def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
@@ -305,6 +319,7 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
     ("settings", "message"),
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
+        ({"text_draws": 0}, "model.task.text_draws: 0"),
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),
         ({"weight_mlm": -1.0}, "model.task.weight_mlm: -1.0"),

@@ -25,12 +25,19 @@ class Hidden(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Encoder outputs: the whole inputs, and the masked ones where they are wanted."""
+    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked several
+    times the rows follow each other."""
 
     image_BLD: Tensor
     text_BTD: Tensor
     hidden_image_BLD: Tensor | None
     hidden_text_BTD: Tensor | None
+
+    @property
+    def first_draw_BTD(self) -> Tensor | None:
+        """Of each text one masking."""
+        hidden = self.hidden_text_BTD
+        return None if hidden is None else hidden[:: len(hidden) // len(self.text_BTD)]
 
 
 class Crossed(NamedTuple):
@@ -95,22 +102,26 @@ def cross_pairs(
     hidden_other_BLD: Tensor | None,
     rows: list[Tensor],
     sees: list[Tensor],
+    pairs: int = 1,
 ) -> CrossOutput:
     """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
 
     Args:
-        hidden_BLD: masked rows; they see the whole partner, or `hidden_other_BLD` where that is given.
+        hidden_BLD: masked rows, one or more of each whole row; they see the whole partner, or `hidden_other_BLD` where
+            that is given.
         own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
+        pairs: of masked rows, how many whole rows they are of, the first ones.
     """
     if hidden_BLD is None and not rows:  # no loss reads this side
         return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
     first = 0 if hidden_BLD is None else len(hidden_BLD)
-    partners = torch.arange(first, device=own.rows_ULD.device)
+    of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // pairs)
+    partners = of_pair
     if first and hidden_other_BLD is not None:
-        mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:first]])
+        mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
         partners = partners + len(other.rows_ULD)
         other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)
-    picked = own.pick(torch.cat([torch.arange(first, device=partners.device), *rows]))
+    picked = own.pick(torch.cat([of_pair, *rows]))
     query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
     return encoder(query_BLD, context, picked.attention_UL, every=first)
@@ -160,15 +171,12 @@ def cross_all(
     image_side, text_side = Side(image, None), Side(text, attention)
     hidden_image = encoded.hidden_image_BLD if hides[0] else None
     hidden_text = encoded.hidden_text_BTD if hides[1] else None
+    pairs = len(attention_BT)
     image_out = cross_pairs(
-        backbone.cross_image, hidden_image, image_side, text_side, seen.hidden_text_BTD, images, texts
+        backbone.cross_image, hidden_image, image_side, text_side, seen.first_draw_BTD, images, texts, pairs
     )
     text_out = cross_pairs(
-        backbone.cross_text, hidden_text, text_side, image_side, seen.hidden_image_BLD, texts, images
+        backbone.cross_text, hidden_text, text_side, image_side, seen.hidden_image_BLD, texts, images, pairs
     )
-    skip = len(attention_BT)
-    fused = Fused(
-        image_out.first_BD[skip if hidden_image is not None else 0 :],
-        text_out.first_BD[skip if hidden_text is not None else 0 :],
-    )
+    fused = Fused(image_out.first_BD[len(image_out.every_RLD) :], text_out.first_BD[len(text_out.every_RLD) :])
     return Crossed(image_out.every_RLD, text_out.every_RLD, fused)

@@ -35,6 +35,7 @@ class MaskedPretraining(Task):
     Args:
         image_mask_ratio: share of image blocks hidden (0.6, P).
         text_mask_ratio: share of tokens hidden (0.3, P).
+        text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -75,12 +76,14 @@ class MaskedPretraining(Task):
         temperature: float = 0.07,
         rerank_k: int = 128,
         weight_words: float = 0.0,
+        text_draws: int = 1,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
         self.weights["words"] = weight_words
         _check_settings(image_mask_ratio, text_mask_ratio, self.weights)
         sizes = {"decoder_layers": decoder_layers, "contrast_dim": contrast_dim, "rerank_k": rerank_k}
+        sizes["text_draws"] = self.text_draws = text_draws
         check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
         check_least(0.001, model__task__temperature=temperature)
         self.image_mask_ratio, self.text_mask_ratio, self.mask_block = (
@@ -127,7 +130,7 @@ class MaskedPretraining(Task):
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
-        hidden = self.hide(backbone, batch, self.uniform)
+        hidden = self.hide(backbone, batch, self.uniform, self.text_draws)
         encoded = self.encode(backbone, batch, hidden)
         contrast = self.contrast(batch, encoded)
         found = self.negatives(contrast)
@@ -143,22 +146,22 @@ class MaskedPretraining(Task):
         if self.weights["mlm"] and hidden.token is not None:
             terms["mlm"] = self.token_loss(crossed.text_BTD, batch, hidden.token)
         if self.weights["mim"] and hidden.patch is not None:
-            seen = (
-                encoded.text_BTD if encoded.hidden_text_BTD is None or not self.mask_both else encoded.hidden_text_BTD
-            )
+            masked = encoded.first_draw_BTD if self.mask_both else None
+            seen = encoded.text_BTD if masked is None else masked
             terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
         return terms
 
-    def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform) -> Hidden:
-        """Draw this step's masks."""
+    def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform, draws: int = 1) -> Hidden:
+        """Draw this step's masks: one a picture, `draws` a caption, whose rows follow each other."""
         patch = token = None
         if self.weights["mim"] or (self.mask_both and self.weights["mlm"]):
             block = self.mask_block // backbone.image.patch_size
             patch = mask_patches(batch.valid_B, backbone.image.grid, block, self.image_mask_ratio, uniform)
         if self.weights["mlm"] or (self.mask_both and self.weights["mim"]):
-            text = backbone.text
+            text, parts = backbone.text, (batch.token_CT, batch.special_CT, batch.word_CT)
+            token_CT, special_CT, word_CT = (part.repeat_interleave(draws, 0) for part in parts)
             token = mask_tokens(
-                batch.token_CT, batch.special_CT, batch.word_CT, self.text_mask_ratio, uniform,
+                token_CT, special_CT, word_CT, self.text_mask_ratio, uniform,
                 text.mask_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
             )  # fmt: skip
         return Hidden(patch, token)
@@ -171,10 +174,12 @@ class MaskedPretraining(Task):
             mask = torch.cat([torch.zeros_like(hidden.patch.mask_BN), hidden.patch.mask_BN])
         if hidden.token is not None:
             token = torch.cat([token, hidden.token.token_CT])
-            attention = torch.cat([attention, attention])
+            draws = len(hidden.token.token_CT) // len(attention)
+            attention = torch.cat([attention, attention.repeat_interleave(draws, 0)])
         images = backbone.image(image, mask).split(len(batch.image_BCHW))
-        texts = backbone.text(token, attention).split(len(batch.token_CT))
-        hidden_image, hidden_text = (part[1] if len(part) > 1 else None for part in (images, texts))
+        texts = backbone.text(token, attention).tensor_split([len(batch.token_CT)])
+        hidden_image = images[1] if len(images) > 1 else None
+        hidden_text = texts[1] if hidden.token is not None else None
         return Encoded(images[0], texts[0], hidden_image, hidden_text)
 
     def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
@@ -222,7 +227,8 @@ class MaskedPretraining(Task):
         return losses.words_present(logits_BLV, words_BV * (1 - special_V), valid, shared_count(valid.sum()))
 
     def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
-        target_CK = batch.token_CT.gather(1, token.index_CK)
+        draws = len(token.token_CT) // len(batch.token_CT)
+        target_CK = batch.token_CT.repeat_interleave(draws, 0).gather(1, token.index_CK)
         if self.training:
             # Fading keeps float32 counts exact where a frequent word would reach 2^24, and follows the data.
             self.token_count_V.mul_(0.9999).index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
