@@ -1,0 +1,47 @@
+"""The README's section on using a model works as it is printed: here with toy checkpoints in the place of real ones."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy_pretrained import saved
+
+from maskvlm.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README[README.index("## Use a model") : README.index("### A page to try it in")]
+BLOCKS: list[tuple[str, str]] = re.findall(r"```(bash|python)\n(.*?)```", SECTION, re.DOTALL)
+STACK = [f"-c{ROOT}/conf/{name}.yaml" for name in ("base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes")]
+
+
+def run(line: str) -> None:
+    """A line of a shell block: python's, maskvlm's, or `make index` as the Makefile hands it on."""
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["make", "index"]:
+        words = ["index", "--from", words[2].removeprefix("FROM="), "--split", "val"]
+        words += ["--out", "checkpoints/index-scenes-val", *STACK, "--data.source.val", "12"]
+        assert main(words) == 0
+    elif words[1:3] == ["-m", "maskvlm"]:
+        assert main(words[3:]) == 0
+    else:
+        assert words[0] == ".venv/bin/python"
+        subprocess.run([sys.executable, *words[1:]], check=True)
+
+
+def test_it_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "checkpoints" / "RUN" / "best.ckpt")
+    saved(tmp_path / "checkpoints" / "FINETUNED" / "best.ckpt", "vqa")
+    monkeypatch.chdir(tmp_path)
+    assert [kind for kind, _ in BLOCKS] == ["bash", "python", "bash", "bash"]
+    for kind, text in BLOCKS:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), {})
+        else:
+            for line in text.strip().splitlines():
+                run(line)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written >= {"scene.png", "filled.png", "folder", "out.png", "model", "checkpoints"}
