@@ -241,6 +241,16 @@ def test_lists_equal_singles(model: PretrainedMaskVLM) -> None:
     for made_, picture, text in zip(painted, PICTURES, TEXTS, strict=True):
         single = model.reconstruct(picture, masks[0], text)
         assert np.abs(np.asarray(made_).astype(int) - np.asarray(single).astype(int)).max() <= 1
+    maps: Any = model.explain(PICTURES[0], TEXTS[0], ["red", "circle"])
+    maps += model.explain(PICTURES[1:], TEXTS[1:], ["two", "star"])
+    asked = [(0, "red"), (0, "circle"), (1, "two"), (2, "star")]
+    for explained, (number, word) in zip(maps, asked, strict=True):
+        single = model.explain(PICTURES[number], TEXTS[number], word)
+        np.testing.assert_allclose(explained.gradcam, single.gradcam, atol=1e-5)
+        assert np.array_equal(np.asarray(explained.picture), np.asarray(single.picture))
+    assert [each.attention.shape for each in model.explain([PICTURES[0]] * 2, ["a red star"] * 2, "red")] == [
+        (4, 4)
+    ] * 2
     model.batch_size = 64
 
 
@@ -306,6 +316,7 @@ def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
         (lambda m: m.fill_mask(PICTURES[0], "red " * 40 + "[MASK]"), "beyond the 22 tokens"),
         (lambda m: m.fill_mask(PICTURES[0], "[MASK]", 0), "top_k is 0"),
         (lambda m: m.explain(PICTURES[0], "a red circle", "star"), "'star' is not in the text"),
+        (lambda m: m.explain(PICTURES, TEXTS, ["a", "two"]), "2 words for 3 texts"),
         (lambda m: m.reconstruct(PICTURES[0], np.zeros((3, 3), bool), "a"), r"a mask of shape \[3, 3\]"),
         (lambda m: m.inpaint(PICTURES[0], np.zeros((4, 4), bool), "a", steps=0), "steps is 0"),
         (lambda m: m.caption(PICTURES[0], lengths=[99]), "no length from 1 to 22"),

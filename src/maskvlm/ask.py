@@ -120,7 +120,7 @@ def score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespa
 
 def explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     picture, text, word = take(inputs, VERBS["explain"].form, 3, 3, "explain")
-    found = model.explain(picture, text, word)
+    found: Any = model.explain(picture, text, word)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
     yield {"written": save(found.picture, options.out, "explain.png")} | (
         {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}

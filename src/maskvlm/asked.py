@@ -164,16 +164,29 @@ class Asked(nn.Module):
         found = [float(one_T.sum()) for one_T in likely]
         return found[0] if single else found
 
-    def explain(self, image: Picture, text: str, word: str) -> Explained:
+    def explain(
+        self, image: Picture | Sequence[Picture], text: str | Sequence[str], word: str | Sequence[str]
+    ) -> Explained | list[Explained]:
         """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it.
 
         Args:
-            word: a word of the text, or several that follow each other.
+            word: a word of the text, or several that follow each other; one for all texts, one for each, or several
+                of one text.
         """
-        opened = picture(image)
-        looked = attend.explain(self, opened, text, word)
+        parts, single = self._parts(image, text)
+        rows = [row for images, texts in parts for row in zip(images, texts, strict=True)]
+        words, one_word = as_list(word)
+        if len(words) != len(rows) and 1 not in (len(words), len(rows)):
+            raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
+        size = max(len(rows), len(words))
+        rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
+        found = [self._explained(picture(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
+        return found[0] if single and one_word else found
+
+    def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
+        looked = attend.explain(self, image, text, word)
         attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
-        return Explained(attention, gradcam, attend.overlay(opened, gradcam))
+        return Explained(attention, gradcam, attend.overlay(image, gradcam))
 
     # ------------------------------------------------------------------ pictures
 

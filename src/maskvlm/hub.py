@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -61,8 +61,11 @@ def hub_reachable() -> bool:
     return True
 
 
-def from_cache_or_hub(name: str, fetch: Callable[[bool], T]) -> T:
+def from_cache_or_hub(name: str, fetch: Callable[[bool], T], where: str = "model.backbone") -> T:
     """What `fetch(local_files_only)` finds in the cache, or else on the hub.
+
+    Args:
+        where: what a mistake is blamed on.
 
     Raises:
         Unreachable: not in the cache, and the hub cannot be asked.
@@ -80,11 +83,11 @@ def from_cache_or_hub(name: str, fetch: Callable[[bool], T]) -> T:
         chain = list(_chain(error))
         if any(isinstance(e, RepositoryNotFoundError | RevisionNotFoundError) for e in chain):
             what = f"the hub has no {name}, or does not show it to you"
-            raise UserError("model.backbone", what, "Check the name", ExitCode.MISSING_INPUT) from error
+            raise UserError(where, what, "Check the name", ExitCode.MISSING_INPUT) from error
         if any(isinstance(e, LocalEntryNotFoundError | ConnectionError | TimeoutError) for e in chain):
             raise Unreachable(name) from error
         what = f"{name} is of no use ({first_line(error)})"
-        raise UserError("model.backbone", what, "Choose another one", ExitCode.BAD_DATA) from error
+        raise UserError(where, what, "Choose another one", ExitCode.BAD_DATA) from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -132,10 +135,37 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
 
     known.setdefault("revision", revision or None)
     try:
-        return from_cache_or_hub(f"{name} (Hugging Face)", get)
+        return from_cache_or_hub(f"{name} (Hugging Face)", get, name)
     except Unreachable as error:
         what = "no such file or folder, nor is it in the cache, and the hub cannot be reached"
         raise UserError(name, what, "Check the path or the connection", ExitCode.MISSING_INPUT) from error
+
+
+def upload(folder: Path, repository: str, message: str, settings: Mapping[str, Any]) -> str:
+    """Put a folder's files of the hub's format (`PARTS`) into a repository, made where it is not there.
+
+    Args:
+        settings: token, private, revision (a branch), create_pr.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: no such name, not logged in, or the hub cannot be reached (69).
+    """
+    api, branch = HfApi(token=settings.get("token")), settings.get("revision")
+    try:
+        name = api.create_repo(repository, private=settings.get("private"), exist_ok=True).repo_id
+        if branch is not None:
+            api.create_branch(name, branch=branch, exist_ok=True)
+        return api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=PARTS, commit_message=message,
+            revision=branch, create_pr=settings.get("create_pr"),
+        )  # fmt: skip
+    except Exception as error:  # as above, of many libraries
+        what = f"cannot be uploaded ({first_line(error)})"
+        todo = "Check name and connection, and log in: hf auth login, or give a token"
+        raise UserError(repository, what, todo, ExitCode.UNAVAILABLE) from error
 
 
 def is_repository(name: str) -> bool:

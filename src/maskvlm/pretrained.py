@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self, cast
 
 import torch
@@ -22,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from maskvlm.asked import Asked
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.hub import folder_of_hub
+from maskvlm.hub import folder_of_hub, upload
 from maskvlm.hub_folder import (
     MaskVLMConfig,
     MaskVLMImageProcessor,
@@ -38,6 +39,9 @@ from maskvlm.recipe import build, portable, recipe_of
 from maskvlm.start import Start, read_content, start_of
 from maskvlm.task import Task
 from maskvlm.verify import first_line
+
+MESSAGE = "Upload a MaskVLM model"
+TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
 
 @dataclass
@@ -104,18 +108,36 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
 
-    def save_pretrained(self, save_directory: str | Path, **more: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
 
-        Args: as in transformers; `push_to_hub=True` uploads the folder.
+        Args: as in transformers; `push_to_hub=True` uploads the folder, by its own name or as `repo_id`.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise UserError(folder, "is a file", "Name a folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_beside(folder, cast(MaskVLMConfig, self.config), self.origin, self.backbone.input_spec)
+        to_hub = {name: more.pop(name) for name in TO_HUB if name in more}
         with quiet():
             super().save_pretrained(folder, **more)
+        if push_to_hub:
+            message = to_hub.pop("commit_message", None) or MESSAGE
+            upload(folder, to_hub.pop("repo_id", None) or folder.resolve().name, message, to_hub)
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = MESSAGE, **settings: Any) -> str:  # type: ignore[override]
+        """Upload what `save_pretrained` writes, the model card included; returns the commit's address.
+
+        Args:
+            repo_id: `owner/name`; made where it is not there.
+            settings: private, token, revision (a branch), create_pr.
+
+        Raises:
+            UserError: not logged in, no such name, or the hub cannot be reached (69).
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, commit_message, settings)
 
     def forward(
         self,
