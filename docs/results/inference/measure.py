@@ -9,6 +9,7 @@ import argparse
 import random
 import re
 from itertools import pairwise
+from typing import Any
 
 from maskvlm import MaskVLM
 from maskvlm.data.scene_captions import describes, tell_all, tell_relations
@@ -42,9 +43,9 @@ def share(found: list[bool]) -> str:
 
 def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, bool, bool]]:
     """Text, whether it names a thing rightly, whether all it names is right."""
-    found = []
-    for index in range(count):
-        scene, text = pairs.scene(index), model.caption(draw_scene(pairs.scene(index), pairs.size))
+    found, scenes = [], [pairs.scene(index) for index in range(count)]
+    texts = model.caption([draw_scene(scene, pairs.size) for scene in scenes])
+    for scene, text in zip(scenes, texts, strict=True):
         true = {(thing.colour, thing.shape) for thing in scene.things}
         told = named(text)
         found.append((text, any(one in true for one in told), bool(told) and all(one in true for one in told)))
@@ -53,17 +54,16 @@ def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, b
 
 def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
     """Whether `score` prefers the true text over one with attributes exchanged, or with its relation turned round."""
-    found: dict[str, list[bool]] = {"colours exchanged": [], "shapes exchanged": [], "relation turned round": []}
+    asked: dict[str, list[tuple[Any, str, str]]] = {name: [] for name in ("colours", "shapes", "relation")}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
         if len(scene.things) < 2:
             continue
         picture, whole = draw_scene(scene, pairs.size), tell_all(scene, rng)
-        for kind, which in (("colours exchanged", COLOURS), ("shapes exchanged", SHAPES)):
+        for kind, which in (("colours", COLOURS), ("shapes", SHAPES)):
             other = swapped(scene, whole.text, which)
             if other is not None:
-                true, false = model.score([picture, picture], [whole.text, other])
-                found[kind].append(true > false)
+                asked[kind].append((picture, whole.text, other))
         related = tell_relations(scene, rng)
         if len(scene.things) == 2 and related.statement.relations:
             false_text = " ".join(TURNED.get(word, word) for word in related.text.split(" "))
@@ -71,8 +71,12 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
             back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation.name]
             turned = related.statement.__class__(related.statement.mentions, (relation._replace(name=back),))
             if not describes(turned, scene):
-                true, false = model.score([picture, picture], [related.text, false_text])
-                found["relation turned round"].append(true > false)
+                asked["relation"].append((picture, related.text, false_text))
+    found = {}
+    for kind, rows in asked.items():
+        pictures, true, false = ([row[place] for row in rows] for place in range(3))
+        scores = zip(model.score(pictures, true), model.score(pictures, false), strict=True)
+        found[f"{kind} {'turned round' if kind == 'relation' else 'exchanged'}"] = [a > b for a, b in scores]
     return found
 
 

@@ -231,8 +231,10 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_short(scene: Scene, rng: random.Random) -> Caption:
-    """Names, or of several things the places and one attribute: of one thing alone this would fit too many pictures."""
-    return choose(rng, (tell_names, tell_spots) if len(scene.things) > 1 else (tell_names,))(scene, rng)
+    """Names; of several things also the places with one attribute (of one thing alone this would fit too many pictures),
+    and most often relations, which are learned late: they tell nothing before both things are known and found."""
+    phrases = (tell_names, tell_spots, *[tell_relations] * 4) if len(scene.things) > 1 else (tell_names,)
+    return choose(rng, phrases)(scene, rng)
 
 
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)
