@@ -69,8 +69,9 @@ def text_cross(model: Model, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     backbone = model.backbone
     for chosen_B in torch.arange(len(rows.token_BT), device=rows.token_BT.device).split(model.batch_size):
         part = rows.only(chosen_B)
+        used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many pictures
         text_BTD = backbone.text(part.token_BT, part.attention_BT)
-        context = backbone.cross_text.context(part.image_XLD, None, part.image_B)
+        context = backbone.cross_text.context(part.image_XLD[used_X], None, own_B)
         yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).every_RLD
 
 

@@ -29,7 +29,7 @@ class ScenePairs:
         count: number of pictures.
         size: width and height of the pictures in pixels.
         seed: another seed gives other scenes; a scene's split is the same under every seed.
-        short: captions of `tell_short`, added to the five; twice as many where there are several things.
+        short: captions of `tell_short`, added to the five.
     """
 
     def __init__(self, name: str, count: int, size: int, seed: int, short: int = 0) -> None:
@@ -60,8 +60,7 @@ class ScenePairs:
         return self._captions(*self._scene(index))
 
     def _captions(self, scene: Scene, rng: random.Random) -> list[Caption]:
-        more = self.short * (2 if len(scene.things) > 1 else 1)
-        return [*captions_of(scene, rng), *(tell_short(scene, rng) for _ in range(more))]
+        return [*captions_of(scene, rng), *(tell_short(scene, rng) for _ in range(self.short))]
 
     def object_mask(self, index: int, size: int | None = None) -> NDArray[np.bool_]:
         """True on the pixels that show a thing, (size, size); `size` defaults to the pictures' own."""
@@ -95,8 +94,8 @@ class Scenes(Source):
         test: number of test pictures.
         size: width and height of the pictures in pixels, at least 12.
         seed: draws other scenes; train, val and test share no scene under any pair of seeds.
-        short: captions of names, of places or of relations, added to the five of every training picture, twice as many
-            where there are several things; evaluation has the five.
+        short: captions of names, of places or of relations, added to the five of every training picture; evaluation has
+            the five.
     """
 
     def __init__(
