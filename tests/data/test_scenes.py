@@ -1,5 +1,6 @@
 """The built-in world: the same everywhere, its splits apart, and its pictures show what its scenes say."""
 
+import itertools
 import pickle
 import random
 import re
@@ -262,8 +263,10 @@ def test_short_captions_are_added_to_training_alone() -> None:
             said = [{name for name, value in asdict(mention).items() if value} for mention in statement.mentions]
             spots = len(said) > 1 and all("place" in names and len(names) == 2 for names in said)
             assert spots or all({"shape", "colour"} <= names and "place" not in names for names in said)
-            found["spots" if spots else "names", len(said)] += 1
-    assert set(found) == {("names", 1), ("names", 2), ("names", 3), ("spots", 2), ("spots", 3)}
-    for count in (2, 3):
-        both = found["names", count] + found["spots", count]
-        assert found["spots", count] / both == pytest.approx(1 / 2, abs=4 * (0.25 / both) ** 0.5)
+            assert len(statement.relations) in (0, len(said) - 1)
+            found["spots" if spots else "relations" if statement.relations else "names", len(said)] += 1
+    kinds = {"names": 1 / 6, "spots": 1 / 6, "relations": 4 / 6}
+    assert set(found) == {("names", 1), *itertools.product(kinds, (2, 3))}
+    for count, (kind, share) in itertools.product((2, 3), kinds.items()):
+        every = sum(found[each, count] for each in kinds)
+        assert found[kind, count] / every == pytest.approx(share, abs=4 * (0.25 / every) ** 0.5)

@@ -1,6 +1,6 @@
 """Which hidden words are right, by what they tell: each word of the held-out captions hidden alone, with the picture.
 
-    .venv/bin/python docs/results/scenes/kinds.py checkpoints/RUN/last.ckpt [--scenes 500]
+.venv/bin/python docs/results/scenes/kinds.py checkpoints/RUN/last.ckpt [--scenes 500]
 """
 
 import argparse
