@@ -231,7 +231,7 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_short(scene: Scene, rng: random.Random) -> Caption:
-    """Names; of several things also the places with one attribute (of one thing alone this would fit too many pictures),
+    """Names; of several things also places with one attribute (of one thing alone they would fit too many pictures),
     and most often relations, which tell nothing before both things are known and found."""
     phrases = (tell_names, tell_spots, *[tell_relations] * 4) if len(scene.things) > 1 else (tell_names,)
     return choose(rng, phrases)(scene, rng)
