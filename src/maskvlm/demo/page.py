@@ -123,7 +123,7 @@ def about(models: Models) -> str:
         told = f"{models.found.pretrained.shown}: pictures of {side} × {side} pixels in {rows} × {columns} patches."
         return answers.note(told) + "".join(map(answers.problem, lines))
     todo = (
-        "No checkpoint of pre-training is here. Run `make pretrain` (about 14 minutes on two cores), then `make demo`."
+        "No checkpoint of pre-training is here. Run `make pretrain` (a quarter of an hour on two cores), then `make demo`."
     )
     return "".join(map(answers.problem, [todo, *lines]))
 
