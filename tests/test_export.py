@@ -39,13 +39,13 @@ import onnxruntime
 from PIL import Image
 from transformers import AutoTokenizer
 
-folder, texts = "exported", ["a dog on the grass", "two cats"]
+folder, texts = "exported", ["a blue star and a red square", "two green hearts"]
 names = ("image_encoder", "text_encoder", "fusion_scorer")
 image, text, fusion = (onnxruntime.InferenceSession(f"{folder}/{name}.onnx") for name in names)
 
 how = json.load(open(f"{folder}/processor_config.json"))["image_processor"]
 size = how["size"]["width"], how["size"]["height"]
-rgb = np.asarray(Image.open("dog.jpg").convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+rgb = np.asarray(Image.open("scene.png").convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32) / 255
 pixels = ((rgb - np.float32(how["image_mean"])) / np.float32(how["image_std"])).transpose(2, 0, 1)[None]
 tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="np")
 words = {name: tokens[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
@@ -55,7 +55,8 @@ text_features, text_embeds = text.run(None, words)
 cosine = image_embeds @ text_embeds.T  # [1, 2]
 pairs = {"image_features": image_features.repeat(len(texts), 0), "text_features": text_features}
 (log_odds,) = fusion.run(["match"], pairs | {"attention_mask": words["attention_mask"]})
-probability = 1 / (1 + np.exp(-log_odds))  # that picture and text belong together, [2]
+probability = 1 / (1 + np.exp(-log_odds))
+print(probability)  # that picture and text belong together, [2]
 """
 
 
@@ -184,7 +185,7 @@ def test_the_example_needs_no_torch_and_agrees_with_the_verbs(
     onnx_folder: Path, model: PretrainedMaskVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
-    picture.save(tmp_path / "dog.jpg", format="PNG")  # its name is the README's
+    picture.save(tmp_path / "scene.png")
     (tmp_path / "exported").symlink_to(onnx_folder)
     script = tmp_path / "example.py"
     assert EXAMPLE.strip() in (Path(__file__).resolve().parents[1] / "README.md").read_text()

@@ -22,11 +22,12 @@ Answer = dict[str, Any]
 
 
 class Spoken(NamedTuple):
-    """A verb in the shell: what follows it, what it is for, and how it is asked."""
+    """A verb in the shell: what follows it, what it is for, how it is asked, and which head it needs."""
 
     form: str
     told: str
     ask: Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Answer]]
+    head: str = ""
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
@@ -186,7 +187,8 @@ def task_verb(model: PretrainedMaskVLM, verb: str) -> Spoken:
     """The verb that the model's task brings. Raises UserError, which lists those there are."""
     found = model.task.verbs.get(verb)
     if found is None:
-        known = ", ".join([*VERBS, *model.task.verbs])
+        core = [name for name, spoken in VERBS.items() if getattr(model.task, spoken.head, None) is not None]
+        known = ", ".join([*core, *model.task.verbs])
         raise UserError(verb, f"no verb of this checkpoint ({type(model.task).__name__})", f"There are: {known}")
     form = f"{found.pictures} picture{'s' if found.pictures > 1 else ''} and a {found.text}"
 
@@ -199,12 +201,12 @@ def task_verb(model: PretrainedMaskVLM, verb: str) -> Spoken:
 
 
 VERBS: dict[str, Spoken] = {
-    "fill": Spoken(f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", fill),
-    "match": Spoken("PICTURE TEXT ...", "probability that picture and text belong together", match),
-    "rank": Spoken("PICTURE TEXT ...  or  TEXT PICTURE ...", "order texts or pictures, the best first", rank),
-    "caption": Spoken("PICTURE ...", "write a caption", caption),
-    "score": Spoken("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", score),
-    "explain": Spoken("PICTURE TEXT WORD", "where the model looks for a word (--out)", explain),
-    "reconstruct": Spoken("PICTURE TEXT", "fill in hidden patches from the text (--out)", reconstruct),
-    "inpaint": Spoken("PICTURE TEXT", "the same in rounds, the most certain first (--out)", inpaint),
+    "fill": Spoken(f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", fill, "tokens"),
+    "match": Spoken("PICTURE TEXT ...", "probability that picture and text belong together", match, "matching"),
+    "rank": Spoken("PICTURE TEXT ...  or  TEXT PICTURE ...", "texts or pictures, the best first", rank, "projection"),
+    "caption": Spoken("PICTURE ...", "write a caption", caption, "tokens"),
+    "score": Spoken("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", score, "tokens"),
+    "explain": Spoken("PICTURE TEXT WORD", "where the model looks for a word (--out)", explain, "tokens"),
+    "reconstruct": Spoken("PICTURE TEXT", "fill in hidden patches from the text (--out)", reconstruct, "pixels"),
+    "inpaint": Spoken("PICTURE TEXT", "the same in rounds, the most certain first (--out)", inpaint, "pixels"),
 }

@@ -3,7 +3,7 @@
 Shapes: B pictures, C texts, E contrast width, N patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from maskvlm.data.text import CaptionTokens
 from maskvlm.data.transforms import eval_transform
 from maskvlm.embed import Ranked
 from maskvlm.errors import UserError
-from maskvlm.inputs import Picture, Words, as_list, check_text, is_picture, picture
+from maskvlm.inputs import Picture, Words, as_list, check_absent, check_text, check_whole, is_picture, picture
 from maskvlm.model import MaskVLM
 from maskvlm.reconstruct import to_rgb
 from maskvlm.task import Task
@@ -104,11 +104,14 @@ class Asked(nn.Module):
             Of each query; `place` is the candidate's in the list.
         """
         queries, single = as_list(cast(Any, query))
+        if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
+            raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of pictures")
         gallery = list(cast(Any, candidates))
-        if k < 0:
-            raise UserError("rank", f"k is {k}", "Give 0 or more")
+        check_whole("rank", "k", k, 0)
         images = is_picture(queries[0]) if queries else False
         if not queries or not gallery or images == is_picture(gallery[0]):
+            for each in [*queries, *gallery]:
+                check_absent(each)
             kinds = ("pictures" if images else "texts") if queries and gallery else "nothing"
             raise UserError("rank", f"{kinds} on both sides", "Give a picture and texts, or a text and pictures")
         if images:
@@ -134,8 +137,7 @@ class Asked(nn.Module):
         Returns:
             For each hidden word its guesses, the likeliest first.
         """
-        if top_k < 1:
-            raise UserError("fill_mask", f"top_k is {top_k}", "Give 1 or more")
+        check_whole("fill_mask", "top_k", top_k, 1)
         parts, single = self._parts(image, text)
         found = [one for images, texts in parts for one in unmask.fill_mask(self, images, texts, top_k)]
         return found[0] if single else found
@@ -147,7 +149,9 @@ class Asked(nn.Module):
         Captions of several lengths (in tokens) are written so, and the one that matches the picture best is given.
         """
         longest = self.backbone.text.text_length - 2
-        sizes = sorted({length for length in lengths if 1 <= length <= longest})
+        for length in lengths if isinstance(lengths, Iterable) else [lengths]:
+            check_whole("caption", "a length", length, 1)
+        sizes = sorted({length for length in lengths if length <= longest})
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
         given, single = as_list(image)
@@ -170,7 +174,7 @@ class Asked(nn.Module):
         """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it.
 
         Args:
-            word: a word of the text, or several that follow each other; one for all texts, one for each, or several
+            word: of the text, or several that follow each other; one for all texts, one for each, or several
                 of one text.
         """
         parts, single = self._parts(image, text)
@@ -178,7 +182,7 @@ class Asked(nn.Module):
         words, one_word = as_list(word)
         if len(words) != len(rows) and 1 not in (len(words), len(rows)):
             raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
-        size = max(len(rows), len(words))
+        size = max(len(rows), len(words)) if rows and words else 0
         rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
         found = [self._explained(picture(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
         return found[0] if single and one_word else found
@@ -215,13 +219,12 @@ class Asked(nn.Module):
     ) -> Image.Image | list[Image.Image]:
         """As `reconstruct`, in rounds: the patches that the model is most certain of are painted first, and seen when
         the next ones are."""
-        if steps < 1:
-            raise UserError("inpaint", f"steps is {steps}", "Give 1 or more")
+        check_whole("inpaint", "steps", steps, 1)
         return self._paint(image, mask, text, steps)
 
     def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
         given, single = as_list(image)
-        masks = [mask] if single else list(mask)
+        masks = [mask] if single or np.ndim(mask) == 2 else list(mask)
         texts, _ = as_list(text)
         if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
             what = f"{len(given)} pictures, {len(masks)} masks and {len(texts)} texts"
@@ -271,13 +274,14 @@ class Asked(nn.Module):
     def mask(self, mask: Mask) -> Tensor:
         """One mask over the patches, [N], on the model's device. Raises UserError for another shape."""
         rows, columns = self.grid
+        todo = f"Give [{rows}, {columns}] of true (hidden) and false"
         try:
-            found = torch.as_tensor(np.asarray(mask), dtype=torch.bool)
-        except (ValueError, TypeError):
-            found = torch.zeros(0)
+            found = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))).bool()
+        except (ValueError, TypeError) as error:
+            raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
         if tuple(found.shape) != (rows, columns):
             what = f"a mask of shape {list(found.shape)}, the model has {rows} rows of {columns} patches"
-            raise UserError("mask", what, f"Give [{rows}, {columns}] of true (hidden) and false")
+            raise UserError("mask", what, todo)
         return found.flatten().to(next(self.backbone.parameters()).device)
 
     def head(self, name: str, verb: str) -> Any:

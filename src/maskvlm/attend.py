@@ -14,6 +14,7 @@ from torch import Tensor
 from maskvlm.cross import Attention, CrossEncoder
 from maskvlm.embed import Model
 from maskvlm.errors import UserError
+from maskvlm.inputs import check_text
 
 
 class Looked(NamedTuple):
@@ -54,6 +55,7 @@ def places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: the text does not hold the word.
     """
+    check_text(word)
     token_T = model.tokens([text]).token_CT[0]
     whole = token_T.tolist()
     for spelt in (word, f" {word}"):  # byte-level tokenizers keep the space before a word
@@ -61,7 +63,9 @@ def places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
         for start in range(len(whole) - len(inner) + 1):
             if inner and whole[start : start + len(inner)] == inner:
                 return token_T, torch.arange(start, start + len(inner), device=token_T.device)
-    raise UserError("word", f"'{word}' is not in the text '{text}'", "Give a word of the text, as it is written there")
+    cut = f" of which {model.words.text_length - 2} tokens are read" if len(whole) == model.words.text_length else ""
+    what = f"'{word}' is not in the text '{text}'{cut}"
+    raise UserError("word", what, "Give a word of the text, as it is written there")
 
 
 def explain(model: Model, image: Any, text: str, word: str, block: int = -1) -> Looked:

@@ -87,14 +87,20 @@ def encode_image(model: Model, images: Sequence[Any]) -> Side:
     """Features and unit vector of each picture."""
     projection: Projection = model.head("projection", "encode_image")
     features = image_features(model, images)
-    return Side(features, projection.embed_image(torch.stack([image_LD[:1] for image_LD in features])))
+    return Side(features, projection.embed_image(first_of(model, features)))
 
 
 def encode_text(model: Model, texts: Sequence[str]) -> Side:
     """Features and unit vector of each text."""
     projection: Projection = model.head("projection", "encode_text")
     features = text_features(model, texts)
-    return Side(features, projection.embed_text(torch.stack([text_TD[:1] for text_TD in features])))
+    return Side(features, projection.embed_text(first_of(model, features)))
+
+
+def first_of(model: Model, features: Sequence[Tensor]) -> Tensor:
+    """The class token of each, [X, 1, D]; X may be 0."""
+    blank = next(model.backbone.parameters()).new_zeros(0, 1, model.backbone.width)
+    return torch.cat([blank, *(each_LD[None, :1] for each_LD in features)])
 
 
 def match(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
@@ -109,11 +115,12 @@ def match(model: Model, image_features: Sequence[Tensor], text_features: Sequenc
         attention_MT = torch.arange(text_MTD.shape[1], device=text_MTD.device) < length_M[:, None]
         fused = model.backbone.fuse(torch.stack(list(image)), text_MTD, attention_MT)
         found.append(head(fused.product_MD).float().softmax(1)[:, 1])
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
-    """Which picture meets which text: row by row, or the single one with each of the others.
+    """Which picture meets which text: row by row, or the single one with each of the others; none where one side is
+    empty.
 
     Raises:
         UserError: two lists of different lengths.
@@ -121,7 +128,8 @@ def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
     if images != texts and 1 not in (images, texts):
         what = f"{images} pictures and {texts} texts do not make pairs"
         raise UserError("match", what, "Give one of a kind, or as many of both")
-    return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(max(images, texts))]
+    count = max(images, texts) if images and texts else 0
+    return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(count)]
 
 
 def rank(model: Model, queries: Side, gallery: Side, k: int, images: bool) -> list[list[Ranked]]:

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import tokenizer_json
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.verify import first_line
+from maskvlm.verify import first_line, sha256_of
 from maskvlm.weights import check_file
 
-CONFIG, WEIGHTS, SEEN = "config.json", "model.safetensors", "lineage.safetensors"
+CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -29,8 +29,10 @@ def read(path: Path) -> dict[str, Any]:
     weights = path / WEIGHTS
     if not weights.is_file():
         raise UserError(path, f"holds no {WEIGHTS}", "Get the whole folder", ExitCode.MISSING_INPUT)
-    check_file(weights)
     seen = path / SEEN
+    for file in (weights, *([seen] if seen.is_file() else [])):
+        check_file(file)
+    check_sums(path)
     ids = load_file(seen) if seen.is_file() else {}
     lineage = [{**told, "ids": ids.get(str(number))} for number, told in enumerate(config.get("lineage") or [])]
     content = {
@@ -44,9 +46,32 @@ def read(path: Path) -> dict[str, Any]:
         content["task"] = yaml.safe_dump(config["task"], sort_keys=False)
     if config.get("labels") is not None:
         content["labels"] = config["labels"]
-    if (path / "tokenizer.json").is_file():
-        content["tokenizer"] = read_tokenizer(path)
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(path, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
+    content["tokenizer"] = read_tokenizer(path)
     return content
+
+
+def write_sums(path: Path) -> None:
+    """`checksums.json`: safetensors files have none inside, and a damaged number is still a number."""
+    sums = {name: sha256_of(path / name) for name in (WEIGHTS, SEEN) if (path / name).is_file()}
+    (path / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def check_sums(path: Path) -> None:
+    """Raises UserError for a file that is not the one that was written (65); a folder without sums passes."""
+    file = path / SUMS
+    if not file.is_file():
+        return
+    try:
+        sums = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        what = f"cannot be read ({first_line(error)})"
+        raise UserError(file, what, "Get the file again", ExitCode.BAD_DATA) from error
+    for name in (WEIGHTS, SEEN):
+        if name in sums and (path / name).is_file() and sha256_of(path / name) != sums[name]:
+            what = f"damaged: not the file that {SUMS} knows"
+            raise UserError(path / name, what, "Get the folder again", ExitCode.BAD_DATA)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -63,7 +88,7 @@ def read_config(path: Path) -> dict[str, Any]:
         what = f"cannot be read ({first_line(error)})"
         raise UserError(file, what, "Get the file again", ExitCode.BAD_DATA) from error
     if kind != "maskvlm" or not isinstance(config.get("backbone"), dict):
-        what = f"is of a model of type {kind}, not maskvlm"
+        what = "tells no backbone" if kind == "maskvlm" else f"is of a model of type {kind}, not maskvlm"
         raise UserError(file, what, "Name a folder that this project wrote", ExitCode.BAD_DATA)
     return config
 

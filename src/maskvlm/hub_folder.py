@@ -61,7 +61,9 @@ class MaskVLMProcessor(ProcessorMixin):
 def processor_of(spec: InputSpec) -> MaskVLMProcessor:
     """The processor that does what the encoders expect."""
     side = {"height": spec.image_size, "width": spec.image_size}
-    images = MaskVLMImageProcessor(size=side, resample=BICUBIC, image_mean=list(spec.mean), image_std=list(spec.std))
+    images = MaskVLMImageProcessor(
+        size=side, resample=BICUBIC, image_mean=list(spec.mean), image_std=list(spec.std), do_convert_rgb=True
+    )
     tokenizer: Any = spec.tokenizer
     tokenizer.model_max_length = spec.text_length
     return MaskVLMProcessor(images, tokenizer)

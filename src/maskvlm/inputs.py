@@ -3,6 +3,8 @@
 Shapes: B pictures, C texts, T tokens, H and W pixels.
 """
 
+import re
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.text import Captioner, CaptionTokens, clean_caption
-from maskvlm.errors import UserError
+from maskvlm.errors import ExitCode, UserError
 
 Picture = str | Path | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
 """A path, encoded bytes, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit numbers, or floats
 from 0 to 1."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of file names that people give for pictures."""
 
 MASK = "[MASK]"
 """How people write a hidden word, whatever the tokenizer calls it."""
@@ -46,6 +51,13 @@ def picture(given: Picture, name: str = "picture") -> Image.Image:
         return Image.fromarray(_eight_bits(given, name))
     if isinstance(given, str | Path):
         given, name = str(given), str(given)
+    if isinstance(given, bytearray | memoryview):
+        given = bytes(given)
+    if isinstance(given, IOBase):  # an open file, or BytesIO
+        given = given.read()
+    if not isinstance(given, str | bytes | Image.Image):
+        todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
+        raise UserError(name, f"{type(given).__name__} is no picture", todo)
     return safe_open(given, name)
 
 
@@ -67,6 +79,18 @@ def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
         what = f"numbers from {array.min(initial=0):.3g} to {array.max(initial=0):.3g}"
         raise UserError(name, what, "Give 8-bit integers from 0 to 255, or floats from 0 to 1; not normalised")
     return np.rint(array.astype(np.float32) * (1 if integers else 255)).astype(np.uint8)
+
+
+def check_absent(given: object) -> None:
+    """Raises UserError where a string looks like the file of a picture that is not there (66)."""
+    if isinstance(given, str) and Path(given).suffix.lower() in SUFFIXES and not is_picture(given):
+        raise UserError(given, "no such file", "Check the path", ExitCode.MISSING_INPUT)
+
+
+def check_whole(verb: str, name: str, given: object, least: int) -> None:
+    """Raises UserError unless it is a whole number, at least so much."""
+    if not isinstance(given, int | np.integer) or isinstance(given, bool) or given < least:
+        raise UserError(verb, f"{name} is {given!r}"[:80], f"Give a whole number, {least} or more")
 
 
 def check_text(given: object) -> str:
@@ -124,4 +148,5 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         """Tokens as a text, without start, end and padding."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return re.sub(r" +(?=[,.:;!?])", "", text)  # WordPiece puts a space before each

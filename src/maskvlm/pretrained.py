@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from maskvlm.asked import Asked
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.folder import write_sums
 from maskvlm.hub import folder_of_hub, upload
 from maskvlm.hub_folder import (
     MaskVLMConfig,
@@ -96,7 +97,9 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
                 precision.
         """
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
-        device, dtype = check_device(device), check_dtype(dtype)
+        device, dtype = check_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
+        if not str(path).strip():
+            raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
         place = folder_of_hub(str(path), hub)
         content = read_content(place)
         origin, recipe = start_of(content, str(place)), recipe_of(content, place)
@@ -121,6 +124,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         to_hub = {name: more.pop(name) for name in TO_HUB if name in more}
         with quiet():
             super().save_pretrained(folder, **more)
+        write_sums(folder)
         if push_to_hub:
             message = to_hub.pop("commit_message", None) or MESSAGE
             upload(folder, to_hub.pop("repo_id", None) or folder.resolve().name, message, to_hub)
@@ -174,8 +178,12 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             return super().__getattr__(name)
         except AttributeError:
             task = self.__dict__.get("_modules", {}).get("task")
-            if task is None or name not in task.verbs:
+            if task is None:
                 raise
+            if name not in task.verbs:
+                brings = ", ".join(task.verbs) or "no verb of its own"
+                told = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
+                raise AttributeError(told, name=name, obj=self) from None
         return partial(ask, self, name)
 
     def __dir__(self) -> list[str]:
@@ -190,7 +198,9 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
         raise UserError(name, f"{len(inputs)} inputs", f"Give {needs}")
     lists = [as_list(given) for given in inputs]
     size = max(len(rows) for rows, _ in lists)
-    if any(len(rows) not in (1, size) for rows, _ in lists) or not size:
+    if not all(rows for rows, _ in lists):
+        return []
+    if any(len(rows) not in (1, size) for rows, _ in lists):
         raise UserError(name, f"lists of {', '.join(str(len(rows)) for rows, _ in lists)}", "Give lists of one length")
     columns = [rows * (size if len(rows) == 1 else 1) for rows, _ in lists]
     with torch.no_grad():

@@ -23,7 +23,7 @@ from maskvlm.arguments import Parser
 from maskvlm.ask import readable
 from maskvlm.data.batch import Source
 from maskvlm.errors import ExitCode, UserError, check_least
-from maskvlm.inputs import Picture, is_picture
+from maskvlm.inputs import Picture, check_absent, is_picture
 from maskvlm.nearest import RECALL, Array, build, faiss_module, kinds, turn, write_index
 from maskvlm.parser import Complaint, prepare
 from maskvlm.parser import Parser as ClassParser
@@ -32,7 +32,6 @@ from maskvlm.vectors import KEPT, Facts, embed_data, facts_of, file_of, identity
 from maskvlm.verify import sha256_of
 
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def make(arguments: list[str], allowed: list[str]) -> int:
@@ -195,8 +194,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     options = parser.parse_args(arguments)
-    if options.query.lower().endswith(PICTURES) and not is_picture(options.query):
-        raise UserError(options.query, "no such file", "Check the path", ExitCode.MISSING_INPUT)
+    check_absent(options.query)
     index = Index.load(options.index, allowed)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     for place, each in enumerate(search(index, model, options.query, options.k, options.rerank), 1):

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from maskvlm import embed
 from maskvlm.embed import Model, device_of
+from maskvlm.errors import UserError
 from maskvlm.heads import patchify
 from maskvlm.reconstruct import denormalise, paste
 
@@ -149,6 +150,8 @@ def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[s
     head, mask = model.head("tokens", "score"), model.backbone.text.mask_id
     whole = [model.tokens([text]).token_CT[0] for text in texts]
     inner = [len(token_T) - 2 for token_T in whole]
+    if not all(inner):
+        raise UserError("text", f"'{texts[inner.index(0)]}' holds nothing that the tokenizer knows", "Write words")
     text_B = [number for number, words in enumerate(inner) for _ in range(words)]
     place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
     image_XLD, which = look(model, images)

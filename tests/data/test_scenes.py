@@ -246,8 +246,11 @@ def test_an_unknown_split_names_the_known_ones() -> None:
         Scenes().split("dev")
 
 
-def test_short_captions_are_added_to_training_alone() -> None:
-    plain, more = Scenes(train=100, val=5), Scenes(train=100, val=5, short=3)
+@pytest.mark.parametrize("relations", [0, 4])
+def test_short_captions_are_added_to_training_alone(relations: int) -> None:
+    plain, more = Scenes(train=100, val=5), Scenes(train=100, val=5, short=3, relations=relations)
+    other = Scenes(train=100, val=5, short=3, relations=1)
+    assert more.split("train").fingerprint != other.split("train").fingerprint
     found: Counter[tuple[str, int]] = Counter()
     assert more.split("val").fingerprint == plain.split("val").fingerprint
     assert more.split("train").fingerprint != plain.split("train").fingerprint
@@ -265,8 +268,8 @@ def test_short_captions_are_added_to_training_alone() -> None:
             assert spots or all({"shape", "colour"} <= names and "place" not in names for names in said)
             assert len(statement.relations) in (0, len(said) - 1)
             found["spots" if spots else "relations" if statement.relations else "names", len(said)] += 1
-    kinds = {"names": 1 / 6, "spots": 1 / 6, "relations": 4 / 6}
-    assert set(found) == {("names", 1), *itertools.product(kinds, (2, 3))}
-    for count, (kind, share) in itertools.product((2, 3), kinds.items()):
-        every = sum(found[each, count] for each in kinds)
+    lot = {"names": 1, "spots": 1} | ({"relations": relations} if relations else {})
+    assert set(found) == {("names", 1), *itertools.product(lot, (2, 3))}
+    for count, kind in itertools.product((2, 3), lot):
+        every, share = sum(found[each, count] for each in lot), lot[kind] / sum(lot.values())
         assert found[kind, count] / every == pytest.approx(share, abs=4 * (0.25 / every) ** 0.5)

@@ -230,11 +230,14 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
     return Caption(style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]), Statement(tuple(said)))
 
 
-def tell_short(scene: Scene, rng: random.Random) -> Caption:
-    """Names; of several things also places with one attribute (of one thing alone they would fit too many pictures),
-    and most often relations, which tell nothing before both things are known and found."""
-    phrases = (tell_names, tell_spots, *[tell_relations] * 4) if len(scene.things) > 1 else (tell_names,)
-    return choose(rng, phrases)(scene, rng)
+def tell_short(scene: Scene, rng: random.Random, relations: int = 0) -> Caption:
+    """Names, or of several things the places and one attribute: of one thing alone this would fit too many pictures.
+
+    Args:
+        relations: how often `tell_relations` is in the lot as well, where there are several things.
+    """
+    several = (tell_names, tell_spots, *[tell_relations] * relations)
+    return choose(rng, several if len(scene.things) > 1 else (tell_names,))(scene, rng)
 
 
 PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)

@@ -122,9 +122,7 @@ def about(models: Models) -> str:
         side = models.pretrained.image_size
         told = f"{models.found.pretrained.shown}: pictures of {side} × {side} pixels in {rows} × {columns} patches."
         return answers.note(told) + "".join(map(answers.problem, lines))
-    todo = (
-        "No checkpoint of pre-training is here. Run `make pretrain` (a quarter of an hour on two cores), then `make demo`."
-    )
+    todo = "No checkpoint of pre-training is here. Run `make pretrain` (15 minutes on two cores), then `make demo`."
     return "".join(map(answers.problem, [todo, *lines]))
 
 

@@ -1,0 +1,156 @@
+"""What people hand to the verbs by mistake, and what they hand to them that is unusual but means something."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_pretrained import saved
+from transformers import AutoProcessor
+
+from maskvlm.data.text import train_tokenizer
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.inputs import Words
+from maskvlm.pretrained import PretrainedMaskVLM
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+TEXT = "a red circle on the left"
+MASK = np.eye(4, dtype=bool)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    saved(folder / "best.ckpt")
+    PretrainedMaskVLM.from_pretrained(folder / "best.ckpt").save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> PretrainedMaskVLM:
+    return PretrainedMaskVLM.from_pretrained(place / "best.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda m: m.rank(PICTURE, ["a"], k=None), "rank: k is None. Give a whole number, 0 or more"),
+        (lambda m: m.rank(PICTURE, ["a"], k="3"), "rank: k is '3'"),
+        (lambda m: m.rank(PICTURE, ["a"], k=1.5), "rank: k is 1.5"),
+        (lambda m: m.fill_mask(PICTURE, "[MASK]", True), "fill_mask: top_k is True"),
+        (lambda m: m.inpaint(PICTURE, MASK, "a", steps=1.5), "inpaint: steps is 1.5"),
+        (lambda m: m.caption(PICTURE, lengths=None), "caption: a length is None"),
+        (lambda m: m.caption(PICTURE, lengths="a"), "caption: a length is 'a'"),
+        (lambda m: m.caption(PICTURE, lengths=[2.5]), "caption: a length is 2.5"),
+        (lambda m: m.rank(PICTURE, "a blue star"), "rank: str as candidates"),
+        (lambda m: m.rank(PICTURE, None), "rank: NoneType as candidates"),
+        (lambda m: m.rank("missing.png", ["a"]), "missing.png: no such file"),
+        (lambda m: m.explain(PICTURE, TEXT, None), "text: NoneType is no text"),
+        (lambda m: m.explain(PICTURE, "red " * 30 + "star", "star"), "of which 22 tokens are read"),
+        (lambda m: m.score(PICTURE, "\ud800"), "holds nothing that the tokenizer knows"),
+        (lambda m: m.match(None, "a"), "picture 1: NoneType is no picture"),
+        (lambda m: m.match([PICTURE, {}], ["a", "b"]), "picture 2: dict is no picture"),
+        (lambda m: m.reconstruct(PICTURE, None, "a"), "mask: NoneType is no mask"),
+        (lambda m: m.reconstruct([PICTURE] * 2, [MASK] * 3, "a"), "2 pictures, 3 masks and 1 texts"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        ask(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
+    assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 8)
+    for answer in (
+        model.match([], []), model.match([PICTURE], []), model.match([], "a"), model.score(PICTURE, []),
+        model.fill_mask(PICTURE, []), model.explain(PICTURE, TEXT, []), model.caption([]),
+    ):  # fmt: skip
+        assert answer == []
+
+
+def test_open_files_and_bytes_in_any_wrapping_are_pictures(model: PretrainedMaskVLM) -> None:
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, format="PNG")
+    wanted = model.encode_image(PICTURE)
+    for given in (io.BytesIO(buffer.getvalue()), bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
+        assert torch.equal(model.encode_image(given), wanted)  # type: ignore[arg-type]
+
+
+def test_one_mask_serves_several_pictures(model: PretrainedMaskVLM) -> None:
+    for mask in (MASK, MASK.tolist(), torch.tensor(MASK)):
+        many: Any = model.reconstruct([PICTURE, PICTURE], mask, "a")
+        assert len(many) == 2
+        assert np.array_equal(np.asarray(many[0]), np.asarray(model.reconstruct(PICTURE, MASK, "a")))
+
+
+def test_punctuation_follows_its_word() -> None:
+    text = "white background, a red circle: a star"
+    words = Words(train_tokenizer([text] * 20, 256), 24)
+    assert words.decode(words([text]).token_CT[0].tolist()) == text
+
+
+def test_a_verb_that_is_not_there_names_those_that_are(model: PretrainedMaskVLM) -> None:
+    assert not hasattr(model, "answer")
+    with pytest.raises(AttributeError, match="MaskedPretraining, brings no verb of its own"):
+        model.answer(PICTURE, "what")
+
+
+def test_the_processor_takes_every_mode_of_a_picture(place: Path) -> None:
+    processor = AutoProcessor.from_pretrained(place / "model")
+    wanted = processor(images=PICTURE, text=TEXT, return_tensors="pt")["pixel_values"]
+    for mode in ("RGBA", "P", "L", "CMYK"):
+        found = processor(images=PICTURE.convert(mode), text=TEXT, return_tensors="pt")["pixel_values"]
+        assert found.shape == wanted.shape
+    assert torch.equal(processor(images=PICTURE.convert("RGBA"), return_tensors="pt")["pixel_values"], wanted)
+
+
+def test_precision_by_its_older_name(place: Path) -> None:
+    half = PretrainedMaskVLM.from_pretrained(place / "best.ckpt", torch_dtype="bfloat16")
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    with pytest.raises(UserError, match="no name"):
+        PretrainedMaskVLM.from_pretrained("")
+
+
+def damaged(place: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place / "model", tmp_path / "copy"))
+
+
+def refused(folder: Path, said: str, code: ExitCode) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        PretrainedMaskVLM.from_pretrained(folder)
+    assert caught.value.code == code
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "lineage.safetensors"])
+def test_a_changed_byte_in_a_folder_is_seen(place: Path, tmp_path: Path, name: str) -> None:
+    folder = damaged(place, tmp_path)
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 0xFF
+    (folder / name).write_bytes(content)
+    refused(folder, f"{name}: damaged", ExitCode.BAD_DATA)
+    (folder / "checksums.json").unlink()  # of an older version: nothing to compare with
+    PretrainedMaskVLM.from_pretrained(folder)
+    (folder / "checksums.json").write_text("[")
+    refused(folder, "checksums.json: cannot be read", ExitCode.BAD_DATA)
+
+
+def test_a_folder_in_parts_is_one_line(place: Path, tmp_path: Path) -> None:
+    folder = damaged(place, tmp_path)
+    whole = (folder / "lineage.safetensors").read_bytes()
+    (folder / "lineage.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(folder, "lineage.safetensors: truncated or damaged", ExitCode.BAD_DATA)
+    (folder / "lineage.safetensors").unlink()
+    PretrainedMaskVLM.from_pretrained(folder)  # what it has seen is not needed to ask it
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "holds no tokenizer.json", ExitCode.MISSING_INPUT)
+    config = json.loads((folder / "config.json").read_text())
+    del config["backbone"]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, "tells no backbone", ExitCode.BAD_DATA)
