@@ -79,7 +79,9 @@ def test_open_files_and_bytes_in_any_wrapping_are_pictures(model: PretrainedMask
     PICTURE.save(buffer, format="PNG")
     wanted = model.encode_image(PICTURE)
     for given in (io.BytesIO(buffer.getvalue()), bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
-        assert torch.equal(model.encode_image(given), wanted)  # type: ignore[arg-type]
+        assert torch.equal(model.encode_image(given), wanted)
+    for ask in (model.caption, lambda given: model.score(given, TEXT), lambda given: model.match(given, TEXT)):
+        assert ask(io.BytesIO(buffer.getvalue())) == ask(PICTURE)  # read once
 
 
 def test_one_mask_serves_several_pictures(model: PretrainedMaskVLM) -> None:

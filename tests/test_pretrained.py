@@ -185,7 +185,7 @@ def test_explain_gives_shares_of_the_patches_and_a_picture_of_the_same_size(mode
 def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskVLM) -> None:
     text: Any = model.caption(PICTURES[0], lengths=[2, 5])
     with torch.no_grad():
-        both = [one.text for one in unmask.caption(model, PICTURES[:1], [2, 5])[0]]
+        both = [one.text for one in unmask.caption(model, unmask.look(model, PICTURES[:1]), [2, 5])[0]]
     matches: Any = model.match(PICTURES[0], both)
     assert text == both[int(np.argmax(matches))]
     assert all("[" not in one for one in both)
@@ -194,7 +194,7 @@ def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskV
 @torch.no_grad()
 def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> None:
     """By hand: one row, three hidden words."""
-    ((written,),) = unmask.caption(model, PICTURES[:1], [3])
+    ((written,),) = unmask.caption(model, unmask.look(model, PICTURES[:1]), [3])
     start, end = model.words.ends
     token, mask = torch.tensor([[start, 4, 4, 4, end]]), 4
     total = 0.0

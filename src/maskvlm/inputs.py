@@ -17,9 +17,9 @@ from maskvlm.data.images import safe_open
 from maskvlm.data.text import Captioner, CaptionTokens, clean_caption
 from maskvlm.errors import ExitCode, UserError
 
-Picture = str | Path | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
-"""A path, encoded bytes, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit numbers, or floats
-from 0 to 1."""
+Picture = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor
+"""A path, encoded bytes, an open file, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit
+numbers, or floats from 0 to 1."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Of file names that people give for pictures."""

@@ -30,8 +30,15 @@ class Guess(NamedTuple):
     probability: float
 
 
-def look(model: Model, images: Sequence[Any | None]) -> tuple[Tensor, list[int]]:
-    """Features of the different pictures, [X, L, D], of the mean colour for None, and which is each one's."""
+class Looked(NamedTuple):
+    """image_XLD: features of different pictures. which: of each picture asked about, its row there."""
+
+    image_XLD: Tensor
+    which: list[int]
+
+
+def look(model: Model, images: Sequence[Any | None]) -> Looked:
+    """Features of the different ones of these pictures; of the mean colour for None."""
     each = {id(image): image for image in images}
     order = {known: number for number, known in enumerate(each)}
     size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
@@ -39,7 +46,7 @@ def look(model: Model, images: Sequence[Any | None]) -> tuple[Tensor, list[int]]
     given = [number for number, image in enumerate(each.values()) if image is not None]
     if given:
         pixels_XCHW[given] = model.pixels([image for image in each.values() if image is not None])
-    return model.backbone.image(pixels_XCHW), [order[id(image)] for image in images]
+    return Looked(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
 
 
 class Rows(NamedTuple):
@@ -107,14 +114,14 @@ class Written(NamedTuple):
     certainty: float
 
 
-def caption(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[list[Written]]:
+def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[Written]]:
     """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
     the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
-    image_XLD, which = look(model, images)
-    rows = rows_of(model, image_XLD, [number for number in which for _ in lengths], blank * len(images))
+    which = [number for number in looked.which for _ in lengths]
+    rows = rows_of(model, looked.image_XLD, which, blank * len(looked.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
     for _ in range(max(lengths)):
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
@@ -128,20 +135,20 @@ def caption(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list
     ids = rows.token_BT.tolist()
     written = [
         Written(model.words.decode(row[1 : length + 1]), total / length)
-        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(images), strict=True)
+        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(looked.which), strict=True)
     ]
     return [list(each) for each in embed.chunks(written, len(lengths))]
 
 
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
     """Of captions of these lengths those that match their pictures best; without a matching head the most certain."""
-    written = [[one for one in each if one.text] or each[:1] for each in caption(model, images, lengths)]
+    looked = look(model, images)
+    written = [[one for one in each if one.text] or each[:1] for each in caption(model, looked, lengths)]
     if getattr(model.task, "matching", None) is None:
         return [max(each, key=lambda one: one.certainty).text for each in written]
-    features = embed.image_features(model, images)
-    pairs = [(place, one.text) for place, each in enumerate(written) for one in each]
+    pairs = [(row, one.text) for row, each in zip(looked.which, written, strict=True) for one in each]
     texts = embed.text_features(model, [text for _, text in pairs])
-    likely = iter(embed.match(model, [features[place] for place, _ in pairs], texts).tolist())
+    likely = iter(embed.match(model, [looked.image_XLD[row] for row, _ in pairs], texts).tolist())
     return [max(((next(likely), one.text) for one in each), key=lambda pair: pair[0])[1] for each in written]
 
 
