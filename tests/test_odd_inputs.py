@@ -54,6 +54,7 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m.explain(PICTURE, "red " * 30 + "star", "star"), "of which 22 tokens are read"),
         (lambda m: m.score(PICTURE, "\ud800"), "holds nothing that the tokenizer knows"),
         (lambda m: m.match(None, "a"), "picture 1: NoneType is no picture"),
+        (lambda m: m.caption(io.StringIO("a")), "picture 1: a file that is open as text. Open it with 'rb'"),
         (lambda m: m.match([PICTURE, {}], ["a", "b"]), "picture 2: dict is no picture"),
         (lambda m: m.reconstruct(PICTURE, None, "a"), "mask: NoneType is no mask"),
         (lambda m: m.reconstruct([PICTURE] * 2, [MASK] * 3, "a"), "2 pictures, 3 masks and 1 texts"),

@@ -4,7 +4,7 @@ Shapes: B pictures, C texts, T tokens, H and W pixels.
 """
 
 import re
-from io import IOBase
+from io import IOBase, TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def picture(given: Picture, name: str = "picture") -> Image.Image:
         given, name = str(given), str(given)
     if isinstance(given, bytearray | memoryview):
         given = bytes(given)
+    if isinstance(given, TextIOBase):
+        raise UserError(name, "a file that is open as text", "Open it with 'rb'")
     if isinstance(given, IOBase):  # an open file, or BytesIO
         given = given.read()
     if not isinstance(given, str | bytes | Image.Image):
