@@ -25,7 +25,7 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   submit    write and submit the SLURM batch script of fit
   bench     time a few training steps
   fill match rank caption score explain reconstruct inpaint, and verbs of tasks such as answer
-            ask a model: VERB --from CHECKPOINT PICTURE "TEXT" (VERB --help)
+            ask a model: VERB --from CHECKPOINT PICTURE "TEXT" (and --help)
   convert   a checkpoint to the hub's format or back (convert CHECKPOINT FOLDER)
   embed     a data set's vectors as Parquet; index makes them searchable, search finds (search "TEXT" --from CHECKPOINT)
   demo      a page to try a model in, on this machine alone
@@ -186,7 +186,7 @@ def check(arguments: list[str]) -> None:
         every = [*COMMANDS, *OWN, *VERBS]
         near = difflib.get_close_matches(arguments[0], every, 1, 0.5)
         what = "no such command" + (f" (did you mean {near[0]}?)" if near else "")
-        raise UserError(arguments[0], what, f"There are: {', '.join(every)}")
+        raise UserError(arguments[0], what, f"There are: {', '.join(every)}; verbs of tasks need --from CHECKPOINT")
     places(arguments[1:])
 
 

@@ -113,7 +113,12 @@ class Index:
         """Raises UserError: no index (66), or damaged (65). `allowed`: packages that its data set's class may be of."""
         place, faiss = Path(folder), faiss_module()
         if not (place / ABOUT).is_file():
-            raise UserError(place, f"holds no {ABOUT}", "Make one: python -m maskvlm index", ExitCode.MISSING_INPUT)
+            raise UserError(
+                place,
+                f"holds no {ABOUT}",
+                "Make one: make index FROM=checkpoints/RUN/best.ckpt",
+                ExitCode.MISSING_INPUT,
+            )
         try:
             about: Facts = json.loads((place / ABOUT).read_text(encoding="utf-8"))
             if any(sha256_of(place / name) != about["sha256"][name] for name in (VECTORS, IDS)):
@@ -187,7 +192,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`; arguments as in the shell."""
     parser = Parser("python -m maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
     parser.add_argument("query", help="a text, or the file of a picture")
-    parser.add_argument("--index", type=Path, default=Path("checkpoints/index"), help="its folder (checkpoints/index)")
+    parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
     parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
     parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
@@ -195,7 +200,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     options = parser.parse_args(arguments)
     check_absent(options.query)
-    index = Index.load(options.index, allowed)
+    made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
+    index = Index.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), allowed)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     for place, each in enumerate(search(index, model, options.query, options.k, options.rerank), 1):
         told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}

@@ -1,6 +1,7 @@
 """The tabs of the page. Each takes the desk that all share, and offers what it does to who changes the picture."""
 
 import random
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -196,6 +197,12 @@ def upload(**settings: Any) -> gr.Image:
     return made
 
 
+def digest(picture: Any) -> str:
+    """What a picture shows, in short."""
+    rgb = picture.convert("RGB")
+    return sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
+
+
 def task(desk: "Desk", run: Run) -> None:
     """A fine-tuned task; its model is loaded when the tab is first opened."""
     name = run.title.lower()
@@ -213,7 +220,7 @@ def task(desk: "Desk", run: Run) -> None:
             ask = gr.Button("Answer", variant="primary", elem_id=f"{name}-ask")
             another = gr.Button("Another example", elem_id=f"{name}-example")
         answer = gr.HTML("", elem_id=f"{name}-answer")
-        truth = gr.State("")
+        truth = gr.State(("", ""))  # of an example, and the picture that it belongs to
         started = gr.State(False)
 
     def shown(loaded: Loaded) -> dict[Any, Any]:
@@ -231,7 +238,7 @@ def task(desk: "Desk", run: Run) -> None:
         filled = dict(zip(more, others, strict=False))
         said = ", ".join(dict.fromkeys(example["answers"]))
         label = gr.update(value=example["text"], label=loaded.verb.text.capitalize())
-        return {desk.picture: first, **filled, text: label, truth: said, answer: ""}
+        return {desk.picture: first, **filled, text: label, truth: (said, digest(first)), answer: ""}
 
     def opening(begun: bool, own: bool) -> dict[Any, Any]:
         if begun:
@@ -250,7 +257,8 @@ def task(desk: "Desk", run: Run) -> None:
         example = (*images, intake.text_of(words, loaded.verb.text))
         with torch.no_grad():
             (found,) = loaded.verb.run(loaded.model.task, loaded.model, [example])
-        known = answers.note(f"The example's own answer: {said}") if said else ""
+        own = said[0] and said[1] == digest(images[0])  # other tabs change the picture, too
+        known = answers.note(f"The example's own answer: {said[0]}") if own else ""
         return {answer: answers.decided(found) + known}
 
     everything = [told, *places, *more, text, another, answer, truth, started, desk.picture]
@@ -259,5 +267,5 @@ def task(desk: "Desk", run: Run) -> None:
     for trigger in (ask.click, text.submit):
         desk.on(trigger, answered, [desk.picture, *more, text, truth], [answer], {answer: ""})
     for each in (text, *more):  # the example's answer is of the example alone
-        each.input(lambda: "", None, truth, api_visibility="private")
-    desk.picture.upload(lambda: "", None, truth, api_visibility="private")
+        each.input(lambda: ("", ""), None, truth, api_visibility="private")
+    desk.picture.change(lambda: "", None, answer, api_visibility="private")
