@@ -71,6 +71,7 @@ def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
     for answer in (
         model.match([], []), model.match([PICTURE], []), model.match([], "a"), model.score(PICTURE, []),
         model.fill_mask(PICTURE, []), model.explain(PICTURE, TEXT, []), model.caption([]),
+        model.reconstruct([], [], []), model.inpaint([], MASK, "a"),
     ):  # fmt: skip
         assert answer == []
 
@@ -90,6 +91,13 @@ def test_one_mask_serves_several_pictures(model: PretrainedMaskVLM) -> None:
         many: Any = model.reconstruct([PICTURE, PICTURE], mask, "a")
         assert len(many) == 2
         assert np.array_equal(np.asarray(many[0]), np.asarray(model.reconstruct(PICTURE, MASK, "a")))
+
+
+def test_one_length_and_one_word_serve_several_pictures(model: PretrainedMaskVLM) -> None:
+    assert model.caption(PICTURE, 5) == model.caption(PICTURE, [5])  # type: ignore[arg-type]
+    for word in ("red", ["red"]):
+        two: Any = model.explain([PICTURE] * 2, ["a red star"] * 2, word)
+        assert [each.attention.shape for each in two] == [(4, 4)] * 2
 
 
 def test_punctuation_follows_its_word() -> None:

@@ -108,10 +108,9 @@ class Asked(nn.Module):
             raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of pictures")
         gallery = list(cast(Any, candidates))
         check_whole("rank", "k", k, 0)
-        images = is_picture(queries[0]) if queries else False
+        images = bool(queries) and is_picture(queries[0])
         if not queries or not gallery or images == is_picture(gallery[0]):
-            for each in [*queries, *gallery]:
-                check_absent(each)
+            check_absent([*queries, *gallery])
             kinds = ("pictures" if images else "texts") if queries and gallery else "nothing"
             raise UserError("rank", f"{kinds} on both sides", "Give a picture and texts, or a text and pictures")
         if images:
@@ -149,14 +148,15 @@ class Asked(nn.Module):
         Captions of several lengths (in tokens) are written so, and the one that matches the picture best is given.
         """
         longest = self.backbone.text.text_length - 2
-        for length in lengths if isinstance(lengths, Iterable) else [lengths]:
+        lengths = lengths if isinstance(lengths, Iterable) else [lengths]
+        for length in lengths:
             check_whole("caption", "a length", length, 1)
         sizes = sorted({length for length in lengths if length <= longest})
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
         given, single = as_list(image)
         parts = embed.chunks(given, self.batch_size)
-        found = [one for images in parts for one in unmask.best_captions(self, images, sizes)]
+        found = [one for part in parts for one in unmask.best_captions(self, part, sizes)]
         return found[0] if single else found
 
     @torch.no_grad()
@@ -164,8 +164,7 @@ class Asked(nn.Module):
         """Pseudo-log-likelihood of a text given the picture: the sum of log p(word | other words, picture) over its
         words, in nats; higher is likelier. It compares texts of one length, such as one with two words swapped."""
         parts, single = self._parts(image, text)
-        likely = [one_T for images, texts in parts for one_T in unmask.log_likelihood(self, images, texts)]
-        found = [float(one_T.sum()) for one_T in likely]
+        found = [float(one_T.sum()) for part in parts for one_T in unmask.log_likelihood(self, *part)]
         return found[0] if single else found
 
     def explain(
@@ -174,8 +173,7 @@ class Asked(nn.Module):
         """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it.
 
         Args:
-            word: of the text, or several that follow each other; one for all texts, one for each, or several
-                of one text.
+            word: of the text, or several that follow each other; one for all texts, for each one, or several of one.
         """
         parts, single = self._parts(image, text)
         rows = [row for images, texts in parts for row in zip(images, texts, strict=True)]
@@ -229,6 +227,8 @@ class Asked(nn.Module):
         if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
             what = f"{len(given)} pictures, {len(masks)} masks and {len(texts)} texts"
             raise UserError("reconstruct", what, "Give as many of each")
+        if not given:
+            return []
         image_BCHW = self.pixels(given)
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)

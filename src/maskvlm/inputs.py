@@ -4,6 +4,7 @@ Shapes: B pictures, C texts, T tokens, H and W pixels.
 """
 
 import re
+from collections.abc import Iterable
 from io import IOBase, TextIOBase
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     return np.rint(array.astype(np.float32) * (1 if integers else 255)).astype(np.uint8)
 
 
-def check_absent(given: object) -> None:
+def check_absent(given: Iterable[object]) -> None:
     """Raises UserError where a string looks like the file of a picture that is not there (66)."""
-    if isinstance(given, str) and Path(given).suffix.lower() in SUFFIXES and not is_picture(given):
-        raise UserError(given, "no such file", "Check the path", ExitCode.MISSING_INPUT)
+    for each in given:
+        if isinstance(each, str) and Path(each).suffix.lower() in SUFFIXES and not is_picture(each):
+            raise UserError(each, "no such file", "Check the path", ExitCode.MISSING_INPUT)
 
 
 def check_whole(verb: str, name: str, given: object, least: int) -> None:

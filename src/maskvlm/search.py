@@ -199,7 +199,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     options = parser.parse_args(arguments)
-    check_absent(options.query)
+    check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     index = Index.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), allowed)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
