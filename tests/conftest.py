@@ -3,10 +3,12 @@
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from guards import Build, without
 
 # Before anything imports torch or transformers. Tests run side by side, so each keeps to one thread.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
@@ -58,3 +60,36 @@ def stack() -> Callable[..., list[str]]:
         return arguments[arguments.index("checkpoints/x") + 1 :]
 
     return compose
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of a guard runs with it and without it (see `guards.py`)."""
+    guard = metafunc.definition.get_closest_marker("guard")
+    if guard is not None:
+        assert "build" in metafunc.fixturenames, f"{metafunc.definition.name} must take the fixture `build`"
+        builds = [Build(), Build(*guard.args, **guard.kwargs)]
+        metafunc.parametrize("build", builds, indirect=True, ids=["whole", f"without {builds[1].guard}"])
+
+
+@pytest.fixture
+def build(request: pytest.FixtureRequest) -> Iterator[Build]:
+    """The program as it is, or, in the second turn of a test marked `guard`, without that guard."""
+    chosen: Build = getattr(request, "param", Build())
+    if chosen.guard is None:
+        yield chosen
+        return
+    with without(chosen.guard, chosen.gives):
+        yield chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Without its guard a test must fail."""
+    build = getattr(item, "callspec", None) and item.callspec.params.get("build")  # type: ignore[attr-defined]
+    if not isinstance(build, Build) or build.guard is None:
+        return (yield)
+    try:
+        yield
+    except (Exception, pytest.fail.Exception):
+        return None
+    pytest.fail(f"passes although {build.guard} does nothing", pytrace=False)
