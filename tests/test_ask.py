@@ -52,7 +52,7 @@ def test_words_and_numbers(place: Path, model: PretrainedMaskVLM, capsys: pytest
     assert [line["match"] for line in matches] == model.match(one, [TEXT, "two things"])
     assert [line["text"] for line in matches] == [TEXT, "two things"]
     scores = [line["score"] for line in lines(capsys, "score", *asked, one, TEXT, "two things")]
-    assert scores == [model.score(one, TEXT), model.score(one, "two things")]
+    assert scores == pytest.approx([model.score(one, TEXT), model.score(one, "two things")], rel=1e-6)  # a batch of two
     assert [line["caption"] for line in lines(capsys, "caption", *asked, one, two)] == model.caption([one, two])
     order: Any = model.rank(TEXT, [one, two], 1)
     ranked = lines(capsys, "rank", *asked, TEXT, one, two, "--k", 1)

@@ -62,7 +62,7 @@ def test_random_weights_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("asked the hub")
 
     monkeypatch.setattr("maskvlm.hub.from_cache_or_hub", refuse)
-    monkeypatch.setattr("maskvlm.huggingface.from_cache_or_hub", refuse)
+    monkeypatch.setattr("maskvlm.text_files.from_cache_or_hub", refuse)
     image = ImageEncoder("vit_base_patch16_224", 64, random_init=True, config=VIT)
     text = TextEncoder("roberta-base", random_init=True, config=BERT)
     assert load_pretrained(image, text).tensors == {}

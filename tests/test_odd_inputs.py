@@ -149,7 +149,7 @@ def test_a_changed_byte_in_a_folder_is_seen(place: Path, tmp_path: Path, name: s
     (folder / "checksums.json").unlink()  # of an older version: nothing to compare with
     PretrainedMaskVLM.from_pretrained(folder)
     (folder / "checksums.json").write_text("[")
-    refused(folder, "checksums.json: cannot be read", ExitCode.BAD_DATA)
+    refused(folder, "checksums.json:1: not JSON", ExitCode.BAD_DATA)
 
 
 def test_a_folder_in_parts_is_one_line(place: Path, tmp_path: Path) -> None:
@@ -164,4 +164,4 @@ def test_a_folder_in_parts_is_one_line(place: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["backbone"]
     (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, "tells no backbone", ExitCode.BAD_DATA)
+    refused(folder, "the key backbone is missing", ExitCode.BAD_DATA)

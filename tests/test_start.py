@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
+from toy_pretrained import BACKBONE, saved
 from toys import SIZE, toy_backbone
 
 from maskvlm import checkpoint
@@ -18,7 +19,8 @@ from maskvlm.data.text import stable_id, tokenizer_hash
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.lit import LitModel
 from maskvlm.pretrain import MaskedPretraining
-from maskvlm.start import Seen, model_of, model_yaml, overlap, part, read_start
+from maskvlm.recipe import recipe_of
+from maskvlm.start import Seen, overlap, part, read_content, read_start
 from tasks.entailment.task import Entailment
 from tasks.nlvr.task import Nlvr
 from tasks.retrieval.task import Retrieval
@@ -36,7 +38,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pretrained") / "last.ckpt"
     backbone = bare_backbone()
     model = LitModel(backbone, MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3))
-    model.model_yaml = "model: {random_init: true}\n"
+    model.model_yaml = yaml.safe_dump({"model": {"random_init": True, "backbone": BACKBONE}})
     fit(model, data_for(backbone, scenes()), path)
     return path
 
@@ -213,34 +215,25 @@ def older(path: Path, content: dict[str, Any], config: dict[str, Any] | None = N
     return str(path)
 
 
-CONFIG = {
-    "model": {
-        "lr": 3.0,
-        "random_init": True,
-        "backbone": {"class_path": "maskvlm.model.MaskVLM", "init_args": {"cross_layers": 2, "start": "gone.ckpt"}},
-    }
-}
-
-
 def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -> None:
-    kept = yaml.safe_load(model_of(older(tmp_path / "x.ckpt", {}, CONFIG)))
-    assert kept == {
-        "model": {
-            "random_init": True,
-            "backbone": {"class_path": "maskvlm.model.MaskVLM", "init_args": {"cross_layers": 2, "start": None}},
-        }
+    task = {"class_path": "maskvlm.pretrain.MaskedPretraining", "init_args": {"mask_block": 16, "labels": None}}
+    config = {
+        "model": {"lr": 3.0, "random_init": True, "backbone": BACKBONE, "task": task},
+        "trainer": {"any": "thing"},
     }
-    assert (
-        yaml.safe_load(model_yaml({"model": CONFIG["model"] | {"random_init": False}}))["model"]["random_init"] is False
-    )
-    assert model_of(older(tmp_path / "y.ckpt", {"model": "own"}, CONFIG)) == "own"
+    path = older(tmp_path / "x.ckpt", {}, config)
+    found = recipe_of(read_content(path), path)
+    args = found.backbone["init_args"]
+    assert (args["cross_layers"], args["image"]["init_args"]["name"]) == (2, "vit_tiny_patch16_224")
+    assert found.task == {"class_path": "maskvlm.pretrain.MaskedPretraining", "init_args": {"mask_block": 16}}
 
 
 def test_without_both_it_is_one_line(tmp_path: Path) -> None:
+    path = older(tmp_path / "x.ckpt", {})
     with pytest.raises(UserError) as caught:
-        model_of(older(tmp_path / "x.ckpt", {}))
+        recipe_of(read_content(path), path)
     assert str(caught.value) == (
-        f"{tmp_path / 'x.ckpt'}: does not say which model it is, and there is no config-fit.yaml beside it. "
+        f"{path}: does not say which model it is, and there is no config-fit.yaml beside it. "
         "Put that file of its run beside it."
     )
     assert caught.value.code == ExitCode.MISSING_INPUT
@@ -301,14 +294,10 @@ def test_another_model_is_one_line(pretrained: Path, settings: dict[str, int], s
 
 @pytest.fixture
 def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The options of a run from a checkpoint that says it is the tiny model with pictures of 80 pixels."""
+    """The options of a run from a toy checkpoint, whose images have 32 pixels."""
     monkeypatch.chdir(ROOT)
-    model = yaml.safe_load((ROOT / "conf/model/tiny.yaml").read_text())["model"]
-    model["backbone"]["class_path"] = "maskvlm.model.MaskVLM"
-    model["backbone"]["init_args"]["image"] |= {"class_path": "maskvlm.encoders.ImageEncoder"}
-    model["backbone"]["init_args"]["text"] |= {"class_path": "maskvlm.encoders.TextEncoder"}
-    model["backbone"]["init_args"]["image"]["init_args"]["image_size"] = 80
-    path = older(tmp_path / "x.ckpt", {"model": yaml.safe_dump({"model": model})})
+    path = str(tmp_path / "x.ckpt")
+    saved(Path(path))
     files = ("conf/base.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml", "conf/where/cpu.yaml")
     return ["--from", path, *(word for file in files for word in ("-c", file))]
 
@@ -321,7 +310,7 @@ def test_the_checkpoints_model_comes_first_and_everything_overrides_it(named: li
         return int(settings.model.backbone.init_args.image.init_args.image_size)
 
     (tmp_path / "mine.yaml").write_text("model: {backbone: {init_args: {image: {init_args: {image_size: 96}}}}}\n")
-    assert image_size() == 80
+    assert image_size() == 32
     assert image_size("-c", str(tmp_path / "mine.yaml")) == 96
     assert image_size("-c", str(tmp_path / "mine.yaml"), "--model.backbone.image.image_size", "112") == 112
 

@@ -2,8 +2,8 @@
 
 Writing: a temporary file in the same folder, fsync, rename, fsync of the folder, and a `.sha256` beside it
 that `sha256sum -c` understands. At every instant the file under the checkpoint's name is whole, old or new.
-Reading: `verify.py` checks the file before a single byte is unpickled, and then plain types only: nothing in
-a checkpoint is ever imported.
+Reading: `verify.py` checks the file before a single byte is unpickled, then plain types only are unpickled, and
+`content.py` holds them against one schema: nothing in a checkpoint is ever imported or called.
 """
 
 import errno
@@ -21,12 +21,11 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from maskvlm.content import PLAIN, SCHEMA, check_content
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.verify import ANOTHER, SIDE, Fact, bad, first_line, side_file, stated, verify
 
-SCHEMA = 1  # raise it when an old reader would misread a new file
-PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -156,7 +155,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint that `save` wrote, after checking it.
 
     Raises:
-        UserError: not there (66), damaged or another kind of file (65), or it asks to run code (77).
+        UserError: not there (66), damaged or another kind of file (65), it would run code or has no end (77).
     """
     verify(path)
     try:
@@ -165,15 +164,9 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         names = ", ".join(re.findall(r"GLOBAL ([\w.]+)", str(error))) or first_line(error)
         what = f"loading it would run or import code ({names})"
         raise bad(path, what, "Take a checkpoint from a source you trust", ExitCode.REFUSED) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:  # torch's unpickler and its tensor builders raise over a dozen types on wrong content
         raise bad(path, f"damaged ({first_line(error)})", ANOTHER) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        what = f"holds a {type(content).__name__} without state_dict: bare weights, not a run's checkpoint"
-        raise bad(path, what, "Give it as an encoder's `weights`, or name a checkpoint that this project wrote")
-    if content.get("schema", 0) > SCHEMA:
-        what = f"was written in format {content['schema']}, this version reads up to {SCHEMA}"
-        raise bad(path, what, "Update the project")
-    return content
+    return check_content(content, path)
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -189,5 +182,8 @@ class SafeCheckpointIO(CheckpointIO):
         return load(path, map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
+        """Lightning asks for what a callback's state in a checkpoint names: a way out of the run's folder is none."""
+        if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
+            return
         Path(path).unlink(missing_ok=True)
         side_file(Path(path)).unlink(missing_ok=True)

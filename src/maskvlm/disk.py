@@ -1,7 +1,9 @@
-"""What stands between a file that was written and one that survives a power failure."""
+"""Folders: what makes a file survive a power failure, and which files lead out of one."""
 
 import os
 from pathlib import Path
+
+from maskvlm.errors import ExitCode, UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -12,3 +14,18 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def check_inside(file: Path) -> None:
+    """A file that lies beside another one is read, one that leads out of the folder is not.
+
+    The cache of the hub's client links its files to a folder of contents beside them; that is inside.
+
+    Raises:
+        UserError: it is a link to somewhere else (77).
+    """
+    folder, target = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
+    contents = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    if not (target.is_relative_to(folder) or target.is_relative_to(contents)):
+        what = "is a link that leads out of its folder"
+        raise UserError(file, what, "Put the file itself there, if you trust it", ExitCode.REFUSED)

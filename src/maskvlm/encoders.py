@@ -27,13 +27,12 @@ from maskvlm.huggingface import (
     check_positions,
     check_tokenizer,
     fit_config,
-    is_type,
     pretrained_tokenizer,
     random_tokenizer,
-    read_config,
-    read_text_state,
 )
 from maskvlm.provenance import Provenance
+from maskvlm.recipe import check_vit
+from maskvlm.text_files import ANY_SIZE, is_type, read_config, read_text_state
 from maskvlm.timm_vit import HEADS, create_vit, read_vit_state
 from maskvlm.weights import load_state
 
@@ -73,7 +72,7 @@ class ImageEncoder(Encoder):
         image_size: side of the square input in pixels, a multiple of the patch size.
         weights: a file or folder of weights; None takes those that timm names for the model.
         random_init: keep random weights; excludes `weights`.
-        config: arguments for `timm.create_model`, such as patch_size, embed_dim, depth, num_heads.
+        config: the ViT's shape, such as patch_size, embed_dim, depth, num_heads: see `recipe.vit_kinds`.
         normalisation: mean and standard deviation of the input: those that the weights were trained with,
             or CLIP's, or ImageNet's (C).
         drop_path: rate of stochastic depth.
@@ -105,6 +104,9 @@ class ImageEncoder(Encoder):
             what = f"weights {weights} are given, and random_init is true"
             raise UserError("model.backbone.image.weights", what, "Give --model.random_init false, or no weights")
         self.name, self.image_size, self.weights = name, image_size, weights
+        check_vit(
+            config or {}, "model.backbone.image.config", ANY_SIZE, "Set what it knows: a checkpoint holds nothing else"
+        )
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
         self.vit = create_vit(name, settings | (config or {}))
         self.width: int = self.vit.embed_dim
@@ -211,7 +213,7 @@ class TextEncoder(Encoder):
         settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
         self.config = read_config(name, random_init, settings)
         if random_init:
-            own = random_tokenizer(name, tokenizer, self.config)
+            own = random_tokenizer(name, tokenizer)
             fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
         self.model = build(self.config, checkpointing)
         self.width: int = self.config.hidden_size
@@ -265,6 +267,6 @@ class TextEncoder(Encoder):
             return Provenance()
         state = read_text_state(self.name, self.config)
         loaded = load_state(self.model, state.tensors, state.source)
-        self.set_tokenizer(pretrained_tokenizer(self.name, self.tokenizer_name, self.config))
+        self.set_tokenizer(pretrained_tokenizer(self.name, self.tokenizer_name))
         self.ready = True
         return loaded.under("model")

@@ -1,22 +1,43 @@
 """The hub's format: a folder with `config.json`, `model.safetensors`, tokenizer and image-processing files, no pickle.
 
-Reading gives what a checkpoint file holds, so that whatever takes the one takes the other.
+Reading gives what a checkpoint file holds, so that whatever takes the one takes the other, and one schema holds for
+both. `checksums.json` knows every file that is read: a damaged number is still a number, in a tensor as in a setting.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
+from maskvlm.data.files import load_json
 from maskvlm.data.text import tokenizer_json
+from maskvlm.data.tokenizer_files import read_tokenizer, text_of
+from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.verify import first_line, sha256_of
+from maskvlm.plain import Listed, OneOf, Record, Table, Text, Tree, Whole, maybe
+from maskvlm.verify import sha256_of
 from maskvlm.weights import check_file
 
 CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
+TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
+FOR_PEOPLE = (SEEN, PROCESSOR)
+"""Files that a model answers without."""
+READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", *FOR_PEOPLE)
+"""Files whose content matters. The card is not among them: people write on in it."""
+AGAIN = "Get the folder again"
+MODEL_TYPE = "maskvlm"
+TOLD = Record(
+    {"model_type": OneOf((MODEL_TYPE,)), "backbone": Tree()},
+    {
+        "task": maybe(Tree()), "labels": maybe(Listed(Text(), 1_000_000)), "lineage": maybe(Listed(Tree(), 1000)),
+        "evaluation": maybe(Tree()), "step": Whole(),
+    },
+)  # fmt: skip
+"""What is read of `config.json`; transformers writes more into it, which is not."""
+SUM = Table(Text(64, "[0-9a-f]{64}"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -25,79 +46,83 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it holds no model of this project (66), or a file of it is damaged (65).
     """
+    for name in (*READ, SUMS):
+        if (path / name).is_symlink():
+            check_inside(path / name)
     config = read_config(path)
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        raise UserError(path, f"holds no {WEIGHTS}", "Get the whole folder", ExitCode.MISSING_INPUT)
+    for name in (WEIGHTS, TOKENIZER):
+        if not (path / name).is_file():
+            raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
     seen = path / SEEN
-    for file in (weights, *([seen] if seen.is_file() else [])):
+    for file in (path / WEIGHTS, *([seen] if seen.is_file() else [])):
         check_file(file)
     check_sums(path)
     ids = load_file(seen) if seen.is_file() else {}
-    lineage = [{**told, "ids": ids.get(str(number))} for number, told in enumerate(config.get("lineage") or [])]
+    lineage = config.get("lineage") or []
     content = {
-        "state_dict": load_file(weights),
-        "model": yaml.safe_dump({"model": {"random_init": True, "backbone": config["backbone"]}}, sort_keys=False),
-        "lineage": lineage,
+        "state_dict": load_file(path / WEIGHTS),
+        "model": _yaml({"model": {"random_init": True, "backbone": config["backbone"]}}),
+        "lineage": [told | {"ids": ids.get(str(number))} for number, told in enumerate(lineage) if type(told) is dict],
         "global_step": config.get("step", 0),
         "evaluation": config.get("evaluation"),
     }
+    if len(content["lineage"]) < len(lineage):
+        raise UserError(path / CONFIG, "an entry of its lineage is no mapping", AGAIN, ExitCode.BAD_DATA)
     if config.get("task"):
-        content["task"] = yaml.safe_dump(config["task"], sort_keys=False)
+        content["task"] = _yaml(config["task"])
     if config.get("labels") is not None:
         content["labels"] = config["labels"]
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(path, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
-    content["tokenizer"] = read_tokenizer(path)
+    tokenizer = read_tokenizer(path)
+    assert tokenizer is not None  # its file is there
+    content["tokenizer"] = tokenizer_json(tokenizer)
     return content
 
 
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False)
+
+
 def write_sums(path: Path) -> None:
-    """`checksums.json`: safetensors files have none inside, and a damaged number is still a number."""
-    sums = {name: sha256_of(path / name) for name in (WEIGHTS, SEEN) if (path / name).is_file()}
+    """`checksums.json`, of every other file in the folder."""
+    sums = {file.name: sha256_of(file) for file in sorted(path.iterdir()) if file.is_file() and file.name != SUMS}
     (path / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
 def check_sums(path: Path) -> None:
-    """Raises UserError for a file that is not the one that was written (65); a folder without sums passes."""
+    """Hold every file that is read against `checksums.json`; a folder without it passes.
+
+    Raises:
+        UserError: a file is not the one that was written, is missing or was added (65).
+    """
     file = path / SUMS
     if not file.is_file():
         return
-    try:
-        sums = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        what = f"cannot be read ({first_line(error)})"
-        raise UserError(file, what, "Get the file again", ExitCode.BAD_DATA) from error
-    for name in (WEIGHTS, SEEN):
-        if name in sums and (path / name).is_file() and sha256_of(path / name) != sums[name]:
-            what = f"damaged: not the file that {SUMS} knows"
-            raise UserError(path / name, what, "Get the folder again", ExitCode.BAD_DATA)
+    sums = load_json(text_of(file).encode(), file)
+    if not SUM.fits(sums):
+        raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)
+    every = sums.keys() - {WEIGHTS, SEEN}  # the first versions knew these two alone
+    for name in READ:
+        there = os.path.lexists(path / name)
+        if name not in sums:
+            if there and every:
+                raise UserError(path / name, f"is none of the files that {SUMS} knows", AGAIN, ExitCode.BAD_DATA)
+        elif not (path / name).is_file():
+            if name in FOR_PEOPLE:
+                continue
+            raise UserError(path / name, f"is missing, and {SUMS} knows it", AGAIN, ExitCode.BAD_DATA)
+        elif sha256_of(path / name) != sums[name]:
+            todo = f"{AGAIN}; if you changed it yourself, remove {SUMS}"
+            raise UserError(path / name, f"damaged or changed: not the file that {SUMS} knows", todo, ExitCode.BAD_DATA)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` as plain data; raises as `read`."""
+    """What is read of `config.json`, as plain data; raises as `read`."""
     file = path / CONFIG
     if not file.is_file():
         found = sorted(each.name for each in path.glob("*.ckpt"))
         todo = f"Name a file in it, such as {path / found[0]}" if found else "Check the path"
         raise UserError(path, f"is a folder without {CONFIG}", todo, ExitCode.MISSING_INPUT)
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (ValueError, AttributeError, OSError) as error:
-        what = f"cannot be read ({first_line(error)})"
-        raise UserError(file, what, "Get the file again", ExitCode.BAD_DATA) from error
-    if kind != "maskvlm" or not isinstance(config.get("backbone"), dict):
-        what = "tells no backbone" if kind == "maskvlm" else f"is of a model of type {kind}, not maskvlm"
-        raise UserError(file, what, "Name a folder that this project wrote", ExitCode.BAD_DATA)
-    return config
-
-
-def read_tokenizer(path: Path) -> str:
-    """As a checkpoint stores it."""
-    try:
-        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the libraries underneath have their own
-        what = f"the tokenizer cannot be read ({first_line(error)})"
-        raise UserError(path, what, "Get the folder again", ExitCode.BAD_DATA) from error
-    return tokenizer_json(tokenizer)
+    config = load_json(text_of(file).encode(), file)
+    if not isinstance(config, dict):
+        raise UserError(file, "expected a mapping", AGAIN, ExitCode.BAD_DATA)
+    return TOLD.read({key: config[key] for key in (*TOLD.needed, *TOLD.also) if key in config}, str(file), AGAIN)

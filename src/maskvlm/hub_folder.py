@@ -3,7 +3,7 @@
 `folder.py` reads such a folder; here are the classes that transformers needs to know.
 """
 
-import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
 from maskvlm.data.batch import InputSpec
+from maskvlm.data.files import load_json
+from maskvlm.data.tokenizer_files import text_of
+from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.folder import SEEN
+from maskvlm.plain import Tree
 from maskvlm.recipe import Recipe
 from maskvlm.run import write_text
 from maskvlm.start import Start
-from maskvlm.verify import first_line
 
 BICUBIC = 3  # Pillow's number
 
@@ -82,17 +85,27 @@ def configuration(recipe: Recipe, origin: Start, evaluation: Mapping[str, Any] |
 
 
 def evaluation_beside(path: Path) -> dict[str, Any] | None:
-    """`card.json` and `metrics.json` of a checkpoint's run, where they are. Raises UserError for a damaged one (65)."""
+    """`card.json` and `metrics.json` of a checkpoint's run, where they are.
+
+    They are for people: a damaged one is told, and the model loads.
+    """
     found = {}
     for name in ("card", "metrics"):
         file = path.parent / f"{name}.json"
         if file.is_file():
             try:
-                found[name] = dict(json.loads(file.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, OSError) as error:
-                what, todo = f"cannot be read ({first_line(error)})", "Get the file again, or remove it"
-                raise UserError(file, what, todo, ExitCode.BAD_DATA) from error
+                found[name] = _shown(file)
+            except UserError as error:
+                warnings.warn(str(error), stacklevel=2)
     return found or None
+
+
+def _shown(file: Path) -> dict[str, Any]:
+    check_inside(file)
+    content = load_json(text_of(file).encode(), file)
+    if not isinstance(content, dict) or not Tree().fits(content):
+        raise UserError(file, f"expected {Tree().says()}", "The model loads without it", ExitCode.BAD_DATA)
+    return content
 
 
 def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:

@@ -33,12 +33,13 @@ from maskvlm.hub_folder import (
     evaluation_beside,
     write_beside,
 )
-from maskvlm.huggingface import quiet
 from maskvlm.inputs import as_list
 from maskvlm.model import MaskVLM as Backbone
-from maskvlm.recipe import build, portable, recipe_of
+from maskvlm.rebuild import build
+from maskvlm.recipe import portable, recipe_of
 from maskvlm.start import Start, read_content, start_of
 from maskvlm.task import Task
+from maskvlm.text_files import quiet
 from maskvlm.verify import first_line
 
 MESSAGE = "Upload a MaskVLM model"

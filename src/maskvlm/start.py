@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm import checkpoint, folder
+from maskvlm.content import check_content
 from maskvlm.data.text import tokenizer_from_json
-from maskvlm.errors import ExitCode, UserError
 from maskvlm.hub import folder_of_hub
 
 
@@ -73,7 +72,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
         UserError: as `checkpoint.load`, `folder.read` and `folder_of_hub`.
     """
     place = folder_of_hub(str(path))
-    return folder.read(place) if place.is_dir() else checkpoint.load(place)
+    return check_content(folder.read(place), place) if place.is_dir() else checkpoint.load(place)
 
 
 def read_start(path: str) -> Start:
@@ -99,37 +98,6 @@ def lineage_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def model_of(path: str) -> str:
-    """The backbone's configuration that a checkpoint was made with, as YAML of a `-c` file.
-
-    Raises:
-        UserError: the file is damaged, or neither it nor the `config-fit.yaml` beside it says which model it is.
-    """
-    content = read_content(path)
-    if "model" in content:
-        return str(content["model"])
-    beside = Path(path).parent / "config-fit.yaml"
-    if not beside.is_file():
-        what = f"does not say which model it is, and there is no {beside.name} beside it"
-        raise UserError(path, what, "Put that file of its run beside it", ExitCode.MISSING_INPUT)
-    return model_yaml(yaml.safe_load(beside.read_text(encoding="utf-8")))
-
-
-def model_yaml(config: Mapping[str, Any]) -> str:
-    """The part of a composed configuration that a model's weights depend on."""
-    model = config["model"]
-    backbone = {**model["backbone"], "init_args": {**model["backbone"]["init_args"], "start": None}}
-    kept = {"random_init": model.get("random_init", False), "backbone": backbone}
-    return yaml.safe_dump({"model": kept}, sort_keys=False)
-
-
-def task_yaml(config: Mapping[str, Any]) -> str:
-    """The part of a composed configuration that says what the heads are; labels come with the checkpoint."""
-    task = config["model"]["task"]
-    args = {name: value for name, value in (task.get("init_args") or {}).items() if name != "labels"}
-    return yaml.safe_dump({"class_path": task["class_path"], "init_args": args}, sort_keys=False)
 
 
 def overlap(ids: Tensor, lineage: tuple[Seen, ...]) -> int | None:

@@ -95,6 +95,8 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise zipfile.BadZipFile("its members are larger than the file: they overlap")
             broken = archive.testzip() if stored else None
     except Exception as error:  # zipfile has no exception of its own for most of what a flipped bit can do
         raise bad(path, f"truncated or damaged ({first_line(error)})", ANOTHER) from error

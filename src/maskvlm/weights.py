@@ -14,8 +14,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from maskvlm.content import check_parts
+from maskvlm.data.files import load_json
+from maskvlm.data.tokenizer_files import text_of
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.hub import WEIGHT_FILES, Unreachable
+from maskvlm.plain import shown
 from maskvlm.provenance import Origin, Provenance
 from maskvlm.verify import first_line, verify
 
@@ -69,7 +73,10 @@ def read_state(path: str | Path) -> State:
     Raises:
         UserError: not there (66); damaged, or holds no weights (65); holds what could run code (77).
     """
-    path = find_weights(Path(path).expanduser())
+    path = Path(path).expanduser()
+    if path.is_dir() and (index := next(iter(sorted(path.glob("*.index.json"))), None)) is not None:
+        return _read_parts(path, index)
+    path = find_weights(path)
     content = _read(path)
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     tensors = clean_state_dict(content[key] if key else content)
@@ -78,6 +85,30 @@ def read_state(path: str | Path) -> State:
         what = f"holds no plain weights ({odd[0] if odd else 'it is empty'})"
         raise UserError(path, what, "Store a state dict of tensors", ExitCode.BAD_DATA)
     return State(tensors, f"{path}[{key}]" if key else str(path))
+
+
+def _read_parts(folder: Path, index: Path) -> State:
+    """Weights in several files, which an index names. Raises as `read_state`."""
+    content = load_json(text_of(index).encode(), index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+        raise UserError(index, "names no files of weights", "Get the file again", ExitCode.BAD_DATA)
+    names = sorted(set(parts.values()))
+    if strange := [
+        name for name in names if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")
+    ]:
+        what = f"names {shown(strange[0])}, which is no file of weights beside it"
+        raise UserError(index, what, "Get the folder from somebody you trust", ExitCode.REFUSED)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_state(folder / name).tensors
+    return State(tensors, str(folder))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all files of weights in a folder."""
+    files = [file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def find_weights(path: Path) -> Path:
@@ -105,6 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         what = f"holds a {type(content).__name__}, no state dict"
         raise UserError(path, what, "Store a state dict of tensors", ExitCode.BAD_DATA)
+    check_parts(content, path)
     return dict(content)
 
 
@@ -156,7 +188,8 @@ def load_state(
     """
     wanted = {name: value for name, value in state.items() if not (unused and name.startswith(unused))}
     fitted = resize_positions(wanted, model) if resize else wanted
-    _check_fit(model, fitted, source, new)
+    check_fit(model, fitted, source, new)
+    check_numbers(fitted, source)
     model.load_state_dict(fitted, strict=False)
     before = {name: tuple(value.shape) for name, value in wanted.items()}
     before |= {name: tuple(shape) for name, shape in (was or {}).items() if name in before}
@@ -193,7 +226,8 @@ def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
     return bool(round(positions**0.5) ** 2 == positions)
 
 
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...]) -> None:
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...] = ()) -> None:
+    """Raise UserError (65) unless names and shapes are the model's; it may be on the meta device."""
     own = model.state_dict()
     reshaped = [
         f"{name} {list(state[name].shape)} -> {list(value.shape)}"
@@ -210,6 +244,10 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: 
     if any(misfits):
         what = f"does not fit {type(model).__name__}: {'; '.join(filter(None, misfits))}"
         raise UserError(source, what, _advice(reshaped, missing or left), ExitCode.BAD_DATA)
+
+
+def check_numbers(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError (65) where a number is infinite or none."""
     broken = [n for n, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
         what = f"holds numbers that are not finite: {_count(broken, 'tensors')}"
