@@ -400,7 +400,7 @@ def test_places_without_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its configuration cannot be read"):
         TextEncoder(str(tmp_path), 12)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json:1: not JSON"):
+    with pytest.raises(UserError, match=r"config\.json:1: not JSON"):
         TextEncoder(str(tmp_path), 12)
 
 

@@ -46,9 +46,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it holds no model of this project (66), or a file of it is damaged (65).
     """
-    for name in (*READ, SUMS):
-        if (path / name).is_symlink():
-            check_inside(path / name)
+    check_links(path)
     config = read_config(path)
     for name in (WEIGHTS, TOKENIZER):
         if not (path / name).is_file():
@@ -76,6 +74,13 @@ def read(path: Path) -> dict[str, Any]:
     assert tokenizer is not None  # its file is there
     content["tokenizer"] = tokenizer_json(tokenizer)
     return content
+
+
+def check_links(path: Path) -> None:
+    """Raise UserError (77) where a file that is read is a link out of the folder."""
+    for name in (*READ, SUMS):
+        if (path / name).is_symlink():
+            check_inside(path / name)
 
 
 def _yaml(value: Any) -> str:

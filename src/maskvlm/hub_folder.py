@@ -6,18 +6,19 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.files import load_json
-from maskvlm.data.tokenizer_files import text_of
+from maskvlm.data.tokenizer_files import read_tokenizer, text_of
 from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.folder import SEEN
-from maskvlm.plain import Tree
+from maskvlm.folder import AGAIN, PROCESSOR, SEEN, check_links, check_sums
+from maskvlm.hub import folder_of_hub
+from maskvlm.plain import Listed, Real, Record, Tree, Whole
 from maskvlm.recipe import Recipe
 from maskvlm.run import write_text
 from maskvlm.start import Start
@@ -51,6 +52,24 @@ class MaskVLMImageProcessor(ViTImageProcessorPil):
     resizing for a ViT's, which differs."""
 
 
+SIDE = Whole(1, 4096)
+TRIPLE = Listed(Real(-10, 10), 3, 3)
+
+
+class Size:
+    """Height and width, the same: images are square here."""
+
+    def says(self) -> str:
+        return f"height and width, each {SIDE.says()}"
+
+    def fits(self, value: Any) -> bool:
+        return type(value) is dict and value.keys() == {"height", "width"} and all(map(SIDE.fits, value.values()))
+
+
+IMAGES = Record({"size": Size(), "image_mean": TRIPLE, "image_std": TRIPLE})
+"""What is read of `processor_config.json`."""
+
+
 class MaskVLMProcessor(ProcessorMixin):
     """Pictures and texts to the model's inputs: `processor(images=..., text=..., return_tensors="pt", padding=True)`.
 
@@ -59,6 +78,30 @@ class MaskVLMProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **more: Any) -> None:
         super().__init__(image_processor, tokenizer, **more)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **hub: Any) -> Self:  # type: ignore[override]
+        """Of a folder that this project wrote, or a name on the hub. transformers' own takes classes from the files.
+
+        Raises:
+            UserError: as `folder.read`; only size, mean and deviation of images are read, and the tokenizer.
+        """
+        place = folder_of_hub(str(path), hub)
+        check_links(place)
+        check_sums(place)
+        file = place / PROCESSOR
+        told = load_json(text_of(file).encode(), file)
+        images = told.get("image_processor") if isinstance(told, dict) else None
+        read = {key: images[key] for key in IMAGES.needed if key in images} if isinstance(images, dict) else images
+        kept = IMAGES.read(read, str(file), AGAIN)
+        tokenizer: Any = read_tokenizer(place)
+        if tokenizer is None:
+            raise UserError(place, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
+        named = place / "tokenizer_config.json"
+        length = load_json(text_of(named).encode(), named).get("model_max_length") if named.is_file() else None
+        if Whole(1, 100_000).fits(length):
+            tokenizer.model_max_length = length
+        return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **kept), tokenizer)
 
 
 def processor_of(spec: InputSpec) -> MaskVLMProcessor:

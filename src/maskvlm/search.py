@@ -1,8 +1,8 @@
 """`python -m maskvlm index` and `search`: pictures found among many, by a text or a picture.
 
 An index is a folder: `index.json` says what it is, `index.faiss` holds the vectors, `ids.parquet` whose they are. It is
-searched by inner product of unit vectors, the cosine. There is no pickle in it, and `index.json` knows the files'
-hashes; but FAISS reads its own file in C++ without distrust: trust a stranger's index as you would trust his program.
+searched by inner product of unit vectors, the cosine. There is no pickle in it, `index.json` passes a closed schema and
+knows the files' hashes; but FAISS reads its own file in C++ without distrust: take none from a stranger.
 
 Shapes: N vectors, Q queries, K found, E contrast width.
 """
@@ -10,7 +10,6 @@ Shapes: N vectors, Q queries, K found, E contrast width.
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +20,29 @@ from torch import Tensor
 
 from maskvlm.arguments import Parser
 from maskvlm.ask import readable
-from maskvlm.data.batch import Source
+from maskvlm.data.batch import Pairs, Source
+from maskvlm.data.files import load_json
+from maskvlm.data.manifest import MANIFEST
+from maskvlm.data.prepared import Prepared
+from maskvlm.data.scenes import Scenes
+from maskvlm.data.tokenizer_files import text_of
 from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.inputs import Picture, check_absent, is_picture
 from maskvlm.nearest import RECALL, Array, build, faiss_module, kinds, turn, write_index
-from maskvlm.parser import Complaint, prepare
-from maskvlm.parser import Parser as ClassParser
+from maskvlm.plain import OneOf, Record, Table, Text, Tree, Whole, maybe, shown
 from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.rebuild import read_arguments
 from maskvlm.vectors import KEPT, Facts, embed_data, facts_of, file_of, identity, parser_of, process_of, write
 from maskvlm.verify import sha256_of
 
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
+WORLD = "maskvlm.data.scenes.Scenes"
+TOLD = Record({
+    "sha256": Table(Text(64, "[0-9a-f]{64}")), "width": Whole(1, 10**6), "count": Whole(0), "weights": Text(64),
+    "knob": OneOf((None, *(kind.knob for kind in kinds(1, 2).values() if kind.knob))), "value": maybe(Whole(0, 10**6)),
+    "checkpoint": Text(), "data": Text(), "split": Text(100), "source": maybe(Tree()),
+})  # fmt: skip
+"""What is read of `index.json`."""
 
 
 def make(arguments: list[str], allowed: list[str]) -> int:
@@ -102,15 +113,23 @@ class Found(NamedTuple):
 
 
 class Index:
-    """An index in memory; `about` is its `index.json`."""
+    """An index in memory; `about` is what is read of its `index.json`, `images` the folder that the user named."""
 
-    def __init__(self, index: Any, ids: pa.Table, about: Facts, allowed: Iterable[str] = ()) -> None:
-        self.index, self.ids, self.about, self.allowed = index, ids, about, allowed
+    def __init__(self, index: Any, ids: pa.Table, about: Facts, images: Path | None = None) -> None:
+        self.index, self.ids, self.about, self.images = index, ids, about, images
         self.model: PretrainedMaskVLM | None = None  # that was checked
 
     @classmethod
-    def load(cls, folder: str | Path, allowed: Iterable[str] = ()) -> "Index":
-        """Raises UserError: no index (66), or damaged (65). `allowed`: packages that its data set's class may be of."""
+    def load(cls, folder: str | Path, images: str | Path | None = None) -> "Index":
+        """Read an index.
+
+        Args:
+            folder: that `index` made.
+            images: where its images lie: a folder of files, or a prepared set; needed only to open them.
+
+        Raises:
+            UserError: no index (66), or damaged (65).
+        """
         place, faiss = Path(folder), faiss_module()
         if not (place / ABOUT).is_file():
             raise UserError(
@@ -119,15 +138,20 @@ class Index:
                 "Make one: make index FROM=checkpoints/RUN/best.ckpt",
                 ExitCode.MISSING_INPUT,
             )
+        file = place / ABOUT
+        told = load_json(text_of(file).encode(), file)
+        about: Facts = {key: told[key] for key in TOLD.needed if key in told} if isinstance(told, dict) else told
+        TOLD.read(about, str(file), "Make it again")
         try:
-            about: Facts = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-            if any(sha256_of(place / name) != about["sha256"][name] for name in (VECTORS, IDS)):
+            if any(sha256_of(place / name) != about["sha256"].get(name) for name in (VECTORS, IDS)):
                 raise ValueError(f"a file is not the one that {ABOUT} knows")
             index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
+            if ids.schema.remove_metadata() != KEPT or ids.num_rows != index.ntotal or index.d != about["width"]:
+                raise ValueError("its files do not belong together")
             turn(index, about["knob"], about["value"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(place, f"damaged ({error})"[:200], "Make it again", ExitCode.BAD_DATA) from error
-        return cls(index, ids, about, allowed)
+        return cls(index, ids, about, None if images is None else Path(images))
 
     def search(self, vector_QE: Array | Tensor, k: int = 10) -> tuple[Array, Array]:
         """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
@@ -141,26 +165,50 @@ class Index:
         return found
 
     def pictures(self, found: list[Found]) -> list[Picture]:
-        """The pictures themselves: files, or what the data set draws. Raises UserError: a file is gone (66), or the
-        data set is another one by now (65)."""
-        gone = [each.path for each in found if each.path is not None and not Path(each.path).is_file()]
-        todo, source = "Bring them back, or search without --rerank", self.about.get("source")
-        if gone or not (source or all(each.path for each in found)):
-            raise UserError(gone[0] if gone else "search", "the pictures are not on disk", todo, ExitCode.MISSING_INPUT)
-        if all(each.path for each in found):
-            return [Path(str(each.path)) for each in found]
-        prepare([], self.allowed)  # as a recipe out of a checkpoint: a class of trusted packages alone
-        parser = ClassParser(exit_on_error=False)
-        parser.add_subclass_arguments(Source, "source")
-        try:
-            made = parser.instantiate_classes(parser.parse_object({"source": source})).source
-        except Complaint as error:
-            what = f"its data set cannot be opened ({' '.join(error.message.split())[:150]})"
-            raise UserError("search", what, "Search without --rerank", ExitCode.REFUSED) from None
+        """The images themselves: files or a prepared set in the folder that the user named, or what the built-in world
+        draws. An index may be anybody's: what it says of files is held against that folder, and nothing else is opened.
+
+        Raises:
+            UserError: no folder was named (66), an image leads out of it (77) or is gone (66), or the data set is
+                another one by now (65).
+        """
+        if self.images is None or (self.images / MANIFEST).is_file():
+            pairs = self.pairs(found)
+            return [pairs[each.row]["image"] for each in found]
+        root = os.path.realpath(self.images)
+        for each in found:
+            if each.path is None or not Path(os.path.realpath(each.path)).is_relative_to(root):
+                todo = "Name the folder that holds its images, or search without --rerank"
+                raise UserError("--images", f"{shown(each.path)} is not in {root}", todo, ExitCode.REFUSED)
+            if not Path(each.path).is_file():
+                todo = "Bring it back, or search without --rerank"
+                raise UserError(each.path, "the images are not on disk", todo, ExitCode.MISSING_INPUT)
+        return [Path(str(each.path)) for each in found]
+
+    def pairs(self, found: list[Found]) -> Pairs:
+        """The split of the data set that was indexed; raises as `pictures`."""
+        told = self.about["source"] or {}
+        name, args = told.get("class_path"), told.get("init_args") or {}
+        plain = {key: value for key, value in args.items() if key != "root"} if isinstance(args, dict) else {}
+        where = f"{ABOUT}: source"
+        made: Source
+        if self.images is not None:
+            hold_out = plain.get("hold_out", 0)
+            made = Prepared(str(self.images), hold_out if Whole(0, 10**9).fits(hold_out) else 0)
+        elif name == WORLD:
+            made = Scenes(**read_arguments(Scenes, plain, where))
+        else:
+            root = args.get("root") if isinstance(args, dict) else None
+            kept = root or next((os.path.dirname(each.path) for each in found if each.path), "a place it does not name")
+            what = f"the images lie in {shown(kept)}, says {ABOUT}; what it names is not opened unasked"
+            todo = (
+                "If you trust that place, say so: --images FOLDER (a folder or a prepared set); or leave out --rerank"
+            )
+            raise UserError("search", what, todo, ExitCode.REFUSED)
         pairs = made.split(self.about["split"])
         if pairs.fingerprint != self.about["data"]:
             raise UserError("search", "the data set is not the one of the index", "Index it again", ExitCode.BAD_DATA)
-        return [pairs[each.row]["image"] for each in found]
+        return pairs
 
 
 def search(index: Index, model: PretrainedMaskVLM, query: Picture, k: int = 10, rerank: bool = False) -> list[Found]:
@@ -196,12 +244,13 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
     parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
+    parser.add_argument("--images", type=Path, help="where the images lie (a folder, a prepared set), for --rerank")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     options = parser.parse_args(arguments)
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
-    index = Index.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), allowed)
+    index = Index.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     for place, each in enumerate(search(index, model, options.query, options.k, options.rerank), 1):
         told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}

@@ -5,18 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from maskvlm.config import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
+from maskvlm.disk import check_inside
 from maskvlm.embed import Model
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.parser import Complaint, Parser, prepare
 from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.recipe import recipe_of
+from maskvlm.rebuild import class_of, read_arguments
+from maskvlm.recipe import read_small, recipe_of
 from maskvlm.start import read_content
 from maskvlm.verbs import Verb
 
 PRETRAINING = "maskvlm.pretrain.MaskedPretraining"
+WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
+"""Sources that draw what they show."""
 WEIGHTS = ("best.ckpt", "last.ckpt")
 """Of a run's folder, the first that is there."""
 
@@ -132,16 +134,19 @@ class Models:
         return self.tasks[run.task]
 
     def examples(self, run: Run) -> Examples | None:
-        """The validation split of the data that a run was trained on, by the configuration beside it."""
+        """The validation split of the built-in world that a run was trained on, by the configuration beside it.
+
+        That file is as strange as the checkpoint: sources that open files are not made of it.
+        """
+        file = Path(run.path).parent / "config-fit.yaml"
         try:
-            config = yaml.safe_load((Path(run.path).parent / "config-fit.yaml").read_text(encoding="utf-8"))
-            prepare([], self.allowed)
-            parser = Parser(exit_on_error=False)
-            parser.add_subclass_arguments(ExampleSource, "source")
-            source = config["data"]["init_args"]["source"]
-            return parser.instantiate_classes(parser.parse_object({"source": source})).source.split("val")
-        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError, Complaint):
-            return None  # it is another machine's data, or captions: the page has other examples
+            check_inside(file)
+            source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
+            kind = class_of(str(source["class_path"]), str(file), ExampleSource, WORLDS, self.allowed)  # type: ignore[type-abstract]
+            args = read_arguments(kind, source.get("init_args") or {}, str(file))
+            return kind(**args).split("val")
+        except (UserError, KeyError, TypeError, AttributeError):
+            return None  # real photos, another machine's data, or captions: the page has other examples
 
 
 class Matched(NamedTuple):

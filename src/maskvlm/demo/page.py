@@ -84,13 +84,13 @@ class Desk:
         )
 
 
-def page(models: Models, worker: intake.Worker, index: Path | None, allowed: list[str]) -> gr.Blocks:
+def page(models: Models, worker: intake.Worker, index: Path | None, images: Path | None = None) -> gr.Blocks:
     """The whole page.
 
     Args:
         models: what was found.
         index: a folder to search; None for scenes of the built-in world.
-        allowed: packages that the index's data set may be of.
+        images: where its images lie, as the user says.
     """
     desk = Desk(models, worker)
     with gr.Blocks(
@@ -104,7 +104,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, allowed: lis
                 given(desk)
             with gr.Column(scale=5, min_width=320), gr.Tabs(elem_id="tabs"):
                 if models.pretrained is not None:
-                    of_pretraining(desk, index, allowed)
+                    of_pretraining(desk, index, images)
                 for run in models.found.tasks:
                     task(desk, run)
                 if not models.found.tasks:
@@ -165,7 +165,7 @@ def given(desk: Desk) -> None:
         )
 
 
-def of_pretraining(desk: Desk, index: Path | None, allowed: list[str]) -> None:
+def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     """The tabs of the core's verbs, and what happens where several of them are concerned."""
     model = desk.models.core()
     first = desk.samples[0]
@@ -173,7 +173,7 @@ def of_pretraining(desk: Desk, index: Path | None, allowed: list[str]) -> None:
     compared = match_and_caption(desk, first)
     line = None
     try:
-        searched = desk.worker.pool.submit(Searched, model, index, allowed).result()
+        searched = desk.worker.pool.submit(Searched, model, index, images).result()
     except UserError as error:
         line = str(error)
         searched = desk.worker.pool.submit(Searched, model, None).result()

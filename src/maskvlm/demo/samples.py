@@ -1,6 +1,5 @@
 """What the page brings along: held-out scenes of the built-in world, drawn when it starts, and what it searches."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,19 +79,19 @@ class Searched:
     Args:
         model: of pre-training.
         folder: of an index (`python -m maskvlm index`); None for the scenes.
-        allowed: packages that the index's data set may be of.
+        images: where the index's images lie, as the user says.
 
     Raises:
         UserError: the index is damaged, or was made with another checkpoint.
     """
 
-    def __init__(self, model: PretrainedMaskVLM, folder: Path | None, allowed: Iterable[str] = ()) -> None:
+    def __init__(self, model: PretrainedMaskVLM, folder: Path | None, images: Path | None = None) -> None:
         self.model, self.index, self.query = model, None, "a red circle"
         if folder is not None:
             from maskvlm.search import Index  # brings the command line along; most pages do without
             from maskvlm.vectors import identity
 
-            self.index = Index.load(folder, allowed)
+            self.index = Index.load(folder, images)
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: python -m maskvlm index")

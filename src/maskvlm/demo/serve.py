@@ -33,6 +33,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser = Parser("python -m maskvlm demo", description="a page to try a model in", allow_abbrev=False)
     parser.add_argument("--from", dest="sources", nargs="+", default=[], help="checkpoints; the newest, if left out")
     parser.add_argument("--index", type=Path, help="a folder to search; the newest that `make index` made, if left out")
+    parser.add_argument("--images", type=Path, help="where the index's images lie: a folder, or a prepared set")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in: nobody is asked who he is")
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
@@ -98,7 +99,7 @@ def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path)
     if index is None:
         made = sorted(Path("checkpoints").glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
         index = made[-1].parent if made else None
-    app = Guard(application(models, Worker(), index, allowed), folder, is_loopback(options.host))
+    app = Guard(application(models, Worker(), index, options.images), folder, is_loopback(options.host))
     told = ", ".join(run.path for run in (found.pretrained, *found.tasks) if run)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -112,7 +113,7 @@ def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path)
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def application(models: Any, worker: Any, index: Path | None, allowed: list[str]) -> Any:
+def application(models: Any, worker: Any, index: Path | None, images: Path | None = None) -> Any:
     """The page as an ASGI application, without its guard."""
     import fastapi
     import gradio as gr
@@ -125,7 +126,7 @@ def application(models: Any, worker: Any, index: Path | None, allowed: list[str]
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer,
-        page(models, worker, index, allowed),
+        page(models, worker, index, images),
         path="/",
         server_name="127.0.0.1",
         footer_links=[],
