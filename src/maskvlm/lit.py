@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -18,6 +19,7 @@ from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.model import MaskVLM
 from maskvlm.optim import build_adamw, parameter_groups, schedule
 from maskvlm.provenance import Origin, Provenance
+from maskvlm.resumable import check_resumable
 from maskvlm.start import Seen, lineage_of
 from maskvlm.task import Task
 
@@ -204,6 +206,11 @@ class LitModel(L.LightningModule):
         return self._seen._replace(steps=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""
+        if self.trained and self.trainer.state.fn == TrainerFn.FITTING:
+            made = self.configure_optimizers()
+            scheduler: Any = made["lr_scheduler"]
+            check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
         told = lineage_of(checkpoint)
