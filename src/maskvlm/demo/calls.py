@@ -98,7 +98,7 @@ class Calls:
     """
 
     def __init__(self, blocks: gr.Blocks, folder: Path) -> None:
-        self.folder = folder.resolve()
+        self.blocks, self.folder = blocks, folder.resolve()
         self.taken = {number: [takes(each) for each in function.inputs] for number, function in blocks.fns.items()}
 
     def understood(self, body: bytes, host: str) -> bytes:

@@ -23,6 +23,7 @@ QUIET = {
     "GRADIO_SSR_MODE": "False",
     "GRADIO_MCP_SERVER": "False",
     "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # it makes a table of all of them at every question
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }

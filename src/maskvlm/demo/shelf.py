@@ -43,15 +43,18 @@ class Shelf:
         Raises:
             Refused: no form with one file and nothing else, or there is no room.
         """
-        await self.check_room()
         async with self.turns:
+            await self.check_room()
             try:
                 async with Request(scope, receive).form(max_files=1, max_fields=0) as form:
                     (file,) = form.getlist("files")
                     path = await asyncio.to_thread(self.write, file.file)  # type: ignore[union-attr]
             except (MultiPartException, HTTPException, ValueError, AttributeError):
                 raise Refused(400, "That is no upload of one file.") from None
-        self.known.add(path)
+            except OSError as error:
+                raise Refused(507, f"The picture cannot be kept here ({error.strerror}).") from None
+            self.known.add(path)
+            self.held = (self.held[0] + 1, self.held[1] + Path(path).stat().st_size)
         return path
 
     def write(self, file: IO[bytes]) -> str:
@@ -61,8 +64,12 @@ class Shelf:
         head = file.read(4)
         ending = next((name for start, name in KINDS.items() if head.startswith(start)), "bin")
         file.seek(0)
-        with (place / f"picture.{ending}").open("xb") as made:
-            shutil.copyfileobj(file, made)
+        try:
+            with (place / f"picture.{ending}").open("xb") as made:
+                shutil.copyfileobj(file, made)
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         return made.name
 
     async def check_room(self) -> None:
@@ -77,11 +84,17 @@ class Shelf:
 
 
 def held(folder: Path) -> tuple[int, int]:
-    """Number and bytes of all files in a folder; some may go while they are counted."""
+    """Number and bytes of all files in a folder; some may go while they are counted.
+
+    Places that were emptied long ago are taken away: Gradio removes the files alone.
+    """
     sizes: list[int] = []
     for path in folder.rglob("*"):
         try:
-            sizes += [path.stat().st_size] if path.is_file() else []
+            if path.is_file():
+                sizes.append(path.stat().st_size)
+            elif time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                path.rmdir()
         except OSError:
             continue
     return len(sizes), sum(sizes)
