@@ -16,7 +16,10 @@ if find_spec("gradio") is None:
 
 from live_page import CHROMIUM, FLAGS, GOOD, Live, encoded, live, noise
 
+from maskvlm.demo.samples import Hit, Searched
+
 SCRIPT = "<script>document.title='taken'</script>"
+TEMPLATE = "${document.title='taken'} {{document.title='taken'}} {{{lookup this}}}"  # Gradio's HTML is a template
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 
 ATTACKS = """
@@ -121,8 +124,11 @@ def test_a_hostile_page_cannot_ask_upload_read_or_frame(page: Live, browser: Any
     assert (page.kept, page.asked) == before
 
 
-def test_the_page_itself_works_and_asks_nobody_else(page: Live, browser: Any, elsewhere: str, tmp_path: Path) -> None:
-    """Reached by a link from the hostile page; an upload with a strange name."""
+def test_the_page_itself_works_and_asks_nobody_else(
+    page: Live, browser: Any, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reached by a link from the hostile page; an upload with a strange name, texts and captions that are scripts."""
+    monkeypatch.setattr(Searched, "by_text", lambda *_: [Hit(noise(), f"{SCRIPT} {TEMPLATE}")])
     path = tmp_path / "my cat's <picture> ünï.jpg"
     path.write_bytes(encoded(noise(2, 64), "JPEG") + SCRIPT.encode())
     tab, asked, told = browser.new_page(), list[str](), list[str]()
@@ -142,9 +148,14 @@ def test_the_page_itself_works_and_asks_nobody_else(page: Live, browser: Any, el
     tab.press("#text textarea", "Tab")
     tab.wait_for_function("document.querySelector('#words .sentence')?.innerText.includes('<script>')")
     tab.get_by_role("tab", name="Match").click()
-    tab.fill("#texts textarea", f"a red circle\n{SCRIPT}")
+    tab.fill("#texts textarea", f"a red circle\n{SCRIPT}\n{TEMPLATE}")
     tab.locator("#match").click()
-    tab.wait_for_function("document.querySelectorAll('#matches tr').length == 2")
+    tab.wait_for_function("document.querySelectorAll('#matches tr').length == 3")
+    assert "${document.title=" in tab.locator("#matches").inner_text()
+    tab.get_by_role("tab", name="Search").click()
+    tab.locator("#find").click()
+    tab.wait_for_selector("#found .caption-label")
+    assert SCRIPT in tab.locator("#found").inner_text()
     tab.get_by_role("tab", name="NLVR").click()
     tab.locator("#nlvr-picture-2 input[type=file]").set_input_files(
         {"name": "b", "mimeType": "image/png", "buffer": GOOD}
