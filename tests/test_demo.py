@@ -1,10 +1,8 @@
 """The page: what it finds and shows, what it refuses, and itself in a real browser."""
 
-import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, noise
 from toy_pretrained import saved
 
 from maskvlm.demo import answers
@@ -30,13 +28,11 @@ from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main
 from maskvlm.errors import ExitCode, UserError
 
-httpx: Any = pytest.importorskip("httpx") if find_spec("gradio") else None  # Gradio brings it
 TEXT = "a red circle on the left"
 SCRIPT = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>"
 needs_gradio = pytest.mark.skipif(
     find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])"
 )
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +52,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def models(place: Path) -> Models:
     return Models(find(place / "checkpoints"))
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def noise(seed: int = 0, side: int = 40) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 # ---------------------------------------------------------------------- what needs no Gradio
@@ -237,49 +223,6 @@ def served(folder: Path, root: Path) -> Iterator[Server]:
         assert list(temp.iterdir()) == [], "the folder of uploads goes with the page"
 
 
-class Asker:
-    """Speaks to the page as its own script does."""
-
-    def __init__(self, base: str) -> None:
-        self.client = httpx.Client(base_url=base, timeout=120)
-        self.config = self.client.get("/config").json()
-        self.parts = {each["id"]: each["props"] for each in self.config["components"]}
-        self.ids = {props["elem_id"]: each for each, props in self.parts.items() if props.get("elem_id")}
-
-    def upload(self, data: bytes, name: str = "a.png") -> Any:
-        return self.client.post("/gradio_api/upload", files={"files": (name, data)})
-
-    def picture(self, data: bytes, name: str = "a.png") -> dict[str, Any]:
-        (path,) = self.upload(data, name).raise_for_status().json()
-        return {"path": path, "meta": {"_type": "gradio.FileData"}}
-
-    def join(self, part: str, event: str, event_data: Any = None, **values: Any) -> Any:
-        """Put a question into the queue; values by elem_id."""
-        known = [each for each in self.config["dependencies"] if [self.ids[part], event] in each["targets"]]
-        given = {self.ids[name]: value for name, value in values.items()}
-        data = [given.get(each, self.parts[each].get("value")) for each in known[0]["inputs"]]
-        body = {"fn_index": known[0]["id"], "session_hash": f"s{time.time_ns()}", "data": data}
-        text = json.dumps(body | {"event_data": event_data})
-        return body, self.client.post(
-            "/gradio_api/queue/join", content=text, headers={"content-type": "application/json"}
-        )
-
-    def ask(self, part: str, event: str = "click", event_data: Any = None, **values: Any) -> str:
-        """The answer as JSON, whatever it is."""
-        body, reply = self.join(part, event, event_data, **values)
-        if reply.status_code != 200:
-            return f"{reply.status_code} {reply.text}"
-        return self.answer(body["session_hash"])
-
-    def answer(self, session: str) -> str:
-        with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
-            for line in stream.iter_lines():
-                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
-                if told.get("msg") in ("process_completed", "unexpected_error"):
-                    return json.dumps(told)
-        return "nothing"
-
-
 @pytest.fixture(scope="module")
 def asker(server: Server) -> Asker:
     return Asker(server.base)
@@ -297,7 +240,6 @@ def bomb() -> bytes:
     )
 
 
-GOOD = encoded(noise())
 SVG = f'<svg xmlns="http://www.w3.org/2000/svg">{SCRIPT}</svg>'.encode()
 UPLOADS = {
     "bomb": (bomb(), "bomb"),
@@ -374,8 +316,8 @@ def test_no_address_and_no_path_is_opened(asker: Asker, server: Server, place: P
                 {"url": url, "path": path},
             ):
                 assert asker.ask("match", picture=given, texts=TEXT).startswith("403 ")
-        assert "Traceback" not in asker.ask("match", picture={"url": url, "path": None}, texts=TEXT)
-        assert "Traceback" not in asker.ask("match", picture=url, texts=TEXT)
+        assert asker.ask("match", picture={"url": url, "path": None}, texts=TEXT).startswith("403 ")
+        assert asker.ask("match", picture=url, texts=TEXT).startswith("403 ")
         with pytest.raises(TimeoutError):
             bait.accept()
     for path in ("/etc/passwd", str(secret), f"{inside}/../../../secret.png", url, f"{server.temp}%2f..%2fsecret.png"):
@@ -392,8 +334,8 @@ def test_only_what_the_page_needs_is_there(asker: Asker, path: str) -> None:
 
 def test_strange_requests_are_refused(asker: Asker) -> None:
     join = "/gradio_api/queue/join"
-    assert asker.client.post(join, content=b"[" * 100_000).status_code == 400
-    assert asker.client.post(join, content=b"\xff\x00").status_code == 400
+    assert asker.client.post(join, content=b"[" * 100_000, headers=JSON).status_code == 400
+    assert asker.client.post(join, content=b"\xff\x00", headers=JSON).status_code == 400
     assert asker.client.post(join, json={"fn_index": 9999, "data": [], "session_hash": "x"}).status_code in range(
         400, 600
     )
@@ -415,7 +357,7 @@ def test_strange_texts_are_answered_or_refused_in_one_line(asker: Asker) -> None
     assert "1,000" in line_of(asker.ask("match", picture=picture, texts=many))
     assert "lines" in line_of(asker.ask("match", picture=picture, texts="a\n" * 100))
     assert "no word" in line_of(asker.ask("find", query="\u200b"))
-    assert "no place of the picture" in line_of(asker.ask("board", "select", {"index": ["x", None], "value": None}))
+    assert "no place of the picture" in line_of(asker.ask("board", "select", {"index": [-5, 1e9], "value": None}))
     for strange in (None, 5, {"a": 1}, ["x"], "\ud83d", "\x00"):
         assert "Traceback" not in asker.ask("match", picture=picture, texts=strange)
 
@@ -452,9 +394,6 @@ def test_the_page_says_what_to_run(tmp_path: Path, root: Path) -> None:
 
 
 # ---------------------------------------------------------------------- a browser
-
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from maskvlm.data.images import BadImage
-from maskvlm.demo import answers, guard, intake
+from maskvlm.demo import answers, intake, shelf
 from maskvlm.demo.models import Models
 from maskvlm.demo.samples import Sample, Searched, samples
 from maskvlm.demo.tabs import Patches, Words, match_and_caption, search, task, upload
@@ -17,6 +17,7 @@ from maskvlm.errors import UserError
 from maskvlm.inputs import MASK
 
 CSS = Path(__file__).with_name("page.css")
+SESSIONS = 200  # visitors whose covered patches are remembered; each keeps a copy of the page's settings in memory
 INTRO = (
     "<h1>MaskVLM</h1><p>Cover words and they are filled in from the picture; cover patches of the picture and they are "
     "filled in from the words.</p>"
@@ -94,7 +95,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
     """
     desk = Desk(models, worker)
     with gr.Blocks(
-        title="MaskVLM", analytics_enabled=False, delete_cache=(60, guard.KEPT_SECONDS), fill_width=True
+        title="MaskVLM", analytics_enabled=False, delete_cache=(60, shelf.KEPT_SECONDS), fill_width=True
     ) as blocks:
         gr.HTML(INTRO + about(models), elem_id="intro")
         if models.pretrained is None and not models.found.tasks:
@@ -111,6 +112,10 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
                     with gr.Tab("Tasks"):
                         gr.HTML(answers.note(no_task(models)))
     blocks.queue(max_size=intake.QUEUE, default_concurrency_limit=1, api_open=False)
+    blocks.state_session_capacity = SESSIONS
+    blocks.has_launched = (
+        True  # else Gradio does not check at all which files a call names: it is mounted, not launched
+    )
     return blocks
 
 

@@ -5,7 +5,6 @@ process, which goes when the page does.
 """
 
 import importlib.util
-import ipaddress
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.arguments import Parser
+from maskvlm.demo.terminal import printable
 from maskvlm.errors import ExitCode, UserError
 
 QUIET = {
@@ -23,6 +23,7 @@ QUIET = {
     "GRADIO_SSR_MODE": "False",
     "GRADIO_MCP_SERVER": "False",
     "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # it makes a table of all of them at every question
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
@@ -68,8 +69,8 @@ def listen(host: str, port: int) -> socket.socket:
 @contextmanager
 def own_folder() -> Iterator[Path]:
     """A temporary folder for all that is uploaded and shown; every temporary file of this process lies in it."""
-    with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as name:
-        before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as made:
+        before, name = tempfile.tempdir, str(Path(made).resolve())
         os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = name
         try:
             yield Path(name)
@@ -78,20 +79,25 @@ def own_folder() -> Iterator[Path]:
             os.environ.pop("GRADIO_TEMP_DIR", None)
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path) -> None:
     """Load the models, make the page, serve it. Raises UserError."""
-    import uvicorn
+    app = guarded(options, allowed, folder)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes whoever ends the page
+    with suppress(KeyboardInterrupt), printable():
+        server_of(app).run(sockets=[listener])
 
+
+def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
+    """The page in its guard. Raises UserError."""
+    from maskvlm.demo.calls import Calls
     from maskvlm.demo.guard import Guard
     from maskvlm.demo.intake import Worker
     from maskvlm.demo.models import Models, find
+    from maskvlm.demo.page import page
+    from maskvlm.demo.shelf import Shelf
 
     found = find(Path("checkpoints"), options.sources)
     models = Models(found, options.device, allowed)
@@ -99,34 +105,48 @@ def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path)
     if index is None:
         made = sorted(Path("checkpoints").glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
         index = made[-1].parent if made else None
-    app = Guard(application(models, Worker(), index, options.images), folder, is_loopback(options.host))
+    blocks = page(models, Worker(), index, options.images)
     told = ", ".join(run.path for run in (found.pretrained, *found.tasks) if run)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
     print(told or "no checkpoint found: the page says what to run", flush=True)
-    print(f"http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
+    shelf = Shelf(folder, blocks.upload_file_set)
+    return Guard(application(blocks), Calls(blocks, folder), shelf, options.host)
+
+
+def server_of(app: Any) -> Any:
+    """A server that gives no visitor more time, room or belief than he needs."""
+    import uvicorn
+
+    from maskvlm.demo.wire import Hurried
+
     config = uvicorn.Config(
-        app, log_level="warning", limit_concurrency=200, timeout_keep_alive=10, timeout_graceful_shutdown=2, ws="none"
+        app,
+        http=Hurried,
+        ws="none",
+        log_level="warning",
+        use_colors=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=200,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=2,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes whoever ends the page
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
 
 
-def application(models: Any, worker: Any, index: Path | None, images: Path | None = None) -> Any:
+def application(blocks: Any) -> Any:
     """The page as an ASGI application, without its guard."""
     import fastapi
     import gradio as gr
 
     from maskvlm.demo.guard import MAX_UPLOAD
-    from maskvlm.demo.page import CSS, page
+    from maskvlm.demo.page import CSS
 
     plain = ("system-ui", "sans-serif")  # no font is fetched
     theme = gr.themes.Default(font=plain, font_mono=("ui-monospace", "monospace"), primary_hue="teal")
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer,
-        page(models, worker, index, images),
+        blocks,
         path="/",
         server_name="127.0.0.1",
         footer_links=[],

@@ -1,0 +1,167 @@
+"""What a question to the page may hold: a closed schema. All else is refused, and Gradio gets what was understood.
+
+Gradio itself takes a file by a path or an address wherever one stands in a call, and checks neither when it is mounted.
+Here a file stands only where a picture is asked for, and only one that was uploaded to this page or made by it.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import gradio as gr
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from maskvlm.demo.origin import is_own
+from maskvlm.demo.refusal import Refused
+
+FILE = "/gradio_api/file="
+MAX_TEXT = 2**16  # characters of one text; what a model is asked is bounded in `intake`, with a line that says so
+WORDS = 10_000  # that can be chosen
+SHELF = re.compile(r"[0-9a-f]{64}/[\w.-]{1,255}")
+"""Where in the folder a picture of the page lies."""
+
+Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z]{1,40}$")]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Name = Annotated[str, Field(max_length=1024, pattern=r"^[^/\\]*$")]
+Pixel = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Closed(BaseModel):
+    """No other keys, and nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Meta(Closed):
+    """How Gradio knows a file."""
+
+    kind: Literal["gradio.FileData"] = Field(alias="_type")
+
+
+class File(Closed):
+    """A picture: what the page was told when it was uploaded. Only `path` is used."""
+
+    path: Annotated[str, Field(max_length=4096)]
+    meta: Meta
+    url: Annotated[str, Field(max_length=8192)] | None = None
+    orig_name: Name | None = None
+    mime_type: Annotated[str, Field(max_length=255)] | None = None
+    size: Count | None = None
+    is_stream: Literal[False] = False
+
+
+class Place(Closed):
+    """Where somebody clicked: a point of a picture, or a tab."""
+
+    index: Count | Annotated[list[Pixel], Field(min_length=2, max_length=2)]
+    value: Annotated[str, Field(max_length=200)] | None = None
+
+
+class Call(Closed):
+    """A question; `data` is checked by what its function takes."""
+
+    fn_index: Count
+    session_hash: Session
+    data: Annotated[list[Any], Field(max_length=50)]
+    event_data: Place | None = None
+    trigger_id: Count | None = None
+
+
+PICTURE: TypeAdapter[Any] = TypeAdapter(File | None)
+
+
+def takes(component: Any) -> TypeAdapter[Any]:
+    """What a component may be given. Raises TypeError: nobody has said so yet."""
+    match component:
+        case gr.Image():
+            return PICTURE
+        case gr.Textbox():
+            return TypeAdapter(Text | None)
+        case gr.CheckboxGroup():
+            return TypeAdapter(Annotated[list[Annotated[int, Field(ge=0, lt=WORDS)]], Field(max_length=WORDS)])
+        case gr.Dataset():
+            return TypeAdapter(Annotated[int, Field(ge=0, lt=len(component.samples))])
+        case gr.State():  # it stays here
+            return TypeAdapter(None)
+    raise TypeError(f"what may a {type(component).__name__} be given? Say so in maskvlm.demo.calls")
+
+
+class Calls:
+    """The questions of one page.
+
+    Args:
+        blocks: the page.
+        folder: where uploads and results lie.
+    """
+
+    def __init__(self, blocks: gr.Blocks, folder: Path) -> None:
+        self.blocks, self.folder = blocks, folder.resolve()
+        self.taken = {number: [takes(each) for each in function.inputs] for number, function in blocks.fns.items()}
+
+    def understood(self, body: bytes, host: str) -> bytes:
+        """A question as Gradio gets it: of each picture its path alone. Raises Refused: it is none of this page's."""
+        try:
+            call = Call.model_validate_json(body)
+        except ValidationError as error:
+            is_json = error.errors(include_input=False)[0]["type"] != "json_invalid"
+            raise (no_question() if is_json else Refused(400, "That is no JSON.")) from None
+        taken = self.taken.get(call.fn_index)
+        if taken is None or len(taken) != len(call.data):
+            raise no_question()
+        content = call.model_dump()
+        content["data"] = [self.value(adapter, each, host) for adapter, each in zip(taken, call.data, strict=True)]
+        return json.dumps(content).encode()
+
+    def value(self, adapter: TypeAdapter[Any], given: Any, host: str) -> Any:
+        """One value of a question. Raises Refused: it is of another kind, or a picture that is not of this page."""
+        given = check_shape(adapter, given)
+        if not isinstance(given, File):
+            return given
+        check_file(given, self.folder, host)
+        return {"path": given.path, "meta": {"_type": "gradio.FileData"}}
+
+
+def no_question() -> Refused:
+    return Refused(400, "That is no question of this page.")
+
+
+def not_ours() -> Refused:
+    return Refused(403, "A picture must be uploaded: addresses and paths are not opened.")
+
+
+def check_shape(adapter: TypeAdapter[Any], given: Any) -> Any:
+    """Returns the value as its type. Raises Refused."""
+    try:
+        return adapter.validate_python(given, strict=True)
+    except (ValidationError, RecursionError):
+        raise (not_ours() if adapter is PICTURE else no_question()) from None
+
+
+def check_file(given: File, folder: Path, host: str) -> None:
+    """Raises Refused: a path or an address of something else than a picture of this page."""
+    address = given.url is None or is_address_of(given.url, given.path, host)
+    if not address or not is_of_page(given.path, folder):
+        raise not_ours()
+
+
+def is_of_page(path: str, folder: Path) -> bool:
+    """Whether a path is, letter for letter, that of a picture that was uploaded to this page or made by it."""
+    place = Path(path)
+    try:
+        is_shelved = place.is_relative_to(folder) and SHELF.fullmatch(str(place.relative_to(folder))) is not None
+        return is_shelved and str(place) == path and place.resolve() == place
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def is_address_of(url: str, path: str, host: str) -> bool:
+    """Whether an address is where this page shows the file of that path."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    own = is_own(f"{parts.scheme}://{parts.netloc}", host)
+    return own and unquote(parts.path) == FILE + path and not parts.query and not parts.fragment

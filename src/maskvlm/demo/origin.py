@@ -1,0 +1,120 @@
+"""Who asks: the page's own script in a browser that was pointed here, or a program; never another page.
+
+Nobody is asked for a name or a password, so a browser must not lend its way in to a page from elsewhere. Each check
+raises `Refused`, in one line.
+"""
+
+import ipaddress
+import re
+import socket
+from urllib.parse import urlsplit
+
+from maskvlm.demo.refusal import Refused, Scope
+
+Head = dict[bytes, bytes]
+PASSED = frozenset(
+    b"host accept accept-encoding content-type content-length if-none-match if-modified-since user-agent".split()
+)
+"""Headers that Gradio sees. Left out: it builds addresses from X-Forwarded-*, echoes all headers of a request for a
+range, lets other origins in by its own rule on Origin, and knows its users by cookies."""
+SINGLE = frozenset(
+    b"host origin referer content-type content-length sec-fetch-site sec-fetch-mode sec-fetch-dest".split()
+)
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::\d{1,5})?")
+_ORIGIN = re.compile(r"(https?)://([^/?#@\s]+)")
+DEFAULT_PORT = {"http": ":80", "https": ":443"}
+
+
+def head_of(scope: Scope) -> Head:
+    """The headers by name. Raises Refused: one that counts is there twice, where two readers may take each another."""
+    found: Head = {}
+    for name, value in scope["headers"]:
+        if name in found and name in SINGLE:
+            raise Refused(400, f"The header {name.decode('latin-1')} must not be repeated.")
+        found[name] = value
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def check_host(head: Head, served: str) -> None:
+    """The browser was pointed at this machine by its address or its own name: another name may have been rebound.
+
+    Args:
+        served: the address or the name that the page listens on.
+
+    Raises:
+        Refused: 400 or 421.
+    """
+    found = _HOST.fullmatch(text(head, b"host").lower())
+    if found is None:
+        raise Refused(400, "The header host is missing or wrong.")
+    name = found[1] or found[2]
+    if is_loopback(name):
+        return
+    if is_loopback(served):
+        raise Refused(421, "This page answers to 127.0.0.1 and localhost only.")
+    if not is_address(name) and name not in {served.lower(), socket.gethostname().lower()}:
+        raise Refused(421, "This page has another name. Open it by its address, or start it with --host NAME.")
+
+
+def check_origin(scope: Scope, head: Head) -> None:
+    """The request comes from the page itself, from the address bar, or from a program.
+
+    A browser says so by Origin, by Sec-Fetch-Site, or at least by Referer. Another port of this machine is another
+    origin. Following a link to the page is no request of the page that has the link.
+
+    Raises:
+        Refused: 403.
+    """
+    host, origin, site = text(head, b"host"), head.get(b"origin"), text(head, b"sec-fetch-site")
+    own = origin is None or is_own(text(head, b"origin"), host)
+    if not is_entry(scope, head):
+        own = own and site in ("", "same-origin", "none")
+        if origin is None and not site and b"referer" in head:
+            own = own and is_own("{0.scheme}://{0.netloc}".format(urlsplit(text(head, b"referer"))), host)
+    if not own:
+        raise Refused(403, "That request comes from another page.")
+
+
+def is_entry(scope: Scope, head: Head) -> bool:
+    """Whether a browser opens the page in a tab; not in a frame, and not by a script."""
+    is_page = scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
+    mode, destination = text(head, b"sec-fetch-mode"), text(head, b"sec-fetch-dest")
+    return is_page and mode in ("", "navigate") and destination in ("", "document")
+
+
+def is_own(origin: str, host: str) -> bool:
+    """Whether an origin's host and port are those that the browser was pointed at. "null" is nobody's."""
+    found = _ORIGIN.fullmatch(origin.lower())
+    if found is None:
+        return False
+    port = DEFAULT_PORT[found[1]]
+    return found[2].removesuffix(port) == host.lower().removesuffix(port)
+
+
+def check_kind(scope: Scope, head: Head, wanted: str) -> None:
+    """A body is of the kind that the page's script sends. Other kinds are what forms of other pages can send.
+
+    Raises:
+        Refused: 415.
+    """
+    kind = text(head, b"content-type").partition(";")[0].strip().lower()
+    if scope["method"] == "POST" and kind != wanted:
+        raise Refused(415, f"Only {wanted} is taken here.")
+
+
+def text(head: Head, name: bytes) -> str:
+    return head.get(name, b"").decode("latin-1")

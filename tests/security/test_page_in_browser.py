@@ -1,0 +1,173 @@
+"""A hostile page on another origin, in a real browser, against the page; and the page itself in that browser."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guards import Build
+
+if find_spec("gradio") is None:
+    pytest.skip("gradio is not installed (pip install -e .[demo])", allow_module_level=True)
+
+from live_page import CHROMIUM, FLAGS, GOOD, Live, encoded, live, noise
+
+from maskvlm.demo.samples import Hit, Searched
+
+SCRIPT = "<script>document.title='taken'</script>"
+TEMPLATE = "${document.title='taken'} {{document.title='taken'}} {{{lookup this}}}"  # Gradio's HTML is a template
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
+
+ATTACKS = """
+async ([base, question, picture]) => {
+  const told = {}, join = base + "/gradio_api/queue/join", upload = base + "/gradio_api/upload";
+  const tell = async (name, attack) => {
+    try { told[name] = String(await attack()); } catch (error) { told[name] = "blocked"; }
+  };
+  const loads = (tag, url) => new Promise(done => {
+    const made = document.createElement(tag);
+    made.onload = () => done("loaded"); made.onerror = () => done("blocked");
+    made.src = url; document.body.append(made); setTimeout(() => done("blocked"), 4000);
+  });
+  const file = () => { const made = new FormData(); made.append("files", new Blob(["x"]), "a.png"); return made; };
+  const post = (url, body, more) => fetch(url, {method: "POST", body, ...more}).then(reply => reply.text());
+  await tell("text", () => post(join, question, {mode: "no-cors", headers: {"content-type": "text/plain"}}));
+  await tell("blob", () => post(join, new Blob([question]), {mode: "no-cors"}));
+  await tell("beacon", () => { navigator.sendBeacon(join, question); return ""; });
+  await tell("json", () => post(join, question, {headers: {"content-type": "application/json"}}));
+  await tell("credentials", () => post(join, question, {credentials: "include"}));
+  await tell("file", () => post(upload, file(), {mode: "no-cors"}));
+  await tell("file read", () => post(upload, file(), {}));
+  await tell("settings", () => fetch(base + "/config").then(reply => reply.text()));
+  await tell("hidden settings", () => fetch(base + "/config", {mode: "no-cors"}).then(reply => reply.text()));
+  await tell("stream", () => new Promise((done, fail) => {
+    const made = new EventSource(base + "/gradio_api/heartbeat/abc"); made.onmessage = done; made.onerror = fail;
+  }));
+  await tell("socket", () => new Promise((done, fail) => {
+    const made = new WebSocket(join.replace("http", "ws")); made.onopen = done; made.onerror = fail;
+  }));
+  told["image"] = await loads("img", picture);
+  told["script"] = await loads("script", base + "/config");
+  const submit = (url, kind, name) => new Promise(done => {
+    const frame = document.createElement("iframe"), form = document.createElement("form");
+    frame.name = "f" + Math.random(); frame.onload = () => done(); document.body.append(frame);
+    const text = document.createElement("textarea"); text.name = name; text.value = '"}';
+    Object.assign(form, {action: url, method: "POST", enctype: kind, target: frame.name});
+    form.append(text); document.body.append(form); form.submit(); setTimeout(done, 4000);
+  });
+  await submit(join, "text/plain", question.slice(0, -1) + ', "x": "');
+  await submit(join, "application/x-www-form-urlencoded", question);
+  await submit(upload, "multipart/form-data", "files");
+  const frame = document.createElement("iframe"); frame.id = "framed"; frame.src = base + "/";
+  await new Promise(done => { frame.onload = done; document.body.append(frame); setTimeout(done, 4000); });
+  return told;
+}
+"""
+
+
+class Hostile(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>hostile</title><body>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[str]:
+    """Another origin: another port of this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live(tmp_path_factory.mktemp("page")) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    start = pytest.importorskip("playwright.sync_api", reason="needs playwright").sync_playwright
+    with start() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield opened
+        opened.close()
+
+
+@pytest.mark.guard("maskvlm.demo.origin:check_origin")
+def test_a_hostile_page_cannot_ask_upload_read_or_frame(page: Live, browser: Any, elsewhere: str, build: Build) -> None:
+    before, start = (page.kept, page.asked), len(page.answers)
+    question = page.asker.question("match", texts="a red circle")
+    question["data"][0] = None
+    picture = page.asker.parts[page.asker.ids["picture"]]["value"]["url"]
+    tab = browser.new_page()
+    tab.goto(elsewhere)
+    told = tab.evaluate(ATTACKS, [page.base, json.dumps(question), picture])
+    frames = [frame.content() for frame in tab.frames if frame != tab.main_frame]
+    tab.close()
+    assert set(told.values()) <= {"", "blocked"}, told  # "" is what the browser shows of an answer that it hides
+    assert not [content for content in frames if "gradio" in content.lower()]
+    reached = page.answers[start:]
+    assert len(reached) >= 15  # the attacks did arrive
+    assert {method for method, _, _ in reached} == {"GET", "POST", "OPTIONS"}
+    assert {status for _, _, status in reached} == {403}
+    assert (page.kept, page.asked) == before
+
+
+def test_the_page_itself_works_and_asks_nobody_else(
+    page: Live, browser: Any, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reached by a link from the hostile page; an upload with a strange name, texts and captions that are scripts."""
+    monkeypatch.setattr(Searched, "by_text", lambda *_: [Hit(noise(), f"{SCRIPT} {TEMPLATE}")])
+    path = tmp_path / "my cat's <picture> ünï.jpg"
+    path.write_bytes(encoded(noise(2, 64), "JPEG") + SCRIPT.encode())
+    tab, asked, told = browser.new_page(), list[str](), list[str]()
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("response", lambda reply: told.append(f"{reply.status} {reply.url}") if reply.status >= 400 else None)
+    tab.on("console", lambda line: told.append(line.text) if line.type == "error" else None)
+    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab.goto(elsewhere)
+    tab.evaluate("base => { location.href = base }", page.base + "/")
+    tab.wait_for_selector("#words .side")
+    with tab.expect_response(lambda reply: "/gradio_api/upload?" in reply.url) as uploaded:
+        tab.locator("#picture input[type=file]").set_input_files(path)
+    (kept,) = uploaded.value.json()
+    tab.wait_for_selector(f"#picture img[src*='{Path(kept).parent.name}']")
+    assert tab.evaluate("document.querySelector('#picture img').complete")
+    tab.fill("#text textarea", f"a [MASK] circle {SCRIPT}")
+    tab.press("#text textarea", "Tab")
+    tab.wait_for_function("document.querySelector('#words .sentence')?.innerText.includes('<script>')")
+    tab.get_by_role("tab", name="Match").click()
+    tab.fill("#texts textarea", f"a red circle\n{SCRIPT}\n{TEMPLATE}")
+    tab.locator("#match").click()
+    tab.wait_for_function("document.querySelectorAll('#matches tr').length == 3")
+    assert "${document.title=" in tab.locator("#matches").inner_text()
+    tab.get_by_role("tab", name="Search").click()
+    tab.locator("#find").click()
+    tab.wait_for_selector("#found .caption-label")
+    assert SCRIPT in tab.locator("#found").inner_text()
+    tab.get_by_role("tab", name="NLVR").click()
+    tab.locator("#nlvr-picture-2 input[type=file]").set_input_files(
+        {"name": "b", "mimeType": "image/png", "buffer": GOOD}
+    )
+    tab.fill("#nlvr-text textarea", "two cats")
+    tab.wait_for_timeout(300)
+    tab.locator("#nlvr-ask").click()
+    tab.wait_for_selector("#nlvr-answer .answer")
+    assert tab.title() == "MaskVLM"
+    assert told == []
+    own = (page.base, "data:", f"blob:{page.base}", elsewhere)
+    assert [url for url in asked if not url.startswith(own)] == []
+    tab.goto(f"{page.base}/gradio_api/file={kept}")  # a picture and a page at once is shown as a picture
+    assert tab.evaluate("[document.contentType, document.title == 'taken']") == ["image/jpeg", False]
+    tab.close()
