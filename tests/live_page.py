@@ -120,7 +120,7 @@ def live(place: Path) -> Iterator[Live]:
     sources = {kind: str(place / kind / "best.ckpt") for kind in ("pretrain", "nlvr")}
     for kind, path in sources.items():
         saved(Path(path), kind)
-    options = Namespace(sources=list(sources.values()), index=None, device=None, host="127.0.0.1")
+    options = Namespace(sources=list(sources.values()), index=None, images=None, device=None, host="127.0.0.1")
     with listen("127.0.0.1", 0) as listener, own_folder() as folder:
         port = listener.getsockname()[1]
         guard = guarded(options, [], folder)

@@ -168,7 +168,18 @@ class Tree:
         return True
 
 
-NOTHING = OneOf((None,))
+@dataclass(frozen=True)
+class Nothing:
+    """null: where a user may name something and a file of his may not."""
+
+    def says(self) -> str:
+        return "nothing"
+
+    def fits(self, value: Any) -> bool:
+        return value is None
+
+
+NOTHING = Nothing()
 
 
 def maybe(kind: Kind) -> AnyOf:

@@ -143,7 +143,6 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     part = Tree()
     Record({"image": part, "text": part}, also, ExitCode.REFUSED).read(args, where, TODO)
     image = _class(args["image"], f"{where}.image", IMAGE)
-    _refuse_names(image, f"{where}.image", ("weights",))
     told: dict[str, Kind] = {
         "name": Text(100, r"[A-Za-z0-9_.]+"), "image_size": Whole(1, MOST_SIDE), "weights": NOTHING,
         "random_init": Flag(), "config": maybe(Tree(100)), "drop_path": share, "checkpointing": Flag(),
@@ -152,7 +151,6 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     Record({}, told, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
     check_vit(image.get("config") or {}, f"{where}.image.config", bounds)
     text = _class(args["text"], f"{where}.text", TEXT)
-    _refuse_names(text, f"{where}.text", ("tokenizer",))
     told = {
         "name": Text(100, r"[A-Za-z0-9_.-]+"), "text_length": Whole(3, bounds.side), "random_init": Flag(),
         "config": maybe(Tree(2000)), "tokenizer": NOTHING, "vocab_size": maybe(side), "checkpointing": Flag(),
@@ -171,14 +169,6 @@ def _class(value: Any, where: str, name: str) -> dict[str, Any]:
     read = Record(kinds, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
     args = read.get("init_args") or {}
     return dict(args) if isinstance(args, dict) else Record(code=ExitCode.REFUSED).read(args, where, TODO)
-
-
-def _refuse_names(args: dict[str, Any], where: str, names: tuple[str, ...]) -> None:
-    """A model's own file that is named from a checkpoint: said apart, as it is what somebody would try."""
-    for name in names:
-        if args.get(name) is not None:
-            what = f"{shown(args[name])} is named, and a checkpoint may name no file and no address"
-            raise UserError(f"{where}.{name}", what, TODO, ExitCode.REFUSED)
 
 
 def vit_kinds(bounds: Bounds) -> dict[str, Kind]:

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     sha: str
     pictures: int
     steps: int
-    ids: Tensor | None
+    ids: Tensor | None = None
     held_out: dict[str, int] | None = None
 
     def plain(self) -> dict[str, Any]:
