@@ -86,7 +86,7 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Draw `first-look.png`; what was counted, for the manifest."""
     shards = Shards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
     captions = Captions()
-    for chunk in shards.column("captions").chunks:
+    for chunk in shards.chunks("captions"):
         captions.add(chunk.flatten().to_pylist())
     hash_N = shards.column("phash").to_numpy()
     told_N = hash_N[hash_N != 0]

@@ -21,12 +21,10 @@ from typing import IO, Any
 import pyarrow as pa
 from PIL import features
 
-from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.manifest_schema import MOST_BYTES, checked_manifest
+from maskvlm.data.opening import check_inside, opened
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
-
-FORMAT = 1
-"""Raise it when an older reader would misread a new set."""
 
 MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
 PICTURES = "pictures"
@@ -122,7 +120,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """What a prepared set says about itself.
 
     Raises:
-        UserError: there is none, it is unfinished, or its manifest is damaged or of a newer version.
+        UserError: there is none, it is unfinished, or its manifest is damaged, of another version, or a link.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -132,19 +130,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
         todo = f"Make it with `make data SET={root.name} RAW=...` (DATA_ROOT= is the folder that holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
+    check_inside(path, root)
     with opened(path) as stream:
-        manifest = load_json(stream.read(), path)
-    if get(manifest, "format", int, str(path), "prepared") > FORMAT:
-        what = f"is of format {manifest['format']}, newer than {FORMAT}"
-        raise UserError(path, what, "Read it with a newer version", ExitCode.BAD_DATA)
-    splits = get(manifest, "splits", dict, str(path), "prepared")
-    for name, split in splits.items():
-        get(split, "pictures", int, f"{path} splits.{name}", "prepared")
-        get(split, "sha256", str, f"{path} splits.{name}", "prepared")
-        for shard in get(split, "shards", list, f"{path} splits.{name}", "prepared"):
-            for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
-                get(shard, key, kind, f"{path} splits.{name}.shards", "prepared")
-    return dict(manifest)
+        return checked_manifest(stream.read(MOST_BYTES + 1), path)
 
 
 def versions() -> dict[str, str | None]:

@@ -110,7 +110,7 @@ def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
     if not (root / MANIFEST).is_file():
         return None
     manifest = read_manifest(root)
-    check_same(root, manifest.get("settings", {}), plan, "a prepared set")
+    check_same(root, manifest["settings"], plan, "a prepared set")
     return manifest
 
 

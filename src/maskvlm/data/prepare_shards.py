@@ -15,7 +15,8 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
-from maskvlm.data.manifest import FORMAT, MAKING, PICTURES, SCHEMA, cannot_write, sha256_of, whole_file, write_json
+from maskvlm.data.manifest import MAKING, PICTURES, SCHEMA, cannot_write, sha256_of, whole_file, write_json
+from maskvlm.data.manifest_schema import FORMAT
 from maskvlm.data.phash import KIND
 from maskvlm.data.prepare_rows import Entry, RowMaker, Settings
 from maskvlm.data.raw.base import BadRow, RawRow

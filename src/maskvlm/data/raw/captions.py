@@ -1,6 +1,5 @@
 """COCO, Flickr30k and Flickr8k: Karpathy's split, the official files, and the other forms they are passed on in."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from maskvlm.data.raw.lines import plain, read_text, text_lines
 from maskvlm.data.raw.photos import Index
 from maskvlm.data.raw.table import Table
 from maskvlm.data.sources import _photos
+from maskvlm.data.strict_json import parse
 from maskvlm.errors import ExitCode, UserError
 
 KARPATHY = "Karpathy"
@@ -194,7 +194,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
 
 def _list(text: str) -> list[str] | None:
     try:
-        captions = json.loads(text)
+        captions = parse(text)
     except (ValueError, RecursionError):
         return None
     return captions if isinstance(captions, list) and all(isinstance(each, str) for each in captions) else None

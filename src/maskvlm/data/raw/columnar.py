@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +36,7 @@ def has_pictures(file: Path, columns: dict[str, str]) -> bool:
         return True
 
 
-def parquet_samples(file: Path, columns: dict[str, str]) -> Iterator[Sample]:
+def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Sample]:
     """The rows of a file in their order; what cannot be read is one sample with a problem."""
     row = 0
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
-from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.lines import plain, short
 from maskvlm.data.raw.own import captions_of
 from maskvlm.errors import ExitCode, UserError
 
@@ -62,9 +62,9 @@ class HubSet(RawSet):
         captions = captions_of(values["caption"])
         split = split_named(values["split"]) if values.get("split") is not None else default
         if problem is None and captions is None:
-            problem = ("no caption", f"the caption is {plain(repr(values['caption']), 60)}")
+            problem = ("no caption", f"the caption is {short(values['caption'])}")
         if problem is None and split is None:
-            problem = ("unknown split", f"{plain(repr(values['split']), 60)} is none of train, val and test")
+            problem = ("unknown split", f"{short(values['split'])} is none of train, val and test")
         if problem:
             return BadRow(problem[0], origin, problem[1], split or default)
         own = values.get("id")
@@ -83,7 +83,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
         return value, None
     if isinstance(value, str) and value.strip():
         return folder.place(value)
-    return "", ("no picture", f"the picture is {plain(repr(value), 60)}")
+    return "", ("no picture", f"the picture is {short(value)}")
 
 
 def _is_fetched(path: str) -> bool:

@@ -22,6 +22,7 @@ from maskvlm.data.raw.captions import Pictures
 from maskvlm.data.raw.columns import SPLITS, split_of_path
 from maskvlm.data.raw.lines import json_items, plain, text_lines
 from maskvlm.data.raw.photos import SCHEMES, Index, photo_of, stem_of
+from maskvlm.data.strict_json import flaw
 from maskvlm.data.text import stable_id
 from maskvlm.errors import ExitCode, UserError
 
@@ -165,6 +166,8 @@ def json_links(file: Path) -> Iterator[Link]:
         document = load_json(stream.read(), file) if lists else None
     records: Iterator[Any] = json_items(file)
     if document is not None:
+        if doubled := flaw(document):
+            raise UserError(file, doubled, "Take sbu-captions-all.json as distributed", ExitCode.BAD_DATA)
         urls, captions = document.get("image_urls"), document.get("captions")
         if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
             what = "'image_urls' and 'captions' are not lists of the same length"
@@ -174,7 +177,8 @@ def json_links(file: Path) -> Iterator[Link]:
         values = record if isinstance(record, dict) else {}
         url, name, caption = (values.get(key, "") for key in ("url", "image", "caption"))
         whole = all(isinstance(value, str) for value in (url, name, caption)) and (url or name)
-        problem = None if whole else ("malformed row", "an object with 'caption' and 'image' or 'url' belongs here")
+        wrong = flaw(record) or "an object with 'caption' and 'image' or 'url' belongs here"
+        problem = None if whole and not flaw(record) else ("malformed row", wrong)
         if problem:
             url = name = caption = ""
         yield Link(row, url, caption, f"{file.name} [{row}]", name, problem)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from maskvlm.data.files import load_json, picture_names
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, split_named, split_of_path
-from maskvlm.data.raw.lines import json_items, plain, read_text, text_lines
+from maskvlm.data.raw.lines import json_items, plain, read_text, short, text_lines
 from maskvlm.data.raw.table import Table
+from maskvlm.data.strict_json import flaw
 from maskvlm.errors import ExitCode, UserError
 
 PROBE = 1000
@@ -143,6 +144,8 @@ def _json(file: Path) -> Iterator[Entry]:
 
 
 def _entry(place: int, record: Any) -> Entry:
+    if problem := flaw(record):
+        return Entry(place, {}, ("not JSON", problem))
     if isinstance(record, dict):
         return Entry(place, record)
     return Entry(place, {}, ("not an object", f"{type(record).__name__} where a JSON object belongs"))
@@ -161,13 +164,13 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     """The row, or (reason, message)."""
     image, own, given = values.get("image"), values.get("id"), values.get("split")
     if not isinstance(image, str) or not image.strip():
-        return "no picture", f"the name of the picture is {plain(repr(image), 60)}"
+        return "no picture", f"the name of the picture is {short(image)}"
     captions = captions_of(values.get("caption"))
     if captions is None:
-        return "no caption", f"the caption is {plain(repr(values.get('caption')), 60)}"
+        return "no caption", f"the caption is {short(values.get('caption'))}"
     split = default if given is None else split_named(given)
     if split is None:
-        return "unknown split", f"{plain(repr(given), 60)} is none of train, val and test"
+        return "unknown split", f"{short(given)} is none of train, val and test"
     named = isinstance(own, str | int) and not isinstance(own, bool)
     return Values(image.strip(), captions, split, str(own).strip() if named else "")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from maskvlm.data.files import PICTURE_SUFFIXES
 from maskvlm.data.raw.archive import members
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 # ------------------------------------------------------------------ tars
 
 
-def tar_samples(shard: Path, columns: dict[str, str]) -> Iterator[Sample]:
+def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Sample]:
     """The members of an archive by key: the name up to its first dot, as webdataset has it. One key at a time."""
     group: Sample | None = None
     for member in members(shard):

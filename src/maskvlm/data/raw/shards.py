@@ -1,6 +1,5 @@
 """Web-scale sets as webdataset and img2dataset (github.com/rom1504/img2dataset) write them: tars, Parquet or files."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from maskvlm.data.raw.lines import decoded, plain, read_text
 from maskvlm.data.raw.own import captions_of
 from maskvlm.data.raw.photos import photo_of
 from maskvlm.data.raw.samples import Sample, file_samples, pictures_of, tar_samples
+from maskvlm.data.strict_json import flaw, parse
 from maskvlm.errors import ExitCode, UserError
 
 MAX_TEXT_BYTES = 16_000_000
@@ -101,7 +101,7 @@ class Shards(RawSet):
         file = shard.parent / f"{_stem(shard)}{STATS}"
         text, problem = read_text(file) if file.is_file() else ("", ("absent", ""))
         try:
-            stats = {} if problem else json.loads(text)
+            stats = {} if problem else parse(text)
             asked, got = int(stats.get("count", found)), int(stats.get("successes", found))
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
             yield BadRow("damaged statistics", plain(file.name), "not what img2dataset writes", split)
@@ -146,9 +146,11 @@ def _meta(sample: Sample) -> tuple[dict[str, Any], tuple[str, str] | None]:
         return content, None
     text, problem = decoded(content)
     try:
-        meta = json.loads(text) if not problem else {}
+        meta = parse(text) if not problem else {}
     except (ValueError, RecursionError):
         meta, problem = {}, ("not JSON", "the .json member cannot be read")
+    if wrong := flaw(meta):
+        meta, problem = {}, ("not JSON", wrong)
     return (meta, problem) if isinstance(meta, dict) else ({}, ("not an object", "the .json member is no JSON object"))
 
 
