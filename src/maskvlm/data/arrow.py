@@ -224,9 +224,11 @@ def value(read: Read, column: Column, kind: Any, row: int) -> Any:
 
 def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]:
     """Where `count` values from a row on begin, and where the last of them ends."""
-    found = struct.unpack(f"<{count + 1}i", read(column.offsets.offset + 4 * row, 4 * (count + 1)))
+    found = struct.unpack(
+        "<2i" if count == 1 else f"<{count + 1}i", read(column.offsets.offset + 4 * row, 4 * count + 4)
+    )
     most = column.values.size if column.inner is None else column.inner.rows
-    if found[0] < 0 or found[-1] > most or any(low > high for low, high in pairwise(found)):
+    if found[0] < 0 or found[-1] > most or found != tuple(sorted(found)):
         raise Damaged("a value that leads out of its column")
     return found
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maskvlm.data.opening import TODO, Walk, byte_lines, check_inside, opened
-from maskvlm.data.strict_json import BadJson, parse
+from maskvlm.data.strict_json import BadJson, kind_of, parse
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
 
@@ -83,7 +83,7 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[Line]:
 
 def not_an_object(record: Any) -> str:
     """What is wrong with it, for messages."""
-    return str(record) if isinstance(record, BadJson) else f"{type(record).__name__} where a JSON object belongs"
+    return f"{kind_of(record)} where a JSON object belongs"
 
 
 def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
@@ -92,10 +92,8 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
     Args:
         layout: whose files look as they should, for the message ("Karpathy", "VQA v2").
     """
-    if isinstance(record, BadJson):
-        what = str(record)
-    elif not isinstance(record, dict):
-        what = f"{type(record).__name__} where an object with '{key}' belongs"
+    if not isinstance(record, dict):
+        what = f"{kind_of(record)} where an object with '{key}' belongs"
     elif isinstance(record.get(key), BadJson):
         what = f"'{key}': {record[key]}"
     elif key not in record:

@@ -23,6 +23,7 @@ from PIL import features
 
 from maskvlm.data.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.opening import check_inside, opened
+from maskvlm.data.text import clean_caption
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
 
@@ -66,7 +67,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the disk is full (74) or the folder cannot be written (73); what was there before is whole.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name[:100]}.tmp")
     try:
         try:
             with temporary.open("wb") as file:
@@ -83,12 +85,36 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise cannot_write(path, error) from error
 
 
+def check_path(path: Path) -> None:
+    """Refuse what no file or folder can be called, or what could not be shown and found again.
+
+    Raises:
+        UserError: it has a null byte, is not text, or is too long (73).
+    """
+    try:
+        str(path).encode()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        what = f"cannot be written ({why})"
+        raise UserError(plain_name(path), what, "Give it another name", ExitCode.CANNOT_CREATE) from error
+
+
+def plain_name(path: Path) -> str:
+    """For messages: printable, and not longer than a line."""
+    text = clean_caption(str(path))[0]
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """What stands in the way of an output, as the user's error."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
     code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
-    return UserError(path, f"cannot be written ({error.strerror or error})", f"{todo}; finished shards stay", code)
+    what = f"cannot be written ({error.strerror or error})"
+    return UserError(plain_name(path), what, f"{todo}; finished shards stay", code)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

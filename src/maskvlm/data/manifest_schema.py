@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.data.files import load_json
-from maskvlm.data.strict_json import BadJson
+from maskvlm.data.strict_json import kind_of
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
 
@@ -116,9 +116,7 @@ def facts(value: Any, where: str) -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
-    if isinstance(value, BadJson):
-        return str(value)
-    return repr(value)[:80] if isinstance(value, str | int | float | None) else type(value).__name__
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else kind_of(value)
 
 
 DOCUMENT = "the document"

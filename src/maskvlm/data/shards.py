@@ -30,14 +30,23 @@ class Source:
         """So many bytes, all of them. Raises UserError where the file ends before, or cannot be read."""
         if self._content is not None:
             found = self._content[offset : offset + size]
+        elif self._file is not None:
+            found = self._pread(self._file.fileno(), size, offset)
         else:
             with self._opened() as file:
-                found = os.pread(file, size, offset)
-                while found and len(found) < size and (more := os.pread(file, size - len(found), offset + len(found))):
-                    found += more
+                found = self._pread(file, size, offset)
         if len(found) < size:
             raise damaged(self.path, "is shorter than it was: somebody changes it")
         return found
+
+    def _pread(self, file: int, size: int, offset: int) -> bytes:
+        try:
+            found = os.pread(file, size, offset)
+            while found and len(found) < size and (more := os.pread(file, size - len(found), offset + len(found))):
+                found += more
+            return found
+        except OSError as error:
+            raise damaged(self.path, f"cannot be read ({error.strerror or error})", ExitCode.IO_ERROR) from error
 
     def size(self) -> int:
         """Of the shard, in bytes."""
@@ -48,16 +57,10 @@ class Source:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        try:
-            if self._file is not None:
-                yield self._file.fileno()
-                return
-            with opened(self.path) as stream:
-                if self._keep:
-                    self._file = open(os.dup(stream.fileno()), "rb", buffering=0)  # noqa: SIM115  closed with this
-                yield stream.fileno()
-        except OSError as error:
-            raise damaged(self.path, f"cannot be read ({error.strerror or error})", ExitCode.IO_ERROR) from error
+        with opened(self.path) as stream:
+            if self._keep and self._file is None:
+                self._file = open(os.dup(stream.fileno()), "rb", buffering=0)  # noqa: SIM115  closed with this
+            yield stream.fileno()
 
 
 class Shard:
@@ -69,20 +72,26 @@ class Shard:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        with self._told():
+        try:
             self.batches: list[Placed] = [*batches(source.read, source.size())]
             for batch in self.batches:
                 check(source.read, batch)
+        except Damaged as error:
+            raise self._told(error) from error
 
     def value(self, batch: Placed, name: str, row: int) -> Any:
         """Of a column in a row of a batch."""
-        with self._told():
+        try:
             return value(self._source.read, batch.columns[name], VALUES[name], row)
+        except Damaged as error:
+            raise self._told(error) from error
 
     def array(self, batch: Placed, name: str) -> pa.Array:
         """A column of a batch."""
-        with self._told():
+        try:
             return array(self._source.read, batch.columns[name], VALUES[name])
+        except Damaged as error:
+            raise self._told(error) from error
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One after the other."""
@@ -93,12 +102,8 @@ class Shard:
     def __len__(self) -> int:
         return sum(batch.rows for batch in self.batches)
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except Damaged as error:
-            raise damaged(self._source.path, str(error)) from error
+    def _told(self, error: Damaged) -> UserError:
+        return damaged(self._source.path, f"cannot be read ({error})")
 
 
 class Part(NamedTuple):

@@ -54,6 +54,11 @@ def flaw(record: Any) -> str | None:
     return next((str(value) for value in values if isinstance(value, BadJson)), None)
 
 
+def kind_of(value: Any) -> str:
+    """What a value is, for messages about another that belongs there."""
+    return str(value) if isinstance(value, BadJson) else type(value).__name__
+
+
 def each_key_once(pairs: list[tuple[str, Any]]) -> Any:
     """The object of these keys and values."""
     found = dict(pairs)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskvlm.data.opening import Walk, check_plain
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
 from maskvlm.data.raw.lines import plain, short
@@ -115,6 +116,7 @@ def _load(raw: str) -> "dict[str, Dataset]":
     import datasets
 
     local = Path(raw).expanduser()
+    check_local(local)
     name, _, configuration = (raw, "", "") if local.exists() else raw.partition(":")
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
@@ -126,6 +128,21 @@ def _load(raw: str) -> "dict[str, Dataset]":
         todo = "Check the name; sets with several configurations are named owner/name:configuration"
         raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def check_local(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it, or a link that leads out of it: the library would open it.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    walk = Walk(folder)
+    for place, names in walk if folder.is_dir() else ():
+        for name in names:
+            check_plain(Path(place, name), os.stat(os.path.join(place, name)).st_mode)
+    for paths in walk.left_out.values():
+        what = f"{plain(paths[0])!r} leads out of this folder, or is not text"
+        raise UserError(folder, what, "Copy there what it leads to", ExitCode.REFUSED)
 
 
 def open_hub(raw: str, name: str, columns: dict[str, str]) -> RawSet:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvlm.data.files import load_json, opened
+from maskvlm.data.files import load_json
+from maskvlm.data.opening import Inside, opened
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.captions import Pictures
 from maskvlm.data.raw.columns import SPLITS, split_of_path
@@ -118,7 +119,9 @@ def _folders(root: Path, split: str) -> list[Path]:
     """Folders below, or below `images/`, that are named by this split; else the root."""
     places = [path for folder in (root, root / "images") if folder.is_dir() for path in sorted(folder.iterdir())]
     words = {path: [word for word in re.split(r"[^a-z]+", path.name.lower()) if word] for path in places}
-    named = [path for path in places if path.is_dir() and any(SPLITS.get(word) == split for word in words[path])]
+    inside = Inside(root)
+    own = (path for path in places if path.is_dir() and inside.holds(path))
+    named = [path for path in own if any(SPLITS.get(word) == split for word in words[path])]
     return named or [root]
 
 
