@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from maskvlm.data.opening import Walk, check_plain
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
@@ -127,7 +129,22 @@ def _load(raw: str) -> "dict[str, Dataset]":
         what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {plain(error, 160)})"
         todo = "Check the name; sets with several configurations are named owner/name:configuration"
         raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
-    return dict(found) if isinstance(found, dict) else {"train": found}
+    parts = dict(found) if isinstance(found, dict) else {"train": found}
+    for part, data in parts.items():
+        check_columns(data, f"{raw} ({part})")
+    return parts
+
+
+def check_columns(data: "Dataset", where: str) -> None:
+    """Refuse a set whose files are damaged: the library maps them into memory, where a wrong offset ends the process.
+
+    Raises:
+        UserError: an offset leads out of its column, or a text is not UTF-8.
+    """
+    try:
+        data.data.table.validate(full=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(where, f"damaged ({plain(error, 100)})", "Fetch it again", ExitCode.BAD_DATA) from error
 
 
 def check_local(folder: Path) -> None:
