@@ -106,8 +106,10 @@ class Shards(RawSet):
         text, problem = read_text(file) if there else ("", ("absent", ""))
         try:
             stats = {} if problem else parse(text)
-            asked, got = int(stats.get("count", found)), int(stats.get("successes", found))
-        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            asked, got = (stats.get(key, found) for key in ("count", "successes"))
+            if not all(type(number) is int and 0 <= number < 2**53 for number in (asked, got)):
+                raise TypeError("no numbers")
+        except (ValueError, TypeError, AttributeError, RecursionError):
             yield BadRow("damaged statistics", plain(file.name), "not what img2dataset writes", split)
             return
         if stats:
