@@ -188,4 +188,7 @@ def csv_rows(file: Path) -> Iterator[Line]:
         if problem:
             what = f"not comma-separated text ({problem[0]}: {problem[1]})"
             raise UserError(where, what, "Mend this line, or fetch the file again", ExitCode.BAD_DATA)
+        if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
+            what = "a quoted field goes on over what looks like another row"
+            raise UserError(where, what, "Close the quote, or put the field on one line", ExitCode.BAD_DATA)
         yield Line(where, number, dict(zip(table.columns, fields, strict=True)))

@@ -119,10 +119,11 @@ def check_schema(content: bytes, kind: int) -> None:
         raise Damaged("it does not begin with its columns")
     try:
         there = pa.ipc.read_schema(pa.py_buffer(content))
+        same, names = there.equals(SCHEMA), there.names
     except (pa.ArrowException, OSError, ValueError) as error:
         raise Damaged("its columns cannot be read") from error
-    if not there.equals(SCHEMA):
-        raise Damaged(f"columns {there.names} instead of {SCHEMA.names}")
+    if not same:
+        raise Damaged(f"columns {ascii(names)[:200]} instead of {SCHEMA.names}")
 
 
 # ------------------------------------------------------------------ flatbuffers

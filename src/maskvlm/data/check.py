@@ -106,6 +106,7 @@ def check_state(folder: Path, split: dict[str, Any]) -> Iterator[str]:
     """Whether `datasets` would read the shards of the manifest."""
     state = folder / "state.json"
     try:
+        check_inside(state, folder.parent)
         with opened(state) as stream:
             listed = [file["filename"] for file in load_json(stream.read(MOST_BYTES), state)["_data_files"]]
     except UserError as error:

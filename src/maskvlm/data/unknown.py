@@ -41,7 +41,7 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
     if hasattr(split, "first_captions"):
         yield "", [*islice(split.first_captions(MOST_ROWS), 10 * MOST_ROWS)]
         return
-    for index in range(0, len(split), math.ceil(len(split) / MOST_ROWS)):
+    for index in range(0, len(split), max(1, math.ceil(len(split) / MOST_ROWS))):
         pairs, row = split, index
         while isinstance(pairs, Chosen):
             pairs, row = pairs.pairs, int(pairs.row_N[row])

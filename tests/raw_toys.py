@@ -124,6 +124,10 @@ def files(*texts: str) -> Files:
     return {**named("0.jpg", "1.jpg", "2.jpg"), **{f"{n}.txt": text.encode() for n, text in enumerate(texts)}}
 
 
+def web_files() -> Files:
+    return {**files(*TEXTS), **{f"{n}.json": dump({"key": f"{n}"}) for n in (0, 1)}}
+
+
 def genome() -> Files:
     regions = [{"id": n, "regions": [{"phrase": text}]} for n, text in enumerate(TEXTS)]
     known = [{"image_id": n, "coco_id": None} for n in range(3)]
@@ -153,7 +157,10 @@ TOYS: dict[str, tuple[str, Callable[[], Files]]] = {
     "snli_ve": ("snli_ve", snli),
     "webdataset": ("webdataset", web),
     "webdataset parquet": ("webdataset", parquet),
-    "webdataset files": ("webdataset", lambda: {**files(*TEXTS), "0.json": dump({"key": "0"})}),
+    "webdataset files": (
+        "webdataset",
+        web_files,
+    ),
     "csv": ("csv", lambda: table("csv")),
     "jsonl": ("jsonl", lambda: table("jsonl")),
     "folder": ("folder", lambda: files(*TEXTS)),
