@@ -104,8 +104,8 @@ def test_opening_reads_nothing_into_memory(toy: Path) -> None:
     """Pictures least of all: what stays is where they lie."""
     size = (toy / "train" / "data-00000.arrow").stat().st_size
     before = pa.total_allocated_bytes()
-    tracemalloc.start()
     pairs = Prepared(str(toy)).split("train")
+    tracemalloc.start()
     parts = pairs._shards.parts()
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()

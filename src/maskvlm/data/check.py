@@ -11,7 +11,7 @@ from maskvlm.data.files import load_json
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.manifest import read_manifest, sha256_of
 from maskvlm.data.manifest_schema import MOST_BYTES
-from maskvlm.data.opening import check_inside, opened
+from maskvlm.data.opening import check_inside, content_of
 from maskvlm.data.pool import process_context, watched
 from maskvlm.data.prepare_rows import row_digest
 from maskvlm.data.shards import check_size, read_shard
@@ -107,8 +107,7 @@ def check_state(folder: Path, split: dict[str, Any]) -> Iterator[str]:
     state = folder / "state.json"
     try:
         check_inside(state, folder.parent)
-        with opened(state) as stream:
-            listed = [file["filename"] for file in load_json(stream.read(MOST_BYTES), state)["_data_files"]]
+        listed = [file["filename"] for file in load_json(content_of(state, MOST_BYTES), state)["_data_files"]]
     except UserError as error:
         yield f"{state}: {error.what}"
         return

@@ -22,7 +22,7 @@ import pyarrow as pa
 from PIL import features
 
 from maskvlm.data.manifest_schema import MOST_BYTES, checked_manifest
-from maskvlm.data.opening import check_inside, opened
+from maskvlm.data.opening import check_inside, content_of, opened
 from maskvlm.data.text import clean_caption
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
@@ -157,8 +157,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         todo = f"Make it with `make data SET={root.name} RAW=...` (DATA_ROOT= is the folder that holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
     check_inside(path, root)
-    with opened(path) as stream:
-        return checked_manifest(stream.read(MOST_BYTES + 1), path)
+    return checked_manifest(content_of(path, MOST_BYTES), path)
 
 
 def versions() -> dict[str, str | None]:

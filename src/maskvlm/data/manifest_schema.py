@@ -164,14 +164,12 @@ def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
     """What a manifest says, as far as it is known here.
 
     Args:
-        content: of the file; at most one byte more than MOST_BYTES.
+        content: of the file; at most MOST_BYTES.
         path: names it in errors.
 
     Raises:
         UserError: it is damaged, of another kind, or of a newer version.
     """
-    if len(content) > MOST_BYTES:
-        raise UserError(path, f"more than {MOST_BYTES:,} bytes", "Fetch it again", ExitCode.BAD_DATA)
     document = load_json(content, path)
     told = document.get("format") if isinstance(document, dict) else None
     if type(told) is int and told != FORMAT:

@@ -54,6 +54,15 @@ def opened(file: Path, todo: str = TODO) -> Iterator[BufferedReader]:
         raise UserError(file, what, "Check disk and permissions", ExitCode.IO_ERROR) from error
 
 
+def content_of(file: Path, most: int, todo: str = TODO) -> bytes:
+    """A small file. Raises UserError as `opened`, and where it has more than `most` bytes (65)."""
+    with opened(file, todo) as stream:
+        # Not `read(most)`, which would take that much memory for each small file.
+        if os.fstat(stream.fileno()).st_size <= most and len(content := stream.read()) <= most:
+            return content
+    raise UserError(file, f"more than {most:,} bytes", todo, ExitCode.BAD_DATA)
+
+
 def _at_once(path: str, flags: int) -> int:
     """Opened without waiting: a pipe would keep us until somebody writes to it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskvlm.data.files import load_json, not_an_object, opened
+from maskvlm.data.files import load_json, not_an_object
 from maskvlm.data.manifest import LOOK, MAKING, MANIFEST, SPLITS, cannot_write, read_manifest, write_json
+from maskvlm.data.opening import content_of
 from maskvlm.data.pool import Pool, Stage
 from maskvlm.data.prepare_end import Plan, finish
 from maskvlm.data.prepare_rows import screened
@@ -149,8 +150,7 @@ def claim(root: Path, plan: Plan) -> None:
 def read_plan(file: Path, root: Path) -> dict[str, Any]:
     """How an unfinished set was asked for."""
     try:
-        with opened(file) as stream:
-            plan = load_json(stream.read(MOST_PLAN), file)
+        plan = load_json(content_of(file, MOST_PLAN), file)
     except UserError as error:
         raise UserError(file, error.what, f"Delete {root}", error.code) from error
     if not isinstance(plan, dict):

@@ -67,8 +67,10 @@ def sums_in(folder: str) -> dict[str, str]:
     files, path = fsspec.core.url_to_fs(f"{root}/{MANIFEST}")
     if not files.isfile(path):
         return {}
+    if (files.size(path) or 0) > MOST_BYTES:
+        raise UserError(path, f"more than {MOST_BYTES:,} bytes", "Fetch it again", ExitCode.BAD_DATA)
     with files.open(path, "rb") as stream:
-        manifest = checked_manifest(stream.read(MOST_BYTES + 1), Path(path))
+        manifest = checked_manifest(stream.read(), Path(path))
     shards = manifest["splits"].get(split, {"shards": []})["shards"]
     return {each["file"].rpartition("/")[2]: each["sha256"] for each in shards}
 

@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.data.opening import MAX_LINE_BYTES, byte_lines, opened
+from maskvlm.data.opening import MAX_LINE_BYTES, byte_lines, content_of, opened
 from maskvlm.data.strict_json import parse_first
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
@@ -54,12 +54,9 @@ def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
 def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, str] | None]:
     """A small text file, or "" and (reason, message)."""
     try:
-        with opened(file) as stream:
-            content = stream.read(limit + 1)
+        content = content_of(file, limit)
     except UserError as error:
-        return "", ("unreadable", error.what)
-    if len(content) > limit:
-        return "", ("bomb", f"more than {limit:,} bytes of text")
+        return "", ("bomb" if error.code == ExitCode.BAD_DATA else "unreadable", error.what)
     return decoded(content.removeprefix(b"\xef\xbb\xbf"))
 
 
