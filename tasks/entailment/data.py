@@ -5,7 +5,6 @@ Test labels were found wrong for many `neutral` pairs; corrected ones for valida
 esnlive_dev.csv, esnlive_test.csv: pairID, Flickr30kID, hypothesis, gold_label, explanation).
 """
 
-import csv
 import logging
 import re
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ from maskvlm.data.files import (
     get_label,
     get_name,
     json_lines,
-    opened,
 )
+from maskvlm.data.opening import check_inside
+from maskvlm.data.raw.table import Table as CommaTable
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,
@@ -96,6 +96,7 @@ class SnliVe(ExampleSource):
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
         origin = Origin(self.root / file, "{file}:{place}")
+        check_inside(origin.file, self.root)
         digest = digest_of(origin.file, todo=TODO) + digest_of(*self.corrected, todo="Correct data.source.corrected")
         key = f"snli-ve-{EXAMPLE_VERSION}.{VERSION}-{digest[:32]}-{digest[64:96]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin, read_labels(self.corrected)))
@@ -180,12 +181,14 @@ def _correction(record: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 def csv_rows(file: Path) -> Iterator[Line]:
-    """The rows of a comma-separated file by the names in its first line; each with the line that it ends on."""
-    with opened(file) as stream:
-        rows = csv.DictReader((line.decode("utf-8-sig") for line in stream), restkey="without a name", strict=True)
-        try:
-            for row in rows:
-                yield Line(f"{file}:{rows.line_num}", rows.line_num, dict(row))
-        except (csv.Error, UnicodeDecodeError) as error:
-            where, what = f"{file}:{rows.line_num + 1}", f"not comma-separated UTF-8 text ({error})"
-            raise UserError(where, what, "Fetch it again", ExitCode.BAD_DATA) from error
+    """The rows of a comma-separated file by the names in its first line; each with the line that it begins on."""
+    table = CommaTable(file, ",")
+    for number, fields, problem in table.records():
+        where = f"{file}:{number}"
+        if problem:
+            what = f"not comma-separated text ({problem[0]}: {problem[1]})"
+            raise UserError(where, what, "Mend this line, or fetch the file again", ExitCode.BAD_DATA)
+        if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
+            what = "a quoted field goes on over what looks like another row"
+            raise UserError(where, what, "Close the quote, or put the field on one line", ExitCode.BAD_DATA)
+        yield Line(where, number, dict(zip(table.columns, fields, strict=True)))

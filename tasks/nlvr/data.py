@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 from maskvlm.data.album import open_album
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import Pictures, digest_of, get, get_label, get_name, json_lines
+from maskvlm.data.opening import check_inside
 from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
 from maskvlm.errors import ExitCode, UserError
 
@@ -56,6 +57,7 @@ class Nlvr2(ExampleSource):
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
         origin = Origin(self.root / file, "{file}:{place}")
+        check_inside(origin.file, self.root)
         key = f"nlvr2-{EXAMPLE_VERSION}.{VERSION}-{digest_of(origin.file, todo=TODO)[:32]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin))
         return choose(table, origin, name, self._pictures(), self.max_missing)

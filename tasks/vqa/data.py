@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from maskvlm.data.album import Album, open_album
 from maskvlm.data.examples import Example, ExampleSource
 from maskvlm.data.files import Pictures, digest_of, get, load_json, opened
+from maskvlm.data.opening import check_inside
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,
@@ -150,6 +151,8 @@ class VqaV2(ExampleSource):
 
     def _table(self, part: str, answered: bool) -> Table:
         origin, annotations = self._origin(part), self._annotations(part)
+        for file in (origin.file, annotations):
+            check_inside(file, self.root)
         files = [origin.file, annotations] if answered or annotations.is_file() else [origin.file]
         key = f"vqa-{EXAMPLE_VERSION}.{VERSION}-{part.split('_')[0]}-{digest_of(*files, todo=TODO)[:32]}"
         columns = {**EXAMPLE_COLUMNS, "majority": "string"}

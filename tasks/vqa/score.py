@@ -14,6 +14,7 @@ from rich.text import Text
 
 from maskvlm.arguments import Parser
 from maskvlm.data.files import get
+from maskvlm.data.strict_json import kind_of
 from maskvlm.errors import ExitCode, UserError
 from tasks.vqa.metric import Mean, VqaAccuracy, vqa_accuracy
 from tasks.vqa.vocabulary import LAYOUT, get_text, number_once, read_annotations, read_json
@@ -65,7 +66,7 @@ def read_results(path: Path) -> dict[int, str]:
     """
     entries = read_json(path)
     if not isinstance(entries, list):
-        what = f"{type(entries).__name__} where a list of answers belongs"
+        what = f"{kind_of(entries)} where a list of answers belongs"
         todo = 'Write [{"question_id": 1, "answer": "yes"}, ...]'
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
     seen: dict[int, int] = {}

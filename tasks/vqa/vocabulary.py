@@ -5,7 +5,6 @@ tools/compute_softscore.py: the `multiple_choice_answer` of each question of tra
 at least nine questions have it. Run as a command, this file writes such a list.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,9 @@ from typing import Any, NamedTuple
 
 from maskvlm.arguments import Parser
 from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.manifest import write_json
+from maskvlm.data.raw.lines import text_lines
+from maskvlm.data.strict_json import kind_of
 from maskvlm.errors import ExitCode, UserError, check_least
 from tasks.vqa.metric import credit, normalise
 
@@ -90,18 +92,18 @@ def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     if isinstance(entries, dict):
         entries = _by_index(entries, path)
     if not isinstance(entries, list):
-        what = f"{type(entries).__name__} where a list of answers or {{answer: index}} belongs"
+        what = f"{kind_of(entries)} where a list of answers or {{answer: index}} belongs"
         raise UserError(path, what, "Give the list of answers", ExitCode.BAD_DATA)
     return _unique(enumerate(entries), path, " answer ")
 
 
 def _lines(path: Path) -> list[str]:
-    with opened(path) as stream:
-        content = stream.read()
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(path, f"not UTF-8 text (byte {error.start})", "Write it as UTF-8", ExitCode.BAD_DATA) from error
+    lines = []
+    for number, text, problem in text_lines(path):
+        if problem:
+            raise UserError(f"{path}:{number}", f"{problem[0]} ({problem[1]})", "Write it as UTF-8", ExitCode.BAD_DATA)
+        lines.append(text)
+    return lines
 
 
 def _by_index(entries: dict[str, Any], path: Path) -> list[str]:
@@ -223,11 +225,7 @@ def main(arguments: list[str]) -> int:
     if not answers:
         what = f"no answer is shared by {options.min_count} questions"
         raise UserError(options.annotations[0], what, "Lower --min-count or give more files", ExitCode.BAD_DATA)
-    try:
-        options.out.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-    except OSError as error:
-        what = f"cannot be written ({error.strerror})"
-        raise UserError(options.out, what, "Name another file with --out", ExitCode.CANNOT_CREATE) from error
+    write_json(options.out, answers, indent=0)
     print(f"{options.out}: {len(answers)} answers")
     return 0
 

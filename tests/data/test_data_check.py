@@ -110,7 +110,7 @@ def other_columns(root: Path) -> None:
         (exchange, ["train: the rows' hash is "]),
         (spoil, [f"{SHARD} row 1 (toy.csv:1): bad picture, truncated", "train: the rows' hash is "]),
         (drop, [f"{SHARD}: 3 rows, the manifest says 4", "train: 5 pictures, the manifest says 6", "train: 10 capt"]),
-        (other_columns, [f"{SHARD}: columns ['image'] instead of ['image', 'captions'"]),
+        (other_columns, [f"{SHARD}: cannot be read (columns ['image'] instead of ['image', 'captions'"]),
         (lambda root: (root / "train.json").write_text("[]"), ["train.json: sha256 is "]),
         (lambda root: (root / "skipped.jsonl").unlink(), ["skipped.jsonl: no such file"]),
         (lambda root: (root / "val" / "state.json").write_text("{}"), ["val/state.json: cannot be read (KeyError)"]),
@@ -139,8 +139,7 @@ def test_every_change_is_told(
 
 
 def test_any_flipped_byte_is_one_line_or_a_picture(toy: Path, whole: dict[str, bytes]) -> None:
-    """Of the check, and of reading for training, which knows sizes alone: Arrow would trust a broken offset, and end
-    the process. Fails where `read_shard` does not validate, or the check opens what has another hash."""
+    """Of the check, and of reading for training, which knows sizes and structure alone."""
     content = whole[SHARD]
     for place in range(8, len(content), max(1, len(content) // 60)):
         data = bytearray(content)

@@ -223,17 +223,20 @@ def test_pictures_are_found_in_all_folders_but_hidden_ones(tmp_path: Path) -> No
     assert picture_names(tmp_path) == ["b.png", "in/a.JPG", "in/deep/c.webp"]
 
 
-def test_links_are_followed_once(tmp_path: Path) -> None:
-    touch(tmp_path, "there/a.jpg", "here/b.jpg")
-    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
-    (tmp_path / "there" / "back").symlink_to(tmp_path / "here")
-    assert picture_names(tmp_path / "here") == ["b.jpg", "link/a.jpg"]
+def test_links_within_the_folder_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "here/there/a.jpg", "here/b.jpg")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "here" / "there")
+    (tmp_path / "here" / "there" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "by link").symlink_to(tmp_path / "here")
+    assert picture_names(tmp_path / "here") == picture_names(tmp_path / "by link") == ["b.jpg", "link/a.jpg"]
 
 
 def test_a_name_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
-    assert picture_names(tmp_path) == ["a.jpg"]
+    left_out: dict[str, list[str]] = {}
+    assert picture_names(tmp_path, left_out) == ["a.jpg"]
+    assert left_out == {"name is not text": ["\udcff.jpg"]}
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path: Path) -> None:

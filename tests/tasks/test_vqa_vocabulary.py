@@ -164,7 +164,7 @@ def test_an_empty_answer_in_json(tmp_path: Path) -> None:
         ("a.json", {"yes": 0, "no": True}, "a.json", "index True of 'no' is not"),
         ("a.json", {"yes": 0, "no": "1"}, "a.json", "index '1' of 'no' is not"),
         ("a.json", {"yes": 0, "no": 0}, "a.json", "'yes' and 'no' have the same index 0"),
-        ("a.json", b'{"yes": 0, "no": 1, "yes": 2}', "a.json", "index 2 of 'yes' is not one of 0 to 1"),
+        ("a.json", b'{"yes": 0, "no": 1, "yes": 2}', "a.json", "key 'yes' stands there twice"),
         ("a.json", ["yes", 2], "a.json answer 1", "int where an answer belongs"),
         ("a.json", b'["yes", "\\ud800"]', "a.json answer 1", "half a surrogate pair"),
         ("a.json", 3, "a.json", "int where a list of answers"),
@@ -173,9 +173,9 @@ def test_an_empty_answer_in_json(tmp_path: Path) -> None:
         ("a.json", '["yes",\n', "a.json:2", "not JSON"),
         ("a.json", "", "a.json", "empty file"),
         ("a.json", b"\xff", "a.json", "not UTF-8"),
-        ("a.txt", b"yes\n\xff", "a.txt", "not UTF-8 text (byte 4)"),
+        ("a.txt", b"yes\n\xff", "a.txt:2", "not UTF-8 text (byte 0"),
         ("a.txt", "yes\n\nno", "a.txt:2", "an empty line"),
-        ("a.txt", "", "a.txt:1", "an empty line"),
+        ("a.txt", "", "a.txt", "no answers"),
     ],
 )
 def test_refused_lists(tmp_path: Path, name: str, content: Any, where: str, what: str) -> None:

@@ -1,17 +1,17 @@
 """Whether a prepared set is still what its manifest says: every byte, every row, every split."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
+from maskvlm.data.files import load_json
 from maskvlm.data.images import BadImage, safe_open
-from maskvlm.data.manifest import MANIFEST, SCHEMA, read_manifest, sha256_of
+from maskvlm.data.manifest import read_manifest, sha256_of
+from maskvlm.data.manifest_schema import MOST_BYTES
+from maskvlm.data.opening import check_inside, content_of
 from maskvlm.data.pool import process_context, watched
 from maskvlm.data.prepare_rows import row_digest
 from maskvlm.data.shards import check_size, read_shard
@@ -71,34 +71,26 @@ def check_shard(root: Path, step: int, shard: dict[str, Any]) -> Found:
     """One shard; every `step`-th of its pictures is decoded."""
     path, faults, digests, captions, decoded = root / shard["file"], list[str](), list[str](), 0, 0
     try:
+        check_inside(path, root)
         check_size(path, shard["bytes"])
         if (there := sha256_of(path)) != shard["sha256"]:
-            # What is in it is not looked at: Arrow trusts the offsets of a file that it maps.
             told = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
             return Found([told], "", 0, 0, 0)
-        table = read_shard(path)
+        shard_rows = read_shard(path, keep=True)
+        if len(shard_rows) != shard["rows"]:
+            faults.append(f"{path}: {len(shard_rows)} rows, the manifest says {shard['rows']}")
+        for number, row in enumerate(shard_rows.rows()):
+            digests.append(row_digest(row["image"], row["captions"], row["image_id"], row["name"]))
+            captions += len(row["captions"])
+            if number % step == 0:
+                decoded += 1
+                try:
+                    safe_open(row["image"], f"{path} row {number} ({row['origin']})")
+                except BadImage as bad:
+                    faults.append(f"{bad.where}: {bad.what}")
     except UserError as error:
         return Found([*faults, f"{error.where}: {error.what}"], "", 0, 0, 0)
-    if table.schema != SCHEMA:
-        return Found([*faults, f"{path}: columns {table.schema.names} instead of {SCHEMA.names}"], "", 0, 0, 0)
-    if table.num_rows != shard["rows"]:
-        faults.append(f"{path}: {table.num_rows} rows, the manifest says {shard['rows']}")
-    for number, row in enumerate(rows_of(table)):
-        digests.append(row_digest(row["image"], row["captions"], row["image_id"], row["name"]))
-        captions += len(row["captions"])
-        if number % step == 0:
-            decoded += 1
-            try:
-                safe_open(row["image"], f"{path} row {number} ({row['origin']})")
-            except BadImage as bad:
-                faults.append(f"{bad.where}: {bad.what}")
-    return Found(faults, "".join(digests), table.num_rows, captions, decoded)
-
-
-def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """One after the other; a batch of them in memory."""
-    for batch in table.to_batches():
-        yield from batch.to_pylist()
+    return Found(faults, "".join(digests), len(shard_rows), captions, decoded)
 
 
 def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: str) -> Iterator[str]:
@@ -114,8 +106,12 @@ def check_state(folder: Path, split: dict[str, Any]) -> Iterator[str]:
     """Whether `datasets` would read the shards of the manifest."""
     state = folder / "state.json"
     try:
-        listed = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        check_inside(state, folder.parent)
+        listed = [file["filename"] for file in load_json(content_of(state, MOST_BYTES), state)["_data_files"]]
+    except UserError as error:
+        yield f"{state}: {error.what}"
+        return
+    except (LookupError, TypeError) as error:
         yield f"{state}: cannot be read ({type(error).__name__})"
         return
     if listed != [Path(shard["file"]).name for shard in split["shards"]]:
@@ -124,12 +120,9 @@ def check_state(folder: Path, split: dict[str, Any]) -> Iterator[str]:
 
 def other_files(root: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the files beside the shards."""
-    files = manifest.get("files", {})
-    if not isinstance(files, dict):
-        yield f"{root / MANIFEST}: 'files' is {type(files).__name__} instead of dict"
-        return
-    for name, sha256 in files.items():
+    for name, sha256 in manifest["files"].items():
         try:
+            check_inside(root / name, root)
             if (there := sha256_of(root / name)) != sha256:
                 yield f"{root / name}: sha256 is {there[:16]}..., the manifest says {str(sha256)[:16]}..."
         except UserError as error:

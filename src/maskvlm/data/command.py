@@ -7,12 +7,13 @@ from pathlib import Path
 from maskvlm.arguments import Parser
 from maskvlm.data.check import check
 from maskvlm.data.look import look_at_raw
-from maskvlm.data.manifest import LOOK, SKIPPED, read_manifest
+from maskvlm.data.manifest import LOOK, SKIPPED, check_path, read_manifest
 from maskvlm.data.prepare import complete, prepare
 from maskvlm.data.prepare_end import ROWS, Plan
 from maskvlm.data.prepare_rows import Settings
 from maskvlm.data.raw import SETS, open_raw
 from maskvlm.data.raw.columns import ROLES
+from maskvlm.data.text import clean_caption
 from maskvlm.distributed import cores
 from maskvlm.errors import ExitCode, UserError
 
@@ -36,8 +37,12 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         if not low <= value <= high:
             raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
     root = Path(given.out or Path(os.environ.get("DATA_ROOT") or "data") / given.set).expanduser()
+    check_path(root)
+    check_raw(given.raw)
     place = check_places(given.set, given.raw, root)
     columns = named_columns(given.columns)
+    if clean_caption(root.resolve().name)[0] != root.resolve().name:
+        raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
     settings = Settings(root.resolve().name, given.side, given.quality)
     plan = Plan(given.set, place, settings, columns, given.rows)
     if given.set in SETS and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
@@ -79,6 +84,19 @@ def verify(arguments: list[str], allow_import: list[str]) -> int:
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     return ExitCode.BAD_DATA if faults else ExitCode.DONE
+
+
+def check_raw(raw: str) -> None:
+    """Refuse what no file or folder can be called.
+
+    Raises:
+        UserError: it has a null byte, is not text, or is too long (66).
+    """
+    try:
+        check_path(Path(raw).expanduser())
+    except UserError as error:
+        what, todo = "there is no such file or folder", "Name the set's folder or file"
+        raise UserError(f"RAW={error.where}", what, todo, ExitCode.MISSING_INPUT) from error
 
 
 def check_places(name: str, raw: str, root: Path) -> str:

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -16,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from maskvlm.data.opening import TODO, Walk, byte_lines, check_inside, opened
+from maskvlm.data.strict_json import BadJson, kind_of, parse
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
 
@@ -36,21 +36,7 @@ class Line(NamedTuple):
 # ------------------------------------------------------------------ bytes
 
 
-@contextmanager
-def opened(file: Path, todo: str = "Check the name and the folder") -> Iterator[BufferedReader]:
-    """A file to read from; what goes wrong with it is the user's error."""
-    try:
-        with file.open("rb") as stream:
-            yield stream
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        folder = "" if file.parent.is_dir() else f" (there is no folder {file.parent})"
-        raise UserError(file, f"no such file{folder}", todo, ExitCode.MISSING_INPUT) from error
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise UserError(file, what, "Check disk and permissions", ExitCode.IO_ERROR) from error
-
-
-def digest_of(*files: Path, todo: str = "Check the name and the folder") -> str:
+def digest_of(*files: Path, todo: str = TODO) -> str:
     """SHA-256 of the files' contents, as hexadecimal digits; files as large as they like."""
     digests = []
     for file in files:
@@ -66,7 +52,7 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
     """The document in `content`, or in the file's line of that number; errors name file and line."""
     todo, place = "Fetch it again", file if line is None else f"{file}:{line}"
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return parse(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         if line is None and not error.doc.strip():
             raise UserError(file, "empty file", todo, ExitCode.BAD_DATA) from error
@@ -80,16 +66,24 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
         raise UserError(place, "not JSON (a number is too long)", todo, ExitCode.BAD_DATA) from error
 
 
-def json_lines(file: Path, todo: str = "Check the name and the folder") -> Iterator[Line]:
+def json_lines(file: Path, todo: str = TODO) -> Iterator[Line]:
     """One object a line, read as they come; blank lines are passed over."""
     with opened(file, todo) as stream:
-        for number, content in enumerate(stream, 1):
+        for number, content, problem in byte_lines(stream):
+            where = f"{file}:{number}"
+            if problem:
+                raise UserError(where, f"{problem[0]} ({problem[1]})", "Mend this line", ExitCode.BAD_DATA)
             if content.strip():
-                where, record = f"{file}:{number}", load_json(content.rstrip(b"\r\n"), file, number)
+                record = load_json(content, file, number)
                 if not isinstance(record, dict):
-                    what = f"{type(record).__name__} where a JSON object belongs"
+                    what = not_an_object(record)
                     raise UserError(where, what, "One object a line is needed", ExitCode.BAD_DATA)
                 yield Line(where, number, record)
+
+
+def not_an_object(record: Any) -> str:
+    """What is wrong with it, for messages."""
+    return f"{kind_of(record)} where a JSON object belongs"
 
 
 def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
@@ -99,7 +93,9 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
         layout: whose files look as they should, for the message ("Karpathy", "VQA v2").
     """
     if not isinstance(record, dict):
-        what = f"{type(record).__name__} where an object with '{key}' belongs"
+        what = f"{kind_of(record)} where an object with '{key}' belongs"
+    elif isinstance(record.get(key), BadJson):
+        what = f"'{key}': {record[key]}"
     elif key not in record:
         what = f"key '{key}' is missing"
     elif not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
@@ -184,33 +180,36 @@ def picture_folder(images: str | Path | None, root: Path, key: str = "data.sourc
     """
     beside = root / "images"
     folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
+    if folder is beside:
+        check_inside(folder, root)
     if not folder.is_dir():
         what = "there is no such folder of pictures"
         raise UserError(folder, what, f"Correct {key}", ExitCode.MISSING_INPUT)
     return folder
 
 
-def picture_names(folder: Path) -> list[str]:
-    """Every picture in the folder and those in it, relative to it, sorted; not hidden ones, nor names that are no text.
+def picture_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> list[str]:
+    """Every picture in the folder and those in it, relative to it, sorted; not hidden ones.
+
+    Args:
+        left_out: takes reason -> the names of pictures, and of folders, that are not looked at (see `Walk`).
 
     Raises:
         UserError: there are none.
     """
     names: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    walk = Walk(folder)
+    for place, files in walk:
         inside = Path(place).relative_to(folder)
         fitting = (name for name in files if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES)
-        names += [(inside / name).as_posix() for name in fitting if not name.startswith(".")]
+        names += [(inside / name).as_posix() for name in fitting]
+    for reason, paths in walk.left_out.items():
+        fitting = (path for path in paths if os.path.splitext(path)[1].lower() in {*PICTURE_SUFFIXES, ""})
+        if left_out is not None:
+            left_out[reason] = [*fitting]
     if not names:
         raise UserError(folder, "no picture in this folder", "Correct data.source.images", ExitCode.MISSING_INPUT)
-    return sorted(name for name in names if name.encode("utf-8", "ignore").decode() == name)
+    return sorted(names)
 
 
 def check_missing(

@@ -14,7 +14,7 @@ import numpy as np
 
 from maskvlm.data.batch import Row
 from maskvlm.data.images import BadImage
-from maskvlm.data.manifest import LOOK, PICTURES, whole_file
+from maskvlm.data.manifest import LOOK, PICTURES, cannot_write, whole_file
 from maskvlm.data.prepare_rows import RowMaker, Settings, Unusable, prepare_picture, screened
 from maskvlm.data.preview import fill, lay_out, read_row, write
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
@@ -86,7 +86,7 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Draw `first-look.png`; what was counted, for the manifest."""
     shards = Shards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
     captions = Captions()
-    for chunk in shards.column("captions").chunks:
+    for chunk in shards.chunks("captions"):
         captions.add(chunk.flatten().to_pylist())
     hash_N = shards.column("phash").to_numpy()
     told_N = hash_N[hash_N != 0]
@@ -244,7 +244,10 @@ def draw(told: Told, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese, no emoji: boxes
         figure.savefig(image, format="png", dpi=100)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     with whole_file(path) as file:
         file.write(image.getbuffer())
 

@@ -21,12 +21,11 @@ from typing import IO, Any
 import pyarrow as pa
 from PIL import features
 
-from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.manifest_schema import MOST_BYTES, checked_manifest
+from maskvlm.data.opening import check_inside, content_of, opened
+from maskvlm.data.text import clean_caption
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
-
-FORMAT = 1
-"""Raise it when an older reader would misread a new set."""
 
 MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
 PICTURES = "pictures"
@@ -68,7 +67,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the disk is full (74) or the folder cannot be written (73); what was there before is whole.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name[:100]}.tmp")
     try:
         try:
             with temporary.open("wb") as file:
@@ -85,12 +85,36 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise cannot_write(path, error) from error
 
 
+def check_path(path: Path) -> None:
+    """Refuse what no file or folder can be called, or what could not be shown and found again.
+
+    Raises:
+        UserError: it has a null byte, is not text, or is too long (73).
+    """
+    try:
+        str(path).encode()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        what = f"cannot be written ({why})"
+        raise UserError(plain_name(path), what, "Give it another name", ExitCode.CANNOT_CREATE) from error
+
+
+def plain_name(path: Path) -> str:
+    """For messages: printable, and not longer than a line."""
+    text = clean_caption(str(path))[0]
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """What stands in the way of an output, as the user's error."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
     code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
-    return UserError(path, f"cannot be written ({error.strerror or error})", f"{todo}; finished shards stay", code)
+    what = f"cannot be written ({error.strerror or error})"
+    return UserError(plain_name(path), what, f"{todo}; finished shards stay", code)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
@@ -122,7 +146,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """What a prepared set says about itself.
 
     Raises:
-        UserError: there is none, it is unfinished, or its manifest is damaged or of a newer version.
+        UserError: there is none, it is unfinished, or its manifest is damaged, of another version, or a link.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -132,19 +156,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
         todo = f"Make it with `make data SET={root.name} RAW=...` (DATA_ROOT= is the folder that holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
-    with opened(path) as stream:
-        manifest = load_json(stream.read(), path)
-    if get(manifest, "format", int, str(path), "prepared") > FORMAT:
-        what = f"is of format {manifest['format']}, newer than {FORMAT}"
-        raise UserError(path, what, "Read it with a newer version", ExitCode.BAD_DATA)
-    splits = get(manifest, "splits", dict, str(path), "prepared")
-    for name, split in splits.items():
-        get(split, "pictures", int, f"{path} splits.{name}", "prepared")
-        get(split, "sha256", str, f"{path} splits.{name}", "prepared")
-        for shard in get(split, "shards", list, f"{path} splits.{name}", "prepared"):
-            for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
-                get(shard, key, kind, f"{path} splits.{name}.shards", "prepared")
-    return dict(manifest)
+    check_inside(path, root)
+    return checked_manifest(content_of(path, MOST_BYTES), path)
 
 
 def versions() -> dict[str, str | None]:

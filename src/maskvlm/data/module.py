@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -23,6 +23,7 @@ from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.data.subset import fraction_of, picture_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
+from maskvlm.data.unknown import check_unknown, some_captions, some_texts
 from maskvlm.distributed import cores, gather_objects, rank, world_size
 from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.signals import end_with_parent
@@ -50,6 +51,7 @@ class PairData(L.LightningDataModule):
         fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
         held_out: splits of prepared sets (`data/coco/test`) whose pictures must not be trained on; see `leaks.py`.
         leaks: what happens where some are: `refuse`, or `drop` them.
+        max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
 
     Raises:
         UserError: neither or both of steps and epochs, a batch that the processes cannot share.
@@ -77,6 +79,7 @@ class PairData(L.LightningDataModule):
         fraction: float = 1.0,
         held_out: list[str] | None = None,
         leaks: str = "refuse",
+        max_unknown: float = 0.5,
     ) -> None:
         super().__init__()
         if (steps is None) == (epochs is None):
@@ -87,10 +90,11 @@ class PairData(L.LightningDataModule):
                 raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
         check_least(1, data__eval_batch_size=eval_batch_size, data__accumulate=accumulate, data__captions=captions)
         check_least(0, data__workers=workers, data__max_bad_fraction=max_bad_fraction)
+        check_least(0, data__max_unknown=max_unknown)
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
-        self.captions, self.fraction = captions, fraction
+        self.captions, self.fraction, self.max_unknown = captions, fraction, max_unknown
         self.held_out, self.leaks = held_out or [], leaks
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
@@ -119,6 +123,8 @@ class PairData(L.LightningDataModule):
             # Deterministic, so every process arrives at the same tokenizer without a word between them.
             texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
             self.tokenizer = train_tokenizer(texts(self.splits["train"]), self.spec.vocab_size)
+        if stage == "fit":
+            check_unknown(self.splits["train"], Captioner(self.tokenizer, self.spec.text_length), self.max_unknown)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
@@ -278,21 +284,3 @@ class PairData(L.LightningDataModule):
             for reason, messages in shard.items():  # type: ignore[attr-defined]
                 examples[reason] = list(dict.fromkeys([*examples.get(reason, []), *messages]))[:MOST_LISTED]
         return {"samples": samples, "problems": dict(counts), "examples": examples, "left_out": left_out}
-
-
-def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
-    """The captions of at most `most` pictures evenly spread over a split: enough to learn a vocabulary from."""
-    if hasattr(pairs, "first_captions"):  # a streamed split has no order to spread over
-        yield from pairs.first_captions(most)
-        return
-    step = math.ceil(len(pairs) / most)
-    for index in range(0, len(pairs), step):
-        yield from pairs[index]["captions"]
-
-
-def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
-    """As `some_captions`: texts and answers."""
-    for index in range(0, len(examples), math.ceil(len(examples) / most)):
-        example = examples[index]
-        yield example["text"]
-        yield from example["answers"]

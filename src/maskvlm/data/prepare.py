@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maskvlm.data.files import load_json, not_an_object
 from maskvlm.data.manifest import LOOK, MAKING, MANIFEST, SPLITS, cannot_write, read_manifest, write_json
+from maskvlm.data.opening import content_of
 from maskvlm.data.pool import Pool, Stage
 from maskvlm.data.prepare_end import Plan, finish
 from maskvlm.data.prepare_rows import screened
@@ -18,6 +20,7 @@ from maskvlm.data.prepare_shards import Job
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.errors import ExitCode, UserError
 
+MOST_PLAN = 1_000_000  # bytes
 MOST_BYTES = 64_000_000
 """Of the pictures of a shard that do not lie in files: it ends there, however few rows it has."""
 
@@ -45,14 +48,17 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
         return manifest
     claim(root, plan)
     started = time.monotonic()
-    with locked(root):
-        remove_temporaries(root)
-        with (
-            Pool(workers, root, plan.settings) as pool,
-            Stage("preparing", raw.facts.pictures, pool.counts, say) as stage,
-        ):
-            counts = run(pool, stage, cut(raw.rows(), plan.rows))
-        manifest = finish(root, raw, plan, counts, time.monotonic() - started)
+    try:
+        with locked(root):
+            remove_temporaries(root)
+            with (
+                Pool(workers, root, plan.settings) as pool,
+                Stage("preparing", raw.facts.pictures, pool.counts, say) as stage,
+            ):
+                counts = run(pool, stage, cut(raw.rows(), plan.rows))
+            manifest = finish(root, raw, plan, counts, time.monotonic() - started)
+    except OSError as error:  # readers of raw files have told theirs
+        raise cannot_write(root, error) from error
     shutil.rmtree(root / MAKING, ignore_errors=True)
     return manifest
 
@@ -110,7 +116,7 @@ def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
     if not (root / MANIFEST).is_file():
         return None
     manifest = read_manifest(root)
-    check_same(root, manifest.get("settings", {}), plan, "a prepared set")
+    check_same(root, manifest["settings"], plan, "a prepared set")
     return manifest
 
 
@@ -129,7 +135,7 @@ def claim(root: Path, plan: Plan) -> None:
     try:
         if file.is_file():
             if any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
-                check_same(root, json.loads(file.read_text(encoding="utf-8")), plan, "an unfinished set")
+                check_same(root, read_plan(file, root), plan, "an unfinished set")
             write_json(file, plan.card())
             return
         if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
@@ -139,8 +145,17 @@ def claim(root: Path, plan: Plan) -> None:
         write_json(file, plan.card())
     except OSError as error:
         raise cannot_write(root, error) from error
-    except json.JSONDecodeError as error:
-        raise UserError(file, "damaged", f"Delete {root}", ExitCode.BAD_DATA) from error
+
+
+def read_plan(file: Path, root: Path) -> dict[str, Any]:
+    """How an unfinished set was asked for."""
+    try:
+        plan = load_json(content_of(file, MOST_PLAN), file)
+    except UserError as error:
+        raise UserError(file, error.what, f"Delete {root}", error.code) from error
+    if not isinstance(plan, dict):
+        raise UserError(file, not_an_object(plan), f"Delete {root}", ExitCode.BAD_DATA)
+    return plan
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.look import look_at_prepared
 from maskvlm.data.manifest import (
-    FORMAT,
     LOOK,
     MAKING,
     MANIFEST,
@@ -24,6 +23,7 @@ from maskvlm.data.manifest import (
     write_dataset_files,
     write_json,
 )
+from maskvlm.data.manifest_schema import FORMAT
 from maskvlm.data.phash import KIND
 from maskvlm.data.prepare_rows import Entry, Settings
 from maskvlm.data.prepare_shards import Made, note_file, read_note

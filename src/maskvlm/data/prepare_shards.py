@@ -5,7 +5,6 @@ makes no shard twice. What a shard holds depends on its rows and the settings al
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,9 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
-from maskvlm.data.manifest import FORMAT, MAKING, PICTURES, SCHEMA, cannot_write, sha256_of, whole_file, write_json
+from maskvlm.data.files import load_json, opened
+from maskvlm.data.manifest import MAKING, PICTURES, SCHEMA, cannot_write, sha256_of, whole_file, write_json
+from maskvlm.data.manifest_schema import FORMAT
 from maskvlm.data.phash import KIND
 from maskvlm.data.prepare_rows import Entry, RowMaker, Settings
 from maskvlm.data.raw.base import BadRow, RawRow
@@ -161,7 +162,8 @@ def stamp(image: str | bytes) -> tuple[Any, ...]:
 
 def read_note(note: Path) -> Made:
     """Raises OSError, ValueError, KeyError or TypeError where there is no whole note."""
-    content = json.loads(note.read_text(encoding="utf-8"))
+    with opened(note) as stream:
+        content = load_json(stream.read(), note)
     for name in ("left_out", "mended"):
         content[name] = [Entry(*entry) for entry in content[name]]
     return Made(**content)
@@ -173,7 +175,8 @@ def there_already(root: Path, note: Path, key: str) -> Made | None:
         made = read_note(note)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if made.key != key:
+    split, _, number = note.stem.rpartition("-")
+    if made.key != key or made.file not in ("", f"{split}/data-{number}.arrow"):
         return None
     shard = root / made.file
     if made.file and not (shard.is_file() and shard.stat().st_size == made.bytes and sha256_of(shard) == made.sha256):

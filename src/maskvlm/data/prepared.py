@@ -1,14 +1,14 @@
 """Prepared sets (see `manifest.py`) as sources of pairs.
 
-Shards are memory-mapped: neither a large set nor many processes cost memory, and a data worker that is handed a
-split gets the names of files only.
+Rows are read from the shards' files: neither a large set nor many processes cost memory, and a data worker that is
+handed a split gets the names of files only.
 
 Shapes: N rows, P pictures a row (one).
 """
 
 import copy
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ import pyarrow as pa
 from maskvlm.data.batch import Row, Source
 from maskvlm.data.manifest import SKIPPED, read_manifest
 from maskvlm.data.phash import near
+from maskvlm.data.raw.lines import plain, text_lines
 from maskvlm.data.shards import Shards
+from maskvlm.data.strict_json import parse
 from maskvlm.data.subset import first_pictures, row_ids
 from maskvlm.distributed import rank
 from maskvlm.errors import ExitCode, UserError, check_least
 
 HOLD_OUT = 3  # the purpose of these lots, see `subset.lots`
+UNREADABLE = "unreadable lines of skipped.jsonl"
 MOST_LISTED = 1000
 """Rows left out that a split lists for each reason; skipped.jsonl has them all."""
 
@@ -139,21 +142,39 @@ class Prepared(Source):
 
 
 def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
-    """Reason -> origins of the split's rows; the last entry says how many more there are."""
+    """Reason -> origins of the split's rows; the last entry says how many more there are.
+
+    Nothing depends on it but what is told: what cannot be read of it is listed under a reason of its own.
+    """
     listed: dict[str, list[str]] = {}
-    more: dict[str, int] = {}
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            entry = json.loads(line)
-            if entry["split"] != split:
-                continue
-            origins = listed.setdefault(entry["reason"], [])
-            if len(origins) < MOST_LISTED:
-                origins.append(entry["origin"])
-            else:
-                more[entry["reason"]] = more.get(entry["reason"], 0) + 1
+    more: Counter[str] = Counter()
+
+    def add(reason: str, origin: str) -> None:
+        origins = listed.setdefault(reason, [])
+        if len(origins) < MOST_LISTED:
+            origins.append(origin)
+        else:
+            more[reason] += 1
+
+    try:
+        for number, text, problem in text_lines(path):
+            entry = skipped_entry(text) if not problem else None
+            if entry is None:
+                add(UNREADABLE, f"{path}:{number}")
+            elif entry["split"] == split:
+                add(plain(entry["reason"]), plain(entry["origin"]))
+    except UserError as error:
+        add(UNREADABLE, str(error))
     for reason, count in more.items():
         listed[reason].append(f"and {count:,} more, in {path}")
     return listed
+
+
+def skipped_entry(text: str) -> dict[str, str] | None:
+    """A line of skipped.jsonl; None where it is none."""
+    try:
+        entry = parse(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("split", "reason", "origin"))
+    return entry if whole else None

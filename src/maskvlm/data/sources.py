@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from maskvlm.data.batch import Row, Source
 from maskvlm.data.files import check_missing, check_name, get, load_json, opened, picture_folder
+from maskvlm.data.opening import Inside
 from maskvlm.data.table import Columns, Made, cached_table
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
@@ -147,9 +148,18 @@ def _no_split(file: Path, name: str, split_N: np.ndarray) -> UserError:
 def _present(root: Path, images: list[str]) -> list[bool]:
     """Whether each file is there; a listing per folder is far cheaper than a look at every file."""
     folders = {str(PurePosixPath(image).parent) for image in images}
-    names = {folder: set(os.listdir(root / folder)) for folder in folders if (root / folder).is_dir()}
+    inside = Inside(root)
+    names = {folder: _names(root / folder, inside) for folder in folders if (root / folder).is_dir()}
     paths = map(PurePosixPath, images)
     return [path.name in names.get(str(path.parent), ()) for path in paths]
+
+
+def _names(folder: Path, inside: Inside) -> set[str]:
+    """Of the files in a folder, without links that lead out."""
+    if not inside.holds(folder / "x"):
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if not entry.is_symlink() or inside.holds(entry.path)}
 
 
 # ------------------------------------------------------------------ the json

@@ -123,6 +123,7 @@ class Captioner:
         self._pad = int(tokenizer.pad_token_id)
         self._forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else self._pad
+        self.unknown: int = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
     def __reduce__(self) -> tuple[type["Captioner"], tuple[PreTrainedTokenizerFast, int]]:
         """A pickled backend forgets `encode_special_tokens`; build it anew in the data worker."""

@@ -4,9 +4,11 @@
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from maskvlm.data.opening import check_plain
 from maskvlm.data.raw.annotated import open_daquar, open_nlvr2, open_nlvr_pairs, open_snli_ve, open_vqav2
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import ROLES
@@ -46,6 +48,12 @@ SETS: dict[str, Opener] = {
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 
 
+def check_kind(path: Path) -> None:
+    """Refuse what is neither a file nor a folder: a pipe, such as `<(...)`, a socket, a device."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        check_plain(path, os.stat(path).st_mode)
+
+
 def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name: str | None = None) -> RawSet:
     """A raw set, found but not yet read.
 
@@ -68,7 +76,8 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     if columns and name not in WITH_COLUMNS:
         raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take SET=csv")
     path = Path(raw).expanduser()
-    if not raw.strip() or (name != "hf" and not path.exists()):
+    check_kind(path)
+    if not raw.strip() or (name != "hf" and not os.path.exists(path)):
         where = f"RAW={raw}"
         todo = "Set RAW to the folder or file of the set as it was downloaded"
         raise UserError(where, "there is no such file or folder", todo, ExitCode.MISSING_INPUT)

@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from maskvlm.data.files import get, get_name, json_lines, load_json, opened, picture_folder, picture_names
+from maskvlm.data.opening import check_inside
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.columns import not_looked_at
 from maskvlm.data.raw.lines import json_items, plain
 from maskvlm.data.raw.named import nothing
 
@@ -66,7 +68,9 @@ class Annotated(RawSet):
             UserError: an annotation file is damaged, or there is no picture at all.
         """
         folder = picture_folder(None, self.root, "RAW")
-        names, seen, named = picture_names(folder), set[str](), set[str]()
+        left_out: dict[str, list[str]] = {}
+        names, seen, named = picture_names(folder, left_out), set[str](), set[str]()
+        yield from not_looked_at(left_out, folder, SPLIT)
         for file, ids, pictures in self._wanted(names):
             for image_id in dict.fromkeys(ids):
                 name, origin = pictures.get(image_id), f"{file.name} ({image_id})"
@@ -93,9 +97,9 @@ def open_daquar(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 
 
 def _open_vqa(root: Path, facts: Facts) -> RawSet:
-    questions = sorted(root.glob("*questions.json"))
-    answers = sorted(root.glob("*annotations.json"))
-    genome = sorted(root.glob("question_answers.json"))
+    questions = _files(root, "*questions.json")
+    answers = _files(root, "*annotations.json")
+    genome = _files(root, "question_answers.json")
     if not questions:
         raise nothing(root, "v2_OpenEnded_*_questions.json", "v2_*_annotations.json")
 
@@ -172,12 +176,20 @@ def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
             ids = [f"flickr {get_name(each.record, 'Flickr30K_ID', each.where, 'SNLI-VE')}" for each in lines]
             yield Wanted(file, ids, pictures)
 
-    return Annotated(root, SNLI_VE, [*files, *sorted(root.glob("*.csv"))], wanted)
+    return Annotated(root, SNLI_VE, [*files, *_files(root, "*.csv")], wanted)
+
+
+def _files(root: Path, *kinds: str) -> list[Path]:
+    """Files of a folder by their names. Raises UserError where one is a link that leads out of it."""
+    files = sorted(file for kind in kinds for file in root.glob(kind) if file.is_file())
+    for file in files:
+        check_inside(file, root)
+    return files
 
 
 def _with_key(root: Path, key: str) -> list[Path]:
     """The files of lines of JSON in a folder whose first line has the key."""
-    files = sorted(file for kind in ("*.json", "*.jsonl") for file in root.glob(kind) if file.is_file())
+    files = _files(root, "*.json", "*.jsonl")
     found = []
     for file in files:
         with opened(file) as stream:

@@ -1,21 +1,65 @@
-"""Members of tar archives in the order in which they are written, whatever the archive holds: nothing is extracted."""
+"""Members of tar archives in the order in which they are written, whatever the archive holds: nothing is extracted.
+
+An archive is read to its true end. Archives that were joined (`cat a.tar b.tar`) are read one after the other; whatever
+else follows the mark that ends an archive is told.
+"""
 
 import bz2
 import gzip
+import io
 import lzma
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from maskvlm.data.images import MAX_FILE_BYTES
+from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import name_problem
 from maskvlm.data.raw.lines import plain
+from maskvlm.errors import UserError
 
 TAR = re.compile(r"\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.I)
 NAMELESS = "(no name)"
-_READERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+BLOCK = tarfile.BLOCKSIZE
+CHUNK = 1 << 20
+
+
+class Unpacked(io.RawIOBase):
+    """What bzip2 or xz packed, in one stream or several joined; unlike `bz2.open` and `lzma.open` it refuses what
+    follows the last of them. Zeros may: tapes and xz pad with them."""
+
+    def __init__(self, stream: IO[bytes], new: Callable[[], Any]) -> None:
+        self._stream, self._new = stream, new
+        self._unpacker = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """As of raw streams. Raises EOFError where a stream is cut short, OSError or LZMAError where it is damaged."""
+        while True:
+            packed = b""
+            if self._unpacker.eof:
+                packed = self._unpacker.unused_data
+                while not packed.strip(b"\x00") and (more := self._stream.read(CHUNK)):
+                    packed = more
+                if not (packed := packed.lstrip(b"\x00")):
+                    return 0
+                self._unpacker = self._new()
+            elif self._unpacker.needs_input and not (packed := self._stream.read(CHUNK)):
+                raise EOFError("unexpected end")
+            if content := self._unpacker.decompress(packed, len(buffer)):
+                buffer[: len(content)] = content
+                return len(content)
+
+
+_READERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),  # refuses what follows by itself
+    b"BZh": lambda stream: io.BufferedReader(Unpacked(stream, bz2.BZ2Decompressor), CHUNK),
+    b"\xfd7zXZ": lambda stream: io.BufferedReader(Unpacked(stream, lzma.LZMADecompressor), CHUNK),
+}
 
 
 class Member(NamedTuple):
@@ -26,72 +70,134 @@ class Member(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class _Forward:
+class Forward:
     """An archive's bytes that are read forward only and in bounded pieces; remembers what was read last.
 
     tarfile takes sizes from headers on trust: a header with a negative one would lead it round in circles, one with a
     gigabyte of attributes into memory.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self.last = stream, b""
+    def __init__(self, stream: IO[bytes], packed: bool) -> None:
+        self._stream, self._packed = stream, packed
+        self._position, self._returned = 0, b""
+        self.last = b""
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_FILE_BYTES + tarfile.BLOCKSIZE:
+        if not 0 <= size <= MAX_FILE_BYTES + BLOCK:
             raise tarfile.ReadError("a header that claims too much")
-        self.last = self._stream.read(size)
+        self.last, self._returned = self._returned[:size], self._returned[size:]
+        while len(self.last) < size and (more := self._stream.read(size - len(self.last))):
+            self.last += more
+        self._position += len(self.last)
         return self.last
 
     def tell(self) -> int:
-        return self._stream.tell()
+        return self._position
 
     def seek(self, position: int, whence: int = 0) -> int:
-        if whence != 0 or position < self._stream.tell():
+        if whence != 0 or position < self._position:
             raise tarfile.ReadError("a header that leads backwards")
-        return self._stream.seek(position)
+        while self._position < position and (self._packed or self._returned):
+            if not self.read(min(CHUNK, position - self._position)):
+                return self._position
+        if self._position < position:
+            self._position = self._stream.seek(position)
+        return self._position
+
+    def rest(self) -> tuple[int, bytes]:
+        """Where the next block is that is not all zeros, and the block; b"" where the file ends."""
+        start = self._position
+        while chunk := self.read(CHUNK):
+            if self._position - start > MAX_FILE_BYTES:
+                raise tarfile.ReadError(f"more than {MAX_FILE_BYTES:,} zeros after the end marker")
+            if chunk.strip(b"\x00"):
+                skipped = (len(chunk) - len(chunk.lstrip(b"\x00"))) // BLOCK * BLOCK
+                self._returned = chunk[skipped:] + self._returned
+                self._position -= len(chunk) - skipped
+                return self._position, chunk[skipped : skipped + BLOCK]
+        return self._position, b""
+
+    def count(self, most: int) -> str:
+        """How many bytes are left, in words; of more than `most` only that."""
+        start = self._position
+        while self._position - start <= most and self.read(CHUNK):
+            pass
+        left = self._position - start
+        return f"{left:,} bytes" if left <= most else f"more than {most:,} bytes"
 
     def close(self) -> None:
         self._stream.close()
 
 
-def members(file: Path) -> Iterator[Member]:
+def members(file: Path | IO[bytes]) -> Iterator[Member]:
     """The plain files of an archive, folders and hidden files left out; damage is a member with a problem.
 
     Reasons: "unsafe member name" (it leads out of the archive, or is not text), "not a plain file" (links, devices),
     "bomb" (over MAX_FILE_BYTES; the rest of a compressed archive is then not read, as that would unpack it),
-    "truncated archive", "damaged archive".
+    "truncated archive", "damaged archive", "data after the end marker" (and no archive).
+
+    Args:
+        file: its path, or the archive, open.
     """
     try:
-        with file.open("rb") as stream:
-            start = stream.read(6)
-            compressed = next((read for magic, read in _READERS.items() if start.startswith(magic)), None)
-            stream.seek(0)
-            source = _Forward(compressed(stream) if compressed else stream)
-            yield from _members(source, packed=compressed is not None)
-    except OSError as error:
-        yield Member("", b"", ("unreadable", plain(error.strerror or error)))
+        if isinstance(file, Path):
+            with opened(file) as stream:
+                yield from _unpacked(stream)
+        else:
+            yield from _unpacked(file)
+    except UserError as error:
+        yield Member("", b"", ("unreadable", plain(error.what)))
 
 
-def _members(source: _Forward, packed: bool) -> Iterator[Member]:
+def _unpacked(stream: IO[bytes]) -> Iterator[Member]:
+    start = stream.read(6)
+    stream.seek(0)
+    reader = next((read for magic, read in _READERS.items() if start.startswith(magic)), None)
     try:
-        opened: Any = source  # tarfile asks for no more than it has
-        with tarfile.open(fileobj=opened, mode="r:") as tar:
-            while (header := tar.next()) is not None:
-                vars(tar)["members"] = []  # it keeps them all
-                base = header.name.rpartition("/")[2]
-                if packed and header.size > MAX_FILE_BYTES:
-                    yield Member(plain(header.name) or NAMELESS, b"", ("bomb", f"a file of {header.size:,} bytes"))
-                    return
-                if not header.isdir() and (not base.startswith(".") or base == ".."):
-                    yield _member(tar, header)
-        if len(source.last) < tarfile.BLOCKSIZE:
-            yield Member("", b"", ("truncated archive", "it ends without an end marker; what is before it was read"))
-        elif source.last.strip(b"\x00"):
-            yield Member("", b"", ("damaged archive", "a header cannot be read; what is before it was read"))
+        source = Forward(reader(stream) if reader else stream, reader is not None)
+        yield from joined(source, reader is not None)
     except Exception as error:  # tarfile and the unpackers raise over a dozen types on damaged bytes
-        short = "unexpected end" in str(error) or "end-of-stream" in str(error) or "empty" in str(error)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        short = any(word in str(error) for word in ("unexpected end", "end-of-stream", "empty"))
         reason = "truncated archive" if short or isinstance(error, EOFError) else "damaged archive"
         yield Member("", b"", (reason, f"{plain(error, 80)}; what is before it was read"))
+
+
+def joined(source: Forward, packed: bool) -> Iterator[Member]:
+    """The members of an archive, and of those that follow it."""
+    while (yield from _members(source, packed)):
+        if len(source.last) < BLOCK:
+            yield Member("", b"", ("truncated archive", "it ends without an end marker; what is before it was read"))
+            return
+        if source.last.strip(b"\x00"):
+            what = f"a header cannot be read, {source.tell() - BLOCK:,} bytes from its beginning"
+            yield Member("", b"", ("damaged archive", f"{what}; what is before it was read"))
+            return
+        position, block = source.rest()
+        if not block:
+            return
+        try:
+            tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError:
+            what = f"{source.count(MAX_FILE_BYTES)} that are no archive follow its end, from byte {position:,} on"
+            yield Member("", b"", ("data after the end marker", f"{what}; what is before it was read"))
+            return
+
+
+def _members(source: Forward, packed: bool) -> Generator[Member, None, bool]:
+    """Those of one archive; false where the rest is not to be read."""
+    file: Any = source  # tarfile asks for no more than it has
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (header := tar.next()) is not None:
+            vars(tar)["members"] = []  # it keeps them all
+            base = header.name.rpartition("/")[2]
+            if packed and header.size > MAX_FILE_BYTES:
+                yield Member(plain(header.name) or NAMELESS, b"", ("bomb", f"a file of {header.size:,} bytes"))
+                return False
+            if not header.isdir() and (not base.startswith(".") or base == ".."):
+                yield _member(tar, header)
+    return True
 
 
 def _member(tar: tarfile.TarFile, header: tarfile.TarInfo) -> Member:

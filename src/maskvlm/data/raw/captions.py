@@ -1,6 +1,5 @@
 """COCO, Flickr30k and Flickr8k: Karpathy's split, the official files, and the other forms they are passed on in."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -8,12 +7,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.opening import Inside, check_inside
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.columns import Merged, name_problem, split_named
+from maskvlm.data.raw.columns import Merged, leads_out, name_problem, split_named
 from maskvlm.data.raw.lines import plain, read_text, text_lines
 from maskvlm.data.raw.photos import Index
 from maskvlm.data.raw.table import Table
 from maskvlm.data.sources import _photos
+from maskvlm.data.strict_json import parse
 from maskvlm.errors import ExitCode, UserError
 
 KARPATHY = "Karpathy"
@@ -24,7 +25,7 @@ class Pictures:
     """The pictures of a set, anywhere in its folder: as they are named, else by the name alone."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        self.root, self._inside = root.absolute(), Inside(root)
         self._index: Index | None = None
 
     def find(self, name: str) -> tuple[str, tuple[str, str] | None]:
@@ -33,7 +34,7 @@ class Pictures:
             return "", ("unsafe name", f"{plain(name)!r}: {problem}")
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, name)):
-                return path, None
+                return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
         if self._index is None:
             self._index = Index(self.root)
         stem = PurePosixPath(name).stem
@@ -194,7 +195,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
 
 def _list(text: str) -> list[str] | None:
     try:
-        captions = json.loads(text)
+        captions = parse(text)
     except (ValueError, RecursionError):
         return None
     return captions if isinstance(captions, list) and all(isinstance(each, str) for each in captions) else None
@@ -207,8 +208,9 @@ def _named(merged: Merged) -> Iterator[Found]:
 
 def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
     """Flickr30k Entities' `sentences/<photo>.txt`: one caption a line, its phrases in marks, which are taken away."""
+    inside = Inside(folder)
     for file in sorted(folder.glob("*.txt")):
-        text, problem = read_text(file)
+        text, problem = read_text(file) if inside.holds(file) else ("", leads_out(file.name, folder))
         origin, name = f"{folder.name}/{plain(file.name)}", f"{file.stem}.jpg"
         if problem:
             yield BadRow(problem[0], origin, problem[1], split_of(name))
@@ -224,6 +226,7 @@ def split_lists(folder: Path) -> Callable[[str], str]:
     for file in sorted(folder.glob("*.txt")):
         word = re.fullmatch(r"(?:flickr_?\d+k[_.])?(val|dev|test)(?:images)?\.txt", file.name, re.I)
         if word:
+            check_inside(file, folder)
             for line in text_lines(file):
                 if line.text.strip():
                     named[flickr_id(line.text.strip())] = kinds[word[1].lower()]

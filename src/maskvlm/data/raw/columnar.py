@@ -1,15 +1,18 @@
 """Parquet files with pictures in them, as img2dataset and the Hugging Face hub have them."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.data.raw.lines import plain
 from maskvlm.data.raw.samples import Sample
+from maskvlm.errors import UserError
 
 BATCH = 32
 """Rows in memory at once."""
@@ -31,25 +34,35 @@ def _image_column(schema: pa.Schema, columns: dict[str, str]) -> str | None:
 def has_pictures(file: Path, columns: dict[str, str]) -> bool:
     """Whether a Parquet file holds pictures; one that cannot be read counts, so that it is reported."""
     try:
-        return _image_column(pq.read_schema(file), columns) is not None
-    except (OSError, pa.ArrowException):
+        with opened(file) as stream:
+            return _image_column(pq.read_schema(stream), columns) is not None
+    except (UserError, OSError, ValueError, pa.ArrowException):
         return True
 
 
-def parquet_samples(file: Path, columns: dict[str, str]) -> Iterator[Sample]:
+def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Sample]:
     """The rows of a file in their order; what cannot be read is one sample with a problem."""
     row = 0
     try:
-        with pq.ParquetFile(file) as parquet:
+        with ExitStack() as stack:
+            stream = stack.enter_context(opened(file)) if isinstance(file, Path) else file
+            parquet = stack.enter_context(pq.ParquetFile(stream))
+            names = parquet.schema_arrow.names
             image = _image_column(parquet.schema_arrow, columns)
+            if twice := [name for name in names if names.count(name) > 1]:
+                yield Sample("", "", {}, ("doubled column", f"column {plain(twice[0])!r} stands there twice"))
+                return
             if image is None:
                 yield Sample("", "", {}, ("no picture", "no column of pictures"))
                 return
             for batch in parquet.iter_batches(BATCH):
+                batch.validate(full=True)  # a text that is no UTF-8, an offset that leads out of its column
                 for record in batch.to_pylist():
                     yield _sample(record, image, row)
                     row += 1
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except UserError as error:
+        yield Sample("", "", {}, ("unreadable", plain(error.what)))
+    except Exception as error:  # of Arrow's own kinds, and of Python's where a date or a number is none
         yield Sample("", "", {}, ("damaged archive", f"{plain(error, 80)}; what is before row {row} was read"))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from maskvlm.data.opening import LEADS_OUT, Inside
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import plain
 from maskvlm.data.text import clean_caption
@@ -98,6 +99,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root, self._real = str(root.absolute()), os.path.realpath(root)
+        self._inside = Inside(root)
 
     def place(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The path of an existing file, or (reason, message)."""
@@ -109,8 +111,20 @@ class Folder:
             return "", ("unsafe name", f"{plain(name)!r}: {problem} {plain(self.root)}")
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, inside)):
-                return path, None
+                return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
         return "", ("missing picture", f"{plain(name)!r} is not in {plain(self.root)}")
+
+
+def leads_out(name: str, root: object) -> tuple[str, str]:
+    """(reason, message) for a file that is, or lies behind, a link to somewhere else."""
+    return LEADS_OUT, f"{plain(name)!r} leads out of {plain(root)}: copy there what it leads to"
+
+
+def not_looked_at(left_out: dict[str, list[str]], root: object, split: str) -> Iterator[BadRow]:
+    """A bad row for each file that a `Walk` through a folder has left out."""
+    for reason, paths in left_out.items():
+        for path in paths:
+            yield BadRow(reason, plain(path), f"{plain(path)!r} in {plain(root)} is not looked at", split)
 
 
 # ------------------------------------------------------------------ rows

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from maskvlm.data.opening import Walk, check_plain
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
-from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.lines import plain, short
 from maskvlm.data.raw.own import captions_of
 from maskvlm.errors import ExitCode, UserError
 
@@ -62,9 +65,9 @@ class HubSet(RawSet):
         captions = captions_of(values["caption"])
         split = split_named(values["split"]) if values.get("split") is not None else default
         if problem is None and captions is None:
-            problem = ("no caption", f"the caption is {plain(repr(values['caption']), 60)}")
+            problem = ("no caption", f"the caption is {short(values['caption'])}")
         if problem is None and split is None:
-            problem = ("unknown split", f"{plain(repr(values['split']), 60)} is none of train, val and test")
+            problem = ("unknown split", f"{short(values['split'])} is none of train, val and test")
         if problem:
             return BadRow(problem[0], origin, problem[1], split or default)
         own = values.get("id")
@@ -83,7 +86,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
         return value, None
     if isinstance(value, str) and value.strip():
         return folder.place(value)
-    return "", ("no picture", f"the picture is {plain(repr(value), 60)}")
+    return "", ("no picture", f"the picture is {short(value)}")
 
 
 def _is_fetched(path: str) -> bool:
@@ -115,6 +118,7 @@ def _load(raw: str) -> "dict[str, Dataset]":
     import datasets
 
     local = Path(raw).expanduser()
+    check_local(local)
     name, _, configuration = (raw, "", "") if local.exists() else raw.partition(":")
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
@@ -125,7 +129,37 @@ def _load(raw: str) -> "dict[str, Dataset]":
         what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {plain(error, 160)})"
         todo = "Check the name; sets with several configurations are named owner/name:configuration"
         raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
-    return dict(found) if isinstance(found, dict) else {"train": found}
+    parts = dict(found) if isinstance(found, dict) else {"train": found}
+    for part, data in parts.items():
+        check_columns(data, f"{raw} ({part})")
+    return parts
+
+
+def check_columns(data: "Dataset", where: str) -> None:
+    """Refuse a set whose files are damaged: the library maps them into memory, where a wrong offset ends the process.
+
+    Raises:
+        UserError: an offset leads out of its column, or a text is not UTF-8.
+    """
+    try:
+        data.data.table.validate(full=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(where, f"damaged ({plain(error, 100)})", "Fetch it again", ExitCode.BAD_DATA) from error
+
+
+def check_local(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it, or a link that leads out of it: the library would open it.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    walk = Walk(folder)
+    for place, names in walk if folder.is_dir() else ():
+        for name in names:
+            check_plain(Path(place, name), os.stat(os.path.join(place, name)).st_mode)
+    for paths in walk.left_out.values():
+        what = f"{plain(paths[0])!r} leads out of this folder, or is not text"
+        raise UserError(folder, what, "Copy there what it leads to", ExitCode.REFUSED)
 
 
 def open_hub(raw: str, name: str, columns: dict[str, str]) -> RawSet:

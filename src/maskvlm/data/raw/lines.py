@@ -1,20 +1,18 @@
 """Lines of text files that may be damaged anywhere, and lists of JSON that are too large for memory."""
 
 import json
+import reprlib
 from collections.abc import Iterator
-from io import BufferedReader, TextIOWrapper
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.data.files import opened
+from maskvlm.data.opening import MAX_LINE_BYTES, byte_lines, content_of, opened
+from maskvlm.data.strict_json import parse_first
 from maskvlm.data.text import clean_caption
 from maskvlm.errors import ExitCode, UserError
 
-MAX_LINE_BYTES = 16_000_000
-"""Longer lines are no rows: a caption is cut at 4096 bytes, the largest rows of public sets have some 100 kB."""
-
 CHUNK = 1_000_000
-_DECODER = json.JSONDecoder()
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -29,33 +27,18 @@ class TextLine(NamedTuple):
 def text_lines(file: Path) -> Iterator[TextLine]:
     """The lines of a UTF-8 file with or without a byte order mark; blank ones too.
 
-    A line that is not UTF-8, holds null bytes or is longer than MAX_LINE_BYTES has a problem and no text; the others
-    are not touched by it.
+    A line that is not UTF-8, holds null bytes or a carriage return, or is longer than MAX_LINE_BYTES has a problem and
+    no text; the others are not touched by it.
 
     Raises:
         UserError: the file cannot be read, or is UTF-16.
     """
     with opened(file) as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES):
-            number += 1
-            if number == 1 and line.startswith(UTF16):
+        for number, content, problem in byte_lines(stream):
+            if number == 1 and content.startswith(UTF16):
                 raise UserError(file, "UTF-16 text", "Save it as UTF-8", ExitCode.BAD_DATA)
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(stream)
-                yield TextLine(number, "", ("line too long", f"more than {MAX_LINE_BYTES:,} bytes in one line"))
-            else:
-                yield _decoded(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-
-
-def _skip_line(stream: BufferedReader) -> None:
-    while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        pass
-
-
-def _decoded(number: int, line: bytes) -> TextLine:
-    text, problem = decoded(line.rstrip(b"\r\n"))
-    return TextLine(number, text, problem)
+            content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
+            yield TextLine(number, "", problem) if problem else TextLine(number, *decoded(content))
 
 
 def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
@@ -71,12 +54,9 @@ def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
 def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, str] | None]:
     """A small text file, or "" and (reason, message)."""
     try:
-        with file.open("rb") as stream:
-            content = stream.read(limit + 1)
-    except (OSError, ValueError) as error:
-        return "", ("unreadable", str(error))
-    if len(content) > limit:
-        return "", ("bomb", f"more than {limit:,} bytes of text")
+        content = content_of(file, limit)
+    except UserError as error:
+        return "", ("bomb" if error.code == ExitCode.BAD_DATA else "unreadable", error.what)
     return decoded(content.removeprefix(b"\xef\xbb\xbf"))
 
 
@@ -95,6 +75,8 @@ def json_items(file: Path) -> Iterator[Any]:
             while text[position : position + 1] in (" ", "\n", "\r", "\t", ","):
                 position += 1
             if text.startswith("]", position):
+                if (text[position + 1 :] + _read(reader, file, CHUNK)).strip():
+                    raise _damaged(file, "something follows the list")
                 return
             item, end = _item(text, position, file)
             if end < len(text):
@@ -111,7 +93,7 @@ def json_items(file: Path) -> Iterator[Any]:
 def _item(text: str, position: int, file: Path) -> tuple[Any, int]:
     """The item and where it ends: at the end of the text where more of it may come."""
     try:
-        return _DECODER.raw_decode(text, position)
+        return parse_first(text, position)
     except json.JSONDecodeError:
         return None, len(text)
     except (RecursionError, ValueError) as error:
@@ -132,3 +114,8 @@ def _damaged(file: Path, what: str) -> UserError:
 def plain(text: object, most: int = 200) -> str:
     """For messages and ids: one line, printable, encodable."""
     return clean_caption(str(text)[: most * 2])[0][:most]
+
+
+def short(value: object, most: int = 60) -> str:
+    """A value of a stranger's in a message: one line, however large or deep it is."""
+    return plain(reprlib.repr(value), most)

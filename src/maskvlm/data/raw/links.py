@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvlm.data.files import load_json, opened
+from maskvlm.data.files import load_json
+from maskvlm.data.opening import Inside, opened
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.captions import Pictures
 from maskvlm.data.raw.columns import SPLITS, split_of_path
 from maskvlm.data.raw.lines import json_items, plain, text_lines
 from maskvlm.data.raw.photos import SCHEMES, Index, photo_of, stem_of
+from maskvlm.data.strict_json import flaw
 from maskvlm.data.text import stable_id
 from maskvlm.errors import ExitCode, UserError
 
@@ -117,7 +119,9 @@ def _folders(root: Path, split: str) -> list[Path]:
     """Folders below, or below `images/`, that are named by this split; else the root."""
     places = [path for folder in (root, root / "images") if folder.is_dir() for path in sorted(folder.iterdir())]
     words = {path: [word for word in re.split(r"[^a-z]+", path.name.lower()) if word] for path in places}
-    named = [path for path in places if path.is_dir() and any(SPLITS.get(word) == split for word in words[path])]
+    inside = Inside(root)
+    own = (path for path in places if path.is_dir() and inside.holds(path))
+    named = [path for path in own if any(SPLITS.get(word) == split for word in words[path])]
     return named or [root]
 
 
@@ -165,6 +169,8 @@ def json_links(file: Path) -> Iterator[Link]:
         document = load_json(stream.read(), file) if lists else None
     records: Iterator[Any] = json_items(file)
     if document is not None:
+        if doubled := flaw(document):
+            raise UserError(file, doubled, "Take sbu-captions-all.json as distributed", ExitCode.BAD_DATA)
         urls, captions = document.get("image_urls"), document.get("captions")
         if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
             what = "'image_urls' and 'captions' are not lists of the same length"
@@ -174,7 +180,8 @@ def json_links(file: Path) -> Iterator[Link]:
         values = record if isinstance(record, dict) else {}
         url, name, caption = (values.get(key, "") for key in ("url", "image", "caption"))
         whole = all(isinstance(value, str) for value in (url, name, caption)) and (url or name)
-        problem = None if whole else ("malformed row", "an object with 'caption' and 'image' or 'url' belongs here")
+        wrong = flaw(record) or "an object with 'caption' and 'image' or 'url' belongs here"
+        problem = None if whole and not flaw(record) else ("malformed row", wrong)
         if problem:
             url = name = caption = ""
         yield Link(row, url, caption, f"{file.name} [{row}]", name, problem)

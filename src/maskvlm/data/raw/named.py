@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from maskvlm.data.opening import check_inside
 from maskvlm.data.raw import captions
 from maskvlm.data.raw.base import BadRow, Facts, RawSet
 from maskvlm.data.raw.captions import CaptionSet, Found
@@ -22,11 +23,18 @@ FLICKR8K = Facts("Flickr8k (Hodosh et al. 2013)", 8_000, 40_000, FLICKR_TERMS)
 
 
 def find(root: Path, *names: str) -> Path | None:
-    """The first file of these names in the folder, in `annotations/` or `karpathy/`, or the folder itself as a file."""
+    """The first file of these names in the folder, in `annotations/` or `karpathy/`, or the folder itself as a file.
+
+    Raises:
+        UserError: it is a link that leads out of the folder.
+    """
     if root.is_file():
         return root if root.name in names else None
     places = ("", "annotations", "karpathy")
-    return next((root / place / name for name in names for place in places if (root / place / name).is_file()), None)
+    found = next((root / place / name for name in names for place in places if (root / place / name).is_file()), None)
+    if found:
+        check_inside(found, root)
+    return found
 
 
 def nothing(root: Path, *forms: str) -> UserError:
@@ -79,6 +87,7 @@ def _open_flickr(root: Path, forms: Forms) -> RawSet:
     for name, (facts, read) in forms.items():
         file = root / name if (root / name).is_dir() else find(root, name)
         if file:
+            check_inside(file, folder)
             return CaptionSet(folder, facts, partial(_read, read, file, folder))
     raise nothing(root, *forms)
 

@@ -1,15 +1,18 @@
 """Own data: pictures named in a csv, tsv or jsonl file, or lying in a folder with their captions beside them."""
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvlm.data.files import load_json, picture_names
+from maskvlm.data.opening import Inside, check_inside
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.columns import Folder, Merged, find_columns, split_named, split_of_path
-from maskvlm.data.raw.lines import json_items, plain, read_text, text_lines
+from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
+from maskvlm.data.raw.lines import json_items, plain, read_text, short, text_lines
 from maskvlm.data.raw.table import Table
+from maskvlm.data.strict_json import flaw
 from maskvlm.errors import ExitCode, UserError
 
 PROBE = 1000
@@ -143,6 +146,8 @@ def _json(file: Path) -> Iterator[Entry]:
 
 
 def _entry(place: int, record: Any) -> Entry:
+    if problem := flaw(record):
+        return Entry(place, {}, ("not JSON", problem))
     if isinstance(record, dict):
         return Entry(place, record)
     return Entry(place, {}, ("not an object", f"{type(record).__name__} where a JSON object belongs"))
@@ -161,13 +166,13 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     """The row, or (reason, message)."""
     image, own, given = values.get("image"), values.get("id"), values.get("split")
     if not isinstance(image, str) or not image.strip():
-        return "no picture", f"the name of the picture is {plain(repr(image), 60)}"
+        return "no picture", f"the name of the picture is {short(image)}"
     captions = captions_of(values.get("caption"))
     if captions is None:
-        return "no caption", f"the caption is {plain(repr(values.get('caption')), 60)}"
+        return "no caption", f"the caption is {short(values.get('caption'))}"
     split = default if given is None else split_named(given)
     if split is None:
-        return "unknown split", f"{plain(repr(given), 60)} is none of train, val and test"
+        return "unknown split", f"{short(given)} is none of train, val and test"
     named = isinstance(own, str | int) and not isinstance(own, bool)
     return Values(image.strip(), captions, split, str(own).strip() if named else "")
 
@@ -199,7 +204,12 @@ class FolderSet(RawSet):
         """First what metadata files name, then the other pictures by name."""
         named: set[str] = set()
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
+        within = Inside(self.root)
         for file in sorted(tables):
+            if not within.holds(file):
+                reason, what = leads_out(file.name, self.root)
+                yield BadRow(reason, plain(file.relative_to(self.root)), what, "train")
+                continue
             inside = file.parent.relative_to(self.root).as_posix()
             for row in file_rows(file, self.name, {"image": "file_name", **self.columns}):
                 row = row._replace(origin=plain(f"{inside}/{row.origin}" if inside != "." else row.origin))
@@ -211,17 +221,19 @@ class FolderSet(RawSet):
                 split = split_of_path(own.parent.as_posix())
                 image_id = plain(f"{self.name} {own.as_posix()}")
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
-        for name in picture_names(self.root):
+        left_out: dict[str, list[str]] = {}
+        for name in picture_names(self.root, left_out):
             path = self.root.absolute() / name
             if str(path) not in named:
-                yield self._with_text(path, name)
+                yield self._with_text(path, name, within)
+        yield from not_looked_at(left_out, self.root, "train")
 
-    def _with_text(self, path: Path, name: str) -> RawRow | BadRow:
+    def _with_text(self, path: Path, name: str, within: Inside) -> RawRow | BadRow:
         split, beside = split_of_path(Path(name).parent.as_posix()), path.with_suffix(".txt")
-        if not beside.is_file():
+        if not os.path.isfile(beside):
             what = f"there is no {plain(beside.name)} beside it, nor is it named in a metadata.csv or metadata.jsonl"
             return BadRow("no caption", plain(name), what, split)
-        text, problem = read_text(beside)
+        text, problem = read_text(beside) if within.holds(beside) else ("", leads_out(beside.name, self.root))
         if problem:
             return BadRow(problem[0], plain(beside.name), problem[1], split)
         return RawRow(str(path), (text,), plain(f"{self.name} {name}"), split, plain(name))
@@ -239,10 +251,14 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
     path = Path(raw)
     if path.is_file():
         return TableSet([path], name, columns)
+    if not path.is_dir():
+        raise UserError(raw, "no file and no folder", "Name the file with RAW=", ExitCode.MISSING_INPUT)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
     if not files:
         what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"
         raise UserError(raw, what, "Name the file itself with RAW=", ExitCode.MISSING_INPUT)
+    for file in files:
+        check_inside(file, path)
     return TableSet(files, name, columns)
 
 

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.opening import Walk
 from maskvlm.data.text import stable_id
 
 _PHOTOS = {  # the same photo has the same id in every set, so that leaks are seen by id
@@ -73,12 +74,11 @@ class Index:
         self._suffixes: list[str] = []
         hashes, folders, suffixes = array("q"), array("l"), array("l")
         kinds = PICTURE_SUFFIXES | ({""} if bare else set())
-        for place, inside, files in chain.from_iterable(map(os.walk, roots)):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
+        for place, files in chain.from_iterable(map(Walk, roots)):
             self._folders.append(place)
-            for name in sorted(files):
+            for name in files:
                 stem, suffix = os.path.splitext(name)
-                if suffix.lower() in kinds and not name.startswith("."):
+                if suffix.lower() in kinds:
                     if suffix not in self._suffixes:
                         self._suffixes.append(suffix)
                     hashes.append(stable_id(stem))

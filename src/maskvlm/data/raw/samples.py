@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.opening import Inside
 from maskvlm.data.raw.archive import members
+from maskvlm.data.raw.columns import leads_out
 from maskvlm.data.raw.lines import read_text
 
 TEXTS = (".txt", ".caption", ".text", ".cap")
@@ -23,7 +25,7 @@ class Sample(NamedTuple):
 # ------------------------------------------------------------------ tars
 
 
-def tar_samples(shard: Path, columns: dict[str, str]) -> Iterator[Sample]:
+def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Sample]:
     """The members of an archive by key: the name up to its first dot, as webdataset has it. One key at a time."""
     group: Sample | None = None
     for member in members(shard):
@@ -69,13 +71,14 @@ def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
 
 def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[Sample]:
     """Pictures of a folder with the `.txt` and `.json` beside them; pictures are not opened."""
+    inside = Inside(folder)
     for path in pictures_of(folder):
         parts: dict[str, Any] = {"image": str(path)}
-        problem = None
+        problem = None if inside.holds(path) else leads_out(path.name, folder)
         for kind, suffixes in (("text", TEXTS), ("json", (".json",))):
             beside = next((path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()), None)
             if beside:
-                text, wrong = read_text(beside)
+                text, wrong = read_text(beside) if inside.holds(beside) else ("", leads_out(beside.name, folder))
                 parts[kind], problem = text.encode(), problem or wrong
         yield Sample(path.stem, path.name, parts, problem)
 

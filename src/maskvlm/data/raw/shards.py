@@ -1,19 +1,20 @@
 """Web-scale sets as webdataset and img2dataset (github.com/rom1504/img2dataset) write them: tars, Parquet or files."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maskvlm.data.opening import Inside, Walk
 from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columnar import has_pictures, parquet_samples
-from maskvlm.data.raw.columns import ROLES, split_named, split_of_path
+from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
 from maskvlm.data.raw.lines import decoded, plain, read_text
 from maskvlm.data.raw.own import captions_of
 from maskvlm.data.raw.photos import photo_of
 from maskvlm.data.raw.samples import Sample, file_samples, pictures_of, tar_samples
+from maskvlm.data.strict_json import flaw, parse
 from maskvlm.errors import ExitCode, UserError
 
 MAX_TEXT_BYTES = 16_000_000
@@ -38,12 +39,14 @@ class Shards(RawSet):
     def __init__(self, root: Path, name: str, columns: dict[str, str] | None = None) -> None:
         self.root, self.name, self.columns = root, name, columns or {}
         self.facts, self.notes = Facts(name, None, None, "that of each picture: addresses are in the .json"), []
-        self._kind, self._shards = find_shards(root, self.columns)
+        self._left_out: dict[str, list[str]] = {}
+        self._kind, self._shards = find_shards(root, self.columns, self._left_out)
         self._asked = self._got = 0
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """In the order of the shards' names and of what is in them; a duplicate key is refused within its shard."""
         self._asked = self._got = 0
+        yield from not_looked_at(self._left_out, self.root, "train")
         for shard in self._shards:
             yield from self._rows_of(shard)
         if self._asked:
@@ -99,11 +102,14 @@ class Shards(RawSet):
     def _compare(self, shard: Path, inside: str, split: str, found: int, cut: bool) -> Iterator[BadRow]:
         """What img2dataset counted and what is there; an archive that is cut short was told already."""
         file = shard.parent / f"{_stem(shard)}{STATS}"
-        text, problem = read_text(file) if file.is_file() else ("", ("absent", ""))
+        there = os.path.lexists(file) and Inside(shard.parent).holds(file)
+        text, problem = read_text(file) if there else ("", ("absent", ""))
         try:
-            stats = {} if problem else json.loads(text)
-            asked, got = int(stats.get("count", found)), int(stats.get("successes", found))
-        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            stats = {} if problem else parse(text)
+            asked, got = (stats.get(key, found) for key in ("count", "successes"))
+            if not all(type(number) is int and 0 <= number < 2**53 for number in (asked, got)):
+                raise TypeError("no numbers")
+        except (ValueError, TypeError, AttributeError, RecursionError):
             yield BadRow("damaged statistics", plain(file.name), "not what img2dataset writes", split)
             return
         if stats:
@@ -113,20 +119,27 @@ class Shards(RawSet):
             yield BadRow("other count than img2dataset's", plain(inside), what, split)
 
 
-def find_shards(root: Path, columns: dict[str, str]) -> tuple[str, list[Path]]:
+def find_shards(
+    root: Path, columns: dict[str, str], left_out: dict[str, list[str]] | None = None
+) -> tuple[str, list[Path]]:
     """ "tar", "parquet" or "files", and the shards by name.
+
+    Args:
+        left_out: takes reason -> the names of shards that are not looked at (see `Walk`).
 
     Raises:
         UserError: there are none.
     """
     found: dict[str, list[Path]] = {"tar": [], "parquet": [], "files": []}
-    for place, folders, names in os.walk(root) if root.is_dir() else [(str(root.parent), [], [root.name])]:
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if not name.startswith(".")]
+    walk = Walk(root)
+    for place, names in walk if root.is_dir() else [(str(root.parent), [root.name])]:
         found["tar"] += [Path(place, name) for name in names if TAR.search(name)]
         found["parquet"] += [Path(place, name) for name in names if name.endswith(".parquet")]
         if any(name.endswith(".json") and not name.endswith(STATS) for name in names) and pictures_of(Path(place)):
             found["files"].append(Path(place))
+    for reason, paths in walk.left_out.items():
+        if left_out is not None:
+            left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
     if not found["tar"]:
         found["parquet"] = [path for path in found["parquet"] if has_pictures(path, columns)]
     for kind, shards in found.items():
@@ -146,9 +159,11 @@ def _meta(sample: Sample) -> tuple[dict[str, Any], tuple[str, str] | None]:
         return content, None
     text, problem = decoded(content)
     try:
-        meta = json.loads(text) if not problem else {}
+        meta = parse(text) if not problem else {}
     except (ValueError, RecursionError):
         meta, problem = {}, ("not JSON", "the .json member cannot be read")
+    if wrong := flaw(meta):
+        meta, problem = {}, ("not JSON", wrong)
     return (meta, problem) if isinstance(meta, dict) else ({}, ("not an object", "the .json member is no JSON object"))
 
 

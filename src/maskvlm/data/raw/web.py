@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from maskvlm.data.opening import check_inside
 from maskvlm.data.raw.base import Facts, RawSet
 from maskvlm.data.raw.links import Links, Part, json_links, text_links, tsv_parts
 from maskvlm.data.raw.named import find, nothing
@@ -56,6 +57,8 @@ def _open_tsv(root: Path, name: str, columns: dict[str, str], facts: Facts, list
     folder = root if root.is_dir() else root.parent
     files = [root] if root.is_file() else sorted(file for file in root.glob("*.tsv") if "report" not in file.name)
     if files:
+        for file in files:
+            check_inside(file, folder)
         return Links(folder, name, facts, tsv_parts(files))
     raise nothing(root, f"{listed} (any *.tsv)", FORMS)
 

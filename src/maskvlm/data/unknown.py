@@ -1,0 +1,87 @@
+"""Texts of a split in samples: what a vocabulary is learnt from, and how many of their words a tokenizer does not know.
+
+A tokenizer of one language reads another as nothing but unknown words: the run would learn from empty texts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from maskvlm.data.subset import Chosen
+from maskvlm.data.text import Captioner
+from maskvlm.distributed import rank
+from maskvlm.errors import ExitCode, UserError
+
+MOST_ROWS = 300
+"""Rows that are looked at, evenly spread: a share of one half is then known to within 3 %."""
+
+
+def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
+    """The captions of at most `most` pictures evenly spread over a split: enough to learn a vocabulary from."""
+    if hasattr(pairs, "first_captions"):  # a streamed split has no order to spread over
+        yield from pairs.first_captions(most)
+        return
+    step = math.ceil(len(pairs) / most)
+    for index in range(0, len(pairs), step):
+        yield from pairs[index]["captions"]
+
+
+def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
+    """As `some_captions`: texts and answers."""
+    for index in range(0, len(examples), math.ceil(len(examples) / most)):
+        example = examples[index]
+        yield example["text"]
+        yield from example["answers"]
+
+
+def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
+    """Some texts of a split's rows, each with the set that it is of; "" where there is but one."""
+    if hasattr(split, "first_captions"):
+        yield "", [*islice(split.first_captions(MOST_ROWS), 10 * MOST_ROWS)]
+        return
+    for index in range(0, len(split), max(1, math.ceil(len(split) / MOST_ROWS))):
+        pairs, row = split, index
+        while isinstance(pairs, Chosen):
+            pairs, row = pairs.pairs, int(pairs.row_N[row])
+        name = pairs.source(row) if hasattr(pairs, "source") else ""
+        if hasattr(pairs, "captions"):  # without opening the picture
+            yield name, [str(getattr(caption, "text", caption)) for caption in pairs.captions(row)]
+        else:
+            found = pairs[row]
+            yield name, [found["text"]] if "text" in found else list(found["captions"])
+
+
+def shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, int]]:
+    """Source -> the share of its words of which the tokenizer does not know a part, 0 to 1, and how many were looked
+    at; words beyond the text's length are not."""
+    words: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    for name, texts in by_source(split):
+        tokens = captioner(texts)
+        unknown_CT = (tokens.token_CT == captioner.unknown) & ~tokens.special_CT
+        for word_T, missing_T in zip(tokens.word_CT, unknown_CT, strict=True):
+            words[name] += len(word_T[word_T >= 0].unique())
+            unknown[name] += len(word_T[missing_T].unique())
+    return {name: (unknown[name] / count, count) for name, count in words.items() if count}
+
+
+def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
+    """Tell how many words of a training split the tokenizer does not know; the first process tells.
+
+    Args:
+        most: the largest share that is trained on, 0 to 1.
+
+    Raises:
+        UserError: a source has more.
+    """
+    found = shares(split, captioner)
+    if rank() == 0 and found:
+        told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, (share, _) in found.items())
+        print(f"unknown words in the training texts: {told}", flush=True)
+    for name, (share, count) in found.items():
+        if share > most:
+            what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the training texts"
+            todo = "Take a tokenizer of their language (model.backbone.text.name), or raise data.max_unknown"
+            raise UserError(f"data.source ({name})" if name else "data.source", what, todo, ExitCode.BAD_DATA)

@@ -1,0 +1,65 @@
+"""Row 55: texts that the tokenizer does not know are told at the start, by source, and stop a run that would learn
+from nothing else."""
+
+from typing import Any
+
+import pytest
+from guards import Build
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.data.text import Captioner, train_tokenizer
+from maskvlm.data.unknown import check_unknown, shares
+from maskvlm.errors import ExitCode, UserError
+
+ENGLISH, ARABIC = "a red dog in the snow", "كلب أحمر في الثلج"
+
+
+class Two:
+    """Rows of two sets, as `Mix` has them."""
+
+    fingerprint = "x"
+
+    def __init__(self, texts: dict[str, list[str]]) -> None:
+        self.rows = [(name, text) for name, several in texts.items() for text in several]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def source(self, index: int) -> str:
+        return self.rows[index][0]
+
+    def captions(self, index: int) -> list[str]:
+        return [self.rows[index][1]]
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("no picture is opened")
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Captioner:
+    tokenizer: PreTrainedTokenizerFast = train_tokenizer([ENGLISH, "two cats"], 100)
+    return Captioner(tokenizer, 30)
+
+
+def test_the_share_is_of_words_by_source(captioner: Captioner) -> None:
+    split = Two({"coco": [ENGLISH] * 3, "mine": [ARABIC, f"{ENGLISH} كلب"]})
+    assert shares(split, captioner) == {"coco": (0.0, 18), "mine": (5 / 11, 11)}
+
+
+@pytest.mark.guard("maskvlm.data.unknown:check_unknown")
+def test_it_is_told_and_stops_above_the_bound(
+    captioner: Captioner, capsys: pytest.CaptureFixture[str], build: Build
+) -> None:
+    split = Two({"coco": [ENGLISH] * 3, "mine": [ARABIC, f"{ENGLISH} كلب"]})
+    check_unknown(split, captioner, 0.5)
+    assert capsys.readouterr().out == "unknown words in the training texts: coco 0.0 %, mine 45.5 %\n"
+    with pytest.raises(
+        UserError, match=r"data.source \(mine\): the tokenizer does not know 45 % of 11 words"
+    ) as raised:
+        check_unknown(split, captioner, 0.4)
+    assert raised.value.code == ExitCode.BAD_DATA
+
+
+def test_an_empty_split_and_empty_texts_are_told_by_others(captioner: Captioner) -> None:
+    check_unknown(Two({"a": [""]}), captioner, 0.0)
+    check_unknown(Two({"a": []}), captioner, 0.0)
