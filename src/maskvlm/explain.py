@@ -35,6 +35,10 @@ def bounded(message: str) -> str:
     lines = message.splitlines()
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES // 2], "...", *lines[-MOST_LINES // 2 :]]
+    # One member of a union takes the class and says what is wrong in it; that the others do not take it tells nothing.
+    taken = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
+    other = re.compile(r"\s*- Import path ([\w.]+) does not correspond")
+    lines = [line for line in lines if not ((match := other.match(line)) and match[1] in taken)]
     return "\n".join(line if len(line) <= MOST_WIDE else line[:MOST_WIDE] + "..." for line in lines)
 
 
@@ -101,6 +105,8 @@ def _wrong_value(match: re.Match[str], context: Context) -> UserError:
     if value and len(value) > MOST_WIDE // 2:
         value = place.value or value  # the whole of it
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
+    if types is None and "Subclass types expect" in text:
+        return UserError(_where(place), f"{cut(value or place.value)} does not fit", "Give the path of a class")
     if types is None:
         return UserError(_where(place), cut(text, 300).rstrip("."), "See --help")
     return UserError(_where(place), f"{cut(value or place.value)} does not fit", f"Give {_plain_type(types[1])}")

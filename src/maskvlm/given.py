@@ -38,7 +38,7 @@ def read_config(name: str) -> yaml.MappingNode | None:
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")
     if root is not None:
-        _check_names(root, name)
+        check_names(root, name)
     return root
 
 
@@ -59,8 +59,7 @@ def text_of(name: str) -> str:
         raise UserError(
             name if len(name) < 4096 else cut(name), what, "Check the path", ExitCode.MISSING_INPUT
         ) from None
-    if not stat.S_ISREG(kind.st_mode):
-        raise UserError(name or "-c", "is no file but a folder, pipe or device", "Give a file", ExitCode.MISSING_INPUT)
+    check_kind(name, kind)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)  # its size may be more by now
@@ -75,6 +74,12 @@ def text_of(name: str) -> str:
         raise UserError(name, f"not UTF-8 text (byte {error.start})", "Save it as UTF-8") from None
 
 
+def check_kind(name: str, kind: os.stat_result) -> None:
+    """A pipe blocks whoever opens it, a device may never end."""
+    if not stat.S_ISREG(kind.st_mode):
+        raise UserError(name or "-c", "is no file but a folder, pipe or device", "Give a file", ExitCode.MISSING_INPUT)
+
+
 def _beside(path: Path) -> list[Path]:
     try:
         return sorted(path.parent.glob("*.yaml"))[:1000]
@@ -82,7 +87,7 @@ def _beside(path: Path) -> list[Path]:
         return []
 
 
-def _check_names(node: yaml.Node, where: str) -> None:
+def check_names(node: yaml.Node, where: str) -> None:
     """No keys that the parser would take for its own notes on a value; the path of a class is a text."""
     if isinstance(node, yaml.MappingNode):
         for key, part in node.value:
@@ -92,10 +97,23 @@ def _check_names(node: yaml.Node, where: str) -> None:
             if key.value == "class_path" and part.tag != TAG + "str":
                 what = "class_path is no text"
                 raise UserError(at_line(where, key.start_mark), what, "Give the path of a class")
-            _check_names(part, where)
+            check_names(part, where)
     elif isinstance(node, yaml.SequenceNode):
         for part in node.value:
-            _check_names(part, where)
+            check_names(part, where)
+
+
+def check_words(arguments: list[str]) -> None:
+    """Refuse words of a command line that no file could hold: they would break whatever writes them down.
+
+    Raises:
+        UserError: bytes that are no UTF-8 text, control characters but line ends (2); 100,000 characters or more (77).
+    """
+    for word in arguments:
+        if len(word) > MOST_BYTES:
+            raise UserError(cut(word), "is no option or value", "Put long values into a file", ExitCode.REFUSED)
+        if yaml.reader.Reader.NON_PRINTABLE.search(word):
+            raise UserError(f"command line: {cut(word)}", "is no plain UTF-8 text", "Write it anew, or rename the file")
 
 
 def config_files(arguments: list[str]) -> list[str]:
@@ -157,8 +175,13 @@ def find_place(key: str, found: list[Place], value: str | None = None) -> Place 
 
 def nearest(word: str, names: Iterable[str], least: float) -> str | None:
     """The name most like `word`; None where none is alike by `least` (0 to 1), or the word is too long to be one."""
-    near = difflib.get_close_matches(word, names, 1, least) if len(word) <= 2 * MOST_SHOWN else []
+    near = [] if too_long(word) else difflib.get_close_matches(word, names, 1, least)
     return near[0] if near else None
+
+
+def too_long(word: str) -> bool:
+    """No name has so many letters; comparing takes time with their square."""
+    return len(word) > 2 * MOST_SHOWN
 
 
 def fill(value: Any, where: str, nested: int = 0) -> Any:

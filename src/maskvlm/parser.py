@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from maskvlm.allowed import Verdicts
 from maskvlm.config import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.given import config_files, fill, places
+from maskvlm.given import Place, check_words, config_files, fill, places
 
 MODE = "maskvlm"  # of parsing: YAML through `load_text`
 GROUPS = ("trainer", "model")
@@ -43,22 +43,20 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_step is a mistake
-        self._default_env = False  # whatever JSONARGPARSE_DEFAULT_ENV says
+        ignore_environment(self)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """No value is the name of a file to read: files are read by -c alone."""
-        return super().add_argument(*args, **kwargs | {"sub_configs": False})
+        return super().add_argument(*args, **without_files(kwargs))
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         """As `add_argument`."""
-        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
+        return super().add_class_arguments(*args, **without_files(kwargs))
 
     def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
         """As `add_argument`."""
         super().add_subclass_arguments(*args, **kwargs)
-        for action in self._actions:
-            if hasattr(action, "_enable_path"):
-                action._enable_path = False
+        forget_files(self)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -78,6 +76,23 @@ class Parser(LightningArgumentParser):
         command = next((c.subcommand_parser for c in causes if hasattr(c, "subcommand_parser")), self)
         siblings = next((c.siblings for c in causes if hasattr(c, "siblings")), ())
         raise Complaint(message, option_names(command), siblings) from ex
+
+
+def ignore_environment(parser: Parser) -> None:
+    """Only `${oc.env:NAME}` brings in the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
+    parser._default_env = False
+
+
+def without_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of an argument: its value is never the name of a file to read."""
+    return settings | {"sub_configs": False}
+
+
+def forget_files(parser: Parser) -> None:
+    """The same for arguments that are there already; those of a class have no setting for it."""
+    for action in parser._actions:
+        if hasattr(action, "_enable_path"):
+            action._enable_path = False
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -113,12 +128,18 @@ def load_text(text: str, path: str | None = None) -> Any:
 def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
     """What holds for every command: which classes may be named, and a calm console."""
     set_loader("maskvlm", load_text, (NotPlain,))
-    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+    set_parsing_settings(import_path_denylist=["*"])
+    build_typed_values_alone()
     _common.parsing_settings["import_path_verdicts"] = Verdicts(arguments, allowed)
     for pattern in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, seeds set, why it stopped
+
+
+def build_typed_values_alone() -> None:
+    """Where any value fits, such as in a dict, a mapping with a class_path stays a mapping."""
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 
 def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
@@ -132,19 +153,26 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         Complaint: what does not fit.
         UserError: files that are not there or no plain YAML, texts where keys belong, numbers out of range.
     """
+    check_words(arguments)
     for place in places(arguments[1:]):
-        if place.key == "config" and not place.where.startswith("-"):
-            raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
-        if place.key in GROUPS and place.value and not isinstance(_keys(place.value), dict):
-            where = place.where if place.where.startswith("-") else f"{place.where}: {place.key}"
-            raise UserError(where, f"{cut(place.value)} does not fit", "Give keys of it, and files with -c")
+        check_group(place)
     words = [word if word in config_files(arguments) else fill(word, "command line") for word in arguments]
     try:
         found = parser.parse_args(words)
-        _check_numbers(found[found.subcommand])
+        check_numbers(found[found.subcommand])
+        check_seed(found[found.subcommand].seed_everything)
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
     return found
+
+
+def check_group(place: Place) -> None:
+    """No text where keys belong, and no file that names another: the parser would read either."""
+    if place.key == "config" and not place.where.startswith("-"):
+        raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
+    if place.key in GROUPS and place.value and not isinstance(_keys(place.value), dict):
+        where = place.where if place.where.startswith("-") else f"{place.where}: {place.key}"
+        raise UserError(where, f"{cut(place.value)} does not fit", "Give keys of it, and files with -c")
 
 
 def _keys(text: str) -> Any:
@@ -154,13 +182,19 @@ def _keys(text: str) -> Any:
         return text
 
 
-def _check_numbers(value: Any, key: str = "") -> None:
+def check_seed(seed: bool | int) -> None:
+    """What numpy takes."""
+    if not 0 <= int(seed) < 2**32:
+        raise UserError("seed_everything", f"{seed} is out of range", "Give 0 to 4294967295")
+
+
+def check_numbers(value: Any, key: str = "") -> None:
     """Texts are read as numbers where one is wanted, of any length."""
     if isinstance(value, Namespace | dict):
         for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
-            _check_numbers(part, f"{key}.{name}".lstrip("."))
+            check_numbers(part, f"{key}.{name}".lstrip("."))
     elif isinstance(value, list | tuple):
         for part in value:
-            _check_numbers(part, key)
+            check_numbers(part, key)
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(key.replace("init_args.", ""), "a number is out of range", "Give one that fits 64 bits")
