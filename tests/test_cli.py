@@ -105,7 +105,7 @@ def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said:
         ("model: {a: [1\n", "mine.yaml:2: not YAML ("),
         ("- 1\n- 2\n", "mine.yaml:1: holds no `key: value` lines"),
         ("model:\n  lr: 1\n  lr: 2\n", "mine.yaml:2: the key lr is given twice"),
-                ("model:\n  lr: ${oc.env:NO_SUCH_VARIABLE}\n", "Environment variable 'NO_SUCH_VARIABLE' not found"),
+        ("model:\n  lr: ${oc.env:NO_SUCH_VARIABLE}\n", "Environment variable 'NO_SUCH_VARIABLE' not found"),
     ],
 )
 def test_a_wrong_line_of_a_file_is_named(fails: Callable[..., str], text: str, said: str) -> None:

@@ -35,23 +35,23 @@ KINDS = {
 }
 """A class of ours is of one of these kinds, and so is one that is typed by its bare name."""
 LIGHTNING = {
-    "callbacks": (
+    "lightning.pytorch.callbacks": (
         "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging GradientAccumulationScheduler "
         "LearningRateFinder LearningRateMonitor ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint "
         "RichModelSummary RichProgressBar SpikeDetection StochasticWeightAveraging TQDMProgressBar Timer"
     ),
-    "loggers": "CSVLogger TensorBoardLogger",
-    "profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler",
-    "strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
-    "plugins": "DoublePrecision FSDPPrecision HalfPrecision MixedPrecision TorchSyncBatchNorm",
-    "plugins.environments": (
+    "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger",
+    "lightning.pytorch.profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler",
+    "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
+    "lightning.pytorch.plugins": "DoublePrecision FSDPPrecision HalfPrecision MixedPrecision TorchSyncBatchNorm",
+    "lightning.fabric.plugins.environments": (
         "KubeflowEnvironment LightningEnvironment LSFEnvironment MPIEnvironment SLURMEnvironment "
         "TorchElasticEnvironment"
     ),
 }
-"""By module of lightning.pytorch. Not here: what is made of callables (LambdaCallback, ThroughputMonitor,
+"""By module. Not here: what is made of callables (LambdaCallback, ThroughputMonitor,
 BackboneFinetuning), what sends to an address (WandbLogger and others), what reads checkpoints in its own way."""
-LISTED = {f"lightning.pytorch.{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
+LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 NO_CLASSES = ("run", "from", "ckpt_path", "out", "allow-import")  # options whose values are names of files
 

@@ -75,7 +75,8 @@ def outcome(arguments: list[str], folder: Path) -> str:
     WATCH.seen.clear()
     started = time.process_time()
     WATCH.on = True
-    said = "done"
+    said: str = "done"
+    status: Any = 0
     try:
         run(Parsed, arguments)
     except UserError as error:
@@ -83,10 +84,11 @@ def outcome(arguments: list[str], folder: Path) -> str:
         assert line is not None
         said = line.text
     except SystemExit as end:
-        assert end.code in (0, None)  # --help and --print_config
+        status = end.code
     finally:
         WATCH.on = False
     assert time.process_time() - started < MOST_SECONDS
+    assert status in (0, None)  # --help and --print_config end the command
     assert WATCH.seen == []
     assert said.isprintable(), repr(said)
     assert len(said) < 2000
