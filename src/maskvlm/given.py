@@ -175,13 +175,8 @@ def find_place(key: str, found: list[Place], value: str | None = None) -> Place 
 
 def nearest(word: str, names: Iterable[str], least: float) -> str | None:
     """The name most like `word`; None where none is alike by `least` (0 to 1), or the word is too long to be one."""
-    near = [] if too_long(word) else difflib.get_close_matches(word, names, 1, least)
+    near = [] if len(word) > 2 * MOST_SHOWN else difflib.get_close_matches(word, names, 1, least)
     return near[0] if near else None
-
-
-def too_long(word: str) -> bool:
-    """No name has so many letters; comparing takes time with their square."""
-    return len(word) > 2 * MOST_SHOWN
 
 
 def fill(value: Any, where: str, nested: int = 0) -> Any:

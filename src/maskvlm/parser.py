@@ -43,7 +43,15 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_step is a mistake
-        ignore_environment(self)
+
+    @property
+    def _default_env(self) -> bool:
+        """Only `${oc.env:NAME}` brings in the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
+        return False
+
+    @_default_env.setter
+    def _default_env(self, default_env: bool) -> None:
+        """Set by the base class."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """No value is the name of a file to read: files are read by -c alone."""
@@ -76,11 +84,6 @@ class Parser(LightningArgumentParser):
         command = next((c.subcommand_parser for c in causes if hasattr(c, "subcommand_parser")), self)
         siblings = next((c.siblings for c in causes if hasattr(c, "siblings")), ())
         raise Complaint(message, option_names(command), siblings) from ex
-
-
-def ignore_environment(parser: Parser) -> None:
-    """Only `${oc.env:NAME}` brings in the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
-    parser._default_env = False
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
