@@ -105,7 +105,6 @@ def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said:
         ("model: {a: [1\n", "mine.yaml:2: not YAML ("),
         ("- 1\n- 2\n", "mine.yaml:1: holds no `key: value` lines"),
         ("model:\n  lr: 1\n  lr: 2\n", "mine.yaml:2: the key lr is given twice"),
-        ("model:\n  lr: ${nope}\n", "Interpolation key 'nope' not found"),
         ("model:\n  lr: ${oc.env:NO_SUCH_VARIABLE}\n", "Environment variable 'NO_SUCH_VARIABLE' not found"),
     ],
 )
@@ -122,6 +121,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "said"),
     [
         (BOMB, "aliases that multiply"),
+        ("model:\n  lr: ${nope}\n", "${nope} asks for more than an environment variable"),
         ("a: &a [*a]\n", "an alias to the value it is in"),
         (
             "model: !!python/object/apply:os.system ['touch MARK']\n",
@@ -132,7 +132,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: " + "[" * 20_000, "nested too deeply"),
         ("x: " + "y" * 300_000, "are no configuration file"),
     ],
-    ids=["bomb", "loop", "apply", "name", "binary", "deep", "huge"],
+    ids=["bomb", "interpolation", "loop", "apply", "name", "binary", "deep", "huge"],
 )
 def test_hostile_yaml_is_refused_at_once(
     fails: Callable[..., str], text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,9 +144,7 @@ def test_hostile_yaml_is_refused_at_once(
     assert not (tmp_path / "mark").exists()
 
 
-def test_yaml_that_a_file_or_an_option_brings_in_is_checked_too(fails: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "inner.yaml").write_text(BOMB)
-    assert "aliases that multiply" in fails("--model.task", str(tmp_path / "inner.yaml"), code=ExitCode.REFUSED)
+def test_yaml_of_an_option_is_checked_too(fails: Callable[..., str]) -> None:
     loop = "&a [*a]"
     assert "an alias to the value" in fails("--model.betas", loop, code=ExitCode.REFUSED)
 
@@ -179,7 +177,7 @@ def test_a_file_may_not_name_foreign_code(fails: Callable[..., str], plugin: tup
     path, mark = plugin
     text = f"trainer:\n  callbacks:\n  - class_path: {path}\n"
     said = fails(yaml=text, code=ExitCode.REFUSED)
-    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is in no package" in said
+    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is none that a file may name" in said
     assert f"Add --allow-import {path.split('.')[0]}" in said
     assert not mark.exists()  # refused before it was imported
 
@@ -204,8 +202,8 @@ def test_plug_ins_of_others_work(
 
 
 def test_the_standard_library_is_nobodys_plug_in(fails: Callable[..., str]) -> None:
-    assert "os.system is in no package" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
-    assert "torch.hub.load is in no" in fails(yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED)
+    assert "os.system is none that a file may name" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
+    assert "torch.hub.load is none" in fails(yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED)
 
 
 def test_files_and_commands_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:

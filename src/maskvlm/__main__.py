@@ -1,7 +1,6 @@
 """`python -m maskvlm COMMAND ...`: finds what it can before seconds of imports; every error is one line."""
 
 import argparse
-import difflib
 import importlib.util
 import os
 import signal
@@ -9,10 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from maskvlm.config import options as settings
-from maskvlm.config import places
+from maskvlm.config import cut
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.failure import process_rank, report
+from maskvlm.given import nearest, places
+from maskvlm.given import options as settings
 from maskvlm.stopped import Finished, Stopped, leave_after_parent, requeue
 
 USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
@@ -92,8 +92,7 @@ def is_verb(arguments: list[str]) -> bool:
     if word in VERBS:
         return True
     from_somewhere = any(each == "--from" or each.startswith("--from=") for each in arguments)
-    near = difflib.get_close_matches(word, [*COMMANDS, *OWN], 1, 0.6)
-    return from_somewhere and word.isidentifier() and not near
+    return from_somewhere and word.isidentifier() and nearest(word, [*COMMANDS, *OWN], 0.6) is None
 
 
 def ask(arguments: list[str]) -> int:
@@ -152,9 +151,9 @@ def tool(name: str) -> Callable[[list[str]], int]:
     task, _, module = name.partition(".")
     found = sorted(f"{path.parent.name}.{path.stem}" for path in Path("tasks").glob("*/*.py") if has_main(path))
     if name not in found:
-        near = difflib.get_close_matches(name, found, 1, 0.5)
-        what = "no such tool" + (f" (did you mean {near[0]}?)" if near else "")
-        raise UserError(name, what, f"There are: {', '.join(found)}" if found else "Run it where tasks/ is")
+        near = nearest(name, found, 0.5)
+        what = "no such tool" + (f" (did you mean {near}?)" if near else "")
+        raise UserError(cut(name), what, f"There are: {', '.join(found)}" if found else "Run it where tasks/ is")
     main: Callable[[list[str]], int] = importlib.import_module(f"tasks.{task}.{module}").main
     return main
 
@@ -184,9 +183,11 @@ def check(arguments: list[str]) -> None:
         return
     if arguments[0] not in COMMANDS:
         every = [*COMMANDS, *OWN, *VERBS]
-        near = difflib.get_close_matches(arguments[0], every, 1, 0.5)
-        what = "no such command" + (f" (did you mean {near[0]}?)" if near else "")
-        raise UserError(arguments[0], what, f"There are: {', '.join(every)}; verbs of tasks need --from CHECKPOINT")
+        near = nearest(arguments[0], every, 0.5)
+        what = "no such command" + (f" (did you mean {near}?)" if near else "")
+        raise UserError(
+            cut(arguments[0]), what, f"There are: {', '.join(every)}; verbs of tasks need --from CHECKPOINT"
+        )
     places(arguments[1:])
 
 

@@ -16,12 +16,12 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from maskvlm.config import options
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
+from maskvlm.given import options
 from maskvlm.lit import LitModel
-from maskvlm.parser import MODE, Complaint, Parser, prepare
+from maskvlm.parser import MODE, Complaint, Parser, parsed, prepare
 from maskvlm.rebuild import check_size
 from maskvlm.recipe import backbone_yaml, portable_yaml, recipe_of, task_yaml
 from maskvlm.resume import LAST, check_finite
@@ -77,7 +77,7 @@ class Command(LightningCLI):
         parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(self.arguments)
+        self.config = parsed(parser, self.arguments)
 
     @property
     def settings(self) -> Namespace:

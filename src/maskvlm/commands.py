@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import instantiate_class
 
 from maskvlm.cli import Parsed, run
+from maskvlm.data.batch import Source
+from maskvlm.data.examples import ExampleSource
 from maskvlm.data.preview import contact_sheet
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.parser import MODE, Parser
 from maskvlm.run import write_text
 
 SCRIPT = """#!/usr/bin/env bash
@@ -48,10 +50,9 @@ def preview(arguments: list[str], out: Path, allowed: Iterable[str] = ()) -> str
 
 def source(settings: Namespace) -> Any:
     """The configured data set's reader, without model or trainer."""
-    chosen = settings.data.init_args.source
-    values = chosen.get("init_args") or Namespace()
-    reader: Any = instantiate_class((), {"class_path": chosen.class_path, "init_args": values.as_dict()})
-    return reader
+    parser = Parser(parser_mode=MODE)
+    parser.add_subclass_arguments((Source, ExampleSource), "source")
+    return parser.instantiate(parser.parse_object({"source": settings.data.init_args.source})).source
 
 
 def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:

@@ -1,13 +1,9 @@
-"""Configuration files from anybody, and one clear line for whatever is wrong in them or on the command line.
+"""YAML from anybody, read by one reader into plain values; whatever is wrong with it is one line.
 
 Nothing here imports torch: what can be refused is refused before seconds of imports.
 """
 
-import difflib
 import re
-import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -19,17 +15,6 @@ MOST_SHOWN = 60  # characters of a value in a message
 LARGEST = 2**63
 TAG = "tag:yaml.org,2002:"
 PLAIN_TAGS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
-PACKAGES = ("maskvlm", "tasks", "lightning", "torch", "torchvision", "torchmetrics")
-# Inside those, what loads or builds code.
-NEVER = ("torch.hub", "torch.load", "torch.serialization", "torch.utils.cpp_extension", "torch.package")
-
-
-class Place(NamedTuple):
-    """Where a key was given (`file:line` or option), the dotted key without init_args, the value's text."""
-
-    where: str
-    key: str
-    value: str
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -45,6 +30,10 @@ class PlainLoader(yaml.SafeLoader):
         node: yaml.Node | None = super().compose_node(parent, index)
         self.levels -= 1
         return node
+
+
+class NotPlain(UserError):
+    """Text that is no plain YAML, and harmless. As the value of an option it may be a plain text."""
 
 
 class TooMuch(yaml.MarkedYAMLError):
@@ -68,6 +57,7 @@ PlainLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+SHAPES = PlainLoader("")  # tells the kind of a text
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -99,28 +89,30 @@ def check_yaml(text: str, where: str) -> yaml.Node | None:
     try:
         root: yaml.Node | None = PlainLoader(text).get_single_node()
     except TooMuch as error:
-        raise UserError(_at(where, error.problem_mark), str(error.problem), "Write less", ExitCode.REFUSED) from None
+        raise UserError(
+            at_line(where, error.problem_mark), str(error.problem), "Write less", ExitCode.REFUSED
+        ) from None
     except yaml.MarkedYAMLError as error:
         what = f"not YAML ({cut(error.problem or '')})"
-        raise UserError(_at(where, error.problem_mark), what, "Mend the line, or put the value in quotes") from None
+        raise NotPlain(at_line(where, error.problem_mark), what, "Mend the line, or put the value in quotes") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{where}:{line}", f"not YAML ({error.reason})", "Save it as UTF-8 text") from None
+        raise NotPlain(f"{where}:{line}", f"not YAML ({error.reason})", "Save it as UTF-8 text") from None
     except (ValueError, OverflowError):  # of an escape such as \UFFFFFFFF, or of a version with thousands of digits
-        raise UserError(where, "not YAML (a number in it is out of range)", "Write plain values") from None
+        raise NotPlain(where, "not YAML (a number in it is out of range)", "Write plain values") from None
     if root is not None:
         _unfold(root, where, {})
     return root
 
 
-def _at(where: str, mark: yaml.Mark | None) -> str:
+def at_line(where: str, mark: yaml.Mark | None) -> str:
     return f"{where}:{mark.line + 1}" if mark else where
 
 
-def cut(text: str) -> str:
+def cut(text: str, most: int = MOST_SHOWN) -> str:
     """A value for a message: one line, its beginning if it is long, no character that moves a terminal's cursor."""
-    shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * MOST_SHOWN]).split())
-    return shown if len(text) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}... ({len(text)} characters)"
+    shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
+    return shown if len(shown) <= most and len(text) <= 2 * most else f"{shown[:most]}... ({len(text)} characters)"
 
 
 class Unfolded(NamedTuple):
@@ -132,7 +124,7 @@ class Unfolded(NamedTuple):
 
 def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> Unfolded:
     """Each node is visited once: an alias bomb costs no more than its text. None marks the nodes being visited."""
-    place = _at(where, node.start_mark)
+    place = at_line(where, node.start_mark)
     _check_tag(node, where)
     if id(node) in known:
         found = known[id(node)]
@@ -144,7 +136,7 @@ def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> U
     if isinstance(node, yaml.ScalarNode):
         _scalar(node, where)
     elif node.tag != TAG + ("map" if isinstance(node, yaml.MappingNode) else "seq"):
-        raise UserError(place, f"the tag {cut(node.tag)} does not fit its value", "Leave the tag out")
+        raise NotPlain(place, f"the tag {cut(node.tag)} does not fit its value", "Leave the tag out")
     elif isinstance(node, yaml.MappingNode):
         _check_keys(node, where)
         parts = [part for pair in node.value for part in pair]
@@ -165,37 +157,38 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
         name = _scalar(key, where) if isinstance(key, yaml.ScalarNode) else None
         if not isinstance(name, str) and type(name) is not int:
             shown = cut(key.value) if isinstance(key, yaml.ScalarNode) else f"that is a {key.id}"
-            raise UserError(_at(where, key.start_mark), f"the key {shown} is no text", "Quote it")
+            raise NotPlain(at_line(where, key.start_mark), f"the key {shown} is no text", "Quote it")
         if name in names:
-            raise UserError(_at(where, node.start_mark), f"the key {cut(str(name))} is given twice", "Keep one of them")
+            raise NotPlain(
+                at_line(where, node.start_mark), f"the key {cut(str(name))} is given twice", "Keep one of them"
+            )
         names.add(name)
 
 
 def _check_tag(node: yaml.Node, where: str) -> None:
     if node.tag not in PLAIN_TAGS:
         what = f"the tag {cut(node.tag)} is not allowed"
-        raise UserError(_at(where, node.start_mark), what, "Write plain values", ExitCode.REFUSED)
+        raise UserError(at_line(where, node.start_mark), what, "Write plain values", ExitCode.REFUSED)
 
 
 def _scalar(node: yaml.ScalarNode, where: str) -> Any:
     """The value of a scalar; raises UserError where its tag does not fit its text, or a number is out of range."""
-    text, place = node.value, _at(where, node.start_mark)
+    text, place = node.value, at_line(where, node.start_mark)
     if node.tag == TAG + "str":
         if yaml.reader.Reader.NON_PRINTABLE.search(text):
-            raise UserError(place, f"the text {cut(text)} holds a control character", "Write plain text")
+            raise NotPlain(place, f"the text {cut(text)} holds a control character", "Write plain text")
         return text
-    found = PlainLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    found = SHAPES.resolve(yaml.ScalarNode, text, (True, False))
     if found != node.tag and (found, node.tag) != (TAG + "int", TAG + "float"):
-        raise UserError(
-            place, f"{cut(text)} is not what its tag {node.tag.removeprefix(TAG)} says", "Leave the tag out"
-        )
+        what = f"{cut(text)} is not what its tag {node.tag.removeprefix(TAG)} says"
+        raise NotPlain(place, what, "Leave the tag out")
     try:
         value = None if len(text) > MOST_SHOWN else yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, OverflowError):  # such as 0b_
-        raise UserError(place, f"{cut(text)} is no number", "Put it in quotes if it is a text") from None
+        raise NotPlain(place, f"{cut(text)} is no number", "Put it in quotes if it is a text") from None
     infinite = isinstance(value, float) and abs(value) == float("inf") and "inf" not in text.lower()
     if len(text) > MOST_SHOWN or infinite or (isinstance(value, int) and abs(value) > LARGEST):
-        raise UserError(place, f"the number {cut(text)} is out of range", "Give one that fits 64 bits")
+        raise NotPlain(place, f"the number {cut(text)} is out of range", "Give one that fits 64 bits")
     return value
 
 
@@ -207,105 +200,3 @@ def _value(node: yaml.Node, where: str) -> Any:
         return [_value(part, where) for part in node.value]
     assert isinstance(node, yaml.ScalarNode)
     return _scalar(node, where)
-
-
-def read_config(name: str) -> yaml.Node | None:
-    """The checked tree of one `-c` file; raises UserError with file and line."""
-    path = Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), 1, 0.5)
-        what = "no such configuration file" + (f" (did you mean {near[0]}?)" if near else "")
-        raise UserError(name, what, "Check the path", ExitCode.MISSING_INPUT)
-    if path.stat().st_size > MOST_BYTES:
-        what = f"{path.stat().st_size} bytes are no configuration file"
-        raise UserError(name, what, f"Keep it under {MOST_BYTES} bytes", ExitCode.REFUSED)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(name, f"not UTF-8 text (byte {error.start})", "Save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(name, f"cannot be read ({error.strerror})", "Mend it", ExitCode.MISSING_INPUT) from None
-    root = check_yaml(text, name)
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")
-    return root
-
-
-def config_files(arguments: list[str]) -> list[str]:
-    """The values of all -c and --config options."""
-    files = []
-    for index, word in enumerate(arguments):
-        if word in ("-c", "--config"):
-            files.append(arguments[index + 1] if index + 1 < len(arguments) else "")
-        elif word.startswith(("-c=", "--config=")):
-            files.append(word.partition("=")[2])
-    return files
-
-
-def places(arguments: list[str]) -> list[Place]:
-    """Every key that files and options give, the one that wins last."""
-    found: list[Place] = []
-    for name in config_files(arguments):
-        root = read_config(name)
-        if root is not None:
-            found += _keys(root, name, "")
-    return found + options(arguments)
-
-
-def options(arguments: list[str]) -> list[Place]:
-    """Every `--key value` and `--key=value` of the command line."""
-    found = []
-    for index, word in enumerate(arguments):
-        if word.startswith("--") and word != "--config":
-            option, equals, value = word.partition("=")
-            following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            found.append(Place(option, _flat(option[2:].rstrip("+")), value if equals else following))
-    return found
-
-
-def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[Place]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = _flat(f"{parent}.{key.value}".strip(".").rstrip("+"))
-            text = value.value if isinstance(value, yaml.ScalarNode) else ""
-            yield Place(f"{name}:{key.start_mark.line + 1}", dotted, text)
-            yield from _keys(value, name, dotted)
-    elif isinstance(node, yaml.SequenceNode):
-        for part in node.value:
-            yield from _keys(part, name, parent)
-
-
-def _flat(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part != "init_args")
-
-
-def find_place(key: str, found: list[Place], value: str | None = None) -> Place | None:
-    """The last place that gives `key` (or a longer key that ends with it), preferably with that value."""
-    key = _flat(key)
-    fits = [place for place in found if place.key == key or place.key.endswith("." + key)]
-    exact = [place for place in fits if value is not None and place.value == value]
-    candidates = exact or fits
-    return candidates[-1] if candidates else None
-
-
-def trusted_packages(arguments: list[str], allowed: Iterable[str]) -> list[str]:
-    """Packages that class paths may come from: ours, those allowed, those typed on the command line.
-
-    A class path inside a file is the file's decision, one typed by the user is the user's.
-    """
-    words = [option.value for option in options(arguments)]
-    paths = [word for word in words if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", word)]
-    typed = {path.split(".")[0] for path in paths} - set(sys.stdlib_module_names)
-    return sorted({*PACKAGES, *allowed, *typed})
-
-
-def resolve(value: Any) -> Any:
-    """Fill in `${...}`: environment variables (`${oc.env:DATA_ROOT,data}`) and keys of the same file."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=True)["value"]  # type: ignore
-    except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
-        raise UserError("configuration", what, "`${...}` reaches environment variables only") from None

@@ -1,12 +1,14 @@
 """The argument parser's messages, many lines long, as one line: the place, what is wrong, the nearest key."""
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from maskvlm.config import PACKAGES, Place, find_place, places
+from maskvlm.config import cut
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.given import Place, find_place, nearest, places
+
+MOST_LINES, MOST_WIDE = 200, 400  # of the parser's message: what is longer is a value that it repeats
 
 
 def explain(message: str, known: Iterable[str], siblings: Iterable[str], arguments: list[str]) -> UserError:
@@ -20,11 +22,24 @@ def explain(message: str, known: Iterable[str], siblings: Iterable[str], argumen
     """
     found = places(arguments)
     context = Context(set(known), set(siblings), found)
+    message = bounded(message)
     for pattern, answer in _ANSWERS:
         match = re.search(pattern, message, re.DOTALL)
         if match:
             return answer(match, context)
-    return UserError("configuration", " ".join(message.split())[:300], "See --help")
+    return UserError("configuration", cut(message, 300).rstrip("."), "See --help")
+
+
+def bounded(message: str) -> str:
+    """The message without the middle of long lines, and of many: a value of a megabyte stands in it several times."""
+    lines = message.splitlines()
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES // 2], "...", *lines[-MOST_LINES // 2 :]]
+    # One member of a union takes the class and says what is wrong in it; that the others do not take it tells nothing.
+    taken = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
+    other = re.compile(r"\s*- Import path ([\w.]+) does not correspond")
+    lines = [line for line in lines if not ((match := other.match(line)) and match[1] in taken)]
+    return "\n".join(line if len(line) <= MOST_WIDE else line[:MOST_WIDE] + "..." for line in lines)
 
 
 class Context(NamedTuple):
@@ -36,7 +51,7 @@ class Context(NamedTuple):
 
 
 def _stray(match: re.Match[str], _: Context) -> UserError:
-    return UserError(match["word"], "neither an option nor its value", "Options start with --, files with -c")
+    return UserError(cut(match["word"]), "neither an option nor its value", "Options start with --, files with -c")
 
 
 def _unknown(match: re.Match[str], context: Context) -> UserError:
@@ -56,12 +71,11 @@ def _nearest(key: str, here: set[str], anywhere: set[str]) -> str | None:
     """The known key most like `key`: a neighbour, the same name elsewhere, or one that looks alike."""
     parent, _, last = key.rpartition(".")
     neighbours = {name.rpartition(".")[2]: name for name in here if name.rpartition(".")[0] == parent}
-    if near := difflib.get_close_matches(last, neighbours, 1, 0.6):
-        return neighbours[near[0]]
+    if near := nearest(last, neighbours, 0.6):
+        return neighbours[near]
     if same := sorted((name for name in anywhere if name.rpartition(".")[2] == last), key=len):
         return same[0]
-    near = difflib.get_close_matches(key, anywhere, 1, 0.75)
-    return near[0] if near else None
+    return nearest(key, anywhere, 0.75)
 
 
 def _some(names: set[str]) -> str:
@@ -72,14 +86,14 @@ def _some(names: set[str]) -> str:
 def _denied(match: re.Match[str], context: Context) -> UserError:
     path = match["path"]
     place = next((place for place in reversed(context.found) if place.value == path), None)
-    what = f"class {path} is in no package that a file may name ({', '.join(PACKAGES)})"
-    todo = f"Add --allow-import {path.split('.')[0]} if you trust that package"
+    what = f"class {cut(path)} is none that a file may name"
+    todo = f"Add --allow-import {cut(path)} if you trust it"
     return UserError(_where(place) if place else "configuration", what, todo, ExitCode.REFUSED)
 
 
 def _no_class(match: re.Match[str], context: Context) -> UserError:
     place = next((place for place in reversed(context.found) if place.value == match["path"]), None)
-    what = f"class {match['path']} cannot be used ({' '.join(match['why'].split())[:200]})"
+    what = f"class {cut(match['path'])} cannot be used ({cut(match['why'], 200)})"
     return UserError(_where(place) if place else "configuration", what, "Check the spelling")
 
 
@@ -88,10 +102,14 @@ def _wrong_value(match: re.Match[str], context: Context) -> UserError:
     given = re.search(r"(?:Got value|Given value): (.*)", text)
     value = given[1].strip() if given else None
     place = find_place(match["key"], context.found, value) or Place("configuration", match["key"], value or "")
+    if value and len(value) > MOST_WIDE // 2:
+        value = place.value or value  # the whole of it
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
+    if types is None and "Subclass types expect" in text:
+        return UserError(_where(place), f"{cut(value or place.value)} does not fit", "Give the path of a class")
     if types is None:
-        return UserError(_where(place), " ".join(text.split())[:300], "See --help")
-    return UserError(_where(place), f"{value or place.value} does not fit", f"Give {_plain_type(types[1])}")
+        return UserError(_where(place), cut(text, 300).rstrip("."), "See --help")
+    return UserError(_where(place), f"{cut(value or place.value)} does not fit", f"Give {_plain_type(types[1])}")
 
 
 def _plain_type(text: str) -> str:
@@ -114,7 +132,7 @@ def _no_argument(match: re.Match[str], _: Context) -> UserError:
 
 
 def _where(place: Place) -> str:
-    return place.where if place.where.startswith("--") else f"{place.where}: {place.key}"
+    return cut(place.where) if place.where.startswith("--") else f"{place.where}: {cut(place.key)}"
 
 
 # The innermost complaint tells most, so what wraps others comes last.

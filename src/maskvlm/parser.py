@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from jsonargparse import get_loader, set_loader, set_parsing_settings
+from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from maskvlm.config import NEVER, check_yaml, resolve, trusted_packages
-from maskvlm.errors import UserError
+from maskvlm.allowed import Verdicts
+from maskvlm.config import LARGEST, NotPlain, cut, read_yaml
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.given import Place, check_words, config_files, fill, places
 
 MODE = "maskvlm"  # of parsing: YAML through `load_text`
+GROUPS = ("trainer", "model")
+"""Keys that hold keys. A text there would be the name of a file, which the parser would read."""
 # Said on every run by versions that fit each other; none of them is about what the user did.
 KNOWN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -40,6 +44,28 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_step is a mistake
 
+    @property
+    def _default_env(self) -> bool:
+        """Only `${oc.env:NAME}` brings in the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
+        return False
+
+    @_default_env.setter
+    def _default_env(self, default_env: bool) -> None:
+        """Set by the base class."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """No value is the name of a file to read: files are read by -c alone."""
+        return super().add_argument(*args, **without_files(kwargs))
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """As `add_argument`."""
+        return super().add_class_arguments(*args, **without_files(kwargs))
+
+    def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """As `add_argument`."""
+        super().add_subclass_arguments(*args, **kwargs)
+        forget_files(self)
+
     def validate(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().validate(*args, **kwargs)
@@ -60,6 +86,18 @@ class Parser(LightningArgumentParser):
         raise Complaint(message, option_names(command), siblings) from ex
 
 
+def without_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of an argument: its value is never the name of a file to read."""
+    return settings | {"sub_configs": False}
+
+
+def forget_files(parser: Parser) -> None:
+    """The same for arguments that are there already; those of a class have no setting for it."""
+    for action in parser._actions:
+        if hasattr(action, "_enable_path"):
+            action._enable_path = False
+
+
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and what led to it, the first cause last."""
     while error is not None:
@@ -73,18 +111,93 @@ def option_names(parser: LightningArgumentParser) -> set[str]:
     return names - {"help", "config", "print_config", "print_shtab"}
 
 
-def load_text(text: str) -> Any:
-    """YAML of files and option values: checked first, then `${oc.env:NAME,default}` filled in."""
-    check_yaml(text, "configuration")
-    value = get_loader("yaml")(text)
-    return resolve(value) if "${" in text else value
+def load_text(text: str, path: str | None = None) -> Any:
+    """The values of a file's YAML, or of an option's or a text's.
+
+    Args:
+        text: YAML.
+        path: the file's name. Environment variables are filled in there.
+    """
+    if path is not None:
+        return fill(read_yaml(text, path), path)
+    value = read_yaml(text, "configuration")
+    if isinstance(value, dict) and value and all(part is None for part in value.values()):
+        words = set(text.strip(" {}").replace(" ", "").split(","))
+        if words == set(value) or text.strip() == f"{next(iter(value))}:":
+            return text  # such as {run}, which means the run's folder, and no mapping
+    return value
 
 
 def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
-    """What holds for every command: whose classes may be named, and a calm console."""
-    set_loader("maskvlm", load_text)
-    set_parsing_settings(import_path_denylist=["*", *NEVER], import_path_allowlist=trusted_packages(arguments, allowed))
+    """What holds for every command: which classes may be named, and a calm console."""
+    set_loader("maskvlm", load_text, (NotPlain,))
+    set_parsing_settings(import_path_denylist=["*"])
+    build_typed_values_alone()
+    _common.parsing_settings["import_path_verdicts"] = Verdicts(arguments, allowed)
     for pattern in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, seeds set, why it stopped
+
+
+def build_typed_values_alone() -> None:
+    """Where any value fits, such as in a dict, a mapping with a class_path stays a mapping."""
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+    """The composed configuration.
+
+    Args:
+        parser: of all commands.
+        arguments: the command and its options.
+
+    Raises:
+        Complaint: what does not fit.
+        UserError: files that are not there or no plain YAML, texts where keys belong, numbers out of range.
+    """
+    check_words(arguments)
+    for place in places(arguments[1:]):
+        check_group(place)
+    words = [word if word in config_files(arguments) else fill(word, "command line") for word in arguments]
+    try:
+        found = parser.parse_args(words)
+        check_numbers(found[found.subcommand])
+        check_seed(found[found.subcommand].seed_everything)
+    except OverflowError:
+        raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
+    return found
+
+
+def check_group(place: Place) -> None:
+    """No text where keys belong, and no file that names another: the parser would read either."""
+    if place.key == "config" and not place.where.startswith("-"):
+        raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
+    if place.key in GROUPS and place.value and not isinstance(_keys(place.value), dict):
+        where = place.where if place.where.startswith("-") else f"{place.where}: {place.key}"
+        raise UserError(where, f"{cut(place.value)} does not fit", "Give keys of it, and files with -c")
+
+
+def _keys(text: str) -> Any:
+    try:
+        return read_yaml(text, "configuration")
+    except NotPlain:
+        return text
+
+
+def check_seed(seed: bool | int) -> None:
+    """What numpy takes."""
+    if not 0 <= int(seed) < 2**32:
+        raise UserError("seed_everything", f"{seed} is out of range", "Give 0 to 4294967295")
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Texts are read as numbers where one is wanted, of any length."""
+    if isinstance(value, Namespace | dict):
+        for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
+            check_numbers(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_numbers(part, key)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(key.replace("init_args.", ""), "a number is out of range", "Give one that fits 64 bits")

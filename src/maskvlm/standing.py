@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from maskvlm.config import read_yaml
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.given import text_of
 from maskvlm.stopped import Finished
 from maskvlm.verify import newest_valid
 
@@ -45,7 +45,12 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | 
     if not record.exists():
         what = "holds checkpoints and no config-fit.yaml: it is no run of this project"
         raise UserError(folder, what, choose, ExitCode.CANNOT_CREATE)
-    changed = differences(yaml.safe_load(record.read_text(encoding="utf-8")), yaml.safe_load(composed))
+    try:
+        was = read_yaml(text_of(str(record)), str(record))
+    except UserError as error:
+        todo = "Mend it, or go on with these settings by --ckpt_path last"
+        raise UserError(error.where, error.what, todo, ExitCode.BAD_DATA) from None
+    changed = differences(was, read_yaml(composed, "configuration"))
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         what = f"already holds a run with other settings ({'; '.join(changed[:3])}{more})"
