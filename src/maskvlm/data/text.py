@@ -229,6 +229,8 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     try:
         content: dict[str, Any] = json.loads(text)
         backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
+        if max(backend.get_vocab().values(), default=0) >= 2_000_000:  # it is written number by number, token or not
+            raise ValueError("numbers of tokens without end")
         added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         special = {name: added[token] for name, token in content["special"].items()}
         extra = [added[token] for token in content["extra"]]

@@ -20,6 +20,7 @@ from maskvlm.verify import first_line
 TOKENIZER, NAMED = "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
 FILES = (TOKENIZER, *NAMED, "vocab.txt", "vocab.json", "merges.txt")
 """All that is read of a tokenizer."""
+MOST_TOKENS = 2_000_000
 MOST_BYTES = 64_000_000  # the largest vocabularies of public text encoders have some 20 MB
 BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 ROBERTA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
@@ -45,9 +46,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         raise UserError(folder, what, todo, ExitCode.BAD_DATA)
     else:
         return None
-    if not backend.get_vocab_size():
-        raise UserError(folder, "the tokenizer holds no vocabulary", TODO, ExitCode.BAD_DATA)
+    check_numbers(backend, folder)
     return tokenizer_of(backend, *named_in(folder), folder)
+
+
+def check_numbers(backend: Tokenizer, where: object) -> None:
+    """Raise UserError (65) unless there are tokens, and their numbers are those of rows: the library writes a tokenizer
+    number by number, whether there is a token or not."""
+    highest = max(backend.get_vocab().values(), default=-1)
+    if not 0 <= highest < MOST_TOKENS:
+        what = "the tokenizer holds no vocabulary" if highest < 0 else f"its tokens are numbered up to {highest:,}"
+        raise UserError(where, what, TODO, ExitCode.BAD_DATA)
 
 
 def text_of(file: Path) -> str:
