@@ -590,12 +590,8 @@ def encoder(place: Place) -> Path:
 
 
 def using(place: Place, made: Path) -> list[list[str]]:
-    """A training that starts from it."""
-    stack = ["base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu"]
-    words = [word for name in stack for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
-    words += ["--model.random_init", "false", "--model.backbone.text.name", str(made), "--trainer.fast_dev_run", "1"]
-    words += ["--model.backbone.text.config", "null", "--model.backbone.text.vocab_size", "null"]
-    return [["fit", "--run", str(place.here / "run"), *words]]
+    """A model that starts from it."""
+    return [["ENCODER", str(made)]]
 
 
 # ---------------------------------------------------------------------- configurations

@@ -208,14 +208,16 @@ def asked(words: list[str]) -> int:
     from maskvlm.__main__ import main as command
     from maskvlm.failure import report as tell
 
-    if words[0] not in ("API", "AUTO", "PROCESSOR"):
+    if words[0] not in ("API", "AUTO", "PROCESSOR", "ENCODER"):
         return command(words)
     from transformers import AutoModel, AutoProcessor
 
     import maskvlm
+    from maskvlm.encoders import TextEncoder
 
     load = {"API": maskvlm.MaskVLM.from_pretrained, "AUTO": AutoModel.from_pretrained}
     load["PROCESSOR"] = AutoProcessor.from_pretrained
+    load["ENCODER"] = lambda path: TextEncoder(path, 12).load_pretrained()
     try:
         load[words[0]](words[1])
     except Exception as error:
