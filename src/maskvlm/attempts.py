@@ -33,7 +33,8 @@ class Failures(NamedTuple):
 def failures(folder: Path) -> Failures:
     """What the side file of a run tells; no failure where it is missing or damaged."""
     try:
-        said = json.loads((folder / NAME).read_bytes())
+        with (folder / NAME).open("rb") as file:
+            said = json.loads(file.read(SIZE))
         before, times, step = said["failed_in"], said["times"], said["step"]
         if not all(value is None or type(value) is int for value in (before, times, step)):
             return Failures()
@@ -73,6 +74,8 @@ class Attempt:
         with suppress(OSError):
             self.handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
         self.note(None)
+        with suppress(OSError):  # after the note: of a damaged file nothing stays
+            os.truncate(folder / NAME, SIZE)
 
     def note(self, step: int | None) -> None:
         """step: counted from 1; None before the first."""
