@@ -41,6 +41,7 @@ class Alternating(StepGuard):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         self.began, self.spent = time.perf_counter(), 0.0
         module.guard = self if index % 2 else None  # type: ignore[assignment]
+        trainer.optimizers[0].found_inf = None  # type: ignore[attr-defined]
         if index % 2:
             self.clocked("on_train_batch_start", trainer, module, batch, index)
 

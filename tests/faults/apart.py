@@ -6,7 +6,6 @@ runs all of SCENARIOS and prints what they found as JSON. In a file of its own: 
 cannot be forked. Those that mount need root, and run in a mount namespace of this process alone.
 """
 
-import csv
 import ctypes
 import json
 import os
@@ -26,6 +25,7 @@ from bench.kills import ROOT, SMALL, STACK, elastic, fork, free_port, wait
 from maskvlm.checkpoint import load
 from maskvlm.distributed import rank
 from maskvlm.lit import LitModel
+from maskvlm.runlog import rows_of
 
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 4096, 16384, 1 << 18
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -63,8 +63,8 @@ def said(run: Path) -> list[str]:
 
 def trained(run: Path) -> list[int]:
     """Steps in metrics.csv that have a loss."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss") and row["step"].isdigit()]
+    rows = rows_of((run / "metrics.csv").read_bytes())
+    return [int(row["step"]) for row in rows if "train/loss" in row and row.get("step", "").isdigit()]
 
 
 def after(run: Path, step: int, do: Callable[[], object]) -> None:
@@ -196,6 +196,17 @@ def crashing(at: Path) -> Found:
 # ------------------------------------------------------------------ signals
 
 
+def slow(where: int) -> Any:
+    """One step takes a second."""
+    step = LitModel.training_step
+
+    def late(self: LitModel, batch: Any, batch_idx: int) -> Any:
+        time.sleep(1.0 if batch_idx == where else 0.0)
+        return step(self, batch, batch_idx)
+
+    return mock.patch.object(LitModel, "training_step", late)
+
+
 def signals(at: Path) -> Found:
     """SIGTERM twice, 50 ms apart; SIGTERM until it dies of it."""
     run = at / "run"
@@ -203,13 +214,14 @@ def signals(at: Path) -> Found:
     def strike(child: int, times: int) -> None:
         for _ in range(times):
             os.kill(child, signal.SIGTERM)
-            time.sleep(0.05 if times == 2 else 0.0005)
+            time.sleep(0.05)  # sooner, the system would make one of them
 
     child = start(run, 400)
     after(run, 10, lambda: strike(child, 2))
     code, step = wait(child), load(run / "last.ckpt")["global_step"]
-    again = start(run, 400)
-    after(run, step + 6, lambda: strike(again, 3))
+    with slow(step + 6):
+        again = start(run, 400)
+    after(run, step + 5, lambda: strike(again, 3))
     return {"codes": [code, wait(again)], "step": step, "then": load(run / "last.ckpt")["global_step"]}
 
 

@@ -95,8 +95,8 @@ def fit(
     shas, guard = Shas(), StepGuard(stop_after)
     fixed: dict[str, Any] = {
         "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu",
-        "devices": 1, "max_epochs": 1, "use_distributed_sampler": False, "enable_checkpointing": False, "gradient_clip_val": 1.0,
-        "limit_val_batches": 0, "default_root_dir": folder, "plugins": [SafeCheckpointIO()],
+        "devices": 1, "max_epochs": 1, "use_distributed_sampler": False, "enable_checkpointing": False,
+        "gradient_clip_val": 1.0, "limit_val_batches": 0, "default_root_dir": folder, "plugins": [SafeCheckpointIO()],
     }  # fmt: skip
     trainer = L.Trainer(**{**fixed, **settings}, callbacks=[shas, guard, RunRecord()])
     try:
