@@ -65,6 +65,7 @@ trainer:
   logger: [{class_path: maskvlm.runlog.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
   callbacks:
   - {class_path: maskvlm.run.RunRecord}
+  - {class_path: maskvlm.guard.StepGuard}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
     init_args: {dirpath: "{run}", filename: best, enable_version_counter: false, monitor: score, mode: max}
   - {class_path: maskvlm.resume.KeepState, init_args: {folder: "{run}", steps: STEPS, minutes: 10}}

@@ -38,6 +38,7 @@ class Blind(nn.Module):
     def _take(self, image: Tensor) -> None:
         channels = image.detach().float().flatten(0, -4).transpose(0, 1).flatten(1)
         mean_C, square_C = gather(torch.stack([channels.mean(1), channels.square().mean(1)])[None]).mean(0)
-        self.seen += 1
-        self.mean_C += (mean_C - self.mean_C) / self.seen
-        self.square_C += (square_C - self.square_C) / self.seen
+        known = square_C.isfinite().all()  # pictures that are not finite must not outlast their step
+        self.seen += known
+        self.mean_C += torch.where(known, (mean_C - self.mean_C) / self.seen, 0.0)
+        self.square_C += torch.where(known, (square_C - self.square_C) / self.seen, 0.0)

@@ -24,6 +24,7 @@ from lightning.fabric.plugins import CheckpointIO
 from maskvlm.content import PLAIN, SCHEMA, check_content
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.outputs import cannot_write
 from maskvlm.verify import ANOTHER, SIDE, Fact, bad, first_line, side_file, stated, verify
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -126,12 +127,8 @@ def _require_space(path: Path, need: int) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     kept = "the checkpoint that was there is untouched" if path.exists() else "nothing was written"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(path, f"disk full ({error.strerror})", f"Free some space; {kept}", ExitCode.IO_ERROR)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        what = f"cannot be written ({error.strerror})"
-        return UserError(path, what, f"Choose another folder; {kept}", ExitCode.CANNOT_CREATE)
-    return UserError(path, f"could not be written ({error})", f"Check the disk; {kept}", ExitCode.IO_ERROR)
+    other = UserError(path, f"could not be written ({error})", f"Check the disk; {kept}", ExitCode.IO_ERROR)
+    return cannot_write(error, path, kept) or other
 
 
 def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,18 +16,21 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from maskvlm.attempts import attempted
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.given import options
 from maskvlm.lit import LitModel
+from maskvlm.lock import HELD
+from maskvlm.outputs import writing
 from maskvlm.parser import MODE, Complaint, Parser, parsed, prepare
 from maskvlm.rebuild import check_size
 from maskvlm.recipe import backbone_yaml, portable_yaml, recipe_of, task_yaml
 from maskvlm.resume import LAST, check_finite
 from maskvlm.run import SaveConfig, claim, finish
 from maskvlm.signals import CAUGHT
-from maskvlm.standing import newest_of
+from maskvlm.standing import may_go_on, newest_of
 from maskvlm.start import read_content, start_of
 from maskvlm.verify import newest_valid
 
@@ -95,10 +98,20 @@ class Command(LightningCLI):
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
         if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
             settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
+        if self.subcommand == "fit" and not settings.trainer.fast_dev_run:
+            self._stand(settings, folder)
         if process_rank() == 0:
             folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
-        if self.subcommand == "fit" and not settings.trainer.fast_dev_run and settings.ckpt_path is None:
-            composed = self._parser("fit").dump(settings, skip_none=False)
+
+    def _stand(self, settings: Namespace, folder: Path) -> None:
+        """Take the folder, and find where its run goes on. What is refused has touched nothing."""
+        named = settings.ckpt_path is not None
+        composed = self._parser("fit").dump(settings, skip_none=False)
+        if not named:
+            may_go_on(folder, composed)
+        if process_rank() == 0:
+            HELD.take(folder, warn)
+        if not named:
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
                 claim(folder)
@@ -153,9 +166,11 @@ class Command(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with attempted(Path(self.settings.run)), writing(self.settings.run):
+                super()._run_subcommand(subcommand)
         finally:
             CAUGHT.restore()
+            HELD.release()
 
 
 class Parsed(Command):

@@ -61,7 +61,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 def series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one name."""
-    pairs = [(row["step"], row[key]) for row in rows if key in row and not math.isnan(row[key])]
+    pairs = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 

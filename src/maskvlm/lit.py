@@ -1,14 +1,13 @@
 """The only LightningModule: it sums and logs the task's losses, and knows none of them."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskvlm.data.batch import Batch
@@ -22,6 +21,12 @@ from maskvlm.provenance import Origin, Provenance
 from maskvlm.resumable import check_resumable
 from maskvlm.start import Seen, lineage_of
 from maskvlm.task import Task
+
+
+class Guard(Protocol):
+    """What looks at a step before it is made (`guard.StepGuard`)."""
+
+    def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None: ...
 
 
 class LitModel(L.LightningModule):
@@ -71,6 +76,7 @@ class LitModel(L.LightningModule):
         self._seen: Seen | None = None
         self._loaded: tuple[Seen, ...] | None = None
         self.trained = False
+        self.guard: Guard | None = None
         task.build(backbone)
         self.inherited = self._inherit()
 
@@ -142,12 +148,19 @@ class LitModel(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip also for a fused optimiser in bfloat16: Lightning refuses, though nothing is scaled there."""
-        if self.scales_gradients:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            how = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, how)
+        """Clip also for a fused optimiser in bfloat16: Lightning refuses, though nothing is scaled there. The norm that
+        clipping by norm needs is what the guard looks at: one pass over the gradients for both."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        by_norm = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
+        limit = gradient_clip_val or 0.0
+        if limit > 0 and by_norm:
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+        elif self.guard is not None:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit > 0 and not by_norm:
+            nn.utils.clip_grad_value_(parameters, limit)
+        if self.guard is not None:
+            self.guard.judge(optimizer, norm, self.scales_gradients)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.

@@ -33,7 +33,10 @@ class Smoothed:
         self.weight = self.decay * self.weight + 1
         for name, value in values.items():
             value = torch.as_tensor(value).detach().float()
-            self.sums[name] = self.decay * self.sums[name].to(value.device) + value
+            before = self.sums[name].to(value.device)
+            # One value that is not finite must not outlast its step: it counts as the mean so far.
+            mean = before / ((self.weight - 1) / self.decay if self.weight > 1 else 1)
+            self.sums[name] = self.decay * before + torch.where(value.isfinite(), value, mean)
 
     def read(self) -> dict[str, float]:
         """The means so far, copied to the host in one go."""

@@ -17,13 +17,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from maskvlm.attempts import Attempt
 from maskvlm.errors import UserError, check_least
+from maskvlm.lock import HELD
 from maskvlm.runlog import RunLog
 from maskvlm.signals import CAUGHT, Agreement
+from maskvlm.standing import LAST, PREVIOUS
 from maskvlm.stopped import Stopped
 
 GO_ON, SAVE, STOP = 0, 1, 2  # wishes of a process; the largest is followed by all
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class KeepState(Checkpoint):
@@ -46,6 +48,7 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
         self.shared_batches = 0
+        self.attempt: Attempt | None = None
 
     # ------------------------------------------------------------------ what a checkpoint tells
 
@@ -67,6 +70,8 @@ class KeepState(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.agree, self.saved_at = Agreement(), time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.attempt = Attempt(self.folder)
         for logger in trainer.loggers:
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
                 logger.forget(trainer.fit_loop.epoch_loop._batches_that_stepped, self.unmeasured)
@@ -87,6 +92,20 @@ class KeepState(Checkpoint):
 
     # ------------------------------------------------------------------ between two steps
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.attempt is not None:
+            self.attempt.note(trainer.global_step + 1)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.attempt is not None:
+            self.attempt.close()
+            self.attempt = None
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
@@ -102,6 +121,7 @@ class KeepState(Checkpoint):
             raise self._stopped(trainer)
 
     def _wish(self, trainer: L.Trainer) -> int:
+        HELD.check()
         if CAUGHT.count:
             return STOP
         late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes

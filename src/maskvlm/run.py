@@ -19,10 +19,12 @@ import torch
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
 
+from maskvlm.attempts import forget
 from maskvlm.distributed import cores
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.outputs import cannot_write
 from maskvlm.provenance import Provenance
 
+BAD = "bad_samples.json"
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")
 
 
@@ -38,9 +40,19 @@ def claim(folder: Path) -> None:
 
 def finish(folder: Path, step: int) -> None:
     """Note in `versions.json` that a run has come to its end."""
-    facts = json.loads((folder / "versions.json").read_text())
+    forget(folder)
+    facts = read_json(folder / "versions.json")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "versions.json", facts | {"finished": {"step": step, "time": now}})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file that informs and that nothing depends on; empty where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -57,9 +69,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        full = error.errno in (28, 122)
-        code = ExitCode.IO_ERROR if full else ExitCode.CANNOT_CREATE
-        raise UserError(path, f"cannot be written ({error.strerror})", "Choose another folder", code) from error
+        raise cannot_write(error, path) or error from error
 
 
 def versions() -> dict[str, Any]:
@@ -77,14 +87,12 @@ def versions() -> dict[str, Any]:
 
 def earlier(folder: Path) -> dict[str, Any]:
     """`earlier`: of a run that goes on, what it was made of before: command, commit, machine and start of each part."""
-    try:
-        before = json.loads((folder / "versions.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    before = read_json(folder / "versions.json")
     if "processes" not in before:  # a run that begins has only claimed the folder
         return {}
     kept = {key: before[key] for key in ("command", "commit", "machine", "started", "processes") if key in before}
-    return {"earlier": [*before.get("earlier", []), kept]}
+    parts = before.get("earlier")
+    return {"earlier": [*(parts if isinstance(parts, list) else []), kept]}
 
 
 def machine() -> dict[str, Any]:
@@ -148,13 +156,14 @@ class RunRecord(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say and list which samples were left out, mended or cut."""
-        bad_rows = getattr(trainer.datamodule, "bad_rows", None)  # type: ignore[attr-defined]
-        rows = bad_rows() if bad_rows else {}  # all processes: it adds up their counts
+        rows = bad_rows_of(trainer)
         counts = dict(rows.get("problems", {}))
         for split, reasons in rows.get("left_out", {}).items():
             counts |= {f"{reason} ({split})": len(places) for reason, places in reasons.items()}
+        if "skipped_steps" in rows:
+            counts["steps skipped"] = rows["skipped_steps"]["count"]
         if trainer.is_global_zero and counts and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            tell_left_out(folder_of(trainer) / "bad_samples.json", f"{rows['samples']} read", counts, rows)
+            tell_left_out(folder_of(trainer) / BAD, f"{rows['samples']} read", counts, rows)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
@@ -211,6 +220,24 @@ def name_end(folder: Path, split: str, trained: bool) -> str:
 def left_out(rows: Any) -> dict[str, int]:
     """Rows of a split that its reader left out or mended, by reason; empty where it tells none."""
     return {reason: len(places) for reason, places in getattr(rows, "skipped", {}).items() if places}
+
+
+def bad_rows_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Samples of the training that were left out or mended, and those of skipped steps. All processes ask: their counts
+    are added up."""
+    bad_rows = getattr(trainer.datamodule, "bad_rows", None)  # type: ignore[attr-defined]
+    rows: dict[str, Any] = bad_rows() if bad_rows else {"samples": 0}
+    for callback in getattr(trainer, "callbacks", []):
+        rows |= getattr(callback, "skipped_steps", {})
+    return rows
+
+
+def tell_bad_rows(trainer: L.Trainer) -> Path:
+    """Write `bad_samples.json` in the middle of a training; returns where it is. All processes call it."""
+    rows, path = bad_rows_of(trainer), folder_of(trainer) / BAD
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        write_json(path, rows)
+    return path
 
 
 def tell_left_out(path: Path, of: str, counts: Mapping[str, int], listed: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from maskvlm.run import write_text
 
 Row = dict[str, Any]
+LONGEST = 100_000  # characters of a line; csv itself stops at 131,072 a field
 
 
 class RunLog(CSVLogger):
@@ -93,12 +94,18 @@ def rows_of(content: bytes) -> list[Row]:
     lines = content.decode("utf-8", "replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    rows = csv.DictReader(lines)
-    return [{key: value for key, value in row.items() if key and value} for row in rows if None not in row.values()]
+    rows = csv.DictReader(line.replace("\0", "") for line in lines if len(line) < LONGEST)
+    try:
+        return [{key: value for key, value in row.items() if key and value} for row in rows if None not in row.values()]
+    except csv.Error:  # a damaged table costs its rows, not the run
+        return []
 
 
 def _keeps(row: Row, step: int, unmeasured: bool) -> bool:
-    at = int(float(row.get("step", 0)))
+    try:
+        at = int(float(row.get("step", 0)))
+    except (ValueError, OverflowError):  # a damaged row
+        return False
     return at < step or (at == step and not (unmeasured and any(_measured(key) for key in row)))
 
 

@@ -1,0 +1,78 @@
+r"""Two commands with one RUN at once: one must train, the other must say that it does.
+
+    PYTHONPATH=src:. python bench/lock.py --trials 50
+
+The second starts 0 to 3 seconds after the first, at random, every fifth at the same moment; each is a process forked
+from this one, which has everything imported. Wanted of every trial: exit statuses 0 and 73, one line of the one refused
+that names the other's process, a metrics.csv that holds every step once, in order, a last checkpoint of the last step.
+"""
+
+import argparse
+import csv
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.kills import command, fork, wait
+from maskvlm.checkpoint import load
+
+STEPS, LATEST = 120, 3.0  # of a training, which takes longer than the second command is late at most
+
+
+def trial(folder: Path, late: float) -> tuple[list[int], str]:
+    """One pair of commands; returns the exit statuses and what is wrong, empty where nothing is."""
+    arguments = command(folder, 0, (f"--data.steps={STEPS}", "--trainer.val_check_interval=60"))
+    logs = [folder.parent / f"{folder.name}-{name}.txt" for name in ("first", "second")]
+    first = fork(arguments, log=logs[0])
+    time.sleep(late)
+    children = (first, fork(arguments, log=logs[1]))
+    codes = [wait(child) for child in children]
+    if sorted(codes) != [0, 73]:
+        return codes, f"exits {codes}: {logs[codes.index(max(codes))].read_text()[-300:]}"
+    trained = codes.index(0)
+    said = logs[1 - trained].read_text()
+    told = f"error: {folder}: another process trains here (process {children[trained]} on "
+    if said.count("\n") != 1 or not said.startswith(told):
+        return codes, f"the one refused said {said[-300:]!r}"
+    with (folder / "metrics.csv").open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
+    if steps != [*range(STEPS)]:
+        return codes, f"metrics.csv has {len(steps)} rows of {STEPS} steps"
+    last = load(folder / "last.ckpt")["global_step"]
+    return codes, "" if last == STEPS else f"last.ckpt is of step {last}"
+
+
+def trials(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Counts of exit statuses, first command's first, and what went wrong."""
+    chance, counts = random.Random(seed), Counter[str]()
+    wrong: list[str] = []
+    for number in range(count):
+        late = chance.uniform(0.0, LATEST) if number % 5 else 0.0  # every fifth at the same moment
+        codes, what = trial(folder / f"run{number}", late)
+        counts[f"exits {codes}"] += 1
+        if what:
+            wrong.append(f"run{number}, {late:.2f} s late: {what}")
+    return {"counts": dict(counts), "wrong": wrong}
+
+
+def main() -> int:
+    """Returns the exit status: 1 where a trial went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = trials(Path(scratch), options.trials, options.seed)
+    print(yaml.safe_dump(found, sort_keys=False, width=200), end="")
+    print(f"{len(found['wrong'])} wrong of {options.trials}")
+    return int(bool(found["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

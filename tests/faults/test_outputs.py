@@ -1,0 +1,126 @@
+"""What cannot be written is one line with the cause, whoever tried: our files, TensorBoard, matplotlib, Pillow."""
+
+import errno
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from guards import Build
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+
+from maskvlm.checkpoint import save
+from maskvlm.curves import curves
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.outputs import cannot_write, writing
+from maskvlm.run import write_json, write_text
+from maskvlm.runlog import Writer
+
+
+def full(path: Path) -> Path:
+    """A file that opens, and whose disk is full."""
+    path.symlink_to("/dev/full")
+    return path
+
+
+def events(folder: Path) -> None:
+    logger = TensorBoardLogger(str(folder), name="", version="")
+    logger.experiment.add_scalar("a", 1.0, 0)
+    logger.experiment.flush()
+    (path,) = folder.glob("events*")
+    path.unlink()
+    full(path)
+    logger.experiment.add_scalar("a", 2.0, 1)
+    logger.experiment.flush()
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "json": lambda at: write_json(at / full(at / ".m.json.tmp").name[1:-4], {"a": 1}),
+    "text": lambda at: write_text(at / full(at / ".m.txt.tmp").name[1:-4], "x"),
+    "tensorboard": events,
+    "matplotlib": lambda at: curves([{"step": 1, "train/a": 1.0}], full(at / "curves.png")),
+    "pillow": lambda at: Image.new("RGB", (500, 500)).save(full(at / "x.png")),
+    "checkpoint": lambda at: save({"state_dict": {}}, at / full(at / ".x.ckpt.tmp").name[1:-4]),
+}
+
+
+@pytest.mark.guard("maskvlm.outputs:cannot_write")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_line(writer: str, build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes no byte. TensorBoard's thread dies of it; its traceback is not printed."""
+    with pytest.raises(UserError) as caught, writing(tmp_path):
+        WRITERS[writer](tmp_path)
+    assert caught.value.code == ExitCode.IO_ERROR
+    assert "no space left: disk full (No space left on device)" in caught.value.what
+    assert caught.value.where.startswith(str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.guard("maskvlm.outputs:cannot_write")
+def test_a_table_that_cannot_grow_is_one_line(build: Build, tmp_path: Path) -> None:
+    """At a real limit on the size of a file."""
+    log = Writer(str(tmp_path))
+    log.log_metrics({"a": 1.0}, 0)
+    log.save()
+    log.log_metrics({"a": 2.0}, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.csv").stat().st_size, hard))
+    try:
+        with pytest.raises(UserError) as caught, writing(tmp_path):
+            log.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.code == ExitCode.IO_ERROR
+    assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.guard("maskvlm.outputs:known", gives="False")
+def test_a_thread_that_cannot_write_prints_no_traceback(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[BaseException | None] = []
+    before, threading.excepthook = threading.excepthook, lambda args: told.append(args.exc_value)
+    try:
+        with writing():
+            for error in (OSError(errno.ENOSPC, "x"), ValueError("y")):
+                thread = threading.Thread(target=fail, args=(error,))
+                thread.start()
+                thread.join()
+    finally:
+        threading.excepthook = before
+    assert [type(error) for error in told] == [ValueError]
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EROFS, ExitCode.CANNOT_CREATE),
+        (errno.EACCES, ExitCode.CANNOT_CREATE),
+        (errno.EISDIR, ExitCode.CANNOT_CREATE),
+        (errno.EDQUOT, ExitCode.IO_ERROR),
+        (errno.EIO, ExitCode.IO_ERROR),
+        (errno.ESTALE, ExitCode.IO_ERROR),
+    ],
+)
+def test_the_number_tells_the_class(number: int, code: ExitCode) -> None:
+    error = cannot_write(OSError(number, os.strerror(number), b"/x/y.csv"))
+    assert error is not None
+    assert (error.where, error.code) == ("/x/y.csv", code)
+    assert os.strerror(number) in error.what
+
+
+def test_what_is_no_matter_of_writing_stays_what_it_is() -> None:
+    assert cannot_write(FileNotFoundError(errno.ENOENT, "x")) is None
+    with pytest.raises(FileNotFoundError), writing():
+        Path("/no/such/file").read_text()
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "m.json").mkdir()
+    with pytest.raises(UserError, match=r"m\.json: cannot be written \(Is a directory\)"):
+        write_json(tmp_path / "m.json", {})
