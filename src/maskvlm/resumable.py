@@ -63,7 +63,7 @@ def check_like(wanted: Any, found: Any, where: str) -> None:
     elif isinstance(wanted, bool | int | str):
         if type(found) is not type(wanted) or (type(found) is int and found < min(0, int(wanted))):
             raise _unfit(where, "", f"expected a value such as {shown(wanted)}, found {shown(found)}")
-    elif isinstance(wanted, float) and not (type(found) in (int, float) and found == found):
+    elif isinstance(wanted, float) and type(found) not in (int, float):
         raise _unfit(where, "", f"expected a number, found {shown(found)}")
 
 

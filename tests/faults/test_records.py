@@ -44,7 +44,7 @@ def test_parts_before_that_are_no_list_are_left_out(tmp_path: Path) -> None:
     assert earlier(tmp_path) == {"earlier": [{"processes": 1}]}
 
 
-@pytest.mark.guard("maskvlm.standing:check_yaml")
+@pytest.mark.guard("maskvlm.standing:recorded", gives="{}")
 def test_settings_that_unfold_without_end_are_one_line(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "config-fit.yaml"
     path.write_text(
