@@ -158,14 +158,14 @@ class StreamSamples(IterableDataset[Sample]):
 
 
 class Stream(Source):
-    """A large set, streamed or memory-mapped (a `Source`): `streaming` is the one line of choice.
+    """A large set, streamed or kept here (a `Source`): `streaming` is the one line of choice.
 
     Args:
         root: a prepared set's folder, here or at an address (s3://bucket/cc3m); or, streamed only, shards: paths or
             addresses that end in .tar, .tar.gz, .parquet or .arrow, with * in them, one or a list.
         evaluate: folder of the prepared set that measures: its `val` and `test`.
         streaming: read shards as they come, without a copy here; needs `data.steps`. False: the prepared set,
-            memory-mapped, in one global order.
+            on this disk, in one global order.
         name: of the set; starts the ids of pictures that have no other, as in `make data`.
         buffer: rows that wait in each data worker, to be drawn in a random order; 0: the order within a shard.
         replay: a run that goes on reads over all that was consumed, to see the same samples as one that was not
@@ -189,7 +189,7 @@ class Stream(Source):
         """`train` of the shards, every other split of the prepared set that evaluates.
 
         Raises:
-            UserError: no shard is found, or what is not prepared is to be memory-mapped.
+            UserError: no shard is found, or what is not prepared is to be read from this disk.
         """
         if name != "train":
             return Prepared(self.evaluate).split(name)
@@ -197,5 +197,5 @@ class Stream(Source):
             return StreamedPairs(find_shards(self.root), self.name, self.buffer, self.replay)
         if not isinstance(self.root, str) or "*" in self.root or self.root.endswith(ENDINGS):
             todo = "Prepare it (make data SET=webdataset RAW=its folder) and name the set's folder, or stream it"
-            raise UserError("data.source.root", f"{self.root} is no prepared set, which alone is memory-mapped", todo)
+            raise UserError("data.source.root", f"{self.root} is no prepared set, which alone can be read from this disk", todo)
         return Prepared(self.root).split(name)
