@@ -197,5 +197,6 @@ class Stream(Source):
             return StreamedPairs(find_shards(self.root), self.name, self.buffer, self.replay)
         if not isinstance(self.root, str) or "*" in self.root or self.root.endswith(ENDINGS):
             todo = "Prepare it (make data SET=webdataset RAW=its folder) and name the set's folder, or stream it"
-            raise UserError("data.source.root", f"{self.root} is no prepared set, which alone can be read from this disk", todo)
+            what = f"{self.root} is no prepared set, and no other can be read from this disk"
+            raise UserError("data.source.root", what, todo)
         return Prepared(self.root).split(name)
