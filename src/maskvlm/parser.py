@@ -76,7 +76,9 @@ class Parser(LightningArgumentParser):
             raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if getattr(self, "_inner_parser", False):  # caught and tried otherwise by the outer one
+        if (
+            getattr(self, "_inner_parser", False) and not self.exit_on_error
+        ):  # caught and tried otherwise by the outer one
             super().error(message, ex)
         causes = list(chain(ex))
         for cause in causes:

@@ -330,6 +330,16 @@ def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable
     assert fails("--run", "x" * 100_001).code == ExitCode.REFUSED
 
 
+def test_help_of_a_class_with_words_behind_it_is_one_line(fails: Callable[..., UserError]) -> None:
+    assert fails("--data.help", "--model.seed.help", "x").where == "x"
+
+
+@pytest.mark.guard("maskvlm.failure:_one_line", gives="args[0]")
+def test_what_moves_the_cursor_does_not_reach_the_terminal(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", "a\u202eb\x1b[2J\nc.yaml"]) == ExitCode.MISSING_INPUT
+    assert capsys.readouterr().err == "error: a b [2J c.yaml: no such configuration file. Check the path.\n"
+
+
 def test_a_damaged_record_of_a_run_is_one_line(tmp_path: Path) -> None:
     for content in (b"\x00\xff" * 50, b"a: [", b"a: !!python/name:os.system x", b"x: " + b"[" * 500):
         (tmp_path / "config-fit.yaml").write_bytes(content)
