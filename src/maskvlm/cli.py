@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from maskvlm.attempts import attempted
+from maskvlm.config import cut
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
@@ -141,7 +142,12 @@ class Command(LightningCLI):
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda"):
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs.setdefault("precision", "bf16-mixed" if bf16 else None)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
+            raise wrong_trainer(error) from error
 
     def before_validate(self) -> None:
         """A checkpoint without the task's heads is refused before anything is written. One that is loaded by
@@ -184,6 +190,11 @@ class Parsed(Command):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
+
+
+def wrong_trainer(error: Exception) -> UserError:
+    """One line for a value that the trainer's types allow and Lightning does not."""
+    return UserError("trainer", cut(str(error), 300).rstrip("."), "Correct the keys of trainer")
 
 
 def warn(text: str) -> None:

@@ -118,4 +118,5 @@ def _first_to_fail(folder: Path | None, rank: int) -> int:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Without line ends, and without what moves a terminal's cursor: names of files may hold anything."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -42,7 +42,8 @@ class Parser(LightningArgumentParser):
     """Raises Complaint where the original prints fifty lines of usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_step is a mistake
+        # --trainer.max_step is a mistake; texts inside of values are read by our reader, too
+        super().__init__(*args, allow_abbrev=False, **{"parser_mode": MODE} | kwargs)
 
     @property
     def _default_env(self) -> bool:
@@ -75,7 +76,9 @@ class Parser(LightningArgumentParser):
             raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if getattr(self, "_inner_parser", False):  # caught and tried otherwise by the outer one
+        if (
+            getattr(self, "_inner_parser", False) and not self.exit_on_error
+        ):  # caught and tried otherwise by the outer one
             super().error(message, ex)
         causes = list(chain(ex))
         for cause in causes:

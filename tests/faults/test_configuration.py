@@ -12,9 +12,10 @@ import yaml
 from guards import Build
 
 from maskvlm.__main__ import main
-from maskvlm.cli import Parsed, run
+from maskvlm.cli import Command, Parsed, run
 from maskvlm.config import MOST_LEVELS, NotPlain, read_yaml
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.failure import user_line
 from maskvlm.given import fill, read_config
 from maskvlm.standing import newest_of
 
@@ -73,6 +74,28 @@ def test_a_whole_number_fits_64_bits(build: Build, fails: Callable[..., UserErro
 def test_a_seed_is_one_that_numpy_takes(build: Build, fails: Callable[..., UserError]) -> None:
     assert fails("--seed_everything", "4294967296").where == "seed_everything"
     assert fails("--seed_everything", "-1").what == "-1 is out of range"
+
+
+class Built(Command):
+    """Builds model, data and trainer, and runs nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is claimed."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+@pytest.mark.guard("maskvlm.cli:wrong_trainer", gives="ValueError(str(args[0]))")
+def test_a_value_that_lightning_refuses_is_one_line(build: Build, stack: Callable[..., list[str]]) -> None:
+    words = ["fit", "--run", "x", *stack(WHERE="cpu")]
+    for more in (["--trainer.accelerator", "xyz"], ["--trainer.devices", "-3"], ["--trainer.strategy", "xyz"]):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            run(Built, [*words, *more])
+        line = user_line(caught.value)
+        assert line is not None
+        assert line.text.startswith("trainer: ")
+        assert line.code == ExitCode.USAGE
 
 
 # Row 32: hostile YAML.
@@ -198,8 +221,8 @@ def test_an_option_that_is_no_yaml_is_a_text(stack: Callable[..., list[str]]) ->
 @pytest.mark.guard("maskvlm.explain:bounded", gives="args[0]")
 def test_a_long_value_is_told_shortly_and_soon(build: Build, fails: Callable[..., UserError]) -> None:
     started = time.process_time()
-    error = fails("--model.task.pixel_loss", "y" * 15_000)
-    assert error.what == f"{'y' * 60}... (15000 characters) does not fit"
+    error = fails("--model.task.pixel_loss", "y" * 20_000)
+    assert error.what == f"{'y' * 60}... (20000 characters) does not fit"
     assert time.process_time() - started < 2
 
 
@@ -305,6 +328,16 @@ def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable
     assert fails("--run", "\udcff").what == "is no plain UTF-8 text"
     assert fails("--run", "a\x1b[2J").what == "is no plain UTF-8 text"
     assert fails("--run", "x" * 100_001).code == ExitCode.REFUSED
+
+
+def test_help_of_a_class_with_words_behind_it_is_one_line(fails: Callable[..., UserError]) -> None:
+    assert fails("--data.help", "--model.seed.help", "x").where == "x"
+
+
+@pytest.mark.guard("maskvlm.failure:_one_line", gives="args[0]")
+def test_what_moves_the_cursor_does_not_reach_the_terminal(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", "a\u202eb\x1b[2J\nc.yaml"]) == ExitCode.MISSING_INPUT
+    assert capsys.readouterr().err == "error: a b [2J c.yaml: no such configuration file. Check the path.\n"
 
 
 def test_a_damaged_record_of_a_run_is_one_line(tmp_path: Path) -> None:

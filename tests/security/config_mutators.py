@@ -132,11 +132,16 @@ def _loaded(text: str) -> Any:
 
 
 def _spots(value: Any) -> list[tuple[Any, Any]]:
-    """Every container with every key or index in it."""
-    found = []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in items:
-        found += [(value, key), *_spots(part)]
+    """Every container with every key or index in it; each container once, as aliases may multiply."""
+    found: list[tuple[Any, Any]] = []
+    seen, todo = {id(value)}, [value]
+    while todo:
+        one = todo.pop()
+        for key, part in one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ():
+            found.append((one, key))
+            if id(part) not in seen:
+                seen.add(id(part))
+                todo.append(part)
     return found
 
 

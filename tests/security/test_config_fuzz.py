@@ -2,6 +2,7 @@
 
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,12 @@ class Watch:
         sys.addaudithook(self.event)
 
     def event(self, name: str, args: tuple[Any, ...]) -> None:
-        if self.on and (name in RUNS or (name == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"))):
+        own = name == "shutil.rmtree" and Path(args[0]).parent == Path(tempfile.gettempdir())  # what it made itself
+        if (
+            self.on
+            and not own
+            and (name in RUNS or (name == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")))
+        ):
             self.seen.append(f"{name} {args}")
 
 
