@@ -33,7 +33,7 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   where     print the folder of an installed package's task (where acme.ocr)
   TASK.TOOL a task's own tool with its own options, such as vqa.score
 
-  --run FOLDER          where everything of a run is written
+  --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
   --print_config        print the composed configuration and stop
   --allow-import NAME   let files name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
   --debug               show tracebacks
@@ -220,7 +220,7 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
 
 
 def run_folder(arguments: list[str]) -> Path | None:
-    """The value of --run, for the traceback of a bug."""
+    """The value of --folder (--run), for the traceback of a bug."""
     given = [option.value for option in settings(arguments) if option.key == "run"]
     return Path(given[-1]) if given else None
 

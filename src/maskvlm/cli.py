@@ -62,7 +62,8 @@ class Command(LightningCLI):
         return {name: every[name] for name in COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str, default="checkpoints/run", help="the run's folder; {run} in files")
+        told = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
+        parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=told)
         told = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
         parser.add_argument("--from", type=str | None, default=None, help=told)
         parser.link_arguments("from", "model.backbone.init_args.start")
@@ -222,13 +223,13 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     if asked is None:
         if command == "fit":
             return None
-        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --run")
+        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":
         found = newest_valid(folder, warn)
         if found is None:
-            todo = "Check --run, or leave --ckpt_path out"
+            todo = "Check --folder, or leave --ckpt_path out"
             raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)
         return str(found)
     return str(folder / "best.ckpt") if asked == "best" else asked

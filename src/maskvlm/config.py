@@ -21,6 +21,8 @@ PACKAGES = ("maskvlm", "tasks", "lightning", "torch", "torchvision", "torchmetri
 # Inside those, what loads or builds code.
 NEVER = ("torch.hub", "torch.load", "torch.serialization", "torch.utils.cpp_extension", "torch.package")
 
+OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
+
 
 class Place(NamedTuple):
     """Where a key was given (`file:line` or option), the dotted key without init_args, the value's text."""
@@ -131,7 +133,8 @@ def options(arguments: list[str]) -> list[Place]:
         if word.startswith("--") and word != "--config":
             option, equals, value = word.partition("=")
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            found.append(Place(option, _flat(option[2:].rstrip("+")), value if equals else following))
+            key = _flat(option[2:].rstrip("+"))
+            found.append(Place(option, OTHER_NAMES.get(key, key), value if equals else following))
     return found
 
 
