@@ -13,6 +13,7 @@ from maskvlm.config import options as settings
 from maskvlm.config import places
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.failure import process_rank, report
+from maskvlm.peers import leave
 from maskvlm.stopped import Finished, Stopped, leave_after_parent, requeue
 
 USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
@@ -55,6 +56,13 @@ VERBS = ("fill", "match", "rank", "caption", "score", "explain", "reconstruct", 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (see `errors.ExitCode`)."""
+    code = end_of(argv)
+    leave(code)
+    return code
+
+
+def end_of(argv: list[str] | None) -> int:
+    """Whatever ends a command, as an exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:

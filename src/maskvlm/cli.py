@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from maskvlm.config import options
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.lit import LitModel
@@ -29,6 +29,7 @@ from maskvlm.signals import CAUGHT
 from maskvlm.standing import newest_of
 from maskvlm.start import model_of, task_yaml
 from maskvlm.verify import newest_valid
+from maskvlm.watch import watch
 
 COMMANDS = ("fit", "validate", "test")
 AnyCommand = TypeVar("AnyCommand", bound="Command")
@@ -64,6 +65,8 @@ class Command(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         told = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
         parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=told)
+        told = "several processes: seconds without a sign of life before one is taken for frozen (default 120)"
+        parser.add_argument("--patience", type=float | None, default=None, help=told)
         told = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
         parser.add_argument("--from", type=str | None, default=None, help=told)
         parser.link_arguments("from", "model.backbone.init_args.start")
@@ -90,6 +93,7 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self.settings
         folder = Path(settings.run)
+        check_least(1, patience=settings.get("patience"))
         check_device(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
@@ -128,7 +132,9 @@ class Command(LightningCLI):
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda"):
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs.setdefault("precision", "bf16-mixed" if bf16 else None)
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        watch(made, Path(self.settings.run), self.settings.get("patience"))
+        return made
 
     def before_validate(self) -> None:
         """A checkpoint without the task's heads is refused before anything is written. One that is loaded by

@@ -22,6 +22,7 @@ FREE = (
     "trainer.profiler",
     "trainer.enable_progress_bar",
     "data.init_args.workers",
+    "patience",
 )
 """What may differ when a run goes on: on what it runs. Losses stay what they are but for the rounding of sums."""
 

@@ -23,9 +23,9 @@ from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.data.subset import fraction_of, picture_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
+from maskvlm.data.workers import PATIENCE, Begin, Collated, Noted, NotedStream, check_shared
 from maskvlm.distributed import cores, gather_objects, rank, world_size
 from maskvlm.errors import ExitCode, UserError, check_least
-from maskvlm.signals import end_with_parent
 
 MOST_LISTED = 1000
 
@@ -197,7 +197,7 @@ class PairData(L.LightningDataModule):
             part = Part(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
             waits = {} if not self.start else {"timeout": 0}  # reading over what was consumed takes its time
-            return self._loader(samples, samples.loader, batch_size=part.size, **waits)
+            return self._loader(NotedStream(samples), part.size, samples.loader, batch_size=part.size, **waits)
         order = FlatOrder(len(pairs), self.seed)
         sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
@@ -205,7 +205,7 @@ class PairData(L.LightningDataModule):
             data = TrainExamples(pairs, transform, self.seed, self.spec.image_size)
         else:
             data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
-        return self._loader(data, batch_sampler=sampler)
+        return self._loader(Noted(data), share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation(self.splits["val"])
@@ -225,18 +225,24 @@ class PairData(L.LightningDataModule):
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         mine = batches[rank() :: world_size()]
         kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
-        return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
+        data: Dataset[Any] = kind(pairs, eval_transform(self.spec), self.spec.image_size)
+        return self._loader(Noted(data), size, batch_sampler=mine)
 
-    def _loader(self, data: Dataset[Any], kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any) -> DataLoader[Any]:
+    def _loader(
+        self, data: Dataset[Any], size: int, kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any
+    ) -> DataLoader[Any]:
+        """size: samples in a batch of this process."""
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
         collate: Callable[..., Any] = Collate(captioner, ToTensor(self.spec))
         if isinstance(self.source, ExampleSource):
             collate = CollateExamples(captioner, self.source)
         workers = self._readers()
-        timeout, pinned = 120 if workers else 0, self._on_gpu()
-        settings = {"collate_fn": collate, "num_workers": workers, "timeout": timeout, "pin_memory": pinned, **kwargs}
-        return kind(data, worker_init_fn=end_with_parent, **settings)
+        settings = {"collate_fn": Collated(collate), "num_workers": workers, "pin_memory": self._on_gpu()}
+        if workers:
+            check_shared(4 * 3 * self.spec.image_size**2 * size, workers, getattr(self.trainer, "num_devices", 1))
+            settings |= {"timeout": PATIENCE, "worker_init_fn": Begin(workers)}
+        return kind(data, **(settings | kwargs))
 
     def _on_gpu(self) -> bool:
         strategy = getattr(self.trainer, "strategy", None)
