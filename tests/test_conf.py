@@ -182,8 +182,9 @@ def test_the_split_chooses_the_command(split: str, command: str) -> None:
     assert (
         done.stdout.split()
         == (
-            f"python -m maskvlm {command} --folder checkpoints/x --from a/b.ckpt -c conf/base.yaml -c conf/finetune.yaml "
-            "-c tasks/nlvr/conf.yaml -c conf/where/cpu.yaml --trainer.limit_val_batches 1.0 --model.lr 2"
+            f"python -m maskvlm {command} --folder checkpoints/x --from a/b.ckpt -c conf/base.yaml "
+            "-c conf/finetune.yaml -c tasks/nlvr/conf.yaml -c conf/where/cpu.yaml "
+            "--trainer.limit_val_batches 1.0 --model.lr 2"
         ).split()
     )
 

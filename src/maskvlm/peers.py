@@ -117,9 +117,9 @@ class Peers:
         try:
             values: list[Any] = json.loads(self.path(rank).read_bytes())
             record = Record(*values)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, IndexError):
             return None
-        return record._replace(place=tuple(record.place)) if record.token == self.token else None
+        return record._replace(place=(record.place[0], record.place[1])) if record.token == self.token else None
 
     def clear(self) -> None:
         """Of the first process: records of earlier starts."""

@@ -88,7 +88,11 @@ class Marks(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._at(trainer, 5, "at the end of an evaluation")
 
-    on_test_start, on_test_epoch_end = on_validation_start, on_validation_epoch_end
+    def on_test_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 4, "evaluating")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 5, "at the end of an evaluation")
 
 
 def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
@@ -117,7 +121,7 @@ def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
             begin(trainer, folder, silent or peers.SILENT)
 
     strategy.setup_environment = meet_and_watch  # type: ignore[method-assign]
-    subprocess_script._ChildProcessObserver._terminate_all = child_ended  # type: ignore[method-assign]
+    subprocess_script._ChildProcessObserver._terminate_all = child_ended  # type: ignore[assignment, method-assign]
 
 
 def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
@@ -139,8 +143,9 @@ def wait_for_others(folder: Path, met: threading.Event) -> None:
     while not met.wait(BEAT):
         now = first_to_fail(folder)
         if now not in (before, ""):
-            code = int((now.split() + ["", ExitCode.UNAVAILABLE])[1] or ExitCode.UNAVAILABLE)
-            os._exit(report(Lost(None, "processes", "another process failed", "See its line", code), folder))
+            _, _, code = now.partition(" ")
+            lost = Lost(None, "processes", "another process failed", "See its line", int(code or ExitCode.UNAVAILABLE))
+            os._exit(report(lost, folder))
 
 
 def first_to_fail(folder: Path) -> str:

@@ -4,6 +4,8 @@ A worker notes the sample before it reads it, in a few bytes that the main proce
 or finds no memory then ends the command with one line and exit status 74.
 """
 
+import atexit
+import multiprocessing
 import multiprocessing.queues
 import os
 import re
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.signals import end_with_parent
@@ -36,12 +38,12 @@ class At(NamedTuple):
 
     pid: int
     state: int
-    index: int
+    sample: int
     since: float
     told: str
 
     def __str__(self) -> str:
-        number = f"sample {self.index}" if self.index >= 0 else "a sample"
+        number = f"sample {self.sample}" if self.sample >= 0 else "a sample"
         return f"{number} ({self.told})" if self.told else number
 
 
@@ -59,7 +61,7 @@ class Board:
         """Of all workers."""
         rows = [row.numpy().tobytes() for row in self.shared_WN]
         texts = [row[HEAD.size :].partition(b"\0")[0].decode(errors="replace") for row in rows]
-        return [At(*HEAD.unpack_from(row), text) for row, text in zip(rows, texts, strict=True)]
+        return [At._make((*HEAD.unpack_from(row), text)) for row, text in zip(rows, texts, strict=True)]
 
 
 class Notes:
@@ -70,8 +72,8 @@ class Notes:
         self.worker = 0
         self.now = At(0, IDLE, -1, 0.0, "")
 
-    def __call__(self, state: int, index: int, told: str = "") -> None:
-        self.now = At(os.getpid(), state, index, time.monotonic(), told)
+    def __call__(self, state: int, sample: int, told: str = "") -> None:
+        self.now = At(os.getpid(), state, sample, time.monotonic(), told)
         if self.board is not None:
             self.board.write(self.worker, self.now)
 
@@ -82,7 +84,7 @@ BOARDS: list[Board] = []  # of the loaders of this process, the newest last
 
 def at(origin: str, image_id: str = "") -> None:
     """What is read is this row: its data set tells as soon as it knows, before the picture is decoded."""
-    NOTE(READS, NOTE.now.index, f"{origin}, {image_id}" if image_id not in origin else origin)
+    NOTE(READS, NOTE.now.sample, f"{origin}, {image_id}" if image_id not in origin else origin)
 
 
 class Begin:
@@ -103,7 +105,7 @@ class Begin:
 def cannot_hand_over(error: Exception, thing: object) -> None:
     """In a worker whose finished batch does not reach the main process: say why, and end."""
     full = NO_SPACE in str(error)
-    NOTE(ENDS, NOTE.now.index, f"{SHARED} is full" if full else f"it could not hand over a batch: {error}")
+    NOTE(ENDS, NOTE.now.sample, f"{SHARED} is full" if full else f"it could not hand over a batch: {error}")
     os._exit(int(ExitCode.IO_ERROR))
 
 
@@ -152,7 +154,7 @@ class Collated:
     def __call__(self, samples: Any) -> Any:
         with naming():
             batch = self.collate(samples)
-        NOTE(IDLE, NOTE.now.index, NOTE.now.told)
+        NOTE(IDLE, NOTE.now.sample, NOTE.now.told)
         return batch
 
 
@@ -178,7 +180,26 @@ def no_memory(error: Exception) -> UserError | None:
     return None
 
 
+def noted_loader(
+    kind: type[DataLoader[Any]], data: Any, collate: Callable[[Any], Any], workers: int, **settings: Any
+) -> DataLoader[Any]:
+    """A loader whose workers say what they are at, and that waits for a batch no longer than `PATIENCE`."""
+    noted = NotedStream(data) if isinstance(data, IterableDataset) else Noted(data)
+    if workers:
+        settings = {"timeout": PATIENCE, "worker_init_fn": Begin(workers)} | settings
+    return kind(noted, collate_fn=Collated(collate), num_workers=workers, **settings)
+
+
 # ---------------------------------------------------------------------- in the main process
+
+
+@atexit.register
+def end_workers() -> None:
+    """At the end of this process: those that hang would be waited for, and do not heed SIGTERM (`signals.py`)."""
+    pids = {at.pid for board in BOARDS for at in board.read()}
+    for child in multiprocessing.active_children():
+        if child.pid in pids:
+            child.kill()
 
 
 def check_shared(batch: int, workers: int, processes: int = 1) -> None:
@@ -228,7 +249,7 @@ def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
     where = ", ".join(map(str, fallen)) or "an unknown sample"
     causes = [at.told for at in fallen if at.state == ENDS]
     if causes:
-        return f"{causes[0]} (after sample {fallen[0].index})", LARGER
+        return f"{causes[0]} (after sample {fallen[0].sample})", LARGER
     if killed_by == "Killed":
         what = f"was killed at {where}: by somebody, or by the system as memory ran out"
         return what, f"{FEWER}, or give the job more memory"
