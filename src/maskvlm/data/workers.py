@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import re
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -196,7 +197,8 @@ def noted_loader(
 @atexit.register
 def end_workers() -> None:
     """At the end of this process: those that hang would be waited for, and do not heed SIGTERM (`signals.py`)."""
-    pids = {at.pid for board in BOARDS for at in board.read()}
+    if pids := {at.pid for board in BOARDS for at in board.read()}:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever else ends now
     for child in multiprocessing.active_children():
         if child.pid in pids:
             child.kill()
@@ -236,8 +238,8 @@ def lost_worker(text: str) -> UserError | None:
     late = re.search(r"DataLoader timed out after (\d+)", text)
     if late:
         now = time.monotonic()
-        slow = [at for board in BOARDS for at in board.read() if at.state == READS and now - at.since > 1]
-        each = [f"process {at.pid} has been at {at} for {now - at.since:.0f} s" for at in slow]
+        slow = sorted((at for board in BOARDS for at in board.read() if at.state == READS), key=lambda at: at.since)
+        each = [f"process {at.pid} has been at {at} for {now - at.since:.0f} s" for at in slow[:3]]
         what = f"no batch came within {late[1]} s; {'; '.join(each) or 'none of them reads'}"
         todo = "Look at these samples, and at the disk or network that they come from"
         return UserError("data workers", what, todo, ExitCode.IO_ERROR)
