@@ -129,7 +129,7 @@ def wrong(
 
 
 def left_over() -> list[int]:
-    """Processes that outlive the two by more than a second. Orphans come to this one, which waits for those that end."""
+    """Processes that outlive the two by more than a second: orphans come to this one."""
     until = time.monotonic() + 1.0
     while True:
         try:
@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument(
-        "--patience", type=float, default=4.0, help="seconds until a silent process is taken for frozen"
+        "--patience", type=float, default=8.0, help="seconds until a silent process is taken for frozen"
     )
     parser.add_argument("--workers", type=int, default=2, help="data workers of each process, in every other trial")
     parser.add_argument("--seed", type=int, default=0)
@@ -185,7 +185,7 @@ def table(trials: list[Trial]) -> None:
     for each in trials:
         rows[each.kind].append(each)
     print(
-        f"{'kind':<10} {'trials':>6} {'hangs':>5} {'orphans':>7} {'wrong':>5} {'slowest, s':>10}  exit statuses (struck, other)"
+        f"{'kind':<10} {'trials':>6} {'hangs':>5} {'orphans':>7} {'wrong':>5} {'slowest, s':>10}  exits (struck, other)"
     )
     for kind, those in rows.items():
         codes = sorted({str((each.codes[each.whom], each.codes[1 - each.whom])) for each in those})

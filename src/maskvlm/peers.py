@@ -5,6 +5,7 @@ that are left can name the one that is lost or frozen, whichever it is. Nothing 
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -26,7 +27,10 @@ WITHIN = 10.0  # seconds in which the one at fault must be found then
 GRACE = 5.0  # seconds in which a main thread that can still end by itself does so
 TO_END = 10.0  # seconds that a process which has said why it ends may still take
 WELL = (ExitCode.DONE, ExitCode.REQUEUE, 130)
-BROKEN = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|DistBackendError|DistNetworkError|DistStoreError|c10d")
+# What torch, gloo and NCCL say, all of it as RuntimeErrors.
+BROKEN = re.compile(
+    r"gloo|NCCL|ProcessGroup|TCPStore|c10d|pair closure|^Dist|[Cc]onnection (closed|reset)|[Tt]imed out"
+)
 
 
 class Record(NamedTuple):
@@ -83,7 +87,8 @@ class Peers:
             int, tuple[Record, int, int]
         ] = {}  # rank -> its record, looks since it beat, and since it moved
         self.writes = True
-        self.lock, self.leaving = threading.Lock(), threading.Event()
+        self.lock = threading.Lock()
+        self.leaving, self.left = threading.Event(), threading.Event()  # the main thread knows why it ends; it has said
         self.verdict: Lost | None = None
         folder.joinpath(FOLDER).mkdir(parents=True, exist_ok=True)
 
@@ -99,6 +104,8 @@ class Peers:
     def write(self, code: int | None = None, because: int | None = None, why: str = "") -> None:
         """Renew this process's record; in place and at once, so that a reader sees it whole."""
         with self.lock:
+            if self.left.is_set() and code is None:
+                return  # this process has ended, or is about to: its last record stays
             self.beats += 1
             mine = (self.token, self.rank, socket.gethostname(), machine(), os.getpid(), self.beats)
             row = json.dumps(Record(*mine, self.place, self.at, code, because, why[:400]))
@@ -115,11 +122,16 @@ class Peers:
     def read(self, rank: int) -> Record | None:
         """Another's record; None where there is none of this start (it may have ended well)."""
         try:
-            values: list[Any] = json.loads(self.path(rank).read_bytes())
+            with self.path(rank).open("rb") as file:
+                values: list[Any] = json.loads(file.read(WIDTH))
             record = Record(*values)
-        except (OSError, ValueError, TypeError, IndexError):
+            step, phase = record.place
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
-        return record._replace(place=(record.place[0], record.place[1])) if record.token == self.token else None
+        numbers = (record.rank, record.pid, record.beat, step, phase)
+        if record.token != self.token or record.rank != rank or not all(type(number) is int for number in numbers):
+            return None
+        return record._replace(place=(step, phase)) if record.pid > 1 else None  # 0 and -1 mean whole groups
 
     def clear(self) -> None:
         """Of the first process: records of earlier starts."""
@@ -158,15 +170,15 @@ class Peers:
                 silent = 0 if record.beat != was.beat else silent + counts
                 self.seen[rank] = (record, silent, 0 if record.place != was.place else still + counts)
 
-    def judge(self, silent: float, every: float = BEAT) -> Lost | None:
-        """Who of those looked at is lost, if any. every: seconds between two looks."""
+    def judge(self, silent: float, still: float, every: float = BEAT) -> Lost | None:
+        """Who of those looked at is lost, if any. silent, still: see `Peers`; every: seconds between two looks."""
         found = [
             found
             for rank, (record, quiet, _) in self.seen.items()
             if (found := self._one(record, quiet * every, silent))
         ]
         found.sort(key=lambda each: each[0])
-        return found[0][1] if found else self._behind(every)
+        return found[0][1] if found else self._behind(still, every)
 
     def _one(self, record: Record, quiet: float, silent: float) -> tuple[int, Lost] | None:
         """Verdict on one process, the surest first."""
@@ -188,15 +200,15 @@ class Peers:
             return 2, self.lost(record, 0.0, f"has shown no sign of life for {quiet:.0f} s (last seen {record.at})")
         return None
 
-    def _behind(self, every: float) -> Lost | None:
+    def _behind(self, still: float, every: float) -> Lost | None:
         """A process that lives, and does not come to where others wait for it."""
         if len(self.seen) < self.world:
             return None
         first = min(self.seen.values(), key=lambda each: each[0].place)
         ahead = max(each[0].place for each in self.seen.values())
-        if first[0].place == ahead or first[2] * every < self.still:
+        if first[0].place == ahead or first[2] * every < still:
             return None
-        what = f"has stood still for {first[2] * every:.0f} s {first[0].at}, and others wait for it"
+        what = f"stands still {first[0].at}, and others wait for it"
         return self.lost(first[0], 0.0, what)
 
     def lost(self, record: Record, grace: float, what: str) -> Lost:
@@ -207,12 +219,14 @@ class Peers:
     def everyone(self) -> range:
         return range(self.world)
 
-    def blame(self) -> Lost:
-        """A connection broke: who was it? Looks at all others for at most `WITHIN` seconds."""
+    def blame(self, timed_out: bool) -> Lost:
+        """A connection broke, or timed out: who was it? Looks at all others for at most `WITHIN` seconds."""
         every, until = 0.2, time.monotonic() + WITHIN
+        still = AFTER_A_BREAK if timed_out else math.inf
+        self.seen = {}
         while True:
             self.look(self.everyone())
-            if lost := self.judge(AFTER_A_BREAK, every):
+            if lost := self.judge(AFTER_A_BREAK, still, every):
                 return lost
             if time.monotonic() > until:
                 what = "the connection between the processes broke, and none of them is known to be lost"
@@ -261,9 +275,10 @@ def blamed(error: BaseException) -> Lost | None:
     if isinstance(error, UserError) or not CURRENT:
         return error if isinstance(error, Lost) else None
     CURRENT[0].leaving.set()
-    if not BROKEN.search(f"{type(error).__name__} {error}"):
+    said = f"{type(error).__name__} {error}"
+    if not isinstance(error, RuntimeError) or "DataLoader" in said or not BROKEN.search(said):
         return None
-    CURRENT[0].verdict = CURRENT[0].blame()
+    CURRENT[0].verdict = CURRENT[0].blame(bool(re.search("timed out|timeout", said.lower())))
     return CURRENT[0].verdict
 
 
@@ -273,6 +288,7 @@ def leave(code: int) -> None:
         return
     peers = CURRENT.pop()
     peers.leaving.set()
+    peers.left.set()
     if code in WELL:
         peers.remove()
         return

@@ -37,10 +37,12 @@ class Watcher(threading.Thread):
         self.ranks = own.everyone() if own.rank == 0 else range(1)
 
     def run(self) -> None:
-        while not self.own.leaving.wait(BEAT):
+        while not self.own.left.wait(BEAT):
             self.own.write()
+            if self.own.leaving.is_set():
+                continue  # the main thread is about to say why; it lives as long as that takes
             self.own.look(self.ranks)
-            lost = self.own.judge(self.own.silent)
+            lost = self.own.judge(self.own.silent, self.own.still)
             if lost is not None and not self.own.leaving.wait(lost.grace):
                 end(self.own, lost)
 

@@ -69,6 +69,40 @@ class FaultyPairs(ScenePairs):
         return row
 
 
+class Nth(list[str]):
+    """Captions that are looked at so often (twice a sample) before something happens."""
+
+    left, happens = 90, no_idea
+
+    def __len__(self) -> int:
+        Nth.left -= 1
+        if Nth.left == 0:
+            Nth.happens()
+        return super().__len__()
+
+
+class NthPairs(ScenePairs):
+    """As `ScenePairs`, with captions that count how often they are shown in a training."""
+
+    def __getitem__(self, index: int, /) -> Row:
+        row = super().__getitem__(index)
+        return Row(**{**row, "captions": Nth(row["captions"])})  # type: ignore[typeddict-item]
+
+
+class InOne(Scenes):
+    """As `Scenes`; in the process of this rank, which reads itself, a `fault` comes with the 45th training sample."""
+
+    def __init__(self, rank: int, fault: str, train: int = 60, val: int = 6, test: int = 6) -> None:
+        super().__init__(train, val, test)
+        self.faulty, Nth.happens = os.environ.get("RANK") == str(rank), staticmethod(FAULTS[fault])
+
+    def split(self, name: str) -> ScenePairs:
+        pairs = super().split(name)
+        if name == "train" and self.faulty:
+            pairs.__class__ = NthPairs
+        return pairs
+
+
 class Faulty(Scenes):
     """As `Scenes`, with a fault at picture `at` of the training split."""
 

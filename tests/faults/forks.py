@@ -87,8 +87,9 @@ class Child(NamedTuple):
 class Forks:
     """The process that forks."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, __file__]
+    def __init__(self, *front: str) -> None:
+        """front: the words of a command that starts it."""
+        command = [*front, sys.executable, __file__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment(), text=True, cwd=ROOT, **pipes)  # type: ignore[call-overload]
 
@@ -135,7 +136,7 @@ def child(question: dict[str, Any]) -> None:
 
     from maskvlm.__main__ import main
 
-    sys.stdin = open(os.devnull)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     out = os.open(question["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -164,7 +165,7 @@ def wait(pid: int, seconds: float) -> int | str:
 
 
 def serve() -> None:
-    import maskvlm.cli  # noqa: F401
+    import maskvlm.cli
     import maskvlm.pretrain  # noqa: F401
 
     for line in sys.stdin:

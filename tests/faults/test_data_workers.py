@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,29 +132,32 @@ def test_the_board_holds_what_a_worker_says() -> None:
 # ---------------------------------------------------------------------- /dev/shm
 
 
-def with_small_shm(tmp_path: Path, build: Build, megabytes: int, fault: str, *more: str) -> tuple[int, str]:
-    """A training in a namespace of its own, whose /dev/shm holds so much."""
+@pytest.fixture(scope="module")
+def confined() -> Iterator[Forks]:
+    """Commands in a namespace of their own, whose /dev/shm holds 20 MB."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs unshare -m (root on Linux) to mount a small /dev/shm")
-    words = build.command(*small(tmp_path / "run", "--data.workers=2", "--data.steps=40", *more, fault=fault))
-    script = f'mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm && exec "$@"'
-    command = ["unshare", "-m", "sh", "-c", script, "sh", *words]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, timeout=120)
-    return done.returncode, done.stderr.decode(errors="replace")
+    script = 'mount -t tmpfs -o size=20m tmpfs /dev/shm && exec "$@"'
+    with Forks("unshare", "-m", "sh", "-c", script, "sh") as made:
+        yield made
 
 
 @pytest.mark.guard("maskvlm.data.workers:check_shared")
-def test_shared_memory_that_is_too_small_is_found_before_workers_start(tmp_path: Path, build: Build) -> None:
-    code, said = with_small_shm(tmp_path, build, 1, "exits")
-    assert code == ExitCode.IO_ERROR
-    assert "error: /dev/shm: 1.0 MB are free, 1 x 2 data workers prepare 1.1 MB. Lower data.workers" in said
+def test_shared_memory_that_is_too_small_is_found_before_workers_start(
+    confined: Forks, tmp_path: Path, build: Build
+) -> None:
+    words = small(tmp_path / "run", "--data.workers=2", "--data.steps=1", "--data.batch_size=256")
+    child = confined.start(words, tmp_path / "log.txt", build=build)
+    assert child.wait(60) == ExitCode.IO_ERROR
+    said = "error: /dev/shm: 21.0 MB are free, 1 x 2 data workers prepare 35.4 MB. Lower data.workers"
+    assert child.said("error: ")[0].startswith(said)
 
 
 @pytest.mark.guard(NAMED)
-def test_shared_memory_that_is_full_in_mid_run(tmp_path: Path, build: Build) -> None:
-    code, said = with_small_shm(tmp_path, build, 20, "shared memory")
+def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, build: Build) -> None:
+    code, said = run(confined, tmp_path, build, "shared memory")
     assert code == ExitCode.IO_ERROR
-    assert "error: /dev/shm: is full at sample 33 (scenes" in said
+    assert said[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
 
 
 # ---------------------------------------------------------------------- orphans
