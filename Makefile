@@ -120,22 +120,22 @@ data-check: $(ready)  ## verify the prepared set SET (or NAME) against its manif
 	@$(PYTHON) -m maskvlm data-check '$(data-root)/$(set-name)' $(ARGS)
 
 pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN
-	@$(PYTHON) -m maskvlm fit --run $(run) $(stack) $(ARGS)
+	@$(PYTHON) -m maskvlm fit --folder $(run) $(stack) $(ARGS)
 
 config: $(ready)  ## print the composed configuration of pretrain, or of finetune with TASK and FROM, and stop
-	@$(PYTHON) -m maskvlm fit --run $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS) --print_config
+	@$(PYTHON) -m maskvlm fit --folder $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS) --print_config
 
 preview: $(ready)  ## write a contact sheet of DATA: pictures with their captions
 	@$(PYTHON) -m maskvlm preview --out checkpoints/preview-$(DATA).png $(stack) $(ARGS)
 
 submit: $(ready)  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit it
-	@$(PYTHON) -m maskvlm submit --run $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS)
+	@$(PYTHON) -m maskvlm submit --folder $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS)
 
 finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
-	@$(PYTHON) -m maskvlm fit --run $(run) $(from) $(task-stack) $(ARGS)
+	@$(PYTHON) -m maskvlm fit --folder $(run) $(from) $(task-stack) $(ARGS)
 
 evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
-	@$(PYTHON) -m maskvlm $(command) --run $(run) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
+	@$(PYTHON) -m maskvlm $(command) --folder $(run) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
 
 index: $(ready-search)  ## make the pictures of DATA (SPLIT) searchable with the checkpoint FROM
 	@$(PYTHON) -m maskvlm index --from $(or $(FROM),$(no-from)) --split $(SPLIT) --out checkpoints/index-$(DATA)-$(SPLIT) $(stack) $(ARGS)

@@ -182,8 +182,9 @@ def test_the_split_chooses_the_command(split: str, command: str) -> None:
     assert (
         done.stdout.split()
         == (
-            f"python -m maskvlm {command} --run checkpoints/x --from a/b.ckpt -c conf/base.yaml -c conf/finetune.yaml "
-            "-c tasks/nlvr/conf.yaml -c conf/where/cpu.yaml --trainer.limit_val_batches 1.0 --model.lr 2"
+            f"python -m maskvlm {command} --folder checkpoints/x --from a/b.ckpt -c conf/base.yaml "
+            "-c conf/finetune.yaml -c tasks/nlvr/conf.yaml -c conf/where/cpu.yaml "
+            "--trainer.limit_val_batches 1.0 --model.lr 2"
         ).split()
     )
 
@@ -198,7 +199,7 @@ def test_the_control_begins_with_random_weights_of_the_model() -> None:
 def test_arguments_pass_through_with_their_quotes() -> None:
     done = make("-n", "pretrain", "PYTHON=python", "RUN=x", """ARGS=--model.lr 1e-3 --a "b c" """)
     assert done.stdout.strip().endswith('--model.lr 1e-3 --a "b c"')
-    assert "--run checkpoints/x" in done.stdout
+    assert "--folder checkpoints/x" in done.stdout
 
 
 def fake_python(folder: Path, body: str) -> str:

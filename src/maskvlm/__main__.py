@@ -13,6 +13,7 @@ from maskvlm.errors import ExitCode, UserError
 from maskvlm.failure import process_rank, report
 from maskvlm.given import nearest, places
 from maskvlm.given import options as settings
+from maskvlm.peers import leave
 from maskvlm.stopped import Finished, Stopped, leave_after_parent, requeue
 
 USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
@@ -33,7 +34,7 @@ USAGE = """python -m maskvlm COMMAND [-c FILE.yaml ...] [--key value ...]
   where     print the folder of an installed package's task (where acme.ocr)
   TASK.TOOL a task's own tool with its own options, such as vqa.score
 
-  --run FOLDER          where everything of a run is written
+  --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
   --print_config        print the composed configuration and stop
   --allow-import NAME   let files name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
   --debug               show tracebacks
@@ -55,6 +56,13 @@ VERBS = ("fill", "match", "rank", "caption", "score", "explain", "reconstruct", 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (see `errors.ExitCode`)."""
+    code = end_of(argv)
+    leave(code)
+    return code
+
+
+def end_of(argv: list[str] | None) -> int:
+    """Whatever ends a command, as an exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:
@@ -221,7 +229,7 @@ def dispatch(arguments: list[str], options: argparse.Namespace) -> int:
 
 
 def run_folder(arguments: list[str]) -> Path | None:
-    """The value of --run, for the traceback of a bug."""
+    """The value of --folder (--run), for the traceback of a bug."""
     given = [option.value for option in settings(arguments) if option.key == "run"]
     return Path(given[-1]) if given else None
 

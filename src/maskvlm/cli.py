@@ -18,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from maskvlm.attempts import attempted
 from maskvlm.config import cut
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.explain import explain
 from maskvlm.failure import FIRST, process_rank
 from maskvlm.given import options
@@ -34,6 +34,7 @@ from maskvlm.signals import CAUGHT
 from maskvlm.standing import may_go_on, newest_of
 from maskvlm.start import read_content, start_of
 from maskvlm.verify import newest_valid
+from maskvlm.watch import watch
 
 COMMANDS = ("fit", "validate", "test")
 AnyCommand = TypeVar("AnyCommand", bound="Command")
@@ -67,7 +68,10 @@ class Command(LightningCLI):
         return {name: every[name] for name in COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str, default="checkpoints/run", help="the run's folder; {run} in files")
+        told = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
+        parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=told)
+        told = "several processes: seconds without a sign of life before one is taken for frozen (default 120)"
+        parser.add_argument("--patience", type=float | None, default=None, help=told)
         told = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
         parser.add_argument("--from", type=str | None, default=None, help=told)
         parser.link_arguments("from", "model.backbone.init_args.start")
@@ -94,6 +98,7 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self.settings
         folder = Path(settings.run)
+        check_least(1, patience=settings.get("patience"))
         check_device(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
@@ -143,11 +148,13 @@ class Command(LightningCLI):
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs.setdefault("precision", "bf16-mixed" if bf16 else None)
         try:
-            return super().instantiate_trainer(**kwargs)
+            made = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
             raise wrong_trainer(error) from error
+        watch(made, Path(self.settings.run), self.settings.get("patience"))
+        return made
 
     def before_validate(self) -> None:
         """A checkpoint without the task's heads is refused before anything is written. One that is loaded by
@@ -249,13 +256,13 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     if asked is None:
         if command == "fit":
             return None
-        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --run")
+        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":
         found = newest_valid(folder, warn)
         if found is None:
-            todo = "Check --run, or leave --ckpt_path out"
+            todo = "Check --folder, or leave --ckpt_path out"
             raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)
         return str(found)
     return str(folder / "best.ckpt") if asked == "best" else asked

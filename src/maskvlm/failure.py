@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.peers import blamed
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
 
@@ -36,9 +37,10 @@ def report(error: BaseException, folder: Path | None = None, debug: bool = False
     """
     if debug:
         traceback.print_exception(error)
-    line = user_line(error) or _bug(error, folder)
+    lost = blamed(error)
+    line = user_line(lost or error) or _bug(error, folder)
     rank = process_rank()
-    first = _first_to_fail(folder, rank)
+    first = _first_to_fail(folder, rank, line.code)
     if first == rank:
         print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{line.text}", file=sys.stderr)
     else:
@@ -50,6 +52,8 @@ def user_line(error: BaseException) -> Line | None:
     """The line for what a user can mend; None for a bug."""
     if worker := _from_worker(str(error)):
         return worker
+    if lost := _worker_lost(str(error)):
+        return Line(_one_line(str(lost)), lost.code)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
@@ -60,6 +64,9 @@ def user_line(error: BaseException) -> Line | None:
         return Line(f"{error.filename or 'disk'}: no space left. Free some space.", ExitCode.IO_ERROR)
     if name == "MisconfigurationException":
         return Line(f"trainer: {text}", ExitCode.USAGE)
+    if isinstance(error, MemoryError):
+        todo = "Lower data.batch_size or data.workers, or give the job more memory"
+        return Line(f"memory: none is left ({text or name}). {todo}.", ExitCode.IO_ERROR)
     if name == "OutOfMemoryError":
         todo = "Lower data.batch_size, or share it over more passes with trainer.accumulate_grad_batches"
         return Line(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
@@ -76,13 +83,25 @@ def _from_worker(text: str) -> Line | None:
     return None
 
 
+def _worker_lost(text: str) -> UserError | None:
+    """A data worker that died or is late; where no worker was ever started, torch is not imported for it."""
+    if "maskvlm.data.workers" not in sys.modules:
+        return None
+    from maskvlm.data.workers import lost_worker
+
+    return lost_worker(text)
+
+
 def _all_subclasses(kind: type) -> list[type]:
     subclasses: list[type] = kind.__subclasses__()
     return [deep for sub in subclasses for deep in (sub, *_all_subclasses(sub))]
 
 
 def _bug(error: BaseException, folder: Path | None) -> Line:
-    text = _one_line(f"{type(error).__name__}: {error}")[:300].rstrip(".")
+    text = f"{type(error).__name__}: {error}"
+    if "\nOriginal Traceback" in text:  # of a data worker; what matters comes last
+        text = re.split(r"^ .*$", text.rstrip(), flags=re.MULTILINE)[-1]
+    text = _one_line(text)[:300].rstrip(".")
     name = f"crash-rank{process_rank()}.txt" if process_rank() else "crash.txt"
     path = (folder or Path("checkpoints")) / name
     try:
@@ -100,7 +119,7 @@ def process_rank() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-def _first_to_fail(folder: Path | None, rank: int) -> int:
+def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
     """Each process tries to create the same file; who succeeds was first. No communication, so no hang."""
     # Lightning's launcher forgets WORLD_SIZE on its way out, but not LOCAL_RANK.
     several = "LOCAL_RANK" in os.environ or "RANK" in os.environ or "SLURM_PROCID" in os.environ
@@ -108,7 +127,7 @@ def _first_to_fail(folder: Path | None, rank: int) -> int:
         return rank
     try:
         with (folder / FIRST).open("x") as file:
-            file.write(f"{rank}\n")
+            file.write(f"{rank} {int(code)}\n")
         return rank
     except FileExistsError:
         words = (folder / FIRST).read_text().split()

@@ -20,6 +20,9 @@ from maskvlm.errors import ExitCode, UserError
 MOST_NESTED = 4  # of `${oc.env:A,${oc.env:B,c}}`
 
 
+OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
+
+
 class Place(NamedTuple):
     """Where a key was given (`file:line` or option), the dotted key without init_args, the value's text."""
 
@@ -144,7 +147,8 @@ def options(arguments: list[str]) -> list[Place]:
         if word.startswith("--") and word != "--config":
             option, equals, value = word.partition("=")
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            found.append(Place(option, _flat(option[2:].rstrip("+")), value if equals else following))
+            key = _flat(option[2:].rstrip("+"))
+            found.append(Place(option, OTHER_NAMES.get(key, key), value if equals else following))
     return found
 
 

@@ -26,6 +26,7 @@ FREE = (
     "trainer.enable_progress_bar",
     "trainer.callbacks[StepGuard]",
     "data.init_args.workers",
+    "patience",
 )
 """What may differ when a run goes on: on what it runs, and when it gives up. Losses stay what they are but for the
 rounding of sums."""

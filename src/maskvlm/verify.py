@@ -65,7 +65,7 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
             return path
     if candidates:
         what = f"none of its {len(candidates)} checkpoints is whole"
-        raise bad(folder, what, "Start afresh in another folder (--run), or restore a copy", ExitCode.REFUSED)
+        raise bad(folder, what, "Start afresh in another folder (--folder), or restore a copy", ExitCode.REFUSED)
     return None
 
 

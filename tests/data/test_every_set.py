@@ -178,7 +178,7 @@ def test_raw_prepared_trained(name: str, tmp_path: Path, at_the_root: Path, caps
     capsys.readouterr()
     run = tmp_path / "run"
     arguments = composed("pretrain", f"DATA={as_name}", "WHERE=cpu")
-    arguments[arguments.index("--run") + 1] = str(run)
+    arguments[arguments.index("--folder") + 1] = str(run)
     assert main([*arguments, *SHORT]) == 0, capsys.readouterr().err
     facts = json.loads((run / "versions.json").read_text())
     assert facts["finished"]["step"] == 2
@@ -235,7 +235,7 @@ def test_sets_of_tasks(name: str, tmp_path: Path, at_the_root: Path, shared_data
     make(shared_data / place, tmp_path / "raw")
     assert main(["data", name, str(tmp_path / "raw"), "--out", str(at_the_root / name), "--workers", "1"]) == 0
     arguments = composed("finetune", f"TASK={task}", f"DATA={name}", "FROM=random", "WHERE=cpu")
-    arguments[arguments.index("--run") + 1] = str(tmp_path / "run")
+    arguments[arguments.index("--folder") + 1] = str(tmp_path / "run")
     small = ["--model.backbone.image.image_size=48", *["--data.source.min_count=1"] * (task == "vqa")]
     assert main([*arguments, *small, *SHORT, "--data.eval_batch_size=4", "--trainer.limit_val_batches=1.0"]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -268,5 +268,5 @@ def test_exactly_the_broken_rows_are_left_out(kind: str, tmp_path: Path, at_the_
     assert len(pairs) == len(expected.good)
     assert any("\U0001f415" in text or ord(max(text)) > 0x1F000 for texts in captions for text in texts)
     arguments = composed("pretrain", "DATA=bad", "WHERE=cpu")
-    arguments[arguments.index("--run") + 1] = str(tmp_path / "run")
+    arguments[arguments.index("--folder") + 1] = str(tmp_path / "run")
     assert main([*arguments, *SHORT]) == 0

@@ -15,6 +15,7 @@ from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples,
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, clean_caption, stable_id
+from maskvlm.data.workers import at
 from maskvlm.distributed import mix
 from maskvlm.errors import ExitCode, UserError
 
@@ -53,6 +54,7 @@ class TrainExamples(Dataset[ExampleSample]):
 
     def __getitem__(self, pick: Pick) -> ExampleSample:
         example = self.examples[pick.row]
+        at(example["origin"])
         text, note = clean_caption(example["text"])
         problem, valid = (f"caption {note}", example["origin"]) if note else None, True
         with torch.random.fork_rng(devices=[]):
@@ -79,6 +81,7 @@ class EvalExamples(Dataset[ExampleSample]):
 
     def __getitem__(self, index: int) -> ExampleSample:
         example = self.examples[index]
+        at(example["origin"])
         if not clean_caption(example["text"])[0]:
             raise UserError(example["origin"], "no words in its text", "Mend or remove the row", ExitCode.BAD_DATA)
         images = [self.transform(picture) for picture in opened(example)]

@@ -19,14 +19,14 @@ from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExampl
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.leaks import left_out, without_leaks
 from maskvlm.data.pairs import Collate, EvalPairs, Part, TrainPairs
-from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
+from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, picture_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
 from maskvlm.data.unknown import check_unknown, some_captions, some_texts
+from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.distributed import cores, gather_objects, rank, world_size
 from maskvlm.errors import ExitCode, UserError, check_least
-from maskvlm.signals import end_with_parent
 
 MOST_LISTED = 1000
 
@@ -192,10 +192,7 @@ class PairData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         share = self.share
-        if share * self.accumulate != self.batch_size or share % world_size():
-            whom = f"{world_size()} processes x {self.accumulate} accumulated passes"
-            todo = "choose a batch size they divide"
-            raise UserError("data.batch_size", f"{self.batch_size} pairs cannot be shared by {whom}", todo)
+        check_share(self.batch_size, self.accumulate, world_size())
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment)
         if hasattr(pairs, "stream"):
@@ -203,7 +200,7 @@ class PairData(L.LightningDataModule):
             part = Part(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
             waits = {} if not self.start else {"timeout": 0}  # reading over what was consumed takes its time
-            return self._loader(samples, samples.loader, batch_size=part.size, **waits)
+            return self._loader(samples, part.size, samples.loader, batch_size=part.size, **waits)
         order = FlatOrder(len(pairs), self.seed)
         sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
@@ -211,7 +208,7 @@ class PairData(L.LightningDataModule):
             data = TrainExamples(pairs, transform, self.seed, self.spec.image_size)
         else:
             data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
-        return self._loader(data, batch_sampler=sampler)
+        return self._loader(data, share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation(self.splits["val"])
@@ -223,26 +220,24 @@ class PairData(L.LightningDataModule):
         """Each process takes its own batches: no picture is padded in or counted twice, and a batch (whose masks
         and wrong partners depend on what is in it) is the same for any number of processes that the batches of
         `eval_batch_size` suffice for."""
-        if len(pairs) < world_size():
-            what = f"{len(pairs)} pictures are fewer than the {world_size()} processes that measure them"
-            raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
-        # No process may be left without a batch: Lightning would stop, and the others wait for it for ever.
-        size, whole = min(self.eval_batch_size, len(pairs) // world_size()), range(len(pairs))
+        size, whole = size_for_all(len(pairs), self.eval_batch_size, world_size()), range(len(pairs))
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         mine = batches[rank() :: world_size()]
         kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
-        return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), batch_sampler=mine)
+        return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), size, batch_sampler=mine)
 
-    def _loader(self, data: Dataset[Any], kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any) -> DataLoader[Any]:
+    def _loader(
+        self, data: Dataset[Any], size: int, kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any
+    ) -> DataLoader[Any]:
+        """size: samples in a batch of this process."""
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
         collate: Callable[..., Any] = Collate(captioner, ToTensor(self.spec))
         if isinstance(self.source, ExampleSource):
             collate = CollateExamples(captioner, self.source)
-        workers = self._readers()
-        timeout, pinned = 120 if workers else 0, self._on_gpu()
-        settings = {"collate_fn": collate, "num_workers": workers, "timeout": timeout, "pin_memory": pinned, **kwargs}
-        return kind(data, worker_init_fn=end_with_parent, **settings)
+        if workers := self._readers():
+            check_shared(4 * 3 * self.spec.image_size**2 * size, workers, getattr(self.trainer, "num_devices", 1))
+        return noted_loader(kind, data, collate, workers, pin_memory=self._on_gpu(), **kwargs)
 
     def _on_gpu(self) -> bool:
         strategy = getattr(self.trainer, "strategy", None)

@@ -15,6 +15,7 @@ from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, caption_id, clean_caption, stable_id
 from maskvlm.data.transforms import ToTensor
+from maskvlm.data.workers import at
 from maskvlm.distributed import mix
 from maskvlm.errors import ExitCode, UserError
 
@@ -63,6 +64,7 @@ class TrainPairs(Dataset[Sample]):
 
     def sample(self, row: Row, pick: Pick) -> Sample:
         """What is shown of a row; a source without rows by number picks by numbers of its own."""
+        at(row["origin"], row["image_id"])
         # The generator of a data worker serves nothing else, so there is no state to bring back.
         with torch.random.fork_rng(devices=[], enabled=get_worker_info() is None):
             # torch.manual_seed would also note the stack for every GPU backend: 0.5 ms, as long as all the rest
@@ -120,6 +122,7 @@ class EvalPairs(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         row = self.pairs[index]
+        at(row["origin"], row["image_id"])
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         if not captions:
             raise UserError(row["origin"], "no caption with words", "Mend or remove the row", ExitCode.BAD_DATA)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Sampler
 
 from maskvlm.distributed import mix
+from maskvlm.errors import UserError
 
 
 class Pick(NamedTuple):
@@ -69,3 +70,28 @@ class FlatBatchSampler(Sampler[list[Pick]]):
         for step in range(self.start, self.steps):
             first = step * self.batch_size + self.rank * share
             yield [self.order[position] for position in range(first, first + share)]
+
+
+def check_share(batch_size: int, passes: int, world: int) -> None:
+    """Every process must get the same number of samples in every pass: processes with other shapes wait for ever.
+
+    Raises:
+        UserError: a global batch cannot be dealt out so.
+    """
+    if batch_size % (passes * world):
+        whom = f"{world} processes x {passes} accumulated passes"
+        what = f"{batch_size} pairs cannot be shared by {whom}"
+        raise UserError("data.batch_size", what, "choose a batch size they divide")
+
+
+def size_for_all(count: int, most: int, world: int) -> int:
+    """Rows in an evaluation batch of at most `most`, such that no process is left without a batch: Lightning would end
+    it there, and the others would wait for it for ever.
+
+    Raises:
+        UserError: there are fewer rows than processes.
+    """
+    if count < world:
+        what = f"{count} pictures are fewer than the {world} processes that measure them"
+        raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
+    return min(most, count // world)

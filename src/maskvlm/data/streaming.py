@@ -63,11 +63,7 @@ class StreamedPairs:
         Raises:
             UserError: there are too few shards for every data worker to have one.
         """
-        needed = part.world * max(1, workers)
-        if len(self.shards) < needed:
-            what = f"{len(self.shards)} shards for {part.world} processes with {max(1, workers)} data workers each"
-            todo = f"Cut the set into {needed} shards or more, or lower data.workers"
-            raise UserError("data.source.root", what, todo)
+        check_shards(len(self.shards), part.world, max(1, workers))
         if rank() == 0:
             if len(self.shards) % part.world:
                 print(f"every process reads all {len(self.shards)} shards: no multiple of {part.world} processes")
@@ -87,6 +83,14 @@ class StreamedPairs:
             if found["problem"] is None:
                 yield from found["row"].captions
                 most -= 1
+
+
+def check_shards(shards: int, processes: int, workers: int) -> None:
+    """Raises UserError where some data worker would have no shard to read."""
+    if shards < processes * workers:
+        what = f"{shards} shards for {processes} processes with {workers} data workers each"
+        todo = f"Cut the set into {processes * workers} shards or more, or lower data.workers"
+        raise UserError("data.source.root", what, todo)
 
 
 class StreamLoader(DataLoader[Sample]):

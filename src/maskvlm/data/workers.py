@@ -1,0 +1,262 @@
+"""Data workers: which sample each is at, so that what happens to one is told with its cause and its sample.
+
+A worker notes the sample before it reads it, in a few bytes that the main process sees, too. One that is killed, hangs
+or finds no memory then ends the command with one line and exit status 74.
+"""
+
+import atexit
+import multiprocessing
+import multiprocessing.queues
+import os
+import re
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from maskvlm.errors import ExitCode, UserError
+from maskvlm.signals import end_with_parent
+
+PATIENCE = 120.0  # seconds that the main process waits for a batch
+AHEAD = 2  # batches that each worker prepares (torch's prefetch_factor)
+SHARED = "/dev/shm"  # where torch keeps what workers hand over
+NO_SPACE = "unable to allocate shared memory"  # torch's words
+FEWER = "Lower data.workers or data.batch_size"
+LARGER = f"{FEWER}, or make {SHARED} larger (docker run --shm-size 8g or --ipc host)"
+HEAD = struct.Struct("=qqqd")
+BYTES = 512  # of one worker
+IDLE, READS, ENDS = 0, 1, 2
+
+
+class At(NamedTuple):
+    """What a worker says of itself. since: of the system's monotonic clock; told: the row's origin, or why it ends."""
+
+    pid: int
+    state: int
+    sample: int
+    since: float
+    told: str
+
+    def __str__(self) -> str:
+        number = f"sample {self.sample}" if self.sample >= 0 else "a sample"
+        return f"{number} ({self.told})" if self.told else number
+
+
+class Board:
+    """What each of a loader's workers says of itself, in memory that they share with the main process."""
+
+    def __init__(self, workers: int) -> None:
+        self.shared_WN = torch.zeros(workers, BYTES, dtype=torch.uint8).share_memory_()
+
+    def write(self, worker: int, at: At) -> None:
+        row = HEAD.pack(*at[:4]) + at.told.encode(errors="replace")[: BYTES - HEAD.size - 1] + b"\0"
+        self.shared_WN[worker].numpy()[: len(row)] = np.frombuffer(row, np.uint8)
+
+    def read(self) -> list[At]:
+        """Of all workers."""
+        rows = [row.numpy().tobytes() for row in self.shared_WN]
+        texts = [row[HEAD.size :].partition(b"\0")[0].decode(errors="replace") for row in rows]
+        return [At._make((*HEAD.unpack_from(row), text)) for row, text in zip(rows, texts, strict=True)]
+
+
+class Notes:
+    """What this process is at; on a board where it is a worker."""
+
+    def __init__(self) -> None:
+        self.board: Board | None = None
+        self.worker = 0
+        self.now = At(0, IDLE, -1, 0.0, "")
+
+    def __call__(self, state: int, sample: int, told: str = "") -> None:
+        self.now = At(os.getpid(), state, sample, time.monotonic(), told)
+        if self.board is not None:
+            self.board.write(self.worker, self.now)
+
+
+NOTE = Notes()
+BOARDS: list[Board] = []  # of the loaders of this process, the newest last
+
+
+def at(origin: str, image_id: str = "") -> None:
+    """What is read is this row: its data set tells as soon as it knows, before the picture is decoded."""
+    NOTE(READS, NOTE.now.sample, f"{origin}, {image_id}" if image_id not in origin else origin)
+
+
+class Begin:
+    """What a worker does first. Args: the board that it writes on."""
+
+    def __init__(self, workers: int) -> None:
+        self.board = Board(workers)
+        BOARDS[:] = [*BOARDS[-7:], self.board]
+
+    def __call__(self, worker: int) -> None:
+        end_with_parent(worker)
+        NOTE.board, NOTE.worker = self.board, worker
+        NOTE(IDLE, -1)
+        # Python drops a batch that cannot be handed over, and the main process would wait for it.
+        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_hand_over)  # type: ignore[attr-defined]
+
+
+def cannot_hand_over(error: Exception, thing: object) -> None:
+    """In a worker whose finished batch does not reach the main process: say why, and end."""
+    full = NO_SPACE in str(error)
+    NOTE(ENDS, NOTE.now.sample, f"{SHARED} is full" if full else f"it could not hand over a batch: {error}")
+    os._exit(int(ExitCode.IO_ERROR))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+class Noted(Dataset[Any]):
+    """A data set that notes which sample is read."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, pick: Any) -> Any:
+        NOTE(READS, getattr(pick, "row", pick))
+        with naming():
+            return self.data[pick]
+
+
+class NotedStream(IterableDataset[Any]):
+    """The same of a stream, whose samples have no number."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.batches, self.start = data.batches, data.start
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = iter(self.data)
+        while True:
+            NOTE(READS, -1)
+            with naming():
+                sample = next(samples, None)
+            if sample is None:
+                return
+            yield sample
+
+
+class Collated:
+    """Makes a batch of samples, as `collate` does; then the worker waits for its next task."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        with naming():
+            batch = self.collate(samples)
+        NOTE(IDLE, NOTE.now.sample, NOTE.now.told)
+        return batch
+
+
+@contextmanager
+def naming() -> Iterator[None]:
+    """What goes wrong inside is told with the sample that was read."""
+    try:
+        yield
+    except Exception as error:
+        if lack := no_memory(error):
+            raise lack from None
+        error.add_note(f"while reading {NOTE.now}")
+        raise
+
+
+def no_memory(error: Exception) -> UserError | None:
+    """One line (74) where memory is what is missing."""
+    if isinstance(error, MemoryError):
+        what = f"no memory left at {NOTE.now} ({str(error) or 'MemoryError'})"
+        return UserError("data worker", what, f"{FEWER}, or give the job more memory", ExitCode.IO_ERROR)
+    if NO_SPACE in str(error):
+        return UserError(SHARED, f"is full at {NOTE.now}", LARGER, ExitCode.IO_ERROR)
+    return None
+
+
+def noted_loader(
+    kind: type[DataLoader[Any]], data: Any, collate: Callable[[Any], Any], workers: int, **settings: Any
+) -> DataLoader[Any]:
+    """A loader whose workers say what they are at, and that waits for a batch no longer than `PATIENCE`."""
+    noted = NotedStream(data) if isinstance(data, IterableDataset) else Noted(data)
+    if workers:
+        settings = {"timeout": PATIENCE, "worker_init_fn": Begin(workers)} | settings
+    return kind(noted, collate_fn=Collated(collate), num_workers=workers, **settings)
+
+
+# ---------------------------------------------------------------------- in the main process
+
+
+@atexit.register
+def end_workers() -> None:
+    """At the end of this process: those that hang would be waited for, and do not heed SIGTERM (`signals.py`)."""
+    if pids := {at.pid for board in BOARDS for at in board.read()}:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever else ends now
+    for child in multiprocessing.active_children():
+        if child.pid in pids:
+            child.kill()
+
+
+def check_shared(batch: int, workers: int, processes: int = 1) -> None:
+    """Before workers start: whether what they prepare finds a place.
+
+    Args:
+        batch: bytes of one batch's pictures.
+        workers: of one process.
+        processes: that share this machine.
+
+    Raises:
+        UserError: it does not (74).
+    """
+    if not os.path.isdir(SHARED):
+        return  # macOS and Windows have no such folder
+    room, needed = os.statvfs(SHARED), (AHEAD * workers + 1) * batch * processes
+    free = room.f_bavail * room.f_frsize
+    if free < needed:
+        what = f"{free / 1e6:,.1f} MB are free, {processes} x {workers} data workers prepare {needed / 1e6:,.1f} MB"
+        raise UserError(SHARED, what, LARGER, ExitCode.IO_ERROR)
+
+
+def lost_worker(text: str) -> UserError | None:
+    """What torch says of a worker that died or is late, with the cause and the samples; None of anything else.
+
+    Args:
+        text: of torch's RuntimeError, which may reach the main process at any moment (it comes by a signal).
+    """
+    died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited)", text)
+    if died:
+        pids = {int(pid) for pid in died[1].split(",")}
+        fallen = [at for board in BOARDS for at in board.read() if at.pid in pids]
+        return UserError(f"data worker (process {died[1]})", *cause_of(died[2], fallen), ExitCode.IO_ERROR)
+    late = re.search(r"DataLoader timed out after (\d+)", text)
+    if late:
+        now = time.monotonic()
+        slow = sorted((at for board in BOARDS for at in board.read() if at.state == READS), key=lambda at: at.since)
+        each = [f"process {at.pid} has been at {at} for {now - at.since:.0f} s" for at in slow[:3]]
+        what = f"no batch came within {late[1]} s; {'; '.join(each) or 'none of them reads'}"
+        todo = "Look at these samples, and at the disk or network that they come from"
+        return UserError("data workers", what, todo, ExitCode.IO_ERROR)
+    return None
+
+
+def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
+    """What happened to workers, and what to do."""
+    where = ", ".join(map(str, fallen)) or "an unknown sample"
+    causes = [at.told for at in fallen if at.state == ENDS]
+    if causes:
+        return f"{causes[0]} (after sample {fallen[0].sample})", LARGER
+    if killed_by == "Killed":
+        what = f"was killed at {where}: by somebody, or by the system as memory ran out"
+        return what, f"{FEWER}, or give the job more memory"
+    if killed_by == "Bus error":
+        what = f"met a bus error at {where}: {SHARED} is full, or a file became shorter while it was read"
+        return what, f"Check the data (make data-check). {LARGER}"
+    how = f"was ended ({killed_by.lower()})" if killed_by else "ended by itself"
+    return f"{how} at {where}", "Look at this sample; data.workers 0 reads it in the main process"

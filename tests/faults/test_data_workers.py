@@ -1,0 +1,186 @@
+"""Rows 11, 12, 16 and a full /dev/shm: what happens to a data worker is one line with its cause and its sample."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forks import ROOT, Forks, environment, small
+from guards import Build
+
+from maskvlm.data.workers import At, Board
+from maskvlm.errors import ExitCode
+from maskvlm.peers import alive
+
+SAMPLE = "sample 33 (scenes (seed 0) train picture 33, scene d423ee8d041a9a75)"
+LOST, NAMED = "maskvlm.data.workers:lost_worker", "maskvlm.data.workers:no_memory"
+
+
+def run(forks: Forks, tmp_path: Path, build: Build, fault: str) -> tuple[int | str, list[str]]:
+    """Exit status and error lines of a training whose worker meets `fault`."""
+    words = small(tmp_path / "run", "--data.workers=2", "--data.steps=40", fault=fault)
+    sooner = {"maskvlm.data.workers:PATIENCE": 2, "torch.utils.data._utils:MP_STATUS_CHECK_INTERVAL": 0.5}
+    child = forks.start(words, tmp_path / "log.txt", build=build, settings=sooner)
+    code = child.wait(60)
+    assert not child.said("Traceback")
+    return code, child.said("error: ")
+
+
+def one_line(found: tuple[int | str, list[str]], *parts: str) -> None:
+    """74, and one line with these parts and the sample."""
+    code, said = found
+    assert (code, len(said)) == (ExitCode.IO_ERROR, 1)
+    assert all(part in said[0] for part in (*parts, SAMPLE))
+    assert "This is a bug" not in said[0]
+
+
+@pytest.mark.guard(LOST)
+def test_a_worker_that_is_killed(forks: Forks, tmp_path: Path, build: Build) -> None:
+    one_line(run(forks, tmp_path, build, "killed"), "was killed", "memory ran out")
+
+
+@pytest.mark.guard(LOST)
+def test_a_worker_that_ends(forks: Forks, tmp_path: Path, build: Build) -> None:
+    one_line(run(forks, tmp_path, build, "exits"), "ended by itself")
+
+
+@pytest.mark.guard(LOST)
+def test_a_worker_that_meets_a_bus_error(forks: Forks, tmp_path: Path, build: Build) -> None:
+    """The signal is what a full /dev/shm or a truncated memory-mapped file gives."""
+    code, said = run(forks, tmp_path, build, "bus error")
+    assert code == ExitCode.IO_ERROR
+    assert SAMPLE in said[-1]
+    assert "/dev/shm is full, or a file became shorter" in said[-1]
+
+
+@pytest.mark.guard(LOST)
+def test_a_worker_that_hangs(forks: Forks, tmp_path: Path, build: Build) -> None:
+    one_line(run(forks, tmp_path, build, "hangs"), "no batch came within 2 s", "has been at")
+
+
+ENDS = """
+import sys, time
+import torch.utils.data._utils as utils
+from guards import without
+from torch.utils.data import DataLoader, Dataset
+from maskvlm.data import workers
+
+class Hangs(Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        time.sleep(1000)
+
+workers.PATIENCE, utils.MP_STATUS_CHECK_INTERVAL = 2, 0.3
+gone = without(*sys.argv[1:])
+gone.__enter__()  # to the very end
+try:
+    next(iter(workers.noted_loader(DataLoader, Hangs(), list, 1)))
+except RuntimeError as error:
+    print(workers.lost_worker(str(error)), flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.guard("maskvlm.data.workers:end_workers")
+def test_a_process_ends_though_a_worker_hangs(tmp_path: Path, build: Build) -> None:
+    """Python waits for the process at its end, and SIGTERM is not heeded there."""
+    taken = [build.guard, build.gives] if build.guard else ["maskvlm.stopped:requeue"]  # any other
+    command = [sys.executable, "-c", ENDS.replace("    sys.exit(7)", "").rstrip() + "\n    atexit_now()", *taken]
+    command[2] = ENDS
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        try:
+            code: int | None = process.wait(5)
+        except subprocess.TimeoutExpired:
+            code = None
+            process.kill()
+    assert said.startswith("data workers: no batch came within 2 s; process ")
+    assert code == 7
+
+
+@pytest.mark.guard(NAMED)
+def test_a_worker_without_memory(forks: Forks, tmp_path: Path, build: Build) -> None:
+    one_line(run(forks, tmp_path, build, "memory"), "no memory left", "Unable to allocate 1.00 GiB")
+
+
+def test_a_bug_in_a_worker_names_the_sample(forks: Forks, tmp_path: Path) -> None:
+    code, said = run(forks, tmp_path, Build(), "raises")
+    assert code == ExitCode.OUR_BUG
+    assert f"RuntimeError: something nobody thought of while reading {SAMPLE}. This is a bug" in said[0]
+
+
+def test_the_board_holds_what_a_worker_says() -> None:
+    board = Board(2)
+    first, second = At(1, 1, 2**40, 2.5, "é" * 400), At(3, 0, -1, 0.0, "")
+    board.write(0, first)
+    board.write(1, first)
+    board.write(1, second)
+    read = board.read()
+    assert read[0][:4] == first[:4]
+    assert "é" * 200 in read[0].told
+    assert read[1] == second
+    assert (str(first._replace(told="x")), str(second)) == (f"sample {2**40} (x)", "a sample")
+
+
+# ---------------------------------------------------------------------- /dev/shm
+
+
+@pytest.fixture(scope="module")
+def confined() -> Iterator[Forks]:
+    """Commands in a namespace of their own, whose /dev/shm holds 20 MB."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare -m (root on Linux) to mount a small /dev/shm")
+    script = 'mount -t tmpfs -o size=20m tmpfs /dev/shm && exec "$@"'
+    with Forks("unshare", "-m", "sh", "-c", script, "sh") as made:
+        yield made
+
+
+@pytest.mark.guard("maskvlm.data.workers:check_shared")
+def test_shared_memory_that_is_too_small_is_found_before_workers_start(
+    confined: Forks, tmp_path: Path, build: Build
+) -> None:
+    words = small(tmp_path / "run", "--data.workers=2", "--data.steps=1", "--data.batch_size=256")
+    child = confined.start(words, tmp_path / "log.txt", build=build)
+    assert child.wait(60) == ExitCode.IO_ERROR
+    said = "error: /dev/shm: 21.0 MB are free, 1 x 2 data workers prepare 35.4 MB. Lower data.workers"
+    assert child.said("error: ")[0].startswith(said)
+
+
+@pytest.mark.guard(NAMED)
+def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, build: Build) -> None:
+    code, said = run(confined, tmp_path, build, "shared memory")
+    assert code == ExitCode.IO_ERROR
+    assert said[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
+
+
+# ---------------------------------------------------------------------- orphans
+
+
+@pytest.mark.guard("maskvlm.signals:end_with_parent")
+def test_workers_end_with_a_process_that_is_killed(forks: Forks, tmp_path: Path, build: Build) -> None:
+    """In less than a second; a worker that hangs in a read does not look for its parent."""
+    words = small(tmp_path / "run", "--data.workers=2", "--data.steps=40", fault="hangs")
+    child = forks.start(words, tmp_path / "log.txt", build=build)
+    until, workers = time.monotonic() + 30, list[int]()
+    while len(workers) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        workers = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+    time.sleep(0.7)  # one of them hangs by now
+    child.signal(signal.SIGKILL)
+    assert child.wait(5) == -signal.SIGKILL
+    time.sleep(0.9)
+    left = [pid for pid in workers if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2
+    assert left == []
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults of Linux processes")
