@@ -26,13 +26,12 @@ from maskvlm.lit import LitModel
 from maskvlm.lock import HELD
 from maskvlm.outputs import writing
 from maskvlm.parser import MODE, Complaint, Parser, parsed, prepare
-from maskvlm.rebuild import check_size
-from maskvlm.recipe import backbone_yaml, portable_yaml, recipe_of, task_yaml
+from maskvlm.rebuild import model_of
+from maskvlm.recipe import portable_yaml, task_yaml
 from maskvlm.resume import LAST, check_finite
 from maskvlm.run import SaveConfig, claim, finish
 from maskvlm.signals import CAUGHT
 from maskvlm.standing import may_go_on, newest_of
-from maskvlm.start import read_content, start_of
 from maskvlm.verify import newest_valid
 from maskvlm.watch import watch
 
@@ -296,8 +295,5 @@ def with_model(arguments: list[str]) -> Iterator[list[str]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.yaml"
-        content = read_content(starts[-1])
-        recipe = recipe_of(content, starts[-1])
-        check_size(recipe, start_of(content, starts[-1]))
-        file.write_text(backbone_yaml(recipe), encoding="utf-8")
+        file.write_text(model_of(starts[-1]), encoding="utf-8")
         yield [arguments[0], "-c", str(file), *arguments[1:]]

@@ -3,7 +3,6 @@
 Of several processes the first to fail tells the cause, the others only who that was.
 """
 
-import errno
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.outputs import cannot_write
 from maskvlm.peers import blamed
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
@@ -60,8 +60,8 @@ def user_line(error: BaseException) -> Line | None:
             return Line(_one_line(str(cause)), cause.code)
         cause = cause.__cause__
     name, text = type(error).__name__, _one_line(str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Line(f"{error.filename or 'disk'}: no space left. Free some space.", ExitCode.IO_ERROR)
+    if isinstance(error, OSError) and (told := cannot_write(error)):
+        return Line(_one_line(str(told)), told.code)
     if name == "MisconfigurationException":
         return Line(f"trainer: {text}", ExitCode.USAGE)
     if isinstance(error, MemoryError):

@@ -21,8 +21,8 @@ from maskvlm.encoders import ImageEncoder, TextEncoder
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.model import MaskVLM
 from maskvlm.plain import NOTHING, AnyOf, Flag, Kind, Listed, OneOf, Real, Record, Table, Text, Whole, shown
-from maskvlm.recipe import TODO, Recipe
-from maskvlm.start import Start
+from maskvlm.recipe import TODO, Recipe, backbone_yaml, recipe_of
+from maskvlm.start import Start, read_content, start_of
 from maskvlm.task import Task
 from maskvlm.verify import first_line
 from maskvlm.weights import check_fit
@@ -58,6 +58,18 @@ def build(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[M
     task.build(backbone)
     task.inherit(origin.heads)
     return backbone.eval(), task.eval()
+
+
+def model_of(path: str) -> str:
+    """The backbone that a checkpoint was made with, checked, as YAML of a `-c` file; nothing else of it is told.
+
+    Raises:
+        UserError: as `read_content`, `recipe_of` and `check_size`.
+    """
+    content = read_content(path)
+    recipe = recipe_of(content, path)
+    check_size(recipe, start_of(content, path))
+    return backbone_yaml(recipe)
 
 
 def check_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
