@@ -9,7 +9,6 @@ Reading: `verify.py` checks the file before a single byte is unpickled, then pla
 import errno
 import hashlib
 import os
-import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from maskvlm.content import PLAIN, SCHEMA, check_content
 from maskvlm.disk import sync_folder
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.outputs import cannot_write
-from maskvlm.verify import ANOTHER, SIDE, Fact, bad, first_line, side_file, stated, verify
+from maskvlm.verify import ANOTHER, SIDE, Fact, asked_for, bad, first_line, side_file, stated, verify
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -158,8 +157,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
-        names = ", ".join(re.findall(r"GLOBAL ([\w.]+)", str(error))) or first_line(error)
-        what = f"loading it would run or import code ({names})"
+        what = f"loading it would run or import code ({asked_for(error)})"
         raise bad(path, what, "Take a checkpoint from a source you trust", ExitCode.REFUSED) from error
     except Exception as error:  # torch's unpickler and its tensor builders raise over a dozen types on wrong content
         raise bad(path, f"damaged ({first_line(error)})", ANOTHER) from error

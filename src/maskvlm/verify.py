@@ -6,6 +6,7 @@ number.
 """
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,11 @@ def side_file(path: Path) -> Path:
 
 def bad(where: object, what: str, todo: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
     return UserError(where, what, todo, code)
+
+
+def asked_for(error: BaseException) -> str:
+    """What a pickle would import, by torch's refusal; torch's own words advise to load it all the same."""
+    return ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or "it holds more than plain types"
 
 
 def first_line(error: BaseException) -> str:

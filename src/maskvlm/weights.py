@@ -21,7 +21,7 @@ from maskvlm.errors import ExitCode, UserError
 from maskvlm.hub import WEIGHT_FILES, Unreachable
 from maskvlm.plain import shown
 from maskvlm.provenance import Origin, Provenance
-from maskvlm.verify import first_line, verify
+from maskvlm.verify import asked_for, first_line, verify
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which training programs store weights beside other things; averaged ones first, as timm does."""
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # weights_only refuses with UnpicklingError, damage can raise anything
-        what = f"holds more than weights, and that could run code ({first_line(error)})"
+        what = f"holds more than weights, and that could run code ({asked_for(error)})"
         raise UserError(path, what, "Store its tensors with safetensors", ExitCode.REFUSED) from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         what = f"holds a {type(content).__name__}, no state dict"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import model_mutators
+import numpy
 import pytest
 import torch
 import yaml
@@ -31,6 +32,7 @@ from maskvlm.errors import ExitCode, UserError
 from maskvlm.folder import write_sums
 from maskvlm.pretrained import PretrainedMaskVLM
 from maskvlm.start import read_content
+from maskvlm.weights import read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = ROOT / "tests" / "fixtures" / "89274c0"
@@ -425,6 +427,17 @@ def test_berts_word_list_is_read_as_transformers_reads_it(tmp_path: Path) -> Non
     cased = read_tokenizer(tmp_path)
     assert cased is not None
     assert cased("A")["input_ids"] == [2, 1, 3]
+
+
+@pytest.mark.guard("maskvlm.verify:asked_for", gives="str(args[0])")
+@pytest.mark.parametrize("value", [numpy.float64(3), Path("x")], ids=["number", "path"])
+def test_nobody_is_told_how_to_load_what_could_run_code(build: Build, tmp_path: Path, value: Any) -> None:
+    torch.save({"x": torch.zeros(1), "y": value}, tmp_path / "x.pth")
+    for read in (read_state, checkpoint.load):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / "x.pth")
+        assert caught.value.code == ExitCode.REFUSED
+        assert not any(word in str(caught.value) for word in ("weights_only", "trust the source of", "safe_globals"))
 
 
 # ---------------------------------------------------------------------- random edits
