@@ -125,6 +125,8 @@ def wrong(
     else:
         if not step:
             found.append("no checkpoint")
+    if found:
+        found += [line[:300] for line in said.replace("\r", "\n").splitlines() if "rror:" in line][:3]
     return found
 
 

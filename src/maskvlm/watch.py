@@ -5,13 +5,17 @@ signal and no exception reaches. Stacks of all threads are left in the run's fol
 """
 
 import faulthandler
+import importlib
 import os
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.strategies import Strategy
@@ -114,7 +118,8 @@ def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
         if trainer.world_size > 1:
             threading.Thread(target=wait_for_others, args=(folder, meeting), daemon=True).start()
         try:
-            meet()
+            with new_store():
+                meet()
         except RuntimeError as error:
             raise port_taken(error) or error from None
         finally:
@@ -124,6 +129,25 @@ def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
 
     strategy.setup_environment = meet_and_watch  # type: ignore[method-assign]
     subprocess_script._ChildProcessObserver._terminate_all = child_ended  # type: ignore[assignment, method-assign]
+
+
+@contextmanager
+def new_store() -> Iterator[None]:
+    """Where torchrun has started all processes again, meet at a place of its own in the store.
+
+    torchrun keeps its store, and with it the addresses at which the processes before could be reached: who is early
+    would wait for one of those. Of several machines each counts its restarts for itself, so there the place stays.
+    """
+    names = ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    count, here, world = (os.environ.get(name) for name in names)
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # a function hides it
+    make = rendezvous._create_c10d_store
+    if count is not None and here == world:
+        rendezvous._create_c10d_store = lambda *args, **more: dist.PrefixStore(f"start {count}", make(*args, **more))
+    try:
+        yield
+    finally:
+        rendezvous._create_c10d_store = make
 
 
 def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
