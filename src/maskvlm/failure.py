@@ -58,6 +58,8 @@ def user_line(error: BaseException) -> Line | None:
     name, text = type(error).__name__, _one_line(str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Line(f"{error.filename or 'disk'}: no space left. Free some space.", ExitCode.IO_ERROR)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return Line(f"{_one_line(str(error.filename))[:60]}...: the name is too long. Give another.", ExitCode.USAGE)
     if name == "MisconfigurationException":
         return Line(f"trainer: {text}", ExitCode.USAGE)
     if name == "OutOfMemoryError":
