@@ -3,6 +3,7 @@
 Of several processes the first to fail tells the cause, the others only who that was.
 """
 
+import errno
 import os
 import re
 import sys
@@ -60,6 +61,8 @@ def user_line(error: BaseException) -> Line | None:
             return Line(_one_line(str(cause)), cause.code)
         cause = cause.__cause__
     name, text = type(error).__name__, _one_line(str(error))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return Line(f"{_one_line(str(error.filename))[:60]}...: the name is too long. Give another.", ExitCode.USAGE)
     if isinstance(error, OSError) and (told := cannot_write(error)):
         return Line(_one_line(str(told)), told.code)
     if name == "MisconfigurationException":

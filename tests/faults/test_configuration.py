@@ -330,6 +330,11 @@ def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable
     assert fails("--run", "x" * 100_001).code == ExitCode.REFUSED
 
 
+def test_an_over_long_name_is_one_line(stack: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--run", "x" * 300, *stack(WHERE="cpu")]) == ExitCode.USAGE
+    assert capsys.readouterr().err == f"error: {'x' * 60}...: the name is too long. Give another.\n"
+
+
 def test_help_of_a_class_with_words_behind_it_is_one_line(fails: Callable[..., UserError]) -> None:
     assert fails("--data.help", "--model.seed.help", "x").where == "x"
 

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskvlm.cli import Parsed, run
-from maskvlm.errors import UserError
 from maskvlm.failure import user_line
 from maskvlm.parser import option_names
 
@@ -85,9 +84,10 @@ def outcome(arguments: list[str], folder: Path) -> str:
     status: Any = 0
     try:
         run(Parsed, arguments)
-    except UserError as error:
+    except Exception as error:
         line = user_line(error)
-        assert line is not None
+        if line is None:
+            raise
         said = line.text
     except SystemExit as end:
         status = end.code
