@@ -6,6 +6,7 @@ number.
 """
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -134,5 +135,9 @@ def bad(where: object, what: str, todo: str, code: ExitCode = ExitCode.BAD_DATA)
 
 
 def first_line(error: BaseException) -> str:
-    """torch's advice on its further lines is to switch the protection off; it is not passed on."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What an error of torch says, without its advice to switch the protection off."""
+    text = str(error).strip()
+    if refused := re.search(r"(?:WeightsUnpickler error: |Trying to load )(.+?)(?:\. Please|\.?\n|$)", text):
+        return refused[1][:200]
+    line = (text.splitlines() or [""])[0][:200]
+    return line if line and "weights_only" not in line else type(error).__name__
