@@ -1,4 +1,4 @@
-"""Rows 24, 25, 28, 34, 38, 42, 43, 64 and D15: what no other file of tests holds. Real files, all of them tiny."""
+"""Rows 24, 25, 28, 34, 38, 42, 43, 64, D2 and D15: what no other file of tests holds. Real files, all of them tiny."""
 
 import io
 import json
@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from guards import Build
 from PIL import Image
 from torch import nn
 from transformers import BertConfig
 
 from maskvlm.checkpoint import SafeCheckpointIO, load, save
-from maskvlm.cli import Command, run
+from maskvlm.cli import Command, Parsed, run
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.example_sets import CollateExamples, EvalExamples
 from maskvlm.data.module import PairData
@@ -238,3 +239,29 @@ def test_what_an_evaluation_keeps_of_an_example_holds_no_picture() -> None:
     assert len(pickle.dumps(split[0])) > 10_000
     assert len(kept.own) == 12
     assert len(pickle.dumps(kept.own)) < 12 * 1000
+
+
+# ---------------------------------------------------------------------- what a checkpoint may set
+
+
+@pytest.mark.guard("maskvlm.plain:Record.read", gives="args[1]")
+@pytest.mark.parametrize("key", ["strategy", "profiler", "seed_everything"])
+def test_of_a_checkpoint_no_setting_of_the_trainer_is_taken(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """D2. As in the attacks on commit 89274c0: a strategy that runs a command, a profiler that writes elsewhere."""
+    monkeypatch.chdir(OLD.parents[2])
+    hook = {"class_path": "torch.utils.collect_env.run", "init_args": {"command": f"touch {tmp_path / 'mark'}"}}
+    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"ddp_comm_hook": hook}}
+    profiler = {"class_path": "SimpleProfiler", "init_args": {"dirpath": str(tmp_path / "elsewhere")}}
+    values = {"strategy": strategy, "profiler": profiler, "seed_everything": 77}
+    more = {key: values[key]} if key == "seed_everything" else {"trainer": {key: values[key]}}
+    content = load(OLD / "run" / "last.ckpt")
+    save(content | {"model": yaml.safe_dump(yaml.safe_load(content["model"]) | more)}, tmp_path / "x.ckpt")
+    files = ("conf/base.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml", "conf/where/cpu.yaml")
+    words = ["fit", "--from", str(tmp_path / "x.ckpt"), *(word for file in files for word in ("-c", file))]
+    with pytest.raises(UserError, match=rf"the key '{[*more][0]}' is not known here") as caught:
+        run(Parsed, words)
+    assert caught.value.code == ExitCode.REFUSED
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "elsewhere").exists()
