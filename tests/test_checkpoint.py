@@ -279,7 +279,7 @@ def test_a_read_only_folder_is_one_line(saved: Path, number: int, monkeypatch: p
 
 def test_lightning_uses_it(tmp_path: Path) -> None:
     plugin = SafeCheckpointIO()
-    plugin.save_checkpoint(content(), tmp_path / "x.ckpt")
+    plugin.save_checkpoint(content() | {"pytorch-lightning_version": "2.6.6"}, tmp_path / "x.ckpt")
     assert plugin.load_checkpoint(tmp_path / "x.ckpt")["epoch"] == 3
     plugin.remove_checkpoint(tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []

@@ -17,8 +17,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, cast
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from packaging.version import InvalidVersion, Version
 
 from maskvlm.content import PLAIN, SCHEMA, check_content
 from maskvlm.disk import sync_folder
@@ -164,6 +166,24 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     return check_content(content, path)
 
 
+def check_version(content: Mapping[str, Any], path: str | Path) -> None:
+    """Hold the release that wrote a run's state against the one that would go on from it. Lightning itself warns of a
+    later one and goes on.
+
+    Raises:
+        UserError: it was written by a later release than the one that is installed, or by none (65).
+    """
+    written = content.get("pytorch-lightning_version", "")
+    try:
+        later = Version(written).release[:2] > Version(L.__version__).release[:2]
+    except InvalidVersion as error:
+        what = f"tells no version of Lightning ({written!r})"
+        raise bad(path, what, "Start a new run --from this checkpoint, whose weights are whole") from error
+    if later:
+        what = f"its state was written by Lightning {written}, this is {L.__version__}"
+        raise bad(path, what, "Update lightning, or start a new run --from this checkpoint: it takes the weights alone")
+
+
 class SafeCheckpointIO(CheckpointIO):
     """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.SafeCheckpointIO]` makes it use this file."""
 
@@ -174,7 +194,9 @@ class SafeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return load(path, map_location)
+        content = load(path, map_location)
+        check_version(content, path)
+        return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Lightning asks for what a callback's state in a checkpoint names: a way out of the run's folder is none."""

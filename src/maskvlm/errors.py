@@ -1,5 +1,7 @@
 """The one exception for a user's mistake, and the exit codes (BSD sysexits) that go with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -39,6 +41,35 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, ExitCode]]:
         """Data workers send exceptions as pickles; the default would lose three of the four parts."""
         return type(self), (self.where, self.what, self.todo, self.code)
+
+
+class Absent:
+    """What is missing of several inputs, to be told in one line: who brings the first file need not come back for the
+    second."""
+
+    def __init__(self) -> None:
+        self.found: list[UserError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note an input that is missing (66) and go on; any other error passes."""
+        try:
+            yield
+        except UserError as error:
+            if error.code != ExitCode.MISSING_INPUT:
+                raise
+            self.found.append(error)
+
+    def check(self) -> None:
+        """Raises UserError (66) where something was missing: the first in full, the others by name."""
+        if not self.found:
+            return
+        first = self.found[0]
+        others = dict.fromkeys(f"{error.where}: {error.what}" for error in self.found)
+        del others[f"{first.where}: {first.what}"]
+        more = f"; and {len(others) - 9} more" if len(others) > 9 else ""
+        what = "; also missing: ".join([first.what, *([" | ".join([*others][:9]) + more] if others else [])])
+        raise UserError(first.where, what, first.todo, first.code)
 
 
 def check_least(least: float, **values: float | None) -> None:

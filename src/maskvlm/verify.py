@@ -140,5 +140,9 @@ def asked_for(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """torch's advice on its further lines is to switch the protection off; it is not passed on."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What an error of torch says, without its advice to switch the protection off."""
+    text = str(error).strip()
+    if refused := re.search(r"(?:WeightsUnpickler error: |Trying to load )(.+?)(?:\. Please|\.?\n|$)", text):
+        return refused[1][:200]
+    line = (text.splitlines() or [""])[0][:200]
+    return line if line and "weights_only" not in line else type(error).__name__

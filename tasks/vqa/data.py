@@ -30,7 +30,7 @@ from maskvlm.data.table import (
     cached_table,
     choose,
 )
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.errors import Absent, ExitCode, UserError
 from tasks.vqa.genome import parse_genome
 from tasks.vqa.vocabulary import (
     SAME_PART,
@@ -122,7 +122,11 @@ class VqaV2(ExampleSource):
         """
         if not (parts := self.parts.get(name)):
             raise UserError(f"data.source.{name}", "no part is named for this split", "Name one")
-        tables = [self._table(part, answered=name != "test") for part in parts]
+        tables, absent = [], Absent()
+        for part in parts:
+            with absent.noted():
+                tables.append(self._table(part, answered=name != "test"))
+        absent.check()
         album = open_album(self.images, self.root)
         chosen = []
         for part, table in zip(parts, tables, strict=True):

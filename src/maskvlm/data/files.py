@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from maskvlm.data.opening import TODO, Walk, byte_lines, check_inside, opened
 from maskvlm.data.strict_json import BadJson, kind_of, parse
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.errors import Absent, ExitCode, UserError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 """NLVR2 calls everything .png and VQA v2 everything .jpg; what is inside is found out on opening."""
@@ -37,11 +37,13 @@ class Line(NamedTuple):
 
 
 def digest_of(*files: Path, todo: str = TODO) -> str:
-    """SHA-256 of the files' contents, as hexadecimal digits; files as large as they like."""
-    digests = []
+    """SHA-256 of the files' contents, as hexadecimal digits; files as large as they like. Raises UserError where one
+    cannot be read; of those that are missing, all are named."""
+    digests, absent = [], Absent()
     for file in files:
-        with opened(file, todo) as stream:
+        with absent.noted(), opened(file, todo) as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    absent.check()
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
 from maskvlm.data.unknown import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.distributed import cores, gather_objects, rank, world_size
-from maskvlm.errors import ExitCode, UserError, check_least
+from maskvlm.errors import Absent, ExitCode, UserError, check_least
 
 MOST_LISTED = 1000
 
@@ -112,13 +112,17 @@ class PairData(L.LightningDataModule):
         return self.source.labels if isinstance(self.source, ExampleSource) else None
 
     def setup(self, stage: str) -> None:
-        if stage != "test":
-            self.splits["val"] = self.source.split("val")
-        if stage == "fit" or self.tokenizer is None:
-            pairs = without_leaks(self.source.split("train"), self.held_out, self.leaks)
-            self.splits["train"] = fraction_of(pairs, self.fraction, self.seed)
-        if stage == "test":
-            self.splits["test"] = self.source.split("test")
+        needed = ["test" if stage == "test" else "val"]
+        needed += ["train"] if stage == "fit" or self.tokenizer is None else []
+        absent, found = Absent(), {}
+        for name in needed:
+            with absent.noted():
+                found[name] = self.source.split(name)
+        absent.check()
+        if "train" in found:
+            pairs = without_leaks(found["train"], self.held_out, self.leaks)
+            found["train"] = fraction_of(pairs, self.fraction, self.seed)
+        self.splits |= found
         if self.tokenizer is None:
             # Deterministic, so every process arrives at the same tokenizer without a word between them.
             texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
