@@ -260,7 +260,7 @@ def test_of_a_checkpoint_no_setting_of_the_trainer_is_taken(
     save(content | {"model": yaml.safe_dump(yaml.safe_load(content["model"]) | more)}, tmp_path / "x.ckpt")
     files = ("conf/base.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml", "conf/where/cpu.yaml")
     words = ["fit", "--from", str(tmp_path / "x.ckpt"), *(word for file in files for word in ("-c", file))]
-    with pytest.raises(UserError, match=rf"the key '{[*more][0]}' is not known here") as caught:
+    with pytest.raises(UserError, match=rf"the key '{next(iter(more))}' is not known here") as caught:
         run(Parsed, words)
     assert caught.value.code == ExitCode.REFUSED
     assert not (tmp_path / "mark").exists()
