@@ -39,6 +39,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from maskvlm.errors import UserError  # noqa: E402
+from maskvlm.failure import user_line  # noqa: E402
 
 OLD = ROOT / "tests" / "fixtures" / "89274c0"
 LIMIT = 10.0  # seconds of one mutant
@@ -172,7 +173,7 @@ class Kinds:
         names = ("base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu")
         stack = [word for name in names for word in ("-c", f"conf/{name}.yaml")]
         parsed = run(Parsed, ["fit", "--run", "x", *stack])
-        whole = yaml.safe_load(parsed._parser("fit").dump(parsed.settings, skip_none=False))
+        whole = yaml.safe_load(parsed._parser("fit").dump(parsed.settings, skip_unset=False))
         kept = (
             "max_steps",
             "accelerator",
@@ -246,9 +247,10 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
     except Silent as error:
         found = "silent", str(error)
     except BaseException as error:
-        if show:
+        told = user_line(error)  # as the command would end
+        if show and told is None:
             traceback.print_exc()
-        found = "traceback", repr(error)[:300]
+        found = ("traceback", repr(error)[:300]) if told is None else (f"exit {int(told.code)}", "")
     if time.monotonic() - began > LIMIT + 1 and found[0] != "hang":
         found = "hang", f"{time.monotonic() - began:.0f} s"
     if kinds.mark.exists():

@@ -113,7 +113,8 @@ def _damaged(file: Path, what: str) -> UserError:
 
 def plain(text: object, most: int = 200) -> str:
     """For messages and ids: one line, printable, encodable."""
-    return clean_caption(str(text)[: most * 2])[0][:most]
+    cleaned = clean_caption(str(text)[: most * 2])[0][:most]
+    return cleaned if cleaned.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in cleaned)
 
 
 def short(value: object, most: int = 60) -> str:
