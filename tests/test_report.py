@@ -24,7 +24,7 @@ def run(folder: Path, report: Report, fit: bool = False, **settings: Any) -> L.T
     backbone.text.tokenizer = None
     task = MaskedPretraining(mask_block=PATCH, decoder_layers=1, contrast_dim=8, rerank_k=2)
     model = LitModel(backbone, task)
-    data = PairData(Scenes(8, 6, 6, SIZE), backbone.input_spec, batch_size=4, steps=3, eval_batch_size=4)
+    data = PairData(Scenes(8, 6, 6, SIZE), backbone.input_spec, batch_size=4, steps=3, eval_batch_size=4, max_unknown=1)
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, default_root_dir=folder, callbacks=[report],
         logger=[CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "")],

@@ -218,7 +218,7 @@ def test_links_within_a_set_and_to_a_set_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.guard("maskvlm.data.manifest:check_path")
-@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\x00b", "\udcff", "y" * 256])
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\x00b", "y" * 256])
 def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, capsys: Captured, build: Build) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())
     for option in ([], ["--look"]):
@@ -229,7 +229,7 @@ def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, cap
     assert len(line(capsys)) < 1000
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "two  spaces"])
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "two  spaces", "\udcff"])
 def test_a_set_is_called_by_a_plain_name(name: str, tmp_path: Path, capsys: Captured) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())
     assert main(["data", "csv", str(raw), "--out", str(tmp_path / name)]) == ExitCode.CANNOT_CREATE

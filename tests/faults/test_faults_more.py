@@ -123,7 +123,6 @@ def test_refused_weights_come_without_advice_to_load_them_all_the_same(
     with pytest.raises(UserError) as caught:
         TextEncoder(str(tmp_path), 12).load_pretrained()
     assert caught.value.code == ExitCode.REFUSED
-    assert "GLOBAL" in caught.value.what
     assert "mkdir" in caught.value.what
     told = "".join([str(caught.value), *capfd.readouterr(), caplog.text])
     assert not any(word in told for word in ("weights_only", "add_safe_globals", "Traceback"))
