@@ -229,11 +229,17 @@ def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, cap
     assert len(line(capsys)) < 1000
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "two  spaces", "\udcff"])
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "two  spaces"])
 def test_a_set_is_called_by_a_plain_name(name: str, tmp_path: Path, capsys: Captured) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())
     assert main(["data", "csv", str(raw), "--out", str(tmp_path / name)]) == ExitCode.CANNOT_CREATE
     assert "is no plain name" in line(capsys)
+
+
+def test_a_name_that_is_no_text_is_one_line(tmp_path: Path, capsys: Captured) -> None:
+    raw = write(tmp_path / "raw", TOYS["csv"][1]())
+    assert main(["data", "csv", str(raw), "--out", str(tmp_path / "\udcff")]) == ExitCode.CANNOT_CREATE
+    assert len(line(capsys)) < 1000
 
 
 def test_an_output_that_is_a_file_or_behind_one_is_one_line(tmp_path: Path, capsys: Captured) -> None:
