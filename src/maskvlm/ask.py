@@ -71,7 +71,7 @@ def readable(answer: Answer) -> str:
             return f"{value:.3f}"
         if isinstance(value, dict):
             return "  ".join(f"{key} {word(each)}" for key, each in value.items())
-        return str(value)
+        return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
 
     return "  ".join(word(value) for value in answer.values() if value is not None)
 

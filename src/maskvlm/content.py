@@ -95,6 +95,9 @@ def check_parts(content: Any, path: str | Path) -> None:
     todo: list[tuple[Any, str, bool]] = [(content, "", False)]
     while todo:
         value, key, ready = todo.pop()
+        if isinstance(value, Tensor | OrderedDict) and (getattr(value, "__dict__", {}).keys() - {"_metadata"}):
+            what = f"{type(value).__name__} with attributes of its own"
+            raise UserError(f"{path}: {key[1:]}", what, TODO, ExitCode.REFUSED)
         if not isinstance(value, dict | list | tuple | set | frozenset) or type(value) is torch.Size:
             if problem := _problem(value):
                 raise UserError(f"{path}: {key[1:]}", problem, TODO, ExitCode.BAD_DATA)

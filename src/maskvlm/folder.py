@@ -25,7 +25,7 @@ CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safet
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
 FOR_PEOPLE = (SEEN, PROCESSOR)
 """Files that a model answers without."""
-READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", *FOR_PEOPLE)
+READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *FOR_PEOPLE)
 """Files whose content matters. The card is not among them: people write on in it."""
 AGAIN = "Get the folder again"
 MODEL_TYPE = "maskvlm"

@@ -20,6 +20,8 @@ from maskvlm.errors import ExitCode, UserError
 MOST_NESTED = 4  # of `${oc.env:A,${oc.env:B,c}}`
 
 
+OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run")
+"""Keys of folders that are written into: Lightning would connect to an address there."""
 OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
 
 
@@ -137,6 +139,10 @@ def places(arguments: list[str]) -> list[Place]:
         root = read_config(name)
         if root is not None:
             found += _keys(root, name, "")
+    for place in found:
+        if place.key.rpartition(".")[2] in OUTPUTS and "://" in place.value:
+            what, todo = f"{cut(place.value)} is an address", "Name a folder here, or type the option"
+            raise UserError(f"{place.where}: {place.key}", what, todo, ExitCode.REFUSED)
     return found + options(arguments)
 
 

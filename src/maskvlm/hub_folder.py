@@ -63,10 +63,11 @@ class Size:
         return f"height and width, each {SIDE.says()}"
 
     def fits(self, value: Any) -> bool:
-        return type(value) is dict and value.keys() == {"height", "width"} and all(map(SIDE.fits, value.values()))
+        right = type(value) is dict and value.keys() == {"height", "width"} and all(map(SIDE.fits, value.values()))
+        return bool(right and value["height"] == value["width"])
 
 
-IMAGES = Record({"size": Size(), "image_mean": TRIPLE, "image_std": TRIPLE})
+IMAGES = Record({"size": Size(), "image_mean": TRIPLE, "image_std": Listed(Real(1e-3, 10), 3, 3)})
 """What is read of `processor_config.json`."""
 
 

@@ -53,4 +53,5 @@ def _rest(part: nn.Module) -> None:
         nn.init.zeros_(part.bias)
     elif isinstance(part, nn.LayerNorm):
         nn.init.ones_(part.weight)
-        nn.init.zeros_(part.bias)
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)

@@ -62,7 +62,9 @@ class Real:
         return f"a number from {self.least:g} to {self.most:g}"
 
     def fits(self, value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and self.least <= value <= self.most
+        if type(value) not in (int, float) or (type(value) is float and not math.isfinite(value)):
+            return False
+        return bool(self.least <= value <= self.most)  # a whole number of any length compares with a float
 
 
 @dataclass(frozen=True)

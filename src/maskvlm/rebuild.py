@@ -90,6 +90,7 @@ def check_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
         if new_task is not None:
             task = _made(new_task, origin.path)
             _made(lambda: task.build(backbone), origin.path)
+            _made(lambda: task.inherit(origin.heads), origin.path)  # a head may take its width from the checkpoint
             _check_heads(task, origin)
 
 

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.activations import ACT2FN
 
 from maskvlm.config import read_yaml
+from maskvlm.data.opening import content_of
 from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.plain import (
@@ -44,6 +45,8 @@ NOT_READ = frozenset({
     "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
 })  # fmt: skip
 """Of a Hugging Face configuration: what names its origin or a head, not the encoder's shape."""
+FETCH_CODE = frozenset({"yoso", "mra"})
+"""Types whose code in transformers fetches compiled code from the hub."""
 AS_IS = frozenset({"is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_word_embeddings"})
 """What an encoder here has at its default."""
 WORDS = ("absolute", "full_attention", "sliding_attention", "p2c", "c2p", "default", "mean", "cls", "first", "last")
@@ -119,13 +122,9 @@ def read_small(file: Path, most: int = 1_000_000) -> str:
     """The text of a small plain file. Raises UserError (65)."""
     todo = "Get the file again"
     try:
-        if file.stat().st_size > most:
-            raise UserError(file, f"{file.stat().st_size:,} bytes, expected at most {most:,}", todo, ExitCode.REFUSED)
-        return file.read_text(encoding="utf-8-sig")
+        return content_of(file, most, todo).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(file, f"not UTF-8 text (byte {error.start})", todo, ExitCode.BAD_DATA) from None
-    except OSError as error:
-        raise UserError(file, f"cannot be read ({error.strerror})", todo, ExitCode.BAD_DATA) from error
 
 
 def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def check_text(name: str, settings: Any, where: str, bounds: Bounds, todo: str =
         UserError: no such type, or a setting that is none of its (77).
     """
     kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` loads nothing)
-    if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING:
+    if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING or name in FETCH_CODE:
         what = f"expected a type of text encoder such as bert, found {shown(name)}"
         raise UserError(f"{where}.name", what, TODO, ExitCode.REFUSED)
     defaults = {key: value for key, value in kind().to_dict().items() if key not in NOT_READ}

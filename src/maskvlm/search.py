@@ -174,6 +174,9 @@ class Index:
         """
         if self.images is None or (self.images / MANIFEST).is_file():
             pairs = self.pairs(found)
+            if not all(type(each.row) is int and 0 <= each.row < len(pairs) for each in found):
+                what = f"{IDS} names rows that the data set does not have"
+                raise UserError("search", what, "Index it again", ExitCode.BAD_DATA)
             return [pairs[each.row]["image"] for each in found]
         root = os.path.realpath(self.images)
         for each in found:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from maskvlm.data.opening import content_of
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.pickles import check_pickle
 
 SIDE = ".sha256"
 ZIP = b"PK\x03\x04"
@@ -107,16 +109,17 @@ def _check_archive(path: Path) -> None:
         raise bad(path, "is a compressed archive, which torch never writes", "Check the path")
     if broken is not None:
         raise bad(path, f"damaged (checksum of its member {broken})", ANOTHER)
+    check_pickle(path)
 
 
 def stated(path: Path) -> list[Fact]:
     """What the `.sha256` beside a checkpoint accepts; empty where there is none or it is unreadable."""
     try:
-        lines = side_file(path).read_text().splitlines()
+        lines = content_of(side_file(path), 10_000).decode().splitlines()
         sizes = [int(line.split()[1]) for line in lines if line.startswith("#")]
         hashes = [line.split()[0] for line in lines if not line.startswith("#")]
         return [Fact(size, sha256) for size, sha256 in zip(sizes, hashes, strict=True)]
-    except (OSError, ValueError, IndexError):
+    except (UserError, ValueError, IndexError):
         return []
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from maskvlm.content import check_parts
 from maskvlm.data.files import load_json
 from maskvlm.data.tokenizer_files import text_of
+from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.hub import WEIGHT_FILES, Unreachable
 from maskvlm.plain import shown
@@ -101,6 +102,7 @@ def _read_parts(folder: Path, index: Path) -> State:
         raise UserError(index, what, "Get the folder from somebody you trust", ExitCode.REFUSED)
     tensors: dict[str, Tensor] = {}
     for name in names:
+        check_inside(folder / name)
         tensors |= read_state(folder / name).tensors
     return State(tensors, str(folder))
 
@@ -118,6 +120,7 @@ def find_weights(path: Path) -> Path:
         if not found:
             what = f"a folder without {', '.join(WEIGHT_FILES)}"
             raise UserError(path, what, "Name the file of weights", ExitCode.MISSING_INPUT)
+        check_inside(found[0])
         return found[0]
     if not path.is_file():
         raise UserError(path, "no such file or folder of weights", "Check the path", ExitCode.MISSING_INPUT)

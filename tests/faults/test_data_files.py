@@ -281,3 +281,15 @@ def test_a_document_is_not_read_from_what_has_no_end() -> None:
     for read in (lambda: load_json(b"", Path("x")), lambda: [*vocabulary.read_annotations(Path("/dev/zero"))]):
         with pytest.raises(UserError):
             read()
+
+
+@pytest.mark.guard("maskvlm.data.raw.hub:check_card")
+@pytest.mark.parametrize("named", ["http://127.0.0.1:9/x.parquet", "/etc/x.parquet", "../../x.parquet"])
+def test_the_card_of_a_local_set_names_no_other_place(build: Build, tmp_path: Path, named: str) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    head = f'configs:\n- config_name: default\n  data_files: "{named}"\n'
+    (folder / "README.md").write_text(f"---\n{head}---\n# A set\n")
+    with pytest.raises(UserError, match="which is not in this folder") as caught:
+        list(open_raw("hf", str(folder)).rows())
+    assert caught.value.code == ExitCode.REFUSED

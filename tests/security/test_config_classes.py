@@ -18,6 +18,7 @@ from maskvlm.cli import Command, Parsed, run
 from maskvlm.commands import source
 from maskvlm.data.scenes import Scenes
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.given import places
 from maskvlm.parser import GROUPS, MODE, Parser, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,3 +300,14 @@ def test_the_command_itself_refuses_with_77_and_one_line(build: Build, tmp_path:
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["trainer.default_root_dir", "trainer.logger.init_args.save_dir", "run"])
+def test_a_file_sends_nothing_to_an_address(tmp_path: Path, key: str) -> None:
+    told: Any = "http://127.0.0.1:9/x"
+    for part in reversed(key.split(".")):
+        told = {part: told}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(told))
+    with pytest.raises(UserError, match="is an address") as caught:
+        places(["-c", str(tmp_path / "x.yaml")])
+    assert caught.value.code == ExitCode.REFUSED

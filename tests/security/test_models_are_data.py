@@ -30,6 +30,7 @@ from maskvlm.data.tokenizer_files import read_tokenizer
 from maskvlm.encoders import ImageEncoder, TextEncoder
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.folder import write_sums
+from maskvlm.hub_folder import MaskVLMProcessor
 from maskvlm.pretrained import PretrainedMaskVLM
 from maskvlm.resumable import check_optimizer
 from maskvlm.start import read_content
@@ -316,10 +317,11 @@ def test_files_for_people_may_be_gone_or_changed(hub: Path) -> None:
 
 
 @pytest.mark.guard("maskvlm.disk:check_inside")
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "lineage.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "special_tokens_map.json", "model.safetensors"])
 def test_a_link_out_of_the_folder_is_not_followed(build: Build, hub: Path, tmp_path: Path, name: str) -> None:
     (hub / "checksums.json").unlink()
-    shutil.move(hub / name, tmp_path / name)
+    (tmp_path / name).write_bytes((hub / name).read_bytes() if (hub / name).exists() else b"{}")
+    (hub / name).unlink(missing_ok=True)
     (hub / name).symlink_to(tmp_path / name)
     assert "leads out of its folder" in refused(hub, ExitCode.REFUSED)
 
@@ -357,6 +359,24 @@ def test_a_tokenizer_gives_no_token_that_the_model_lacks(build: Build, hub: Path
     assert "it gives token 99999" in refused(hub, ExitCode.BAD_DATA)
 
 
+@pytest.mark.parametrize("told", [
+    {"image_mean": [10**400] * 3}, {"image_std": [0, 0, 0]}, {"size": {"height": 4096, "width": 1}}, {"size": 5},
+], ids=["long", "zero", "uneven", "kind"])  # fmt: skip
+def test_a_processor_is_read_as_data(hub: Path, told: dict[str, Any]) -> None:
+    (hub / "checksums.json").unlink()
+    file = hub / "processor_config.json"
+    images = json.loads(file.read_text())["image_processor"]
+    file.write_text(json.dumps({"image_processor": images | told, "processor_class": "MaskVLMProcessor"}))
+    with pytest.raises(UserError) as caught:
+        MaskVLMProcessor.from_pretrained(hub)
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_type_that_fetches_code_is_refused(tmp_path: Path) -> None:
+    path = with_recipe(tmp_path / "x.ckpt", lambda args: args["text"]["init_args"].update(name="yoso"))
+    assert "expected a type of text encoder" in refused(path, ExitCode.REFUSED)
+
+
 def test_auto_classes_refuse_what_from_pretrained_refuses(hub: Path) -> None:
     (hub / "checksums.json").unlink()
     told = json.loads((hub / "config.json").read_text())
@@ -364,6 +384,85 @@ def test_auto_classes_refuse_what_from_pretrained_refuses(hub: Path) -> None:
     (hub / "config.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="pretrained_cfg"):
         AutoModel.from_pretrained(hub)
+
+
+def doubling(times: int) -> dict[str, Any]:
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"normalizer": {"type": "Sequence", "normalizers": [rule] * times}}
+
+
+@pytest.mark.parametrize("change", [
+    doubling(30), {"normalizer": {"type": "Prepend", "prepend": "a" * 10_000}},
+    {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "no", "type_id": 0}}],
+                        "pair": [], "special_tokens": {}}},
+], ids=["doubling", "prepend", "panic"])  # fmt: skip
+def test_the_rules_of_a_tokenizer_are_bounded(hub: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    (hub / "checksums.json").unlink()
+    told = json.loads((hub / "tokenizer.json").read_text())
+    (hub / "tokenizer.json").write_text(json.dumps(told | change))
+    refused(hub, ExitCode.BAD_DATA)
+    stored = json.loads(content()["tokenizer"])
+    torch.save(content() | {"tokenizer": json.dumps(stored | {"tokenizer": told | change})}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", ExitCode.BAD_DATA)
+
+
+def test_padding_and_cutting_of_a_tokenizer_are_not_read(hub: Path) -> None:
+    (hub / "checksums.json").unlink()
+    told = json.loads((hub / "tokenizer.json").read_text())
+    told["padding"] = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+    (hub / "tokenizer.json").write_text(json.dumps(told))
+    assert read_content(hub)["tokenizer"] == content()["tokenizer"]
+
+
+def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
+    stored = json.loads(content()["tokenizer"])
+    stored["special"]["tokenizer_object"] = "[MASK]"
+    torch.save(content() | {"tokenizer": json.dumps(stored)}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", ExitCode.BAD_DATA)
+
+
+def nested(times: int) -> Any:
+    key: Any = (0,)
+    for _ in range(times):
+        key = (key, key)
+    return {key: 1}
+
+
+@pytest.mark.guard("maskvlm.verify:check_pickle")
+@pytest.mark.parametrize("value", [nested(8), bytearray(9)], ids=["key", "bytearray"])
+def test_a_pickle_that_asks_for_much_is_not_unpickled(build: Build, tmp_path: Path, value: Any) -> None:
+    torch.save(content() | {"callbacks": {}, "x": [value]}, tmp_path / "x.ckpt")
+    said = refused(tmp_path / "x.ckpt", ExitCode.REFUSED)
+    assert "nested more than" in said or "bytearray" in said
+
+
+def test_attributes_of_a_container_are_not_taken(tmp_path: Path) -> None:
+    from collections import OrderedDict
+
+    odd = OrderedDict(content()["state_dict"])
+    odd.values = 5  # type: ignore[assignment, method-assign]
+    torch.save(content() | {"state_dict": odd}, tmp_path / "x.ckpt")
+    assert "attributes of its own" in refused(tmp_path / "x.ckpt", ExitCode.REFUSED)
+
+
+def test_sums_in_a_pipe_keep_nobody_waiting(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "x.ckpt")
+    os.mkfifo(tmp_path / "x.ckpt.sha256")
+    PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt")
+
+
+def test_a_fine_tuned_retrieval_takes_the_width_of_its_contrast_from_the_checkpoint(tmp_path: Path) -> None:
+    """`contrast_dim` is left out of its settings: 8 here, 256 without a checkpoint."""
+    held = content()
+    named = ("projection.", "matching.")
+    state = {n: v for n, v in held["state_dict"].items() if not n.startswith("task.") or n[5:].startswith(named)}
+    told = {"class_path": "tasks.retrieval.task.Retrieval", "init_args": {}}
+    torch.save(held | {"state_dict": state, "task": yaml.safe_dump(told)}, tmp_path / "x.ckpt")
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt")
+    assert model.task.projection.image.out_features == 8
+    model.save_pretrained(tmp_path / "hub")
+    PretrainedMaskVLM.from_pretrained(tmp_path / "hub")
 
 
 # ---------------------------------------------------------------------- encoders of strangers
@@ -407,6 +506,18 @@ def test_an_encoder_is_not_larger_than_its_weights(build: Build, encoder: Path, 
         TextEncoder(str(encoder), 12)
     assert caught.value.code == ExitCode.REFUSED
     assert largest() < 2048**2
+
+
+@pytest.mark.guard("maskvlm.disk:check_inside")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_link_out_of_an_encoders_folder_is_not_followed(
+    build: Build, encoder: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.move(encoder / name, tmp_path / name)
+    (encoder / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match="leads out of its folder") as caught:
+        TextEncoder(str(encoder), 12).load_pretrained()
+    assert caught.value.code == ExitCode.REFUSED
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "evil.pkl"])

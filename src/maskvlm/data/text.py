@@ -25,6 +25,10 @@ MAX_CAPTION_BYTES = 4096
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Ids 0 to 4 of a tokenizer trained here, in this order."""
 
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MOST_TOKENS = 2_000_000
+MOST_RULES, MOST_GROWTH = 40, 256  # rules of a tokenizer; how many times as long they may make a text together
+
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
@@ -228,16 +232,50 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     """
     try:
         content: dict[str, Any] = json.loads(text)
-        backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
-        if max(backend.get_vocab().values(), default=0) >= 2_000_000:  # it is written number by number, token or not
+        backend = plain_backend(content["tokenizer"])
+        if not content["special"].keys() <= set(ROLES):
+            raise ValueError(f"of roles it knows {', '.join(ROLES)}")
+        if max(backend.get_vocab().values(), default=0) >= MOST_TOKENS:  # it is written number by number, token or not
             raise ValueError("numbers of tokens without end")
         added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         special = {name: added[token] for name, token in content["special"].items()}
         extra = [added[token] for token in content["extra"]]
-    except Exception as error:  # the library raises the bare Exception
-        what = f"the stored tokenizer cannot be read ({str(error)[:100]})"
-        raise UserError("tokenizer", what, "Store it again with this version", ExitCode.BAD_DATA) from error
-    return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special)
+        backend.encode("a b")  # rules that name what is not there panic only now
+        return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises the bare Exception, and panics, which are none
+        what = f"the stored tokenizer cannot be read ({' '.join(str(error).split())[:100]})"
+        raise UserError("tokenizer", what, "Store it again with this version", ExitCode.BAD_DATA) from None
+
+
+def plain_backend(content: Any) -> Tokenizer:
+    """The library's tokenizer out of the mapping in its `tokenizer.json`, without padding and cutting.
+
+    The rules before and after the vocabulary are bounded: what each puts in the place of a character, together.
+
+    Raises:
+        ValueError: no mapping, or rules that make long texts of short ones.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("expected a mapping")
+    rules, growth, todo = (
+        0,
+        1,
+        [content.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")],
+    )
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            rules += "type" in one
+            for key in ("content", "prepend", "replacement"):
+                growth *= max(1, len(one[key])) if isinstance(one.get(key), str) else 1
+            if rules > MOST_RULES or growth > MOST_GROWTH:
+                raise ValueError("its rules make long texts of short ones")
+            todo += one.values()
+        elif isinstance(one, list):
+            todo += one
+    return Tokenizer.from_str(json.dumps(content | {"padding": None, "truncation": None}))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

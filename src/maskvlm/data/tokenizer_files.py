@@ -13,6 +13,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.files import load_json
+from maskvlm.data.opening import content_of
+from maskvlm.data.text import MOST_TOKENS, ROLES, plain_backend
+from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.plain import Text
 from maskvlm.verify import first_line
@@ -20,11 +23,9 @@ from maskvlm.verify import first_line
 TOKENIZER, NAMED = "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
 FILES = (TOKENIZER, *NAMED, "vocab.txt", "vocab.json", "merges.txt")
 """All that is read of a tokenizer."""
-MOST_TOKENS = 2_000_000
 MOST_BYTES = 64_000_000  # the largest vocabularies of public text encoders have some 20 MB
 BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 ROBERTA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TODO = "Get the folder again, or name another tokenizer"
 
 
@@ -60,22 +61,22 @@ def check_numbers(backend: Tokenizer, where: object) -> None:
 
 
 def text_of(file: Path) -> str:
-    """A file of text of bounded size. Raises UserError (65)."""
+    """A plain file of text, of bounded size, that lies where its name says.
+
+    Raises:
+        UserError: it is a pipe or a device (66), a link out of its folder (77), too large or no text (65).
+    """
+    check_inside(file)
     try:
-        size = file.stat().st_size
-        if size > MOST_BYTES:
-            raise UserError(file, f"{size:,} bytes, expected at most {MOST_BYTES:,}", TODO, ExitCode.REFUSED)
-        return file.read_text(encoding="utf-8")
+        return content_of(file, MOST_BYTES, TODO).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(file, f"not UTF-8 text (byte {error.start})", TODO, ExitCode.BAD_DATA) from None
-    except OSError as error:
-        raise UserError(file, f"cannot be read ({error.strerror})", TODO, ExitCode.BAD_DATA) from error
 
 
 def backend_of(text: str, where: object) -> Tokenizer:
     """The library's tokenizer out of `tokenizer.json`. Raises UserError (65)."""
-    load_json(text.encode("utf-8", "surrogatepass"), Path(str(where)))  # a key given twice, numbers without end
-    return made(lambda: Tokenizer.from_str(text), where)
+    content = load_json(text.encode("utf-8", "surrogatepass"), Path(str(where)))  # a key given twice, and the like
+    return made(lambda: plain_backend(content), where)
 
 
 def made(make: Any, where: object) -> Any:

@@ -1,13 +1,15 @@
 """Any image-caption set that Hugging Face `datasets` can load: by name from the hub, or a local folder."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from maskvlm.data.opening import Walk, check_plain
+from maskvlm.config import read_yaml
+from maskvlm.data.opening import Walk, check_plain, content_of
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
 from maskvlm.data.raw.lines import plain, short
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import: only where it is used
 
 BATCH = 32
+CARDS = ("README.md", ".huggingface.yaml")
+"""Files of a local set that the library takes settings from."""
+MOST_CARD = 1_000_000
 
 
 class HubSet(RawSet):
@@ -157,9 +162,44 @@ def check_local(folder: Path) -> None:
     for place, names in walk if folder.is_dir() else ():
         for name in names:
             check_plain(Path(place, name), os.stat(os.path.join(place, name)).st_mode)
+    for name in CARDS:
+        if folder.is_dir() and (folder / name).is_file():
+            check_card(folder / name)
     for paths in walk.left_out.values():
         what = f"{plain(paths[0])!r} leads out of this folder, or is not text"
         raise UserError(folder, what, "Copy there what it leads to", ExitCode.REFUSED)
+
+
+def check_card(file: Path) -> None:
+    """The card of a local set may say which of its files are the data; it may not say where else there are some.
+
+    Raises:
+        UserError: it names an address or a file outside of the folder, or cannot be read and speaks of files (77).
+    """
+    text = content_of(file, MOST_CARD).decode("utf-8", "replace")
+    head = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
+    told = head[1] if head else "" if file.suffix == ".md" else text
+    what, todo = "its settings cannot be read, and speak of files", "Remove them from the file, or take the data alone"
+    try:
+        settings = read_yaml(told, str(file))
+    except UserError:
+        if "data_files" in told or "data_dir" in told or "configs" in told:
+            raise UserError(file, what, todo, ExitCode.REFUSED) from None
+        return
+    if file.suffix == ".md":
+        settings = settings.get("configs") if isinstance(settings, dict) else None
+    for one in _strings([settings]):
+        if "::" in one or "://" in one or one.startswith(("/", "~")) or ".." in one.split("/"):
+            what = f"names {short(one)}, which is not in this folder"
+            raise UserError(file, what, "Take the data alone, without this file", ExitCode.REFUSED)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+        if isinstance(part, dict | list):
+            yield from _strings(part)
+        elif isinstance(part, str):
+            yield part.replace("\\", "/")
 
 
 def open_hub(raw: str, name: str, columns: dict[str, str]) -> RawSet:
