@@ -94,7 +94,8 @@ def pictures(data: bytes, random: Random) -> bytes:
         case 1:  # sizes stand near the beginning
             content = bytearray(data)
             for _ in range(4):
-                content[random.randrange(min(len(content), 64))] = random.randrange(256)
+                if content:
+        content[random.randrange(min(len(content), 64))] = random.randrange(256)
             return bytes(content)
         case 2:
             return data[: random.randrange(len(data) + 1)]
@@ -281,4 +282,6 @@ BY_SUFFIX: dict[str, Mutator] = {
 
 def mutate(name: str, data: bytes, random: Random) -> bytes:
     """The content of a file of that name, changed."""
+    if not data:  # of an edit before
+        return random.randbytes(random.choice((0, 1, 50)))
     return BY_SUFFIX.get(name.rpartition(".")[2].lower(), any_bytes)(data, random)
