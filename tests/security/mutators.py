@@ -95,7 +95,7 @@ def pictures(data: bytes, random: Random) -> bytes:
             content = bytearray(data)
             for _ in range(4):
                 if content:
-        content[random.randrange(min(len(content), 64))] = random.randrange(256)
+                    content[random.randrange(min(len(content), 64))] = random.randrange(256)
             return bytes(content)
         case 2:
             return data[: random.randrange(len(data) + 1)]
