@@ -12,7 +12,7 @@ from toy_pretrained import saved
 from maskvlm import __main__ as front
 from maskvlm import checkpoint
 from maskvlm.__main__ import main
-from maskvlm.ask import VERBS, box_mask, lot_mask
+from maskvlm.ask import VERBS, box_mask, lot_mask, readable
 from maskvlm.convert import convert
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.pretrained import PretrainedMaskVLM
@@ -160,3 +160,8 @@ def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_front_door_knows_the_verbs_that_there_are() -> None:
     """`__main__` keeps their names, so that none of the core is imported to know a command."""
     assert list(front.VERBS) == list(VERBS)
+
+
+def test_what_moves_the_cursor_is_not_printed() -> None:
+    """Texts of an index may be anybody's."""
+    assert readable({"origin": "x\x1b[31my", "rank": 1}) == "x\ufffd[31my  1"
