@@ -10,7 +10,7 @@ from pathlib import Path
 
 from maskvlm.config import cut
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.failure import process_rank, report
+from maskvlm.failure import EARLIER, failed_first, process_rank, report
 from maskvlm.given import nearest, places
 from maskvlm.given import options as settings
 from maskvlm.peers import leave
@@ -75,6 +75,7 @@ def end_of(argv: list[str] | None) -> int:
             print(USAGE, flush=True)
             return 0
         check(arguments)
+        EARLIER[:] = [failed_first(run_folder(arguments))]
         return dispatch(arguments, options)
     except Finished as finished:
         print(finished, flush=True)

@@ -16,6 +16,7 @@ from maskvlm.outputs import cannot_write
 from maskvlm.peers import blamed
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
+EARLIER: list[tuple[str, int]] = []  # what stood there when this process started: of an earlier job
 
 
 class Line(NamedTuple):
@@ -137,6 +138,15 @@ def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
         return int(words[0]) if words else 0
     except OSError:
         return rank
+
+
+def failed_first(folder: Path | None) -> tuple[str, int]:
+    """What the first process to fail has left (its rank and exit status), and when it was written; `("", 0)`: none."""
+    try:
+        path = (folder or Path()) / FIRST
+        return path.read_text(), path.stat().st_mtime_ns
+    except OSError:
+        return "", 0
 
 
 def _one_line(text: str) -> str:

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import Strategy
 
 from maskvlm import peers
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.failure import FIRST, report
+from maskvlm.failure import EARLIER, failed_first, report
 from maskvlm.peers import BEAT, CURRENT, GRACE, Lost, Peers
 
 PART_OF_TIMEOUT = 0.9  # of the process group's own: then torch would end the run, without a name
@@ -164,21 +164,13 @@ def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
 
 
 def wait_for_others(folder: Path, met: threading.Event) -> None:
-    """Before the processes have met: one that fails is not waited for."""
-    before = first_to_fail(folder)
+    """Before the processes have met: one that fails is not waited for, also where it failed before this one was here."""
     while not met.wait(BEAT):
-        now = first_to_fail(folder)
-        if now not in (before, ""):
-            _, _, code = now.partition(" ")
+        now = failed_first(folder)
+        if now[0] and now not in EARLIER:
+            _, _, code = now[0].partition(" ")
             lost = Lost(None, "processes", "another process failed", "See its line", int(code or ExitCode.UNAVAILABLE))
             os._exit(report(lost, folder))
-
-
-def first_to_fail(folder: Path) -> str:
-    try:
-        return folder.joinpath(FIRST).read_text()
-    except OSError:
-        return ""
 
 
 def port_taken(error: Exception) -> UserError | None:

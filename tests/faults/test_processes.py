@@ -16,6 +16,7 @@ from guards import Build
 
 from maskvlm import peers
 from maskvlm.errors import ExitCode
+from maskvlm.failure import FIRST
 from maskvlm.peers import Peers, blamed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults of Linux processes")
@@ -145,6 +146,26 @@ def test_a_port_that_is_taken(forks: Forks, tmp_path: Path, build: Build) -> Non
         codes = ends(started, 30)
     assert codes == [ExitCode.UNAVAILABLE] * 2
     assert started[0].said("error: ")[0].startswith(f"error: port {port}: is taken on 127.0.0.1 by another program. ")
+
+
+def test_who_meets_late_hears_of_a_process_that_failed_before(forks: Forks, tmp_path: Path) -> None:
+    """Rank 0 has found the port taken and has ended before rank 1 looks; an earlier job's file does not count."""
+    run = tmp_path / "run"
+    words = small(run, *ENDLESS)
+    for earlier in (False, True):
+        slow = {"maskvlm.peers:BEAT": 0.2}
+        if earlier:
+            run.mkdir(exist_ok=True)
+            (run / FIRST).write_text("0 69\n")
+        child = forks.start(words, tmp_path / f"rank1-{earlier}.txt", elastic(1, free_port()), settings=slow)
+        if earlier:
+            assert child.wait(8) == "hangs"  # it waits for rank 0, as it should
+        else:
+            time.sleep(0.3)
+            run.mkdir(exist_ok=True)
+            (run / FIRST).write_text("0 69\n")  # before it comes to where processes meet
+            assert child.wait(20) == ExitCode.UNAVAILABLE
+            assert child.said("[rank 1] ") == ["[rank 1] see rank 0"]
 
 
 @pytest.mark.guard("maskvlm.cli:check_device")
