@@ -164,7 +164,7 @@ def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
 
 
 def wait_for_others(folder: Path, met: threading.Event) -> None:
-    """Before the processes have met: one that fails is not waited for, also where it failed before this one was here."""
+    """Before the processes have met: one that fails, or failed before this one was here, is not waited for."""
     while not met.wait(BEAT):
         now = failed_first(folder)
         if now[0] and now not in EARLIER:
