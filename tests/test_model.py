@@ -39,9 +39,29 @@ def test_the_data_module_is_told_what_the_encoders_know() -> None:
     assert spec.tokenizer is backbone.text.tokenizer
 
 
-def test_encoders_of_different_widths_are_refused() -> None:
-    with pytest.raises(UserError, match="16 wide and the text encoder 32"):
-        MaskVLM(toy_backbone().image, toy_backbone(width=32).text)
+@pytest.mark.parametrize(("width", "adapted"), [(None, "image"), (16, "text"), (24, "both"), (32, "image")])
+def test_encoders_of_different_widths_get_a_linear_layer(width: int | None, adapted: str) -> None:
+    """16 and 32 wide; without a word the cross encoders take the text's width."""
+    narrow, wide, batch = toy_backbone(), toy_backbone(width=32), toy_batch(3)
+    backbone = MaskVLM(narrow.image, wide.text, 2, 2, width=width)
+    assert backbone.width == (width or 32)
+    names = {name.split(".")[0] for name in backbone.state_dict() if ".adapter." in name}
+    assert names == ({"image", "text"} if adapted == "both" else {adapted})
+    image_BLD, text_BTD = backbone.image(batch.image_BCHW), backbone.text(batch.token_CT, batch.attention_CT)
+    assert image_BLD.shape[-1] == text_BTD.shape[-1] == backbone.width
+    if adapted == "image":
+        layer = backbone.image.adapter
+        torch.testing.assert_close(image_BLD, layer(backbone.image.vit.forward_features(batch.image_BCHW)))
+    assert backbone.fuse(image_BLD, text_BTD, batch.attention_CT).image_MD.shape == (3, backbone.width)
+
+
+def test_encoders_of_one_width_are_left_as_they_are() -> None:
+    assert not [name for name in toy_backbone().state_dict() if "adapter" in name]
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    with pytest.raises(UserError, match="cross_heads: 5 do not divide width 16. give a divisor of 16"):
+        toy_backbone(cross_heads=5)
 
 
 def test_cross_encoders_start_small_but_for_cross_attention_and_encoders_from_xavier() -> None:

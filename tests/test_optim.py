@@ -8,7 +8,9 @@ import torch
 from slow_step import build
 from torch import nn
 
-from maskvlm.optim import build_adamw, parameter_groups, schedule, warmup_cosine
+from maskvlm.encoders import ImageEncoder, TextEncoder
+from maskvlm.model import MaskVLM
+from maskvlm.optim import blocks_above, build_adamw, parameter_groups, schedule, warmup_cosine
 
 
 def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
@@ -48,6 +50,51 @@ def test_no_decay(name: str) -> None:
     assert id(dict(backbone.named_parameters())[name]) in free
     assert id(task.projection.log_scale) in free
     assert {id(task.matching.classify.weight), id(backbone.image.vit.patch_embed.proj.weight)}.isdisjoint(free)
+
+
+def rates_of(decay: float, **more: float) -> dict[str, float]:
+    """Rate of each parameter of encoders three (ViT) and two (BERT) blocks deep."""
+    vit = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    image = ImageEncoder("vit_tiny_patch16_224", 32, random_init=True, config=vit)
+    backbone = MaskVLM(image, TextEncoder("bert", 10, random_init=True, vocab_size=40, config=bert), 1, 2, width=8)
+    groups = parameter_groups(
+        backbone, (backbone.image, backbone.text), nn.Linear(2, 2), 1.0, 0.1, 0.05, layer_decay=decay, **more
+    )
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"] if id(p) in names}
+    assert rates.keys() == dict(backbone.named_parameters()).keys()
+    assert len({group["name"] for group in groups}) == len(groups)
+    return rates
+
+
+def test_lower_layers_learn_slower() -> None:
+    rates = rates_of(0.5)
+    expected = {
+        "image.vit.norm.bias": 0.1, "image.vit.blocks.2.mlp.fc1.weight": 0.1, "image.vit.blocks.1.norm1.bias": 0.05,
+        "image.vit.blocks.0.attn.qkv.weight": 0.025, "image.vit.patch_embed.proj.weight": 0.0125,
+        "image.vit.pos_embed": 0.0125, "image.mask_token": 0.0125, "text.model.encoder.layer.1.output.dense.bias": 0.1,
+        "text.model.encoder.layer.0.output.dense.bias": 0.05, "text.model.embeddings.word_embeddings.weight": 0.025,
+        "image.adapter.weight": 1.0, "text.adapter.bias": 1.0, "cross_text.blocks.0.norms.1.weight": 1.0,
+    }  # fmt: skip
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
+
+
+def test_without_a_decay_all_layers_learn_alike() -> None:
+    rates = rates_of(1.0)
+    assert {rate for name, rate in rates.items() if name.startswith(("image.vit", "image.mask", "text.model"))} == {0.1}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "modernbert"])
+def test_every_kind_of_text_encoder_has_blocks(kind: str) -> None:
+    config = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "distilbert":
+        config = {"n_layers": 2, "dim": 16, "n_heads": 2, "hidden_dim": 32}
+    text = TextEncoder(kind, 10, random_init=True, vocab_size=40, config=config)
+    found = {number for _, number in blocks_above(text)}
+    assert found == {0, 1, 2}
+    table = text.word_embeddings
+    assert [number for parameter, number in blocks_above(text) if parameter is table] == [2]
 
 
 def test_what_gets_no_gradient_is_in_no_group() -> None:

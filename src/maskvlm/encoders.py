@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.features import Frozen, FrozenTower, KeptFeatures
 from maskvlm.huggingface import (
     build,
     check_positions,
@@ -30,6 +31,7 @@ from maskvlm.huggingface import (
     pretrained_tokenizer,
     random_tokenizer,
 )
+from maskvlm.init import init_xavier
 from maskvlm.provenance import Provenance
 from maskvlm.recipe import check_vit
 from maskvlm.text_files import ANY_SIZE, is_type, read_config, read_text_state
@@ -45,18 +47,27 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
 
 
 class Encoder(nn.Module):
-    """What the two have in common: whether their weights are in place."""
+    """What the two have in common: whether their weights are in place, and the width that they give."""
+
+    width: int
 
     def __init__(self, random_init: bool) -> None:
         super().__init__()
         self.random_init = random_init
         self.ready = random_init
+        self.adapter: nn.Module = nn.Identity()
         self.register_load_state_dict_post_hook(_mark_ready)
 
     def _check_ready(self) -> None:
         if not self.ready:
             what = f"the weights of {type(self).__name__} are not loaded"
             raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
+
+    def adapt(self, width: int) -> None:
+        """Give features of this width from now on, by one linear layer where the encoder has another."""
+        if width != self.width:
+            self.adapter, self.width = nn.Linear(self.width, width), width
+            init_xavier(self.adapter)
 
 
 def _mark_ready(module: nn.Module, _: Any) -> None:
@@ -77,15 +88,19 @@ class ImageEncoder(Encoder):
             or CLIP's, or ImageNet's (C).
         drop_path: rate of stochastic depth.
         checkpointing: recompute activations in the backward pass.
+        frozen: the first so many blocks, and patches and positions before them, are not trained; `all`: the whole ViT.
+            The mask token is not trained then: it is what the ViT makes of a patch of the mean colour.
+        kept_features: a folder where outputs of the frozen blocks are kept: each training image passes through them
+            once; only without augmentation.
 
     Attributes:
         width: D. grid: patches down and across. num_patches: N. patch_size: side of a patch in pixels.
         mean, std: of the normalised input, by channel, for RGB in [0, 1].
-        vit: the timm model. mask_token: the learnable token, [1, 1, D].
+        vit: the timm model. mask_token: the learnable token, [1, 1, D]. tower: the frozen part of the ViT.
 
     Raises:
-        UserError: no such model, no class token, an image_size that does not hold whole patches, or weights
-            beside random_init.
+        UserError: no such model, no class token, an image_size that does not hold whole patches, weights beside
+            random_init, or as `FrozenTower`.
     """
 
     def __init__(
@@ -98,6 +113,8 @@ class ImageEncoder(Encoder):
         normalisation: Normalisation = "model",
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        frozen: Frozen = 0,
+        kept_features: str | None = None,
     ) -> None:
         super().__init__(random_init)
         if random_init and weights is not None:
@@ -109,18 +126,20 @@ class ImageEncoder(Encoder):
         )
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
         self.vit = create_vit(name, settings | (config or {}))
-        self.width: int = self.vit.embed_dim
+        self.width = self.vit.embed_dim
         self.grid: tuple[int, int] = self.vit.patch_embed.grid_size
         self.num_patches: int = self.vit.patch_embed.num_patches
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self._check_size()
         facts = self.vit.pretrained_cfg
         self.mean, self.std = NORMALISATIONS.get(normalisation, (tuple(facts["mean"]), tuple(facts["std"])))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, self.width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._mask_BN: Tensor | None = None
         self.vit.patch_embed.register_forward_hook(self._hide)
         self.vit.set_grad_checkpointing(checkpointing)
+        self.tower, self.kept_features = FrozenTower(self.vit, frozen, kept_features), kept_features
+        self.mask_token.requires_grad_(not self.tower)
 
     def _check_size(self) -> None:
         if self.image_size % self.patch_size or self.vit.patch_embed.patch_size[1] != self.patch_size:
@@ -128,7 +147,7 @@ class ImageEncoder(Encoder):
             todo = f"Set it to a multiple of {self.patch_size}"
             raise UserError("model.backbone.image.image_size", what, todo)
 
-    def forward(self, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    def forward(self, image_BCHW: Tensor, mask_BN: Tensor | None = None, row_W: Tensor | None = None) -> Tensor:
         """Features of every position after the final norm.
 
         Masked patches enter as the mask token, after the patch embedding and before the position embedding
@@ -137,17 +156,40 @@ class ImageEncoder(Encoder):
         Args:
             image_BCHW: normalised RGB, H = W = image_size.
             mask_BN: True on masked patches, row by row from the top left.
+            row_W: where the first W images, which are whole, stand in the training split: what the frozen blocks give
+                for them may be kept. None: for no image.
 
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
         """
         self._check_ready()
-        self._mask_BN = mask_BN
-        hidden_BLD: Tensor = self.vit.forward_features(image_BCHW)
-        self._mask_BN = None
-        if self.vit.num_prefix_tokens == 1:
-            return hidden_BLD
-        return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, self.vit.num_prefix_tokens :]], 1)
+        kept = self.tower.kept if self.training and row_W is not None else None
+        if kept is not None and row_W is not None:
+            hidden_BLD = self._with_kept(kept, image_BCHW, mask_BN, row_W)
+        else:
+            self._mask_BN = mask_BN
+            hidden_BLD = self.vit.forward_features(image_BCHW)
+            self._mask_BN = None
+        if self.vit.num_prefix_tokens > 1:
+            hidden_BLD = torch.cat([hidden_BLD[:, :1], hidden_BLD[:, self.vit.num_prefix_tokens :]], 1)
+        features_BLD: Tensor = self.adapter(hidden_BLD)
+        return features_BLD
+
+    def _with_kept(self, kept: KeptFeatures, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
+        """The same, with what the frozen blocks give for the first W images read from the disk."""
+        whole = len(row_W)
+        lower = [kept.get(row_W, lambda at_M: self.tower.lower(image_BCHW[:whole][at_M]))]
+        if whole < len(image_BCHW):
+            self._mask_BN = None if mask_BN is None else mask_BN[whole:]
+            lower.append(self.tower.lower(image_BCHW[whole:]).float())
+            self._mask_BN = None
+        return self.tower.upper(torch.cat(lower))
+
+    @torch.no_grad()
+    def _take_mean_colour(self) -> None:
+        """A frozen ViT cannot learn what a mask token means; a patch of the mean colour it knows."""
+        blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
+        self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
 
     def _hide(self, _: nn.Module, __: Any, patch: Tensor) -> Tensor:
         """Hook on the patch embedding: fits every ViT of timm, whatever its blocks and positions are."""
@@ -168,6 +210,8 @@ class ImageEncoder(Encoder):
         stored, state = read_vit_state(self.name, self.weights, self.vit)
         was = {name: value.shape for name, value in stored.tensors.items()}
         loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
+        if self.tower:
+            self._take_mean_colour()
         self.ready = True
         return loaded.under("vit")
 
@@ -216,7 +260,7 @@ class TextEncoder(Encoder):
             own = random_tokenizer(name, tokenizer)
             fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
         self.model = build(self.config, checkpointing)
-        self.width: int = self.config.hidden_size
+        self.width = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         check_positions(self.model, text_length)
         if random_init and own is not None:
@@ -233,6 +277,12 @@ class TextEncoder(Encoder):
         """Id at padding."""
         assert self.tokenizer is not None, "the tokenizer is set before the first step"
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """One row a token of the vocabulary, [V, own width]."""
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take over the tokenizer that was trained on the captions, or that a checkpoint brings.
@@ -258,7 +308,8 @@ class TextEncoder(Encoder):
             text_BTD: values at padding mean nothing.
         """
         self._check_ready()
-        features_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
+        hidden_BTD = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
+        features_BTD: Tensor = self.adapter(hidden_BTD)
         return features_BTD
 
     def load_pretrained(self) -> Provenance:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskvlm.cross import CrossEncoder
+from maskvlm.errors import UserError
 
 
 class Projection(nn.Module):
@@ -83,6 +84,19 @@ class TokenHead(nn.Module):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.vocabulary = nn.Linear(width, vocab_size)
+
+    @torch.no_grad()
+    def start_from(self, words_VD: Tensor) -> None:
+        """Start from word embeddings: words that mean alike have rows alike from the first step on.
+
+        Raises:
+            UserError: they have another width.
+        """
+        if words_VD.shape != self.vocabulary.weight.shape:
+            what = f"words are {words_VD.shape[1]} wide, the token head reads {self.vocabulary.in_features}"
+            todo = "Leave it out, or give both encoders one width"
+            raise UserError("model.task.tokens_from_words", what, todo)
+        self.vocabulary.weight.copy_(words_VD)
 
     def forward(self, text_CKD: Tensor) -> Tensor:
         return self.vocabulary(text_CKD)

@@ -44,6 +44,7 @@ class LitModel(L.LightningModule):
         seed: of masks, negatives and dropout; together with the step it determines them.
         lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
         random_init: both encoders start from random weights; the command line hands it on to them.
+        layer_decay: rate of a block of an encoder, as a share of that of the block above it (1: all alike).
     """
 
     def __init__(
@@ -59,16 +60,19 @@ class LitModel(L.LightningModule):
         seed: int = 0,
         random_init: bool = False,
         lr_cross: float | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         check_least(0, model__lr=lr, model__lr_encoders=lr_encoders, model__weight_decay=weight_decay)
         check_least(0, model__lr_cross=lr_cross)
         check_least(0, model__warmup=warmup, model__min_lr=min_lr)
+        if not 0 < layer_decay <= 1:
+            raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
         if not all(0 <= beta < 1 for beta in betas):
             raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
         self.backbone, self.task = backbone, task
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
-        self.lr_cross = lr_cross
+        self.lr_cross, self.layer_decay = lr_cross, layer_decay
         self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None
@@ -101,6 +105,20 @@ class LitModel(L.LightningModule):
         tokenizer = getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
+        if stage == "fit" and self.backbone.image.kept_features is not None:
+            self._keep_features()
+
+    def _keep_features(self) -> None:
+        """Of the frozen part of the image tower; only where each image always looks the same."""
+        if self.data.augments:
+            what = "an image that is augmented looks different each time, so that its features cannot be kept"
+            todo = "Set data.augment false, or leave model.backbone.image.kept_features out"
+            raise UserError("model.backbone.image.kept_features", what, todo)
+        train = self.data.splits["train"]
+        if not len(train):
+            what, todo = "rows of a streamed set have no places", "Leave it out, or prepare the set with make data"
+            raise UserError("model.backbone.image.kept_features", what, todo)
+        self.backbone.image.tower.keep(train.fingerprint, len(train))
 
     def on_validation_start(self) -> None:
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
@@ -129,7 +147,7 @@ class LitModel(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         encoders = (self.backbone.image, self.backbone.text)
-        rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross)
+        rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
         groups = parameter_groups(self.backbone, encoders, self.task, *rates)
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         total = self.data.total_steps

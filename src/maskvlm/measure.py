@@ -36,11 +36,12 @@ class Measure:
 
     Args:
         rerank_k: candidates a query that matching looks at again.
+        contrast: share of contrast's logit beside the log-odds of matching, see `rerank.score`.
         chunk: pairs at once in the cross encoders when it does.
     """
 
-    def __init__(self, rerank_k: int, chunk: int = CHUNK) -> None:
-        self.rerank_k, self.chunk = rerank_k, chunk
+    def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
+        self.rerank_k, self.share, self.chunk = rerank_k, contrast, chunk
         self.reset()
 
     def reset(self) -> None:
@@ -162,7 +163,8 @@ class Measure:
     def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
         matched = bool(task.weights["itm"])
-        scores = score(backbone, task.matching if matched else None, gallery, self.rerank_k, self.chunk)
+        head, added = task.matching if matched else None, self.share * float(task.projection.scale)
+        scores = score(backbone, head, gallery, self.rerank_k, self.chunk, added)
         return retrieval_metrics(scores, rankings(scores, [0, self.rerank_k] if matched else [0]), self.rerank_k)
 
 

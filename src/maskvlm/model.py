@@ -47,14 +47,15 @@ class MaskVLM(nn.Module):
         checkpointing: recompute the cross encoders' activations in the backward pass.
         start: a checkpoint of an earlier run, whose backbone is taken over whole, tokenizer included, with positions
             resized where the picture size differs; the encoders' own pretrained weights are then not looked for.
+        width: D of the cross encoders and heads; None takes the text encoder's. An encoder of another width gets a
+            linear layer behind it.
 
     Attributes:
         provenance: where the weights come from.
         origin: what the checkpoint `start` handed on; None without one.
 
     Raises:
-        UserError: the widths of the two encoders differ; matching multiplies their class tokens. Or an
-            encoder's weights are wanted and cannot be had.
+        UserError: the heads do not divide the width, or an encoder's weights are wanted and cannot be had.
     """
 
     def __init__(
@@ -66,26 +67,24 @@ class MaskVLM(nn.Module):
         dropout: float = 0.0,
         checkpointing: bool = False,
         start: str | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
-        if image.width != text.width:
-            raise UserError(
-                "model.backbone",
-                f"the image encoder is {image.width} wide and the text encoder {text.width}",
-                "choose two encoders of one width (matching multiplies their class tokens)",
-            )
         check_least(1, model__backbone__cross_layers=cross_layers, model__backbone__cross_heads=cross_heads)
-        if image.width % cross_heads:
-            todo = f"give a divisor of {image.width}"
-            raise UserError("model.backbone.cross_heads", f"{cross_heads} do not divide width {image.width}", todo)
+        check_least(1, model__backbone__width=width)
+        width = text.width if width is None else width
+        if width % cross_heads:
+            todo = f"give a divisor of {width}"
+            raise UserError("model.backbone.cross_heads", f"{cross_heads} do not divide width {width}", todo)
         self.image, self.text = image, text
-        self.width, self.cross_heads = image.width, cross_heads
+        self.width, self.cross_heads = width, cross_heads
         self.dropout, self.checkpointing = dropout, checkpointing
         self.cross_image = self.new_cross(cross_layers)
         self.cross_text = self.new_cross(cross_layers)
         for encoder in (image, text):
             if encoder.random_init:
                 init_xavier(encoder)
+            encoder.adapt(width)
         if image.random_init and image.vit.pos_embed is not None:
             init_positions(image.vit.pos_embed, image.grid)
         for part in (self.cross_image, self.cross_text):

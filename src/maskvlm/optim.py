@@ -1,7 +1,8 @@
 """AdamW with the paper's two learning rates, and warm-up then cosine by step."""
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -17,22 +18,31 @@ def parameter_groups(
     lr_encoders: float,
     decay: float,
     lr_cross: float | None = None,
+    layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups of encoders, cross encoders (with the rest where they have no rate of their own) and the rest, each with
     and without weight decay.
 
+    With `layer_decay` below 1 each block of an encoder learns at that share of the rate of the block above it; what
+    lies below the first block (patches, words, positions) at that share of the first block's, the last norm at the full
+    rate (ELECTRA's rule, which BEiT and MAE fine-tune by). An adapter behind an encoder is new: it learns as the rest.
+
     Not decayed (C): biases, norms, class and mask tokens, positions, word embeddings and the temperature, that is, what
     has one dimension or fewer, or is no weight matrix by name.
     """
-    encoder_ids = {id(p) for encoder in encoders for p in encoder.parameters()}
-    rates = {"encoders": lr_encoders, "cross": lr if lr_cross is None else lr_cross, "rest": lr}
+    below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
+    rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for module in (backbone, heads):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 decayed = parameter.ndim >= 2 and not name.endswith(("token", "pos_embed", "embeddings.weight"))
                 cross = module is backbone and lr_cross is not None
-                kind = "encoders" if id(parameter) in encoder_ids else "cross" if cross else "rest"
+                kind = "cross" if cross else "rest"
+                if id(parameter) in below:
+                    number = below[id(parameter)] if layer_decay < 1 else 0
+                    kind = f"encoders, {number} from the top" if number else "encoders"
+                    rates[kind] = lr_encoders * layer_decay**number
                 groups.setdefault((kind, decayed), []).append(parameter)
     return [
         {
@@ -43,6 +53,20 @@ def parameter_groups(
         }
         for (kind, decayed), parameters in groups.items()
     ]
+
+
+BLOCK = re.compile(r"\.(?:blocks|layers?|h)\.(\d+)\.")
+
+
+def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """Each parameter of an encoder, without its adapter, with how many blocks lie above: 0 in the last block and in the
+    norm after it, as many as there are blocks below the first one."""
+    names = [(f".{name}", parameter) for name, parameter in encoder.named_parameters() if "adapter." not in name]
+    first = next((at for at, (name, _) in enumerate(names) if BLOCK.search(name)), len(names))
+    depth = 1 + max((int(found[1]) for name, _ in names if (found := BLOCK.search(name))), default=-1)
+    for at, (name, parameter) in enumerate(names):
+        found = BLOCK.search(name)
+        yield parameter, depth - 1 - int(found[1]) if found else depth if at < first else 0
 
 
 def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> AdamW:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maskvlm.cross import CrossEncoder, CrossOutput
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import gather, rank, world_size
-from maskvlm.losses import Negatives
+from maskvlm.losses import Columns, Negatives
 from maskvlm.masking import PatchMask, TokenMask
 from maskvlm.model import Fused, MaskVLM
 
@@ -26,12 +26,13 @@ class Hidden(NamedTuple):
 
 class Encoded(NamedTuple):
     """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked several
-    times the rows follow each other."""
+    times the rows follow each other. other_CTD: the further captions of the images, where they have several."""
 
     image_BLD: Tensor
     text_BTD: Tensor
     hidden_image_BLD: Tensor | None
     hidden_text_BTD: Tensor | None
+    other_CTD: Tensor | None = None
 
     @property
     def first_draw_BTD(self) -> Tensor | None:
@@ -67,6 +68,48 @@ def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tens
     same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
     excluded_BG = same_BG | ~gather(batch.valid_B.to(torch.uint8)).bool()
     return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG)
+
+
+def columns(batch: Batch) -> tuple[Columns, Columns]:
+    """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
+    words of another picture, and what could not be read, are neither found nor negatives."""
+    owner_C = batch.owner_C + rank() * len(batch.valid_B)
+    owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
+    valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
+    same_CH = (batch.text_id_C[:, None] == text_H).float()
+    says_BH = same_CH.new_zeros(len(batch.valid_B), len(text_H)).index_add(0, batch.owner_C, same_CH) > 0
+    says_CG = same_CH.new_zeros(len(batch.text_id_C), len(image_G)).index_add(1, owner_H, same_CH) > 0
+    own_BH = batch.image_id_B[:, None] == image_G[owner_H]
+    own_CG = batch.image_id_B[batch.owner_C][:, None] == image_G
+    return (
+        Columns(own_BH, (says_BH & ~own_BH) | ~valid_G[owner_H]),
+        Columns(own_CG, (says_CG & ~own_CG) | ~valid_G),
+    )
+
+
+def one_each(batch: Batch) -> tuple[Batch, Batch]:
+    """A training batch with the first caption of each image alone, and with all captions, those first ones in front.
+
+    In training every image comes with as many captions, which follow each other.
+    """
+    pairs, captions = len(batch.valid_B), len(batch.owner_C)
+    if captions == pairs:
+        return batch, batch
+    order_C = torch.arange(captions, device=batch.owner_C.device).unflatten(0, (pairs, -1)).T.flatten()
+    return captions_at(batch, order_C[:pairs]), captions_at(batch, order_C)
+
+
+def captions_at(batch: Batch, index_C: Tensor) -> Batch:
+    """The batch with these captions alone, in this order; without their words, which training does not need."""
+    return batch._replace(
+        token_CT=batch.token_CT[index_C],
+        attention_CT=batch.attention_CT[index_C],
+        special_CT=batch.special_CT[index_C],
+        word_CT=batch.word_CT[index_C],
+        owner_C=batch.owner_C[index_C],
+        text_id_C=batch.text_id_C[index_C],
+        texts=(),
+    )
 
 
 class Side(NamedTuple):

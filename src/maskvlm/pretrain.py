@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskvlm import losses
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import shared_count, world_size
+from maskvlm.distributed import gather, shared_count, world_size
 from maskvlm.errors import UserError, check_least
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, WordDetector, normalise_patches, patchify, pick
 from maskvlm.init import init_normal, init_xavier
@@ -22,8 +22,10 @@ from maskvlm.pairing import (
     Contrast,
     Encoded,
     Hidden,
+    columns,
     cross_all,
     gather_contrast,
+    one_each,
     pad_text,
 )
 from maskvlm.task import Task
@@ -49,6 +51,9 @@ class MaskedPretraining(Task):
         contrast_dim: width of the contrast space (256, C).
         temperature: start value of the contrast temperature (0.07, C).
         rerank_k: candidates re-scored by matching when retrieval is measured (C; ALBEF: 128 to 256).
+        rerank_contrast: how much the contrast's logit counts beside the log-odds of matching when they are
+            (0: matching alone, C; 1: see `rerank.score`).
+        tokens_from_words: the token head starts from the text encoder's word embeddings, in the place of N(0, 0.02).
 
     Raises:
         UserError: a ratio outside [0, 1], a negative weight, all weights 0, a block that is no multiple of
@@ -77,6 +82,8 @@ class MaskedPretraining(Task):
         rerank_k: int = 128,
         weight_words: float = 0.0,
         text_draws: int = 1,
+        tokens_from_words: bool = False,
+        rerank_contrast: float = 0.0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -86,6 +93,7 @@ class MaskedPretraining(Task):
         sizes["text_draws"] = self.text_draws = text_draws
         check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
         check_least(0.001, model__task__temperature=temperature)
+        check_least(0, model__task__rerank_contrast=rerank_contrast)
         self.image_mask_ratio, self.text_mask_ratio, self.mask_block = (
             image_mask_ratio,
             text_mask_ratio,
@@ -94,7 +102,8 @@ class MaskedPretraining(Task):
         self.mask_both, self.whole_word, self.keep_and_swap = mask_both, whole_word, keep_and_swap
         self.pixel_loss, self.pixel_norm = pixel_loss, pixel_norm
         self.decoder_layers, self.contrast_dim, self.temperature = decoder_layers, contrast_dim, temperature
-        self.measure = Measure(rerank_k)
+        self.tokens_from_words = tokens_from_words
+        self.measure = Measure(rerank_k, rerank_contrast)
 
     def build(self, backbone: MaskVLM) -> None:
         patch, width = backbone.image.patch_size, backbone.width
@@ -112,6 +121,8 @@ class MaskedPretraining(Task):
             self.pixel_floor: Tensor | None = None
             self.pixels = PixelDecoder(backbone.new_cross(self.decoder_layers), width, 3 * patch**2)
         init_normal(self)
+        if self.weights["mlm"] and self.tokens_from_words:
+            self.tokens.start_from(backbone.text.word_embeddings)
         if self.weights["itc"]:
             init_xavier(self.projection)
         if self.weights["words"]:  # last, so that the others draw what they draw without it
@@ -130,15 +141,21 @@ class MaskedPretraining(Task):
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
+        batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
         hidden = self.hide(backbone, batch, self.uniform, self.text_draws)
-        encoded = self.encode(backbone, batch, hidden)
+        encoded = self.encode(backbone, every, hidden)
         contrast = self.contrast(batch, encoded)
         found = self.negatives(contrast)
         hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
         crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both)
         terms = {}
         if self.weights["itc"]:
-            terms["itc"] = self.contrastive_loss(contrast, batch.valid_B)
+            other = encoded.other_CTD
+            terms["itc"] = (
+                self.contrastive_loss(contrast, batch.valid_B)
+                if other is None
+                else self.several_positives(contrast, other, every)
+            )
         if found is not None:
             terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
         if self.weights["words"]:
@@ -167,20 +184,27 @@ class MaskedPretraining(Task):
         return Hidden(patch, token)
 
     def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden) -> Encoded:
-        """One pass of each encoder over the whole and the masked half of the batch."""
+        """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
+        images, first those that are masked and matched."""
         image, token, attention, mask = batch.image_BCHW, batch.token_CT, batch.attention_CT, None
+        pairs, captions = len(image), len(token)
         if hidden.patch is not None:
             image = torch.cat([image, image])
             mask = torch.cat([torch.zeros_like(hidden.patch.mask_BN), hidden.patch.mask_BN])
         if hidden.token is not None:
             token = torch.cat([token, hidden.token.token_CT])
-            draws = len(hidden.token.token_CT) // len(attention)
-            attention = torch.cat([attention, attention.repeat_interleave(draws, 0)])
-        images = backbone.image(image, mask).split(len(batch.image_BCHW))
-        texts = backbone.text(token, attention).tensor_split([len(batch.token_CT)])
-        hidden_image = images[1] if len(images) > 1 else None
-        hidden_text = texts[1] if hidden.token is not None else None
-        return Encoded(images[0], texts[0], hidden_image, hidden_text)
+            draws = len(hidden.token.token_CT) // pairs
+            attention = torch.cat([attention, attention[:pairs].repeat_interleave(draws, 0)])
+        row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
+        images = backbone.image(image, mask, row_B).split(pairs)
+        text, other, masked = backbone.text(token, attention).tensor_split([pairs, captions])
+        return Encoded(
+            images[0],
+            text,
+            images[1] if len(images) > 1 else None,
+            masked if hidden.token is not None else None,
+            other if captions > pairs else None,
+        )
 
     def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
         """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
@@ -211,6 +235,16 @@ class MaskedPretraining(Task):
         return losses.contrastive(
             contrast.image_BE, contrast.text_BE, contrast.image_GE, contrast.text_GE, contrast.scale,
             contrast.own_B, contrast.excluded_BG & ~own_BG, valid_B.float(), shared_count(valid_B.float().sum()),
+        )  # fmt: skip
+
+    def several_positives(self, contrast: Contrast, other_CTD: Tensor, batch: Batch) -> Tensor:
+        """Contrast over all captions of the images, each of which is to be found; `batch` has them in that order."""
+        text_CE = torch.cat([contrast.text_BE, self.projection.embed_text(other_CTD)])
+        weight_B = batch.valid_B.float()
+        weight_C = weight_B[batch.owner_C]
+        return losses.soft_contrastive(
+            contrast.image_BE, text_CE, contrast.image_GE, gather(text_CE), contrast.scale, *columns(batch),
+            weight_B, weight_C, shared_count(weight_B.sum()), shared_count(weight_C.sum()),
         )  # fmt: skip
 
     def matching_loss(self, fused_M: Fused, found: tuple[Negatives, Negatives], valid_B: Tensor) -> Tensor:

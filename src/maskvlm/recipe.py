@@ -138,6 +138,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
         "dropout": share,
         "checkpointing": Flag(),
         "start": NOTHING,
+        "width": maybe(side),
     }
     part = Tree()
     Record({"image": part, "text": part}, also, ExitCode.REFUSED).read(args, where, TODO)
@@ -146,6 +147,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
         "name": Text(100, r"[A-Za-z0-9_.]+"), "image_size": Whole(1, MOST_SIDE), "weights": NOTHING,
         "random_init": Flag(), "config": maybe(Tree(100)), "drop_path": share, "checkpointing": Flag(),
         "normalisation": OneOf(("model", "clip", "imagenet")),
+        "frozen": AnyOf((layers, OneOf((0, "all")))), "kept_features": NOTHING,
     }  # fmt: skip
     Record({}, told, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
     check_vit(image.get("config") or {}, f"{where}.image.config", bounds)
@@ -254,7 +256,7 @@ def portable(recipe: Recipe, text_config: Any) -> Recipe:
     """
     args = dict(recipe.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
-    image |= {"weights": None, "random_init": True}
+    image |= {"weights": None, "random_init": True, "kept_features": None}
     text |= {"tokenizer": None, "random_init": True}
     if text.get("name", "") not in CONFIG_MAPPING:
         known = type(text_config)().to_dict().keys() - NOT_READ

@@ -125,20 +125,33 @@ def gather_gallery(kept: list[Kept]) -> Gallery | None:
 
 
 @torch.no_grad()
-def score(backbone: MaskVLM, head: Matching | None, gallery: Gallery, k: int | None, chunk: int = CHUNK) -> Scores:
+def score(
+    backbone: MaskVLM,
+    head: Matching | None,
+    gallery: Gallery,
+    k: int | None,
+    chunk: int = CHUNK,
+    contrast: float = 0.0,
+) -> Scores:
     """Contrast of all pairs, and matching of each query's k best in both directions; the same in all processes.
+
+    Matching has learned to tell a true pair from negatives that were drawn in proportion to exp(contrast's logit), so
+    its log-odds estimate what is true *beyond* contrast: log p - log q, where q is the distribution that negatives
+    came from (noise-contrastive estimation, Gutmann and Hyvarinen 2010). Ranking by p asks for the sum of both.
 
     Args:
         backbone, head: in evaluation mode; without head there is contrast alone.
         gallery: from the same backbone.
         k: candidates a query; None matches all pairs.
         chunk: pairs in one pass of the cross encoders; a bound on memory.
+        contrast: times the cosine is added to the log-odds: 1 / temperature for the sum; 0: matching alone.
     """
     contrast_BC = contrast_scores(gallery.image_BE, gallery.text_CE)
     if head is None:
         return Scores(contrast_BC, None, gallery.owner_C)
     wanted_BC = candidates(contrast_BC, max(contrast_BC.shape) if k is None else k)
-    return Scores(contrast_BC, match(backbone, head, gallery, wanted_BC, chunk), gallery.owner_C)
+    match_BC = match(backbone, head, gallery, wanted_BC, chunk)
+    return Scores(contrast_BC, match_BC + contrast * contrast_BC if contrast else match_BC, gallery.owner_C)
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ class Scores(NamedTuple):
 
     Attributes:
         contrast_BC: cosine.
-        match_BC: log-odds of a match, NaN where the pair was not scored; None where no pair was.
+        match_BC: log-odds of a match, NaN where the pair was not scored; None where no pair was. What contrast adds to
+            them (see `rerank.score`) is in them.
         owner_C: row of each caption's picture.
     """
 

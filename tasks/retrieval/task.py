@@ -15,14 +15,14 @@ from torch import Tensor
 from maskvlm import losses
 from maskvlm.blind import Blind
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw, gather, rank, shared_count, world_size
+from maskvlm.distributed import Draw, gather, shared_count, world_size
 from maskvlm.errors import UserError, check_least
 from maskvlm.heads import Matching, Projection
 from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Columns, Negatives
 from maskvlm.measure import EVAL_SEED
 from maskvlm.model import Fused, MaskVLM
-from maskvlm.pairing import Side, cross_pairs, pad_text, with_negatives
+from maskvlm.pairing import Side, columns, cross_pairs, pad_text, with_negatives
 from maskvlm.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
 from maskvlm.retrieval import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.task import Prediction, Task
@@ -127,7 +127,9 @@ class Retrieval(Task):
         self.shown = len(batch.owner_C) / len(batch.valid_B)
         if self.blind is not None:
             batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
-        image_BLD, text_CTD = backbone.image(batch.image_BCHW), backbone.text(batch.token_CT, batch.attention_CT)
+        row_B = None if self.blind is not None else batch.index_B.masked_fill(~batch.valid_B, -1)
+        image_BLD = backbone.image(batch.image_BCHW, None, row_B)
+        text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
         contrast = self.contrast(batch, image_BLD, text_CTD)
         terms = {}
         if self.weights["itc"]:
@@ -209,23 +211,6 @@ class Retrieval(Task):
     def card(self) -> dict[str, Any]:
         k = self.rerank_k if self.weights["itm"] else 0
         return {"rerank_k": k, "sweep": self.sweep, "blind": self.blind is not None, **self.measured}
-
-
-def columns(batch: Batch) -> tuple[Columns, Columns]:
-    """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
-    words of another picture, and what could not be read, are neither found nor negatives."""
-    owner_C = batch.owner_C + rank() * len(batch.valid_B)
-    owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
-    valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
-    same_CH = (batch.text_id_C[:, None] == text_H).float()
-    says_BH = same_CH.new_zeros(len(batch.valid_B), len(text_H)).index_add(0, batch.owner_C, same_CH) > 0
-    says_CG = same_CH.new_zeros(len(batch.text_id_C), len(image_G)).index_add(1, owner_H, same_CH) > 0
-    own_BH = batch.image_id_B[:, None] == image_G[owner_H]
-    own_CG = batch.image_id_B[batch.owner_C][:, None] == image_G
-    return (
-        Columns(own_BH, (says_BH & ~own_BH) | ~valid_G[owner_H]),
-        Columns(own_CG, (says_CG & ~own_CG) | ~valid_G),
-    )
 
 
 def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: Hard) -> Fused:

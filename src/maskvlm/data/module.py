@@ -97,6 +97,7 @@ class PairData(L.LightningDataModule):
         self.captions, self.fraction, self.max_unknown = captions, fraction, max_unknown
         self.held_out, self.leaks = held_out or [], leaks
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
+        self.augments = augment
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}

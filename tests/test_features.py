@@ -1,0 +1,209 @@
+"""A frozen image tower: what is trained and what is not, and features that are kept equal those made afresh."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskvlm.encoders import ImageEncoder
+from maskvlm.errors import UserError
+from maskvlm.features import KeptFeatures
+
+SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 14, "init_values": 0.5}
+
+
+def tower(frozen: Any = 2, folder: Path | None = None, **more: Any) -> ImageEncoder:
+    torch.manual_seed(0)
+    kept = None if folder is None else str(folder)
+    name = "vit_small_patch14_dinov2"
+    return ImageEncoder(name, 56, random_init=True, config=SMALL, frozen=frozen, kept_features=kept, **more)
+
+
+def pictures(rows: int = 4) -> Tensor:
+    return torch.randn(rows, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+
+def trained(encoder: ImageEncoder) -> set[str]:
+    return {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+
+
+def test_the_first_blocks_and_what_is_before_them_are_not_trained() -> None:
+    everything = trained(tower(0))
+    lower = {name for name in everything if not name.startswith(("vit.blocks.2.", "vit.norm."))}
+    assert lower >= {"mask_token", "vit.pos_embed", "vit.patch_embed.proj.bias", "vit.blocks.1.ls1.gamma"}
+    assert trained(tower(2)) == everything - lower
+    assert {name.split(".")[1] for name in trained(tower(3))} == {"norm"}
+    assert trained(tower("all")) == set()
+
+
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_as_ever() -> None:
+    frozen, free = tower(2), tower(0)
+    for encoder in (frozen, free):
+        encoder(
+            pictures(), torch.rand(4, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+        ).square().sum().backward()
+    for (name, ours), theirs in zip(frozen.named_parameters(), free.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+        else:
+            assert ours.grad is None, name
+
+
+def test_a_frozen_tower_has_no_dropout() -> None:
+    encoder = tower("all", drop_path=0.5).train()
+    assert torch.equal(encoder(pictures()), encoder(pictures()))
+    half = tower(1, drop_path=0.5).train()
+    assert torch.equal(half.tower.lower(pictures()), half.tower.lower(pictures()))
+    assert not torch.equal(half(pictures()), half(pictures()))
+
+
+def test_a_mask_token_that_cannot_learn_is_a_patch_of_the_mean_colour(tmp_path: Path) -> None:
+    torch.save(tower(0).vit.state_dict(), tmp_path / "vit.pth")
+    name = "vit_small_patch14_dinov2"
+    encoder = ImageEncoder(name, 56, weights=str(tmp_path / "vit.pth"), config=SMALL, frozen=1)
+    encoder.load_pretrained()
+    encoder.eval()
+    hidden = torch.zeros(1, 16, dtype=torch.bool)
+    hidden[0, 5:9] = True
+    image = pictures(1)
+    blank = image.clone()
+    for patch in range(5, 9):
+        row, column = divmod(patch, 4)
+        blank[:, :, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] = 0.0
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(image, hidden), encoder(blank), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- kept on disk
+
+
+@pytest.mark.parametrize("frozen", [1, 3, "all"])
+def test_kept_features_equal_fresh_ones(frozen: Any, tmp_path: Path) -> None:
+    """Whole images out of the file and masked ones afresh, in one pass; in values and in gradients."""
+    keeps, fresh = tower(frozen, tmp_path).train(), tower(frozen).train()
+    keeps.tower.keep("data", 10)
+    rows = torch.tensor([7, 2, 9, 2])
+    image = pictures()[torch.tensor([0, 1, 2, 1])]
+    mask_BN = torch.rand(4, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    both, masks = torch.cat([image, image]), torch.cat([torch.zeros_like(mask_BN), mask_BN])
+    for _ in range(2):  # written, then read
+        found, expected = keeps(both, masks, rows), fresh(both, masks)
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(keeps(image, None, rows), expected[:4])
+    if frozen != "all":
+        for encoder in (keeps, fresh):
+            encoder.zero_grad()
+            encoder(both, masks, rows).square().sum().backward()
+        for ours, theirs in zip(keeps.parameters(), fresh.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_what_was_kept_is_read_and_not_made_again(tmp_path: Path) -> None:
+    encoder = tower("all", tmp_path).train()
+    encoder.tower.keep("data", 10)
+    first = encoder(pictures(), None, torch.arange(4))
+    again = encoder(torch.zeros_like(pictures()), None, torch.arange(4))  # the pictures are not looked at
+    assert torch.equal(first, again)
+    later = tower("all", tmp_path).train()
+    later.tower.keep("data", 10)
+    assert torch.equal(later(torch.zeros_like(pictures()), None, torch.arange(4)), first)
+    assert not torch.equal(encoder.eval()(torch.zeros_like(pictures()), None, torch.arange(4)), first)  # as evaluation
+
+
+def test_other_data_weights_or_blocks_have_a_file_of_their_own(tmp_path: Path) -> None:
+    names = set()
+    for frozen, data, change in (
+        (2, "a", 0.0),
+        (2, "b", 0.0),
+        (2, "a", 1.0),
+        (1, "a", 0.0),
+        ("all", "a", 0.0),
+        (3, "a", 0.0),
+    ):
+        encoder = tower(frozen, tmp_path)
+        encoder.vit.patch_embed.proj.bias.data += change
+        encoder.tower.keep(data, 10)
+        assert encoder.tower.kept is not None
+        names.add(encoder.tower.kept.file)
+    assert len(names) == 6
+    above = tower(2, tmp_path)
+    above.vit.norm.bias.data += 1.0  # not of the frozen part
+    above.tower.keep("a", 10)
+    assert above.tower.kept is not None
+    assert above.tower.kept.file in names
+
+
+def test_a_row_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
+    kept = KeptFeatures(tmp_path, "x", 3, (1, 2))
+    assert kept.get(torch.tensor([-1, 2]), lambda at: torch.full((len(at), 1, 2), 5.0)).tolist() == [[[5, 5]], [[5, 5]]]
+    assert kept.there_R.tolist() == [0, 0, 1]
+    assert kept.get(torch.tensor([2, -1]), lambda at: torch.full((len(at), 1, 2), 7.0)).tolist() == [[[5, 5]], [[7, 7]]]
+
+
+@given(st.lists(st.lists(st.integers(-1, 5), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_any_order_of_rows(tmp_path_factory: pytest.TempPathFactory, batches: list[list[int]]) -> None:
+    """Each row is computed once, and read as it was computed."""
+    kept = KeptFeatures(tmp_path_factory.mktemp("kept"), "x", 6, (2, 3))
+    made: list[int] = []
+    for batch in batches:
+        rows = torch.tensor(batch)
+
+        def compute(at_M: Tensor, rows: Tensor = rows) -> Tensor:
+            made.extend(rows[at_M].tolist())
+            return rows[at_M].float()[:, None, None].expand(-1, 2, 3)
+
+        assert torch.equal(kept.get(rows, compute), rows.float()[:, None, None].expand(-1, 2, 3))
+    for batch in batches:
+        for row in {row for row in batch if row >= 0}:
+            times = [list(each).count(row) for each in batches if row in each]
+            assert made.count(row) == times[0]  # in the first batch that has it
+
+
+# ---------------------------------------------------------------------- what cannot be
+
+
+def test_more_blocks_than_there_are() -> None:
+    with pytest.raises(
+        UserError, match=r"frozen: 4 frozen blocks, but the ViT has 3\. Give a number from 0 to 3, or all"
+    ):
+        tower(4)
+
+
+def test_features_of_what_is_not_frozen_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only of a plain ViT with frozen blocks"):
+        tower(0, tmp_path)
+    rotary = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    with pytest.raises(UserError, match="only of a plain ViT"):
+        ImageEncoder(
+            "eva02_tiny_patch14_224", 64, random_init=True, config=rotary, frozen=1, kept_features=str(tmp_path)
+        )
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"features of 1,000,000,000,000 images need \d+\.\d GB, the disk has "):
+        KeptFeatures(tmp_path, "x", 10**12, (197, 768))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_size(tmp_path: Path) -> None:
+    KeptFeatures(tmp_path, "x", 3, (1, 2))
+    (tmp_path / "x.float32").write_bytes(b"12345")
+    with pytest.raises(UserError, match=r"x\.float32: has 5 bytes, expected 24\. Remove it"):
+        KeptFeatures(tmp_path, "x", 3, (1, 2))
+
+
+def test_a_copy_keeps_its_own_tower() -> None:
+    encoder = tower(2)
+    other = copy.deepcopy(encoder)
+    other.vit.norm.bias.data += 1.0
+    hidden = other.tower.lower(pictures())
+    assert not torch.equal(other.tower.upper(hidden), encoder.tower.upper(hidden))
+    assert np.isfinite(hidden.numpy()).all()
