@@ -13,10 +13,11 @@ import torch
 import yaml
 from toy_pretrained import content_of, made
 
-from maskvlm import checkpoint
+from maskvlm import MaskVLM, checkpoint
 from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained
 from maskvlm.demo.models import Models, find
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
+from maskvlm.familiar import sample_of
 from maskvlm.start import Seen
 
 TASK, SCENES, PREPARED = (
@@ -177,6 +178,21 @@ def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, s
     )
     assert said in shown
     assert "somewhere" not in shown
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
+def test_the_page_says_when_a_picture_is_unlike_the_training_data(tmp_path: Path) -> None:
+    from maskvlm.demo.page import strange
+
+    path = run(tmp_path / "run", [PHOTOGRAPHS])
+    photos = [sample.picture for sample in photo_samples((3, 3))]
+    vector_NE = MaskVLM.from_pretrained(path).encode_image(photos).repeat(20, 1)
+    said = {}
+    for sign in (1, -1):
+        checkpoint.save(checkpoint.load(path) | {"reference": sample_of(sign * vector_NE)}, path)
+        said[sign] = strange(Models(find(tmp_path)), photos[0])
+    assert said[1] == ""
+    assert said[-1].startswith('<p class="note">This picture is unlike those that the model was trained on: ')
 
 
 def test_photographs_are_searched(tmp_path: Path) -> None:

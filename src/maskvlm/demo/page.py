@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from maskvlm.data.images import BadImage
 from maskvlm.demo import answers, intake, shelf
@@ -28,13 +29,15 @@ class Desk:
     """What all tabs share.
 
     Attributes:
-        picture, text, status, examples: components. own: whether the picture is one of the page's.
+        picture, text, status, examples: components. own: whether the picture is one of the page's. strange: whether it
+            is unlike the training data.
         samples: what the examples show. photos: whether they are photographs, as the model was trained on some.
     """
 
     picture: gr.Image
     text: gr.Textbox
     status: gr.HTML
+    strange: gr.HTML
     examples: gr.Dataset
     own: gr.State
 
@@ -163,6 +166,7 @@ def given(desk: Desk) -> None:
     desk.own = gr.State(True)
     desk.picture.upload(lambda: False, None, desk.own, api_visibility="private")
     desk.status = gr.HTML("", elem_id="status")
+    desk.strange = gr.HTML(desk.worker.run(strange, desk.models, first.picture) if first else "", elem_id="strange")
     if desk.samples:
         desk.examples = gr.Dataset(
             components=[gr.Image(visible=False, render=False)],
@@ -173,6 +177,12 @@ def given(desk: Desk) -> None:
             layout="gallery",
             elem_id="examples",
         )
+
+
+def strange(models: Models, image: Image.Image) -> str:
+    """A line where a picture is unlike what the pre-trained model has seen, else nothing."""
+    line = models.core().far([image])[0]
+    return answers.note(f"{line[0].upper()}{line[1:]}.") if line else ""
 
 
 def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
@@ -192,10 +202,14 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
         return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
 
+    def another(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
+        told = strange(desk.models, desk.open(path)) if path else ""
+        return {desk.strange: told, **all_anew(path, text, chosen, mask, other)}
+
     inputs = [desk.picture, desk.text, worded.chips, painted.mask, painted.other]
     results = [*worded.results, *painted.results]
     nothing = dict.fromkeys(results)
-    desk.on(desk.picture.change, all_anew, inputs, results, nothing)
+    desk.on(desk.picture.change, another, inputs, [desk.strange, *results], {**nothing, desk.strange: ""})
 
     def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
         if text == known:
