@@ -1,5 +1,5 @@
-"""Does a model tell strange pictures from those of its data (`maskvlm.familiar`)? What to ask a trained checkpoint before
-its warnings are believed:
+"""Does a model tell strange pictures from those of its data (`maskvlm.familiar`)? What to ask a checkpoint before its
+warnings are believed:
 
     python bench/familiar.py checkpoints/RUN/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
     python bench/familiar.py checkpoints/RUN/best.ckpt --known scenes --asked photos
