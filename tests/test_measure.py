@@ -188,6 +188,20 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
         assert found[f"retrieval/itc_ir_r{k}"] == value
 
 
+def test_vectors_of_the_pictures_are_kept_for_the_checkpoint() -> None:
+    """By them a model tells later which pictures are unlike its data."""
+    backbone, task = build()
+    assert task.measure.reference is None
+    batch = several()
+    task.update(backbone, batch)
+    task.compute(backbone)
+    with torch.no_grad():
+        image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
+    assert task.measure.reference is not None
+    torch.testing.assert_close(task.measure.reference, image_BE.half(), atol=2e-3, rtol=0)
+    assert task.measure.reference.dtype == torch.float16
+
+
 def test_metrics_start_anew_after_they_were_computed() -> None:
     backbone, task = build()
     first = task

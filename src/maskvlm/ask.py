@@ -6,6 +6,8 @@ Answers are for reading; with `--json` one line of JSON each. Pictures go to `--
 import argparse
 import json
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from PIL import Image
 
 from maskvlm.arguments import Parser
 from maskvlm.errors import UserError
+from maskvlm.familiar import FarFromTraining
 from maskvlm.inputs import MASK
 from maskvlm.pretrained import PretrainedMaskVLM
 
@@ -38,8 +41,12 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         raise UserError(verb, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     spoken = VERBS.get(verb) or task_verb(model, verb)
-    for answer in spoken.ask(model, options.inputs, options):
-        print(json.dumps(answer, ensure_ascii=False) if options.json else readable(answer), flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FarFromTraining)  # Python would show a place in the code with it
+        for answer in spoken.ask(model, options.inputs, options):
+            print(json.dumps(answer, ensure_ascii=False) if options.json else readable(answer), flush=True)
+    if model.told_far is not None:
+        print(f"warning: {model.told_far}", file=sys.stderr, flush=True)
     return 0
 
 

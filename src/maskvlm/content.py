@@ -21,6 +21,7 @@ SCHEMA = 1  # raise it when an old reader would misread a new file
 PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
 MOST_PARTS = 2_000_000  # containers and values of a checkpoint
 MOST_NAME = 300  # characters of a tensor's name
+MOST_VECTORS, MOST_WIDTH = 500, 4096  # of pictures that show what a model knows
 MOST_LABELS, MOST_WORDS = 1_000_000, 50_000_000  # labels, and characters of a tokenizer
 TODO = "Take another checkpoint, from somebody you trust"
 DTYPES = frozenset({
@@ -40,6 +41,18 @@ class Ids:
         return right and (value is None or problem_of(value) is None)
 
 
+class Vectors:
+    """Contrast vectors of pictures (`familiar.sample_of`), [N, E]."""
+
+    def says(self) -> str:
+        return f"a tensor [N, E] of finite 16-bit floats, N at most {MOST_VECTORS}, E at most {MOST_WIDTH}"
+
+    def fits(self, value: Any) -> bool:
+        right = isinstance(value, Tensor) and value.dtype == torch.float16 and value.dim() == 2
+        right = right and len(value) <= MOST_VECTORS and value.shape[1] <= MOST_WIDTH and problem_of(value) is None
+        return right and bool(value.isfinite().all())
+
+
 SEEN = Record(
     {"task": Text(300), "source": Text(300), "sha": Text(200), "pictures": Whole(), "steps": Whole()},
     {"ids": Ids(), "held_out": maybe(Table(Whole()))},
@@ -48,7 +61,7 @@ SEEN = Record(
 LABELS = Listed(Text(), MOST_LABELS, least=1)
 TOLD: dict[str, Kind] = {
     "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
-    "pytorch-lightning_version": Text(100),
+    "pytorch-lightning_version": Text(100), "reference": maybe(Vectors()),
 }  # fmt: skip
 """What is read of a checkpoint beside its tensors, its recipe (see `recipe.py`), its tokenizer and its lineage."""
 

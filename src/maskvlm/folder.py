@@ -23,7 +23,8 @@ from maskvlm.weights import check_file
 
 CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
-FOR_PEOPLE = (SEEN, PROCESSOR)
+REFERENCE = "reference.safetensors"
+FOR_PEOPLE = (SEEN, PROCESSOR, REFERENCE)
 """Files that a model answers without."""
 READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *FOR_PEOPLE)
 """Files whose content matters. The card is not among them: people write on in it."""
@@ -51,8 +52,8 @@ def read(path: Path) -> dict[str, Any]:
     for name in (WEIGHTS, TOKENIZER):
         if not (path / name).is_file():
             raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
-    seen = path / SEEN
-    for file in (path / WEIGHTS, *([seen] if seen.is_file() else [])):
+    seen, reference = path / SEEN, path / REFERENCE
+    for file in (path / WEIGHTS, *(file for file in (seen, reference) if file.is_file())):
         check_file(file)
     check_sums(path)
     ids = load_file(seen) if seen.is_file() else {}
@@ -63,6 +64,7 @@ def read(path: Path) -> dict[str, Any]:
         "lineage": [told | {"ids": ids.get(str(number))} for number, told in enumerate(lineage) if type(told) is dict],
         "global_step": config.get("step", 0),
         "evaluation": config.get("evaluation"),
+        "reference": load_file(reference).get("vectors") if reference.is_file() else None,
     }
     if len(content["lineage"]) < len(lineage):
         raise UserError(path / CONFIG, "an entry of its lineage is no mapping", AGAIN, ExitCode.BAD_DATA)

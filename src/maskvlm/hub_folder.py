@@ -16,7 +16,7 @@ from maskvlm.data.files import load_json
 from maskvlm.data.tokenizer_files import read_tokenizer, text_of
 from maskvlm.disk import check_inside
 from maskvlm.errors import ExitCode, UserError
-from maskvlm.folder import AGAIN, PROCESSOR, SEEN, check_links, check_sums
+from maskvlm.folder import AGAIN, PROCESSOR, REFERENCE, SEEN, check_links, check_sums
 from maskvlm.hub import folder_of_hub
 from maskvlm.plain import Listed, Real, Record, Tree, Whole
 from maskvlm.recipe import Recipe
@@ -153,11 +153,13 @@ def _shown(file: Path) -> dict[str, Any]:
 
 
 def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
-    """Tokenizer, image processing, ids of the pictures seen, model card."""
+    """Tokenizer, image processing, ids of the pictures seen, vectors of known ones, model card."""
     processor_of(spec).save_pretrained(folder)
     ids = {str(n): seen.ids for n, seen in enumerate(origin.lineage) if seen.ids is not None}
     if ids:
         save_file(ids, folder / SEEN)
+    if origin.reference is not None:
+        save_file({"vectors": origin.reference.contiguous()}, folder / REFERENCE)
     write_text(folder / "README.md", model_card(config, spec))
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from maskvlm.cross import Context
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw, gather_objects
+from maskvlm.familiar import sample_of
 from maskvlm.heads import patchify, pick
 from maskvlm.losses import pixel_error
 from maskvlm.model import MaskVLM
@@ -38,10 +39,14 @@ class Measure:
         rerank_k: candidates a query that matching looks at again.
         contrast: share of contrast's logit beside the log-odds of matching, see `rerank.score`.
         chunk: pairs at once in the cross encoders when it does.
+
+    Attributes:
+        reference: contrast vectors of some pictures of the last evaluation (`familiar.sample_of`); None before one.
     """
 
     def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
         self.rerank_k, self.share, self.chunk = rerank_k, contrast, chunk
+        self.reference: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -145,6 +150,7 @@ class Measure:
         gallery = gather_gallery(self.kept)
         if gallery is not None:
             metrics |= self.retrieval(task, backbone, gallery)
+            self.reference = sample_of(gallery.image_BE)
         else:  # no contrast to retrieve with: the masked losses themselves, higher is better
             metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
         self.reset()

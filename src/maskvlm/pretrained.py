@@ -9,7 +9,8 @@ It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once
 Shapes: B pictures, C texts, E contrast width, T tokens, D width.
 """
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from transformers.utils import ModelOutput
 
 from maskvlm.asked import Asked
+from maskvlm.embed import chunks
 from maskvlm.errors import ExitCode, UserError
+from maskvlm.familiar import FarFromTraining, Range, nearness, range_of, told
 from maskvlm.folder import write_sums
 from maskvlm.hub import folder_of_hub, upload
 from maskvlm.hub_folder import (
@@ -33,7 +36,7 @@ from maskvlm.hub_folder import (
     evaluation_beside,
     write_beside,
 )
-from maskvlm.inputs import as_list
+from maskvlm.inputs import Picture, as_list
 from maskvlm.model import MaskVLM as Backbone
 from maskvlm.rebuild import build
 from maskvlm.recipe import portable, recipe_of
@@ -42,6 +45,7 @@ from maskvlm.task import Task
 from maskvlm.text_files import quiet
 from maskvlm.verify import first_line
 
+WATCHED = 16  # pictures of one call that are looked at
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -61,7 +65,12 @@ class MaskVLMOutput(ModelOutput):
 class PretrainedMaskVLM(Asked, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
-    Its verbs are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint).
+    Its verbs are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of a
+    picture that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
+
+    Attributes:
+        known: what it knows, in contrast vectors; None where the checkpoint does not tell it, or has no contrast heads.
+        told_far: that warning; None before it.
     """
 
     config_class = MaskVLMConfig
@@ -70,6 +79,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     def __init__(self, config: MaskVLMConfig, backbone: Backbone, task: Task, origin: Start) -> None:
         super().__init__(config)
         self.backbone, self.task, self.origin = backbone, task, origin
+        self.known = known_of(task, origin)
+        self.told_far: str | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -111,6 +122,33 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         )
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
+
+    def pixels(self, images: Sequence[Picture]) -> Tensor:
+        """As of `Asked`. The first picture that is unlike the training data is warned of, where a verb is asked about
+        few: the encoder runs once more for that."""
+        image_BCHW = super().pixels(images)
+        if self.known is not None and self.told_far is None and 0 < len(image_BCHW) <= WATCHED:
+            self.told_far = next(filter(None, self._far(image_BCHW)), None)
+            if self.told_far is not None:
+                warnings.warn(self.told_far, FarFromTraining, stacklevel=3)
+        return image_BCHW
+
+    @torch.no_grad()
+    def far(self, images: Picture | Sequence[Picture]) -> list[str | None]:
+        """Of each picture a line that says how unlike the training data it is; None where it is not, or where nobody
+        knows."""
+        given, found = as_list(images)[0], list[str | None]()
+        for part in chunks(given, self.batch_size):
+            found += self._far(super().pixels(part))
+        return found
+
+    @torch.no_grad()
+    def _far(self, image_BCHW: Tensor) -> list[str | None]:
+        if self.known is None:
+            return [None] * len(image_BCHW)
+        known, projection = self.known, self.head("projection", "far")
+        near_B = nearness(projection.embed_image(self.backbone.image(image_BCHW)), known).tolist()
+        return [told(near, known) if near < known.least else None for near in near_B]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
@@ -189,6 +227,18 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.task.verbs]
+
+
+def known_of(task: Task, origin: Start) -> Range | None:
+    """What a model knows, by its checkpoint. Raises UserError: the vectors do not fit its contrast head (65)."""
+    projection = getattr(task, "projection", None)
+    if projection is None or origin.reference is None:
+        return None
+    width, its = origin.reference.shape[1], projection.image.out_features
+    if width != its:
+        what = f"vectors of width {width}, its contrast head has {its}"
+        raise UserError(f"{origin.path}: reference", what, "Get the checkpoint again", ExitCode.BAD_DATA)
+    return range_of(origin.reference)
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:

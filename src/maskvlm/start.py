@@ -55,6 +55,7 @@ class Start(NamedTuple):
         tokenizer: None where it holds none.
         labels: what its head decides among; None before a downstream task.
         lineage: the data its weights have seen, first to last.
+        reference: contrast vectors of validation pictures (`familiar.sample_of`); None where it holds none.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerFast | None
     labels: tuple[str, ...] | None
     lineage: tuple[Seen, ...]
+    reference: Tensor | None = None
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def start_of(content: Mapping[str, Any], path: str) -> Start:
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
-    return Start(path, part(state, "backbone."), part(state, "task."), tokenizer, labels, lineage_of(content))
+    parts = part(state, "backbone."), part(state, "task.")
+    return Start(path, *parts, tokenizer, labels, lineage_of(content), content.get("reference"))
 
 
 def lineage_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:

@@ -1,5 +1,7 @@
 """Training pictures that are also in an evaluation split: found by their id and by how they look.
 
+A photo of COCO, Flickr or Visual Genome has the same id in every set (`subset.photo_of_id`).
+
 How near two perceptual hashes must be was measured on the 7,000 photos of Flickr8k (hash of `phash.py`): of 24.5
 million pairs of different photos one lies within 8 bits, 20 within 10; of copies, 100 % within 8 bits after JPEG of
 quality 20, half the size or other proportions, 99.5 % after a crop of 2 % a side taken off, 93 % of 5 %, 38 % of 10 %;

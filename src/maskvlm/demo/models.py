@@ -1,4 +1,5 @@
-"""The models of the page: the newest of pre-training, and the newest of each fine-tuned task, found in a folder."""
+"""The models of the page: the best of pre-training (`history.best`), and the newest of each fine-tuned task, found in a
+folder."""
 
 import json
 from collections.abc import Iterable
@@ -7,27 +8,27 @@ from typing import Any, NamedTuple
 
 from maskvlm.config import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
+from maskvlm.demo.history import WORLDS, Trained, best, trained
 from maskvlm.disk import check_inside
 from maskvlm.embed import Model
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.pretrained import PretrainedMaskVLM
 from maskvlm.rebuild import class_of, read_arguments
 from maskvlm.recipe import read_small, recipe_of
-from maskvlm.start import read_content
+from maskvlm.start import lineage_of, read_content
 from maskvlm.verbs import Verb
 
 PRETRAINING = "maskvlm.pretrain.MaskedPretraining"
-WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
-"""Sources that draw what they show."""
 WEIGHTS = ("best.ckpt", "last.ckpt")
 """Of a run's folder, the first that is there."""
 
 
 class Run(NamedTuple):
-    """A checkpoint and the class of its task."""
+    """A checkpoint and the class of its task; trained: on what, of pre-training alone."""
 
     path: str
     task: str
+    trained: Trained | None = None
 
     @property
     def title(self) -> str:
@@ -50,7 +51,7 @@ class Found(NamedTuple):
 
 
 def find(folder: Path, sources: Iterable[str] = ()) -> Found:
-    """The newest checkpoint of each task.
+    """The newest checkpoint of each fine-tuned task, and of pre-training the best (`history.best`).
 
     Args:
         folder: of runs; where nothing is named.
@@ -59,17 +60,21 @@ def find(folder: Path, sources: Iterable[str] = ()) -> Found:
     Raises:
         UserError: a named one is not there or damaged.
     """
-    named, problems = [Run(source, task_of(source)) for source in sources], list[str]()
+    found, problems = [run_of(source) for source in sources], list[str]()
+    named = bool(found)
     if not named:
         there = [path for path in map(weights_in, folder.glob("*/")) if path is not None]
         for path in sorted(there, key=lambda path: path.stat().st_mtime):
             try:
-                named.append(Run(str(path), task_of(str(path))))
+                found.append(run_of(str(path)))
             except UserError as error:
                 problems.append(str(error))
-    newest = {run.task: run for run in named}
-    pretrained = newest.pop(PRETRAINING, None)
-    return Found(pretrained, sorted(newest.values(), key=lambda run: run.title), problems)
+    last = {run.task: run for run in found}
+    pretrained = last.pop(PRETRAINING, None)
+    candidates = [(run, run.trained) for run in found if run.trained is not None]
+    if candidates and not named:
+        pretrained = candidates[best([each for _, each in candidates])][0]
+    return Found(pretrained, sorted(last.values(), key=lambda run: run.title), problems)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -77,19 +82,33 @@ def weights_in(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
-def task_of(source: str) -> str:
-    """The class path of a checkpoint's task: from the card beside it, or else from the checkpoint itself."""
+def run_of(source: str) -> Run:
+    """A checkpoint with its task's class path: by the card beside it, or else by the checkpoint itself.
+
+    Raises:
+        UserError: it is not there, damaged, or does not say it. Of a fine-tuned one with a card that is found when it
+            is loaded.
+    """
+    task = task_on_card(source)
+    if task not in (None, PRETRAINING):
+        return Run(source, str(task))
+    content = read_content(source)
+    if task is None:
+        recipe = recipe_of(content, source)
+        if recipe.task is None:
+            todo = "Put the config-fit.yaml of its run beside it"
+            raise UserError(source, "does not say which task it was trained for", todo, ExitCode.MISSING_INPUT)
+        task = str(recipe.task["class_path"])
+    return Run(source, task, trained(source, lineage_of(content)) if task == PRETRAINING else None)
+
+
+def task_on_card(source: str) -> str | None:
+    """By the card beside a checkpoint; None where it does not say it."""
     try:
         told = json.loads((Path(source).parent / "card.json").read_text(encoding="utf-8"))["task"]
-        if isinstance(told, str) and source.endswith(".ckpt"):
-            return told
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    recipe = recipe_of(read_content(source), source)
-    if recipe.task is None:
-        todo = "Put the config-fit.yaml of its run beside it"
-        raise UserError(source, "does not say which task it was trained for", todo, ExitCode.MISSING_INPUT)
-    return str(recipe.task["class_path"])
+        return None
+    return told if isinstance(told, str) and source.endswith(".ckpt") else None
 
 
 class Loaded(NamedTuple):
@@ -114,6 +133,12 @@ class Models:
         self.found, self.device, self.allowed = found, device, list(allowed)
         self.pretrained = self.load(found.pretrained) if found.pretrained else None
         self.tasks: dict[str, Loaded] = {}
+
+    @property
+    def photographs(self) -> float:
+        """Different ones that the pre-trained weights have seen; 0 of drawn scenes."""
+        run = self.found.pretrained
+        return run.trained.photographs if run is not None and run.trained is not None else 0
 
     def load(self, run: Run) -> PretrainedMaskVLM:
         return PretrainedMaskVLM.from_pretrained(run.path, device=self.device, allow_import=self.allowed)

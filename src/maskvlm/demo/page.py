@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from maskvlm.data.images import BadImage
 from maskvlm.demo import answers, intake, shelf
 from maskvlm.demo.models import Models
-from maskvlm.demo.samples import Sample, Searched, samples
+from maskvlm.demo.samples import Sample, Searched, photo_samples, samples
 from maskvlm.demo.tabs import Patches, Words, match_and_caption, search, task, upload
 from maskvlm.errors import UserError
 from maskvlm.inputs import MASK
@@ -28,21 +29,25 @@ class Desk:
     """What all tabs share.
 
     Attributes:
-        picture, text, status, examples: components. own: whether the picture is one of the page's.
-        samples: what the examples show.
+        picture, text, status, examples: components. own: whether the picture is one of the page's. strange: whether it
+            is unlike the training data.
+        samples: what the examples show. photos: whether they are photographs, as the model was trained on some.
     """
 
     picture: gr.Image
     text: gr.Textbox
     status: gr.HTML
+    strange: gr.HTML
     examples: gr.Dataset
     own: gr.State
 
     def __init__(self, models: Models, worker: intake.Worker) -> None:
         self.models, self.worker, self.open = models, worker, intake.Opener()
         self.samples: list[Sample] = []
+        self.photos = models.photographs > 0
         if models.pretrained is not None:
-            self.samples = worker.run(samples, models.pretrained.image_size, models.pretrained.grid)
+            size, grid = models.pretrained.image_size, models.pretrained.grid
+            self.samples = worker.run(photo_samples, grid) if self.photos else worker.run(samples, size, grid)
 
     def asked(self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]) -> Callable[..., dict[Any, Any]]:
         """A function of an event: computed by the worker, its mistakes one line under the picture.
@@ -125,7 +130,10 @@ def about(models: Models) -> str:
     if models.pretrained is not None and models.found.pretrained is not None:
         rows, columns = models.pretrained.grid
         side = models.pretrained.image_size
-        told = f"{models.found.pretrained.shown}: pictures of {side} × {side} pixels in {rows} × {columns} patches."
+        told = f"{models.found.pretrained.shown}: pictures of {side} × {side} pixels in {rows} × {columns} patches"
+        if (trained := models.found.pretrained.trained) is not None:
+            told += f", trained on {trained.told}"
+        told += "."
         return answers.note(told) + "".join(map(answers.problem, lines))
     todo = "No checkpoint of pre-training is here. Run `make pretrain` (15 minutes on two cores), then `make demo`."
     return "".join(map(answers.problem, [todo, *lines]))
@@ -158,16 +166,23 @@ def given(desk: Desk) -> None:
     desk.own = gr.State(True)
     desk.picture.upload(lambda: False, None, desk.own, api_visibility="private")
     desk.status = gr.HTML("", elem_id="status")
+    desk.strange = gr.HTML(desk.worker.run(strange, desk.models, first.picture) if first else "", elem_id="strange")
     if desk.samples:
         desk.examples = gr.Dataset(
             components=[gr.Image(visible=False, render=False)],
             samples=[[sample.picture] for sample in desk.samples],
-            label="Examples, none of them seen in training",
+            label="Examples" if desk.photos else "Examples, none of them seen in training",
             type="index",
             samples_per_page=20,
             layout="gallery",
             elem_id="examples",
         )
+
+
+def strange(models: Models, image: Image.Image) -> str:
+    """A line where a picture is unlike what the pre-trained model has seen, else nothing."""
+    line = models.core().far([image])[0]
+    return answers.note(f"{line[0].upper()}{line[1:]}.") if line else ""
 
 
 def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
@@ -178,19 +193,23 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     compared = match_and_caption(desk, first)
     line = None
     try:
-        searched = desk.worker.pool.submit(Searched, model, index, images).result()
+        searched = desk.worker.pool.submit(Searched, model, index, images, desk.photos).result()
     except UserError as error:
         line = str(error)
-        searched = desk.worker.pool.submit(Searched, model, None).result()
+        searched = desk.worker.pool.submit(Searched, model, None, None, desk.photos).result()
     search(desk, searched, line, index is not None)
 
     def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
         return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
 
+    def another(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
+        told = strange(desk.models, desk.open(path)) if path else ""
+        return {desk.strange: told, **all_anew(path, text, chosen, mask, other)}
+
     inputs = [desk.picture, desk.text, worded.chips, painted.mask, painted.other]
     results = [*worded.results, *painted.results]
     nothing = dict.fromkeys(results)
-    desk.on(desk.picture.change, all_anew, inputs, results, nothing)
+    desk.on(desk.picture.change, another, inputs, [desk.strange, *results], {**nothing, desk.strange: ""})
 
     def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
         if text == known:

@@ -1,9 +1,11 @@
-"""What the page brings along: held-out scenes of the built-in world, drawn when it starts, and what it searches."""
+"""What the page brings along, and what it searches: held-out scenes of the built-in world, drawn when it starts; for a
+model of photographs those in `photos/`."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -16,13 +18,15 @@ from maskvlm.pretrained import PretrainedMaskVLM
 
 CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
 """Of the validation split, one thing and several, all shapes but one."""
+PHOTOS = Path(__file__).with_name("photos")
 SEARCHED = 200  # pictures of the test split
 SHOWN = 288  # pixels, at least, of a drawn scene on the page
 THUMB = 320
 
 
 class Sample(NamedTuple):
-    """A scene: its picture, a caption, one that is wrong in colours and shapes, and which patches hold its first thing.
+    """A scene or a photograph: its picture, a caption, one of as many words that is wrong in some, and which patches
+    hold its first thing.
 
     hidden: [rows, columns].
     """
@@ -73,19 +77,45 @@ def samples(size: int, grid: tuple[int, int]) -> list[Sample]:
     return found
 
 
+def photo_rows() -> dict[str, Any]:
+    """File -> captions, other, box: see `photos.yaml`."""
+    rows: dict[str, Any] = yaml.safe_load((PHOTOS / "photos.yaml").read_text(encoding="utf-8"))
+    return rows
+
+
+def photo(name: str) -> Image.Image:
+    """One of those that come with the page."""
+    return opened(PHOTOS / name, name)
+
+
+def photo_samples(grid: tuple[int, int]) -> list[Sample]:
+    """The photographs, with their first captions; hidden is what has its middle in the box."""
+    rows, columns = grid
+    down, across = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns)[None] + 0.5) / columns
+    found = []
+    for name, row in photo_rows().items():
+        left, top, right, bottom = row["box"]
+        hidden = (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
+        found.append(Sample(photo(name), row["captions"][0], row["other"], hidden.tolist()))
+    return found
+
+
 class Searched:
-    """The pictures that the page searches: an index of the user's, or scenes of the built-in world.
+    """The pictures that the page searches: an index of the user's, or scenes of the built-in world, or photographs.
 
     Args:
         model: of pre-training.
-        folder: of an index (`python -m maskvlm index`); None for the scenes.
+        folder: of an index (`python -m maskvlm index`); None for what the page brings along.
         images: where the index's images lie, as the user says.
+        photos: without an index the photographs, not the scenes.
 
     Raises:
         UserError: the index is damaged, or was made with another checkpoint.
     """
 
-    def __init__(self, model: PretrainedMaskVLM, folder: Path | None, images: Path | None = None) -> None:
+    def __init__(
+        self, model: PretrainedMaskVLM, folder: Path | None, images: Path | None = None, photos: bool = False
+    ) -> None:
         self.model, self.index, self.query = model, None, "a red circle"
         if folder is not None:
             from maskvlm.search import Index  # brings the command line along; most pages do without
@@ -96,9 +126,14 @@ class Searched:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: python -m maskvlm index")
             self.told = f"{self.index.about['count']:,} pictures of the index in {folder.name}"
+        elif photos:
+            self.rows = [{"image": photo(name), "captions": row["captions"]} for name, row in photo_rows().items()]
+            self.vector_NE = model.encode_image([row["image"] for row in self.rows])
+            self.query = "a cat"
+            self.told = f"the {len(self.rows)} photographs that come with this page"
         else:
             pairs = ScenePairs("test", SEARCHED, max(model.image_size, SMALLEST), 0)
-            self.rows = [pairs[row] for row in range(SEARCHED)]
+            self.rows = [dict(pairs[row]) for row in range(SEARCHED)]
             self.vector_NE = model.encode_image([row["image"] for row in self.rows])
             thing = next(
                 things[0] for things in (pairs.scene(row).things for row in range(SEARCHED)) if len(things) == 1

@@ -32,7 +32,9 @@ QUIET = {
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Serve the page; arguments as in the shell, without the command's name."""
     parser = Parser("python -m maskvlm demo", description="a page to try a model in", allow_abbrev=False)
-    parser.add_argument("--from", dest="sources", nargs="+", default=[], help="checkpoints; the newest, if left out")
+    parser.add_argument(
+        "--from", dest="sources", nargs="+", default=[], help="checkpoints; else the best and newest here"
+    )
     parser.add_argument("--index", type=Path, help="a folder to search; the newest that `make index` made, if left out")
     parser.add_argument("--images", type=Path, help="where the index's images lie: a folder, or a prepared set")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in: nobody is asked who he is")

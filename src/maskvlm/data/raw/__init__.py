@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskvlm.data.opening import check_plain
+from maskvlm.data.raw import annotated, genome, named, web
 from maskvlm.data.raw.annotated import open_daquar, open_nlvr2, open_nlvr_pairs, open_snli_ve, open_vqav2
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import ROLES
@@ -20,7 +21,7 @@ from maskvlm.data.raw.shards import open_webdataset
 from maskvlm.data.raw.web import open_cc3m, open_cc12m, open_sbu
 from maskvlm.errors import ExitCode, UserError
 
-__all__ = ["SETS", "BadRow", "Facts", "RawRow", "RawSet", "open_raw"]
+__all__ = ["FACTS", "SETS", "BadRow", "Facts", "RawRow", "RawSet", "open_raw"]
 
 Opener = Callable[[str, str, dict[str, str]], RawSet]
 
@@ -44,6 +45,22 @@ SETS: dict[str, Opener] = {
     "hf": open_hub,
 }
 """Name -> how to open it, given RAW, the name that starts its ids, and the columns."""
+
+FACTS: dict[str, Facts] = {
+    "coco": named.COCO,
+    "flickr30k": named.FLICKR30K,
+    "flickr8k": named.FLICKR8K,
+    "vg": genome.FACTS,
+    "sbu": web.SBU,
+    "cc3m": web.CC3M,
+    "cc12m": web.CC12M,
+    "vqav2": annotated.VQAV2,
+    "daquar": annotated.DAQUAR,
+    "nlvr2": annotated.NLVR2,
+    "nlvr_pairs": annotated.NLVR_PAIRS,
+    "snli_ve": annotated.SNLI_VE,
+}
+"""Of the published ones among SETS; the others are ways in which people keep their own."""
 
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 

@@ -1,0 +1,73 @@
+"""Does a model tell strange pictures from those of its data (`maskvlm.familiar`)? What to ask a checkpoint before its
+warnings are believed:
+
+    python bench/familiar.py checkpoints/RUN/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
+    python bench/familiar.py checkpoints/RUN/best.ckpt --known scenes --asked photos
+
+A place is a folder of pictures, `scenes` (the built-in world), or `photos` (those of the page). Of the known ones half
+are the sample, and the other half is asked: its share of far ones is the rate of false alarms. Noise and plain colours
+are always asked.
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maskvlm import MaskVLM
+from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.scenes import Scenes
+from maskvlm.demo.samples import PHOTOS
+from maskvlm.errors import UserError
+from maskvlm.familiar import is_far, nearness, range_of, sample_of
+
+SHARES = (0.01, 0.02, 0.05, 0.1)
+
+
+def pictures(place: str, most: int) -> list[Any]:
+    """Files by lot, always the same, or drawn scenes."""
+    if place == "scenes":
+        return [row["image"] for row in islice(map(Scenes().split("val").__getitem__, range(500)), most)]
+    folder = PHOTOS if place == "photos" else Path(place)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise UserError(place, "holds no picture", "Name a folder of pictures, or scenes, or photos")
+    chosen = np.random.default_rng(0).permutation(len(files))[:most]
+    return [files[number] for number in chosen]
+
+
+def made(kind: str, count: int, side: int) -> list[Image.Image]:
+    """Noise, or plain colours."""
+    rng = np.random.default_rng(0)
+    shape = (count, side, side, 3) if kind == "noise" else (count, 1, 1, 3)
+    return [Image.fromarray(each).resize((side, side)) for each in rng.integers(0, 256, shape, dtype=np.uint8)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--known", required=True, help="pictures like those it was trained on, not the very same")
+    parser.add_argument("--asked", nargs="*", default=["photos", "scenes"])
+    parser.add_argument("--most", type=int, default=1000, help="pictures of a place")
+    options = parser.parse_args()
+    model = MaskVLM.from_pretrained(options.checkpoint)
+    known_NE = model.encode_image(pictures(options.known, options.most))
+    asked = {f"{options.known}, others": known_NE[1::2]}
+    asked |= {place: model.encode_image(pictures(place, options.most)) for place in options.asked}
+    asked |= {kind: model.encode_image(made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
+    for share in SHARES:
+        known = range_of(sample_of(known_NE[::2]), share)
+        if known is None:
+            raise UserError("--known", f"{len(known_NE)} pictures are too few", "Name a folder with 100 or more")
+        print(f"\n{100 * share:g} % of the sample below {known.least:.3f}")
+        for name, vector_NE in asked.items():
+            far = 100 * float(is_far(vector_NE, known).float().mean())
+            median = float(nearness(vector_NE, known).median())
+            print(f"  {name[-40:]:40} {far:5.1f} % far of {len(vector_NE):4}, median {median:.3f}")
+
+
+if __name__ == "__main__":
+    main()

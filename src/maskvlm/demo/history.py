@@ -1,0 +1,140 @@
+"""What a pre-trained run was trained on, and which of several the page starts with.
+
+Scores on different data cannot be compared: 90 % of drawn scenes is no better than 3 % of photographs. So the data
+decide first, and the score among runs on the same data.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from maskvlm.config import read_yaml
+from maskvlm.disk import check_inside
+from maskvlm.errors import UserError
+from maskvlm.recipe import read_small
+from maskvlm.start import Seen
+
+WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
+"""Sources of tasks that draw what they show."""
+DRAWN = (r"maskvlm\.data\.scenes\.Scenes", *WORLDS)
+UNKNOWN = "unknown"
+"""Of a checkpoint of the first versions."""
+LONGEST = 60  # characters of a data set's name on the page
+
+
+class Trained(NamedTuple):
+    """What the weights of a run have seen.
+
+    Attributes:
+        told: for people: "flickr8k (6,000 pictures), after drawn scenes of the built-in world (20,000 pictures)".
+        photographs: different ones, drawn scenes not counted; infinite where a set was streamed, which counts nothing.
+        sha: of the data of the run itself. measured: pictures that it was evaluated on; 0 where it does not say.
+        score: on these, -inf where it does not say. time: when the weights were written, in seconds.
+    """
+
+    told: str
+    photographs: float
+    sha: str
+    measured: float
+    score: float
+    time: float
+
+
+def is_drawn(source: str) -> bool:
+    """Whether the class path of a source is one of the built-in world's."""
+    return any(re.fullmatch(world, source) for world in DRAWN)
+
+
+def trained(path: str, lineage: Sequence[Seen]) -> Trained:
+    """What a checkpoint of pre-training tells of itself, and the files beside it.
+
+    Args:
+        path: of the checkpoint.
+        lineage: the data that its weights have seen, first to last.
+    """
+    steps = [told_of(seen, name_beside(path, seen) if seen is lineage[-1] else None) for seen in lineage]
+    before = [step for step in reversed(steps[:-1]) if step != steps[-1]]
+    told = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
+    measured, score = score_beside(path)
+    sha = lineage[-1].sha if lineage else ""
+    time = Path(path).stat().st_mtime if Path(path).exists() else 0.0
+    return Trained(told, photographs(lineage), sha, measured, score, time)
+
+
+def photographs(lineage: Sequence[Seen]) -> float:
+    """How many different pictures of these are no drawn scenes; those of sets without ids may be the same ones."""
+    photos = [seen for seen in lineage if not is_drawn(seen.source) and seen.source != UNKNOWN]
+    if any(not seen.pictures for seen in photos):
+        return math.inf
+    ids = [seen.ids for seen in photos if seen.ids is not None]
+    different = len(torch.cat(ids).unique()) if ids else 0
+    return max([different, *(seen.pictures for seen in photos)])
+
+
+def told_of(seen: Seen, name: str | None) -> str:
+    if seen.source == UNKNOWN:
+        return "data that it does not name"
+    if is_drawn(seen.source):
+        name = "drawn scenes of the built-in world"
+    count = f"{seen.pictures:,} pictures" if seen.pictures else "streamed"
+    return f"{name or seen.source.rpartition('.')[2].lower()[:LONGEST]} ({count})"
+
+
+def best(runs: Sequence[Trained]) -> int:
+    """The place of the run that the page starts with.
+
+    Photographs come before drawn scenes, more of them before fewer; among runs on the same data the best score counts,
+    and what that leaves open the newest.
+    """
+    most = max(runs, key=lambda run: (run.photographs, run.time))
+    data = (most.photographs, most.sha)
+    same = [place for place, run in enumerate(runs) if (run.photographs, run.sha) == data]
+    return max(same, key=lambda place: (runs[place].measured, runs[place].score, runs[place].time))
+
+
+# ---------------------------------------------------------------------- the files beside a checkpoint: strangers', too
+
+
+def name_beside(path: str, seen: Seen) -> str | None:
+    """What the data are called: the set's folder, by the configuration of the run; None where it does not say."""
+    file = Path(path).parent / "config-fit.yaml"
+    try:
+        check_inside(file)
+        source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
+        settings = source.get("init_args") or {}
+        if source["class_path"] != seen.source:
+            return None
+        return name_of(settings)
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def name_of(settings: Any) -> str | None:
+    """The sets of a mix, or the last part of a place that is no file's name."""
+    if isinstance(sets := settings.get("sets"), dict) and sets:
+        return " + ".join(map(str, sets))[:LONGEST]
+    root, file = settings.get("root"), settings.get("file")
+    if isinstance(root, list):
+        root = root[0] if root else None
+    parts = [part for part in re.split(r"[/\\]", str(root or file or "")) if part]
+    if not root:
+        parts = parts[:-1]
+    plain = [part for part in parts if "*" not in part]
+    return plain[-1][:LONGEST] if plain else None
+
+
+def score_beside(path: str) -> tuple[float, float]:
+    """Pictures that `metrics.json` was measured on, and its score; 0 and -inf where it does not say."""
+    file = Path(path).parent / "metrics.json"
+    try:
+        check_inside(file)
+        found = json.loads(read_small(file))
+        score, count = float(found["score"]), float(found.get("retrieval/pictures") or 0)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0.0, -math.inf
+    return (count, score) if math.isfinite(score) and math.isfinite(count) else (0.0, -math.inf)

@@ -1,0 +1,202 @@
+"""Which pre-trained run the page starts with, what it says of it, and which examples it gets."""
+
+import json
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from toy_pretrained import content_of, made
+
+from maskvlm import MaskVLM, checkpoint
+from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained
+from maskvlm.demo.models import Models, find
+from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
+from maskvlm.familiar import sample_of
+from maskvlm.start import Seen
+
+TASK, SCENES, PREPARED = (
+    "maskvlm.pretrain.MaskedPretraining",
+    "maskvlm.data.scenes.Scenes",
+    "maskvlm.data.prepared.Prepared",
+)
+DRAWN = Seen(TASK, SCENES, "drawn", 20_000, 5, torch.arange(20_000))
+PHOTOGRAPHS = Seen(TASK, PREPARED, "photos", 6000, 9, torch.arange(6000))
+
+
+def run(
+    folder: Path, seen: list[Seen], score: float | None = None, name: str = "", age: float = 0, **more: Any
+) -> Path:
+    """A run's folder with a checkpoint of pre-training; age: seconds."""
+    folder.mkdir(parents=True)
+    content = content_of(*made("pretrain"))
+    checkpoint.save(content | {"lineage": [each.plain() for each in seen]}, folder / "best.ckpt")
+    os.utime(folder / "best.ckpt", (10_000 - age, 10_000 - age))
+    if score is not None:
+        (folder / "metrics.json").write_text(json.dumps({"score": score, "retrieval/pictures": 1000} | more))
+    if name:
+        source = {"class_path": seen[-1].source, "init_args": {"root": f"/somewhere/secret/{name}"}}
+        (folder / "config-fit.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
+    return folder / "best.ckpt"
+
+
+def entry(photographs: float, sha: str, score: float, time: float, measured: float = 1000) -> Trained:
+    return Trained("", photographs, sha, measured, score, time)
+
+
+# ---------------------------------------------------------------------- which one
+
+
+@pytest.mark.parametrize(
+    ("runs", "chosen"),
+    [
+        ([entry(0, "a", 91, 9), entry(6000, "b", 2, 1)], 1),  # photographs before scenes, whatever the score
+        ([entry(6000, "b", 3, 1), entry(29000, "c", 1, 0)], 1),  # more of them
+        ([entry(math.inf, "s", 1, 0), entry(29000, "c", 9, 1)], 0),  # a stream counts nothing and is large
+        ([entry(0, "a", 91, 1), entry(0, "a", 90, 9)], 0),  # on the same data the score, not the time
+        ([entry(0, "a", 91, 1), entry(0, "b", 50, 9)], 1),  # on other data it says nothing: the newest
+        ([entry(5, "a", 7, 1), entry(5, "a", 7, 9)], 1),
+        ([entry(5, "a", 7, 9, measured=256), entry(5, "a", 3, 1)], 1),  # few pictures are easily told apart
+        ([entry(5, "a", -math.inf, 9, measured=0), entry(5, "a", -4, 1)], 1),  # one that was never measured
+    ],
+)
+def test_the_rule(runs: list[Trained], chosen: int) -> None:
+    assert best(runs) == chosen
+    assert best(runs[::-1]) == len(runs) - 1 - chosen
+
+
+def test_the_page_starts_with_photographs_and_not_with_the_newest(tmp_path: Path) -> None:
+    run(tmp_path / "scenes", [DRAWN], 91.2)
+    run(tmp_path / "worse", [PHOTOGRAPHS], 1.9, age=50)
+    run(tmp_path / "better", [DRAWN, PHOTOGRAPHS], 2.3, name="flickr8k", age=100)
+    models = Models(find(tmp_path))
+    assert models.found.pretrained is not None
+    assert models.found.pretrained.shown == "better/best.ckpt"
+    assert models.photographs == 6000
+    named = find(tmp_path, [str(tmp_path / "better" / "best.ckpt"), str(tmp_path / "scenes" / "best.ckpt")])
+    assert named.pretrained is not None
+    assert named.pretrained.shown == "scenes/best.ckpt"  # the last that was named
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"score": "NaN"}', '{"score": null}', "{" * 100_000, '{"score": 1e999}']
+)
+def test_a_strange_record_counts_as_none(tmp_path: Path, content: str) -> None:
+    path = run(tmp_path / "run", [DRAWN], name="x")
+    (path.parent / "metrics.json").write_text(content)
+    (path.parent / "config-fit.yaml").write_text(content)
+    found = trained(str(path), [PHOTOGRAPHS])
+    assert (found.measured, found.score, found.told) == (0, -math.inf, "prepared (6,000 pictures)")
+
+
+def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", [DRAWN])
+    (tmp_path / "other.json").write_text('{"score": 99}')
+    (path.parent / "metrics.json").symlink_to(tmp_path / "other.json")
+    assert trained(str(path), [DRAWN]).score == -math.inf
+
+
+# ---------------------------------------------------------------------- what it says
+
+
+def test_it_says_what_the_weights_have_seen(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", [DRAWN, PHOTOGRAPHS], name="flickr8k")
+    said = "flickr8k (6,000 pictures), after drawn scenes of the built-in world (20,000 pictures)"
+    assert trained(str(path), [DRAWN, PHOTOGRAPHS]).told == said
+    assert trained(str(path), []).told == "nothing that it tells of"
+    assert told_of(Seen("unknown", "unknown", "", 0, 0), None) == "data that it does not name"
+    assert told_of(Seen(TASK, "maskvlm.data.streaming.Stream", "", 0, 9), "cc12m") == "cc12m (streamed)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"root": "data/flickr30k/"}, "flickr30k"),
+        ({"root": "s3://bucket/cc12m/*.tar"}, "cc12m"),
+        ({"root": ["a/laion/0.tar", "a/laion/1.tar"]}, "0.tar"),
+        ({"root": "data", "sets": {"cc3m": 1.0, "coco": 1.0}}, "cc3m + coco"),
+        ({"file": "x/coco/dataset_coco.json"}, "coco"),
+        ({"root": "a" * 1000}, "a" * 60),
+        ({}, "prepared"),
+    ],
+)
+def test_names_of_data(tmp_path: Path, settings: dict[str, Any], name: str) -> None:
+    path = run(tmp_path / "run", [PHOTOGRAPHS], name="x")
+    source = {"class_path": PREPARED, "init_args": settings}
+    (path.parent / "config-fit.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
+    assert trained(str(path), [PHOTOGRAPHS]).told == f"{name} (6,000 pictures)"
+    other = PHOTOGRAPHS._replace(source="maskvlm.data.mix.Mix")  # a configuration of other data names nothing
+    assert trained(str(path), [other]).told == "mix (6,000 pictures)"
+
+
+def test_photographs_are_counted_once_and_scenes_not_at_all() -> None:
+    more = PHOTOGRAPHS._replace(ids=torch.arange(5000, 8000), pictures=3000)
+    assert [photographs(each) for each in ([DRAWN], [], [PHOTOGRAPHS, more])] == [0, 0, 8000]
+    assert photographs([PHOTOGRAPHS, more._replace(ids=None, pictures=90_000)]) == 90_000
+    assert photographs([PHOTOGRAPHS, PHOTOGRAPHS._replace(pictures=0, ids=None)]) == math.inf
+    assert photographs([Seen("unknown", "unknown", "", 0, 7)]) == 0
+    assert [is_drawn(each) for each in (SCENES, "tasks.vqa.scenes.Questions", PREPARED)] == [True, True, False]
+
+
+# ---------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (14, 14), (6, 6)])
+def test_the_photographs_are_examples_as_the_tabs_need_them(grid: tuple[int, int]) -> None:
+    found = photo_samples(grid)
+    assert {file.name for file in PHOTOS.glob("*.jpg")} == photo_rows().keys()
+    for sample in found:
+        assert np.shape(sample.hidden) == grid
+        assert 0 < np.mean(sample.hidden) < 0.9
+        right, wrong = sample.text.split(), sample.other.split()
+        assert len(right) == len(wrong)
+        assert 2 <= sum(map(str.__ne__, right, wrong)) <= 4
+        assert sample.picture.mode == "RGB"
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
+@pytest.mark.parametrize(("seen", "photos"), [([DRAWN, PHOTOGRAPHS], True), ([DRAWN], False)])
+def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, seen: list[Seen], photos: bool) -> None:
+    from maskvlm.demo.intake import Worker
+    from maskvlm.demo.page import page
+
+    run(tmp_path / "run", seen, 2.0, name="flickr<b>8k" if photos else "")
+    blocks = page(Models(find(tmp_path)), Worker(60), None)
+    shown = json.dumps(blocks.get_config_file(), default=str)
+    assert ("a red cup of coffee stands on a wooden table" in shown) is photos
+    assert ("the 5 photographs that come with this page" in shown) is photos
+    assert ("scenes of the built-in world that the model has not seen" in shown) is not photos
+    said = (
+        "trained on flickr&lt;b&gt;8k (6,000 pictures), after drawn"
+        if photos
+        else "trained on drawn scenes of the built-in"
+    )
+    assert said in shown
+    assert "somewhere" not in shown
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
+def test_the_page_says_when_a_picture_is_unlike_the_training_data(tmp_path: Path) -> None:
+    from maskvlm.demo.page import strange
+
+    path = run(tmp_path / "run", [PHOTOGRAPHS])
+    photos = [sample.picture for sample in photo_samples((3, 3))]
+    vector_NE = MaskVLM.from_pretrained(path).encode_image(photos).repeat(20, 1)
+    said = {}
+    for sign in (1, -1):
+        checkpoint.save(checkpoint.load(path) | {"reference": sample_of(sign * vector_NE)}, path)
+        said[sign] = strange(Models(find(tmp_path)), photos[0])
+    assert said[1] == ""
+    assert said[-1].startswith('<p class="note">This picture is unlike those that the model was trained on: ')
+
+
+def test_photographs_are_searched(tmp_path: Path) -> None:
+    run(tmp_path / "run", [PHOTOGRAPHS])
+    searched = Searched(Models(find(tmp_path)).core(), None, photos=True)
+    assert len(searched.by_text("a cat")) == len(searched.by_picture(PHOTOS / "chelsea.jpg")) == 5
+    assert searched.by_picture(PHOTOS / "chelsea.jpg")[0].told.startswith("1.00  a brown cat")

@@ -1,0 +1,112 @@
+"""docs/licences.md has every data set and every weight that this project names, and no picture has terms nobody wrote
+down."""
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from PIL import Image
+
+from maskvlm.data.raw import FACTS, SETS
+from maskvlm.data.raw.own import UNKNOWN_LICENCE
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+PHOTOS = ROOT / "src" / "maskvlm" / "demo" / "photos"
+OWN = {"csv", "jsonl", "folder", "webdataset", "hf"}
+"""Ways in which people keep their own pictures: nobody can know their terms."""
+FREE = r"\| (CC0|public domain\b.*) \|$"
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    """The tables of a section: each name in backquotes of the first cell -> the cells."""
+    section = PAGE[PAGE.index(f"\n## {heading}\n") + 1 :].partition("\n## ")[0]
+    found: dict[str, list[str]] = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0] != "`SET`":
+            found = dict.fromkeys(re.findall("`([^`]+)`", cells[0]), cells) | found  # the first table counts
+    return found
+
+
+def makefile_sets() -> list[str]:
+    found = re.search(r"^sets := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found
+    return found[1].split()
+
+
+def weights_named() -> set[str]:
+    """Of the models in conf/model that do not start from random weights."""
+    found = set()
+    for file in (ROOT / "conf" / "model").glob("*.yaml"):
+        model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
+        if not model.get("random_init"):
+            encoders = model["backbone"]["init_args"]
+            found |= {encoders[side]["init_args"]["name"] for side in ("image", "text")}
+    return found
+
+
+def test_every_set_that_make_data_knows_has_its_terms() -> None:
+    """A new set fails here until its licence stands in its Facts and on the page."""
+    told = rows("Data sets")
+    assert set(makefile_sets()) == SETS.keys() == FACTS.keys() | OWN
+    for name in makefile_sets():
+        assert name in told, f"docs/licences.md has no row for the set {name}"
+        _, terms, stated_at = told[name]
+        assert terms == (UNKNOWN_LICENCE if name in OWN else FACTS[name].licence)
+        assert stated_at
+
+
+def test_a_manifest_has_the_words_of_the_page(shared_data: Path) -> None:
+    """FACTS is what the reader itself writes."""
+    for name, folder in (("flickr8k", "flickr8k"), ("daquar", "daquar_vqa"), ("snli_ve", "snli_ve")):
+        assert SETS[name](str(shared_data / folder), name, {}).facts.licence == FACTS[name].licence
+
+
+def test_every_weight_that_a_model_names_has_its_licence() -> None:
+    told = rows("Weights")
+    assert weights_named() == {"vit_base_patch16_224", "vit_large_patch16_224", "roberta-base", "roberta-large"}
+    assert weights_named() <= told.keys()
+    installed = re.findall(r"pip install -q --no-deps ([\w-]+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert installed
+    assert set(installed) <= told.keys()
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2"])
+def test_timm_states_the_licence_that_the_page_does(name: str) -> None:
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    assert config.license == rows("Weights")[name][2].lower()
+
+
+def test_every_photograph_is_free_and_says_whose_it_is() -> None:
+    lines = (PHOTOS / "LICENCES.md").read_text(encoding="utf-8").splitlines()
+    told = {found[1]: line for line in lines if (found := re.match(r"\| `([\w.]+)` \|", line))}
+    files = sorted(PHOTOS.glob("*.jpg"))
+    assert {file.name for file in files} == told.keys()
+    assert len(files) >= 4
+    for file in files:
+        assert re.search(FREE, told[file.name]), told[file.name]
+        with Image.open(file) as image:
+            assert (min(image.size), image.format) == (288, "JPEG")
+            assert not image.getexif()
+        assert file.stat().st_size < 60_000
+
+
+def test_the_photographs_are_packed_and_nothing_beside_them() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = [each.strip() for each in setup["options.package_data"]["maskvlm.demo"].split(",")]
+    packed = {file for pattern in patterns for file in PHOTOS.parent.glob(pattern)}
+    assert set(PHOTOS.iterdir()) <= packed
+    assert {file.suffix for file in PHOTOS.iterdir()} == {".jpg", ".md", ".yaml"}
+
+
+def test_every_picture_of_the_repository_has_its_licence() -> None:
+    """A new one fails here until somebody has said what it shows and whose it is."""
+    kinds = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
+    there = [file for place in ("docs", "src") for file in (ROOT / place).rglob("*") if file.suffix.lower() in kinds]
+    assert {file.relative_to(ROOT).as_posix() for file in there} == rows("Pictures in this repository").keys()
