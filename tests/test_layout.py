@@ -131,9 +131,3 @@ def test_what_the_project_promises_is_there() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert (ROOT / "checkpoints" / "README.md").is_file()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
-
-
-def test_files_stay_short() -> None:
-    """Past 300 lines ask what second thing the file does."""
-    long = {path.name: count for path in SOURCES if (count := len(path.read_text().splitlines())) > 300}
-    assert long == {}

@@ -60,7 +60,7 @@ def test_encoders_of_one_width_are_left_as_they_are() -> None:
 
 
 def test_heads_that_do_not_divide_the_width() -> None:
-    with pytest.raises(UserError, match="cross_heads: 5 do not divide width 16. give a divisor of 16"):
+    with pytest.raises(UserError, match=r"cross_heads: 5 do not divide width 16\. give a divisor of 16"):
         toy_backbone(cross_heads=5)
 
 

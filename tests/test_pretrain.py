@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from slow_step import Slow, build, eventful_batch, gradients
@@ -15,7 +16,8 @@ from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw
 from maskvlm.errors import UserError
-from maskvlm.pairing import pad_text
+from maskvlm.model import MaskVLM
+from maskvlm.pairing import one_each, pad_text
 from maskvlm.pretrain import Contrast, MaskedPretraining
 
 TERMS = ("itc", "itm", "mlm", "mim")
@@ -47,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "words": {"whole_word": True, "keep_and_swap": True, "text_mask_ratio": 0.6},
     "no contrast": {"weight_itc": 0.0},
     "texts masked three times": {"text_draws": 3},
+    "words as their embeddings": {"tokens_from_words": True},
     "both masked, texts twice": {"mask_both": True, "text_draws": 2},
     "words from masked picture": {"mask_both": True, "weight_mim": 0.0},
     "picture from masked words": {"mask_both": True, "weight_mlm": 0.0, "weight_itm": 0.0},
@@ -155,6 +158,95 @@ def test_the_longest_caption_does_not_matter() -> None:
 def test_terms_come_without_their_weights() -> None:
     weights = {f"weight_{name}": weight for name, weight in zip(TERMS, [0.5, 2.0, 3.0, 0.25], strict=True)}
     assert losses_of(toy_batch(), **weights) == pytest.approx(losses_of(toy_batch()))
+
+
+# ---------------------------------------------------------------------- several captions an image
+
+
+def with_captions(captions: int = 3) -> Batch:
+    """Five images, of which the last one is a hole; the second and third have a caption in common, and the fourth shows
+    the first again."""
+    batch = toy_batch(5, captions=captions, holes=(4,))
+    image_id_B, text_id_C = batch.image_id_B.clone(), batch.text_id_C.clone()
+    image_id_B[3], text_id_C[2 * captions + 1] = image_id_B[0], text_id_C[captions]
+    return batch._replace(image_id_B=image_id_B, text_id_C=text_id_C)
+
+
+def slow_positives(task: MaskedPretraining, backbone: MaskVLM, batch: Batch) -> float:
+    """Contrast where all captions of an image are to be found, one query at a time in NumPy."""
+    with torch.no_grad():
+        image = task.projection.embed_image(backbone.image(batch.image_BCHW)).double().numpy()
+        text = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT)).double().numpy()
+        scale = float(task.projection.scale)
+    owner, words = batch.owner_C.tolist(), batch.text_id_C.tolist()
+    shows, valid = [batch.image_id_B[b].item() for b in range(len(image))], batch.valid_B.tolist()
+
+    def loss(logits: list[float], found: list[bool], kept: list[bool]) -> float:
+        each = np.array(logits)[np.array(kept)]
+        log_p = each - np.log(np.exp(each).sum())
+        return float(-log_p[np.array(found)[np.array(kept)]].mean())
+
+    images, texts = [], []
+    for b in (b for b, there in enumerate(valid) if there):
+        own = [shows[owner[c]] == shows[b] for c in range(len(text))]
+        said = {words[c] for c in range(len(text)) if owner[c] == b}
+        kept = [valid[owner[c]] and (own[c] or words[c] not in said) for c in range(len(text))]
+        images.append(loss((scale * text @ image[b]).tolist(), own, kept))
+    for c in (c for c in range(len(text)) if valid[owner[c]]):
+        own = [shows[b] == shows[owner[c]] for b in range(len(image))]
+        says = [
+            any(words[other] == words[c] for other in range(len(text)) if owner[other] == b) for b in range(len(image))
+        ]
+        kept = [valid[b] and (own[b] or not says[b]) for b in range(len(image))]
+        texts.append(loss((scale * image @ text[c]).tolist(), own, kept))
+    return (float(np.mean(images)) + float(np.mean(texts))) / 2
+
+
+def test_all_captions_of_an_image_are_to_be_found() -> None:
+    batch = with_captions()
+    backbone, task = build()
+    assert float(task(backbone, batch)["itc"]) == pytest.approx(slow_positives(task, backbone, batch), rel=1e-5)
+    assert float(task(backbone, with_captions(2))["itc"]) != pytest.approx(
+        float(task(backbone, batch)["itc"]), rel=1e-3
+    )
+
+
+def test_the_first_caption_alone_is_masked_and_matched() -> None:
+    batch = with_captions()
+    first, every = one_each(batch)
+    assert first.owner_C.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(first.token_CT, batch.token_CT[::3])
+    assert every.owner_C.tolist() == [0, 1, 2, 3, 4] * 3
+    names = dict(zip(TERMS, losses_of(batch), strict=True)), dict(zip(TERMS, losses_of(first), strict=True))
+    assert [names[0][name] for name in TERMS[1:]] == pytest.approx([names[1][name] for name in TERMS[1:]], rel=1e-5)
+    assert names[0]["itc"] != pytest.approx(names[1]["itc"], rel=1e-3)
+
+
+def test_gradients_reach_every_caption() -> None:
+    backbone, task = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
+    batch = with_captions()
+    task(backbone, batch)["itc"].backward()
+    table = backbone.text.word_embeddings.grad
+    assert table is not None
+    there = batch.token_CT[batch.attention_CT & batch.valid_B[batch.owner_C][:, None]].unique()
+    assert table[there].abs().sum(1).gt(0).all()
+
+
+# ---------------------------------------------------------------------- a share of the images is masked
+
+
+def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
+    batch = eventful_batch()
+    some, all_of_them = losses_of(batch, image_draws=0.5), losses_of(batch)
+    assert some[:3] == pytest.approx(all_of_them[:3], rel=1e-5)
+    backbone, task = build(image_draws=0.5)
+    task.reseed(Table())
+    task(backbone, batch)
+    assert task.hidden.patch is not None
+    assert len(task.hidden.patch.mask_BN) == 4
+    of_first = losses_of(take(batch, torch.arange(4)))
+    assert some[3] == pytest.approx(of_first[3], rel=1e-5)
+    assert some[3] != pytest.approx(all_of_them[3], rel=1e-3)
 
 
 # ---------------------------------------------------------------------- edges
@@ -290,6 +382,17 @@ def test_pixels_and_words_are_predicted_at_masked_positions_only() -> None:
     assert shapes == {"words": (ROWS, int(0.3 * longest + 0.5), VOCAB), "pixels": (ROWS, 8, 3 * PATCH**2)}
 
 
+def test_the_token_head_starts_from_the_words() -> None:
+    backbone = toy_backbone()
+    task = MaskedPretraining(mask_block=16, tokens_from_words=True)
+    task.build(backbone)
+    assert torch.equal(task.tokens.vocabulary.weight, backbone.text.word_embeddings)
+    assert task.tokens.vocabulary.weight is not backbone.text.word_embeddings
+    wider = MaskVLM(toy_backbone().image, toy_backbone(width=32).text, 2, 2, width=16)
+    with pytest.raises(UserError, match="tokens_from_words: words are 32 wide, the token head reads 16"):
+        MaskedPretraining(mask_block=16, tokens_from_words=True).build(wider)
+
+
 # ---------------------------------------------------------------------- levels of no knowledge
 
 
@@ -320,6 +423,10 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
         ({"text_draws": 0}, "model.task.text_draws: 0"),
+        ({"image_draws": 0.0}, "model.task.image_draws: 0.0 is no share"),
+        ({"image_draws": 1.5}, "model.task.image_draws: 1.5 is no share"),
+        ({"image_draws": 0.5, "mask_both": True}, "model.task.image_draws: mask_both masks every image"),
+        ({"rerank_contrast": -1.0}, "model.task.rerank_contrast: -1.0"),
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),
         ({"weight_mlm": -1.0}, "model.task.weight_mlm: -1.0"),

@@ -26,6 +26,7 @@ from maskvlm.lit import LitModel
 from maskvlm.lock import HELD
 from maskvlm.outputs import writing
 from maskvlm.parser import MODE, Complaint, Parser, parsed, prepare
+from maskvlm.precision import alone, cpu_precision
 from maskvlm.rebuild import model_of
 from maskvlm.recipe import portable_yaml, task_yaml
 from maskvlm.resume import LAST, check_finite
@@ -136,16 +137,11 @@ class Command(LightningCLI):
         self.model.task_yaml = task_yaml(written)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """bf16 wherever the GPU has it, unless told otherwise. On the CPU single precision, the faster one there.
-
-        Measured with `make bench` on two cores that have AMX: 333 ms a step of the tiny model, 450 ms with
-        ARGS="--trainer.precision bf16-mixed"; without AMX bf16 is emulated.
-        """
+        """bf16 wherever the GPU has it, and on a CPU where that is faster (`precision.py`), unless told otherwise."""
         self.config = self.written
         trainer = self.settings.trainer
-        if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda"):
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-            kwargs.setdefault("precision", "bf16-mixed" if bf16 else None)
+        if trainer.precision is None:
+            kwargs.setdefault("precision", self._precision(trainer))
         try:
             made = super().instantiate_trainer(**kwargs)
         except UserError:
@@ -154,6 +150,17 @@ class Command(LightningCLI):
             raise wrong_trainer(error) from error
         watch(made, Path(self.settings.run), self.settings.get("patience"))
         return made
+
+    def _precision(self, trainer: Namespace) -> str | None:
+        """None: single precision. Of several processes on CPUs each would find its own: there it stays at that."""
+        if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        one = str(trainer.devices) in ("1", "auto") and trainer.num_nodes == 1 and alone()
+        if trainer.accelerator not in ("auto", "cpu") or not one:
+            return None
+        image = self.model.backbone.image
+        length = image.num_patches + image.vit.num_prefix_tokens
+        return cpu_precision(image.vit.blocks[-1], length, image.vit.embed_dim, Path(self.settings.run))
 
     def before_validate(self) -> None:
         """A checkpoint without the task's heads is refused before anything is written. One that is loaded by

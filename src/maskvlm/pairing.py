@@ -158,7 +158,7 @@ def cross_pairs(
     if hidden_BLD is None and not rows:  # no loss reads this side
         return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
     first = 0 if hidden_BLD is None else len(hidden_BLD)
-    of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // pairs)
+    of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
     partners = of_pair
     if first and hidden_other_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
@@ -215,8 +215,9 @@ def cross_all(
     hidden_image = encoded.hidden_image_BLD if hides[0] else None
     hidden_text = encoded.hidden_text_BTD if hides[1] else None
     pairs = len(attention_BT)
+    masked = 0 if hidden_image is None else len(hidden_image)
     image_out = cross_pairs(
-        backbone.cross_image, hidden_image, image_side, text_side, seen.first_draw_BTD, images, texts, pairs
+        backbone.cross_image, hidden_image, image_side, text_side, seen.first_draw_BTD, images, texts, masked
     )
     text_out = cross_pairs(
         backbone.cross_text, hidden_text, text_side, image_side, seen.hidden_image_BLD, texts, images, pairs

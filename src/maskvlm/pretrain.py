@@ -38,6 +38,7 @@ class MaskedPretraining(Task):
         image_mask_ratio: share of image blocks hidden (0.6, P).
         text_mask_ratio: share of tokens hidden (0.3, P).
         text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
+        image_draws: share of a step's images that are masked (1, P); a masked image costs about as much as a whole one.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -84,6 +85,7 @@ class MaskedPretraining(Task):
         text_draws: int = 1,
         tokens_from_words: bool = False,
         rerank_contrast: float = 0.0,
+        image_draws: float = 1.0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -102,7 +104,10 @@ class MaskedPretraining(Task):
         self.mask_both, self.whole_word, self.keep_and_swap = mask_both, whole_word, keep_and_swap
         self.pixel_loss, self.pixel_norm = pixel_loss, pixel_norm
         self.decoder_layers, self.contrast_dim, self.temperature = decoder_layers, contrast_dim, temperature
-        self.tokens_from_words = tokens_from_words
+        if not 0 < image_draws <= 1 or (mask_both and image_draws < 1):
+            what = f"{image_draws} is no share above 0" if not 0 < image_draws <= 1 else "mask_both masks every image"
+            raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
+        self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
         self.measure = Measure(rerank_k, rerank_contrast)
 
     def build(self, backbone: MaskVLM) -> None:
@@ -142,7 +147,7 @@ class MaskedPretraining(Task):
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
-        hidden = self.hide(backbone, batch, self.uniform, self.text_draws)
+        hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws)
         encoded = self.encode(backbone, every, hidden)
         contrast = self.contrast(batch, encoded)
         found = self.negatives(contrast)
@@ -168,12 +173,14 @@ class MaskedPretraining(Task):
             terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
         return terms
 
-    def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform, draws: int = 1) -> Hidden:
-        """Draw this step's masks: one a picture, `draws` a caption, whose rows follow each other."""
+    def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform, draws: int = 1, share: float = 1.0) -> Hidden:
+        """Draw this step's masks: one each for the first images, a `share` of all; `draws` a caption, whose rows follow
+        each other."""
         patch = token = None
         if self.weights["mim"] or (self.mask_both and self.weights["mlm"]):
             block = self.mask_block // backbone.image.patch_size
-            patch = mask_patches(batch.valid_B, backbone.image.grid, block, self.image_mask_ratio, uniform)
+            first = max(1, round(share * len(batch.valid_B)))
+            patch = mask_patches(batch.valid_B[:first], backbone.image.grid, block, self.image_mask_ratio, uniform)
         if self.weights["mlm"] or (self.mask_both and self.weights["mim"]):
             text, parts = backbone.text, (batch.token_CT, batch.special_CT, batch.word_CT)
             token_CT, special_CT, word_CT = (part.repeat_interleave(draws, 0) for part in parts)
@@ -189,19 +196,20 @@ class MaskedPretraining(Task):
         image, token, attention, mask = batch.image_BCHW, batch.token_CT, batch.attention_CT, None
         pairs, captions = len(image), len(token)
         if hidden.patch is not None:
-            image = torch.cat([image, image])
-            mask = torch.cat([torch.zeros_like(hidden.patch.mask_BN), hidden.patch.mask_BN])
+            masked_BN = hidden.patch.mask_BN
+            image = torch.cat([image, image[: len(masked_BN)]])
+            mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
         if hidden.token is not None:
             token = torch.cat([token, hidden.token.token_CT])
             draws = len(hidden.token.token_CT) // pairs
             attention = torch.cat([attention, attention[:pairs].repeat_interleave(draws, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        images = backbone.image(image, mask, row_B).split(pairs)
+        whole, masked_image = backbone.image(image, mask, row_B).tensor_split([pairs])
         text, other, masked = backbone.text(token, attention).tensor_split([pairs, captions])
         return Encoded(
-            images[0],
+            whole,
             text,
-            images[1] if len(images) > 1 else None,
+            masked_image if hidden.patch is not None else None,
             masked if hidden.token is not None else None,
             other if captions > pairs else None,
         )
@@ -270,8 +278,9 @@ class MaskedPretraining(Task):
         return losses.masked_token(logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum()))
 
     def pixel_loss_of(self, image_BLD: Tensor, text_BTD: Tensor, batch: Batch, patch: PatchMask) -> Tensor:
-        predicted_BKP = self.pixels(image_BLD, text_BTD, batch.attention_CT, patch.index_BK)
-        target_BKP = self.pixel_target(batch.image_BCHW, patch.index_BK)
+        first = len(patch.index_BK)  # the images that are masked
+        predicted_BKP = self.pixels(image_BLD, text_BTD[:first], batch.attention_CT[:first], patch.index_BK)
+        target_BKP = self.pixel_target(batch.image_BCHW[:first], patch.index_BK)
         count = shared_count(patch.weight_BK.sum())
         if self.training:
             level = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
