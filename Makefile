@@ -14,6 +14,7 @@ WHERE := auto
 TASK :=
 FROM :=
 SPLIT := val
+ENCODERS :=
 SET :=
 RAW :=
 NAME :=
@@ -52,7 +53,12 @@ chosen = $(if $(filter 1,$(words $($1))),$(if $(filter $($1),$(call names,$2)),$
 unknown = $(error no $1=$($1); there are: $(call names,$2))
 # conf/pretrain-MODEL.yaml, where there is one, is what the paper's recipe must change for that model.
 stack = $(addprefix -c ,conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml \
-    $(wildcard conf/pretrain-$(MODEL).yaml) $(data-file) $(call chosen,WHERE,conf/where)) $(data-place)
+    $(wildcard conf/pretrain-$(MODEL).yaml) $(data-file) $(call chosen,WHERE,conf/where)) $(data-place) $(encoders)
+# ENCODERS is a folder with one folder for each encoder of MODEL; the text encoder's is the one with a tokenizer.
+encoders = $(if $(ENCODERS),--model.backbone.image.weights '$(or $(image-weights),$(no-encoders))' --model.backbone.text.name '$(or $(text-folder),$(no-encoders))')
+text-folder = $(patsubst %/,%,$(firstword $(dir $(wildcard $(foreach file,tokenizer.json vocab.txt vocab.json,$(ENCODERS)/*/$(file))))))
+image-weights = $(firstword $(filter-out $(text-folder)/%,$(wildcard $(foreach kind,safetensors bin pth,$(ENCODERS)/*/*.$(kind)))))
+no-encoders = $(error ENCODERS='$(ENCODERS)' is no folder with one folder of image weights (*.safetensors, *.bin, *.pth) and one of a text encoder with its tokenizer)
 # DATA is a file in conf/data, or a prepared set that needs none of its own.
 own-set = $(if $(filter $(DATA),$(call names,conf/data)),,$(if $(filter 1,$(words $(DATA))),$(filter $(DATA),$(prepared))))
 data-file = $(if $(own-set),conf/data/prepared.yaml,$(if $(filter 1,$(words $(DATA))),$(if $(filter $(DATA),$(call names,conf/data)),conf/data/$(DATA).yaml,$(no-data)),$(no-data)))
@@ -104,7 +110,7 @@ help:  ## this list
 	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/RUN/best.ckpt [DATA=.. SPLIT=val|test ..]"
 	@echo "make data SET=.. RAW=/where/it/was/downloaded [NAME=.. DATA_ROOT=data ARGS=--look]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
-	@echo "MODEL   $(call names,conf/model)   (now: $(MODEL))"
+	@echo "MODEL   $(call names,conf/model)   (now: $(MODEL); ENCODERS=folder: pretrained ones without a connection)"
 	@echo "DATA    $(call names,conf/data)   (now: $(DATA))"
 	@echo "        prepared in $(data-root): $(or $(prepared),none yet)"
 	@echo "SET     $(sets)"
@@ -140,7 +146,7 @@ evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val
 index: $(ready-search)  ## make the pictures of DATA (SPLIT) searchable with the checkpoint FROM
 	@$(PYTHON) -m maskvlm index --from $(or $(FROM),$(no-from)) --split $(SPLIT) --out checkpoints/index-$(DATA)-$(SPLIT) $(stack) $(ARGS)
 
-demo: $(ready-demo)  ## a page to try the newest checkpoints in, on this machine alone
+demo: $(ready-demo)  ## a page to try the checkpoints in, on this machine alone; the best pre-trained one first
 	@$(PYTHON) -m maskvlm demo $(if $(FROM),--from $(FROM)) $(ARGS)
 
 test: $(ready-test)  ## run the tests (ARGS="-k masking" picks some)

@@ -241,6 +241,22 @@ def test_a_checkpoint_says_which_model_and_labels_it_holds(
     assert [seen["steps"] for seen in content["lineage"]] == [3]
 
 
+def test_a_checkpoint_keeps_what_its_images_look_like(
+    run: tuple[LitModel, PairData, L.Trainer, Watch], tmp_path: Path
+) -> None:
+    """The contrast vectors of the last evaluation's images, in half precision; a run that goes on has them at once."""
+    model, data, trainer, _ = run
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    found = load(tmp_path / "x.ckpt")["reference"]
+    images = torch.cat([batch.image_BCHW for batch in data.val_dataloader()])
+    with torch.no_grad():
+        expected = model.task.projection.embed_image(model.backbone.eval().image(images))
+    torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=0)
+    other, more = make_model(), make_trainer(limit_val_batches=0)
+    more.fit(other, make_data(steps=4), ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(other.reference, found)
+
+
 class Plain(Task):
     """The least that a task must be; takes the defaults of all else."""
 

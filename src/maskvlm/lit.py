@@ -211,6 +211,13 @@ class LitModel(L.LightningModule):
         if getattr(self.task, "labels", None) is not None:
             checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
         checkpoint["lineage"] = [seen.plain() for seen in self.history]
+        if self.reference is not None:
+            checkpoint["reference"] = self.reference
+
+    @property
+    def reference(self) -> Tensor | None:
+        """Contrast vectors of validation images, by which a model tells what is far from its data (`familiar.py`)."""
+        return getattr(getattr(self.task, "measure", None), "reference", None)
 
     @property
     def lineage(self) -> tuple[Seen, ...]:
@@ -244,6 +251,9 @@ class LitModel(L.LightningModule):
             check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
+        measure = getattr(self.task, "measure", None)
+        if measure is not None and checkpoint.get("reference") is not None:
+            measure.reference = checkpoint["reference"]  # until the next evaluation
         told = lineage_of(checkpoint)
         if self.trained and told and told[-1][:3] == self._seen_here()[:3]:
             told = told[:-1]  # a run that goes on states its own part anew
