@@ -52,8 +52,11 @@ task-names := $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))
 chosen = $(if $(filter 1,$(words $($1))),$(if $(filter $($1),$(call names,$2)),$2/$($1).yaml,$(call unknown,$1,$2)),$(call unknown,$1,$2))
 unknown = $(error no $1=$($1); there are: $(call names,$2))
 # conf/pretrain-MODEL.yaml, where there is one, is what the paper's recipe must change for that model.
-stack = $(addprefix -c ,conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml \
-    $(wildcard conf/pretrain-$(MODEL).yaml) $(data-file) $(call chosen,WHERE,conf/where)) $(data-place) $(encoders)
+files = conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml $(wildcard conf/pretrain-$(MODEL).yaml) \
+    $(data-file) $(call chosen,WHERE,conf/where)
+stack = $(addprefix -c ,$(files)) $(data-place) $(encoders)
+# Pre-training that goes on from a checkpoint, on other data: the model is the checkpoint's, MODEL names the recipe.
+pretrain-stack = $(if $(FROM),--from $(FROM) $(addprefix -c ,$(filter-out conf/model/%,$(files))) $(data-place),$(stack))
 # ENCODERS is a folder with one folder for each encoder of MODEL; the text encoder's is the one with a tokenizer.
 encoders = $(if $(ENCODERS),--model.backbone.image.weights '$(or $(image-weights),$(no-encoders))' --model.backbone.text.name '$(or $(text-folder),$(no-encoders))')
 text-folder = $(patsubst %/,%,$(firstword $(dir $(wildcard $(foreach file,tokenizer.json vocab.txt vocab.json,$(ENCODERS)/*/$(file))))))
@@ -125,17 +128,17 @@ data: $(ready)  ## prepare SET from its files RAW, once, as DATA_ROOT/NAME (ARGS
 data-check: $(ready)  ## verify the prepared set SET (or NAME) against its manifest
 	@$(PYTHON) -m maskvlm data-check '$(data-root)/$(set-name)' $(ARGS)
 
-pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN
-	@$(PYTHON) -m maskvlm fit --folder $(run) $(stack) $(ARGS)
+pretrain: $(ready)  ## pre-train, measure, and draw: everything lands in checkpoints/RUN (FROM=: go on from a checkpoint)
+	@$(PYTHON) -m maskvlm fit --folder $(run) $(pretrain-stack) $(ARGS)
 
 config: $(ready)  ## print the composed configuration of pretrain, or of finetune with TASK and FROM, and stop
-	@$(PYTHON) -m maskvlm fit --folder $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS) --print_config
+	@$(PYTHON) -m maskvlm fit --folder $(run) $(if $(TASK),$(from) $(task-stack),$(pretrain-stack)) $(ARGS) --print_config
 
 preview: $(ready)  ## write a contact sheet of DATA: pictures with their captions
 	@$(PYTHON) -m maskvlm preview --out checkpoints/preview-$(DATA).png $(stack) $(ARGS)
 
 submit: $(ready)  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit it
-	@$(PYTHON) -m maskvlm submit --folder $(run) $(if $(TASK),$(from) $(task-stack),$(stack)) $(ARGS)
+	@$(PYTHON) -m maskvlm submit --folder $(run) $(if $(TASK),$(from) $(task-stack),$(pretrain-stack)) $(ARGS)
 
 finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
 	@$(PYTHON) -m maskvlm fit --folder $(run) $(from) $(task-stack) $(ARGS)

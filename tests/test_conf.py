@@ -196,6 +196,48 @@ def test_the_control_begins_with_random_weights_of_the_model() -> None:
     assert "--from" not in done.stdout
 
 
+def test_pretraining_goes_on_from_a_checkpoint_whose_model_it_keeps() -> None:
+    done = make(
+        "-n", "pretrain", "MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x"
+    )
+    assert (
+        done.stdout.split()
+        == (
+            "python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt -c conf/base.yaml -c conf/pretrain.yaml "
+            "-c conf/pretrain-compact.yaml -c conf/data/flickr8k.yaml -c conf/where/cpu.yaml"
+        ).split()
+    )
+
+
+def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
+    """The one with a tokenizer is the text's, whatever their names are."""
+    for name in ("a-text/tokenizer.json", "a-text/model.safetensors", "vit/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    done = make("-n", "pretrain", "MODEL=compact", f"ENCODERS={tmp_path}", "PYTHON=python")
+    assert f"--model.backbone.image.weights {tmp_path}/vit/model.safetensors" in done.stdout.replace("'", "")
+    assert f"--model.backbone.text.name {tmp_path}/a-text" in done.stdout.replace("'", "")
+
+
+@pytest.mark.parametrize("files", [[], ["text/tokenizer.json"], ["vit/model.safetensors"]])
+def test_a_folder_without_both_encoders_is_one_line(tmp_path: Path, files: list[str]) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    done = make("pretrain", "MODEL=compact", f"ENCODERS={tmp_path}", "PYTHON=false")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"ENCODERS='{tmp_path}' is no folder with one folder of image weights" in done.stderr
+
+
+def test_compact_is_two_pretrained_encoders_of_one_width(stack: Stack) -> None:
+    settings = run(Parsed, ["fit", *stack(MODEL="compact", DATA="flickr8k", WHERE="cpu")]).settings
+    image, text = (getattr(settings.model.backbone.init_args, name).init_args for name in ("image", "text"))
+    assert (image.name, text.name) == ("vit_small_patch14_dinov2.lvd142m", "sentence-transformers/all-MiniLM-L6-v2")
+    assert settings.model.random_init is not True
+    assert settings.model.task.init_args.mask_block % 14 == image.image_size % 14 == 0
+
+
 def test_arguments_pass_through_with_their_quotes() -> None:
     done = make("-n", "pretrain", "PYTHON=python", "RUN=x", """ARGS=--model.lr 1e-3 --a "b c" """)
     assert done.stdout.strip().endswith('--model.lr 1e-3 --a "b c"')
