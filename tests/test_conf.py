@@ -200,13 +200,26 @@ def test_pretraining_goes_on_from_a_checkpoint_whose_model_it_keeps() -> None:
     done = make(
         "-n", "pretrain", "MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x"
     )
-    assert (
-        done.stdout.split()
-        == (
-            "python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt -c conf/base.yaml -c conf/pretrain.yaml "
-            "-c conf/pretrain-compact.yaml -c conf/data/flickr8k.yaml -c conf/where/cpu.yaml"
-        ).split()
-    )
+    assert done.stdout.split() == [
+        "python",
+        "-m",
+        "maskvlm",
+        "fit",
+        "--folder",
+        "checkpoints/x",
+        "--from",
+        "a/b.ckpt",
+        "-c",
+        "conf/base.yaml",
+        "-c",
+        "conf/pretrain.yaml",
+        "-c",
+        "conf/pretrain-compact.yaml",
+        "-c",
+        "conf/data/flickr8k.yaml",
+        "-c",
+        "conf/where/cpu.yaml",
+    ]
 
 
 def test_encoders_out_of_a_folder(tmp_path: Path) -> None:

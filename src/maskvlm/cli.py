@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from maskvlm.attempts import attempted
@@ -172,14 +173,18 @@ class Command(LightningCLI):
 
     def after_fit(self) -> None:
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
-        along the way looked at a part (limit_val_batches)."""
+        along the way looked at a part (limit_val_batches). Of a run that ended because its score no longer rose, the
+        best weights are measured."""
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.trainer.default_root_dir)
             check_finite(self.trainer, folder)
             self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 1.0
-            self.trainer.validate(self.model, self.datamodule, verbose=False)
+            best = best_of(self.trainer)
+            if best is not None:
+                warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
+            self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             finish(Path(self.trainer.default_root_dir), self.trainer.global_step)
 
@@ -190,6 +195,14 @@ class Command(LightningCLI):
         finally:
             CAUGHT.restore()
             HELD.release()
+
+
+def best_of(trainer: L.Trainer) -> str | None:
+    """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    stopped = any(isinstance(each, EarlyStopping) and each.wait_count >= each.patience for each in callbacks)
+    keeper = next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path), None)
+    return keeper.best_model_path if stopped and keeper is not None else None
 
 
 class Parsed(Command):

@@ -80,6 +80,7 @@ class LitModel(L.LightningModule):
         self._seen: Seen | None = None
         self._loaded: tuple[Seen, ...] | None = None
         self.trained = False
+        self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: Guard | None = None
         task.build(backbone)
         self.inherited = self._inherit()
@@ -251,6 +252,8 @@ class LitModel(L.LightningModule):
             check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.measured_step = checkpoint.get("global_step")
         measure = getattr(self.task, "measure", None)
         if measure is not None and checkpoint.get("reference") is not None:
             measure.reference = checkpoint["reference"]  # until the next evaluation

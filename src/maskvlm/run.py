@@ -192,7 +192,9 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero and metrics and not trial:
             stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
             end = name_end(folder_of(trainer), stage, trained=stage == "fit")
-            write_json(folder_of(trainer) / f"metrics{end}.json", {"step": trainer.global_step} | metrics)
+            step = getattr(pl_module, "measured_step", None)
+            step = trainer.global_step if step is None else step
+            write_json(folder_of(trainer) / f"metrics{end}.json", {"step": step} | metrics)
 
 
 class SaveConfig(SaveConfigCallback):

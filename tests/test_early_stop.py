@@ -1,0 +1,58 @@
+"""A run whose score no longer rises ends, and what is measured then is its best checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskvlm.checkpoint import load
+from maskvlm.cli import Command, run
+from maskvlm.run import read_json
+
+SMALL = {
+    "data.steps": 12,
+    "data.batch_size": 4,
+    "data.eval_batch_size": 6,
+    "data.source.train": 24,
+    "data.source.val": 6,
+    "model.lr": 0,
+    "model.lr_encoders": 0,
+    "model.task.weight_words": 0,
+    "model.task.rerank_k": 2,
+    "model.backbone.image.config": "{patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
+    "model.backbone.text.config": "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 64}",
+    "trainer.val_check_interval": 0.25,
+}
+
+
+def fit(folder: Path, stack: Callable[..., list[str]], patience: int | None) -> None:
+    stop = {"monitor": "score", "mode": "max", "patience": patience}
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
+    more = folder.parent / "stop.yaml"
+    more.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]} if patience else {}}))
+    words = ["fit", "--folder", str(folder), *stack(WHERE="cpu"), "-c", str(more)]
+    run(Command, [*words, *(f"--{key}={value}" for key, value in SMALL.items())])
+
+
+def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate of 0 the first evaluation, after three steps, is the best one, and all are alike."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    fit(tmp_path / "run", stack, patience=2)
+    best, last = (load(tmp_path / "run" / f"{name}.ckpt") for name in ("best", "last"))
+    assert (best["global_step"], last["global_step"]) == (3, 9)
+    assert read_json(tmp_path / "run" / "metrics.json")["step"] == 3
+    said = capsys.readouterr().err
+    assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in said
+
+
+def test_a_run_that_comes_to_its_end_measures_its_last_weights(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    fit(tmp_path / "run", stack, patience=None)
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
+    assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
