@@ -197,29 +197,11 @@ def test_the_control_begins_with_random_weights_of_the_model() -> None:
 
 
 def test_pretraining_goes_on_from_a_checkpoint_whose_model_it_keeps() -> None:
-    done = make(
-        "-n", "pretrain", "MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x"
-    )
-    assert done.stdout.split() == [
-        "python",
-        "-m",
-        "maskvlm",
-        "fit",
-        "--folder",
-        "checkpoints/x",
-        "--from",
-        "a/b.ckpt",
-        "-c",
-        "conf/base.yaml",
-        "-c",
-        "conf/pretrain.yaml",
-        "-c",
-        "conf/pretrain-compact.yaml",
-        "-c",
-        "conf/data/flickr8k.yaml",
-        "-c",
-        "conf/where/cpu.yaml",
-    ]
+    words = ("MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x")
+    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu")
+    stack = " ".join(f"-c conf/{name}.yaml" for name in files)
+    expected = f"python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt {stack}"
+    assert make("-n", "pretrain", *words).stdout.split() == expected.split()
 
 
 def test_encoders_out_of_a_folder(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Draws what a model of photographs does with five that may be shared (`src/maskvlm/demo/photos`): a patch filled in from
+a true and from another caption, words filled in with the photo and without it, and where it looks.
+
+.venv/bin/python docs/results/photographs/pictures.py checkpoints/RUN/best.ckpt docs/results/photographs/verbs.png
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+import maskvlm.demo
+from maskvlm import MaskVLM
+
+PHOTOS = Path(maskvlm.demo.__file__).parent / "photos"
+HIDDEN = {"coffee": "cup", "chelsea": "cat", "astronaut": "woman", "camera": "man", "rocket": "rocket"}
+"""Photo -> the word of its first caption that is hidden, and looked for."""
+SHOWN = 224  # pixels
+
+
+def boxed(grid: tuple[int, int], box: list[float]) -> Any:
+    """The patches, [rows, columns], whose middle lies in a box of shares: left, top, right, bottom."""
+    rows, columns = ((np.arange(count) + 0.5) / count for count in grid)
+    left, top, right, bottom = box
+    return ((rows > top) & (rows < bottom))[:, None] & ((columns > left) & (columns < right))[None]
+
+
+def covered(photo: Image.Image, mask_RC: Any) -> Image.Image:
+    """The photo with its hidden patches grey."""
+    grey = Image.fromarray(mask_RC).resize(photo.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", photo.size, (128, 128, 128)), photo, grey.convert("L"))
+
+
+def words(model: Any, photo: Image.Image | None, text: str) -> str:
+    """The three likeliest words, with their probabilities."""
+    photo = photo or Image.new("RGB", (SHOWN, SHOWN), tuple(round(255 * mean) for mean in model.backbone.image.mean))
+    guesses: Any = model.fill_mask(photo, text, 3)[0]
+    return ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses)
+
+
+def main(checkpoint: str, out: str) -> None:
+    """Draw the page."""
+    model: Any = MaskVLM.from_pretrained(checkpoint)
+    facts: dict[str, Any] = yaml.safe_load((PHOTOS / "photos.yaml").read_text())
+    titles = ("photo", "covered", "filled in from the caption", "from another caption", "where it looks")
+    figure, axes = plt.subplots(len(facts), len(titles), figsize=(14, 3.3 * len(facts)), layout="constrained")
+    for number, (name, told) in enumerate(facts.items()):
+        photo = Image.open(PHOTOS / name).convert("RGB").resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+        text, word = told["captions"][0], HIDDEN[Path(name).stem]
+        hidden, mask = text.replace(word, "[MASK]", 1), boxed(model.grid, told["box"])
+        shown = (
+            photo,
+            covered(photo, mask),
+            model.inpaint(photo, mask, text),
+            model.inpaint(photo, mask, told["other"]),
+            model.explain(photo, text, word).picture,
+        )
+        with_photo, without = words(model, photo, hidden), words(model, None, hidden)
+        under = (f"{hidden}\n{with_photo}\nwithout photo: {without}", "", text, told["other"], f"for '{word}'")
+        for axis, title, picture, line in zip(axes[number], titles, shown, under, strict=True):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_xlabel(line, fontsize=7, wrap=True)
+            if number == 0:
+                axis.set_title(title, fontsize=10)
+    figure.savefig(out, dpi=80)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
