@@ -75,6 +75,30 @@ def test_features_of_a_timm_checkpoint_are_timms(tmp_path: Path, form: str, size
     assert not any("head" in name for name in provenance.tensors)
 
 
+@pytest.mark.parametrize("size", [112, 154, 224])
+def test_a_dinov2_at_the_sizes_of_compact(tmp_path: Path, size: int) -> None:
+    """14-px patches, layer scale, 37 x 37 positions of 518 px: the structure of MODEL=compact, only narrower."""
+    shape: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+    name = "vit_small_patch14_dinov2"
+    torch.manual_seed(1)
+    stored = timm.create_model(name, num_classes=0, **shape)
+    for parameter in stored.parameters():  # far from their start, where layer scale hides the blocks
+        nn.init.normal_(parameter, std=0.2)
+    assert stored.pos_embed.shape == (1, 1 + 37**2, 48)
+    save_file(stored.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors")}
+    theirs = timm.create_model(name, True, pretrained_cfg_overlay=overlay, img_size=size, num_classes=0, **shape).eval()
+    ours = ImageEncoder(name, size, weights=str(tmp_path), config=shape).eval()
+    provenance = ours.load_pretrained()
+    image_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(image_BCHW), theirs.forward_features(image_BCHW), atol=1e-5, rtol=0)
+    resized = {
+        name: (origin.was, origin.shape) for name, origin in provenance.tensors.items() if origin.how == "resized"
+    }
+    assert resized == {"vit.pos_embed": ((1, 1370, 48), (1, 1 + (size // 14) ** 2, 48))}
+
+
 def smooth_positions(side: int, width: int = 32) -> Tensor:
     """[1, 1 + side^2, width]: a class token, then waves that any of the resolutions can hold."""
     at = (torch.arange(side) + 0.5) / side

@@ -1,5 +1,6 @@
-"""Draws what a model of photographs does with five that may be shared (`src/maskvlm/demo/photos`): a patch filled in from
-a true and from another caption, words filled in with the photo and without it, and where it looks.
+"""Draws what a model of photographs does with five that may be shared (`src/maskvlm/demo/photos`).
+
+Patches filled in from a true and from another caption, words filled in with the photo and without, where it looks.
 
 .venv/bin/python docs/results/photographs/pictures.py checkpoints/RUN/best.ckpt docs/results/photographs/verbs.png
 """

@@ -1,6 +1,6 @@
 r"""Pre-trains each row of the table on Flickr8k, reads what its run measured, and prints the table.
 
-    .venv/bin/python docs/results/photographs/table.py                           # ENCODERS and DATA_ROOT as make has them
+    .venv/bin/python docs/results/photographs/table.py              # ENCODERS and DATA_ROOT as make has them
     .venv/bin/python docs/results/photographs/table.py --rows contrast all-four --seeds 0 1 2
 
 A run that is already there is read, not repeated. `cca` is a row of its own script, `cca.py`.
