@@ -1,6 +1,7 @@
 """Deciding among labels: pictures run one by one, weights of what could not be read, what is frozen and refused."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from maskvlm.classification import Classification, fuse_pictures
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.distributed import Draw
 from maskvlm.errors import UserError
+from maskvlm.features import FrozenTower
 from maskvlm.judged import Judged
 from maskvlm.model import MaskVLM
 
@@ -50,6 +52,32 @@ def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
         torch.testing.assert_close(fused_BX[row], torch.cat(parts), atol=1e-11, rtol=1e-9)
         logits_K = task.head(torch.cat(parts)[None])[0]
         torch.testing.assert_close(task.logits(backbone, batch, task.uniform)[row], logits_K, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_kept_features_are_those_of_each_picture(pictures: int, tmp_path: Path) -> None:
+    """Read from the disk at the second look, for every picture of every example; a hole and noise are not kept."""
+    backbone, task = toy_backbone().train(), Classification(LABELS, pictures)
+    task.build(backbone)
+    task.reseed(Draw(7, 0, "cpu"))
+    batch = example_batch(4, pictures, holes=(2,))
+    expected_BK = task.logits(backbone, batch, task.uniform)
+    backbone.image.tower = FrozenTower(backbone.image.vit, 1, str(tmp_path))
+    backbone.image.tower.keep("data", 4 * pictures)
+    kept = backbone.image.tower.kept
+    assert kept is not None
+    for _ in range(2):
+        torch.testing.assert_close(task.logits(backbone, batch, task.uniform), expected_BK)
+    whole = [0, 1, 3]
+    assert kept.there_R.reshape(4, pictures).all(1).nonzero()[0].tolist() == whole
+    blank = batch._replace(image_BPCHW=torch.zeros_like(batch.image_BPCHW))
+    found_BK = task.logits(backbone, blank, task.uniform)  # what is kept is read, the images are not looked at
+    torch.testing.assert_close(found_BK[whole], expected_BK[whole])
+    blind = Classification(LABELS, pictures, blind=True)
+    blind.build(backbone)
+    blind.head.load_state_dict(task.head.state_dict())
+    blind.reseed(Draw(7, 0, "cpu"))
+    assert not torch.allclose(blind.logits(backbone, batch, blind.uniform)[whole], expected_BK[whole])
 
 
 def test_the_order_of_pictures_matters() -> None:

@@ -95,9 +95,10 @@ class Classification(Task):
         if image.shape[1] != self.pictures:
             what = f"the data has {image.shape[1]} pictures an example, the task is set to {self.pictures}"
             raise UserError("model.task.pictures", what, f"Set it to {image.shape[1]}")
+        row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
-            image = self.blind(image, uniform)
-        return self.head(fuse_pictures(backbone, image, batch.token_BT, batch.attention_BT))
+            image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
+        return self.head(fuse_pictures(backbone, image, batch.token_BT, batch.attention_BT, row_B))
 
     @torch.no_grad()
     def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
@@ -162,10 +163,20 @@ def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) 
     return found
 
 
-def fuse_pictures(backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
-    """One pass a picture with the same text; the P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R)."""
+def fuse_pictures(
+    backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor, row_B: Tensor | None = None
+) -> Tensor:
+    """One pass a picture with the same text; the P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R).
+
+    Args:
+        row_B: place of each example in the training split, -1 of none, for features that are kept; None keeps none.
+    """
     pictures = image_BPCHW.shape[1]
-    image_XLD = backbone.image(image_BPCHW.flatten(0, 1))
+    row_X = None
+    if row_B is not None:
+        row_BP = row_B[:, None] * pictures + torch.arange(pictures, device=row_B.device)
+        row_X = row_BP.masked_fill(row_B[:, None] < 0, -1).flatten()
+    image_XLD = backbone.image(image_BPCHW.flatten(0, 1), None, row_X)
     text_BTD = backbone.text(token_BT, attention_BT)
     text_XTD = text_BTD.repeat_interleave(pictures, 0)
     fused = backbone.fuse(image_XLD, text_XTD, attention_BT.repeat_interleave(pictures, 0))

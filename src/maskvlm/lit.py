@@ -119,7 +119,8 @@ class LitModel(L.LightningModule):
         if not len(train):
             what, todo = "rows of a streamed set have no places", "Leave it out, or prepare the set with make data"
             raise UserError("model.backbone.image.kept_features", what, todo)
-        self.backbone.image.tower.keep(train.fingerprint, len(train))
+        rows = len(train) * getattr(self.task, "pictures", 1)  # an example of NLVR has two
+        self.backbone.image.tower.keep(train.fingerprint, rows)
 
     def on_validation_start(self) -> None:
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""

@@ -94,11 +94,11 @@ class Vqa(Classification):
 
     def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Question:
         """Pictures and questions through the encoders, the cross encoders and the fusion block."""
-        image_BCHW = batch.image_BPCHW[:, 0]
+        image_BCHW, row_B = batch.image_BPCHW[:, 0], batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
-            image_BCHW = self.blind(image_BCHW, uniform)
+            image_BCHW, row_B = self.blind(image_BCHW, uniform), row_B.new_full(row_B.shape, -1)
         text_BTD = backbone.text(batch.token_BT, batch.attention_BT)
-        return self.answer.read(backbone, backbone.image(image_BCHW), text_BTD, batch.attention_BT)
+        return self.answer.read(backbone, backbone.image(image_BCHW, None, row_B), text_BTD, batch.attention_BT)
 
     # ------------------------------------------------------------------ evaluation
 
