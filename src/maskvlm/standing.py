@@ -129,7 +129,10 @@ def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     """An option of the same class that an older version did not know, left at its default."""
     parent, _, name = key.rpartition(".init_args.")
     path = before.get(f"{parent}.class_path")
-    if not parent or key in before or path is None or path != after.get(f"{parent}.class_path"):
+    same = bool(parent) and path is not None and path == after.get(f"{parent}.class_path")
+    if not parent and key.startswith("model."):  # of the LightningModule, which no configuration names
+        name, path, same = key.removeprefix("model."), "maskvlm.lit.LitModel", True
+    if key in before or path is None or not same:
         return False
     module, _, kind = path.rpartition(".")
     found = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
