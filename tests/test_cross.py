@@ -41,6 +41,36 @@ def test_a_block_is_torchs_attention_with_post_norm() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_positions_are_added_to_what_queries_are_made_of() -> None:
+    """And to nothing else: keys, values and the residual are as without."""
+    torch.manual_seed(0)
+    block = CrossBlock(WIDTH, OTHER, HEADS)
+    own, other = torch_attention(block.self_attention), torch_attention(block.cross_attention)
+    x, context, place = noise(3, 5, WIDTH), noise(3, 7, OTHER, seed=1), noise(5, WIDTH, seed=2)
+    y = block.norms[0](x + own(x + place, x, x)[0])
+    y = block.norms[1](y + other(y + place, context, context)[0])
+    expected = block.norms[2](y + block.feed_forward(y))
+    found = block(x, None, block.cross_attention.keys_values(context), None, position_LD=place)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [0, 2, None])
+def test_an_encoder_that_knows_places_gives_each_block_the_same_ones(every: int | None) -> None:
+    torch.manual_seed(0)
+    encoder = CrossEncoder(WIDTH, OTHER, layers=2, heads=HEADS, grid=(2, 3))
+    assert encoder.pos_embed is not None
+    nn.init.normal_(encoder.pos_embed)
+    x, context = noise(3, 7, WIDTH), encoder.context(noise(3, 4, OTHER, seed=1))
+    hidden = x
+    for block, key_value in zip(encoder.blocks, context.blocks, strict=True):
+        hidden = block(hidden, None, key_value, None, position_LD=encoder.pos_embed[0])
+    found = encoder(x, context, every=every)
+    torch.testing.assert_close(found.every_RLD, hidden[: 3 if every is None else every], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.first_BD, hidden[:, 0], atol=1e-6, rtol=1e-5)
+    plain = CrossEncoder(WIDTH, OTHER, layers=2, heads=HEADS)
+    assert set(encoder.state_dict()) - set(plain.state_dict()) == {"pos_embed"}
+
+
 def test_the_feed_forward_is_four_times_as_wide_with_gelu() -> None:
     layers = CrossBlock(768, 768, 12).feed_forward
     assert [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear]

@@ -386,8 +386,19 @@ def test_the_token_head_starts_from_the_words() -> None:
     backbone = toy_backbone()
     task = MaskedPretraining(mask_block=16, tokens_from_words=True)
     task.build(backbone)
-    assert torch.equal(task.tokens.vocabulary.weight, backbone.text.word_embeddings)
-    assert task.tokens.vocabulary.weight is not backbone.text.word_embeddings
+    words_VD = backbone.text.word_embeddings
+    torch.testing.assert_close(task.tokens.vocabulary.weight, words_VD - words_VD.mean(0))
+    count_V = torch.zeros(VOCAB - 5, dtype=torch.long)
+    count_V[7], count_V[9] = 30, 10
+    task.see_words(lambda: count_V)
+    share_V = task.tokens.vocabulary.bias.exp()
+    assert share_V.sum().item() == pytest.approx(1, rel=1e-5)
+    assert (share_V[7] / share_V[9]).item() == pytest.approx(31 / 11, rel=1e-5)
+    assert (share_V[9] / share_V[VOCAB - 1]).item() == pytest.approx(11, rel=1e-5)
+    plain = MaskedPretraining(mask_block=16)
+    plain.build(backbone)
+    plain.see_words(lambda: pytest.fail("the texts are not read for nothing"))
+    assert not plain.tokens.vocabulary.bias.any()
     wider = MaskVLM(toy_backbone().image, toy_backbone(width=32).text, 2, 2, width=16)
     with pytest.raises(UserError, match="tokens_from_words: words are 32 wide, the token head reads 16"):
         MaskedPretraining(mask_block=16, tokens_from_words=True).build(wider)

@@ -58,8 +58,11 @@ class Attention(nn.Module):
         key, value = self.key_value(context_USD).chunk(2, dim=-1)
         return KeyValue(self._split(key), self._split(value))
 
-    def forward(self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None) -> Tensor:
-        mixed = scaled_dot_product_attention(self._split(self.query(x_BLD)), *context, attn_mask=mask)
+    def forward(
+        self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None, position_LD: Tensor | None = None
+    ) -> Tensor:
+        asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
+        mixed = scaled_dot_product_attention(self._split(self.query(asking_BLD)), *context, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -84,12 +87,17 @@ class CrossBlock(nn.Module):
         context: KeyValue,
         context_mask: Tensor | None,
         first_only: bool = False,
+        position_LD: Tensor | None = None,
     ) -> Tensor:
-        """New features of all positions, or of the first position alone: exact, and cheaper in a last block."""
+        """New features of all positions, or of the first position alone: exact, and cheaper in a last block.
+
+        position_LD: added to what queries are made of, in both attentions.
+        """
         own = self.self_attention.keys_values(x_BLD)
         x = x_BLD[:, :1] if first_only else x_BLD
-        x = self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask)))
-        x = self.norms[1](x + self.dropout(self.cross_attention(x, context, context_mask)))
+        place = position_LD[:1] if first_only and position_LD is not None else position_LD
+        x = self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
+        x = self.norms[1](x + self.dropout(self.cross_attention(x, context, context_mask, place)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
 
 
@@ -101,6 +109,10 @@ class CrossEncoder(nn.Module):
         layers, heads: number of blocks and of attention heads.
         dropout: on each residual branch, 0 to 1.
         checkpointing: recompute activations in the backward pass to save memory.
+        grid: rows and columns of patches, where every query is to know its place: a learned position of each, and of
+            the class token, is then added to what queries are made of in every block (as Conditional DETR gives its
+            queries a spatial part, 2108.06152). Else what a masked patch asks for depends on its place only through
+            features, from which a cross encoder that cannot tell places yet erases them (docs/results/photographs).
     """
 
     def __init__(
@@ -111,9 +123,13 @@ class CrossEncoder(nn.Module):
         heads: int = 12,
         dropout: float = 0.0,
         checkpointing: bool = False,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
+        self.grid, self.pos_embed = grid, None
+        if grid is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
         self.blocks = nn.ModuleList(CrossBlock(width, context_width, heads, dropout) for _ in range(layers))
 
     def context(
@@ -142,16 +158,17 @@ class CrossEncoder(nn.Module):
         every = x_BLD.shape[0] if every is None else every
         self_mask = None if attention_BL is None else attention_BL[:, None, None, :]
         all_rows = slice(None)
+        place_LD = None if self.pos_embed is None else self.pos_embed[0]
         for block, key_value in zip(self.blocks[:-1], context.blocks[:-1], strict=True):
             mask = context.mask(all_rows)
-            x_BLD = self._run(block, x_BLD, self_mask, key_value.rows(context.index_B), mask)
+            x_BLD = self._run(block, x_BLD, self_mask, key_value.rows(context.index_B), mask, False, place_LD)
         last = context.blocks[-1].rows(context.index_B)
         parts = []
         for rows, first_only in ((slice(0, every), False), (slice(every, None), True)):
             mask = None if self_mask is None else self_mask[rows]
             picked = KeyValue(last.key[rows], last.value[rows])
             if x_BLD[rows].shape[0]:
-                args = (x_BLD[rows], mask, picked, context.mask(rows), first_only)
+                args = (x_BLD[rows], mask, picked, context.mask(rows), first_only, place_LD)
                 parts.append(self._run(self.blocks[-1], *args))
         whole = parts[0] if every else x_BLD[:0]
         return CrossOutput(whole, torch.cat([part[:, 0] for part in parts or [x_BLD]]))

@@ -96,7 +96,18 @@ class TokenHead(nn.Module):
             what = f"words are {words_VD.shape[1]} wide, the token head reads {self.vocabulary.in_features}"
             todo = "Leave it out, or give both encoders one width"
             raise UserError("model.task.tokens_from_words", what, todo)
-        self.vocabulary.weight.copy_(words_VD)
+        self.vocabulary.weight.copy_(words_VD - words_VD.mean(0))  # what all have in common tells no word
+
+    @torch.no_grad()
+    def expect(self, count_V: Tensor) -> None:
+        """Start from the frequencies of words: the bias is the log of each one's share, with one occurrence more.
+
+        Args:
+            count_V: of the tokenizer's entries, of which there may be fewer than rows of the head.
+        """
+        count_V = nn.functional.pad(count_V, (0, len(self.vocabulary.bias) - len(count_V)))
+        share_V = (count_V + 1).double() / (count_V + 1).sum()
+        self.vocabulary.bias.copy_(share_V.log())
 
     def forward(self, text_CKD: Tensor) -> Tensor:
         return self.vocabulary(text_CKD)

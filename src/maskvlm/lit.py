@@ -106,8 +106,11 @@ class LitModel(L.LightningModule):
         tokenizer = getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
-        if stage == "fit" and self.backbone.image.kept_features is not None:
-            self._keep_features()
+        if stage == "fit":
+            if self.backbone.origin is None:
+                self.task.see_words(self.data.token_counts)
+            if self.backbone.image.kept_features is not None:
+                self._keep_features()
 
     def _keep_features(self) -> None:
         """Of the frozen part of the image tower; only where each image always looks the same."""

@@ -4,6 +4,7 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class MaskedPretraining(Task):
         rerank_k: candidates re-scored by matching when retrieval is measured (C; ALBEF: 128 to 256).
         rerank_contrast: how much the contrast's logit counts beside the log-odds of matching when they are
             (0: matching alone, C; 1: see `rerank.score`).
-        tokens_from_words: the token head starts from the text encoder's word embeddings, in the place of N(0, 0.02).
+        tokens_from_words: the token head starts from what is known of words, in the place of N(0, 0.02) and 0: its
+            weights from the text encoder's word embeddings, its bias from how frequent each is in the captions.
 
     Raises:
         UserError: a ratio outside [0, 1], a negative weight, all weights 0, a block that is no multiple of
@@ -142,6 +144,10 @@ class MaskedPretraining(Task):
             backbone.cross_image.requires_grad_(False)
         if not (self.weights["mlm"] or self.weights["itm"]):
             backbone.cross_text.requires_grad_(False)
+
+    def see_words(self, count: Callable[[], Tensor]) -> None:
+        if self.weights["mlm"] and self.tokens_from_words:
+            self.tokens.expect(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         if world_size() > 1:

@@ -1,7 +1,7 @@
 """The plug-in interface: pre-training and every downstream task implement it, nothing else knows them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -83,6 +83,11 @@ class Task(nn.Module, ABC):
         fitting = {n: value for n, value in heads.items() if n in own and own[n].shape == value.shape}
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
+
+    def see_words(self, count: Callable[[], Tensor]) -> None:
+        """Called before the first step of a training. `count` gives how often each token stands in some of its texts,
+        [entries of the tokenizer]; it reads them when it is called."""
+        return
 
     def card(self) -> dict[str, Any]:
         """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""

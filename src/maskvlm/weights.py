@@ -213,11 +213,11 @@ def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     for name, part in model.named_modules():
         key = f"{name}.pos_embed".lstrip(".")
         ours, theirs = getattr(part, "pos_embed", None), state.get(key)
-        if not (isinstance(ours, Tensor) and theirs is not None and hasattr(part, "patch_embed")):
+        size = part.patch_embed.grid_size if hasattr(part, "patch_embed") else getattr(part, "grid", None)
+        if not isinstance(ours, Tensor) or theirs is None or size is None:
             continue
-        prefix = 0 if getattr(part, "no_embed_class", False) else part.num_prefix_tokens
+        prefix = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 1)
         if ours.shape != theirs.shape and _is_square(theirs, ours, prefix):
-            size = part.patch_embed.grid_size
             resized[key] = resample_abs_pos_embed(theirs, size, num_prefix_tokens=prefix)
     return resized
 

@@ -165,6 +165,18 @@ def test_a_vocabulary_is_learned_from_pictures_spread_over_the_split() -> None:
 
 
 @pytest.mark.parametrize(("processes", "sizes"), [(1, [4, 3]), (2, [3, 1]), (7, [1])])
+def test_tokens_are_counted_in_the_training_texts() -> None:
+    data = ready()
+    assert data.tokenizer is not None
+    count_V = data.token_counts()
+    expected = torch.zeros(len(data.tokenizer), dtype=torch.long)
+    for caption in some_captions(data.splits["train"]):
+        for token in data.tokenizer(caption, add_special_tokens=False)["input_ids"]:
+            expected[token] += 1
+    assert torch.equal(count_V, expected)
+    assert count_V.sum() > 0
+
+
 def test_no_process_is_left_without_an_evaluation_batch(
     monkeypatch: pytest.MonkeyPatch, processes: int, sizes: list[int]
 ) -> None:

@@ -21,7 +21,7 @@ from maskvlm.data.leaks import left_out, without_leaks
 from maskvlm.data.pairs import Collate, EvalPairs, Part, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, picture_ids
-from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
+from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
 from maskvlm.data.unknown import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
@@ -130,6 +130,15 @@ class PairData(L.LightningDataModule):
             self.tokenizer = train_tokenizer(texts(self.splits["train"]), self.spec.vocab_size)
         if stage == "fit":
             check_unknown(self.splits["train"], Captioner(self.tokenizer, self.spec.text_length), self.max_unknown)
+
+    def token_counts(self, most: int = 2000) -> Tensor:
+        """How often each token stands in the texts of at most `most` training rows, [entries of the tokenizer]; start,
+        end and padding do not count."""
+        assert self.tokenizer is not None
+        captioner = Captioner(self.tokenizer, self.spec.text_length)
+        texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
+        tokens = captioner([clean_caption(text)[0] for text in texts(self.splits["train"], most)])
+        return torch.bincount(tokens.token_CT[~tokens.special_CT], minlength=len(self.tokenizer))
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
