@@ -164,7 +164,6 @@ def test_a_vocabulary_is_learned_from_pictures_spread_over_the_split() -> None:
     assert list(some_captions(pairs, 4)) == [caption for number in (0, 3, 6, 9) for caption in row(number)["captions"]]
 
 
-@pytest.mark.parametrize(("processes", "sizes"), [(1, [4, 3]), (2, [3, 1]), (7, [1])])
 def test_tokens_are_counted_in_the_training_texts() -> None:
     data = ready()
     assert data.tokenizer is not None
@@ -177,6 +176,7 @@ def test_tokens_are_counted_in_the_training_texts() -> None:
     assert count_V.sum() > 0
 
 
+@pytest.mark.parametrize(("processes", "sizes"), [(1, [4, 3]), (2, [3, 1]), (7, [1])])
 def test_no_process_is_left_without_an_evaluation_batch(
     monkeypatch: pytest.MonkeyPatch, processes: int, sizes: list[int]
 ) -> None:
