@@ -266,6 +266,23 @@ def test_ranking_is_contrast_and_then_matching(model: PretrainedMaskVLM) -> None
     assert [one.place for one in other] == sorted(range(3), key=lambda number: -cosine[number])
 
 
+@pytest.mark.parametrize("share", [1.0, 1000.0])
+def test_ranking_by_both_where_the_task_does(
+    model: PretrainedMaskVLM, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The sum of the log-odds of a match and of contrast's logit; with much of the latter its order is left."""
+    monkeypatch.setattr(model.task, "rerank_contrast", share)
+    found: Any = model.rank(PICTURES[0], TEXTS, k=3)
+    cosine_C = model.encode_text(TEXTS) @ model.encode_image(PICTURES[0])
+    match_C = torch.tensor([model.match(PICTURES[0], text) for text in TEXTS])
+    score_C = match_C.logit() + share * model.task.projection.scale.item() * cosine_C
+    assert [one.place for one in found] == score_C.argsort(descending=True).tolist()
+    for one in found:
+        assert one.match == pytest.approx(float(match_C[one.place]), abs=1e-5)
+    if share > 1:
+        assert [one.place for one in found] == cosine_C.argsort(descending=True).tolist()
+
+
 def test_every_form_of_a_picture_is_the_same_picture(model: PretrainedMaskVLM, tmp_path: Path) -> None:
     image = PICTURES[0]
     image.save(tmp_path / "a.png")

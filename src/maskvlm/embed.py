@@ -105,6 +105,17 @@ def first_of(model: Model, features: Sequence[Tensor]) -> Tensor:
 
 def match(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
     """Probability that picture and text of each pair belong together, [M], float32, from their encoders' features."""
+    return log_odds(model, image_features, text_features).sigmoid()
+
+
+def contrast_counts(model: Model) -> float:
+    """What a cosine is multiplied by before it is added to log-odds of a match (see `rerank.score`); 0: not at all."""
+    share = float(getattr(model.task, "rerank_contrast", 0.0))
+    return share * float(model.head("projection", "rank").scale) if share else 0.0
+
+
+def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
+    """Log-odds of a match of each pair, [M], float32."""
     head: Matching = model.head("matching", "match")
     found = []
     for image, text in zip(
@@ -114,7 +125,8 @@ def match(model: Model, image_features: Sequence[Tensor], text_features: Sequenc
         length_M = torch.tensor([len(text_TD) for text_TD in text], device=text_MTD.device)
         attention_MT = torch.arange(text_MTD.shape[1], device=text_MTD.device) < length_M[:, None]
         fused = model.backbone.fuse(torch.stack(list(image)), text_MTD, attention_MT)
-        found.append(head(fused.product_MD).float().softmax(1)[:, 1])
+        logits_M2 = head(fused.product_MD).float()
+        found.append(logits_M2[:, 1] - logits_M2[:, 0])
     return torch.cat(found) if found else torch.zeros(0)
 
 
@@ -133,7 +145,8 @@ def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
 
 
 def rank(model: Model, queries: Side, gallery: Side, k: int, images: bool) -> list[list[Ranked]]:
-    """For each query all candidates, the best first: the k most similar by their match, then the others by cosine.
+    """For each query all candidates, the best first: the k most similar by their match (and their cosine, where the
+    task re-ranks by both), then the others by cosine.
 
     Args:
         images: whether the queries are pictures.
@@ -142,12 +155,12 @@ def rank(model: Model, queries: Side, gallery: Side, k: int, images: bool) -> li
     order_QG = similarity_QG.argsort(dim=1, descending=True, stable=True)
     every = []
     for row, order_G in enumerate(order_QG.tolist()):
-        found, likely = order_G[:k], []
+        found, cosine, first = order_G[:k], similarity_QG[row].tolist(), []
         if found:
             sides = [queries.features[row]] * len(found), [gallery.features[g] for g in found]
-            likely = match(model, *(sides if images else sides[::-1])).tolist()
-        best = sorted(zip(found, likely, strict=True), key=lambda pair: -pair[1])
-        cosine = similarity_QG[row].tolist()
-        first = [Ranked(g, cosine[g], probability) for g, probability in best]
+            odds_K = log_odds(model, *(sides if images else sides[::-1])).cpu()
+            score_K = odds_K + contrast_counts(model) * similarity_QG[row, found].cpu()
+            best = score_K.argsort(descending=True, stable=True).tolist()
+            first = [Ranked(found[at], cosine[found[at]], float(odds_K[at].sigmoid())) for at in best]
         every.append(first + [Ranked(g, cosine[g], None) for g in order_G[k:]])
     return every

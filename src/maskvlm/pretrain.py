@@ -110,6 +110,7 @@ class MaskedPretraining(Task):
             what = f"{image_draws} is no share above 0" if not 0 < image_draws <= 1 else "mask_both masks every image"
             raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
+        self.rerank_contrast = rerank_contrast
         self.measure = Measure(rerank_k, rerank_contrast)
 
     def build(self, backbone: MaskVLM) -> None:

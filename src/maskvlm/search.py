@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from maskvlm.arguments import Parser
@@ -26,6 +27,7 @@ from maskvlm.data.manifest import MANIFEST
 from maskvlm.data.prepared import Prepared
 from maskvlm.data.scenes import Scenes
 from maskvlm.data.tokenizer_files import text_of
+from maskvlm.embed import contrast_counts
 from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.inputs import Picture, check_absent, is_picture
 from maskvlm.nearest import RECALL, Array, build, faiss_module, kinds, turn, write_index
@@ -236,7 +238,12 @@ def search(index: Index, model: PretrainedMaskVLM, query: Picture, k: int = 10, 
     else:
         likely = model.match(index.pictures(found), str(query))  # type: ignore[assignment]
     matched = [each._replace(match=match) for each, match in zip(found, likely, strict=True)]
-    return sorted(matched, key=lambda each: -(each.match or 0))
+    counts = contrast_counts(model)
+    if not counts:
+        return sorted(matched, key=lambda each: -(each.match or 0))
+    odds_K = torch.tensor([each.match or 0.0 for each in matched]).logit(1e-6)
+    score_K = odds_K + counts * torch.tensor([each.similarity for each in matched])
+    return [matched[at] for at in score_K.argsort(descending=True, stable=True).tolist()]
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:

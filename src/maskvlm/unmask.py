@@ -127,10 +127,12 @@ def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[W
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
         for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
             now_B = open_B[chosen_B]
-            likeliest = forbid(model, head(text_BTD).float()).log_softmax(-1).max(-1)
-            value_BT = likeliest.values.masked_fill(rows.token_BT[now_B] != mask, float("-inf"))
+            hidden_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
+            likeliest = forbid(model, head(text_BTD[hidden_BT]).float()).log_softmax(-1).max(-1)
+            value_BT = total_B.new_full(hidden_BT.shape, float("-inf")).masked_scatter(hidden_BT, likeliest.values)
+            word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(hidden_BT, likeliest.indices)
             at_B1 = value_BT.argmax(1, keepdim=True)
-            rows.token_BT[now_B, at_B1[:, 0]] = likeliest.indices.gather(1, at_B1)[:, 0]
+            rows.token_BT[now_B, at_B1[:, 0]] = word_BT.gather(1, at_B1)[:, 0]
             total_B[now_B] += value_BT.gather(1, at_B1)[:, 0]
     ids = rows.token_BT.tolist()
     written = [

@@ -62,6 +62,8 @@ class Retrieval(Task):
         sweep: match every picture with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
         chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
         blind: the control: noise in the place of every picture.
+        rerank_contrast: how much the contrast's logit counts beside the log-odds of matching (0: matching alone, C;
+            1: see `rerank.score`).
 
     Raises:
         UserError: a negative weight, both weights 0, a size below 1; projections of another width are inherited.
@@ -77,8 +79,10 @@ class Retrieval(Task):
         sweep: bool = False,
         chunk: int = CHUNK,
         blind: bool = False,
+        rerank_contrast: float = 0.0,
     ) -> None:
         super().__init__()
+        check_least(0, model__task__rerank_contrast=rerank_contrast)
         check_least(0, model__task__weight_itc=weight_itc, model__task__weight_itm=weight_itm)
         check_least(1, model__task__contrast_dim=contrast_dim, model__task__rerank_k=rerank_k, model__task__chunk=chunk)
         check_least(0.001, model__task__temperature=temperature)
@@ -88,6 +92,7 @@ class Retrieval(Task):
         self.contrast_dim, self.temperature = contrast_dim, temperature
         self.rerank_k, self.sweep, self.chunk = rerank_k, sweep, chunk
         self.blind = Blind() if blind else None
+        self.rerank_contrast = rerank_contrast
         self.kept: list[Kept] = []
         self.shown = 1.0  # captions a picture in training, for the levels of knowing nothing
         self.measured: dict[str, Any] = {}
@@ -197,7 +202,8 @@ class Retrieval(Task):
         matched = bool(self.weights["itm"])
         most = max(len(gallery.owner_C), len(gallery.index_B))
         k, head = min(self.rerank_k, most) if matched else 0, self.matching if matched else None
-        scores = score(backbone, head, gallery, None if self.sweep else k, self.chunk)
+        added = self.rerank_contrast * float(self.projection.scale)
+        scores = score(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
         swept = steps(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
         found = rankings(scores, sorted({0, k, *swept.values()}))
         self.predictions = predictions(gallery, found[k])
