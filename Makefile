@@ -54,7 +54,7 @@ unknown = $(error no $1=$($1); there are: $(call names,$2))
 # conf/pretrain-MODEL.yaml, where there is one, is what the paper's recipe must change for that model.
 files = conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml $(wildcard conf/pretrain-$(MODEL).yaml) \
     $(data-file) $(call chosen,WHERE,conf/where)
-stack = $(addprefix -c ,$(files)) $(data-place) $(encoders)
+stack = $(addprefix -c ,$(files)) $(data-place)$(if $(ENCODERS), $(encoders))
 # Pre-training that goes on from a checkpoint, on other data: the model is the checkpoint's, MODEL names the recipe.
 pretrain-stack = $(if $(FROM),--from $(FROM) $(addprefix -c ,$(filter-out conf/model/%,$(files))) $(data-place),$(stack))
 # ENCODERS is a folder with one folder for each encoder of MODEL; the text encoder's is the one with a tokenizer.

@@ -256,7 +256,7 @@ class LitModel(L.LightningModule):
             check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self.measured_step = checkpoint.get("global_step")
         measure = getattr(self.task, "measure", None)
         if measure is not None and checkpoint.get("reference") is not None:

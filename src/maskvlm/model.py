@@ -3,7 +3,7 @@
 Shapes: B rows, L image positions (class token and patches), T tokens, D width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,14 +142,15 @@ def start_from_bert(cross: CrossEncoder, text: TextEncoder) -> None:
     Raises:
         UserError: the text encoder has no such blocks, or they have another shape.
     """
-    blocks = getattr(getattr(text.model, "encoder", None), "layer", [])
-    heads, width = cross.blocks[0].self_attention.heads, cross.blocks[0].self_attention.query.in_features
+    own: list[Any] = list(cross.blocks)
+    blocks: Any = getattr(getattr(text.model, "encoder", None), "layer", [])
+    heads, width = own[0].self_attention.heads, own[0].self_attention.query.in_features
     shape = (text.config.num_attention_heads, text.config.hidden_size, getattr(text.config, "intermediate_size", 0))
-    if len(blocks) < len(cross.blocks) or not hasattr(blocks[0], "intermediate") or shape != (heads, width, 4 * width):
-        what = f"the text encoder has no {len(cross.blocks)} blocks of BERT's kind, {width} wide with {heads} heads"
+    if len(blocks) < len(own) or not hasattr(blocks[0], "intermediate") or shape != (heads, width, 4 * width):
+        what = f"the text encoder has no {len(own)} blocks of BERT's kind, {width} wide with {heads} heads"
         todo = "Leave it out, or set model.backbone.cross_heads to the text encoder's"
         raise UserError("model.backbone.text_start", what, todo)
-    for ours, theirs in zip(cross.blocks, blocks[-len(cross.blocks) :], strict=True):
+    for ours, theirs in zip(own, blocks[-len(own) :], strict=True):
         attention = theirs.attention
         pairs = (
             (ours.self_attention.query, attention.self.query),

@@ -2,7 +2,7 @@
 
 Patches filled in from a true and from another caption, words filled in with the photo and without, where it looks.
 
-.venv/bin/python docs/results/photographs/pictures.py checkpoints/RUN/best.ckpt docs/results/photographs/verbs.png
+.venv/bin/python docs/results/photographs/pictures.py checkpoints/RUN/best.ckpt docs/results/photographs/verbs.jpg
 """
 
 import sys
@@ -72,7 +72,7 @@ def main(checkpoint: str, out: str) -> None:
             axis.set_xlabel(line, fontsize=7, wrap=True)
             if number == 0:
                 axis.set_title(title, fontsize=10)
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=64)
 
 
 if __name__ == "__main__":
