@@ -60,6 +60,18 @@ def test_a_run_with_kept_features_learns_what_one_without_learns(
     assert all(next((tmp_path / "features").glob("*.there")).read_bytes())
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.backbone.image.normalisation", "imagenet"), ("trainer.precision", "bf16-mixed")]
+)
+def test_what_changes_features_has_files_of_its_own(
+    fit: Callable[..., dict[str, list[float]]], tmp_path: Path, key: str, value: str
+) -> None:
+    keeps = {"model.backbone.image.kept_features": str(tmp_path / "features"), "data.steps": 1}
+    fit("first", **keeps)
+    fit("other", **keeps, **{key: value})
+    assert len(list((tmp_path / "features").glob("*.there"))) == 2
+
+
 def test_images_that_are_augmented_are_not_kept(fit: Callable[..., dict[str, list[float]]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"kept_features: an image that is augmented looks different each time"):
         fit("augmented", **{"model.backbone.image.kept_features": str(tmp_path / "features"), "data.augment": True})

@@ -222,6 +222,17 @@ def test_the_first_caption_alone_is_masked_and_matched() -> None:
     assert names[0]["itc"] != pytest.approx(names[1]["itc"], rel=1e-3)
 
 
+@pytest.mark.parametrize("captions", [1, 3])
+def test_the_level_of_contrast_is_what_equal_cosines_cost(captions: int) -> None:
+    backbone, task = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
+    for part in (task.projection.image, task.projection.text):
+        nn.init.zeros_(part.weight)
+        nn.init.ones_(part.bias)
+    with torch.no_grad():
+        loss = float(task(backbone, toy_batch(6, captions=captions))["itc"])
+    assert task.floors(6)["itc"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_gradients_reach_every_caption() -> None:
     backbone, task = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
     batch = with_captions()

@@ -112,7 +112,7 @@ class CrossEncoder(nn.Module):
         grid: rows and columns of patches, where every query is to know its place: a learned position of each, and of
             the class token, is then added to what queries are made of in every block (as Conditional DETR gives its
             queries a spatial part, 2108.06152). Else what a masked patch asks for depends on its place only through
-            features, from which a cross encoder that cannot tell places yet erases them (docs/results/photographs).
+            features.
     """
 
     def __init__(

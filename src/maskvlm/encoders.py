@@ -120,12 +120,12 @@ class ImageEncoder(Encoder):
         if random_init and weights is not None:
             what = f"weights {weights} are given, and random_init is true"
             raise UserError("model.backbone.image.weights", what, "Give --model.random_init false, or no weights")
-        self.name, self.image_size, self.weights = name, image_size, weights
+        self.name, self.image_size, self.weights, self.config = name, image_size, weights, config or {}
         check_vit(
-            config or {}, "model.backbone.image.config", ANY_SIZE, "Set what it knows: a checkpoint holds nothing else"
+            self.config, "model.backbone.image.config", ANY_SIZE, "Set what it knows: a checkpoint holds nothing else"
         )
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
-        self.vit = create_vit(name, settings | (config or {}))
+        self.vit = create_vit(name, settings | self.config)
         self.width = self.vit.embed_dim
         self.grid: tuple[int, int] = self.vit.patch_embed.grid_size
         self.num_patches: int = self.vit.patch_embed.num_patches

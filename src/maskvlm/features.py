@@ -82,18 +82,20 @@ class FrozenTower:
         features_BLD: Tensor = hidden_BLD if self.whole else self.vit.norm(self.vit.blocks[self.blocks :](hidden_BLD))
         return features_BLD
 
-    def keep(self, data: str, rows: int) -> None:
+    def keep(self, follows: str, rows: int) -> None:
         """Keep features from now on, if a folder was named; the weights are in place.
 
         Args:
-            data: fingerprint of the training split. rows: of it.
+            follows: what they follow from beside the frozen weights: the training split's fingerprint, how its images
+                are prepared, the precision. Another text means other files.
+            rows: of the training split.
 
         Raises:
             UserError: as `KeptFeatures`.
         """
         if self.folder is None or self.kept is not None:
             return
-        digest = hashlib.sha256(data.encode())
+        digest = hashlib.sha256(follows.encode())
         for name, value in self.vit.state_dict().items():
             if self.holds(name):
                 digest.update(value.cpu().contiguous().numpy().tobytes())

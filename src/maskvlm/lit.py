@@ -123,7 +123,9 @@ class LitModel(L.LightningModule):
             what, todo = "rows of a streamed set have no places", "Leave it out, or prepare the set with make data"
             raise UserError("model.backbone.image.kept_features", what, todo)
         rows = len(train) * getattr(self.task, "pictures", 1)  # an example of NLVR has two
-        self.backbone.image.tower.keep(train.fingerprint, rows)
+        image = self.backbone.image
+        follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
+        image.tower.keep(repr((*follows, str(self.trainer.precision))), rows)
 
     def on_validation_start(self) -> None:
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""

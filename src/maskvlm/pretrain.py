@@ -111,6 +111,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
         self.rerank_contrast = rerank_contrast
+        self.shown = 1  # captions an image in training, for the levels of knowing nothing
         self.measure = Measure(rerank_k, rerank_contrast)
 
     def build(self, backbone: MaskVLM) -> None:
@@ -153,6 +154,7 @@ class MaskedPretraining(Task):
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
+        self.shown = len(batch.owner_C) // len(batch.valid_B)
         batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
         hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws)
         encoded = self.encode(backbone, every, hidden)
@@ -304,11 +306,12 @@ class MaskedPretraining(Task):
     def floors(self, batch_size: int) -> dict[str, float]:
         """No-knowledge level of each loss that is computed.
 
-        ITC: log of the global batch. ITM: entropy of its 1:2 class prior, 0.6365. MLM: entropy of the hidden
-        tokens of the last 10,000 steps or so. MIM: error of predicting the mean colour of the latest batch. The
-        last two are missing until a batch was seen.
+        ITC: log of the number of columns, mean of both directions. ITM: entropy of its 1:2 class prior, 0.6365. MLM:
+        entropy of the hidden tokens of the last 10,000 steps or so. MIM: error of predicting the mean colour of the
+        latest batch. The last two are missing until a batch was seen.
         """
-        levels = {"itc": math.log(max(batch_size, 1)), "itm": math.log(3) - 2 / 3 * math.log(2)}
+        itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2
+        levels = {"itc": itc, "itm": math.log(3) - 2 / 3 * math.log(2)}
         if self.weights["mlm"] and self.token_count_V.any():
             share_V = self.token_count_V / self.token_count_V.sum().clamp(min=1)
             levels["mlm"] = float(torch.special.entr(share_V).sum())

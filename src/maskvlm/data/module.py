@@ -97,7 +97,6 @@ class PairData(L.LightningDataModule):
         self.captions, self.fraction, self.max_unknown = captions, fraction, max_unknown
         self.held_out, self.leaks = held_out or [], leaks
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
-        self.augments = augment
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -111,6 +110,11 @@ class PairData(L.LightningDataModule):
     def labels(self) -> tuple[str, ...] | None:
         """What a downstream task's head decides among; None where the source is of pairs."""
         return self.source.labels if isinstance(self.source, ExampleSource) else None
+
+    @property
+    def augments(self) -> bool:
+        """Whether a training image looks different each time."""
+        return self.augment[-1]
 
     def setup(self, stage: str) -> None:
         needed = ["test" if stage == "test" else "val"]

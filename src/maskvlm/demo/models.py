@@ -106,7 +106,7 @@ def task_on_card(source: str) -> str | None:
     """By the card beside a checkpoint; None where it does not say it."""
     try:
         told = json.loads((Path(source).parent / "card.json").read_text(encoding="utf-8"))["task"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return told if isinstance(told, str) and source.endswith(".ckpt") else None
 
