@@ -1,17 +1,13 @@
 """The backbone: two encoders and two cross encoders, neither of which sees the other's inner states."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from toys import LENGTH, SIZE, VOCAB, slow_cross, toy_backbone, toy_batch
 
-from maskvlm.encoders import TextEncoder
 from maskvlm.errors import UserError
 from maskvlm.init import init_positions
-from maskvlm.model import MaskVLM, start_from_bert
+from maskvlm.model import MaskVLM
 from maskvlm.start import Start
 
 
@@ -67,53 +63,6 @@ def test_encoders_of_one_width_are_left_as_they_are() -> None:
 def test_heads_that_do_not_divide_the_width() -> None:
     with pytest.raises(UserError, match=r"cross_heads: 5 do not divide width 16\. give a divisor of 16"):
         toy_backbone(cross_heads=5)
-
-
-def bert_backbone(heads: int = 2, hidden: int = 64, **settings: Any) -> MaskVLM:
-    """With a BERT of three blocks."""
-    bert = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": hidden}
-    torch.manual_seed(0)
-    text = TextEncoder("bert", LENGTH, random_init=True, vocab_size=VOCAB, config=bert)
-    return MaskVLM(toy_backbone().image, text, 2, heads, **settings).eval()
-
-
-def test_the_text_cross_encoder_starts_as_the_last_blocks_of_a_bert() -> None:
-    """Where cross-attention adds nothing it computes what they do."""
-    backbone = bert_backbone()
-    for parameter in backbone.text.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    start_from_bert(backbone.cross_text, backbone.text)
-    for block in backbone.cross_text.blocks:
-        nn.init.zeros_(block.cross_attention.out.weight)
-    batch, x_BTD = toy_batch(3), torch.randn(3, 8, 16)
-    there_BT = torch.arange(8) < torch.tensor([8, 5, 2])[:, None]
-    context = backbone.cross_text.context(backbone.image(batch.image_BCHW))
-    found_BTD = backbone.cross_text(x_BTD, context, there_BT).every_RLD
-    expected_BTD = x_BTD
-    for layer in backbone.text.model.encoder.layer[-2:]:
-        hidden = layer(expected_BTD, there_BT[:, None, None, :])
-        expected_BTD = hidden if isinstance(hidden, torch.Tensor) else hidden[0]
-    # The norm after self-attention stands before cross-attention and once more behind it.
-    torch.testing.assert_close(found_BTD[there_BT], expected_BTD[there_BT], atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_it_starts_so_where_that_is_asked_for(asked: bool) -> None:
-    backbone = bert_backbone(text_start=asked)
-    ours, theirs = (
-        backbone.cross_text.blocks[0].feed_forward[0],
-        backbone.text.model.encoder.layer[1].intermediate.dense,
-    )
-    assert torch.equal(ours.weight, theirs.weight) == asked
-    assert ours.weight is not theirs.weight
-
-
-@pytest.mark.parametrize("settings", [{"heads": 4}, {"hidden": 32}])
-def test_a_text_encoder_of_another_shape_is_no_start(settings: dict[str, int]) -> None:
-    with pytest.raises(
-        UserError, match=r"model\.backbone\.text_start: the text encoder has no 2 blocks of BERT's kind"
-    ):
-        bert_backbone(text_start=True, **settings)
 
 
 def test_places_of_queries_follow_the_size_of_the_image() -> None:

@@ -3,7 +3,7 @@
 Shapes: B rows, L image positions (class token and patches), T tokens, D width.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,6 @@ class MaskVLM(nn.Module):
         start: a checkpoint of an earlier run, whose backbone is taken over whole, tokenizer included, with positions
             resized where the picture size differs; the encoders' own pretrained weights are then not looked for.
         query_positions: the image cross encoder's queries know their places (see `CrossEncoder`).
-        text_start: the text cross encoder starts from the text encoder's last blocks, all but cross-attention (ALBEF's
-            way); of a BERT or RoBERTa with as many heads, as wide, whose feed-forward is four times as wide.
         width: D of the cross encoders and heads; None takes the text encoder's. An encoder of another width gets a
             linear layer behind it.
 
@@ -72,7 +70,6 @@ class MaskVLM(nn.Module):
         start: str | None = None,
         width: int | None = None,
         query_positions: bool = False,
-        text_start: bool = False,
     ) -> None:
         super().__init__()
         check_least(1, model__backbone__cross_layers=cross_layers, model__backbone__cross_heads=cross_heads)
@@ -98,8 +95,6 @@ class MaskVLM(nn.Module):
             init_positions(self.cross_image.pos_embed, image.grid)
         self.origin: Start | None = None if start is None else read_start(start)
         self.provenance = load_pretrained(image, text) if self.origin is None else self.take_over(self.origin)
-        if text_start and self.origin is None:
-            start_from_bert(self.cross_text, text)
 
     def take_over(self, origin: Start) -> Provenance:
         """Weights and tokenizer of a checkpoint; raises as `load_state` where they do not fit."""
@@ -130,38 +125,3 @@ class MaskVLM(nn.Module):
         image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), every=0)
         text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, every=0)
         return Fused(image.first_BD, text.first_BD)
-
-
-@torch.no_grad()
-def start_from_bert(cross: CrossEncoder, text: TextEncoder) -> None:
-    """Self-attention, feed-forward and their norms from the last blocks of a BERT; cross-attention stays as it is.
-
-    What BERT's norm after self-attention gives goes on to its feed-forward; here cross-attention stands between. So its
-    scale and shift go to the norm after cross-attention, and where that adds nothing the block is BERT's.
-
-    Raises:
-        UserError: the text encoder has no such blocks, or they have another shape.
-    """
-    own: list[Any] = list(cross.blocks)
-    blocks: Any = getattr(getattr(text.model, "encoder", None), "layer", [])
-    heads, width = own[0].self_attention.heads, own[0].self_attention.query.in_features
-    shape = (text.config.num_attention_heads, text.config.hidden_size, getattr(text.config, "intermediate_size", 0))
-    if len(blocks) < len(own) or not hasattr(blocks[0], "intermediate") or shape != (heads, width, 4 * width):
-        what = f"the text encoder has no {len(own)} blocks of BERT's kind, {width} wide with {heads} heads"
-        todo = "Leave it out, or set model.backbone.cross_heads to the text encoder's"
-        raise UserError("model.backbone.text_start", what, todo)
-    for ours, theirs in zip(own, blocks[-len(own) :], strict=True):
-        attention = theirs.attention
-        pairs = (
-            (ours.self_attention.query, attention.self.query),
-            (ours.self_attention.out, attention.output.dense),
-            (ours.norms[1], attention.output.LayerNorm),
-            (ours.feed_forward[0], theirs.intermediate.dense),
-            (ours.feed_forward[2], theirs.output.dense),
-            (ours.norms[2], theirs.output.LayerNorm),
-        )
-        for new, old in pairs:
-            new.load_state_dict(old.state_dict())
-        for name in ("weight", "bias"):
-            parts = [getattr(attention.self.key, name), getattr(attention.self.value, name)]
-            getattr(ours.self_attention.key_value, name).copy_(torch.cat(parts))

@@ -140,7 +140,6 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
         "start": NOTHING,
         "width": maybe(side),
         "query_positions": Flag(),
-        "text_start": Flag(),
     }
     part = Tree()
     Record({"image": part, "text": part}, also, ExitCode.REFUSED).read(args, where, TODO)
@@ -266,8 +265,7 @@ def portable(recipe: Recipe, text_config: Any) -> Recipe:
         text |= {"name": text_config.model_type, "config": shape, "vocab_size": None}
     args["image"] = {"class_path": args["image"]["class_path"], "init_args": image}
     args["text"] = {"class_path": args["text"]["class_path"], "init_args": text}
-    args |= {"start": None, "text_start": False}  # how training began
-    return recipe._replace(backbone={**recipe.backbone, "init_args": args})
+    return recipe._replace(backbone={**recipe.backbone, "init_args": {**args, "start": None}})
 
 
 def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
