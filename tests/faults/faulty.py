@@ -24,7 +24,9 @@ def out_of_memory() -> None:
 
 
 def fill_shared_memory() -> None:
-    """Somebody else takes what is left of /dev/shm."""
+    """Somebody else takes what is left of /dev/shm, when the batches before have been handed over (else the worker that
+    is handing one over finds it full first, and names its own sample)."""
+    time.sleep(0.8)
     with suppress(OSError), open("/dev/shm/somebody-elses", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))

@@ -13,7 +13,7 @@ import pytest
 from forks import ROOT, Forks, environment, small
 from guards import Build
 
-from maskvlm.data.workers import At, Board
+from maskvlm.data.workers import At, Board, uncaught
 from maskvlm.errors import ExitCode
 from maskvlm.peers import alive
 
@@ -158,6 +158,16 @@ def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, 
     code, said = run(confined, tmp_path, build, "shared memory")
     assert code == ExitCode.IO_ERROR
     assert said[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(ConnectionResetError(104, "reset"), False), (EOFError(), False), (KeyError("x"), True)]
+)
+def test_a_thread_that_hands_over_to_nobody_says_nothing(
+    error: Exception, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uncaught(type(error), error, None)
+    assert ("KeyError" in capsys.readouterr().err) == shown
 
 
 # ---------------------------------------------------------------------- orphans

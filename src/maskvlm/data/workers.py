@@ -11,9 +11,11 @@ import os
 import re
 import signal
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +103,13 @@ class Begin:
         NOTE(IDLE, -1)
         # Python drops a batch that cannot be handed over, and the main process would wait for it.
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_hand_over)  # type: ignore[attr-defined]
+        sys.excepthook = uncaught
+
+
+def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In a worker, of threads that hand over memory: where the main process has ended meanwhile, it has said why."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def cannot_hand_over(error: Exception, thing: object) -> None:
