@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
-from maskvlm.encoders import ImageEncoder, TextEncoder
+from maskvlm.encoders import MANY, ImageEncoder, TextEncoder
 from maskvlm.errors import UserError
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -201,6 +201,34 @@ def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
     assert ours_BTD.shape == (2, 7, encoder.width) == (2, 7, 32)
     torch.testing.assert_close(ours_BTD[attention_BT], theirs_BTD[attention_BT], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours_BTD[1, :4], alone_1TD[0], atol=1e-5, rtol=0)  # padding changes nothing
+
+
+@pytest.mark.parametrize(("kind", "pad"), [("bert", 0), ("roberta", 1), ("mpnet", 1)])
+def test_many_texts_in_groups_of_like_length_are_as_each_alone(kind: str, pad: int) -> None:
+    """Values and gradients; in float64, so that the order of sums does not count."""
+    encoder = text_encoder(kind, {"pad_token_id": pad}).double()
+    draw = torch.Generator().manual_seed(3)
+    length_B = torch.randint(2, 12, (MANY + 5,), generator=draw)
+    attention_BT = torch.arange(12) < length_B[:, None]
+    token_BT = torch.randint(5, 50, attention_BT.shape, generator=draw).masked_fill(~attention_BT, pad)
+    grouped_BTD = encoder(token_BT, attention_BT)
+    weight_BTD = torch.randn(grouped_BTD.shape, generator=draw, dtype=torch.float64) * attention_BT[..., None]
+    grouped = torch.autograd.grad((grouped_BTD * weight_BTD).sum(), [*encoder.parameters()])
+    rows = zip(token_BT, attention_BT, length_B.tolist(), strict=True)
+    alone = [encoder(token_T[None, :length], attention_T[None, :length])[0] for token_T, attention_T, length in rows]
+    for found_TD, wanted_TD in zip(grouped_BTD, alone, strict=True):
+        torch.testing.assert_close(found_TD[: len(wanted_TD)], wanted_TD)
+    total = sum((one * weight_TD[: len(one)]).sum() for one, weight_TD in zip(alone, weight_BTD, strict=True))
+    torch.testing.assert_close(grouped, torch.autograd.grad(total, [*encoder.parameters()]))
+
+
+def test_many_texts_cost_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, seen = text_encoder(), []
+    encoder.model.register_forward_pre_hook(lambda *args: seen.append(args[2]["input_ids"].shape), with_kwargs=True)
+    length_B = torch.tensor([3] * 24 + [12] * 8).repeat(MANY // 32)
+    attention_BT = torch.arange(12) < length_B[:, None]
+    encoder(torch.full(attention_BT.shape, 7), attention_BT)
+    assert sum(rows * length for rows, length in seen) == length_B.sum()
 
 
 @pytest.mark.parametrize("pad", [0, 1])

@@ -171,3 +171,37 @@ def test_cross_encoders_may_have_a_rate_of_their_own(lr_cross: float | None, exp
     for name, parameter in backbone.named_parameters():
         assert rate[id(parameter)] == (expected if name.startswith("cross_") else 1e-5), name
     assert {rate[id(parameter)] for parameter in task.parameters()} == {3e-4}
+
+
+def test_what_is_late_rises_from_its_step_on() -> None:
+    """Ten steps, late from the fourth on: 0 until then, two steps of rise, then down to the floor like the others."""
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "late": late} for late in (False, True)]
+    optimizer = build_adamw(groups, (0.9, 0.98), fused=False)
+    scheduler = schedule(optimizer, 10, 2, 0.1, start=4)
+    seen = []
+    for _ in range(11):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    early, late = (list(column) for column in zip(*seen, strict=True))
+    assert early == pytest.approx([warmup_cosine(10, 2, 0.1)(step) for step in range(11)])
+    assert late == pytest.approx([0.0] * 4 + [warmup_cosine(6, 2, 0.1)(step) for step in range(7)])
+
+
+def test_a_share_of_warm_up_is_one_of_the_steps_that_a_group_learns() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "late": late} for late in (False, True)]
+    scheduler = schedule(build_adamw(groups, (0.9, 0.98), fused=False), 20, 0.5, 0.0, start=12)
+    early, late = scheduler.lr_lambdas
+    assert [early(step) for step in (0, 9)] == pytest.approx([0.1, 1.0])
+    assert [late(step) for step in (11, 12, 15)] == pytest.approx([0.0, 0.25, 1.0])
+
+
+def test_late_parameters_have_groups_of_their_own() -> None:
+    backbone, heads = nn.Linear(2, 2), nn.Linear(3, 3)
+    groups = parameter_groups(backbone, [], heads, 1e-3, 1e-4, 0.05, late=heads.parameters())
+    assert {group["name"]: (group["late"], [p.numel() for p in group["params"]]) for group in groups} == {
+        "rest": (False, [4]),
+        "rest (no decay)": (False, [2]),
+        "rest, late": (True, [9]),
+        "rest, late (no decay)": (True, [3]),
+    }

@@ -111,7 +111,7 @@ def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
     excluded = torch.eye(8, dtype=torch.bool)
     excluded[0, 1] = excluded[1, 0] = True
     sure = Contrast(image, text, image, text, torch.tensor(1e4), torch.arange(8), excluded)
-    captions, pictures = task.negatives(sure)
+    captions, pictures = task.negatives(sure, 8)
     similar = (image @ text.T).masked_fill(excluded, -2.0)
     assert captions.index_B.tolist() == similar.argmax(1).tolist()
     assert pictures.index_B.tolist() == (text @ image.T).masked_fill(excluded, -2.0).argmax(1).tolist()
@@ -241,6 +241,52 @@ def test_gradients_reach_every_caption() -> None:
     assert table is not None
     there = batch.token_CT[batch.attention_CT & batch.valid_B[batch.owner_C][:, None]].unique()
     assert table[there].abs().sum(1).gt(0).all()
+
+
+# ---------------------------------------------------------------------- contrast first
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_both": True}, {"text_draws": 2, "image_draws": 0.5}], ids=str)
+def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(settings: dict[str, Any]) -> None:
+    batch = eventful_batch()
+    backbone, task = build(contrast_first=0.5, **settings)
+    alone, only = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
+    task.done = 0.49
+    terms = task(backbone, batch)
+    assert list(terms) == ["itc"]
+    assert task.hidden.patch is not None
+    assert task.hidden.token is not None
+    assert (len(task.hidden.patch.mask_BN), len(task.hidden.token.token_CT)) == (1, settings.get("text_draws", 1))
+    only.projection.load_state_dict(task.projection.state_dict())
+    alone.load_state_dict(backbone.state_dict())
+    expected = only(alone, batch)["itc"]
+    torch.testing.assert_close(terms["itc"], expected)
+    terms["itc"].backward()
+    expected.backward()
+    found, wanted = gradients(backbone, task), gradients(alone, only)
+    assert len(found) == sum(1 for module in (backbone, task) for _ in module.parameters())
+    for name, gradient in found.items():
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient, wanted.get(name, torch.zeros_like(gradient)), atol=1e-6, rtol=1e-5)
+
+
+def test_after_that_all_losses_are_those_of_a_step_without() -> None:
+    batch = eventful_batch()
+    backbone, task = build(contrast_first=0.5)
+    task.reseed(Table())
+    task.done = 0.5
+    with torch.no_grad():
+        assert [float(term) for term in task(backbone, batch).values()] == losses_of(batch)
+
+
+def test_what_waits_for_contrast() -> None:
+    backbone, task = build(contrast_first=0.25)
+    share, late = task.late(backbone)
+    assert share == 0.25
+    modules = (backbone.cross_image, backbone.cross_text, task.matching, task.tokens, task.pixels)
+    assert {id(p) for p in late} == {id(p) for module in modules for p in module.parameters()}
+    _, task = build()
+    assert task.late(backbone) == (0.0, [])
 
 
 # ---------------------------------------------------------------------- a share of the images is masked
@@ -448,6 +494,8 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
         ({"image_draws": 0.0}, "model.task.image_draws: 0.0 is no share"),
         ({"image_draws": 1.5}, "model.task.image_draws: 1.5 is no share"),
         ({"image_draws": 0.5, "mask_both": True}, "model.task.image_draws: mask_both masks every image"),
+        ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is no share below 1"),
+        ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
         ({"rerank_contrast": -1.0}, "model.task.rerank_contrast: -1.0"),
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),

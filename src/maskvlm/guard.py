@@ -107,6 +107,7 @@ class StepGuard(Callback):
         self.losses: list[Tensor] = []
         self.rows: list[tuple[Tensor, Tensor]] = []
         self.step = 0
+        self.terms: tuple[str, ...] | None = None  # whose sum the losses of the window are
         self.trainer: L.Trainer | None = None
 
     # ------------------------------------------------------------------ what a checkpoint tells
@@ -115,10 +116,13 @@ class StepGuard(Callback):
         if self.trainer is not None:
             self.settle(0)
         counts = {"in_a_row": self.in_a_row, "steps": self.steps, "listed": self.listed}
-        return {"window": self.window.state_dict(), "skipped": [dict(one) for one in self.skipped], **counts}
+        skipped = [dict(one) for one in self.skipped]
+        return {"window": self.window.state_dict(), "terms": self.terms, "skipped": skipped, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.window.load_state_dict(state_dict["window"])
+        terms = state_dict.get("terms")
+        self.terms = None if terms is None else tuple(terms)
         self.skipped = [dict(one) for one in state_dict["skipped"]]
         self.in_a_row, self.steps, self.listed = (state_dict[key] for key in ("in_a_row", "steps", "listed"))
 
@@ -142,7 +146,12 @@ class StepGuard(Callback):
         self.step = trainer.global_step + 1
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """The loss of one pass, as it goes into the gradients: its share where passes are accumulated."""
+        """The loss of one pass, as it goes into the gradients: its share where passes are accumulated. Where another
+        term joins it, earlier sums say nothing of it."""
+        terms = getattr(pl_module, "terms", None)
+        if self.terms is not None and terms != self.terms:
+            self.window = Window()
+        self.terms = terms
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.losses.append(loss.detach().float() / (scaler.get_scale() if scaler is not None else 1.0))
 

@@ -1,5 +1,6 @@
 """The only LightningModule: it sums and logs the task's losses, and knows none of them."""
 
+import math
 from typing import Any, Protocol
 
 import lightning as L
@@ -82,6 +83,7 @@ class LitModel(L.LightningModule):
         self.trained = False
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: Guard | None = None
+        self.terms: tuple[str, ...] = ()  # of the loss of the latest step
         task.build(backbone)
         self.inherited = self._inherit()
 
@@ -155,11 +157,11 @@ class LitModel(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         encoders = (self.backbone.image, self.backbone.text)
         rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
-        groups = parameter_groups(self.backbone, encoders, self.task, *rates)
+        share, late = self.task.late(self.backbone)
+        groups = parameter_groups(self.backbone, encoders, self.task, *rates, late)
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         total = self.data.total_steps
-        warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
-        scheduler = schedule(optimizer, total, warmup, self.min_lr)
+        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
@@ -191,7 +193,9 @@ class LitModel(L.LightningModule):
         # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.
         torch.manual_seed(mix(self.seed, batch_idx, rank()))
         self.task.reseed(Draw(self.seed, batch_idx, self.device))
+        self.task.done = self.trainer.global_step / max(1, self.data.total_steps)
         terms = self.task(self.backbone, batch)
+        self.terms = tuple(terms)
         loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         logged = {f"train/{name}": term.detach() for name, term in terms.items()}
         self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))

@@ -19,6 +19,7 @@ def parameter_groups(
     decay: float,
     lr_cross: float | None = None,
     layer_decay: float = 1.0,
+    late: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Groups of encoders, cross encoders (with the rest where they have no rate of their own) and the rest, each with
     and without weight decay.
@@ -26,13 +27,15 @@ def parameter_groups(
     With `layer_decay` below 1 each block of an encoder learns at that share of the rate of the block above it; what
     lies below the first block (patches, words, positions) at that share of the first block's, the last norm at the full
     rate (ELECTRA's rule, which BEiT and MAE fine-tune by). An adapter behind an encoder is new: it learns as the rest.
+    Parameters of `late` have groups of their own, marked so for `schedule`.
 
     Not decayed (C): biases, norms, class and mask tokens, positions, word embeddings and the temperature, that is, what
     has one dimension or fewer, or is no weight matrix by name.
     """
     below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
     rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    waiting = {id(parameter) for parameter in late}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for module in (backbone, heads):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -43,15 +46,16 @@ def parameter_groups(
                     number = below[id(parameter)] if layer_decay < 1 else 0
                     kind = f"encoders, {number} from the top" if number else "encoders"
                     rates[kind] = lr_encoders * layer_decay**number
-                groups.setdefault((kind, decayed), []).append(parameter)
+                groups.setdefault((kind, decayed, id(parameter) in waiting), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": rates[kind],
             "weight_decay": decay if decayed else 0.0,
-            "name": f"{kind}{'' if decayed else ' (no decay)'}",
+            "name": f"{kind}{', late' if later else ''}{'' if decayed else ' (no decay)'}",
+            "late": later,
         }
-        for (kind, decayed), parameters in groups.items()
+        for (kind, decayed, later), parameters in groups.items()
     ]
 
 
@@ -92,8 +96,21 @@ def warmup_cosine(total: int, warmup: int, floor: float) -> Callable[[int], floa
     return factor
 
 
-def schedule(optimizer: AdamW, total: int, warmup: int, min_lr: float) -> LambdaLR:
+def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0) -> LambdaLR:
     """Warm-up and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
-    encoders: 1e-5 under a floor of 3e-5)."""
-    floors = [min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0 for group in optimizer.param_groups]
-    return LambdaLR(optimizer, [warmup_cosine(total, warmup, floor) for floor in floors])
+    encoders: 1e-5 under a floor of 3e-5).
+
+    Args:
+        total: steps of the run.
+        warmup: share of the steps in which a group learns, or a number of steps from 1 on.
+        start: step at which groups marked `late` begin; before it their rate is 0.
+    """
+
+    def factor(group: dict[str, Any]) -> Callable[[int], float]:
+        first = start if group.get("late") else 0
+        steps = total - first
+        floor = min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0
+        of_step = warmup_cosine(steps, int(warmup if warmup >= 1 else warmup * steps), floor)
+        return lambda step: of_step(step - first) if step >= first else 0.0
+
+    return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])

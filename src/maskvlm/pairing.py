@@ -25,20 +25,21 @@ class Hidden(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked several
-    times the rows follow each other. other_CTD: the further captions of the images, where they have several."""
+    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked
+    `draws` times the rows follow each other. other_CTD: the further captions of the images, where they have several.
+    """
 
     image_BLD: Tensor
     text_BTD: Tensor
     hidden_image_BLD: Tensor | None
     hidden_text_BTD: Tensor | None
     other_CTD: Tensor | None = None
+    draws: int = 1
 
     @property
     def first_draw_BTD(self) -> Tensor | None:
         """Of each text one masking."""
-        hidden = self.hidden_text_BTD
-        return None if hidden is None else hidden[:: len(hidden) // len(self.text_BTD)]
+        return None if self.hidden_text_BTD is None else self.hidden_text_BTD[:: self.draws]
 
 
 class Crossed(NamedTuple):
@@ -192,8 +193,9 @@ def cross_all(
     found: tuple[Negatives, Negatives] | None,
     hides: tuple[bool, bool],
     mask_both: bool,
+    pairs: int,
 ) -> Crossed:
-    """One pass of each cross encoder over all its pairs: the masked rows first, then 3B matching pairs.
+    """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
 
     Matching pairs: (picture, its caption), (picture, hard caption), (hard picture, caption).
 
@@ -201,11 +203,12 @@ def cross_all(
         found: a hard caption for each picture and a hard picture for each caption; None without matching.
         hides: whether masked patches, and masked words, are to be reconstructed.
         mask_both: each side from the masked other one.
+        pairs: how many of the pairs, from the first one on, are masked and matched.
     """
     image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
     images, texts = [], []
     if found is not None:
-        own = torch.arange(len(image), device=image.device)
+        own = torch.arange(pairs, device=image.device)
         text, caption = with_negatives(text, found[0].index_B)
         attention, _ = with_negatives(attention, found[0].index_B)
         image, picture = with_negatives(image, found[1].index_B)
@@ -214,7 +217,6 @@ def cross_all(
     image_side, text_side = Side(image, None), Side(text, attention)
     hidden_image = encoded.hidden_image_BLD if hides[0] else None
     hidden_text = encoded.hidden_text_BTD if hides[1] else None
-    pairs = len(attention_BT)
     masked = 0 if hidden_image is None else len(hidden_image)
     image_out = cross_pairs(
         backbone.cross_image, hidden_image, image_side, text_side, seen.first_draw_BTD, images, texts, masked

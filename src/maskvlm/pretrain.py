@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskvlm import losses
 from maskvlm.data.batch import Batch
@@ -40,6 +40,9 @@ class MaskedPretraining(Task):
         text_mask_ratio: share of tokens hidden (0.3, P).
         text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
         image_draws: share of a step's images that are masked (1, P); a masked image costs about as much as a whole one.
+        contrast_first: share of the run in which contrast alone is learned (0, P); a step costs a third or a quarter
+            then. The other three, with the cross encoders, set in after that, on encoders that speak of the same things
+            (ALBEF's "align before fuse", here in time).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -88,6 +91,7 @@ class MaskedPretraining(Task):
         tokens_from_words: bool = False,
         rerank_contrast: float = 0.0,
         image_draws: float = 1.0,
+        contrast_first: float = 0.0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -109,7 +113,11 @@ class MaskedPretraining(Task):
         if not 0 < image_draws <= 1 or (mask_both and image_draws < 1):
             what = f"{image_draws} is no share above 0" if not 0 < image_draws <= 1 else "mask_both masks every image"
             raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
+        if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
+            what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
+            raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
+        self.contrast_first = contrast_first
         self.rerank_contrast = rerank_contrast
         self.shown = 1  # captions an image in training, for the levels of knowing nothing
         self.measure = Measure(rerank_k, rerank_contrast)
@@ -156,12 +164,14 @@ class MaskedPretraining(Task):
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         self.shown = len(batch.owner_C) // len(batch.valid_B)
         batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
-        hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws)
+        # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
+        pairs = 1 if self.done < self.contrast_first else len(batch.valid_B)
+        hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws, pairs)
         encoded = self.encode(backbone, every, hidden)
         contrast = self.contrast(batch, encoded)
-        found = self.negatives(contrast)
+        found = self.negatives(contrast, pairs)
         hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
-        crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both)
+        crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both, pairs)
         terms = {}
         if self.weights["itc"]:
             other = encoded.other_CTD
@@ -180,19 +190,37 @@ class MaskedPretraining(Task):
             masked = encoded.first_draw_BTD if self.mask_both else None
             seen = encoded.text_BTD if masked is None else masked
             terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
+        if self.done < self.contrast_first:
+            return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
 
-    def hide(self, backbone: MaskVLM, batch: Batch, uniform: Uniform, draws: int = 1, share: float = 1.0) -> Hidden:
-        """Draw this step's masks: one each for the first images, a `share` of all; `draws` a caption, whose rows follow
-        each other."""
+    def late(self, backbone: MaskVLM) -> tuple[float, list[nn.Parameter]]:
+        """The cross encoders and all heads but contrast's wait for contrast."""
+        first = [backbone.image, backbone.text, self.projection] if self.contrast_first else [backbone, self]
+        early = {id(parameter) for module in first for parameter in module.parameters()}
+        every = (*backbone.parameters(), *self.parameters())
+        return self.contrast_first, [parameter for parameter in every if id(parameter) not in early]
+
+    def hide(
+        self,
+        backbone: MaskVLM,
+        batch: Batch,
+        uniform: Uniform,
+        draws: int = 1,
+        share: float = 1.0,
+        pairs: int | None = None,
+    ) -> Hidden:
+        """Draw this step's masks, for the first `pairs` (None: for all): one each for the first images, a `share` of
+        them; `draws` a caption, whose rows follow each other."""
+        texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs  # in evaluation an image has several texts
         patch = token = None
         if self.weights["mim"] or (self.mask_both and self.weights["mlm"]):
             block = self.mask_block // backbone.image.patch_size
-            first = max(1, round(share * len(batch.valid_B)))
+            first = max(1, round(share * pairs))
             patch = mask_patches(batch.valid_B[:first], backbone.image.grid, block, self.image_mask_ratio, uniform)
         if self.weights["mlm"] or (self.mask_both and self.weights["mim"]):
             text, parts = backbone.text, (batch.token_CT, batch.special_CT, batch.word_CT)
-            token_CT, special_CT, word_CT = (part.repeat_interleave(draws, 0) for part in parts)
+            token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
             token = mask_tokens(
                 token_CT, special_CT, word_CT, self.text_mask_ratio, uniform,
                 text.mask_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
@@ -210,8 +238,8 @@ class MaskedPretraining(Task):
             mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
         if hidden.token is not None:
             token = torch.cat([token, hidden.token.token_CT])
-            draws = len(hidden.token.token_CT) // pairs
-            attention = torch.cat([attention, attention[:pairs].repeat_interleave(draws, 0)])
+            masked = attention[: len(hidden.token.token_CT) // self.text_draws]
+            attention = torch.cat([attention, masked.repeat_interleave(self.text_draws, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         whole, masked_image = backbone.image(image, mask, row_B).tensor_split([pairs])
         text, other, masked = backbone.text(token, attention).tensor_split([pairs, captions])
@@ -221,6 +249,7 @@ class MaskedPretraining(Task):
             masked_image if hidden.patch is not None else None,
             masked if hidden.token is not None else None,
             other if captions > pairs else None,
+            self.text_draws,
         )
 
     def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
@@ -235,8 +264,9 @@ class MaskedPretraining(Task):
             scale = torch.ones((), device=image.device)
         return gather_contrast(batch, image, text, scale)
 
-    def negatives(self, contrast: Contrast) -> tuple[Negatives, Negatives] | None:
-        """For each picture a hard caption, for each caption a hard picture, out of the global batch."""
+    def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
+        """For each of the first `pairs` pictures a hard caption, for each of their captions a hard picture, out of the
+        global batch."""
         if not self.weights["itm"]:
             return None
         image, text, image_all, text_all, scale, _, excluded = contrast
@@ -245,7 +275,8 @@ class MaskedPretraining(Task):
                 losses.hard_negatives(losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
                 for pair in ((image, text_all), (text, image_all))
             ]
-        return drawn[0], drawn[1]
+        first = [Negatives(index_B[:pairs], weight_B[:pairs]) for index_B, weight_B in drawn]
+        return first[0], first[1]
 
     def contrastive_loss(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
@@ -265,7 +296,7 @@ class MaskedPretraining(Task):
         )  # fmt: skip
 
     def matching_loss(self, fused_M: Fused, found: tuple[Negatives, Negatives], valid_B: Tensor) -> Tensor:
-        valid = valid_B.float()
+        valid = valid_B[: len(found[0].weight_B)].float()
         weight_M = torch.cat([valid, valid * found[0].weight_B, valid * found[1].weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
         return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
@@ -278,8 +309,8 @@ class MaskedPretraining(Task):
         return losses.words_present(logits_BLV, words_BV * (1 - special_V), valid, shared_count(valid.sum()))
 
     def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
-        draws = len(token.token_CT) // len(batch.token_CT)
-        target_CK = batch.token_CT.repeat_interleave(draws, 0).gather(1, token.index_CK)
+        texts, draws = len(token.token_CT) // self.text_draws, self.text_draws
+        target_CK = batch.token_CT[:texts].repeat_interleave(draws, 0).gather(1, token.index_CK)
         if self.training:
             # Fading keeps float32 counts exact where a frequent word would reach 2^24, and follows the data.
             self.token_count_V.mul_(0.9999).index_add_(0, target_CK.flatten(), token.weight_CK.flatten())

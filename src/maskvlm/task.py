@@ -45,9 +45,11 @@ class Task(nn.Module, ABC):
         weights: weight of each loss term in the sum, 1 where it has none.
         verbs: what a loaded model can be asked through this task, by name.
         predictions: of the last evaluation, complete in every process; empty where a task makes none.
+        done: share of the run's steps that were made before the current one; 1 outside a run.
     """
 
     uniform: Uniform
+    done: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
     verbs: Mapping[str, Verb] = MappingProxyType({})
     predictions: list[Prediction]
@@ -83,6 +85,10 @@ class Task(nn.Module, ABC):
         fitting = {n: value for n, value in heads.items() if n in own and own[n].shape == value.shape}
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
+
+    def late(self, backbone: "MaskVLM") -> tuple[float, list[nn.Parameter]]:
+        """Parameters that learn only after a share of the run, and that share: their learning rate rises from there."""
+        return 0.0, []
 
     def see_words(self, count: Callable[[], Tensor]) -> None:
         """Called before the first step of a training. `count` gives how often each token stands in some of its texts,

@@ -265,6 +265,19 @@ def test_a_run_that_goes_on_judges_as_before() -> None:
             each.take(value, torch.tensor(0))
 
 
+def test_terms_that_join_the_loss_are_no_spike(tmp_path: Path) -> None:
+    """Contrast alone has a loss of 2 or so; with the others it is 9."""
+    model = Poisoned(set())
+    model.task.contrast_first = 0.75  # type: ignore[assignment]
+    shas, guard = fit(tmp_path, model)
+    assert shas.unchanged() == []
+    assert guard.terms == ("itc", "itm", "mlm", "mim")
+    assert 0 < guard.window.place < LEAST
+    again = StepGuard()
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert again.terms == guard.terms
+
+
 # ------------------------------------------------------------------ what remembers
 
 
