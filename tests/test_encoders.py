@@ -225,7 +225,7 @@ def test_many_texts_in_groups_of_like_length_are_as_each_alone(kind: str, pad: i
 def test_many_texts_cost_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, seen = text_encoder(), []
     encoder.model.register_forward_pre_hook(lambda *args: seen.append(args[2]["input_ids"].shape), with_kwargs=True)
-    length_B = torch.tensor([3] * 24 + [12] * 8).repeat(MANY // 32)
+    length_B = torch.tensor([3] * 12 + [12] * 4).repeat(MANY // 16)
     attention_BT = torch.arange(12) < length_B[:, None]
     encoder(torch.full(attention_BT.shape, 7), attention_BT)
     assert sum(rows * length for rows, length in seen) == length_B.sum()

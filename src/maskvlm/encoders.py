@@ -44,7 +44,7 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-MANY, GROUPS = 32, 4  # from so many texts on, a CPU takes them in so many groups of like length
+MANY, GROUPS = 16, 4  # from so many texts on, a CPU takes them in so many groups of like length
 
 
 class Encoder(nn.Module):

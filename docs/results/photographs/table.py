@@ -15,18 +15,16 @@ import sys
 from pathlib import Path
 
 NO_MASKS = "--model.task.weight_mlm 0 --model.task.weight_mim 0"
-FROZEN = (
-    "--model.backbone.image.frozen all --model.lr_encoders 0 --data.augment false "
-    "--model.backbone.image.kept_features checkpoints/features"
-)
+CONTRAST = f"--model.task.weight_itm 0 {NO_MASKS}"
 ROWS = {
-    "frozen": ("compact", f"{FROZEN} --model.task.weight_itm 0 {NO_MASKS}"),
-    "contrast": ("compact", f"--model.task.weight_itm 0 {NO_MASKS}"),
+    "frozen": ("compact", f"--model.backbone.image.frozen all --model.lr_encoders 0 {CONTRAST}"),
+    "contrast": ("compact", CONTRAST),
+    "contrast-longer": ("compact", f"--data.epochs 16 {CONTRAST}"),
     "contrast-matching": ("compact", NO_MASKS),
     "all-four": ("compact", ""),
     "scratch": ("small", ""),
 }
-"""Row -> MODEL and options."""
+"""Row -> MODEL and options. `contrast` makes the passes of `all-four`, `contrast-longer` about its time."""
 COLUMNS = {
     "itc TR": ("retrieval/itc_tr_r1", "retrieval/itc_tr_r5", "retrieval/itc_tr_r10"),
     "itc IR": ("retrieval/itc_ir_r1", "retrieval/itc_ir_r5", "retrieval/itc_ir_r10"),
