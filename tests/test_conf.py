@@ -39,7 +39,7 @@ STACKS = [
 @pytest.mark.parametrize(("model", "data", "where"), STACKS)
 def test_every_stack_parses(model: str, data: str, where: str, stack: Stack) -> None:
     settings = run(Parsed, ["fit", *stack(MODEL=model, DATA=data, WHERE=where)]).settings
-    assert settings.model.task.init_args.image_mask_ratio == 0.6
+    assert settings.model.task.init_args.image_mask_ratio == (0.75 if model == "compact" else 0.6)
     assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
 
 

@@ -106,6 +106,19 @@ def test_time_left_follows_the_pace_since_the_first_step() -> None:
     assert left.seconds(12, math.inf) is None
 
 
+def test_time_left_follows_the_latest_kind_of_steps() -> None:
+    """Ten steps of a second, then ten of five."""
+    now = Ticks()
+    left = Left(now)
+    assert left.seconds(0, 40, ("itc",)) is None
+    now.time = 10.0
+    assert left.seconds(10, 40, ("itc",)) == 30.0
+    now.time = 15.0
+    assert left.seconds(11, 40, ("itc", "mlm")) is None
+    now.time = 65.0
+    assert left.seconds(21, 40, ("itc", "mlm")) == 95.0
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(4.1589, "4.16"), (0.63651, "0.637"), (0.0985, "0.0985"), (123.4, "123"), (4, "4.00")]
 )

@@ -199,7 +199,7 @@ def test_a_share_of_warm_up_is_one_of_the_steps_that_a_group_learns() -> None:
 def test_late_parameters_have_groups_of_their_own() -> None:
     backbone, heads = nn.Linear(2, 2), nn.Linear(3, 3)
     groups = parameter_groups(backbone, [], heads, 1e-3, 1e-4, 0.05, late=heads.parameters())
-    assert {group["name"]: (group["late"], [p.numel() for p in group["params"]]) for group in groups} == {
+    assert {group["name"]: (group.get("late", False), [p.numel() for p in group["params"]]) for group in groups} == {
         "rest": (False, [4]),
         "rest (no decay)": (False, [2]),
         "rest, late": (True, [9]),

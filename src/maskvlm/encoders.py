@@ -309,8 +309,8 @@ class TextEncoder(Encoder):
             text_BTD: values at padding mean nothing.
         """
         self._check_ready()
-        many = len(token_BT) >= MANY and token_BT.device.type == "cpu"
-        if many and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
+        if not traced and token_BT.device.type == "cpu" and len(token_BT) >= MANY:
             hidden_BTD = self._by_length(token_BT, attention_BT)
         else:
             hidden_BTD = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state

@@ -116,8 +116,9 @@ class StepGuard(Callback):
         if self.trainer is not None:
             self.settle(0)
         counts = {"in_a_row": self.in_a_row, "steps": self.steps, "listed": self.listed}
+        known = {} if self.terms is None else {"terms": list(self.terms)}  # a state of an older run has none
         skipped = [dict(one) for one in self.skipped]
-        return {"window": self.window.state_dict(), "terms": self.terms, "skipped": skipped, **counts}
+        return {"window": self.window.state_dict(), "skipped": skipped, **counts, **known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.window.load_state_dict(state_dict["window"])

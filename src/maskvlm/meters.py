@@ -122,16 +122,18 @@ class Clock:
 
 class Left:
     """Time left, from the pace since the first step that was seen: that one compiles and fills caches. Unlike
-    the speed it counts the evaluations on the way."""
+    the speed it counts the evaluations on the way. Where steps become of another kind, they cost something else, and
+    the pace is that since then."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
         self.first: tuple[float, int] | None = None
+        self.kind: object = None
 
-    def seconds(self, step: int, total: float) -> float | None:
-        """None where it cannot be told."""
-        if self.first is None:
-            self.first = (self.now(), step)
+    def seconds(self, step: int, total: float, kind: object = None) -> float | None:
+        """None where it cannot be told. kind: of the step, such as the names of its losses."""
+        if self.first is None or kind != self.kind:
+            self.first, self.kind = (self.now(), step), kind
         began, first = self.first
         if step == first or math.isinf(total):
             return None

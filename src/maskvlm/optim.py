@@ -53,7 +53,7 @@ def parameter_groups(
             "lr": rates[kind],
             "weight_decay": decay if decayed else 0.0,
             "name": f"{kind}{', late' if later else ''}{'' if decayed else ' (no decay)'}",
-            "late": later,
+            **({"late": True} if later else {}),  # an older checkpoint's groups know nothing of it
         }
         for (kind, decayed, later), parameters in groups.items()
     ]

@@ -98,7 +98,7 @@ class TrainingProgress(ProgressBar):
         due = stepped and (self.step % reading_interval(trainer) == 0 or self.step == self.total)
         readings = self.losses.read(trainer, pl_module, batch) if due else None  # waits for the device, so
         self.clock.batch_ends(len(batch.valid_B) * trainer.world_size)  # the clock stops after it
-        left = self.left.seconds(self.step, self.total)
+        left = self.left.seconds(self.step, self.total, getattr(pl_module, "terms", None))
         if readings is not None:
             self._tell(pl_module, readings, self.clock.read(), left)
         self._show(self._step_of, self.step, self.status)
