@@ -129,7 +129,7 @@ class KeptFeatures:
         wanted, free = sum(size for path, size in sizes.items() if not path.exists()), shutil.disk_usage(folder).free
         if wanted > free:
             what = f"features of {rows:,} images need {wanted / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
-            todo = "Name a folder on a larger disk, or leave model.backbone.image.kept_features out"
+            todo = "Name a folder on a larger disk, or set model.backbone.image.kept_features to null"
             raise UserError(folder, what, todo, ExitCode.IO_ERROR)
         for path, size in sizes.items():
             with path.open("ab") as made:

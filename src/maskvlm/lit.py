@@ -118,11 +118,11 @@ class LitModel(L.LightningModule):
         """Of the frozen part of the image tower; only where each image always looks the same."""
         if self.data.augments:
             what = "an image that is augmented looks different each time, so that its features cannot be kept"
-            todo = "Set data.augment false, or leave model.backbone.image.kept_features out"
+            todo = "Set data.augment false, or model.backbone.image.kept_features null"
             raise UserError("model.backbone.image.kept_features", what, todo)
         train = self.data.splits["train"]
         if not len(train):
-            what, todo = "rows of a streamed set have no places", "Leave it out, or prepare the set with make data"
+            what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with make data"
             raise UserError("model.backbone.image.kept_features", what, todo)
         rows = len(train) * getattr(self.task, "pictures", 1)  # an example of NLVR has two
         image = self.backbone.image
