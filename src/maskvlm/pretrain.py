@@ -40,8 +40,8 @@ class MaskedPretraining(Task):
         text_mask_ratio: share of tokens hidden (0.3, P).
         text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
         image_draws: share of a step's images that are masked (1, P); a masked image costs about as much as a whole one.
-        contrast_first: share of the run in which contrast alone is learned (0, P); a step costs less than
-            half then. The other three, with the cross encoders, set in after that, on encoders that speak of the same things
+        contrast_first: share of the run in which contrast alone is learned (0, P); a step costs less than half then.
+            The other three, with the cross encoders, set in after that, on encoders that speak of the same things
             (ALBEF's "align before fuse", here in time).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
