@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import MASK, VOCAB, tokens
 
-from maskvlm.masking import PatchMask, TokenMask, count_masked, mask_patches, mask_tokens
+from maskvlm.masking import PatchMask, Ratio, TokenMask, count_masked, mask_patches, mask_tokens
 
 ratios = st.integers(0, 100).map(lambda percent: percent / 100)
 captions = st.lists(st.lists(st.integers(5, VOCAB - 1), max_size=9), min_size=1, max_size=5)
@@ -28,7 +28,9 @@ class Noise:
         return self.last[-1]
 
 
-def words(ids: list[list[int]], ratio: float, noise: Noise, length: int | None = None, **options: bool) -> TokenMask:
+def words(
+    ids: list[list[int]], ratio: float | Ratio, noise: Noise, length: int | None = None, **options: bool
+) -> TokenMask:
     text = tokens(ids, length)
     return mask_tokens(text["token_CT"], text["special_CT"], text["word_CT"], ratio, noise, MASK, VOCAB, 11, **options)
 
@@ -180,6 +182,26 @@ def test_the_count_is_exact_also_without_special_tokens(percent: int) -> None:
         found = mask_tokens(torch.full(shape, 7), special, word, ratio, Noise(), MASK, VOCAB, 50)
         assert found.mask_CT.sum(1).tolist() == [count_masked(units, ratio)] * 2
         assert_positions(found.mask_CT, found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(ratios, st.integers(0, 9)), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_every_row_may_have_a_share_of_its_own(rows: list[tuple[float, int]], seed: int) -> None:
+    shares = torch.tensor([[share] for share, _ in rows])
+    ratio = Ratio(shares, max(share for share, _ in rows))
+    texts = words([[5] * length for _, length in rows], ratio, Noise(seed))
+    patches = mask_patches(torch.ones(len(rows), dtype=torch.bool), (4, 6), 2, ratio, Noise(seed))
+    assert_positions(texts.mask_CT, texts)
+    assert_positions(patches.mask_BN, patches)
+    counts = [count_masked(length, share) if length else 0 for share, length in rows]
+    assert texts.mask_CT.sum(1).tolist() == counts
+    assert patches.mask_BN.sum(1).tolist() == [4 * count_masked(6, share) for share, _ in rows]
+
+
+def test_drawn_shares_lie_between_the_two_evenly() -> None:
+    ratio = Ratio.drawn(0.3, 0.9, torch.linspace(0, 1, 7))
+    torch.testing.assert_close(ratio.share_C1, torch.tensor([[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]]).T)
+    assert ratio.most == 0.9
 
 
 def test_eighty_ten_ten() -> None:

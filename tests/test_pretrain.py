@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "words": {"whole_word": True, "keep_and_swap": True, "text_mask_ratio": 0.6},
     "no contrast": {"weight_itc": 0.0},
     "texts masked three times": {"text_draws": 3},
+    "texts masked twice, of any share": {"text_draws": 2, "text_mask_most": 1.0},
     "words as their embeddings": {"tokens_from_words": True},
     "both masked, texts twice": {"mask_both": True, "text_draws": 2},
     "words from masked picture": {"mask_both": True, "weight_mim": 0.0},
@@ -102,6 +103,23 @@ def test_maskings_of_a_text_are_independent_and_evaluation_has_one() -> None:
     one = task.hide(backbone, batch, task.uniform)
     assert one.token is not None
     assert len(one.token.token_CT) == 8
+
+
+def test_further_maskings_hide_any_share_and_the_first_and_evaluation_the_fixed_one() -> None:
+    backbone, task = build(text_draws=40, text_mask_most=1.0)
+    batch, plain = eventful_batch(), build()[1]
+    task(backbone, batch)
+    assert task.hidden.token is not None
+    first, *others = task.hidden.token.mask_CT.sum(1).unflatten(0, (8, 40)).unbind(1)
+    expected, words = plain.hide(backbone, batch, plain.uniform).token, (~batch.special_CT).sum(1)
+    assert expected is not None
+    assert torch.equal(first, expected.mask_CT.sum(1))
+    counts = torch.stack(others, 1)
+    assert torch.equal(counts.amin(1), first)
+    assert torch.equal(counts.amax(1), words)
+    one = task.hide(backbone, batch, task.uniform)
+    assert one.token is not None
+    assert torch.equal(one.token.mask_CT.sum(1), first)
 
 
 def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
@@ -435,8 +453,8 @@ def test_pixels_and_words_are_predicted_at_masked_positions_only() -> None:
     task.pixels.pixels.register_forward_hook(lambda _, inputs, out: shapes.update(pixels=tuple(out.shape)))
     batch = toy_batch(ROWS)
     task(backbone, batch)
-    longest = batch.token_CT.shape[1]
-    assert shapes == {"words": (ROWS, int(0.3 * longest + 0.5), VOCAB), "pixels": (ROWS, 8, 3 * PATCH**2)}
+    hidden = int(task.hide(backbone, batch, task.uniform).token.mask_CT.sum())  # a share: the same in every draw
+    assert shapes == {"words": (hidden, 1, VOCAB), "pixels": (ROWS, 8, 3 * PATCH**2)}
 
 
 def test_the_token_head_starts_from_the_words() -> None:
@@ -491,6 +509,8 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
         ({"text_draws": 0}, "model.task.text_draws: 0"),
+        ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),
+        ({"text_mask_most": 1.2}, "model.task.text_mask_most: 1.2 is no share"),
         ({"image_draws": 0.0}, "model.task.image_draws: 0.0 is no share"),
         ({"image_draws": 1.5}, "model.task.image_draws: 1.5 is no share"),
         ({"image_draws": 0.5, "mask_both": True}, "model.task.image_draws: mask_both masks every image"),

@@ -39,7 +39,30 @@ def count_masked(units: int, ratio: float) -> int:
     return 0 if ratio == 0 else min(units, max(1, int(share + np.float32(0.5))))
 
 
-def mask_patches(valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform) -> PatchMask:
+class Ratio(NamedTuple):
+    """Which share of each row is hidden. share_C1: [C, 1], or [1, 1] for all rows alike. most: the largest there is."""
+
+    share_C1: Tensor
+    most: float
+
+    @classmethod
+    def fixed(cls, share: float, device: torch.device) -> "Ratio":
+        """The same in all rows."""
+        return cls(torch.full((1, 1), share, device=device), share)
+
+    @classmethod
+    def drawn(cls, low: float, high: float, uniform_C: Tensor) -> "Ratio":
+        """Uniform between both, for each row anew."""
+        return cls((low + (high - low) * uniform_C)[:, None], max(low, high))
+
+    def of(self, units_C1: Tensor) -> Tensor:
+        """How many of so many units are hidden, as `count_masked` counts."""
+        return torch.maximum((units_C1 * self.share_C1 + 0.5).floor(), (self.share_C1 > 0).float())
+
+
+def mask_patches(
+    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float | Ratio, uniform: Uniform
+) -> PatchMask:
     """Hide a share of square blocks of patches, uniform over blocks, fresh for each picture (paper sec. 3, P).
 
     Args:
@@ -47,24 +70,27 @@ def mask_patches(valid_B: Tensor, grid: tuple[int, int], block: int, ratio: floa
         grid: rows and columns of patches.
         block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and lower
             edge are cut where the grid does not divide.
-        ratio: share of blocks, 0 to 1; the count is exact in every picture.
+        ratio: share of blocks, 0 to 1, the same in all pictures or each picture's own; the count is exact.
         uniform: source of random numbers.
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
-    hidden = count_masked(block_rows * block_cols, ratio)
-    noise = uniform(valid_B.shape[0], block_rows * block_cols)
+    blocks = block_rows * block_cols
+    ratio = ratio if isinstance(ratio, Ratio) else Ratio.fixed(ratio, valid_B.device)
+    hidden_B1 = ratio.of(torch.full_like(valid_B[:, None], blocks, dtype=torch.float))
+    noise = uniform(valid_B.shape[0], blocks)
     rank = noise.argsort(dim=1).argsort(dim=1)
-    block_mask = (rank < hidden).unflatten(1, (block_rows, block_cols))
+    block_mask = (rank < hidden_B1).unflatten(1, (block_rows, block_cols))
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]
-    return PatchMask(mask_BN, *_positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])))
+    most = count_masked(blocks, ratio.most) * block**2
+    return PatchMask(mask_BN, *_positions(mask_BN, min(most, mask_BN.shape[1])))
 
 
 def mask_tokens(
     token_CT: Tensor,
     special_CT: Tensor,
     word_CT: Tensor,
-    ratio: float,
+    ratio: float | Ratio,
     uniform: Uniform,
     mask_id: int,
     vocab_size: int,
@@ -76,7 +102,8 @@ def mask_tokens(
 
     Args:
         token_CT, special_CT, word_CT: as in `Batch`.
-        ratio: share of tokens (of words with `whole_word`), 0 to 1; nearest whole number, at least one.
+        ratio: share of tokens (of words with `whole_word`), 0 to 1, the same in all captions or each caption's own;
+            nearest whole number, at least one.
         uniform: source of random numbers; drawn for `text_length` positions whatever T is, so that the
             draw does not depend on the longest caption of the batch.
         mask_id: the id of [MASK].
@@ -93,15 +120,15 @@ def mask_tokens(
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
     units_C1 = exists_CU.sum(1, keepdim=True)
-    hidden_C1 = (units_C1 * ratio + 0.5).floor().clamp(min=1 if ratio > 0 else 0)  # as count_masked
-    hidden_CU = (rank_CU < hidden_C1) & exists_CU
+    ratio = ratio if isinstance(ratio, Ratio) else Ratio.fixed(ratio, token_CT.device)
+    hidden_CU = (rank_CU < ratio.of(units_C1)) & exists_CU
     mask_CT = torch.cat([hidden_CU, torch.zeros_like(hidden_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)
     if keep_and_swap:
         choice_CT, other_CT = uniform(rows, 2, text_length)[:, :, :length].unbind(1)
         shown_CT = torch.where(choice_CT < 0.9, shown_CT, token_CT)
         shown_CT = torch.where((choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), shown_CT)
-    most = length if whole_word else count_masked(length, ratio)
+    most = length if whole_word else count_masked(length, ratio.most)
     return TokenMask(torch.where(mask_CT, shown_CT, token_CT), mask_CT, *_positions(mask_CT, most))
 
 

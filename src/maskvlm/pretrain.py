@@ -16,7 +16,7 @@ from maskvlm.errors import UserError, check_least
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, WordDetector, normalise_patches, patchify, pick
 from maskvlm.init import init_normal, init_xavier
 from maskvlm.losses import Negatives, PixelLoss
-from maskvlm.masking import PatchMask, TokenMask, Uniform, mask_patches, mask_tokens
+from maskvlm.masking import PatchMask, Ratio, TokenMask, Uniform, mask_patches, mask_tokens
 from maskvlm.measure import Measure
 from maskvlm.model import Fused, MaskVLM
 from maskvlm.pairing import (
@@ -39,6 +39,9 @@ class MaskedPretraining(Task):
         image_mask_ratio: share of image blocks hidden (0.6, P).
         text_mask_ratio: share of tokens hidden (0.3, P).
         text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
+        text_mask_most: in training the second and further maskings of a caption hide a share that is drawn between
+            text_mask_ratio and this one (None: text_mask_ratio). With 1 the model also learns to write from nothing,
+            as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
         image_draws: share of a step's images that are masked (1, P); a masked image costs about as much as a whole one.
         contrast_first: share of the run in which contrast alone is learned (0, P); a step costs less than half then.
             The other three, with the cross encoders, set in after that, on encoders that speak of the same things
@@ -92,6 +95,7 @@ class MaskedPretraining(Task):
         rerank_contrast: float = 0.0,
         image_draws: float = 1.0,
         contrast_first: float = 0.0,
+        text_mask_most: float | None = None,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -116,6 +120,10 @@ class MaskedPretraining(Task):
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
             what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
+        if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
+            what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
+            raise UserError("model.task.text_mask_most", what, "Give such a share, or null")
+        self.text_mask_most = text_mask_ratio if text_mask_most is None else text_mask_most
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
         self.contrast_first = contrast_first
         self.rerank_contrast = rerank_contrast
@@ -222,10 +230,18 @@ class MaskedPretraining(Task):
             text, parts = backbone.text, (batch.token_CT, batch.special_CT, batch.word_CT)
             token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
             token = mask_tokens(
-                token_CT, special_CT, word_CT, self.text_mask_ratio, uniform,
+                token_CT, special_CT, word_CT, self._text_ratio(len(token_CT), draws, uniform), uniform,
                 text.mask_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
             )  # fmt: skip
         return Hidden(patch, token)
+
+    def _text_ratio(self, rows: int, draws: int, uniform: Uniform) -> float | Ratio:
+        """Which share of each text is hidden: of the first of `draws` maskings that of evaluation."""
+        if draws == 1 or self.text_mask_most == self.text_mask_ratio:
+            return self.text_mask_ratio
+        drawn_C = uniform(rows)
+        first_C = torch.arange(rows, device=drawn_C.device) % draws == 0
+        return Ratio.drawn(self.text_mask_ratio, self.text_mask_most, drawn_C.masked_fill(first_C, 0.0))
 
     def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden) -> Encoded:
         """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
@@ -314,8 +330,11 @@ class MaskedPretraining(Task):
         if self.training:
             # Fading keeps float32 counts exact where a frequent word would reach 2^24, and follows the data.
             self.token_count_V.mul_(0.9999).index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
-        logits_CKV = self.tokens(pick(text_BTD, token.index_CK))
-        return losses.masked_token(logits_CKV, target_CK, token.weight_CK, shared_count(token.weight_CK.sum()))
+        read_CKD, weight_CK = pick(text_BTD, token.index_CK), token.weight_CK
+        if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
+            there_CK = weight_CK > 0
+            read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
+        return losses.masked_token(self.tokens(read_CKD), target_CK, weight_CK, shared_count(weight_CK.sum()))
 
     def pixel_loss_of(self, image_BLD: Tensor, text_BTD: Tensor, batch: Batch, patch: PatchMask) -> Tensor:
         first = len(patch.index_BK)  # the images that are masked
