@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,12 @@ def test_fine_tuning_starts_from_the_folder(path: Path, folder: Path) -> None:
     assert ours.backbone.keys() == theirs.backbone.keys()
     assert all(torch.equal(ours.backbone[name], theirs.backbone[name]) for name in theirs.backbone)
     assert ours.heads.keys() == theirs.heads.keys()
+
+
+def test_loading_warns_of_nothing(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PretrainedMaskVLM.from_pretrained(path)
 
 
 def test_from_pretrained_takes_device_and_precision(path: Path) -> None:

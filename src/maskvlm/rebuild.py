@@ -90,7 +90,8 @@ def check_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
         if new_task is not None:
             task = _made(new_task, origin.path)
             _made(lambda: task.build(backbone), origin.path)
-            _made(lambda: task.inherit(origin.heads), origin.path)  # a head may take its width from the checkpoint
+            shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns of values
+            _made(lambda: task.inherit(shapes), origin.path)  # a head may take its width from the checkpoint
             _check_heads(task, origin)
 
 
