@@ -71,6 +71,55 @@ def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tens
     return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG)
 
 
+class Pairs(NamedTuple):
+    """Pairs of earlier steps as they were encoded then, without gradient: features, unit vectors, what they show and
+    say, and whether they could be read."""
+
+    image_QLD: Tensor
+    text_QTD: Tensor
+    attention_QT: Tensor
+    image_QE: Tensor
+    text_QE: Tensor
+    image_id_Q: Tensor
+    text_id_Q: Tensor
+    valid_Q: Tensor
+
+
+class Queue:
+    """The latest `size` pairs of this process's earlier steps, among which hard negatives are found, too.
+
+    A batch of a few dozen pairs hardly holds a negative that is as hard as the best candidates of a gallery, which
+    matching is to re-rank (MoCo's queue, He et al. 2020; here of features, for the cross encoders). It fills within a
+    few steps, and is in no checkpoint: a run that goes on fills it anew.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pairs: Pairs | None = None
+
+    def push(self, batch: Batch, encoded: Encoded, contrast: Contrast) -> None:
+        """Take in this step's pairs; texts are all padded to the same length."""
+        new = Pairs(
+            encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
+            batch.image_id_B, batch.text_id_C, batch.valid_B,
+        )  # fmt: skip
+        new = Pairs(*(part.detach()[-self.size :] for part in new))
+        old = self.pairs
+        self.pairs = new if old is None else Pairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
+
+    def widen(self, contrast: Contrast, batch: Batch) -> Contrast:
+        """The vectors of all processes, and then those of the queue."""
+        kept = self.pairs
+        if kept is None:
+            return contrast
+        same_BQ = (batch.image_id_B[:, None] == kept.image_id_Q) | (batch.text_id_C[:, None] == kept.text_id_Q)
+        return contrast._replace(
+            image_GE=torch.cat([contrast.image_GE, kept.image_QE]),
+            text_GE=torch.cat([contrast.text_GE, kept.text_QE]),
+            excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~kept.valid_Q], 1),
+        )
+
+
 def columns(batch: Batch) -> tuple[Columns, Columns]:
     """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
     words of another picture, and what could not be read, are neither found nor negatives."""
@@ -126,15 +175,19 @@ class Side(NamedTuple):
         )
 
 
-def with_negatives(own_BLD: Tensor, index_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that pairs can pick, and where the rows `index_M` of the global batch stand among them.
+def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows that pairs can pick, and where the rows `index_M` of the global batch, or of what follows it, stand there.
 
     With one process they are among the own rows; with several they are fetched, with gradient, and follow them. There
     may be more or fewer of them than own rows: each of B pictures has a hard caption, each of C captions a picture.
+
+    Args:
+        kept_QLD: rows of a queue, which follow the global batch; they are fetched, too.
     """
-    if world_size() == 1:
+    if world_size() == 1 and kept_QLD is None:
         return own_BLD, index_M
-    fetched_MLD = gather(own_BLD)[index_M]
+    every_BLD = gather(own_BLD)
+    fetched_MLD = (every_BLD if kept_QLD is None else torch.cat([every_BLD, kept_QLD.to(every_BLD.dtype)]))[index_M]
     return torch.cat([own_BLD, fetched_MLD]), torch.arange(len(index_M), device=index_M.device) + len(own_BLD)
 
 
@@ -194,6 +247,7 @@ def cross_all(
     hides: tuple[bool, bool],
     mask_both: bool,
     pairs: int,
+    kept: Pairs | None = None,
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
 
@@ -204,14 +258,16 @@ def cross_all(
         hides: whether masked patches, and masked words, are to be reconstructed.
         mask_both: each side from the masked other one.
         pairs: how many of the pairs, from the first one on, are masked and matched.
+        kept: the queue that negatives were drawn from, too: their places follow the global batch's.
     """
     image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
     images, texts = [], []
     if found is not None:
         own = torch.arange(pairs, device=image.device)
-        text, caption = with_negatives(text, found[0].index_B)
-        attention, _ = with_negatives(attention, found[0].index_B)
-        image, picture = with_negatives(image, found[1].index_B)
+        queued = (None, None, None) if kept is None else kept[:3]
+        image, picture = with_negatives(image, found[1].index_B, queued[0])
+        text, caption = with_negatives(text, found[0].index_B, queued[1])
+        attention, _ = with_negatives(attention, found[0].index_B, queued[2])
         images, texts = [own, own, picture], [own, caption, own]
     seen = encoded if mask_both else encoded._replace(hidden_image_BLD=None, hidden_text_BTD=None)
     image_side, text_side = Side(image, None), Side(text, attention)

@@ -23,6 +23,7 @@ from maskvlm.pairing import (
     Contrast,
     Encoded,
     Hidden,
+    Queue,
     columns,
     cross_all,
     gather_contrast,
@@ -46,6 +47,8 @@ class MaskedPretraining(Task):
         contrast_first: share of the run in which contrast alone is learned (0, P); a step costs less than half then.
             The other three, with the cross encoders, set in after that, on encoders that speak of the same things
             (ALBEF's "align before fuse", here in time).
+        negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
+            see `pairing.Queue`. It takes the memory of as many encoded pairs.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -96,6 +99,7 @@ class MaskedPretraining(Task):
         image_draws: float = 1.0,
         contrast_first: float = 0.0,
         text_mask_most: float | None = None,
+        negative_queue: int = 0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -105,7 +109,7 @@ class MaskedPretraining(Task):
         sizes["text_draws"] = self.text_draws = text_draws
         check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
         check_least(0.001, model__task__temperature=temperature)
-        check_least(0, model__task__rerank_contrast=rerank_contrast)
+        check_least(0, model__task__rerank_contrast=rerank_contrast, model__task__negative_queue=negative_queue)
         self.image_mask_ratio, self.text_mask_ratio, self.mask_block = (
             image_mask_ratio,
             text_mask_ratio,
@@ -127,6 +131,7 @@ class MaskedPretraining(Task):
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
         self.contrast_first = contrast_first
         self.rerank_contrast = rerank_contrast
+        self.queue = Queue(negative_queue) if negative_queue and weight_itm else None
         self.shown = 1  # captions an image in training, for the levels of knowing nothing
         self.measure = Measure(rerank_k, rerank_contrast)
 
@@ -168,18 +173,23 @@ class MaskedPretraining(Task):
             self.tokens.expect(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
-        if world_size() > 1:
+        aligned = self.done >= self.contrast_first
+        queue = self.queue if aligned else None
+        if world_size() > 1 or queue is not None:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         self.shown = len(batch.owner_C) // len(batch.valid_B)
         batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
         # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
-        pairs = 1 if self.done < self.contrast_first else len(batch.valid_B)
+        pairs = len(batch.valid_B) if aligned else 1
         hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws, pairs)
         encoded = self.encode(backbone, every, hidden)
         contrast = self.contrast(batch, encoded)
-        found = self.negatives(contrast, pairs)
+        kept = None if queue is None else queue.pairs
+        found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
         hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
-        crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both, pairs)
+        crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both, pairs, kept)
+        if queue is not None and self.training:
+            queue.push(batch, encoded, contrast)
         terms = {}
         if self.weights["itc"]:
             other = encoded.other_CTD
@@ -198,7 +208,7 @@ class MaskedPretraining(Task):
             masked = encoded.first_draw_BTD if self.mask_both else None
             seen = encoded.text_BTD if masked is None else masked
             terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
-        if self.done < self.contrast_first:
+        if not aligned:
             return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
 
@@ -282,7 +292,7 @@ class MaskedPretraining(Task):
 
     def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
         """For each of the first `pairs` pictures a hard caption, for each of their captions a hard picture, out of the
-        global batch."""
+        global batch and, after it, the queue."""
         if not self.weights["itm"]:
             return None
         image, text, image_all, text_all, scale, _, excluded = contrast

@@ -1,0 +1,114 @@
+"""Hard negatives out of earlier steps: what is kept, what may be drawn, and what they are fused with."""
+
+import pytest
+import torch
+from slow_step import build, eventful_batch
+from toys import LENGTH, toy_batch
+
+from maskvlm.data.batch import Batch
+from maskvlm.errors import UserError
+from maskvlm.losses import Negatives
+from maskvlm.pairing import Contrast, Encoded, Queue, cross_all, pad_text
+
+
+def encoded_of(batch: Batch, seed: int) -> tuple[Encoded, Contrast]:
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = batch.token_CT.shape
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(rows, *shape, generator=generator, requires_grad=True)
+
+    image, text = random(5, 16), random(length, 16)
+    excluded = torch.eye(rows, dtype=torch.bool)
+    vectors = random(4), random(4)
+    return Encoded(image, text, None, None), Contrast(
+        *vectors, *vectors, torch.tensor(9.0), torch.arange(rows), excluded
+    )
+
+
+def whole(seed: int, rows: int = 8) -> Batch:
+    return pad_text(toy_batch(rows, seed=seed), LENGTH, 1)
+
+
+@pytest.mark.parametrize("size", [1, 8, 11, 40])
+def test_the_latest_pairs_are_kept_without_gradient(size: int) -> None:
+    queue, seen = Queue(size), []
+    for step in range(4):
+        batch = whole(step)
+        encoded, contrast = encoded_of(batch, step)
+        queue.push(batch, encoded, contrast)
+        seen.append((encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE))
+    assert queue.pairs is not None
+    for kept, parts in zip(queue.pairs, zip(*seen, strict=True), strict=False):
+        assert torch.equal(kept, torch.cat(parts)[-size:])
+        assert not kept.requires_grad
+
+
+def test_the_same_picture_the_same_words_and_what_could_not_be_read_are_no_negatives() -> None:
+    queue, before, now = Queue(20), pad_text(eventful_batch(), LENGTH, 1), whole(3)
+    now = now._replace(image_id_B=now.image_id_B.clone(), text_id_C=now.text_id_C.clone())
+    now.image_id_B[2], now.text_id_C[5] = before.image_id_B[6], before.text_id_C[2]
+    assert queue.widen(encoded_of(now, 1)[1], now).excluded_BG.shape == (8, 8)  # nothing is kept yet
+    queue.push(before, *encoded_of(before, 0))
+    contrast = encoded_of(now, 1)[1]
+    wide = queue.widen(contrast, now)
+    assert torch.equal(wide.text_GE, torch.cat([contrast.text_GE, queue.pairs.text_QE]))  # type: ignore[union-attr]
+    assert torch.equal(wide.image_GE, torch.cat([contrast.image_GE, queue.pairs.image_QE]))  # type: ignore[union-attr]
+    for row in range(8):
+        for kept in range(8):
+            same = now.image_id_B[row] == before.image_id_B[kept] or now.text_id_C[row] == before.text_id_C[kept]
+            assert wide.excluded_BG[row, 8 + kept] == (same or not before.valid_B[kept]), (row, kept)
+    assert torch.equal(wide.excluded_BG[:, :8], contrast.excluded_BG)
+    assert wide.excluded_BG[2, 14]
+    assert wide.excluded_BG[5, 10:12].all()  # a caption of two pictures
+    assert wide.excluded_BG[:, 12].all()  # the hole
+
+
+@pytest.mark.parametrize("mask_both", [False, True])
+def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -> None:
+    backbone, task = build(mask_both=mask_both, text_draws=2, negative_queue=8)
+    before, now = whole(0), whole(1)
+    with torch.no_grad():
+        kept = task.encode(backbone, before, task.hide(backbone, before, task.uniform, 2))
+        task.queue.push(before, kept, task.contrast(before, kept))  # type: ignore[union-attr]
+        encoded = task.encode(backbone, now, task.hide(backbone, now, task.uniform, 2))
+        texts, pictures = torch.tensor([8, 15, 3, 9, 0, 12, 4, 10]), torch.tensor([11, 1, 14, 8, 13, 2, 15, 0])
+        found = Negatives(texts, torch.ones(8)), Negatives(pictures, torch.ones(8))
+        pairs = task.queue.pairs  # type: ignore[union-attr]
+        crossed = cross_all(backbone, encoded, now.attention_CT, found, (True, True), mask_both, 8, pairs)
+        plain = cross_all(backbone, encoded, now.attention_CT, None, (True, True), mask_both, 8)
+        image, text = (torch.cat(x) for x in zip(encoded[:2], kept[:2], strict=True))
+        attention = torch.cat([now.attention_CT, before.attention_CT])
+        own = torch.arange(8)
+        rows, columns = torch.cat([own, own, pictures]), torch.cat([own, texts, own])
+        fused = backbone.fuse(image[rows], text[columns], attention[columns])
+    torch.testing.assert_close(crossed.fused_M.product_MD, fused.product_MD, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(crossed.text_BTD, plain.text_BTD, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(crossed.image_BLD, plain.image_BLD, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_draws_from_earlier_ones_once_all_losses_count() -> None:
+    backbone, task = build(negative_queue=24, contrast_first=0.5)
+    task.done = 0.4
+    task(backbone, whole(0))
+    assert task.queue is not None
+    assert task.queue.pairs is None
+    task.done, drawn = 0.6, []
+    for step in range(12):
+        terms = task(backbone, whole(step))
+        assert all(term.isfinite() for term in terms.values())
+        assert task.found is not None
+        drawn += [index for each in task.found for index in each.index_B.tolist()]
+    assert max(drawn) >= 24  # 8 of the batch, up to 24 kept
+    assert len(task.queue.pairs.valid_Q) == 24
+    sum(terms.values()).backward()  # type: ignore[union-attr]
+    task.eval()
+    last = task.queue.pairs
+    task(backbone, whole(20))
+    assert task.queue.pairs is last  # evaluation leaves it alone
+
+
+def test_without_matching_nothing_is_kept() -> None:
+    assert build(weight_itm=0.0, negative_queue=8)[1].queue is None
+    with pytest.raises(UserError, match=r"model\.task\.negative_queue: -1"):
+        build(negative_queue=-1)
