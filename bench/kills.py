@@ -52,6 +52,7 @@ SMALL: dict[str, Any] = {
     "data.source.test": 6,
     "model.task.rerank_k": 4,
     "model.task.weight_words": 0,
+    "model.task.negative_queue": 12,
     "model.task.decoder_layers": 1,
     "model.backbone.cross_layers": 1,
     "model.backbone.image.config": "{patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",

@@ -1,14 +1,19 @@
 """Hard negatives out of earlier steps: what is kept, what may be drawn, and what they are fused with."""
 
+from typing import Any
+
 import pytest
 import torch
 from slow_step import build, eventful_batch
 from toys import LENGTH, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.errors import UserError
+from maskvlm.distributed import Draw
+from maskvlm.errors import ExitCode, UserError
 from maskvlm.losses import Negatives
-from maskvlm.pairing import Contrast, Encoded, Queue, cross_all, pad_text
+from maskvlm.negatives import Queue
+from maskvlm.pairing import Contrast, Encoded, cross_all, pad_text
+from maskvlm.resumable import restore
 
 
 def encoded_of(batch: Batch, seed: int) -> tuple[Encoded, Contrast]:
@@ -103,12 +108,61 @@ def test_a_step_draws_from_earlier_ones_once_all_losses_count() -> None:
     assert len(task.queue.pairs.valid_Q) == 24
     sum(terms.values()).backward()  # type: ignore[union-attr]
     task.eval()
-    last = task.queue.pairs
+    last = task.queue.pairs.image_QLD
     task(backbone, whole(20))
-    assert task.queue.pairs is last  # evaluation leaves it alone
+    assert torch.equal(task.queue.pairs.image_QLD, last)  # evaluation leaves it alone
 
 
 def test_without_matching_nothing_is_kept() -> None:
     assert build(weight_itm=0.0, negative_queue=8)[1].queue is None
     with pytest.raises(UserError, match=r"model\.task\.negative_queue: -1"):
         build(negative_queue=-1)
+
+
+def test_a_checkpoint_brings_it_back() -> None:
+    backbone, task = build(negative_queue=12)
+    assert task.state() == {}
+    for step in range(2):
+        task(backbone, whole(step))
+    state = task.state()
+    _, again = build(backbone, negative_queue=12)
+    again.load_state_dict(task.state_dict())
+    again.go_on(state)
+    for one in (task, again):
+        one.reseed(Draw(1, 5, "cpu"))
+    expected, found = task(backbone, whole(4)), again(backbone, whole(4))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    build()[1].go_on(state)  # a run without one has no use for it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("valid_Q"), "expected the tensors image_QLD, "),
+        (lambda s: s.update(more=torch.zeros(1)), "expected the tensors image_QLD, "),
+        (lambda s: s.update(valid_Q=s["valid_Q"][:3]), "image_QLD is "),
+        (lambda s: s.update({name: value[:0] for name, value in s.items()}), "1 to 12"),
+        (lambda s: s.update({name: value.repeat_interleave(2, 0) for name, value in s.items()}), "1 to 12"),
+        (lambda s: s.update(text_QTD=s["text_QTD"][:, :4]), "text_QTD is "),
+        (lambda s: s.update(image_QE=s["image_QE"].int()), "expected .* of float"),
+        (lambda s: s.update(valid_Q=s["valid_Q"].long()), "of bool"),
+        (lambda s: s.update(image_id_Q=s["image_id_Q"].float()), "of int"),
+        (lambda s: s.update(valid_Q=torch.tensor(True)), "image_QLD is "),
+    ],
+)
+def test_a_damaged_one_is_refused(change: Any, message: str) -> None:
+    backbone, task = build(negative_queue=12)
+    task(backbone, whole(0))
+    state = task.state()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        build(negative_queue=12)[1].go_on(state)
+    with pytest.raises(UserError, match=r"last\.ckpt: task_state: .*another checkpoint") as error:
+        restore(build(negative_queue=12)[1], state, "last.ckpt")
+    assert error.value.code == ExitCode.BAD_DATA
+
+
+@pytest.mark.parametrize("state", [3, {"image_QLD": 1}, []])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    with pytest.raises(UserError, match=r"last\.ckpt: .*task_state expected tensors by name"):
+        restore(build(negative_queue=12)[1], state, "last.ckpt")

@@ -19,7 +19,7 @@ from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.model import MaskVLM
 from maskvlm.optim import build_adamw, parameter_groups, schedule
 from maskvlm.provenance import Origin, Provenance
-from maskvlm.resumable import check_resumable
+from maskvlm.resumable import check_resumable, restore
 from maskvlm.start import Seen, lineage_of
 from maskvlm.task import Task
 
@@ -224,6 +224,8 @@ class LitModel(L.LightningModule):
         checkpoint["lineage"] = [seen.plain() for seen in self.history]
         if self.reference is not None:
             checkpoint["reference"] = self.reference
+        if state := self.task.state():
+            checkpoint["task_state"] = state
 
     @property
     def reference(self) -> Tensor | None:
@@ -260,6 +262,8 @@ class LitModel(L.LightningModule):
             made = self.configure_optimizers()
             scheduler: Any = made["lr_scheduler"]
             check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
+            if "task_state" in checkpoint:
+                restore(self.task, checkpoint["task_state"], str(self.trainer.ckpt_path))
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
         if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:

@@ -85,41 +85,6 @@ class Pairs(NamedTuple):
     valid_Q: Tensor
 
 
-class Queue:
-    """The latest `size` pairs of this process's earlier steps, among which hard negatives are found, too.
-
-    A batch of a few dozen pairs hardly holds a negative that is as hard as the best candidates of a gallery, which
-    matching is to re-rank (MoCo's queue, He et al. 2020; here of features, for the cross encoders). It fills within a
-    few steps, and is in no checkpoint: a run that goes on fills it anew.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.pairs: Pairs | None = None
-
-    def push(self, batch: Batch, encoded: Encoded, contrast: Contrast) -> None:
-        """Take in this step's pairs; texts are all padded to the same length."""
-        new = Pairs(
-            encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
-            batch.image_id_B, batch.text_id_C, batch.valid_B,
-        )  # fmt: skip
-        new = Pairs(*(part.detach()[-self.size :] for part in new))
-        old = self.pairs
-        self.pairs = new if old is None else Pairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
-
-    def widen(self, contrast: Contrast, batch: Batch) -> Contrast:
-        """The vectors of all processes, and then those of the queue."""
-        kept = self.pairs
-        if kept is None:
-            return contrast
-        same_BQ = (batch.image_id_B[:, None] == kept.image_id_Q) | (batch.text_id_C[:, None] == kept.text_id_Q)
-        return contrast._replace(
-            image_GE=torch.cat([contrast.image_GE, kept.image_QE]),
-            text_GE=torch.cat([contrast.text_GE, kept.text_QE]),
-            excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~kept.valid_Q], 1),
-        )
-
-
 def columns(batch: Batch) -> tuple[Columns, Columns]:
     """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
     words of another picture, and what could not be read, are neither found nor negatives."""

@@ -4,7 +4,7 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from maskvlm.losses import Negatives, PixelLoss
 from maskvlm.masking import PatchMask, Ratio, TokenMask, Uniform, mask_patches, mask_tokens
 from maskvlm.measure import Measure
 from maskvlm.model import Fused, MaskVLM
+from maskvlm.negatives import Queue
 from maskvlm.pairing import (
     Contrast,
     Encoded,
     Hidden,
-    Queue,
     columns,
     cross_all,
     gather_contrast,
@@ -48,7 +48,7 @@ class MaskedPretraining(Task):
             The other three, with the cross encoders, set in after that, on encoders that speak of the same things
             (ALBEF's "align before fuse", here in time).
         negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
-            see `pairing.Queue`. It takes the memory of as many encoded pairs.
+            see `negatives.Queue`. It takes the memory of as many encoded pairs.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -137,6 +137,7 @@ class MaskedPretraining(Task):
 
     def build(self, backbone: MaskVLM) -> None:
         patch, width = backbone.image.patch_size, backbone.width
+        self.kept_sizes = (1 + math.prod(backbone.image.grid), backbone.text.text_length, width, self.contrast_dim)
         if self.mask_block < patch or self.mask_block % patch:
             todo = f"set model.task.mask_block to a multiple of {patch}"
             raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
@@ -184,8 +185,8 @@ class MaskedPretraining(Task):
         hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws, pairs)
         encoded = self.encode(backbone, every, hidden)
         contrast = self.contrast(batch, encoded)
-        kept = None if queue is None else queue.pairs
         found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
+        kept = None if queue is None else queue.pairs
         hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
         crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both, pairs, kept)
         if queue is not None and self.training:
@@ -378,6 +379,14 @@ class MaskedPretraining(Task):
         if self.weights["mim"] and self.pixel_floor is not None:
             levels["mim"] = float(self.pixel_floor)
         return {name: level for name, level in levels.items() if self.weights[name]}
+
+    def state(self) -> dict[str, Tensor]:
+        """The queue of negatives, once it holds some."""
+        return {} if self.queue is None or self.queue.pairs is None else self.queue.pairs._asdict()
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        if self.queue is not None:
+            self.queue.restore(state, *self.kept_sizes)
 
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
         self.measure.update(self, backbone, batch)

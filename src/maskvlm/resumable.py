@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.plain import shown
+from maskvlm.task import Task
 
 TODO = "Go on from another checkpoint of the run, or start a new run --from this one"
 
@@ -87,6 +88,17 @@ def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
         for name, value in (state.get(number) or {}).items():
             if not isinstance(value, Tensor) or value.shape not in (shape, ()):
                 raise _unfit(place, f"state[{number}].{name}", f"expected a tensor {list(shape)}, found {_size(value)}")
+
+
+def restore(task: Task, state: Any, where: str) -> None:
+    """Give a task what it kept beside weights. Raises UserError where that is not its own (65)."""
+    known = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
+    if not known:
+        raise _unfit(where, "task_state", f"expected tensors by name, found {shown(state)}")
+    try:
+        task.go_on(state)
+    except ValueError as error:
+        raise _unfit(f"{where}: task_state", "", str(error)) from None
 
 
 def _size(value: Any) -> str:

@@ -99,6 +99,14 @@ class Task(nn.Module, ABC):
         """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""
         return {}
 
+    def state(self) -> dict[str, Tensor]:
+        """What a run needs, beside weights, to go on as if it had not stopped; kept in its checkpoints."""
+        return {}
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Take a checkpoint's `state` back. Raises ValueError, whose text says what is wrong with it."""
+        return
+
     def files(self) -> dict[str, str]:
         """Further files of the last evaluation for the run's folder, by name, such as a server's submission."""
         return {}
