@@ -25,7 +25,7 @@ from maskvlm.unmask import STEPS, Guess
 Mask = Sequence[Sequence[bool]] | np.ndarray[Any, Any] | Tensor
 """[rows, columns] of patches, true where one is hidden."""
 Map = np.ndarray[Any, np.dtype[np.float32]]
-LENGTHS = range(3, 21)
+LENGTHS = range(3, 17)
 """Captions of so many tokens are written, and the best one is given."""
 
 

@@ -21,7 +21,7 @@ from maskvlm.heads import patchify
 from maskvlm.reconstruct import denormalise, paste
 
 STEPS = 8  # rounds in which hidden patches are painted
-ROUNDS = 10  # in which a caption is written
+ROUNDS = 16  # in which a caption is written, at most: two words at once hardly go together ("a a")
 ALIKE = 4  # lengths of captions that are written together
 
 
