@@ -22,7 +22,6 @@ from maskvlm.reconstruct import denormalise, paste
 
 STEPS = 8  # rounds in which hidden patches are painted
 ROUNDS = 16  # in which a caption is written, at most: two words at once hardly go together ("a a")
-ALIKE = 4  # lengths of captions that are written together
 
 
 class Guess(NamedTuple):
@@ -119,19 +118,11 @@ class Written(NamedTuple):
 def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[Written]]:
     """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
     the most certain of the hidden are written, in at most `ROUNDS` rounds (mask-predict; Ghazvininejad et al. 2019)."""
-    found: dict[int, list[Written]] = {}
-    for together in embed.chunks(sorted(lengths, reverse=True), ALIKE):  # padding costs as much as words
-        texts = iter(write(model, looked, together))
-        found |= {length: [next(texts) for _ in looked.which] for length in together}
-    return [[found[length][row] for length in lengths] for row in range(len(looked.which))]
-
-
-def write(model: Model, looked: Looked, lengths: Sequence[int]) -> list[Written]:
-    """Captions of the first length of all pictures, then of the second length, and so on."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
-    blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths for _ in looked.which]
-    rows = rows_of(model, looked.image_XLD, looked.which * len(lengths), blank)
+    blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
+    which = [number for number in looked.which for _ in lengths]
+    rows = rows_of(model, looked.image_XLD, which, blank * len(looked.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
     for left in range(min(ROUNDS, max(lengths)), 0, -1):
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
@@ -145,9 +136,9 @@ def write(model: Model, looked: Looked, lengths: Sequence[int]) -> list[Written]
             certain_BT = value_BT.argsort(1, descending=True).argsort(1) < count_B1
             rows.token_BT[now_B] = torch.where(certain_BT, word_BT, rows.token_BT[now_B])
             total_B[now_B] += value_BT.masked_fill(~certain_BT, 0.0).sum(1)
-    words = [length for length in lengths for _ in looked.which]
-    texts = zip(rows.token_BT.tolist(), total_B.tolist(), words, strict=True)
-    return [Written(model.words.decode(row[1 : length + 1]), total / length) for row, total, length in texts]
+    texts = zip(rows.token_BT.tolist(), total_B.tolist(), [*lengths] * len(looked.which), strict=True)
+    written = [Written(model.words.decode(row[1 : length + 1]), total / length) for row, total, length in texts]
+    return [list(each) for each in embed.chunks(written, len(lengths))]
 
 
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
