@@ -510,6 +510,7 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
         ({"text_draws": 0}, "model.task.text_draws: 0"),
         ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),
+        ({"text_mask_most": 1.0}, "model.task.text_mask_most: it is of the second and further maskings"),
         ({"text_mask_most": 1.2}, "model.task.text_mask_most: 1.2 is no share"),
         ({"image_draws": 0.0}, "model.task.image_draws: 0.0 is no share"),
         ({"image_draws": 1.5}, "model.task.image_draws: 1.5 is no share"),

@@ -113,6 +113,29 @@ def test_a_step_draws_from_earlier_ones_once_all_losses_count() -> None:
     assert torch.equal(task.queue.pairs.image_QLD, last)  # evaluation leaves it alone
 
 
+@pytest.mark.parametrize("part", ["image_BLD", "text_BTD", "image_BE", "text_BE"])
+def test_a_step_that_overflowed_does_not_spoil_those_after_it(part: str) -> None:
+    backbone, task = build(negative_queue=8, text_draws=2)
+    batch = whole(0)
+    with torch.no_grad():
+        encoded = task.encode(backbone, batch, task.hide(backbone, batch, task.uniform, 2))
+        contrast = task.contrast(batch, encoded)
+    for each in (encoded, contrast):
+        if part in each._fields:
+            getattr(each, part)[3:] = float("nan")
+    task.queue.push(batch, encoded, contrast)  # type: ignore[union-attr]
+    assert task.queue.pairs.valid_Q.tolist() == [True] * 3 + [False] * 5  # type: ignore[union-attr]
+    terms = task(backbone, whole(1))
+    assert all(term.isfinite() for term in terms.values())
+
+
+def test_a_checkpoint_holds_no_more_than_the_queue() -> None:
+    backbone, task = build(negative_queue=3)
+    task(backbone, whole(0))
+    for value in task.state().values():
+        assert value.untyped_storage().nbytes() == value.nbytes
+
+
 def test_without_matching_nothing_is_kept() -> None:
     assert build(weight_itm=0.0, negative_queue=8)[1].queue is None
     with pytest.raises(UserError, match=r"model\.task\.negative_queue: -1"):

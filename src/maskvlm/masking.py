@@ -40,29 +40,18 @@ def count_masked(units: int, ratio: float) -> int:
 
 
 class Ratio(NamedTuple):
-    """Which share of each row is hidden. share_C1: [C, 1], or [1, 1] for all rows alike. most: the largest there is."""
+    """Which share of each caption is hidden. share_C1: [C, 1], 0 to 1. most: the largest there is."""
 
     share_C1: Tensor
     most: float
 
     @classmethod
-    def fixed(cls, share: float, device: torch.device) -> "Ratio":
-        """The same in all rows."""
-        return cls(torch.full((1, 1), share, device=device), share)
-
-    @classmethod
     def drawn(cls, low: float, high: float, uniform_C: Tensor) -> "Ratio":
-        """Uniform between both, for each row anew."""
-        return cls((low + (high - low) * uniform_C)[:, None], max(low, high))
-
-    def of(self, units_C1: Tensor) -> Tensor:
-        """How many of so many units are hidden, as `count_masked` counts."""
-        return torch.maximum((units_C1 * self.share_C1 + 0.5).floor(), (self.share_C1 > 0).float())
+        """Uniform between both, for each caption anew."""
+        return cls((low + (high - low) * uniform_C)[:, None], high)
 
 
-def mask_patches(
-    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float | Ratio, uniform: Uniform
-) -> PatchMask:
+def mask_patches(valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform) -> PatchMask:
     """Hide a share of square blocks of patches, uniform over blocks, fresh for each picture (paper sec. 3, P).
 
     Args:
@@ -70,20 +59,17 @@ def mask_patches(
         grid: rows and columns of patches.
         block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and lower
             edge are cut where the grid does not divide.
-        ratio: share of blocks, 0 to 1, the same in all pictures or each picture's own; the count is exact.
+        ratio: share of blocks, 0 to 1; the count is exact in every picture.
         uniform: source of random numbers.
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
-    blocks = block_rows * block_cols
-    ratio = ratio if isinstance(ratio, Ratio) else Ratio.fixed(ratio, valid_B.device)
-    hidden_B1 = ratio.of(torch.full_like(valid_B[:, None], blocks, dtype=torch.float))
-    noise = uniform(valid_B.shape[0], blocks)
+    hidden = count_masked(block_rows * block_cols, ratio)
+    noise = uniform(valid_B.shape[0], block_rows * block_cols)
     rank = noise.argsort(dim=1).argsort(dim=1)
-    block_mask = (rank < hidden_B1).unflatten(1, (block_rows, block_cols))
+    block_mask = (rank < hidden).unflatten(1, (block_rows, block_cols))
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]
-    most = count_masked(blocks, ratio.most) * block**2
-    return PatchMask(mask_BN, *_positions(mask_BN, min(most, mask_BN.shape[1])))
+    return PatchMask(mask_BN, *_positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])))
 
 
 def mask_tokens(
@@ -120,8 +106,11 @@ def mask_tokens(
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
     units_C1 = exists_CU.sum(1, keepdim=True)
-    ratio = ratio if isinstance(ratio, Ratio) else Ratio.fixed(ratio, token_CT.device)
-    hidden_CU = (rank_CU < ratio.of(units_C1)) & exists_CU
+    if not isinstance(ratio, Ratio):
+        ratio = Ratio(torch.full_like(units_C1, ratio, dtype=torch.float), ratio)
+    least_C1 = (ratio.share_C1 > 0).float()
+    hidden_C1 = torch.maximum((units_C1 * ratio.share_C1 + 0.5).floor(), least_C1)  # as count_masked
+    hidden_CU = (rank_CU < hidden_C1) & exists_CU
     mask_CT = torch.cat([hidden_CU, torch.zeros_like(hidden_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)
     if keep_and_swap:

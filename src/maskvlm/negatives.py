@@ -31,9 +31,13 @@ class Queue:
             encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
             batch.image_id_B, batch.text_id_C, batch.valid_B,
         )  # fmt: skip
-        new = Pairs(*(part.detach()[-self.size :] for part in new))
+        new = Pairs(*(part.detach()[-self.size :] for part in readable(new)))
         old = self.pairs
         self.pairs = new if old is None else Pairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint, by the names of `Pairs`; in memory of its own, as a file holds all that a view is of."""
+        return {} if self.pairs is None else {name: part.clone() for name, part in self.pairs._asdict().items()}
 
     def restore(self, state: Mapping[str, Tensor], positions: int, length: int, width: int, dim: int) -> None:
         """Take what a checkpoint kept, by the names of `Pairs`.
@@ -57,7 +61,7 @@ class Queue:
             if value.shape != (rows, *size) or given != kind or not 0 < rows <= self.size:
                 want = f"{[f'1 to {self.size}', *size]} of {kind}".replace("'", "")
                 raise ValueError(f"{name} is {list(value.shape)} of {value.dtype}, expected {want}")
-        self.pairs = Pairs(**{name: value.clone() for name, value in state.items()})
+        self.pairs = readable(Pairs(**{name: value.clone() for name, value in state.items()}))
 
     def widen(self, contrast: Contrast, batch: Batch) -> Contrast:
         """The vectors of all processes, and then those of the queue."""
@@ -70,3 +74,11 @@ class Queue:
             text_GE=torch.cat([contrast.text_GE, kept.text_QE]),
             excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~kept.valid_Q], 1),
         )
+
+
+def readable(pairs: Pairs) -> Pairs:
+    """The pairs, of which those that hold a number that is not finite are never drawn: a step that overflowed is left
+    out by the guard, and its features must not spoil the steps after it."""
+    numbers = (pairs.image_QLD, pairs.text_QTD, pairs.image_QE, pairs.text_QE)
+    finite_Q = torch.stack([part.isfinite().flatten(1).all(1) for part in numbers]).all(0)
+    return pairs._replace(valid_Q=pairs.valid_Q & finite_Q)

@@ -127,6 +127,9 @@ class MaskedPretraining(Task):
         if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
             what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
             raise UserError("model.task.text_mask_most", what, "Give such a share, or null")
+        if text_mask_most is not None and text_draws == 1:
+            what = "it is of the second and further maskings of a caption, and there is one"
+            raise UserError("model.task.text_mask_most", what, "Set model.task.text_draws to 2, or this to null")
         self.text_mask_most = text_mask_ratio if text_mask_most is None else text_mask_most
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
         self.contrast_first = contrast_first
@@ -382,7 +385,7 @@ class MaskedPretraining(Task):
 
     def state(self) -> dict[str, Tensor]:
         """The queue of negatives, once it holds some."""
-        return {} if self.queue is None or self.queue.pairs is None else self.queue.pairs._asdict()
+        return {} if self.queue is None else self.queue.state()
 
     def go_on(self, state: Mapping[str, Tensor]) -> None:
         if self.queue is not None:

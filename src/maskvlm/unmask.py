@@ -21,7 +21,6 @@ from maskvlm.heads import patchify
 from maskvlm.reconstruct import denormalise, paste
 
 STEPS = 8  # rounds in which hidden patches are painted
-ROUNDS = 16  # in which a caption is written, at most: two words at once hardly go together ("a a")
 
 
 class Guess(NamedTuple):
@@ -117,27 +116,29 @@ class Written(NamedTuple):
 
 def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[Written]]:
     """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
-    the most certain of the hidden are written, in at most `ROUNDS` rounds (mask-predict; Ghazvininejad et al. 2019)."""
+    the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
     which = [number for number in looked.which for _ in lengths]
     rows = rows_of(model, looked.image_XLD, which, blank * len(looked.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
-    for left in range(min(ROUNDS, max(lengths)), 0, -1):
+    for _ in range(max(lengths)):
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
         for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
             now_B = open_B[chosen_B]
             hidden_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
             likeliest = forbid(model, head(text_BTD[hidden_BT]).float()).log_softmax(-1).max(-1)
             value_BT = total_B.new_full(hidden_BT.shape, float("-inf")).masked_scatter(hidden_BT, likeliest.values)
-            word_BT = rows.token_BT[now_B].masked_scatter(hidden_BT, likeliest.indices)
-            count_B1 = (hidden_BT.sum(1, keepdim=True) + left - 1) // left
-            certain_BT = value_BT.argsort(1, descending=True).argsort(1) < count_B1
-            rows.token_BT[now_B] = torch.where(certain_BT, word_BT, rows.token_BT[now_B])
-            total_B[now_B] += value_BT.masked_fill(~certain_BT, 0.0).sum(1)
-    texts = zip(rows.token_BT.tolist(), total_B.tolist(), [*lengths] * len(looked.which), strict=True)
-    written = [Written(model.words.decode(row[1 : length + 1]), total / length) for row, total, length in texts]
+            word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(hidden_BT, likeliest.indices)
+            at_B1 = value_BT.argmax(1, keepdim=True)
+            rows.token_BT[now_B, at_B1[:, 0]] = word_BT.gather(1, at_B1)[:, 0]
+            total_B[now_B] += value_BT.gather(1, at_B1)[:, 0]
+    ids = rows.token_BT.tolist()
+    written = [
+        Written(model.words.decode(row[1 : length + 1]), total / length)
+        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(looked.which), strict=True)
+    ]
     return [list(each) for each in embed.chunks(written, len(lengths))]
 
 
