@@ -24,6 +24,7 @@ from toys import take, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
 from maskvlm.measure import Measure
+from maskvlm.pairing import pad_text
 from maskvlm.rerank import in_rounds
 
 WORLD = 2
@@ -53,6 +54,21 @@ def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, A
     step = Step(slow_retrieval.build if retrieval else build, settings)
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
     return backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+
+
+def queue_step(settings: dict[str, Any]) -> dict[str, Any]:
+    """As `train_step`, with the same eight pairs of earlier steps kept in every process."""
+    step = Step(build, {"negative_queue": 8, **settings}).double()
+    batch = eventful_batch()
+    before = pad_text(toy_batch(8, seed=9), step.backbone.text.text_length, step.backbone.text.pad_id)
+    before = before._replace(image_BCHW=before.image_BCHW.double(), image_id_B=before.image_id_B + 50)
+    hidden = step.task.hide(step.backbone, before, Draw(1, 1, "cpu").local)
+    with torch.no_grad():
+        encoded = step.task.encode(step.backbone, before, hidden)
+        step.task.queue.push(before, encoded, step.task.contrast(before, encoded))
+    done = backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+    assert max(int(each.index_B.max()) for each in step.task.found) >= 8  # one of them was drawn
+    return done
 
 
 def example_step(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +199,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_losses_and_gradients_are_those_of_one_process(pair: Pair, variant: str) -> None:
     """The batch holds duplicates across the two halves and a hole in one of them."""
     compare(pair, VARIANTS[variant])
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_both": True}], ids=str)
+def test_losses_and_gradients_with_a_queue_are_those_of_one_process(pair: Pair, settings: dict[str, Any]) -> None:
+    """A negative is out of the own half, the other half, or the queue, whose places come after both."""
+    compare(pair, settings, step=queue_step)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_itc": 0.0}, {"weight_itm": 0.0}], ids=str)
