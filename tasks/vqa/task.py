@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskvlm.classification import EVAL_SEED, Classification, Decision, decide, likeliest
@@ -63,7 +63,10 @@ class Vqa(Classification):
 
     def build(self, backbone: MaskVLM) -> None:
         if not self.generates:
-            return super().build(backbone)
+            super().build(backbone)
+            # One of K answers is true. Where each starts at even odds, the first hundred steps learn nothing else.
+            nn.init.constant_(self.head.layers[-1].bias, -math.log(max(1, len(self.labels) - 1)))
+            return
         self.answer = AnswerDecoder(backbone, self.answer_length)
         backbone.image.mask_token.requires_grad_(False)
 
@@ -203,8 +206,9 @@ class Vqa(Classification):
         return super().card() | settings
 
     def floors(self, batch_size: int) -> dict[str, float]:
-        """Classes: every answer at even odds. Generated answers have no such level: their length varies."""
-        return {} if self.generates else {self.name: len(self.labels) * math.log(2)}
+        """Classes: one answer is true, and all are as likely. Generated ones have no such level: their length varies."""
+        others = len(self.labels) - 1
+        return {} if self.generates else {self.name: math.log1p(others) + others * math.log1p(1 / max(1, others))}
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:

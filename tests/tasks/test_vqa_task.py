@@ -265,8 +265,15 @@ def test_answer_classes_are_binary_each() -> None:
     p = logits.sigmoid()[0]
     by_hand = -(0.6 * p[0].log() + 0.4 * (1 - p[0]).log() + (1 - p[1]).log() + p[2].log())
     assert task.loss(logits, target).item() == pytest.approx(by_hand.item(), rel=1e-6)
-    assert task.floors(4)["vqa"] == pytest.approx(task.loss(torch.zeros(1, 3), target).item(), abs=1e-3)
+    knowing_nothing = task.loss(torch.tensor([[1 / 3, 1 / 3, 1 / 3]]).logit(), torch.tensor([[0.0, 1.0, 0.0]]))
+    assert task.floors(4)["vqa"] == pytest.approx(knowing_nothing.item(), rel=1e-5)
     assert Vqa(LABELS).floors(4) == {}
+
+
+def test_answer_classes_start_as_likely_as_one_of_them_is() -> None:
+    backbone, task = toy_backbone(), Vqa(LABELS, head="classify")
+    task.build(backbone)
+    assert task.head.layers[-1].bias.sigmoid().tolist() == pytest.approx([1 / len(LABELS)] * len(LABELS))
 
 
 def test_long_answers_lose_their_end() -> None:

@@ -1,5 +1,8 @@
 r"""Fine-tunes tasks from a checkpoint, from random weights and blind, several seeds each, and prints the table.
 
+With `pretrained` and `blind` a second table says what the picture is worth: the difference of the seeds' means, paired
+by example, with its 95 % interval (1.96 standard errors over the examples).
+
     .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt
     DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained blind \
         --model small --prefix real --blind-seeds 0 1 2
@@ -14,6 +17,9 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 KEYS = {
     "retrieval": ("retrieval/tr_r1", "retrieval/ir_r1"),
@@ -38,8 +44,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(task: str, way: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """The metrics of one run, made now if it is not there."""
+class Run(NamedTuple):
+    """What a run measured. right: of each example of the validation split, by its id, 0 to 1."""
+
+    metrics: dict[str, float]
+    right: dict[str, float]
+
+
+def run(task: str, way: str, seed: int, options: argparse.Namespace) -> Run:
+    """One run, made now if it is not there."""
     name, _, data = task.partition(":")
     data = data or "scenes"
     folder = f"{options.prefix}-{name}-{data}-{way}-{seed}"
@@ -52,8 +65,8 @@ def run(task: str, way: str, seed: int, options: argparse.Namespace) -> dict[str
         command += [f"RUN={folder}", f"ARGS={words}", f"PYTHON={sys.executable}"]
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
-    metrics: dict[str, float] = json.loads(path.read_text())
-    return metrics
+    lines = map(json.loads, path.with_name("predictions.jsonl").read_text().splitlines())
+    return Run(json.loads(path.read_text()), {line["id"]: line["right"] for line in lines if line["right"] is not None})
 
 
 def cell(values: list[float]) -> str:
@@ -63,18 +76,34 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+def worth(full: list[Run], blind: list[Run]) -> str:
+    """What the picture adds, in points: mean of all seeds, its interval, and the range of the seeds."""
+    examples = sorted(full[0].right)
+    with_N, without_N = (np.array([[each.right[key] for key in examples] for each in runs]) for runs in (full, blind))
+    difference_N = 100 * (with_N.mean(0) - without_N.mean(0))
+    mean, error = difference_N.mean(), difference_N.std(ddof=1) / len(examples) ** 0.5
+    by_seed = 100 * (with_N.mean(1) - without_N.mean(1)) if len(full) == len(blind) else np.array([])
+    interval = f"{mean - 1.96 * error:+.1f} to {mean + 1.96 * error:+.1f}"
+    return f"{mean:+.1f} ({interval}) | {', '.join(f'{seed:+.1f}' for seed in by_seed)}"
+
+
 def main() -> None:
     """Run what is missing and print the table."""
     options = parse()
     print(f"| | level | {' | '.join(options.ways)} |\n|---|---|{'---|' * len(options.ways)}", flush=True)
+    worths = []
     for task in options.tasks:
         seeds = {way: options.blind_seeds if way == "blind" else options.seeds for way in options.ways}
         found = {way: [run(task, way, seed, options) for seed in seeds[way]] for way in options.ways}
         for key in KEYS[task.partition(":")[0]]:
-            some = next(iter(found.values()))[0]
+            some = next(iter(found.values()))[0].metrics
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
-            cells = [cell([metrics[key] for metrics in runs]) for runs in found.values()]
+            cells = [cell([each.metrics[key] for each in runs]) for runs in found.values()]
             print(f"| {key} | {'' if level is None else f'{level:.1f}'} | {' | '.join(cells)} |", flush=True)
+        if {"pretrained", "blind"} <= found.keys() and not task.startswith("retrieval"):
+            worths.append(f"| {task} | {worth(found['pretrained'], found['blind'])} |")
+    if worths:
+        print("\n| | what the picture adds, points (95 %) | seed by seed |\n|---|---|---|", *worths, sep="\n")
 
 
 if __name__ == "__main__":
