@@ -501,6 +501,36 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
     assert task.floors(8) == pytest.approx({"itc": math.log(8)})
 
 
+# ---------------------------------------------------------------------- what matching trains
+
+
+@pytest.mark.parametrize("mask_both", [False, True])
+@pytest.mark.parametrize("wanted", [{}, {"weight_mim": 0.0}, {"weight_mlm": 0.0}], ids=str)
+def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, float], mask_both: bool) -> None:
+    """Each loss's gradient as without the option, but matching's in the encoders, which is none."""
+    found = {}
+    for trains in (True, False):
+        backbone, task = build(matching_trains_encoders=trains, mask_both=mask_both, negative_queue=8, **wanted)
+        with torch.no_grad():
+            task(backbone, pad_text(eventful_batch(), LENGTH, 1))  # fills the queue
+        task.reseed(Draw(7, 0, "cpu"))
+        terms = task(backbone, pad_text(eventful_batch(), LENGTH, 1))
+        for name, term in terms.items():
+            backbone.zero_grad()
+            task.zero_grad()
+            term.backward(retain_graph=True)
+            found[trains, name] = term.detach(), gradients(backbone, task)
+    for name in terms:
+        (term, usual), (same, gradient) = found[True, name], found[False, name]
+        torch.testing.assert_close(same, term)
+        encoders = {key for key in usual if key.startswith(("0.image.", "0.text."))}
+        assert encoders
+        for key, value in usual.items():
+            none = name == "itm" and key in encoders
+            expected = torch.zeros_like(value) if none else value
+            torch.testing.assert_close(gradient.get(key, torch.zeros_like(value)), expected, atol=1e-6, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------- settings
 
 
@@ -517,6 +547,10 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
         ({"image_draws": 0.5, "mask_both": True}, "model.task.image_draws: mask_both masks every image"),
         ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is no share below 1"),
         ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
+        (
+            {"matching_trains_encoders": False, "weight_itc": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
+            "model.task.matching_trains_encoders: no other loss trains the encoders",
+        ),
         ({"rerank_contrast": -1.0}, "model.task.rerank_contrast: -1.0"),
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),

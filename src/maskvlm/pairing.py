@@ -161,7 +161,7 @@ def cross_pairs(
     hidden_BLD: Tensor | None,
     own: Side,
     other: Side,
-    hidden_other_BLD: Tensor | None,
+    seen_BLD: Tensor | None,
     rows: list[Tensor],
     sees: list[Tensor],
     pairs: int = 1,
@@ -169,9 +169,9 @@ def cross_pairs(
     """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
 
     Args:
-        hidden_BLD: masked rows, one or more of each whole row; they see the whole partner, or `hidden_other_BLD` where
-            that is given.
+        hidden_BLD: masked rows, one or more of each whole row.
         own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
+        seen_BLD: what masked rows see of the other modality, one row a pair; None: its whole rows.
         pairs: of masked rows, how many whole rows they are of, the first ones.
     """
     if hidden_BLD is None and not rows:  # no loss reads this side
@@ -179,10 +179,10 @@ def cross_pairs(
     first = 0 if hidden_BLD is None else len(hidden_BLD)
     of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
     partners = of_pair
-    if first and hidden_other_BLD is not None:
+    if first and seen_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
         partners = partners + len(other.rows_ULD)
-        other = Side(torch.cat([other.rows_ULD, hidden_other_BLD]), mask)
+        other = Side(torch.cat([other.rows_ULD, seen_BLD]), mask)
     picked = own.pick(torch.cat([of_pair, *rows]))
     query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
@@ -213,6 +213,7 @@ def cross_all(
     mask_both: bool,
     pairs: int,
     kept: Pairs | None = None,
+    matching_trains: bool = True,
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
 
@@ -224,6 +225,7 @@ def cross_all(
         mask_both: each side from the masked other one.
         pairs: how many of the pairs, from the first one on, are masked and matched.
         kept: the queue that negatives were drawn from, too: their places follow the global batch's.
+        matching_trains: whether the matching pairs' gradient reaches the encoders.
     """
     image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
     images, texts = [], []
@@ -234,16 +236,16 @@ def cross_all(
         text, caption = with_negatives(text, found[0].index_B, queued[1])
         attention, _ = with_negatives(attention, found[0].index_B, queued[2])
         images, texts = [own, own, picture], [own, caption, own]
-    seen = encoded if mask_both else encoded._replace(hidden_image_BLD=None, hidden_text_BTD=None)
-    image_side, text_side = Side(image, None), Side(text, attention)
     hidden_image = encoded.hidden_image_BLD if hides[0] else None
     hidden_text = encoded.hidden_text_BTD if hides[1] else None
     masked = 0 if hidden_image is None else len(hidden_image)
-    image_out = cross_pairs(
-        backbone.cross_image, hidden_image, image_side, text_side, seen.first_draw_BTD, images, texts, masked
-    )
-    text_out = cross_pairs(
-        backbone.cross_text, hidden_text, text_side, image_side, seen.hidden_image_BLD, texts, images, pairs
-    )
+    seen_text, seen_image = (encoded.first_draw_BTD, encoded.hidden_image_BLD) if mask_both else (None, None)
+    if not matching_trains:
+        image, text = image.detach(), text.detach()
+        if not mask_both:
+            seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
+    image_side, text_side = Side(image, None), Side(text, attention)
+    image_out = cross_pairs(backbone.cross_image, hidden_image, image_side, text_side, seen_text, images, texts, masked)
+    text_out = cross_pairs(backbone.cross_text, hidden_text, text_side, image_side, seen_image, texts, images, pairs)
     fused = Fused(image_out.first_BD[len(image_out.every_RLD) :], text_out.first_BD[len(text_out.every_RLD) :])
     return Crossed(image_out.every_RLD, text_out.every_RLD, fused)

@@ -49,6 +49,8 @@ class MaskedPretraining(Task):
             (ALBEF's "align before fuse", here in time).
         negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
             see `negatives.Queue`. It takes the memory of as many encoded pairs.
+        matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). Where
+            contrast has few pairs to learn from, the encoders keep more of what it taught them without.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -100,6 +102,7 @@ class MaskedPretraining(Task):
         contrast_first: float = 0.0,
         text_mask_most: float | None = None,
         negative_queue: int = 0,
+        matching_trains_encoders: bool = True,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -134,6 +137,10 @@ class MaskedPretraining(Task):
         self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
         self.contrast_first = contrast_first
         self.rerank_contrast = rerank_contrast
+        if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim):
+            todo = "Set it to true, or give another loss a weight"
+            raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
+        self.matching_trains_encoders = matching_trains_encoders
         self.queue = Queue(negative_queue) if negative_queue and weight_itm else None
         self.shown = 1  # captions an image in training, for the levels of knowing nothing
         self.measure = Measure(rerank_k, rerank_contrast)
@@ -191,7 +198,17 @@ class MaskedPretraining(Task):
         found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
         kept = None if queue is None else queue.pairs
         hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
-        crossed = cross_all(backbone, encoded, batch.attention_CT, found, hides, self.mask_both, pairs, kept)
+        crossed = cross_all(
+            backbone,
+            encoded,
+            batch.attention_CT,
+            found,
+            hides,
+            self.mask_both,
+            pairs,
+            kept,
+            self.matching_trains_encoders,
+        )
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
         terms = {}
