@@ -17,6 +17,7 @@ from maskvlm.errors import UserError
 from maskvlm.features import FrozenTower
 from maskvlm.judged import Judged
 from maskvlm.model import MaskVLM
+from maskvlm.pretrain import MaskedPretraining
 
 
 def build(pictures: int = 1, **settings: Any) -> tuple[MaskVLM, Classification]:
@@ -52,6 +53,52 @@ def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
         torch.testing.assert_close(fused_BX[row], torch.cat(parts), atol=1e-11, rtol=1e-9)
         logits_K = task.head(torch.cat(parts)[None])[0]
         torch.testing.assert_close(task.logits(backbone, batch, task.uniform)[row], logits_K, atol=1e-9, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------- the scores of pre-training
+
+
+def pretrained(seed: int = 3, dim: int = 8, **settings: Any) -> tuple[MaskVLM, MaskedPretraining]:
+    """Pre-training's heads, with weights that matter."""
+    backbone, task = toy_backbone(), MaskedPretraining(contrast_dim=dim, mask_block=16, decoder_layers=1, **settings)
+    task.build(backbone)
+    torch.manual_seed(seed)
+    matters(backbone, task)
+    return backbone, task
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("dim", [8, 256])
+def test_the_head_reads_what_pre_training_says_of_each_picture_and_the_text(pictures: int, dim: int) -> None:
+    backbone, before = pretrained(dim=dim)
+    task = Classification(LABELS, pictures, scores=True)
+    task.build(backbone)
+    task.reseed(Draw(7, 0, "cpu"))
+    inherited = task.inherit(before.state_dict())
+    assert {name.partition(".")[0] for name in inherited} == {"projection", "matching"}
+    batch = example_batch(4, pictures)
+    read: list[Any] = []
+    task.head.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
+    task.logits(backbone, batch, task.uniform)
+    text_BTD = backbone.text(batch.token_BT, batch.attention_BT)
+    parts = []
+    for place in range(pictures):
+        image_BLD = backbone.image(batch.image_BPCHW[:, place])
+        fused = backbone.fuse(image_BLD, text_BTD, batch.attention_BT)
+        cosine_B = (before.projection.embed_image(image_BLD) * before.projection.embed_text(text_BTD)).sum(1)
+        p_B = before.matching(fused.product_MD).softmax(1)[:, 1]
+        parts += [fused.joined_MX, torch.stack([cosine_B * before.projection.scale, p_B.logit()], 1)]
+    torch.testing.assert_close(read[0], torch.cat(parts, 1), atol=1e-4, rtol=1e-4)
+    task(backbone, batch)["classification"].backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def test_scores_need_the_heads_of_pre_training() -> None:
+    backbone, before = pretrained(weight_itm=0.0)
+    task = Classification(LABELS, scores=True)
+    task.build(backbone)
+    with pytest.raises(UserError, match=r"model.task.scores: the checkpoint holds no matching\.classify\.weight"):
+        task.inherit(before.state_dict())
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -164,7 +211,7 @@ def test_right_is_the_first_answer_word_for_word() -> None:
 def test_levels_card_and_settings() -> None:
     task = Classification(LABELS, pictures=2, blind=True)
     assert task.floors(8) == pytest.approx({"classification": math.log(3)})
-    assert task.card() == {"labels": 3, "pictures": 2, "blind": True}
+    assert task.card() == {"labels": 3, "pictures": 2, "blind": True, "scores": False}
     assert task.files() == {}
     _, task = build(2, hidden=7)
     shapes = [tuple(value.shape) for value in task.head.state_dict().values() if value.ndim == 2]

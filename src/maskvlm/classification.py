@@ -4,7 +4,7 @@ whatever asks a text about one picture or several.
 Shapes: B examples, P pictures an example, L image positions, T tokens, D width, K labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,16 @@ from maskvlm.data.examples import ExampleBatch, asked
 from maskvlm.distributed import Draw, shared_count
 from maskvlm.embed import Model, chunks
 from maskvlm.errors import UserError, check_least
-from maskvlm.heads import Classifier
-from maskvlm.init import init_xavier
+from maskvlm.heads import Classifier, Matching, Projection
+from maskvlm.init import init_normal, init_xavier
 from maskvlm.judged import Judged, Judgements, by_kind, majority, percent
 from maskvlm.masking import Uniform
-from maskvlm.model import MaskVLM
+from maskvlm.model import Fused, MaskVLM
 from maskvlm.task import Task
 
 EVAL_SEED = 20230502
 SHOWN = 5  # labels of a decision
+SCORING = ("projection.", "matching.")  # heads of pre-training
 
 
 class Decision(NamedTuple):
@@ -47,9 +48,15 @@ class Classification(Task):
         hidden: between the two layers; None takes the backbone's width.
         dropout: in the head, 0 to 1.
         blind: the control: noise in the place of every picture.
+        scores: the head also reads, of each picture with the text, contrast's logit and matching's log-odds (C), by the
+            heads that the checkpoint was pre-trained with, which are trained on. That text and picture agree is hard
+            to find in the fused vectors with a few thousand examples; here it is one number.
 
     Attributes:
         name: prefix of the metrics.
+
+    Raises:
+        UserError: no labels, a share outside [0, 1], or scores without the heads of pre-training.
     """
 
     name = "classification"
@@ -61,6 +68,7 @@ class Classification(Task):
         hidden: int | None = None,
         dropout: float = 0.0,
         blind: bool = False,
+        scores: bool = False,
     ) -> None:
         super().__init__()
         if labels is None:
@@ -70,14 +78,33 @@ class Classification(Task):
         if not 0 <= dropout <= 1:
             raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
         self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
-        self.blind = Blind() if blind else None
+        self.blind, self.scores = Blind() if blind else None, scores
         self.judgements = Judgements()
 
     def build(self, backbone: MaskVLM) -> None:
         width = backbone.width
-        self.head = Classifier(3 * width * self.pictures, self.hidden or width, len(self.labels), self.dropout)
+        read = self.pictures * (3 * width + (2 if self.scores else 0))
+        self.head = Classifier(read, self.hidden or width, len(self.labels), self.dropout)
         init_xavier(self.head)
+        if self.scores:
+            self.matching = Matching(width)
+            init_normal(self.matching)
+            self._project(width)
         backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
+
+    def _project(self, width: int, dim: int = 256) -> None:
+        self.projection = Projection(width, width, dim)
+        init_xavier(self.projection)
+
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """The projections take the checkpoint's width."""
+        if self.scores:
+            missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
+            if missing:
+                what = f"the checkpoint holds no {missing[0]}, and no other score of text and picture then"
+                raise UserError("model.task.scores", what, "Set it to false, or start from pre-training")
+            self._project(self.projection.image.in_features, len(heads["projection.image.weight"]))
+        return super().inherit(heads)
 
     def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
         logits_BK = self.logits(backbone, batch, self.uniform)
@@ -98,7 +125,14 @@ class Classification(Task):
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
-        return self.head(fuse_pictures(backbone, image, batch.token_BT, batch.attention_BT, row_B))
+        score = self.score if self.scores else None
+        return self.head(fuse_pictures(backbone, image, batch.token_BT, batch.attention_BT, row_B, score))
+
+    def score(self, image_XLD: Tensor, text_XTD: Tensor, fused: Fused) -> Tensor:
+        """Contrast's logit and matching's log-odds of each picture with its text, [X, 2], float32."""
+        vectors = self.projection.embed_image(image_XLD), self.projection.embed_text(text_XTD)
+        unlike_X, like_X = self.matching(fused.product_MD).float().unbind(1)
+        return torch.stack([(vectors[0] * vectors[1]).sum(1) * self.projection.scale, like_X - unlike_X], 1)
 
     @torch.no_grad()
     def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
@@ -138,7 +172,12 @@ class Classification(Task):
         return {}
 
     def card(self) -> dict[str, Any]:
-        return {"labels": len(self.labels), "pictures": self.pictures, "blind": self.blind is not None}
+        return {
+            "labels": len(self.labels),
+            "pictures": self.pictures,
+            "blind": self.blind is not None,
+            "scores": self.scores,
+        }
 
     def floors(self, batch_size: int) -> dict[str, float]:
         """Entropy of labels that are all as frequent."""
@@ -164,12 +203,19 @@ def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) 
 
 
 def fuse_pictures(
-    backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor, row_B: Tensor | None = None
+    backbone: MaskVLM,
+    image_BPCHW: Tensor,
+    token_BT: Tensor,
+    attention_BT: Tensor,
+    row_B: Tensor | None = None,
+    score: Callable[[Tensor, Tensor, Fused], Tensor] | None = None,
 ) -> Tensor:
     """One pass a picture with the same text; the P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R).
 
     Args:
         row_B: place of each example in the training split, -1 of none, for features that are kept; None keeps none.
+        score: gives S more numbers of each picture with its text, [B * P, S], from the features of both and what is
+            fused of them; they follow the picture's fused vector.
     """
     pictures = image_BPCHW.shape[1]
     row_X = None
@@ -180,4 +226,7 @@ def fuse_pictures(
     text_BTD = backbone.text(token_BT, attention_BT)
     text_XTD = text_BTD.repeat_interleave(pictures, 0)
     fused = backbone.fuse(image_XLD, text_XTD, attention_BT.repeat_interleave(pictures, 0))
-    return fused.joined_MX.unflatten(0, (-1, pictures)).flatten(1)
+    read_XF = fused.joined_MX
+    if score is not None:
+        read_XF = torch.cat([read_XF, score(image_XLD, text_XTD, fused)], 1)
+    return read_XF.unflatten(0, (-1, pictures)).flatten(1)

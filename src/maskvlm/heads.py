@@ -74,6 +74,11 @@ class Classifier(nn.Module):
             nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, labels)
         )
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the labels' logits."""
+        return self.layers[-1]  # type: ignore[return-value]
+
     def forward(self, fused_BD: Tensor) -> Tensor:
         return self.layers(fused_BD)
 

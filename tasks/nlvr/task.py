@@ -22,8 +22,9 @@ class Nlvr(Classification):
         hidden: int | None = None,
         dropout: float = 0.0,
         blind: bool = False,
+        scores: bool = False,
     ) -> None:
-        super().__init__(labels, pictures, hidden, dropout, blind)
+        super().__init__(labels, pictures, hidden, dropout, blind, scores)
         told = f"whether a sentence is true of {pictures} pictures"
         self.verbs = {"compare": Verb(decide, pictures, "sentence", told)}
 

@@ -18,7 +18,7 @@ from maskvlm.classification import EVAL_SEED, Classification, Decision, decide, 
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
 from maskvlm.distributed import Draw, shared_count
-from maskvlm.errors import check_least
+from maskvlm.errors import UserError, check_least
 from maskvlm.judged import Judged
 from maskvlm.masking import Uniform
 from maskvlm.model import MaskVLM
@@ -37,7 +37,7 @@ class Vqa(Classification):
             whatever is likeliest word by word.
         candidates: answers with the likeliest first word that `rank` compares whole (128, C).
         answer_length: longest answer in tokens, start and end included.
-        hidden, dropout, blind: as `Classification`.
+        hidden, dropout, blind, scores: as `Classification`; scores for `classify` alone.
     """
 
     name = "vqa"
@@ -53,8 +53,12 @@ class Vqa(Classification):
         hidden: int | None = None,
         dropout: float = 0.0,
         blind: bool = False,
+        scores: bool = False,
     ) -> None:
-        super().__init__(labels, 1, hidden, dropout, blind)
+        super().__init__(labels, 1, hidden, dropout, blind, scores)
+        if scores and head == "generate":
+            what = "the generative head reads no scores"
+            raise UserError("model.task.scores", what, "Set it to false, or model.task.head to classify")
         check_least(1, model__task__candidates=candidates)
         check_least(3, model__task__answer_length=answer_length)
         self.generates, self.decode = head == "generate", decode
@@ -65,7 +69,7 @@ class Vqa(Classification):
         if not self.generates:
             super().build(backbone)
             # One of K answers is true. Where each starts at even odds, the first hundred steps learn nothing else.
-            nn.init.constant_(self.head.layers[-1].bias, -math.log(max(1, len(self.labels) - 1)))
+            nn.init.constant_(self.head.last.bias, -math.log(max(1, len(self.labels) - 1)))
             return
         self.answer = AnswerDecoder(backbone, self.answer_length)
         backbone.image.mask_token.requires_grad_(False)
@@ -206,7 +210,7 @@ class Vqa(Classification):
         return super().card() | settings
 
     def floors(self, batch_size: int) -> dict[str, float]:
-        """Classes: one answer is true, and all are as likely. Generated ones have no such level: their length varies."""
+        """Classes: one answer is true, all as likely. Generated ones have no such level: their length varies."""
         others = len(self.labels) - 1
         return {} if self.generates else {self.name: math.log1p(others) + others * math.log1p(1 / max(1, others))}
 

@@ -273,7 +273,7 @@ def test_answer_classes_are_binary_each() -> None:
 def test_answer_classes_start_as_likely_as_one_of_them_is() -> None:
     backbone, task = toy_backbone(), Vqa(LABELS, head="classify")
     task.build(backbone)
-    assert task.head.layers[-1].bias.sigmoid().tolist() == pytest.approx([1 / len(LABELS)] * len(LABELS))
+    assert task.head.last.bias.sigmoid().tolist() == pytest.approx([1 / len(LABELS)] * len(LABELS))
 
 
 def test_long_answers_lose_their_end() -> None:
@@ -375,13 +375,17 @@ def test_the_servers_file_is_for_its_own_numbers(ids: list[str], there: bool) ->
 
 
 def test_cards_and_settings() -> None:
-    shared = {"labels": 3, "pictures": 1, "blind": False}
+    shared = {"labels": 3, "pictures": 1, "blind": False, "scores": False}
     assert Vqa(LABELS).card() == shared | {"head": "generate", "decode": "rank", "candidates": 3}
     assert Vqa(LABELS, decode="free", candidates=2).card() == shared | {
         "head": "generate", "decode": "free", "candidates": 2,
     }  # fmt: skip
     assert Vqa(LABELS, head="classify").card() == shared | {"head": "classify"}
-    for settings, where in (({"candidates": 0}, "candidates"), ({"answer_length": 2}, "answer_length")):
+    for settings, where in (
+        ({"candidates": 0}, "candidates"),
+        ({"answer_length": 2}, "answer_length"),
+        ({"scores": True}, "scores"),
+    ):
         with pytest.raises(UserError) as caught:
             Vqa(LABELS, **settings)  # type: ignore[arg-type]
         assert caught.value.where == f"model.task.{where}"
