@@ -10,7 +10,7 @@ from test_judged import same
 from toy_examples import LABELS, example_batch, matters, take_examples
 from toys import WIDTH, toy_backbone
 
-from maskvlm.classification import Classification, fuse_pictures
+from maskvlm.classification import Classification, meet
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.distributed import Draw
 from maskvlm.errors import UserError
@@ -39,7 +39,7 @@ def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
     """Each example and picture by itself, its text without padding, through the backbone's own parts."""
     backbone, task = build(pictures)
     batch = noise(4, pictures)
-    fused_BX = fuse_pictures(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT)
+    fused_BX = meet(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT).fused_BX
     assert fused_BX.shape == (4, pictures * 3 * WIDTH)
     for row in range(4):
         token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
@@ -69,9 +69,9 @@ def pretrained(seed: int = 3, dim: int = 8, **settings: Any) -> tuple[MaskVLM, M
 
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("dim", [8, 256])
-def test_the_head_reads_what_pre_training_says_of_each_picture_and_the_text(pictures: int, dim: int) -> None:
+def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_picture_with_it(pictures: int, dim: int) -> None:
     backbone, before = pretrained(dim=dim)
-    task = Classification(LABELS, pictures, scores=True)
+    task = Classification(LABELS, pictures, reads="scores")
     task.build(backbone)
     task.reseed(Draw(7, 0, "cpu"))
     inherited = task.inherit(before.state_dict())
@@ -81,13 +81,14 @@ def test_the_head_reads_what_pre_training_says_of_each_picture_and_the_text(pict
     task.head.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
     task.logits(backbone, batch, task.uniform)
     text_BTD = backbone.text(batch.token_BT, batch.attention_BT)
-    parts = []
+    rows = zip(text_BTD, batch.attention_BT.sum(1).tolist(), strict=True)
+    parts = [text_BTD[:, 0], torch.stack([text_TD[:length].mean(0) for text_TD, length in rows])]
     for place in range(pictures):
         image_BLD = backbone.image(batch.image_BPCHW[:, place])
         fused = backbone.fuse(image_BLD, text_BTD, batch.attention_BT)
         cosine_B = (before.projection.embed_image(image_BLD) * before.projection.embed_text(text_BTD)).sum(1)
         p_B = before.matching(fused.product_MD).softmax(1)[:, 1]
-        parts += [fused.joined_MX, torch.stack([cosine_B * before.projection.scale, p_B.logit()], 1)]
+        parts += [torch.stack([cosine_B * before.projection.scale, p_B.logit()], 1)]
     torch.testing.assert_close(read[0], torch.cat(parts, 1), atol=1e-4, rtol=1e-4)
     task(backbone, batch)["classification"].backward()
     assert all(parameter.grad is not None for parameter in task.parameters())
@@ -95,9 +96,11 @@ def test_the_head_reads_what_pre_training_says_of_each_picture_and_the_text(pict
 
 def test_scores_need_the_heads_of_pre_training() -> None:
     backbone, before = pretrained(weight_itm=0.0)
-    task = Classification(LABELS, scores=True)
+    task = Classification(LABELS, reads="scores")
     task.build(backbone)
-    with pytest.raises(UserError, match=r"model.task.scores: the checkpoint holds no matching\.classify\.weight"):
+    with pytest.raises(
+        UserError, match=r"model.task.reads: scores, but the checkpoint holds no matching\.classify\.weight"
+    ):
         task.inherit(before.state_dict())
 
 
@@ -211,7 +214,7 @@ def test_right_is_the_first_answer_word_for_word() -> None:
 def test_levels_card_and_settings() -> None:
     task = Classification(LABELS, pictures=2, blind=True)
     assert task.floors(8) == pytest.approx({"classification": math.log(3)})
-    assert task.card() == {"labels": 3, "pictures": 2, "blind": True, "scores": False}
+    assert task.card() == {"labels": 3, "pictures": 2, "blind": True, "reads": "fused"}
     assert task.files() == {}
     _, task = build(2, hidden=7)
     shapes = [tuple(value.shape) for value in task.head.state_dict().values() if value.ndim == 2]

@@ -557,11 +557,11 @@ def test_a_task_brings_its_verb(kind: str, verb: str, pictures: int, settings: d
         assert set(single.likeliest) == set(LABELS)
     if kind in ("nlvr", "entailment"):
         image, text = inputs(backbone, columns[0], [TEXTS[0]])
-        from maskvlm.classification import fuse_pictures
+        from maskvlm.classification import meet
 
         with torch.no_grad():
-            fused = fuse_pictures(backbone, image[None], text.token_CT, text.attention_CT)
-            wanted = task.head(fused).softmax(1)[0]  # type: ignore[operator]
+            met = meet(backbone, image[None], text.token_CT, text.attention_CT)
+            wanted = task.head(met.fused_BX).softmax(1)[0]  # type: ignore[operator]
         close([single.likeliest[label] for label in LABELS], wanted)
     with pytest.raises(UserError, match=f"{verb}: 1 inputs"):
         getattr(model, verb)(TEXTS[0])

@@ -4,8 +4,8 @@ whatever asks a text about one picture or several.
 Shapes: B examples, P pictures an example, L image positions, T tokens, D width, K labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from maskvlm.task import Task
 EVAL_SEED = 20230502
 SHOWN = 5  # labels of a decision
 SCORING = ("projection.", "matching.")  # heads of pre-training
+Reads = Literal["fused", "scores"]
 
 
 class Decision(NamedTuple):
@@ -34,6 +35,20 @@ class Decision(NamedTuple):
     answer: str
     probability: float
     likeliest: dict[str, float]
+
+
+class Met(NamedTuple):
+    """Pictures and texts, and what is fused of them. X = B * P: the pictures of an example follow each other."""
+
+    image_XLD: Tensor
+    text_BTD: Tensor
+    attention_BT: Tensor
+    fused_X: Fused
+
+    @property
+    def fused_BX(self) -> Tensor:
+        """The P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R)."""
+        return self.fused_X.joined_MX.unflatten(0, (len(self.text_BTD), -1)).flatten(1)
 
 
 class Classification(Task):
@@ -48,15 +63,16 @@ class Classification(Task):
         hidden: between the two layers; None takes the backbone's width.
         dropout: in the head, 0 to 1.
         blind: the control: noise in the place of every picture.
-        scores: the head also reads, of each picture with the text, contrast's logit and matching's log-odds (C), by the
-            heads that the checkpoint was pre-trained with, which are trained on. That text and picture agree is hard
-            to find in the fused vectors with a few thousand examples; here it is one number.
+        reads: what the head reads: `fused` vectors (P), or `scores` (C): of the text its class token and the mean of
+            its tokens, unfused, and of each picture contrast's logit and matching's log-odds, by the heads that the
+            checkpoint was pre-trained with, which are trained on. Of a few hundred photos fused vectors are soon
+            learned by heart; two numbers cannot be.
 
     Attributes:
         name: prefix of the metrics.
 
     Raises:
-        UserError: no labels, a share outside [0, 1], or scores without the heads of pre-training.
+        UserError: no labels, a share outside [0, 1], or `scores` without the heads of pre-training.
     """
 
     name = "classification"
@@ -68,7 +84,7 @@ class Classification(Task):
         hidden: int | None = None,
         dropout: float = 0.0,
         blind: bool = False,
-        scores: bool = False,
+        reads: Reads = "fused",
     ) -> None:
         super().__init__()
         if labels is None:
@@ -78,15 +94,15 @@ class Classification(Task):
         if not 0 <= dropout <= 1:
             raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
         self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
-        self.blind, self.scores = Blind() if blind else None, scores
+        self.blind, self.reads = Blind() if blind else None, reads
         self.judgements = Judgements()
 
     def build(self, backbone: MaskVLM) -> None:
         width = backbone.width
-        read = self.pictures * (3 * width + (2 if self.scores else 0))
+        read = 3 * width * self.pictures if self.reads == "fused" else 2 * width + 2 * self.pictures
         self.head = Classifier(read, self.hidden or width, len(self.labels), self.dropout)
         init_xavier(self.head)
-        if self.scores:
+        if self.reads == "scores":
             self.matching = Matching(width)
             init_normal(self.matching)
             self._project(width)
@@ -98,11 +114,11 @@ class Classification(Task):
 
     def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width."""
-        if self.scores:
+        if self.reads == "scores":
             missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
             if missing:
-                what = f"the checkpoint holds no {missing[0]}, and no other score of text and picture then"
-                raise UserError("model.task.scores", what, "Set it to false, or start from pre-training")
+                what = f"scores, but the checkpoint holds no {missing[0]}"
+                raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
             self._project(self.projection.image.in_features, len(heads["projection.image.weight"]))
         return super().inherit(heads)
 
@@ -125,14 +141,18 @@ class Classification(Task):
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
-        score = self.score if self.scores else None
-        return self.head(fuse_pictures(backbone, image, batch.token_BT, batch.attention_BT, row_B, score))
+        met = meet(backbone, image, batch.token_BT, batch.attention_BT, row_B)
+        return self.head(met.fused_BX if self.reads == "fused" else self.scores(met))
 
-    def score(self, image_XLD: Tensor, text_XTD: Tensor, fused: Fused) -> Tensor:
-        """Contrast's logit and matching's log-odds of each picture with its text, [X, 2], float32."""
-        vectors = self.projection.embed_image(image_XLD), self.projection.embed_text(text_XTD)
-        unlike_X, like_X = self.matching(fused.product_MD).float().unbind(1)
-        return torch.stack([(vectors[0] * vectors[1]).sum(1) * self.projection.scale, like_X - unlike_X], 1)
+    def scores(self, met: Met) -> Tensor:
+        """The text's class token and mean token, then two numbers of each picture, [B, 2 * D + 2 * P]."""
+        text_BTD, there_BT1 = met.text_BTD, met.attention_BT[..., None]
+        mean_BD = (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
+        image_XE, text_BE = self.projection.embed_image(met.image_XLD), self.projection.embed_text(text_BTD)
+        cosine_BP = (image_XE.unflatten(0, (len(text_BE), -1)) * text_BE[:, None]).sum(2)
+        unlike_X, like_X = self.matching(met.fused_X.product_MD).float().unbind(1)
+        scores_BP2 = torch.stack([cosine_BP * self.projection.scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
+        return torch.cat([text_BTD[:, 0], mean_BD, scores_BP2.flatten(1)], 1)
 
     @torch.no_grad()
     def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
@@ -176,7 +196,7 @@ class Classification(Task):
             "labels": len(self.labels),
             "pictures": self.pictures,
             "blind": self.blind is not None,
-            "scores": self.scores,
+            "reads": self.reads,
         }
 
     def floors(self, batch_size: int) -> dict[str, float]:
@@ -202,20 +222,13 @@ def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) 
     return found
 
 
-def fuse_pictures(
-    backbone: MaskVLM,
-    image_BPCHW: Tensor,
-    token_BT: Tensor,
-    attention_BT: Tensor,
-    row_B: Tensor | None = None,
-    score: Callable[[Tensor, Tensor, Fused], Tensor] | None = None,
-) -> Tensor:
-    """One pass a picture with the same text; the P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R).
+def meet(
+    backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor, row_B: Tensor | None = None
+) -> Met:
+    """One pass of each picture with the same text.
 
     Args:
         row_B: place of each example in the training split, -1 of none, for features that are kept; None keeps none.
-        score: gives S more numbers of each picture with its text, [B * P, S], from the features of both and what is
-            fused of them; they follow the picture's fused vector.
     """
     pictures = image_BPCHW.shape[1]
     row_X = None
@@ -224,9 +237,5 @@ def fuse_pictures(
         row_X = row_BP.masked_fill(row_B[:, None] < 0, -1).flatten()
     image_XLD = backbone.image(image_BPCHW.flatten(0, 1), None, row_X)
     text_BTD = backbone.text(token_BT, attention_BT)
-    text_XTD = text_BTD.repeat_interleave(pictures, 0)
-    fused = backbone.fuse(image_XLD, text_XTD, attention_BT.repeat_interleave(pictures, 0))
-    read_XF = fused.joined_MX
-    if score is not None:
-        read_XF = torch.cat([read_XF, score(image_XLD, text_XTD, fused)], 1)
-    return read_XF.unflatten(0, (-1, pictures)).flatten(1)
+    text_XTD, attention_XT = (part.repeat_interleave(pictures, 0) for part in (text_BTD, attention_BT))
+    return Met(image_XLD, text_BTD, attention_BT, backbone.fuse(image_XLD, text_XTD, attention_XT))

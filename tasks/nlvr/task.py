@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from maskvlm.classification import Classification, decide
+from maskvlm.classification import Classification, Reads, decide
 from maskvlm.judged import Judged
 from maskvlm.verbs import Verb
 
@@ -22,9 +22,9 @@ class Nlvr(Classification):
         hidden: int | None = None,
         dropout: float = 0.0,
         blind: bool = False,
-        scores: bool = False,
+        reads: Reads = "fused",
     ) -> None:
-        super().__init__(labels, pictures, hidden, dropout, blind, scores)
+        super().__init__(labels, pictures, hidden, dropout, blind, reads)
         told = f"whether a sentence is true of {pictures} pictures"
         self.verbs = {"compare": Verb(decide, pictures, "sentence", told)}
 

@@ -18,7 +18,7 @@ from maskvlm.classification import EVAL_SEED, Classification, Decision, decide, 
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
 from maskvlm.distributed import Draw, shared_count
-from maskvlm.errors import UserError, check_least
+from maskvlm.errors import check_least
 from maskvlm.judged import Judged
 from maskvlm.masking import Uniform
 from maskvlm.model import MaskVLM
@@ -37,7 +37,7 @@ class Vqa(Classification):
             whatever is likeliest word by word.
         candidates: answers with the likeliest first word that `rank` compares whole (128, C).
         answer_length: longest answer in tokens, start and end included.
-        hidden, dropout, blind, scores: as `Classification`; scores for `classify` alone.
+        hidden, dropout, blind: as `Classification`.
     """
 
     name = "vqa"
@@ -53,12 +53,8 @@ class Vqa(Classification):
         hidden: int | None = None,
         dropout: float = 0.0,
         blind: bool = False,
-        scores: bool = False,
     ) -> None:
-        super().__init__(labels, 1, hidden, dropout, blind, scores)
-        if scores and head == "generate":
-            what = "the generative head reads no scores"
-            raise UserError("model.task.scores", what, "Set it to false, or model.task.head to classify")
+        super().__init__(labels, 1, hidden, dropout, blind)
         check_least(1, model__task__candidates=candidates)
         check_least(3, model__task__answer_length=answer_length)
         self.generates, self.decode = head == "generate", decode

@@ -375,7 +375,7 @@ def test_the_servers_file_is_for_its_own_numbers(ids: list[str], there: bool) ->
 
 
 def test_cards_and_settings() -> None:
-    shared = {"labels": 3, "pictures": 1, "blind": False, "scores": False}
+    shared = {"labels": 3, "pictures": 1, "blind": False, "reads": "fused"}
     assert Vqa(LABELS).card() == shared | {"head": "generate", "decode": "rank", "candidates": 3}
     assert Vqa(LABELS, decode="free", candidates=2).card() == shared | {
         "head": "generate", "decode": "free", "candidates": 2,
