@@ -91,7 +91,11 @@ def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_picture_wit
         parts += [torch.stack([cosine_B * before.projection.scale, p_B.logit()], 1)]
     torch.testing.assert_close(read[0], torch.cat(parts, 1), atol=1e-4, rtol=1e-4)
     task(backbone, batch)["classification"].backward()
-    assert all(parameter.grad is not None for parameter in task.parameters())
+    assert {name.partition(".")[0] for name, parameter in task.named_parameters() if parameter.grad is not None} == {
+        "head"
+    }
+    for part in (backbone.text, backbone.cross_image, backbone.cross_text):
+        assert all(parameter.grad is not None for parameter in part.parameters())
 
 
 def test_scores_need_the_heads_of_pre_training() -> None:

@@ -64,9 +64,9 @@ class Classification(Task):
         dropout: in the head, 0 to 1.
         blind: the control: noise in the place of every picture.
         reads: what the head reads: `fused` vectors (P), or `scores` (C): of the text its class token and the mean of
-            its tokens, unfused, and of each picture contrast's logit and matching's log-odds, by the heads that the
-            checkpoint was pre-trained with, which are trained on. Of a few hundred photos fused vectors are soon
-            learned by heart; two numbers cannot be.
+            its tokens, unfused, and of each picture contrast's logit and matching's log-odds, by the heads of
+            pre-training, which are not trained on. Of a few hundred photos fused vectors are soon learned by heart;
+            two numbers cannot be.
 
     Attributes:
         name: prefix of the metrics.
@@ -105,12 +105,14 @@ class Classification(Task):
         if self.reads == "scores":
             self.matching = Matching(width)
             init_normal(self.matching)
+            self.matching.requires_grad_(False)
             self._project(width)
         backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
 
     def _project(self, width: int, dim: int = 256) -> None:
         self.projection = Projection(width, width, dim)
         init_xavier(self.projection)
+        self.projection.requires_grad_(False)
 
     def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width."""
