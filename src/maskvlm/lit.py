@@ -90,8 +90,10 @@ class LitModel(L.LightningModule):
     def _inherit(self) -> set[str]:
         """Heads of the checkpoint that the backbone starts from, unless they decide among other labels."""
         origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
-        if origin is None or (origin.labels is not None and labels is not None and origin.labels != tuple(labels)):
+        if origin is None:
             return set()
+        if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
+            return self.task.inherit({})
         self.backbone.origin = origin._replace(heads={})
         return self.task.inherit(origin.heads)
 
