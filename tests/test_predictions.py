@@ -108,7 +108,7 @@ def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], 
     assert card["pictures of the split seen in training"] == 8  # numbers 12 to 15, two pictures each
     assert (card["resolution"], card["text length"]) == (32, 24)
     assert card["tokenizer"] == tokenizer_hash(model.backbone.text.tokenizer)
-    assert card["settings"] == {"labels": 3, "pictures": 2, "blind": False}
+    assert card["settings"] == {"labels": 3, "pictures": 2, "blind": False, "reads": "fused"}
     assert card["metrics"]["nlvr/accuracy"] == model.metrics["nlvr/accuracy"]
     assert (card["precision"], card["processes"]) == ("32-true", 1)
     assert card["versions"]["packages"]["torch"]
