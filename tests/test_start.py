@@ -275,7 +275,7 @@ def test_labels_that_a_checkpoint_does_not_know_are_named(tuned: Path, tmp_path:
 
 
 def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pretrained: Path) -> None:
-    with pytest.raises(UserError, match="model.task.reads: scores, but the checkpoint holds no "):
+    with pytest.raises(UserError, match=r"model.task.reads: scores, but the checkpoint holds no "):
         LitModel(bare_backbone(tuned), Entailment(("red", "green", "blue", "grey"), reads="scores"))
     heads = LitModel(bare_backbone(pretrained), Entailment(LABELS, reads="scores")).inherited
     assert {name.partition(".")[0] for name in heads} == {"projection", "matching"}
