@@ -77,7 +77,7 @@ def cell(values: list[float]) -> str:
 
 
 def worth(full: list[Run], blind: list[Run]) -> str:
-    """What the picture adds, in points: mean of all seeds, its interval, and the range of the seeds."""
+    """What the picture adds, in points: mean of all seeds and its interval, then seed by seed."""
     examples = sorted(full[0].right)
     with_N, without_N = (np.array([[each.right[key] for key in examples] for each in runs]) for runs in (full, blind))
     difference_N = 100 * (with_N.mean(0) - without_N.mean(0))
