@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +405,19 @@ def test_the_cause_is_told_once_by_whoever_failed_first(
     assert report(RuntimeError("Connection closed by peer"), tmp_path) == ExitCode.OUR_BUG
     assert capsys.readouterr().err == "[rank 0] see rank 1\n"
     assert (tmp_path / FIRST).exists()
+
+
+def test_who_failed_first_is_known_while_the_file_is_still_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other process has created the file and not yet written its number: this one must not take it for its own."""
+    (tmp_path / FIRST).touch()
+    monkeypatch.setenv("RANK", "0")
+    other = threading.Timer(0.2, (tmp_path / FIRST).write_text, ["1 65\n"])
+    other.start()
+    report(UserError("data", "broken", "Mend it", ExitCode.BAD_DATA), tmp_path)
+    other.join()
+    assert capsys.readouterr().err == "[rank 0] see rank 1\n"
 
 
 def test_an_error_reads_as_one_line_whatever_it_holds() -> None:

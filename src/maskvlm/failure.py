@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -134,10 +135,19 @@ def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
             file.write(f"{rank} {int(code)}\n")
         return rank
     except FileExistsError:
-        words = (folder / FIRST).read_text().split()
+        words = _written(folder / FIRST).split()
         return int(words[0]) if words else 0
     except OSError:
         return rank
+
+
+def _written(path: Path, most: float = 2.0) -> str:
+    """The file's text. Between its creation and its text there is a moment in which it is empty: wait for it, at most
+    `most` seconds (its writer may have been killed just then)."""
+    end = time.monotonic() + most
+    while not (text := path.read_text()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return text
 
 
 def failed_first(folder: Path | None) -> tuple[str, int]:
