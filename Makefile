@@ -58,7 +58,7 @@ stack = $(addprefix -c ,$(files)) $(data-place)$(if $(ENCODERS), $(encoders))
 # Pre-training that goes on from a checkpoint, on other data: the model is the checkpoint's, MODEL names the recipe.
 pretrain-stack = $(if $(FROM),--from $(FROM) $(addprefix -c ,$(filter-out conf/model/%,$(files))) $(data-place) $(aligned),$(stack))
 # A checkpoint's encoders speak of the same things already: its cross encoders wait for nothing.
-aligned = --model.task.contrast_first 0
+aligned = --model.task.contrast_first 0 --model.task.freeze_aligned false
 # ENCODERS is a folder with one folder for each encoder of MODEL; the text encoder's is the one with a tokenizer.
 encoders = $(if $(ENCODERS),--model.backbone.image.weights '$(or $(image-weights),$(no-encoders))' --model.backbone.text.name '$(or $(text-folder),$(no-encoders))')
 text-folder = $(patsubst %/,%,$(firstword $(dir $(wildcard $(foreach file,tokenizer.json vocab.txt vocab.json,$(ENCODERS)/*/$(file))))))

@@ -200,7 +200,8 @@ def test_pretraining_goes_on_from_a_checkpoint_whose_model_it_keeps() -> None:
     words = ("MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x")
     files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu")
     stack = " ".join(f"-c conf/{name}.yaml" for name in files)
-    expected = f"python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt {stack} --model.task.contrast_first 0"
+    aligned = "--model.task.contrast_first 0 --model.task.freeze_aligned false"
+    expected = f"python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt {stack} {aligned}"
     assert make("-n", "pretrain", *words).stdout.split() == expected.split()
 
 

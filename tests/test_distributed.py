@@ -91,7 +91,7 @@ def backward(step: Step, batch: Any) -> dict[str, Any]:
         terms = module(batch)
         sum(terms.values()).backward()
     mean = {name: sum(gather(term.detach()[None])) / world_size() for name, term in terms.items()}
-    grads = {name: p.grad for name, p in step.named_parameters() if p.requires_grad}
+    grads = {name: p.new_zeros(p.shape) if p.grad is None else p.grad for name, p in step.named_parameters()}
     buffers = {name: value for name, value in step.task.named_buffers() if name.startswith("blind.")}
     return {"terms": mean, "gradients": grads, "buffers": buffers}
 
@@ -192,6 +192,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "contrast alone": {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
     "texts masked twice": {"text_draws": 2},
+    "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},
 }
 
 

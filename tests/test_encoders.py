@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
-from maskvlm.encoders import MANY, ImageEncoder, TextEncoder
+from maskvlm.encoders import MANY, ImageEncoder, TextEncoder, standing_still
 from maskvlm.errors import UserError
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -117,6 +117,75 @@ def test_the_mask_token_learns_only_where_something_is_masked() -> None:
     encoder(pictures(), mask_BN)[:, :, 0].sum().backward()
     assert encoder.mask_token.grad is not None
     assert encoder.mask_token.grad.abs().sum() > 0
+
+
+def ragged_mask() -> Tensor:
+    """Three images of 16 patches: three of them visible, none, and ten."""
+    mask_BN = torch.ones(3, 16, dtype=torch.bool)
+    mask_BN[0, [0, 7, 9]] = False
+    mask_BN[2, 3:13] = False
+    return mask_BN
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "deit3_small_patch16_224"])
+@pytest.mark.parametrize("visible", [None, 12])
+def test_patches_that_are_left_out_are_not_there(name: str, visible: int | None) -> None:
+    """Each image's visible patches alone through the ViT, and the mask token in the places of the others."""
+    encoder = image_encoder(name, config={"patch_size": 16}, masked_patches="left_out")
+    encoder.adapt(24)
+    mask_BN, vit = ragged_mask(), encoder.vit
+    with torch.no_grad():
+        found_BLD = encoder(pictures(3), mask_BN, None, visible)
+        for image, mask_N, found_LD in zip(pictures(3), mask_BN, found_BLD, strict=True):
+            hidden_1LD = vit._pos_embed(vit.patch_embed(image[None]))
+            first = vit.num_prefix_tokens
+            seen_1LD = torch.cat([hidden_1LD[:, :first], hidden_1LD[:, first:][:, ~mask_N]], 1)
+            out_LD = encoder.adapter(vit.norm(vit.blocks(vit.norm_pre(seen_1LD))))[0]
+            expected_LD = encoder.adapter(encoder.mask_token[0]).repeat(17, 1)
+            expected_LD[0] = out_LD[0]
+            expected_LD[1:][~mask_N] = out_LD[first:]
+            torch.testing.assert_close(found_LD, expected_LD, atol=1e-5, rtol=0)
+
+
+def test_whole_images_in_front_of_those_with_patches_left_out() -> None:
+    encoder = image_encoder(masked_patches="left_out")
+    usual = image_encoder()
+    usual.load_state_dict(encoder.state_dict())
+    mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
+    with torch.no_grad():
+        both_BLD = encoder(pictures(5), mask_BN, torch.arange(2))
+        torch.testing.assert_close(both_BLD[:2], usual(pictures(5)[:2]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(both_BLD[2:], encoder(pictures(5)[2:], mask_BN[2:]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoder(pictures(2)), usual(pictures(2)))
+        torch.testing.assert_close(encoder(pictures(2), mask_BN[:2]), usual(pictures(2)), atol=1e-6, rtol=0)
+
+
+def test_the_mask_token_behind_a_frozen_tower_learns() -> None:
+    encoder = image_encoder(masked_patches="left_out", frozen="all").train()
+    encoder(pictures(3), ragged_mask()).square().sum().backward()
+    assert encoder.mask_token.grad is not None
+    assert encoder.mask_token.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in encoder.vit.parameters())
+
+
+def test_patches_can_be_left_out_of_a_plain_vit_alone() -> None:
+    with pytest.raises(UserError, match=r"model\.backbone\.image\.masked_patches: .*eva02"):
+        image_encoder("eva02_tiny_patch14_224", config={"patch_size": 16}, masked_patches="left_out")
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_an_encoder_that_stands_still_gives_the_same_and_learns_nothing(left_out: bool) -> None:
+    image = image_encoder(masked_patches="left_out" if left_out else "token").train()
+    text = text_encoder().train()
+    text.set_tokenizer(train_tokenizer(CAPTIONS, 50))
+    token_BT, attention_BT = torch.randint(5, 50, (3, 7)), torch.ones(3, 7, dtype=torch.bool)
+    expected = image(pictures(3), ragged_mask()), text(token_BT, attention_BT)
+    with standing_still((image, text), True):
+        still = image(pictures(3), ragged_mask()), text(token_BT, attention_BT)
+    for one, other in zip(still, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert [part.requires_grad for part in still] == [left_out, False]  # the mask token's place
+    assert image(pictures(3)).requires_grad
 
 
 def test_what_the_data_module_must_know() -> None:

@@ -37,7 +37,7 @@ def words(
 
 def assert_positions(mask: Tensor, found: PatchMask | TokenMask) -> None:
     """index, weight: each hidden position once with weight 1, the rest visible with weight 0."""
-    _, _, index, weight = found if isinstance(found, TokenMask) else (None, *found)
+    index, weight = (found.index_CK, found.weight_CK) if isinstance(found, TokenMask) else found[1:3]
     for row, places, weights in zip(mask, index, weight, strict=True):
         assert sorted(places[weights == 1].tolist()) == row.nonzero().flatten().tolist()
         assert not row[places[weights == 0]].any()
@@ -94,10 +94,28 @@ def test_patch_masks_for_every_grid(
     assert_positions(found.mask_BN, found)
     assert not found.mask_BN[~valid_B].any()
     rows, cols = -(-grid[0] // block), -(-grid[1] // block)
+    most = max([int((~mask_N).sum()) for mask_N in found.mask_BN[valid_B]], default=0)
+    assert most <= (found.visible or 0) <= grid[0] * grid[1]
+    if grid[0] % block == grid[1] % block == 0:
+        assert most == found.visible or not valid_B.any()
     for mask_N in found.mask_BN[valid_B]:
         blocks = [part for strip in mask_N.view(grid).split(block, 0) for part in strip.split(block, 1)]
         assert all(part.all() or not part.any() for part in blocks)
         assert sum(bool(part.any()) for part in blocks) == count_masked(rows * cols, ratio)
+
+
+@given(st.integers(1, 12), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**31))
+def test_some_images_are_hidden_as_a_whole(rows: int, ratio: float, seed: int) -> None:
+    """The others as without; which ones follows from one number each, drawn after those of the blocks."""
+    valid_B = torch.arange(rows) != 3
+    found = mask_patches(valid_B, (5, 5), 2, ratio, Noise(seed), mask_all=0.4)
+    noise = Noise(seed)
+    usual = mask_patches(valid_B, (5, 5), 2, ratio, noise)
+    whole_B = (noise(rows) < 0.4) & valid_B
+    assert found.mask_BN[whole_B].all()
+    assert torch.equal(found.mask_BN[~whole_B], usual.mask_BN[~whole_B])
+    assert found.visible == usual.visible
+    assert_positions(found.mask_BN, found)
 
 
 def test_no_patch_at_ratio_zero_and_every_patch_at_ratio_one() -> None:

@@ -274,7 +274,7 @@ def telling_world() -> tuple[Any, Any, Batch]:
         index_B=torch.arange(4),
     )
     backbone = SimpleNamespace(
-        image=lambda image, mask=None: F.one_hot(image[:, 0, 0, 0].long(), 12).float()[:, None].expand(-1, 17, -1),
+        image=lambda image, *_: F.one_hot(image[:, 0, 0, 0].long(), 12).float()[:, None].expand(-1, 17, -1),
         text=lambda token, attention: F.one_hot(token[:, 1], 12).float()[:, None].expand(-1, token.shape[1], -1),
         cross_text=Teller(),
         cross_image=Teller(),

@@ -299,12 +299,57 @@ def test_after_that_all_losses_are_those_of_a_step_without() -> None:
 
 def test_what_waits_for_contrast() -> None:
     backbone, task = build(contrast_first=0.25)
-    share, late = task.late(backbone)
+    share, late, _ = task.late(backbone)
     assert share == 0.25
     modules = (backbone.cross_image, backbone.cross_text, task.matching, task.tokens, task.pixels)
     assert {id(p) for p in late} == {id(p) for module in modules for p in module.parameters()}
+    assert not task.late(backbone).others_stop
     _, task = build()
-    assert task.late(backbone) == (0.0, [])
+    assert task.late(backbone) == (0.0, (), False)
+
+
+@pytest.mark.parametrize("captions", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"negative_queue": 8}, {"mask_both": True}], ids=str)
+def test_what_is_aligned_may_stand_still(settings: dict[str, Any], captions: int) -> None:
+    """Each loss's value as without, and the gradients of what learns then; encoders and contrast get none."""
+    found = {}
+    for still in (False, True):
+        backbone, task = build(contrast_first=0.5, freeze_aligned=still, **settings)
+        task.done = 0.5
+        batch = pad_text(toy_batch(8, captions=captions), LENGTH, 1)
+        task.reseed(Draw(7, 0, "cpu"))
+        terms = task(backbone, batch)
+        total(task, terms).backward()
+        found[still] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
+    torch.testing.assert_close(found[True][0], found[False][0])
+    late = {id(parameter) for parameter in task.late(backbone).parameters}
+    modules = enumerate((backbone, task))
+    names = {f"{at}.{name}" for at, part in modules for name, p in part.named_parameters() if id(p) in late}
+    assert set(found[True][1]) == names
+    for name in names:
+        torch.testing.assert_close(found[True][1][name], found[False][1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_until_then_contrast_learns_as_without() -> None:
+    terms, grads = [], []
+    for still in (False, True):
+        backbone, task = build(contrast_first=0.5, freeze_aligned=still)
+        task.done = 0.4
+        terms.append(task(backbone, eventful_batch())["itc"])
+        terms[-1].backward()
+        grads.append(gradients(backbone, task))
+    torch.testing.assert_close(terms[0], terms[1])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_mask_token_behind_the_encoder_waits_for_contrast_too() -> None:
+    backbone, task = build(contrast_first=0.25, freeze_aligned=True)
+    assert task.late(backbone).others_stop
+    late = {id(parameter) for parameter in task.late(backbone).parameters}
+    assert id(backbone.image.mask_token) not in late
+    backbone.image.left_out = True
+    late_now = {id(parameter) for parameter in task.late(backbone).parameters}
+    assert late_now - late == {id(backbone.image.mask_token)}
 
 
 # ---------------------------------------------------------------------- a share of the images is masked
@@ -322,6 +367,15 @@ def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
     of_first = losses_of(take(batch, torch.arange(4)))
     assert some[3] == pytest.approx(of_first[3], rel=1e-5)
     assert some[3] != pytest.approx(all_of_them[3], rel=1e-3)
+
+
+def test_some_of_them_as_a_whole_in_training_alone() -> None:
+    backbone, task = build(image_mask_all=1.0)
+    task(backbone, eventful_batch())
+    assert task.hidden.patch is not None
+    assert torch.equal(task.hidden.patch.mask_BN.all(1), eventful_batch().valid_B)
+    task.measure.update(task, backbone, eventful_batch())
+    assert not task.hidden.patch.mask_BN.all(1).any()
 
 
 # ---------------------------------------------------------------------- edges
@@ -538,6 +592,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
     ("settings", "message"),
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
+        ({"image_mask_all": -0.1}, "model.task.image_mask_all: -0.1"),
         ({"text_draws": 0}, "model.task.text_draws: 0"),
         ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),
         ({"text_mask_most": 1.0}, "model.task.text_mask_most: it is of the second and further maskings"),
@@ -547,6 +602,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
         ({"image_draws": 0.5, "mask_both": True}, "model.task.image_draws: mask_both masks every image"),
         ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is no share below 1"),
         ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
+        ({"freeze_aligned": True}, "model.task.freeze_aligned: nothing is aligned first: contrast_first is 0"),
         (
             {"matching_trains_encoders": False, "weight_itc": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
             "model.task.matching_trains_encoders: no other loss trains the encoders",

@@ -2,6 +2,7 @@
 that are the same for any number of processes. Without a process group every function is the identity."""
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,16 @@ def shared_count(count: Tensor) -> Tensor:
     total = count.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def without_gradient(compute: Callable[[], Tensor]) -> Tensor:
+    """The same value, of which nothing is learned. Of several processes each parameter must still get a gradient, one
+    of zeros: the others wait for it (DDP)."""
+    if world_size() == 1:
+        with torch.no_grad():
+            return compute()
+    value = compute()
+    return value.detach() + 0.0 * value
 
 
 def cores() -> int:

@@ -8,6 +8,8 @@ D width.
 """
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,10 +19,12 @@ from timm.data.constants import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import tokenizer_hash
+from maskvlm.distributed import without_gradient
 from maskvlm.errors import ExitCode, UserError
 from maskvlm.features import Frozen, FrozenTower, KeptFeatures
 from maskvlm.huggingface import (
@@ -48,7 +52,12 @@ MANY, GROUPS = 16, 4  # from so many texts on, a CPU takes them in so many group
 
 
 class Encoder(nn.Module):
-    """What the two have in common: whether their weights are in place, and the width that they give."""
+    """What the two have in common: whether their weights are in place, and the width that they give.
+
+    Attributes:
+        width: D.
+        still: nothing is learned now; for a part of a run, see `standing_still`.
+    """
 
     width: int
 
@@ -57,6 +66,7 @@ class Encoder(nn.Module):
         self.random_init = random_init
         self.ready = random_init
         self.adapter: nn.Module = nn.Identity()
+        self.still = False
         self.register_load_state_dict_post_hook(_mark_ready)
 
     def _check_ready(self) -> None:
@@ -64,11 +74,28 @@ class Encoder(nn.Module):
             what = f"the weights of {type(self).__name__} are not loaded"
             raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
 
+    def _learned(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, without gradient while the encoder stands still."""
+        return without_gradient(compute) if self.still else compute()
+
     def adapt(self, width: int) -> None:
         """Give features of this width from now on, by one linear layer where the encoder has another."""
         if width != self.width:
             self.adapter, self.width = nn.Linear(self.width, width), width
             init_xavier(self.adapter)
+
+
+@contextmanager
+def standing_still(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
+    """In which, if `on`, nothing of these encoders is learned; they give the same features."""
+    encoders = list(encoders)
+    for encoder in encoders:
+        encoder.still = on
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.still = False
 
 
 def _mark_ready(module: nn.Module, _: Any) -> None:
@@ -90,7 +117,10 @@ class ImageEncoder(Encoder):
         drop_path: rate of stochastic depth.
         checkpointing: recompute activations in the backward pass.
         frozen: the first so many blocks, and patches and positions before them, are not trained; `all`: the whole ViT.
-            The mask token is not trained then: it is what the ViT makes of a patch of the mean colour.
+            A mask token in the ViT is not trained then: it is what the ViT makes of a patch of the mean colour.
+        masked_patches: what the ViT sees of masked patches. token: the mask token in their places (P). left_out:
+            nothing; it sees the others alone, and behind it the mask token stands in their places (MAE's way, He et al.
+            2022): the more is masked, the cheaper. Where they are is told by `query_positions` alone.
         kept_features: a folder where outputs of the frozen blocks are kept: each training image passes through them
             once; only without augmentation.
 
@@ -101,7 +131,7 @@ class ImageEncoder(Encoder):
 
     Raises:
         UserError: no such model, no class token, an image_size that does not hold whole patches, weights beside
-            random_init, or as `FrozenTower`.
+            random_init, a ViT of whose patches none can be left out, or as `FrozenTower`.
     """
 
     def __init__(
@@ -116,6 +146,7 @@ class ImageEncoder(Encoder):
         checkpointing: bool = False,
         frozen: Frozen = 0,
         kept_features: str | None = None,
+        masked_patches: Literal["token", "left_out"] = "token",
     ) -> None:
         super().__init__(random_init)
         if random_init and weights is not None:
@@ -140,7 +171,11 @@ class ImageEncoder(Encoder):
         self.vit.patch_embed.register_forward_hook(self._hide)
         self.vit.set_grad_checkpointing(checkpointing)
         self.tower, self.kept_features = FrozenTower(self.vit, frozen, kept_features), kept_features
-        self.mask_token.requires_grad_(not self.tower)
+        self.left_out = masked_patches == "left_out"
+        if self.left_out and type(self.vit) is not VisionTransformer:
+            what = f"patches can be left out of a plain ViT alone, which {name} is not"
+            raise UserError("model.backbone.image.masked_patches", what, "Set it to token")
+        self.mask_token.requires_grad_(self.left_out or not self.tower)
 
     def _check_size(self) -> None:
         if self.image_size % self.patch_size or self.vit.patch_embed.patch_size[1] != self.patch_size:
@@ -148,22 +183,72 @@ class ImageEncoder(Encoder):
             todo = f"Set it to a multiple of {self.patch_size}"
             raise UserError("model.backbone.image.image_size", what, todo)
 
-    def forward(self, image_BCHW: Tensor, mask_BN: Tensor | None = None, row_W: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image_BCHW: Tensor,
+        mask_BN: Tensor | None = None,
+        row_W: Tensor | None = None,
+        visible: int | None = None,
+    ) -> Tensor:
         """Features of every position after the final norm.
 
         Masked patches enter as the mask token, after the patch embedding and before the position embedding
-        (C, SimMIM's way): the ViT knows where they are, and every position passes through it (P).
+        (C, SimMIM's way): the ViT knows where they are, and every position passes through it (P). Or they do not enter,
+        see `masked_patches`.
 
         Args:
             image_BCHW: normalised RGB, H = W = image_size.
             mask_BN: True on masked patches, row by row from the top left.
             row_W: where the first W images, which are whole, stand in the training split: what the frozen blocks give
                 for them may be kept. None: for no image.
+            visible: most patches that are visible in any of the other images, if known; else the device is asked.
 
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
         """
         self._check_ready()
+        if mask_BN is None or not self.left_out:
+            whole_BLD: Tensor = self.adapter(self._learned(lambda: self._features(image_BCHW, mask_BN, row_W)))
+            return whole_BLD
+        whole = 0 if row_W is None else len(row_W)
+        masked_BLD = self._of_visible(image_BCHW[whole:], mask_BN[whole:], visible)
+        if not whole:
+            return masked_BLD
+        whole_BLD = self.adapter(self._learned(lambda: self._features(image_BCHW[:whole], None, row_W)))
+        return torch.cat([whole_BLD, masked_BLD.to(whole_BLD.dtype)])
+
+    def _of_visible(self, image_BCHW: Tensor, mask_BN: Tensor, visible: int | None) -> Tensor:
+        """Features of the visible patches, which the ViT sees alone, among mask tokens. Rows with fewer of them than
+        others are filled up with masked ones, which nothing looks at."""
+        if visible is None:
+            visible = int((~mask_BN).sum(1).max())
+        seen_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
+        there_BV = ~mask_BN.gather(1, seen_BV)
+        features_BLD = self.adapter(self._learned(lambda: self._some_patches(image_BCHW, seen_BV, there_BV)))
+        token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
+        known_BVD = torch.where(there_BV[..., None], features_BLD[:, 1:], token_D)
+        every_BND = token_D.expand(*mask_BN.shape, -1).scatter(1, seen_BV[..., None].expand_as(known_BVD), known_BVD)
+        return torch.cat([features_BLD[:, :1], every_BND], 1)
+
+    def _some_patches(self, image_BCHW: Tensor, seen_BV: Tensor, there_BV: Tensor) -> Tensor:
+        """Features of the class token and of the patches `seen_BV` (where they are `there_BV`), [B, 1 + V, own D]."""
+        vit = self.vit
+        hidden_BLD, first = vit._pos_embed(vit.patch_embed(image_BCHW)), vit.num_prefix_tokens
+        index_BVD = seen_BV[..., None].expand(-1, -1, hidden_BLD.shape[-1])
+        hidden_BLD = torch.cat([hidden_BLD[:, :first], hidden_BLD[:, first:].gather(1, index_BVD)], 1)
+        hidden_BLD = vit.norm_pre(hidden_BLD)
+        looks_BL = torch.cat([there_BV.new_ones(len(there_BV), first), there_BV], 1)
+        added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
+        for block in vit.blocks:
+            hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])
+        return self._own_positions(vit.norm(hidden_BLD))
+
+    def _own_positions(self, hidden_BLD: Tensor) -> Tensor:
+        """Without prefix tokens other than the class token."""
+        first = self.vit.num_prefix_tokens
+        return hidden_BLD if first == 1 else torch.cat([hidden_BLD[:, :1], hidden_BLD[:, first:]], 1)
+
+    def _features(self, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor | None) -> Tensor:
         kept = self.tower.kept if self.training and row_W is not None else None
         if kept is not None and row_W is not None:
             hidden_BLD = self._with_kept(kept, image_BCHW, mask_BN, row_W)
@@ -171,10 +256,7 @@ class ImageEncoder(Encoder):
             self._mask_BN = mask_BN
             hidden_BLD = self.vit.forward_features(image_BCHW)
             self._mask_BN = None
-        if self.vit.num_prefix_tokens > 1:
-            hidden_BLD = torch.cat([hidden_BLD[:, :1], hidden_BLD[:, self.vit.num_prefix_tokens :]], 1)
-        features_BLD: Tensor = self.adapter(hidden_BLD)
-        return features_BLD
+        return self._own_positions(hidden_BLD)
 
     def _with_kept(self, kept: KeptFeatures, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
         """The same, with what the frozen blocks give for the first W images read from the disk."""
@@ -211,7 +293,7 @@ class ImageEncoder(Encoder):
         stored, state = read_vit_state(self.name, self.weights, self.vit)
         was = {name: value.shape for name, value in stored.tensors.items()}
         loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
-        if self.tower:
+        if self.tower and not self.left_out:
             self._take_mean_colour()
         self.ready = True
         return loaded.under("vit")
@@ -309,13 +391,15 @@ class TextEncoder(Encoder):
             text_BTD: values at padding mean nothing.
         """
         self._check_ready()
+        features_BTD: Tensor = self.adapter(self._learned(lambda: self._features(token_BT, attention_BT)))
+        return features_BTD
+
+    def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
         if not traced and token_BT.device.type == "cpu" and len(token_BT) >= MANY:
-            hidden_BTD = self._by_length(token_BT, attention_BT)
-        else:
-            hidden_BTD = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
-        features_BTD: Tensor = self.adapter(hidden_BTD)
-        return features_BTD
+            return self._by_length(token_BT, attention_BT)
+        hidden_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
+        return hidden_BTD
 
     def _by_length(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         """The same in groups of like length, each padded to its own longest text: captions are half as long as the

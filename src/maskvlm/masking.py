@@ -16,11 +16,13 @@ Uniform = Callable[..., Tensor]
 
 class PatchMask(NamedTuple):
     """mask_BN: True where a patch is hidden. index_BK, weight_BK: the hidden positions, weight 1, filled up
-    with visible ones of weight 0, so that the shape is known without asking the device."""
+    with visible ones of weight 0, so that the shape is known without asking the device. visible: so many patches at
+    most are visible in a row that is masked; None: not known."""
 
     mask_BN: Tensor
     index_BK: Tensor
     weight_BK: Tensor
+    visible: int | None = None
 
 
 class TokenMask(NamedTuple):
@@ -51,7 +53,9 @@ class Ratio(NamedTuple):
         return cls((low + (high - low) * uniform_C)[:, None], high)
 
 
-def mask_patches(valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform) -> PatchMask:
+def mask_patches(
+    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform, mask_all: float = 0.0
+) -> PatchMask:
     """Hide a share of square blocks of patches, uniform over blocks, fresh for each picture (paper sec. 3, P).
 
     Args:
@@ -61,15 +65,20 @@ def mask_patches(valid_B: Tensor, grid: tuple[int, int], block: int, ratio: floa
             edge are cut where the grid does not divide.
         ratio: share of blocks, 0 to 1; the count is exact in every picture.
         uniform: source of random numbers.
+        mask_all: probability that all of a picture is hidden in the place of that share.
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
     hidden = count_masked(block_rows * block_cols, ratio)
+    visible = min((block_rows * block_cols - hidden) * block**2, grid[0] * grid[1])
     noise = uniform(valid_B.shape[0], block_rows * block_cols)
     rank = noise.argsort(dim=1).argsort(dim=1)
-    block_mask = (rank < hidden).unflatten(1, (block_rows, block_cols))
+    hides = rank < hidden
+    if mask_all:
+        hides, hidden = hides | (uniform(valid_B.shape[0])[:, None] < mask_all), block_rows * block_cols
+    block_mask = hides.unflatten(1, (block_rows, block_cols))
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]
-    return PatchMask(mask_BN, *_positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])))
+    return PatchMask(mask_BN, *_positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])), visible)
 
 
 def mask_tokens(

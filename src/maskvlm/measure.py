@@ -100,7 +100,7 @@ class Measure:
         empty_BT = batch.special_CT[chosen_B] & attention_BT
         order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
-        hidden_BLD = backbone.image(batch.image_BCHW, hidden.patch.mask_BN)
+        hidden_BLD = backbone.image(batch.image_BCHW, hidden.patch.mask_BN, None, hidden.patch.visible)
         target_BKP = task.pixel_target(batch.image_BCHW, hidden.patch.index_BK)
         level = target_BKP.unflatten(-1, (-1, 3)).mean((0, 1, 2)).repeat(target_BKP.shape[-1] // 3)
         self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, hidden.patch.weight_BK, batch, hidden)

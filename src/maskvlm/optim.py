@@ -96,7 +96,9 @@ def warmup_cosine(total: int, warmup: int, floor: float) -> Callable[[int], floa
     return factor
 
 
-def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0) -> LambdaLR:
+def schedule(
+    optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0, others_stop: bool = False
+) -> LambdaLR:
     """Warm-up and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
     encoders: 1e-5 under a floor of 3e-5).
 
@@ -104,13 +106,15 @@ def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: 
         total: steps of the run.
         warmup: share of the steps in which a group learns, or a number of steps from 1 on.
         start: step at which groups marked `late` begin; before it their rate is 0.
+        others_stop: the other groups' cosine ends at that step; from it on their rate is 0.
     """
 
     def factor(group: dict[str, Any]) -> Callable[[int], float]:
         first = start if group.get("late") else 0
-        steps = total - first
+        end = start if others_stop and not group.get("late") else None
+        steps = (total if end is None else end) - first
         floor = min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0
         of_step = warmup_cosine(steps, int(warmup if warmup >= 1 else warmup * steps), floor)
-        return lambda step: of_step(step - first) if step >= first else 0.0
+        return lambda step: of_step(step - first) if first <= step and (end is None or step < end) else 0.0
 
     return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskvlm import losses
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import gather, shared_count, world_size
+from maskvlm.distributed import gather, shared_count, without_gradient, world_size
+from maskvlm.encoders import standing_still
 from maskvlm.errors import UserError, check_least
 from maskvlm.heads import Matching, PixelDecoder, Projection, TokenHead, WordDetector, normalise_patches, patchify, pick
 from maskvlm.init import init_normal, init_xavier
@@ -30,7 +31,7 @@ from maskvlm.pairing import (
     one_each,
     pad_text,
 )
-from maskvlm.task import Task
+from maskvlm.task import Late, Task
 
 
 class MaskedPretraining(Task):
@@ -38,6 +39,8 @@ class MaskedPretraining(Task):
 
     Args:
         image_mask_ratio: share of image blocks hidden (0.6, P).
+        image_mask_all: in training the probability that a masked image is hidden as a whole (0, P). What its visible
+            patches tell would else be learned first, and what its caption tells hardly.
         text_mask_ratio: share of tokens hidden (0.3, P).
         text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
         text_mask_most: in training the second and further maskings of a caption hide a share that is drawn between
@@ -51,6 +54,8 @@ class MaskedPretraining(Task):
             see `negatives.Queue`. It takes the memory of as many encoded pairs.
         matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). Where
             contrast has few pairs to learn from, the encoders keep more of what it taught them without.
+        freeze_aligned: the encoders and contrast learn in that first share of the run alone (false, P), their rates run
+            down by its end. The other losses then learn on encoders that stand still, and cost less.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -103,11 +108,14 @@ class MaskedPretraining(Task):
         text_mask_most: float | None = None,
         negative_queue: int = 0,
         matching_trains_encoders: bool = True,
+        freeze_aligned: bool = False,
+        image_mask_all: float = 0.0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
         self.weights["words"] = weight_words
-        _check_settings(image_mask_ratio, text_mask_ratio, self.weights)
+        ratios = {"image_mask_ratio": image_mask_ratio, "text_mask_ratio": text_mask_ratio}
+        _check_settings(ratios | {"image_mask_all": image_mask_all}, self.weights)
         sizes = {"decoder_layers": decoder_layers, "contrast_dim": contrast_dim, "rerank_k": rerank_k}
         sizes["text_draws"] = self.text_draws = text_draws
         check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
@@ -134,8 +142,15 @@ class MaskedPretraining(Task):
             what = "it is of the second and further maskings of a caption, and there is one"
             raise UserError("model.task.text_mask_most", what, "Set model.task.text_draws to 2, or this to null")
         self.text_mask_most = text_mask_ratio if text_mask_most is None else text_mask_most
-        self.tokens_from_words, self.image_draws = tokens_from_words, image_draws
+        self.tokens_from_words, self.image_draws, self.image_mask_all = tokens_from_words, image_draws, image_mask_all
         self.contrast_first = contrast_first
+        if freeze_aligned and not contrast_first:
+            what, todo = (
+                "nothing is aligned first: contrast_first is 0",
+                "Set it to false, or give contrast_first a share",
+            )
+            raise UserError("model.task.freeze_aligned", what, todo)
+        self.freeze_aligned = freeze_aligned
         self.rerank_contrast = rerank_contrast
         if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim):
             todo = "Set it to true, or give another loss a weight"
@@ -192,8 +207,11 @@ class MaskedPretraining(Task):
         batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
         # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
         pairs = len(batch.valid_B) if aligned else 1
-        hidden = self.hide(backbone, batch, self.uniform, self.text_draws, self.image_draws, pairs)
-        encoded = self.encode(backbone, every, hidden)
+        shares = (self.image_draws, self.image_mask_all)
+        hidden = self.hide(backbone, batch, self.uniform, self.text_draws, shares, pairs)
+        still = aligned and self.freeze_aligned
+        with standing_still((backbone.image, backbone.text), still):
+            encoded = self.encode(backbone, every, hidden)
         contrast = self.contrast(batch, encoded)
         found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
         kept = None if queue is None else queue.pairs
@@ -213,12 +231,7 @@ class MaskedPretraining(Task):
             queue.push(batch, encoded, contrast)
         terms = {}
         if self.weights["itc"]:
-            other = encoded.other_CTD
-            terms["itc"] = (
-                self.contrastive_loss(contrast, batch.valid_B)
-                if other is None
-                else self.several_positives(contrast, other, every)
-            )
+            terms["itc"] = self.contrast_of(contrast, encoded.other_CTD, batch, every, still)
         if found is not None:
             terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
         if self.weights["words"]:
@@ -233,12 +246,17 @@ class MaskedPretraining(Task):
             return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
 
-    def late(self, backbone: MaskVLM) -> tuple[float, list[nn.Parameter]]:
-        """The cross encoders and all heads but contrast's wait for contrast."""
-        first = [backbone.image, backbone.text, self.projection] if self.contrast_first else [backbone, self]
+    def late(self, backbone: MaskVLM) -> Late:
+        """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT."""
+        if not self.contrast_first:
+            return Late()
+        first = (backbone.image, backbone.text, self.projection)
         early = {id(parameter) for module in first for parameter in module.parameters()}
+        if backbone.image.left_out:
+            early.remove(id(backbone.image.mask_token))
         every = (*backbone.parameters(), *self.parameters())
-        return self.contrast_first, [parameter for parameter in every if id(parameter) not in early]
+        waiting = [parameter for parameter in every if id(parameter) not in early]
+        return Late(self.contrast_first, waiting, self.freeze_aligned)
 
     def hide(
         self,
@@ -246,17 +264,17 @@ class MaskedPretraining(Task):
         batch: Batch,
         uniform: Uniform,
         draws: int = 1,
-        share: float = 1.0,
+        shares: tuple[float, float] = (1.0, 0.0),
         pairs: int | None = None,
     ) -> Hidden:
-        """Draw this step's masks, for the first `pairs` (None: for all): one each for the first images, a `share` of
-        them; `draws` a caption, whose rows follow each other."""
+        """Draw this step's masks, for the first `pairs` (None: for all): one each for the first images, by `shares` how
+        many of them and how many of these whole; `draws` a caption, whose rows follow each other."""
         texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs  # in evaluation an image has several texts
         patch = token = None
         if self.weights["mim"] or (self.mask_both and self.weights["mlm"]):
             block = self.mask_block // backbone.image.patch_size
-            first = max(1, round(share * pairs))
-            patch = mask_patches(batch.valid_B[:first], backbone.image.grid, block, self.image_mask_ratio, uniform)
+            valid_B = batch.valid_B[: max(1, round(shares[0] * pairs))]
+            patch = mask_patches(valid_B, backbone.image.grid, block, self.image_mask_ratio, uniform, shares[1])
         if self.weights["mlm"] or (self.mask_both and self.weights["mim"]):
             text, parts = backbone.text, (batch.token_CT, batch.special_CT, batch.word_CT)
             token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
@@ -277,10 +295,10 @@ class MaskedPretraining(Task):
     def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden) -> Encoded:
         """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
         images, first those that are masked and matched."""
-        image, token, attention, mask = batch.image_BCHW, batch.token_CT, batch.attention_CT, None
+        image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
         pairs, captions = len(image), len(token)
         if hidden.patch is not None:
-            masked_BN = hidden.patch.mask_BN
+            masked_BN, visible = hidden.patch.mask_BN, hidden.patch.visible
             image = torch.cat([image, image[: len(masked_BN)]])
             mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
         if hidden.token is not None:
@@ -288,7 +306,7 @@ class MaskedPretraining(Task):
             masked = attention[: len(hidden.token.token_CT) // self.text_draws]
             attention = torch.cat([attention, masked.repeat_interleave(self.text_draws, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        whole, masked_image = backbone.image(image, mask, row_B).tensor_split([pairs])
+        whole, masked_image = backbone.image(image, mask, row_B, visible).tensor_split([pairs])
         text, other, masked = backbone.text(token, attention).tensor_split([pairs, captions])
         return Encoded(
             whole,
@@ -324,6 +342,19 @@ class MaskedPretraining(Task):
             ]
         first = [Negatives(index_B[:pairs], weight_B[:pairs]) for index_B, weight_B in drawn]
         return first[0], first[1]
+
+    def contrast_of(
+        self, contrast: Contrast, other_CTD: Tensor | None, batch: Batch, every: Batch, still: bool
+    ) -> Tensor:
+        """Contrast of the pairs of `batch`, or where images have several captions of all that are in `every`; `still`:
+        only to be told."""
+
+        def loss() -> Tensor:
+            if other_CTD is None:
+                return self.contrastive_loss(contrast, batch.valid_B)
+            return self.several_positives(contrast, other_CTD, every)
+
+        return without_gradient(loss) if still else loss()
 
     def contrastive_loss(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
@@ -415,8 +446,8 @@ class MaskedPretraining(Task):
         return self.measure.compute(self, backbone)
 
 
-def _check_settings(image_ratio: float, text_ratio: float, weights: dict[str, float]) -> None:
-    for name, value in (("image_mask_ratio", image_ratio), ("text_mask_ratio", text_ratio)):
+def _check_settings(ratios: dict[str, float], weights: dict[str, float]) -> None:
+    for name, value in ratios.items():
         if not 0 <= value <= 1:
             raise UserError(f"model.task.{name}", f"{value} is no share", "give a number from 0 to 1")
     for name, value in weights.items():

@@ -149,6 +149,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
         "random_init": Flag(), "config": maybe(Tree(100)), "drop_path": share, "checkpointing": Flag(),
         "normalisation": OneOf(("model", "clip", "imagenet")),
         "frozen": AnyOf((layers, OneOf((0, "all")))), "kept_features": NOTHING,
+        "masked_patches": OneOf(("token", "left_out")),
     }  # fmt: skip
     Record({}, told, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
     check_vit(image.get("config") or {}, f"{where}.image.config", bounds)

@@ -1,9 +1,9 @@
 """The plug-in interface: pre-training and every downstream task implement it, nothing else knows them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from torch import Tensor, nn
 
@@ -33,6 +33,17 @@ class Prediction(TypedDict):
     right: float | None
     index: list[int]
     kind: str
+
+
+class Late(NamedTuple):
+    """Parameters that learn only after a share of the run: their learning rate rises from there.
+
+    others_stop: all others learn only until then; their learning rate has run down by then.
+    """
+
+    share: float = 0.0
+    parameters: Sequence[nn.Parameter] = ()
+    others_stop: bool = False
 
 
 class Task(nn.Module, ABC):
@@ -86,9 +97,9 @@ class Task(nn.Module, ABC):
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
 
-    def late(self, backbone: "MaskVLM") -> tuple[float, list[nn.Parameter]]:
-        """Parameters that learn only after a share of the run, and that share: their learning rate rises from there."""
-        return 0.0, []
+    def late(self, backbone: "MaskVLM") -> Late:
+        """Which parameters learn in which part of the run; by default all in all of it."""
+        return Late()
 
     def see_words(self, count: Callable[[], Tensor]) -> None:
         """Called before the first step of a training. `count` gives how often each token stands in some of its texts,
