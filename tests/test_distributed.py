@@ -192,6 +192,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "contrast alone": {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
     "texts masked twice": {"text_draws": 2},
+    "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},
 }
 

@@ -160,6 +160,34 @@ def test_whole_images_in_front_of_those_with_patches_left_out() -> None:
         torch.testing.assert_close(encoder(pictures(2), mask_BN[:2]), usual(pictures(2)), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("frozen", "kept"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize("masked", ["token", "left_out"])
+def test_trained_blocks_may_see_some_patches_of_whole_images(
+    frozen: int, kept: bool, masked: str, tmp_path: Path
+) -> None:
+    """What is frozen sees all of them; masked images behind are as without."""
+    folder = str(tmp_path) if kept else None
+    encoder = image_encoder(masked_patches=masked, frozen=frozen, kept_features=folder).train()
+    encoder.tower.keep("here", 3)
+    mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
+    some_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit
+    for _ in range(2):  # computed, then read where it is kept
+        found_BLD = encoder(pictures(5), mask_BN, row_W, None, some_WV)
+    torch.testing.assert_close(found_BLD[2:], encoder(pictures(5), mask_BN, row_W)[2:], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        lower_WLD = vit.blocks[:frozen](vit.norm_pre(vit._pos_embed(vit.patch_embed(pictures(5)[:2]))))
+        for found_LD, lower_LD, some_V in zip(found_BLD, lower_WLD, some_WV, strict=False):
+            seen_1LD = torch.cat([lower_LD[:1], lower_LD[1:][some_V]])[None]
+            out_LD = vit.norm(vit.blocks[frozen:](seen_1LD))[0]
+            expected_LD = encoder.mask_token[0].repeat(17, 1)
+            expected_LD[0], expected_LD[1:][some_V] = out_LD[0], out_LD[1:]
+            torch.testing.assert_close(found_LD, expected_LD, atol=1e-5, rtol=0)
+    found_BLD[:2].square().sum().backward()
+    learns = {name for name, parameter in vit.named_parameters() if parameter.grad is not None}
+    assert ("patch_embed.proj.weight" in learns) == (frozen == 0)
+    assert "blocks.1.attn.qkv.weight" in learns
+
+
 def test_the_mask_token_behind_a_frozen_tower_learns() -> None:
     encoder = image_encoder(masked_patches="left_out", frozen="all").train()
     encoder(pictures(3), ragged_mask()).square().sum().backward()

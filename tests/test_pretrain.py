@@ -330,6 +330,39 @@ def test_what_is_aligned_may_stand_still(settings: dict[str, Any], captions: int
         torch.testing.assert_close(found[True][1][name], found[False][1][name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "done", "seen"),
+    [
+        ({"contrast_first": 0.5}, 0.4, 8),
+        ({"contrast_first": 0.5}, 0.5, None),
+        ({}, 0.4, None),
+        ({"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0}, 0.4, 8),
+    ],
+)
+def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: float, seen: int | None) -> None:
+    """Half of 16 patches, others in each image and in each step."""
+    backbone, task = build(contrast_patches=0.5, **settings)
+    task.done, calls, encode = done, [], backbone.image.forward
+    backbone.image.forward = lambda *args: calls.append(args[4]) or encode(*args)  # type: ignore[method-assign, func-returns-value]
+    for step in range(2):
+        task.reseed(Draw(7, step, "cpu"))
+        task(backbone, eventful_batch())
+    if seen is None:
+        assert calls == [None, None]
+        return
+    assert [some_BV.shape for some_BV in calls] == [(8, seen)] * 2
+    drawn = {tuple(sorted(row)) for some_BV in calls for row in some_BV.tolist()}
+    assert all(len(set(row)) == seen and set(row) <= set(range(16)) for row in drawn)
+    assert len(drawn) > 12
+
+
+def test_patches_are_left_out_of_a_plain_vit_alone() -> None:
+    backbone = toy_backbone()
+    backbone.image.vit.__class__ = type("Other", (type(backbone.image.vit),), {})
+    with pytest.raises(UserError, match=r"model\.task\.contrast_patches: patches can be left out of a plain ViT"):
+        build(backbone, contrast_patches=0.5)
+
+
 def test_until_then_contrast_learns_as_without() -> None:
     terms, grads = [], []
     for still in (False, True):
@@ -593,6 +626,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
         ({"image_mask_all": -0.1}, "model.task.image_mask_all: -0.1"),
+        ({"contrast_patches": 0.0}, "model.task.contrast_patches: 0.0 is no share above 0"),
         ({"text_draws": 0}, "model.task.text_draws: 0"),
         ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),
         ({"text_mask_most": 1.0}, "model.task.text_mask_most: it is of the second and further maskings"),

@@ -172,10 +172,14 @@ class ImageEncoder(Encoder):
         self.vit.set_grad_checkpointing(checkpointing)
         self.tower, self.kept_features = FrozenTower(self.vit, frozen, kept_features), kept_features
         self.left_out = masked_patches == "left_out"
-        if self.left_out and type(self.vit) is not VisionTransformer:
-            what = f"patches can be left out of a plain ViT alone, which {name} is not"
-            raise UserError("model.backbone.image.masked_patches", what, "Set it to token")
+        if self.left_out:
+            self.check_plain("model.backbone.image.masked_patches", "Set it to token")
         self.mask_token.requires_grad_(self.left_out or not self.tower)
+
+    def check_plain(self, where: str, todo: str) -> None:
+        """Raises UserError where patches cannot be left out, as where positions are told block by block."""
+        if type(self.vit) is not VisionTransformer:
+            raise UserError(where, f"patches can be left out of a plain ViT alone, which {self.name} is not", todo)
 
     def _check_size(self) -> None:
         if self.image_size % self.patch_size or self.vit.patch_embed.patch_size[1] != self.patch_size:
@@ -189,6 +193,7 @@ class ImageEncoder(Encoder):
         mask_BN: Tensor | None = None,
         row_W: Tensor | None = None,
         visible: int | None = None,
+        some_WV: Tensor | None = None,
     ) -> Tensor:
         """Features of every position after the final norm.
 
@@ -202,20 +207,33 @@ class ImageEncoder(Encoder):
             row_W: where the first W images, which are whole, stand in the training split: what the frozen blocks give
                 for them may be kept. None: for no image.
             visible: most patches that are visible in any of the other images, if known; else the device is asked.
+            some_WV: of the first W images, which patches the blocks that are trained see, by their numbers; the mask
+                token stands in the places of the others. None: all.
 
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
         """
         self._check_ready()
-        if mask_BN is None or not self.left_out:
-            whole_BLD: Tensor = self.adapter(self._learned(lambda: self._features(image_BCHW, mask_BN, row_W)))
-            return whole_BLD
-        whole = 0 if row_W is None else len(row_W)
-        masked_BLD = self._of_visible(image_BCHW[whole:], mask_BN[whole:], visible)
-        if not whole:
-            return masked_BLD
-        whole_BLD = self.adapter(self._learned(lambda: self._features(image_BCHW[:whole], None, row_W)))
-        return torch.cat([whole_BLD, masked_BLD.to(whole_BLD.dtype)])
+        if some_WV is None and (mask_BN is None or not self.left_out):
+            return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
+        whole, parts = 0 if row_W is None else len(row_W), []
+        if some_WV is not None:
+            features_WLD = self._adapted(lambda: self._trained_see_some(image_BCHW[:whole], row_W, some_WV))
+            parts.append(self._among_mask_tokens(features_WLD, some_WV))
+        elif whole:
+            parts.append(self._adapted(lambda: self._features(image_BCHW[:whole], None, row_W)))
+        if whole < len(image_BCHW):
+            image_BCHW, mask_BN = image_BCHW[whole:], None if mask_BN is None else mask_BN[whole:]
+            if mask_BN is not None and self.left_out:
+                parts.append(self._of_visible(image_BCHW, mask_BN, visible))
+            else:
+                parts.append(self._adapted(lambda: self._features(image_BCHW, mask_BN, None)))
+        return torch.cat([part.to(parts[0].dtype) for part in parts])
+
+    def _adapted(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Features of the width that is wanted, [B, L, D], from what `compute` makes by the ViT."""
+        features_BLD: Tensor = self.adapter(self._learned(compute))
+        return features_BLD
 
     def _of_visible(self, image_BCHW: Tensor, mask_BN: Tensor, visible: int | None) -> Tensor:
         """Features of the visible patches, which the ViT sees alone, among mask tokens. Rows with fewer of them than
@@ -224,20 +242,41 @@ class ImageEncoder(Encoder):
             visible = int((~mask_BN).sum(1).max())
         seen_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
         there_BV = ~mask_BN.gather(1, seen_BV)
-        features_BLD = self.adapter(self._learned(lambda: self._some_patches(image_BCHW, seen_BV, there_BV)))
+        features_BLD = self._adapted(lambda: self._some_patches(image_BCHW, seen_BV, there_BV))
+        return self._among_mask_tokens(features_BLD, seen_BV, there_BV)
+
+    def _among_mask_tokens(self, features_BLD: Tensor, seen_BV: Tensor, there_BV: Tensor | None = None) -> Tensor:
+        """Class token and patches `seen_BV` (where they are `there_BV`) at their places, [B, 1 + N, D], the mask token
+        at the others."""
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
-        known_BVD = torch.where(there_BV[..., None], features_BLD[:, 1:], token_D)
-        every_BND = token_D.expand(*mask_BN.shape, -1).scatter(1, seen_BV[..., None].expand_as(known_BVD), known_BVD)
+        known_BVD = features_BLD[:, 1:]
+        if there_BV is not None:
+            known_BVD = torch.where(there_BV[..., None], known_BVD, token_D)
+        every_BND = token_D.expand(len(seen_BV), self.num_patches, -1)
+        every_BND = every_BND.scatter(1, seen_BV[..., None].expand_as(known_BVD), known_BVD)
         return torch.cat([features_BLD[:, :1], every_BND], 1)
+
+    def _trained_see_some(self, image_BCHW: Tensor, row_B: Tensor | None, some_BV: Tensor) -> Tensor:
+        """As `_features` of whole images, of which the frozen blocks see all patches and the others some."""
+        kept = self._kept_for(row_B)
+        hidden_BLD = (
+            self.tower.lower(image_BCHW)
+            if kept is None or row_B is None
+            else kept.get(row_B, lambda at_M: self.tower.lower(image_BCHW[at_M]))
+        )
+        return self._own_positions(self.tower.upper(self._with_prefix(hidden_BLD, some_BV)))
+
+    def _with_prefix(self, hidden_BLD: Tensor, index_BV: Tensor) -> Tensor:
+        """The prefix tokens and these patches."""
+        prefix_BLD, patch_BND = hidden_BLD.tensor_split([self.vit.num_prefix_tokens], 1)
+        index_BVD = index_BV[..., None].expand(-1, -1, patch_BND.shape[-1])
+        return torch.cat([prefix_BLD, patch_BND.gather(1, index_BVD)], 1)
 
     def _some_patches(self, image_BCHW: Tensor, seen_BV: Tensor, there_BV: Tensor) -> Tensor:
         """Features of the class token and of the patches `seen_BV` (where they are `there_BV`), [B, 1 + V, own D]."""
         vit = self.vit
-        hidden_BLD, first = vit._pos_embed(vit.patch_embed(image_BCHW)), vit.num_prefix_tokens
-        index_BVD = seen_BV[..., None].expand(-1, -1, hidden_BLD.shape[-1])
-        hidden_BLD = torch.cat([hidden_BLD[:, :first], hidden_BLD[:, first:].gather(1, index_BVD)], 1)
-        hidden_BLD = vit.norm_pre(hidden_BLD)
-        looks_BL = torch.cat([there_BV.new_ones(len(there_BV), first), there_BV], 1)
+        hidden_BLD = vit.norm_pre(self._with_prefix(vit._pos_embed(vit.patch_embed(image_BCHW)), seen_BV))
+        looks_BL = torch.cat([there_BV.new_ones(len(there_BV), vit.num_prefix_tokens), there_BV], 1)
         added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
         for block in vit.blocks:
             hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])
@@ -249,7 +288,7 @@ class ImageEncoder(Encoder):
         return hidden_BLD if first == 1 else torch.cat([hidden_BLD[:, :1], hidden_BLD[:, first:]], 1)
 
     def _features(self, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor | None) -> Tensor:
-        kept = self.tower.kept if self.training and row_W is not None else None
+        kept = self._kept_for(row_W)
         if kept is not None and row_W is not None:
             hidden_BLD = self._with_kept(kept, image_BCHW, mask_BN, row_W)
         else:
@@ -257,6 +296,9 @@ class ImageEncoder(Encoder):
             hidden_BLD = self.vit.forward_features(image_BCHW)
             self._mask_BN = None
         return self._own_positions(hidden_BLD)
+
+    def _kept_for(self, row_W: Tensor | None) -> KeptFeatures | None:
+        return self.tower.kept if self.training and row_W is not None else None
 
     def _with_kept(self, kept: KeptFeatures, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
         """The same, with what the frozen blocks give for the first W images read from the disk."""

@@ -68,13 +68,13 @@ class FrozenTower:
         above = int(rest.partition(".")[0] or self.blocks) >= self.blocks if part == "blocks" else part in AFTER
         return self.whole or (self.blocks > 0 and not above)
 
-    @torch.no_grad()
     def lower(self, image_BCHW: Tensor) -> Tensor:
-        """What leaves the frozen part, [B, L, D]."""
+        """What leaves the frozen part, [B, L, D]; where nothing is frozen, what enters the first block."""
         vit = self.vit
-        hidden_BLD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image_BCHW))))
-        hidden_BLD = vit.blocks[: self.blocks](hidden_BLD)
-        features_BLD: Tensor = vit.norm(hidden_BLD) if self.whole else hidden_BLD
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self):
+            hidden_BLD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image_BCHW))))
+            hidden_BLD = vit.blocks[: self.blocks](hidden_BLD)
+            features_BLD: Tensor = vit.norm(hidden_BLD) if self.whole else hidden_BLD
         return features_BLD
 
     def upper(self, hidden_BLD: Tensor) -> Tensor:

@@ -54,6 +54,9 @@ class MaskedPretraining(Task):
             see `negatives.Queue`. It takes the memory of as many encoded pairs.
         matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). Where
             contrast has few pairs to learn from, the encoders keep more of what it taught them without.
+        contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
+            encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
+            2023).
         freeze_aligned: the encoders and contrast learn in that first share of the run alone (false, P), their rates run
             down by its end. The other losses then learn on encoders that stand still, and cost less.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
@@ -110,6 +113,7 @@ class MaskedPretraining(Task):
         matching_trains_encoders: bool = True,
         freeze_aligned: bool = False,
         image_mask_all: float = 0.0,
+        contrast_patches: float = 1.0,
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -132,6 +136,10 @@ class MaskedPretraining(Task):
         if not 0 < image_draws <= 1 or (mask_both and image_draws < 1):
             what = f"{image_draws} is no share above 0" if not 0 < image_draws <= 1 else "mask_both masks every image"
             raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
+        if not 0 < contrast_patches <= 1:
+            what = f"{contrast_patches} is no share above 0"
+            raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
+        self.contrast_patches = contrast_patches
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
             what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
@@ -162,6 +170,8 @@ class MaskedPretraining(Task):
 
     def build(self, backbone: MaskVLM) -> None:
         patch, width = backbone.image.patch_size, backbone.width
+        if self.contrast_patches < 1:
+            backbone.image.check_plain("model.task.contrast_patches", "Set it to 1")
         self.kept_sizes = (1 + math.prod(backbone.image.grid), backbone.text.text_length, width, self.contrast_dim)
         if self.mask_block < patch or self.mask_block % patch:
             todo = f"set model.task.mask_block to a multiple of {patch}"
@@ -210,8 +220,9 @@ class MaskedPretraining(Task):
         shares = (self.image_draws, self.image_mask_all)
         hidden = self.hide(backbone, batch, self.uniform, self.text_draws, shares, pairs)
         still = aligned and self.freeze_aligned
+        alone = not aligned or (self.weights["itc"] > 0 and sum(self.weights.values()) == self.weights["itc"])
         with standing_still((backbone.image, backbone.text), still):
-            encoded = self.encode(backbone, every, hidden)
+            encoded = self.encode(backbone, every, hidden, self.some_patches(backbone, batch) if alone else None)
         contrast = self.contrast(batch, encoded)
         found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
         kept = None if queue is None else queue.pairs
@@ -292,9 +303,17 @@ class MaskedPretraining(Task):
         first_C = torch.arange(rows, device=drawn_C.device) % draws == 0
         return Ratio.drawn(self.text_mask_ratio, self.text_mask_most, drawn_C.masked_fill(first_C, 0.0))
 
-    def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden) -> Encoded:
+    def some_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
+        """Numbers of the patches that contrast sees of each image, [B, V]; None: all."""
+        patches = backbone.image.num_patches
+        if self.contrast_patches == 1:
+            return None
+        noise_BN = self.uniform(len(batch.valid_B), patches)
+        return noise_BN.argsort(dim=1)[:, : max(1, round(self.contrast_patches * patches))]
+
+    def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden, some_BV: Tensor | None = None) -> Encoded:
         """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
-        images, first those that are masked and matched."""
+        images, first those that are masked and matched; `some_BV`: what is seen of the whole images."""
         image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
         pairs, captions = len(image), len(token)
         if hidden.patch is not None:
@@ -306,7 +325,7 @@ class MaskedPretraining(Task):
             masked = attention[: len(hidden.token.token_CT) // self.text_draws]
             attention = torch.cat([attention, masked.repeat_interleave(self.text_draws, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        whole, masked_image = backbone.image(image, mask, row_B, visible).tensor_split([pairs])
+        whole, masked_image = backbone.image(image, mask, row_B, visible, some_BV).tensor_split([pairs])
         text, other, masked = backbone.text(token, attention).tensor_split([pairs, captions])
         return Encoded(
             whole,
