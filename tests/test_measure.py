@@ -176,7 +176,8 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
     assert (found["retrieval/pictures"], found["retrieval/captions"]) == (PICTURES, 2 * PICTURES)
     assert found["retrieval/ir_r5_chance"] == pytest.approx(100 * 5 / 7)
     assert found["retrieval/tr_r1_chance"] == pytest.approx(100 * 1 / 7)
-    assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
+    parts = [found[name] for name in ("retrieval/tr_r1", "retrieval/ir_r1", "mlm/accuracy")]
+    assert found["score"] == pytest.approx(sum(parts) / 3)
     assert {name: found[name] for name in names} == {name: whole[name] for name in names}
     with torch.no_grad():
         image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
@@ -244,7 +245,16 @@ def test_a_weight_of_zero_leaves_out_its_metrics(left_out: str) -> None:
     if left_out == "itc":
         assert found["score"] == pytest.approx(-found["mlm/nats"] - found["mim/l1"])
     elif left_out == "itm":
-        assert found["score"] == (found["retrieval/itc_tr_r1"] + found["retrieval/itc_ir_r1"]) / 2
+        parts = [found[name] for name in ("retrieval/itc_tr_r1", "retrieval/itc_ir_r1", "mlm/accuracy")]
+        assert found["score"] == pytest.approx(sum(parts) / 3)
+    elif left_out == "mlm":
+        assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
+
+
+def test_without_a_hidden_word_the_score_is_recall_alone() -> None:
+    backbone, task = build(text_mask_ratio=0.0)
+    found = measured(task, backbone, several(), 4, 3)
+    assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
 
 
 # ---------------------------------------------------------------------- partners that can be seen
