@@ -2,13 +2,19 @@
 
 import csv
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from maskvlm import MaskVLM
 from maskvlm.cli import Command, run
 from maskvlm.errors import UserError
+from maskvlm.lit import LitModel
 
 SMALL: dict[str, Any] = {
     "data.steps": 6,
@@ -40,7 +46,7 @@ def fit(
         run(Command, ["fit", "--folder", str(tmp_path / name), *stack(WHERE="cpu"), *words])
         with (tmp_path / name / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["train/itc"]]
-        return {loss: [float(row[f"train/{loss}"]) for row in rows] for loss in LOSSES}
+        return {loss: [float(row[f"train/{loss}"] or "nan") for row in rows] for loss in LOSSES}
 
     return losses
 
@@ -76,3 +82,45 @@ def test_images_that_are_augmented_are_not_kept(fit: Callable[..., dict[str, lis
     with pytest.raises(UserError, match=r"kept_features: an image that is augmented looks different each time"):
         fit("augmented", **{"model.backbone.image.kept_features": str(tmp_path / "features"), "data.augment": True})
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_run_whose_aligned_encoders_stand_still(
+    fit: Callable[..., dict[str, list[float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    """Encoders and contrast learn in the first three steps of six, all else in the last three; then it is asked."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def record(self: LitModel, *_: Any) -> None:
+        seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+
+    monkeypatch.setattr(LitModel, "on_train_batch_end", record)
+    settings = {
+        "model.task.contrast_first": 0.5,
+        "model.task.freeze_aligned": True,
+        "model.task.contrast_patches": 0.5,
+        "model.task.image_mask_all": 0.5,
+        "model.task.image_mask_ratio": 0.6,
+        "model.backbone.image.masked_patches": "left_out",
+        "model.backbone.query_positions": True,
+        "model.backbone.image.kept_features": str(tmp_path / "features") if keeps else "null",
+        "model.warmup": 0,
+    }
+    losses = fit("run", **settings)
+    assert [len(losses[loss]) for loss in LOSSES] == [6] * 4
+    assert [value == value for value in losses["itm"]] == [False] * 3 + [True] * 3
+    learned = [{name for name, value in now.items() if not value.equal(was[name])} for was, now in pairwise(seen)]
+    image = "backbone.image."
+    early = (image + "vit", "backbone.text", "task.projection")
+    assert all(name.startswith(early) for name in set.union(*learned[:2]))
+    assert {name.split(".")[1] for name in set.union(*learned[:2])} == {"image", "text", "projection"}
+    assert not any(name.startswith(early) for name in set.union(*learned[2:]))
+    assert image + "mask_token" in set.union(*learned[2:])
+    model = MaskVLM.from_pretrained(tmp_path / "run" / "last.ckpt")
+    photo = Image.new("RGB", (48, 48), "red")
+    filled = [model.reconstruct(photo, np.arange(9).reshape(3, 3) % 9 == at, "a red ball") for at in (0, 4)]
+    assert [each.size for each in filled] == [(48, 48)] * 2
+    model.save_pretrained(tmp_path / "hub")
+    again = MaskVLM.from_pretrained(tmp_path / "hub")
+    assert again.backbone.image.left_out
+    assert again.reconstruct(photo, np.arange(9).reshape(3, 3) == 0, "a red ball").tobytes() == filled[0].tobytes()
