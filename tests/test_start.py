@@ -286,14 +286,15 @@ def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pre
     [
         ({"width": 32}, r"last.ckpt: does not fit MaskVLM: \d+ of another shape \("),
         ({"cross_layers": 1}, r"last.ckpt: does not fit MaskVLM: \d+ left over of the file's \d+ \("),
-        ({"vocab": 90}, "tokenizer: 150 entries, but the model has rows for 90"),
+        ({"vocab": 90}, r"last.ckpt: tokenizer: 150 entries, but the model has rows for 90"),
         ({"vocab": 180}, r"last.ckpt: does not fit .* of another shape \(text.model.embeddings.word_embeddings.weight"),
     ],
 )
 def test_another_model_is_one_line(pretrained: Path, settings: dict[str, int], said: str) -> None:
     whole = {"length": 24, "vocab": 150, **settings}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as caught:
         toy_backbone(start=str(pretrained), **whole)
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 # ---------------------------------------------------------------------- the command line

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskvlm.cross import CrossEncoder
 from maskvlm.data.batch import InputSpec
 from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.errors import UserError, check_least
+from maskvlm.errors import ExitCode, UserError, check_least
 from maskvlm.init import init_normal, init_positions, init_xavier
 from maskvlm.provenance import Provenance
 from maskvlm.start import Start, read_start
@@ -97,9 +97,12 @@ class MaskVLM(nn.Module):
         self.provenance = load_pretrained(image, text) if self.origin is None else self.take_over(self.origin)
 
     def take_over(self, origin: Start) -> Provenance:
-        """Weights and tokenizer of a checkpoint; raises as `load_state` where they do not fit."""
+        """Weights and tokenizer of a checkpoint; raises UserError (65) where they do not fit."""
         if origin.tokenizer is not None:
-            self.text.set_tokenizer(origin.tokenizer)
+            try:
+                self.text.set_tokenizer(origin.tokenizer)
+            except UserError as error:
+                raise UserError(origin.path, f"tokenizer: {error.what}", error.todo, ExitCode.BAD_DATA) from error
         provenance = load_state(self, origin.backbone, origin.path)
         self.origin = origin._replace(backbone={})  # its tensors are not needed twice
         return provenance
