@@ -68,9 +68,11 @@ def pretrained(seed: int = 3, dim: int = 8, **settings: Any) -> tuple[MaskVLM, M
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
-@pytest.mark.parametrize("dim", [8, 256])
-def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_picture_with_it(pictures: int, dim: int) -> None:
-    backbone, before = pretrained(dim=dim)
+@pytest.mark.parametrize(("dim", "reads"), [(8, "class"), (256, "class"), (8, "class_and_mean")])
+def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_picture_with_it(
+    pictures: int, dim: int, reads: str
+) -> None:
+    backbone, before = pretrained(dim=dim, contrast_reads=reads)
     task = Classification(LABELS, pictures, reads="scores")
     task.build(backbone)
     task.reseed(Draw(7, 0, "cpu"))
@@ -86,7 +88,9 @@ def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_picture_wit
     for place in range(pictures):
         image_BLD = backbone.image(batch.image_BPCHW[:, place])
         fused = backbone.fuse(image_BLD, text_BTD, batch.attention_BT)
-        cosine_B = (before.projection.embed_image(image_BLD) * before.projection.embed_text(text_BTD)).sum(1)
+        cosine_B = (
+            before.projection.embed_image(image_BLD) * before.projection.embed_text(text_BTD, batch.attention_BT)
+        ).sum(1)
         p_B = before.matching(fused.product_MD).softmax(1)[:, 1]
         parts += [torch.stack([cosine_B * before.projection.scale, p_B.logit()], 1)]
     torch.testing.assert_close(read[0], torch.cat(parts, 1), atol=1e-4, rtol=1e-4)

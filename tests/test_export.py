@@ -135,7 +135,7 @@ def expected(parts: tuple[MaskVLM, MaskedPretraining], batch: tuple[Tensor, Tens
     image_BLD, text_BTD = backbone.image(image_BCHW), backbone.text(token_BT, attention_BT.bool())
     fused = backbone.fuse(image_BLD, text_BTD, attention_BT.bool())
     logits_B2 = task.matching(fused.product_MD)
-    vectors = task.projection.embed_image(image_BLD), task.projection.embed_text(text_BTD)
+    vectors = task.projection.embed_image(image_BLD), task.projection.embed_text(text_BTD, attention_BT.bool())
     return [image_BLD, vectors[0], text_BTD, vectors[1], fused.joined_MX, logits_B2[:, 1] - logits_B2[:, 0]]
 
 

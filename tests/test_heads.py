@@ -44,14 +44,22 @@ def test_pick() -> None:
     assert pick(x_BLD, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
 
 
-def test_projection_gives_unit_vectors_of_the_class_tokens() -> None:
-    head = Projection(8, 6, dim=5)
+@pytest.mark.parametrize("mean", [False, True])
+def test_projection_gives_unit_vectors_of_the_class_tokens_and_of_the_mean(mean: bool) -> None:
+    """The mean patch is one of patches alone, the mean token one of all that is no padding."""
+    head = Projection(8, 6, dim=5, mean=mean)
     image_BLD, text_BTD = noise(3, 4, 8), noise(3, 7, 6)
-    for found, layer, x in (
-        (head.embed_image(image_BLD), head.image, image_BLD),
-        (head.embed_text(text_BTD), head.text, text_BTD),
+    there_BT = torch.arange(7) < torch.tensor([[7], [2], [4]])
+    seen_BV = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    mean_text = torch.stack([row[:length].mean(0) for row, length in zip(text_BTD, (7, 2, 4), strict=True)])
+    some = torch.stack([row[1:][index].mean(0) for row, index in zip(image_BLD, seen_BV, strict=True)])
+    for found, layer, x, mean_BD in (
+        (head.embed_image(image_BLD), head.image, image_BLD, image_BLD[:, 1:].mean(1)),
+        (head.embed_image(image_BLD, seen_BV), head.image, image_BLD, some),
+        (head.embed_text(text_BTD, there_BT), head.text, text_BTD, mean_text),
     ):
-        expected = x[:, 0] @ layer.weight.T + layer.bias
+        read = torch.cat([x[:, 0], mean_BD], 1) if mean else x[:, 0]
+        expected = read @ layer.weight.T + layer.bias
         torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True))
     assert head.image.weight is not head.text.weight
 

@@ -181,7 +181,7 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
     assert {name: found[name] for name in names} == {name: whole[name] for name in names}
     with torch.no_grad():
         image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
-        text_CE = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT))
+        text_CE = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT), batch.attention_CT)
     relevant_BC = batch.owner_C == torch.arange(PICTURES)[:, None]
     for k, value in recall(image_BE @ text_CE.T, relevant_BC).items():
         assert found[f"retrieval/itc_tr_r{k}"] == value

@@ -194,7 +194,8 @@ def slow_positives(task: MaskedPretraining, backbone: MaskVLM, batch: Batch) -> 
     """Contrast where all captions of an image are to be found, one query at a time in NumPy."""
     with torch.no_grad():
         image = task.projection.embed_image(backbone.image(batch.image_BCHW)).double().numpy()
-        text = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT)).double().numpy()
+        text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
+        text = task.projection.embed_text(text_CTD, batch.attention_CT).double().numpy()
         scale = float(task.projection.scale)
     owner, words = batch.owner_C.tolist(), batch.text_id_C.tolist()
     shows, valid = [batch.image_id_B[b].item() for b in range(len(image))], batch.valid_B.tolist()
@@ -220,9 +221,10 @@ def slow_positives(task: MaskedPretraining, backbone: MaskVLM, batch: Batch) -> 
     return (float(np.mean(images)) + float(np.mean(texts))) / 2
 
 
-def test_all_captions_of_an_image_are_to_be_found() -> None:
+@pytest.mark.parametrize("reads", ["class", "class_and_mean"])
+def test_all_captions_of_an_image_are_to_be_found(reads: str) -> None:
     batch = with_captions()
-    backbone, task = build()
+    backbone, task = build(contrast_reads=reads)
     assert float(task(backbone, batch)["itc"]) == pytest.approx(slow_positives(task, backbone, batch), rel=1e-5)
     assert float(task(backbone, with_captions(2))["itc"]) != pytest.approx(
         float(task(backbone, batch)["itc"]), rel=1e-3

@@ -84,7 +84,7 @@ def test_vectors_and_matches(model: PretrainedMaskVLM, parts: tuple[MaskVLM, Mas
     image, text = inputs(backbone, PICTURES, TEXTS)
     image_BLD, text_BTD = backbone.image(image), backbone.text(text.token_CT, text.attention_CT)
     close(model.encode_image(PICTURES), task.projection.embed_image(image_BLD))
-    close(model.encode_text(TEXTS), task.projection.embed_text(text_BTD))
+    close(model.encode_text(TEXTS), task.projection.embed_text(text_BTD, text.attention_CT))
     fused = backbone.fuse(image_BLD, text_BTD, text.attention_CT)
     close(model.match(PICTURES, TEXTS), task.matching(fused.product_MD).softmax(1)[:, 1])
 

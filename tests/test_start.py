@@ -37,7 +37,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two steps of pre-training on scenes."""
     path = tmp_path_factory.mktemp("pretrained") / "last.ckpt"
     backbone = bare_backbone()
-    model = LitModel(backbone, MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3))
+    task = MaskedPretraining(
+        mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3, contrast_reads="class_and_mean"
+    )
+    model = LitModel(backbone, task)
     model.model_yaml = yaml.safe_dump({"model": {"random_init": True, "backbone": BACKBONE}})
     fit(model, data_for(backbone, scenes()), path)
     return path
@@ -115,10 +118,15 @@ def test_heads_that_decide_among_other_labels_are_not(tuned: Path) -> None:
     assert LitModel(bare_backbone(tuned), Entailment(LABELS)).inherited != set()
 
 
-def test_projections_take_the_width_of_the_checkpoint(pretrained: Path) -> None:
+def test_projections_take_the_width_of_the_checkpoint_and_what_they_read(pretrained: Path) -> None:
     assert Retrieval().contrast_dim is None
-    task = LitModel(bare_backbone(pretrained), Retrieval()).task
-    assert task.projection.image.out_features == 8  # type: ignore[union-attr]
+    for task in (
+        LitModel(bare_backbone(pretrained), Retrieval()).task,
+        LitModel(bare_backbone(pretrained), Retrieval(contrast_dim=8)).task,
+    ):
+        assert task.projection.image.out_features == 8  # type: ignore[union-attr]
+        assert task.projection.image.in_features == 32  # type: ignore[union-attr]
+        assert task.projection.mean  # type: ignore[union-attr]
     task = LitModel(bare_backbone(), Retrieval()).task
     assert task.projection.image.out_features == 256  # type: ignore[union-attr]
     frozen = LitModel(bare_backbone(pretrained), Retrieval(weight_itc=0.0)).task

@@ -37,7 +37,13 @@ BACKBONE = {
         "cross_heads": 2,
     },
 }
-PRETRAINING = {"mask_block": 16, "decoder_layers": 1, "contrast_dim": 8, "rerank_k": 3}
+PRETRAINING = {
+    "mask_block": 16,
+    "decoder_layers": 1,
+    "contrast_dim": 8,
+    "rerank_k": 3,
+    "contrast_reads": "class_and_mean",
+}
 SEEN = Seen("maskvlm.pretrain.MaskedPretraining", "maskvlm.data.scenes.Scenes", "abc", 3, 7, torch.tensor([4, 5, 9]))
 
 

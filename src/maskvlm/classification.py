@@ -16,7 +16,7 @@ from maskvlm.data.examples import ExampleBatch, asked
 from maskvlm.distributed import Draw, shared_count
 from maskvlm.embed import Model, chunks
 from maskvlm.errors import UserError, check_least
-from maskvlm.heads import Classifier, Matching, Projection
+from maskvlm.heads import Classifier, Matching, Projection, mean_token
 from maskvlm.init import init_normal, init_xavier
 from maskvlm.judged import Judged, Judgements, by_kind, majority, percent
 from maskvlm.masking import Uniform
@@ -109,19 +109,20 @@ class Classification(Task):
             self._project(width)
         backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
 
-    def _project(self, width: int, dim: int = 256) -> None:
-        self.projection = Projection(width, width, dim)
+    def _project(self, width: int, dim: int = 256, mean: bool = False) -> None:
+        self.projection = Projection(width, width, dim, mean=mean)
         init_xavier(self.projection)
         self.projection.requires_grad_(False)
 
     def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """The projections take the checkpoint's width."""
+        """The projections take the checkpoint's width, and read what they read there."""
         if self.reads == "scores":
             missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
             if missing:
                 what = f"scores, but the checkpoint holds no {missing[0]}"
                 raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
-            self._project(self.projection.image.in_features, len(heads["projection.image.weight"]))
+            width, theirs = self.projection.image.in_features, heads["projection.image.weight"]
+            self._project(width, len(theirs), mean=theirs.shape[1] == 2 * width)
         return super().inherit(heads)
 
     def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
@@ -148,9 +149,10 @@ class Classification(Task):
 
     def scores(self, met: Met) -> Tensor:
         """The text's class token and mean token, then two numbers of each picture, [B, 2 * D + 2 * P]."""
-        text_BTD, there_BT1 = met.text_BTD, met.attention_BT[..., None]
-        mean_BD = (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
-        image_XE, text_BE = self.projection.embed_image(met.image_XLD), self.projection.embed_text(text_BTD)
+        text_BTD, attention_BT = met.text_BTD, met.attention_BT
+        mean_BD = mean_token(text_BTD, attention_BT)
+        image_XE = self.projection.embed_image(met.image_XLD)
+        text_BE = self.projection.embed_text(text_BTD, attention_BT)
         cosine_BP = (image_XE.unflatten(0, (len(text_BE), -1)) * text_BE[:, None]).sum(2)
         unlike_X, like_X = self.matching(met.fused_X.product_MD).float().unbind(1)
         scores_BP2 = torch.stack([cosine_BP * self.projection.scale, (like_X - unlike_X).view_as(cosine_BP)], 2)

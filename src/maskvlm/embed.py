@@ -74,33 +74,46 @@ def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
 
 def text_features(model: Model, texts: Sequence[str]) -> list[Tensor]:
     """Of the text encoder, [T, D] of each text, without padding."""
-    found: list[Tensor] = []
+    return [text_TD for part in texts_encoded(model, texts) for text_TD in without_padding(*part)]
+
+
+def texts_encoded(model: Model, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [C, T, D] and attention [C, T] of so many texts at a time."""
     for part in chunks(texts, model.batch_size):
         tokens = model.tokens(part)
-        text_CTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
-        lengths = tokens.attention_CT.sum(1).tolist()
-        found += [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
-    return found
+        yield model.backbone.text(tokens.token_CT, tokens.attention_CT), tokens.attention_CT
+
+
+def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
+    """[T, D] of each text."""
+    lengths = attention_CT.sum(1).tolist()
+    return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
 
 
 def encode_image(model: Model, images: Sequence[Any]) -> Side:
     """Features and unit vector of each picture."""
     projection: Projection = model.head("projection", "encode_image")
-    features = image_features(model, images)
-    return Side(features, projection.embed_image(first_of(model, features)))
+    features, vectors = [], [nothing(projection)]
+    for part in chunks(images, model.batch_size):
+        image_BLD = model.backbone.image(model.pixels(part))
+        features += list(image_BLD)
+        vectors.append(projection.embed_image(image_BLD))
+    return Side(features, torch.cat(vectors))
 
 
 def encode_text(model: Model, texts: Sequence[str]) -> Side:
     """Features and unit vector of each text."""
     projection: Projection = model.head("projection", "encode_text")
-    features = text_features(model, texts)
-    return Side(features, projection.embed_text(first_of(model, features)))
+    features, vectors = [], [nothing(projection)]
+    for text_CTD, attention_CT in texts_encoded(model, texts):
+        features += without_padding(text_CTD, attention_CT)
+        vectors.append(projection.embed_text(text_CTD, attention_CT))
+    return Side(features, torch.cat(vectors))
 
 
-def first_of(model: Model, features: Sequence[Tensor]) -> Tensor:
-    """The class token of each, [X, 1, D]; X may be 0."""
-    blank = next(model.backbone.parameters()).new_zeros(0, 1, model.backbone.width)
-    return torch.cat([blank, *(each_LD[None, :1] for each_LD in features)])
+def nothing(projection: Projection) -> Tensor:
+    """The unit vectors of no images or texts, [0, E]."""
+    return projection.text.weight.new_zeros(0, projection.text.out_features, dtype=torch.float32)
 
 
 def match(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:

@@ -60,8 +60,11 @@ class TextPart(nn.Module):
         self.encoder, self.projection = backbone.text, projection
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        text_BTD = self.encoder(input_ids, attention_mask.bool())
-        return (text_BTD,) if self.projection is None else (text_BTD, self.projection.embed_text(text_BTD))
+        attention_BT = attention_mask.bool()
+        text_BTD = self.encoder(input_ids, attention_BT)
+        if self.projection is None:
+            return (text_BTD,)
+        return text_BTD, self.projection.embed_text(text_BTD, attention_BT)
 
 
 class FusionPart(nn.Module):

@@ -17,14 +17,19 @@ class Projection(nn.Module):
         image_width, text_width: of the two encoders.
         dim: of the shared space (256, C).
         temperature: start value (0.07, C); kept within [0.001, 0.5] as in ALBEF.
+        mean: read the mean patch and the mean token beside the class tokens (false, P). A text encoder that was trained
+            for sentences has its meaning there (Sentence-BERT, Reimers and Gurevych 2019).
     """
 
     LOG_BOUNDS = (math.log(2.0), math.log(1000.0))
 
-    def __init__(self, image_width: int, text_width: int, dim: int = 256, temperature: float = 0.07) -> None:
+    def __init__(
+        self, image_width: int, text_width: int, dim: int = 256, temperature: float = 0.07, mean: bool = False
+    ) -> None:
         super().__init__()
-        self.image = nn.Linear(image_width, dim)
-        self.text = nn.Linear(text_width, dim)
+        self.mean = mean
+        self.image = nn.Linear((1 + mean) * image_width, dim)
+        self.text = nn.Linear((1 + mean) * text_width, dim)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @property
@@ -38,13 +43,35 @@ class Projection(nn.Module):
         never return (ALBEF does the same)."""
         self.log_scale.clamp_(*self.LOG_BOUNDS)
 
-    def embed_image(self, image_BLD: Tensor) -> Tensor:
-        """Unit vector of the class token, [B, dim]."""
-        return F.normalize(self.image(image_BLD[:, 0]).float(), dim=-1)
+    def embed_image(self, image_BLD: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+        """Unit vector of an image, [B, dim].
 
-    def embed_text(self, text_BTD: Tensor) -> Tensor:
-        """Unit vector of the start token, [B, dim]."""
-        return F.normalize(self.text(text_BTD[:, 0]).float(), dim=-1)
+        Args:
+            image_BLD: the class token, then the patches.
+            seen_BV: numbers of the patches whose mean is read; None: all.
+        """
+        read_BX = image_BLD[:, 0]
+        if self.mean:
+            patch_BND = image_BLD[:, 1:] if seen_BV is None else pick(image_BLD[:, 1:], seen_BV)
+            read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
+        return F.normalize(self.image(read_BX).float(), dim=-1)
+
+    def embed_text(self, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
+        """Unit vector of a text, [B, dim].
+
+        Args:
+            text_BTD: the start token, then the others. attention_BT: False at padding.
+        """
+        read_BX = text_BTD[:, 0]
+        if self.mean:
+            read_BX = torch.cat([read_BX, mean_token(text_BTD, attention_BT)], 1)
+        return F.normalize(self.text(read_BX).float(), dim=-1)
+
+
+def mean_token(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
+    """Mean over what is no padding, [B, D]."""
+    there_BT1 = attention_BT[..., None]
+    return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
 
 
 class Matching(nn.Module):

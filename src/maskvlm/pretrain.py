@@ -5,6 +5,7 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class MaskedPretraining(Task):
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
             encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
             2023).
+        contrast_reads: `class`: contrast reads the two class tokens (P). `class_and_mean`: the mean patch and the mean
+            token, too, see `heads.Projection`.
         freeze_aligned: the encoders and contrast learn in that first share of the run alone (false, P), their rates run
             down by its end. The other losses then learn on encoders that stand still, and cost less.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
@@ -114,6 +117,7 @@ class MaskedPretraining(Task):
         freeze_aligned: bool = False,
         image_mask_all: float = 0.0,
         contrast_patches: float = 1.0,
+        contrast_reads: Literal["class", "class_and_mean"] = "class",
     ) -> None:
         super().__init__()
         self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
@@ -139,7 +143,7 @@ class MaskedPretraining(Task):
         if not 0 < contrast_patches <= 1:
             what = f"{contrast_patches} is no share above 0"
             raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
-        self.contrast_patches = contrast_patches
+        self.contrast_patches, self.contrast_reads = contrast_patches, contrast_reads
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
             what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
@@ -177,7 +181,8 @@ class MaskedPretraining(Task):
             todo = f"set model.task.mask_block to a multiple of {patch}"
             raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
         if self.weights["itc"]:
-            self.projection = Projection(width, width, self.contrast_dim, self.temperature)
+            mean = self.contrast_reads == "class_and_mean"
+            self.projection = Projection(width, width, self.contrast_dim, self.temperature, mean)
         if self.weights["itm"]:
             self.matching = Matching(width)
         if self.weights["mlm"]:
@@ -222,8 +227,9 @@ class MaskedPretraining(Task):
         still = aligned and self.freeze_aligned
         alone = not aligned or (self.weights["itc"] > 0 and sum(self.weights.values()) == self.weights["itc"])
         with standing_still((backbone.image, backbone.text), still):
-            encoded = self.encode(backbone, every, hidden, self.some_patches(backbone, batch) if alone else None)
-        contrast = self.contrast(batch, encoded)
+            some_BV = self.some_patches(backbone, batch) if alone else None
+            encoded = self.encode(backbone, every, hidden, some_BV)
+        contrast = self.contrast(batch, encoded, some_BV)
         found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
         kept = None if queue is None else queue.pairs
         hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
@@ -336,13 +342,13 @@ class MaskedPretraining(Task):
             self.text_draws,
         )
 
-    def contrast(self, batch: Batch, encoded: Encoded) -> Contrast:
+    def contrast(self, batch: Batch, encoded: Encoded, some_BV: Tensor | None = None) -> Contrast:
         """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
         if self.weights["itc"]:
             if self.training:
                 self.projection.bound()
-            image = self.projection.embed_image(encoded.image_BLD)
-            text, scale = self.projection.embed_text(encoded.text_BTD), self.projection.scale
+            image = self.projection.embed_image(encoded.image_BLD, some_BV)
+            text, scale = self.projection.embed_text(encoded.text_BTD, batch.attention_CT), self.projection.scale
         else:
             image = text = torch.zeros_like(encoded.image_BLD[:, 0]).float()
             scale = torch.ones((), device=image.device)
@@ -384,7 +390,8 @@ class MaskedPretraining(Task):
 
     def several_positives(self, contrast: Contrast, other_CTD: Tensor, batch: Batch) -> Tensor:
         """Contrast over all captions of the images, each of which is to be found; `batch` has them in that order."""
-        text_CE = torch.cat([contrast.text_BE, self.projection.embed_text(other_CTD)])
+        other_CT = batch.attention_CT[len(contrast.text_BE) :]
+        text_CE = torch.cat([contrast.text_BE, self.projection.embed_text(other_CTD, other_CT)])
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
         return losses.soft_contrastive(

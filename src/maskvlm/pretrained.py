@@ -202,7 +202,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         if input_ids is not None:
             attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             text_BTD = self.backbone.text(input_ids, attention.bool())
-            out.text_embeds = projection.embed_text(text_BTD) if projection else None
+            out.text_embeds = projection.embed_text(text_BTD, attention.bool()) if projection else None
         if image_BLD is not None and text_BTD is not None and len(image_BLD) == len(text_BTD):
             fused = self.backbone.fuse(image_BLD, text_BTD, attention.bool())
             out.fused = fused.joined_MX

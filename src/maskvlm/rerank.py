@@ -80,7 +80,7 @@ def keep(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: Tens
     public = Public(
         _host(batch.index_B),
         _host(projection.embed_image(image_BLD)),
-        _host(projection.embed_text(text_CTD)),
+        _host(projection.embed_text(text_CTD, batch.attention_CT)),
         _host(text_CTD[:, positions], precision),
         _host(batch.attention_CT[:, positions]),
         _host(batch.index_B[batch.owner_C]),

@@ -108,20 +108,21 @@ class Retrieval(Task):
         for part in (backbone.cross_image, backbone.cross_text):
             part.requires_grad_(bool(self.weights["itm"]))
 
-    def project(self, width: int, dim: int) -> None:
+    def project(self, width: int, dim: int, mean: bool = False) -> None:
         """New projections from features of `width` to `dim`."""
-        self.projection = Projection(width, width, dim, self.temperature)
+        self.projection = Projection(width, width, dim, self.temperature, mean)
         init_xavier(self.projection)
         self.projection.requires_grad_(bool(self.weights["itc"]))
 
     def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """The projections take the checkpoint's width: left random they would cost the contrast it has learned."""
+        """The projections take the checkpoint's width, and read what they read there: left random they would cost the
+        contrast it has learned."""
         theirs, own = heads.get("projection.image.weight"), self.projection.image
-        if theirs is not None and len(theirs) != own.out_features:
-            if self.contrast_dim is not None:
+        if theirs is not None and theirs.shape != own.weight.shape:
+            if self.contrast_dim is not None and len(theirs) != own.out_features:
                 what = f"{self.contrast_dim}, but the checkpoint's projections are {len(theirs)} wide"
                 raise UserError("model.task.contrast_dim", what, f"Leave it out, or give {len(theirs)}")
-            self.project(own.in_features, len(theirs))
+            self.project(own.in_features, len(theirs), mean=theirs.shape[1] == 2 * own.in_features)
         return super().inherit(heads)
 
     # ------------------------------------------------------------------ training
@@ -147,7 +148,8 @@ class Retrieval(Task):
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> Contrast:
         if self.training:
             self.projection.bound()
-        image_BE, text_CE = self.projection.embed_image(image_BLD), self.projection.embed_text(text_CTD)
+        image_BE = self.projection.embed_image(image_BLD)
+        text_CE = self.projection.embed_text(text_CTD, batch.attention_CT)
         return Contrast(image_BE, text_CE, gather(image_BE), gather(text_CE), self.projection.scale, *columns(batch))
 
     def contrastive_loss(self, contrast: Contrast, batch: Batch) -> Tensor:
