@@ -87,8 +87,9 @@ def picture(seed: int) -> torch.Tensor:
 
 
 def write(path: Path, kind: str = "pretrain", sign: int = 1, **more: Any) -> str:
-    """A checkpoint whose reference is its own vectors of some pictures, or, with sign -1, the opposite of them."""
-    backbone, task, recipe = made(kind)
+    """A checkpoint whose reference is its own vectors of some pictures, or, with sign -1, the opposite of them; of the
+    class token alone, as the mean patches of noise are all alike."""
+    backbone, task, recipe = made(kind, **({"contrast_reads": "class"} if kind == "pretrain" else {}))
     content = content_of(backbone, task, recipe)
     checkpoint.save(content, path)
     if kind == "pretrain":
