@@ -640,6 +640,16 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
         ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
         ({"freeze_aligned": True}, "model.task.freeze_aligned: nothing is aligned first: contrast_first is 0"),
         (
+            {
+                "freeze_aligned": True,
+                "contrast_first": 0.5,
+                "weight_itm": 0.0,
+                "weight_mlm": 0.0,
+                "weight_mim": 0.0,
+            },
+            "model.task.freeze_aligned: contrast is the only loss: after contrast_first nothing would learn",
+        ),
+        (
             {"matching_trains_encoders": False, "weight_itc": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
             "model.task.matching_trains_encoders: no other loss trains the encoders",
         ),

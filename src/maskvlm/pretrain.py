@@ -162,6 +162,9 @@ class MaskedPretraining(Task):
                 "Set it to false, or give contrast_first a share",
             )
             raise UserError("model.task.freeze_aligned", what, todo)
+        if freeze_aligned and not any(weight for name, weight in self.weights.items() if name != "itc"):
+            what = "contrast is the only loss: after contrast_first nothing would learn"
+            raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
         self.freeze_aligned = freeze_aligned
         self.rerank_contrast = rerank_contrast
         if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim):

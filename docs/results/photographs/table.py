@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 NO_MASKS = "--model.task.weight_mlm 0 --model.task.weight_mim 0"
-CONTRAST = f"--model.task.weight_itm 0 {NO_MASKS}"
+CONTRAST = f"--model.task.weight_itm 0 {NO_MASKS} --model.task.contrast_first 0 --model.task.freeze_aligned false"
 ROWS = {
     "frozen": ("compact", f"--model.backbone.image.frozen all --model.lr_encoders 0 {CONTRAST}"),
     "contrast": ("compact", CONTRAST),
