@@ -1,0 +1,124 @@
+"""What a baseline that sees by construction finds in NLVR's drawings: counted shapes, in kernel ridge regression.
+
+    DATA_ROOT=/data .venv/bin/python docs/results/downstream/counts.py checkpoints/RUN/best.ckpt
+
+The checkpoint reads the sentences alone. Of each of the three boxes the yellow, blue and black shapes are found as
+connected pixels: how many, how many squares, circles and triangles, how many at the wall, their area, the largest, the
+highest; and of all boxes sum, largest, smallest, and in how many it is more than 0. The regression is that of `probe.py`,
+its choices by folds of the sentences.
+
+Shapes: C colours, H and W pixels, N examples, F numbers of an example.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from probe import SOURCES, Rows, choose, grams, right
+from rich.progress import track
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from maskvlm import MaskVLM
+from maskvlm.data.images import safe_open
+from maskvlm.embed import encode_text
+
+COLOURS = torch.tensor([[255, 255, 0], [0, 153, 255], [0, 0, 0]])  # yellow, blue, black
+NEAR = 90  # sum of the differences in red, green and blue
+SIDE, STEP = 100, 2  # a box in pixels; every second one is looked at
+LEFT_EDGES = ((0, 0), (0, 150), (1, 0))  # picture and left edge of each box
+LEAST = 5  # pixels of a shape; fewer are the blur at its edge
+SQUARE, CIRCLE = 0.92, 0.66  # share of its bounding box that it fills at least: 1 and 0.79; a triangle fills half
+
+
+def shapes(colour_CHW: Tensor) -> Tensor:
+    """A number for each set of connected pixels of one colour, the same for all of them, 0 elsewhere, [C, H, W]: the
+    largest number travels until nothing changes."""
+    there_CHW = colour_CHW.float()
+    number_CHW = there_CHW * torch.arange(1.0, 1 + there_CHW[0].numel()).view_as(there_CHW[0])
+    while True:
+        across = max_pool2d(number_CHW, (1, 3), 1, (0, 1))
+        further_CHW = torch.maximum(across, max_pool2d(number_CHW, (3, 1), 1, (1, 0))) * there_CHW
+        if torch.equal(further_CHW, number_CHW):
+            return number_CHW.long()
+        number_CHW = further_CHW
+
+
+def counted(box_HW3: Tensor) -> Tensor:
+    """Of each colour in a box: shapes, squares, circles, triangles, shapes at the wall, area, largest area, height of
+    the highest, [C, 8]."""
+    number_CHW = shapes((box_HW3 - COLOURS[:, None, None]).abs().sum(-1) < NEAR)
+    last = number_CHW.shape[-1] - 1
+    told = torch.zeros(len(COLOURS), 8)
+    for told_8, number_HW in zip(told, number_CHW, strict=True):
+        for number in number_HW.unique().tolist():
+            row_P, column_P = (number_HW == number).nonzero(as_tuple=True)
+            if number == 0 or len(row_P) < LEAST:
+                continue
+            high, wide = int(row_P.max() - row_P.min()) + 1, int(column_P.max() - column_P.min()) + 1
+            filled = len(row_P) / (high * wide)
+            told_8[0] += 1
+            if filled >= SQUARE:
+                told_8[1] += max(1, round(max(high, wide) / min(high, wide)))  # a tower of one colour is one shape
+            else:
+                told_8[2 if filled >= CIRCLE else 3] += 1
+            told_8[4] += bool(min(row_P.min(), column_P.min()) == 0 or max(row_P.max(), column_P.max()) == last)
+            told_8[5] += len(row_P) / 250
+            told_8[6] = max(float(told_8[6]), len(row_P) / 250)
+            told_8[7] = max(float(told_8[7]), 1 - float(row_P.min()) / last)
+    return told
+
+
+def numbers(images: list[Any]) -> Tensor:
+    """All that is told of the boxes of an example, [F]."""
+    pixels = [torch.from_numpy(np.array(safe_open(image, "a drawing"))).long() for image in images]
+    boxes = [pixels[picture][:SIDE:STEP, left : left + SIDE : STEP] for picture, left in LEFT_EDGES]
+    of_colour = torch.stack([counted(box) for box in boxes])  # [boxes, C, 8]
+    each = torch.cat([of_colour, of_colour.sum(1, keepdim=True)], 1)
+    among = [each.sum(0), each.amax(0), each.amin(0), (each > 0).float().sum(0)]
+    return torch.cat([each.flatten(), *(part.flatten() for part in among)])
+
+
+def read(model: Any, split: Any, name: str) -> Rows:
+    """The sentences' vectors as `probe.py` has them, and the counts in the place of the photo's."""
+    examples = [split[number] for number in range(len(split))]
+    seen: dict[str, Tensor] = {}
+    for each in track(examples, description=name):
+        if each["image_ids"][0] not in seen:
+            seen[each["image_ids"][0]] = numbers(each["images"])
+    text_NF = torch.stack(
+        [
+            torch.cat([text_TD[0], text_TD.mean(0)])
+            for text_TD in encode_text(model, [each["text"] for each in examples]).features
+        ]
+    )
+    place = {group: number for number, group in enumerate(dict.fromkeys(each["group"] for each in examples))}
+    return Rows(
+        text_NF,
+        torch.stack([seen[each["image_ids"][0]] for each in examples]),
+        torch.zeros(len(examples), 0),
+        [each["answers"][0] for each in examples],
+        np.array([place[each["group"]] for each in examples]),
+    )
+
+
+@torch.no_grad()
+def main(checkpoint: str) -> None:
+    """Print both accuracies and their difference."""
+    model: Any = MaskVLM.from_pretrained(checkpoint)
+    source = SOURCES["nlvr_pairs"]()
+    train, val = (read(model, source.split(name), name) for name in ("train", "val"))
+    found = []
+    for way in ("text", "text and photo"):
+        grams_KK, grams_NK = grams(way, train, train), grams(way, val, train)
+        width, penalty = choose(grams_KK, train)
+        found.append(100.0 * right(grams_NK[width], grams_KK[width], penalty, val.answers, train.answers))
+        print(f"{way.replace('photo', 'counts')}: {found[-1].mean():.1f}", flush=True)
+    difference = found[1] - found[0]
+    half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+    print(f"{difference.mean():+.1f} ({difference.mean() - half:+.1f} to {difference.mean() + half:+.1f})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
