@@ -358,6 +358,17 @@ def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: floa
     assert len(drawn) > 12
 
 
+def test_the_mean_patch_is_one_of_the_patches_that_contrast_sees() -> None:
+    """The mask tokens in the places of the others tell nothing: whatever they are, contrast is the same."""
+    settings = {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0}
+    losses = []
+    for value in (0.0, 5.0):
+        backbone, task = build(contrast_patches=0.5, contrast_reads="class_and_mean", **settings)
+        nn.init.constant_(backbone.image.mask_token, value)
+        losses.append(float(task(backbone, eventful_batch())["itc"]))
+    assert losses[0] == losses[1]
+
+
 def test_patches_are_left_out_of_a_plain_vit_alone() -> None:
     backbone = toy_backbone()
     backbone.image.vit.__class__ = type("Other", (type(backbone.image.vit),), {})
