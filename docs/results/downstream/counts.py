@@ -4,8 +4,8 @@
 
 The checkpoint reads the sentences alone. Of each of the three boxes the yellow, blue and black shapes are found as
 connected pixels: how many, how many squares, circles and triangles, how many at the wall, their area, the largest, the
-highest; and of all boxes sum, largest, smallest, and in how many it is more than 0. The regression is that of `probe.py`,
-its choices by folds of the sentences.
+highest; and of all boxes sum, largest, smallest, and in how many it is more than 0. The regression is that of
+`probe.py`, its choices by folds of the sentences.
 
 Shapes: C colours, H and W pixels, N examples, F numbers of an example.
 """
