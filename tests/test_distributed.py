@@ -194,6 +194,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "texts masked twice": {"text_draws": 2},
     "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},
+    "images stand still": {"contrast_first": 0.5, "freeze_aligned": "image"},
 }
 
 

@@ -196,22 +196,31 @@ def test_a_share_of_warm_up_is_one_of_the_steps_that_a_group_learns() -> None:
     assert [late(step) for step in (11, 12, 15)] == pytest.approx([0.0, 0.25, 1.0])
 
 
-def test_where_others_stop_their_cosine_ends_at_the_step_that_late_ones_begin_at() -> None:
-    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "late": late} for late in (False, True)]
+def test_the_cosine_of_what_stops_ends_at_the_step_that_late_ones_begin_at() -> None:
+    marks: list[dict[str, bool]] = [{"stopping": True}, {"late": True}, {}]
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, **mark} for mark in marks]
     optimizer = build_adamw(groups, (0.9, 0.98), fused=False)
-    early, late = schedule(optimizer, 10, 2, 0.1, start=4, others_stop=True).lr_lambdas
-    assert [early(step) for step in range(12)] == pytest.approx([0.5, 1.0, 1.0, 0.55, *[0.0] * 8])
+    stopping, late, throughout = schedule(optimizer, 10, 2, 0.1, start=4).lr_lambdas
+    assert [stopping(step) for step in range(12)] == pytest.approx([0.5, 1.0, 1.0, 0.55, *[0.0] * 8])
+    assert [throughout(step) for step in range(11)] == pytest.approx(
+        [warmup_cosine(10, 2, 0.1)(step) for step in range(11)]
+    )
     assert [late(step) for step in range(11)] == pytest.approx(
         [0.0] * 4 + [warmup_cosine(6, 2, 0.1)(step) for step in range(7)]
     )
 
 
-def test_late_parameters_have_groups_of_their_own() -> None:
-    backbone, heads = nn.Linear(2, 2), nn.Linear(3, 3)
-    groups = parameter_groups(backbone, [], heads, 1e-3, 1e-4, 0.05, late=heads.parameters())
-    assert {group["name"]: (group.get("late", False), [p.numel() for p in group["params"]]) for group in groups} == {
-        "rest": (False, [4]),
-        "rest (no decay)": (False, [2]),
-        "rest, late": (True, [9]),
-        "rest, late (no decay)": (True, [3]),
+def test_late_and_stopping_parameters_have_groups_of_their_own() -> None:
+    backbone, heads = nn.Linear(2, 2), nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 4))
+    late, stopping = heads[0].parameters(), heads[1].parameters()
+    groups = parameter_groups(backbone, [], heads, 1e-3, 1e-4, 0.05, late=late, stopping=stopping)
+    marks = [{mark for mark in ("late", "stopping") if mark in group} for group in groups]
+    sizes = [[p.numel() for p in group["params"]] for group in groups]
+    assert dict(zip([group["name"] for group in groups], zip(marks, sizes, strict=True), strict=True)) == {
+        "rest": (set(), [4]),
+        "rest (no decay)": (set(), [2]),
+        "rest, late": ({"late"}, [9]),
+        "rest, late (no decay)": ({"late"}, [3]),
+        "rest, stopping": ({"stopping"}, [16]),
+        "rest, stopping (no decay)": ({"stopping"}, [4]),
     }

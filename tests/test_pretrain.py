@@ -3,7 +3,7 @@
 import itertools
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -305,17 +305,28 @@ def test_what_waits_for_contrast() -> None:
     assert share == 0.25
     modules = (backbone.cross_image, backbone.cross_text, task.matching, task.tokens, task.pixels)
     assert {id(p) for p in late} == {id(p) for module in modules for p in module.parameters()}
-    assert not task.late(backbone).others_stop
+    assert not task.late(backbone).stopping
     _, task = build()
-    assert task.late(backbone) == (0.0, (), False)
+    assert task.late(backbone) == (0.0, (), ())
+
+
+def test_what_stops_where_contrast_ends() -> None:
+    for freeze, names in ((True, ("image", "text", "projection")), ("image", ("image",))):
+        backbone, task = build(contrast_first=0.25, freeze_aligned=freeze)
+        modules = {"image": backbone.image, "text": backbone.text, "projection": task.projection}
+        expected = {id(p) for name in names for p in modules[name].parameters()}
+        assert {id(p) for p in task.late(backbone).stopping} == expected
 
 
 @pytest.mark.parametrize("captions", [1, 2])
+@pytest.mark.parametrize("freeze", [True, "image"])
 @pytest.mark.parametrize("settings", [{}, {"negative_queue": 8}, {"mask_both": True}], ids=str)
-def test_what_is_aligned_may_stand_still(settings: dict[str, Any], captions: int) -> None:
-    """Each loss's value as without, and the gradients of what learns then; encoders and contrast get none."""
+def test_what_is_aligned_may_stand_still(
+    settings: dict[str, Any], freeze: bool | Literal["image"], captions: int
+) -> None:
+    """Each loss's value as without, and the gradients of what learns then; what stands still gets none."""
     found = {}
-    for still in (False, True):
+    for still in (False, freeze):
         backbone, task = build(contrast_first=0.5, freeze_aligned=still, **settings)
         task.done = 0.5
         batch = pad_text(toy_batch(8, captions=captions), LENGTH, 1)
@@ -323,13 +334,13 @@ def test_what_is_aligned_may_stand_still(settings: dict[str, Any], captions: int
         terms = task(backbone, batch)
         total(task, terms).backward()
         found[still] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
-    torch.testing.assert_close(found[True][0], found[False][0])
-    late = {id(parameter) for parameter in task.late(backbone).parameters}
+    torch.testing.assert_close(found[freeze][0], found[False][0])
+    still_now = {id(parameter) for parameter in task.late(backbone).stopping}
     modules = enumerate((backbone, task))
-    names = {f"{at}.{name}" for at, part in modules for name, p in part.named_parameters() if id(p) in late}
-    assert set(found[True][1]) == names
-    for name in names:
-        torch.testing.assert_close(found[True][1][name], found[False][1][name], atol=1e-6, rtol=1e-5)
+    names = {f"{at}.{name}" for at, part in modules for name, p in part.named_parameters() if id(p) not in still_now}
+    assert set(found[freeze][1]) == names & set(found[False][1])
+    for name in found[freeze][1]:
+        torch.testing.assert_close(found[freeze][1][name], found[False][1][name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +401,6 @@ def test_until_then_contrast_learns_as_without() -> None:
 
 def test_a_mask_token_behind_the_encoder_waits_for_contrast_too() -> None:
     backbone, task = build(contrast_first=0.25, freeze_aligned=True)
-    assert task.late(backbone).others_stop
     late = {id(parameter) for parameter in task.late(backbone).parameters}
     assert id(backbone.image.mask_token) not in late
     backbone.image.left_out = True

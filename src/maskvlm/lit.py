@@ -159,11 +159,11 @@ class LitModel(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         encoders = (self.backbone.image, self.backbone.text)
         rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
-        share, late, others_stop = self.task.late(self.backbone)
-        groups = parameter_groups(self.backbone, encoders, self.task, *rates, late)
+        share, late, stopping = self.task.late(self.backbone)
+        groups = parameter_groups(self.backbone, encoders, self.task, *rates, late, stopping)
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         total = self.data.total_steps
-        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total), others_stop)
+        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property

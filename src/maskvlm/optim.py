@@ -20,6 +20,7 @@ def parameter_groups(
     lr_cross: float | None = None,
     layer_decay: float = 1.0,
     late: Iterable[nn.Parameter] = (),
+    stopping: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Groups of encoders, cross encoders (with the rest where they have no rate of their own) and the rest, each with
     and without weight decay.
@@ -27,15 +28,15 @@ def parameter_groups(
     With `layer_decay` below 1 each block of an encoder learns at that share of the rate of the block above it; what
     lies below the first block (patches, words, positions) at that share of the first block's, the last norm at the full
     rate (ELECTRA's rule, which BEiT and MAE fine-tune by). An adapter behind an encoder is new: it learns as the rest.
-    Parameters of `late` have groups of their own, marked so for `schedule`.
+    Parameters of `late` and of `stopping` have groups of their own, marked so for `schedule`.
 
     Not decayed (C): biases, norms, class and mask tokens, positions, word embeddings and the temperature, that is, what
     has one dimension or fewer, or is no weight matrix by name.
     """
     below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
     rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
-    waiting = {id(parameter) for parameter in late}
-    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    marks = {id(parameter): "late" for parameter in late} | {id(parameter): "stopping" for parameter in stopping}
+    groups: dict[tuple[str, bool, str | None], list[nn.Parameter]] = {}
     for module in (backbone, heads):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -46,16 +47,16 @@ def parameter_groups(
                     number = below[id(parameter)] if layer_decay < 1 else 0
                     kind = f"encoders, {number} from the top" if number else "encoders"
                     rates[kind] = lr_encoders * layer_decay**number
-                groups.setdefault((kind, decayed, id(parameter) in waiting), []).append(parameter)
+                groups.setdefault((kind, decayed, marks.get(id(parameter))), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": rates[kind],
             "weight_decay": decay if decayed else 0.0,
-            "name": f"{kind}{', late' if later else ''}{'' if decayed else ' (no decay)'}",
-            **({"late": True} if later else {}),  # an older checkpoint's groups know nothing of it
+            "name": f"{kind}{f', {mark}' if mark else ''}{'' if decayed else ' (no decay)'}",
+            **({mark: True} if mark else {}),  # an older checkpoint's groups know nothing of it
         }
-        for (kind, decayed, later), parameters in groups.items()
+        for (kind, decayed, mark), parameters in groups.items()
     ]
 
 
@@ -96,22 +97,20 @@ def warmup_cosine(total: int, warmup: int, floor: float) -> Callable[[int], floa
     return factor
 
 
-def schedule(
-    optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0, others_stop: bool = False
-) -> LambdaLR:
+def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0) -> LambdaLR:
     """Warm-up and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
     encoders: 1e-5 under a floor of 3e-5).
 
     Args:
         total: steps of the run.
         warmup: share of the steps in which a group learns, or a number of steps from 1 on.
-        start: step at which groups marked `late` begin; before it their rate is 0.
-        others_stop: the other groups' cosine ends at that step; from it on their rate is 0.
+        start: step at which groups marked `late` begin; before it their rate is 0. The cosine of those marked
+            `stopping` ends there; from it on their rate is 0.
     """
 
     def factor(group: dict[str, Any]) -> Callable[[int], float]:
         first = start if group.get("late") else 0
-        end = start if others_stop and not group.get("late") else None
+        end = start if group.get("stopping") else None
         steps = (total if end is None else end) - first
         floor = min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0
         of_step = warmup_cosine(steps, int(warmup if warmup >= 1 else warmup * steps), floor)

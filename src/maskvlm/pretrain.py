@@ -61,7 +61,9 @@ class MaskedPretraining(Task):
         contrast_reads: `class`: contrast reads the two class tokens (P). `class_and_mean`: the mean patch and the mean
             token, too, see `heads.Projection`.
         freeze_aligned: the encoders and contrast learn in that first share of the run alone (false, P), their rates run
-            down by its end. The other losses then learn on encoders that stand still, and cost less.
+            down by its end. The other losses then learn on encoders that stand still, and cost less. `image`: the image
+            encoder alone stands still then; the text encoder goes on learning, from hidden words too, and contrast
+            against images that no longer move (as in LiT, Zhai et al. 2022).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
@@ -114,7 +116,7 @@ class MaskedPretraining(Task):
         text_mask_most: float | None = None,
         negative_queue: int = 0,
         matching_trains_encoders: bool = True,
-        freeze_aligned: bool = False,
+        freeze_aligned: bool | Literal["image"] = False,
         image_mask_all: float = 0.0,
         contrast_patches: float = 1.0,
         contrast_reads: Literal["class", "class_and_mean"] = "class",
@@ -162,7 +164,7 @@ class MaskedPretraining(Task):
                 "Set it to false, or give contrast_first a share",
             )
             raise UserError("model.task.freeze_aligned", what, todo)
-        if freeze_aligned and not any(weight for name, weight in self.weights.items() if name != "itc"):
+        if freeze_aligned is True and not any(weight for name, weight in self.weights.items() if name != "itc"):
             what = "contrast is the only loss: after contrast_first nothing would learn"
             raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
         self.freeze_aligned = freeze_aligned
@@ -227,9 +229,10 @@ class MaskedPretraining(Task):
         pairs = len(batch.valid_B) if aligned else 1
         shares = (self.image_draws, self.image_mask_all)
         hidden = self.hide(backbone, batch, self.uniform, self.text_draws, shares, pairs)
-        still = aligned and self.freeze_aligned
+        still = aligned and self.freeze_aligned is True
+        stand = [backbone.image, *([backbone.text] if still else [])]
         alone = not aligned or (self.weights["itc"] > 0 and sum(self.weights.values()) == self.weights["itc"])
-        with standing_still((backbone.image, backbone.text), still):
+        with standing_still(stand, aligned and bool(self.freeze_aligned)):
             some_BV = self.some_patches(backbone, batch) if alone else None
             encoded = self.encode(backbone, every, hidden, some_BV)
         contrast = self.contrast(batch, encoded, some_BV)
@@ -276,7 +279,9 @@ class MaskedPretraining(Task):
             early.remove(id(backbone.image.mask_token))
         every = (*backbone.parameters(), *self.parameters())
         waiting = [parameter for parameter in every if id(parameter) not in early]
-        return Late(self.contrast_first, waiting, self.freeze_aligned)
+        stop = {True: first, "image": first[:1], False: ()}[self.freeze_aligned]
+        stopping = [parameter for module in stop for parameter in module.parameters() if id(parameter) in early]
+        return Late(self.contrast_first, waiting, stopping)
 
     def hide(
         self,

@@ -38,12 +38,12 @@ class Prediction(TypedDict):
 class Late(NamedTuple):
     """Parameters that learn only after a share of the run: their learning rate rises from there.
 
-    others_stop: all others learn only until then; their learning rate has run down by then.
+    stopping: those that learn only until then; their learning rate has run down by then. All others learn throughout.
     """
 
     share: float = 0.0
     parameters: Sequence[nn.Parameter] = ()
-    others_stop: bool = False
+    stopping: Sequence[nn.Parameter] = ()
 
 
 class Task(nn.Module, ABC):
