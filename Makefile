@@ -21,7 +21,8 @@ NAME :=
 ARGS :=
 # One name for all processes of a job: the time of day would differ between them.
 now := $(or $(SLURM_JOB_ID),$(shell date +%Y%m%d-%H%M%S))
-RUN := $(if $(TASK),$(if $(filter evaluate,$(MAKECMDGOALS)),evaluate,finetune)-$(TASK)-$(DATA),pretrain-$(DATA)-$(MODEL))-$(now)
+evaluates := $(filter evaluate,$(MAKECMDGOALS))
+RUN := $(if $(TASK),$(or $(evaluates),finetune)-$(TASK)-$(DATA),$(or $(evaluates),pretrain)-$(DATA)-$(MODEL))-$(now)
 
 # One folder under checkpoints/, or one in a folder there.
 run = checkpoints/$(if $(findstring command,$(origin RUN)),$(run-name),$(RUN))
@@ -56,9 +57,9 @@ files = conf/base.yaml $(call chosen,MODEL,conf/model) conf/pretrain.yaml $(wild
     $(data-file) $(call chosen,WHERE,conf/where)
 stack = $(addprefix -c ,$(files)) $(data-place)$(if $(ENCODERS), $(encoders))
 # Pre-training that goes on from a checkpoint, on other data: the model is the checkpoint's, MODEL names the recipe.
-pretrain-stack = $(if $(FROM),--from $(FROM) $(addprefix -c ,$(filter-out conf/model/%,$(files))) $(data-place) $(aligned),$(stack))
-# A checkpoint's encoders speak of the same things already: its cross encoders wait for nothing.
-aligned = --model.task.contrast_first 0 --model.task.freeze_aligned false
+# conf/continue.yaml and conf/continue-MODEL.yaml, where there is one, say what is different then.
+pretrain-stack = $(if $(FROM),--from $(FROM) $(addprefix -c ,$(filter-out conf/model/%,$(files)) $(continued)) $(data-place),$(stack))
+continued = conf/continue.yaml $(wildcard conf/continue-$(MODEL).yaml)
 # ENCODERS is a folder with one folder for each encoder of MODEL; the text encoder's is the one with a tokenizer.
 encoders = $(if $(ENCODERS),--model.backbone.image.weights '$(or $(image-weights),$(no-encoders))' --model.backbone.text.name '$(or $(text-folder),$(no-encoders))')
 text-folder = $(patsubst %/,%,$(firstword $(dir $(wildcard $(foreach file,tokenizer.json vocab.txt vocab.json,$(ENCODERS)/*/$(file))))))
@@ -98,9 +99,15 @@ task-stack = $(addprefix -c ,conf/base.yaml conf/finetune.yaml $(task-data) $(ca
 command = $(if $(filter 1,$(words $(SPLIT))),$(or $(if $(filter val,$(SPLIT)),validate),$(filter test,$(SPLIT)),$(no-split)),$(no-split))
 no-split = $(error no SPLIT=$(SPLIT); there are: val test)
 
+# Without TASK what pre-training is judged by is measured: recall, words and patches with the right partner and a wrong one.
+measured = $(if $(TASK),$(from) $(task-stack),$(if $(filter-out random,$(FROM)),$(pretrain-stack),$(no-from)))
+
 # Before anything is installed for it.
-ifneq ($(filter finetune evaluate,$(MAKECMDGOALS)),)
-checked := $(run)$(task-name)$(command)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
+ifneq ($(filter finetune,$(MAKECMDGOALS)),)
+checked := $(run)$(task-name)$(from)$(if $(findstring .,$(TASK)),,$(task-stack))
+endif
+ifneq ($(filter evaluate,$(MAKECMDGOALS)),)
+checked := $(run)$(if $(TASK),$(task-name))$(command)$(if $(findstring .,$(TASK)),$(from),$(measured))
 endif
 
 ifneq ($(filter data,$(MAKECMDGOALS)),)
@@ -113,6 +120,7 @@ endif
 help:  ## this list
 	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. ARGS=\"--model.lr 1e-3 ..\"]"
 	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/RUN/best.ckpt [DATA=.. SPLIT=val|test ..]"
+	@echo "make evaluate FROM=checkpoints/RUN/best.ckpt [MODEL=.. DATA=.. SPLIT=val|test ..]   what pre-training is judged by"
 	@echo "make data SET=.. RAW=/where/it/was/downloaded [NAME=.. DATA_ROOT=data ARGS=--look]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 	@echo "MODEL   $(call names,conf/model)   (now: $(MODEL); ENCODERS=folder: pretrained ones without a connection)"
@@ -145,8 +153,8 @@ submit: $(ready)  ## write the SLURM batch script of the same (WHERE=slurm4x8) a
 finetune: $(ready)  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
 	@$(PYTHON) -m maskvlm fit --folder $(run) $(from) $(task-stack) $(ARGS)
 
-evaluate: $(ready)  ## measure TASK with the checkpoint FROM as it is (SPLIT=val or test)
-	@$(PYTHON) -m maskvlm $(command) --folder $(run) $(from) $(task-stack) --trainer.limit_val_batches 1.0 $(ARGS)
+evaluate: $(ready)  ## measure TASK, or without it pre-training, with the checkpoint FROM as it is (SPLIT=val or test)
+	@$(PYTHON) -m maskvlm $(command) --folder $(run) $(measured) --trainer.limit_val_batches 1.0 $(ARGS)
 
 index: $(ready-search)  ## make the pictures of DATA (SPLIT) searchable with the checkpoint FROM
 	@$(PYTHON) -m maskvlm index --from $(or $(FROM),$(no-from)) --split $(SPLIT) --out checkpoints/index-$(DATA)-$(SPLIT) $(stack) $(ARGS)

@@ -39,7 +39,7 @@ STACKS = [
 @pytest.mark.parametrize(("model", "data", "where"), STACKS)
 def test_every_stack_parses(model: str, data: str, where: str, stack: Stack) -> None:
     settings = run(Parsed, ["fit", *stack(MODEL=model, DATA=data, WHERE=where)]).settings
-    assert settings.model.task.init_args.image_mask_ratio == (0.75 if model == "compact" else 0.6)
+    assert settings.model.task.init_args.image_mask_ratio == (0.9 if model == "compact" else 0.6)
     assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
 
 
@@ -137,7 +137,6 @@ def test_a_run_stays_under_checkpoints(target: str, name: str) -> None:
     ("words", "said"),
     [
         (["TASK=nope"], "no TASK=nope; tasks found under tasks/: entailment nlvr retrieval vqa (or TASK=package.task"),
-        ([], "no TASK=; tasks found under tasks/: "),
         (["TASK=vqa nlvr"], "no TASK=vqa nlvr; tasks found under tasks/: "),
         (["TASK=vqa"], "no FROM=; name the checkpoint to start from: FROM=checkpoints/RUN/best.ckpt (there are: "),
         (["TASK=vqa", "FROM=x.ckpt", "DATA=coco"], "no DATA=coco for TASK=vqa; there are: daquar scenes vqav2"),
@@ -152,6 +151,28 @@ def test_a_wrong_choice_of_a_task_is_one_line(target: str, words: list[str], sai
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert said in done.stderr
+
+
+def test_without_a_task_nothing_is_fine_tuned() -> None:
+    done = make("finetune", "FROM=x.ckpt", "PYTHON=false")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "no TASK=; tasks found under tasks/: " in done.stderr
+
+
+@pytest.mark.parametrize("start", ["", "random"])
+def test_without_a_task_a_checkpoint_is_measured(start: str) -> None:
+    done = make("evaluate", f"FROM={start}", "PYTHON=false")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "no FROM=; name the checkpoint to start from" in done.stderr
+
+
+def test_what_pretraining_is_judged_by_is_measured_without_a_task() -> None:
+    words = ("MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x", "SPLIT=test")
+    done = make("-n", "evaluate", *words)
+    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu", "continue", "continue-compact")
+    stack = " ".join(f"-c conf/{name}.yaml" for name in files)
+    expected = f"python -m maskvlm test --folder checkpoints/x --from a/b.ckpt {stack} --trainer.limit_val_batches 1.0"
+    assert done.stdout.split() == expected.split()
 
 
 def test_without_any_checkpoint_one_is_told_how_to_make_one(tmp_path: Path) -> None:
@@ -198,10 +219,9 @@ def test_the_control_begins_with_random_weights_of_the_model() -> None:
 
 def test_pretraining_goes_on_from_a_checkpoint_whose_model_it_keeps() -> None:
     words = ("MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x")
-    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu")
+    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu", "continue", "continue-compact")
     stack = " ".join(f"-c conf/{name}.yaml" for name in files)
-    aligned = "--model.task.contrast_first 0 --model.task.freeze_aligned false"
-    expected = f"python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt {stack} {aligned}"
+    expected = f"python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt {stack}"
     assert make("-n", "pretrain", *words).stdout.split() == expected.split()
 
 

@@ -50,3 +50,6 @@ def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
     assert set(origins.values()) == {("loaded", str(origin))}  # the heads of the losses that are left, too
     assert any(name.startswith("task.tokens") for name in origins)
     assert not any(name.startswith("task.pixels") for name in origins)
+    run(Command, ["validate", "--folder", str(tmp_path / "third"), "--from", str(origin), *files, *options(SMALL)])
+    measured = json.loads((tmp_path / "third" / "metrics.json").read_text())
+    assert {"retrieval/tr_r1", "mlm/accuracy_wrong_image", "mim/mse_wrong_text"} <= set(measured)

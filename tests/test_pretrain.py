@@ -231,6 +231,16 @@ def test_all_captions_of_an_image_are_to_be_found(reads: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("reads", "theirs"), [("class", "class_and_mean"), ("class_and_mean", "class")])
+def test_a_checkpoint_whose_contrast_reads_something_else_is_refused(reads: str, theirs: str) -> None:
+    heads = build(contrast_reads=theirs)[1].state_dict()
+    task = build(contrast_reads=reads)[1]
+    said = rf"model\.task\.contrast_reads: {reads}, but contrast of the checkpoint reads {theirs}\. Set it to {theirs}"
+    with pytest.raises(UserError, match=said):
+        task.inherit(heads)
+    assert task.inherit(task.state_dict()) == set(task.state_dict())
+
+
 def test_the_first_caption_alone_is_masked_and_matched() -> None:
     batch = with_captions()
     first, every = one_each(batch)

@@ -214,6 +214,14 @@ class MaskedPretraining(Task):
         if not (self.weights["mlm"] or self.weights["itm"]):
             backbone.cross_text.requires_grad_(False)
 
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        theirs, own = heads.get("projection.image.weight"), self.state_dict().get("projection.image.weight")
+        if theirs is not None and own is not None and theirs.shape[1] != own.shape[1]:
+            reads = "class_and_mean" if self.contrast_reads == "class" else "class"
+            what = f"{self.contrast_reads}, but contrast of the checkpoint reads {reads}"
+            raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
+        return super().inherit(heads)
+
     def see_words(self, count: Callable[[], Tensor]) -> None:
         if self.weights["mlm"] and self.tokens_from_words:
             self.tokens.expect(count())
