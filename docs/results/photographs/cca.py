@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=112, help="pixels")
     parser.add_argument("--text", default="sentence-transformers/all-MiniLM-L6-v2", help="name or folder")
     parser.add_argument("--batch", type=int, default=100, help="images at a time")
-    parser.add_argument("--ridge", type=float, default=0.01, help="share of the mean variance that is added")
+    parser.add_argument("--ridge", type=float, default=0.3, help="share of the mean variance that is added")
     parser.add_argument("--width", type=int, default=256, help="of the shared space")
     parser.add_argument("--out", type=Path, help="metrics.json to be written")
     return parser.parse_args()
