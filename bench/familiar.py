@@ -1,4 +1,4 @@
-"""Does a model tell strange pictures from those of its data (`maskvlm.familiar`)? What to ask a checkpoint before its
+"""Does a model tell strange pictures from those of its data (`maskvlm.objectives.novelty`)? What to ask a checkpoint before its
 warnings are believed:
 
     python bench/familiar.py checkpoints/RUN/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
@@ -19,10 +19,10 @@ from PIL import Image
 
 from maskvlm import MaskVLM
 from maskvlm.data.files import PICTURE_SUFFIXES
-from maskvlm.data.scenes import Scenes
+from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
-from maskvlm.errors import UserError
-from maskvlm.familiar import is_far, nearness, range_of, sample_of
+from maskvlm.objectives.novelty import is_far, nearness, range_of, sample_of
+from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
 

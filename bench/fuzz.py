@@ -38,8 +38,8 @@ sys.path[:0] = [str(ROOT / name) for name in ("src", ".", "tests", "tests/securi
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from maskvlm.errors import UserError  # noqa: E402
-from maskvlm.failure import user_line  # noqa: E402
+from maskvlm.training.failure import user_line  # noqa: E402
+from maskvlm.utils.errors import UserError  # noqa: E402
 
 OLD = ROOT / "tests" / "fixtures" / "89274c0"
 LIMIT = 10.0  # seconds of one mutant
@@ -138,7 +138,7 @@ class Kinds:
     def folder_(self, rng: random.Random) -> str:
         import model_mutators
 
-        from maskvlm.folder import write_sums
+        from maskvlm.checkpoint.hf_folder import write_sums
 
         whole, made = self.folder / "whole", self.folder / "hub"
         if not whole.exists():
@@ -150,7 +150,7 @@ class Kinds:
 
     def model(self, source: Path, written: bool) -> str:
         """written: sums tell whether it is what was written."""
-        from maskvlm.pretrained import PretrainedMaskVLM
+        from maskvlm.inference.pretrained import PretrainedMaskVLM
 
         model = PretrainedMaskVLM.from_pretrained(source)
         state = model.state_dict()
@@ -166,8 +166,8 @@ class Kinds:
         import yaml
         from config_mutators import FOREIGN
 
-        from maskvlm.cli import Parsed, run
-        from maskvlm.parser import option_names
+        from maskvlm.cli.lightning import Parsed, run
+        from maskvlm.config.parser import option_names
 
         os.chdir(ROOT)
         names = ("base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu")
@@ -206,7 +206,7 @@ class Kinds:
         return self.parsed(["fit", "-c", "mutant.yaml", *words(self.keys, rng)])
 
     def parsed(self, arguments: list[str]) -> str:
-        from maskvlm.cli import Parsed, run
+        from maskvlm.cli.lightning import Parsed, run
 
         try:
             run(Parsed, arguments)
@@ -347,9 +347,9 @@ def main() -> int:
             getattr(kinds, f"start_{kind}")()
             print(*outcome(kinds, kind, options.seed, int(number), show=True))
             return 0
-        import maskvlm.cli
+        import maskvlm.cli.lightning
         import maskvlm.data.raw
-        import maskvlm.pretrained  # noqa: F401
+        import maskvlm.inference.pretrained  # noqa: F401
         import tasks.entailment.task  # noqa: F401
 
         began = time.monotonic()

@@ -17,8 +17,8 @@ from typing import Any
 import lightning as L
 
 from bench.kills import STACK
-from maskvlm.cli import Command, run
-from maskvlm.guard import StepGuard
+from maskvlm.cli.lightning import Command, run
+from maskvlm.training.step_guard import StepGuard
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 6  # first steps, which fill caches and the window

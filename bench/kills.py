@@ -35,10 +35,10 @@ import torch
 import yaml
 from rich.progress import track
 
-from maskvlm.__main__ import main
-from maskvlm.checkpoint import load
+from maskvlm.checkpoint.io import load
+from maskvlm.cli.main import main
 from maskvlm.data.module import PairData
-from maskvlm.resume import KeepState
+from maskvlm.training.resume import KeepState
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, MEASURED = 40, 4, 16
@@ -63,13 +63,13 @@ SMALL: dict[str, Any] = {
 }
 KEPT = """
 trainer:
-  logger: [{class_path: maskvlm.runlog.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
+  logger: [{class_path: maskvlm.training.csv_log.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
   callbacks:
-  - {class_path: maskvlm.run.RunRecord}
-  - {class_path: maskvlm.guard.StepGuard}
+  - {class_path: maskvlm.training.run_record.RunRecord}
+  - {class_path: maskvlm.training.step_guard.StepGuard}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
     init_args: {dirpath: "{run}", filename: best, enable_version_counter: false, monitor: score, mode: max}
-  - {class_path: maskvlm.resume.KeepState, init_args: {folder: "{run}", steps: STEPS, minutes: 10}}
+  - {class_path: maskvlm.training.resume.KeepState, init_args: {folder: "{run}", steps: STEPS, minutes: 10}}
 """
 
 
@@ -119,7 +119,7 @@ def breaking(how: str) -> Any:
     if how == "position":
         return mock.patch.object(PairData, "load_state_dict")
     if how == "random":
-        return mock.patch("maskvlm.lit.mix", side_effect=lambda *values: time.time_ns() % 2**60)
+        return mock.patch("maskvlm.training.lit.mix", side_effect=lambda *values: time.time_ns() % 2**60)
     if how == "evaluation":
         return mock.patch.object(KeepState, "_measure")
     return mock.patch.dict(os.environ, {})

@@ -35,12 +35,12 @@ from torchvision.transforms import v2
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.module import PairData
 from maskvlm.data.pairs import Collate, Sample
-from maskvlm.data.prepare import Plan, prepare
-from maskvlm.data.prepare_shards import Settings
-from maskvlm.data.prepared import Prepared
+from maskvlm.data.prepare.prepare import Plan, prepare
+from maskvlm.data.prepare.shards import Settings
+from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw.base import Facts, RawRow, RawSet
-from maskvlm.data.scenes import Scenes
-from maskvlm.data.streaming import Stream
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.data.streaming.source import Stream
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import train_transform
 

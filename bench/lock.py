@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from bench.kills import command, fork, wait
-from maskvlm.checkpoint import load
+from maskvlm.checkpoint.io import load
 
 STEPS, LATEST = 120, 3.0  # of a training, which takes longer than the second command is late at most
 

@@ -23,9 +23,9 @@ from unittest import mock
 
 from kills import command, elastic, fork, free_port
 
-from maskvlm.checkpoint import load
-from maskvlm.lit import LitModel
-from maskvlm.verify import newest_valid
+from maskvlm.checkpoint.integrity import newest_valid
+from maskvlm.checkpoint.io import load
+from maskvlm.training.lit import LitModel
 
 KINDS = ("term one", "term both", "killed", "stop", "raises")
 TORCH = (RuntimeError, "something nobody thought of")

@@ -26,9 +26,9 @@ from PIL import Image
 
 from maskvlm.data.files import picture_names
 from maskvlm.data.images import safe_open
-from maskvlm.data.prepare import prepare
-from maskvlm.data.prepare_end import Plan
-from maskvlm.data.prepare_rows import Settings
+from maskvlm.data.prepare.end import Plan
+from maskvlm.data.prepare.prepare import prepare
+from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 
 SIDE, QUALITY = 288, 90

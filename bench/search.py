@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from maskvlm.nearest import RECALL, Array, faiss_module, kinds, milliseconds, trained, tune
+from maskvlm.inference.faiss_index import RECALL, Array, faiss_module, kinds, milliseconds, trained, tune
 
 PART = 50_000  # vectors added at once, and then a look at the clock
 

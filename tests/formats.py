@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
-from maskvlm.encoders import ImageEncoder
+from maskvlm.model.encoders import ImageEncoder
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

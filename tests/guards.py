@@ -1,13 +1,13 @@
 """Guards that tests take away, to see that the test of each would notice.
 
-    @pytest.mark.guard("maskvlm.folder:check_sums")
+    @pytest.mark.guard("maskvlm.checkpoint.hf_folder:check_sums")
     def test_a_changed_byte_is_refused(build): ...
 
 runs twice: as the program is, and with that function doing nothing, where the test must fail. In the second turn the
 function is taken away in this process, and in every process that `build.command` starts. `gives` is what it then gives,
 an expression that may use `args`; None unless told:
 
-    @pytest.mark.guard("maskvlm.config:check_yaml", gives="args[0]")
+    @pytest.mark.guard("maskvlm.config.safe_yaml:check_yaml", gives="args[0]")
 
 The program itself knows nothing of this: no switch of its own turns a guard off.
 """
@@ -68,7 +68,7 @@ def main() -> int:
         os.environ[VARIABLE] = sys.argv.pop(1)
     sys.path[:0] = [str(HERE.parents[1] / "src"), str(HERE.parents[1])]
     guard, _, gives = os.environ[VARIABLE].partition("=")
-    from maskvlm.__main__ import main as command
+    from maskvlm.cli.main import main as command
 
     with without(guard, gives or "None"):
         return command()

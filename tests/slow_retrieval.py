@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from toys import slow_cross, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw
-from maskvlm.model import MaskVLM
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.utils.distributed import Draw
 from tasks.retrieval.task import Hard, Retrieval
 
 

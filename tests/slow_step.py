@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from toys import PATCH, slow_cross, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw
-from maskvlm.losses import Negatives
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import Hidden, MaskedPretraining
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.losses import Negatives
+from maskvlm.objectives.pretraining import Hidden, MaskedPretraining
+from maskvlm.utils.distributed import Draw
 
 
 class Recorded(MaskedPretraining):

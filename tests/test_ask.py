@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from toy_pretrained import saved
 
-from maskvlm import __main__ as front
-from maskvlm import checkpoint
-from maskvlm.__main__ import main
-from maskvlm.ask import VERBS, box_mask, lot_mask, readable
-from maskvlm.convert import convert
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.cli import main as front
+from maskvlm.cli.ask import VERBS, box_mask, lot_mask, readable
+from maskvlm.cli.convert import convert
+from maskvlm.cli.main import main
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.utils.errors import ExitCode, UserError
 
 TEXT = "a red circle on the left"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from maskvlm import bench
-from maskvlm.__main__ import main
+from maskvlm.cli import bench
+from maskvlm.cli.main import main
 
 
 def test_a_configuration_is_timed_and_nothing_is_kept(

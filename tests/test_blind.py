@@ -7,11 +7,11 @@ import torch
 from toy_examples import LABELS, Questions, bare_backbone, data_for, example_batch, fit
 from toys import toy_backbone
 
-from maskvlm.blind import Blind
-from maskvlm.classification import Classification
-from maskvlm.distributed import Draw
-from maskvlm.lit import LitModel
-from maskvlm.start import read_start
+from maskvlm.checkpoint.warm_start import read_start
+from maskvlm.objectives.classification import Classification
+from maskvlm.objectives.image_ablation import Blind
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.distributed import Draw
 from tasks.entailment.task import Entailment
 from tasks.vqa.task import Vqa
 

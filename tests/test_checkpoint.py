@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskvlm import checkpoint
-from maskvlm.checkpoint import SafeCheckpointIO, load, save
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.verify import newest_valid, verify
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.integrity import newest_valid, verify
+from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def content(fill: float = 1.0) -> dict[str, Any]:

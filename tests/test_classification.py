@@ -10,14 +10,14 @@ from test_judged import same
 from toy_examples import LABELS, example_batch, matters, take_examples
 from toys import WIDTH, toy_backbone
 
-from maskvlm.classification import Classification, meet
 from maskvlm.data.examples import ExampleBatch
-from maskvlm.distributed import Draw
-from maskvlm.errors import UserError
-from maskvlm.features import FrozenTower
-from maskvlm.judged import Judged
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import MaskedPretraining
+from maskvlm.model.features import FrozenTower
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.classification import Classification, meet
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import UserError
 
 
 def build(pictures: int = 1, **settings: Any) -> tuple[MaskVLM, Classification]:

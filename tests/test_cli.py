@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from maskvlm import __main__ as front
-from maskvlm.__main__ import main
-from maskvlm.cli import Parsed, run
-from maskvlm.config import check_yaml
+from maskvlm.cli import main as front
+from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.main import main
+from maskvlm.config.parser import option_names
+from maskvlm.config.safe_yaml import check_yaml
 from maskvlm.data.images import BadImage
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.failure import FIRST, report, user_line
-from maskvlm.parser import option_names
+from maskvlm.training.failure import FIRST, report, user_line
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,10 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
         ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),
         ("--model.task.pixel_loss l3", "l3 does not fit. Give one of l1, squared, smooth_l1."),
         ("--model.task nope.X", "--model.task: class nope.X cannot be used (No module named 'nope')"),
-        ("--model.task maskvlm.pretrain.X", "module 'maskvlm.pretrain' has no attribute 'X'"),
+        (
+            "--model.task maskvlm.objectives.pretraining.X",
+            "module 'maskvlm.objectives.pretraining' has no attribute 'X'",
+        ),
         ("--model.task torch.nn.Linear", "does not correspond to a subclass of Task"),
         ("--model.lr", "--model.lr: expected one argument"),
         ("--allow-import", "--allow-import: expected one argument"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from maskvlm.__main__ import main
-from maskvlm.errors import ExitCode
+from maskvlm.cli.main import main
+from maskvlm.utils.errors import ExitCode
 
 
 @pytest.fixture

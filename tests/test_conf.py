@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskvlm.cli import Command, Parsed, run
+from maskvlm.cli.lightning import Command, Parsed, run
 
 ROOT = Path(__file__).resolve().parents[1]
 Stack = Callable[..., list[str]]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from maskvlm.checkpoint import load
-from maskvlm.cli import Command, run
+from maskvlm.checkpoint.io import load
+from maskvlm.cli.lightning import Command, run
 
 SMALL = {
     "data.steps": 2,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from toys import slow_cross, torch_attention
 
-from maskvlm.cross import Context, CrossBlock, CrossEncoder
+from maskvlm.model.cross_attention import Context, CrossBlock, CrossEncoder
 
 WIDTH, OTHER, HEADS = 12, 20, 4
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskvlm.curves import curves, draw_curves, read_rows, series, smooth
+from maskvlm.reporting.curves import curves, draw_curves, read_rows, series, smooth
 
 LOSSES = [
     {

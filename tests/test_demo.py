@@ -26,7 +26,7 @@ from maskvlm.demo.intake import MAX_LINES, MAX_TEXT, Opener, Worker, lines_of, t
 from maskvlm.demo.models import Models, find
 from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 TEXT = "a red circle on the left"
 SCRIPT = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>"

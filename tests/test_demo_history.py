@@ -13,17 +13,18 @@ import torch
 import yaml
 from toy_pretrained import content_of, made
 
-from maskvlm import MaskVLM, checkpoint
+from maskvlm import MaskVLM
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained
 from maskvlm.demo.models import Models, find
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
-from maskvlm.familiar import sample_of
-from maskvlm.start import Seen
+from maskvlm.objectives.novelty import sample_of
 
 TASK, SCENES, PREPARED = (
-    "maskvlm.pretrain.MaskedPretraining",
-    "maskvlm.data.scenes.Scenes",
-    "maskvlm.data.prepared.Prepared",
+    "maskvlm.objectives.pretraining.MaskedPretraining",
+    "maskvlm.data.scenes.source.Scenes",
+    "maskvlm.data.prepared.source.Prepared",
 )
 DRAWN = Seen(TASK, SCENES, "drawn", 20_000, 5, torch.arange(20_000))
 PHOTOGRAPHS = Seen(TASK, PREPARED, "photos", 6000, 9, torch.arange(6000))
@@ -110,7 +111,7 @@ def test_it_says_what_the_weights_have_seen(tmp_path: Path) -> None:
     assert trained(str(path), [DRAWN, PHOTOGRAPHS]).told == said
     assert trained(str(path), []).told == "nothing that it tells of"
     assert told_of(Seen("unknown", "unknown", "", 0, 0), None) == "data that it does not name"
-    assert told_of(Seen(TASK, "maskvlm.data.streaming.Stream", "", 0, 9), "cc12m") == "cc12m (streamed)"
+    assert told_of(Seen(TASK, "maskvlm.data.streaming.source.Stream", "", 0, 9), "cc12m") == "cc12m (streamed)"
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from toys import take, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
-from maskvlm.measure import Measure
-from maskvlm.pairing import pad_text
-from maskvlm.rerank import in_rounds
+from maskvlm.objectives.cross_batch import pad_text
+from maskvlm.objectives.evaluation import Measure
+from maskvlm.objectives.rerank import in_rounds
+from maskvlm.utils.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
 
 WORLD = 2
 

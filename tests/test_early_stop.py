@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskvlm.checkpoint import load
-from maskvlm.cli import Command, run
-from maskvlm.run import read_json
+from maskvlm.checkpoint.io import load
+from maskvlm.cli.lightning import Command, run
+from maskvlm.training.run_record import read_json
 
 SMALL = {
     "data.steps": 12,

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
-from maskvlm.encoders import MANY, ImageEncoder, TextEncoder, standing_still
-from maskvlm.errors import UserError
+from maskvlm.model.encoders import MANY, ImageEncoder, TextEncoder, standing_still
+from maskvlm.utils.errors import UserError
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 BERT = {

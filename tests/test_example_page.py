@@ -13,8 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from maskvlm.example_page import GAP, GREEN, GREY, RED, TEXT, Ink, Shown, draw_page, example_page
-from maskvlm.task import Prediction
+from maskvlm.objectives.task import Prediction
+from maskvlm.reporting.prediction_page import GAP, GREEN, GREY, RED, TEXT, Ink, Shown, draw_page, example_page
 
 
 def shown(pictures: int = 1, **changes: Any) -> Shown:

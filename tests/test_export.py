@@ -18,11 +18,11 @@ from toy_pretrained import BACKBONE, PRETRAINING, saved
 from toys import SIZE
 from transformers import AutoProcessor
 
-from maskvlm import export
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.inference import onnx_export as export
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.utils.errors import ExitCode, UserError
 
 LONGEST = BACKBONE["init_args"]["text"]["init_args"]["text_length"]  # type: ignore[index]
 NAMES = ("image_encoder", "text_encoder", "fusion_scorer")

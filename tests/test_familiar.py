@@ -9,11 +9,12 @@ import torch
 from toy_pretrained import content_of, made
 from toys import SIZE
 
-from maskvlm import MaskVLM, checkpoint
-from maskvlm.__main__ import main
-from maskvlm.convert import convert
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.familiar import LEAST, MOST, FarFromTraining, Range, is_far, nearness, range_of, sample_of, told
+from maskvlm import MaskVLM
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.cli.convert import convert
+from maskvlm.cli.main import main
+from maskvlm.objectives.novelty import LEAST, MOST, FarFromTraining, Range, is_far, nearness, range_of, sample_of, told
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,7 @@ def test_vectors_of_another_width_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_shell_says_it_once_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str], sign: int) -> None:
-    from maskvlm.inputs import picture as image_of
+    from maskvlm.data.inputs import picture as image_of
 
     path = write(tmp_path / "a.ckpt", sign=sign)
     files = [str(tmp_path / f"{seed}.png") for seed in (3, 4)]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskvlm.encoders import ImageEncoder
-from maskvlm.errors import UserError
-from maskvlm.features import KeptFeatures
+from maskvlm.model.encoders import ImageEncoder
+from maskvlm.model.features import KeptFeatures
+from maskvlm.utils.errors import UserError
 
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 14, "init_values": 0.5}
 

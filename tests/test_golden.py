@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskvlm.cli import Command, run
+from maskvlm.cli.lightning import Command, run
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 LOSSES = ("itc", "itm", "mlm", "mim")

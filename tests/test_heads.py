@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from toys import slow_cross
 
-from maskvlm.cross import CrossEncoder
-from maskvlm.heads import Classifier, Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
+from maskvlm.model.cross_attention import CrossEncoder
+from maskvlm.model.heads import Classifier, Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from maskvlm import hub
-from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.hub import Unreachable
-from maskvlm.weights import load_pretrained
+from maskvlm.checkpoint import hub_client as hub
+from maskvlm.checkpoint.hub_client import Unreachable
+from maskvlm.checkpoint.weights import load_pretrained
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.utils.errors import ExitCode, UserError
 from tests.formats import BERT, VIT, image_encoder, save_bert, save_vit
 
 
@@ -61,8 +61,8 @@ def test_random_weights_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr("maskvlm.hub.from_cache_or_hub", refuse)
-    monkeypatch.setattr("maskvlm.text_files.from_cache_or_hub", refuse)
+    monkeypatch.setattr("maskvlm.checkpoint.hub_client.from_cache_or_hub", refuse)
+    monkeypatch.setattr("maskvlm.checkpoint.text_files.from_cache_or_hub", refuse)
     image = ImageEncoder("vit_base_patch16_224", 64, random_init=True, config=VIT)
     text = TextEncoder("roberta-base", random_init=True, config=BERT)
     assert load_pretrained(image, text).tensors == {}
@@ -81,7 +81,7 @@ def cached(cache: Path, repository: str) -> Path:
 @pytest.mark.usefixtures("no_cache")
 def test_what_was_downloaded_before_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("maskvlm.hub.hub_reachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("maskvlm.checkpoint.hub_client.hub_reachable", lambda: pytest.fail("asked the hub"))
     image = ImageEncoder("vit_tiny_patch16_224", 96, config=VIT)
     snapshot = cached(tmp_path, image.vit.pretrained_cfg["hf_hub_id"])
     save_vit(tmp_path, 64).rename(snapshot / "model.safetensors")

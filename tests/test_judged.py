@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_examples import example, example_batch, take_examples
 
-from maskvlm.judged import Judged, Judgements, by_kind, majority, percent
+from maskvlm.objectives.answers import Judged, Judgements, by_kind, majority, percent
 
 
 def judged(*rows: tuple[str, float | None, str, list[str]]) -> list[Judged]:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from maskvlm import MaskVLM
-from maskvlm.cli import Command, run
-from maskvlm.errors import UserError
-from maskvlm.lit import LitModel
+from maskvlm.cli.lightning import Command, run
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.errors import UserError
 
 SMALL: dict[str, Any] = {
     "data.steps": 6,

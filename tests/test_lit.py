@@ -9,15 +9,15 @@ import pytest
 import torch
 from toys import SIZE, toy_backbone
 
-from maskvlm.checkpoint import SafeCheckpointIO, load
+from maskvlm.checkpoint.io import SafeCheckpointIO, load
 from maskvlm.data.module import PairData
-from maskvlm.data.scenes import Scenes
+from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
-from maskvlm.distributed import mix
-from maskvlm.errors import UserError
-from maskvlm.lit import LitModel
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.task import Task
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.task import Task
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.distributed import mix
+from maskvlm.utils.errors import UserError
 
 
 class Watch(L.Callback):

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskvlm.losses import (
+from maskvlm.objectives.losses import (
     Columns,
     contrastive,
     hard_negatives,

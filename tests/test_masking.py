@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import MASK, VOCAB, tokens
 
-from maskvlm.masking import PatchMask, Ratio, TokenMask, count_masked, mask_patches, mask_tokens
+from maskvlm.objectives.masking import PatchMask, Ratio, TokenMask, count_masked, mask_patches, mask_tokens
 
 ratios = st.integers(0, 100).map(lambda percent: percent / 100)
 captions = st.lists(st.lists(st.integers(5, VOCAB - 1), max_size=9), min_size=1, max_size=5)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import CLS, PATCH, SEP, SIZE, slow_cross, take, tokens, toy_batch
 
-from maskvlm.cross import Context, CrossOutput
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw
-from maskvlm.heads import patchify
-from maskvlm.masking import mask_patches, mask_tokens
-from maskvlm.measure import EVAL_SEED, Measure, gains, one_caption
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import Hidden
-from maskvlm.retrieval import recall
+from maskvlm.model.cross_attention import Context, CrossOutput
+from maskvlm.model.heads import patchify
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.evaluation import EVAL_SEED, Measure, gains, one_caption
+from maskvlm.objectives.masking import mask_patches, mask_tokens
+from maskvlm.objectives.pretraining import Hidden
+from maskvlm.objectives.retrieval_metrics import recall
+from maskvlm.utils.distributed import Draw
 
 PICTURES = 7
 

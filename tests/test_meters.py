@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import toy_batch
 
-from maskvlm.meters import Clock, Left, Losses, Smoothed, Speed, duration, number
+from maskvlm.reporting.meters import Clock, Left, Losses, Smoothed, Speed, duration, number
 
 
 class Ticks:

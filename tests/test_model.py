@@ -5,10 +5,10 @@ import pytest
 import torch
 from toys import LENGTH, SIZE, VOCAB, slow_cross, toy_backbone, toy_batch
 
-from maskvlm.errors import UserError
-from maskvlm.init import init_positions
-from maskvlm.model import MaskVLM
-from maskvlm.start import Start
+from maskvlm.checkpoint.warm_start import Start
+from maskvlm.model.init import init_positions
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.utils.errors import UserError
 
 
 def test_class_tokens_of_pairs_are_those_of_the_slow_way() -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 from toy_pretrained import saved
 from transformers import AutoProcessor
 
+from maskvlm.data.inputs import Words
 from maskvlm.data.text import train_tokenizer
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.inputs import Words
-from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.utils.errors import ExitCode, UserError
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 TEXT = "a red circle on the left"

@@ -8,9 +8,9 @@ import torch
 from slow_step import build
 from torch import nn
 
-from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.model import MaskVLM
-from maskvlm.optim import blocks_above, build_adamw, parameter_groups, schedule, warmup_cosine
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.training.optim import blocks_above, build_adamw, parameter_groups, schedule, warmup_cosine
 
 
 def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:

@@ -11,7 +11,8 @@ from test_reconstruct import toy
 from toys import tokens, toy_batch
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.pictures import (
+from maskvlm.objectives.reconstruction import Guesses, Reconstruction, Words, few, reconstruct
+from maskvlm.reporting.reconstruction_page import (
     GREEN,
     GREY,
     RED,
@@ -26,7 +27,6 @@ from maskvlm.pictures import (
     short,
     wrap,
 )  # fmt: skip
-from maskvlm.reconstruct import Guesses, Reconstruction, Words, few, reconstruct
 
 NAMES: Any = SimpleNamespace(decode=lambda ids: f" w{ids[0]}")
 

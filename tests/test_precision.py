@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskvlm import precision
-from maskvlm.precision import alone, cpu_precision, trial
+from maskvlm.training import precision
+from maskvlm.training.precision import alone, cpu_precision, trial
 
 
 @pytest.fixture

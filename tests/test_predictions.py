@@ -13,14 +13,23 @@ import pytest
 from PIL import Image
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
 
-from maskvlm.__main__ import main
-from maskvlm.data.scenes import Scenes
+from maskvlm.checkpoint.integrity import stated
+from maskvlm.cli.main import main
+from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash
-from maskvlm.errors import ExitCode
-from maskvlm.lit import LitModel
-from maskvlm.predictions import Predictions, checkpoint_of, hash_of, plain, share_measured, shown_with, spread, with_ids
-from maskvlm.task import Prediction
-from maskvlm.verify import stated
+from maskvlm.objectives.task import Prediction
+from maskvlm.reporting.predictions import (
+    Predictions,
+    checkpoint_of,
+    hash_of,
+    plain,
+    share_measured,
+    shown_with,
+    spread,
+    with_ids,
+)
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.errors import ExitCode
 from tasks.nlvr.task import Nlvr
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,7 +187,7 @@ def test_a_page_that_cannot_be_drawn_costs_a_warning(
     def fails(*_: Any) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("maskvlm.predictions.example_page", fails)
+    monkeypatch.setattr("maskvlm.reporting.predictions.example_page", fails)
     measure(tuned, tmp_path, Questions(2))
     assert (tmp_path / "predictions.jsonl").is_file()
     assert not (tmp_path / "examples.png").exists()
@@ -315,7 +324,10 @@ def test_a_checkpoint_measures_as_its_training_did(chain: Path) -> None:
 
 def test_history_and_picture_size_pass_from_run_to_run(chain: Path) -> None:
     card = load(chain / "e" / "card.json")
-    assert [step["task"] for step in card["lineage"]] == ["maskvlm.pretrain.MaskedPretraining", "tasks.vqa.task.Vqa"]
+    assert [step["task"] for step in card["lineage"]] == [
+        "maskvlm.objectives.pretraining.MaskedPretraining",
+        "tasks.vqa.task.Vqa",
+    ]
     assert card["resolution"] == 64
     assert card["pictures of the split seen in training"] == 0
     assert card["checkpoint"]["file"] == "f/last.ckpt"

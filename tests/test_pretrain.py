@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw
-from maskvlm.errors import UserError
-from maskvlm.model import MaskVLM
-from maskvlm.pairing import one_each, pad_text
-from maskvlm.pretrain import Contrast, MaskedPretraining
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.cross_batch import one_each, pad_text
+from maskvlm.objectives.pretraining import Contrast, MaskedPretraining
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import UserError
 
 TERMS = ("itc", "itm", "mlm", "mim")
 

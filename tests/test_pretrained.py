@@ -18,19 +18,20 @@ from toys import SIZE, toy_batch
 from transformers import AutoModel, AutoProcessor
 
 import maskvlm
-from maskvlm import checkpoint, unmask
-from maskvlm.attend import trace
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.hub_client import folder_of_hub
+from maskvlm.checkpoint.model_spec import portable_yaml
+from maskvlm.checkpoint.warm_start import read_start
 from maskvlm.data.text import Captioner, tokenizer_hash
 from maskvlm.data.transforms import eval_transform
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.hub import folder_of_hub
-from maskvlm.masking import PatchMask
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.recipe import portable_yaml
-from maskvlm.reconstruct import fill_pictures, to_rgb
-from maskvlm.start import read_start
+from maskvlm.inference import infill as unmask
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.saliency import trace
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.masking import PatchMask
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.reconstruction import fill_pictures, to_rgb
+from maskvlm.utils.errors import ExitCode, UserError
 
 TEXTS = ["a red circle on the left", "two things", "a small striped green star at the top left on white"]
 
@@ -303,7 +304,7 @@ def test_every_form_of_a_picture_is_the_same_picture(model: PretrainedMaskVLM, t
 @given(st.lists(st.sampled_from(["red", "circle", "[MASK]", "on", "the", "star"]), min_size=1, max_size=12))
 def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
     backbone, _, _ = made("pretrain")
-    from maskvlm.inputs import Words
+    from maskvlm.data.inputs import Words
 
     made_words = Words(backbone.text.tokenizer, 24)
     if "[MASK]" not in words:
@@ -379,7 +380,7 @@ def test_the_folder_holds_no_pickle_and_a_card_with_the_numbers(folder: Path) ->
     assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors", ".md"}
     card = (folder / "README.md").read_text()
     assert "| retrieval/tr_r1 | 12.5 | 0.5 |" in card
-    assert "`maskvlm.data.scenes.Scenes`" in card
+    assert "`maskvlm.data.scenes.source.Scenes`" in card
     assert "steps: 7" in card
 
 
@@ -487,7 +488,7 @@ def test_a_checkpoint_with_other_heads_than_it_says_is_refused(tmp_path: Path) -
 
 
 def test_a_name_on_the_hub_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskvlm.hub.hub_reachable", lambda: False)
+    monkeypatch.setattr("maskvlm.checkpoint.hub_client.hub_reachable", lambda: False)
     with pytest.raises(UserError, match="the hub cannot be reached"):
         PretrainedMaskVLM.from_pretrained("acme/no-such-model")
 
@@ -557,7 +558,7 @@ def test_a_task_brings_its_verb(kind: str, verb: str, pictures: int, settings: d
         assert set(single.likeliest) == set(LABELS)
     if kind in ("nlvr", "entailment"):
         image, text = inputs(backbone, columns[0], [TEXTS[0]])
-        from maskvlm.classification import meet
+        from maskvlm.objectives.classification import meet
 
         with torch.no_grad():
             met = meet(backbone, image[None], text.token_CT, text.attention_CT)

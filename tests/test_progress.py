@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import toy_batch
 
-from maskvlm.meters import Readings, Speed
-from maskvlm.progress import StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
+from maskvlm.reporting.meters import Readings, Speed
+from maskvlm.reporting.progress import StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
 
 LEVELS = {"itc": math.log(6), "itm": 0.6365}
 
@@ -152,7 +152,7 @@ def test_a_stuck_loss_is_told_once_and_only_past_warm_up(tmp_path: Path, caplog:
     losses = {"itc": [1.0] * 20, "itm": [0.6365] * 20}
     with caplog.at_level(logging.WARNING, logger="maskvlm"):
         train(Module(losses, warmup=4), [stuck], 20, tmp_path)
-    assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.progress"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.reporting.progress"] == [
         "warning: itm sits at 0.637 since step 6 (now step 12); its no-knowledge level is 0.637, its class "
         "prior: no match is told from a mismatch; let itc learn first, warm up longer or lower the learning "
         "rate, look for mispaired data"
@@ -164,7 +164,7 @@ def test_nothing_is_told_before_warm_up_and_patience_have_passed(
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="maskvlm"):
         train(Module({"itm": [0.6365] * 20}, warmup=0.7), [StuckLoss(patience=6)], 20, tmp_path)
-    assert [record for record in caplog.records if record.name == "maskvlm.progress"] == []
+    assert [record for record in caplog.records if record.name == "maskvlm.reporting.progress"] == []
 
 
 def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from maskvlm.encoders import TextEncoder
-from maskvlm.model import MaskVLM
-from maskvlm.provenance import Origin, Provenance, part_of
-from maskvlm.weights import load_pretrained
+from maskvlm.checkpoint.provenance import Origin, Provenance, part_of
+from maskvlm.checkpoint.weights import load_pretrained
+from maskvlm.model.encoders import TextEncoder
+from maskvlm.model.maskvlm import MaskVLM
 from tests.formats import image_encoder, save_bert, save_vit
 
 

@@ -11,14 +11,14 @@ import pytest
 from fake_hub import TOKEN, FakeHub
 from toy_pretrained import saved
 
-from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
 from maskvlm import MaskVLM
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 path, token, folder = sys.argv[1:]
 model, told = MaskVLM.from_pretrained(path), {}

@@ -8,12 +8,12 @@ from slow_step import build, eventful_batch
 from toys import LENGTH, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.losses import Negatives
-from maskvlm.negatives import Queue
-from maskvlm.pairing import Contrast, Encoded, cross_all, pad_text
-from maskvlm.resumable import restore
+from maskvlm.objectives.cross_batch import Contrast, Encoded, cross_all, pad_text
+from maskvlm.objectives.hard_negatives import Queue
+from maskvlm.objectives.losses import Negatives
+from maskvlm.training.resumable import restore
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def encoded_of(batch: Batch, seed: int) -> tuple[Encoded, Contrast]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy_pretrained import saved
 
-from maskvlm.__main__ import main
+from maskvlm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

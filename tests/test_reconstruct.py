@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import PATCH, SIZE, toy_backbone, toy_batch
 
-from maskvlm.distributed import Draw
-from maskvlm.heads import patchify, pick
-from maskvlm.init import init_xavier
-from maskvlm.masking import mask_patches
-from maskvlm.measure import EVAL_SEED
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.reconstruct import denormalise, few, paste, reconstruct, to_rgb
+from maskvlm.model.heads import patchify, pick
+from maskvlm.model.init import init_xavier
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.evaluation import EVAL_SEED
+from maskvlm.objectives.masking import mask_patches
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.reconstruction import denormalise, few, paste, reconstruct, to_rgb
+from maskvlm.utils.distributed import Draw
 
 
 def toy(**settings: Any) -> tuple[MaskVLM, MaskedPretraining]:

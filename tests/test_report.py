@@ -10,12 +10,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import PATCH, SIZE, toy_backbone
 
-import maskvlm.report
+import maskvlm.reporting.callbacks
 from maskvlm.data.module import PairData
-from maskvlm.data.scenes import Scenes
-from maskvlm.lit import LitModel
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.report import Report
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.reporting.callbacks import Report
+from maskvlm.training.lit import LitModel
 
 
 def run(folder: Path, report: Report, fit: bool = False, **settings: Any) -> L.Trainer:
@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     folder = tmp_path_factory.mktemp("run")
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maskvlm.report, "say", said.append)
+        patch.setattr(maskvlm.reporting.callbacks, "say", said.append)
         run(folder, Report(every=1, count=3), fit=True)
     return folder, said
 
@@ -90,9 +90,9 @@ def test_a_picture_that_fails_costs_one_line(
     def broken(*args: Any) -> None:
         raise OSError("no space\nleft on device")
 
-    monkeypatch.setattr(maskvlm.report, "reconstructions", broken)
+    monkeypatch.setattr(maskvlm.reporting.callbacks, "reconstructions", broken)
     run(tmp_path, after_training())
-    assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.report"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.reporting.callbacks"] == [
         f"warning: {tmp_path / 'reconstructions.png'} was not drawn: OSError: no space left on device"
     ]
     assert (tmp_path / "curves.png").is_file()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from toys import slow_cross, take, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.heads import Matching, Projection
-from maskvlm.model import MaskVLM
-from maskvlm.rerank import Gallery, Kept, gather_gallery, in_rounds, keep, match, score
-from maskvlm.retrieval import Rankings, candidates, ranking, rankings
+from maskvlm.model.heads import Matching, Projection
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.rerank import Gallery, Kept, gather_gallery, in_rounds, keep, match, score
+from maskvlm.objectives.retrieval_metrics import Rankings, candidates, ranking, rankings
 
 PICTURES, CAPTIONS = 5, 3
 OWNER = torch.arange(PICTURES).repeat_interleave(CAPTIONS)

@@ -19,14 +19,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvlm.__main__ import main, stopped_early
-from maskvlm.checkpoint import load, save
+from maskvlm.checkpoint.io import load, save
+from maskvlm.cli.main import main, stopped_early
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.runlog import Writer, rows_of
-from maskvlm.signals import SIGNALS, Caught
-from maskvlm.standing import differences, newest_of
-from maskvlm.stopped import Finished, Stopped, requeue
+from maskvlm.training.csv_log import Writer, rows_of
+from maskvlm.training.run_state import differences, newest_of
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import Finished, Stopped, requeue
+from maskvlm.utils.signals import SIGNALS, Caught
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,8 +228,8 @@ def test_usr1_under_slurm_saves_queues_and_goes_on(
     """In this process: the signal comes during step 2; the second command ends the run."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # alone, it is not yet Lightning's SLURM
-    monkeypatch.setattr("maskvlm.__main__.requeue", lambda: "job 17 is queued again")
-    from maskvlm.lit import LitModel
+    monkeypatch.setattr("maskvlm.cli.main.requeue", lambda: "job 17 is queued again")
+    from maskvlm.training.lit import LitModel
 
     step = LitModel.training_step
 
@@ -260,7 +260,7 @@ def test_an_evaluation_that_was_cut_off_is_made_again(
     """The signal comes within the first evaluation. Fails where `KeepState._measure` does nothing: Lightning passes
     over what was due when the checkpoint was written."""
     monkeypatch.chdir(ROOT)
-    from maskvlm.lit import LitModel
+    from maskvlm.training.lit import LitModel
 
     step = LitModel.validation_step
 
@@ -289,7 +289,7 @@ def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
     the run ends, or is measured, all weights are lost (no step does that any more: see tests/faults/test_guard.py);
     fails where the last checkpoint, or those along the way, are not looked at."""
     monkeypatch.chdir(ROOT)
-    from maskvlm.lit import LitModel
+    from maskvlm.training.lit import LitModel
 
     step = LitModel.optimizer_step
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskvlm.retrieval import (
+from maskvlm.objectives.retrieval_metrics import (
     BLOCK,
     Scores,
     candidates,

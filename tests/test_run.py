@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from maskvlm.__main__ import main
-from maskvlm.checkpoint import load, save
-from maskvlm.cli import Parsed, find_checkpoint, run
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.provenance import Origin, Provenance
-from maskvlm.run import RunRecord, claim, versions, write_json
+from maskvlm.checkpoint.io import load, save
+from maskvlm.checkpoint.provenance import Origin, Provenance
+from maskvlm.cli.lightning import Parsed, find_checkpoint, run
+from maskvlm.cli.main import main
+from maskvlm.training.run_record import RunRecord, claim, versions, write_json
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -289,7 +289,7 @@ def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_versions_outside_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskvlm.run.__file__", "/no/such/folder/run.py")
+    monkeypatch.setattr("maskvlm.training.run_record.__file__", "/no/such/folder/run.py")
     assert versions()["commit"] is None
 
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from test_vectors import Photos, rows_of, start, toy_checkpoint, vector_of
 
-from maskvlm import nearest
-from maskvlm import search as searching
-from maskvlm.data.scenes import Scenes
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.nearest import Array, build, write_index
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.search import Index, index_folder, main, make, search
+from maskvlm.cli.search import main, make
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.inference import faiss_index as nearest
+from maskvlm.inference import search as searching
+from maskvlm.inference.faiss_index import Array, build, write_index
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.search import Index, index_folder, search
+from maskvlm.utils.errors import ExitCode, UserError
 
 faiss = pytest.importorskip("faiss", reason="needs faiss-cpu (the extra `search`)")
 
@@ -244,7 +245,9 @@ def test_the_commands_index_and_search_a_configured_set(
     assert main([*named, "--index", str(out), "a red circle", "--k", "1"], []) == 0
     assert "scenes (seed 0) val picture" in capsys.readouterr().out
 
-    (tmp_path / "stranger.py").write_text("from maskvlm.data.scenes import Scenes\n\n\nclass Mine(Scenes): ...\n")
+    (tmp_path / "stranger.py").write_text(
+        "from maskvlm.data.scenes.source import Scenes\n\n\nclass Mine(Scenes): ...\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     about = json.loads((out / "index.json").read_text())
     for spoilt, code, said in (

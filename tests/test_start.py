@@ -11,16 +11,16 @@ from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, f
 from toy_pretrained import BACKBONE, saved
 from toys import SIZE, toy_backbone
 
-from maskvlm import checkpoint
-from maskvlm.__main__ import main
-from maskvlm.cli import Parsed, run
-from maskvlm.data.scenes import Scenes
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.model_spec import recipe_of
+from maskvlm.checkpoint.warm_start import Seen, overlap, part, read_content, read_start
+from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.main import main
+from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import stable_id, tokenizer_hash
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.lit import LitModel
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.recipe import recipe_of
-from maskvlm.start import Seen, overlap, part, read_content, read_start
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.task import Entailment
 from tasks.nlvr.task import Nlvr
 from tasks.retrieval.task import Retrieval
@@ -68,8 +68,8 @@ def test_backbone_heads_tokenizer_and_history_are_handed_on(pretrained: Path) ->
     ids = sorted({stable_id(name) for name in scenes().split("train").image_ids()})
     (seen,) = start.lineage
     assert seen.words() == {
-        "task": "maskvlm.pretrain.MaskedPretraining",
-        "source": "maskvlm.data.scenes.Scenes",
+        "task": "maskvlm.objectives.pretraining.MaskedPretraining",
+        "source": "maskvlm.data.scenes.source.Scenes",
         "sha": scenes().split("train").fingerprint,
         "pictures": len(ids),
         "steps": 2,
@@ -224,7 +224,10 @@ def older(path: Path, content: dict[str, Any], config: dict[str, Any] | None = N
 
 
 def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -> None:
-    task = {"class_path": "maskvlm.pretrain.MaskedPretraining", "init_args": {"mask_block": 16, "labels": None}}
+    task = {
+        "class_path": "maskvlm.objectives.pretraining.MaskedPretraining",
+        "init_args": {"mask_block": 16, "labels": None},
+    }
     config = {
         "model": {"lr": 3.0, "random_init": True, "backbone": BACKBONE, "task": task},
         "trainer": {"any": "thing"},
@@ -233,7 +236,10 @@ def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -
     found = recipe_of(read_content(path), path)
     args = found.backbone["init_args"]
     assert (args["cross_layers"], args["image"]["init_args"]["name"]) == (2, "vit_tiny_patch16_224")
-    assert found.task == {"class_path": "maskvlm.pretrain.MaskedPretraining", "init_args": {"mask_block": 16}}
+    assert found.task == {
+        "class_path": "maskvlm.objectives.pretraining.MaskedPretraining",
+        "init_args": {"mask_block": 16},
+    }
 
 
 def test_without_both_it_is_one_line(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from maskvlm.tables import claim, gain, metrics_table, score
+from maskvlm.reporting.metric_tables import claim, gain, metrics_table, score
 
 RECALL = {
     f"retrieval/{name}r{k}": 10.0 * n + k

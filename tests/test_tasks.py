@@ -14,8 +14,8 @@ from typing import Any
 import lightning as L
 import pytest
 
-from maskvlm.__main__ import main
-from maskvlm.cli import Command, Parsed, run
+from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))

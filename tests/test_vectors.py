@@ -15,14 +15,15 @@ from PIL import Image
 from toy_examples import bare_backbone, data_for, fit, matters
 from toys import PATCH, SIZE, WIDTH
 
-from maskvlm import vectors
+from maskvlm.cli.embed import main, process_of
 from maskvlm.data.batch import Row
-from maskvlm.data.scenes import Scenes
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.lit import LitModel
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.vectors import embed, identity, process_of
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.inference import vectors
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.vectors import embed, identity
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.errors import ExitCode, UserError
 
 VIT = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": 1, "num_heads": 2}
 BERT = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * WIDTH}
@@ -37,12 +38,14 @@ def toy_checkpoint(path: Path) -> Path:
     backbone, task = bare_backbone(), MaskedPretraining(**TASK)  # type: ignore[arg-type]
     model = LitModel(backbone, task)
     encoders = {
-        name: {"class_path": f"maskvlm.encoders.{name.title()}Encoder", "init_args": args}
+        name: {"class_path": f"maskvlm.model.encoders.{name.title()}Encoder", "init_args": args}
         for name, args in (("image", IMAGE), ("text", TEXT))
     }
-    whole = {"class_path": "maskvlm.model.MaskVLM", "init_args": encoders | CROSS}
+    whole = {"class_path": "maskvlm.model.maskvlm.MaskVLM", "init_args": encoders | CROSS}
     model.model_yaml = yaml.safe_dump({"model": {"random_init": True, "backbone": whole}})
-    model.task_yaml = yaml.safe_dump({"class_path": "maskvlm.pretrain.MaskedPretraining", "init_args": TASK})
+    model.task_yaml = yaml.safe_dump(
+        {"class_path": "maskvlm.objectives.pretraining.MaskedPretraining", "init_args": TASK}
+    )
     trainer = fit(model, data_for(backbone, Scenes(train=24, val=6, test=5, size=SIZE)), path)
     matters(backbone, task)
     trainer.save_checkpoint(path)
@@ -265,19 +268,19 @@ def test_the_command_embeds_what_the_files_configure(
     out = tmp_path / "vectors"
     words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--shard", "4"]
     data = [*stack(WHERE="cpu"), "--data.source.val", "6"]
-    assert vectors.main([*words, *data], []) == 0
+    assert main([*words, *data], []) == 0
     facts = json.loads((out / "vectors.json").read_text())
     assert facts["data"] == Scenes(val=6, short=5).split("val").fingerprint
-    assert facts["source"]["class_path"] == "maskvlm.data.scenes.Scenes"
+    assert facts["source"]["class_path"] == "maskvlm.data.scenes.source.Scenes"
     assert facts["source"]["init_args"]["val"] == 6
     assert sorted(content(out)) == [*(f"pictures-0000{n}-of-00002.parquet" for n in range(2)), "vectors.json"]
     table = rows_of(out)
     assert table["path"].to_pylist() == [None] * 6
     assert table["origin"].to_pylist()[5] == "scenes (seed 0) val picture 5"
     with pytest.raises(UserError, match=r"checkpoint is named\. Give --from"):
-        vectors.main(["--out", str(out)], [])
+        main(["--out", str(out)], [])
     with pytest.raises(UserError, match=r"--data.source.vall: unknown key \(did you mean data.source.val\?\)"):
-        vectors.main([*words, *data, "--data.source.vall", "3"], [])
+        main([*words, *data, "--data.source.vall", "3"], [])
     files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml")
     with pytest.raises(UserError, match="has no captions of pictures"):
-        vectors.main([*words, *(word for file in files for word in ("-c", file))], [])
+        main([*words, *(word for file in files for word in ("-c", file))], [])

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaTokenizerFast
 
+from maskvlm.checkpoint.provenance import Origin
+from maskvlm.checkpoint.weights import load_state, read_state, resize_positions
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.provenance import Origin
-from maskvlm.weights import load_state, read_state, resize_positions
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.utils.errors import ExitCode, UserError
 from tests.formats import BERT, CAPTIONS, VIT, image_encoder, make_vit, save_bert, save_vit
 
 

@@ -8,13 +8,13 @@ import yaml
 from toy_examples import LABELS, matters
 from toys import SIZE, toy_backbone
 
-from maskvlm import checkpoint
-from maskvlm.data.scenes import vocabulary
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.data.scenes.source import vocabulary
 from maskvlm.data.text import tokenizer_json, train_tokenizer
-from maskvlm.model import MaskVLM
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.start import Seen
-from maskvlm.task import Task
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.task import Task
 from tasks.entailment.task import Entailment
 from tasks.nlvr.task import Nlvr
 from tasks.vqa.task import Vqa
@@ -23,14 +23,14 @@ ENCODER = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BACKBONE = {
-    "class_path": "maskvlm.model.MaskVLM",
+    "class_path": "maskvlm.model.maskvlm.MaskVLM",
     "init_args": {
         "image": {
-            "class_path": "maskvlm.encoders.ImageEncoder",
+            "class_path": "maskvlm.model.encoders.ImageEncoder",
             "init_args": {"name": "vit_tiny_patch16_224", "image_size": SIZE, "config": ENCODER},
         },
         "text": {
-            "class_path": "maskvlm.encoders.TextEncoder",
+            "class_path": "maskvlm.model.encoders.TextEncoder",
             "init_args": {"name": "bert", "text_length": 24, "vocab_size": 256, "config": BERT},
         },
         "cross_layers": 2,
@@ -44,7 +44,14 @@ PRETRAINING = {
     "rerank_k": 3,
     "contrast_reads": "class_and_mean",
 }
-SEEN = Seen("maskvlm.pretrain.MaskedPretraining", "maskvlm.data.scenes.Scenes", "abc", 3, 7, torch.tensor([4, 5, 9]))
+SEEN = Seen(
+    "maskvlm.objectives.pretraining.MaskedPretraining",
+    "maskvlm.data.scenes.source.Scenes",
+    "abc",
+    3,
+    7,
+    torch.tensor([4, 5, 9]),
+)
 
 
 def made(kind: str, **settings: Any) -> tuple[MaskVLM, Task, dict[str, Any]]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskvlm.cross import Attention, CrossEncoder
 from maskvlm.data.batch import Batch
-from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.model import MaskVLM
+from maskvlm.model.cross_attention import Attention, CrossEncoder
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.model.maskvlm import MaskVLM
 
 WIDTH, SIZE, PATCH, LENGTH, VOCAB = 16, 32, 8, 10, 40
 CLS, SEP, MASK = 2, 3, 4

@@ -14,4 +14,4 @@ __all__ = ["MaskVLM"]
 # While Python looks for the module of `python -m maskvlm`, argv begins with -m: the command refuses what it can before
 # seconds of imports.
 if TYPE_CHECKING or sys.argv[:1] != ["-m"]:
-    from maskvlm.pretrained import PretrainedMaskVLM as MaskVLM
+    from maskvlm.inference.pretrained import PretrainedMaskVLM as MaskVLM

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from maskvlm.data.album import open_album
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import (
     Line,
@@ -23,6 +22,7 @@ from maskvlm.data.files import (
     json_lines,
 )
 from maskvlm.data.opening import check_inside
+from maskvlm.data.prepare.album import open_album
 from maskvlm.data.raw.table import Table as CommaTable
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
@@ -35,8 +35,8 @@ from maskvlm.data.table import (
     cached_table,
     choose,
 )
-from maskvlm.distributed import rank
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import rank
+from maskvlm.utils.errors import ExitCode, UserError
 
 log = logging.getLogger(__name__)
 

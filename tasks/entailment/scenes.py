@@ -17,8 +17,8 @@ from itertools import product
 from typing import NamedTuple
 
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.scene_captions import SENTENCES
-from maskvlm.data.scene_examples import (
+from maskvlm.data.scenes.captions import SENTENCES
+from maskvlm.data.scenes.examples import (
     TRIES,
     SceneExamples,
     SceneSplits,
@@ -35,7 +35,7 @@ from maskvlm.data.scene_examples import (
     thing_like,
     traits_of,
 )
-from maskvlm.data.scene_world import BACKGROUNDS, LINES, PLACES, Scene, Thing, choose, shuffled
+from maskvlm.data.scenes.world import BACKGROUNDS, LINES, PLACES, Scene, Thing, choose, shuffled
 
 LABELS = ("entailment", "neutral", "contradiction")
 EVERYWHERE = tuple(range(9))

@@ -5,9 +5,9 @@ from types import MappingProxyType
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from maskvlm.classification import Classification, decide
-from maskvlm.judged import Judged
-from maskvlm.verbs import Verb
+from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.classification import Classification, decide
+from maskvlm.objectives.methods import Verb
 
 
 class Entailment(Classification):

@@ -2,12 +2,12 @@
 
 from pathlib import Path, PurePosixPath
 
-from maskvlm.data.album import open_album
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import Pictures, digest_of, get, get_label, get_name, json_lines
 from maskvlm.data.opening import check_inside
+from maskvlm.data.prepare.album import open_album
 from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 VERSION = 1
 """Raise it when the same file gives another table."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.scene_examples import (
+from maskvlm.data.scenes.examples import (
     SceneExamples,
     SceneSplits,
     Told,
@@ -26,7 +26,7 @@ from maskvlm.data.scene_examples import (
     strangers,
     traits_by_lot,
 )
-from maskvlm.data.scene_world import BACKGROUNDS, choose, shuffled
+from maskvlm.data.scenes.world import BACKGROUNDS, choose, shuffled
 
 LABELS = ("False", "True")
 PAIRS = 4  # of a sentence, two true and two false

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from maskvlm.classification import Classification, Reads, decide
-from maskvlm.judged import Judged
-from maskvlm.verbs import Verb
+from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.classification import Classification, Reads, decide
+from maskvlm.objectives.methods import Verb
 
 
 class Nlvr(Classification):

@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskvlm import losses
-from maskvlm.blind import Blind
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw, gather, shared_count, world_size
-from maskvlm.errors import UserError, check_least
-from maskvlm.heads import Matching, Projection
-from maskvlm.init import init_normal, init_xavier
-from maskvlm.losses import Columns, Negatives
-from maskvlm.measure import EVAL_SEED
-from maskvlm.model import Fused, MaskVLM
-from maskvlm.pairing import Side, columns, cross_pairs, pad_text, with_negatives
-from maskvlm.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
-from maskvlm.retrieval import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
-from maskvlm.task import Prediction, Task
+from maskvlm.model.heads import Matching, Projection
+from maskvlm.model.init import init_normal, init_xavier
+from maskvlm.model.maskvlm import Fused, MaskVLM
+from maskvlm.objectives import losses
+from maskvlm.objectives.cross_batch import Side, columns, cross_pairs, pad_text, with_negatives
+from maskvlm.objectives.evaluation import EVAL_SEED
+from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.losses import Columns, Negatives
+from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
+from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
+from maskvlm.objectives.task import Prediction, Task
+from maskvlm.utils.distributed import Draw, gather, shared_count, world_size
+from maskvlm.utils.errors import UserError, check_least
 
 
 class Contrast(NamedTuple):

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maskvlm.data.album import Album, open_album
 from maskvlm.data.examples import Example, ExampleSource
 from maskvlm.data.files import Pictures, digest_of, get, load_json, opened
 from maskvlm.data.opening import check_inside
+from maskvlm.data.prepare.album import Album, open_album
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,
@@ -30,7 +30,7 @@ from maskvlm.data.table import (
     cached_table,
     choose,
 )
-from maskvlm.errors import Absent, ExitCode, UserError
+from maskvlm.utils.errors import Absent, ExitCode, UserError
 from tasks.vqa.genome import parse_genome
 from tasks.vqa.vocabulary import (
     SAME_PART,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskvlm.cross import Context
-from maskvlm.heads import TokenHead
-from maskvlm.init import init_normal
-from maskvlm.model import MaskVLM
+from maskvlm.model.cross_attention import Context
+from maskvlm.model.heads import TokenHead
+from maskvlm.model.init import init_normal
+from maskvlm.model.maskvlm import MaskVLM
 
 
 class Question(NamedTuple):

@@ -2,7 +2,7 @@
 
 from maskvlm.data.files import get, load_json, opened
 from maskvlm.data.table import Made, Origin, Rows
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.vocabulary import get_text
 
 LAYOUT = "Visual Genome"

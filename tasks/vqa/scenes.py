@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.scene_captions import SENTENCES
-from maskvlm.data.scene_examples import (
+from maskvlm.data.scenes.captions import SENTENCES
+from maskvlm.data.scenes.examples import (
     SceneExamples,
     SceneSplits,
     Told,
@@ -29,7 +29,7 @@ from maskvlm.data.scene_examples import (
     thing_like,
     traits_by_lot,
 )
-from maskvlm.data.scene_world import (
+from maskvlm.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     PATTERNS,

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskvlm.arguments import Parser
+from maskvlm.config.arguments import Parser
 from maskvlm.data.files import get
 from maskvlm.data.strict_json import kind_of
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.metric import Mean, VqaAccuracy, vqa_accuracy
 from tasks.vqa.vocabulary import LAYOUT, get_text, number_once, read_annotations, read_json
 

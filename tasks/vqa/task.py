@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskvlm.classification import EVAL_SEED, Classification, Decision, decide, likeliest
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
-from maskvlm.distributed import Draw, shared_count
-from maskvlm.errors import check_least
-from maskvlm.judged import Judged
-from maskvlm.masking import Uniform
-from maskvlm.model import MaskVLM
-from maskvlm.verbs import Verb
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.classification import EVAL_SEED, Classification, Decision, decide, likeliest
+from maskvlm.objectives.masking import Uniform
+from maskvlm.objectives.methods import Verb
+from maskvlm.utils.distributed import Draw, shared_count
+from maskvlm.utils.errors import check_least
 from tasks.vqa.decoder import AnswerDecoder, Question
 from tasks.vqa.metric import accuracy
 

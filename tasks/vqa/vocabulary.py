@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.arguments import Parser
+from maskvlm.config.arguments import Parser
 from maskvlm.data.files import get, load_json, opened
-from maskvlm.data.manifest import write_json
+from maskvlm.data.prepared.manifest import write_json
 from maskvlm.data.raw.lines import text_lines
 from maskvlm.data.strict_json import kind_of
-from maskvlm.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_least
 from tasks.vqa.metric import credit, normalise
 
 LAYOUT = "VQA v2"

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from maskvlm.data.prepare import Plan, prepare
-from maskvlm.data.prepare_shards import Job, Settings, make_shard
+from maskvlm.data.prepare.prepare import Plan, prepare
+from maskvlm.data.prepare.shards import Job, Settings, make_shard
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 
 SIDE = 64
@@ -66,6 +66,6 @@ class Here:
 
 def make(root: Path, name: str, rows: Iterable[RawRow | BadRow], shard: int = 7) -> Path:
     """Prepare these rows as `root/name`."""
-    with patch("maskvlm.data.prepare.Pool", Here):
+    with patch("maskvlm.data.prepare.prepare.Pool", Here):
         prepare(Rows(rows), Plan("csv", "toy", Settings(name), {}, rows=shard), root / name, 1, lambda text: None)
     return root / name

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from maskvlm.data.images import FORMATS, MAX_PIXELS, MAX_SCANS, BadImage, safe_open
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"
 

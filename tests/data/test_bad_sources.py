@@ -9,7 +9,7 @@ import pytest
 from karpathy_rows import image, sentence
 
 from maskvlm.data.sources import Karpathy
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 @pytest.fixture

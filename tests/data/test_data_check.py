@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 from toy_raw import Toy, plan, row
 
-from maskvlm.data.check import check
-from maskvlm.data.command import verify
-from maskvlm.data.manifest import SCHEMA
-from maskvlm.data.prepare import prepare
-from maskvlm.data.prepared import Prepared
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.data.prepare.command import verify
+from maskvlm.data.prepare.prepare import prepare
+from maskvlm.data.prepared.check import check
+from maskvlm.data.prepared.manifest import SCHEMA
+from maskvlm.data.prepared.source import Prepared
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 @pytest.fixture(scope="module")

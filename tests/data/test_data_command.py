@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from toy_raw import encoded, photo
 
-from maskvlm.__main__ import main as maskvlm
-from maskvlm.data.command import main, named_columns
-from maskvlm.data.prepared import Prepared
+from maskvlm.cli.main import main as maskvlm
+from maskvlm.data.prepare.command import main, named_columns
+from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import SETS
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +165,7 @@ def test_a_prepared_set_needs_no_file_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_prepared_sets_file_parses_with_the_root_that_make_gives() -> None:
-    from maskvlm.cli import Parsed, run
+    from maskvlm.cli.lightning import Parsed, run
 
     files = ["conf/base.yaml", "conf/model/tiny.yaml", "conf/pretrain.yaml", "conf/data/prepared.yaml"]
     here = Path.cwd()

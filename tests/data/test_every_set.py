@@ -18,9 +18,9 @@ from bad_raw import KINDS, make_bad_raw
 from karpathy_rows import image
 from toy_raw import encoded, photo
 
-from maskvlm.__main__ import main
-from maskvlm.data.manifest import read_manifest
-from maskvlm.data.prepared import Prepared
+from maskvlm.cli.main import main
+from maskvlm.data.prepared.manifest import read_manifest
+from maskvlm.data.prepared.source import Prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, VAL = 12, 6

@@ -17,7 +17,7 @@ from maskvlm.data.module import PairData, some_texts
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, stable_id
 from maskvlm.data.transforms import eval_transform, train_transform
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def training(*rows: dict[str, Any], pictures: int = 1, augment: bool = True, seed: int = 0) -> TrainExamples:

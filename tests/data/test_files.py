@@ -26,7 +26,7 @@ from maskvlm.data.files import (
     picture_names,
 )
 from maskvlm.data.sources import Karpathy
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),

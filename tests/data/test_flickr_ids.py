@@ -13,13 +13,13 @@ import pytest
 from prepared_sets import Here, jpeg, picture
 
 from maskvlm.data.leaks import without_leaks
-from maskvlm.data.prepare import Plan, prepare
-from maskvlm.data.prepare_shards import Settings
-from maskvlm.data.prepared import Prepared
+from maskvlm.data.prepare.prepare import Plan, prepare
+from maskvlm.data.prepare.shards import Settings
+from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import open_raw
 from maskvlm.data.sources import Karpathy
 from maskvlm.data.subset import hash_of_photo, photo_of_id
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 IN_VAL = [
     "95783195_e1ba3f57ca",
@@ -67,7 +67,7 @@ def put(folder: Path, names: list[str], seed: int) -> None:
 
 def made(name: str, raw: Path, out: Path) -> str:
     """`make data SET=name`."""
-    with patch("maskvlm.data.prepare.Pool", Here):
+    with patch("maskvlm.data.prepare.prepare.Pool", Here):
         prepare(open_raw(name, str(raw), as_name="mine"), Plan(name, "", Settings("mine"), {}), out, 1, lambda _: None)
     return str(out)
 

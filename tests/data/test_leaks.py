@@ -11,14 +11,14 @@ from PIL import Image
 from prepared_sets import jpeg, make, picture, raw
 from toy_pairs import SPEC
 
+from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.data.leaks import held_out, without_leaks
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
 from maskvlm.data.phash import NEAR, distance, near, phash
-from maskvlm.data.prepared import Prepared
-from maskvlm.data.scenes import Scenes
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.start import Seen
+from maskvlm.data.prepared.source import Prepared
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.utils.errors import ExitCode, UserError
 
 TEST = range(30, 36)
 

@@ -21,11 +21,11 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.module import PairData
 from maskvlm.data.pairs import Collate, TrainPairs
-from maskvlm.data.prepared import Prepared
+from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import RandAugment, RandomResizedCrop, ToTensor, TrainTransform
-from maskvlm.distributed import mix
+from maskvlm.utils.distributed import mix
 
 SPEC = InputSpec(48, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), text_length=12, vocab_size=120)
 ROOT = Path(__file__).resolve().parents[2]

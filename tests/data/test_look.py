@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from toy_raw import Toy, encoded, make, photo, row
 
-from maskvlm.data import look
-from maskvlm.data.look import Captions, Sample, look_at_raw
-from maskvlm.data.prepare_rows import Settings
+from maskvlm.data.prepare import look
+from maskvlm.data.prepare.look import Captions, Sample, look_at_raw
+from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw.base import BadRow
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 SETTINGS = Settings("mine", 48)
 

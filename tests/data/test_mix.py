@@ -8,13 +8,13 @@ import pytest
 from prepared_sets import jpeg, make, picture, raw
 from toy_pairs import SPEC
 
-from maskvlm.cli import Parsed, run
+from maskvlm.cli.lightning import Parsed, run
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
 from maskvlm.data.raw.base import BadRow
 from maskvlm.data.subset import row_hashes, row_ids
 from maskvlm.data.text import stable_id
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 @pytest.fixture(scope="module")

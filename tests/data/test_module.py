@@ -12,7 +12,7 @@ from maskvlm.data import module
 from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData, some_captions
 from maskvlm.data.text import tokenizer_hash
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def ready(source: Squares | None = None, stage: str = "fit", **settings: Any) -> PairData:

@@ -15,7 +15,7 @@ from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def training(*rows: dict[str, object], seed: int = 0, augment: bool = True) -> TrainPairs:

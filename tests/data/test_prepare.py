@@ -21,13 +21,13 @@ import pyarrow as pa
 import pytest
 from toy_raw import Toy, encoded, files_of, make, many, photo, plan, row
 
-from maskvlm.data import manifest as manifests
-from maskvlm.data.manifest import FEATURES, MAKING, SCHEMA, amount, coverage, whole_file
-from maskvlm.data.prepare import cut, locked, prepare
-from maskvlm.data.prepare_rows import Settings
-from maskvlm.data.prepare_shards import HashingSink, Job, make_shard, note_file
+from maskvlm.data.prepare.prepare import cut, locked, prepare
+from maskvlm.data.prepare.rows import Settings
+from maskvlm.data.prepare.shards import HashingSink, Job, make_shard, note_file
+from maskvlm.data.prepared import manifest as manifests
+from maskvlm.data.prepared.manifest import FEATURES, MAKING, SCHEMA, amount, coverage, whole_file
 from maskvlm.data.raw.base import BadRow, RawRow
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROWS: list[RawRow | BadRow] = [
     *(row(number) for number in range(10)),
@@ -128,7 +128,7 @@ def test_jobs_hold_rows_of_one_split_in_order_and_few_bytes(monkeypatch: pytest.
         ("train", 1, ["toy.csv:4", "b"]),
         ("val", 0, ["toy.csv:2", "toy.csv:5"]),
     ]
-    monkeypatch.setattr("maskvlm.data.prepare.MOST_BYTES", 10)
+    monkeypatch.setattr("maskvlm.data.prepare.prepare.MOST_BYTES", 10)
     assert [len(job[2]) for job in told([row(n, image=b"12345") for n in range(5)], 100)] == [2, 2, 1]
 
 
@@ -155,7 +155,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from toy_raw import Toy, many, plan
-from maskvlm.data.prepare import prepare
+from maskvlm.data.prepare.prepare import prepare
 
 class Slow(Toy):
     def rows(self):

@@ -15,7 +15,7 @@ from toy_raw import encoded, photo, row
 
 from maskvlm.data.images import BadImage
 from maskvlm.data.phash import phash
-from maskvlm.data.prepare_rows import RowMaker, Settings, is_plain, prepare_picture, row_digest, screened
+from maskvlm.data.prepare.rows import RowMaker, Settings, is_plain, prepare_picture, row_digest, screened
 from maskvlm.data.raw.base import BadRow
 
 SETTINGS = Settings("toy", 48, 90)

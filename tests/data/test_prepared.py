@@ -16,14 +16,14 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 from toy_raw import Toy, make, photo, plan, row
 
-from maskvlm.data.album import PreparedPictures, open_album
-from maskvlm.data.manifest import MAKING
 from maskvlm.data.phash import phash
-from maskvlm.data.prepare import prepare
-from maskvlm.data.prepare_rows import Settings, prepare_picture
-from maskvlm.data.prepared import Prepared, PreparedPairs, read_skipped
+from maskvlm.data.prepare.album import PreparedPictures, open_album
+from maskvlm.data.prepare.prepare import prepare
+from maskvlm.data.prepare.rows import Settings, prepare_picture
+from maskvlm.data.prepared.manifest import MAKING
+from maskvlm.data.prepared.source import Prepared, PreparedPairs, read_skipped
 from maskvlm.data.raw.base import BadRow
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 @pytest.fixture(scope="module")

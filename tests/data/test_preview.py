@@ -8,7 +8,7 @@ from PIL import Image
 
 from maskvlm.data.batch import Row
 from maskvlm.data.preview import contact_sheet, draw_sheet, read_row
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 class Toys:

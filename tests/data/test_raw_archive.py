@@ -21,7 +21,7 @@ from test_raw_table import outcome
 
 from maskvlm.data.raw import BadRow, RawRow, open_raw
 from maskvlm.data.raw.archive import members
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 JPEG = SEEDS["jpeg"]
 FAST = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from PIL import Image
 from maskvlm.data.files import picture_folder, picture_names
 from maskvlm.data.images import safe_open
 from maskvlm.data.raw import SETS, BadRow, RawRow, open_raw
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
 from tasks.vqa.data import numbered

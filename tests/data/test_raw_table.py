@@ -13,7 +13,7 @@ from maskvlm.data.raw import BadRow, RawRow, open_raw
 from maskvlm.data.raw.columns import find_columns, split_named, split_of_path
 from maskvlm.data.raw.lines import CHUNK, MAX_LINE_BYTES, json_items, text_lines
 from maskvlm.data.raw.table import Table
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 FAST = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -8,8 +8,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from maskvlm.data.scene_captions import describes
-from maskvlm.data.scenes import Scene, ScenePairs, Scenes, Thing, vocabulary
+from maskvlm.data.scenes.captions import describes
+from maskvlm.data.scenes.source import Scene, ScenePairs, Scenes, Thing, vocabulary
 
 # ---- a reader of captions that shares nothing with their writer --------------------------------------------
 SHAPES = ["circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart"]

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskvlm.data.scene_drawing import COLOUR_RGB, draw_scene, ink_of
-from maskvlm.data.scene_world import COLOURS, SHAPES, random_scene
-from maskvlm.data.scenes import Scene, ScenePairs, Scenes, Thing, describes, vocabulary
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.data.scenes.drawing import COLOUR_RGB, draw_scene, ink_of
+from maskvlm.data.scenes.source import Scene, ScenePairs, Scenes, Thing, describes, vocabulary
+from maskvlm.data.scenes.world import COLOURS, SHAPES, random_scene
+from maskvlm.utils.errors import ExitCode, UserError
 
 TOY = Scene(
     "navy",

@@ -13,7 +13,7 @@ from karpathy_rows import image
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.sources import Karpathy, _parse
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 LONG = "dog " * 10_000
 

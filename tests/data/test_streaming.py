@@ -15,13 +15,13 @@ import torch
 from prepared_sets import make, raw
 from toy_pairs import COLOURS, SPEC, png, square
 
-from maskvlm.cli import Parsed, run
+from maskvlm.cli.lightning import Parsed, run
 from maskvlm.data import module
 from maskvlm.data.module import PairData
-from maskvlm.data.remote import find_shards, read_shards
-from maskvlm.data.streaming import Stream
+from maskvlm.data.streaming.remote import find_shards, read_shards
+from maskvlm.data.streaming.source import Stream
 from maskvlm.data.text import stable_id
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 BAD = b"no picture"
 

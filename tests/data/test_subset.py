@@ -13,10 +13,10 @@ from toy_pairs import SPEC, Rows, Squares, row
 
 from maskvlm.data.batch import Source
 from maskvlm.data.module import PairData
-from maskvlm.data.scenes import Scenes
+from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.subset import FRACTION, WEIGHT, first_pictures, fraction_of, lots, picture_ids, row_hashes, row_ids
 from maskvlm.data.text import stable_id
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 
 class Known(Rows):

@@ -10,7 +10,7 @@ import pytest
 
 from maskvlm.data.files import Pictures
 from maskvlm.data.table import EXAMPLE_COLUMNS, Made, Origin, Rows, Table, cached_table, choose
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 COLUMNS: Any = {"word": "string", "numbers": ["int64"]}
 MADE = Made({"word": ["a", "b"], "numbers": [[1, 2], []]}, {"left out": [3]})

@@ -18,7 +18,7 @@ from maskvlm.data.text import (
     clean_caption,
     stable_id,
 )
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 EXAMPLES = [
     ("a dog", "a dog", None),

@@ -16,7 +16,7 @@ from maskvlm.data.text import (
     tokenizer_json,
     train_tokenizer,
 )
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 def test_a_trained_tokenizer_has_the_five_special_ids_and_lower_cases(

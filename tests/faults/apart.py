@@ -22,10 +22,10 @@ import torch
 import yaml
 
 from bench.kills import ROOT, SMALL, STACK, elastic, fork, free_port, wait
-from maskvlm.checkpoint import load
-from maskvlm.distributed import rank
-from maskvlm.lit import LitModel
-from maskvlm.runlog import rows_of
+from maskvlm.checkpoint.io import load
+from maskvlm.training.csv_log import rows_of
+from maskvlm.training.lit import LitModel
+from maskvlm.utils.distributed import rank
 
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 4096, 16384, 1 << 18
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from maskvlm.data.batch import Row
-from maskvlm.data.scenes import ScenePairs, Scenes
+from maskvlm.data.scenes.source import ScenePairs, Scenes
 
 
 def out_of_memory() -> None:

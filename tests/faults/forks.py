@@ -37,10 +37,10 @@ SMALL: dict[str, Any] = {
 }
 KEPT = """
 trainer:
-  logger: [{class_path: maskvlm.runlog.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
+  logger: [{class_path: maskvlm.training.csv_log.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
   callbacks:
-  - {class_path: maskvlm.run.RunRecord}
-  - {class_path: maskvlm.resume.KeepState, init_args: {folder: "{run}", steps: 4, minutes: 10}}
+  - {class_path: maskvlm.training.run_record.RunRecord}
+  - {class_path: maskvlm.training.resume.KeepState, init_args: {folder: "{run}", steps: 4, minutes: 10}}
 """
 PAIR = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
@@ -134,7 +134,7 @@ def child(question: dict[str, Any]) -> None:
     """Ends as the command does."""
     import torch
 
-    from maskvlm.__main__ import main
+    from maskvlm.cli.main import main
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     out = os.open(question["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -165,8 +165,8 @@ def wait(pid: int, seconds: float) -> int | str:
 
 
 def serve() -> None:
-    import maskvlm.cli
-    import maskvlm.pretrain  # noqa: F401
+    import maskvlm.cli.lightning
+    import maskvlm.objectives.pretraining  # noqa: F401
 
     for line in sys.stdin:
         question = json.loads(line)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from guards import Build
 
-from maskvlm import attempts
-from maskvlm.attempts import NAME, Attempt, Failures, attempted, failures
-from maskvlm.checkpoint import save
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.standing import newest_of
-from maskvlm.stopped import Stopped
+from maskvlm.checkpoint.io import save
+from maskvlm.training import attempts
+from maskvlm.training.attempts import NAME, Attempt, Failures, attempted, failures
+from maskvlm.training.run_state import newest_of
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import Stopped
 
 SRC = Path(attempts.__file__).parents[1]
 DIES = """
@@ -24,7 +24,7 @@ import os, signal, sys
 sys.argv = ["-m"]
 sys.path.insert(0, {src!r})
 from pathlib import Path
-from maskvlm.attempts import Attempt
+from maskvlm.training.attempts import Attempt
 attempt = Attempt(Path({folder!r}))
 for step in {steps}:
     attempt.note(step)
@@ -62,7 +62,7 @@ def run_that_died(folder: Path, times: int) -> Path:
     return folder
 
 
-@pytest.mark.guard("maskvlm.attempts:check", gives="failures(args[0])")
+@pytest.mark.guard("maskvlm.training.attempts:check", gives="failures(args[0])")
 def test_four_are_the_most(build: Build, tmp_path: Path) -> None:
     folder, told = run_that_died(tmp_path, 4), []
     with pytest.raises(UserError) as caught:
@@ -73,7 +73,7 @@ def test_four_are_the_most(build: Build, tmp_path: Path) -> None:
     assert newest_of(folder, SAME, told.append) == str(folder / "last.ckpt")
 
 
-@pytest.mark.guard("maskvlm.standing:whole", gives="False")
+@pytest.mark.guard("maskvlm.training.run_state:whole", gives="False")
 def test_after_two_the_checkpoint_before_is_taken(build: Build, tmp_path: Path) -> None:
     told: list[str] = []
     assert newest_of(run_that_died(tmp_path, 1), SAME, told.append) == str(tmp_path / "last.ckpt")

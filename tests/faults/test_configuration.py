@@ -11,13 +11,13 @@ import pytest
 import yaml
 from guards import Build
 
-from maskvlm.__main__ import main
-from maskvlm.cli import Command, Parsed, run
-from maskvlm.config import MOST_LEVELS, NotPlain, read_yaml
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.failure import user_line
-from maskvlm.given import fill, read_config
-from maskvlm.standing import newest_of
+from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.main import main
+from maskvlm.config.given import fill, read_config
+from maskvlm.config.safe_yaml import MOST_LEVELS, NotPlain, read_yaml
+from maskvlm.training.failure import user_line
+from maskvlm.training.run_state import newest_of
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path) -> Callable[..., User
 
 
 # Row 30: an unknown key.
-@pytest.mark.guard("maskvlm.explain:_unknown", gives="UserError('x', 'unknown key', 'y')")
+@pytest.mark.guard("maskvlm.config.parse_errors:_unknown", gives="UserError('x', 'unknown key', 'y')")
 def test_an_unknown_key_has_its_place_and_the_nearest_key(
     build: Build, fails: Callable[..., UserError], tmp_path: Path
 ) -> None:
@@ -56,21 +56,21 @@ def test_an_unknown_key_has_its_place_and_the_nearest_key(
 
 
 # Row 31: a wrong type, a number out of range.
-@pytest.mark.guard("maskvlm.explain:_wrong_value", gives="UserError('x', 'y', 'z')")
+@pytest.mark.guard("maskvlm.config.parse_errors:_wrong_value", gives="UserError('x', 'y', 'z')")
 def test_a_wrong_type_has_its_place_and_the_right_type(build: Build, fails: Callable[..., UserError]) -> None:
     error = fails(text="data:\n  init_args:\n    source:\n      init_args:\n        train: fast\n")
     assert error.where.endswith("mine.yaml:5: data.source.train")
     assert (error.what, error.todo, error.code) == ("fast does not fit", "Give a whole number", ExitCode.USAGE)
 
 
-@pytest.mark.guard("maskvlm.parser:check_numbers")
+@pytest.mark.guard("maskvlm.config.parser:check_numbers")
 @pytest.mark.parametrize("text", ["'1" + "0" * 30 + "'", "'-9" + "0" * 4000 + "'"], ids=["31 digits", "4001 digits"])
 def test_a_whole_number_fits_64_bits(build: Build, fails: Callable[..., UserError], text: str) -> None:
     error = fails(text=f"data: {{init_args: {{batch_size: {text}}}}}")
     assert (error.where, error.what) == ("data.batch_size", "a number is out of range")
 
 
-@pytest.mark.guard("maskvlm.parser:check_seed")
+@pytest.mark.guard("maskvlm.config.parser:check_seed")
 def test_a_seed_is_one_that_numpy_takes(build: Build, fails: Callable[..., UserError]) -> None:
     assert fails("--seed_everything", "4294967296").where == "seed_everything"
     assert fails("--seed_everything", "-1").what == "-1 is out of range"
@@ -86,7 +86,7 @@ class Built(Command):
         """Nothing is run."""
 
 
-@pytest.mark.guard("maskvlm.cli:wrong_trainer", gives="ValueError(str(args[0]))")
+@pytest.mark.guard("maskvlm.cli.lightning:wrong_trainer", gives="ValueError(str(args[0]))")
 def test_a_value_that_lightning_refuses_is_one_line(build: Build, stack: Callable[..., list[str]]) -> None:
     words = ["fit", "--run", "x", *stack(WHERE="cpu")]
     for more in (["--trainer.accelerator", "xyz"], ["--trainer.devices", "-3"], ["--trainer.strategy", "xyz"]):
@@ -99,7 +99,7 @@ def test_a_value_that_lightning_refuses_is_one_line(build: Build, stack: Callabl
 
 
 # Row 32: hostile YAML.
-@pytest.mark.guard("maskvlm.config:_unfold", gives="None")
+@pytest.mark.guard("maskvlm.config.safe_yaml:_unfold", gives="None")
 def test_aliases_that_multiply_are_refused_at_once(build: Build) -> None:
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 5 if build.guard else 40)
@@ -111,7 +111,7 @@ def test_aliases_that_multiply_are_refused_at_once(build: Build) -> None:
     assert time.process_time() - started < 1
 
 
-@pytest.mark.guard("maskvlm.config:_check_tag")
+@pytest.mark.guard("maskvlm.config.safe_yaml:_check_tag")
 @pytest.mark.parametrize(
     "text",
     [
@@ -129,7 +129,7 @@ def test_a_tag_that_asks_for_more_than_plain_values_is_refused(build: Build, tex
         assert caught.value.code == ExitCode.REFUSED
 
 
-@pytest.mark.guard("maskvlm.config:_check_keys")
+@pytest.mark.guard("maskvlm.config.safe_yaml:_check_keys")
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -218,7 +218,7 @@ def test_an_option_that_is_no_yaml_is_a_text(stack: Callable[..., list[str]]) ->
     assert (settings.run, settings.data.init_args.source.init_args.root) == ("*x: [", "@{a: b: c}")
 
 
-@pytest.mark.guard("maskvlm.explain:bounded", gives="args[0]")
+@pytest.mark.guard("maskvlm.config.parse_errors:bounded", gives="args[0]")
 def test_a_long_value_is_told_shortly_and_soon(build: Build, fails: Callable[..., UserError]) -> None:
     started = time.process_time()
     error = fails("--model.task.pixel_loss", "y" * 60_000)
@@ -234,7 +234,7 @@ def test_a_word_of_a_megabyte_is_no_command(capsys: pytest.CaptureFixture[str]) 
 
 
 # Row 33 is held by tests/security/test_config_classes.py. Files that are none:
-@pytest.mark.guard("maskvlm.given:check_kind")
+@pytest.mark.guard("maskvlm.config.given:check_kind")
 def test_a_pipe_a_device_and_a_folder_are_no_configuration(build: Build, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -271,7 +271,7 @@ def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
         assert len(str(caught.value)) < 700
 
 
-@pytest.mark.guard("maskvlm.given:check_names")
+@pytest.mark.guard("maskvlm.config.given:check_names")
 def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_path: Path) -> None:
     for number, text in enumerate(("__path__: x", "a:\n  - {b.__class__: 1}", "model: {class_path: [x]}")):
         (tmp_path / f"{number}.yaml").write_text(text)
@@ -280,7 +280,7 @@ def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_pat
 
 
 # What the environment brings in.
-@pytest.mark.guard("maskvlm.given:fill", gives="args[0]")
+@pytest.mark.guard("maskvlm.config.given:fill", gives="args[0]")
 @pytest.mark.parametrize(
     "text",
     [
@@ -311,7 +311,7 @@ def test_what_a_variable_holds_is_a_text(monkeypatch: pytest.MonkeyPatch) -> Non
             fill(text, "x")
 
 
-@pytest.mark.guard("maskvlm.parser:Parser._default_env", gives="True")
+@pytest.mark.guard("maskvlm.config.parser:Parser._default_env", gives="True")
 def test_the_environment_sets_no_key(
     build: Build, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +323,7 @@ def test_the_environment_sets_no_key(
     assert run(Parsed, words).settings == before
 
 
-@pytest.mark.guard("maskvlm.given:check_words")
+@pytest.mark.guard("maskvlm.config.given:check_words")
 def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable[..., UserError]) -> None:
     assert fails("--run", "\udcff").what == "is no plain UTF-8 text"
     assert fails("--run", "a\x1b[2J").what == "is no plain UTF-8 text"
@@ -339,7 +339,7 @@ def test_help_of_a_class_with_words_behind_it_is_one_line(fails: Callable[..., U
     assert fails("--data.help", "--model.seed.help", "x").where == "x"
 
 
-@pytest.mark.guard("maskvlm.failure:_one_line", gives="args[0]")
+@pytest.mark.guard("maskvlm.training.failure:_one_line", gives="args[0]")
 def test_what_moves_the_cursor_does_not_reach_the_terminal(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "a\u202eb\x1b[2J\nc.yaml"]) == ExitCode.MISSING_INPUT
     assert capsys.readouterr().err == "error: a b [2J c.yaml: no such configuration file. Check the path.\n"

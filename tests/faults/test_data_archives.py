@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from maskvlm.data.raw import BadRow, open_raw
 from maskvlm.data.raw.archive import Member, members
-from maskvlm.data.remote import read_shards
+from maskvlm.data.streaming.remote import read_shards
 
 
 def archive(*names: str, sizes: tuple[int, ...] = ()) -> bytes:

@@ -15,11 +15,11 @@ import pytest
 from guards import Build
 from raw_toys import PICTURES, TOYS, write
 
-from maskvlm.__main__ import main
+from maskvlm.cli.main import main
 from maskvlm.data.files import load_json, opened
 from maskvlm.data.raw import SETS, BadRow, RawRow, open_raw
 from maskvlm.data.sources import Karpathy
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
 from tasks.vqa import score, vocabulary
@@ -217,7 +217,7 @@ def test_links_within_a_set_and_to_a_set_are_followed(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ names
 
 
-@pytest.mark.guard("maskvlm.data.manifest:check_path")
+@pytest.mark.guard("maskvlm.data.prepared.manifest:check_path")
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\x00b", "y" * 256])
 def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, capsys: Captured, build: Build) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())

@@ -12,7 +12,7 @@ from raw_toys import PICTURES, TOYS, write
 from maskvlm.data.files import json_lines, load_json
 from maskvlm.data.raw import BadRow, RawRow, open_raw
 from maskvlm.data.strict_json import BadJson, parse
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.data import read_labels
 from tasks.vqa.vocabulary import read_annotations, read_vocabulary
 

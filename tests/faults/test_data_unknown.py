@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import Captioner, train_tokenizer
 from maskvlm.data.unknown import check_unknown, shares
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 ENGLISH, ARABIC = "a red dog in the snow", "كلب أحمر في الثلج"
 

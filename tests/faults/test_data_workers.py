@@ -14,8 +14,8 @@ from forks import ROOT, Forks, environment, small
 from guards import Build
 
 from maskvlm.data.workers import At, Board, uncaught
-from maskvlm.errors import ExitCode
-from maskvlm.peers import alive
+from maskvlm.training.peers import alive
+from maskvlm.utils.errors import ExitCode
 
 SAMPLE = "sample 33 (scenes (seed 0) train picture 33, scene d423ee8d041a9a75)"
 LOST, NAMED = "maskvlm.data.workers:lost_worker", "maskvlm.data.workers:no_memory"
@@ -90,7 +90,7 @@ sys.exit(7)
 @pytest.mark.guard("maskvlm.data.workers:end_workers")
 def test_a_process_ends_though_a_worker_hangs(tmp_path: Path, build: Build) -> None:
     """Python waits for the process at its end, and SIGTERM is not heeded there."""
-    taken = [build.guard, build.gives] if build.guard else ["maskvlm.stopped:requeue"]  # any other
+    taken = [build.guard, build.gives] if build.guard else ["maskvlm.utils.launch:requeue"]  # any other
     command = [sys.executable, "-c", ENDS.replace("    sys.exit(7)", "").rstrip() + "\n    atexit_now()", *taken]
     command[2] = ENDS
     with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -173,7 +173,7 @@ def test_a_thread_that_hands_over_to_nobody_says_nothing(
 # ---------------------------------------------------------------------- orphans
 
 
-@pytest.mark.guard("maskvlm.signals:end_with_parent")
+@pytest.mark.guard("maskvlm.utils.signals:end_with_parent")
 def test_workers_end_with_a_process_that_is_killed(forks: Forks, tmp_path: Path, build: Build) -> None:
     """In less than a second; a worker that hangs in a read does not look for its parent."""
     words = small(tmp_path / "run", "--data.workers=2", "--data.steps=40", fault="hangs")

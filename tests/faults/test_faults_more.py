@@ -18,20 +18,20 @@ from PIL import Image
 from torch import nn
 from transformers import BertConfig
 
-from maskvlm.checkpoint import SafeCheckpointIO, load, save
-from maskvlm.cli import Command, Parsed, run
+from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.cli.lightning import Command, Parsed, run
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.example_sets import CollateExamples, EvalExamples
 from maskvlm.data.module import PairData
-from maskvlm.data.prepare_rows import screened
+from maskvlm.data.prepare.rows import screened
 from maskvlm.data.raw import BadRow, RawRow, open_raw
-from maskvlm.data.remote import read_shards
+from maskvlm.data.streaming.remote import read_shards
 from maskvlm.data.text import Captioner, tokenizer_from_json, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import eval_transform
-from maskvlm.encoders import TextEncoder
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.judged import Judgements
-from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.model.encoders import TextEncoder
+from maskvlm.objectives.answers import Judgements
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.scenes import SceneHypotheses
 from tasks.vqa.data import VqaV2
 
@@ -41,7 +41,7 @@ OLD = Path(__file__).resolve().parents[1] / "fixtures" / "89274c0"
 # ---------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.guard("maskvlm.encoders:tokenizer_hash", gives="'the same'")
+@pytest.mark.guard("maskvlm.model.encoders:tokenizer_hash", gives="'the same'")
 def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +65,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     assert caught.value.code == ExitCode.BAD_DATA
 
 
-@pytest.mark.guard("maskvlm.checkpoint:check_version")
+@pytest.mark.guard("maskvlm.checkpoint.io:check_version")
 @pytest.mark.parametrize(
     ("version", "said"),
     [
@@ -132,7 +132,7 @@ def test_refused_weights_come_without_advice_to_load_them_all_the_same(
 # ---------------------------------------------------------------------- data
 
 
-@pytest.mark.guard("maskvlm.errors:Absent.check")
+@pytest.mark.guard("maskvlm.utils.errors:Absent.check")
 def test_all_that_is_missing_is_told_at_once(build: Build, tmp_path: Path) -> None:
     """Row 34: of both splits, questions and annotations alike, in one line."""
     spec: Any = SimpleNamespace(tokenizer=None)
@@ -204,7 +204,7 @@ def test_members_of_a_sample_come_in_any_order_and_parts_alone_are_told(tmp_path
     assert len({*ids}) == 2
 
 
-@pytest.mark.guard("maskvlm.data.prepare_rows:stable_id", gives="__import__('uuid').uuid4().int")
+@pytest.mark.guard("maskvlm.data.prepare.rows:stable_id", gives="__import__('uuid').uuid4().int")
 def test_an_id_in_two_shards_is_counted_and_named(build: Build, tmp_path: Path) -> None:
     """Row 38. The same photo by its address: the second one is a bad row, which names id and place."""
     facts = json.dumps({"url": "https://farm1.staticflickr.com/2/77_a.jpg", "key": "0"}).encode()
@@ -243,7 +243,7 @@ def test_what_an_evaluation_keeps_of_an_example_holds_no_picture() -> None:
 # ---------------------------------------------------------------------- what a checkpoint may set
 
 
-@pytest.mark.guard("maskvlm.plain:Record.read", gives="args[1]")
+@pytest.mark.guard("maskvlm.config.plain_schema:Record.read", gives="args[1]")
 @pytest.mark.parametrize("key", ["strategy", "profiler", "seed_everything"])
 def test_of_a_checkpoint_no_setting_of_the_trainer_is_taken(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str

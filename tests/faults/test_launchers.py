@@ -18,11 +18,11 @@ from forks import PAIR, ROOT, environment, small
 from guards import Build
 from torch.distributed.run import get_args_parser
 
-from maskvlm.checkpoint import load
-from maskvlm.cli import Parsed, run
-from maskvlm.commands import batch_script
-from maskvlm.errors import ExitCode
-from maskvlm.peers import FOLDER
+from maskvlm.checkpoint.io import load
+from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.slurm import batch_script
+from maskvlm.training.peers import FOLDER
+from maskvlm.utils.errors import ExitCode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults of Linux processes")
 SHORT = (*PAIR, "--data.steps=6", "--trainer.val_check_interval=3")
@@ -99,7 +99,7 @@ def test_torchrun_takes_none_of_our_options_for_its_own(tmp_path: Path) -> None:
         assert (found.training_script, found.training_script_args) == ("maskvlm", words[4:]), option
 
 
-@pytest.mark.guard("maskvlm.peers:blamed")
+@pytest.mark.guard("maskvlm.training.peers:blamed")
 def test_lightnings_own_launcher_says_who_was_lost(tmp_path: Path, build: Build) -> None:
     folder = tmp_path / "run"
     code, said = strike(build.command(*small(folder, *ENDLESS)), folder, 1, tmp_path / "log.txt")

@@ -16,10 +16,10 @@ import pytest
 from forks import PAIR, Child, Forks, elastic, small
 from guards import Build
 
-from maskvlm import peers, watch
-from maskvlm.errors import ExitCode
-from maskvlm.failure import FIRST, failed_first
-from maskvlm.peers import Peers, blamed
+from maskvlm.training import peers, watch
+from maskvlm.training.failure import FIRST, failed_first
+from maskvlm.training.peers import Peers, blamed
+from maskvlm.utils.errors import ExitCode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults of Linux processes")
 ENDLESS = (*PAIR, "--data.steps=9999", "--trainer.limit_val_batches=0", "--patience=4")
@@ -51,7 +51,7 @@ def ends(children: list[Child], seconds: float) -> list[int | str]:
     return [child.wait(max(0.1, until - time.monotonic())) for child in children]
 
 
-@pytest.mark.guard("maskvlm.peers:blamed")
+@pytest.mark.guard("maskvlm.training.peers:blamed")
 def test_a_process_that_is_killed_is_named(forks: Forks, tmp_path: Path, build: Build) -> None:
     one_is_killed(forks, tmp_path, build, 1)
 
@@ -73,7 +73,7 @@ def one_is_killed(forks: Forks, tmp_path: Path, build: Build, whom: int) -> None
     assert said[0].endswith(f"The same command goes on from {tmp_path / 'run' / 'last.ckpt'}.")
 
 
-@pytest.mark.guard("maskvlm.watch:watch")
+@pytest.mark.guard("maskvlm.training.watch:watch")
 def test_a_process_that_is_frozen_is_named_and_ended(forks: Forks, tmp_path: Path, build: Build) -> None:
     one_is_frozen(forks, tmp_path, build, 1)
 
@@ -112,7 +112,7 @@ def test_processes_that_sleep_together_go_on(forks: Forks, tmp_path: Path) -> No
     assert not (tmp_path / "run" / peers.FOLDER).exists()
 
 
-@pytest.mark.guard("maskvlm.peers:leave")
+@pytest.mark.guard("maskvlm.training.peers:leave")
 def test_a_process_that_raises_is_the_cause(forks: Forks, tmp_path: Path, build: Build) -> None:
     """The other one ends with its status, and the cause is told once."""
     started = two(forks, tmp_path, build, "raises")
@@ -137,7 +137,7 @@ def test_a_main_thread_that_stands_still_is_named(forks: Forks, tmp_path: Path) 
     assert "in <lambda>" in (tmp_path / "run" / "stacks-rank1.txt").read_text()
 
 
-@pytest.mark.guard("maskvlm.watch:port_taken")
+@pytest.mark.guard("maskvlm.training.watch:port_taken")
 def test_a_port_that_is_taken(forks: Forks, tmp_path: Path, build: Build) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -180,7 +180,7 @@ def test_who_meets_late_hears_of_a_process_that_failed_before(
     assert capsys.readouterr().err == "[rank 1] see rank 0\n"
 
 
-@pytest.mark.guard("maskvlm.cli:check_device")
+@pytest.mark.guard("maskvlm.cli.lightning:check_device")
 def test_fewer_cards_than_asked_for(forks: Forks, tmp_path: Path, build: Build) -> None:
     words = small(tmp_path / "run", "--trainer.accelerator=gpu", "--trainer.devices=999")
     child = forks.start(words, tmp_path / "log.txt", build=build)

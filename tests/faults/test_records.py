@@ -12,17 +12,15 @@ from guards import Build
 from hypothesis import given
 from hypothesis import strategies as st
 
-import maskvlm.guard
-import maskvlm.progress  # noqa: F401  (a command has imported what it names)
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.run import earlier, finish, read_json
-from maskvlm.runlog import Writer, rows_of
-from maskvlm.standing import differences, finished, recorded
+from maskvlm.training.csv_log import Writer, rows_of
+from maskvlm.training.run_record import earlier, finish, read_json
+from maskvlm.training.run_state import differences, finished, recorded
+from maskvlm.utils.errors import ExitCode, UserError
 
 DAMAGED = [b"", b"\xff{[", b"[]", b"null", b"[" * 5000, b'{"finished": 3}', b'{"finished": {"step": 1e999}}']
 
 
-@pytest.mark.guard("maskvlm.run:read_json", gives="json.loads(args[0].read_text())")
+@pytest.mark.guard("maskvlm.training.run_record:read_json", gives="json.loads(args[0].read_text())")
 @pytest.mark.parametrize("content", DAMAGED[:5])
 def test_a_damaged_record_stops_neither_beginning_nor_end(build: Build, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "versions.json").write_bytes(content)
@@ -44,7 +42,7 @@ def test_parts_before_that_are_no_list_are_left_out(tmp_path: Path) -> None:
     assert earlier(tmp_path) == {"earlier": [{"processes": 1}]}
 
 
-@pytest.mark.guard("maskvlm.standing:recorded", gives="{}")
+@pytest.mark.guard("maskvlm.training.run_state:recorded", gives="{}")
 def test_settings_that_unfold_without_end_are_one_line(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "config-fit.yaml"
     path.write_text(
@@ -88,14 +86,14 @@ def settings(*callbacks: dict[str, Any], **facts: Any) -> dict[str, Any]:
     return {"trainer": {"callbacks": list(callbacks), **facts}}
 
 
-STUCK = "maskvlm.progress.StuckLoss"
+STUCK = "maskvlm.reporting.progress.StuckLoss"
 
 
 def test_the_guard_of_steps_may_be_added_and_changed() -> None:
     """Runs of 89274c0 have none; who was stopped by it may go on with another number."""
     other = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {"logging_interval": "step"}}
-    guard = {"class_path": "maskvlm.guard.StepGuard", "init_args": {"stop_after": 10}}
-    more = {"class_path": "maskvlm.guard.StepGuard", "init_args": {"stop_after": 20}}
+    guard = {"class_path": "maskvlm.training.step_guard.StepGuard", "init_args": {"stop_after": 10}}
+    more = {"class_path": "maskvlm.training.step_guard.StepGuard", "init_args": {"stop_after": 20}}
     assert differences(settings(other), settings(guard, other)) == []
     assert differences(settings(guard, other), settings(other, more)) == []
     assert differences(settings(other), settings(other, {**other, "class_path": STUCK}))
@@ -115,7 +113,7 @@ def test_a_run_of_the_commit_before_goes_on_under_the_present_stack(root: Path) 
     now = yaml.safe_load((root / "conf" / "base.yaml").read_text())
     was = yaml.safe_load((root / "conf" / "base.yaml").read_text())
     was["trainer"]["callbacks"] = [
-        each for each in was["trainer"]["callbacks"] if each["class_path"] != "maskvlm.guard.StepGuard"
+        each for each in was["trainer"]["callbacks"] if each["class_path"] != "maskvlm.training.step_guard.StepGuard"
     ]
     assert len(was["trainer"]["callbacks"]) == len(now["trainer"]["callbacks"]) - 1
     assert differences(was, now) == []

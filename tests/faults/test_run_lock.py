@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from guards import HERE, Build, without
 
-from maskvlm import lock
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.lock import HELD, NAME, Holder, RunLock, read, state
+from maskvlm.utils import lock
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read, state
 
 SRC = Path(lock.__file__).parents[1]
 HOLD = """
@@ -25,8 +25,8 @@ sys.argv = ["-m"]  # as `python -m maskvlm`: the package then imports nothing he
 sys.path[:0] = {paths}
 from pathlib import Path
 from guards import without
-from maskvlm.errors import UserError
-from maskvlm.lock import HELD
+from maskvlm.utils.errors import UserError
+from maskvlm.utils.lock import HELD
 for guard in {guard}:
     context = without(*guard)  # to the end of this process
     context.__enter__()
@@ -63,7 +63,7 @@ def hold(started: list[subprocess.Popen[str]], folder: Path, build: Build, forks
     return process.pid, process.stdout.readline().strip()
 
 
-@pytest.mark.guard("maskvlm.lock:flock", gives="True")
+@pytest.mark.guard("maskvlm.utils.lock:flock", gives="True")
 def test_the_second_is_told_who_the_first_is(
     build: Build, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -75,7 +75,7 @@ def test_the_second_is_told_who_the_first_is(
     assert line.startswith("held ")
 
 
-@pytest.mark.guard("maskvlm.lock:RunLock._leave_behind")
+@pytest.mark.guard("maskvlm.utils.lock:RunLock._leave_behind")
 def test_a_killed_holder_is_gone_at_once_though_its_children_live(
     build: Build, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -124,7 +124,7 @@ def elsewhere(folder: Path, **facts: object) -> Holder:
     return holder
 
 
-@pytest.mark.guard("maskvlm.lock:beats", gives="False")
+@pytest.mark.guard("maskvlm.utils.lock:beats", gives="False")
 def test_a_holder_elsewhere_that_gives_signs_of_life_is_believed(build: Build, tmp_path: Path, quick: None) -> None:
     elsewhere(tmp_path)
     end = threading.Event()
@@ -160,7 +160,7 @@ def test_a_silent_holder_elsewhere_is_taken_for_dead(tmp_path: Path, quick: None
 def test_without_locks_of_the_kernel_signs_of_life_decide(tmp_path: Path, quick: None) -> None:
     """As on a file system that has none: the kernel's answer is replaced, as no such file system is at hand."""
     first, second = RunLock(), RunLock()
-    with without("maskvlm.lock:flock", "None"):
+    with without("maskvlm.utils.lock:flock", "None"):
         first.take(tmp_path)
         with pytest.raises(UserError, match=f"another process trains here .process {os.getpid()} on "):
             second.take(tmp_path)
@@ -181,7 +181,7 @@ def test_a_statement_of_a_copied_file_is_not_watched(
     assert time.monotonic() - began < 1
 
 
-@pytest.mark.guard("maskvlm.lock:RunLock.check")
+@pytest.mark.guard("maskvlm.utils.lock:RunLock.check")
 def test_who_was_taken_for_dead_and_wakes_stops(build: Build, tmp_path: Path, quick: None) -> None:
     mine = RunLock()
     mine.take(tmp_path)

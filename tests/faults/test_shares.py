@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_processes import ends, free_port
 
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
-from maskvlm.data.streaming import check_shards
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.data.streaming.source import check_shards
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9))
@@ -52,7 +52,7 @@ def test_fewer_pictures_than_processes_are_refused() -> None:
         size_for_all(3, 64, 4)
 
 
-@pytest.mark.guard("maskvlm.data.streaming:check_shards")
+@pytest.mark.guard("maskvlm.data.streaming.source:check_shards")
 @pytest.mark.parametrize(("shards", "world", "workers"), [(1, 2, 1), (3, 2, 2), (1, 1, 2)])
 def test_fewer_shards_than_data_workers_are_refused(shards: int, world: int, workers: int, build: Build) -> None:
     """Row 44: before anything waits."""

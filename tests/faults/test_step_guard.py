@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
 from toys import SIZE, toy_backbone
 
-from maskvlm.blind import Blind
-from maskvlm.checkpoint import SafeCheckpointIO
+from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.data.module import PairData
-from maskvlm.data.scenes import Scenes
-from maskvlm.distributed import Draw
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, StepGuard, Window, judged, median
-from maskvlm.lit import LitModel
-from maskvlm.meters import Smoothed
-from maskvlm.pretrain import MaskedPretraining
-from maskvlm.run import RunRecord
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.reporting.meters import Smoothed
+from maskvlm.training.lit import LitModel
+from maskvlm.training.run_record import RunRecord
+from maskvlm.training.step_guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, StepGuard, Window, judged, median
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import ExitCode, UserError
 
 NAN, INF = math.nan, math.inf
 AT = 9  # the pass that is poisoned
@@ -106,7 +106,7 @@ def fit(
     return shas, guard
 
 
-@pytest.mark.guard("maskvlm.guard:judged", gives="args[0].new_zeros(())")
+@pytest.mark.guard("maskvlm.training.step_guard:judged", gives="args[0].new_zeros(())")
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
@@ -185,7 +185,7 @@ def test_in_half_precision(precision: Any, harm: dict[str, float], tmp_path: Pat
     assert [one["step"] for one in guard.skipped] == [at + 1]
 
 
-@pytest.mark.guard("maskvlm.guard:StepGuard._check_row")
+@pytest.mark.guard("maskvlm.training.step_guard:StepGuard._check_row")
 def test_too_many_in_a_row_end_the_run(build: Build, tmp_path: Path) -> None:
     """Two, then three; the third of the three ends it, and the weights are those before them."""
     model = Poisoned({2, 3, 5, 6, 7, 8, 9, 10, 11}, factor=NAN)

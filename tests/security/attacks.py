@@ -243,7 +243,7 @@ def another_class(place: Place, part: str) -> list[list[str]]:
 @attack("model", path={
     "builtin": "builtins.exec", "os": "os.system", "hub": "torch.hub.load", "load": "torch.load",
     "module": "torch.nn.Linear", "lightning": "lightning.pytorch.callbacks.LambdaCallback",
-    "function": "maskvlm.stopped.requeue", "folder": "tasks.vqa.score.main", "package": "evil.Task",
+    "function": "maskvlm.utils.launch.requeue", "folder": "tasks.vqa.score.main", "package": "evil.Task",
 })  # fmt: skip
 def another_task(place: Place, path: str) -> list[list[str]]:
     (place.here / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")  # on the path, as the command runs here
@@ -613,7 +613,7 @@ def callback(path: str, **args: Any) -> str:
 
 @attack("config", key={
     "lambda": "lightning.pytorch.callbacks.LambdaCallback", "stranger": "evil.Callback",
-    "popen": "subprocess.Popen", "torch": "torch.utils.collect_env.run", "requeue": "maskvlm.stopped.requeue",
+    "popen": "subprocess.Popen", "torch": "torch.utils.collect_env.run", "requeue": "maskvlm.utils.launch.requeue",
 })  # fmt: skip
 def a_callback_that_is_none(place: Place, key: str) -> list[list[str]]:
     (place.here / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
@@ -669,7 +669,10 @@ def an_index_that_names_things(place: Place, key: str) -> list[list[str]]:
     if key == "source":
         about["source"] = runs(place)["subprocess"]
     elif key == "root":
-        about["source"] = {"class_path": "maskvlm.data.prepared.Prepared", "init_args": {"root": str(place.secret)}}
+        about["source"] = {
+            "class_path": "maskvlm.data.prepared.source.Prepared",
+            "init_args": {"root": str(place.secret)},
+        }
     else:
         import hashlib
 

@@ -27,7 +27,13 @@ def values(rng: random.Random, mark: str) -> Any:
     evil = json.loads(json.dumps(EVIL).replace("MARK", mark))
     plain = [None, True, False, 0, 1, -1, 7, 10**12, 2**63, -(2**70), 0.5, -1e300, math.nan, math.inf, "", "x", "bert"]
     texts = ["vit_tiny_patch16_224", "hf-hub:x/y", "../../x", "/etc/passwd", "\x1b[31mred", "\ud800", "a" * 5000, "1e9"]
-    texts += ["http://127.0.0.1:9/x", "maskvlm.model.MaskVLM", "tasks.vqa.task.Vqa", "os.system", "${oc.env:HOME}"]
+    texts += [
+        "http://127.0.0.1:9/x",
+        "maskvlm.model.maskvlm.MaskVLM",
+        "tasks.vqa.task.Vqa",
+        "os.system",
+        "${oc.env:HOME}",
+    ]
     nested = [[], {}, [1, 2], {"a": 1}, [[[[[]]]]], [0] * 300, {"class_path": "os.system"}, evil, [evil], {"x": evil}]
     return rng.choice([*plain, *texts, *nested])
 

@@ -57,13 +57,13 @@ def parse() -> argparse.Namespace:
 
 def warm() -> None:
     """Import once what each command needs: children are forks."""
-    import maskvlm.ask
-    import maskvlm.bench
-    import maskvlm.cli
-    import maskvlm.convert
-    import maskvlm.export
-    import maskvlm.pretrained
-    import maskvlm.search  # noqa: F401
+    import maskvlm.cli.ask
+    import maskvlm.cli.bench
+    import maskvlm.cli.convert
+    import maskvlm.cli.lightning
+    import maskvlm.inference.onnx_export
+    import maskvlm.inference.pretrained
+    import maskvlm.inference.search  # noqa: F401
     import tasks.entailment.task
     import tasks.vqa.task  # noqa: F401
 
@@ -205,15 +205,15 @@ def in_child(words: list[str], here: Path, out: Path, seen: Path, secret: Path) 
 
 
 def asked(words: list[str]) -> int:
-    from maskvlm.__main__ import main as command
-    from maskvlm.failure import report as tell
+    from maskvlm.cli.main import main as command
+    from maskvlm.training.failure import report as tell
 
     if words[0] not in ("API", "AUTO", "PROCESSOR", "ENCODER"):
         return command(words)
     from transformers import AutoModel, AutoProcessor
 
     import maskvlm
-    from maskvlm.encoders import TextEncoder
+    from maskvlm.model.encoders import TextEncoder
 
     load = {"API": maskvlm.MaskVLM.from_pretrained, "AUTO": AutoModel.from_pretrained}
     load["PROCESSOR"] = AutoProcessor.from_pretrained

@@ -13,13 +13,13 @@ import yaml
 from guards import Build
 from jsonargparse import _common
 
-from maskvlm.allowed import LISTED, Verdicts, typed_names
-from maskvlm.cli import Command, Parsed, run
-from maskvlm.commands import source
-from maskvlm.data.scenes import Scenes
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.given import places
-from maskvlm.parser import GROUPS, MODE, Parser, prepare
+from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.slurm import source
+from maskvlm.config.allowed import LISTED, Verdicts, typed_names
+from maskvlm.config.given import places
+from maskvlm.config.parser import GROUPS, MODE, Parser, prepare
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def hook(spec: Any) -> dict[str, Any]:
     return {"trainer": {"strategy": strategy}}
 
 
-@pytest.mark.guard("maskvlm.allowed:may_name", gives="True")
+@pytest.mark.guard("maskvlm.config.allowed:may_name", gives="True")
 def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any], tmp_path: Path) -> None:
     """D3: the file of the attack on commit 89274c0, as it was."""
     spec = {"class_path": HOOK, "init_args": {"command": f"touch {tmp_path / 'mark'}"}}
@@ -102,13 +102,13 @@ def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any]
         {"trainer": {"plugins": ["lightning.pytorch.plugins.TorchCheckpointIO"]}},
         hook("os.system"),
         hook({"class_path": "functools.partial"}),
-        hook("maskvlm.run.write_text"),
+        hook("maskvlm.training.run_record.write_text"),
         hook(HOOK),
-        {"model": {"task": {"class_path": "maskvlm.cli.warn"}}},
-        {"model": {"task": {"class_path": "maskvlm.cli.Command"}}},
-        {"model": {"task": {"class_path": "maskvlm.pretrain.MaskedPretraining.forward"}}},
-        {"model": {"task": {"class_path": "maskvlm.given.os.system"}}},
-        {"model": {"task": {"class_path": "maskvlm.parser.LightningArgumentParser"}}},
+        {"model": {"task": {"class_path": "maskvlm.cli.lightning.warn"}}},
+        {"model": {"task": {"class_path": "maskvlm.cli.lightning.Command"}}},
+        {"model": {"task": {"class_path": "maskvlm.objectives.pretraining.MaskedPretraining.forward"}}},
+        {"model": {"task": {"class_path": "maskvlm.config.given.os.system"}}},
+        {"model": {"task": {"class_path": "maskvlm.config.parser.LightningArgumentParser"}}},
         {"model": {"task": "tasks.vqa.score.main"}},
         {"model": {"task": {"class_path": "torch.nn.Identity"}}},
         {"data": {"init_args": {"source": {"class_path": "jsonargparse.set_parsing_settings"}}}},
@@ -160,7 +160,7 @@ PLACES: list[Callable[[str], Any]] = [
 ]
 
 
-@pytest.mark.guard("maskvlm.allowed:may_name", gives="True")
+@pytest.mark.guard("maskvlm.config.allowed:may_name", gives="True")
 def test_nothing_is_imported_before_it_is_allowed(
     build: Build, fit: Callable[..., Any], foreign: SimpleNamespace
 ) -> None:
@@ -215,10 +215,12 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").touch()
     (tmp_path / name / "task.py").write_text(
-        "from maskvlm.pretrain import MaskedPretraining\n"
+        "from maskvlm.objectives.pretraining import MaskedPretraining\n"
         "class Counting(MaskedPretraining): pass\nclass Tool: pass\ndef make() -> MaskedPretraining: ...\n"
     )
-    (tmp_path / name / "data.py").write_text("from maskvlm.data.scenes import Scenes\nclass Counted(Scenes): pass\n")
+    (tmp_path / name / "data.py").write_text(
+        "from maskvlm.data.scenes.source import Scenes\nclass Counted(Scenes): pass\n"
+    )
     (tmp_path / name / "broken.py").write_text("def (:\n")
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     new = {"class_path": f"tasks.{name}.data.Counted", "init_args": {"train": 8, "size": 48}}
@@ -235,13 +237,13 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
         fit({"model": {"task": f"tasks.{name}.broken.X"}})
 
 
-@pytest.mark.guard("maskvlm.parser:build_typed_values_alone")
+@pytest.mark.guard("maskvlm.config.parser:build_typed_values_alone")
 def test_a_spec_where_any_value_fits_is_not_built(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_common.parsing_settings, "instantiate_subclass_spec_in_any", None)  # as in a new process
     prepare([])
     parser = Parser(parser_mode=MODE)
     parser.add_argument("--config_of_bert", type=dict[str, Any])
-    spec = {"class_path": "maskvlm.data.scenes.Scenes", "init_args": {"train": 8}}  # one that a file may name
+    spec = {"class_path": "maskvlm.data.scenes.source.Scenes", "init_args": {"train": 8}}  # one that a file may name
     found = parser.instantiate(parser.parse_object({"config_of_bert": {"x": spec, "y": [spec]}})).config_of_bert
     assert not isinstance(found["x"], Scenes)
     assert not isinstance(found["y"][0], Scenes)
@@ -272,7 +274,7 @@ def opens(fit: Callable[..., Any], tmp_path: Path) -> Callable[[str], bool]:
     return call
 
 
-@pytest.mark.guard("maskvlm.parser:without_files", gives="args[0]")
+@pytest.mark.guard("maskvlm.config.parser:without_files", gives="args[0]")
 def test_the_value_of_an_argument_is_no_file_to_read(build: Build, opens: Callable[[str], bool]) -> None:
     assert not opens("data: {init_args: {source: FILE}}")
     assert not opens("model: {backbone: {init_args: {text: FILE}}}")
@@ -281,12 +283,12 @@ def test_the_value_of_an_argument_is_no_file_to_read(build: Build, opens: Callab
     assert not opens("model: {task: FILE}")
 
 
-@pytest.mark.guard("maskvlm.parser:forget_files")
+@pytest.mark.guard("maskvlm.config.parser:forget_files")
 def test_nor_is_that_of_the_data(build: Build, opens: Callable[[str], bool]) -> None:
     assert not opens("data: FILE")
 
 
-@pytest.mark.guard("maskvlm.parser:check_group")
+@pytest.mark.guard("maskvlm.config.parser:check_group")
 def test_nor_is_what_stands_for_a_group_of_keys(build: Build, opens: Callable[[str], bool]) -> None:
     assert not opens("trainer: FILE")
     assert not opens("config: FILE")

@@ -14,9 +14,9 @@ from config_mutators import FOREIGN, mutate, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskvlm.cli import Parsed, run
-from maskvlm.failure import user_line
-from maskvlm.parser import option_names
+from maskvlm.cli.lightning import Parsed, run
+from maskvlm.config.parser import option_names
+from maskvlm.training.failure import user_line
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "shutil.rmtree")

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from mutators import mutate
 from raw_toys import TEXTS, TOYS, Files, write
 
-from maskvlm.data.prepare_rows import RowMaker, Settings, screened
+from maskvlm.data.prepare.rows import RowMaker, Settings, screened
 from maskvlm.data.raw import open_raw
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 LIMIT = 10.0  # seconds
 CACHED: dict[str, Files] = {}

@@ -21,17 +21,17 @@ from guards import Build
 from mutators import any_bytes, columns
 from PIL import Image
 
-from maskvlm.data import remote
-from maskvlm.data.manifest import MAKING, MANIFEST, SCHEMA, SKIPPED
-from maskvlm.data.prepare_end import Plan, finish
-from maskvlm.data.prepare_rows import Settings
-from maskvlm.data.prepare_shards import Job, make_shard
-from maskvlm.data.prepared import UNREADABLE, Prepared
+from maskvlm.data.prepare.end import Plan, finish
+from maskvlm.data.prepare.rows import Settings
+from maskvlm.data.prepare.shards import Job, make_shard
+from maskvlm.data.prepared.manifest import MAKING, MANIFEST, SCHEMA, SKIPPED
+from maskvlm.data.prepared.shards import read_shard
+from maskvlm.data.prepared.source import UNREADABLE, Prepared
 from maskvlm.data.raw.base import Facts, RawRow, RawSet
-from maskvlm.data.remote import read_shards
-from maskvlm.data.shards import read_shard
-from maskvlm.data.streaming import Stream
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.data.streaming import remote
+from maskvlm.data.streaming.remote import read_shards
+from maskvlm.data.streaming.source import Stream
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROWS = 6
 
@@ -77,7 +77,7 @@ def mapped(root: Path) -> list[Any]:
     return [pairs[index] for index in range(len(pairs))]
 
 
-@pytest.mark.guard("maskvlm.data.remote:check_sum")
+@pytest.mark.guard("maskvlm.data.streaming.remote:check_sum")
 def test_damaged_shards_of_a_prepared_set_are_told_by_their_sum(root: Path, build: Build) -> None:
     """216 of them, streamed: none ends the process, none gives other content without a word. 12 of 108 were SIGSEGV."""
     shard = shard_of(root)
@@ -140,7 +140,7 @@ def test_the_reader_finds_what_arrow_itself_finds(root: Path) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_shard_that_is_cut_while_it_is_read_is_one_line(root: Path, keep: bool, monkeypatch: Any) -> None:
     """Mapped into memory it was SIGBUS. Real file, cut in place."""
-    monkeypatch.setattr("maskvlm.data.shards.KEPT", 128 if keep else 0)
+    monkeypatch.setattr("maskvlm.data.prepared.shards.KEPT", 128 if keep else 0)
     pairs = Prepared(str(root)).split("train")
     first = pairs[0]
     os.truncate(shard_of(root), 1600)
@@ -150,7 +150,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_one_line(root: Path, keep: bool
     assert first["captions"] == ["number 0", "ein Fuß"]
 
 
-@pytest.mark.guard("maskvlm.data.shards:check_size")
+@pytest.mark.guard("maskvlm.data.prepared.shards:check_size")
 def test_another_size_is_told_before_anything_is_read(root: Path, build: Build) -> None:
     with shard_of(root).open("ab") as file:
         file.write(b"x" * 8)
@@ -171,7 +171,7 @@ def test_a_stream_knows_the_sums_of_the_manifest_and_a_damaged_manifest_is_a_bad
 # ------------------------------------------------------------------ what is for people alone
 
 
-@pytest.mark.guard("maskvlm.data.prepared:skipped_entry", gives="__import__('json').loads(args[0])")
+@pytest.mark.guard("maskvlm.data.prepared.source:skipped_entry", gives="__import__('json').loads(args[0])")
 def test_a_damaged_list_of_what_was_skipped_stops_nothing(root: Path, build: Build) -> None:
     good = '{"split": "train", "reason": "gone", "origin": "toy:9", "message": "", "left_out": true}'
     lines = [good, "{", "[]", "5", '{"split": 1}', '{"split": "val", "reason": "x", "origin": "y"}', "\x00", "[" * 9000]

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutators import json_text
 
-from maskvlm.__main__ import main
-from maskvlm.data.manifest import MANIFEST, read_manifest
-from maskvlm.data.manifest_schema import checked_manifest
-from maskvlm.data.prepared import Prepared
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.cli.main import main
+from maskvlm.data.prepared.manifest import MANIFEST, read_manifest
+from maskvlm.data.prepared.manifest_schema import checked_manifest
+from maskvlm.data.prepared.source import Prepared
+from maskvlm.utils.errors import ExitCode, UserError
 
 SHA = "0" * 64
 SHARD = {"file": "train/data-00000.arrow", "rows": 1, "bytes": 3, "sha256": SHA}
@@ -57,7 +57,7 @@ def test_a_good_one_is_read_and_what_is_unknown_is_left_out() -> None:
     assert read({"format": 1, "splits": {}})["files"] == {}
 
 
-@pytest.mark.guard("maskvlm.data.manifest_schema:checked_manifest", gives="__import__('json').loads(args[0])")
+@pytest.mark.guard("maskvlm.data.prepared.manifest_schema:checked_manifest", gives="__import__('json').loads(args[0])")
 @pytest.mark.parametrize(
     ("path", "value"),
     [

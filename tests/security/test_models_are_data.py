@@ -25,16 +25,16 @@ from hypothesis import strategies as st
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModel, AutoProcessor
 
-from maskvlm import checkpoint
-from maskvlm.data.tokenizer_files import read_tokenizer
-from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.folder import write_sums
-from maskvlm.hub_folder import MaskVLMProcessor
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.resumable import check_optimizer
-from maskvlm.start import read_content
-from maskvlm.weights import read_state
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.hf_folder import write_sums
+from maskvlm.checkpoint.tokenizer_files import read_tokenizer
+from maskvlm.checkpoint.warm_start import read_content
+from maskvlm.checkpoint.weights import read_state
+from maskvlm.inference.hf_config import MaskVLMProcessor
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.training.resumable import check_optimizer
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = ROOT / "tests" / "fixtures" / "89274c0"
@@ -71,7 +71,7 @@ def hub(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------- the recipe
 
 
-@pytest.mark.guard("maskvlm.plain:Record.read", gives="args[1]")
+@pytest.mark.guard("maskvlm.config.plain_schema:Record.read", gives="args[1]")
 @pytest.mark.parametrize("value", [
     {"class_path": "torch.utils.collect_env.run", "init_args": {"command": "touch x"}}, ["os.system"], "x", 10**12, -1,
 ])  # fmt: skip
@@ -80,7 +80,7 @@ def test_a_setting_is_a_plain_value_in_its_range(build: Build, tmp_path: Path, v
     assert "cross_layers: expected a whole number from 1 to" in refused(path, ExitCode.REFUSED)
 
 
-@pytest.mark.guard("maskvlm.plain:Record.read", gives="args[1]")
+@pytest.mark.guard("maskvlm.config.plain_schema:Record.read", gives="args[1]")
 @pytest.mark.parametrize(
     "key", ["checkpoint_path", "pretrained_cfg", "pretrained", "cache_dir", "act_layer", "img_size"]
 )
@@ -91,7 +91,7 @@ def test_a_setting_that_is_not_of_the_shape_is_not_known(build: Build, tmp_path:
         ImageEncoder("vit_tiny_patch16_224", 64, random_init=True, config={key: None})
 
 
-@pytest.mark.guard("maskvlm.plain:Record.read", gives="args[1]")
+@pytest.mark.guard("maskvlm.config.plain_schema:Record.read", gives="args[1]")
 @pytest.mark.parametrize(("part", "key"), [("image", "weights"), ("text", "tokenizer")])
 def test_a_file_is_not_named(build: Build, tmp_path: Path, part: str, key: str) -> None:
     path = with_recipe(tmp_path / "x.ckpt", lambda args: args[part]["init_args"].update({key: "/etc/passwd"}))
@@ -99,7 +99,7 @@ def test_a_file_is_not_named(build: Build, tmp_path: Path, part: str, key: str) 
 
 
 @pytest.mark.guard(
-    "maskvlm.rebuild:class_of",
+    "maskvlm.inference.rebuild:class_of",
     gives="getattr(__import__(args[0].rpartition('.')[0]), args[0].rpartition('.')[2])",
 )
 def test_a_task_of_a_package_that_nobody_allowed_is_not_imported(
@@ -114,7 +114,8 @@ def test_a_task_of_a_package_that_nobody_allowed_is_not_imported(
 
 
 @pytest.mark.parametrize(
-    "name", ["maskvlm.stopped.requeue", "maskvlm.pretrain.Measure", "tasks.vqa.score.main", "os.system"]
+    "name",
+    ["maskvlm.utils.launch.requeue", "maskvlm.objectives.pretraining.Measure", "tasks.vqa.score.main", "os.system"],
 )
 def test_what_is_no_task_is_refused(tmp_path: Path, name: str) -> None:
     refused(with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path=name), "task"), ExitCode.REFUSED)
@@ -122,7 +123,7 @@ def test_what_is_no_task_is_refused(tmp_path: Path, name: str) -> None:
 
 PLUG = """
 from torch import nn
-from maskvlm.pretrain import MaskedPretraining
+from maskvlm.objectives.pretraining import MaskedPretraining
 
 class Endless(MaskedPretraining):
     def build(self, backbone):
@@ -132,7 +133,9 @@ class Endless(MaskedPretraining):
 
 
 def test_a_task_of_an_allowed_package_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "acme_of_this_test.py").write_text("from maskvlm.pretrain import MaskedPretraining as Mine\n")
+    (tmp_path / "acme_of_this_test.py").write_text(
+        "from maskvlm.objectives.pretraining import MaskedPretraining as Mine\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     path = with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path="acme_of_this_test.Mine"), "task")
     PretrainedMaskVLM.from_pretrained(path, allow_import=["acme_of_this_test"])
@@ -142,7 +145,7 @@ def test_a_task_of_an_allowed_package_loads(tmp_path: Path, monkeypatch: pytest.
 # ---------------------------------------------------------------------- sizes
 
 
-@pytest.mark.guard("maskvlm.rebuild:at_most", gives="__import__('contextlib').nullcontext()")
+@pytest.mark.guard("maskvlm.inference.rebuild:at_most", gives="__import__('contextlib').nullcontext()")
 def test_no_more_modules_are_laid_out_than_there_are_tensors(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +170,7 @@ def largest() -> Iterator[Callable[[], int]]:
     handle.remove()
 
 
-@pytest.mark.guard("maskvlm.rebuild:check_size")
+@pytest.mark.guard("maskvlm.inference.rebuild:check_size")
 def test_what_does_not_fit_the_tensors_gets_no_memory(build: Build, tmp_path: Path, largest: Callable[[], int]) -> None:
     def change(args: dict[str, Any]) -> None:
         args["text"]["init_args"]["config"] |= {"hidden_size": 1024, "intermediate_size": 1024}
@@ -193,7 +196,7 @@ def looped() -> list[Any]:
     return made
 
 
-@pytest.mark.guard("maskvlm.content:check_parts")
+@pytest.mark.guard("maskvlm.checkpoint.content:check_parts")
 @pytest.mark.parametrize("make", [
     lambda: doubled(60), looped, lambda: torch.zeros(1).expand(10**12), lambda: torch.empty(9, device="meta"),
     lambda: torch.zeros(3).to_sparse(),
@@ -203,7 +206,7 @@ def test_the_content_is_bounded_and_plain(build: Build, tmp_path: Path, make: Ca
     refused(tmp_path / "x.ckpt", ExitCode.BAD_DATA, ExitCode.REFUSED)
 
 
-@pytest.mark.guard("maskvlm.content:check_content", gives="args[0]")
+@pytest.mark.guard("maskvlm.checkpoint.content:check_content", gives="args[0]")
 @pytest.mark.parametrize("change", [
     {"labels": torch.zeros(3, dtype=torch.long)}, {"labels": ["a", 5]}, {"lineage": 5}, {"lineage": [{"task": "x"}]},
     {"schema": "x"}, {"schema": 99}, {"global_step": "many"}, {"model": 7}, {"tokenizer": ["x"]}, {"state_dict": 5},
@@ -216,7 +219,7 @@ def test_each_part_of_the_content_has_its_kind(build: Build, tmp_path: Path, cha
     assert f"x.ckpt: {key}" in said or "was written in format 99, this version reads up to" in said
 
 
-@pytest.mark.guard("maskvlm.verify:_check_archive")
+@pytest.mark.guard("maskvlm.checkpoint.integrity:_check_archive")
 def test_members_that_overlap_are_refused_before_they_are_read(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     torch.save(content(), path)
@@ -232,7 +235,7 @@ def test_members_that_overlap_are_refused_before_they_are_read(build: Build, tmp
     assert "overlap" in refused(path, ExitCode.BAD_DATA)
 
 
-@pytest.mark.guard("maskvlm.checkpoint:SafeCheckpointIO.remove_checkpoint", gives="__import__('os').remove(args[1])")
+@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.remove_checkpoint", gives="__import__('os').remove(args[1])")
 def test_a_state_cannot_have_files_of_others_deleted(build: Build, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("precious.ckpt", "run/notes.txt"):
@@ -253,7 +256,7 @@ def without(held: dict[str, Any], *keys: str) -> None:
     del held[keys[-1]]
 
 
-@pytest.mark.guard("maskvlm.resumable:check_resumable")
+@pytest.mark.guard("maskvlm.training.resumable:check_resumable")
 @pytest.mark.parametrize("change", [
     lambda held: without(held, "loops"), lambda held: without(held, "PairData"),
     lambda held: without(held, "PairData", "batches"), lambda held: held.update(optimizer_states=[]),
@@ -263,7 +266,7 @@ def without(held: dict[str, Any], *keys: str) -> None:
 def test_a_run_goes_on_from_a_whole_state_alone(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    from maskvlm.cli import Command, run
+    from maskvlm.cli.lightning import Command, run
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(OLD / "run", "run")
@@ -293,7 +296,7 @@ def test_an_optimisers_state_has_the_shapes_of_its_weights(value: Any) -> None:
 # ---------------------------------------------------------------------- folders
 
 
-@pytest.mark.guard("maskvlm.folder:check_sums")
+@pytest.mark.guard("maskvlm.checkpoint.hf_folder:check_sums")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json"])
 def test_every_file_that_is_read_has_its_sum(build: Build, hub: Path, name: str) -> None:
     write_sums(hub)
@@ -316,7 +319,7 @@ def test_files_for_people_may_be_gone_or_changed(hub: Path) -> None:
     refused(hub, ExitCode.MISSING_INPUT)
 
 
-@pytest.mark.guard("maskvlm.disk:check_inside")
+@pytest.mark.guard("maskvlm.utils.disk:check_inside")
 @pytest.mark.parametrize("name", ["config.json", "special_tokens_map.json", "model.safetensors"])
 def test_a_link_out_of_the_folder_is_not_followed(build: Build, hub: Path, tmp_path: Path, name: str) -> None:
     (hub / "checksums.json").unlink()
@@ -349,7 +352,7 @@ def test_of_a_tokenizers_settings_texts_alone_are_read(hub: Path, told: dict[str
     assert AutoProcessor.from_pretrained(hub).tokenizer.mask_token == "[MASK]"
 
 
-@pytest.mark.guard("maskvlm.huggingface:check_tokenizer")
+@pytest.mark.guard("maskvlm.model.hf_text:check_tokenizer")
 def test_a_tokenizer_gives_no_token_that_the_model_lacks(build: Build, hub: Path) -> None:
     (hub / "checksums.json").unlink()
     told = json.loads((hub / "tokenizer.json").read_text())
@@ -429,7 +432,7 @@ def nested(times: int) -> Any:
     return {key: 1}
 
 
-@pytest.mark.guard("maskvlm.verify:check_pickle")
+@pytest.mark.guard("maskvlm.checkpoint.integrity:check_pickle")
 @pytest.mark.parametrize("value", [nested(8), bytearray(9)], ids=["key", "bytearray"])
 def test_a_pickle_that_asks_for_much_is_not_unpickled(build: Build, tmp_path: Path, value: Any) -> None:
     torch.save(content() | {"callbacks": {}, "x": [value]}, tmp_path / "x.ckpt")
@@ -499,7 +502,7 @@ def test_an_encoder_of_a_stranger_brings_numbers_alone(encoder: Path) -> None:
     assert made.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.guard("maskvlm.text_files:check_memory")
+@pytest.mark.guard("maskvlm.checkpoint.text_files:check_memory")
 def test_an_encoder_is_not_larger_than_its_weights(build: Build, encoder: Path, largest: Callable[[], int]) -> None:
     spoilt(encoder, hidden_size=2048, intermediate_size=2048)
     with pytest.raises(UserError, match="its configuration asks for") as caught:
@@ -508,7 +511,7 @@ def test_an_encoder_is_not_larger_than_its_weights(build: Build, encoder: Path, 
     assert largest() < 2048**2
 
 
-@pytest.mark.guard("maskvlm.disk:check_inside")
+@pytest.mark.guard("maskvlm.utils.disk:check_inside")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_link_out_of_an_encoders_folder_is_not_followed(
     build: Build, encoder: Path, tmp_path: Path, name: str
@@ -554,7 +557,7 @@ def test_berts_word_list_is_read_as_transformers_reads_it(tmp_path: Path) -> Non
     assert cased("A")["input_ids"] == [2, 1, 3]
 
 
-@pytest.mark.guard("maskvlm.verify:asked_for", gives="str(args[0])")
+@pytest.mark.guard("maskvlm.checkpoint.integrity:asked_for", gives="str(args[0])")
 @pytest.mark.parametrize("value", [numpy.float64(3), Path("x")], ids=["number", "path"])
 def test_nobody_is_told_how_to_load_what_could_run_code(build: Build, tmp_path: Path, value: Any) -> None:
     torch.save({"x": torch.zeros(1), "y": value}, tmp_path / "x.pth")

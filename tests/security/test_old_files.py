@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from maskvlm.__main__ import main
-from maskvlm.checkpoint import load
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.start import read_content
+from maskvlm.checkpoint.io import load
+from maskvlm.checkpoint.warm_start import read_content
+from maskvlm.cli.main import main
+from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 OLD = Path(__file__).resolve().parents[1] / "fixtures" / "89274c0"
 

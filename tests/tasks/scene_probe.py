@@ -8,7 +8,7 @@ from itertools import pairwise, product
 import numpy as np
 import torch
 
-from maskvlm.data.scene_examples import View
+from maskvlm.data.scenes.examples import View
 
 SHAPES = ["circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart"]
 COLOURS = ["red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink"]

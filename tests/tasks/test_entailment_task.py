@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchmetrics import ConfusionMatrix, Recall
 from toy_examples import example
 
-from maskvlm.judged import Judged
+from maskvlm.objectives.answers import Judged
 from tasks.entailment.task import Entailment
 
 LABELS = ("entailment", "neutral", "contradiction")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.table import Origin
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.nlvr.data import Nlvr2, parse
 
 

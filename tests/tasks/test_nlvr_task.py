@@ -7,7 +7,7 @@ import torch
 from toy_examples import example, example_batch
 from toys import WIDTH, toy_backbone
 
-from maskvlm.judged import Judged
+from maskvlm.objectives.answers import Judged
 from tasks.nlvr.task import Nlvr, chance, consistency, groups_of
 
 LABELS = ("True", "False")

@@ -16,11 +16,11 @@ from PIL import Image
 
 from maskvlm.data.example_sets import opened
 from maskvlm.data.images import safe_open
-from maskvlm.data.prepare import prepare
-from maskvlm.data.prepare_end import Plan
-from maskvlm.data.prepare_rows import Settings
+from maskvlm.data.prepare.end import Plan
+from maskvlm.data.prepare.prepare import prepare
+from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw import open_raw
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
 from tasks.vqa.data import VqaV2

@@ -12,12 +12,12 @@ from torch import Tensor
 from toys import take, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.distributed import Draw
-from maskvlm.errors import UserError
-from maskvlm.losses import Columns
-from maskvlm.model import MaskVLM
-from maskvlm.rerank import gather_gallery, score
-from maskvlm.retrieval import ranking, recall_of
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.losses import Columns
+from maskvlm.objectives.rerank import gather_gallery, score
+from maskvlm.objectives.retrieval_metrics import ranking, recall_of
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import UserError
 from tasks.retrieval.task import Retrieval, columns, steps
 
 PICTURES = 7

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 import pytest
 from scene_probe import NOUN, blind_accuracy, features_of, is_noun, noise_bound, things_of, worst_lean
 
-from maskvlm.data.scene_examples import Told
-from maskvlm.errors import UserError
+from maskvlm.data.scenes.examples import Told
+from maskvlm.utils.errors import UserError
 from tasks.nlvr.scenes import KINDS, SceneComparisons
 
 A = rf"({re.sub(r'[(](?![?])', '(?:', NOUN)})"

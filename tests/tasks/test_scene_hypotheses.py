@@ -22,7 +22,7 @@ from scene_probe import (
     worst_lean,
 )
 
-from maskvlm.data.scene_examples import Told, View, names_by_lot
+from maskvlm.data.scenes.examples import Told, View, names_by_lot
 from tasks.entailment.scenes import LABELS, SAY, SceneHypotheses, verdict, view_of
 
 A = rf"({re.sub(r'[(](?![?])', '(?:', NOUN)})"

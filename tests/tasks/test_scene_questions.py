@@ -19,7 +19,7 @@ from scene_probe import (
     worst_lean,
 )
 
-from maskvlm.data.scene_examples import SceneExamples, Told
+from maskvlm.data.scenes.examples import SceneExamples, Told
 from tasks.vqa.scenes import ANSWERS, SceneQuestions
 
 GROUP_FREE_NOUN = re.sub(r"\((?!\?)", "(?:", NOUN)

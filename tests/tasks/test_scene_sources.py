@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskvlm.data.scene_drawing import BACKGROUND_RGB, FOLD_RGB, curtain_of, draw_behind, draw_scene
-from maskvlm.data.scene_examples import ATTRIBUTES, fits, names_by_lot, near_miss, thing_like, traits_by_lot, traits_of
-from maskvlm.data.scene_world import JITTER, LINES, random_scene
-from maskvlm.data.scenes import Scenes
+from maskvlm.data.scenes.drawing import BACKGROUND_RGB, FOLD_RGB, curtain_of, draw_behind, draw_scene
+from maskvlm.data.scenes.examples import ATTRIBUTES, fits, names_by_lot, near_miss, thing_like, traits_by_lot, traits_of
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.data.scenes.world import JITTER, LINES, random_scene
 from maskvlm.data.text import train_tokenizer
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.scenes import SceneHypotheses
 from tasks.nlvr.scenes import SceneComparisons
 from tasks.vqa.scenes import SceneQuestions

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.table import Origin
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.data import VqaV2, numbered, parse
 from tasks.vqa.genome import parse_genome
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.metric import Mean, VqaAccuracy, normalise
 from tasks.vqa.score import main, read_questions, read_results, score
 

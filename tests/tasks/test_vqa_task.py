@@ -17,11 +17,11 @@ from toys import CLS, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_attention, to
 
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.data.text import train_tokenizer
-from maskvlm.distributed import Draw
-from maskvlm.errors import UserError
-from maskvlm.judged import Judged
-from maskvlm.model import MaskVLM
-from maskvlm.task import Prediction
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.task import Prediction
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import UserError
 from tasks.vqa.decoder import Question
 from tasks.vqa.task import Vqa, shortened
 

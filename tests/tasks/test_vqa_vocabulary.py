@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.metric import accuracy, normalise
 from tasks.vqa.vocabulary import (
     build_vocabulary,

@@ -22,7 +22,7 @@ from torch.nn.functional import max_pool2d
 
 from maskvlm import MaskVLM
 from maskvlm.data.images import safe_open
-from maskvlm.embed import encode_text
+from maskvlm.inference.embeddings import encode_text
 
 COLOURS = torch.tensor([[255, 255, 0], [0, 153, 255], [0, 0, 0]])  # yellow, blue, black
 NEAR = 90  # sum of the differences in red, green and blue

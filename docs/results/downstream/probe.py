@@ -21,7 +21,7 @@ from torch import Tensor
 
 from maskvlm import MaskVLM
 from maskvlm.data.examples import Example, ExampleSource
-from maskvlm.embed import encode_image, encode_text, log_odds
+from maskvlm.inference.embeddings import encode_image, encode_text, log_odds
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
 from tasks.vqa.data import VqaV2

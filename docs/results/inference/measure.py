@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 from maskvlm import MaskVLM
-from maskvlm.data.scene_captions import describes, tell_all, tell_relations
-from maskvlm.data.scene_drawing import draw_scene
-from maskvlm.data.scene_world import COLOURS, SHAPES, Scene
-from maskvlm.data.scenes import ScenePairs, Scenes
+from maskvlm.data.scenes.captions import describes, tell_all, tell_relations
+from maskvlm.data.scenes.drawing import draw_scene
+from maskvlm.data.scenes.source import ScenePairs, Scenes
+from maskvlm.data.scenes.world import COLOURS, SHAPES, Scene
 
 TURNED = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
 

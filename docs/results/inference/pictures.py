@@ -17,10 +17,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from maskvlm import MaskVLM
-from maskvlm.data.scene_captions import SENTENCES, mention
-from maskvlm.data.scene_drawing import draw_scene
-from maskvlm.data.scene_world import COLOURS, Scene, Thing, choose
-from maskvlm.data.scenes import Scenes
+from maskvlm.data.scenes.captions import SENTENCES, mention
+from maskvlm.data.scenes.drawing import draw_scene
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.data.scenes.world import COLOURS, Scene, Thing, choose
 
 LARGE = 240  # pixels, as shown
 

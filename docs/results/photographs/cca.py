@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.images import safe_open
-from maskvlm.data.prepared import Prepared
+from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import eval_transform
-from maskvlm.encoders import ImageEncoder, TextEncoder
-from maskvlm.retrieval import Scores, contrast_scores, rankings, retrieval_metrics
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.objectives.retrieval_metrics import Scores, contrast_scores, rankings, retrieval_metrics
 
 BLOCKS = 4  # of the ViT that are read, from the top
 

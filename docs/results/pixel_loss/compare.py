@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from maskvlm.curves import COLOURS, read_rows, series
+from maskvlm.reporting.curves import COLOURS, read_rows, series
 
 PANELS = {
     "mse": "squared error, all hidden pixels",

@@ -8,10 +8,10 @@ import re
 from collections import defaultdict
 
 from maskvlm import MaskVLM
-from maskvlm.data.scene_captions import NOTES, SENTENCES
-from maskvlm.data.scene_world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
-from maskvlm.data.scenes import Scenes
-from maskvlm.inputs import MASK
+from maskvlm.data.inputs import MASK
+from maskvlm.data.scenes.captions import NOTES, SENTENCES
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 
 KINDS = {"shape": SHAPES, "colour": COLOURS, "pattern": PATTERNS, "background": BACKGROUNDS}
 KINDS |= {"size": (*SENTENCES.sizes.values(), *NOTES.sizes.values())}

@@ -16,8 +16,8 @@ from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, clean_caption, stable_id
 from maskvlm.data.workers import at
-from maskvlm.distributed import mix
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import mix
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 class ExampleSample(TypedDict):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from maskvlm.data.opening import TODO, Walk, byte_lines, check_inside, opened
 from maskvlm.data.strict_json import BadJson, kind_of, parse
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import Absent, ExitCode, UserError
+from maskvlm.utils.errors import Absent, ExitCode, UserError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 """NLVR2 calls everything .png and VQA v2 everything .jpg; what is inside is found out on opening."""

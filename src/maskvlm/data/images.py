@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL import WebPImagePlugin as _webp  # noqa: F401  Pillow registers WEBP late; importing it does so now
 
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 Image.core.set_blocks_max(4)
 """Blocks of at most 16 MB that Pillow keeps for its next picture instead of giving them back to the system, which would

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from maskvlm.data.phash import near
 from maskvlm.data.subset import Chosen, Ids, row_hashes, row_ids
-from maskvlm.distributed import rank
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import rank
+from maskvlm.utils.errors import ExitCode, UserError
 
 WAYS = ("same id", "same look")
 
@@ -53,7 +53,7 @@ def held_out(place: str) -> HeldOut:
     Raises:
         UserError: the place names no split, or there is no such set.
     """
-    from maskvlm.data.prepared import Prepared
+    from maskvlm.data.prepared.source import Prepared
 
     folder, _, split = place.rstrip("/").rpartition("/")
     if not folder:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from maskvlm.data.batch import Row, Source
 from maskvlm.data.subset import WEIGHT, Ids, first_pictures, row_ids
-from maskvlm.distributed import rank
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import rank
+from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from maskvlm.data.prepared import PreparedPairs
+    from maskvlm.data.prepared.source import PreparedPairs
 
 
 class MixedPairs:
@@ -139,7 +139,7 @@ class Mix(Source):
         Raises:
             UserError: a set is not prepared, or a weight leaves none of its pictures.
         """
-        from maskvlm.data.prepared import Prepared
+        from maskvlm.data.prepared.source import Prepared
 
         wanted = [*self.sets] if name == "train" else [self.evaluate]
         absent = [each for each in wanted if not (self.root / each / "manifest.json").is_file()]

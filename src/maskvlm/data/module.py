@@ -25,8 +25,8 @@ from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_to
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
 from maskvlm.data.unknown import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
-from maskvlm.distributed import cores, gather_objects, rank, world_size
-from maskvlm.errors import Absent, ExitCode, UserError, check_least
+from maskvlm.utils.distributed import cores, gather_objects, rank, world_size
+from maskvlm.utils.errors import Absent, ExitCode, UserError, check_least
 
 MOST_LISTED = 1000
 

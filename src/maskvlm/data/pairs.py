@@ -16,8 +16,8 @@ from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, caption_id, clean_caption, stable_id
 from maskvlm.data.transforms import ToTensor
 from maskvlm.data.workers import at
-from maskvlm.distributed import mix
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import mix
+from maskvlm.utils.errors import ExitCode, UserError
 
 Transform = Callable[..., Tensor]
 

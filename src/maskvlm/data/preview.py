@@ -9,7 +9,7 @@ from matplotlib.figure import Figure, FigureBase
 
 from maskvlm.data.batch import Pairs, Row
 from maskvlm.data.images import safe_open
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 COLUMNS = 4
 WRAP = 62  # characters a line of caption, what fits under a picture at the sizes below

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from maskvlm.distributed import mix
-from maskvlm.errors import UserError
+from maskvlm.utils.distributed import mix
+from maskvlm.utils.errors import UserError
 
 
 class Pick(NamedTuple):

@@ -20,7 +20,7 @@ from maskvlm.data.files import check_missing, check_name, get, load_json, opened
 from maskvlm.data.opening import Inside
 from maskvlm.data.table import Columns, Made, cached_table
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import: only where it is used

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from maskvlm.data.text import stable_id
-from maskvlm.distributed import mix
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import mix
+from maskvlm.utils.errors import ExitCode, UserError
 
 Ids = NDArray[np.uint64]
 PART = 100_000  # ids that are Python texts at the same time

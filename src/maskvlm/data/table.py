@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from maskvlm.data.examples import Example
 from maskvlm.data.files import Pictures, check_missing
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import: only where it is used

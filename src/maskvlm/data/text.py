@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 MAX_CAPTION_BYTES = 4096
 """Longer captions are cut here before tokenizing: over a hundred times the 30 tokens a model reads."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from maskvlm.data.subset import Chosen
 from maskvlm.data.text import Captioner
-from maskvlm.distributed import rank
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.distributed import rank
+from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_ROWS = 300
 """Rows that are looked at, evenly spread: a share of one half is then known to within 3 %."""

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.signals import end_with_parent
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.signals import end_with_parent
 
 PATIENCE = 120.0  # seconds that the main process waits for a batch
 AHEAD = 2  # batches that each worker prepares (torch's prefetch_factor)

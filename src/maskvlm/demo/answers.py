@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maskvlm.errors import UserError
-from maskvlm.inputs import MASK, Picture
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.unmask import Guess
+from maskvlm.data.inputs import MASK, Picture
+from maskvlm.inference.infill import Guess
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.utils.errors import UserError
 
 Mask = list[list[bool]]
 BOARD = 384  # pixels, about: the side of a picture with its patches

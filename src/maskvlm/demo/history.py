@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from maskvlm.config import read_yaml
-from maskvlm.disk import check_inside
-from maskvlm.errors import UserError
-from maskvlm.recipe import read_small
-from maskvlm.start import Seen
+from maskvlm.checkpoint.model_spec import read_small
+from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.utils.disk import check_inside
+from maskvlm.utils.errors import UserError
 
 WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
 """Sources of tasks that draw what they show."""
-DRAWN = (r"maskvlm\.data\.scenes\.Scenes", *WORLDS)
+DRAWN = (r"maskvlm\.data\.scenes\.source\.Scenes", *WORLDS)
 UNKNOWN = "unknown"
 """Of a checkpoint of the first versions."""
 LONGEST = 60  # characters of a data set's name on the page

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from maskvlm.data.images import safe_open
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.inputs import check_text
+from maskvlm.data.inputs import check_text
+from maskvlm.utils.errors import ExitCode, UserError
 
 ANSWER_SECONDS = 20.0
 QUEUE = 24  # questions that wait

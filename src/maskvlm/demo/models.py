@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.config import read_yaml
+from maskvlm.checkpoint.model_spec import read_small, recipe_of
+from maskvlm.checkpoint.warm_start import lineage_of, read_content
+from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
 from maskvlm.demo.history import WORLDS, Trained, best, trained
-from maskvlm.disk import check_inside
-from maskvlm.embed import Model
-from maskvlm.errors import ExitCode, UserError
-from maskvlm.pretrained import PretrainedMaskVLM
-from maskvlm.rebuild import class_of, read_arguments
-from maskvlm.recipe import read_small, recipe_of
-from maskvlm.start import lineage_of, read_content
-from maskvlm.verbs import Verb
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.rebuild import class_of, read_arguments
+from maskvlm.objectives.loaded_model import Model
+from maskvlm.objectives.methods import Verb
+from maskvlm.utils.disk import check_inside
+from maskvlm.utils.errors import ExitCode, UserError
 
-PRETRAINING = "maskvlm.pretrain.MaskedPretraining"
+PRETRAINING = "maskvlm.objectives.pretraining.MaskedPretraining"
 WEIGHTS = ("best.ckpt", "last.ckpt")
 """Of a run's folder, the first that is there."""
 

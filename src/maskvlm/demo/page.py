@@ -10,12 +10,12 @@ import gradio as gr
 from PIL import Image
 
 from maskvlm.data.images import BadImage
+from maskvlm.data.inputs import MASK
 from maskvlm.demo import answers, intake, shelf
 from maskvlm.demo.models import Models
 from maskvlm.demo.samples import Sample, Searched, photo_samples, samples
 from maskvlm.demo.tabs import Patches, Words, match_and_caption, search, task, upload
-from maskvlm.errors import UserError
-from maskvlm.inputs import MASK
+from maskvlm.utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")
 SESSIONS = 200  # visitors whose covered patches are remembered; each keeps a copy of the page's settings in memory

@@ -9,12 +9,12 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from maskvlm.data.scene_world import COLOURS, SHAPES
-from maskvlm.data.scenes import SMALLEST, ScenePairs
-from maskvlm.errors import UserError
-from maskvlm.inputs import Picture
-from maskvlm.inputs import picture as opened
-from maskvlm.pretrained import PretrainedMaskVLM
+from maskvlm.data.inputs import Picture
+from maskvlm.data.inputs import picture as opened
+from maskvlm.data.scenes.source import SMALLEST, ScenePairs
+from maskvlm.data.scenes.world import COLOURS, SHAPES
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.utils.errors import UserError
 
 CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
 """Of the validation split, one thing and several, all shapes but one."""
@@ -118,8 +118,8 @@ class Searched:
     ) -> None:
         self.model, self.index, self.query = model, None, "a red circle"
         if folder is not None:
-            from maskvlm.search import Index  # brings the command line along; most pages do without
-            from maskvlm.vectors import identity
+            from maskvlm.inference.search import Index  # brings the command line along; most pages do without
+            from maskvlm.inference.vectors import identity
 
             self.index = Index.load(folder, images)
             if identity(model) != self.index.about["weights"]:
@@ -163,7 +163,7 @@ class Searched:
                 Hit(enlarged(image), f"{similarity_N[place]:.2f}  {captions[0]}")
                 for place, (image, captions) in zip(order, drawn, strict=True)
             ]
-        from maskvlm.search import Found
+        from maskvlm.inference.search import Found
 
         (cosine_K,), (position_K,) = self.index.search(vector_E.cpu(), k)
         rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()

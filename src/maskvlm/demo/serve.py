@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskvlm.arguments import Parser
+from maskvlm.config.arguments import Parser
 from maskvlm.demo.terminal import printable
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",

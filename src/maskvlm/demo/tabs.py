@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import torch
 
+from maskvlm.data.inputs import picture as opened
 from maskvlm.demo import answers, intake
 from maskvlm.demo.models import Loaded, Run
 from maskvlm.demo.samples import Sample, Searched, enlarged
-from maskvlm.errors import UserError
-from maskvlm.inputs import picture as opened
+from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
     from maskvlm.demo.page import Desk

@@ -19,7 +19,7 @@ from maskvlm.data.raw.named import open_coco, open_flickr8k, open_flickr30k
 from maskvlm.data.raw.own import open_csv, open_folder, open_jsonl
 from maskvlm.data.raw.shards import open_webdataset
 from maskvlm.data.raw.web import open_cc3m, open_cc12m, open_sbu
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 __all__ = ["FACTS", "SETS", "BadRow", "Facts", "RawRow", "RawSet", "open_raw"]
 

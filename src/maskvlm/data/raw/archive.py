@@ -18,7 +18,7 @@ from maskvlm.data.images import MAX_FILE_BYTES
 from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import name_problem
 from maskvlm.data.raw.lines import plain
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 TAR = re.compile(r"\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.I)
 NAMELESS = "(no name)"

@@ -15,7 +15,7 @@ from maskvlm.data.raw.photos import Index
 from maskvlm.data.raw.table import Table
 from maskvlm.data.sources import _photos
 from maskvlm.data.strict_json import parse
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 KARPATHY = "Karpathy"
 _MARKUP = re.compile(r"\[/EN#\S+ ([^\]]*)\]")

@@ -12,7 +12,7 @@ from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.data.raw.lines import plain
 from maskvlm.data.raw.samples import Sample
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 BATCH = 32
 """Rows in memory at once."""

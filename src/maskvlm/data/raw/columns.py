@@ -11,7 +11,7 @@ from maskvlm.data.opening import LEADS_OUT, Inside
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import plain
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROLES = {
     "image": (

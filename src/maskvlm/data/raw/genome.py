@@ -9,7 +9,7 @@ from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.lines import json_items, plain
 from maskvlm.data.raw.named import find, nothing
 from maskvlm.data.raw.photos import Index
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "Visual Genome"
 # The whole set; the paper's 4-M mix is ALBEF's (Li et al. 2021, table of the appendix), with 100 K pictures and 769 K

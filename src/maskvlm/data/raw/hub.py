@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from maskvlm.config import read_yaml
+from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.opening import Walk, check_plain, content_of
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
 from maskvlm.data.raw.lines import plain, short
 from maskvlm.data.raw.own import captions_of
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import: only where it is used

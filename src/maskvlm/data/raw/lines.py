@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from maskvlm.data.opening import MAX_LINE_BYTES, byte_lines, content_of, opened
 from maskvlm.data.strict_json import parse_first
 from maskvlm.data.text import clean_caption
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 CHUNK = 1_000_000
 UTF16 = (b"\xff\xfe", b"\xfe\xff")

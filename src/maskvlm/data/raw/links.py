@@ -25,7 +25,7 @@ from maskvlm.data.raw.lines import json_items, plain, text_lines
 from maskvlm.data.raw.photos import SCHEMES, Index, photo_of, stem_of
 from maskvlm.data.strict_json import flaw
 from maskvlm.data.text import stable_id
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE = 2000
 BY_END = "the end of the address"

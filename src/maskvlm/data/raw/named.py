@@ -8,7 +8,7 @@ from maskvlm.data.opening import check_inside
 from maskvlm.data.raw import captions
 from maskvlm.data.raw.base import BadRow, Facts, RawSet
 from maskvlm.data.raw.captions import CaptionSet, Found
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 # Karpathy's files hold 123,287, 31,014 and 8,000 pictures with (but for a few) five captions each. The first
 # publication of Flickr30k (Young et al. 2014) has 31,783 photos.

@@ -13,7 +13,7 @@ from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, no
 from maskvlm.data.raw.lines import json_items, plain, read_text, short, text_lines
 from maskvlm.data.raw.table import Table
 from maskvlm.data.strict_json import flaw
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE = 1000
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"

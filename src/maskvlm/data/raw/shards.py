@@ -15,7 +15,7 @@ from maskvlm.data.raw.own import captions_of
 from maskvlm.data.raw.photos import photo_of
 from maskvlm.data.raw.samples import Sample, file_samples, pictures_of, tar_samples
 from maskvlm.data.strict_json import flaw, parse
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 MAX_TEXT_BYTES = 16_000_000
 STATS = "_stats.json"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from maskvlm.data.files import PICTURE_SUFFIXES
 from maskvlm.data.raw.lines import MAX_LINE_BYTES, TextLine, text_lines
-from maskvlm.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 DELIMITERS = ",\t;|"
 MAX_JOINED = 100

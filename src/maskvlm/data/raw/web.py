@@ -8,7 +8,7 @@ from maskvlm.data.raw.base import Facts, RawSet
 from maskvlm.data.raw.links import Links, Part, json_links, text_links, tsv_parts
 from maskvlm.data.raw.named import find, nothing
 from maskvlm.data.raw.shards import FORMS, Shards, find_shards
-from maskvlm.errors import UserError
+from maskvlm.utils.errors import UserError
 
 # The paper's mix is the "4 M" of ALBEF (Li et al. 2021, arXiv 2107.07651, appendix): 2.95 M pictures of CC3M and 860 K
 # of SBU could still be fetched then, of 3,334,173 (3,318,333 + 15,840) and 1,000,000. CC12M is not in it.

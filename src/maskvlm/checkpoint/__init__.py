@@ -1,0 +1,1 @@
+"""Files that hold a model: read as data, whole or not at all."""

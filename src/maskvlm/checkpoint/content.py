@@ -1,0 +1,171 @@
+"""What a checkpoint may hold: one closed schema, checked before anything is made of it.
+
+`torch.load` hands out plain types and tensors alone, yet of any number, size and nesting: lists that hold each other, a
+tensor of a terabyte over four bytes, labels that are no texts. A folder of the hub's format passes the same schema.
+
+Shapes: N images.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskvlm.config.plain_schema import Kind, Listed, Record, Table, Text, Tree, Whole, maybe, shown
+from maskvlm.utils.errors import ExitCode, UserError
+
+SCHEMA = 1  # raise it when an old reader would misread a new file
+PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
+MOST_PARTS = 2_000_000  # containers and values of a checkpoint
+MOST_NAME = 300  # characters of a tensor's name
+MOST_VECTORS, MOST_WIDTH = 500, 4096  # of pictures that show what a model knows
+MOST_LABELS, MOST_WORDS = 1_000_000, 50_000_000  # labels, and characters of a tokenizer
+TODO = "Take another checkpoint, from somebody you trust"
+DTYPES = frozenset({
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+})  # fmt: skip
+
+
+class Ids:
+    """Hashes of image ids, [N], or None where a source cannot tell them."""
+
+    def says(self) -> str:
+        return "a one-dimensional tensor of 64-bit whole numbers"
+
+    def fits(self, value: Any) -> bool:
+        right = value is None or (isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 1)
+        return right and (value is None or problem_of(value) is None)
+
+
+class Vectors:
+    """Contrast vectors of pictures (`familiar.sample_of`), [N, E]."""
+
+    def says(self) -> str:
+        return f"a tensor [N, E] of finite 16-bit floats, N at most {MOST_VECTORS}, E at most {MOST_WIDTH}"
+
+    def fits(self, value: Any) -> bool:
+        right = isinstance(value, Tensor) and value.dtype == torch.float16 and value.dim() == 2
+        right = right and len(value) <= MOST_VECTORS and value.shape[1] <= MOST_WIDTH and problem_of(value) is None
+        return right and bool(value.isfinite().all())
+
+
+SEEN = Record(
+    {"task": Text(300), "source": Text(300), "sha": Text(200), "pictures": Whole(), "steps": Whole()},
+    {"ids": Ids(), "held_out": maybe(Table(Whole()))},
+)
+"""One entry of the lineage: data that weights were trained on."""
+LABELS = Listed(Text(), MOST_LABELS, least=1)
+TOLD: dict[str, Kind] = {
+    "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
+    "pytorch-lightning_version": Text(100), "reference": maybe(Vectors()),
+}  # fmt: skip
+"""What is read of a checkpoint beside its tensors, its recipe (see `recipe.py`), its tokenizer and its lineage."""
+
+
+def check_content(content: Any, path: str | Path) -> dict[str, Any]:
+    """What `torch.load` or a folder gave, if it is what this project writes; what else it holds is never read.
+
+    Raises:
+        UserError: it is not (65), or was written in a later format (65).
+    """
+    if type(content) not in (dict, OrderedDict) or "state_dict" not in content:
+        what = f"holds {shown(content)} without state_dict: bare weights, not a run's checkpoint"
+        todo = "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
+        raise UserError(path, what, todo, ExitCode.BAD_DATA)
+    written = content.get("schema", 0)
+    if type(written) is int and written > SCHEMA:
+        what = f"was written in format {shown(written)}, this version reads up to {SCHEMA}"
+        raise UserError(path, what, "Update the project", ExitCode.BAD_DATA)
+    check_parts(content, path)
+    check_state(content["state_dict"], path)
+    Record({}, TOLD).read({key: content[key] for key in TOLD if key in content}, str(path), TODO)
+    for key in ("model", "task", "tokenizer"):
+        text = content.get(key, "")
+        if type(text) is not str or len(text) > MOST_WORDS:
+            raise UserError(f"{path}: {key}", f"expected a text, found {shown(text)}", TODO, ExitCode.BAD_DATA)
+    lineage = content.get("lineage", [])
+    if type(lineage) not in (list, tuple) or len(lineage) > 1000:
+        what = f"expected a list of at most 1,000 entries, found {shown(lineage)}"
+        raise UserError(f"{path}: lineage", what, TODO, ExitCode.BAD_DATA)
+    for number, seen in enumerate(lineage):
+        SEEN.read(seen, f"{path}: lineage[{number}]", TODO)
+    return dict(content)
+
+
+def check_parts(content: Any, path: str | Path) -> None:
+    """Every value is plain or a plain tensor, and the whole unfolds to a bounded number of them.
+
+    A container that is in several places counts in each, and is looked at once.
+
+    Raises:
+        UserError: a value of another type, too many, or a container that holds itself (65).
+    """
+    sizes: dict[int, int] = {}
+    todo: list[tuple[Any, str, bool]] = [(content, "", False)]
+    while todo:
+        value, key, ready = todo.pop()
+        if isinstance(value, Tensor | OrderedDict) and (getattr(value, "__dict__", {}).keys() - {"_metadata"}):
+            what = f"{type(value).__name__} with attributes of its own"
+            raise UserError(f"{path}: {key[1:]}", what, TODO, ExitCode.REFUSED)
+        if not isinstance(value, dict | list | tuple | set | frozenset) or type(value) is torch.Size:
+            if problem := _problem(value):
+                raise UserError(f"{path}: {key[1:]}", problem, TODO, ExitCode.BAD_DATA)
+            continue
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+        if isinstance(value, dict) and not all(
+            type(name) in (str, int, float, bool, type(None), tuple) for name in value
+        ):
+            raise UserError(f"{path}: {key[1:]}", "a key that is no text and no number", TODO, ExitCode.BAD_DATA)
+        if ready:
+            sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
+            if sizes[id(value)] > MOST_PARTS:
+                what = f"unfolds to more than {MOST_PARTS:,} values"
+                raise UserError(f"{path}: {key[1:] or 'content'}", what, TODO, ExitCode.REFUSED)
+        elif id(value) not in sizes:
+            sizes[id(value)] = MOST_PARTS  # until it is known: one that holds itself is too large
+            todo.append((value, key, True))
+            names = value if isinstance(value, dict) else range(len(parts))
+            todo += [
+                (part, f"{key}.{str(name)[:MOST_NAME]}"[-1000:], False) for name, part in zip(names, parts, strict=True)
+            ]
+
+
+def _problem(value: Any) -> str | None:
+    if isinstance(value, Tensor):
+        return problem_of(value)
+    if type(value) not in PLAIN:
+        return f"expected plain data, found a {type(value).__name__}"
+    if type(value) is int and value.bit_length() > 64:
+        return f"expected a number of at most 64 bits, found {shown(value)}"
+    return None
+
+
+def problem_of(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being plain numbers in memory that is its own; None where nothing does."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"expected a tensor, found a {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized or tensor.is_nested:
+        return f"expected plain numbers, found a tensor of layout {tensor.layout} on {tensor.device.type}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"a tensor of {tensor.numel():,} numbers over {tensor.untyped_storage().nbytes():,} bytes"
+    return None
+
+
+def check_state(state: Any, path: str | Path) -> None:
+    """Names of bounded length to tensors of numbers. Raises UserError (65)."""
+    if not isinstance(state, Mapping):
+        what = f"expected tensors by name, found {shown(state)}"
+        raise UserError(f"{path}: state_dict", what, TODO, ExitCode.BAD_DATA)
+    for name, value in state.items():
+        if type(name) is not str or len(name) > MOST_NAME or not name.isprintable():
+            raise UserError(f"{path}: state_dict", f"{shown(name)} is no name", TODO, ExitCode.BAD_DATA)
+        if not isinstance(value, Tensor):
+            what = f"expected a tensor, found {shown(value)}"
+            raise UserError(f"{path}: state_dict.{name}", what, TODO, ExitCode.BAD_DATA)
+        if value.dtype not in DTYPES:
+            what = f"expected numbers, found {value.dtype}"
+            raise UserError(f"{path}: state_dict.{name}", what, TODO, ExitCode.BAD_DATA)

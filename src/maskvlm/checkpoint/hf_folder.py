@@ -1,0 +1,135 @@
+"""The hub's format: a folder with `config.json`, `model.safetensors`, tokenizer and image-processing files, no pickle.
+
+Reading gives what a checkpoint file holds, so that whatever takes the one takes the other, and one schema holds for
+both. `checksums.json` knows every file that is read: a damaged number is still a number, in a tensor as in a setting.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from maskvlm.checkpoint.integrity import sha256_of
+from maskvlm.checkpoint.tokenizer_files import read_tokenizer, text_of
+from maskvlm.checkpoint.weights import check_file
+from maskvlm.config.plain_schema import Listed, OneOf, Record, Table, Text, Tree, Whole, maybe
+from maskvlm.data.files import load_json
+from maskvlm.data.text import tokenizer_json
+from maskvlm.utils.disk import check_inside
+from maskvlm.utils.errors import ExitCode, UserError
+
+CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
+TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
+REFERENCE = "reference.safetensors"
+FOR_PEOPLE = (SEEN, PROCESSOR, REFERENCE)
+"""Files that a model answers without."""
+READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *FOR_PEOPLE)
+"""Files whose content matters. The card is not among them: people write on in it."""
+AGAIN = "Get the folder again"
+MODEL_TYPE = "maskvlm"
+TOLD = Record(
+    {"model_type": OneOf((MODEL_TYPE,)), "backbone": Tree()},
+    {
+        "task": maybe(Tree()), "labels": maybe(Listed(Text(), 1_000_000)), "lineage": maybe(Listed(Tree(), 1000)),
+        "evaluation": maybe(Tree()), "step": Whole(),
+    },
+)  # fmt: skip
+"""What is read of `config.json`; transformers writes more into it, which is not."""
+SUM = Table(Text(64, "[0-9a-f]{64}"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, by the keys that `checkpoint.load` gives.
+
+    Raises:
+        UserError: it holds no model of this project (66), or a file of it is damaged (65).
+    """
+    check_links(path)
+    config = read_config(path)
+    for name in (WEIGHTS, TOKENIZER):
+        if not (path / name).is_file():
+            raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
+    seen, reference = path / SEEN, path / REFERENCE
+    for file in (path / WEIGHTS, *(file for file in (seen, reference) if file.is_file())):
+        check_file(file)
+    check_sums(path)
+    ids = load_file(seen) if seen.is_file() else {}
+    lineage = config.get("lineage") or []
+    content = {
+        "state_dict": load_file(path / WEIGHTS),
+        "model": _yaml({"model": {"random_init": True, "backbone": config["backbone"]}}),
+        "lineage": [told | {"ids": ids.get(str(number))} for number, told in enumerate(lineage) if type(told) is dict],
+        "global_step": config.get("step", 0),
+        "evaluation": config.get("evaluation"),
+        "reference": load_file(reference).get("vectors") if reference.is_file() else None,
+    }
+    if len(content["lineage"]) < len(lineage):
+        raise UserError(path / CONFIG, "an entry of its lineage is no mapping", AGAIN, ExitCode.BAD_DATA)
+    if config.get("task"):
+        content["task"] = _yaml(config["task"])
+    if config.get("labels") is not None:
+        content["labels"] = config["labels"]
+    tokenizer = read_tokenizer(path)
+    assert tokenizer is not None  # its file is there
+    content["tokenizer"] = tokenizer_json(tokenizer)
+    return content
+
+
+def check_links(path: Path) -> None:
+    """Raise UserError (77) where a file that is read is a link out of the folder."""
+    for name in (*READ, SUMS):
+        if (path / name).is_symlink():
+            check_inside(path / name)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False)
+
+
+def write_sums(path: Path) -> None:
+    """`checksums.json`, of every other file in the folder."""
+    sums = {file.name: sha256_of(file) for file in sorted(path.iterdir()) if file.is_file() and file.name != SUMS}
+    (path / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def check_sums(path: Path) -> None:
+    """Hold every file that is read against `checksums.json`; a folder without it passes.
+
+    Raises:
+        UserError: a file is not the one that was written, is missing or was added (65).
+    """
+    file = path / SUMS
+    if not file.is_file():
+        return
+    sums = load_json(text_of(file).encode(), file)
+    if not SUM.fits(sums):
+        raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)
+    every = sums.keys() - {WEIGHTS, SEEN}  # the first versions knew these two alone
+    for name in READ:
+        there = os.path.lexists(path / name)
+        if name not in sums:
+            if there and every:
+                raise UserError(path / name, f"is none of the files that {SUMS} knows", AGAIN, ExitCode.BAD_DATA)
+        elif not (path / name).is_file():
+            if name in FOR_PEOPLE:
+                continue
+            raise UserError(path / name, f"is missing, and {SUMS} knows it", AGAIN, ExitCode.BAD_DATA)
+        elif sha256_of(path / name) != sums[name]:
+            todo = f"{AGAIN}; if you changed it yourself, remove {SUMS}"
+            raise UserError(path / name, f"damaged or changed: not the file that {SUMS} knows", todo, ExitCode.BAD_DATA)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What is read of `config.json`, as plain data; raises as `read`."""
+    file = path / CONFIG
+    if not file.is_file():
+        found = sorted(each.name for each in path.glob("*.ckpt"))
+        todo = f"Name a file in it, such as {path / found[0]}" if found else "Check the path"
+        raise UserError(path, f"is a folder without {CONFIG}", todo, ExitCode.MISSING_INPUT)
+    config = load_json(text_of(file).encode(), file)
+    if not isinstance(config, dict):
+        raise UserError(file, "expected a mapping", AGAIN, ExitCode.BAD_DATA)
+    return TOLD.read({key: config[key] for key in (*TOLD.needed, *TOLD.also) if key in config}, str(file), AGAIN)

@@ -1,0 +1,173 @@
+"""What is not in a local file: the hub's cache on this machine, or else the hub itself.
+
+Whatever is on this machine is taken without asking the hub. Where the hub cannot be reached its own clients
+try again for half a minute a file; here one question of at most PROBE_SECONDS decides, once a process.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.utils.errors import ExitCode, UserError
+
+PROBE_SECONDS = 5.0
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+"""Names under which timm and transformers store weights, in the order in which they are looked for."""
+PARTS = ["*.json", "*.safetensors", "*.txt", "README.md"]
+"""What is fetched of a model of this project: no pickle, no code."""
+
+T = TypeVar("T")
+
+
+class Unreachable(UserError):
+    """Weights that are neither on this machine nor, at the moment, to be had from the hub.
+
+    Args:
+        names: which ones, such as `roberta-base (Hugging Face)`.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        what = f"no weights for {' and '.join(names)}: not on this machine, and the hub cannot be reached"
+        todo = (
+            "Name local ones (--model.backbone.image.weights FILE, --model.backbone.text.name FOLDER), "
+            "or start from random ones with --model.random_init true"
+        )
+        super().__init__("model.backbone", what, todo, ExitCode.MISSING_INPUT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.names
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """One short question, through the session (proxy, certificates, offline mode) of the hub's downloads."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the session's library, and so its exceptions, differ between versions of the client
+        return False
+    return True
+
+
+def from_cache_or_hub(name: str, fetch: Callable[[bool], T], where: str = "model.backbone") -> T:
+    """What `fetch(local_files_only)` finds in the cache, or else on the hub.
+
+    Args:
+        where: what a mistake is blamed on.
+
+    Raises:
+        Unreachable: not in the cache, and the hub cannot be asked.
+        UserError: the hub does not know the name, or what it has is of no use.
+    """
+    try:
+        return fetch(True)
+    except (OSError, ValueError):  # what the libraries raise where a file is not in the cache
+        pass
+    if not hub_reachable():
+        raise Unreachable(name)
+    try:
+        return fetch(False)
+    except Exception as error:
+        chain = list(_chain(error))
+        if any(isinstance(e, RepositoryNotFoundError | RevisionNotFoundError) for e in chain):
+            what = f"the hub has no {name}, or does not show it to you"
+            raise UserError(where, what, "Check the name", ExitCode.MISSING_INPUT) from error
+        if any(isinstance(e, LocalEntryNotFoundError | ConnectionError | TimeoutError) for e in chain):
+            raise Unreachable(name) from error
+        what = f"{name} is of no use ({first_line(error)})"
+        raise UserError(where, what, "Choose another one", ExitCode.BAD_DATA) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def hub_weights(name: str, repository: str, filename: str | None = None) -> Path:
+    """The weight file of a repository (`owner/name`, `owner/name@revision`); raises as from_cache_or_hub."""
+    repo, _, revision = repository.partition("@")
+    places: dict[str, Any] = {"revision": revision or None}
+
+    def fetch(local: bool) -> Path:
+        for candidate in (filename,) if filename else WEIGHT_FILES:
+            try:
+                return Path(hf_hub_download(repo, candidate, local_files_only=local, **places))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not local:
+                    raise  # the connection broke
+        raise FileNotFoundError(f"{repo} holds none of {', '.join(WEIGHT_FILES)}")
+
+    return from_cache_or_hub(name, fetch)
+
+
+def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
+    """A path that exists as it is; else the folder of a hub's repository on this machine, downloaded where needed.
+
+    Args:
+        name: a path, or `owner/name`, `owner/name@revision`.
+        settings: revision, token, cache_dir, local_files_only.
+
+    Raises:
+        UserError: neither a path nor a repository, or the hub cannot be reached (66).
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not is_repository(name):
+        return path
+    repo, _, revision = name.partition("@")
+    known = {key: value for key, value in (settings or {}).items() if key in ("revision", "token", "cache_dir")}
+    only = bool((settings or {}).get("local_files_only"))
+
+    def get(local: bool) -> Path:
+        return Path(snapshot_download(repo, local_files_only=local or only, allow_patterns=PARTS, **known))
+
+    known.setdefault("revision", revision or None)
+    try:
+        return from_cache_or_hub(f"{name} (Hugging Face)", get, name)
+    except Unreachable as error:
+        what = "no such file or folder, nor is it in the cache, and the hub cannot be reached"
+        raise UserError(name, what, "Check the path or the connection", ExitCode.MISSING_INPUT) from error
+
+
+def upload(folder: Path, repository: str, message: str, settings: Mapping[str, Any]) -> str:
+    """Put a folder's files of the hub's format (`PARTS`) into a repository, made where it is not there.
+
+    Args:
+        settings: token, private, revision (a branch), create_pr.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: no such name, not logged in, or the hub cannot be reached (69).
+    """
+    api, branch = HfApi(token=settings.get("token")), settings.get("revision")
+    try:
+        name = api.create_repo(repository, private=settings.get("private"), exist_ok=True).repo_id
+        if branch is not None:
+            api.create_branch(name, branch=branch, exist_ok=True)
+        return api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=PARTS, commit_message=message,
+            revision=branch, create_pr=settings.get("create_pr"),
+        )  # fmt: skip
+    except Exception as error:  # as above, of many libraries
+        what = f"cannot be uploaded ({first_line(error)})"
+        todo = "Check name and connection, and log in: hf auth login, or give a token"
+        raise UserError(repository, what, todo, ExitCode.UNAVAILABLE) from error
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can be one of the hub's (`owner/name`), not a path."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None and not name.endswith(".ckpt")

@@ -1,0 +1,151 @@
+"""Is this file a whole checkpoint? Answered without unpickling any of it.
+
+Beside each checkpoint lies a `.sha256` with its size and hash. A file without one is held against the
+checksums inside its own archive, which `torch.load` does not look at: there a flipped bit loads as another
+number.
+"""
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.checkpoint.pickles import check_pickle
+from maskvlm.data.opening import content_of
+from maskvlm.utils.errors import ExitCode, UserError
+
+SIDE = ".sha256"
+ZIP = b"PK\x03\x04"
+ANOTHER = "Copy it again, or use another checkpoint of the run"
+
+
+class Fact(NamedTuple):
+    """One accepted content of a checkpoint file, as its `.sha256` states it."""
+
+    size: int
+    sha256: str
+
+
+def verify(path: str | Path) -> None:
+    """Check kind, size and content of a checkpoint file without unpickling any of it; raises as `load`."""
+    path = Path(path)
+    if not path.exists():
+        others = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no checkpoint"
+        raise bad(path, f"not there ({path.parent} holds {others})", "Check the path", ExitCode.MISSING_INPUT)
+    if path.is_dir():
+        todo = f"Name a file in it, such as {path / 'last.ckpt'}"
+        raise bad(path, "is a folder", todo, ExitCode.MISSING_INPUT)
+    facts, size = stated(path), path.stat().st_size
+    _check_kind(path, facts)
+    if facts and all(size < fact.size for fact in facts):
+        raise bad(path, f"truncated ({size} of {facts[-1].size} bytes)", ANOTHER)
+    if facts and sha256_of(path) not in {fact.sha256 for fact in facts}:
+        raise bad(path, f"damaged (its sha256 differs from {side_file(path).name})", ANOTHER)
+    _check_archive(path)
+
+
+def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a folder that is whole; None where there is none at all.
+
+    Args:
+        folder: a run's folder.
+        warn: told, once each, of newer ones that were passed over. They stay where they are, as evidence.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged (77): starting afresh must be asked for.
+    """
+    # In a copy of the folder times tell nothing: these two are what a run goes on from, in this order.
+    first = {"last.ckpt": 2, "previous.ckpt": 1}
+    candidates = sorted(Path(folder).glob("*.ckpt"), key=lambda p: (first.get(p.name, 0), p.stat().st_mtime_ns))[::-1]
+    for path in candidates:
+        try:
+            verify(path)
+        except UserError as error:
+            warn(f"{error} Passed over.")
+        else:
+            return path
+    if candidates:
+        what = f"none of its {len(candidates)} checkpoints is whole"
+        raise bad(folder, what, "Start afresh in another folder (--folder), or restore a copy", ExitCode.REFUSED)
+    return None
+
+
+def _check_kind(path: Path, facts: list[Fact]) -> None:
+    with path.open("rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if head.startswith(ZIP):
+        return
+    if ZIP.startswith(head):  # the first few bytes of one, or none
+        raise bad(path, f"truncated ({len(head)} of {facts[-1].size if facts else 'unknown'} bytes)", ANOTHER)
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise bad(path, "is an HTML page, not a checkpoint", "Download the file itself")
+    if text.startswith(b"version https://git-lfs"):
+        raise bad(path, "is a Git LFS pointer, not a checkpoint", "Fetch it with `git lfs pull`")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        what = "is a safetensors file: bare weights, not a run's checkpoint"
+        raise bad(path, what, "Give it as an encoder's `weights`")
+    if head.startswith(b"\x80"):
+        what = "is a bare pickle, which could run code on loading"
+        raise bad(path, what, "Save its tensors with safetensors or torch.save", ExitCode.REFUSED)
+    raise bad(path, f"is not a checkpoint (it starts with {head[:8]!r})", "Check the path")
+
+
+def _check_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise zipfile.BadZipFile("its members are larger than the file: they overlap")
+            broken = archive.testzip() if stored else None
+    except Exception as error:  # zipfile has no exception of its own for most of what a flipped bit can do
+        raise bad(path, f"truncated or damaged ({first_line(error)})", ANOTHER) from error
+    if not any(name.endswith("data.pkl") for name in names):
+        raise bad(path, f"is a zip archive without data.pkl ({len(names)} members)", "Check the path")
+    if not stored:
+        raise bad(path, "is a compressed archive, which torch never writes", "Check the path")
+    if broken is not None:
+        raise bad(path, f"damaged (checksum of its member {broken})", ANOTHER)
+    check_pickle(path)
+
+
+def stated(path: Path) -> list[Fact]:
+    """What the `.sha256` beside a checkpoint accepts; empty where there is none or it is unreadable."""
+    try:
+        lines = content_of(side_file(path), 10_000).decode().splitlines()
+        sizes = [int(line.split()[1]) for line in lines if line.startswith("#")]
+        hashes = [line.split()[0] for line in lines if not line.startswith("#")]
+        return [Fact(size, sha256) for size, sha256 in zip(sizes, hashes, strict=True)]
+    except (UserError, ValueError, IndexError):
+        return []
+
+
+def sha256_of(path: Path) -> str:
+    """Of the whole file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def side_file(path: Path) -> Path:
+    return path.with_name(path.name + SIDE)
+
+
+def bad(where: object, what: str, todo: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
+    return UserError(where, what, todo, code)
+
+
+def asked_for(error: BaseException) -> str:
+    """What a pickle would import, by torch's refusal; torch's own words advise to load it all the same."""
+    return ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or "it holds more than plain types"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of torch says, without its advice to switch the protection off."""
+    text = str(error).strip()
+    if refused := re.search(r"(?:WeightsUnpickler error: |Trying to load )(.+?)(?:\. Please|\.?\n|$)", text):
+        return refused[1][:200]
+    line = (text.splitlines() or [""])[0][:200]
+    return line if line and "weights_only" not in line else type(error).__name__

@@ -1,0 +1,206 @@
+"""The one place that reads and writes checkpoints.
+
+Writing: a temporary file in the same folder, fsync, rename, fsync of the folder, and a `.sha256` beside it
+that `sha256sum -c` understands. At every instant the file under the checkpoint's name is whole, old or new.
+Reading: `verify.py` checks the file before a single byte is unpickled, then plain types only are unpickled, and
+`content.py` holds them against one schema: nothing in a checkpoint is ever imported or called.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any, cast
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from packaging.version import InvalidVersion, Version
+
+from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content
+from maskvlm.checkpoint.integrity import ANOTHER, SIDE, Fact, asked_for, bad, first_line, side_file, stated, verify
+from maskvlm.utils.disk import sync_folder
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.outputs import cannot_write
+
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = None) -> None:
+    """Write a checkpoint; on any failure the file that was there before is untouched.
+
+    Args:
+        content: tensors and plain types.
+        path: of the file.
+        previous: what the file that was there becomes, once the new one is on the disk; None replaces it.
+
+    Raises:
+        UserError: the disk is full (74) or the folder cannot be written (73).
+        TypeError: the content holds something other than tensors and plain types; the message names its key.
+    """
+    path = Path(path)
+    content = {**content, "schema": SCHEMA}
+    for key, value in _walk(content):
+        if type(value) not in PLAIN + TENSORS:
+            raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer a folder, so one name: nothing piles up
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path, _tensor_bytes(content))
+        fact = _write(content, temporary)
+        # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
+        old = stated(path)
+        _write_side(path, [*old, fact])
+        if previous is not None and path.exists():
+            _rotate(path, previous, old)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        _write_side(path, [fact])
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _rotate(path: Path, previous: Path, facts: list[Fact]) -> None:
+    """A file without its `.sha256` is held against the checksums inside it: no instant leaves a whole file in doubt."""
+    side_file(previous).unlink(missing_ok=True)
+    os.replace(path, previous)
+    sync_folder(path.parent)
+    if facts:
+        _write_side(previous, facts)
+
+
+def _write(content: Mapping[str, Any], path: Path) -> Fact:
+    with path.open("wb") as file:
+        tee = _HashingWriter(file)
+        try:
+            torch.save(content, cast(IO[bytes], tee))
+        except RuntimeError as error:  # torch hides the writer's OSError behind its own
+            raise tee.error or error from error
+        file.flush()
+        os.fsync(file.fileno())
+    return Fact(tee.size, tee.sha256.hexdigest())
+
+
+class _HashingWriter:
+    """Hashes what passes through, so that a checkpoint is not read again to know its hash."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, chunk: bytes) -> int:
+        try:
+            self.file.write(chunk)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(chunk)
+        self.size += len(chunk)
+        return len(chunk)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_side(path: Path, facts: list[Fact]) -> None:
+    side, temporary = side_file(path), path.with_name(f".{path.name}{SIDE}.tmp")
+    lines = [f"# {fact.size} bytes, schema {SCHEMA}\n{fact.sha256}  {path.name}\n" for fact in facts]
+    with temporary.open("w") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, side)
+    sync_folder(path.parent)
+
+
+def _require_space(path: Path, need: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f"{need} bytes needed, {free} free")
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    kept = "the checkpoint that was there is untouched" if path.exists() else "nothing was written"
+    other = UserError(path, f"could not be written ({error})", f"Check the disk; {kept}", ExitCode.IO_ERROR)
+    return cannot_write(error, path, kept) or other
+
+
+def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested plain containers; a container of any other type is itself a leaf."""
+    if type(value) in (dict, OrderedDict):
+        for name, part in value.items():
+            yield f"{key}.{name}".lstrip("."), name
+            yield from _walk(part, f"{key}.{name}".lstrip("."))
+    elif type(value) in (list, tuple, set):
+        for index, part in enumerate(value):
+            yield from _walk(part, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
+def _tensor_bytes(content: Mapping[str, Any]) -> int:
+    return sum(leaf.nbytes for _, leaf in _walk(dict(content)) if isinstance(leaf, torch.Tensor))
+
+
+def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint that `save` wrote, after checking it.
+
+    Raises:
+        UserError: not there (66), damaged or another kind of file (65), it would run code or has no end (77).
+    """
+    verify(path)
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        what = f"loading it would run or import code ({asked_for(error)})"
+        raise bad(path, what, "Take a checkpoint from a source you trust", ExitCode.REFUSED) from error
+    except Exception as error:  # torch's unpickler and its tensor builders raise over a dozen types on wrong content
+        raise bad(path, f"damaged ({first_line(error)})", ANOTHER) from error
+    return check_content(content, path)
+
+
+def check_version(content: Mapping[str, Any], path: str | Path) -> None:
+    """Hold the release that wrote a run's state against the one that would go on from it. Lightning itself warns of a
+    later one and goes on.
+
+    Raises:
+        UserError: it was written by a later release than the one that is installed, or by none (65).
+    """
+    written = content.get("pytorch-lightning_version", "")
+    try:
+        later = Version(written).release[:2] > Version(L.__version__).release[:2]
+    except InvalidVersion as error:
+        what = f"tells no version of Lightning ({written!r})"
+        raise bad(path, what, "Start a new run --from this checkpoint, whose weights are whole") from error
+    if later:
+        what = f"its state was written by Lightning {written}, this is {L.__version__}"
+        raise bad(path, what, "Update lightning, or start a new run --from this checkpoint: it takes the weights alone")
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.io.SafeCheckpointIO]` makes it use this file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """storage_options: the path that the file which was there is kept under, if any."""
+        save(checkpoint, path, storage_options)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        content = load(path, map_location)
+        check_version(content, path)
+        return content
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Lightning asks for what a callback's state in a checkpoint names: a way out of the run's folder is none."""
+        if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
+            return
+        Path(path).unlink(missing_ok=True)
+        side_file(Path(path)).unlink(missing_ok=True)

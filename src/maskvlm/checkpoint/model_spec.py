@@ -1,0 +1,290 @@
+"""What a checkpoint says of the model that its tensors belong to: the backbone's and the task's classes with settings.
+
+It is somebody else's data, so it is read through a closed schema. The backbone and its encoders are named by one name
+each; every setting is a plain value of a stated type and range; a size may not exceed what the checkpoint's own tensors
+have. Nothing else is read, nothing is instantiated here, no name leads to a file or an address. `rebuild.py` makes
+modules of it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.activations import ACT2FN
+
+from maskvlm.config.plain_schema import (
+    NOTHING,
+    AnyOf,
+    Flag,
+    Kind,
+    Listed,
+    OneOf,
+    Real,
+    Record,
+    Table,
+    Text,
+    Tree,
+    Whole,
+    maybe,
+    shown,
+)
+from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.data.opening import content_of
+from maskvlm.utils.disk import check_inside
+from maskvlm.utils.errors import ExitCode, UserError
+
+BACKBONE, IMAGE, TEXT = (
+    "maskvlm.model.maskvlm.MaskVLM",
+    "maskvlm.model.encoders.ImageEncoder",
+    "maskvlm.model.encoders.TextEncoder",
+)
+CLASS_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+MOST_SIDE = 4096  # pixels of an image
+TODO = "Take a checkpoint from somebody you trust"
+NOT_READ = frozenset({
+    "model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label",
+    "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
+})  # fmt: skip
+"""Of a Hugging Face configuration: what names its origin or a head, not the encoder's shape."""
+FETCH_CODE = frozenset({"yoso", "mra"})
+"""Types whose code in transformers fetches compiled code from the hub."""
+AS_IS = frozenset({"is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_word_embeddings"})
+"""What an encoder here has at its default."""
+WORDS = ("absolute", "full_attention", "sliding_attention", "p2c", "c2p", "default", "mean", "cls", "first", "last")
+"""Texts that the settings of text encoders may hold, beside names of activations."""
+
+
+class Recipe(NamedTuple):
+    """class_path and init_args of both; task is None where a checkpoint does not tell it."""
+
+    backbone: dict[str, Any]
+    task: dict[str, Any] | None
+
+
+class Bounds(NamedTuple):
+    """What sizes a checkpoint's tensors allow: the longest side of one, and how many there are."""
+
+    side: int
+    tensors: int
+
+
+def bounds_of(state: Mapping[str, Tensor]) -> Bounds:
+    """Of a checkpoint's tensors. Small sizes are allowed whatever they are."""
+    longest = max((size for value in state.values() for size in value.shape), default=0)
+    return Bounds(max(4096, longest), max(64, len(state)))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def recipe_of(content: Mapping[str, Any], path: str | Path) -> Recipe:
+    """The recipe in a checkpoint's content, or in the `config-fit.yaml` beside an older one.
+
+    Raises:
+        UserError: neither says which model it is (66), or it is not what the schema allows (77).
+    """
+    bounds = bounds_of(content["state_dict"])
+    model, task = content.get("model"), content.get("task")
+    beside = Path(path).parent / "config-fit.yaml"
+    if model is None or (task is None and beside.is_file()):
+        return _beside(beside, path, bounds)
+    told = Record({"model": Tree()}, code=ExitCode.REFUSED).read(_yaml(model, path, "model"), f"{path}: model", TODO)
+    whole = Record({"backbone": Tree()}, {"random_init": Flag()}, ExitCode.REFUSED)
+    backbone = whole.read(told["model"], f"{path}: model", TODO)["backbone"]
+    found = read_backbone(backbone, f"{path}: model.backbone", bounds)
+    return Recipe(found, None if task is None else read_task(_yaml(task, path, "task"), f"{path}: task"))
+
+
+def _yaml(text: Any, path: str | Path, key: str) -> Any:
+    if not isinstance(text, str):
+        raise UserError(f"{path}: {key}", f"expected YAML text, found {shown(text)}", TODO, ExitCode.REFUSED)
+    try:
+        return read_yaml(text, f"{path}: {key}")
+    except UserError as error:
+        code = ExitCode.BAD_DATA if error.code == ExitCode.USAGE else error.code
+        raise UserError(error.where, error.what, TODO, code) from error
+
+
+def _beside(file: Path, path: str | Path, bounds: Bounds) -> Recipe:
+    """A checkpoint of the first versions, which says it in another file; that file is as strange as the checkpoint."""
+    if not file.is_file():
+        what = f"does not say which model it is, and there is no {file.name} beside it"
+        raise UserError(path, what, "Put that file of its run beside it", ExitCode.MISSING_INPUT)
+    check_inside(file)
+    config = read_yaml(read_small(file), str(file))
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
+        raise UserError(file, "tells no model", "Put the one of the checkpoint's run there", ExitCode.BAD_DATA)
+    backbone = read_backbone(model["backbone"], f"{file}: model.backbone", bounds)
+    return Recipe(backbone, read_task(model["task"], f"{file}: model.task"))
+
+
+def read_small(file: Path, most: int = 1_000_000) -> str:
+    """The text of a small plain file. Raises UserError (65)."""
+    todo = "Get the file again"
+    try:
+        return content_of(file, most, todo).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(file, f"not UTF-8 text (byte {error.start})", todo, ExitCode.BAD_DATA) from None
+
+
+def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
+    """class_path and init_args of a backbone, checked. Raises UserError (77)."""
+    side, layers = Whole(1, bounds.side), Whole(1, bounds.tensors)
+    share = Real(0, 1)
+    args = _class(value, where, BACKBONE)
+    also: dict[str, Kind] = {
+        "cross_layers": layers,
+        "cross_heads": side,
+        "dropout": share,
+        "checkpointing": Flag(),
+        "start": NOTHING,
+        "width": maybe(side),
+        "query_positions": Flag(),
+    }
+    part = Tree()
+    Record({"image": part, "text": part}, also, ExitCode.REFUSED).read(args, where, TODO)
+    image = _class(args["image"], f"{where}.image", IMAGE)
+    told: dict[str, Kind] = {
+        "name": Text(100, r"[A-Za-z0-9_.]+"), "image_size": Whole(1, MOST_SIDE), "weights": NOTHING,
+        "random_init": Flag(), "config": maybe(Tree(100)), "drop_path": share, "checkpointing": Flag(),
+        "normalisation": OneOf(("model", "clip", "imagenet")),
+        "frozen": AnyOf((layers, OneOf((0, "all")))), "kept_features": NOTHING,
+        "masked_patches": OneOf(("token", "left_out")),
+    }  # fmt: skip
+    Record({}, told, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
+    check_vit(image.get("config") or {}, f"{where}.image.config", bounds)
+    text = _class(args["text"], f"{where}.text", TEXT)
+    told = {
+        "name": Text(100, r"[A-Za-z0-9_.-]+"), "text_length": Whole(3, bounds.side), "random_init": Flag(),
+        "config": maybe(Tree(2000)), "tokenizer": NOTHING, "vocab_size": maybe(side), "checkpointing": Flag(),
+    }  # fmt: skip
+    Record({"name": told.pop("name")}, told, ExitCode.REFUSED).read(text, f"{where}.text", TODO)
+    kept = check_text(text["name"], text.get("config") or {}, f"{where}.text", bounds)
+    made = {name: part for name, part in args.items() if name not in ("image", "text", "start")}
+    made["image"] = {"class_path": IMAGE, "init_args": image | {"weights": None, "random_init": True}}
+    made["text"] = {"class_path": TEXT, "init_args": text | {"tokenizer": None, "random_init": True, "config": kept}}
+    return {"class_path": BACKBONE, "init_args": made | {"start": None}}
+
+
+def _class(value: Any, where: str, name: str) -> dict[str, Any]:
+    """The init_args of what must be this class."""
+    kinds = {"class_path": OneOf((name,))}
+    read = Record(kinds, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
+    args = read.get("init_args") or {}
+    return dict(args) if isinstance(args, dict) else Record(code=ExitCode.REFUSED).read(args, where, TODO)
+
+
+def vit_kinds(bounds: Bounds) -> dict[str, Kind]:
+    """Settings of a timm ViT that a model here may have: its shape. Others read files or fetch weights."""
+    side, share, flag = Whole(1, bounds.side), Real(0, 1), Flag()
+    return {
+        "patch_size": Whole(1, 256), "embed_dim": side, "depth": Whole(1, bounds.tensors), "num_heads": side,
+        "mlp_ratio": Real(0.01, 100), "qkv_bias": flag, "qk_norm": flag, "proj_bias": flag, "init_values": maybe(share),
+        "class_token": flag, "reg_tokens": Whole(0, bounds.side), "num_reg_tokens": Whole(0, bounds.side),
+        "no_embed_class": flag, "pre_norm": flag,
+        "scale_attn_norm": flag, "scale_mlp_norm": flag, "scale_attn_inner": flag,
+        "drop_rate": share, "pos_drop_rate": share, "proj_drop_rate": share, "attn_drop_rate": share,
+        "dynamic_img_size": flag, "dynamic_img_pad": flag, "use_abs_pos_emb": flag, "use_rel_pos_bias": flag,
+        "use_shared_rel_pos_bias": flag, "use_rot_pos_emb": flag, "swiglu_mlp": flag, "scale_mlp": flag,
+    }  # fmt: skip
+
+
+def check_vit(settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> None:
+    """Raises UserError (77) for a setting that is not of `vit_kinds`."""
+    Record({}, vit_kinds(bounds), ExitCode.REFUSED).read(settings, where, todo)
+
+
+def check_text(name: str, settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> dict[str, Any]:
+    """The settings of a text encoder of this model type that say its shape.
+
+    Each is of the type and near the range that it has by default; a text is the name of an activation or of `WORDS`.
+
+    Raises:
+        UserError: no such type, or a setting that is none of its (77).
+    """
+    kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` loads nothing)
+    if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING or name in FETCH_CODE:
+        what = f"expected a type of text encoder such as bert, found {shown(name)}"
+        raise UserError(f"{where}.name", what, TODO, ExitCode.REFUSED)
+    defaults = {key: value for key, value in kind().to_dict().items() if key not in NOT_READ}
+    read = (
+        {key: value for key, value in settings.items() if key not in NOT_READ} if type(settings) is dict else settings
+    )
+    kinds: dict[str, Kind] = {
+        key: AnyOf((OneOf((default,)), *([] if key in AS_IS else [_like(key, default, bounds)])))
+        for key, default in defaults.items()
+    }
+    return Record({}, kinds, ExitCode.REFUSED).read(read, f"{where}.config", todo)
+
+
+def _like(key: str, default: Any, bounds: Bounds) -> Kind:
+    """What a setting may be that has this default."""
+    word = OneOf((*WORDS, *ACT2FN.keys()))
+    number = AnyOf((Whole(-1, bounds.side), Real(-1e6, 1e6)))
+    if isinstance(default, bool):
+        return maybe(Flag())
+    if isinstance(default, int):
+        return maybe(Whole(0, bounds.tensors) if "layer" in key or "group" in key else Whole(-1000, bounds.side))
+    if isinstance(default, float):
+        return maybe(Real(-1e6, 1e6))
+    if isinstance(default, str):
+        return maybe(AnyOf((word, OneOf((default,)))))
+    if isinstance(default, list | tuple):
+        return maybe(Listed(AnyOf((word, number, Flag())), bounds.tensors))
+    if isinstance(default, dict):
+        inner = AnyOf((word, number, Flag(), NOTHING))
+        return maybe(AnyOf((Table(inner), Table(Table(inner)))))
+    return AnyOf((number, word, Flag(), NOTHING, Listed(AnyOf((word, number)), 100)))  # None tells no type
+
+
+def read_task(value: Any, where: str) -> dict[str, Any]:
+    """class_path and init_args of a task, as far as they can be checked without its class. Raises UserError (77)."""
+    kinds = {"class_path": Text(200, CLASS_PATH)}
+    read = Record(kinds, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
+    args = read.get("init_args") or {}
+    if not isinstance(args, dict):
+        Record(code=ExitCode.REFUSED).read(args, where, TODO)
+    return {"class_path": read["class_path"], "init_args": {name: args[name] for name in args if name != "labels"}}
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def portable(recipe: Recipe, text_config: Any) -> Recipe:
+    """The same recipe without names of folders or hub models: with the shape of the text encoder written out.
+
+    Args:
+        text_config: the text encoder's Hugging Face configuration.
+    """
+    args = dict(recipe.backbone["init_args"])
+    image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
+    image |= {"weights": None, "random_init": True, "kept_features": None}
+    text |= {"tokenizer": None, "random_init": True}
+    if text.get("name", "") not in CONFIG_MAPPING:
+        known = type(text_config)().to_dict().keys() - NOT_READ
+        shape = {key: value for key, value in text_config.to_dict().items() if key in known}
+        text |= {"name": text_config.model_type, "config": shape, "vocab_size": None}
+    args["image"] = {"class_path": args["image"]["class_path"], "init_args": image}
+    args["text"] = {"class_path": args["text"]["class_path"], "init_args": text}
+    return recipe._replace(backbone={**recipe.backbone, "init_args": {**args, "start": None}})
+
+
+def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
+    """The part of a composed configuration that a model's weights depend on, for a checkpoint."""
+    return backbone_yaml(portable(Recipe(config["model"]["backbone"], None), text_config))
+
+
+def backbone_yaml(recipe: Recipe) -> str:
+    """As a `-c` file says it."""
+    return yaml.safe_dump({"model": {"random_init": True, "backbone": recipe.backbone}}, sort_keys=False)
+
+
+def task_yaml(config: Mapping[str, Any]) -> str:
+    """The part of a composed configuration that says what the heads are; labels come with the checkpoint."""
+    task = config["model"]["task"]
+    args = {name: value for name, value in (task.get("init_args") or {}).items() if name != "labels"}
+    return yaml.safe_dump({"class_path": task["class_path"], "init_args": args}, sort_keys=False)

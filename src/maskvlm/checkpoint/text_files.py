@@ -1,0 +1,259 @@
+"""The files of a Hugging Face encoder, in a folder, the cache or on the hub: configuration, weights, tokenizer.
+
+They may be anybody's. Of the configuration the shape is read, and nothing that could name code, a file or a model; the
+weights are read by `weights.py`, the tokenizer by `tokenizers`. transformers sees tensors and a clean configuration.
+"""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from maskvlm.checkpoint import tokenizer_files
+from maskvlm.checkpoint.hub_client import Unreachable, from_cache_or_hub
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.checkpoint.model_spec import NOT_READ, Bounds, check_text
+from maskvlm.checkpoint.weights import State, read_state, weight_bytes
+from maskvlm.config.plain_schema import Tree, shown
+from maskvlm.data.files import load_json
+from maskvlm.utils.errors import ExitCode, UserError
+
+WHERE = "model.backbone.text"
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "roberta-base": ("roberta", _ROBERTA),
+    "roberta-large": ("roberta", _ROBERTA | _LARGE),
+    "distilroberta-base": ("roberta", _ROBERTA | {"num_hidden_layers": 6}),
+    "bert-base-uncased": ("bert", {}),
+    "bert-large-uncased": ("bert", _LARGE),
+}
+"""Shapes of well-known models, so that a random start, and the error that names weights, need no hub."""
+ANY_SIZE = Bounds(2**24, 4096)
+CONFIG = "config.json"
+SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+"""Files of weights, the better kind first."""
+
+
+# ---------------------------------------------------------------------- configuration
+
+
+def read_config(name: str, random_init: bool, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a folder, a well-known or hub model, or with random_init of a model type.
+
+    Raises:
+        UserError: no such model, a setting it does not have, no masked language model.
+    """
+    if random_init and is_type(name):
+        config = for_type(name, settings, WHERE)
+    elif is_folder(name):
+        config = config_of(Path(name), name, settings)
+        if not random_init:
+            check_memory(config, Path(name))
+    elif name.rpartition("/")[2] in KNOWN:
+        kind, known = KNOWN[name.rpartition("/")[2]]
+        config = for_type(kind, known | settings, WHERE)
+    else:
+        todo = "Name a folder, or a model type such as bert with its settings in config"
+        folder = _fetched(name, (CONFIG,), "configuration", f"{WHERE}.name", todo if random_init else None)
+        config = config_of(folder, name, settings)
+    _check_config(name, config, settings)
+    return config
+
+
+def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration in a folder's `config.json`, with `settings` in the place of its own.
+
+    Of settings that this version does not know numbers are taken over, since a configuration of another version may say
+    its shape by them; texts and mappings are not.
+
+    Raises:
+        UserError: it is not there (66), or says no shape that can be read (65).
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        todo = "Name a folder with config.json, weights and tokenizer, as save_pretrained writes it"
+        raise UserError(name, f"its configuration cannot be read (there is no {CONFIG})", todo, ExitCode.BAD_DATA)
+    told = load_json(tokenizer_files.text_of(file).encode(), file)
+    kind = told.get("model_type") if isinstance(told, dict) and Tree().fits(told) else None
+    if not isinstance(kind, str) or not is_type(kind):
+        if isinstance(told, dict) and "auto_map" in told:
+            what = "its configuration comes with program code of its own"
+            raise UserError(name, what, "Choose a model that needs none", ExitCode.REFUSED)
+        what = f"its configuration cannot be read ({shown(kind)} is no type of model that is known here)"
+        raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA)
+    known = CONFIG_MAPPING[kind]().to_dict().keys() - NOT_READ
+    kept = {key: told[key] for key in told.keys() & known}
+    if kind_is_read(kind):
+        try:
+            check_text(kind, kept, str(file), ANY_SIZE)
+        except UserError as error:
+            raise UserError(error.where, error.what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+    others = {k: v for k, v in told.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ}
+    plain = {key: value for key, value in others.items() if key.isidentifier() and not key.startswith("_")}
+    plain.pop("trust_remote_code", None)
+    return for_type(kind, plain | kept | settings, name)
+
+
+def for_type(kind: str, settings: dict[str, Any], where: str) -> PreTrainedConfig:
+    """The configuration of a model type. Raises UserError for settings that the library refuses (65)."""
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # each model has its own
+        what = f"its configuration cannot be read ({first_line(error)})"
+        raise UserError(where, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+
+
+def check_memory(config: PreTrainedConfig, folder: Path) -> None:
+    """A folder's model has no more numbers than its files of weights have bytes.
+
+    Raises:
+        UserError: it has (77): it would not fit its weights, and might not fit the memory.
+    """
+    there = weight_bytes(folder)
+    try:
+        with torch.device("meta"):
+            numbers = sum(value.numel() for value in AutoModel.from_config(config).parameters())
+    except Exception as error:  # settings that contradict each other: each model has its own error
+        raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
+    if there and numbers > there + 10_000_000:
+        what = f"its configuration asks for {numbers:,} numbers, its weights are {there:,} bytes"
+        raise UserError(folder / CONFIG, what, "Get the folder again", ExitCode.REFUSED)
+
+
+def is_type(name: str) -> bool:
+    """Whether a name is that of a model type (`bert`), which stands for no weights."""
+    return name in CONFIG_MAPPING
+
+
+def kind_is_read(kind: str) -> bool:
+    """Whether a model type is one of encoders trained by masking words."""
+    return CONFIG_MAPPING[kind] in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is a folder; a path that leads nowhere is a UserError, not a name to ask the hub for."""
+    if Path(name).is_dir():
+        return True
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        what = "is a file" if Path(name).exists() else "no such folder"
+        todo = "Name a folder with config.json, weights and tokenizer, as save_pretrained writes it"
+        raise UserError(name, what, todo, ExitCode.MISSING_INPUT)
+    return False
+
+
+def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any]) -> None:
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:
+        what = f"{name} (type {config.model_type}) is no encoder trained by masking words"
+        raise UserError(f"{WHERE}.name", what, "Choose one such as roberta-base")
+    fresh = type(config)()
+    for key in settings:
+        if not hasattr(fresh, key):
+            near = difflib.get_close_matches(key, fresh.to_dict(), 1)
+            todo = f"Did you mean {near[0]}?" if near else f"Use those of {type(config).__name__}"
+            what = f"{config.model_type} has no such setting"
+            raise UserError(f"{WHERE}.config.{key}", what, todo.rstrip("."))
+    check_text(config.model_type, settings, WHERE, ANY_SIZE, "Set its shape: a checkpoint holds nothing else")
+
+
+# ---------------------------------------------------------------------- tokenizer and weights
+
+
+def read_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a folder (None where it has none) or of a hub model; `todo` as in `_fetched`."""
+    if is_folder(name):
+        return tokenizer_files.read_tokenizer(Path(name))
+    folder = _fetched(name, tokenizer_files.FILES, "tokenizer", f"{WHERE}.tokenizer", todo)
+    found = tokenizer_files.read_tokenizer(folder)
+    if found is None:
+        what = f"{name} holds no vocabulary"
+        raise UserError(f"{WHERE}.tokenizer", what, "Choose another one", ExitCode.BAD_DATA)
+    return found
+
+
+def read_text_state(name: str, config: PreTrainedConfig) -> State:
+    """The weights of a folder or hub model under the names they have in `huggingface.build(config)`.
+
+    Heads and pooling layers are left out. Tensors that the model lacks, or that have another shape there,
+    come as empty ones, so that whoever loads the state sees that they do not fit.
+    """
+    folder = Path(name) if is_folder(name) else _weights(name)
+    stored = read_state(folder)
+    try:
+        with quiet():
+            kind: Any = MODEL_MAPPING[type(config)]
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=dict(stored.tensors), output_loading_info=True,
+                ignore_mismatched_sizes=True, dtype=torch.float32,
+            )  # fmt: skip
+    except Exception as error:  # each model of the library has its own
+        what = f"its weights cannot be read ({first_line(error)})"
+        raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+    state = dict(model.state_dict())
+    for key in info["missing_keys"]:
+        state.pop(key, None)
+    parts = {key.partition(".")[0] for key in state}
+    for key in info["unexpected_keys"]:
+        key = key.removeprefix(f"{model.base_model_prefix}.")
+        if key.partition(".")[0] in parts:
+            state[key] = torch.empty(0, device="meta")
+    for key, theirs, _ in info["mismatched_keys"]:
+        state[key] = torch.empty(theirs, device="meta")
+    return State({key: value for key, value in state.items() if not key.startswith("pooler.")}, name)
+
+
+def _weights(name: str) -> Path:
+    """The folder with a hub model's weights; pickled ones where there are no others."""
+    folder = _fetched(name, SAFETENSORS, "weights")
+    return folder if any(folder.glob("*.safetensors")) else _fetched(name, PICKLED, "weights")
+
+
+def _fetched(name: str, files: tuple[str, ...], kind: str, where: str = WHERE, todo: str | None = None) -> Path:
+    """The folder of a hub model with these files of it.
+
+    Args:
+        todo: what to do where the hub cannot be reached, if it is not about weights.
+    """
+
+    def fetch(local: bool) -> Path:
+        folder = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=local))
+        if not any(True for pattern in files for _ in folder.glob(pattern)) and kind != "weights":
+            raise FileNotFoundError(f"{name} holds none of {', '.join(files)}")
+        return folder
+
+    try:
+        return from_cache_or_hub(f"{name} (Hugging Face)", fetch)
+    except Unreachable as error:
+        if todo is None:
+            raise
+        what = f"the {kind} of {name} is not on this machine, and the hub cannot be reached"
+        raise UserError(where, what, todo, ExitCode.MISSING_INPUT) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar and no report of the library's: ours are stricter, and these files are small."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,162 @@
+"""Tokenizer files of anybody, read by the library `tokenizers` alone: they name no class, and no code comes with them.
+
+`tokenizer.json` says everything but which token is which; that stands in `tokenizer_config.json` or
+`special_tokens_map.json`, of which texts alone are read. Older models bring a word list: `vocab.txt` (BERT's
+WordPiece) or `vocab.json` and `merges.txt` (RoBERTa's byte-level BPE).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.config.plain_schema import Text
+from maskvlm.data.files import load_json
+from maskvlm.data.opening import content_of
+from maskvlm.data.text import MOST_TOKENS, ROLES, plain_backend
+from maskvlm.utils.disk import check_inside
+from maskvlm.utils.errors import ExitCode, UserError
+
+TOKENIZER, NAMED = "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
+FILES = (TOKENIZER, *NAMED, "vocab.txt", "vocab.json", "merges.txt")
+"""All that is read of a tokenizer."""
+MOST_BYTES = 64_000_000  # the largest vocabularies of public text encoders have some 20 MB
+BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+ROBERTA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
+TODO = "Get the folder again, or name another tokenizer"
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a folder; None where there is none.
+
+    Raises:
+        UserError: a file is damaged or of a kind that needs another library (65).
+    """
+    if (folder / TOKENIZER).is_file():
+        backend = backend_of(text_of(folder / TOKENIZER), folder / TOKENIZER)
+    elif (folder / "vocab.txt").is_file():
+        backend = wordpiece(folder)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        backend = byte_level(folder)
+    elif any((folder / name).is_file() for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")):
+        what = f"holds a SentencePiece model and no {TOKENIZER}"
+        todo = f"Let transformers write its {TOKENIZER} once: AutoTokenizer.from_pretrained(A).save_pretrained(B)"
+        raise UserError(folder, what, todo, ExitCode.BAD_DATA)
+    else:
+        return None
+    check_numbers(backend, folder)
+    return tokenizer_of(backend, *named_in(folder), folder)
+
+
+def check_numbers(backend: Tokenizer, where: object) -> None:
+    """Raise UserError (65) unless there are tokens, and their numbers are those of rows: the library writes a tokenizer
+    number by number, whether there is a token or not."""
+    highest = max(backend.get_vocab().values(), default=-1)
+    if not 0 <= highest < MOST_TOKENS:
+        what = "the tokenizer holds no vocabulary" if highest < 0 else f"its tokens are numbered up to {highest:,}"
+        raise UserError(where, what, TODO, ExitCode.BAD_DATA)
+
+
+def text_of(file: Path) -> str:
+    """A plain file of text, of bounded size, that lies where its name says.
+
+    Raises:
+        UserError: it is a pipe or a device (66), a link out of its folder (77), too large or no text (65).
+    """
+    check_inside(file)
+    try:
+        return content_of(file, MOST_BYTES, TODO).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(file, f"not UTF-8 text (byte {error.start})", TODO, ExitCode.BAD_DATA) from None
+
+
+def backend_of(text: str, where: object) -> Tokenizer:
+    """The library's tokenizer out of `tokenizer.json`. Raises UserError (65)."""
+    content = load_json(text.encode("utf-8", "surrogatepass"), Path(str(where)))  # a key given twice, and the like
+    return made(lambda: plain_backend(content), where)
+
+
+def made(make: Any, where: object) -> Any:
+    """What the library makes; it raises bare Exceptions, and panics, which are none."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:
+        what = f"the tokenizer cannot be read ({first_line(error)})"
+        raise UserError(where, what, TODO, ExitCode.BAD_DATA) from None
+
+
+def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Which token is which, by role, and further special ones; of each file texts alone are read."""
+    roles: dict[str, str] = {}
+    more: list[str] = []
+    for name in NAMED:
+        file = folder / name
+        content = load_json(text_of(file).encode(), file) if file.is_file() else {}
+        if not isinstance(content, dict):
+            raise UserError(file, "holds no mapping", TODO, ExitCode.BAD_DATA)
+        for role in ROLES:
+            if (token := _token(content.get(role))) is not None:
+                roles.setdefault(role, token)
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            listed = content.get(key)
+            more += [token for part in listed if (token := _token(part))] if isinstance(listed, list) else []
+        if name == NAMED[0] and content.get("do_lower_case") is False:
+            roles["do_lower_case"] = "no"
+    return roles, list(dict.fromkeys(more))
+
+
+def _token(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if Text(200).fits(text) else None
+
+
+def tokenizer_of(
+    backend: Tokenizer, roles: dict[str, str], more: Iterable[str], where: object
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with its roles, by name or, where a file says nothing, by the usual names. Raises UserError (65)."""
+    there = backend.get_vocab()
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    usual = ROBERTA if "<mask>" in there and "[MASK]" not in there else BERT
+    named = {f"{role}_token": token for role, token in usual.items() if token in there}
+    named |= {role: token for role, token in roles.items() if role in ROLES and token in there}
+    special = {role: added.get(token, token) for role, token in named.items()}
+    extra = [added.get(token, token) for token in more if token in there and token not in named.values()]
+    return made(lambda: PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special), where)
+
+
+def wordpiece(folder: Path) -> Tokenizer:
+    """BERT's, of a `vocab.txt`: a word a line, its number the line's."""
+    words = text_of(folder / "vocab.txt").split("\n")
+    vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
+    lower = "do_lower_case" not in named_in(folder)[0]
+    backend = made(lambda: Tokenizer(models.WordPiece(vocab, unk_token=BERT["unk"])), folder)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if "[SEP]" in vocab and "[CLS]" in vocab:
+        backend.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    backend.add_special_tokens([token for token in BERT.values() if token in vocab])
+    return backend
+
+
+def byte_level(folder: Path) -> Tokenizer:
+    """RoBERTa's, of a `vocab.json` and a `merges.txt`."""
+    file = folder / "vocab.json"
+    vocab = load_json(text_of(file).encode(), file)
+    lines = [line for line in text_of(folder / "merges.txt").split("\n") if line and not line.startswith("#version")]
+    merges: Any = [tuple(line.rstrip("\r").split(" ")) for line in lines]
+    if not isinstance(vocab, dict) or not all(type(number) is int and 0 <= number < 2**31 for number in vocab.values()):
+        raise UserError(file, "expected tokens with their numbers", TODO, ExitCode.BAD_DATA)
+    backend = made(lambda: Tokenizer(models.BPE(vocab, merges)), folder)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if "</s>" in vocab and "<s>" in vocab:
+        ends = ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"])
+        backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
+    plain = [token for token in dict.fromkeys(ROBERTA.values()) if token in vocab and token != "<mask>"]
+    mask = [AddedToken("<mask>", lstrip=True, special=True)] if "<mask>" in vocab else []
+    backend.add_special_tokens([*plain, *mask])
+    return backend

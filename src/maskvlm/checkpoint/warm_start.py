@@ -1,0 +1,114 @@
+"""Where a run starts from: an earlier run's checkpoint, its backbone, its heads, its tokenizer and its history.
+
+`checkpoint.py` reads and verifies the file; here is what the parts of it mean.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.checkpoint import hf_folder as folder
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.content import check_content
+from maskvlm.checkpoint.hub_client import folder_of_hub
+from maskvlm.config.old_names import current
+from maskvlm.data.text import tokenizer_from_json
+
+
+class Seen(NamedTuple):
+    """Data that weights were trained on.
+
+    Attributes:
+        task, source: class paths. sha: the data's fingerprint.
+        pictures: different ones. steps: of the optimiser.
+        ids: 64-bit hashes of the pictures' ids, sorted; None where the source cannot tell them.
+        held_out: evaluation split that it was compared with, by id and look -> rows left out as they show its pictures;
+            None where there was none.
+    """
+
+    task: str
+    source: str
+    sha: str
+    pictures: int
+    steps: int
+    ids: Tensor | None = None
+    held_out: dict[str, int] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """For a checkpoint, which holds plain types and tensors alone."""
+        return self._asdict()
+
+    def words(self) -> dict[str, Any]:
+        """For people: without the ids, and without `held_out` where there was none."""
+        absent = {"ids"} if self.held_out is not None else {"ids", "held_out"}
+        return {name: value for name, value in self._asdict().items() if name not in absent}
+
+
+class Start(NamedTuple):
+    """What a checkpoint hands on.
+
+    Attributes:
+        path: of the file.
+        backbone, heads: tensors, by their names within the backbone and within the task.
+        tokenizer: None where it holds none.
+        labels: what its head decides among; None before a downstream task.
+        lineage: the data its weights have seen, first to last.
+        reference: contrast vectors of validation pictures (`familiar.sample_of`); None where it holds none.
+    """
+
+    path: str
+    backbone: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    tokenizer: PreTrainedTokenizerFast | None
+    labels: tuple[str, ...] | None
+    lineage: tuple[Seen, ...]
+    reference: Tensor | None = None
+
+
+def read_content(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds: a file of this project, a folder that `save_pretrained` wrote, or one on the hub.
+
+    Raises:
+        UserError: as `checkpoint.load`, `folder.read` and `folder_of_hub`.
+    """
+    place = folder_of_hub(str(path))
+    return check_content(folder.read(place), place) if place.is_dir() else checkpoint.load(place)
+
+
+def read_start(path: str) -> Start:
+    """What a checkpoint hands on; raises as `read_content`."""
+    return start_of(read_content(path), path)
+
+
+def start_of(content: Mapping[str, Any], path: str) -> Start:
+    """What the content of a checkpoint means; `path` is named in errors."""
+    state = content["state_dict"]
+    tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
+    labels = tuple(content["labels"]) if content.get("labels") is not None else None
+    parts = part(state, "backbone."), part(state, "task.")
+    return Start(path, *parts, tokenizer, labels, lineage_of(content), content.get("reference"))
+
+
+def lineage_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
+    """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
+    if "lineage" not in content:
+        return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
+    known = (Seen(**seen) for seen in content["lineage"])
+    return tuple(seen._replace(task=current(seen.task), source=current(seen.source)) for seen in known)
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def overlap(ids: Tensor, lineage: tuple[Seen, ...]) -> int | None:
+    """How many of these pictures the weights have seen; None where a part of their history tells no ids."""
+    if any(seen.ids is None for seen in lineage):
+        return None
+    known = [seen.ids for seen in lineage if seen.ids is not None]
+    return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0

@@ -1,0 +1,272 @@
+"""Weights into a module: read without running anything, resized where the resolution differs, accounted for.
+
+A state dict that fits badly is an error which names keys and shapes; there is no partial loading by accident.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from maskvlm.checkpoint.content import check_parts
+from maskvlm.checkpoint.hub_client import WEIGHT_FILES, Unreachable
+from maskvlm.checkpoint.integrity import asked_for, first_line, verify
+from maskvlm.checkpoint.provenance import Origin, Provenance
+from maskvlm.checkpoint.tokenizer_files import text_of
+from maskvlm.config.plain_schema import shown
+from maskvlm.data.files import load_json
+from maskvlm.utils.disk import check_inside
+from maskvlm.utils.errors import ExitCode, UserError
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys under which training programs store weights beside other things; averaged ones first, as timm does."""
+NAMED = 3
+"""So many misfits of a kind are named in an error; the others are counted."""
+
+
+class Loadable(Protocol):
+    """An encoder that knows where its pretrained weights are."""
+
+    def load_pretrained(self) -> Provenance: ...
+
+
+def load_pretrained(image: Loadable, text: Loadable) -> Provenance:
+    """Load the weights of both encoders.
+
+    Returns:
+        What was loaded, by names as seen from a module that holds them as `image` and `text`.
+
+    Raises:
+        Unreachable: names every encoder whose weights cannot be had, not just the first.
+        UserError: weights that do not fit or cannot be read.
+    """
+    provenance = Provenance()
+    missing: list[str] = []
+    for prefix, encoder in (("image", image), ("text", text)):
+        try:
+            provenance |= encoder.load_pretrained().under(prefix)
+        except Unreachable as error:
+            missing += error.names
+    if missing:
+        raise Unreachable(*missing)
+    return provenance
+
+
+# ---------------------------------------------------------------------- reading
+
+
+class State(NamedTuple):
+    """A plain state dict, and the file (and the key within it) that it was read from."""
+
+    tensors: dict[str, Tensor]
+    source: str
+
+
+def read_state(path: str | Path) -> State:
+    """The weights in a file, or in a folder with one of WEIGHT_FILES; nothing in it is executed.
+
+    Raises:
+        UserError: not there (66); damaged, or holds no weights (65); holds what could run code (77).
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and (index := next(iter(sorted(path.glob("*.index.json"))), None)) is not None:
+        return _read_parts(path, index)
+    path = find_weights(path)
+    content = _read(path)
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    tensors = clean_state_dict(content[key] if key else content)
+    odd = [f"{k} is of type {type(v).__name__}" for k, v in tensors.items() if not isinstance(v, Tensor)]
+    if odd or not tensors:
+        what = f"holds no plain weights ({odd[0] if odd else 'it is empty'})"
+        raise UserError(path, what, "Store a state dict of tensors", ExitCode.BAD_DATA)
+    return State(tensors, f"{path}[{key}]" if key else str(path))
+
+
+def _read_parts(folder: Path, index: Path) -> State:
+    """Weights in several files, which an index names. Raises as `read_state`."""
+    content = load_json(text_of(index).encode(), index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+        raise UserError(index, "names no files of weights", "Get the file again", ExitCode.BAD_DATA)
+    names = sorted(set(parts.values()))
+    if strange := [
+        name for name in names if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")
+    ]:
+        what = f"names {shown(strange[0])}, which is no file of weights beside it"
+        raise UserError(index, what, "Get the folder from somebody you trust", ExitCode.REFUSED)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        check_inside(folder / name)
+        tensors |= read_state(folder / name).tensors
+    return State(tensors, str(folder))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all files of weights in a folder."""
+    files = [file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def find_weights(path: Path) -> Path:
+    """The file itself, or the first of WEIGHT_FILES that lies in the folder."""
+    if path.is_dir():
+        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not found:
+            what = f"a folder without {', '.join(WEIGHT_FILES)}"
+            raise UserError(path, what, "Name the file of weights", ExitCode.MISSING_INPUT)
+        check_inside(found[0])
+        return found[0]
+    if not path.is_file():
+        raise UserError(path, "no such file or folder of weights", "Check the path", ExitCode.MISSING_INPUT)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check_file(path)
+    if is_safetensors(path):
+        return dict(load_file(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # weights_only refuses with UnpicklingError, damage can raise anything
+        what = f"holds more than weights, and that could run code ({asked_for(error)})"
+        raise UserError(path, what, "Store its tensors with safetensors", ExitCode.REFUSED) from error
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        what = f"holds a {type(content).__name__}, no state dict"
+        raise UserError(path, what, "Store a state dict of tensors", ExitCode.BAD_DATA)
+    check_parts(content, path)
+    return dict(content)
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError unless the file is a whole safetensors file or a whole archive of torch.save."""
+    if not is_safetensors(path):
+        return verify(path)
+    try:
+        safe_open(path, "pt").keys()
+    except SafetensorError as error:
+        what = f"truncated or damaged ({first_line(error)})"
+        raise UserError(path, what, "Get the file again", ExitCode.BAD_DATA) from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """By content: the length of the header in 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+# ---------------------------------------------------------------------- fitting
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    resize: bool = True,
+    new: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+    was: Mapping[str, torch.Size] | None = None,
+) -> Provenance:
+    """Load a state dict into a module, all of it into all of it.
+
+    Args:
+        model: takes the values; unchanged when an error is raised.
+        state: plain tensors by name.
+        source: where they come from, for the report and for errors.
+        resize: resample position embeddings of another resolution (`resize_positions`).
+        new: tensors of the model whose names begin so may be absent; they keep their values.
+        unused: tensors of the state whose names begin so are left out.
+        was: shapes before a conversion that the caller did, where they were others.
+
+    Returns:
+        The origin of each loaded tensor.
+
+    Raises:
+        UserError: shapes that differ, names that are missing or left over, values that are not finite.
+    """
+    wanted = {name: value for name, value in state.items() if not (unused and name.startswith(unused))}
+    fitted = resize_positions(wanted, model) if resize else wanted
+    check_fit(model, fitted, source, new)
+    check_numbers(fitted, source)
+    model.load_state_dict(fitted, strict=False)
+    before = {name: tuple(value.shape) for name, value in wanted.items()}
+    before |= {name: tuple(shape) for name, shape in (was or {}).items() if name in before}
+    return Provenance({name: _origin(tuple(v.shape), before[name], source) for name, v in fitted.items()})
+
+
+def _origin(shape: tuple[int, ...], before: tuple[int, ...], source: str) -> Origin:
+    return Origin("loaded", shape, source) if shape == before else Origin("resized", shape, source, before)
+
+
+def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state with every ViT's position embedding resampled to the resolution it has in `model`.
+
+    Bicubic with antialiasing, by timm; class and register tokens keep theirs. An embedding that is of no
+    square grid or of another width stays as it is.
+    """
+    resized = dict(state)
+    for name, part in model.named_modules():
+        key = f"{name}.pos_embed".lstrip(".")
+        ours, theirs = getattr(part, "pos_embed", None), state.get(key)
+        size = part.patch_embed.grid_size if hasattr(part, "patch_embed") else getattr(part, "grid", None)
+        if not isinstance(ours, Tensor) or theirs is None or size is None:
+            continue
+        prefix = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 1)
+        if ours.shape != theirs.shape and _is_square(theirs, ours, prefix):
+            resized[key] = resample_abs_pos_embed(theirs, size, num_prefix_tokens=prefix)
+    return resized
+
+
+def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
+    if theirs.dim() != 3 or theirs.shape[-1] != ours.shape[-1] or theirs.shape[1] <= prefix:
+        return False
+    positions = theirs.shape[1] - int(prefix)
+    return bool(round(positions**0.5) ** 2 == positions)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...] = ()) -> None:
+    """Raise UserError (65) unless names and shapes are the model's; it may be on the meta device."""
+    own = model.state_dict()
+    reshaped = [
+        f"{name} {list(state[name].shape)} -> {list(value.shape)}"
+        for name, value in own.items()
+        if name in state and value.shape != state[name].shape
+    ]
+    missing = [name for name in own if name not in state and not (new and name.startswith(new))]
+    left = [name for name in state if name not in own]
+    misfits = (
+        _count(reshaped, "of another shape"),
+        _count(missing, f"missing of the model's {len(own)}"),
+        _count(left, f"left over of the file's {len(state)}"),
+    )
+    if any(misfits):
+        what = f"does not fit {type(model).__name__}: {'; '.join(filter(None, misfits))}"
+        raise UserError(source, what, _advice(reshaped, missing or left), ExitCode.BAD_DATA)
+
+
+def check_numbers(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError (65) where a number is infinite or none."""
+    broken = [n for n, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        what = f"holds numbers that are not finite: {_count(broken, 'tensors')}"
+        raise UserError(source, what, "Use an earlier checkpoint", ExitCode.BAD_DATA)
+
+
+def _count(names: Iterable[str], kind: str) -> str:
+    names = list(names)
+    if not names:
+        return ""
+    return f"{len(names)} {kind} ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"
+
+
+def _advice(reshaped: list[str], others: list[str]) -> str:
+    if reshaped and not others and all("pos_embed" in text for text in reshaped):
+        return "Set image_size to the one it was trained with, or allow resizing"
+    if reshaped and not others and all("word_embeddings" in text for text in reshaped):
+        return "It was trained with another vocabulary: take its tokenizer and vocab_size"
+    return "Name weights of this very model, or set the model's name and config to theirs"

@@ -1,0 +1,219 @@
+"""`python -m maskvlm VERB --from CHECKPOINT picture.jpg "text"`: the verbs of a model in the shell.
+
+Answers are for reading; with `--json` one line of JSON each. Pictures go to `--out`.
+"""
+
+import argparse
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from maskvlm.config.arguments import Parser
+from maskvlm.data.inputs import MASK
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.utils.errors import UserError
+
+Answer = dict[str, Any]
+
+
+class Spoken(NamedTuple):
+    """A verb in the shell: what follows it, what it is for, how it is asked, and which head it needs."""
+
+    form: str
+    told: str
+    ask: Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Answer]]
+    head: str = ""
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """Ask; arguments begin with the verb."""
+    verb, parser = arguments[0], parser_of(arguments[0])
+    options = parser.parse_args(arguments[1:])
+    if options.source is None:
+        raise UserError(verb, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name")
+    model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
+    spoken = VERBS.get(verb) or task_verb(model, verb)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FarFromTraining)  # Python would show a place in the code with it
+        for answer in spoken.ask(model, options.inputs, options):
+            print(json.dumps(answer, ensure_ascii=False) if options.json else readable(answer), flush=True)
+    if model.told_far is not None:
+        print(f"warning: {model.told_far}", file=sys.stderr, flush=True)
+    return 0
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The options of all verbs."""
+    spoken = VERBS.get(verb)
+    told = spoken.told if spoken else "what a fine-tuned model answers: its pictures, then the text"
+    form = spoken.form if spoken else "PICTURE ... TEXT"
+    parser = Parser(f"python -m maskvlm {verb}", description=told, allow_abbrev=False)
+    parser.usage = f"python -m maskvlm {verb} --from CHECKPOINT {form} [options]"
+    parser.add_argument("inputs", nargs="*", help=form)
+    parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
+    parser.add_argument("--out", type=Path, help="where a picture is written")
+    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    parser.add_argument("--k", type=int, default=16, help="rank: candidates that matching looks at again")
+    parser.add_argument("--top", type=int, default=5, help="fill: guesses for each hidden word")
+    parser.add_argument("--hide", type=float, default=0.6, help="reconstruct, inpaint: share of patches hidden by lot")
+    parser.add_argument("--box", help="or the patches that this box touches: left,top,right,bottom as shares of 0 to 1")
+    parser.add_argument("--seed", type=int, default=0, help="of that lot")
+    return parser
+
+
+def readable(answer: Answer) -> str:
+    """Its entries on one line; numbers with three digits."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        if isinstance(value, dict):
+            return "  ".join(f"{key} {word(each)}" for key, each in value.items())
+        return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
+
+    return "  ".join(word(value) for value in answer.values() if value is not None)
+
+
+def take(inputs: list[str], form: str, least: int, most: int | None, verb: str) -> list[str]:
+    """The inputs, as many as the verb takes. Raises UserError."""
+    if len(inputs) < least or (most is not None and len(inputs) > most):
+        raise UserError(verb, f"{len(inputs)} inputs", f"Give {form}")
+    return inputs
+
+
+# ---------------------------------------------------------------------- the core's verbs
+
+
+def fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    picture, text = take(inputs, VERBS["fill"].form, 2, 2, "fill")
+    for guesses in model.fill_mask(picture, text, options.top):
+        yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
+
+
+def match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    picture, *texts = take(inputs, VERBS["match"].form, 2, None, "match")
+    for text, probability in zip(texts, model.match(picture, texts), strict=True):  # type: ignore[arg-type]
+        yield {"match": probability, "text": text}
+
+
+def rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    query, *candidates = take(inputs, VERBS["rank"].form, 2, None, "rank")
+    for place, one in enumerate(model.rank(query, candidates, options.k), 1):
+        ranked: Any = one
+        told = {"rank": place, "match": ranked.match, "similarity": ranked.similarity}
+        yield told | {"candidate": candidates[ranked.place]}
+
+
+def caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    pictures = take(inputs, VERBS["caption"].form, 1, None, "caption")
+    for picture in pictures:
+        told = {"caption": model.caption(picture)}
+        yield {"picture": picture, **told} if len(pictures) > 1 or options.json else told
+
+
+def score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    picture, *texts = take(inputs, VERBS["score"].form, 2, None, "score")
+    for text, value in zip(texts, model.score(picture, texts), strict=True):  # type: ignore[arg-type]
+        yield {"score": value, "text": text}
+
+
+def explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    picture, text, word = take(inputs, VERBS["explain"].form, 3, 3, "explain")
+    found: Any = model.explain(picture, text, word)
+    row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
+    yield {"written": save(found.picture, options.out, "explain.png")} | (
+        {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
+        if options.json
+        else {"peak": f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"}
+    )
+
+
+def reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    yield from paint(model.reconstruct, model, inputs, options, "reconstruct")
+
+
+def inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    yield from paint(model.inpaint, model, inputs, options, "inpaint")
+
+
+def paint(
+    how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace, verb: str
+) -> Iterator[Answer]:
+    picture, text = take(inputs, VERBS[verb].form, 2, 2, verb)
+    mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.hide, options.seed, model.grid)
+    yield {"written": save(how(picture, mask, text), options.out, f"{verb}.png"), "hidden": int(mask.sum())}
+
+
+def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """A share of the patches, hidden by lot."""
+    if not 0 <= share <= 1:
+        raise UserError("--hide", f"{share} is no share", "Give a number from 0 to 1")
+    patches = grid[0] * grid[1]
+    chosen = random.Random(seed).sample(range(patches), round(share * patches))
+    return np.isin(np.arange(patches), chosen).reshape(grid)
+
+
+def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The patches that a box touches."""
+    try:
+        left, top, right, bottom = (float(part) for part in box.split(","))
+    except ValueError:
+        raise UserError("--box", f"'{box}' is no box", "Give left,top,right,bottom such as 0.2,0.2,0.7,0.7") from None
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise UserError(
+            "--box", f"{box} is outside of the picture or empty", "Give shares of 0 to 1, left before right"
+        )
+    rows, columns = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
+    down = (rows + 1 > top * grid[0]) & (rows < bottom * grid[0])
+    across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
+    found: np.ndarray[Any, Any] = down & across
+    return found
+
+
+def save(image: Image.Image, out: Path | None, name: str) -> str:
+    """Write a picture; returns where."""
+    path = out or Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(path, f"cannot be written ({error})", "Name another file, such as out.png") from error
+    return str(path)
+
+
+def task_verb(model: PretrainedMaskVLM, verb: str) -> Spoken:
+    """The verb that the model's task brings. Raises UserError, which lists those there are."""
+    found = model.task.verbs.get(verb)
+    if found is None:
+        core = [name for name, spoken in VERBS.items() if getattr(model.task, spoken.head, None) is not None]
+        known = ", ".join([*core, *model.task.verbs])
+        raise UserError(verb, f"no verb of this checkpoint ({type(model.task).__name__})", f"There are: {known}")
+    form = f"{found.pictures} picture{'s' if found.pictures > 1 else ''} and a {found.text}"
+
+    def ask(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+        take(inputs, form, found.pictures + 1, found.pictures + 1, verb)
+        answer = getattr(model, verb)(*inputs)
+        yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
+
+    return Spoken(form, found.told, ask)
+
+
+VERBS: dict[str, Spoken] = {
+    "fill": Spoken(f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", fill, "tokens"),
+    "match": Spoken("PICTURE TEXT ...", "probability that picture and text belong together", match, "matching"),
+    "rank": Spoken("PICTURE TEXT ...  or  TEXT PICTURE ...", "texts or pictures, the best first", rank, "projection"),
+    "caption": Spoken("PICTURE ...", "write a caption", caption, "tokens"),
+    "score": Spoken("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", score, "tokens"),
+    "explain": Spoken("PICTURE TEXT WORD", "where the model looks for a word (--out)", explain, "tokens"),
+    "reconstruct": Spoken("PICTURE TEXT", "fill in hidden patches from the text (--out)", reconstruct, "pixels"),
+    "inpaint": Spoken("PICTURE TEXT", "the same in rounds, the most certain first (--out)", inpaint, "pixels"),
+}

@@ -1,0 +1,108 @@
+"""How fast a configuration trains here: pairs per second, share of the device's peak, memory."""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskvlm.cli.lightning import Command, check_device, run
+from maskvlm.training.failure import process_rank
+from maskvlm.training.run_record import machine
+
+WARMUP = 5  # steps that are not timed: kernels are chosen, memory is reserved
+STEPS = 25
+
+
+class Speed(NamedTuple):
+    """Of one process. Operations are counted in the forward and backward pass as they are carried out, so
+    recomputed activations count too."""
+
+    device: str
+    precision: str
+    pairs_per_second: float
+    milliseconds: float
+    flops_per_second: float
+    peak_flops: float | None
+    memory_gib: float | None
+
+    def __str__(self) -> str:
+        use = f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
+        memory = f", {self.memory_gib:.2f} GiB at most" if self.memory_gib is not None else ""
+        return (
+            f"{self.device}, {self.precision}: {self.pairs_per_second:.1f} pairs/s, "
+            f"{self.milliseconds:.0f} ms a step, {self.flops_per_second / 1e12:.3f} TFLOP/s{use}{memory}"
+        )
+
+
+class Stopwatch(L.Callback):
+    """Counts the operations of the first step and times those after the warm-up."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.flops, self.started = 0, 0.0
+        self.speed: Speed | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self.counter.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self.counter.__exit__(None, None, None)
+            self.flops = self.counter.get_total_flops()
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        if batch_idx + 1 == WARMUP:
+            self.started = time.perf_counter()
+        elif batch_idx + 1 == STEPS:
+            seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
+            pairs = len(batch.valid_B) * trainer.world_size
+            self.speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
+
+
+def measured(device: torch.device, precision: str, pairs: int, seconds: float, flops: int) -> Speed:
+    """The speed of one step of `seconds`."""
+    cuda = device.type == "cuda"
+    kind = torch.bfloat16 if "bf16" in precision else torch.float32
+    return Speed(
+        torch.cuda.get_device_name(device) if cuda else machine()["processor"],
+        precision,
+        pairs / seconds,
+        1000 * seconds,
+        flops / seconds,
+        get_available_flops(device, kind) if cuda else None,
+        torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None,
+    )
+
+
+class Bench(Command):
+    """A few steps of fit: no evaluation, no folder, no checkpoint."""
+
+    def before_instantiate_classes(self) -> None:
+        trainer, data = self.settings.trainer, self.settings.data.init_args
+        check_device(trainer)
+        trainer.logger, trainer.callbacks, trainer.limit_val_batches = False, [], 0
+        trainer.enable_checkpointing = trainer.enable_progress_bar = False
+        data.steps, data.epochs = STEPS, None
+        self.save_config_callback = None
+
+    def after_fit(self) -> None:
+        """Nothing is kept."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self.stopwatch = Stopwatch()
+        return super().instantiate_trainer(callbacks=[self.stopwatch], **kwargs)
+
+
+def bench(arguments: list[str], allowed: Iterable[str] = ()) -> str:
+    """Time a few training steps of a configuration; returns the line that says how fast they were."""
+    command = run(Bench, ["fit", *arguments], allowed)
+    return str(command.stopwatch.speed) if process_rank() == 0 else ""

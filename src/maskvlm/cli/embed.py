@@ -1,0 +1,69 @@
+"""`maskvlm embed`: the vectors of a data set's images and captions (`inference/vectors.py`)."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.slurm import source
+from maskvlm.config.arguments import Parser
+from maskvlm.data.batch import Source
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.vectors import SHARD, Process, embed
+from maskvlm.utils.errors import UserError, check_least
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """Embed a split; arguments as in the shell."""
+    parser = parser_of("embed", "checkpoints/vectors", "write the vectors of a data set as Parquet")
+    options, rest = parser.parse_known_args(arguments)
+    print(embed_data(options, rest, allowed, options.out, process_of(os.environ)), flush=True)
+    return 0
+
+
+def parser_of(command: str, out: str, told: str) -> argparse.ArgumentParser:
+    """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
+    parser = Parser(f"python -m maskvlm {command}", description=told, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
+    parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
+    parser.add_argument("--split", default="val", help="train, val or test")
+    parser.add_argument("--shard", type=int, default=SHARD, help="pictures a file")
+    parser.add_argument("--no-captions", dest="captions", action="store_false", help="leave out vectors of captions")
+    parser.add_argument("--device", help="such as cpu; a GPU where there is one, if left out")
+    return parser
+
+
+def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str], folder: Path, process: Process) -> str:
+    """Embed the data that `rest` configures (`-c FILE ... --data.key value`); returns what was done.
+
+    Raises:
+        UserError: no checkpoint, data that are not pictures with captions, a folder that holds other vectors.
+    """
+    if options.source is None:
+        raise UserError("embed", "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt or a hub name")
+    check_least(1, shard=options.shard)
+    settings = run(Parsed, ["fit", *rest], allowed).settings
+    reader, chosen = source(settings), settings.data.init_args.source
+    if not isinstance(reader, Source):
+        todo = "Name a set of pictures with captions (-c conf/data/NAME.yaml)"
+        raise UserError("data.source", f"{chosen.class_path} has no captions of pictures", todo)
+    pairs = reader.split(options.split)
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    device = options.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
+    args = chosen.get("init_args")
+    plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
+    told = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
+    return embed(model, pairs, folder, told, options.shard, options.captions, process)
+
+
+def process_of(environment: Mapping[str, str]) -> Process:
+    """By torchrun's variables, or else SLURM's; the only one without either."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in environment and world in environment:
+            return int(environment[rank]), int(environment[world])
+    return 0, 1

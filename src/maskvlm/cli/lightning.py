@@ -1,0 +1,319 @@
+"""The command line: LightningCLI with this project's classes, links and rules.
+
+`python -m maskvlm fit -c a.yaml -c b.yaml --model.task.image_mask_ratio 0.7`: later files win, then options.
+Every class path in a file is a plug-in: its base class is the whole registry.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from maskvlm.checkpoint.integrity import newest_valid
+from maskvlm.checkpoint.model_spec import portable_yaml, task_yaml
+from maskvlm.config.given import options
+from maskvlm.config.parse_errors import explain
+from maskvlm.config.parser import MODE, Complaint, Parser, parsed, prepare
+from maskvlm.config.safe_yaml import cut
+from maskvlm.inference.rebuild import model_of
+from maskvlm.training.attempts import attempted
+from maskvlm.training.failure import FIRST, process_rank
+from maskvlm.training.lit import LitModel
+from maskvlm.training.precision import alone, cpu_precision
+from maskvlm.training.resume import LAST, check_finite
+from maskvlm.training.run_record import SaveConfig, claim, finish
+from maskvlm.training.run_state import may_go_on, newest_of
+from maskvlm.training.watch import watch
+from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.lock import HELD
+from maskvlm.utils.outputs import writing
+from maskvlm.utils.signals import CAUGHT
+
+COMMANDS = ("fit", "validate", "test")
+AnyCommand = TypeVar("AnyCommand", bound="Command")
+
+
+class Command(LightningCLI):
+    """Parses the arguments, builds model, data and trainer, and runs the subcommand.
+
+    Args:
+        arguments: the subcommand and its options.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        super().__init__(
+            LitModel,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": MODE},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # it would put class paths into checkpoints
+            args=arguments,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in COMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        told = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
+        parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=told)
+        told = "several processes: seconds without a sign of life before one is taken for frozen (default 120)"
+        parser.add_argument("--patience", type=float | None, default=None, help=told)
+        told = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
+        parser.add_argument("--from", type=str | None, default=None, help=told)
+        parser.link_arguments("from", "model.backbone.init_args.start")
+        # What the encoders know goes to the data once; one seed and one number of passes rule both sides.
+        parser.link_arguments("model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate")
+        for encoder in ("image", "text"):
+            parser.link_arguments("model.random_init", f"model.backbone.init_args.{encoder}.init_args.random_init")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("data", "model.task.init_args.labels", compute_fn=labels, apply_on="instantiate")
+        parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parsed(parser, self.arguments)
+
+    @property
+    def settings(self) -> Namespace:
+        """The composed configuration of the subcommand."""
+        return self.config[self.config.subcommand]
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own would replace the model's settings by those inside the checkpoint."""
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings
+        folder = Path(settings.run)
+        check_least(1, patience=settings.get("patience"))
+        check_device(settings.trainer)
+        if self.subcommand != "fit":
+            settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
+        if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
+            settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
+        if self.subcommand == "fit" and not settings.trainer.fast_dev_run:
+            self._stand(settings, folder)
+        if process_rank() == 0:
+            folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
+
+    def _stand(self, settings: Namespace, folder: Path) -> None:
+        """Take the folder, and find where its run goes on. What is refused has touched nothing."""
+        named = settings.ckpt_path is not None
+        composed = self._parser("fit").dump(settings, skip_none=False)
+        if not named:
+            may_go_on(folder, composed)
+        if process_rank() == 0:
+            HELD.take(folder, warn)
+        if not named:
+            settings.ckpt_path = newest_of(folder, composed, warn)
+            if settings.ckpt_path is None and process_rank() == 0:
+                claim(folder)
+
+    def instantiate_classes(self) -> None:
+        """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
+        self.written = self.config
+        self.config = self.written.clone()
+        settings = self.settings
+        settings.trainer = fill_in(settings.trainer, settings.run)
+        settings.trainer.default_root_dir = settings.run
+        if self.subcommand != "fit":
+            settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
+        super().instantiate_classes()
+        written = self.written[self.subcommand].as_dict()
+        self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
+        self.model.task_yaml = task_yaml(written)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """bf16 wherever the GPU has it, and on a CPU where that is faster (`precision.py`), unless told otherwise."""
+        self.config = self.written
+        trainer = self.settings.trainer
+        if trainer.precision is None:
+            kwargs.setdefault("precision", self._precision(trainer))
+        try:
+            made = super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
+            raise wrong_trainer(error) from error
+        watch(made, Path(self.settings.run), self.settings.get("patience"))
+        return made
+
+    def _precision(self, trainer: Namespace) -> str | None:
+        """None: single precision. Of several processes on CPUs each would find its own: there it stays at that."""
+        if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        one = str(trainer.devices) in ("1", "auto") and trainer.num_nodes == 1 and alone()
+        if trainer.accelerator not in ("auto", "cpu") or not one:
+            return None
+        image = self.model.backbone.image
+        length = image.num_patches + image.vit.num_prefix_tokens
+        return cpu_precision(image.vit.blocks[-1], length, image.vit.embed_dim, Path(self.settings.run))
+
+    def before_validate(self) -> None:
+        """A checkpoint without the task's heads is refused before anything is written. One that is loaded by
+        --ckpt_path brings them later."""
+        if self.settings.get("ckpt_path") is None:
+            self.model.on_validation_start()
+
+    before_test = before_validate
+
+    def after_fit(self) -> None:
+        """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
+        along the way looked at a part (limit_val_batches). Of a run that ended because its score no longer rose, the
+        best weights are measured."""
+        if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = Path(self.trainer.default_root_dir)
+            check_finite(self.trainer, folder)
+            self.trainer.save_checkpoint(folder / LAST)
+        if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+            self.trainer.limit_val_batches = 1.0
+            best = best_of(self.trainer)
+            if best is not None:
+                warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
+            self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            finish(Path(self.trainer.default_root_dir), self.trainer.global_step)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            with attempted(Path(self.settings.run)), writing(self.settings.run):
+                super()._run_subcommand(subcommand)
+        finally:
+            CAUGHT.restore()
+            HELD.release()
+
+
+def best_of(trainer: L.Trainer) -> str | None:
+    """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    stopped = any(isinstance(each, EarlyStopping) and each.wait_count >= each.patience for each in callbacks)
+    keeper = next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path), None)
+    return keeper.best_model_path if stopped and keeper is not None else None
+
+
+class Parsed(Command):
+    """Parses and checks the arguments, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is claimed."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is built."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def wrong_trainer(error: Exception) -> UserError:
+    """One line for a value that the trainer's types allow and Lightning does not."""
+    return UserError("trainer", cut(str(error), 300).rstrip("."), "Correct the keys of trainer")
+
+
+def warn(text: str) -> None:
+    """A warning of one line, from the first process alone."""
+    if process_rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def labels(data: Any) -> Any:
+    """What the head of a downstream task decides among."""
+    return getattr(data, "labels", None)
+
+
+def input_spec(backbone: Any) -> Any:
+    """What the encoders know about inputs."""
+    return backbone.input_spec
+
+
+def fill_in(value: Any, run: str) -> Any:
+    """`value` with every `{run}` in its texts replaced by the run's folder."""
+    if isinstance(value, str):
+        return value.replace("{run}", run)
+    if isinstance(value, list):
+        return [fill_in(part, run) for part in value]
+    if isinstance(value, Namespace):
+        return Namespace({key: fill_in(part, run) for key, part in vars(value).items()})
+    return value
+
+
+def check_device(trainer: Namespace) -> None:
+    """A card that is asked for must be there.
+
+    Raises:
+        UserError: it is not (69).
+    """
+    if trainer.accelerator not in ("gpu", "cuda"):
+        return
+    found, asked = torch.cuda.device_count(), trainer.devices
+    wanted = len(asked) if isinstance(asked, list) else int(asked) if str(asked).lstrip("-").isdigit() else 1
+    if found < max(1, wanted):
+        todo = "Use WHERE=cpu (--trainer.accelerator cpu) or fewer devices"
+        what = f"found {found} of {max(1, wanted)} GPUs"
+        raise UserError("trainer.devices", what, todo, ExitCode.UNAVAILABLE)
+
+
+def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None:
+    """The file that `--ckpt_path` means: a path, or `last` or `best` of the run's folder.
+
+    Raises:
+        UserError: it is not there (66), or an evaluation was asked for without naming one (2).
+    """
+    if asked is None:
+        if command == "fit":
+            return None
+        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
+    if "://" in asked:
+        raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
+    if asked == "last":
+        found = newest_valid(folder, warn)
+        if found is None:
+            todo = "Check --folder, or leave --ckpt_path out"
+            raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)
+        return str(found)
+    return str(folder / "best.ckpt") if asked == "best" else asked
+
+
+def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] = ()) -> AnyCommand:
+    """Run one command.
+
+    Args:
+        command: what is done with them: Command, or Parsed to check only.
+        arguments: the subcommand and its options.
+        allowed: further packages that class paths in files may come from.
+
+    Raises:
+        UserError: whatever is wrong with the arguments, in one line.
+    """
+    prepare(arguments, allowed)
+    try:
+        with with_model(arguments) as whole:
+            return command(whole)
+    except Complaint as complaint:  # explained by what the user gave: the checkpoint's file is gone by now
+        raise explain(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
+
+
+@contextmanager
+def with_model(arguments: list[str]) -> Iterator[list[str]]:
+    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides."""
+    starts = [option.value for option in options(arguments) if option.key == "from"]
+    if not starts or starts[-1] in ("", "null"):
+        yield arguments
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.yaml"
+        file.write_text(model_of(starts[-1]), encoding="utf-8")
+        yield [arguments[0], "-c", str(file), *arguments[1:]]

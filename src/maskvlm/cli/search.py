@@ -1,0 +1,62 @@
+"""`maskvlm index` and `maskvlm search` (`inference/search.py`)."""
+
+import json
+import os
+from pathlib import Path
+
+from maskvlm.cli.ask import readable
+from maskvlm.cli.embed import embed_data, parser_of, process_of
+from maskvlm.config.arguments import Parser
+from maskvlm.data.inputs import check_absent
+from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.search import ABOUT, Index, index_folder, search
+from maskvlm.inference.vectors import Facts
+from maskvlm.utils.errors import UserError
+
+
+def make(arguments: list[str], allowed: list[str]) -> int:
+    """`index`: embed where no vectors are named, and build; arguments as in the shell."""
+    parser = parser_of("index", "checkpoints/index", "an index of a data set's pictures, from vectors or a checkpoint")
+    parser.add_argument("--vectors", type=Path, help="a folder that `embed` wrote; without it this embeds first")
+    parser.add_argument("--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and recall")
+    parser.add_argument("--recall", type=float, default=RECALL, help="share of the 10 nearest to be found")
+    options, rest = parser.parse_known_args(arguments)
+    faiss_module()
+    if process_of(os.environ)[1] > 1:
+        raise UserError("index", "several processes", "`embed` with them, then `index --vectors FOLDER` with one")
+    if options.vectors is not None and rest:
+        raise UserError(rest[0], "is of no use beside --vectors", "Leave it out")
+    vectors = options.vectors or options.out / "vectors"
+    if options.vectors is None:
+        print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
+    about = index_folder(vectors, options.out, options.kind, options.recall)
+    told = "{count} pictures, {factory} {knob} {value}, made in {build_seconds} s; recall@10 {recall_at_10} "
+    told = (told + "with {queries} {asked}; {median_ms} ms a query").format(**about).replace(" None", "")
+    low = "; the recall asked for is not reached: --kind flat misses nothing"
+    print(f"{options.out}: {told}{low if about['recall_at_10'] < options.recall else ''}", flush=True)
+    return 0
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """`search`; arguments as in the shell."""
+    parser = Parser("python -m maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
+    parser.add_argument("query", help="a text, or the file of a picture")
+    parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
+    parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
+    parser.add_argument("--k", type=int, default=10, help="how many (10)")
+    parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
+    parser.add_argument("--images", type=Path, help="where the images lie (a folder, a prepared set), for --rerank")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each")
+    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    options = parser.parse_args(arguments)
+    check_absent([options.query])
+    made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
+    index = Index.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
+    model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
+    for place, each in enumerate(search(index, model, options.query, options.k, options.rerank), 1):
+        told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
+        told |= {"picture": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
+        whole = {**told, "id": each.id, "captions": each.captions}
+        print(json.dumps(whole, ensure_ascii=False) if options.json else readable(told), flush=True)
+    return 0

@@ -1,0 +1,91 @@
+"""The small commands beside fit, validate and test: a look at the data, and a job for the cluster."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from maskvlm.cli.lightning import Parsed, run
+from maskvlm.config.parser import MODE, Parser
+from maskvlm.data.batch import Source
+from maskvlm.data.examples import ExampleSource
+from maskvlm.data.preview import contact_sheet
+from maskvlm.training.run_record import write_text
+from maskvlm.utils.errors import ExitCode, UserError
+
+SCRIPT = """#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={devices}
+#SBATCH --gpus-per-node={devices}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --output={folder}/slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+# Two minutes before the time limit it saves, and is queued again.
+# Partition, account and time limit: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT in your environment.
+set -euo pipefail
+cd {here}
+export PYTHONPATH=src
+{places}export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
+srun {command}
+"""
+
+PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
+
+
+def preview(arguments: list[str], out: Path, allowed: Iterable[str] = ()) -> str:
+    """Write a contact sheet of the training pictures with their captions; returns what was done."""
+    pairs = source(run(Parsed, ["fit", *arguments], allowed).settings).split("train")
+    contact_sheet(pairs, out)
+    return f"{out}: {len(pairs)} training pictures, some of them shown with their captions"
+
+
+def source(settings: Namespace) -> Any:
+    """The configured data set's reader, without model or trainer."""
+    parser = Parser(parser_mode=MODE)
+    parser.add_subclass_arguments((Source, ExampleSource), "source")
+    return parser.instantiate(parser.parse_object({"source": settings.data.init_args.source})).source
+
+
+def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
+    """Write the batch script of a run into its folder, and hand it to sbatch where there is one.
+
+    Raises:
+        UserError: sbatch refused it (69).
+    """
+    settings = run(Parsed, ["fit", *arguments], allowed).settings
+    path = Path(settings.run) / "job.sh"
+    write_text(path, batch_script(settings, arguments, allowed))
+    if shutil.which("sbatch") is None:
+        return f"{path}: written; there is no sbatch here, submit it where there is: sbatch {path}"
+    done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError("sbatch", " ".join(done.stderr.split()), f"Mend {path}", ExitCode.UNAVAILABLE)
+    return f"{path}: {done.stdout.strip()}"
+
+
+def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[str] = ()) -> str:
+    """One task a GPU, as Lightning expects it under srun."""
+    devices, workers = settings.trainer.devices, settings.data.init_args.get("workers") or 0
+    if not str(devices).isdigit():
+        what = f"a batch job needs a number of devices a node, not {devices}"
+        raise UserError("trainer.devices", what, "Choose WHERE=slurm4x8 or give --trainer.devices 8")
+    allow = [word for name in allowed for word in ("--allow-import", name)]
+    return SCRIPT.format(
+        name=Path(settings.run).name,
+        nodes=settings.trainer.num_nodes,
+        devices=devices,
+        cpus=workers + 2,
+        folder=settings.run,
+        places="".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in PLACES if os.environ.get(name)),
+        here=shlex.quote(str(Path.cwd())),
+        command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
+    )

@@ -1,0 +1,151 @@
+"""Which classes a configuration may name: a list of classes, not packages. The parser asks before it imports anything.
+
+What is allowed: this project's own classes of the kinds below; those of Lightning listed here; what the user typed on
+the command line, that very path; what lies under a name given with --allow-import. Functions are never on the list.
+"""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from maskvlm.config.given import options
+from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.utils.errors import UserError
+
+OWN = ("maskvlm", "tasks")
+KINDS = {
+    "maskvlm.objectives.task.Task",
+    "maskvlm.model.maskvlm.MaskVLM",
+    "maskvlm.model.encoders.ImageEncoder",
+    "maskvlm.model.encoders.TextEncoder",
+    "maskvlm.data.batch.Source",
+    "maskvlm.data.examples.ExampleSource",
+    "lightning.pytorch.core.datamodule.LightningDataModule",
+    "lightning.pytorch.callbacks.callback.Callback",
+    "lightning.fabric.loggers.logger.Logger",
+    "lightning.fabric.plugins.io.checkpoint_io.CheckpointIO",
+    "lightning.pytorch.profilers.profiler.Profiler",
+    "lightning.fabric.strategies.strategy.Strategy",
+    "lightning.pytorch.strategies.strategy.Strategy",
+    "lightning.fabric.plugins.precision.precision.Precision",
+    "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",
+}
+"""A class of ours is of one of these kinds, and so is one that is typed by its bare name."""
+LIGHTNING = {
+    "lightning.pytorch.callbacks": (
+        "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging GradientAccumulationScheduler "
+        "LearningRateFinder LearningRateMonitor ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint "
+        "RichModelSummary RichProgressBar SpikeDetection StochasticWeightAveraging TQDMProgressBar Timer"
+    ),
+    "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger",
+    "lightning.pytorch.profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler",
+    "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
+    "lightning.pytorch.plugins": "DoublePrecision FSDPPrecision HalfPrecision MixedPrecision TorchSyncBatchNorm",
+    "lightning.fabric.plugins.environments": (
+        "KubeflowEnvironment LightningEnvironment LSFEnvironment MPIEnvironment SLURMEnvironment "
+        "TorchElasticEnvironment"
+    ),
+}
+"""By module. Not here: what is made of callables (LambdaCallback, ThroughputMonitor,
+BackboneFinetuning), what sends to an address (WandbLogger and others), what reads checkpoints in its own way."""
+LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+NO_CLASSES = ("run", "from", "ckpt_path", "out", "allow-import")  # options whose values are names of files
+
+
+class Verdicts(dict[str, bool]):
+    """Answers the parser for each path that a value names, by that very path and not by its package.
+
+    The parser looks up the longest prefix of a path that is in here, and the path itself always is. As a plain dict
+    it denies everything.
+
+    Args:
+        arguments: the command line.
+        allowed: packages, modules or classes that the user trusts.
+    """
+
+    def __init__(self, arguments: list[str], allowed: Iterable[str] = ()) -> None:
+        super().__init__({"*": False})
+        self.typed, self.allowed = typed_names(arguments), set(allowed)
+
+    def __contains__(self, path: object) -> bool:
+        return True
+
+    def __getitem__(self, path: str) -> bool:
+        return may_name(path, self.typed, self.allowed)
+
+
+def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
+    """Whether a value may name the class of this path.
+
+    Args:
+        path: dotted, such as `tasks.vqa.task.Vqa`.
+        typed: what the user typed: paths, or bare names of classes.
+        allowed: packages, modules or classes that the user trusts.
+    """
+    root = path.partition(".")[0]
+    if root == "jsonargparse" or not PATH.fullmatch(path):
+        return False
+    if any(path == name or path.startswith(f"{name}.") for name in allowed):
+        return True
+    if path in typed and root not in sys.stdlib_module_names:
+        return True
+    found = _find(path, root in OWN)
+    if found is _Missing:
+        return root in OWN  # the parser says what is missing; nothing of it can be imported
+    if not inspect.isclass(found):
+        return False
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in found.__mro__}
+    if f"{found.__module__}.{found.__qualname__}" in KINDS:
+        return True
+    if found.__module__.partition(".")[0] in OWN or found.__qualname__ in typed:
+        return bool(kinds & KINDS)
+    return any(found is _find(name, False) for name in LISTED | typed | allowed)
+
+
+class _Missing:
+    """Stands for what is not there."""
+
+
+def _find(path: str, load: bool) -> Any:
+    """What a path names: of modules that are imported already, or, with `load`, of one that may be imported now."""
+    module, _, name = path.rpartition(".")
+    if load and module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # of something that the module needs
+            # `module.Class.method` is found, too, and is no class
+            outer = _find(module, True) if "." in module else _Missing
+            return _Missing if outer is _Missing else getattr(outer, name, _Missing)
+        except Exception as error:
+            raise UserError(path, f"cannot be imported ({type(error).__name__}: {error})", "Mend its file") from error
+    return getattr(sys.modules.get(module, _Missing), name, _Missing)
+
+
+def typed_names(arguments: list[str]) -> set[str]:
+    """Dotted paths and bare names in the values of options, also inside of YAML and JSON."""
+    names: set[str] = set()
+    for option in options(arguments):
+        if option.key in NO_CLASSES or not option.value:
+            continue
+        if PATH.fullmatch(option.value):
+            names.add(option.value)
+        elif option.value[0] in "{[":
+            try:
+                names |= set(_texts(read_yaml(option.value, option.where)))
+            except UserError:
+                continue  # told when it is parsed
+    return names
+
+
+def _texts(value: Any) -> Iterable[str]:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, str) and PATH.fullmatch(value):
+        yield value
+    for part in parts:
+        yield from _texts(part)

@@ -1,0 +1,316 @@
+"""The words of a command, `model=base data=coco run=first`, as the stack of YAML files and options they stand for.
+
+Later files win over earlier ones, and the options that follow the words win over all files:
+
+    base < model/MODEL < pretrain | finetune < pretrain-MODEL < data/DATA | tasks/TASK/DATA < where/WHERE < options
+
+Nothing here imports torch: a wrong word is refused before seconds of imports.
+"""
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.utils.errors import ExitCode, UserError
+
+PACKAGED = "_home"
+"""Folder of the installed package that holds what a clone has at its top: conf/ and tasks/."""
+IMAGE_WEIGHTS, TOKENIZERS = (".safetensors", ".bin", ".pth"), ("tokenizer.json", "vocab.txt", "vocab.json")
+RUN_NAME = "MASKVLM_RUN_NAME"
+"""Environment variable by which processes that a run starts know the run's folder."""
+
+
+def home() -> Path:
+    """The folder that holds conf/ and tasks/: the working directory, the clone of this package, or the package."""
+    here, package = Path(), Path(__file__).resolve().parents[1]
+    for folder in (here, package.parents[1]):
+        if (folder / "conf" / "base.yaml").is_file() and (folder / "tasks").is_dir():
+            return folder
+    return package / PACKAGED
+
+
+def find_tasks() -> None:
+    """Let `import tasks` find the plug-ins of `home`, for this process alone."""
+    folder = str(home().resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+class Words(NamedTuple):
+    """What stands before the options of a command.
+
+    Attributes:
+        places: words without a name, such as a task.
+        given: value by name.
+        options: everything from the first word that begins with a dash.
+    """
+
+    places: list[str]
+    given: dict[str, str]
+    options: list[str]
+
+    def get(self, name: str, default: str = "") -> str:
+        return self.given.get(name, default)
+
+
+def read_words(command: str, arguments: Sequence[str], names: Sequence[str], places: int = 0) -> Words:
+    """Take a command's words apart.
+
+    Args:
+        names: that the command knows.
+        places: how many words without a name it takes at most.
+
+    Raises:
+        UserError: a name that it does not know, one given twice, or more words without a name (2).
+    """
+    first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    words = Words([], {}, list(arguments[first:]))
+    for word in arguments[:first]:
+        name, equals, value = word.partition("=")
+        if not equals and len(words.places) < places:
+            words.places.append(word)
+        elif not equals or name not in names:
+            known = " ".join(f"{each}=" for each in names)
+            raise UserError(f"{command}: {word}", "no such word", f"There are: {known}; options begin with --")
+        elif name in words.given:
+            raise UserError(f"{command}: {word}", f"{name} is given twice", "Keep one of them")
+        else:
+            words.given[name] = value
+    return words
+
+
+# ---------------------------------------------------------------------- names of files
+
+
+def choices(kind: str) -> list[str]:
+    """Names of the YAML files in conf/KIND."""
+    return sorted(path.stem for path in (home() / "conf" / kind).glob("*.yaml"))
+
+
+def chosen(kind: str, value: str) -> Path:
+    """The file in conf/KIND of that name. Raises UserError, which lists those there are."""
+    if value not in choices(kind):
+        raise UserError(f"{kind}={value}", f"no such {kind}", f"There are: {', '.join(choices(kind))}")
+    return home() / "conf" / kind / f"{value}.yaml"
+
+
+def data_root() -> Path:
+    """The folder of prepared sets; the environment's DATA_ROOT, which the YAML files read, too."""
+    return Path(os.environ.get("DATA_ROOT") or "data")
+
+
+def prepared() -> list[str]:
+    """Names of the sets there."""
+    return sorted(path.parent.name for path in data_root().glob("*/manifest.json"))
+
+
+def tasks() -> list[str]:
+    """Names of the plug-ins of `home`."""
+    return sorted(path.parent.name for path in (home() / "tasks").glob("*/task.py"))
+
+
+def files(paths: Sequence[Path]) -> list[str]:
+    """As `-c` options."""
+    return [word for path in paths for word in ("-c", str(path))]
+
+
+def there(*names: str) -> list[Path]:
+    """Those of these files in conf/ that exist."""
+    return [path for name in names if (path := home() / "conf" / f"{name}.yaml").is_file()]
+
+
+# ---------------------------------------------------------------------- stacks
+
+
+def data_files(name: str) -> tuple[list[Path], list[str]]:
+    """Files and options of a data set: one of conf/data, or a prepared one that needs no file of its own."""
+    if name in choices("data"):
+        return [chosen("data", name)], []
+    if name and name in prepared():
+        return [chosen("data", "prepared")], ["--data.source.root", str(data_root() / name)]
+    own = ", ".join(prepared()) or "none"
+    told = f"There are: {', '.join(choices('data'))}; prepared in {data_root()}: {own}"
+    raise UserError(f"data={name}", "no such data set", told)
+
+
+def encoder_options(folder: str) -> list[str]:
+    """Of a folder with one folder for each encoder; the text encoder's is the one with a tokenizer."""
+    if not folder:
+        return []
+    inside = sorted(path for path in Path(folder).glob("*") if path.is_dir())
+    text = next((path for path in inside if any((path / name).is_file() for name in TOKENIZERS)), None)
+    image = [file for path in inside if path != text for file in sorted(path.iterdir()) if file.suffix in IMAGE_WEIGHTS]
+    if text is None or not image:
+        what = f"has no folder of image weights (*{', *'.join(IMAGE_WEIGHTS)}) beside one of a text encoder"
+        todo = "Name a folder that holds both; the text encoder's has its tokenizer"
+        raise UserError(f"encoders={folder}", what, todo, ExitCode.MISSING_INPUT)
+    return ["--model.backbone.image.weights", str(image[0]), "--model.backbone.text.name", str(text)]
+
+
+def pretraining(words: Words) -> list[str]:
+    """The stack of pre-training; from a checkpoint the model is the checkpoint's, and `model` names the recipe."""
+    model = words.get("model", "tiny")
+    data, options = data_files(words.get("data", "scenes"))
+    where = chosen("where", words.get("where", "auto"))
+    architecture, start = chosen("model", model), words.get("from")
+    recipe = there("pretrain", f"pretrain-{model}")
+    if start:
+        continued = there("continue", f"continue-{model}")
+        return ["--from", start, *files([*there("base"), *recipe, *data, where, *continued]), *options]
+    stack = files([*there("base"), architecture, *recipe, *data, where])
+    return [*stack, *options, *encoder_options(words.get("encoders"))]
+
+
+def downstream(task: str, words: Words) -> list[str]:
+    """The stack of a task, from a checkpoint; `from=random` is the control: the model with random weights."""
+    folder = task_folder(task)
+    data, start = words.get("data", "scenes"), words.get("from")
+    sets = sorted({"scenes", *(path.stem for path in folder.glob("*.yaml") if path.stem != "conf")})
+    if data not in sets:
+        raise UserError(f"data={data}", f"no such data set of {task}", f"There are: {', '.join(sets)}")
+    file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
+    if not start:
+        raise no_start()
+    first = ["--from", start]
+    if start == "random":
+        first = ["--model.random_init", "true", *files([chosen("model", words.get("model", "tiny"))])]
+    stack = files([*there("base", "finetune"), file, chosen("where", words.get("where", "auto"))])
+    return [*first, *stack, *(["--allow-import", task.partition(".")[0]] if "." in task else [])]
+
+
+def no_start() -> UserError:
+    """Of a command that needs a checkpoint."""
+    found = sorted(str(path) for path in Path("checkpoints").glob("*/best.ckpt"))
+    told = f"There are: {', '.join(found)}" if found else "There are none yet: `maskvlm pretrain` makes one"
+    return UserError("from=", "no checkpoint is named", f"Give from=checkpoints/RUN/best.ckpt. {told}")
+
+
+def task_folder(task: str) -> Path:
+    """Where a task's YAML files lie: tasks/TASK, or an installed package (`acme.ocr`), of which nothing is imported but
+    its parent packages.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if task in tasks():
+        return home() / "tasks" / task
+    if "." in task:
+        try:
+            spec = importlib.util.find_spec(task)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is not None and spec.origin is not None:
+            return Path(spec.origin).parent
+    known = ", ".join(tasks()) or "none yet"
+    todo = f"There are: {known}, and package.task of an installed package"
+    raise UserError(f"task {task}", "no such task", todo, ExitCode.MISSING_INPUT if "." in task else ExitCode.USAGE)
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def run_options(words: Words, kind: str) -> list[str]:
+    """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
+    name = words.given.get("run")
+    if name is None:
+        name = os.environ.setdefault(RUN_NAME, f"{kind}-{moment()}")
+    elif not name or name in (".", "..") or "/" in name or len(name.split()) != 1:
+        todo = "Give one word such as run=first; it is made under checkpoints/"
+        raise UserError(f"run={name}", "is no folder name", todo)
+    return ["--folder", str(Path("checkpoints") / name)]
+
+
+def moment() -> str:
+    """One for all processes of a job: the time of day would differ between them."""
+    return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+
+
+TRAINING = ("model", "data", "where", "run", "from", "encoders")
+Composed = list[str]
+"""The command of `cli.main` and its options."""
+
+
+def pretrain(arguments: Sequence[str]) -> Composed:
+    """`pretrain model=compact data=flickr8k --model.lr 1e-3`."""
+    words = read_words("pretrain", arguments, TRAINING)
+    kind = f"pretrain-{words.get('data', 'scenes')}-{words.get('model', 'tiny')}"
+    return ["fit", *run_options(words, kind), *pretraining(words), *words.options]
+
+
+def finetune(arguments: Sequence[str]) -> Composed:
+    """`finetune vqa data=daquar from=checkpoints/RUN/best.ckpt`."""
+    words, task = with_task("finetune", arguments, TRAINING)
+    run = run_options(words, f"finetune-{task}-{words.get('data', 'scenes')}")
+    return ["fit", *run, *downstream(task, words), *words.options]
+
+
+def evaluate(arguments: Sequence[str]) -> Composed:
+    """`evaluate vqa from=... split=test`; without a task what pre-training is judged by is measured."""
+    words = read_words("evaluate", arguments, (*TRAINING, "split"), 1)
+    split = words.get("split", "val")
+    if split not in ("val", "test"):
+        raise UserError(f"split={split}", "no such split", "There are: val, test")
+    task, data = "".join(words.places), words.get("data", "scenes")
+    if not task and words.get("from") in ("", "random"):
+        raise no_start()
+    run = run_options(words, f"evaluate-{task or 'pretraining'}-{data}")
+    stack = downstream(task, words) if task else pretraining(words)
+    command = "validate" if split == "val" else "test"
+    return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
+
+
+def config(arguments: Sequence[str]) -> Composed:
+    """`config [TASK] ...`: the composed configuration of `pretrain` or `finetune`."""
+    return [*pretrain_or_finetune("config", arguments), "--print_config"]
+
+
+def submit(arguments: Sequence[str]) -> Composed:
+    """`submit [TASK] ... where=slurm4x8`: the SLURM batch script of the same."""
+    return ["submit", *pretrain_or_finetune("submit", arguments)[1:]]
+
+
+def pretrain_or_finetune(command: str, arguments: Sequence[str]) -> Composed:
+    words = read_words(command, arguments, TRAINING, 1)
+    return (finetune if words.places else pretrain)(arguments)
+
+
+def preview(arguments: Sequence[str]) -> Composed:
+    """`preview data=coco`: a contact sheet."""
+    words = read_words("preview", arguments, ("data", "model", "where"))
+    out = f"checkpoints/preview-{words.get('data', 'scenes')}.png"
+    return ["preview", "--out", out, *pretraining(words), *words.options]
+
+
+def bench(arguments: Sequence[str]) -> Composed:
+    """`bench model=base where=gpu1`."""
+    words = read_words("bench", arguments, ("model", "data", "where", "encoders"))
+    return ["bench", *pretraining(words), *words.options]
+
+
+def index(arguments: Sequence[str]) -> Composed:
+    """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
+    words = read_words("index", arguments, ("data", "from", "split", "model", "where"))
+    if not words.get("from"):
+        raise no_start()
+    split, data = words.get("split", "val"), words.get("data", "scenes")
+    stack = pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
+    out = f"checkpoints/index-{data}-{split}"
+    return ["index", "--from", words.get("from"), "--split", split, "--out", out, *stack, *words.options]
+
+
+def with_task(command: str, arguments: Sequence[str], names: Sequence[str]) -> tuple[Words, str]:
+    """The words of a command that needs a task, and the task."""
+    words = read_words(command, arguments, names, 1)
+    if not words.places:
+        raise UserError(command, "no task is named", f"Give one of {', '.join(tasks())}, such as {command} vqa")
+    return words, words.places[0]
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], Composed]] = {
+    each.__name__: each for each in (pretrain, finetune, evaluate, config, submit, preview, bench, index)
+}
+"""Commands whose words are composed."""

@@ -1,0 +1,233 @@
+"""What the user gave: configuration files and options, and where each key of them stands.
+
+Nothing here imports torch: what can be refused is refused before seconds of imports.
+"""
+
+import difflib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from maskvlm.config.safe_yaml import MOST_BYTES, MOST_SHOWN, TAG, at_line, check_yaml, cut
+from maskvlm.utils.errors import ExitCode, UserError
+
+MOST_NESTED = 4  # of `${oc.env:A,${oc.env:B,c}}`
+
+
+OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run")
+"""Keys of folders that are written into: Lightning would connect to an address there."""
+OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
+
+
+class Place(NamedTuple):
+    """Where a key was given (`file:line` or option), the dotted key without init_args, the value's text."""
+
+    where: str
+    key: str
+    value: str
+
+
+def read_config(name: str) -> yaml.MappingNode | None:
+    """The checked tree of one `-c` file; None for an empty one.
+
+    Raises:
+        UserError: with file and line, whatever is wrong with the file or its YAML; a key such as `__path__` (77).
+    """
+    root = check_yaml(text_of(name), name)
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")
+    if root is not None:
+        check_names(root, name)
+    return root
+
+
+def text_of(name: str) -> str:
+    """The text of a configuration file.
+
+    Raises:
+        UserError: it is not there, or no file (66), too large (77), not UTF-8 (2).
+    """
+    path = Path(name)
+    try:
+        kind = path.stat()
+    except (OSError, ValueError) as error:
+        near = nearest(str(path), [str(other) for other in _beside(path)], 0.5)
+        what = "no such configuration file" + (f" (did you mean {near}?)" if near else "")
+        if getattr(error, "errno", errno.ENOENT) not in (errno.ENOENT, errno.ENOTDIR):
+            what = f"cannot be read ({cut(str(getattr(error, 'strerror', error)))})"
+        raise UserError(
+            name if len(name) < 4096 else cut(name), what, "Check the path", ExitCode.MISSING_INPUT
+        ) from None
+    check_kind(name, kind)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)  # its size may be more by now
+    except OSError as error:
+        raise UserError(name, f"cannot be read ({error.strerror})", "Mend it", ExitCode.MISSING_INPUT) from None
+    if len(content) > MOST_BYTES:
+        what = f"{kind.st_size} bytes are no configuration file"
+        raise UserError(name, what, f"Keep it under {MOST_BYTES} bytes", ExitCode.REFUSED)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(name, f"not UTF-8 text (byte {error.start})", "Save it as UTF-8") from None
+
+
+def check_kind(name: str, kind: os.stat_result) -> None:
+    """A pipe blocks whoever opens it, a device may never end."""
+    if not stat.S_ISREG(kind.st_mode):
+        raise UserError(name or "-c", "is no file but a folder, pipe or device", "Give a file", ExitCode.MISSING_INPUT)
+
+
+def _beside(path: Path) -> list[Path]:
+    try:
+        return sorted(path.parent.glob("*.yaml"))[:1000]
+    except (OSError, ValueError):
+        return []
+
+
+def check_names(node: yaml.Node, where: str) -> None:
+    """No keys that the parser would take for its own notes on a value; the path of a class is a text."""
+    if isinstance(node, yaml.MappingNode):
+        for key, part in node.value:
+            if any(name.startswith("__") for name in key.value.split(".")):
+                what = f"the key {cut(key.value)} is not for files"
+                raise UserError(at_line(where, key.start_mark), what, "Remove it", ExitCode.REFUSED)
+            if key.value == "class_path" and part.tag != TAG + "str":
+                what = "class_path is no text"
+                raise UserError(at_line(where, key.start_mark), what, "Give the path of a class")
+            check_names(part, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            check_names(part, where)
+
+
+def check_words(arguments: list[str]) -> None:
+    """Refuse words of a command line that no file could hold: they would break whatever writes them down.
+
+    Raises:
+        UserError: bytes that are no UTF-8 text, control characters but line ends (2); 100,000 characters or more (77).
+    """
+    for word in arguments:
+        if len(word) > MOST_BYTES:
+            raise UserError(cut(word), "is no option or value", "Put long values into a file", ExitCode.REFUSED)
+        if yaml.reader.Reader.NON_PRINTABLE.search(word):
+            raise UserError(f"command line: {cut(word)}", "is no plain UTF-8 text", "Write it anew, or rename the file")
+
+
+def config_files(arguments: list[str]) -> list[str]:
+    """The values of all -c and --config options."""
+    files = []
+    for index, word in enumerate(arguments):
+        if word in ("-c", "--config"):
+            files.append(arguments[index + 1] if index + 1 < len(arguments) else "")
+        elif word.startswith(("-c=", "--config=")):
+            files.append(word.partition("=")[2])
+    return files
+
+
+def places(arguments: list[str]) -> list[Place]:
+    """Every key that files and options give, the one that wins last."""
+    found: list[Place] = []
+    for name in config_files(arguments):
+        root = read_config(name)
+        if root is not None:
+            found += _keys(root, name, "")
+    for place in found:
+        if place.key.rpartition(".")[2] in OUTPUTS and "://" in place.value:
+            what, todo = f"{cut(place.value)} is an address", "Name a folder here, or type the option"
+            raise UserError(f"{place.where}: {place.key}", what, todo, ExitCode.REFUSED)
+    return found + options(arguments)
+
+
+def options(arguments: list[str]) -> list[Place]:
+    """Every `--key value` and `--key=value` of the command line."""
+    found = []
+    for index, word in enumerate(arguments):
+        if word.startswith("--") and word != "--config":
+            option, equals, value = word.partition("=")
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            key = _flat(option[2:].rstrip("+"))
+            found.append(Place(option, OTHER_NAMES.get(key, key), value if equals else following))
+    return found
+
+
+def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[Place]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            dotted = _flat(f"{parent}.{key.value}".strip(".").rstrip("+"))
+            text = value.value if isinstance(value, yaml.ScalarNode) else ""
+            yield Place(f"{name}:{key.start_mark.line + 1}", dotted, text)
+            yield from _keys(value, name, dotted)
+    elif isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            yield from _keys(part, name, parent)
+
+
+def _flat(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "init_args")
+
+
+def find_place(key: str, found: list[Place], value: str | None = None) -> Place | None:
+    """The last place that gives `key` (or a longer key that ends with it), preferably with that value."""
+    key = _flat(key)
+    fits = [place for place in found if place.key == key or place.key.endswith("." + key)]
+    exact = [place for place in fits if value is not None and place.value == value]
+    candidates = exact or fits
+    return candidates[-1] if candidates else None
+
+
+def nearest(word: str, names: Iterable[str], least: float) -> str | None:
+    """The name most like `word`; None where none is alike by `least` (0 to 1), or the word is too long to be one."""
+    near = [] if len(word) > 2 * MOST_SHOWN else difflib.get_close_matches(word, names, 1, least)
+    return near[0] if near else None
+
+
+def fill(value: Any, where: str, nested: int = 0) -> Any:
+    """`value` with every `${oc.env:NAME}` and `${oc.env:NAME,default}` in its texts replaced by that variable.
+
+    What a variable holds is a text: nothing in it is replaced again. A default may itself hold such a reference.
+
+    Raises:
+        UserError: a variable that is not set, or holds control characters (2); another kind of `${...}` (77).
+    """
+    if isinstance(value, dict):
+        return {key: fill(part, where) for key, part in value.items()}
+    if isinstance(value, list):
+        return [fill(part, where) for part in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    done, start = "", value.find("${")
+    while start >= 0:
+        end = _closing(value, start)
+        name = re.match(r"\$\{oc\.env:([A-Za-z_]\w*)[,}]", value[start:])
+        if name is None or end < 0 or nested > MOST_NESTED:
+            what = f"{cut(value)} asks for more than an environment variable"
+            raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
+        found = os.environ.get(name[1])
+        if found is None and value[start + name.end() - 1] == ",":
+            found = fill(value[start + name.end() : end], where, nested + 1)
+        if found is None:
+            todo = "Set it, or give a default: ${oc.env:NAME,default}"
+            raise UserError(where, f"Environment variable '{cut(name[1])}' not found", todo)
+        if not found.isprintable() or "${" in found:
+            raise UserError(where, f"the environment variable {name[1]} holds {cut(found)}", "Set it to a plain text")
+        done, value = done + value[:start] + found, value[end + 1 :]
+        start = value.find("${")
+    return done + value
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace that opens first after `start` closes; -1 where it does not."""
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return start + brace.start()
+    return -1

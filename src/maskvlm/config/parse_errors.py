@@ -1,0 +1,149 @@
+"""The argument parser's messages, many lines long, as one line: the place, what is wrong, the nearest key."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from maskvlm.config.given import Place, find_place, nearest, places
+from maskvlm.config.safe_yaml import cut
+from maskvlm.utils.errors import ExitCode, UserError
+
+MOST_LINES, MOST_WIDE = 200, 400  # of the parser's message: what is longer is a value that it repeats
+
+
+def explain(message: str, known: Iterable[str], siblings: Iterable[str], arguments: list[str]) -> UserError:
+    """One line for a message of the argument parser.
+
+    Args:
+        message: the parser's text.
+        known: the full keys that the command accepts.
+        siblings: where the complaint is about a class's argument, the names of those it has.
+        arguments: the command line, without the subcommand.
+    """
+    found = places(arguments)
+    context = Context(set(known), set(siblings), found)
+    message = bounded(message)
+    for pattern, answer in _ANSWERS:
+        match = re.search(pattern, message, re.DOTALL)
+        if match:
+            return answer(match, context)
+    return UserError("configuration", cut(message, 300).rstrip("."), "See --help")
+
+
+def bounded(message: str) -> str:
+    """The message without the middle of long lines, and of many: a value of a megabyte stands in it several times."""
+    lines = message.splitlines()
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES // 2], "...", *lines[-MOST_LINES // 2 :]]
+    # One member of a union takes the class and says what is wrong in it; that the others do not take it tells nothing.
+    taken = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
+    other = re.compile(r"\s*- Import path ([\w.]+) does not correspond")
+    lines = [line for line in lines if not ((match := other.match(line)) and match[1] in taken)]
+    return "\n".join(line if len(line) <= MOST_WIDE else line[:MOST_WIDE] + "..." for line in lines)
+
+
+class Context(NamedTuple):
+    """What is known when a message is explained."""
+
+    known: set[str]
+    siblings: set[str]
+    found: list[Place]
+
+
+def _stray(match: re.Match[str], _: Context) -> UserError:
+    return UserError(cut(match["word"]), "neither an option nor its value", "Options start with --, files with -c")
+
+
+def _unknown(match: re.Match[str], context: Context) -> UserError:
+    key = match["key"].lstrip("-").partition("=")[0]
+    place = find_place(key, context.found) or Place("configuration", key, "")
+    parent = place.key.rpartition(".")[0]
+    here = {f"{parent}.{name}" for name in context.siblings} or context.known
+    given = {other.key for other in context.found if other.key != place.key}
+    near = _nearest(place.key, here, here | context.known | given)
+    if near:
+        return UserError(_where(place), f"unknown key (did you mean {near}?)", "Correct its spelling")
+    there = {name for name in here if name.startswith(f"{parent}.")} or here
+    return UserError(_where(place), "unknown key", f"Keys there: {_some(there)}")
+
+
+def _nearest(key: str, here: set[str], anywhere: set[str]) -> str | None:
+    """The known key most like `key`: a neighbour, the same name elsewhere, or one that looks alike."""
+    parent, _, last = key.rpartition(".")
+    neighbours = {name.rpartition(".")[2]: name for name in here if name.rpartition(".")[0] == parent}
+    if near := nearest(last, neighbours, 0.6):
+        return neighbours[near]
+    if same := sorted((name for name in anywhere if name.rpartition(".")[2] == last), key=len):
+        return same[0]
+    return nearest(key, anywhere, 0.75)
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(name for name in names if not name.endswith(".help"))
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more (make config)" if len(shown) > 12 else "")
+
+
+def _denied(match: re.Match[str], context: Context) -> UserError:
+    path = match["path"]
+    place = next((place for place in reversed(context.found) if place.value == path), None)
+    what = f"class {cut(path)} is none that a file may name"
+    todo = f"Add --allow-import {cut(path)} if you trust it"
+    return UserError(_where(place) if place else "configuration", what, todo, ExitCode.REFUSED)
+
+
+def _no_class(match: re.Match[str], context: Context) -> UserError:
+    place = next((place for place in reversed(context.found) if place.value == match["path"]), None)
+    what = f"class {cut(match['path'])} cannot be used ({cut(match['why'], 200)})"
+    return UserError(_where(place) if place else "configuration", what, "Check the spelling")
+
+
+def _wrong_value(match: re.Match[str], context: Context) -> UserError:
+    text = match["text"]
+    given = re.search(r"(?:Got value|Given value): (.*)", text)
+    value = given[1].strip() if given else None
+    place = find_place(match["key"], context.found, value) or Place("configuration", match["key"], value or "")
+    if value and len(value) > MOST_WIDE // 2:
+        value = place.value or value  # the whole of it
+    types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
+    if types is None and "Subclass types expect" in text:
+        return UserError(_where(place), f"{cut(value or place.value)} does not fit", "Give the path of a class")
+    if types is None:
+        return UserError(_where(place), cut(text, 300).rstrip("."), "See --help")
+    return UserError(_where(place), f"{cut(value or place.value)} does not fit", f"Give {_plain_type(types[1])}")
+
+
+def _plain_type(text: str) -> str:
+    """`typing.Literal['l1', 'l2']` -> `one of l1, l2`; `<class 'float'>` -> `a number`."""
+    text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), text)
+    text = re.sub(r"<class '(.*?)'>", lambda m: m[1].rpartition(".")[2], text)
+    words = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "true or false"}
+    words |= {"NoneType": "null", "tuple": "a list of fixed length", "list": "a list", "dict": "a mapping"}
+    text = re.sub(r"\w+(?![\w.\[])", lambda m: words.get(m[0], m[0]), text)
+    return re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.(\w+)", r"\1", text)
+
+
+def _missing(match: re.Match[str], _: Context) -> UserError:
+    keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match["keys"])
+    return UserError("configuration", f"nothing sets {keys}", "Give the files with -c, or use the Makefile")
+
+
+def _no_argument(match: re.Match[str], _: Context) -> UserError:
+    return UserError(match["key"], match["why"], "Write the option and then its value")
+
+
+def _where(place: Place) -> str:
+    return cut(place.where) if place.where.startswith("--") else f"{place.where}: {cut(place.key)}"
+
+
+# The innermost complaint tells most, so what wraps others comes last.
+_ANSWERS: list[tuple[str, Callable[[re.Match[str], Context], UserError]]] = [
+    (r"Importing '(?P<path>[\w.]+)' is not allowed", _denied),
+    (r"unrecognized arguments: (?P<key>--\S+)", _unknown),
+    (r"unrecognized arguments: (?P<word>\S+)", _stray),
+    (r".*(?:does not accept option|Option) '(?P<key>[^']+)'", _unknown),
+    (r"the following arguments are required: (?P<keys>[^\n]+)", _missing),
+    (r"argument (?P<key>--\S+): (?P<why>expected [^\n]+)", _no_argument),
+    (r".*class_path '(?P<path>[\w.]+)':\n\s*(?P<why>(?:No module|module|Import)[^\n]*)", _no_class),
+    (r".*(?P<why>Import path (?P<path>[\w.]+) does not [^\n]*)", _no_class),
+    (r'.*Parser key "(?P<key>[^"]+)":(?P<text>.*)', _wrong_value),
+]

@@ -1,0 +1,215 @@
+"""What holds for every command before its arguments are understood: how they are parsed, whose classes may be
+named in files, and a calm console."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from maskvlm.config.allowed import Verdicts
+from maskvlm.config.given import Place, check_words, config_files, fill, places
+from maskvlm.config.old_names import current
+from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
+from maskvlm.utils.errors import ExitCode, UserError
+
+MODE = "maskvlm"  # of parsing: YAML through `load_text`
+GROUPS = ("trainer", "model")
+"""Keys that hold keys. A text there would be the name of a file, which the parser would read."""
+# Said on every run by versions that fit each other; none of them is about what the user did.
+KNOWN_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`?set_vital`? is deprecated.*",
+    r".*does not have many workers.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Experiment logs directory .* exists.*",
+    r".*It is recommended to use .self\.log.*sync_dist=True.*",  # each process has the metrics of all
+    r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # its successor is private
+    r".*The number of training batches .* is smaller than the logging interval.*",
+)
+
+
+class Complaint(Exception):
+    """The parser's message, with the names it would have accepted; `explain` makes one line of it."""
+
+    def __init__(self, message: str, known: Iterable[str], siblings: Iterable[str]) -> None:
+        self.message, self.known, self.siblings = message, set(known), set(siblings)
+        super().__init__(message)
+
+
+class Parser(LightningArgumentParser):
+    """Raises Complaint where the original prints fifty lines of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # --trainer.max_step is a mistake; texts inside of values are read by our reader, too
+        super().__init__(*args, allow_abbrev=False, **{"parser_mode": MODE} | kwargs)
+
+    @property
+    def _default_env(self) -> bool:
+        """Only `${oc.env:NAME}` brings in the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
+        return False
+
+    @_default_env.setter
+    def _default_env(self, default_env: bool) -> None:
+        """Set by the base class."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """No value is the name of a file to read: files are read by -c alone."""
+        return super().add_argument(*args, **without_files(kwargs))
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """As `add_argument`."""
+        return super().add_class_arguments(*args, **without_files(kwargs))
+
+    def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """As `add_argument`."""
+        super().add_subclass_arguments(*args, **kwargs)
+        forget_files(self)
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().validate(*args, **kwargs)
+        except KeyError as error:  # the innermost parser knows the names that were possible here
+            if getattr(self, "_inner_parser", False) and not hasattr(error, "siblings"):
+                error.siblings = option_names(self)  # type: ignore[attr-defined]
+            raise
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if (
+            getattr(self, "_inner_parser", False) and not self.exit_on_error
+        ):  # caught and tried otherwise by the outer one
+            super().error(message, ex)
+        causes = list(chain(ex))
+        for cause in causes:
+            if isinstance(cause, UserError):
+                raise cause
+        command = next((c.subcommand_parser for c in causes if hasattr(c, "subcommand_parser")), self)
+        siblings = next((c.siblings for c in causes if hasattr(c, "siblings")), ())
+        raise Complaint(message, option_names(command), siblings) from ex
+
+
+def without_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of an argument: its value is never the name of a file to read."""
+    return settings | {"sub_configs": False}
+
+
+def forget_files(parser: Parser) -> None:
+    """The same for arguments that are there already; those of a class have no setting for it."""
+    for action in parser._actions:
+        if hasattr(action, "_enable_path"):
+            action._enable_path = False
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what led to it, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def option_names(parser: LightningArgumentParser) -> set[str]:
+    """The dotted keys of a parser's options."""
+    names = {action.dest for action in parser._actions if action.option_strings}
+    return names - {"help", "config", "print_config", "print_shtab"}
+
+
+def load_text(text: str, path: str | None = None) -> Any:
+    """The values of a file's YAML, or of an option's or a text's.
+
+    Args:
+        text: YAML.
+        path: the file's name. Environment variables are filled in there.
+    """
+    if path is not None:
+        return fill(read_yaml(text, path), path)
+    value = read_yaml(text, "configuration")
+    if isinstance(value, dict) and value and all(part is None for part in value.values()):
+        words = set(text.strip(" {}").replace(" ", "").split(","))
+        if words == set(value) or text.strip() == f"{next(iter(value))}:":
+            return text  # such as {run}, which means the run's folder, and no mapping
+    return value
+
+
+def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
+    """What holds for every command: which classes may be named, and a calm console."""
+    set_loader("maskvlm", load_text, (NotPlain,))
+    set_parsing_settings(import_path_denylist=["*"])
+    build_typed_values_alone()
+    _common.parsing_settings["import_path_verdicts"] = Verdicts(arguments, allowed)
+    for pattern in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # devices found, seeds set, why it stopped
+
+
+def build_typed_values_alone() -> None:
+    """Where any value fits, such as in a dict, a mapping with a class_path stays a mapping."""
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+    """The composed configuration.
+
+    Args:
+        parser: of all commands.
+        arguments: the command and its options.
+
+    Raises:
+        Complaint: what does not fit.
+        UserError: files that are not there or no plain YAML, texts where keys belong, numbers out of range.
+    """
+    check_words(arguments)
+    for place in places(arguments[1:]):
+        check_group(place)
+    words = [
+        word if word in config_files(arguments) else _current_value(fill(word, "command line")) for word in arguments
+    ]
+    try:
+        found = parser.parse_args(words)
+        check_numbers(found[found.subcommand])
+        check_seed(found[found.subcommand].seed_everything)
+    except OverflowError:
+        raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
+    return found
+
+
+def _current_value(word: str) -> str:
+    """A word of the command line; a class path of an earlier version that it gives as it is now."""
+    option, equals, value = word.partition("=")
+    return f"{option}={current(value)}" if equals and option.startswith("--") else current(word)
+
+
+def check_group(place: Place) -> None:
+    """No text where keys belong, and no file that names another: the parser would read either."""
+    if place.key == "config" and not place.where.startswith("-"):
+        raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
+    if place.key in GROUPS and place.value and not isinstance(_keys(place.value), dict):
+        where = place.where if place.where.startswith("-") else f"{place.where}: {place.key}"
+        raise UserError(where, f"{cut(place.value)} does not fit", "Give keys of it, and files with -c")
+
+
+def _keys(text: str) -> Any:
+    try:
+        return read_yaml(text, "configuration")
+    except NotPlain:
+        return text
+
+
+def check_seed(seed: bool | int) -> None:
+    """What numpy takes."""
+    if not 0 <= int(seed) < 2**32:
+        raise UserError("seed_everything", f"{seed} is out of range", "Give 0 to 4294967295")
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Texts are read as numbers where one is wanted, of any length."""
+    if isinstance(value, Namespace | dict):
+        for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
+            check_numbers(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_numbers(part, key)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(key.replace("init_args.", ""), "a number is out of range", "Give one that fits 64 bits")

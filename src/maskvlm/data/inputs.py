@@ -1,0 +1,156 @@
+"""What people have, pictures in any form and texts, to what the encoders read: the inference side of `data/`.
+
+Shapes: B pictures, C texts, T tokens, H and W pixels.
+"""
+
+import re
+from collections.abc import Iterable
+from io import IOBase, TextIOBase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskvlm.data.images import safe_open
+from maskvlm.data.text import Captioner, CaptionTokens, clean_caption
+from maskvlm.utils.errors import ExitCode, UserError
+
+Picture = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor
+"""A path, encoded bytes, an open file, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit
+numbers, or floats from 0 to 1."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of file names that people give for pictures."""
+
+MASK = "[MASK]"
+"""How people write a hidden word, whatever the tokenizer calls it."""
+
+
+def as_list(given: Any) -> tuple[list[Any], bool]:
+    """A list of what was given, and whether it was a single one; arrays and tensors of four dimensions are lists."""
+    if isinstance(given, list | tuple) or (isinstance(given, Tensor | np.ndarray) and given.ndim == 4):
+        return list(given), False
+    return [given], True
+
+
+def is_picture(given: object) -> bool:
+    """Whether this is a picture rather than a text: of strings those that name a file."""
+    return not isinstance(given, str) or (len(given) < 4096 and "\0" not in given and Path(given).is_file())
+
+
+def picture(given: Picture, name: str = "picture") -> Image.Image:
+    """Upright 8-bit RGB.
+
+    Raises:
+        BadImage: it cannot be read, is no picture, or too large.
+        UserError: an array or tensor of another shape or range.
+    """
+    if isinstance(given, Tensor | np.ndarray):
+        return Image.fromarray(_eight_bits(given, name))
+    if isinstance(given, str | Path):
+        given, name = str(given), str(given)
+    if isinstance(given, bytearray | memoryview):
+        given = bytes(given)
+    if isinstance(given, TextIOBase):
+        raise UserError(name, "a file that is open as text", "Open it with 'rb'")
+    if isinstance(given, IOBase):  # an open file, or BytesIO
+        given = given.read()
+    if not isinstance(given, str | bytes | Image.Image):
+        todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
+        raise UserError(name, f"{type(given).__name__} is no picture", todo)
+    return safe_open(given, name)
+
+
+def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    is_tensor = isinstance(given, Tensor)
+    array = given.detach().float().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    integers = not given.is_floating_point() if isinstance(given, Tensor) else array.dtype.kind in "iub"
+    shape, wanted = list(array.shape), "[3, H, W]" if is_tensor else "[H, W, 3]"
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, 2)
+    elif is_tensor and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] not in (1, 3):
+        kind = "tensor" if is_tensor else "array"
+        raise UserError(name, f"{kind} of shape {shape}", f"Give {wanted} or [H, W]")
+    array = np.repeat(array, 3, 2) if array.shape[2] == 1 else array
+    top = 255 if integers else 1
+    if not np.isfinite(array).all() or array.size == 0 or array.min() < 0 or array.max() > top:
+        what = f"numbers from {array.min(initial=0):.3g} to {array.max(initial=0):.3g}"
+        raise UserError(name, what, "Give 8-bit integers from 0 to 255, or floats from 0 to 1; not normalised")
+    return np.rint(array.astype(np.float32) * (1 if integers else 255)).astype(np.uint8)
+
+
+def check_absent(given: Iterable[object]) -> None:
+    """Raises UserError where a string looks like the file of a picture that is not there (66)."""
+    for each in given:
+        if isinstance(each, str) and Path(each).suffix.lower() in SUFFIXES and not is_picture(each):
+            raise UserError(each, "no such file", "Check the path", ExitCode.MISSING_INPUT)
+
+
+def check_whole(verb: str, name: str, given: object, least: int) -> None:
+    """Raises UserError unless it is a whole number, at least so much."""
+    if not isinstance(given, int | np.integer) or isinstance(given, bool) or given < least:
+        raise UserError(verb, f"{name} is {given!r}"[:80], f"Give a whole number, {least} or more")
+
+
+def check_text(given: object) -> str:
+    """A text with a word in it. Raises UserError."""
+    if not isinstance(given, str):
+        raise UserError("text", f"{type(given).__name__} is no text", "Give a string")
+    text = clean_caption(given)[0]
+    if not text:
+        raise UserError("text", "it holds no word", "Write one")
+    return text
+
+
+class Words:
+    """Texts to tokens, with hidden words where somebody wrote [MASK].
+
+    Args:
+        tokenizer, text_length: of the model.
+    """
+
+    def __init__(self, tokenizer: Any, text_length: int) -> None:
+        self.tokenizer, self.text_length = tokenizer, text_length
+        self.captioner = Captioner(tokenizer, text_length)
+
+    def __call__(self, texts: list[str]) -> CaptionTokens:
+        """C texts, as training tokenizes them."""
+        return self.captioner([check_text(text) for text in texts])
+
+    def masked(self, text: str) -> Tensor:
+        """Ids of one text with the mask token's where [MASK] (or the tokenizer's own word for it) stands: [T].
+
+        Raises:
+            UserError: no word is hidden, or the hidden ones are beyond the model's text length.
+        """
+        pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
+        if len(pieces) == 1:
+            raise UserError("text", "no word in it is hidden", f"Write {MASK} in the place of one")
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            last = place == len(pieces) - 1
+            ids += self.captioner.inner(piece if last else piece.rstrip())  # as RoBERTa's, whose mask token takes it
+            ids += [] if last else [int(self.tokenizer.mask_token_id)]
+        start, end = self.ends
+        if len(ids) + 2 > self.text_length:
+            ids = ids[: self.text_length - 2]
+            if ids.count(int(self.tokenizer.mask_token_id)) < len(pieces) - 1:
+                what = f"a hidden word is beyond the {self.text_length - 2} tokens that the model reads"
+                raise UserError("text", what, "Shorten it")
+        return torch.tensor([start, *ids, end])
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Ids of the start and the end token."""
+        token = self.captioner(["a"]).token_CT[0].tolist()
+        return token[0], token[-1]
+
+    def decode(self, ids: list[int]) -> str:
+        """Tokens as a text, without start, end and padding."""
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return re.sub(r" +(?=[,.:;!?])", "", text)  # WordPiece puts a space before each

@@ -1,0 +1,129 @@
+"""`python -m maskvlm data SET RAW` and `data-check ROOT`: prepare a data set, look at one, verify one."""
+
+import os
+import sys
+from pathlib import Path
+
+from maskvlm.config.arguments import Parser
+from maskvlm.data.prepare.end import ROWS, Plan
+from maskvlm.data.prepare.look import look_at_raw
+from maskvlm.data.prepare.prepare import complete, prepare
+from maskvlm.data.prepare.rows import Settings
+from maskvlm.data.prepared.check import check
+from maskvlm.data.prepared.manifest import LOOK, SKIPPED, check_path, read_manifest
+from maskvlm.data.raw import SETS, open_raw
+from maskvlm.data.raw.columns import ROLES
+from maskvlm.data.text import clean_caption
+from maskvlm.utils.distributed import cores
+from maskvlm.utils.errors import ExitCode, UserError
+
+
+def main(arguments: list[str], allow_import: list[str]) -> int:
+    """Prepare a set, or with --look only look at it; the exit status."""
+    parser = Parser("maskvlm data", description="Raw files of a data set -> its prepared form, once.")
+    parser.add_argument("set", metavar="SET", help=" ".join(SETS))
+    parser.add_argument("raw", metavar="RAW", help="the folder or file as it is distributed; for hf a name on the hub")
+    parser.add_argument("--out", help="folder to make (default: DATA_ROOT/SET); its name is the set's")
+    parser.add_argument("--side", type=int, default=288, help="pixels of the shorter side, at most (%(default)s)")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 (%(default)s)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
+    parser.add_argument("--columns", action="append", default=[], metavar="ROLE=COLUMN,...", help=", ".join(ROLES))
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a shard (%(default)s)")
+    parser.add_argument("--look", action="store_true", help=f"only draw {LOOK}, prepare nothing")
+    given = parser.parse_args(arguments)
+    bounds = [("--side", given.side, 8, 10_000), ("--quality", given.quality, 1, 100)]
+    bounds += [("--workers", given.workers, 1, 1024), ("--rows", given.rows, 1, 1_000_000)]
+    for option, value, low, high in bounds:
+        if not low <= value <= high:
+            raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
+    root = Path(given.out or Path(os.environ.get("DATA_ROOT") or "data") / given.set).expanduser()
+    check_path(root)
+    check_raw(given.raw)
+    place = check_places(given.set, given.raw, root)
+    columns = named_columns(given.columns)
+    if clean_caption(root.resolve().name)[0] != root.resolve().name:
+        raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
+    settings = Settings(root.resolve().name, given.side, given.quality)
+    plan = Plan(given.set, place, settings, columns, given.rows)
+    if given.set in SETS and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
+        print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
+        return ExitCode.DONE
+    raw = open_raw(given.set, given.raw, columns or None, settings.name)
+    if given.look:
+        lines = look_at_raw(raw, settings, root / LOOK)
+        print("\n".join([*lines, str(root / LOOK)]))
+        return ExitCode.DONE
+    try:
+        manifest = prepare(raw, plan, root, given.workers)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on where {root} stands", file=sys.stderr)
+        return 130
+    left_out = sum(entry["count"] for entry in manifest["left_out"].values())
+    splits = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
+    captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
+    print(f"{root}: {manifest['coverage']} ({splits}){captions}; licence: {manifest['licence']}")
+    for note in manifest["notes"]:
+        print(f"note: {note}")
+    if left_out:
+        reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
+        print(f"left out: {left_out:,} rows ({reasons}), listed in {root / SKIPPED}")
+    print(f"look at {root / LOOK}")
+    return ExitCode.DONE
+
+
+def verify(arguments: list[str], allow_import: list[str]) -> int:
+    """Compare a prepared set with its manifest; 65 where it is not the same."""
+    parser = Parser("maskvlm data-check", description="Compare a prepared set with its manifest.")
+    parser.add_argument("root", metavar="ROOT", help="its folder")
+    parser.add_argument("--all", action="store_true", help="decode every picture, not a sample")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
+    given = parser.parse_args(arguments)
+    if given.workers < 1:
+        raise UserError("--workers", f"{given.workers} is below 1", "Give another number")
+    faults = check(Path(given.root).expanduser(), given.all, given.workers)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return ExitCode.BAD_DATA if faults else ExitCode.DONE
+
+
+def check_raw(raw: str) -> None:
+    """Refuse what no file or folder can be called.
+
+    Raises:
+        UserError: it has a null byte, is not text, or is too long (66).
+    """
+    try:
+        check_path(Path(raw).expanduser())
+    except UserError as error:
+        what, todo = "there is no such file or folder", "Name the set's folder or file"
+        raise UserError(f"RAW={error.where}", what, todo, ExitCode.MISSING_INPUT) from error
+
+
+def check_places(name: str, raw: str, root: Path) -> str:
+    """Where the raw set is, as the manifest notes it.
+
+    Raises:
+        UserError: what is written would come among what is read.
+    """
+    source = Path(raw).expanduser()
+    if not source.exists():
+        return raw  # a name on the hub, or what `open_raw` will say
+    source, target = source.resolve(), root.resolve()
+    todo = "Give the prepared set another folder (NAME= or DATA_ROOT=)"
+    if source == target or target in source.parents:
+        raise UserError(raw, f"RAW lies in the folder that is to be made, {root}", todo, ExitCode.REFUSED)
+    if name == "folder" and source in target.parents:
+        what = f"the folder that is to be made, {root}, lies in RAW and would be read as a part of it"
+        raise UserError(raw, what, todo, ExitCode.REFUSED)
+    return str(source)
+
+
+def named_columns(given: list[str]) -> dict[str, str]:
+    """`image=path,caption=text` -> role -> column."""
+    columns = {}
+    for part in (each for words in given for each in words.split(",")):
+        role, equals, column = part.partition("=")
+        if role.strip() not in ROLES or not equals or not column.strip():
+            raise UserError("--columns", f"'{part}' is not ROLE=COLUMN", f"Roles are: {', '.join(ROLES)}")
+        columns[role.strip()] = column.strip()
+    return columns

@@ -1,0 +1,175 @@
+"""The end of a preparation: the files that make one set of its shards."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.data.phash import KIND
+from maskvlm.data.prepare.look import look_at_prepared
+from maskvlm.data.prepare.rows import Entry, Settings
+from maskvlm.data.prepare.shards import Made, note_file, read_note
+from maskvlm.data.prepared.manifest import (
+    LOOK,
+    MAKING,
+    MANIFEST,
+    SKIPPED,
+    SPLITS,
+    coverage,
+    sha256_of,
+    versions,
+    whole_file,
+    write_dataset_files,
+    write_json,
+)
+from maskvlm.data.prepared.manifest_schema import FORMAT
+from maskvlm.data.raw.base import RawSet
+from maskvlm.utils.errors import ExitCode, UserError
+
+ROWS = 1000
+"""Of a shard, at most."""
+
+EXAMPLES = 5  # rows of each reason that the manifest shows; skipped.jsonl has all
+
+
+class Plan(NamedTuple):
+    """What is to be made.
+
+    Attributes:
+        set, raw, columns: as `open_raw` was asked for it.
+        rows: of a shard.
+    """
+
+    set: str
+    raw: str
+    settings: Settings
+    columns: dict[str, str]
+    rows: int = ROWS
+
+    def card(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        return {"set": self.set, "raw": self.raw, "columns": self.columns, "rows": self.rows, **self.settings._asdict()}
+
+
+def finish(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: float) -> dict[str, Any]:
+    """The files that make one set of the shards; the manifest is the last of them."""
+    splits: dict[str, Any] = {}
+    left_out, mended = Reasons(), Reasons()
+    with whole_file(root / SKIPPED) as lines:
+        for split in [name for name in SPLITS if counts[name]]:
+            notes = (read_note(note_file(root, split, number)) for number in range(counts[split]))
+            summary = Summary()
+            for made in notes:
+                summary.add(made)
+                for entries, reasons, out in ((made.left_out, left_out, True), (made.mended, mended, False)):
+                    for entry in entries:
+                        reasons.add(entry)
+                        line = {"split": split, "left_out": out, **entry._asdict()}
+                        lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            if summary.shards:
+                splits[split] = summary.card()
+    pictures = sum(split["pictures"] for split in splits.values())
+    if not pictures:
+        give_up(root, plan, left_out)
+    remove_others(root, splits)
+    for name, split in splits.items():
+        files = [Path(shard["file"]).name for shard in split["shards"]]
+        write_dataset_files(root / name, files, split["sha256"][:16], raw.facts.licence)
+    write_json(root / "dataset_dict.json", {"splits": [*splits]}, indent=None)
+    annotations = [copy(file, root) for file in raw.annotations]
+    manifest = {
+        "format": FORMAT,
+        "name": plan.settings.name,
+        "title": raw.facts.title,
+        "licence": raw.facts.licence,
+        "coverage": coverage(pictures, raw.facts.pictures),
+        "pictures": pictures,
+        "captions": sum(split["captions"] for split in splits.values()),
+        "published": {"pictures": raw.facts.pictures, "captions": raw.facts.captions},
+        "notes": raw.notes,
+        "settings": plan.card(),
+        "phash": {"column": "phash", "kind": KIND, "bits": 64},
+        "left_out": left_out.card(),
+        "mended": mended.card(),
+        "splits": splits,
+    }
+    manifest["look"] = look_at_prepared(root, manifest)
+    manifest["files"] = {name: sha256_of(root / name) for name in (SKIPPED, LOOK, *annotations)}
+    manifest["versions"] = versions()
+    manifest["made"] = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(seconds, 1)}
+    write_json(root / MANIFEST, manifest)
+    return manifest
+
+
+class Reasons:
+    """Rows by reason: how many, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.first: dict[str, list[dict[str, str]]] = {}
+
+    def add(self, entry: Entry) -> None:
+        self.count[entry.reason] += 1
+        if len(shown := self.first.setdefault(entry.reason, [])) < EXAMPLES:
+            shown.append({"origin": entry.origin, "message": entry.message})
+
+    def card(self) -> dict[str, Any]:
+        """The most frequent first."""
+        return {name: {"count": count, "examples": self.first[name]} for name, count in self.count.most_common()}
+
+
+class Summary:
+    """A split, shard by shard. Its hash is of its rows in their order, however they are cut into shards."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.shards: list[dict[str, Any]] = []
+        self.totals: Counter[str] = Counter()
+
+    def add(self, made: Made) -> None:
+        self.sha256.update(made.digests.encode())
+        self.totals.update(pictures=made.rows, captions=made.captions, kept=made.kept, bytes=made.bytes)
+        if made.file:
+            part = {"file": made.file, "rows": made.rows, "bytes": made.bytes, "sha256": made.sha256}
+            self.shards.append(part)
+
+    def card(self) -> dict[str, Any]:
+        return {**self.totals, "sha256": self.sha256.hexdigest(), "shards": self.shards}
+
+
+def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
+    """Nothing can be used: leave nothing behind, and say why."""
+    for name in (*SPLITS, MAKING):
+        shutil.rmtree(root / name, ignore_errors=True)
+    (root / SKIPPED).unlink(missing_ok=True)
+    with suppress(OSError):
+        root.rmdir()
+    told = ", ".join(f"{reason}: {count}" for reason, count in left_out.count.most_common(5))
+    first = next(iter(left_out.first.values()))[0]["message"] if left_out.first else "there is no row"
+    what, todo = f"no picture can be used ({told or 'no rows'}; first: {first})", "Check RAW and its folder of pictures"
+    raise UserError(plan.raw, what, todo, ExitCode.BAD_DATA)
+
+
+def remove_others(root: Path, splits: dict[str, Any]) -> None:
+    """Shards that an earlier run made of rows that are not there any more."""
+    listed = {shard["file"] for split in splits.values() for shard in split["shards"]}
+    for name in SPLITS:
+        for file in (root / name).glob("data-*.arrow"):
+            if f"{name}/{file.name}" not in listed:
+                file.unlink()
+        with suppress(OSError):
+            (root / name).rmdir()
+
+
+def copy(file: Path, root: Path) -> str:
+    """An annotation file as it is distributed, beside the pictures; its name."""
+    try:
+        with file.open("rb") as source, whole_file(root / file.name) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except OSError as error:
+        raise UserError(file, f"cannot be read ({error.strerror})", "Check the file", ExitCode.IO_ERROR) from error
+    return file.name

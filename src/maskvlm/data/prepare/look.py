@@ -1,0 +1,267 @@
+"""A first look at a data set: pictures with their captions, how long those are, what repeats, what is left out."""
+
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskvlm.data.batch import Row
+from maskvlm.data.images import BadImage
+from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_picture, screened
+from maskvlm.data.prepared.manifest import LOOK, PICTURES, cannot_write, whole_file
+from maskvlm.data.prepared.shards import Shards
+from maskvlm.data.preview import fill, lay_out, read_row, write
+from maskvlm.data.raw.base import BadRow, RawRow, RawSet
+from maskvlm.data.text import stable_id
+from maskvlm.utils.errors import ExitCode, UserError
+
+SHOWN = 24  # pictures on the sheet
+MOST_ROWS, SAMPLE = 50_000, 300
+"""Of a set that is not prepared: rows read, and pictures of them opened."""
+
+TOP_INCHES, LONGEST_BAR = 3.6, 60
+
+
+class Captions:
+    """What is counted of captions as they pass."""
+
+    def __init__(self) -> None:
+        self.words: Counter[int] = Counter()
+        self._ids: list[np.ndarray] = []
+
+    def add(self, captions: Iterable[str]) -> None:
+        """Cleaned captions."""
+        told = [*captions]
+        self.words.update(len(caption.split()) for caption in told)
+        self._ids.append(np.fromiter((stable_id(caption.lower()) for caption in told), np.int64, len(told)))
+
+    def __len__(self) -> int:
+        return self.words.total()
+
+    def repeated(self) -> int:
+        """How many say what another one before them says, but for capitals."""
+        ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int64)
+        return len(ids) - len(np.unique(ids))
+
+    def card(self) -> dict[str, Any]:
+        """As the manifest keeps it; lengths in words."""
+        low, middle, high = self.percentiles(5, 50, 95)
+        return {"repeated_captions": self.repeated(), "caption_words": {"5 %": low, "50 %": middle, "95 %": high}}
+
+    def percentiles(self, *shares: float) -> list[int]:
+        """Words that so many percent of the captions have at most; 0 where there is no caption."""
+        lengths = sorted(self.words)
+        upto = np.cumsum([self.words[length] for length in lengths])
+        return [lengths[int(np.searchsorted(upto, share / 100 * upto[-1]))] if lengths else 0 for share in shares]
+
+    def line(self) -> str:
+        """In words."""
+        if not len(self):
+            return "no captions"
+        low, middle, high = self.percentiles(5, 50, 95)
+        share = 100 * self.repeated() / len(self)
+        told = f"captions have {middle} words ({low} to {high} for nine of ten)"
+        return f"{told}; {share:.1f} % say what another one says"
+
+
+class Told(NamedTuple):
+    """Lines for people and what the picture is drawn of."""
+
+    lines: list[str]
+    rows: list[Row | UserError]
+    words: Counter[int]
+
+
+# ------------------------------------------------------------------ a prepared set
+
+
+def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Draw `first-look.png`; what was counted, for the manifest."""
+    shards = Shards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
+    captions = Captions()
+    for chunk in shards.chunks("captions"):
+        captions.add(chunk.flatten().to_pylist())
+    hash_N = shards.column("phash").to_numpy()
+    told_N = hash_N[hash_N != 0]
+    card = {**captions.card(), "repeated_looks": len(told_N) - len(np.unique(told_N))}
+    counts = {name: split["pictures"] for name, split in manifest["splits"].items()}
+    lines = [f"{manifest['name']}: {manifest['coverage']}", counted(counts, len(captions)), captions.line()]
+    lines = lines[: 3 if len(captions) else 2]
+    again = card["repeated_looks"]
+    lines.append(f"{again:,} {'picture looks' if again == 1 else 'pictures look'} exactly like another one before")
+    lines += manifest["notes"]
+    lines += table("left out", manifest["left_out"]) + table("mended", manifest["mended"])
+    number = min(SHOWN, len(shards))
+    rows = [read_row(Stored(shards), place * len(shards) // number) for place in range(number)]
+    draw(Told(lines, rows, captions.words), root / LOOK)
+    return card
+
+
+class Stored:
+    """Rows of shards (`Pairs`)."""
+
+    fingerprint = ""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int, /) -> Row:
+        image, captions, image_id, origin = (
+            self.shards.value(name, index) for name in ("image", "captions", "image_id", "origin")
+        )
+        return Row(image=image, captions=captions, image_id=image_id, origin=origin)
+
+
+def counted(pictures: dict[str, int], captions: int) -> str:
+    """`950 pictures with 1,400 captions (train 900, val 50)`."""
+    parts = ", ".join(f"{name} {count:,}" for name, count in pictures.items())
+    told = f" with {captions:,} captions" if captions else ""
+    return f"{sum(pictures.values()):,} pictures{told} ({parts})"
+
+
+def table(name: str, reasons: dict[str, Any]) -> list[str]:
+    """A line for each reason, the most frequent first."""
+    total = sum(entry["count"] for entry in reasons.values())
+    if not total:
+        return [f"{name}: nothing"]
+    return [f"{name}: {total:,}", *(f"  {entry['count']:>9,}  {reason}" for reason, entry in reasons.items())]
+
+
+# ------------------------------------------------------------------ a raw set
+
+
+def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
+    """Read a part of a set that is not prepared, draw it, and tell in lines what preparing would make of it."""
+    every = screened(raw.rows())
+    captions, reasons, counts = Captions(), Counter[str](), Counter[str]()
+    sample = Sample()
+    rows = 0
+    for row in islice(every, MOST_ROWS):
+        rows += 1
+        usable = clean(row)
+        if isinstance(usable, str):
+            reasons[usable] += 1
+            continue
+        assert isinstance(row, RawRow)
+        counts[row.split] += 1
+        captions.add(usable)
+        sample.add(row)
+    more = "the first " if next(every, None) is not None else ""
+    broken = sample.broken(settings)
+    lines = [f"{settings.name}: {more}{rows:,} rows", counted(counts, len(captions)), captions.line()]
+    lines += table("would be left out", {reason: {"count": count} for reason, count in reasons.most_common()})
+    title = f"and of {len(sample.rows):,} pictures that were opened"
+    lines += table(title, {reason: {"count": count} for reason, count in broken.most_common()}) + raw.notes
+    shown = sample.shown()
+    if not shown:
+        where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
+        raise UserError(where, f"no row can be used ({'; '.join(lines[3:])[:300]})", todo, ExitCode.BAD_DATA)
+    draw(Told(lines, shown, captions.words), path)
+    return lines
+
+
+def clean(row: RawRow | BadRow) -> list[str] | str:
+    """The cleaned captions of a row, or the reason why it cannot be used, as far as is known without opening it."""
+    if isinstance(row, BadRow):
+        return row.reason
+    if isinstance(row.image, str) and not os.path.isfile(row.image):
+        return "missing"
+    maker = RowMaker(row.split != PICTURES, Settings(""), lambda used: None)
+    try:
+        return maker.clean(row)[0]
+    except Unusable as problem:
+        return str(problem.args[0])
+
+
+class Sample:
+    """SAMPLE rows of all that pass, each with the same chance; the same ones every time."""
+
+    def __init__(self) -> None:
+        self.rows: list[RawRow] = []
+        self._seen, self._random = 0, random.Random(0)
+
+    def add(self, row: RawRow) -> None:
+        """One more; it may take another's place."""
+        self._seen += 1
+        if len(self.rows) < SAMPLE:
+            self.rows.append(row)
+        elif (place := self._random.randrange(self._seen)) < SAMPLE:
+            self.rows[place] = row
+
+    def broken(self, settings: Settings) -> Counter[str]:
+        """Pictures that cannot be used, by reason."""
+        reasons: Counter[str] = Counter()
+        for row in self.rows:
+            try:
+                prepare_picture(row.image, row.origin, settings)
+            except BadImage as bad:
+                reasons[bad.reason] += 1
+        return reasons
+
+    def shown(self) -> list[Row | UserError]:
+        """Those of the sheet, opened; a broken one as its error."""
+        number = min(SHOWN, len(self.rows))
+        return [read_row(self, place * len(self.rows) // number) for place in range(number)]
+
+    fingerprint = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        row = self.rows[index]
+        return Row(image=row.image, captions=[*row.captions], image_id=row.image_id, origin=row.origin)
+
+
+# ------------------------------------------------------------------ drawing
+
+
+def draw(told: Told, path: Path) -> None:
+    """Words and lengths above, pictures below. Raises UserError where the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    layout = lay_out(told.rows)
+    width, height = max(16.0, layout.inches[0]), layout.inches[1]
+    top = max(TOP_INCHES if told.words else 0, 0.17 * (len(told.lines) + 3))
+    figure = Figure(figsize=(width, top + height), layout="constrained")
+    head, sheet = figure.subfigures(2, 1, height_ratios=[top, height], squeeze=False).flat
+    words, lengths = head.subplots(1, 2, width_ratios=[3, 2])
+    words.set_axis_off()
+    write(words, "\n".join(told.lines), 11)
+    draw_lengths(lengths, told.words)
+    fill(sheet, told.rows, layout)
+    image = BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese, no emoji: boxes
+        figure.savefig(image, format="png", dpi=100)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with whole_file(path) as file:
+        file.write(image.getbuffer())
+
+
+def draw_lengths(axes: Any, words: Counter[int]) -> None:
+    """Captions by their number of words; those of more than LONGEST_BAR stand in the last bar."""
+    if not words:
+        axes.set_axis_off()
+        return
+    bars: Counter[int] = Counter()
+    for length, count in words.items():
+        bars[min(length, LONGEST_BAR)] += count
+    axes.bar([*bars], [*bars.values()], width=0.9)
+    last = f" ({LONGEST_BAR}: or more)" if max(words) >= LONGEST_BAR else ""
+    axes.set_xlabel(f"words of a caption{last}")
+    axes.set_ylabel("captions")
+    axes.spines[["top", "right"]].set_visible(False)

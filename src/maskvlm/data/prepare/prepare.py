@@ -1,0 +1,184 @@
+"""Raw rows -> the prepared form (see `manifest.py`): cut into shards, made by all cores, gone on with after a kill."""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maskvlm.data.files import load_json, not_an_object
+from maskvlm.data.opening import content_of
+from maskvlm.data.prepare.end import Plan, finish
+from maskvlm.data.prepare.rows import screened
+from maskvlm.data.prepare.shards import Job
+from maskvlm.data.prepared.manifest import LOOK, MAKING, MANIFEST, SPLITS, cannot_write, read_manifest, write_json
+from maskvlm.data.raw.base import BadRow, RawRow, RawSet
+from maskvlm.data.streaming.pool import Pool, Stage
+from maskvlm.utils.errors import ExitCode, UserError
+
+MOST_PLAN = 1_000_000  # bytes
+MOST_BYTES = 64_000_000
+"""Of the pictures of a shard that do not lie in files: it ends there, however few rows it has."""
+
+
+# ------------------------------------------------------------------ the whole
+
+
+def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Make the set in `root`, or go on making it; one that is complete stays as it is.
+
+    Args:
+        raw: the rows.
+        workers: processes, 1 or more; what is made does not depend on it.
+        say: takes lines about progress.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: the folder holds something else, cannot be written, or no picture of the set can be used.
+    """
+    if (manifest := complete(root, plan)) is not None:
+        shutil.rmtree(root / MAKING, ignore_errors=True)
+        say(f"{root}: already prepared, {manifest['coverage']}")
+        return manifest
+    claim(root, plan)
+    started = time.monotonic()
+    try:
+        with locked(root):
+            remove_temporaries(root)
+            with (
+                Pool(workers, root, plan.settings) as pool,
+                Stage("preparing", raw.facts.pictures, pool.counts, say) as stage,
+            ):
+                counts = run(pool, stage, cut(raw.rows(), plan.rows))
+            manifest = finish(root, raw, plan, counts, time.monotonic() - started)
+    except OSError as error:  # readers of raw files have told theirs
+        raise cannot_write(root, error) from error
+    shutil.rmtree(root / MAKING, ignore_errors=True)
+    return manifest
+
+
+def run(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
+    """All jobs through the processes, few of them at once in memory; how many each split has."""
+    counts: Counter[str] = Counter()
+    waiting: set[Future[Any]] = set()
+    for job in jobs:
+        counts[job.split] += 1
+        (pool.root / job.split).mkdir(exist_ok=True)
+        waiting.add(pool.submit(job))
+        while len(waiting) > pool.workers:  # one each, and one more that is read meanwhile
+            waiting = settle(waiting, stage)
+    while waiting:
+        waiting = settle(waiting, stage)
+    return counts
+
+
+def settle(waiting: set[Future[Any]], stage: Stage) -> set[Future[Any]]:
+    """Those that are still to come; raises what went wrong with one."""
+    done, left = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+    for each in done:
+        each.result()
+    stage.show()
+    return left
+
+
+def cut(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
+    """Jobs of `most` rows of one split each, in the order of the rows; a picture's second row becomes a bad one."""
+    waiting: dict[str, list[RawRow | BadRow]] = {}
+    sizes: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    for row in screened(rows):
+        split = row.split if row.split in SPLITS else SPLITS[0]
+        waiting.setdefault(split, []).append(row)
+        sizes[split] += len(row.image) if isinstance(row, RawRow) and isinstance(row.image, bytes) else 0
+        if len(waiting[split]) >= most or sizes[split] >= MOST_BYTES:
+            yield Job(split, numbers[split], waiting.pop(split))
+            numbers[split] += 1
+            sizes[split] = 0
+    for split in [name for name in SPLITS if name in waiting]:
+        yield Job(split, numbers[split], waiting[split])
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
+    """The manifest where the set is there and complete.
+
+    Raises:
+        UserError: it is another one, or was made with other settings.
+    """
+    if not (root / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(root)
+    check_same(root, manifest["settings"], plan, "a prepared set")
+    return manifest
+
+
+def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None:
+    """Refuse to touch what was made otherwise."""
+    asked = json.loads(json.dumps(plan.card()))
+    if other := [name for name in asked if there.get(name) != asked[name]]:
+        told = ", ".join(f"{name} {there.get(name)!r} instead of {asked[name]!r}" for name in other)
+        todo = "Delete this folder to make it anew, or give this one another name (NAME=)"
+        raise UserError(root, f"holds {what} made with {told}", todo, ExitCode.CANNOT_CREATE)
+
+
+def claim(root: Path, plan: Plan) -> None:
+    """Make the folder ready to be written to, or found to hold the same set half made."""
+    state, file = root / MAKING, root / MAKING / "plan.json"
+    try:
+        if file.is_file():
+            if any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
+                check_same(root, read_plan(file, root), plan, "an unfinished set")
+            write_json(file, plan.card())
+            return
+        if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
+            todo = "Name another one (NAME=, DATA_ROOT=); it is made"
+            raise UserError(root, "holds other files than a prepared set", todo, ExitCode.CANNOT_CREATE)
+        state.mkdir(parents=True, exist_ok=True)
+        write_json(file, plan.card())
+    except OSError as error:
+        raise cannot_write(root, error) from error
+
+
+def read_plan(file: Path, root: Path) -> dict[str, Any]:
+    """How an unfinished set was asked for."""
+    try:
+        plan = load_json(content_of(file, MOST_PLAN), file)
+    except UserError as error:
+        raise UserError(file, error.what, f"Delete {root}", error.code) from error
+    if not isinstance(plan, dict):
+        raise UserError(file, not_an_object(plan), f"Delete {root}", ExitCode.BAD_DATA)
+    return plan
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """One run at a time; the system lets go of the lock when a process ends, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (root / MAKING / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            todo = "Wait for it, or stop it first"
+            raise UserError(root, "another process prepares this set", todo, ExitCode.CANNOT_CREATE) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def remove_temporaries(root: Path) -> None:
+    """What a killed run has left half written."""
+    for folder in (root, *(root / name for name in (*SPLITS, MAKING))):
+        for file in folder.glob(".*.tmp"):
+            file.unlink(missing_ok=True)

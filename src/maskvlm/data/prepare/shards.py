@@ -1,0 +1,184 @@
+"""One shard of a prepared set, made by one process: pictures decoded, made small, hashed and encoded, captions cleaned.
+
+A shard is an Arrow stream; beside it a note in `.making/` says what it was made of, so that a run that was killed
+makes no shard twice. What a shard holds depends on its rows and the settings alone.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import PIL
+import pyarrow as pa
+from PIL import features
+
+from maskvlm.data.files import load_json, opened
+from maskvlm.data.phash import KIND
+from maskvlm.data.prepare.rows import Entry, RowMaker, Settings
+from maskvlm.data.prepared.manifest import MAKING, PICTURES, SCHEMA, cannot_write, sha256_of, whole_file, write_json
+from maskvlm.data.prepared.manifest_schema import FORMAT
+from maskvlm.data.raw.base import BadRow, RawRow
+
+
+class Job(NamedTuple):
+    """The rows of one shard, which has this number in its split."""
+
+    split: str
+    number: int
+    rows: list[RawRow | BadRow]
+
+
+class Made(NamedTuple):
+    """What a shard consists of; kept as its note. file: "" where no row could be used.
+
+    Attributes:
+        key: of settings and raw rows.
+        digests: 32 hexadecimal digits a row, of what it holds.
+        kept: pictures that are as they were, byte for byte.
+    """
+
+    key: str
+    file: str
+    rows: int
+    captions: int
+    kept: int
+    bytes: int
+    sha256: str
+    digests: str
+    left_out: list[Entry]
+    mended: list[Entry]
+
+
+class Stopped(Exception):
+    """The run ends before the shard is done."""
+
+
+# ------------------------------------------------------------------ a shard
+
+
+def shard_name(job: Job) -> str:
+    """Relative to the set's folder."""
+    return f"{job.split}/data-{job.number:05}.arrow"
+
+
+def note_file(root: Path, split: str, number: int) -> Path:
+    """Where a shard's note is while the set is made."""
+    return root / MAKING / f"{split}-{number:05}.json"
+
+
+def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], None] = lambda used: None) -> Made:
+    """Make the shard, or find that it is there already.
+
+    Args:
+        root: the set's folder; `.making/` and the split's folder are in it.
+        tick: called after each row with whether it was used; may raise to stop.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    note, key = note_file(root, job.split, job.number), job_key(settings, job)
+    if (made := there_already(root, note, key)) is not None:
+        for used in (True,) * made.rows + (False,) * len(made.left_out):
+            tick(used)
+        return made
+    try:
+        (root / shard_name(job)).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(root / shard_name(job), error) from error
+    maker = RowMaker(job.split != PICTURES, settings, tick)
+    sink: HashingSink | None = None
+    batches = maker.batches(job.rows)
+    if (first := next(batches, None)) is not None:
+        with whole_file(root / shard_name(job)) as file:
+            sink = HashingSink(file)
+            with pa.ipc.new_stream(pa.PythonFile(sink, "w"), SCHEMA) as stream:
+                stream.write_batch(first)
+                for batch in batches:
+                    stream.write_batch(batch)
+    made = Made(
+        key=key,
+        file=shard_name(job) if sink else "",
+        rows=len(maker.digests),
+        captions=maker.captions,
+        kept=maker.kept,
+        bytes=sink.size if sink else 0,
+        sha256=sink.sha256.hexdigest() if sink else "",
+        digests="".join(maker.digests),
+        left_out=maker.left_out,
+        mended=maker.mended,
+    )
+    write_json(note, made._asdict(), indent=None)
+    return made
+
+
+class HashingSink:
+    """A file to write to whose hash is known at the end without reading it again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.size, self.closed = file, hashlib.sha256(), 0, False
+
+    def write(self, chunk: Any) -> int:
+        self.file.write(chunk)
+        self.sha256.update(chunk)
+        self.size += len(chunk)
+        return len(chunk)
+
+    def flush(self) -> None:
+        """The file is flushed by who opened it."""
+
+    def tell(self) -> int:
+        return self.size
+
+    def close(self) -> None:
+        self.closed = True
+
+
+# ------------------------------------------------------------------ identity
+
+
+def job_key(settings: Settings, job: Job) -> str:
+    """Changes with anything that the shard depends on: settings, libraries, rows, and the files of pictures (by
+    size and time)."""
+    made_by = (FORMAT, KIND, PIL.__version__, features.version("jpg"), SCHEMA.metadata)
+    digest = hashlib.sha256(repr((made_by, settings, job.split, job.number)).encode())
+    for row in job.rows:
+        image = stamp(row.image) if isinstance(row, RawRow) else None
+        digest.update(repr((image, row[1:] if isinstance(row, RawRow) else row)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def stamp(image: str | bytes) -> tuple[Any, ...]:
+    """What tells a picture from another one without decoding it."""
+    if isinstance(image, bytes):
+        return (len(image), hashlib.sha256(image).hexdigest())
+    try:
+        status = os.stat(image)
+    except (OSError, ValueError):
+        return (image,)
+    return (image, status.st_size, status.st_mtime_ns)
+
+
+def read_note(note: Path) -> Made:
+    """Raises OSError, ValueError, KeyError or TypeError where there is no whole note."""
+    with opened(note) as stream:
+        content = load_json(stream.read(), note)
+    for name in ("left_out", "mended"):
+        content[name] = [Entry(*entry) for entry in content[name]]
+    return Made(**content)
+
+
+def there_already(root: Path, note: Path, key: str) -> Made | None:
+    """What an earlier run made of the same rows, if the shard is still as it was then."""
+    try:
+        made = read_note(note)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    split, _, number = note.stem.rpartition("-")
+    if made.key != key or made.file not in ("", f"{split}/data-{number}.arrow"):
+        return None
+    shard = root / made.file
+    if made.file and not (shard.is_file() and shard.stat().st_size == made.bytes and sha256_of(shard) == made.sha256):
+        return None
+    return made

@@ -1,0 +1,1 @@
+"""Sets that `maskvlm data` wrote."""

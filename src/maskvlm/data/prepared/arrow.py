@@ -1,0 +1,268 @@
+"""Where the values of a shard lie in its file, found without trusting it.
+
+A shard is an Arrow stream of the columns of `manifest.SCHEMA`. Arrow's own reader maps such a file into memory; there
+a wrong offset, a file that is cut while it is mapped, or a disk that fails ends the process without a word (SIGSEGV,
+SIGBUS). So the frames of the stream are read here, every number in them is held against the size of the file, and
+values are read from the file in pieces: whatever happens to it is an exception.
+
+The format: arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc; the frames are
+flatbuffers: a table starts with the distance to the list of its fields' places.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from maskvlm.data.prepared.manifest import SCHEMA, VALUES
+
+Read = Callable[[int, int], bytes]
+"""Offset and size -> so many bytes of the file, all of them."""
+
+MOST_META = 1_000_000
+"""Bytes of a frame; those of a prepared set have some 1,000."""
+
+_CONTINUES = 0xFFFFFFFF
+_SCHEMA, _BATCH = 1, 3  # kinds of frames
+
+
+class Damaged(Exception):
+    """What is wrong with the stream."""
+
+
+class Piece(NamedTuple):
+    """A part of the file."""
+
+    offset: int
+    size: int
+
+
+class Column(NamedTuple):
+    """Of a batch: where offsets and values lie. A list of texts has offsets of the texts, and theirs in `inner`.
+
+    Attributes:
+        rows: how many values.
+    """
+
+    rows: int
+    offsets: Piece
+    values: Piece
+    inner: "Column | None" = None
+
+
+class Placed(NamedTuple):
+    """A batch of rows."""
+
+    rows: int
+    columns: dict[str, Column]
+
+
+# ------------------------------------------------------------------ frames
+
+
+def batches(read: Read, size: int) -> Iterator[Placed]:
+    """The batches of a stream, in their order.
+
+    Args:
+        read: reads from the file.
+        size: of the file.
+
+    Raises:
+        Damaged: it is no such stream, has other columns, is cut short, or a number in it leads out of it.
+    """
+    position, first = 0, True
+    while position < size:
+        meta, body = frame(read, position, size)
+        if not meta:
+            if first or body != size:
+                raise Damaged(f"{size - body:,} bytes follow its end" if not first else "it has no columns")
+            return
+        kind, header, length = message(meta)
+        if body + length > size:
+            raise Damaged("cut short")
+        if first:
+            check_schema(read(position, body - position), kind)
+        elif kind != _BATCH:
+            raise Damaged(f"a frame of kind {kind}")
+        else:
+            yield placed(meta, header, body, length)
+        position, first = body + length, False
+    raise Damaged("cut short: it has no end")
+
+
+def frame(read: Read, position: int, size: int) -> tuple[bytes, int]:
+    """The frame at a position, b"" for the one that ends the stream, and where it ends."""
+    if position + 8 > size:
+        raise Damaged("cut short")
+    mark, length = struct.unpack("<II", read(position, 8))
+    end = position + 8 + length
+    if mark != _CONTINUES or length > MOST_META or end > size:
+        raise Damaged("no Arrow stream, or cut short")
+    return read(position + 8, length), end
+
+
+def message(meta: bytes) -> tuple[int, int, int]:
+    """Kind of a frame, where its table is, and how many bytes of values follow."""
+    root = number(meta, "<I", 0)
+    kind_at, header_at, length_at = (field(meta, root, index) for index in (1, 2, 3))
+    length = number(meta, "<q", length_at) if length_at else 0
+    if not kind_at or not header_at or length < 0:
+        raise Damaged("a frame without content")
+    return number(meta, "<B", kind_at), follow(meta, header_at), length
+
+
+def check_schema(content: bytes, kind: int) -> None:
+    """Refuse a stream of other columns than a prepared set's. content: the first frame with its size before it."""
+    if kind != _SCHEMA:
+        raise Damaged("it does not begin with its columns")
+    try:
+        there = pa.ipc.read_schema(pa.py_buffer(content))
+        same, names = there.equals(SCHEMA), there.names
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Damaged("its columns cannot be read") from error
+    if not same:
+        raise Damaged(f"columns {ascii(names)[:200]} instead of {SCHEMA.names}")
+
+
+# ------------------------------------------------------------------ flatbuffers
+
+
+def number(meta: bytes, kind: str, position: int) -> int:
+    """A number of a frame, of a kind of `struct`."""
+    if not 0 <= position <= len(meta) - struct.calcsize(kind):
+        raise Damaged("a number that leads out of its frame")
+    return int(struct.unpack_from(kind, meta, position)[0])
+
+
+def field(meta: bytes, table: int, index: int) -> int:
+    """Where a table's field is; 0 where it has none."""
+    places = table - number(meta, "<i", table)
+    at = 4 + 2 * index
+    if at + 2 > number(meta, "<H", places):
+        return 0
+    distance = number(meta, "<H", places + at)
+    return table + distance if distance else 0
+
+
+def follow(meta: bytes, position: int) -> int:
+    """Where a reference leads."""
+    return position + number(meta, "<I", position)
+
+
+def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
+    """A list of pairs of numbers."""
+    at = field(meta, table, index)
+    if not at:
+        return []
+    at = follow(meta, at)
+    count = number(meta, "<I", at)
+    if at + 4 + 16 * count > len(meta):
+        raise Damaged("a list that leads out of its frame")
+    return [
+        (number(meta, "<q", place), number(meta, "<q", place + 8)) for place in range(at + 4, at + 4 + 16 * count, 16)
+    ]
+
+
+# ------------------------------------------------------------------ a batch
+
+
+def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
+    """Where the columns of a batch lie, whose values are the `length` bytes from `body` on."""
+    at, packed = field(meta, header, 0), field(meta, header, 3)
+    rows = number(meta, "<q", at) if at else 0
+    if packed or rows < 0:
+        raise Damaged("packed values" if packed else "a batch of less than no rows")
+    nodes, buffers = iter(pairs(meta, header, 1)), iter(pairs(meta, header, 2))
+
+    def count(expected: int | None) -> int:
+        found, nulls = next(nodes, (-1, 0))
+        if found < 0 or nulls or expected not in (None, found):
+            raise Damaged("a column of another length than its batch, or with empty values")
+        return found
+
+    def piece(least: int) -> Piece:
+        offset, size = next(buffers, (-1, 0))
+        if offset < 0 or size < 0 or offset + size > length or size < least:
+            raise Damaged("a column that leads out of its batch")
+        return Piece(body + offset, size)
+
+    def column(kind: str, expected: int | None) -> Column:
+        found = count(expected)
+        piece(0)  # which values there are: all of them
+        if kind == "uint64":
+            return Column(found, Piece(body, 0), piece(8 * found))
+        offsets = piece(4 * (found + 1) if found else 0)
+        if kind == "list":
+            return Column(found, offsets, Piece(body, 0), column("string", None))
+        return Column(found, offsets, piece(0))
+
+    kinds = {name: "list" if isinstance(kind, list) else kind for name, kind in VALUES.items()}
+    columns = {name: column(kind, rows) for name, kind in kinds.items()}
+    if next(nodes, None) or next(buffers, None):
+        raise Damaged("more columns than it names")
+    return Placed(rows, columns)
+
+
+# ------------------------------------------------------------------ values
+
+
+def value(read: Read, column: Column, kind: Any, row: int) -> Any:
+    """Of one row of a batch. kind: as in `manifest.VALUES`. Raises Damaged."""
+    if kind == "uint64":
+        return struct.unpack("<Q", read(column.values.offset + 8 * row, 8))[0]
+    start, end = numbers(read, column, row, 1)
+    if column.inner is None:
+        content = read(column.values.offset + start, end - start)
+        return content if kind == "binary" else text(content)
+    if start == end:
+        return []
+    ends = numbers(read, column.inner, start, end - start)
+    content = read(column.inner.values.offset + ends[0], ends[-1] - ends[0])
+    return [text(content[low - ends[0] : high - ends[0]]) for low, high in pairwise(ends)]
+
+
+def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]:
+    """Where `count` values from a row on begin, and where the last of them ends."""
+    found = struct.unpack(
+        "<2i" if count == 1 else f"<{count + 1}i", read(column.offsets.offset + 4 * row, 4 * count + 4)
+    )
+    most = column.values.size if column.inner is None else column.inner.rows
+    if found[0] < 0 or found[-1] > most or found != tuple(sorted(found)):
+        raise Damaged("a value that leads out of its column")
+    return found
+
+
+def text(content: bytes) -> str:
+    """As UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise Damaged("a text that is not UTF-8") from error
+
+
+def array(read: Read, column: Column, kind: Any) -> pa.Array:
+    """All values of a batch, checked. Raises Damaged."""
+    offsets, values = (pa.py_buffer(read(*piece)) for piece in (column.offsets, column.values))
+    try:
+        if kind == "uint64":
+            made = pa.Array.from_buffers(pa.uint64(), column.rows, [None, values])
+        elif column.inner is not None:
+            inner = array(read, column.inner, kind[0])
+            made = pa.Array.from_buffers(pa.list_(pa.string()), column.rows, [None, offsets], children=[inner])
+        else:
+            made = pa.Array.from_buffers(getattr(pa, kind)(), column.rows, [None, offsets, values])
+        made.validate(full=True)
+    except (pa.ArrowException, ValueError, UnicodeDecodeError) as error:
+        raise Damaged(" ".join(str(error).split())[:100]) from error
+    return made
+
+
+def check(read: Read, batch: Placed) -> None:
+    """Refuse a batch whose offsets or texts are damaged; pictures are checked when they are decoded."""
+    for name, column in batch.columns.items():
+        if VALUES[name] != "binary":
+            array(read, column, VALUES[name])
+        elif column.rows:
+            numbers(read, column, 0, column.rows)

@@ -1,0 +1,134 @@
+"""Whether a prepared set is still what its manifest says: every byte, every row, every split."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.data.files import load_json
+from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.opening import check_inside, content_of
+from maskvlm.data.prepare.rows import row_digest
+from maskvlm.data.prepared.manifest import read_manifest, sha256_of
+from maskvlm.data.prepared.manifest_schema import MOST_BYTES
+from maskvlm.data.prepared.shards import check_size, read_shard
+from maskvlm.data.streaming.pool import process_context, watched
+from maskvlm.utils.errors import UserError
+
+SAMPLE = 500
+"""Pictures of a split that are decoded where not all are."""
+
+
+class Found(NamedTuple):
+    """In a shard. faults: lines; digests: of its rows, joined."""
+
+    faults: list[str]
+    digests: str
+    rows: int
+    captions: int
+    decoded: int
+
+
+def check(root: Path, every: bool = False, workers: int = 1, say: Callable[[str], None] = print) -> list[str]:
+    """What is wrong with a set, one line a fault; nothing where it is whole.
+
+    Args:
+        every: decode each picture, not a sample of SAMPLE a split.
+        workers: processes, 1 or more.
+        say: takes the line that says what is in it.
+
+    Raises:
+        UserError: there is no manifest to compare with.
+    """
+    manifest = read_manifest(root)
+    faults = [*other_files(root, manifest)]
+    decoded = 0
+    context = process_context()
+    with ProcessPoolExecutor(workers, context, watched) as pool:
+        spread: Callable[..., Iterator[Found]] = pool.map if workers > 1 else map
+        for name, split in manifest["splits"].items():
+            step = 1 if every else -(-split["pictures"] // SAMPLE) or 1
+            digest, totals, unread = hashlib.sha256(), [0, 0], False
+            for found in spread(partial(check_shard, root, step), split["shards"]):
+                faults += found.faults
+                digest.update(found.digests.encode())
+                totals = [totals[0] + found.rows, totals[1] + found.captions]
+                decoded += found.decoded
+                unread |= not found.digests
+            if not unread:  # else it has its own line
+                faults += check_rows(root / name, split, totals, digest.hexdigest())
+            faults += check_state(root / name, split)
+    counts = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
+    captions = sum(split["captions"] for split in manifest["splits"].values())
+    if not faults:
+        say(f"{root}: as its manifest says ({counts} pictures, {captions:,} captions; {decoded:,} pictures decoded)")
+    return faults
+
+
+def check_shard(root: Path, step: int, shard: dict[str, Any]) -> Found:
+    """One shard; every `step`-th of its pictures is decoded."""
+    path, faults, digests, captions, decoded = root / shard["file"], list[str](), list[str](), 0, 0
+    try:
+        check_inside(path, root)
+        check_size(path, shard["bytes"])
+        if (there := sha256_of(path)) != shard["sha256"]:
+            told = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
+            return Found([told], "", 0, 0, 0)
+        shard_rows = read_shard(path, keep=True)
+        if len(shard_rows) != shard["rows"]:
+            faults.append(f"{path}: {len(shard_rows)} rows, the manifest says {shard['rows']}")
+        for number, row in enumerate(shard_rows.rows()):
+            digests.append(row_digest(row["image"], row["captions"], row["image_id"], row["name"]))
+            captions += len(row["captions"])
+            if number % step == 0:
+                decoded += 1
+                try:
+                    safe_open(row["image"], f"{path} row {number} ({row['origin']})")
+                except BadImage as bad:
+                    faults.append(f"{bad.where}: {bad.what}")
+    except UserError as error:
+        return Found([*faults, f"{error.where}: {error.what}"], "", 0, 0, 0)
+    return Found(faults, "".join(digests), len(shard_rows), captions, decoded)
+
+
+def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: str) -> Iterator[str]:
+    """What is wrong with the rows of a split as a whole."""
+    for name, there in zip(("pictures", "captions"), totals, strict=True):
+        if there != split[name]:
+            yield f"{folder}: {there} {name}, the manifest says {split[name]}"
+    if sha256 != split["sha256"]:
+        yield f"{folder}: the rows' hash is {sha256[:16]}..., the manifest says {split['sha256'][:16]}..."
+
+
+def check_state(folder: Path, split: dict[str, Any]) -> Iterator[str]:
+    """Whether `datasets` would read the shards of the manifest."""
+    state = folder / "state.json"
+    try:
+        check_inside(state, folder.parent)
+        listed = [file["filename"] for file in load_json(content_of(state, MOST_BYTES), state)["_data_files"]]
+    except UserError as error:
+        yield f"{state}: {error.what}"
+        return
+    except (LookupError, TypeError) as error:
+        yield f"{state}: cannot be read ({type(error).__name__})"
+        return
+    if listed != [Path(shard["file"]).name for shard in split["shards"]]:
+        yield f"{state}: does not list the shards of the manifest"
+
+
+def other_files(root: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the files beside the shards."""
+    for name, sha256 in manifest["files"].items():
+        try:
+            check_inside(root / name, root)
+            if (there := sha256_of(root / name)) != sha256:
+                yield f"{root / name}: sha256 is {there[:16]}..., the manifest says {str(sha256)[:16]}..."
+        except UserError as error:
+            yield f"{error.where}: {error.what}"
+    for name in manifest["splits"]:
+        if not (root / name / "dataset_info.json").is_file():
+            yield f"{root / name / 'dataset_info.json'}: is not there"
+    if not (root / "dataset_dict.json").is_file():
+        yield f"{root / 'dataset_dict.json'}: is not there"

@@ -1,0 +1,195 @@
+"""The prepared form on disk: names, columns, and small files that are written whole or not at all.
+
+manifest.json                     written last: where it is, the set is complete
+dataset_dict.json                 with <split>/state.json and dataset_info.json, as `datasets.load_from_disk` wants
+<split>/data-00000.arrow          Arrow streams of some thousand rows
+skipped.jsonl, first-look.png, annotation files
+.making/                          only while it is made: what each finished shard was made of
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+from PIL import features
+
+from maskvlm.data.opening import check_inside, content_of, opened
+from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
+from maskvlm.data.text import clean_caption
+from maskvlm.utils.disk import sync_folder
+from maskvlm.utils.errors import ExitCode, UserError
+
+MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
+PICTURES = "pictures"
+"""The one split of an annotated set."""
+
+SPLITS = ("train", "val", "test", PICTURES)
+PACKAGES = ("maskvlm", "pillow", "numpy", "pyarrow", "datasets")
+
+VALUES: dict[str, str | list[str]] = {
+    "image": "binary",
+    "captions": ["string"],
+    "image_id": "string",
+    "source": "string",
+    "name": "string",
+    "origin": "string",
+    "phash": "uint64",
+}
+FEATURES = {
+    name: {"feature": {"dtype": kind[0], "_type": "Value"}, "_type": "List"}
+    if isinstance(kind, list)
+    else {"dtype": kind, "_type": "Value"}
+    for name, kind in VALUES.items()
+}
+"""As `datasets` notes them; written out here so that no process of a preparation need import it (a second)."""
+
+SCHEMA = pa.schema(
+    [(name, pa.list_(pa.string()) if isinstance(kind, list) else getattr(pa, kind)()) for name, kind in VALUES.items()],
+    {"huggingface": json.dumps({"info": {"features": FEATURES}})},
+)
+
+
+# ------------------------------------------------------------------ writing
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that appears under its name complete and on the disk, or not at all.
+
+    Raises:
+        UserError: the disk is full (74) or the folder cannot be written (73); what was there before is whole.
+    """
+    check_path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name[:100]}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_path(path: Path) -> None:
+    """Refuse what no file or folder can be called, or what could not be shown and found again.
+
+    Raises:
+        UserError: it has a null byte, is not text, or is too long (73).
+    """
+    try:
+        str(path).encode()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        what = f"cannot be written ({why})"
+        raise UserError(plain_name(path), what, "Give it another name", ExitCode.CANNOT_CREATE) from error
+
+
+def plain_name(path: Path) -> str:
+    """For messages: printable, and not longer than a line."""
+    text = clean_caption(str(path))[0]
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What stands in the way of an output, as the user's error."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
+    code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
+    what = f"cannot be written ({error.strerror or error})"
+    return UserError(plain_name(path), what, f"{todo}; finished shards stay", code)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """As `whole_file`, plain data."""
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def write_dataset_files(folder: Path, files: list[str], fingerprint: str, licence: str) -> None:
+    """What `datasets.load_from_disk` reads of a split besides its shards."""
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": licence}
+    write_json(folder / "state.json", state)
+    write_json(folder / "dataset_info.json", info)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """What a prepared set says about itself.
+
+    Raises:
+        UserError: there is none, it is unfinished, or its manifest is damaged, of another version, or a link.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        if (root / MAKING).is_dir():
+            todo = "Run the same `make data` again: it goes on where it stopped"
+            raise UserError(root, "this prepared set is unfinished", todo, ExitCode.MISSING_INPUT)
+        what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
+        todo = f"Make it with `make data SET={root.name} RAW=...` (DATA_ROOT= is the folder that holds the sets)"
+        raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
+    check_inside(path, root)
+    return checked_manifest(content_of(path, MOST_BYTES), path)
+
+
+def versions() -> dict[str, str | None]:
+    """What the set is made with."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return {**found, "libjpeg": features.version("jpg")}
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes. Raises UserError where it cannot be read."""
+    with opened(path, "Run `make data` again, or fetch the file") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------ words
+
+
+def amount(number: int) -> str:
+    """`118,287`, and from a million on in a published count `2.95 M`."""
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.3g} M"
+
+
+def coverage(pictures: int, published: int | None) -> str:
+    """`2,013,544 pictures, 68 % of the published 2.95 M`."""
+    words = "1 picture" if pictures == 1 else f"{pictures:,} pictures"
+    if not published:
+        return words
+    share = 100 * pictures / published
+    told = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+    return f"{words}, {told if pictures != published else '100'} % of the published {amount(published)}"

@@ -1,0 +1,183 @@
+"""What a `manifest.json` may say: one closed schema, as it may come from a stranger with the set it belongs to.
+
+What is not named here is not read. Names of files are plain names inside the set's folder; texts that are shown are one
+printable line; numbers have bounds, so that nothing is allocated on a stranger's word.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maskvlm.data.files import load_json
+from maskvlm.data.strict_json import kind_of
+from maskvlm.data.text import clean_caption
+from maskvlm.utils.errors import ExitCode, UserError
+
+FORMAT = 1
+"""Of the prepared form. Raise it when an older reader would misread a new set."""
+
+MOST_BYTES = 200_000_000
+"""Of a manifest: a shard takes 200 bytes, so this is a billion pictures."""
+
+MOST = 2**53  # of anything that is counted
+PLAIN = r"(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}"
+"""A name of a file, or of a folder: not hidden, no `..`, and no way to another folder."""
+
+
+class Wrong(Exception):
+    """Where in the document, and what is wrong there."""
+
+
+Kind = Callable[[Any, str], Any]
+
+
+def count(value: Any, where: str) -> int:
+    """A number of things."""
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise Wrong(f"{where} is {_told(value)} instead of a number from 0 to 2^53")
+    return value
+
+
+def line(value: Any, where: str) -> str:
+    """A text to show: what could reach a terminal as a command is dropped."""
+    return clean_caption(exact(value, where))[0]
+
+
+def exact(value: Any, where: str) -> str:
+    """A text to compare."""
+    if type(value) is not str or len(value) > 10_000:
+        raise Wrong(f"{where} is {_told(value)} instead of a text of at most 10,000 characters")
+    return value
+
+
+def fitting(pattern: str, what: str) -> Kind:
+    """A text of a form."""
+
+    def kind(value: Any, where: str) -> str:
+        if type(value) is not str or not re.fullmatch(pattern, value):
+            raise Wrong(f"{where} is {_told(value)} instead of {what}")
+        return value
+
+    return kind
+
+
+def several(of: Kind, most: int) -> Kind:
+    """A list."""
+
+    def kind(value: Any, where: str) -> list[Any]:
+        if type(value) is not list or len(value) > most:
+            raise Wrong(f"{where} is {_told(value)} instead of a list of at most {most:,}")
+        return [of(each, f"{where}[{number}]") for number, each in enumerate(value)]
+
+    return kind
+
+
+def each(of: Kind, most: int = 10_000, name: Kind = line) -> Kind:
+    """An object of any keys."""
+
+    def kind(value: Any, where: str) -> dict[str, Any]:
+        if type(value) is not dict or len(value) > most:
+            raise Wrong(f"{where} is {_told(value)} instead of an object of at most {most:,} keys")
+        return {name(key, f"a key of {where}"): of(inner, f"{where}.{key[:80]}") for key, inner in value.items()}
+
+    return kind
+
+
+def known(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> Kind:
+    """An object of these keys; those that are not needed have a value to take where they are absent."""
+
+    def kind(value: Any, where: str) -> dict[str, Any]:
+        if type(value) is not dict:
+            raise Wrong(f"{where} is {_told(value)} instead of an object")
+        inner = {name: f"{where}.{name}" if where != DOCUMENT else name for name in (*needed, *optional)}
+        if absent := [name for name in needed if name not in value]:
+            raise Wrong(f"key '{inner[absent[0]]}' is missing")
+        found = {name: of(value[name], inner[name]) for name, of in needed.items()}
+        for name, (of, default) in optional.items():
+            found[name] = of(value[name], inner[name]) if value.get(name) is not None else default
+        return found
+
+    return kind
+
+
+def fact(value: Any, where: str) -> Any:
+    """A plain value that is shown to nobody."""
+    if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) <= MOST):
+        return value
+    return exact(value, where)
+
+
+def facts(value: Any, where: str) -> dict[str, Any]:
+    """Plain values by name, and such objects."""
+    inner = each(lambda value, where: each(fact)(value, where) if type(value) is dict else fact(value, where))
+    found: dict[str, Any] = inner(value, where)
+    return found
+
+
+def _told(value: Any) -> str:
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else kind_of(value)
+
+
+DOCUMENT = "the document"
+SHA256 = fitting(r"[0-9a-f]{64}", "a sha256")
+SHARD = known(
+    {
+        "file": fitting(f"{PLAIN}/{PLAIN}", "a file in a folder of the set"),
+        "rows": count,
+        "bytes": count,
+        "sha256": SHA256,
+    },
+    {},
+)
+SPLIT = known(
+    {"pictures": count, "sha256": SHA256, "shards": several(SHARD, 1_000_000)},
+    {"captions": (count, 0), "kept": (count, 0), "bytes": (count, 0)},
+)
+REASONS = each(
+    known({"count": count}, {"examples": (several(known({}, {"origin": (line, ""), "message": (line, "")}), 100), [])})
+)
+SETTINGS = known(
+    {},
+    {
+        **dict.fromkeys(("set", "raw", "name"), (exact, None)),
+        **dict.fromkeys(("rows", "side", "quality"), (count, None)),
+        "columns": (each(exact, name=exact), None),
+    },
+)
+NAME = fitting(PLAIN, "a name of a file")
+MANIFEST_KIND = known(
+    {"format": count, "splits": each(SPLIT, 100, NAME)},
+    {
+        **dict.fromkeys(("name", "title", "licence", "coverage"), (line, "unknown")),
+        **dict.fromkeys(("pictures", "captions"), (count, 0)),
+        **dict.fromkeys(("published", "phash", "look", "versions", "made"), (facts, {})),
+        **dict.fromkeys(("left_out", "mended"), (REASONS, {})),
+        "notes": (several(line, 10_000), []),
+        "settings": (SETTINGS, {}),
+        "files": (each(SHA256, 10_000, NAME), {}),
+    },
+)
+
+
+def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
+    """What a manifest says, as far as it is known here.
+
+    Args:
+        content: of the file; at most MOST_BYTES.
+        path: names it in errors.
+
+    Raises:
+        UserError: it is damaged, of another kind, or of a newer version.
+    """
+    document = load_json(content, path)
+    told = document.get("format") if isinstance(document, dict) else None
+    if type(told) is int and told != FORMAT:
+        what = f"is of format {str(told)[:20]}, not of {FORMAT}"
+        raise UserError(path, what, "Read it with the version that made it", ExitCode.BAD_DATA)
+    try:
+        found: dict[str, Any] = MANIFEST_KIND(document, DOCUMENT)
+    except Wrong as error:
+        todo = "Fetch it again, or prepare the set anew"
+        raise UserError(path, clean_caption(str(error))[0], todo, ExitCode.BAD_DATA) from error
+    return found

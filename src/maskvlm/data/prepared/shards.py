@@ -1,0 +1,191 @@
+"""Shards of a prepared set: rows by number, columns without pictures, read from their files in pieces (`arrow.py`)."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from maskvlm.data.opening import check_inside, opened, special
+from maskvlm.data.prepared.arrow import Damaged, Placed, array, batches, check, value
+from maskvlm.data.prepared.manifest import SCHEMA, VALUES
+from maskvlm.utils.errors import ExitCode, UserError
+
+KEPT = 128
+"""Files that stay open: of more shards, each is opened for each row, as a process may have a thousand or so."""
+
+
+class Source:
+    """The bytes of a shard, in memory or in a file."""
+
+    def __init__(self, path: Path, content: bytes | None = None, keep: bool = True) -> None:
+        self.path, self._content, self._keep = path, content, keep
+        self._file: Any = None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """So many bytes, all of them. Raises UserError where the file ends before, or cannot be read."""
+        if self._content is not None:
+            found = self._content[offset : offset + size]
+        elif self._file is not None:
+            found = self._pread(self._file.fileno(), size, offset)
+        else:
+            with self._opened() as file:
+                found = self._pread(file, size, offset)
+        if len(found) < size:
+            raise damaged(self.path, "is shorter than it was: somebody changes it")
+        return found
+
+    def _pread(self, file: int, size: int, offset: int) -> bytes:
+        try:
+            found = os.pread(file, size, offset)
+            while found and len(found) < size and (more := os.pread(file, size - len(found), offset + len(found))):
+                found += more
+            return found
+        except OSError as error:
+            raise damaged(self.path, f"cannot be read ({error.strerror or error})", ExitCode.IO_ERROR) from error
+
+    def size(self) -> int:
+        """Of the shard, in bytes."""
+        if self._content is not None:
+            return len(self._content)
+        with self._opened() as file:
+            return os.fstat(file).st_size
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        with opened(self.path) as stream:
+            if self._keep and self._file is None:
+                self._file = open(os.dup(stream.fileno()), "rb", buffering=0)  # noqa: SIM115  closed with this
+            yield stream.fileno()
+
+
+class Shard:
+    """The rows of one shard.
+
+    Raises:
+        UserError: it is no Arrow stream of a prepared set, or is damaged; pictures are checked when they are decoded.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        try:
+            self.batches: list[Placed] = [*batches(source.read, source.size())]
+            for batch in self.batches:
+                check(source.read, batch)
+        except Damaged as error:
+            raise self._told(error) from error
+
+    def value(self, batch: Placed, name: str, row: int) -> Any:
+        """Of a column in a row of a batch."""
+        try:
+            return value(self._source.read, batch.columns[name], VALUES[name], row)
+        except Damaged as error:
+            raise self._told(error) from error
+
+    def array(self, batch: Placed, name: str) -> pa.Array:
+        """A column of a batch."""
+        try:
+            return array(self._source.read, batch.columns[name], VALUES[name])
+        except Damaged as error:
+            raise self._told(error) from error
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One after the other."""
+        for batch in self.batches:
+            for row in range(batch.rows):
+                yield {name: self.value(batch, name, row) for name in VALUES}
+
+    def __len__(self) -> int:
+        return sum(batch.rows for batch in self.batches)
+
+    def _told(self, error: Damaged) -> UserError:
+        return damaged(self._source.path, f"cannot be read ({error})")
+
+
+class Part(NamedTuple):
+    """A batch and its shard."""
+
+    shard: Shard
+    batch: Placed
+
+
+class Shards:
+    """Rows of several shards, opened when first asked for one; pickled as the list of their names.
+
+    Args:
+        root: the set's folder.
+        shards: as the manifest lists them.
+
+    Raises:
+        UserError: a shard is not there or not as long as it was.
+    """
+
+    def __init__(self, root: Path, shards: list[dict[str, Any]]) -> None:
+        self.root, self.shards = root, shards
+        for shard in shards:
+            check_inside(root / shard["file"], root)
+            check_size(root / shard["file"], shard["bytes"])
+        self._parts: list[Part] | None = None
+        self._ends: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "shards": self.shards, "_parts": None, "_ends": []}
+
+    def __len__(self) -> int:
+        return sum(shard["rows"] for shard in self.shards)
+
+    def parts(self) -> list[Part]:
+        """The batches of all shards; where values lie, not the values."""
+        if self._parts is None:
+            parts: list[Part] = []
+            for each in self.shards:
+                shard = read_shard(self.root / each["file"], keep=len(self.shards) <= KEPT)
+                if len(shard) != each["rows"]:
+                    raise damaged(self.root / each["file"], f"has {len(shard)} rows, the manifest says {each['rows']}")
+                parts += [Part(shard, batch) for batch in shard.batches]
+            self._ends = [*accumulate(part.batch.rows for part in parts)]
+            self._parts = parts
+        return self._parts
+
+    def value(self, name: str, index: int) -> Any:
+        """Of a column in a row, counted from 0."""
+        parts = self.parts()
+        number = bisect_right(self._ends, index)
+        shard, batch = parts[number]
+        return shard.value(batch, name, index - self._ends[number] + batch.rows)
+
+    def chunks(self, name: str) -> Iterator[pa.Array]:
+        """A column of all rows, batch by batch."""
+        for shard, batch in self.parts():
+            yield shard.array(batch, name)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of all rows, in memory."""
+        return pa.chunked_array([*self.chunks(name)], SCHEMA.field(name).type)
+
+
+def read_shard(path: Path, keep: bool = False) -> Shard:
+    """A shard in a file. keep: leave the file open. Raises UserError as `Shard`."""
+    return Shard(Source(path, keep=keep))
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a shard that is not what the manifest says, as far as can be seen from outside."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        raise damaged(path, "is not there, but in the manifest", ExitCode.MISSING_INPUT) from None
+    if kind := special(status.st_mode):
+        raise damaged(path, f"is {kind}, no file")
+    if status.st_size != size:
+        raise damaged(path, f"has {status.st_size:,} bytes instead of {size:,}")
+
+
+def damaged(path: Path, what: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
+    """A shard that is not as it was made."""
+    todo = f"`python -m maskvlm data-check {path.parent.parent}` tells what else is; fetch it again or prepare anew"
+    return UserError(path, what, todo, code)

@@ -1,0 +1,180 @@
+"""Prepared sets (see `manifest.py`) as sources of pairs.
+
+Rows are read from the shards' files: neither a large set nor many processes cost memory, and a data worker that is
+handed a split gets the names of files only.
+
+Shapes: N rows, P pictures a row (one).
+"""
+
+import copy
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from maskvlm.data.batch import Row, Source
+from maskvlm.data.phash import near
+from maskvlm.data.prepared.manifest import SKIPPED, read_manifest
+from maskvlm.data.prepared.shards import Shards
+from maskvlm.data.raw.lines import plain, text_lines
+from maskvlm.data.strict_json import parse
+from maskvlm.data.subset import first_pictures, row_ids
+from maskvlm.utils.distributed import rank
+from maskvlm.utils.errors import ExitCode, UserError, check_least
+
+HOLD_OUT = 3  # the purpose of these lots, see `subset.lots`
+UNREADABLE = "unreadable lines of skipped.jsonl"
+MOST_LISTED = 1000
+"""Rows left out that a split lists for each reason; skipped.jsonl has them all."""
+
+
+class PreparedPairs:
+    """One split of a prepared set.
+
+    Attributes:
+        fingerprint: of what the rows hold; the same wherever the set lies and however it is cut into shards.
+        skipped: reason -> rows that preparing left out or mended, the first MOST_LISTED of each.
+        row_N: the rows of the stored split that are in this one; None: all.
+    """
+
+    def __init__(self, root: Path, name: str, split: dict[str, Any]) -> None:
+        self.root, self.name = root, name
+        self._shards = Shards(root, split["shards"])
+        self.fingerprint = str(split["sha256"])[:16]
+        self.skipped = read_skipped(root / SKIPPED, name)
+        self.row_N: np.ndarray | None = None
+        self._length = len(self._shards)
+
+    def only(self, row_N: np.ndarray) -> "PreparedPairs":
+        """Some of its rows, as a split of its own."""
+        part = copy.copy(self)
+        part.row_N, part._length = row_N, len(row_N)
+        part.fingerprint = hashlib.sha256(self.fingerprint.encode() + row_N.astype("<i8").tobytes()).hexdigest()[:16]
+        return part
+
+    def __len__(self) -> int:
+        return self._length
+
+    def place(self, index: int) -> int:
+        """The row's number in the stored split. Raises IndexError."""
+        number = range(self._length)[index]
+        return number if self.row_N is None else int(self.row_N[number])
+
+    def __getitem__(self, index: int, /) -> Row:
+        place = self.place(index)
+        return Row(
+            image=self._shards.value("image", place),
+            captions=self._shards.value("captions", place),
+            image_id=self._shards.value("image_id", place),
+            origin=f"{self.root}/{self.name} row {place} ({self._shards.value('origin', place)})",
+        )
+
+    def captions(self, index: int) -> list[str]:
+        """Those of a picture, without reading it."""
+        return list(self._shards.value("captions", self.place(index)))
+
+    def image_ids(self) -> Iterator[str]:
+        """Of all its pictures, each once, without reading them."""
+        for image in self.column("image_id"):
+            yield image.as_py()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Of all rows: `captions`, `image_id`, `source`, `origin`, `phash`."""
+        column = self._shards.column(name)
+        return column if self.row_N is None else column.take(pa.array(self.row_N))
+
+
+class Prepared(Source):
+    """A set that `make data` has made (a `Source`).
+
+    Args:
+        root: its folder.
+        hold_out: where the set has no `val` split, so many training pictures (but at most a twentieth of them), chosen
+            by their ids, are `val` and not trained on. 0: such a set has no `val`.
+    """
+
+    def __init__(self, root: str, hold_out: int = 0) -> None:
+        check_least(0, data__source__hold_out=hold_out)
+        self.root, self.hold_out = Path(root).expanduser(), hold_out
+
+    def split(self, name: str) -> PreparedPairs:
+        """The pairs of one split.
+
+        Raises:
+            UserError: there is no finished set, it has no such split, or a shard is not as it was.
+        """
+        splits = read_manifest(self.root)["splits"]
+        if self.hold_out and name in ("train", "val") and "train" in splits and "val" not in splits:
+            return self._parted(PreparedPairs(self.root, "train", splits["train"]), name)
+        if name not in splits:
+            there = ", ".join(f"{other} with {splits[other]['pictures']:,} pictures" for other in splits)
+            what = f"no split '{name}' (there is {there or 'none'})"
+            way = "set data.source.hold_out to take a part of train for it" if name == "val" else "name another split"
+            todo = f"Name another set, or {way}"
+            raise UserError(self.root, what, todo, ExitCode.MISSING_INPUT)
+        return PreparedPairs(self.root, name, splits[name])
+
+    def _parted(self, pairs: PreparedPairs, name: str) -> PreparedPairs:
+        """The part of a set's only split that is trained on, or the part that is not."""
+        ids_NP = row_ids(pairs)
+        assert ids_NP is not None
+        share = min(self.hold_out / len(pairs), 0.05)
+        val_N = first_pictures(ids_NP[:, 0], max(share, 1 / len(pairs)), 0, HOLD_OUT)
+        train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
+        hash_N = pairs.column("phash").to_numpy()
+        copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
+        copies = int(copy_N.sum())
+        train_N = train_N if copy_N.all() else train_N[~copy_N]  # where all are alike, nothing else is left
+        if not len(train_N):
+            what, todo = "all its pictures would be held out for validation", "Prepare more pictures"
+            raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
+        if name == "train" and rank() == 0:
+            told = f"{len(val_N):,} of its {len(pairs):,} pictures are held out of training for it"
+            if copies:
+                way = "kept, as all others do" if copies == len(train_N) else "left out"
+                told += f", {copies:,} that look like one of them are {way}"
+            print(f"{self.root} has no val split: {told}", flush=True)
+        return pairs.only(train_N if name == "train" else val_N)
+
+
+def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
+    """Reason -> origins of the split's rows; the last entry says how many more there are.
+
+    Nothing depends on it but what is told: what cannot be read of it is listed under a reason of its own.
+    """
+    listed: dict[str, list[str]] = {}
+    more: Counter[str] = Counter()
+
+    def add(reason: str, origin: str) -> None:
+        origins = listed.setdefault(reason, [])
+        if len(origins) < MOST_LISTED:
+            origins.append(origin)
+        else:
+            more[reason] += 1
+
+    try:
+        for number, text, problem in text_lines(path):
+            entry = skipped_entry(text) if not problem else None
+            if entry is None:
+                add(UNREADABLE, f"{path}:{number}")
+            elif entry["split"] == split:
+                add(plain(entry["reason"]), plain(entry["origin"]))
+    except UserError as error:
+        add(UNREADABLE, str(error))
+    for reason, count in more.items():
+        listed[reason].append(f"and {count:,} more, in {path}")
+    return listed
+
+
+def skipped_entry(text: str) -> dict[str, str] | None:
+    """A line of skipped.jsonl; None where it is none."""
+    try:
+        entry = parse(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("split", "reason", "origin"))
+    return entry if whole else None

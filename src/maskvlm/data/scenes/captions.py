@@ -1,0 +1,259 @@
+"""Five truthful captions a scene, each at its own completeness, from a structured statement.
+
+A `Statement` is what a caption claims, `describes` says of which scenes it is true. The words are chosen by
+lot among a few frames; each caption keeps to one style, sentences or notes.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple
+
+from maskvlm.data.scenes import world as world
+from maskvlm.data.scenes.world import Scene, Thing, choose, shuffled
+
+COUNT_WORDS = {2: "two", 3: "three"}
+OBJECT_WORDS = ("shapes", "objects", "things")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a writer puts things. The size words go with the rest of the style, so that a hidden word can be told from
+    the picture and its neighbours. Few words that a picture does not decide: they would cost compute and teach little.
+    """
+
+    full: bool  # sentences with articles and prepositions, or notes
+    sizes: dict[str, str]
+    relations: dict[str, str]
+    grounds: tuple[str, ...]
+    grounds_first: tuple[str, ...]
+
+    def noun(self, said: "Mention") -> str:
+        """ "a small striped red circle", as far as the mention goes."""
+        size = self.sizes[said.size] if said.size else None
+        words = [word for word in (size, said.pattern, said.colour, said.shape or "thing") if word]
+        article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
+        return " ".join((*article, *words))
+
+    def place(self, name: str) -> str:
+        """ "at the top left", or "top left" alone."""
+        preposition = {"middle": "in", "left": "on", "right": "on"}.get(name, "at")
+        return f"{preposition} the {name}" if self.full else name
+
+    def listed(self, parts: list[str]) -> str:
+        """ "a, b and c", or "a, b, c"."""
+        if not self.full or len(parts) == 1:
+            return ", ".join(parts)
+        return " and ".join((", ".join(parts[:-1]), parts[-1]))
+
+    def ground(self, rng: random.Random, background: str) -> str:
+        """ " on a navy background", to follow upon the rest."""
+        return choose(rng, self.grounds).format(background)
+
+
+SENTENCES = Style(
+    full=True,
+    sizes={"large": "large", "small": "small"},
+    relations={"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"},
+    grounds=(" on {}", " against {}", " on a {} background"),
+    grounds_first=("on {},", "on a {} background,", "the background is {} with"),
+)
+NOTES = Style(
+    full=False,
+    sizes={"large": "big", "small": "little"},
+    relations={"left of": "left of", "right of": "right of", "above": "over", "below": "under"},
+    grounds=(" on {}", ", {} background", ", {}"),
+    grounds_first=("on {},", "{} background,", "{},"),
+)
+
+
+def style_of(scene: Scene, rng: random.Random) -> Style:
+    """Either, by lot; notes where there is much to tell, since length costs compute."""
+    drawn = choose(rng, (SENTENCES, NOTES))
+    return NOTES if len(scene.things) > 2 else drawn
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a caption says of one thing; None where it keeps silent."""
+
+    shape: str | None = None
+    colour: str | None = None
+    size: str | None = None
+    pattern: str | None = None
+    place: str | None = None
+
+    def fits(self, thing: Thing) -> bool:
+        """True where nothing said is false of the thing."""
+        return (
+            self.shape in (None, thing.shape)
+            and self.colour in (None, thing.colour)
+            and self.size in (None, thing.size)
+            and self.pattern in (None, thing.pattern)
+            and self.place in (None, thing.place)
+        )
+
+
+class Relation(NamedTuple):
+    """Mention number `first` is `name` (one of RELATIONS) mention number `second`."""
+
+    first: int
+    name: str
+    second: int
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a caption claims: different mentions are different things."""
+
+    mentions: tuple[Mention, ...]
+    relations: tuple[Relation, ...] = ()
+    background: str | None = None
+    count: int | None = None
+
+
+class Caption(NamedTuple):
+    """A caption and what it claims."""
+
+    text: str
+    statement: Statement
+
+
+def describes(statement: Statement, scene: Scene) -> bool:
+    """True where some choice of different things makes every claim of the statement true."""
+    if statement.background not in (None, scene.background):
+        return False
+    if statement.count not in (None, len(scene.things)):
+        return False
+    return any(
+        all(mention.fits(thing) for mention, thing in zip(statement.mentions, things, strict=True))
+        and all(things[first].relates(name, things[second]) for first, name, second in statement.relations)
+        for things in permutations(scene.things, len(statement.mentions))
+    )
+
+
+def mention(thing: Thing, *attributes: str) -> Mention:
+    """The thing with its shape, its colour and the named attributes (size, pattern, place)."""
+    return Mention(thing.shape, thing.colour, **{name: getattr(thing, name) for name in attributes})
+
+
+def tell_all(scene: Scene, rng: random.Random) -> Caption:
+    """Every thing with every attribute and its place, and the background."""
+    style = style_of(scene, rng)
+    said = [mention(thing, "size", "pattern", "place") for thing in shuffled(rng, scene.things)]
+    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+    text = f"{things}{style.ground(rng, scene.background)}"
+    return Caption(text, Statement(tuple(said), background=scene.background))
+
+
+def tell_relations(scene: Scene, rng: random.Random) -> Caption:
+    """One thing related to each other one; every attribute of two things, one attribute less of more. A thing
+    that has none to be related to is said to be alone."""
+    style = style_of(scene, rng)
+    things = shuffled(rng, scene.things)
+    if len(things) == 1:
+        said = [mention(things[0], "size", "pattern")]
+        text = f"{style.noun(said[0])} alone{style.ground(rng, scene.background)}"
+        return Caption(text, Statement(tuple(said), background=scene.background, count=1))
+    attributes = ("size", "pattern") if len(things) == 2 else (choose(rng, ("size", "pattern")),)
+    said = [mention(thing, *attributes) for thing in things]
+    relations = []
+    for number, thing in enumerate(things[1:], start=1):
+        true = [name for name in world.RELATIONS if things[0].relates(name, thing)]
+        relations.append(Relation(0, choose(rng, true), number))
+    others = style.listed([f"{style.relations[r.name]} {style.noun(said[r.second])}" for r in relations])
+    text = f"{style.noun(said[0])} {'is ' if style.full else ''}{others}"
+    return Caption(text, Statement(tuple(said), tuple(relations)))
+
+
+def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
+    """The background, then each thing's colour, shape and place; of one thing alone its size or pattern, too."""
+    style = style_of(scene, rng)
+    more = () if len(scene.things) > 1 else (choose(rng, ("size", "pattern")),)
+    said = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
+    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+    text = f"{choose(rng, style.grounds_first).format(scene.background)} {things}"
+    return Caption(text, Statement(tuple(said), background=scene.background))
+
+
+def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
+    """Each place, then what is there, without size or without pattern; one thing alone with its background."""
+    style = style_of(scene, rng)
+    attribute = choose(rng, ("size", "pattern"))
+    said = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
+    verb = " is" if style.full else ""
+    text = style.listed([f"{style.place(str(m.place))}{verb} {style.noun(m)}" for m in said])
+    if len(said) > 1:
+        return Caption(text, Statement(tuple(said)))
+    ground = style.ground(rng, scene.background)  # one thing would fit too many pictures
+    return Caption(f"{text}{ground}", Statement(tuple(said), background=scene.background))
+
+
+def tell_part(scene: Scene, rng: random.Random) -> Caption:
+    """At most two things in full, or that there is one only, or how many there are, and their colours and shapes."""
+    style = style_of(scene, rng)
+    things = shuffled(rng, scene.things)
+    if len(things) <= 2 or rng.random() < 0.5:
+        said = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
+        text = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+        if len(things) == 1:
+            return Caption(f"only {text}", Statement(tuple(said), count=1))
+        return Caption(text, Statement(tuple(said)))
+    said = [mention(thing) for thing in things]
+    head = f"{COUNT_WORDS[len(things)]} {choose(rng, OBJECT_WORDS)}{style.ground(rng, scene.background)}"
+    statement = Statement(tuple(said), background=scene.background, count=len(things))
+    return Caption(f"{head}: {style.listed([style.noun(m) for m in said])}", statement)
+
+
+def tell_names(scene: Scene, rng: random.Random) -> Caption:
+    """The things by name: colour and shape, and of all of them perhaps size, pattern or both.
+
+    Colours, places and backgrounds of long captions tell a batch's pictures apart without a look at shapes; these not.
+    """
+    style = style_of(scene, rng)
+    attributes = choose(rng, ((), ("size",), ("pattern",), ("size", "pattern")))
+    said = [mention(thing, *attributes) for thing in shuffled(rng, scene.things)]
+    return Caption(style.listed([style.noun(m) for m in said]), Statement(tuple(said)))
+
+
+def tell_spots(scene: Scene, rng: random.Random) -> Caption:
+    """Each place, and one attribute of what is there, the same of all things.
+
+    A hidden word of long captions can be told from the rest of the thing's attributes; here only from its place.
+    """
+    style = style_of(scene, rng)
+    attribute = choose(rng, ("shape", "colour", "size", "pattern"))
+    said = [
+        Mention(place=thing.place, **{attribute: getattr(thing, attribute)}) for thing in shuffled(rng, scene.things)
+    ]
+    return Caption(style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]), Statement(tuple(said)))
+
+
+def tell_short(scene: Scene, rng: random.Random, relations: int = 0) -> Caption:
+    """Names, or of several things the places and one attribute: of one thing alone this would fit too many pictures.
+
+    Args:
+        relations: how often `tell_relations` is in the lot as well, where there are several things.
+    """
+    several = (tell_names, tell_spots, *[tell_relations] * relations)
+    return choose(rng, several if len(scene.things) > 1 else (tell_names,))(scene, rng)
+
+
+PHRASINGS = (tell_all, tell_relations, tell_background_first, tell_places_first, tell_part)
+
+
+def captions_of(scene: Scene, rng: random.Random) -> list[Caption]:
+    """The five captions of a scene, in the order of PHRASINGS."""
+    return [phrase(scene, rng) for phrase in PHRASINGS]
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can use, sorted."""
+    styles = (SENTENCES, NOTES)
+    frames = [*OBJECT_WORDS, "thing a alone an and is at in on only the"]
+    frames += [frame for style in styles for frame in (*style.grounds, *style.grounds_first)]
+    counts = [COUNT_WORDS[count] for count in set(world.COUNTS) if count > 2]  # see tell_part
+    synonyms = [word for style in styles for word in (*style.sizes.values(), *style.relations.values())]
+    content = [*world.SHAPES, *world.COLOURS, *world.PATTERNS, *world.BACKGROUNDS, *world.PLACES]
+    return sorted(set(re.findall("[a-z]+", " ".join((*frames, *counts, *synonyms, *content)))))

@@ -1,0 +1,1 @@
+"""Sets that are too large for the disk."""

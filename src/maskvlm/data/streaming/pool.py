@@ -1,0 +1,159 @@
+"""Processes that make shards, and the line that says how far they are.
+
+They are started by a server that has the imports already (or anew, where the system knows no such server): forking
+a process that has threads may hang. They end with the process that started them, however that ends.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from maskvlm.data.prepare.shards import Job, Made, Settings, Stopped, make_shard
+from maskvlm.utils.errors import ExitCode, UserError
+
+TOLD_EVERY = 30.0  # seconds between lines where there is no terminal
+WINDOW = 30.0  # seconds that the speed is of
+
+
+def process_context() -> Any:
+    """How processes are started: see above."""
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["maskvlm.data.prepare.shards"])
+    return context
+
+
+# ------------------------------------------------------------------ in the processes
+
+_AT_WORK: dict[str, Any] = {}
+
+
+def watched() -> None:
+    """First thing in each process: it leaves Ctrl-C to the first process, and ends when that does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # no process of a run that was killed may go on writing
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def at_work(root: Path, settings: Settings, counts: Any, stop: Any) -> None:
+    """What `work` needs."""
+    watched()
+    _AT_WORK.update(root=root, settings=settings, counts=counts, stop=stop)
+
+
+def work(job: Job) -> int:
+    """Make a shard; its rows."""
+    counts, stop = _AT_WORK["counts"], _AT_WORK["stop"]
+
+    def tick(used: bool) -> None:
+        if stop.is_set():
+            raise Stopped
+        with counts.get_lock():
+            counts[not used] += 1
+
+    made: Made = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
+    return made.rows
+
+
+# ------------------------------------------------------------------ in the first process
+
+
+class Pool:
+    """Processes for `work`; they are told to stop when it is left.
+
+    Attributes:
+        counts: rows used and rows left out so far.
+    """
+
+    def __init__(self, workers: int, root: Path, settings: Settings) -> None:
+        context = process_context()
+        self.workers, self.root = workers, root
+        self.counts, self._stop = context.Array("q", 2), context.Event()
+        self._pool = ProcessPoolExecutor(workers, context, at_work, (root, settings, self.counts, self._stop))
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            what = "a process of the preparation was killed, perhaps for want of memory"
+            todo = "Run the same again (finished shards stay), with fewer --workers where memory is short"
+            raise UserError(self.root, what, todo, ExitCode.IO_ERROR) from error
+
+    def submit(self, job: Job) -> Future[int]:
+        """Hand a job over."""
+        try:
+            return self._pool.submit(work, job)
+        except (EOFError, ConnectionError) as error:  # the server of the processes is gone
+            raise BrokenProcessPool("no process can be started") from error
+
+
+class Stage:
+    """`1,200 of about 113,287  118 pictures/s  3 left out  0:15:50 left`: a bar on a terminal, elsewhere lines.
+
+    Args:
+        total: pictures to expect, None where unknown.
+        counts: used and left out, as they grow.
+        say: takes lines where there is no terminal.
+    """
+
+    def __init__(self, name: str, total: int | None, counts: Any, say: Callable[[str], None]) -> None:
+        self.name, self.total, self.counts, self.say = name, total, counts, say
+        self.told = time.monotonic()
+        self.past: deque[tuple[float, int]] = deque([(self.told, 0)])
+        terminal = Console(stderr=True)
+        columns = (TextColumn(name), BarColumn(16), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=terminal, auto_refresh=False, disable=not terminal.is_terminal)
+        self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> "Stage":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self) -> None:
+        """Tell how far it is, if it is time."""
+        now = time.monotonic()
+        used, left_out = self.counts[:]
+        if now - self.past[-1][0] >= 0.5:
+            self.past.append((now, used + left_out))
+        while now - self.past[0][0] > WINDOW and len(self.past) > 2:
+            self.past.popleft()
+        if not self.bar.disable:
+            self.bar.update(self.task, completed=used + left_out, description=self.line(), refresh=True)
+        elif now - self.told >= TOLD_EVERY:
+            self.told = now
+            self.say(f"{self.name}  {self.line()}")
+
+    def line(self) -> str:
+        """What the bar says, in words."""
+        used, left_out = self.counts[:]
+        (first, before), (last, after) = self.past[0], self.past[-1]
+        speed = (after - before) / (last - first) if last > first else 0.0
+        expected = f" of about {self.total:,}" if self.total else ""
+        line = f"{used:,}{expected}  {speed:.0f} pictures/s  {left_out:,} left out"
+        remaining = (self.total or 0) - used - left_out
+        return f"{line}  {timedelta(seconds=round(remaining / speed))} left" if remaining > 0 and speed else line

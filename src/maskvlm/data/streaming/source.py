@@ -1,0 +1,206 @@
+"""Training pairs read from shards as they come, without a copy on this machine: tar archives in webdataset's layout,
+Parquet with pictures, or the Arrow shards of a prepared set, here or at any address that fsspec knows.
+
+Shards are divided among processes and data workers, put into an order of the epoch and shuffled through a buffer by
+Hugging Face `datasets`; what is in a shard is read by the readers that prepare such sets, so ids and captions are the
+same.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from maskvlm.data.batch import Row, Source
+from maskvlm.data.pairs import Part, Sample, TrainPairs
+from maskvlm.data.prepared.source import Prepared
+from maskvlm.data.raw.base import RawRow
+from maskvlm.data.sampler import Pick
+from maskvlm.data.streaming.remote import ENDINGS, find_shards, read_shards
+from maskvlm.data.text import stable_id
+from maskvlm.utils.distributed import mix, rank
+from maskvlm.utils.errors import ExitCode, UserError, check_least
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class StreamedPairs:
+    """The training split of a set of shards; neither its length nor its ids are known before it is read.
+
+    Its length is told as 0.
+
+    Attributes:
+        fingerprint: changes with the shards' names and sizes.
+    """
+
+    def __init__(self, shards: dict[str, int], name: str, buffer: int, replay: bool) -> None:
+        self.shards, self.name, self.buffer, self.replay = [*shards], name, buffer, replay
+        facts = sorted((address.rsplit("/", 1)[-1], size) for address, size in shards.items())
+        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return 0
+
+    def epoch(self, seed: int, part: Part) -> "datasets.IterableDataset":
+        """The rows of this process in the order that a seed gives; within a data worker, that worker's."""
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
+        rows = datasets.IterableDataset.from_generator(
+            read_shards, gen_kwargs={"shards": self.shards, "name": self.name}
+        )
+        # One shard at a time feeds the buffer: with ten, as is the default, reading takes twice as long.
+        rows = rows.shuffle(seed=seed, buffer_size=max(1, self.buffer), max_buffer_input_shards=1)
+        return split_dataset_by_node(rows, part.rank, part.world)
+
+    def stream(self, reader: TrainPairs, part: Part, batches: int, start: int, workers: int) -> "StreamSamples":
+        """What one process trains on; see `StreamSamples`.
+
+        Raises:
+            UserError: there are too few shards for every data worker to have one.
+        """
+        check_shards(len(self.shards), part.world, max(1, workers))
+        if rank() == 0:
+            if len(self.shards) % part.world:
+                print(f"every process reads all {len(self.shards)} shards: no multiple of {part.world} processes")
+            if start and self.replay:
+                print(f"reading over the {start} batches that were consumed, to go on at the same place", flush=True)
+            elif start:
+                print("the order of samples is another one after this resume (data.source.replay is false)", flush=True)
+        # Lightning's advice for loaders whose workers all read the same; these do not.
+        warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
+        return StreamSamples(self, reader, part, batches, start)
+
+    def first_captions(self, most: int) -> Iterator[str]:
+        """Of the first rows, shard by shard in the order of their names: the same for all processes."""
+        for found in read_shards(self.shards, self.name):
+            if most <= 0:
+                return
+            if found["problem"] is None:
+                yield from found["row"].captions
+                most -= 1
+
+
+def check_shards(shards: int, processes: int, workers: int) -> None:
+    """Raises UserError where some data worker would have no shard to read."""
+    if shards < processes * workers:
+        what = f"{shards} shards for {processes} processes with {workers} data workers each"
+        todo = f"Cut the set into {processes * workers} shards or more, or lower data.workers"
+        raise UserError("data.source.root", what, todo)
+
+
+class StreamLoader(DataLoader[Sample]):
+    """A loader that knows its length, and passes over what lies between a multiple of its workers and the start."""
+
+    dataset: "StreamSamples"
+
+    def __len__(self) -> int:
+        return self.dataset.batches - self.dataset.start
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        for _ in range(self.dataset.start % max(1, self.num_workers)):
+            next(batches)
+        return batches
+
+
+class StreamSamples(IterableDataset[Sample]):
+    """Samples for `batches` batches, from the `start`-th on: pass after pass over the shards, each in another order.
+
+    No process and no worker runs dry, whatever the shards hold: each goes on with its next pass when one is over.
+    A run that goes on reads over what was consumed without decoding it, so it needs the same number of processes and
+    of data workers to see the same samples. A bad row becomes a hole that keeps its place, as in `TrainPairs`.
+
+    Args:
+        pairs: what is read.
+        reader: makes samples of rows.
+        part: this process's.
+        batches: of the whole run.
+        start: batches already consumed.
+
+    Attributes:
+        loader: the kind of loader that batches them.
+    """
+
+    def __init__(self, pairs: StreamedPairs, reader: TrainPairs, part: Part, batches: int, start: int) -> None:
+        self.pairs, self.reader, self.part, self.batches, self.start = pairs, reader, part, batches, start
+        self.loader = StreamLoader
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        rows = self._rows(mix(self.reader.seed, *([] if self.pairs.replay or not self.start else [self.start])))
+        first = self.start - self.start % workers  # worker 0 makes the first batch after a start, as it made batch 0
+        if self.pairs.replay:
+            for _ in range(len(range(worker, first, workers)) * self.part.size):
+                next(rows)
+        for _ in range(len(range(first + worker, self.batches, workers)) * self.part.size):
+            yield self._sample(*next(rows))
+
+    def _rows(self, seed: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Without end, with the number of the pass."""
+        for epoch in count():
+            empty = True
+            for row in self.pairs.epoch(mix(seed, epoch), self.part):
+                empty = False
+                yield row, epoch
+            if empty:
+                where, what = self.pairs.shards[0], "a data worker found nothing to train on in its part of the shards"
+                raise UserError(where, what, "Check the shards, or use fewer data workers", ExitCode.BAD_DATA)
+
+    def _sample(self, found: dict[str, Any], epoch: int) -> Sample:
+        pick = Pick(stable_id(found["origin"]), epoch)
+        if found["problem"]:
+            return self.reader.hole(pick.row, found["problem"])
+        row: RawRow = found["row"]
+        plain_row = Row(image=row.image, captions=[*row.captions], image_id=row.image_id, origin=row.origin)
+        return self.reader.sample(plain_row, pick)
+
+
+class Stream(Source):
+    """A large set, streamed or kept here (a `Source`): `streaming` is the one line of choice.
+
+    Args:
+        root: a prepared set's folder, here or at an address (s3://bucket/cc3m); or, streamed only, shards: paths or
+            addresses that end in .tar, .tar.gz, .parquet or .arrow, with * in them, one or a list.
+        evaluate: folder of the prepared set that measures: its `val` and `test`.
+        streaming: read shards as they come, without a copy here; needs `data.steps`. False: the prepared set,
+            on this disk, in one global order.
+        name: of the set; starts the ids of pictures that have no other, as in `make data`.
+        buffer: rows that wait in each data worker, to be drawn in a random order; 0: the order within a shard.
+        replay: a run that goes on reads over all that was consumed, to see the same samples as one that was not
+            stopped; false starts another order of the shards instead, at once.
+    """
+
+    def __init__(
+        self,
+        root: str | list[str],
+        evaluate: str,
+        streaming: bool = True,
+        name: str = "stream",
+        buffer: int = 1000,
+        replay: bool = True,
+    ) -> None:
+        check_least(0, data__source__buffer=buffer)
+        self.root, self.evaluate, self.streaming, self.name = root, evaluate, streaming, name
+        self.buffer, self.replay = buffer, replay
+
+    def split(self, name: str) -> Any:
+        """`train` of the shards, every other split of the prepared set that evaluates.
+
+        Raises:
+            UserError: no shard is found, or what is not prepared is to be read from this disk.
+        """
+        if name != "train":
+            return Prepared(self.evaluate).split(name)
+        if self.streaming:
+            return StreamedPairs(find_shards(self.root), self.name, self.buffer, self.replay)
+        if not isinstance(self.root, str) or "*" in self.root or self.root.endswith(ENDINGS):
+            todo = "Prepare it (make data SET=webdataset RAW=its folder) and name the set's folder, or stream it"
+            what = f"{self.root} is no prepared set, and no other can be read from this disk"
+            raise UserError("data.source.root", what, todo)
+        return Prepared(self.root).split(name)

@@ -1,0 +1,302 @@
+"""What can be asked of a loaded model: its verbs, in plain Python. What they compute is in `embed`, `unmask`, `attend`.
+
+Shapes: B pictures, C texts, E contrast width, N patches.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from maskvlm.data.inputs import Picture, Words, as_list, check_absent, check_text, check_whole, is_picture, picture
+from maskvlm.data.text import CaptionTokens
+from maskvlm.data.transforms import eval_transform
+from maskvlm.inference import embeddings as embed
+from maskvlm.inference import infill as unmask
+from maskvlm.inference import saliency as attend
+from maskvlm.inference.embeddings import Ranked
+from maskvlm.inference.infill import STEPS, Guess
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.reconstruction import to_rgb
+from maskvlm.objectives.task import Task
+from maskvlm.utils.errors import UserError
+
+Mask = Sequence[Sequence[bool]] | np.ndarray[Any, Any] | Tensor
+"""[rows, columns] of patches, true where one is hidden."""
+Map = np.ndarray[Any, np.dtype[np.float32]]
+LENGTHS = range(3, 17)
+"""Captions of so many tokens are written, and the best one is given."""
+
+
+class Explained(NamedTuple):
+    """Maps over the patches, [rows, columns], each adding up to 1 (or 0 everywhere): the word's attention, and Grad-CAM
+    on it. picture: Grad-CAM as a warm layer over the picture, at the picture's own size."""
+
+    attention: Map
+    gradcam: Map
+    picture: Image.Image
+
+
+class Asked(nn.Module):
+    """The verbs of a backbone with the heads of its task.
+
+    A verb takes one picture or text and gives one answer, or takes lists and gives lists. Which verbs there are depends
+    on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
+
+    Attributes:
+        backbone, task: in evaluation mode.
+        batch_size: pictures, texts or pairs computed at once; a bound on memory.
+    """
+
+    backbone: MaskVLM
+    task: Task
+    batch_size: int = 64
+
+    # ------------------------------------------------------------------ pictures and texts compared
+
+    @torch.no_grad()
+    def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Unit vectors for contrast (ITC), [B, E] or of a single picture [E], float32."""
+        given, single = as_list(images)
+        vector_BE = embed.encode_image(self, given).vector_XE
+        return vector_BE[0] if single else vector_BE
+
+    @torch.no_grad()
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32."""
+        given, single = as_list(texts)
+        vector_CE = embed.encode_text(self, given).vector_XE
+        return vector_CE[0] if single else vector_CE
+
+    @torch.no_grad()
+    def match(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> float | list[float]:
+        """Probability that picture and text belong together (ITM), 0 to 1.
+
+        Two lists are paired row by row; a single one is paired with each of the other list.
+
+        Raises:
+            UserError: two lists of different lengths, or a checkpoint without this head.
+        """
+        (pictures, one_picture), (words, one_text) = as_list(images), as_list(texts)
+        pairs = embed.pair_up(len(pictures), len(words))
+        self.head("matching", "match")
+        image, text = embed.image_features(self, pictures), embed.text_features(self, words)
+        found = embed.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
+        return found[0] if one_picture and one_text else found
+
+    @torch.no_grad()
+    def rank(
+        self,
+        query: Picture | Sequence[Picture] | Sequence[str],
+        candidates: Sequence[Picture] | Sequence[str],
+        k: int = 16,
+    ) -> list[Ranked] | list[list[Ranked]]:
+        """All candidates, the best first: by cosine (ITC), of which the k best are ordered by their match (ITM).
+
+        Args:
+            query: a picture for texts, or a text for pictures, or a list of such. Of two strings the one that is a file
+                is the picture.
+            candidates: texts or pictures.
+            k: how many are re-ranked; 0 for none.
+
+        Returns:
+            Of each query; `place` is the candidate's in the list.
+        """
+        queries, single = as_list(cast(Any, query))
+        if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
+            raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of pictures")
+        gallery = list(cast(Any, candidates))
+        check_whole("rank", "k", k, 0)
+        images = bool(queries) and is_picture(queries[0])
+        if not queries or not gallery or images == is_picture(gallery[0]):
+            check_absent([*queries, *gallery])
+            kinds = ("pictures" if images else "texts") if queries and gallery else "nothing"
+            raise UserError("rank", f"{kinds} on both sides", "Give a picture and texts, or a text and pictures")
+        if images:
+            sides = embed.encode_image(self, queries), embed.encode_text(self, gallery)
+        else:
+            sides = embed.encode_text(self, queries), embed.encode_image(self, gallery)
+        found = embed.rank(self, *sides, min(k, len(gallery)), images)
+        return found[0] if single else found
+
+    # ------------------------------------------------------------------ words
+
+    @torch.no_grad()
+    def fill_mask(
+        self, image: Picture | Sequence[Picture | None] | None, text: str | Sequence[str], top_k: int = 5
+    ) -> list[list[Guess]] | list[list[list[Guess]]]:
+        """The likeliest words for each [MASK] of the text, seen the whole picture (MLM).
+
+        Args:
+            image: None for the text alone (a picture of the mean colour).
+            text: with [MASK] where a word is hidden.
+            top_k: guesses for each.
+
+        Returns:
+            For each hidden word its guesses, the likeliest first.
+        """
+        check_whole("fill_mask", "top_k", top_k, 1)
+        parts, single = self._parts(image, text)
+        found = [one for images, texts in parts for one in unmask.fill_mask(self, images, texts, top_k)]
+        return found[0] if single else found
+
+    @torch.no_grad()
+    def caption(self, image: Picture | Sequence[Picture], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
+        """A caption written from nothing: all words hidden, then the most certain one filled in again and again.
+
+        Captions of several lengths (in tokens) are written so, and the one that matches the picture best is given.
+        """
+        longest = self.backbone.text.text_length - 2
+        lengths = lengths if isinstance(lengths, Iterable) else [lengths]
+        for length in lengths:
+            check_whole("caption", "a length", length, 1)
+        sizes = sorted({length for length in lengths if length <= longest})
+        if not sizes:
+            raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
+        given, single = as_list(image)
+        parts = embed.chunks(given, self.batch_size)
+        found = [one for part in parts for one in unmask.best_captions(self, part, sizes)]
+        return found[0] if single else found
+
+    @torch.no_grad()
+    def score(self, image: Picture | Sequence[Picture | None] | None, text: str | Sequence[str]) -> float | list[float]:
+        """Pseudo-log-likelihood of a text given the picture: the sum of log p(word | other words, picture) over its
+        words, in nats; higher is likelier. It compares texts of one length, such as one with two words swapped."""
+        parts, single = self._parts(image, text)
+        found = [float(one_T.sum()) for part in parts for one_T in unmask.log_likelihood(self, *part)]
+        return found[0] if single else found
+
+    def explain(
+        self, image: Picture | Sequence[Picture], text: str | Sequence[str], word: str | Sequence[str]
+    ) -> Explained | list[Explained]:
+        """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it.
+
+        Args:
+            word: of the text, or several that follow each other; one for all texts, for each one, or several of one.
+        """
+        parts, single = self._parts(image, text)
+        rows = [row for images, texts in parts for row in zip(images, texts, strict=True)]
+        words, one_word = as_list(word)
+        if len(words) != len(rows) and 1 not in (len(words), len(rows)):
+            raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
+        size = max(len(rows), len(words)) if rows and words else 0
+        rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
+        found = [self._explained(picture(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
+        return found[0] if single and one_word else found
+
+    def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
+        looked = attend.explain(self, image, text, word)
+        attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
+        return Explained(attention, gradcam, attend.overlay(image, gradcam))
+
+    # ------------------------------------------------------------------ pictures
+
+    @torch.no_grad()
+    def reconstruct(
+        self, image: Picture | Sequence[Picture], mask: Mask | Sequence[Mask], text: str | Sequence[str]
+    ) -> Image.Image | list[Image.Image]:
+        """The picture with its hidden patches filled in at once, from the rest and the whole text (MIM).
+
+        Args:
+            mask: [rows, columns] of patches (`model.grid`), true where one is hidden; a list of such for several.
+
+        Returns:
+            At the model's resolution (`model.image_size`). A model that was trained with `pixel_norm` knows patches up
+            to their mean and contrast; those are taken from the picture, hidden or not.
+        """
+        return self._paint(image, mask, text, None)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Picture | Sequence[Picture],
+        mask: Mask | Sequence[Mask],
+        text: str | Sequence[str],
+        steps: int = STEPS,
+    ) -> Image.Image | list[Image.Image]:
+        """As `reconstruct`, in rounds: the patches that the model is most certain of are painted first, and seen when
+        the next ones are."""
+        check_whole("inpaint", "steps", steps, 1)
+        return self._paint(image, mask, text, steps)
+
+    def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
+        given, single = as_list(image)
+        masks = [mask] if single or np.ndim(mask) == 2 else list(mask)
+        texts, _ = as_list(text)
+        if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
+            what = f"{len(given)} pictures, {len(masks)} masks and {len(texts)} texts"
+            raise UserError("reconstruct", what, "Give as many of each")
+        if not given:
+            return []
+        image_BCHW = self.pixels(given)
+        mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
+        words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
+        true_statistics = bool(getattr(self.task, "pixel_norm", False))
+        if steps is None:
+            painted_BCHW = unmask.reconstruct(self, image_BCHW, mask_BN, words, true_statistics)
+        else:
+            painted_BCHW = unmask.inpaint(self, image_BCHW, mask_BN, words, steps, true_statistics)
+        rgb_BHWC = (to_rgb(self.backbone, painted_BCHW) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        found = [Image.fromarray(each) for each in rgb_BHWC]
+        return found[0] if single else found
+
+    # ------------------------------------------------------------------ what the verbs stand on
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.backbone.image.grid
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that pictures are resized to, in pixels."""
+        return self.backbone.image.image_size
+
+    @property
+    def words(self) -> Words:
+        """Tokenizer and text length."""
+        if self.backbone.text.tokenizer is None:
+            raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
+        return Words(self.backbone.text.tokenizer, self.backbone.text.text_length)
+
+    def pixels(self, images: Sequence[Picture]) -> Tensor:
+        """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares pictures."""
+        transform = eval_transform(self.backbone.input_spec)
+        made = [transform(picture(each, f"picture {number}")) for number, each in enumerate(images, 1)]
+        return torch.stack(made).to(next(self.backbone.parameters()))
+
+    def tokens(self, texts: Sequence[str]) -> CaptionTokens:
+        """On the model's device."""
+        device = next(self.backbone.parameters()).device
+        return CaptionTokens(*(part.to(device) for part in self.words(list(texts))))
+
+    def mask(self, mask: Mask) -> Tensor:
+        """One mask over the patches, [N], on the model's device. Raises UserError for another shape."""
+        rows, columns = self.grid
+        todo = f"Give [{rows}, {columns}] of true (hidden) and false"
+        try:
+            found = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))).bool()
+        except (ValueError, TypeError) as error:
+            raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
+        if tuple(found.shape) != (rows, columns):
+            what = f"a mask of shape {list(found.shape)}, the model has {rows} rows of {columns} patches"
+            raise UserError("mask", what, todo)
+        return found.flatten().to(next(self.backbone.parameters()).device)
+
+    def head(self, name: str, verb: str) -> Any:
+        """A head of the task. Raises UserError where the checkpoint has none of that name."""
+        found = getattr(self.task, name, None)
+        if found is None:
+            what = f"this checkpoint, of {type(self.task).__name__}, has no head for it ({name})"
+            raise UserError(verb, what, "Take the checkpoint of pre-training")
+        return found
+
+    def _parts(self, image: Any, text: Any) -> tuple[list[tuple[list[Any], list[str]]], bool]:
+        """Pictures with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
+        (images, one_image), (texts, one_text) = as_list(image), as_list(text)
+        pairs = [(images[i], check_text(texts[t])) for i, t in embed.pair_up(len(images), len(texts))]
+        parts = [([i for i, _ in part], [t for _, t in part]) for part in embed.chunks(pairs, self.batch_size)]
+        return parts, one_image and one_text

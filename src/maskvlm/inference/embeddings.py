@@ -1,0 +1,143 @@
+"""Pictures and texts compared: unit vectors (ITC), pairs matched (ITM), candidates ranked by the one, then the other.
+
+Shapes: B pictures, C texts, E contrast width, L and T positions, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskvlm.model.heads import Matching, Projection
+from maskvlm.objectives.loaded_model import Model, chunks
+from maskvlm.utils.errors import UserError
+
+
+class Ranked(NamedTuple):
+    """A candidate: its place among those given, the cosine with the query, and the probability of a match, None beyond
+    the k that were re-ranked."""
+
+    place: int
+    similarity: float
+    match: float | None
+
+
+class Side(NamedTuple):
+    """Encoded pictures or texts. features: of the encoder, [L, D] each. vector_XE: unit vectors."""
+
+    features: list[Tensor]
+    vector_XE: Tensor
+
+
+def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
+    """Of the image encoder, [L, D] of each picture."""
+    parts = (model.backbone.image(model.pixels(part)) for part in chunks(images, model.batch_size))
+    return [image_LD for image_BLD in parts for image_LD in image_BLD]
+
+
+def text_features(model: Model, texts: Sequence[str]) -> list[Tensor]:
+    """Of the text encoder, [T, D] of each text, without padding."""
+    return [text_TD for part in texts_encoded(model, texts) for text_TD in without_padding(*part)]
+
+
+def texts_encoded(model: Model, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [C, T, D] and attention [C, T] of so many texts at a time."""
+    for part in chunks(texts, model.batch_size):
+        tokens = model.tokens(part)
+        yield model.backbone.text(tokens.token_CT, tokens.attention_CT), tokens.attention_CT
+
+
+def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
+    """[T, D] of each text."""
+    lengths = attention_CT.sum(1).tolist()
+    return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
+
+
+def encode_image(model: Model, images: Sequence[Any]) -> Side:
+    """Features and unit vector of each picture."""
+    projection: Projection = model.head("projection", "encode_image")
+    features, vectors = [], [nothing(projection)]
+    for part in chunks(images, model.batch_size):
+        image_BLD = model.backbone.image(model.pixels(part))
+        features += list(image_BLD)
+        vectors.append(projection.embed_image(image_BLD))
+    return Side(features, torch.cat(vectors))
+
+
+def encode_text(model: Model, texts: Sequence[str]) -> Side:
+    """Features and unit vector of each text."""
+    projection: Projection = model.head("projection", "encode_text")
+    features, vectors = [], [nothing(projection)]
+    for text_CTD, attention_CT in texts_encoded(model, texts):
+        features += without_padding(text_CTD, attention_CT)
+        vectors.append(projection.embed_text(text_CTD, attention_CT))
+    return Side(features, torch.cat(vectors))
+
+
+def nothing(projection: Projection) -> Tensor:
+    """The unit vectors of no images or texts, [0, E]."""
+    return projection.text.weight.new_zeros(0, projection.text.out_features, dtype=torch.float32)
+
+
+def match(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
+    """Probability that picture and text of each pair belong together, [M], float32, from their encoders' features."""
+    return log_odds(model, image_features, text_features).sigmoid()
+
+
+def contrast_counts(model: Model) -> float:
+    """What a cosine is multiplied by before it is added to log-odds of a match (see `rerank.score`); 0: not at all."""
+    share = float(getattr(model.task, "rerank_contrast", 0.0))
+    return share * float(model.head("projection", "rank").scale) if share else 0.0
+
+
+def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
+    """Log-odds of a match of each pair, [M], float32."""
+    head: Matching = model.head("matching", "match")
+    found = []
+    for image, text in zip(
+        chunks(image_features, model.batch_size), chunks(text_features, model.batch_size), strict=True
+    ):
+        text_MTD = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)
+        length_M = torch.tensor([len(text_TD) for text_TD in text], device=text_MTD.device)
+        attention_MT = torch.arange(text_MTD.shape[1], device=text_MTD.device) < length_M[:, None]
+        fused = model.backbone.fuse(torch.stack(list(image)), text_MTD, attention_MT)
+        logits_M2 = head(fused.product_MD).float()
+        found.append(logits_M2[:, 1] - logits_M2[:, 0])
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
+    """Which picture meets which text: row by row, or the single one with each of the others; none where one side is
+    empty.
+
+    Raises:
+        UserError: two lists of different lengths.
+    """
+    if images != texts and 1 not in (images, texts):
+        what = f"{images} pictures and {texts} texts do not make pairs"
+        raise UserError("match", what, "Give one of a kind, or as many of both")
+    count = max(images, texts) if images and texts else 0
+    return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(count)]
+
+
+def rank(model: Model, queries: Side, gallery: Side, k: int, images: bool) -> list[list[Ranked]]:
+    """For each query all candidates, the best first: the k most similar by their match (and their cosine, where the
+    task re-ranks by both), then the others by cosine.
+
+    Args:
+        images: whether the queries are pictures.
+    """
+    similarity_QG = queries.vector_XE @ gallery.vector_XE.T
+    order_QG = similarity_QG.argsort(dim=1, descending=True, stable=True)
+    every = []
+    for row, order_G in enumerate(order_QG.tolist()):
+        found, cosine, first = order_G[:k], similarity_QG[row].tolist(), []
+        if found:
+            sides = [queries.features[row]] * len(found), [gallery.features[g] for g in found]
+            odds_K = log_odds(model, *(sides if images else sides[::-1])).cpu()
+            score_K = odds_K + contrast_counts(model) * similarity_QG[row, found].cpu()
+            best = score_K.argsort(descending=True, stable=True).tolist()
+            first = [Ranked(found[at], cosine[found[at]], float(odds_K[at].sigmoid())) for at in best]
+        every.append(first + [Ranked(g, cosine[g], None) for g in order_G[k:]])
+    return every

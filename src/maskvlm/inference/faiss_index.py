@@ -1,0 +1,133 @@
+"""Indexes of unit vectors by FAISS: which kind, how well it is tuned, its file. Searched by inner product, the cosine.
+
+Shapes: N vectors, Q queries, K found, E contrast width.
+"""
+
+import errno
+import math
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.inference.vectors import Facts
+from maskvlm.utils.disk import sync_folder
+from maskvlm.utils.errors import ExitCode, UserError
+
+Array = np.ndarray[Any, Any]
+FLAT_UP_TO = 50_000  # vectors: comparing with all of them takes milliseconds and misses none
+RECALL = 0.96  # of the 10 nearest, on average: a little over what is promised, 0.95, as other queries differ
+
+
+class Kind(NamedTuple):
+    """A kind of index: for `faiss.index_factory`; what trades time for recall in a query, and its values."""
+
+    factory: str
+    knob: str | None = None
+    values: tuple[int, ...] = ()
+
+
+def kinds(count: int, width: int) -> dict[str, Kind]:
+    """What there is for so many vectors of this width; bench/search.py measures them."""
+    lists = 2 ** max(0, round(math.log2(2 * math.sqrt(count))))
+    pieces, steps = width // 2 if width % 2 == 0 else width, [n * 2**power for power in range(15) for n in (2, 3)]
+    return {
+        "flat": Kind("Flat"),
+        "ivf": Kind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
+        "pq": Kind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
+        "hnsw": Kind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
+    }
+
+
+def faiss_module() -> Any:
+    """Raises UserError: it is not installed (69)."""
+    try:
+        import faiss
+    except ImportError:
+        todo = "Install it: python -m pip install faiss-cpu"
+        raise UserError("search", "faiss is not installed", todo, ExitCode.UNAVAILABLE) from None
+    return faiss
+
+
+def trained(kind: Kind, vector_NE: Array) -> Any:
+    """An empty index that knows how vectors like these are spread."""
+    faiss, (count, width) = faiss_module(), vector_NE.shape
+    index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
+    most = 50 * faiss.extract_index_ivf(index).nlist if kind.knob == "nprobe" else 65_536
+    index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
+    return index
+
+
+def turn(index: Any, knob: str | None, value: int | None) -> None:
+    if knob is not None:
+        faiss_module().ParameterSpace().set_index_parameter(index, knob, value)
+
+
+def tune(index: Any, kind: Kind, vector_NE: Array, query_QE: Array, least: float) -> tuple[int | None, float]:
+    """Turn the knob up until enough of the 10 nearest of these queries are found; returns its value and the recall.
+    What is as near as the tenth counts as found: vectors may be equal."""
+    faiss, k, value, recall = faiss_module(), min(10, len(vector_NE)), None, 0.0
+    tenth_Q1 = faiss.knn(query_QE, vector_NE, k, faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
+    for value in kind.values or (None,):
+        turn(index, kind.knob, value)
+        similarity_QK, position_QK = index.search(query_QE, k)
+        recall = float(((similarity_QK >= tenth_Q1 - 1e-5) & (position_QK >= 0)).mean())
+        if recall >= least:
+            break
+    return value, recall
+
+
+def milliseconds(index: Any, query_QE: Array) -> Array:
+    """Of each query, asked alone: [Q]."""
+    times = [time.perf_counter()]
+    for query_1E in query_QE[:, None]:
+        index.search(query_1E, 10)
+        times.append(time.perf_counter())
+    return 1000 * np.diff(times)
+
+
+def build(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = RECALL) -> tuple[Any, Facts]:
+    """An index of unit vectors, and what `index.json` says of it.
+
+    `auto` is flat up to 50,000 vectors, above that IVF; where IVF, looking at an eighth of its lists, misses too much,
+    as with vectors that do not cluster, PQ with exact re-scoring is made too, and the better one taken.
+    """
+    known, auto = kinds(*vector_NE.shape), ["ivf", "pq"] if len(vector_NE) > FLAT_UP_TO else ["flat"]
+    made: dict[float, tuple[Any, Facts]] = {}
+    for each in auto if name == "auto" else [name]:
+        start, kind = time.perf_counter(), known[each]
+        index = trained(kind, vector_NE)
+        index.add(vector_NE)
+        value, recall = tune(index, kind, vector_NE, query_QE, least)
+        about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
+        about |= {"recall_at_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
+        made[recall] = index, about
+        if recall >= least:
+            break
+    index, about = made[max(made)]
+    about["median_ms"] = round(float(np.median(milliseconds(index, query_QE[:200]))), 3)
+    return index, about | {"queries": len(query_QE), "threads": faiss_module().omp_get_max_threads()}
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Its file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        faiss_module().write_index(index, str(temporary))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (RuntimeError, OSError) as error:  # FAISS has its own, which ends with what the system said
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+        told = "disk full" if full else getattr(error, "strerror", None) or first_line(error)
+        todo = "Free some space, or choose another folder; whole files stay"
+        code = ExitCode.IO_ERROR if full else ExitCode.CANNOT_CREATE
+        raise UserError(path, f"cannot be written ({told})", todo, code) from error

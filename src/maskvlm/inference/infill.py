@@ -1,0 +1,240 @@
+"""Joint masked modelling put to use: hidden words and patches filled in, whole captions and regions written from
+nothing, the most certain part first, and how likely a text is word by word.
+
+The paper trains both conditionals, words given the whole picture and patches given the whole text (sec. 3); nothing
+here is trained beyond that. Writing from nothing goes beyond what training hides (30 % of words, 60 % of patches).
+
+Shapes: B rows, T tokens, K hidden positions, V vocabulary, N patches, P values of a patch, L positions, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from maskvlm.inference import embeddings as embed
+from maskvlm.model.heads import patchify
+from maskvlm.objectives.loaded_model import Model, device_of
+from maskvlm.objectives.reconstruction import denormalise, paste
+from maskvlm.utils.errors import UserError
+
+STEPS = 8  # rounds in which hidden patches are painted
+
+
+class Guess(NamedTuple):
+    """A word for a hidden place and its probability."""
+
+    word: str
+    probability: float
+
+
+class Looked(NamedTuple):
+    """image_XLD: features of different pictures. which: of each picture asked about, its row there."""
+
+    image_XLD: Tensor
+    which: list[int]
+
+
+def look(model: Model, images: Sequence[Any | None]) -> Looked:
+    """Features of the different ones of these pictures; of the mean colour for None."""
+    each = {id(image): image for image in images}
+    order = {known: number for number, known in enumerate(each)}
+    size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
+    pixels_XCHW = weight.new_zeros(len(each), 3, size, size)
+    given = [number for number, image in enumerate(each.values()) if image is not None]
+    if given:
+        pixels_XCHW[given] = model.pixels([image for image in each.values() if image is not None])
+    return Looked(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
+
+
+class Rows(NamedTuple):
+    """Texts about pictures. image_XLD: features. image_B: each row's picture. token_BT, attention_BT: its text."""
+
+    image_XLD: Tensor
+    image_B: Tensor
+    token_BT: Tensor
+    attention_BT: Tensor
+
+    def only(self, chosen_B: Tensor) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.image_XLD, self.image_B[chosen_B], self.token_BT[chosen_B], self.attention_BT[chosen_B])
+
+
+def rows_of(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Sequence[Tensor]) -> Rows:
+    """Token ids of texts, [T] each, padded to the longest."""
+    device = device_of(model)
+    token_BT = pad_sequence(list(texts), batch_first=True, padding_value=model.backbone.text.pad_id).to(device)
+    length_B1 = torch.tensor([[len(text)] for text in texts], device=device)
+    attention_BT = torch.arange(token_BT.shape[1], device=device) < length_B1
+    return Rows(image_XLD, torch.tensor(image_B, device=device), token_BT, attention_BT)
+
+
+def text_cross(model: Model, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which rows, some at a time, and what the token head reads of them, [B, T, D]: a large vocabulary's logits of all
+    rows would not fit."""
+    backbone = model.backbone
+    for chosen_B in torch.arange(len(rows.token_BT), device=rows.token_BT.device).split(model.batch_size):
+        part = rows.only(chosen_B)
+        used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many pictures
+        text_BTD = backbone.text(part.token_BT, part.attention_BT)
+        context = backbone.cross_text.context(part.image_XLD[used_X], None, own_B)
+        yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).every_RLD
+
+
+def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
+    """For each [MASK] of each text, about its picture, the likeliest words; each hidden place by itself."""
+    head = model.head("tokens", "fill_mask")
+    rows = rows_of(model, *look(model, images), [model.words.masked(text) for text in texts])
+    found = []
+    for chosen_B, text_BTD in text_cross(model, rows):
+        for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
+            logits_KV = forbid(model, head(text_TD[token_T == model.backbone.text.mask_id]).float())
+            top = logits_KV.softmax(-1).topk(min(top_k, logits_KV.shape[1]))
+            found.append(
+                [
+                    [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True)]
+                    for ids, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ]
+            )
+    return found
+
+
+def forbid(model: Model, logits_KV: Tensor) -> Tensor:
+    """Start, end, padding and mask token are no words."""
+    special = [i for i in model.words.tokenizer.all_special_ids if i < logits_KV.shape[-1]]
+    return logits_KV.index_fill(-1, torch.tensor(special, device=logits_KV.device), float("-inf"))
+
+
+class Written(NamedTuple):
+    """A caption, and the mean log probability (nats) of its words when each was written."""
+
+    text: str
+    certainty: float
+
+
+def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[Written]]:
+    """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
+    the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
+    head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
+    start, end = model.words.ends
+    blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
+    which = [number for number in looked.which for _ in lengths]
+    rows = rows_of(model, looked.image_XLD, which, blank * len(looked.which))
+    total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
+    for _ in range(max(lengths)):
+        open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
+        for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
+            now_B = open_B[chosen_B]
+            hidden_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
+            likeliest = forbid(model, head(text_BTD[hidden_BT]).float()).log_softmax(-1).max(-1)
+            value_BT = total_B.new_full(hidden_BT.shape, float("-inf")).masked_scatter(hidden_BT, likeliest.values)
+            word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(hidden_BT, likeliest.indices)
+            at_B1 = value_BT.argmax(1, keepdim=True)
+            rows.token_BT[now_B, at_B1[:, 0]] = word_BT.gather(1, at_B1)[:, 0]
+            total_B[now_B] += value_BT.gather(1, at_B1)[:, 0]
+    ids = rows.token_BT.tolist()
+    written = [
+        Written(model.words.decode(row[1 : length + 1]), total / length)
+        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(looked.which), strict=True)
+    ]
+    return [list(each) for each in embed.chunks(written, len(lengths))]
+
+
+def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
+    """Of captions of these lengths those that match their pictures best; without a matching head the most certain."""
+    looked = look(model, images)
+    written = [[one for one in each if one.text] or each[:1] for each in caption(model, looked, lengths)]
+    if getattr(model.task, "matching", None) is None:
+        return [max(each, key=lambda one: one.certainty).text for each in written]
+    pairs = [(row, one.text) for row, each in zip(looked.which, written, strict=True) for one in each]
+    texts = embed.text_features(model, [text for _, text in pairs])
+    likely = iter(embed.match(model, [looked.image_XLD[row] for row, _ in pairs], texts).tolist())
+    return [max(((next(likely), one.text) for one in each), key=lambda pair: pair[0])[1] for each in written]
+
+
+def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[str]) -> list[Tensor]:
+    """log p(word | all other words, picture) of each token of each text, [T] each, nats (Salazar et al. 2020)."""
+    head, mask = model.head("tokens", "score"), model.backbone.text.mask_id
+    whole = [model.tokens([text]).token_CT[0] for text in texts]
+    inner = [len(token_T) - 2 for token_T in whole]
+    if not all(inner):
+        raise UserError("text", f"'{texts[inner.index(0)]}' holds nothing that the tokenizer knows", "Write words")
+    text_B = [number for number, words in enumerate(inner) for _ in range(words)]
+    place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
+    image_XLD, which = look(model, images)
+    rows = rows_of(model, image_XLD, [which[number] for number in text_B], [whole[number] for number in text_B])
+    row_B = torch.arange(len(place_B), device=place_B.device)
+    target_B = rows.token_BT[row_B, place_B]
+    rows.token_BT[row_B, place_B] = mask
+    found = []
+    for chosen_B, text_BTD in text_cross(model, rows):
+        hidden_BD = text_BTD[torch.arange(len(chosen_B), device=place_B.device), place_B[chosen_B]]
+        log_p_BV = head(hidden_BD).float().log_softmax(-1)
+        found.append(log_p_BV.gather(1, target_B[chosen_B, None])[:, 0])
+    return list(torch.cat(found).split(inner))
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
+    """Predicted values of every patch, [B, N, P], float32, normalised as the pictures are: of hidden ones from the
+    visible ones and the whole text."""
+    backbone, task = model.backbone, model.head("pixels", "reconstruct")
+    image_BLD = backbone.image(image_BCHW, mask_BN)
+    crossed_BLD = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).every_RLD
+    every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
+    return task(crossed_BLD, text_BTD, attention_BT, every_BN).float()
+
+
+def reconstruct(
+    model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], true_statistics: bool
+) -> Tensor:
+    """Pictures with their hidden patches filled in at once, normalised [B, 3, H, W].
+
+    Args:
+        true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the picture.
+    """
+    tokens = model.tokens(texts)
+    text_BTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
+    values_BNP = patches(model, image_BCHW, mask_BN, text_BTD, tokens.attention_CT)
+    size = model.backbone.image.patch_size
+    if true_statistics:
+        values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
+    every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
+    return paste(image_BCHW.float(), values_BNP, every_BN, mask_BN.float(), size)
+
+
+def inpaint(
+    model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int, true_statistics: bool
+) -> Tensor:
+    """As `reconstruct`, in rounds: of the hidden patches the most certain ones are painted and seen from then on.
+
+    Squared error gives no probability, so a patch counts as certain where three predictions agree, each made with a
+    different quarter of the visible patches hidden, too.
+    """
+    painted_BCHW, left_BN = image_BCHW.float(), mask_BN.clone()
+    tokens = model.tokens(texts)
+    text_BTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
+    generator = torch.Generator().manual_seed(0)
+    size, total_B = model.backbone.image.patch_size, mask_BN.sum(1)
+    for step in range(steps):
+        keep_B = (total_B * (steps - 1 - step)) // steps  # hidden patches that remain after this round
+        given = painted_BCHW.to(image_BCHW.dtype)
+        values_BNP = patches(model, given, left_BN, text_BTD, tokens.attention_CT)
+        others = []
+        for _ in range(3):
+            more_BN = torch.rand(mask_BN.shape, generator=generator).to(mask_BN.device) < 0.25
+            others.append(patches(model, given, left_BN | more_BN, text_BTD, tokens.attention_CT))
+        doubt_BN = torch.stack(others).var(0).mean(-1).masked_fill(~left_BN, -1.0)
+        rank_BN = doubt_BN.argsort(dim=1, descending=True).argsort(dim=1)  # the most doubtful first
+        stay_BN = left_BN & (rank_BN < keep_B[:, None])
+        now_BN = left_BN & ~stay_BN
+        if true_statistics:
+            values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
+        every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
+        painted_BCHW = paste(painted_BCHW, values_BNP, every_BN, now_BN.float(), size)
+        left_BN = stay_BN
+    return painted_BCHW

@@ -1,0 +1,301 @@
+"""`python -m maskvlm export --from CHECKPOINT FOLDER`: a model as ONNX or torch.export files, measured against torch.
+
+Three files, float32, of any batch size and text length: `image_encoder`, `text_encoder` and `fusion_scorer`, which
+reads the features of both. Beside them tokenizer, image processing, and `export.json`: inputs, outputs, versions, and
+the difference from torch. ONNX needs neither torch nor this project to be run.
+
+Shapes: B pictures, texts or row-by-row pairs, L image positions, T tokens, D width, E contrast width.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.config.arguments import Parser
+from maskvlm.inference.hf_config import processor_of
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.model.heads import Matching, Projection
+from maskvlm.model.maskvlm import MaskVLM as Backbone
+from maskvlm.training.run_record import write_json
+from maskvlm.utils.errors import ExitCode, UserError
+
+Format = Literal["onnx", "torch"]
+Shapes = dict[str, list[str | int]]
+"""By name, in order; `batch` and `length` vary."""
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+OPSET, NEWEST_OPSET = 18, 22
+"""The lowest is what torch writes without converting, and most runtimes read. From 23 on attention is one node, with
+which onnxruntime refuses a mask that is alike for all queries."""
+LIMIT = 1e-4
+"""Largest difference from torch, in any value of any output."""
+PACKAGES = ("maskvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+class ImagePart(nn.Module):
+    """Normalised pictures [B, 3, H, W] to features [B, L, D] and, with contrast heads, unit vectors [B, E]."""
+
+    def __init__(self, backbone: Backbone, projection: Projection | None) -> None:
+        super().__init__()
+        self.encoder, self.projection = backbone.image, projection
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        image_BLD = self.encoder(pixel_values)
+        return (image_BLD,) if self.projection is None else (image_BLD, self.projection.embed_image(image_BLD))
+
+
+class TextPart(nn.Module):
+    """Ids and attention [B, T], int64, to features [B, T, D] (at padding they mean nothing) and unit vectors [B, E]."""
+
+    def __init__(self, backbone: Backbone, projection: Projection | None) -> None:
+        super().__init__()
+        self.encoder, self.projection = backbone.text, projection
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        attention_BT = attention_mask.bool()
+        text_BTD = self.encoder(input_ids, attention_BT)
+        if self.projection is None:
+            return (text_BTD,)
+        return text_BTD, self.projection.embed_text(text_BTD, attention_BT)
+
+
+class FusionPart(nn.Module):
+    """Features of row-by-row pairs to fused vectors [B, 3 * D] and, with a matching head, log-odds of a match [B]."""
+
+    def __init__(self, backbone: Backbone, matching: Matching | None) -> None:
+        super().__init__()
+        self.cross_image, self.cross_text, self.matching = backbone.cross_image, backbone.cross_text, matching
+
+    def forward(self, image_features: Tensor, text_features: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        # With the backbone itself in here a .pt2 file would hold the encoders' weights, too.
+        fused = Backbone.fuse(self, image_features, text_features, attention_mask.bool())  # type: ignore[arg-type]
+        if self.matching is None:
+            return (fused.joined_MX,)
+        logits_B2 = self.matching(fused.product_MD)
+        return fused.joined_MX, logits_B2[:, 1] - logits_B2[:, 0]
+
+
+class Part(NamedTuple):
+    """What becomes a file."""
+
+    name: str
+    module: nn.Module
+    inputs: Shapes
+    outputs: Shapes
+
+
+def parts_of(model: PretrainedMaskVLM) -> list[Part]:
+    """The three parts, with the heads that the model has.
+
+    Raises:
+        UserError: it has neither contrast heads nor a matching head (65).
+    """
+    backbone, image, task = model.backbone, model.backbone.image, model.task
+    projection, matching = getattr(task, "projection", None), getattr(task, "matching", None)
+    if projection is None and matching is None:
+        what = f"this checkpoint, of {type(task).__name__}, has heads neither for contrast nor for matching"
+        raise UserError(model.origin.path, what, "Take one of pre-training or of retrieval", ExitCode.BAD_DATA)
+    pixels: Shapes = {"pixel_values": ["batch", 3, image.image_size, image.image_size]}
+    words: Shapes = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
+    seen: Shapes = {"image_features": ["batch", 1 + image.num_patches, backbone.width]}
+    read: Shapes = {"text_features": ["batch", "length", backbone.width]}
+    pair = seen | read | {"attention_mask": words["attention_mask"]}
+    fused: Shapes = {"fused": ["batch", 3 * backbone.width]}
+    fused |= {} if matching is None else {"match": ["batch"]}
+    if projection is not None:
+        seen |= {"image_embeds": ["batch", projection.image.out_features]}
+        read |= {"text_embeds": ["batch", projection.text.out_features]}
+    return [
+        Part("image_encoder", ImagePart(backbone, projection).eval(), pixels, seen),
+        Part("text_encoder", TextPart(backbone, projection).eval(), words, read),
+        Part("fusion_scorer", FusionPart(backbone, matching).eval(), pair, fused),
+    ]
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """Export; arguments are what follows the command's name. `allowed`: packages that a task may come from."""
+    parser = Parser("python -m maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
+    parser.add_argument("--from", dest="source", metavar="CHECKPOINT", required=True, help="or a folder, or a hub name")
+    parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="onnx, or torch for torch.export")
+    parser.add_argument("--opset", type=int, help=f"of ONNX's operators: {OPSET} (default) to {NEWEST_OPSET}")
+    options = parser.parse_args(arguments)
+    check(options.folder, options.format, options.opset)  # before a large model is read
+    model = PretrainedMaskVLM.from_pretrained(options.source, allow_import=allowed)
+    report = export(model, options.folder, options.format, options.opset)
+    for line in told(options.folder, report):
+        print(line, flush=True)
+    return 0
+
+
+def told(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
+    """What was written, for people."""
+    for part in report["files"].values():
+        found = part["max_difference"]
+        unknown = "not compared with torch, as onnxruntime is not installed (pip install onnxruntime)"
+        yield f"{folder / part['file']}: {unknown if found is None else f'at most {found:.1e} from torch'}"
+
+
+def check(folder: Path, kind: Format, opset: int | None) -> None:
+    """What can be said before there is a model; raises as `export`."""
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+    if kind == "torch" and opset is not None:
+        raise UserError("--opset", "torch.export has none", "Leave it out, or give --format onnx")
+    if opset is not None and not OPSET <= opset <= NEWEST_OPSET:
+        raise UserError("--opset", f"{opset} is not written", f"Give {OPSET} to {NEWEST_OPSET}")
+    if missing := [name for name in ("onnx", "onnxscript") if kind == "onnx" and find_spec(name) is None]:
+        what, todo = f"{' and '.join(missing)} not installed", "pip install 'maskvlm[export]', or give --format torch"
+        raise UserError("export", what, todo, ExitCode.UNAVAILABLE)
+
+
+def export(
+    model: PretrainedMaskVLM, folder: str | Path, kind: Format = "onnx", opset: int | None = None
+) -> dict[str, Any]:
+    """Write the three parts, and what is needed beside them, as a whole or not at all.
+
+    Args:
+        model: of float32, on the CPU; it is left in evaluation mode.
+        folder: to be made; an empty one will do.
+        kind: onnx, or torch for torch.export.
+        opset: version of ONNX's operators, OPSET to NEWEST_OPSET; None for the first.
+
+    Returns:
+        The content of `export.json`.
+
+    Raises:
+        UserError: another precision or device (2), a model without heads (65), a package is missing (69), the folder is
+            there or cannot be written, or the model cannot be exported, or not without a difference above LIMIT (73).
+    """
+    folder = Path(folder)
+    check(folder, kind, opset)
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            what = f"{parameter.dtype} on {parameter.device.type}, but float32 on the CPU alone is exported"
+            raise UserError("export", what, "Load the model without dtype and device")
+    parts, longest = parts_of(model.eval()), model.words.text_length
+    inputs = [random_inputs(model, *size) for size in sizes(longest)]
+    near = next(parent for parent in folder.absolute().parents if parent.exists())  # a rename crosses no file system
+    try:
+        with TemporaryDirectory(prefix=".export-", dir=near) as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            report = {
+                "format": kind,
+                "opset": (opset or OPSET) if kind == "onnx" else None,
+                "precision": "float32",
+                "files": {part.name: write(part, inputs, longest, made, kind, opset or OPSET) for part in parts},
+                "longest_text": longest,
+                "task": type(model.task).__name__,
+                "step": model.config.step,
+                "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
+            }
+            write_json(made / "export.json", report)
+            processor_of(model.backbone.input_spec).save_pretrained(made)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made, folder)
+    except OSError as error:
+        code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
+        raise UserError(folder, f"cannot be written ({first_line(error)})", "Choose another folder", code) from error
+    return report
+
+
+def write(
+    part: Part, inputs: Sequence[Mapping[str, Tensor]], longest: int, folder: Path, kind: Format, opset: int
+) -> dict[str, Any]:
+    """Write one part, measure it, and return what `export.json` says of it; raises as `export`."""
+    path, todo = folder / (part.name + SUFFIX[kind]), "Try another --format or --opset"
+    try:
+        save(part, [inputs[0][name] for name in part.inputs], longest, path, kind, opset)
+        found = difference(path, part, inputs)
+    except OSError:
+        raise
+    except Exception as error:  # each library has its own, and there are encoders that they cannot follow
+        raise UserError(path.name, f"fails ({first_line(error)})", todo, ExitCode.CANNOT_CREATE) from error
+    if found is not None and not found <= LIMIT:  # nor is NaN
+        what = f"differs from torch by {found:.1e}, more than {LIMIT:.0e}, and nothing is written"
+        raise UserError(path.name, what, todo, ExitCode.CANNOT_CREATE)
+    return {"file": path.name, "inputs": part.inputs, "outputs": part.outputs, "max_difference": found}
+
+
+@torch.no_grad()
+def save(part: Part, example: Sequence[Tensor], longest: int, path: Path, kind: Format, opset: int) -> None:
+    """Trace one part on an example and write it; of more than 2 GB, ONNX's weights lie in a second file."""
+    dims = {"batch": torch.export.Dim("batch"), "length": torch.export.Dim("length", max=longest)}
+    vary = {name: {n: dims[d] for n, d in enumerate(shape) if d in dims} for name, shape in part.inputs.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries' insides; what comes out is measured
+        program = torch.export.export(part.module, tuple(example), dynamic_shapes=vary)
+        if kind == "torch":
+            torch.export.save(program, path)
+            return
+        torch.onnx.export(
+            program, tuple(example), path, dynamo=True, opset_version=opset, external_data=False, verbose=False,
+            input_names=list(part.inputs), output_names=list(part.outputs), dynamic_shapes=vary,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- measured against torch
+
+
+def sizes(longest: int) -> list[tuple[int, int]]:
+    """Batch sizes and lengths that are compared; the first is traced, where a size of 1 would become a constant."""
+    return [(3, max(2, longest - 1)), (1, longest), (2, min(3, longest)), (5, 1 + longest // 2), (1, 1)]
+
+
+@torch.no_grad()
+def random_inputs(model: PretrainedMaskVLM, batch: int, length: int) -> dict[str, Tensor]:
+    """Inputs of all parts by name: noise, random words with padding in all rows but the last, the features of both."""
+    generator, (image, text) = torch.Generator().manual_seed(batch), (model.backbone.image, model.backbone.text)
+    tokens_B = torch.randint(1, length + 1, (batch,), generator=generator)
+    tokens_B[-1] = length
+    attention_BT = torch.arange(length) < tokens_B[:, None]
+    token_BT = torch.randint(text.vocab_size, (batch, length), generator=generator)
+    token_BT[~attention_BT] = text.pad_id
+    pixels_BCHW = torch.randn(batch, 3, image.image_size, image.image_size, generator=generator)
+    words = {"input_ids": token_BT, "attention_mask": attention_BT.long()}
+    features = {"image_features": image(pixels_BCHW), "text_features": text(token_BT, attention_BT)}
+    return {"pixel_values": pixels_BCHW} | words | features
+
+
+@torch.no_grad()
+def difference(path: Path, part: Part, inputs: Sequence[Mapping[str, Tensor]]) -> float | None:
+    """Largest difference between a file and the part it was made of; None where there is nothing to run it."""
+    if (run := runner(path, part)) is None:
+        return None
+    found = []
+    for each in inputs:
+        given = [each[name] for name in part.inputs]
+        found += [(ours - theirs).abs().max() for ours, theirs in zip(run(given), part.module(*given), strict=True)]
+    return float(torch.stack(found).max())
+
+
+def runner(path: Path, part: Part) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
+    """A file, ready to be run; None for ONNX without onnxruntime."""
+    if path.suffix == SUFFIX["torch"]:
+        loaded: Any = torch.export.load(path).module()
+        return lambda given: loaded(*given)
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # its errors are raised, too
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(given: Sequence[Tensor]) -> list[Tensor]:
+        named = {name: value.numpy() for name, value in zip(part.inputs, given, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(list(part.outputs), named)]
+
+    return run

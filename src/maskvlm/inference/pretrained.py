@@ -1,0 +1,292 @@
+"""The model for those who use it: loaded from a checkpoint, a folder or the hub, and asked in plain Python.
+
+    from maskvlm import MaskVLM
+    model = MaskVLM.from_pretrained("checkpoints/RUN/best.ckpt")
+    model.fill_mask("dog.jpg", "a [MASK] dog on the grass")
+
+It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm` is imported.
+
+Shapes: B pictures, C texts, E contrast width, T tokens, D width.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from maskvlm.checkpoint.hf_folder import write_sums
+from maskvlm.checkpoint.hub_client import folder_of_hub, upload
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.checkpoint.model_spec import portable, recipe_of
+from maskvlm.checkpoint.text_files import quiet
+from maskvlm.checkpoint.warm_start import Start, read_content, start_of
+from maskvlm.data.inputs import Picture, as_list
+from maskvlm.inference.api import Asked
+from maskvlm.inference.hf_config import (
+    MaskVLMConfig,
+    MaskVLMImageProcessor,
+    MaskVLMProcessor,
+    configuration,
+    evaluation_beside,
+    write_beside,
+)
+from maskvlm.inference.rebuild import build
+from maskvlm.model.maskvlm import MaskVLM as Backbone
+from maskvlm.objectives.loaded_model import chunks
+from maskvlm.objectives.novelty import FarFromTraining, Range, nearness, range_of, told
+from maskvlm.objectives.task import Task
+from maskvlm.utils.errors import ExitCode, UserError
+
+WATCHED = 16  # pictures of one call that are looked at
+MESSAGE = "Upload a MaskVLM model"
+TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
+
+@dataclass
+class MaskVLMOutput(ModelOutput):
+    """image_embeds [B, E], text_embeds [C, E]: unit vectors, where the checkpoint has contrast heads.
+    fused [B, 3 * D]: class tokens of row-by-row pairs and their product. match [B]: log-odds that they belong together.
+    """
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    fused: Tensor | None = None
+    match: Tensor | None = None
+
+
+class PretrainedMaskVLM(Asked, PreTrainedModel):
+    """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
+
+    Its verbs are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of a
+    picture that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
+
+    Attributes:
+        known: what it knows, in contrast vectors; None where the checkpoint does not tell it, or has no contrast heads.
+        told_far: that warning; None before it.
+    """
+
+    config_class = MaskVLMConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: MaskVLMConfig, backbone: Backbone, task: Task, origin: Start) -> None:
+        super().__init__(config)
+        self.backbone, self.task, self.origin = backbone, task, origin
+        self.known = known_of(task, origin)
+        self.told_far: str | None = None
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Weights come from the checkpoint."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        allow_import: Iterable[str] = (),
+        **hub: Any,
+    ) -> Self:
+        """Load a model, in evaluation mode.
+
+        Args:
+            path: a checkpoint of a run, a folder that `save_pretrained` wrote, or a name on the hub.
+            device, dtype: where to, and in which precision; None for the CPU and float32.
+            allow_import: packages beside this project's that its task may come from.
+            hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
+
+        Raises:
+            UserError: not there (66), damaged or of another kind (65), it would run code (77), no such device (69) or
+                precision.
+        """
+        device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
+        device, dtype = check_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
+        if not str(path).strip():
+            raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
+        place = folder_of_hub(str(path), hub)
+        content = read_content(place)
+        origin, recipe = start_of(content, str(place)), recipe_of(content, place)
+        backbone, task = build(recipe, origin, allow_import)
+        evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
+        config = configuration(
+            portable(recipe, backbone.text.config), origin, evaluation, content.get("global_step", 0)
+        )
+        model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
+        return model.to(device=device, dtype=dtype)
+
+    def pixels(self, images: Sequence[Picture]) -> Tensor:
+        """As of `Asked`. The first picture that is unlike the training data is warned of, where a verb is asked about
+        few: the encoder runs once more for that."""
+        image_BCHW = super().pixels(images)
+        if self.known is not None and self.told_far is None and 0 < len(image_BCHW) <= WATCHED:
+            self.told_far = next(filter(None, self._far(image_BCHW)), None)
+            if self.told_far is not None:
+                warnings.warn(self.told_far, FarFromTraining, stacklevel=3)
+        return image_BCHW
+
+    @torch.no_grad()
+    def far(self, images: Picture | Sequence[Picture]) -> list[str | None]:
+        """Of each picture a line that says how unlike the training data it is; None where it is not, or where nobody
+        knows."""
+        given, found = as_list(images)[0], list[str | None]()
+        for part in chunks(given, self.batch_size):
+            found += self._far(super().pixels(part))
+        return found
+
+    @torch.no_grad()
+    def _far(self, image_BCHW: Tensor) -> list[str | None]:
+        if self.known is None:
+            return [None] * len(image_BCHW)
+        known, projection = self.known, self.head("projection", "far")
+        near_B = nearness(projection.embed_image(self.backbone.image(image_BCHW)), known).tolist()
+        return [told(near, known) if near < known.least else None for near in near_B]
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
+        """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
+
+        Args: as in transformers; `push_to_hub=True` uploads the folder, by its own name or as `repo_id`.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise UserError(folder, "is a file", "Name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_beside(folder, cast(MaskVLMConfig, self.config), self.origin, self.backbone.input_spec)
+        to_hub = {name: more.pop(name) for name in TO_HUB if name in more}
+        with quiet():
+            super().save_pretrained(folder, **more)
+        write_sums(folder)
+        if push_to_hub:
+            message = to_hub.pop("commit_message", None) or MESSAGE
+            upload(folder, to_hub.pop("repo_id", None) or folder.resolve().name, message, to_hub)
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = MESSAGE, **settings: Any) -> str:  # type: ignore[override]
+        """Upload what `save_pretrained` writes, the model card included; returns the commit's address.
+
+        Args:
+            repo_id: `owner/name`; made where it is not there.
+            settings: private, token, revision (a branch), create_pr.
+
+        Raises:
+            UserError: not logged in, no such name, or the hub cannot be reached (69).
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, commit_message, settings)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> MaskVLMOutput:
+        """Row-by-row pairs of what `AutoProcessor` makes, or one side alone.
+
+        Args:
+            pixel_values: normalised, [B, 3, H, W]. input_ids, attention_mask: [B, T].
+        """
+        out, image_BLD, text_BTD = MaskVLMOutput(), None, None
+        projection = getattr(self.task, "projection", None)
+        if pixel_values is not None:
+            image_BLD = self.backbone.image(pixel_values)
+            out.image_embeds = projection.embed_image(image_BLD) if projection else None
+        if input_ids is not None:
+            attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            text_BTD = self.backbone.text(input_ids, attention.bool())
+            out.text_embeds = projection.embed_text(text_BTD, attention.bool()) if projection else None
+        if image_BLD is not None and text_BTD is not None and len(image_BLD) == len(text_BTD):
+            fused = self.backbone.fuse(image_BLD, text_BTD, attention.bool())
+            out.fused = fused.joined_MX
+            if (matching := getattr(self.task, "matching", None)) is not None:
+                logits_B2 = matching(fused.product_MD).float()
+                out.match = logits_B2[:, 1] - logits_B2[:, 0]
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        """Verbs of the task: `model.answer(picture, question)`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            task = self.__dict__.get("_modules", {}).get("task")
+            if task is None:
+                raise
+            if name not in task.verbs:
+                brings = ", ".join(task.verbs) or "no verb of its own"
+                told = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
+                raise AttributeError(told, name=name, obj=self) from None
+        return partial(ask, self, name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.task.verbs]
+
+
+def known_of(task: Task, origin: Start) -> Range | None:
+    """What a model knows, by its checkpoint. Raises UserError: the vectors do not fit its contrast head (65)."""
+    projection = getattr(task, "projection", None)
+    if projection is None or origin.reference is None:
+        return None
+    width, its = origin.reference.shape[1], projection.image.out_features
+    if width != its:
+        what = f"vectors of width {width}, its contrast head has {its}"
+        raise UserError(f"{origin.path}: reference", what, "Get the checkpoint again", ExitCode.BAD_DATA)
+    return range_of(origin.reference)
+
+
+def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
+    """A verb of the task: its pictures and its text, each a single one or a list."""
+    verb = model.task.verbs[name]
+    if len(inputs) != verb.pictures + 1:
+        needs = f"{verb.pictures} picture{'s' if verb.pictures > 1 else ''} and a {verb.text}"
+        raise UserError(name, f"{len(inputs)} inputs", f"Give {needs}")
+    lists = [as_list(given) for given in inputs]
+    size = max(len(rows) for rows, _ in lists)
+    if not all(rows for rows, _ in lists):
+        return []
+    if any(len(rows) not in (1, size) for rows, _ in lists):
+        raise UserError(name, f"lists of {', '.join(str(len(rows)) for rows, _ in lists)}", "Give lists of one length")
+    columns = [rows * (size if len(rows) == 1 else 1) for rows, _ in lists]
+    with torch.no_grad():
+        answers = verb.run(model.task, model, list(zip(*columns, strict=True)))
+    return answers[0] if all(single for _, single in lists) else answers
+
+
+def check_device(device: str | torch.device | None) -> torch.device | None:
+    """The device, if this machine has it; None and "auto" are the CPU. Raises UserError (69)."""
+    if device is None or device == "auto":
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # the second: built without CUDA
+        what, todo = f"cannot be used here ({first_line(error)})", "Give cpu, or cuda where there is a GPU"
+        raise UserError(f"device {device}", what, todo, ExitCode.UNAVAILABLE) from None
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A precision to compute in; None and "auto" are the checkpoint's own. Raises UserError."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {dtype}", "is no precision", "Give float32, bfloat16 or float16")
+    return found
+
+
+def register() -> None:
+    """Make transformers' Auto classes know this model."""
+    AutoConfig.register(MaskVLMConfig.model_type, MaskVLMConfig, exist_ok=True)
+    AutoModel.register(MaskVLMConfig, PretrainedMaskVLM, exist_ok=True)
+    names: dict[str, type] = {"pil": MaskVLMImageProcessor, "torchvision": MaskVLMImageProcessor}
+    AutoImageProcessor.register(MaskVLMConfig, image_processor_classes=names, exist_ok=True)
+    AutoProcessor.register(MaskVLMConfig, MaskVLMProcessor, exist_ok=True)
+
+
+register()

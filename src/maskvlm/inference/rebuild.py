@@ -1,0 +1,231 @@
+"""Modules out of a checkpoint's recipe and tensors.
+
+The recipe is somebody else's data (see `recipe.py`). The model is first laid out without memory, on torch's meta
+device, and compared with the tensors, name by name and shape by shape: what does not fit them is never allocated.
+"""
+
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.checkpoint.model_spec import TODO, Recipe, backbone_yaml, recipe_of
+from maskvlm.checkpoint.warm_start import Start, read_content, start_of
+from maskvlm.checkpoint.weights import check_fit
+from maskvlm.config.compose import find_tasks
+from maskvlm.config.plain_schema import (
+    NOTHING,
+    AnyOf,
+    Flag,
+    Kind,
+    Listed,
+    OneOf,
+    Real,
+    Record,
+    Table,
+    Text,
+    Whole,
+    shown,
+)
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.task import Task
+from maskvlm.utils.errors import ExitCode, UserError
+
+OURS = (r"maskvlm\.objectives\.pretraining\.[A-Z]\w*", r"tasks\.[a-z]\w*\.task\.[A-Z]\w*")
+"""Tasks of this project: pre-training, and one folder each."""
+SIMPLE: dict[Any, Kind] = {bool: Flag(), int: Whole(-(10**9), 10**9), float: Real(), str: Text(), type(None): NOTHING}
+Made = TypeVar("Made")
+
+
+def build(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[MaskVLM, Task]:
+    """Modules with the weights, tokenizer and heads of a checkpoint, in evaluation mode.
+
+    Args:
+        recipe: of the checkpoint.
+        origin: its tensors.
+        allowed: packages beside this project's that its task may come from.
+
+    Raises:
+        UserError: a class or a setting that a checkpoint may not name (77), weights that do not fit, or heads that are
+            missing (65).
+    """
+    if recipe.task is None:
+        what = "does not say which task it was trained for"
+        raise UserError(origin.path, what, "Put the config-fit.yaml of its run beside it", ExitCode.MISSING_INPUT)
+    kind = task_class(recipe.task["class_path"], origin.path, allowed)
+    args = read_arguments(kind, recipe.task["init_args"], f"{origin.path}: task")
+    if origin.labels is not None:
+        args["labels"] = list(origin.labels)
+    check_size(recipe, origin, lambda: kind(**args))
+    backbone, task = new_backbone(recipe), _made(lambda: kind(**args), origin.path)
+    backbone.take_over(origin)
+    task.build(backbone)
+    task.inherit(origin.heads)
+    return backbone.eval(), task.eval()
+
+
+def model_of(path: str) -> str:
+    """The backbone that a checkpoint was made with, checked, as YAML of a `-c` file; nothing else of it is told.
+
+    Raises:
+        UserError: as `read_content`, `recipe_of` and `check_size`.
+    """
+    content = read_content(path)
+    recipe = recipe_of(content, path)
+    check_size(recipe, start_of(content, path))
+    return backbone_yaml(recipe)
+
+
+def check_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
+    """Lay the model out without memory, and hold it against the checkpoint's tensors.
+
+    Args:
+        recipe: of the checkpoint.
+        origin: its tensors.
+        new_task: makes its task; None where only the backbone is wanted.
+
+    Raises:
+        UserError: it cannot be built, or its tensors are others (65); it has more tensors than the checkpoint (77).
+    """
+    count = len(origin.backbone) + len(origin.heads)
+    with torch.device("meta"), at_most(count, origin.path):
+        backbone = _made(lambda: new_backbone(recipe), origin.path)
+        check_fit(backbone, origin.backbone, origin.path)
+        if new_task is not None:
+            task = _made(new_task, origin.path)
+            _made(lambda: task.build(backbone), origin.path)
+            shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns of values
+            _made(lambda: task.inherit(shapes), origin.path)  # a head may take its width from the checkpoint
+            _check_heads(task, origin)
+
+
+def _check_heads(task: Task, origin: Start) -> None:
+    own, name = task.state_dict(), type(task).__name__
+    missing = [key for key, value in own.items() if key not in origin.heads or origin.heads[key].shape != value.shape]
+    if missing:
+        what = f"holds no {missing[0]}" + (f" and {len(missing) - 1} other tensors" if len(missing) > 1 else "")
+        todo = f"Give a checkpoint that {name} wrote"
+        raise UserError(origin.path, f"{what} of {name}", todo, ExitCode.BAD_DATA)
+
+
+@contextmanager
+def at_most(tensors: int, path: str) -> Iterator[None]:
+    """While a model is laid out: stop when it registers more parameters than there are tensors for it."""
+    left = 2 * tensors + 100  # what is made and thrown away again, such as pooling layers, counts too
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            what = f"asks for a model of more than its {tensors:,} tensors"
+            raise UserError(path, what, TODO, ExitCode.REFUSED)
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def new_backbone(recipe: Recipe) -> MaskVLM:
+    """With random weights, by the constructors of this project alone."""
+    args = dict(recipe.backbone["init_args"])
+    image, text = (args.pop(name)["init_args"] for name in ("image", "text"))
+    return MaskVLM(ImageEncoder(**image), TextEncoder(**text), **args)
+
+
+def _made(make: typing.Callable[[], Made], path: str) -> Made:
+    """What a constructor makes; whatever it thinks of its settings is said in one line."""
+    try:
+        return make()
+    except UserError as error:
+        code = error.code if error.code == ExitCode.REFUSED else ExitCode.BAD_DATA
+        where = error.where if error.where.startswith(path) else f"{path}: {error.where}"
+        raise UserError(where, error.what, TODO, code) from error
+    except Exception as error:  # each library underneath has its own
+        raise UserError(path, f"cannot be built ({first_line(error)})", TODO, ExitCode.BAD_DATA) from error
+
+
+# ---------------------------------------------------------------------- the task's class
+
+
+def task_class(name: str, path: str, allowed: Iterable[str]) -> type[Task]:
+    """The class of a task by its path: one of this project, or of a package that the user allows.
+
+    Raises:
+        UserError: it is neither, or no task (77).
+    """
+    return class_of(name, path, Task, OURS, allowed)  # type: ignore[type-abstract]
+
+
+def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowed: Iterable[str]) -> type[Made]:
+    """A class that a stranger's file names.
+
+    Args:
+        name: the class path. path: the file, for errors.
+        base: what it must be a subclass of.
+        ours: patterns of class paths of this project that may be named.
+        allowed: packages of the user's choice; any class of theirs with that base may be named.
+
+    Raises:
+        UserError: it may not be named, is not there, or is of another kind (77).
+    """
+    module, _, last = name.rpartition(".")
+    package = name.partition(".")[0]
+    if not (any(re.fullmatch(pattern, name) for pattern in ours) or package in set(allowed)):
+        what = f"names {shown(name)}, which is no {base.__name__.lower()} of this project"
+        todo = f"If you trust the package, allow it: --allow-import {package} (in Python: allow_import=['{package}'])"
+        raise UserError(path, what, todo, ExitCode.REFUSED)
+    if package == "tasks":
+        find_tasks()
+    try:
+        found = getattr(importlib.import_module(module), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        todo = "Install the package that it comes from, or run the command where tasks/ is"
+        raise UserError(path, f"names {shown(name)}, which is not here", todo, ExitCode.MISSING_INPUT) from error
+    if not (isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)):
+        what = f"names {shown(name)}, which is no {base.__name__.lower()}"
+        raise UserError(path, what, TODO, ExitCode.REFUSED)
+    return found
+
+
+def read_arguments(kind: type, args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings for a class, checked by the types of its signature; only plain types can be set.
+
+    Raises:
+        UserError: a setting that it does not have, or of another type (77).
+    """
+    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    names = [name for name in inspect.signature(kind).parameters if name != "labels"]
+    kinds = {name: found for name in names if (found := kind_of(hints.get(name))) is not None}
+    read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+
+
+def kind_of(hint: Any) -> Kind | None:
+    """What a plain value of an annotated type looks like; None for types that are not plain."""
+    if hint in SIMPLE:
+        return SIMPLE[hint]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return OneOf(args)
+    parts = [found for arg in args if arg is not Ellipsis and (found := kind_of(arg)) is not None]
+    if origin in (typing.Union, types.UnionType):
+        return AnyOf(tuple(parts)) if parts else None
+    if len(parts) < len([arg for arg in args if arg is not Ellipsis]) or not parts:
+        return None
+    if origin in (list, tuple, Sequence):
+        return Listed(AnyOf(tuple(parts)), 100_000)
+    if origin in (dict, Mapping) and args[0] is str:
+        return Table(parts[-1])
+    return None

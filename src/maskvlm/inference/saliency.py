@@ -1,0 +1,108 @@
+"""Where the model looks for a word: cross-attention of the word to the patches, and Grad-CAM on it.
+
+Shapes: B rows, T tokens, L image positions (class token first), N patches, H heads, D width.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from torch import Tensor
+
+from maskvlm.data.inputs import check_text
+from maskvlm.model.cross_attention import Attention, CrossEncoder
+from maskvlm.objectives.loaded_model import Model
+from maskvlm.utils.errors import UserError
+
+
+class Looked(NamedTuple):
+    """attention_N: share of the word's attention on each patch, mean over heads. gradcam_N: attention weighted by how
+    much it speaks for the word (positive gradients), 0 where nothing does; both sum to 1 or are 0."""
+
+    attention_N: Tensor
+    gradcam_N: Tensor
+
+
+class Traced(NamedTuple):
+    """every_BTD: as the encoder gives it. probabilities: of each block, [B, H, T, L]."""
+
+    every_BTD: Tensor
+    probabilities: list[Tensor]
+
+
+def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_BT: Tensor) -> Traced:
+    """A cross encoder's forward pass that keeps its cross-attention; the fused kernel does not tell it."""
+    mask = attention_BT[:, None, None, :]
+    kept = []
+    for block in encoder.blocks:
+        own: Attention = block.self_attention  # type: ignore[assignment]
+        other: Attention = block.cross_attention  # type: ignore[assignment]
+        x_BTD = block.norms[0](x_BTD + own(x_BTD, own.keys_values(x_BTD), mask))  # type: ignore[index, operator]
+        query, (key, value) = other._split(other.query(x_BTD)), other.keys_values(context_BLD)
+        share_BHTL = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        kept.append(share_BHTL)
+        mixed = other.out((share_BHTL @ value).transpose(1, 2).flatten(2))
+        x_BTD = block.norms[1](x_BTD + mixed)  # type: ignore[index, operator]
+        x_BTD = block.norms[2](x_BTD + block.feed_forward(x_BTD))  # type: ignore[index, operator]
+    return Traced(x_BTD, kept)
+
+
+def places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
+    """Tokens of a text, [T], and where among them the first occurrence of a word (or of several) stands, [K].
+
+    Raises:
+        UserError: the text does not hold the word.
+    """
+    check_text(word)
+    token_T = model.tokens([text]).token_CT[0]
+    whole = token_T.tolist()
+    for spelt in (word, f" {word}"):  # byte-level tokenizers keep the space before a word
+        inner = model.words.captioner.inner(spelt)
+        for start in range(len(whole) - len(inner) + 1):
+            if inner and whole[start : start + len(inner)] == inner:
+                return token_T, torch.arange(start, start + len(inner), device=token_T.device)
+    cut = f" of which {model.words.text_length - 2} tokens are read" if len(whole) == model.words.text_length else ""
+    what = f"'{word}' is not in the text '{text}'{cut}"
+    raise UserError("word", what, "Give a word of the text, as it is written there")
+
+
+def explain(model: Model, image: Any, text: str, word: str, block: int = -1) -> Looked:
+    """The word is hidden and filled in from the picture; where the model looked for it.
+
+    Args:
+        block: of the text cross encoder whose attention is shown; the last for -1.
+    """
+    backbone, head = model.backbone, model.head("tokens", "explain")
+    token_T, at_K = places(model, text, word)
+    hidden_T = token_T.clone()
+    hidden_T[at_K] = backbone.text.mask_id
+    attention_1T = torch.ones_like(hidden_T, dtype=torch.bool)[None]
+    with torch.enable_grad():
+        image_1LD = backbone.image(model.pixels([image])).detach()
+        text_1TD = backbone.text(hidden_T[None], attention_1T).detach()
+        share = trace(backbone.cross_text, text_1TD.requires_grad_(), image_1LD, attention_1T)
+        logits_KV = head(share.every_BTD[0, at_K]).float()
+        evidence = logits_KV.log_softmax(-1).gather(1, token_T[at_K, None]).sum()
+        (slope,) = torch.autograd.grad(evidence, share.probabilities[block])
+    chosen_HKL = share.probabilities[block].detach()[0][:, at_K].float()
+    cam_HKL = chosen_HKL * slope[0][:, at_K].float().clamp(min=0)
+    return Looked(*(_shared(map_HKL.mean((0, 1))[1:]) for map_HKL in (chosen_HKL, cam_HKL)))
+
+
+def _shared(map_N: Tensor) -> Tensor:
+    total = map_N.sum()
+    return map_N / total if total > 0 else map_N
+
+
+def overlay(picture: Image.Image, map_RC: Any) -> Image.Image:
+    """A map over the patches as a warm layer on a picture, at its own size."""
+    top = float(map_RC.max())
+    level = (np.asarray(map_RC, dtype=np.float32) / top if top else np.zeros_like(map_RC)).astype(np.float32)
+    grown = Image.fromarray(level).resize(picture.size, Image.Resampling.BICUBIC)
+    share_HW1 = np.clip(np.asarray(grown), 0, 1)[..., None]
+    warm_HWC = colormaps["inferno"](share_HW1[..., 0])[..., :3] * 255
+    base_HWC = np.asarray(picture, dtype=np.float32)
+    mixed_HWC = base_HWC * (1 - 0.7 * share_HW1) + warm_HWC * 0.7 * share_HW1
+    return Image.fromarray(np.rint(mixed_HWC).clip(0, 255).astype(np.uint8))

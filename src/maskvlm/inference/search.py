@@ -1,0 +1,221 @@
+"""`python -m maskvlm index` and `search`: pictures found among many, by a text or a picture.
+
+An index is a folder: `index.json` says what it is, `index.faiss` holds the vectors, `ids.parquet` whose they are. It is
+searched by inner product of unit vectors, the cosine. There is no pickle in it, `index.json` passes a closed schema and
+knows the files' hashes; but FAISS reads its own file in C++ without distrust: take none from a stranger.
+
+Shapes: N vectors, Q queries, K found, E contrast width.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from maskvlm.checkpoint.integrity import sha256_of
+from maskvlm.checkpoint.tokenizer_files import text_of
+from maskvlm.config.old_names import current
+from maskvlm.config.plain_schema import OneOf, Record, Table, Text, Tree, Whole, maybe, shown
+from maskvlm.data.batch import Pairs, Source
+from maskvlm.data.files import load_json
+from maskvlm.data.inputs import Picture, is_picture
+from maskvlm.data.prepared.manifest import MANIFEST
+from maskvlm.data.prepared.source import Prepared
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.inference.embeddings import contrast_counts
+from maskvlm.inference.faiss_index import RECALL, Array, build, faiss_module, kinds, turn, write_index
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.rebuild import read_arguments
+from maskvlm.inference.vectors import KEPT, Facts, facts_of, file_of, identity, write
+from maskvlm.utils.errors import ExitCode, UserError, check_least
+
+ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
+WORLD = "maskvlm.data.scenes.source.Scenes"
+TOLD = Record({
+    "sha256": Table(Text(64, "[0-9a-f]{64}")), "width": Whole(1, 10**6), "count": Whole(0), "weights": Text(64),
+    "knob": OneOf((None, *(kind.knob for kind in kinds(1, 2).values() if kind.knob))), "value": maybe(Whole(0, 10**6)),
+    "checkpoint": Text(), "data": Text(), "split": Text(100), "source": maybe(Tree()),
+})  # fmt: skip
+"""What is read of `index.json`."""
+
+
+def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RECALL) -> Facts:
+    """Index a folder of vectors; returns what `index.json` says. Raises UserError: a shard is missing or damaged."""
+    facts = facts_of(vectors)
+    parts, width = range(facts["shards"]), facts["width"]
+    asked = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []  # some captions are enough to ask with
+    pictures = [read(file_of(vectors, part, len(parts)), width) for part in parts]
+    captions = [read(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
+    vector_NE = np.concatenate([vector_NE for _, vector_NE in pictures])
+    if not len(vector_NE):
+        raise UserError(vectors, "holds no picture that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
+    query_NE = np.concatenate(captions) if sum(map(len, captions)) else vector_NE
+    chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
+    index, about = build(vector_NE, query_NE[chosen], name, least)
+    (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
+    write(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in pictures]))
+    write_index(index, out / VECTORS)
+    about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
+    about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
+    write(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})
+    return about
+
+
+def read(path: Path, width: int) -> tuple[pa.Table, Array]:
+    """A shard and its vectors, [N, E]. Raises UserError (65)."""
+    try:
+        table = pq.read_table(path)
+        return table, table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, width)
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        todo = "Start the same `embed` again; if the file is there, delete it first"
+        raise UserError(path, f"missing or damaged ({str(error)[:100]})", todo, ExitCode.BAD_DATA) from error
+
+
+class Found(NamedTuple):
+    """A picture: its row in the split, its file or None, the cosine with the query, the probability of a match."""
+
+    row: int
+    id: str
+    origin: str
+    path: str | None
+    captions: list[str]
+    similarity: float
+    match: float | None = None
+
+
+class Index:
+    """An index in memory; `about` is what is read of its `index.json`, `images` the folder that the user named."""
+
+    def __init__(self, index: Any, ids: pa.Table, about: Facts, images: Path | None = None) -> None:
+        self.index, self.ids, self.about, self.images = index, ids, about, images
+        self.model: PretrainedMaskVLM | None = None  # that was checked
+
+    @classmethod
+    def load(cls, folder: str | Path, images: str | Path | None = None) -> "Index":
+        """Read an index.
+
+        Args:
+            folder: that `index` made.
+            images: where its images lie: a folder of files, or a prepared set; needed only to open them.
+
+        Raises:
+            UserError: no index (66), or damaged (65).
+        """
+        place, faiss = Path(folder), faiss_module()
+        if not (place / ABOUT).is_file():
+            raise UserError(
+                place,
+                f"holds no {ABOUT}",
+                "Make one: make index FROM=checkpoints/RUN/best.ckpt",
+                ExitCode.MISSING_INPUT,
+            )
+        file = place / ABOUT
+        told = load_json(text_of(file).encode(), file)
+        about: Facts = {key: told[key] for key in TOLD.needed if key in told} if isinstance(told, dict) else told
+        TOLD.read(about, str(file), "Make it again")
+        try:
+            if any(sha256_of(place / name) != about["sha256"].get(name) for name in (VECTORS, IDS)):
+                raise ValueError(f"a file is not the one that {ABOUT} knows")
+            index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
+            if ids.schema.remove_metadata() != KEPT or ids.num_rows != index.ntotal or index.d != about["width"]:
+                raise ValueError("its files do not belong together")
+            turn(index, about["knob"], about["value"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(place, f"damaged ({error})"[:200], "Make it again", ExitCode.BAD_DATA) from error
+        return cls(index, ids, about, None if images is None else Path(images))
+
+    def search(self, vector_QE: Array | Tensor, k: int = 10) -> tuple[Array, Array]:
+        """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
+        fewer in the lists it looked at."""
+        check_least(1, k=k)
+        query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
+        if query_QE.shape[1] != self.index.d:
+            what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"
+            raise UserError("search", what, "Encode with the model that the index was made with")
+        found: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
+        return found
+
+    def pictures(self, found: list[Found]) -> list[Picture]:
+        """The images themselves: files or a prepared set in the folder that the user named, or what the built-in world
+        draws. An index may be anybody's: what it says of files is held against that folder, and nothing else is opened.
+
+        Raises:
+            UserError: no folder was named (66), an image leads out of it (77) or is gone (66), or the data set is
+                another one by now (65).
+        """
+        if self.images is None or (self.images / MANIFEST).is_file():
+            pairs = self.pairs(found)
+            if not all(type(each.row) is int and 0 <= each.row < len(pairs) for each in found):
+                what = f"{IDS} names rows that the data set does not have"
+                raise UserError("search", what, "Index it again", ExitCode.BAD_DATA)
+            return [pairs[each.row]["image"] for each in found]
+        root = os.path.realpath(self.images)
+        for each in found:
+            if each.path is None or not Path(os.path.realpath(each.path)).is_relative_to(root):
+                todo = "Name the folder that holds its images, or search without --rerank"
+                raise UserError("--images", f"{shown(each.path)} is not in {root}", todo, ExitCode.REFUSED)
+            if not Path(each.path).is_file():
+                todo = "Bring it back, or search without --rerank"
+                raise UserError(each.path, "the images are not on disk", todo, ExitCode.MISSING_INPUT)
+        return [Path(str(each.path)) for each in found]
+
+    def pairs(self, found: list[Found]) -> Pairs:
+        """The split of the data set that was indexed; raises as `pictures`."""
+        told = self.about["source"] or {}
+        name, args = current(str(told.get("class_path"))), told.get("init_args") or {}
+        plain = {key: value for key, value in args.items() if key != "root"} if isinstance(args, dict) else {}
+        where = f"{ABOUT}: source"
+        made: Source
+        if self.images is not None:
+            hold_out = plain.get("hold_out", 0)
+            made = Prepared(str(self.images), hold_out if Whole(0, 10**9).fits(hold_out) else 0)
+        elif name == WORLD:
+            made = Scenes(**read_arguments(Scenes, plain, where))
+        else:
+            root = args.get("root") if isinstance(args, dict) else None
+            kept = root or next((os.path.dirname(each.path) for each in found if each.path), "a place it does not name")
+            what = f"the images lie in {shown(kept)}, says {ABOUT}; what it names is not opened unasked"
+            todo = (
+                "If you trust that place, say so: --images FOLDER (a folder or a prepared set); or leave out --rerank"
+            )
+            raise UserError("search", what, todo, ExitCode.REFUSED)
+        pairs = made.split(self.about["split"])
+        if pairs.fingerprint != self.about["data"]:
+            raise UserError("search", "the data set is not the one of the index", "Index it again", ExitCode.BAD_DATA)
+        return pairs
+
+
+def search(index: Index, model: PretrainedMaskVLM, query: Picture, k: int = 10, rerank: bool = False) -> list[Found]:
+    """The k nearest pictures of a text or a picture (of strings those that name a file), the nearest first.
+
+    rerank: these ordered by their match (ITM): a text's with the pictures themselves, a picture's with their captions,
+    of which the best counts. Raises UserError: the index was not made with this model (65).
+    """
+    if model is not index.model and identity(model) != index.about["weights"]:
+        todo = f"Give {index.about['checkpoint']}, or make the index again"
+        raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
+    index.model = model
+    seen = is_picture(query)
+    vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
+    (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
+    rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
+    found = [Found(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
+    if not rerank:
+        return found
+    if seen:  # a match is of a picture and a text
+        likely = [max(model.match([query], each.captions)) if each.captions else 0.0 for each in found]  # type: ignore
+    else:
+        likely = model.match(index.pictures(found), str(query))  # type: ignore[assignment]
+    matched = [each._replace(match=match) for each, match in zip(found, likely, strict=True)]
+    counts = contrast_counts(model)
+    if not counts:
+        return sorted(matched, key=lambda each: -(each.match or 0))
+    odds_K = torch.tensor([each.match or 0.0 for each in matched]).logit(1e-6)
+    score_K = odds_K + counts * torch.tensor([each.similarity for each in matched])
+    return [matched[at] for at in score_K.argsort(descending=True, stable=True).tolist()]

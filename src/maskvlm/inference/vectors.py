@@ -1,0 +1,241 @@
+"""`python -m maskvlm embed`: the vectors of a data set's pictures and captions, as Parquet files, a shard each.
+
+    python -m maskvlm embed --from checkpoints/RUN/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
+
+A file is written under another name and renamed, so that what exists is whole; a second start makes the shards that are
+missing. Under torchrun or srun process r of W takes every W-th shard. Nothing passes between processes: there is no
+process group, none waits for another, and the next start may have another number of them.
+
+Shapes: B pictures, C captions, E contrast width, N rows of all shards.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from maskvlm.data.batch import Pairs
+from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.text import clean_caption, tokenizer_hash
+from maskvlm.data.transforms import eval_transform
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.objectives.loaded_model import chunks
+from maskvlm.reporting.meters import duration, number
+from maskvlm.training.failure import process_rank
+from maskvlm.utils.distributed import cores
+from maskvlm.utils.errors import ExitCode, UserError
+
+FACTS, BAD = "vectors.json", "bad_samples.json"
+SHARD = 4096  # pictures
+SAME = {"weights": "another checkpoint", "data": "other data", "split": "another split"}
+SAME |= {"shard": "shards of another size", "captions": "or without captions"}
+"""What a second start must agree in, and what it is told where it does not."""
+Facts = dict[str, Any]
+Process = tuple[int, int]
+"""This one's number, and how many there are."""
+
+
+def identity(model: PretrainedMaskVLM) -> str:
+    """sha256 of what a vector depends on: tensors, picture size, normalisation, tokenizer. A checkpoint and the hub's
+    folder made of it are the same model, a copy in another precision is not."""
+    spec = model.backbone.input_spec
+    words = None if spec.tokenizer is None else tokenizer_hash(spec.tokenizer)
+    facts = (spec.image_size, [round(float(part), 6) for part in (*spec.mean, *spec.std)], spec.text_length, words)
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- embedding
+
+TEXTS = dict.fromkeys(("id", "origin", "path"), pa.string())
+KEPT = pa.schema({"row": pa.int64(), **TEXTS, "captions": pa.list_(pa.string())})
+"""Of a picture, beside its vector: its place in the split, what it is called, its file or null."""
+CAPTION = pa.schema({"row": pa.int64(), "id": pa.string(), "caption": pa.string()})
+"""Of a caption, beside its vector; row and id are its picture's."""
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """What KEPT names of a row, and `image` as the model reads it; or else `bad`: (reason, message)."""
+
+    def __init__(self, pairs: Pairs, model: PretrainedMaskVLM) -> None:
+        self.pairs, self.transform = pairs, eval_transform(model.backbone.input_spec)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.pairs[index]
+        captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
+        path = os.path.abspath(row["image"]) if isinstance(row["image"], str) else None
+        told = {"row": index, "id": row["image_id"], "origin": row["origin"], "path": path, "captions": captions}
+        try:
+            return told | {"image": self.transform(safe_open(row["image"], row["origin"]))}
+        except BadImage as error:
+            return told | {"bad": (error.reason, str(error))}
+
+
+@torch.no_grad()
+def embed(
+    model: PretrainedMaskVLM,
+    pairs: Pairs,
+    folder: Path,
+    told: Facts,
+    shard: int = SHARD,
+    captions: bool = True,
+    process: Process = (0, 1),
+) -> str:
+    """Write this process's missing shards of a split's vectors; returns one line on what is there now.
+
+    `told` goes into `vectors.json`: `split`, and what else shall be known later; `shard` is pictures a file.
+
+    Raises:
+        UserError: the folder holds other vectors, or cannot be written (73, 74); the checkpoint has no contrast head.
+    """
+    projection = model.head("projection", "embed")
+    width, count = projection.image.out_features, math.ceil(len(pairs) / shard)
+    facts = {"weights": identity(model), "data": pairs.fingerprint, "pictures": len(pairs), "shard": shard}
+    claim(folder, {**facts, "width": width, "captions": captions, "shards": count, **told})
+    mine = [part for part in range(count)[process[0] :: process[1]] if not file_of(folder, part, count).exists()]
+    ranges = [range(part * shard, min((part + 1) * shard, len(pairs))) for part in mine]
+    batches = [[list(rows) for rows in chunks(whole, model.batch_size)] for whole in ranges]
+    loader = DataLoader(
+        Rows(pairs, model),
+        batch_sampler=[rows for part in batches for rows in part],
+        num_workers=min(12, max(1, cores() // process[1])) if model.device.type == "cuda" else 0,
+        collate_fn=list,
+    )
+    line, reading = Line(sum(map(len, ranges)), process), iter(loader)
+    for part, parts in zip(mine, batches, strict=True):
+        good, bad, vectors = [], [], [torch.zeros(0, width)]
+        for _ in parts:
+            rows = next(reading)
+            images = [row.pop("image") for row in rows if "image" in row]  # pixels are not kept
+            if images:
+                image_BCHW = torch.stack(images).to(next(model.backbone.parameters()))
+                vectors.append(projection.embed_image(model.backbone.image(image_BCHW)).cpu())
+            good += [row for row in rows if "bad" not in row]
+            bad += [row["bad"] for row in rows if "bad" in row]
+            line.advance(len(rows))
+        if captions:  # first: a shard counts as done when its pictures are there
+            write(file_of(folder, part, count, "captions"), captions_table(model, good, width))
+        table = table_of(good, KEPT, torch.cat(vectors))
+        write(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
+    line.bar.stop()
+    return close(folder, pairs, count)
+
+
+def captions_table(model: PretrainedMaskVLM, pictures: list[dict[str, Any]], width: int) -> pa.Table:
+    """Rows of CAPTION with their vectors."""
+    rows = [{**row, "caption": text} for row in pictures for text in row["captions"]]
+    parts = [model.encode_text([row["caption"] for row in part]).cpu() for part in chunks(rows, model.batch_size)]
+    return table_of(rows, CAPTION, torch.cat([torch.zeros(0, width), *parts]))
+
+
+def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) -> pa.Table:
+    flat = pa.array(vector_XE.numpy().reshape(-1), pa.float32())
+    vectors = pa.FixedSizeListArray.from_arrays(flat, vector_XE.shape[1])
+    return pa.Table.from_pylist(rows, kinds).append_column("vector", vectors)
+
+
+class Line:
+    """Pictures a second and time left: a bar on a terminal, elsewhere a line every half minute."""
+
+    def __init__(self, total: int, process: Process) -> None:
+        self.total, self.done, self.started, self.told = total, 0, time.monotonic(), time.monotonic()
+        self.name = "embedding" + (f", process {process[0]} of {process[1]}" if process[1] > 1 else "")
+        self.terminal = Console().is_terminal and process[0] == 0
+        columns = (TextColumn(self.name), BarColumn(16), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, auto_refresh=False, disable=not self.terminal)
+        self.task = self.bar.add_task("", total=total)
+        self.bar.start()
+
+    def advance(self, pictures: int) -> None:
+        self.done, now = self.done + pictures, time.monotonic()
+        if now - self.told < (0.2 if self.terminal else 30.0) and self.done < self.total:
+            return
+        self.told, speed = now, self.done / max(now - self.started, 1e-9)
+        left = duration((self.total - self.done) / speed)
+        told = f"{self.done}/{self.total}  {number(speed)} pictures/s  {left} left"
+        self.bar.update(self.task, completed=self.done, description=told, refresh=True)
+        if not self.terminal:
+            print(f"{self.name}  {told}", flush=True)
+
+
+def file_of(folder: Path, part: int, count: int, kind: str = "pictures") -> Path:
+    return folder / f"{kind}-{part:05}-of-{count:05}.parquet"
+
+
+def claim(folder: Path, facts: Facts) -> None:
+    """Write `vectors.json`, or hold it against these facts. Raises UserError where it is of other vectors."""
+    if (folder / FACTS).exists():
+        there = facts_of(folder)
+        for name, other in SAME.items():
+            if there.get(name) != facts[name]:
+                what = f"holds vectors of {other} ({name} {str(there.get(name))[:16]}, not {str(facts[name])[:16]})"
+                raise UserError(folder, what, "Name another folder (--out), or delete this one", ExitCode.CANNOT_CREATE)
+        return
+    write(folder / FACTS, facts)
+
+
+def facts_of(folder: Path) -> Facts:
+    """What `vectors.json` says. Raises UserError: none is there (66), or it is damaged (65)."""
+    path = folder / FACTS
+    if not path.is_file():
+        raise UserError(folder, f"holds no {FACTS}", "Make it with `python -m maskvlm embed`", ExitCode.MISSING_INPUT)
+    try:
+        facts: Facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts | {name: int(facts[name]) for name in ("pictures", "shard", "width", "shards")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(path, f"damaged ({error!r})", "Embed into another folder", ExitCode.BAD_DATA) from error
+
+
+def close(folder: Path, pairs: Pairs, count: int) -> str:
+    """Lists in `bad_samples.json` what is left out of the shards that are there, whoever made them; returns a line."""
+    left_out = {reason: list(places) for reason, places in getattr(pairs, "skipped", {}).items() if places}
+    listed: dict[str, list[str]] = {}
+    there: list[Path] = []
+    # Who writes last must have seen all: whoever has written looks again for shards that came in the meantime.
+    while there != (there := [path for part in range(count) if (path := file_of(folder, part, count)).exists()]):
+        listed = {}
+        for path in there:
+            for reason, message in json.loads((pq.read_schema(path).metadata or {}).get(b"bad", b"[]")):
+                listed.setdefault(reason, []).append(message)
+        if listed or left_out:
+            counts = {reason: len(messages) for reason, messages in listed.items()}
+            content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
+            write(folder / BAD, content)
+    told = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
+    line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} pictures in all"
+    line += f"; left out or mended ({', '.join(told)}): listed in {folder / BAD}" if told else ""
+    return line + ("; the others are other processes', or start the same again" if len(there) < count else "")
+
+
+def write(path: Path, content: pa.Table | Facts) -> None:
+    """A Parquet or JSON file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
+    own = f".{process_rank()}" if isinstance(content, dict) else ""  # all processes write the same JSON files
+    temporary = path.with_name(f".{path.name}{own}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            if isinstance(content, dict):
+                file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+            else:
+                pq.write_table(content, file, use_dictionary=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
+        todo = "Free some space, or choose another folder; whole files stay"
+        raise UserError(path, f"cannot be written ({error.strerror})", todo, code) from error

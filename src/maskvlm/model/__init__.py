@@ -1,0 +1,1 @@
+"""The two encoders, the two cross encoders, the heads."""

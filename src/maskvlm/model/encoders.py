@@ -1,0 +1,467 @@
+"""The two unimodal encoders: any timm ViT with a class token, any Hugging Face masked language model.
+
+Both are built with random weights. Unless random ones are asked for, `load_pretrained` must follow (for both
+at once: `weights.load_pretrained`); until then forward refuses.
+
+Shapes: B rows, C channels, H and W pixels, N patches, L = 1 + N positions (class token first), T tokens,
+D width.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from maskvlm.checkpoint.model_spec import check_vit
+from maskvlm.checkpoint.provenance import Provenance
+from maskvlm.checkpoint.text_files import ANY_SIZE, is_type, read_config, read_text_state
+from maskvlm.checkpoint.weights import load_state
+from maskvlm.data.text import tokenizer_hash
+from maskvlm.model.features import Frozen, FrozenTower, KeptFeatures
+from maskvlm.model.hf_text import (
+    build,
+    check_positions,
+    check_tokenizer,
+    fit_config,
+    pretrained_tokenizer,
+    random_tokenizer,
+)
+from maskvlm.model.init import init_xavier
+from maskvlm.model.timm_vit import HEADS, create_vit, read_vit_state
+from maskvlm.utils.distributed import without_gradient
+from maskvlm.utils.errors import ExitCode, UserError
+
+Triple = tuple[float, float, float]
+Normalisation = Literal["model", "clip", "imagenet"]
+NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+MANY, GROUPS = 16, 4  # from so many texts on, a CPU takes them in so many groups of like length
+
+
+class Encoder(nn.Module):
+    """What the two have in common: whether their weights are in place, and the width that they give.
+
+    Attributes:
+        width: D.
+        still: nothing is learned now; for a part of a run, see `standing_still`.
+    """
+
+    width: int
+
+    def __init__(self, random_init: bool) -> None:
+        super().__init__()
+        self.random_init = random_init
+        self.ready = random_init
+        self.adapter: nn.Module = nn.Identity()
+        self.still = False
+        self.register_load_state_dict_post_hook(_mark_ready)
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            what = f"the weights of {type(self).__name__} are not loaded"
+            raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
+
+    def _learned(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, without gradient while the encoder stands still."""
+        return without_gradient(compute) if self.still else compute()
+
+    def adapt(self, width: int) -> None:
+        """Give features of this width from now on, by one linear layer where the encoder has another."""
+        if width != self.width:
+            self.adapter, self.width = nn.Linear(self.width, width), width
+            init_xavier(self.adapter)
+
+
+@contextmanager
+def standing_still(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
+    """In which, if `on`, nothing of these encoders is learned; they give the same features."""
+    encoders = list(encoders)
+    for encoder in encoders:
+        encoder.still = on
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.still = False
+
+
+def _mark_ready(module: nn.Module, _: Any) -> None:
+    """A checkpoint of the whole model brings the encoders' weights too."""
+    module.ready = True  # type: ignore[assignment]
+
+
+class ImageEncoder(Encoder):
+    """f_im: a timm ViT with a learnable token in the place of masked patches (paper: ViT-B/16).
+
+    Args:
+        name: of the timm model, with or without the tag of its weights (`vit_base_patch16_224.augreg_in21k`).
+        image_size: side of the square input in pixels, a multiple of the patch size.
+        weights: a file or folder of weights; None takes those that timm names for the model.
+        random_init: keep random weights; excludes `weights`.
+        config: the ViT's shape, such as patch_size, embed_dim, depth, num_heads: see `recipe.vit_kinds`.
+        normalisation: mean and standard deviation of the input: those that the weights were trained with,
+            or CLIP's, or ImageNet's (C).
+        drop_path: rate of stochastic depth.
+        checkpointing: recompute activations in the backward pass.
+        frozen: the first so many blocks, and patches and positions before them, are not trained; `all`: the whole ViT.
+            A mask token in the ViT is not trained then: it is what the ViT makes of a patch of the mean colour.
+        masked_patches: what the ViT sees of masked patches. token: the mask token in their places (P). left_out:
+            nothing; it sees the others alone, and behind it the mask token stands in their places (MAE's way, He et al.
+            2022): the more is masked, the cheaper. Where they are is told by `query_positions` alone.
+        kept_features: a folder where outputs of the frozen blocks are kept: each training image passes through them
+            once; only without augmentation.
+
+    Attributes:
+        width: D. grid: patches down and across. num_patches: N. patch_size: side of a patch in pixels.
+        mean, std: of the normalised input, by channel, for RGB in [0, 1].
+        vit: the timm model. mask_token: the learnable token, [1, 1, D]. tower: the frozen part of the ViT.
+
+    Raises:
+        UserError: no such model, no class token, an image_size that does not hold whole patches, weights beside
+            random_init, a ViT of whose patches none can be left out, or as `FrozenTower`.
+    """
+
+    def __init__(
+        self,
+        name: str = "vit_base_patch16_224",
+        image_size: int = 224,
+        weights: str | None = None,
+        random_init: bool = False,
+        config: dict[str, Any] | None = None,
+        normalisation: Normalisation = "model",
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        frozen: Frozen = 0,
+        kept_features: str | None = None,
+        masked_patches: Literal["token", "left_out"] = "token",
+    ) -> None:
+        super().__init__(random_init)
+        if random_init and weights is not None:
+            what = f"weights {weights} are given, and random_init is true"
+            raise UserError("model.backbone.image.weights", what, "Give --model.random_init false, or no weights")
+        self.name, self.image_size, self.weights, self.config = name, image_size, weights, config or {}
+        check_vit(
+            self.config, "model.backbone.image.config", ANY_SIZE, "Set what it knows: a checkpoint holds nothing else"
+        )
+        settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
+        self.vit = create_vit(name, settings | self.config)
+        self.width = self.vit.embed_dim
+        self.grid: tuple[int, int] = self.vit.patch_embed.grid_size
+        self.num_patches: int = self.vit.patch_embed.num_patches
+        self.patch_size: int = self.vit.patch_embed.patch_size[0]
+        self._check_size()
+        facts = self.vit.pretrained_cfg
+        self.mean, self.std = NORMALISATIONS.get(normalisation, (tuple(facts["mean"]), tuple(facts["std"])))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self._mask_BN: Tensor | None = None
+        self.vit.patch_embed.register_forward_hook(self._hide)
+        self.vit.set_grad_checkpointing(checkpointing)
+        self.tower, self.kept_features = FrozenTower(self.vit, frozen, kept_features), kept_features
+        self.left_out = masked_patches == "left_out"
+        if self.left_out:
+            self.check_plain("model.backbone.image.masked_patches", "Set it to token")
+        self.mask_token.requires_grad_(self.left_out or not self.tower)
+
+    def check_plain(self, where: str, todo: str) -> None:
+        """Raises UserError where patches cannot be left out, as where positions are told block by block."""
+        if type(self.vit) is not VisionTransformer:
+            raise UserError(where, f"patches can be left out of a plain ViT alone, which {self.name} is not", todo)
+
+    def _check_size(self) -> None:
+        if self.image_size % self.patch_size or self.vit.patch_embed.patch_size[1] != self.patch_size:
+            what = f"{self.image_size} px do not hold whole square patches of {self.patch_size} px"
+            todo = f"Set it to a multiple of {self.patch_size}"
+            raise UserError("model.backbone.image.image_size", what, todo)
+
+    def forward(
+        self,
+        image_BCHW: Tensor,
+        mask_BN: Tensor | None = None,
+        row_W: Tensor | None = None,
+        visible: int | None = None,
+        some_WV: Tensor | None = None,
+    ) -> Tensor:
+        """Features of every position after the final norm.
+
+        Masked patches enter as the mask token, after the patch embedding and before the position embedding
+        (C, SimMIM's way): the ViT knows where they are, and every position passes through it (P). Or they do not enter,
+        see `masked_patches`.
+
+        Args:
+            image_BCHW: normalised RGB, H = W = image_size.
+            mask_BN: True on masked patches, row by row from the top left.
+            row_W: where the first W images, which are whole, stand in the training split: what the frozen blocks give
+                for them may be kept. None: for no image.
+            visible: most patches that are visible in any of the other images, if known; else the device is asked.
+            some_WV: of the first W images, which patches the blocks that are trained see, by their numbers; the mask
+                token stands in the places of the others. None: all.
+
+        Returns:
+            image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
+        """
+        self._check_ready()
+        if some_WV is None and (mask_BN is None or not self.left_out):
+            return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
+        whole, parts = 0 if row_W is None else len(row_W), []
+        if some_WV is not None:
+            features_WLD = self._adapted(lambda: self._trained_see_some(image_BCHW[:whole], row_W, some_WV))
+            parts.append(self._among_mask_tokens(features_WLD, some_WV))
+        elif whole:
+            parts.append(self._adapted(lambda: self._features(image_BCHW[:whole], None, row_W)))
+        if whole < len(image_BCHW):
+            image_BCHW, mask_BN = image_BCHW[whole:], None if mask_BN is None else mask_BN[whole:]
+            if mask_BN is not None and self.left_out:
+                parts.append(self._of_visible(image_BCHW, mask_BN, visible))
+            else:
+                parts.append(self._adapted(lambda: self._features(image_BCHW, mask_BN, None)))
+        return torch.cat([part.to(parts[0].dtype) for part in parts])
+
+    def _adapted(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Features of the width that is wanted, [B, L, D], from what `compute` makes by the ViT."""
+        features_BLD: Tensor = self.adapter(self._learned(compute))
+        return features_BLD
+
+    def _of_visible(self, image_BCHW: Tensor, mask_BN: Tensor, visible: int | None) -> Tensor:
+        """Features of the visible patches, which the ViT sees alone, among mask tokens. Rows with fewer of them than
+        others are filled up with masked ones, which nothing looks at."""
+        if visible is None:
+            visible = int((~mask_BN).sum(1).max())
+        seen_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
+        there_BV = ~mask_BN.gather(1, seen_BV)
+        features_BLD = self._adapted(lambda: self._some_patches(image_BCHW, seen_BV, there_BV))
+        return self._among_mask_tokens(features_BLD, seen_BV, there_BV)
+
+    def _among_mask_tokens(self, features_BLD: Tensor, seen_BV: Tensor, there_BV: Tensor | None = None) -> Tensor:
+        """Class token and patches `seen_BV` (where they are `there_BV`) at their places, [B, 1 + N, D], the mask token
+        at the others."""
+        token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
+        known_BVD = features_BLD[:, 1:]
+        if there_BV is not None:
+            known_BVD = torch.where(there_BV[..., None], known_BVD, token_D)
+        every_BND = token_D.expand(len(seen_BV), self.num_patches, -1)
+        every_BND = every_BND.scatter(1, seen_BV[..., None].expand_as(known_BVD), known_BVD)
+        return torch.cat([features_BLD[:, :1], every_BND], 1)
+
+    def _trained_see_some(self, image_BCHW: Tensor, row_B: Tensor | None, some_BV: Tensor) -> Tensor:
+        """As `_features` of whole images, of which the frozen blocks see all patches and the others some."""
+        kept = self._kept_for(row_B)
+        hidden_BLD = (
+            self.tower.lower(image_BCHW)
+            if kept is None or row_B is None
+            else kept.get(row_B, lambda at_M: self.tower.lower(image_BCHW[at_M]))
+        )
+        return self._own_positions(self.tower.upper(self._with_prefix(hidden_BLD, some_BV)))
+
+    def _with_prefix(self, hidden_BLD: Tensor, index_BV: Tensor) -> Tensor:
+        """The prefix tokens and these patches."""
+        prefix_BLD, patch_BND = hidden_BLD.tensor_split([self.vit.num_prefix_tokens], 1)
+        index_BVD = index_BV[..., None].expand(-1, -1, patch_BND.shape[-1])
+        return torch.cat([prefix_BLD, patch_BND.gather(1, index_BVD)], 1)
+
+    def _some_patches(self, image_BCHW: Tensor, seen_BV: Tensor, there_BV: Tensor) -> Tensor:
+        """Features of the class token and of the patches `seen_BV` (where they are `there_BV`), [B, 1 + V, own D]."""
+        vit = self.vit
+        hidden_BLD = vit.norm_pre(self._with_prefix(vit._pos_embed(vit.patch_embed(image_BCHW)), seen_BV))
+        looks_BL = torch.cat([there_BV.new_ones(len(there_BV), vit.num_prefix_tokens), there_BV], 1)
+        added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
+        for block in vit.blocks:
+            hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])
+        return self._own_positions(vit.norm(hidden_BLD))
+
+    def _own_positions(self, hidden_BLD: Tensor) -> Tensor:
+        """Without prefix tokens other than the class token."""
+        first = self.vit.num_prefix_tokens
+        return hidden_BLD if first == 1 else torch.cat([hidden_BLD[:, :1], hidden_BLD[:, first:]], 1)
+
+    def _features(self, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor | None) -> Tensor:
+        kept = self._kept_for(row_W)
+        if kept is not None and row_W is not None:
+            hidden_BLD = self._with_kept(kept, image_BCHW, mask_BN, row_W)
+        else:
+            self._mask_BN = mask_BN
+            hidden_BLD = self.vit.forward_features(image_BCHW)
+            self._mask_BN = None
+        return self._own_positions(hidden_BLD)
+
+    def _kept_for(self, row_W: Tensor | None) -> KeptFeatures | None:
+        return self.tower.kept if self.training and row_W is not None else None
+
+    def _with_kept(self, kept: KeptFeatures, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
+        """The same, with what the frozen blocks give for the first W images read from the disk."""
+        whole = len(row_W)
+        lower = [kept.get(row_W, lambda at_M: self.tower.lower(image_BCHW[:whole][at_M]))]
+        if whole < len(image_BCHW):
+            self._mask_BN = None if mask_BN is None else mask_BN[whole:]
+            lower.append(self.tower.lower(image_BCHW[whole:]).float())
+            self._mask_BN = None
+        return self.tower.upper(torch.cat(lower))
+
+    @torch.no_grad()
+    def _take_mean_colour(self) -> None:
+        """A frozen ViT cannot learn what a mask token means; a patch of the mean colour it knows."""
+        blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
+        self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
+
+    def _hide(self, _: nn.Module, __: Any, patch: Tensor) -> Tensor:
+        """Hook on the patch embedding: fits every ViT of timm, whatever its blocks and positions are."""
+        if self._mask_BN is None:
+            return patch
+        mask = self._mask_BN.view(*patch.shape[:-1], 1)  # [B, N, 1], or [B, rows, columns, 1] in some ViTs
+        return torch.where(mask, self.mask_token.view(-1).to(patch.dtype), patch)
+
+    def load_pretrained(self) -> Provenance:
+        """Load the weights wanted, whatever their resolution; with random_init there are none.
+
+        Raises:
+            Unreachable: not on this machine, and the hub cannot be asked.
+            UserError: they do not fit, or cannot be read.
+        """
+        if self.random_init:
+            return Provenance()
+        stored, state = read_vit_state(self.name, self.weights, self.vit)
+        was = {name: value.shape for name, value in stored.tensors.items()}
+        loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
+        if self.tower and not self.left_out:
+            self._take_mean_colour()
+        self.ready = True
+        return loaded.under("vit")
+
+
+class TextEncoder(Encoder):
+    """f_txt: a Hugging Face encoder without its heads (paper: RoBERTa-base).
+
+    Args:
+        name: of a model on the hub, a folder that save_pretrained wrote, or with random_init a model type
+            such as `bert`.
+        text_length: longest sequence in tokens, start and end token included (30, C).
+        random_init: keep random weights.
+        config: settings in the place of the model's own, such as hidden_size.
+        tokenizer: name or folder; None takes the model's own. A model with random weights that is no folder
+            has none: it is trained on the captions and handed to `set_tokenizer`.
+        vocab_size: rows of the token embedding; None leaves it to the model, with random_init to the
+            tokenizer.
+        checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        width: D. text_length, vocab_size, tokenizer: as above; tokenizer is None where it is yet to be
+            trained. model: the Hugging Face model.
+
+    Raises:
+        UserError: no such model, no masked language model, text_length beyond its positions.
+    """
+
+    def __init__(
+        self,
+        name: str = "roberta-base",
+        text_length: int = 30,
+        random_init: bool = False,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(random_init)
+        self.name = name = os.path.expanduser(name)
+        self.text_length = text_length
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.tokenizer_name = tokenizer
+        settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
+        self.config = read_config(name, random_init, settings)
+        if random_init:
+            own = random_tokenizer(name, tokenizer)
+            fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
+        self.model = build(self.config, checkpointing)
+        self.width = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        check_positions(self.model, text_length)
+        if random_init and own is not None:
+            self.set_tokenizer(own)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token."""
+        assert self.tokenizer is not None, "the tokenizer is set before the first step"
+        return int(self.tokenizer.mask_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """Id at padding."""
+        assert self.tokenizer is not None, "the tokenizer is set before the first step"
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """One row a token of the vocabulary, [V, own width]."""
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Take over the tokenizer that was trained on the captions, or that a checkpoint brings.
+
+        Raises:
+            UserError: it does not fit the model, or a different one is in place.
+        """
+        check_tokenizer(tokenizer, self.config)
+        if self.tokenizer is not None and tokenizer_hash(self.tokenizer) != tokenizer_hash(tokenizer):
+            ours, other = (f"{tokenizer_hash(t)} ({len(t)} entries)" for t in (self.tokenizer, tokenizer))
+            what = f"tokenizer {other} differs from the model's, {ours}"
+            raise UserError("tokenizer", what, "Use the one the model was trained with", ExitCode.BAD_DATA)
+        self.tokenizer = tokenizer
+
+    def forward(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
+        """Features of every token.
+
+        Args:
+            token_BT: ids, at padding the tokenizer's padding id; T up to text_length.
+            attention_BT: True on tokens, False on padding.
+
+        Returns:
+            text_BTD: values at padding mean nothing.
+        """
+        self._check_ready()
+        features_BTD: Tensor = self.adapter(self._learned(lambda: self._features(token_BT, attention_BT)))
+        return features_BTD
+
+    def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
+        if not traced and token_BT.device.type == "cpu" and len(token_BT) >= MANY:
+            return self._by_length(token_BT, attention_BT)
+        hidden_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
+        return hidden_BTD
+
+    def _by_length(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
+        """The same in groups of like length, each padded to its own longest text: captions are half as long as the
+        longest of a batch, and a CPU pays for every position."""
+        place_T = torch.arange(1, token_BT.shape[1] + 1, device=token_BT.device)
+        length_B = (attention_BT * place_T).amax(1).clamp(min=1)
+        groups, parts = length_B.argsort().chunk(GROUPS), []
+        for row_G in groups:
+            longest = int(length_B[row_G].max())
+            token_GT, attention_GT = token_BT[row_G, :longest], attention_BT[row_G, :longest]
+            hidden_GTD = self.model(input_ids=token_GT, attention_mask=attention_GT).last_hidden_state
+            parts.append(nn.functional.pad(hidden_GTD, (0, 0, 0, token_BT.shape[1] - longest)))
+        return torch.cat(parts)[torch.cat(groups).argsort()]
+
+    def load_pretrained(self) -> Provenance:
+        """Load weights and tokenizer; with random_init there are none to load. Raises as ImageEncoder's."""
+        if self.random_init:
+            return Provenance()
+        state = read_text_state(self.name, self.config)
+        loaded = load_state(self.model, state.tensors, state.source)
+        self.set_tokenizer(pretrained_tokenizer(self.name, self.tokenizer_name))
+        self.ready = True
+        return loaded.under("model")

@@ -1,0 +1,160 @@
+"""A frozen image tower: its first blocks are not trained, and what they give can be kept on disk.
+
+Shapes: B rows, W whole images among them, L positions, D width, R rows of the data set.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from maskvlm.utils.errors import ExitCode, UserError
+
+Frozen = int | Literal["all"]
+AFTER = ("norm", "fc_norm")  # what follows the last block
+
+
+class FrozenTower:
+    """The part of a timm ViT that is not trained: patches, positions and the first blocks, or all of it.
+
+    Args:
+        vit: the ViT; the parameters of that part take no gradient from now on.
+        frozen: how many blocks, or `all`, with the last norm.
+        folder: where the outputs of that part are kept; None computes them anew each time.
+
+    Attributes:
+        blocks: how many are frozen. whole: all of the ViT is.
+
+    Raises:
+        UserError: more blocks than there are, or features to be kept of what cannot be cut after a block.
+    """
+
+    def __init__(self, vit: Any, frozen: Frozen, folder: str | None = None) -> None:
+        depth = len(vit.blocks)
+        if frozen != "all" and not 0 <= frozen <= depth:
+            what, todo = f"{frozen} frozen blocks, but the ViT has {depth}", f"Give a number from 0 to {depth}, or all"
+            raise UserError("model.backbone.image.frozen", what, todo)
+        self.vit, self.whole, self.folder = vit, frozen == "all", folder
+        self.blocks: int = depth if frozen == "all" else frozen
+        self.kept: KeptFeatures | None = None
+        if folder is not None and (frozen == 0 or type(vit) is not VisionTransformer):
+            what = "features can be kept only of a plain ViT with frozen blocks"
+            raise UserError(
+                "model.backbone.image.kept_features", what, "Set model.backbone.image.frozen, or leave it out"
+            )
+        for name, parameter in vit.named_parameters():
+            if self.holds(name):
+                parameter.requires_grad_(False)
+        for name, part in vit.named_modules():
+            if self.holds(name) and isinstance(part, nn.Dropout):
+                part.p = 0.0
+            elif self.holds(name) and isinstance(part, DropPath):
+                part.drop_prob = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether anything is frozen."""
+        return self.whole or self.blocks > 0
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the ViT, or a module in it, belongs to the frozen part."""
+        part, _, rest = name.partition(".")
+        above = int(rest.partition(".")[0] or self.blocks) >= self.blocks if part == "blocks" else part in AFTER
+        return self.whole or (self.blocks > 0 and not above)
+
+    def lower(self, image_BCHW: Tensor) -> Tensor:
+        """What leaves the frozen part, [B, L, D]; where nothing is frozen, what enters the first block."""
+        vit = self.vit
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self):
+            hidden_BLD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image_BCHW))))
+            hidden_BLD = vit.blocks[: self.blocks](hidden_BLD)
+            features_BLD: Tensor = vit.norm(hidden_BLD) if self.whole else hidden_BLD
+        return features_BLD
+
+    def upper(self, hidden_BLD: Tensor) -> Tensor:
+        """From there to the final features."""
+        features_BLD: Tensor = hidden_BLD if self.whole else self.vit.norm(self.vit.blocks[self.blocks :](hidden_BLD))
+        return features_BLD
+
+    def keep(self, follows: str, rows: int) -> None:
+        """Keep features from now on, if a folder was named; the weights are in place.
+
+        Args:
+            follows: what they follow from beside the frozen weights: the training split's fingerprint, how its images
+                are prepared, the precision. Another text means other files.
+            rows: of the training split.
+
+        Raises:
+            UserError: as `KeptFeatures`.
+        """
+        if self.folder is None or self.kept is not None:
+            return
+        digest = hashlib.sha256(follows.encode())
+        for name, value in self.vit.state_dict().items():
+            if self.holds(name):
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+        length = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
+        name = f"{digest.hexdigest()[:24]}-{self.blocks}{'-norm' if self.whole else ''}"
+        self.kept = KeptFeatures(self.folder, name, rows, (length, self.vit.embed_dim))
+
+
+class KeptFeatures:
+    """One row [L, D] for each row of the training split, in float32, filled in as the images come by.
+
+    Two files: `NAME.float32` has the rows, `NAME.there` one byte a row that says whether it was written. Both are
+    mapped, so that memory holds what is in use, and processes of one machine share them. Who meets a row that is not
+    there computes and writes it; two who do so write the same.
+
+    Args:
+        folder: made where it is missing.
+        name: of what the features follow from: data, frozen weights, size. Another name is another pair of files.
+        rows: R.
+        shape: L and D.
+
+    Raises:
+        UserError: the files do not fit on the disk (74), or have another size than they should (65).
+    """
+
+    def __init__(self, folder: str | Path, name: str, rows: int, shape: tuple[int, int]) -> None:
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.mark = folder / f"{name}.float32", folder / f"{name}.there"
+        sizes = {self.file: 4 * rows * shape[0] * shape[1], self.mark: rows}
+        wanted, free = sum(size for path, size in sizes.items() if not path.exists()), shutil.disk_usage(folder).free
+        if wanted > free:
+            what = f"features of {rows:,} images need {wanted / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
+            todo = "Name a folder on a larger disk, or set model.backbone.image.kept_features to null"
+            raise UserError(folder, what, todo, ExitCode.IO_ERROR)
+        for path, size in sizes.items():
+            with path.open("ab") as made:
+                if made.tell() == 0:
+                    made.truncate(size)  # a file with a hole: it takes room on the disk as rows are written
+            if path.stat().st_size != size:
+                what = f"has {path.stat().st_size:,} bytes, expected {size:,}"
+                raise UserError(path, what, "Remove it: it is made anew", ExitCode.BAD_DATA)
+        self.row_RLD = np.memmap(self.file, np.float32, "r+", shape=(rows, *shape))
+        self.there_R = np.memmap(self.mark, np.uint8, "r+", shape=(rows,))
+
+    def get(self, rows_B: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The features of these rows, [B, L, D], float32, on the device of `rows_B`.
+
+        Args:
+            rows_B: of the data set; the same one may come twice. -1: of none, computed and not kept.
+            compute: gives the features [M, L, D] of the rows that are missing, by their places [M] in `rows_B`.
+        """
+        row_B = rows_B.cpu().numpy()
+        found_BLD = torch.from_numpy(self.row_RLD[row_B])
+        missing_M = np.flatnonzero((self.there_R[row_B] == 0) | (row_B < 0))
+        if len(missing_M):
+            fresh_MLD = compute(torch.from_numpy(missing_M).to(rows_B.device)).float().cpu()
+            found_BLD[missing_M] = fresh_MLD
+            known = row_B[missing_M] >= 0
+            self.row_RLD[row_B[missing_M][known]] = fresh_MLD.numpy()[known]
+            self.there_R[row_B[missing_M][known]] = 1
+        return found_BLD.to(rows_B.device)

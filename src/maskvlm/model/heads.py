@@ -1,0 +1,206 @@
+"""Heads that read the backbone's features; each is built to the backbone's widths by the task that uses it."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskvlm.model.cross_attention import CrossEncoder
+from maskvlm.utils.errors import UserError
+
+
+class Projection(nn.Module):
+    """Unit vectors for contrast from the two class tokens, with a learnable temperature (ITC).
+
+    Args:
+        image_width, text_width: of the two encoders.
+        dim: of the shared space (256, C).
+        temperature: start value (0.07, C); kept within [0.001, 0.5] as in ALBEF.
+        mean: read the mean patch and the mean token beside the class tokens (false, P). A text encoder that was trained
+            for sentences has its meaning there (Sentence-BERT, Reimers and Gurevych 2019).
+    """
+
+    LOG_BOUNDS = (math.log(2.0), math.log(1000.0))
+
+    def __init__(
+        self, image_width: int, text_width: int, dim: int = 256, temperature: float = 0.07, mean: bool = False
+    ) -> None:
+        super().__init__()
+        self.mean = mean
+        self.image = nn.Linear((1 + mean) * image_width, dim)
+        self.text = nn.Linear((1 + mean) * text_width, dim)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, in [2, 1000]."""
+        return self.log_scale.float().clamp(*self.LOG_BOUNDS).exp()
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Put the parameter itself back within its bounds before a step: outside them it has no gradient, and would
+        never return (ALBEF does the same)."""
+        self.log_scale.clamp_(*self.LOG_BOUNDS)
+
+    def embed_image(self, image_BLD: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+        """Unit vector of an image, [B, dim].
+
+        Args:
+            image_BLD: the class token, then the patches.
+            seen_BV: numbers of the patches whose mean is read; None: all.
+        """
+        read_BX = image_BLD[:, 0]
+        if self.mean:
+            patch_BND = image_BLD[:, 1:] if seen_BV is None else pick(image_BLD[:, 1:], seen_BV)
+            read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
+        return F.normalize(self.image(read_BX).float(), dim=-1)
+
+    def embed_text(self, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
+        """Unit vector of a text, [B, dim].
+
+        Args:
+            text_BTD: the start token, then the others. attention_BT: False at padding.
+        """
+        read_BX = text_BTD[:, 0]
+        if self.mean:
+            read_BX = torch.cat([read_BX, mean_token(text_BTD, attention_BT)], 1)
+        return F.normalize(self.text(read_BX).float(), dim=-1)
+
+
+def mean_token(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
+    """Mean over what is no padding, [B, D]."""
+    there_BT1 = attention_BT[..., None]
+    return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
+
+
+class Matching(nn.Module):
+    """Match or not, from the product of the two class tokens after the cross encoders (ITM, R)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, 2)
+
+    def forward(self, fused_MD: Tensor) -> Tensor:
+        return self.classify(fused_MD)
+
+
+class Classifier(nn.Module):
+    """Two linear layers on the fused vectors of one picture or of several (NLVR2, SNLI-VE; R).
+
+    Args:
+        width: of the input: 3 * D for each picture.
+        hidden: width between the two.
+        labels: K, classes.
+        dropout: before the second layer, 0 to 1.
+    """
+
+    def __init__(self, width: int, hidden: int, labels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, labels)
+        )
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the labels' logits."""
+        return self.layers[-1]  # type: ignore[return-value]
+
+    def forward(self, fused_BD: Tensor) -> Tensor:
+        return self.layers(fused_BD)
+
+
+class TokenHead(nn.Module):
+    """Logits over the vocabulary: one linear layer (R)."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.vocabulary = nn.Linear(width, vocab_size)
+
+    @torch.no_grad()
+    def start_from(self, words_VD: Tensor) -> None:
+        """Start from word embeddings: words that mean alike have rows alike from the first step on.
+
+        Raises:
+            UserError: they have another width.
+        """
+        if words_VD.shape != self.vocabulary.weight.shape:
+            what = f"words are {words_VD.shape[1]} wide, the token head reads {self.vocabulary.in_features}"
+            todo = "Leave it out, or give both encoders one width"
+            raise UserError("model.task.tokens_from_words", what, todo)
+        self.vocabulary.weight.copy_(words_VD - words_VD.mean(0))  # what all have in common tells no word
+
+    @torch.no_grad()
+    def expect(self, count_V: Tensor) -> None:
+        """Start from the frequencies of words: the bias is the log of each one's share, with one occurrence more.
+
+        Args:
+            count_V: of the tokenizer's entries, of which there may be fewer than rows of the head.
+        """
+        count_V = nn.functional.pad(count_V, (0, len(self.vocabulary.bias) - len(count_V)))
+        share_V = (count_V + 1).double() / (count_V + 1).sum()
+        self.vocabulary.bias.copy_(share_V.log())
+
+    def forward(self, text_CKD: Tensor) -> Tensor:
+        return self.vocabulary(text_CKD)
+
+
+class WordDetector(nn.Module):
+    """Logits that a position of the picture shows each word of the vocabulary: one linear layer, [B, L, V].
+
+    Nearly all words are absent from nearly all positions: the bias starts there.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.words = nn.Linear(width, vocab_size)
+        nn.init.xavier_uniform_(self.words.weight)
+        nn.init.constant_(self.words.bias, -4.0)
+
+    def forward(self, image_BLD: Tensor) -> Tensor:
+        return self.words(image_BLD)
+
+
+class PixelDecoder(nn.Module):
+    """Pixels of every patch: cross-attention blocks on the unmasked text, then one linear layer (P).
+
+    The text is the text encoder's output (C), as for the cross encoders.
+
+    Args:
+        blocks: as of a cross encoder (paper: 3).
+        width: of the image features.
+        values: P, of a patch: 3 x its side squared.
+    """
+
+    def __init__(self, blocks: CrossEncoder, width: int, values: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.pixels = nn.Linear(width, values)
+
+    def forward(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor, index_BK: Tensor) -> Tensor:
+        """Predicted values [B, K, P] of the patches at `index_BK` (patches are counted without the class token)."""
+        decoded_BLD = self.blocks(image_BLD, self.blocks.context(text_BTD, attention_BT)).every_RLD
+        return self.pixels(pick(decoded_BLD, index_BK + 1))
+
+
+def pick(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
+    """The positions `index_BK` of each row, [B, K, D]."""
+    return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
+
+
+def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
+    """Pixels of each patch, [B, N, patch * patch * 3], row by row, channel last."""
+    rows = image_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C r p c q
+    return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patch_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patchify`: [B, 3, H, W]."""
+    blocks = patch_BNP.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # B r c p q C
+    return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def normalise_patches(patch_BKP: Tensor) -> Tensor:
+    """Each patch with mean 0 and variance 1 over its values (MAE's targets)."""
+    mean, var = patch_BKP.mean(-1, keepdim=True), patch_BKP.var(-1, keepdim=True)
+    return (patch_BKP - mean) / (var + 1e-6).sqrt()

@@ -1,0 +1,113 @@
+"""A Hugging Face encoder as it is wanted here: built bare, its tokenizer and its positions made to fit.
+
+What its files say is read by `text_files.py`.
+"""
+
+from typing import Any, NoReturn
+
+from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerFast
+
+from maskvlm.checkpoint.integrity import first_line
+from maskvlm.checkpoint.text_files import WHERE, is_folder, is_type, read_tokenizer
+from maskvlm.utils.errors import ExitCode, UserError
+
+
+def build(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
+    """The bare encoder with random weights, without a pooling layer; attention by SDPA where it can."""
+    config.use_cache = False  # for decoders; with checkpointing it warns
+    try:
+        model = AutoModel.from_config(config)
+    except Exception as error:  # settings that contradict each other: each model has its own error
+        raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # nothing reads it, and DDP would wait for its gradients
+    if checkpointing:  # renamed in transformers 5.24; the old name warns
+        name = "activation_checkpointing_enable"
+        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def random_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFast | None:
+    """For random weights: the one asked for, or a folder's own; None where one is to be trained."""
+    if other is None:
+        return None if is_type(name) or not is_folder(name) else read_tokenizer(name)
+    tokenizer = read_tokenizer(other, "Name a folder, or leave it out: one is trained on the captions")
+    return tokenizer if tokenizer is not None else _no_tokenizer(other)
+
+
+def _no_tokenizer(name: str) -> NoReturn:
+    todo = f"Name one ({WHERE}.tokenizer FOLDER)"
+    raise UserError(name, "holds no tokenizer", todo, ExitCode.MISSING_INPUT)
+
+
+def pretrained_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that belongs to pretrained weights.
+
+    Args:
+        name: of the model.
+        other: where the tokenizer is, if not beside the weights.
+
+    Raises:
+        UserError: there is none, or the weights were trained with another one.
+    """
+    own = read_tokenizer(name) if other is None or is_folder(name) else None
+    tokenizer = own if other is None else read_tokenizer(other)
+    if tokenizer is None:
+        _no_tokenizer(other or name)
+    if own is not None and own.get_vocab() != tokenizer.get_vocab():
+        what = f"the weights in {name} were trained with another vocabulary ({len(own)} entries)"
+        todo = "Leave it out: the model brings its own"
+        raise UserError(f"{WHERE}.tokenizer", what, todo, ExitCode.BAD_DATA)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
+    """Raise UserError unless the model has a row for every entry, and both agree on what padding is."""
+    if len(tokenizer) > config.vocab_size:
+        what = f"{len(tokenizer)} entries, but the model has rows for {config.vocab_size}"
+        raise UserError("tokenizer", what, f"Set {WHERE}.vocab_size, or take the model's own tokenizer")
+    highest = max((*tokenizer.get_vocab().values(), *tokenizer.backend_tokenizer.encode("a").ids), default=0)
+    if highest >= config.vocab_size:  # numbers with gaps, or of start and end tokens that are in no vocabulary
+        what = f"it gives token {highest}, but the model has rows for {config.vocab_size}"
+        raise UserError("tokenizer", what, "Take the model's own tokenizer", ExitCode.BAD_DATA)
+    if tokenizer.mask_token_id is None:
+        raise UserError("tokenizer", "it has no mask token", "Take one of a model trained by masking words")
+    # RoBERTa counts positions over what is not padding, and no model learns the row of the padding token.
+    if tokenizer.pad_token_id != config.pad_token_id:
+        what = f"its padding is token {tokenizer.pad_token_id}, the model's is {config.pad_token_id}"
+        raise UserError("tokenizer", what, f"Take the model's own, or set {WHERE}.config.pad_token_id")
+
+
+def fit_config(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    text_length: int,
+    settings: dict[str, Any],
+    keep_positions: bool,
+) -> None:
+    """For random weights: agree with the tokenizer, or with the one to be trained (its padding is token 0).
+
+    What `settings` gives stays. A mere model type gets as many positions as text_length needs; RoBERTa's
+    begin after the padding token's id.
+    """
+    pad = settings.get("pad_token_id", 0 if tokenizer is None else tokenizer.pad_token_id)
+    wanted = {"pad_token_id": pad}
+    if tokenizer is not None:
+        wanted["vocab_size"] = len(tokenizer)
+    if not keep_positions:
+        wanted["max_position_embeddings"] = text_length + pad + 1
+    for key, value in wanted.items():
+        if key not in settings and hasattr(config, key):
+            setattr(config, key, value)
+
+
+def check_positions(model: Any, text_length: int) -> None:
+    """Raise UserError where the model has position embeddings for fewer than text_length tokens."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if table is None:
+        return
+    first = 0 if table.padding_idx is None else table.padding_idx + 1
+    if text_length > table.num_embeddings - first:
+        what = f"{text_length} tokens, but the model has {table.num_embeddings - first} positions"
+        raise UserError(f"{WHERE}.text_length", what, f"Set it to {table.num_embeddings - first} or less")

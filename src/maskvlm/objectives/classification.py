@@ -1,0 +1,245 @@
+"""A downstream task that decides among labels: the base of NLVR and visual entailment, of VQA by classes, and of
+whatever asks a text about one picture or several.
+
+Shapes: B examples, P pictures an example, L image positions, T tokens, D width, K labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskvlm.data.examples import ExampleBatch, asked
+from maskvlm.model.heads import Classifier, Matching, Projection, mean_token
+from maskvlm.model.init import init_normal, init_xavier
+from maskvlm.model.maskvlm import Fused, MaskVLM
+from maskvlm.objectives.answers import Judged, Judgements, by_kind, majority, percent
+from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.loaded_model import Model, chunks
+from maskvlm.objectives.masking import Uniform
+from maskvlm.objectives.task import Task
+from maskvlm.utils.distributed import Draw, shared_count
+from maskvlm.utils.errors import UserError, check_least
+
+EVAL_SEED = 20230502
+SHOWN = 5  # labels of a decision
+SCORING = ("projection.", "matching.")  # heads of pre-training
+Reads = Literal["fused", "scores"]
+
+
+class Decision(NamedTuple):
+    """The label, its probability, and the likeliest labels, itself included, with theirs."""
+
+    answer: str
+    probability: float
+    likeliest: dict[str, float]
+
+
+class Met(NamedTuple):
+    """Pictures and texts, and what is fused of them. X = B * P: the pictures of an example follow each other."""
+
+    image_XLD: Tensor
+    text_BTD: Tensor
+    attention_BT: Tensor
+    fused_X: Fused
+
+    @property
+    def fused_BX(self) -> Tensor:
+        """The P fused vectors side by side, [B, P * 3 * D] (sec. 4, NLVR2; R)."""
+        return self.fused_X.joined_MX.unflatten(0, (len(self.text_BTD), -1)).flatten(1)
+
+
+class Classification(Task):
+    """Fused vectors of the pictures with the text, concatenated, through two linear layers (paper sec. 4; R).
+
+    A fused vector is the two class tokens and their product (C). Matching has the product alone, which says how well
+    text and picture agree; where that is to mean different things under different texts, the text is needed, too.
+
+    Args:
+        labels: what to decide among; linked from the data, not set by hand.
+        pictures: of an example.
+        hidden: between the two layers; None takes the backbone's width.
+        dropout: in the head, 0 to 1.
+        blind: the control: noise in the place of every picture.
+        reads: what the head reads: `fused` vectors (P), or `scores` (C): of the text its class token and the mean of
+            its tokens, unfused, and of each picture contrast's logit and matching's log-odds, by the heads of
+            pre-training, which are not trained on. Of a few hundred photos fused vectors are soon learned by heart;
+            two numbers cannot be.
+
+    Attributes:
+        name: prefix of the metrics.
+
+    Raises:
+        UserError: no labels, a share outside [0, 1], or `scores` without the heads of pre-training.
+    """
+
+    name = "classification"
+
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        pictures: int = 1,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        blind: bool = False,
+        reads: Reads = "fused",
+    ) -> None:
+        super().__init__()
+        if labels is None:
+            what = "it has no labels for the task to decide among"
+            raise UserError("data.source", what, "Choose the task's own data")
+        check_least(1, model__task__pictures=pictures, model__task__hidden=hidden)
+        if not 0 <= dropout <= 1:
+            raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
+        self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
+        self.blind, self.reads = Blind() if blind else None, reads
+        self.judgements = Judgements()
+
+    def build(self, backbone: MaskVLM) -> None:
+        width = backbone.width
+        read = 3 * width * self.pictures if self.reads == "fused" else 2 * width + 2 * self.pictures
+        self.head = Classifier(read, self.hidden or width, len(self.labels), self.dropout)
+        init_xavier(self.head)
+        if self.reads == "scores":
+            self.matching = Matching(width)
+            init_normal(self.matching)
+            self.matching.requires_grad_(False)
+            self._project(width)
+        backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
+
+    def _project(self, width: int, dim: int = 256, mean: bool = False) -> None:
+        self.projection = Projection(width, width, dim, mean=mean)
+        init_xavier(self.projection)
+        self.projection.requires_grad_(False)
+
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """The projections take the checkpoint's width, and read what they read there."""
+        if self.reads == "scores":
+            missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
+            if missing:
+                what = f"scores, but the checkpoint holds no {missing[0]}"
+                raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
+            width, theirs = self.projection.image.in_features, heads["projection.image.weight"]
+            self._project(width, len(theirs), mean=theirs.shape[1] == 2 * width)
+        return super().inherit(heads)
+
+    def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
+        logits_BK = self.logits(backbone, batch, self.uniform)
+        weight_B = batch.valid_B.float()
+        loss_B = self.loss(logits_BK.float(), batch.target_BK)
+        return {self.name: (loss_B * weight_B).sum() / shared_count(weight_B.sum()).clamp(min=1)}
+
+    def loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        """Cross-entropy of each example."""
+        return F.cross_entropy(logits_BK, target_BK, reduction="none")
+
+    def logits(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Tensor:
+        """What speaks for each label, [B, K]."""
+        image = batch.image_BPCHW
+        if image.shape[1] != self.pictures:
+            what = f"the data has {image.shape[1]} pictures an example, the task is set to {self.pictures}"
+            raise UserError("model.task.pictures", what, f"Set it to {image.shape[1]}")
+        row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
+        if self.blind is not None:
+            image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
+        met = meet(backbone, image, batch.token_BT, batch.attention_BT, row_B)
+        return self.head(met.fused_BX if self.reads == "fused" else self.scores(met))
+
+    def scores(self, met: Met) -> Tensor:
+        """The text's class token and mean token, then two numbers of each picture, [B, 2 * D + 2 * P]."""
+        text_BTD, attention_BT = met.text_BTD, met.attention_BT
+        mean_BD = mean_token(text_BTD, attention_BT)
+        image_XE = self.projection.embed_image(met.image_XLD)
+        text_BE = self.projection.embed_text(text_BTD, attention_BT)
+        cosine_BP = (image_XE.unflatten(0, (len(text_BE), -1)) * text_BE[:, None]).sum(2)
+        unlike_X, like_X = self.matching(met.fused_X.product_MD).float().unbind(1)
+        scores_BP2 = torch.stack([cosine_BP * self.projection.scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
+        return torch.cat([text_BTD[:, 0], mean_BD, scores_BP2.flatten(1)], 1)
+
+    @torch.no_grad()
+    def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
+        draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.image_BPCHW.device)
+        best = self.logits(backbone, batch, draw.local).argmax(1).tolist()
+        said = [self.labels[number] for number in best]
+        right = [self.right(word, example["answers"]) for word, example in zip(said, batch.examples, strict=True)]
+        self.judgements.add(batch, said, right)
+
+    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[Decision]:
+        """The labels of examples whose truth nobody knows."""
+        draw = Draw(EVAL_SEED, 0, batch.image_BPCHW.device)
+        return likeliest(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
+
+    def probability(self, logits_BK: Tensor) -> Tensor:
+        """Of each label."""
+        return logits_BK.softmax(1)
+
+    def right(self, prediction: str, answers: list[str]) -> float | None:
+        """1 where the prediction is the answer, else 0; None without one."""
+        return float(prediction == answers[0]) if answers else None
+
+    def compute(self, backbone: MaskVLM) -> dict[str, float]:
+        judged = self.judgements.all()
+        self.predictions = [one.line for one in judged]
+        metrics = {f"{self.name}/accuracy": percent(judged)}
+        metrics[f"{self.name}/accuracy_majority"] = majority(judged, self.right)
+        for kind, part in by_kind(judged).items():
+            metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
+            metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.right)
+        metrics |= {f"{self.name}/{key}": value for key, value in self.more(judged).items()}
+        metrics[f"{self.name}/examples"] = float(len(judged))
+        return metrics | {"score": metrics[f"{self.name}/accuracy"]}
+
+    def more(self, judged: list[Judged]) -> dict[str, float]:
+        """Further metrics of the task, without its prefix."""
+        return {}
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "labels": len(self.labels),
+            "pictures": self.pictures,
+            "blind": self.blind is not None,
+            "reads": self.reads,
+        }
+
+    def floors(self, batch_size: int) -> dict[str, float]:
+        """Entropy of labels that are all as frequent."""
+        return {self.name: float(torch.tensor(float(len(self.labels))).log())}
+
+
+def likeliest(probability_BK: Tensor, labels: Sequence[str]) -> list[Decision]:
+    """The decision of each row."""
+    top = probability_BK.topk(min(SHOWN, probability_BK.shape[1]))
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    named = [{labels[k]: p for k, p in zip(ks, ps, strict=True)} for ks, ps in rows]
+    return [Decision(*next(iter(each.items())), each) for each in named]
+
+
+def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[Decision]:
+    """A `Verb`: what the task says of each example, its pictures followed by its text."""
+    found: list[Decision] = []
+    for part in chunks(examples, model.batch_size):
+        image_BPCHW = torch.stack([model.pixels(example[:-1]) for example in part])
+        text = model.tokens([example[-1] for example in part])
+        found += task.decisions(model.backbone, asked(image_BPCHW, text))
+    return found
+
+
+def meet(
+    backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor, row_B: Tensor | None = None
+) -> Met:
+    """One pass of each picture with the same text.
+
+    Args:
+        row_B: place of each example in the training split, -1 of none, for features that are kept; None keeps none.
+    """
+    pictures = image_BPCHW.shape[1]
+    row_X = None
+    if row_B is not None:
+        row_BP = row_B[:, None] * pictures + torch.arange(pictures, device=row_B.device)
+        row_X = row_BP.masked_fill(row_B[:, None] < 0, -1).flatten()
+    image_XLD = backbone.image(image_BPCHW.flatten(0, 1), None, row_X)
+    text_BTD = backbone.text(token_BT, attention_BT)
+    text_XTD, attention_XT = (part.repeat_interleave(pictures, 0) for part in (text_BTD, attention_BT))
+    return Met(image_XLD, text_BTD, attention_BT, backbone.fuse(image_XLD, text_XTD, attention_XT))

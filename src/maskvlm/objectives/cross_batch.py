@@ -1,0 +1,251 @@
+"""Which rows meet which: in contrast, as hard negatives, and in the one pass of each cross encoder.
+
+Shapes: B pairs of this process, G of all processes, M negatives, U rows to pick from, L positions, T tokens,
+E contrast width, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.cross_attention import CrossEncoder, CrossOutput
+from maskvlm.model.maskvlm import Fused, MaskVLM
+from maskvlm.objectives.losses import Columns, Negatives
+from maskvlm.objectives.masking import PatchMask, TokenMask
+from maskvlm.utils.distributed import gather, rank, world_size
+
+
+class Hidden(NamedTuple):
+    """What is hidden in this step; None where no loss of weight above 0 needs it."""
+
+    patch: PatchMask | None
+    token: TokenMask | None
+
+
+class Encoded(NamedTuple):
+    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked
+    `draws` times the rows follow each other. other_CTD: the further captions of the images, where they have several.
+    """
+
+    image_BLD: Tensor
+    text_BTD: Tensor
+    hidden_image_BLD: Tensor | None
+    hidden_text_BTD: Tensor | None
+    other_CTD: Tensor | None = None
+    draws: int = 1
+
+    @property
+    def first_draw_BTD(self) -> Tensor | None:
+        """Of each text one masking."""
+        return None if self.hidden_text_BTD is None else self.hidden_text_BTD[:: self.draws]
+
+
+class Crossed(NamedTuple):
+    """Cross encoder outputs: all positions of the masked rows, class tokens of the 3B matching pairs."""
+
+    image_BLD: Tensor
+    text_BTD: Tensor
+    fused_M: Fused
+
+
+class Contrast(NamedTuple):
+    """Unit vectors of this process and of all, and which columns are no negatives of which rows."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+    image_GE: Tensor
+    text_GE: Tensor
+    scale: Tensor
+    own_B: Tensor
+    excluded_BG: Tensor
+
+
+def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
+    """The vectors of all processes; the same picture, the same words and unread rows are no negatives."""
+    own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
+    same_BG = batch.image_id_B[:, None] == gather(batch.image_id_B)
+    same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
+    excluded_BG = same_BG | ~gather(batch.valid_B.to(torch.uint8)).bool()
+    return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG)
+
+
+class Pairs(NamedTuple):
+    """Pairs of earlier steps as they were encoded then, without gradient: features, unit vectors, what they show and
+    say, and whether they could be read."""
+
+    image_QLD: Tensor
+    text_QTD: Tensor
+    attention_QT: Tensor
+    image_QE: Tensor
+    text_QE: Tensor
+    image_id_Q: Tensor
+    text_id_Q: Tensor
+    valid_Q: Tensor
+
+
+def columns(batch: Batch) -> tuple[Columns, Columns]:
+    """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
+    words of another picture, and what could not be read, are neither found nor negatives."""
+    owner_C = batch.owner_C + rank() * len(batch.valid_B)
+    owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
+    valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
+    same_CH = (batch.text_id_C[:, None] == text_H).float()
+    says_BH = same_CH.new_zeros(len(batch.valid_B), len(text_H)).index_add(0, batch.owner_C, same_CH) > 0
+    says_CG = same_CH.new_zeros(len(batch.text_id_C), len(image_G)).index_add(1, owner_H, same_CH) > 0
+    own_BH = batch.image_id_B[:, None] == image_G[owner_H]
+    own_CG = batch.image_id_B[batch.owner_C][:, None] == image_G
+    return (
+        Columns(own_BH, (says_BH & ~own_BH) | ~valid_G[owner_H]),
+        Columns(own_CG, (says_CG & ~own_CG) | ~valid_G),
+    )
+
+
+def one_each(batch: Batch) -> tuple[Batch, Batch]:
+    """A training batch with the first caption of each image alone, and with all captions, those first ones in front.
+
+    In training every image comes with as many captions, which follow each other.
+    """
+    pairs, captions = len(batch.valid_B), len(batch.owner_C)
+    if captions == pairs:
+        return batch, batch
+    order_C = torch.arange(captions, device=batch.owner_C.device).unflatten(0, (pairs, -1)).T.flatten()
+    return captions_at(batch, order_C[:pairs]), captions_at(batch, order_C)
+
+
+def captions_at(batch: Batch, index_C: Tensor) -> Batch:
+    """The batch with these captions alone, in this order; without their words, which training does not need."""
+    return batch._replace(
+        token_CT=batch.token_CT[index_C],
+        attention_CT=batch.attention_CT[index_C],
+        special_CT=batch.special_CT[index_C],
+        word_CT=batch.word_CT[index_C],
+        owner_C=batch.owner_C[index_C],
+        text_id_C=batch.text_id_C[index_C],
+        texts=(),
+    )
+
+
+class Side(NamedTuple):
+    """Rows of one modality that pairs can pick, and their padding mask."""
+
+    rows_ULD: Tensor
+    attention_UL: Tensor | None
+
+    def pick(self, index: Tensor) -> "Side":
+        return Side(
+            self.rows_ULD.index_select(0, index),
+            None if self.attention_UL is None else self.attention_UL[index],
+        )
+
+
+def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows that pairs can pick, and where the rows `index_M` of the global batch, or of what follows it, stand there.
+
+    With one process they are among the own rows; with several they are fetched, with gradient, and follow them. There
+    may be more or fewer of them than own rows: each of B pictures has a hard caption, each of C captions a picture.
+
+    Args:
+        kept_QLD: rows of a queue, which follow the global batch; they are fetched, too.
+    """
+    if world_size() == 1 and kept_QLD is None:
+        return own_BLD, index_M
+    every_BLD = gather(own_BLD)
+    fetched_MLD = (every_BLD if kept_QLD is None else torch.cat([every_BLD, kept_QLD.to(every_BLD.dtype)]))[index_M]
+    return torch.cat([own_BLD, fetched_MLD]), torch.arange(len(index_M), device=index_M.device) + len(own_BLD)
+
+
+def cross_pairs(
+    encoder: CrossEncoder,
+    hidden_BLD: Tensor | None,
+    own: Side,
+    other: Side,
+    seen_BLD: Tensor | None,
+    rows: list[Tensor],
+    sees: list[Tensor],
+    pairs: int = 1,
+) -> CrossOutput:
+    """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
+
+    Args:
+        hidden_BLD: masked rows, one or more of each whole row.
+        own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
+        seen_BLD: what masked rows see of the other modality, one row a pair; None: its whole rows.
+        pairs: of masked rows, how many whole rows they are of, the first ones.
+    """
+    if hidden_BLD is None and not rows:  # no loss reads this side
+        return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
+    first = 0 if hidden_BLD is None else len(hidden_BLD)
+    of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
+    partners = of_pair
+    if first and seen_BLD is not None:
+        mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
+        partners = partners + len(other.rows_ULD)
+        other = Side(torch.cat([other.rows_ULD, seen_BLD]), mask)
+    picked = own.pick(torch.cat([of_pair, *rows]))
+    query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
+    context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
+    return encoder(query_BLD, context, picked.attention_UL, every=first)
+
+
+def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:
+    """Captions padded to `length`, so that all processes hold the same shape."""
+    extra = length - batch.token_CT.shape[1]
+
+    def pad(x_CT: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(x_CT, (0, extra), value=value)
+
+    return batch._replace(
+        token_CT=pad(batch.token_CT, pad_id),
+        attention_CT=pad(batch.attention_CT, False),
+        special_CT=pad(batch.special_CT, True),
+        word_CT=pad(batch.word_CT, -1),
+    )
+
+
+def cross_all(
+    backbone: MaskVLM,
+    encoded: Encoded,
+    attention_BT: Tensor,
+    found: tuple[Negatives, Negatives] | None,
+    hides: tuple[bool, bool],
+    mask_both: bool,
+    pairs: int,
+    kept: Pairs | None = None,
+    matching_trains: bool = True,
+) -> Crossed:
+    """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
+
+    Matching pairs: (picture, its caption), (picture, hard caption), (hard picture, caption).
+
+    Args:
+        found: a hard caption for each picture and a hard picture for each caption; None without matching.
+        hides: whether masked patches, and masked words, are to be reconstructed.
+        mask_both: each side from the masked other one.
+        pairs: how many of the pairs, from the first one on, are masked and matched.
+        kept: the queue that negatives were drawn from, too: their places follow the global batch's.
+        matching_trains: whether the matching pairs' gradient reaches the encoders.
+    """
+    image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
+    images, texts = [], []
+    if found is not None:
+        own = torch.arange(pairs, device=image.device)
+        queued = (None, None, None) if kept is None else kept[:3]
+        image, picture = with_negatives(image, found[1].index_B, queued[0])
+        text, caption = with_negatives(text, found[0].index_B, queued[1])
+        attention, _ = with_negatives(attention, found[0].index_B, queued[2])
+        images, texts = [own, own, picture], [own, caption, own]
+    hidden_image = encoded.hidden_image_BLD if hides[0] else None
+    hidden_text = encoded.hidden_text_BTD if hides[1] else None
+    masked = 0 if hidden_image is None else len(hidden_image)
+    seen_text, seen_image = (encoded.first_draw_BTD, encoded.hidden_image_BLD) if mask_both else (None, None)
+    if not matching_trains:
+        image, text = image.detach(), text.detach()
+        if not mask_both:
+            seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
+    image_side, text_side = Side(image, None), Side(text, attention)
+    image_out = cross_pairs(backbone.cross_image, hidden_image, image_side, text_side, seen_text, images, texts, masked)
+    text_out = cross_pairs(backbone.cross_text, hidden_text, text_side, image_side, seen_image, texts, images, pairs)
+    fused = Fused(image_out.first_BD[len(image_out.every_RLD) :], text_out.first_BD[len(text_out.every_RLD) :])
+    return Crossed(image_out.every_RLD, text_out.every_RLD, fused)

@@ -1,0 +1,197 @@
+"""What pre-training is judged by: retrieval, and each masked loss with the right partner, a wrong one and none.
+
+Shapes: B pictures, C captions, K masked positions, P values of a patch.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.cross_attention import Context
+from maskvlm.model.heads import patchify, pick
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.losses import pixel_error
+from maskvlm.objectives.novelty import sample_of
+from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
+from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
+from maskvlm.utils.distributed import Draw, gather_objects
+
+if TYPE_CHECKING:
+    from maskvlm.objectives.pretraining import Hidden, MaskedPretraining
+
+EVAL_SEED = 20230501
+
+
+class Measure:
+    """Takes in evaluation batches and computes the metrics of an epoch.
+
+    The wrong partner is the next row's in the batch; a batch of one picture has none. "None" is a picture of
+    the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
+    in the data set alone, so that every checkpoint is asked the same, by any number of processes.
+
+    Args:
+        rerank_k: candidates a query that matching looks at again.
+        contrast: share of contrast's logit beside the log-odds of matching, see `rerank.score`.
+        chunk: pairs at once in the cross encoders when it does.
+
+    Attributes:
+        reference: contrast vectors of some pictures of the last evaluation (`familiar.sample_of`); None before one.
+    """
+
+    def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
+        self.rerank_k, self.share, self.chunk = rerank_k, contrast, chunk
+        self.reference: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self.kept: list[Kept] = []
+        self.hidden_words: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch) -> None:
+        """One batch: pictures with all their captions."""
+        draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device)
+        hidden = task.hide(backbone, batch, draw.local)
+        image_BLD = backbone.image(batch.image_BCHW)
+        text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
+        if task.weights["mlm"]:
+            self.words(task, backbone, batch, hidden, image_BLD)
+        if task.weights["mim"]:
+            self.patches(task, backbone, batch, hidden, text_CTD)
+        if task.weights["itc"]:
+            self.kept.append(keep(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
+
+    def words(
+        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", image_BLD: Tensor
+    ) -> None:
+        """Masked-word accuracy (percent) and nats with the picture, another one, and none."""
+        assert hidden.token is not None
+        owner, rows = batch.owner_C, len(image_BLD)
+        hidden_CTD = backbone.text(hidden.token.token_CT, batch.attention_CT)
+        blank_1LD = backbone.image(torch.zeros_like(batch.image_BCHW[:1]))
+        context = backbone.cross_text.context(torch.cat([image_BLD, blank_1LD]))
+        target_CK = batch.token_CT.gather(1, hidden.token.index_CK)
+        weight_CK = hidden.token.weight_CK
+        self.hidden_words.append(target_CK[weight_CK > 0])
+        partners = {"": owner, "_wrong_image": (owner + 1) % rows, "_no_image": torch.full_like(owner, rows)}
+        for name, seen_C in partners.items():
+            if rows == 1 and name == "_wrong_image":
+                continue
+            crossed = backbone.cross_text(hidden_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
+            logits_CKV = task.tokens(pick(crossed.every_RLD, hidden.token.index_CK)).float()
+            nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
+            self.add(f"mlm/accuracy{name}", 100.0 * (logits_CKV.argmax(-1) == target_CK), weight_CK)
+            self.add(f"mlm/nats{name}", nats_CK, weight_CK)
+
+    def patches(
+        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", text_CTD: Tensor
+    ) -> None:
+        """Masked-pixel error with the caption, another one, and none; one caption a picture, in turn."""
+        assert hidden.patch is not None
+        chosen_B = one_caption(batch)
+        text_BTD, attention_BT = text_CTD[chosen_B], batch.attention_CT[chosen_B]
+        empty_BT = batch.special_CT[chosen_B] & attention_BT
+        order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
+        hidden_BLD = backbone.image(batch.image_BCHW, hidden.patch.mask_BN, None, hidden.patch.visible)
+        target_BKP = task.pixel_target(batch.image_BCHW, hidden.patch.index_BK)
+        level = target_BKP.unflatten(-1, (-1, 3)).mean((0, 1, 2)).repeat(target_BKP.shape[-1] // 3)
+        self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, hidden.patch.weight_BK, batch, hidden)
+        partners = (
+            ("", text_BTD, attention_BT),
+            ("_wrong_text", text_BTD.roll(-1, 0), attention_BT.roll(-1, 0)),
+            ("_no_text", empty_BTD, empty_BT.gather(1, order_BT)),
+        )
+        for name, words_BTD, mask_BT in partners:
+            if len(words_BTD) == 1 and name == "_wrong_text":
+                continue
+            out_BLD = backbone.cross_image(hidden_BLD, backbone.cross_image.context(words_BTD, mask_BT)).every_RLD
+            predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, hidden.patch.index_BK)
+            self.pixel_errors(name, predicted_BKP.float(), target_BKP, hidden.patch.weight_BK, batch, hidden)
+
+    def pixel_errors(
+        self, name: str, predicted: Tensor, target: Tensor, weight_BK: Tensor, batch: Batch, hidden: "Hidden"
+    ) -> None:
+        assert hidden.patch is not None
+        for key, kind in (("mse", "squared"), ("l1", "l1")):
+            error_BKP = pixel_error(predicted, target, kind)  # type: ignore[arg-type]
+            self.add(f"mim/{key}{name}", error_BKP.mean(-1), weight_BK)
+            if batch.foreground_BHW is not None:
+                patch = int((target.shape[-1] // 3) ** 0.5)
+                things = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
+                inside_BKP = pick(patchify(things, patch), hidden.patch.index_BK) * weight_BK[..., None]
+                self.add(f"mim/object_{key}{name}", error_BKP, inside_BKP)
+
+    def add(self, name: str, value: Tensor, weight: Tensor) -> None:
+        self.sums[name].append((float((value * weight).sum()), float(weight.sum())))
+
+    @torch.no_grad()
+    def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
+        """All metrics; percent, nats, or error of normalised pixel values.
+
+        Levels of knowing nothing end in `_chance`: an order by lot, word frequencies, the batch's mean colour.
+        `score` chooses the best checkpoint: the mean of the two R@1 and, where words are learned, of the accuracy of
+        hidden words. R@1 of a few images alone moves by points from chance, and not at all while contrast stands still.
+        """
+        metrics = {}
+        shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all
+        for name in dict.fromkeys(name for shard in shards for name in shard):
+            parts = [part for shard in shards for part in shard.get(name, ())]
+            total, weight = (math.fsum(column) for column in zip(*parts, strict=True))  # exact in any order
+            metrics[name] = total / weight if weight else math.nan
+        metrics |= gains(metrics)
+        metrics |= self.word_chance()
+        gallery = gather_gallery(self.kept)
+        if gallery is not None:
+            metrics |= self.retrieval(task, backbone, gallery)
+            if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been hidden
+                metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
+            self.reference = sample_of(gallery.image_BE)
+        else:  # no contrast to retrieve with: the masked losses themselves, higher is better
+            metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
+        self.reset()
+        return metrics
+
+    def word_chance(self) -> dict[str, float]:
+        """Always guessing the most frequent hidden word, and the entropy of the hidden words' frequencies."""
+        shards: list[Any] = gather_objects([words.cpu() for words in self.hidden_words])
+        words = [part for shard in shards for part in shard]
+        if not any(map(len, words)):
+            return {}
+        share_V = torch.cat(words).bincount().double() / max(1, sum(map(len, words)))
+        entropy = float(torch.special.entr(share_V).sum())
+        return {"mlm/accuracy_chance": 100 * float(share_V.max()), "mlm/nats_chance": entropy}
+
+    def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
+        """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
+        matched = bool(task.weights["itm"])
+        head, added = task.matching if matched else None, self.share * float(task.projection.scale)
+        scores = score(backbone, head, gallery, self.rerank_k, self.chunk, added)
+        return retrieval_metrics(scores, rankings(scores, [0, self.rerank_k] if matched else [0]), self.rerank_k)
+
+
+def gains(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the right partner is worth against a wrong one: in points and nats for words, in percent of the error
+    for pixels."""
+    found = {}
+    if "mlm/accuracy_wrong_image" in metrics:
+        found["mlm/accuracy_gain"] = metrics["mlm/accuracy"] - metrics["mlm/accuracy_wrong_image"]
+        found["mlm/nats_gain"] = metrics["mlm/nats_wrong_image"] - metrics["mlm/nats"]
+    for key in ("mim/mse", "mim/l1", "mim/object_mse", "mim/object_l1"):
+        if wrong := metrics.get(f"{key}_wrong_text"):  # nothing to gain where even a wrong caption makes no error
+            found[f"{key}_gain"] = 100 * (1 - metrics[key] / wrong)
+    return found
+
+
+def one_caption(batch: Batch) -> Tensor:
+    """Row of one caption for each picture: its (index mod count)-th, so that all phrasings are met."""
+    count_B = torch.bincount(batch.owner_C, minlength=len(batch.image_BCHW))
+    first_B = count_B.cumsum(0) - count_B
+    return first_B + batch.index_B % count_B.clamp(min=1)

@@ -1,0 +1,45 @@
+"""What a method needs of a loaded model, so that tasks can bring methods of their own."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from maskvlm.data.inputs import Words
+from maskvlm.data.text import CaptionTokens
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.task import Task
+
+
+class Model(Protocol):
+    """What verbs need of a loaded model: the backbone, the heads it has, and its inputs as tensors."""
+
+    backbone: MaskVLM
+    task: Task
+    batch_size: int
+
+    @property
+    def words(self) -> Words: ...
+
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Normalised [B, 3, H, W] on the model's device, in its precision."""
+        ...
+
+    def tokens(self, texts: Sequence[str]) -> CaptionTokens:
+        """On the model's device."""
+        ...
+
+    def head(self, name: str, verb: str) -> Any:
+        """A head of the task by its name. Raises UserError where the checkpoint has none."""
+        ...
+
+
+def device_of(model: Model) -> torch.device:
+    """Where its weights are."""
+    return next(model.backbone.parameters()).device
+
+
+def chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Parts of at most `size`."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))

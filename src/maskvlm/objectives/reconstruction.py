@@ -1,0 +1,157 @@
+"""What the model fills in: hidden patches with the caption and with a wrong one, hidden words with the
+picture and without.
+
+Shapes: B pictures with one caption each, N patches, K hidden positions, P values of a patch, T tokens,
+D width, G guesses.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.cross_attention import Context
+from maskvlm.model.heads import patchify, pick, unpatchify
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.evaluation import EVAL_SEED, one_caption
+from maskvlm.objectives.masking import PatchMask, TokenMask
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.utils.distributed import Draw
+
+
+class Pictures(NamedTuple):
+    """RGB in [0, 1]: the picture with hidden patches grey, filled in with its caption, and with a wrong one.
+
+    error_B, error_wrong_B: mean squared error of the hidden values, as normalised pixels.
+    """
+
+    hidden_BCHW: Tensor
+    filled_BCHW: Tensor
+    filled_wrong_BCHW: Tensor
+    error_B: Tensor
+    error_wrong_B: Tensor
+
+
+class Guesses(NamedTuple):
+    """The best G tokens for each hidden position, the likeliest first, and their probabilities."""
+
+    token_BKG: Tensor
+    probability_BKG: Tensor
+
+
+class Words(NamedTuple):
+    """index_BK: positions, where hidden_BK is True; the others fill up. Guesses with the picture and with a
+    blank one (the mean colour)."""
+
+    index_BK: Tensor
+    hidden_BK: Tensor
+    seeing: Guesses
+    blind: Guesses
+
+
+class Reconstruction(NamedTuple):
+    """`pictures` or `words` is None where the task does not train that loss.
+
+    true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the true
+    patch (`pixel_norm`): the filled in pictures are better than the model alone could draw them.
+    """
+
+    batch: Batch
+    picture_BCHW: Tensor
+    pictures: Pictures | None
+    words: Words | None
+    true_statistics: bool = False
+
+
+def few(batch: Batch, count: int) -> Batch:
+    """At most `count` pictures, spread evenly over the batch, with one caption each, cut to the longest."""
+    size = len(batch.image_BCHW)
+    count = min(count, size)
+    row = torch.arange(count, device=batch.index_B.device) * size // max(count, 1)
+    caption = one_caption(batch)[row]
+    longest = int(batch.attention_CT[caption].sum(1).max()) if count else 0
+    token, attention, special, word = (x_CT[caption, :longest].clone() for x_CT in batch[1:5])
+    owner = torch.arange(count, device=row.device)
+    pictures = (batch.image_id_B[row], batch.text_id_C[caption], batch.valid_B[row], batch.index_B[row])
+    return Batch(batch.image_BCHW[row].clone(), token, attention, special, word, owner, *pictures)
+
+
+@torch.no_grad()
+def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesses: int = 3) -> Reconstruction:
+    """Hide parts of each pair and fill them in.
+
+    Args:
+        backbone, task: in evaluation mode.
+        batch: with one caption a picture (see `few`); the wrong caption is the next row's. What is hidden
+            depends on its first picture's index alone: every checkpoint is asked the same.
+        guesses: G, at most the vocabulary.
+    """
+    hidden = task.hide(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device).local)
+    pictures = words = None
+    if task.weights["mim"] and hidden.patch is not None:
+        pictures = fill_pictures(backbone, task, batch, hidden.patch)
+    if task.weights["mlm"] and hidden.token is not None:
+        words = guess_words(backbone, task, batch, hidden.token, guesses)
+    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words, task.pixel_norm)
+
+
+def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> Pictures:
+    """Hidden patches from the visible ones and the whole caption."""
+    size, picked = backbone.image.patch_size, (patch.index_BK, patch.weight_BK)
+    true_BKP = pick(patchify(batch.image_BCHW, size), patch.index_BK)
+    image_BLD = backbone.image(batch.image_BCHW, patch.mask_BN)
+    text_BTD = backbone.text(batch.token_CT, batch.attention_CT)
+    pictures, errors = [], []
+    for shift in (0, -1):
+        words_BTD, attention_BT = text_BTD.roll(shift, 0), batch.attention_CT.roll(shift, 0)
+        context = backbone.cross_image.context(words_BTD, attention_BT)
+        crossed_BLD = backbone.cross_image(image_BLD, context).every_RLD
+        values_BKP = task.pixels(crossed_BLD, words_BTD, attention_BT, patch.index_BK).float()
+        values_BKP = denormalise(values_BKP, true_BKP) if task.pixel_norm else values_BKP
+        filled_BCHW = paste(batch.image_BCHW, values_BKP, *picked, size)
+        pictures.append(to_rgb(backbone, filled_BCHW))
+        error_BK = (values_BKP - true_BKP).square().mean(-1) * patch.weight_BK
+        errors.append(error_BK.sum(1) / patch.weight_BK.sum(1).clamp(min=1))
+    rgb_BCHW = to_rgb(backbone, batch.image_BCHW)
+    grey_BCHW = paste(rgb_BCHW, torch.full_like(true_BKP, 0.5), *picked, size)
+    return Pictures(grey_BCHW, *pictures, *errors)
+
+
+def guess_words(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int) -> Words:
+    """Hidden words from the rest of the caption and the whole picture, or a blank one."""
+    masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
+    found = []
+    for image_BCHW in (batch.image_BCHW, torch.zeros_like(batch.image_BCHW[:1])):
+        context = backbone.cross_text.context(backbone.image(image_BCHW))
+        row_B = torch.arange(len(masked_BTD), device=masked_BTD.device) % len(image_BCHW)
+        context = Context(context.blocks, None, row_B)
+        crossed_BTD = backbone.cross_text(masked_BTD, context, batch.attention_CT).every_RLD
+        logits_BKV = task.tokens(pick(crossed_BTD, token.index_CK)).float()
+        top = logits_BKV.softmax(-1).topk(min(guesses, logits_BKV.shape[-1]))
+        found.append(Guesses(top.indices, top.values))
+    return Words(token.index_CK, token.weight_CK > 0, *found)
+
+
+def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Tensor, size: int) -> Tensor:
+    """The picture with the patches at `index_BK` replaced where their weight is above 0.
+
+    Everything else stays exactly as it is.
+    """
+    grid = image_BCHW.shape[2] // size, image_BCHW.shape[3] // size
+    every_BNP = patchify(image_BCHW, size)
+    new_BKP = torch.where(weight_BK[..., None] > 0, patch_BKP.to(every_BNP), pick(every_BNP, index_BK))
+    place_BKP = index_BK[..., None].expand_as(new_BKP)
+    return unpatchify(every_BNP.scatter(1, place_BKP, new_BKP), grid, size)
+
+
+def denormalise(values_BKP: Tensor, true_BKP: Tensor) -> Tensor:
+    """Undo the per-patch normalisation of the target, with the true patch's own mean and variance."""
+    mean, var = true_BKP.mean(-1, keepdim=True), true_BKP.var(-1, keepdim=True)
+    return values_BKP * (var + 1e-6).sqrt() + mean
+
+
+def to_rgb(backbone: MaskVLM, image_BCHW: Tensor) -> Tensor:
+    """Normalised pixels back to RGB in [0, 1], float32; what lies outside is cut."""
+    mean, std = (torch.tensor(x, device=image_BCHW.device)[:, None, None] for x in backbone.input_spec[1:3])
+    return (image_BCHW.float() * std + mean).clamp(0, 1)

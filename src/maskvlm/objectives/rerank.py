@@ -1,0 +1,198 @@
+"""Re-ranking: the cross encoders and matching look again at what contrast found likely (paper sec. 4).
+
+Features are computed once and wait in host memory. Each process keeps the pictures of the evaluation batches that it
+encoded and scores the pairs of those, a batch (a tile) at a time; captions, which are small, all processes hold. What
+lies on the device at once is a tile's pictures and a chunk of pairs, however large the gallery is, and each tile is
+computed alike by whichever process, so that metrics do not depend on their number.
+
+Shapes: B pictures of the gallery, P of a tile, C captions, U captions of a chunk, E contrast width, L and T positions,
+D width, M pairs, m pairs of a chunk.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.cross_attention import Context
+from maskvlm.model.heads import Matching, Projection
+from maskvlm.model.maskvlm import Fused, MaskVLM
+from maskvlm.objectives.retrieval_metrics import Scores, candidates, contrast_scores
+from maskvlm.utils.distributed import gather_objects
+
+CHUNK = 256  # pairs in one pass of the cross encoders: 0.45 GB a float32 activation [m, L, D] of ViT-B at 384 px
+Item = TypeVar("Item")
+
+
+class Public(NamedTuple):
+    """What all processes need of an evaluation batch. index_B, owner_C: places in the split, owner_C of the picture."""
+
+    index_B: Tensor
+    image_BE: Tensor
+    text_CE: Tensor
+    text_CTD: Tensor
+    attention_CT: Tensor
+    owner_C: Tensor
+    texts: tuple[str, ...]
+
+
+class Kept(NamedTuple):
+    """An evaluation batch, encoded, in host memory; image_BLD never leaves the process."""
+
+    public: Public
+    image_BLD: Tensor
+
+
+class Gallery(NamedTuple):
+    """A whole split in host memory, the same rows in all processes.
+
+    Attributes:
+        index_B: place of each picture in the split.
+        image_BE, text_CE: unit vectors.
+        text_CTD, attention_CT: captions' features, padded to the longest.
+        owner_C: row of each caption's picture.
+        texts: the captions; "" where the data does not hand them on.
+        tiles: image features [P, L, D] of this process's tiles by their first row.
+    """
+
+    index_B: Tensor
+    image_BE: Tensor
+    text_CE: Tensor
+    text_CTD: Tensor
+    attention_CT: Tensor
+    owner_C: Tensor
+    texts: list[str]
+    tiles: dict[int, Tensor]
+
+
+def keep(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, matched: bool) -> Kept:
+    """Take an encoded batch to host memory: features in the run's precision, unit vectors in float32.
+
+    Args:
+        matched: whether pairs will be matched; if not, only the unit vectors are kept.
+    """
+    kind = image_BLD.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image_BLD.dtype
+    positions = slice(None if matched else 0)
+    public = Public(
+        _host(batch.index_B),
+        _host(projection.embed_image(image_BLD)),
+        _host(projection.embed_text(text_CTD, batch.attention_CT)),
+        _host(text_CTD[:, positions], precision),
+        _host(batch.attention_CT[:, positions]),
+        _host(batch.index_B[batch.owner_C]),
+        batch.texts or ("",) * len(batch.owner_C),
+    )
+    return Kept(public, _host(image_BLD[:, positions], precision))
+
+
+def _host(x: Tensor, precision: torch.dtype | None = None) -> Tensor:
+    """A copy in host memory: a view would hold, and send, the whole that it is a part of."""
+    return x.detach().to("cpu", precision or x.dtype, copy=True)
+
+
+def in_rounds(own: Iterable[Item], count: int) -> Iterator[Item]:
+    """The `count` items of each process, in rounds of one item of each: NCCL takes objects through the device's
+    memory, and no process runs ahead of the others by more than an item."""
+    left = iter(own)
+    counts: list[Any] = gather_objects(count)
+    for _ in range(max(counts)):
+        items: list[Any] = gather_objects(next(left, None))
+        yield from (item for item in items if item is not None)
+
+
+def gather_gallery(kept: list[Kept]) -> Gallery | None:
+    """One gallery out of the batches of all processes, in the order of the split; None where nothing was kept."""
+    parts = sorted(in_rounds((part.public for part in kept), len(kept)), key=lambda part: int(part.index_B[0]))
+    if not parts:
+        return None
+    index_B = torch.cat([part.index_B for part in parts])
+    row = torch.full((int(index_B.max()) + 1,), -1)
+    row[index_B] = torch.arange(len(index_B))
+    return Gallery(
+        index_B,
+        torch.cat([part.image_BE for part in parts]),
+        torch.cat([part.text_CE for part in parts]),
+        pad_sequence([text_TD for part in parts for text_TD in part.text_CTD], batch_first=True),
+        pad_sequence([attention_T for part in parts for attention_T in part.attention_CT], batch_first=True),
+        row[torch.cat([part.owner_C for part in parts])],
+        [text for part in parts for text in part.texts],
+        {int(row[part.public.index_B[0]]): part.image_BLD for part in kept},
+    )
+
+
+@torch.no_grad()
+def score(
+    backbone: MaskVLM,
+    head: Matching | None,
+    gallery: Gallery,
+    k: int | None,
+    chunk: int = CHUNK,
+    contrast: float = 0.0,
+) -> Scores:
+    """Contrast of all pairs, and matching of each query's k best in both directions; the same in all processes.
+
+    Matching has learned to tell a true pair from negatives that were drawn in proportion to exp(contrast's logit), so
+    its log-odds estimate what is true *beyond* contrast: log p - log q, where q is the distribution that negatives
+    came from (noise-contrastive estimation, Gutmann and Hyvarinen 2010). Ranking by p asks for the sum of both.
+
+    Args:
+        backbone, head: in evaluation mode; without head there is contrast alone.
+        gallery: from the same backbone.
+        k: candidates a query; None matches all pairs.
+        chunk: pairs in one pass of the cross encoders; a bound on memory.
+        contrast: times the cosine is added to the log-odds: 1 / temperature for the sum; 0: matching alone.
+    """
+    contrast_BC = contrast_scores(gallery.image_BE, gallery.text_CE)
+    if head is None:
+        return Scores(contrast_BC, None, gallery.owner_C)
+    wanted_BC = candidates(contrast_BC, max(contrast_BC.shape) if k is None else k)
+    match_BC = match(backbone, head, gallery, wanted_BC, chunk)
+    return Scores(contrast_BC, match_BC + contrast * contrast_BC if contrast else match_BC, gallery.owner_C)
+
+
+@torch.no_grad()
+def match(backbone: MaskVLM, head: Matching, gallery: Gallery, wanted_BC: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Log-odds of a match of the wanted pairs, [B, C], float32; NaN elsewhere. Each process scores its own tiles."""
+    own = (
+        (first, match_tile(backbone, head, gallery, first, wanted_BC[first : first + len(tile)], chunk))
+        for first, tile in gallery.tiles.items()
+    )
+    match_BC = torch.full(wanted_BC.shape, torch.nan)
+    for first, tile in in_rounds(own, len(gallery.tiles)):
+        match_BC[first : first + len(tile)] = tile
+    return match_BC
+
+
+def match_tile(
+    backbone: MaskVLM, head: Matching, gallery: Gallery, first: int, wanted_PC: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """Log-odds [P, C] of the wanted pairs of the tile that starts at row `first`, in host memory; NaN elsewhere.
+
+    Pairs go by caption, so that a chunk has few captions; keys and values of the tile's pictures are projected once,
+    those of captions once a chunk. Under autocast or not: features take the dtype of the weights on the device.
+    """
+    weight = next(backbone.parameters())
+    image_PLD = gallery.tiles[first].to(weight)
+    seen = backbone.cross_text.context(image_PLD)
+    text_M, image_M = wanted_PC.T.nonzero(as_tuple=True)
+    odds_PC = torch.full(wanted_PC.shape, torch.nan)
+    for start in range(0, len(text_M), chunk):
+        text_m, image_m = text_M[start : start + chunk], image_M[start : start + chunk]
+        row_U, at_m = text_m.unique(return_inverse=True)
+        length = int(gallery.attention_CT[row_U].sum(1).max())
+        attention_UT = gallery.attention_CT[row_U, :length].to(weight.device)
+        text_UTD = gallery.text_CTD[row_U, :length].to(weight)
+        picked_m, at_m = image_m.to(weight.device), at_m.to(weight.device)
+        context = backbone.cross_image.context(text_UTD, attention_UT, at_m)
+        there = Context(seen.blocks, None, picked_m)
+        fused = Fused(
+            backbone.cross_image(image_PLD[picked_m], context, every=0).first_BD,
+            backbone.cross_text(text_UTD[at_m], there, attention_UT[at_m], every=0).first_BD,
+        )
+        logits_m2 = head(fused.product_MD).float()
+        odds_PC[image_m, text_m] = (logits_m2[:, 1] - logits_m2[:, 0]).cpu()
+    return odds_PC

@@ -1,0 +1,131 @@
+"""The plug-in interface: pre-training and every downstream task implement it, nothing else knows them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from torch import Tensor, nn
+
+from maskvlm.objectives.masking import Uniform
+from maskvlm.objectives.methods import Verb
+
+if TYPE_CHECKING:
+    from maskvlm.model.maskvlm import MaskVLM
+
+
+class Prediction(TypedDict):
+    """One line of `predictions.jsonl`, and a row of `examples.png`.
+
+    Attributes:
+        id: the data set's own id of the example.
+        text: what was asked.
+        truth, prediction: in words; truth is "" where it is not published.
+        right: 0 to 1, None where the truth is not published.
+        index: rows of the evaluated split whose pictures belong to it: the examples' own, or those that were found.
+        kind: question type, or "".
+    """
+
+    id: str
+    text: str
+    truth: str
+    prediction: str
+    right: float | None
+    index: list[int]
+    kind: str
+
+
+class Late(NamedTuple):
+    """Parameters that learn only after a share of the run: their learning rate rises from there.
+
+    stopping: those that learn only until then; their learning rate has run down by then. All others learn throughout.
+    """
+
+    share: float = 0.0
+    parameters: Sequence[nn.Parameter] = ()
+    stopping: Sequence[nn.Parameter] = ()
+
+
+class Task(nn.Module, ABC):
+    """What is special about one objective: its heads, its losses, its metrics.
+
+    A batch is whatever the task's data source makes: `Batch` of pairs, `ExampleBatch` of questions and the like.
+
+    Attributes:
+        uniform: gives the random numbers of the current step (see `masking.Uniform`).
+        weights: weight of each loss term in the sum, 1 where it has none.
+        verbs: what a loaded model can be asked through this task, by name.
+        predictions: of the last evaluation, complete in every process; empty where a task makes none.
+        done: share of the run's steps that were made before the current one; 1 outside a run.
+    """
+
+    uniform: Uniform
+    done: float = 1.0
+    weights: Mapping[str, float] = MappingProxyType({})
+    verbs: Mapping[str, Verb] = MappingProxyType({})
+    predictions: list[Prediction]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predictions = []
+
+    @abstractmethod
+    def build(self, backbone: "MaskVLM") -> None:
+        """Create the heads to fit the backbone's widths; called once, before the optimiser exists."""
+
+    @abstractmethod
+    def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:
+        """Named loss terms of one training batch; LitModel logs them as they are and sums them by `weights`."""
+
+    @abstractmethod
+    def update(self, backbone: "MaskVLM", batch: Any) -> None:
+        """Take in one evaluation batch."""
+
+    @abstractmethod
+    def compute(self, backbone: "MaskVLM") -> dict[str, float]:
+        """Metrics over all batches taken in since the last call, then forget them. `score` chooses the best
+        checkpoint, higher is better; levels of knowing nothing end in `_chance` or `_majority`."""
+
+    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.
+
+        Returns:
+            Names of this task's own tensors that were taken over.
+        """
+        own = self.state_dict()
+        fitting = {n: value for n, value in heads.items() if n in own and own[n].shape == value.shape}
+        self.load_state_dict(fitting, strict=False)
+        return set(fitting)
+
+    def late(self, backbone: "MaskVLM") -> Late:
+        """Which parameters learn in which part of the run; by default all in all of it."""
+        return Late()
+
+    def see_words(self, count: Callable[[], Tensor]) -> None:
+        """Called before the first step of a training. `count` gives how often each token stands in some of its texts,
+        [entries of the tokenizer]; it reads them when it is called."""
+        return
+
+    def card(self) -> dict[str, Any]:
+        """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a run needs, beside weights, to go on as if it had not stopped; kept in its checkpoints."""
+        return {}
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Take a checkpoint's `state` back. Raises ValueError, whose text says what is wrong with it."""
+        return
+
+    def files(self) -> dict[str, str]:
+        """Further files of the last evaluation for the run's folder, by name, such as a server's submission."""
+        return {}
+
+    def floors(self, batch_size: int) -> dict[str, float]:
+        """No-knowledge level of each loss term: what a model pays that has learned nothing."""
+        return {}
+
+    def reseed(self, uniform: Uniform) -> None:
+        """Take the random numbers of the coming step; LitModel derives them from (seed, step)."""
+        self.uniform = uniform

@@ -1,0 +1,126 @@
+"""What a run leaves for people to look at: the table of metrics, `curves.png` and `reconstructions.png`."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+from rich.console import Console
+
+from maskvlm.data.batch import Batch
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.reconstruction import few
+from maskvlm.reporting.curves import curves
+from maskvlm.reporting.metric_tables import claim, metrics_table, score
+from maskvlm.reporting.reconstruction_page import reconstructions
+from maskvlm.training.run_record import folder_of
+
+log = logging.getLogger(__name__)
+
+
+class Report(Callback):
+    """After an evaluation outside training: prints the table of metrics and writes the two pictures into the
+    run's folder and to TensorBoard. During training it says what was measured in one line.
+
+    What cannot be drawn costs a warning, never a finished training. Measuring a checkpoint later leaves the
+    training's own pictures alone: it writes `reconstructions-validate.png`.
+
+    Args:
+        every: draw also at each so many evaluations during training; None: not.
+        count: pairs in `reconstructions.png`.
+    """
+
+    def __init__(self, every: int | None = None, count: int = 12) -> None:
+        self.every, self.count = every, count
+        self.evaluations, self.trained = 0, False
+        self.batch: Batch | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.trained |= stage == "fit"
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first pairs: they are decoded and on the device."""
+        pretrains = isinstance(getattr(pl_module, "task", None), MaskedPretraining)
+        if pretrains and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
+            self.batch = few(batch, self.count)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        metrics = getattr(pl_module, "metrics", {})
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.evaluations += 1
+            if told := claim(metrics) or score(metrics):
+                say(f"step {trainer.global_step}: {told}")
+            if not self.every or self.evaluations % self.every:
+                return
+        else:
+            Console().print(metrics_table(metrics))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.draw(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            Console().print(metrics_table(getattr(pl_module, "metrics", {})))
+
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Both pictures, as far as there is something to draw."""
+        folder = folder_of(trainer)
+        logged = metrics_file(trainer)
+        if logged is not None and self.trained:
+            attempt(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
+        task, batch = getattr(pl_module, "task", None), self.batch
+        if isinstance(task, MaskedPretraining) and batch is not None:
+            backbone: Any = pl_module.backbone
+
+            def fill(path: Path) -> None:
+                with trainer.precision_plugin.val_step_context():
+                    reconstructions(backbone, task, batch, backbone.text.tokenizer, path, self.count)
+
+            name = "reconstructions.png" if self.trained else "reconstructions-validate.png"
+            attempt(trainer, folder / name, fill)
+        self.batch = None
+
+
+def metrics_file(trainer: L.Trainer) -> Path | None:
+    """The metrics.csv of the run, with all that was logged so far."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            logger.save()
+            path = Path(logger.log_dir) / "metrics.csv"
+            return path if path.is_file() else None
+    return None
+
+
+def attempt(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> None:
+    """Draw a picture and hand it to TensorBoard; one line says why it could not be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                logger.experiment.add_image(path.stem, pixels, trainer.global_step, dataformats="HWC")
+    except Exception as error:  # hours of training must not end here
+        log.warning("warning: %s was not drawn: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
+        return
+    say(f"wrote {path}")
+
+
+def say(text: str) -> None:
+    """A line on the standard output, above a progress bar where there is one."""
+    Console().print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,169 @@
+"""What an evaluation leaves beside its numbers: every prediction as a line of JSON, a page of pictures with some of
+them, and the evaluation card, which says what was measured, on what, with which weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from maskvlm.checkpoint.hf_folder import WEIGHTS
+from maskvlm.checkpoint.integrity import sha256_of, stated
+from maskvlm.checkpoint.warm_start import overlap
+from maskvlm.data.text import tokenizer_hash
+from maskvlm.objectives.task import Prediction
+from maskvlm.reporting.callbacks import attempt, say
+from maskvlm.reporting.prediction_page import Shown, example_page
+from maskvlm.training.run_record import SaveConfig, folder_of, left_out, name_end, versions, write_json, write_text
+
+
+class Predictions(Callback):
+    """After an evaluation outside training: `predictions.jsonl`, `examples.png` and `card.json` in the run's folder.
+
+    Measuring a checkpoint in its training's own folder leaves those of the training alone and adds the split's name.
+
+    Args:
+        count: predictions on the page.
+    """
+
+    def __init__(self, count: int = 24) -> None:
+        self.count, self.trained = count, False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.trained |= stage == "fit"
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._write(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "test")
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder, task, data = folder_of(trainer), pl_module.task, trainer.datamodule  # type: ignore[attr-defined]
+        end = name_end(folder, split, self.trained)
+        write_json(folder / f"card{end}.json", evaluation_card(trainer, pl_module, split))
+        if not task.predictions:  # type: ignore[union-attr]
+            return
+        predictions = with_ids(task.predictions, data.splits[split])  # type: ignore[arg-type, union-attr]
+        lines = (json.dumps(plain(one), ensure_ascii=False) for one in predictions)
+        write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
+        say(f"wrote {folder / f'predictions{end}.jsonl'}")
+        shown = [shown_with(data.splits[split], one) for one in spread(predictions, self.count)]
+        attempt(trainer, folder / f"examples{end}.png", lambda path: example_page(shown, path))
+        for name, text in task.files().items():  # type: ignore[union-attr, operator]
+            write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
+            say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")
+
+
+def plain(prediction: Prediction) -> dict[str, Any]:
+    """With null for what is not known, as JSON has no NaN."""
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in prediction.items()}
+
+
+def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
+    """`count` of them at even distances, so that right and wrong ones appear as often as they are."""
+    count = min(count, len(predictions))
+    return [predictions[number * len(predictions) // count] for number in range(count)]
+
+
+def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
+    """A picture of pairs, which a task can only call `picture ROW`, is followed by its id in the data set: nobody finds
+    a photo by its place in a split. Examples have an id of their own."""
+    places = sorted({place for one in predictions for place in one["index"]})
+    if not places or "images" in rows[places[0]]:
+        return predictions
+    names = {f"picture {place}": f"picture {place}, {rows[place]['image_id']}" for place in places}
+
+    def told(one: Prediction) -> Prediction:
+        text, truth, said = (names.get(words, words) for words in (one["text"], one["truth"], one["prediction"]))
+        return {**one, "text": text, "truth": truth, "prediction": said}
+
+    return [told(one) for one in predictions]
+
+
+def shown_with(rows: Any, prediction: Prediction) -> Shown:
+    """With its pictures, of pairs or of examples, as the source hands them out, and what each is where there are two:
+    of an example by their place, of pairs (retrieval) the one that was found, then the true one."""
+    found = [rows[place] for place in prediction["index"]]
+    pictures = [picture for row in found for picture in (row["images"] if "images" in row else [row["image"]])]
+    several = ("left", "right") if found and "images" in found[0] else ("found", "truth")
+    return Shown(prediction, pictures, several if len(pictures) == 2 else ())
+
+
+def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str, Any]:
+    """What a reader must know to trust or repeat the numbers beside it."""
+    data, backbone, task = trainer.datamodule, pl_module.backbone, pl_module.task  # type: ignore[attr-defined]
+    rows, source = data.splits[split], type(data.source)
+    ids = data.picture_ids(split)
+    lineage = pl_module.history
+    seen = None if ids is None else overlap(ids, lineage)
+    return {
+        "task": f"{type(task).__module__}.{type(task).__qualname__}",
+        "data": {
+            "source": f"{source.__module__}.{source.__qualname__}",
+            "split": split,
+            "settings": source_settings(trainer),
+            "sha": rows.fingerprint,
+            "rows of the split": len(rows),
+            "pictures of the split": None if ids is None else len(ids),
+            "left out or mended": left_out(rows),
+            "share measured": share_measured(trainer, split),
+        },
+        "checkpoint": checkpoint_of(trainer, pl_module),
+        "lineage": [step.words() for step in lineage],
+        "pictures of the split seen in training": "unknown" if seen is None else seen,
+        "resolution": backbone.image.image_size,
+        "text length": backbone.text.text_length,
+        "tokenizer": tokenizer_hash(backbone.text.tokenizer),
+        "settings": task.card(),
+        "precision": str(trainer.precision),
+        "processes": trainer.world_size,
+        "metrics": {name: None if value != value else value for name, value in pl_module.metrics.items()},
+        "versions": versions(),
+    }
+
+
+def source_settings(trainer: L.Trainer) -> dict[str, Any] | None:
+    """The source's arguments as configured, defaults included; None where no command line configured it."""
+    saved = next((one for one in trainer.callbacks if isinstance(one, SaveConfig)), None)  # type: ignore[attr-defined]
+    if saved is None:
+        return None
+    given = saved.config.data.init_args.source.get("init_args")
+    settings: dict[str, Any] = json.loads(json.dumps(given.as_dict() if given else {}, default=str))
+    return settings
+
+
+def share_measured(trainer: L.Trainer, split: str) -> float:
+    """Below 1 where trainer.limit_val_batches (or limit_test_batches) cut the evaluation short."""
+    counts = trainer.num_test_batches if split == "test" else trainer.num_val_batches
+    loaders = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
+    total = len(loaders) if loaders is not None else 0
+    return round(float(sum(counts)) / total, 4) if total else 1.0
+
+
+def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    """The file the measured weights come from and its sha256; where this run trained them, what it started from."""
+    origin = pl_module.backbone.origin
+    path = trainer.ckpt_path or (origin.path if origin else None)
+    name = None if path is None else f"{Path(path).parent.name}/{Path(path).name}"
+    trained = getattr(trainer, "global_step", 0)
+    sha = None if path is None else hash_of(Path(path))
+    if trained and trainer.ckpt_path is None:
+        return {"started from": name, "sha256 of that": sha, "measured after steps": trained}
+    return {"file": name, "sha256": sha, "steps trained here": trained}
+
+
+def hash_of(path: Path) -> str | None:
+    """As the `.sha256` beside it states it, else of the file itself (of a folder its weights); None where it has gone
+    since it was read."""
+    facts = stated(path)
+    if facts:
+        return facts[-1].sha256
+    path = path / WEIGHTS if path.is_dir() else path
+    return sha256_of(path) if path.is_file() else None

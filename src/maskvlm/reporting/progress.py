@@ -1,0 +1,266 @@
+"""What a run says while it trains: each loss beside its no-knowledge level, speed, time left; and a warning
+when a loss sits at that level past warm-up.
+
+Losses are smoothed on the device and read every `log_every_n_steps`: no step waits in order to be watched.
+"""
+
+import logging
+import math
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+from maskvlm.data.batch import Batch
+from maskvlm.reporting.meters import Clock, Left, Losses, Readings, Speed, duration, number, reading_interval
+
+log = logging.getLogger(__name__)
+
+CAUSES = {
+    "itc": "the log of the batch: no pair is told from another; lower the learning rate or warm up longer, "
+    "look for mispaired data",
+    "itm": "its class prior: no match is told from a mismatch; let itc learn first, warm up longer or lower "
+    "the learning rate, look for mispaired data",
+    "mlm": "the words' frequencies: neither picture nor sentence is used; look at the learning rate and the "
+    "tokenizer's unknown words",
+    "mim": "the mean colour: nothing is drawn; look at the learning rate and the pixel loss",
+}
+"""What sitting at the level means, and where to look."""
+
+
+def status_line(readings: Readings, speed: Speed | None, left: float | None) -> str:
+    """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`."""
+    levels = {name: f"/{number(level)}" for name, level in readings.levels.items()}
+    parts = [f"{name} {number(loss)}{levels.get(name, '')}" for name, loss in readings.losses.items()]
+    if speed is not None:
+        parts += [f"{number(speed.pairs_per_second)} pairs/s", f"data wait {100 * speed.data_wait:.0f} %"]
+    if left is not None:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+class TrainingProgress(ProgressBar):
+    """One line: step, losses beside their no-knowledge levels, pairs per second, data-wait share, time left.
+
+    A terminal gets a bar; elsewhere (a log file, CI, SLURM) a plain line is printed now and then. Also logs
+    `train/pairs_per_second`, `train/data_wait` (0 to 1) and `level/<loss>`.
+
+    Args:
+        seconds: between plain lines, which come at multiples of trainer.log_every_n_steps.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.console = Console()
+        self.enabled = True
+        self.bar: Progress | None = None
+        self.line: TaskID | None = None
+        self.losses, self.clock, self.left = Losses(), Clock(), Left()
+        self.step, self.total, self.status, self.printed = 0, math.inf, "", -math.inf
+        self.alone = False  # evaluating outside a training run
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        self.console.print(*args, **kwargs)
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.losses, self.clock, self.left = Losses(), Clock(), Left()
+        self.total = float(trainer.estimated_stepping_batches)
+        self.step, self.status, self.printed = trainer.global_step, "", -math.inf
+        self._open(self._step_of, None if math.isinf(self.total) else self.total)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.clock.batch_starts()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.losses.take(trainer)
+        stepped = trainer.global_step != self.step  # with accumulation not every batch is a step
+        self.step = trainer.global_step
+        due = stepped and (self.step % reading_interval(trainer) == 0 or self.step == self.total)
+        readings = self.losses.read(trainer, pl_module, batch) if due else None  # waits for the device, so
+        self.clock.batch_ends(len(batch.valid_B) * trainer.world_size)  # the clock stops after it
+        left = self.left.seconds(self.step, self.total, getattr(pl_module, "terms", None))
+        if readings is not None:
+            self._tell(pl_module, readings, self.clock.read(), left)
+        self._show(self._step_of, self.step, self.status)
+
+    def _tell(self, pl_module: L.LightningModule, readings: Readings, speed: Speed, left: float | None) -> None:
+        logged = {f"level/{name}": level for name, level in readings.levels.items()}
+        logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
+        pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
+        self.status = status_line(readings, speed, left)
+        if self._plain and (time.monotonic() - self.printed >= self.seconds or self.step == self.total):
+            self.printed = time.monotonic()
+            self._say(f"{self._step_of}  {self.status}")
+
+    @property
+    def _step_of(self) -> str:
+        return f"step {self.step}" + ("" if math.isinf(self.total) else f"/{self.total:.0f}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.clock.interrupt()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.alone = trainer.state.fn != TrainerFn.FITTING
+        if self.alone:
+            batches = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+            self._open("evaluating", None if math.isinf(batches) else batches)
+            if self._plain:
+                self._say(f"evaluating: {batches} batch{'es' * (batches != 1)}")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.alone:
+            self._show("evaluating", batch_idx + 1, f"batch {batch_idx + 1}")
+        elif not trainer.sanity_checking:
+            self._show(self._step_of, self.step, f"evaluating: batch {batch_idx + 1}")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._show("evaluating" if self.alone else self._step_of, None, "computing metrics")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.alone:
+            self._show("evaluated", None, "")
+            self._close()
+        elif not trainer.sanity_checking:
+            self.clock.interrupt()
+            self._show(self._step_of, self.step, self.status)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    # ------------------------------------------------------------------ the line
+
+    @property
+    def _plain(self) -> bool:
+        return self.enabled and not self.console.is_terminal
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _open(self, description: str, total: float | None) -> None:
+        if self.enabled and self.console.is_terminal:
+            # Drawn from the hooks: a thread that redraws would take time from two busy cores.
+            self.bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(16),
+                TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
+                console=self.console,
+                auto_refresh=False,
+            )
+            self.line = self.bar.add_task(description, total=total, status="")
+            self.bar.start()
+            self.drawn = time.monotonic()
+
+    def _show(self, description: str, done: int | None, status: str) -> None:
+        if self.bar is not None and self.line is not None:
+            self.bar.update(self.line, description=description, completed=done, status=status)
+            if time.monotonic() - self.drawn > 0.2 or done is None:
+                self.bar.refresh()
+                self.drawn = time.monotonic()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+            self.bar.stop()
+            self.bar = None
+
+
+LEAST_PATIENCE = 50
+"""Steps below which even a healthy matching loss sits at its level: a trial run need not alarm."""
+
+
+class StuckLoss(Callback):
+    """Warns, once for each loss, when it sits at its no-knowledge level past warm-up: nothing is learned.
+
+    Args:
+        share: of the level above which a loss counts as sitting at it.
+        patience: how long it must have sat there, counted from the end of warm-up at the earliest: a share of
+            the run's steps, at least 50 of them, or a number of steps from 1 on. Matching stays for a while, hence
+            a quarter.
+        warmup: like patience; the module's own unless told.
+    """
+
+    def __init__(self, share: float = 0.98, patience: float = 0.25, warmup: float | None = None) -> None:
+        self.share, self.patience, self.warmup = share, patience, warmup
+        self.losses = Losses()
+        self.since: dict[str, int] = {}
+        self.told: set[str] = set()
+        self.step = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.losses.take(trainer)
+        step = trainer.global_step
+        if step != self.step and step % reading_interval(trainer) == 0:
+            self.step = step
+            total = float(trainer.estimated_stepping_batches)
+            warmup = getattr(pl_module, "warmup", 0) if self.warmup is None else self.warmup
+            if step > steps_of(warmup, total):
+                patience = steps_of(self.patience, total)
+                patience = max(patience, LEAST_PATIENCE) if self.patience < 1 else patience
+                self.look(step, patience, self.losses.read(trainer, pl_module, batch))
+
+    def look(self, step: int, patience: float, readings: Readings) -> None:
+        """Follow which losses sit at their level, and warn of those that have sat there for long enough."""
+        for name, loss in readings.losses.items():
+            level = readings.levels.get(name, 0.0)
+            if level <= 0 or loss < self.share * level:
+                self.since.pop(name, None)
+            elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
+                self.told.add(name)
+                log.warning("%s", stuck_line(name, loss, level, self.since[name], step))
+
+
+def stuck_line(name: str, loss: float, level: float, since: int, step: int) -> str:
+    """The warning, in one line."""
+    cause = CAUSES.get(name, "what is paid without any knowledge; look at the learning rate and the data")
+    return (
+        f"warning: {name} sits at {number(loss)} since step {since} (now step {step}); "
+        f"its no-knowledge level is {number(level)}, {cause}"
+    )
+
+
+def steps_of(amount: float, total: float) -> float:
+    """A number of steps from 1 on, a share of all steps below 1."""
+    return amount if amount >= 1 else amount * total

@@ -1,0 +1,266 @@
+"""`reconstructions.png`: pairs with parts hidden, and what the model fills in with the right partner or not.
+
+Laid out in inches from the top left corner; captions in a fixed-width font, so that words can be shaded.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.reconstruction import Guesses, Reconstruction, few, reconstruct
+
+PICTURE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words
+POINTS = 7.2  # ten pixels at 100 an inch, where a character takes six: words stand in columns
+SPACE = 0.22  # inches between rows
+LINE, CHARACTER = 0.14, 0.06  # inches a line and a character of DejaVu Sans Mono
+WRAP = int(TEXT / CHARACTER)
+WORD, GUESS, SIDE = 14, 9, 36  # characters: the hidden word, a guess, three guesses with their percentages
+MOST_WORDS = 8
+CLOSING = set(".,;:!?)%'")  # no space before these
+BLACK, GREY, GREEN, RED, SHADE = "#222222", "#8a8a8a", "#1b8a3a", "#c9302c", "#ffe9a8"
+
+
+class Segment(NamedTuple):
+    """Some characters of a line."""
+
+    text: str
+    colour: str = BLACK
+    shade: bool = False
+    bold: bool = False
+
+
+Line = list[Segment]
+
+
+def reconstructions(
+    backbone: MaskVLM, task: MaskedPretraining, batch: Batch, tokenizer: Any, path: Path, count: int = 12
+) -> Path:
+    """Draw held-out pairs with what the model fills in.
+
+    Each row: the picture, the picture with patches hidden, filled in with its caption, filled in with a wrong
+    one; beside it the caption with hidden words shaded, and each hidden word's likeliest fillings with the
+    picture and with a blank one, green where right and red where wrong.
+
+    Args:
+        backbone, task: in evaluation mode.
+        batch: an evaluation batch.
+        tokenizer: turns ids into words.
+        path: of the PNG; its folder must exist.
+        count: rows.
+
+    Returns:
+        `path`.
+    """
+    figure = draw(reconstruct(backbone, task, few(batch, count)), tokenizer)
+    with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(path, format="png", dpi=100)
+    return path
+
+
+def draw(result: Reconstruction, tokenizer: Any) -> Figure:
+    """One row a pair, as high as its words need."""
+    columns = picture_columns(result)
+    texts = [words_of_row(result, row, tokenizer) for row in range(len(result.picture_BCHW))]
+    heights = [max(PICTURE + 0.2, LINE * len(text)) + SPACE for text in texts]
+    width = 2 * MARGIN + len(columns) * (PICTURE + GAP) + GAP + TEXT
+    figure = Figure(figsize=(width, sum(heights) + 2 * MARGIN + 2 * LINE))
+    top = MARGIN
+    for place, (title, _, _) in enumerate(columns):
+        left = MARGIN + place * (PICTURE + GAP)
+        write(figure, left, top, [Segment(title, bold=True)])
+    words = [
+        Segment("caption, hidden words shaded", bold=True),
+        Segment("  (percentages: the likeliest guesses)"),
+    ]
+    write(figure, MARGIN + len(columns) * (PICTURE + GAP) + GAP, top, words)
+    if result.true_statistics and len(columns) > 2:
+        note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
+        write(figure, MARGIN + 2 * (PICTURE + GAP), top + LINE, note)
+    top += 2 * LINE
+    errors = torch.stack([error_B for _, _, error_B in columns if error_B is not None] or [torch.empty(0)])
+    for row, (text, height) in enumerate(zip(texts, heights, strict=True)):
+        for place, (_, image_BCHW, error_B) in enumerate(columns):
+            left = MARGIN + place * (PICTURE + GAP)
+            show(figure, left, top, image_BCHW[row])
+            if error_B is not None:
+                write(figure, left, top + PICTURE + 0.03, [error_text(error_B[row], errors[:, row])])
+        left = MARGIN + len(columns) * (PICTURE + GAP) + GAP
+        for number, line in enumerate(text):
+            write(figure, left, top + number * LINE, line)
+        top += height
+        if row + 1 < len(texts):
+            rule(figure, top - SPACE / 2)
+    return figure
+
+
+def picture_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Title, pictures and errors of each column."""
+    columns: list[tuple[str, Tensor, Tensor | None]] = [("picture", result.picture_BCHW, None)]
+    if result.pictures is not None:
+        hidden, filled, wrong, error, error_wrong = result.pictures
+        columns += [("patches hidden", hidden, None), ("with its caption", filled, error)]
+        if len(hidden) > 1:  # the wrong caption is the next row's
+            columns += [("with a wrong caption", wrong, error_wrong)]
+    return columns
+
+
+def error_text(error: Tensor, errors: Tensor) -> Segment:
+    """The error below a picture, green where it is the smallest of its row."""
+    shown = {f"{value:.3f}" for value in errors.tolist()}
+    best = len(shown) > 1 and bool((error <= errors).all())
+    return Segment(f"error {error:.3f}", GREEN if best else GREY, bold=best)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def words_of_row(result: Reconstruction, row: int, tokenizer: Any) -> list[Line]:
+    """The column of words: the caption, the wrong one, and the guesses for each hidden word."""
+    batch, other = result.batch, (row + 1) % len(result.picture_BCHW)
+    hidden: set[int] = set()
+    if result.words is not None:
+        index_K, hidden_K = result.words.index_BK[row], result.words.hidden_BK[row]
+        hidden = set(index_K[hidden_K].tolist())
+    lines = wrap(caption_pieces(batch, row, tokenizer, hidden), WRAP)
+    if result.pictures is not None and other != row:
+        wrong = [Segment("wrong: ", GREY)]
+        wrong += [piece._replace(colour=GREY) for piece in caption_pieces(batch, other, tokenizer, set())]
+        lines += wrap(wrong, WRAP)
+    if result.words is not None:
+        head = f"{'hidden word':{WORD}}{'with its picture':{SIDE}}without a picture"
+        lines += [[], [Segment(head, GREY)]]
+        places = sorted(hidden)
+        lines += [guess_line(result, row, place, tokenizer) for place in places[:MOST_WORDS]]
+        if len(places) > MOST_WORDS:
+            lines.append([Segment(f"and {len(places) - MOST_WORDS} more", GREY)])
+    return lines
+
+
+def caption_pieces(batch: Batch, row: int, tokenizer: Any, hidden: set[int]) -> list[Segment]:
+    """The caption token by token, with spaces between words; hidden tokens shaded."""
+    pieces: list[Segment] = []
+    last = -1
+    words = batch.word_CT[row].tolist()
+    for place, token in enumerate(batch.token_CT[row].tolist()):
+        if words[place] < 0:
+            continue
+        text = piece_text(tokenizer, token)
+        if pieces and words[place] != last and text not in CLOSING:
+            pieces.append(Segment(" "))
+        pieces.append(Segment(text, shade=place in hidden, bold=place in hidden))
+        last = words[place]
+    return pieces
+
+
+def piece_text(tokenizer: Any, token: int) -> str:
+    """A token as a reader knows it: WordPiece's `##` and RoBERTa's leading space left out."""
+    text = tokenizer.decode([token]).strip()
+    return text[2:] if text.startswith("##") and len(text) > 2 else text
+
+
+def wrap(pieces: list[Segment], width: int) -> list[Line]:
+    """Lines of at most `width` characters, broken at spaces; a longer word is cut."""
+    lines: list[Line] = [[]]
+    used = 0
+    for word in group_words(pieces):
+        length = sum(len(piece.text) for piece in word)
+        if used and used + length > width:
+            lines.append([])
+            used = 0
+            word = word[1:] if word[0].text == " " else word
+        lines[-1] += word
+        used += sum(len(piece.text) for piece in word)
+    return [cut(line, width) for line in lines]
+
+
+def group_words(pieces: list[Segment]) -> list[Line]:
+    """Pieces that belong together: each group starts at a space."""
+    groups: list[Line] = []
+    for piece in pieces:
+        if piece.text == " " or not groups:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
+
+
+def cut(line: Line, width: int) -> Line:
+    """The first `width` characters."""
+    kept, room = [], width
+    for piece in line:
+        kept.append(piece._replace(text=piece.text[:room]))
+        room -= len(kept[-1].text)
+    return [piece for piece in kept if piece.text]
+
+
+def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> Line:
+    """A hidden word and its likeliest fillings with the picture and without."""
+    assert result.words is not None
+    target = int(result.batch.token_CT[row, place])
+    position = int((result.words.index_BK[row] == place).nonzero()[0, 0])
+    line = [Segment(f"{short(piece_text(tokenizer, target), WORD - 2):{WORD}}", bold=True)]
+    for guesses in (result.words.seeing, result.words.blind):
+        line += guess_segments(guesses, row, position, target, tokenizer)
+    return line
+
+
+def guess_segments(guesses: Guesses, row: int, position: int, target: int, tokenizer: Any) -> Line:
+    """`red 92  blue 3  big 1`: the target green, a wrong first guess red, the others grey."""
+    segments, used = [], 0
+    tokens, shares = (
+        guesses.token_BKG[row, position].tolist(),
+        guesses.probability_BKG[row, position].tolist(),
+    )
+    for number, (token, share) in enumerate(zip(tokens, shares, strict=True)):
+        colour = GREEN if token == target else RED if number == 0 else GREY
+        text = f"{short(piece_text(tokenizer, token), GUESS)} {100 * share:.0f}"
+        segments += [Segment(text, colour, bold=number == 0), Segment("  ")]
+        used += len(text) + 2
+    return [*segments, Segment(" " * max(0, SIDE - used))]
+
+
+def short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# ---------------------------------------------------------------------- ink
+
+
+def write(figure: Figure, left: float, top: float, line: Line) -> None:
+    """One line of fixed-width text, as it is: a dollar sign starts no formula."""
+    width, height = figure.get_size_inches()
+    for segment in line:
+        if segment.text.strip():
+            box = {"facecolor": SHADE, "edgecolor": "none", "pad": 0.6} if segment.shade else None
+            figure.text(
+                left / width, 1 - top / height, segment.text, va="top", fontsize=POINTS, family="monospace",
+                color=segment.colour, weight="bold" if segment.bold else "normal", bbox=box, parse_math=False,
+            )  # fmt: skip
+        left += CHARACTER * len(segment.text)
+
+
+def rule(figure: Figure, top: float) -> None:
+    """A pale line from margin to margin."""
+    width, height = figure.get_size_inches()
+    across, down = (MARGIN / width, 1 - MARGIN / width), 1 - top / height
+    figure.add_artist(Line2D(across, (down, down), color="#d8d8d8", linewidth=0.6))
+
+
+def show(figure: Figure, left: float, top: float, image_CHW: Tensor) -> None:
+    """A picture of RGB values in [0, 1]: small ones pixel by pixel, large ones smoothed."""
+    width, height = figure.get_size_inches()
+    area = (left / width, 1 - (top + PICTURE) / height, PICTURE / width, PICTURE / height)
+    axes = figure.add_axes(area)
+    axes.set_axis_off()
+    pixels: NDArray[np.float32] = image_CHW.permute(1, 2, 0).cpu().numpy()
+    axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) <= 128 else "antialiased")

@@ -1,0 +1,1 @@
+"""A run: the LightningModule, its optimiser, its state on disk."""

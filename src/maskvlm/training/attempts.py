@@ -1,0 +1,111 @@
+"""In which step a run died, and how often: a side file, so that the same command does not die the same way for ever.
+
+`attempts.json` holds the step that is under way. It is there while a training runs, and after one that died, however it
+died. A training that ends well, or is asked to end, or meets a full disk or the like, removes it. Reading it changes
+nothing, so that all processes of a job come to the same conclusion.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import Stopped
+from maskvlm.utils.outputs import cannot_write
+
+NAME = "attempts.json"
+BEFORE, MOST = 2, 4
+"""After so many failures in one step a run goes on from the checkpoint before; after so many not at all."""
+SIZE = 100  # bytes
+NOT_THE_RUNS = (ExitCode.UNAVAILABLE, ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
+
+
+class Failures(NamedTuple):
+    """The step (counted from 1) that the latest attempts died in, and how many in a row."""
+
+    step: int | None = None
+    times: int = 0
+
+
+def failures(folder: Path) -> Failures:
+    """What the side file of a run tells; no failure where it is missing or damaged."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            said = json.loads(file.read(SIZE))
+        before, times, step = said["failed_in"], said["times"], said["step"]
+        if not all(value is None or type(value) is int for value in (before, times, step)):
+            return Failures()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Failures()
+    if step is None:  # died before its first step: that says nothing new
+        return Failures(before, times or 0)
+    return Failures(step, (times or 0) + 1 if step == before else 1)
+
+
+def forget(folder: Path) -> None:
+    """The run ended as it should."""
+    with suppress(OSError):
+        (folder / NAME).unlink(missing_ok=True)
+
+
+def check(folder: Path) -> Failures:
+    """The failures so far, where the run may be tried again.
+
+    Raises:
+        UserError: it died too often in the same step (77).
+    """
+    found = failures(folder)
+    if found.times >= MOST:
+        what = f"the run died {found.times} times in step {found.step}"
+        todo = f"Look for the cause (crash.txt, the job's output), then delete {folder / NAME} to try again"
+        raise UserError(folder, what, todo, ExitCode.REFUSED)
+    return found
+
+
+class Attempt:
+    """Notes the step that is under way; a few microseconds a step. A full disk costs the note, not the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.before = folder, failures(folder)
+        self.handle = -1
+        with suppress(OSError):
+            self.handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        self.note(None)
+        with suppress(OSError):  # after the note: of a damaged file nothing stays
+            os.truncate(folder / NAME, SIZE)
+
+    def note(self, step: int | None) -> None:
+        """step: counted from 1; None before the first."""
+        if self.handle >= 0:
+            facts = {"failed_in": self.before.step, "times": self.before.times, "step": step}
+            with suppress(OSError):
+                os.pwrite(self.handle, json.dumps(facts).ljust(SIZE - 1).encode() + b"\n", 0)
+
+    def close(self) -> None:
+        """No more notes. The last one stays until the run has come to its end."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
+
+
+@contextmanager
+def attempted(folder: Path) -> Iterator[None]:
+    """A training. Not held against the run: a request to stop, and what lies in a disk, a device or a folder."""
+    try:
+        yield
+    except BaseException as error:
+        if not counts(error):
+            forget(folder)
+        raise
+
+
+def counts(error: BaseException) -> bool:
+    """Whether an error may come again at the same step for a reason that lies in the run."""
+    if isinstance(error, OSError):
+        return cannot_write(error) is None
+    if isinstance(error, UserError):
+        return error.code not in NOT_THE_RUNS
+    return isinstance(error, Exception) and not isinstance(error, Stopped)

@@ -1,0 +1,127 @@
+"""`metrics.csv`: one table of a run, whole at every instant, that a run which goes on continues."""
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from maskvlm.training.run_record import write_text
+
+Row = dict[str, Any]
+LONGEST = 100_000  # characters of a line; csv itself stops at 131,072 a field
+
+
+class RunLog(CSVLogger):
+    """Lightning's CSV logger, which begins by deleting the table it finds and rewrites it in place for a new column:
+    this one keeps it, and replaces it whole."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "Writer":
+        if self._experiment is None:
+            self._experiment = Writer(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @rank_zero_only
+    def forget(self, step: int, unmeasured: bool) -> None:
+        """Drop what a run that goes on will log again.
+
+        Args:
+            step: the last one whose training row stays.
+            unmeasured: its evaluation is still to be made: rows that hold its numbers go, too.
+        """
+        self.experiment.forget(step, unmeasured)
+
+
+class Writer(ExperimentWriter):
+    """Rows of a table; `metrics` are those not yet written, as in the base class."""
+
+    def __init__(self, log_dir: str) -> None:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        path = Path(log_dir) / self.NAME_METRICS_FILE
+        super().__init__(log_dir)
+        self.path = path
+        self.rows = rows_of(path.read_bytes() if path.is_file() else b"")
+        self.metrics_keys = sorted(set().union(*self.rows))
+        self._rewrite()
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning's deletes what it finds."""
+
+    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
+        """As the base class; the same row of the same step a second time is dropped."""
+        super().log_metrics(metrics_dict, step)
+        known = self.metrics[-2:-1] or self.rows[-1:]
+        if known and _plain(known[0]) == _plain(self.metrics[-1]):
+            self.metrics.pop()
+
+    def save(self) -> None:
+        """Append what is new; a new column replaces the file by a whole new one."""
+        if not self.metrics:
+            return
+        new, self.metrics = self.metrics, []
+        self.rows += new
+        keys = sorted({*self.metrics_keys, *set().union(*new)})
+        if keys != self.metrics_keys or not self.path.is_file():
+            self.metrics_keys = keys
+            self._rewrite()
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            file.write(_table(new, keys, header=False))
+
+    def forget(self, step: int, unmeasured: bool) -> None:
+        """See `RunLog.forget`."""
+        kept = [row for row in self.rows if _keeps(row, step, unmeasured)]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        if self.rows:
+            write_text(self.path, _table(self.rows, self.metrics_keys, header=True))
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def rows_of(content: bytes) -> list[Row]:
+    """The rows of a table; a last line that a killed process left unfinished is dropped."""
+    lines = content.decode("utf-8", "replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    rows = csv.DictReader(line.replace("\0", "") for line in lines if len(line) < LONGEST)
+    try:
+        return [{key: value for key, value in row.items() if key and value} for row in rows if None not in row.values()]
+    except csv.Error:  # a damaged table costs its rows, not the run
+        return []
+
+
+def _keeps(row: Row, step: int, unmeasured: bool) -> bool:
+    try:
+        at = int(float(row.get("step", 0)))
+    except (ValueError, OverflowError):  # a damaged row
+        return False
+    return at < step or (at == step and not (unmeasured and any(_measured(key) for key in row)))
+
+
+def _measured(key: str) -> bool:
+    """Whether a column comes of an evaluation."""
+    return key not in ("step", "epoch") and not key.startswith(("train/", "level/", "lr-"))
+
+
+def _table(rows: list[Row], keys: list[str], header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator=os.linesep)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _plain(row: Row) -> dict[str, str]:
+    return {key: str(value) for key, value in row.items()}

@@ -1,0 +1,164 @@
+"""How a command ends when it cannot go on: one line on stderr and an exit status by class of cause.
+
+Of several processes the first to fail tells the cause, the others only who that was.
+"""
+
+import errno
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.training.peers import blamed
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.outputs import cannot_write
+
+FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
+EARLIER: list[tuple[str, int]] = []  # what stood there when this process started: of an earlier job
+
+
+class Line(NamedTuple):
+    """What is said, and the exit status."""
+
+    text: str
+    code: ExitCode
+
+
+def report(error: BaseException, folder: Path | None = None, debug: bool = False) -> int:
+    """Say why the command ends.
+
+    Args:
+        error: what ended it.
+        folder: the run's folder, where the traceback of a bug is kept.
+        debug: show the traceback instead.
+
+    Returns:
+        The exit status.
+    """
+    if debug:
+        traceback.print_exception(error)
+    lost = blamed(error)
+    line = user_line(lost or error) or _bug(error, folder)
+    rank = process_rank()
+    first = _first_to_fail(folder, rank, line.code)
+    if first == rank:
+        print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{line.text}", file=sys.stderr)
+    else:
+        print(f"[rank {rank}] see rank {first}", file=sys.stderr)
+    return int(line.code)
+
+
+def user_line(error: BaseException) -> Line | None:
+    """The line for what a user can mend; None for a bug."""
+    if worker := _from_worker(str(error)):
+        return worker
+    if lost := _worker_lost(str(error)):
+        return Line(_one_line(str(lost)), lost.code)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return Line(_one_line(str(cause)), cause.code)
+        cause = cause.__cause__
+    name, text = type(error).__name__, _one_line(str(error))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return Line(f"{_one_line(str(error.filename))[:60]}...: the name is too long. Give another.", ExitCode.USAGE)
+    if isinstance(error, OSError) and (told := cannot_write(error)):
+        return Line(_one_line(str(told)), told.code)
+    if name == "MisconfigurationException":
+        return Line(f"trainer: {text}", ExitCode.USAGE)
+    if isinstance(error, MemoryError):
+        todo = "Lower data.batch_size or data.workers, or give the job more memory"
+        return Line(f"memory: none is left ({text or name}). {todo}.", ExitCode.IO_ERROR)
+    if name == "OutOfMemoryError":
+        todo = "Lower data.batch_size, or share it over more passes with trainer.accumulate_grad_batches"
+        return Line(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
+    return None
+
+
+def _from_worker(text: str) -> Line | None:
+    """A mistake found in a data worker arrives as the text of its traceback: the last line names it."""
+    for kind in (UserError, *_all_subclasses(UserError)):
+        found = re.findall(rf"^{re.escape(kind.__module__)}\.{kind.__qualname__}: (.+)$", text, re.MULTILINE)
+        if found:
+            status = re.findall(r"^exit status (\d+)$", text, re.MULTILINE)
+            return Line(found[-1], ExitCode(int(status[-1])) if status else ExitCode.BAD_DATA)
+    return None
+
+
+def _worker_lost(text: str) -> UserError | None:
+    """A data worker that died or is late; where no worker was ever started, torch is not imported for it."""
+    if "maskvlm.data.workers" not in sys.modules:
+        return None
+    from maskvlm.data.workers import lost_worker
+
+    return lost_worker(text)
+
+
+def _all_subclasses(kind: type) -> list[type]:
+    subclasses: list[type] = kind.__subclasses__()
+    return [deep for sub in subclasses for deep in (sub, *_all_subclasses(sub))]
+
+
+def _bug(error: BaseException, folder: Path | None) -> Line:
+    text = f"{type(error).__name__}: {error}"
+    if "\nOriginal Traceback" in text:  # of a data worker; what matters comes last
+        text = re.split(r"^ .*$", text.rstrip(), flags=re.MULTILINE)[-1]
+    text = _one_line(text)[:300].rstrip(".")
+    name = f"crash-rank{process_rank()}.txt" if process_rank() else "crash.txt"
+    path = (folder or Path("checkpoints")) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        traceback.print_exception(error)
+        return Line(text, ExitCode.OUR_BUG)
+    return Line(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
+
+
+def process_rank() -> int:
+    """This process's number before any process group exists: torchrun's, SLURM's, or the launcher's."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
+    """Each process tries to create the same file; who succeeds was first. No communication, so no hang."""
+    # Lightning's launcher forgets WORLD_SIZE on its way out, but not LOCAL_RANK.
+    several = "LOCAL_RANK" in os.environ or "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if not several or folder is None or not folder.is_dir():
+        return rank
+    try:
+        with (folder / FIRST).open("x") as file:
+            file.write(f"{rank} {int(code)}\n")
+        return rank
+    except FileExistsError:
+        words = _written(folder / FIRST).split()
+        return int(words[0]) if words else 0
+    except OSError:
+        return rank
+
+
+def _written(path: Path, most: float = 2.0) -> str:
+    """The file's text. Between its creation and its text there is a moment in which it is empty: wait for it, at most
+    `most` seconds (its writer may have been killed just then)."""
+    end = time.monotonic() + most
+    while not (text := path.read_text()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return text
+
+
+def failed_first(folder: Path | None) -> tuple[str, int]:
+    """What the first process to fail has left (its rank and exit status), and when it was written; `("", 0)`: none."""
+    try:
+        path = (folder or Path()) / FIRST
+        return path.read_text(), path.stat().st_mtime_ns
+    except OSError:
+        return "", 0
+
+
+def _one_line(text: str) -> str:
+    """Without line ends, and without what moves a terminal's cursor: names of files may hold anything."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

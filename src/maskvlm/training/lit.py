@@ -1,0 +1,279 @@
+"""The only LightningModule: it sums and logs the task's losses, and knows none of them."""
+
+import math
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from maskvlm.checkpoint.provenance import Origin, Provenance
+from maskvlm.checkpoint.warm_start import Seen, lineage_of
+from maskvlm.data.batch import Batch
+from maskvlm.data.module import PairData
+from maskvlm.data.text import tokenizer_from_json, tokenizer_json
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.task import Task
+from maskvlm.training.optim import build_adamw, parameter_groups, schedule
+from maskvlm.training.resumable import check_resumable, restore
+from maskvlm.utils.distributed import Draw, mix, rank
+from maskvlm.utils.errors import ExitCode, UserError, check_least
+
+
+class Guard(Protocol):
+    """What looks at a step before it is made (`guard.StepGuard`)."""
+
+    def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None: ...
+
+
+class LitModel(L.LightningModule):
+    """A backbone, a task, and how they are optimised.
+
+    Args:
+        backbone: the two encoders and the two cross encoders.
+        task: pre-training or a downstream task; its heads are built here.
+        lr: peak learning rate of cross encoders, decoder and heads (3e-4, P).
+        lr_encoders: peak learning rate of the two encoders (1e-5, P).
+        weight_decay: of weight matrices (0.05, P).
+        betas: of AdamW (C).
+        warmup: share of the run's steps, or a number of steps from 1 on (paper: 5 of 50 epochs).
+        min_lr: where the cosine ends (3e-5, R).
+        seed: of masks, negatives and dropout; together with the step it determines them.
+        lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
+        random_init: both encoders start from random weights; the command line hands it on to them.
+        layer_decay: rate of a block of an encoder, as a share of that of the block above it (1: all alike).
+    """
+
+    def __init__(
+        self,
+        backbone: MaskVLM,
+        task: Task,
+        lr: float = 3e-4,
+        lr_encoders: float = 1e-5,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup: float = 0.1,
+        min_lr: float = 3e-5,
+        seed: int = 0,
+        random_init: bool = False,
+        lr_cross: float | None = None,
+        layer_decay: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_least(0, model__lr=lr, model__lr_encoders=lr_encoders, model__weight_decay=weight_decay)
+        check_least(0, model__lr_cross=lr_cross)
+        check_least(0, model__warmup=warmup, model__min_lr=min_lr)
+        if not 0 < layer_decay <= 1:
+            raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
+        self.backbone, self.task = backbone, task
+        self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
+        self.lr_cross, self.layer_decay = lr_cross, layer_decay
+        self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
+        self.metrics: dict[str, float] = {}
+        self.model_yaml: str | None = None
+        self.task_yaml: str | None = None
+        self._seen: Seen | None = None
+        self._loaded: tuple[Seen, ...] | None = None
+        self.trained = False
+        self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
+        self.guard: Guard | None = None
+        self.terms: tuple[str, ...] = ()  # of the loss of the latest step
+        task.build(backbone)
+        self.inherited = self._inherit()
+
+    def _inherit(self) -> set[str]:
+        """Heads of the checkpoint that the backbone starts from, unless they decide among other labels."""
+        origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
+        if origin is None:
+            return set()
+        if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
+            return self.task.inherit({})
+        self.backbone.origin = origin._replace(heads={})
+        return self.task.inherit(origin.heads)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where every tensor comes from, heads included."""
+        own = self.task.state_dict()
+        source = self.backbone.origin.path if self.backbone.origin else ""
+        heads = Provenance({name: Origin("loaded", tuple(own[name].shape), source) for name in self.inherited})
+        return (self.backbone.provenance.under("backbone") | heads.under("task")).complete(self)
+
+    def setup(self, stage: str) -> None:
+        self.trained |= stage == "fit"
+        tokenizer = getattr(self.data, "tokenizer", None)
+        if tokenizer is not None:
+            self.backbone.text.set_tokenizer(tokenizer)
+        if stage == "fit":
+            if self.backbone.origin is None:
+                self.task.see_words(self.data.token_counts)
+            if self.backbone.image.kept_features is not None:
+                self._keep_features()
+
+    def _keep_features(self) -> None:
+        """Of the frozen part of the image tower; only where each image always looks the same."""
+        if self.data.augments:
+            what = "an image that is augmented looks different each time, so that its features cannot be kept"
+            todo = "Set data.augment false, or model.backbone.image.kept_features null"
+            raise UserError("model.backbone.image.kept_features", what, todo)
+        train = self.data.splits["train"]
+        if not len(train):
+            what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with make data"
+            raise UserError("model.backbone.image.kept_features", what, todo)
+        rows = len(train) * getattr(self.task, "pictures", 1)  # an example of NLVR has two
+        image = self.backbone.image
+        follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
+        image.tower.keep(repr((*follows, str(self.trainer.precision))), rows)
+
+    def on_validation_start(self) -> None:
+        """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
+        if not self.trained and self._loaded is None and self.backbone.origin is not None:
+            self._check_heads(self.backbone.origin.path)
+
+    on_test_start = on_validation_start
+
+    def _check_heads(self, path: str) -> None:
+        missing = [name for name, _ in self.task.named_parameters() if name not in self.inherited]
+        if not missing:
+            return
+        theirs, name = self.backbone.origin and self.backbone.origin.labels, type(self.task).__name__
+        labels = getattr(self.task, "labels", None)
+        if theirs is not None and labels is not None and theirs != tuple(labels):
+            what = f"its head decides among {len(theirs)} labels ({', '.join(theirs[:3])}, ...), which differ from the"
+            what += f" data's {len(labels)} ({', '.join(labels[:3])}, ...)"
+            todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
+            raise UserError(path, what, todo, ExitCode.BAD_DATA)
+        what = f"holds no heads of {name} ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        raise UserError(path, what, "Fine-tune it first: make finetune TASK=... FROM=this file", ExitCode.BAD_DATA)
+
+    @property
+    def data(self) -> PairData:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        encoders = (self.backbone.image, self.backbone.text)
+        rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
+        share, late, stopping = self.task.late(self.backbone)
+        groups = parameter_groups(self.backbone, encoders, self.task, *rates, late, stopping)
+        optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
+        total = self.data.total_steps
+        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients are larger than they should be until the optimiser's step: in float16 alone."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip also for a fused optimiser in bfloat16: Lightning refuses, though nothing is scaled there. The norm that
+        clipping by norm needs is what the guard looks at: one pass over the gradients for both."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        by_norm = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
+        limit = gradient_clip_val or 0.0
+        if limit > 0 and by_norm:
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+        elif self.guard is not None:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit > 0 and not by_norm:
+            nn.utils.clip_grad_value_(parameters, limit)
+        if self.guard is not None:
+            self.guard.judge(optimizer, norm, self.scales_gradients)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.
+        torch.manual_seed(mix(self.seed, batch_idx, rank()))
+        self.task.reseed(Draw(self.seed, batch_idx, self.device))
+        self.task.done = self.trainer.global_step / max(1, self.data.total_steps)
+        terms = self.task(self.backbone, batch)
+        self.terms = tuple(terms)
+        loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        logged = {f"train/{name}": term.detach() for name, term in terms.items()}
+        self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.task.update(self.backbone, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
+            self.metrics = self.task.compute(self.backbone)
+        self.log_dict(self.metrics, sync_dist=False)
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.backbone.text.tokenizer is not None:
+            checkpoint["tokenizer"] = tokenizer_json(self.backbone.text.tokenizer)
+        if self.model_yaml is not None:
+            checkpoint["model"] = self.model_yaml
+        if self.task_yaml is not None:
+            checkpoint["task"] = self.task_yaml
+        if getattr(self.task, "labels", None) is not None:
+            checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
+        checkpoint["lineage"] = [seen.plain() for seen in self.history]
+        if self.reference is not None:
+            checkpoint["reference"] = self.reference
+        if state := self.task.state():
+            checkpoint["task_state"] = state
+
+    @property
+    def reference(self) -> Tensor | None:
+        """Contrast vectors of validation images, by which a model tells what is far from its data (`familiar.py`)."""
+        return getattr(getattr(self.task, "measure", None), "reference", None)
+
+    @property
+    def lineage(self) -> tuple[Seen, ...]:
+        """The data that the weights had seen before this run; where it trains nothing, what a checkpoint tells."""
+        if self._loaded is not None:
+            return self._loaded
+        return self.backbone.origin.lineage if self.backbone.origin else ()
+
+    @property
+    def history(self) -> tuple[Seen, ...]:
+        """The data that the weights have seen by now."""
+        learned = self.trained and self.trainer.global_step > 0
+        return (*self.lineage, self._seen_here()) if learned else self.lineage
+
+    def _seen_here(self) -> Seen:
+        """This run's training data; its ids are hashed once."""
+        if self._seen is None:
+            kind, source = type(self.task), type(self.data.source)
+            ids = self.data.picture_ids("train")
+            pictures = len(self.data.splits["train"]) if ids is None else len(ids)
+            task, data = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
+            sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
+            self._seen = Seen(task, data, sha, pictures, 0, ids, held_out)
+        return self._seen._replace(steps=self.trainer.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""
+        if self.trained and self.trainer.state.fn == TrainerFn.FITTING:
+            made = self.configure_optimizers()
+            scheduler: Any = made["lr_scheduler"]
+            check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
+            if "task_state" in checkpoint:
+                restore(self.task, checkpoint["task_state"], str(self.trainer.ckpt_path))
+        if "tokenizer" in checkpoint:
+            self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
+        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            self.measured_step = checkpoint.get("global_step")
+        measure = getattr(self.task, "measure", None)
+        if measure is not None and checkpoint.get("reference") is not None:
+            measure.reference = checkpoint["reference"]  # until the next evaluation
+        told = lineage_of(checkpoint)
+        if self.trained and told and told[-1][:3] == self._seen_here()[:3]:
+            told = told[:-1]  # a run that goes on states its own part anew
+        self._loaded = told

@@ -1,0 +1,299 @@
+"""The processes of one run as each of them sees the others: who lives, who was lost, who stands still, and why.
+
+Each keeps a record in the run's folder and renews it every second. Nobody is asked and nothing is waited for: those
+that are left can name the one that is lost or frozen, whichever it is. Nothing here imports torch.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.utils.errors import ExitCode, UserError
+
+FOLDER = ".processes"  # in the run's folder
+BEAT = 1.0  # seconds between two records
+WIDTH = 1024  # bytes of a record: it is written over in place, which needs no room on a full disk
+SILENT = 120.0  # seconds without a record: frozen, or its machine is gone
+AFTER_A_BREAK = 5.0  # the same once a connection is known to be broken
+WITHIN = 10.0  # seconds in which the one at fault must be found then
+GRACE = 5.0  # seconds in which a main thread that can still end by itself does so
+TO_END = 10.0  # seconds that a process which has said why it ends may still take
+WELL = (ExitCode.DONE, ExitCode.REQUEUE, 130)
+# What torch, gloo and NCCL say, all of it as RuntimeErrors.
+BROKEN = re.compile(
+    r"gloo|NCCL|ProcessGroup|TCPStore|c10d|pair closure|^Dist|[Cc]onnection (closed|reset)|[Tt]imed out"
+)
+
+
+class Record(NamedTuple):
+    """What a process says of itself.
+
+    token: the same in all processes of one start. where: the machine (and container) whose process numbers it uses.
+    place: what it is at, growing through a run and the same for all processes at the same point; at: in words.
+    code: its exit status once it ends. because: the process for whose sake it ends. why: in words.
+    """
+
+    token: str
+    rank: int
+    host: str
+    where: str
+    pid: int
+    beat: int
+    place: tuple[int, int]
+    at: str
+    code: int | None = None
+    because: int | None = None
+    why: str = ""
+
+
+class Lost(UserError):
+    """Another process of this run is gone: `where` is who, `what` is how.
+
+    Args:
+        rank: its number; None where it is not known.
+        where, what, todo, code: see `UserError`.
+        grace: seconds in which the main thread may find out, too, and end by itself.
+    """
+
+    def __init__(self, rank: int | None, where: str, what: str, todo: str, code: int, grace: float = GRACE) -> None:
+        super().__init__(where, what, todo, code)  # type: ignore[arg-type]
+        self.rank, self.grace = rank, grace
+
+
+class Peers:
+    """This process among the others.
+
+    Args:
+        folder: of the run.
+        token: agreed on by all processes when they have met.
+        rank, world: this process's number, and how many there are.
+        silent: seconds without a sign of life after which a process is taken for frozen.
+        still: seconds without progress after which a process that others wait for is taken to stand still.
+    """
+
+    def __init__(self, folder: Path, token: str, rank: int, world: int, silent: float, still: float) -> None:
+        self.folder, self.token, self.rank, self.world = folder, token, rank, world
+        self.silent, self.still = silent, still
+        self.beats, self.place, self.at = 0, (0, 0), "starting"
+        self.seen: dict[
+            int, tuple[Record, int, int]
+        ] = {}  # rank -> its record, looks since it beat, and since it moved
+        self.writes = True
+        self.lock = threading.Lock()
+        self.leaving, self.left = threading.Event(), threading.Event()  # the main thread knows why it ends; it has said
+        self.verdict: Lost | None = None
+        folder.joinpath(FOLDER).mkdir(parents=True, exist_ok=True)
+
+    def move(self, step: int, phase: int, at: str) -> None:
+        """The main thread has come to this point."""
+        self.place, self.at = (step, phase), at
+
+    # ------------------------------------------------------------------ records
+
+    def path(self, rank: int) -> Path:
+        return self.folder / FOLDER / f"rank-{rank}"
+
+    def write(self, code: int | None = None, because: int | None = None, why: str = "") -> None:
+        """Renew this process's record; in place and at once, so that a reader sees it whole."""
+        with self.lock:
+            if self.left.is_set() and code is None:
+                return  # this process has ended, or is about to: its last record stays
+            self.beats += 1
+            mine = (self.token, self.rank, socket.gethostname(), machine(), os.getpid(), self.beats)
+            row = json.dumps(Record(*mine, self.place, self.at, code, because, why[:400]))
+            try:
+                file = os.open(self.path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+                try:
+                    os.pwrite(file, row.encode()[:WIDTH].ljust(WIDTH), 0)
+                finally:
+                    os.close(file)
+                self.writes = True
+            except OSError:
+                self.writes = False
+
+    def read(self, rank: int) -> Record | None:
+        """Another's record; None where there is none of this start (it may have ended well)."""
+        try:
+            with self.path(rank).open("rb") as file:
+                values: list[Any] = json.loads(file.read(WIDTH))
+            record = Record(*values)
+            step, phase = record.place
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        numbers = (record.rank, record.pid, record.beat, step, phase)
+        if record.token != self.token or record.rank != rank or not all(type(number) is int for number in numbers):
+            return None
+        return record._replace(place=(step, phase)) if record.pid > 1 else None  # 0 and -1 mean whole groups
+
+    def clear(self) -> None:
+        """Of the first process: records of earlier starts."""
+        for path in self.folder.joinpath(FOLDER).glob("rank-*"):
+            number = path.name.removeprefix("rank-")
+            if not number.isdigit() or int(number) >= self.world or self.read(int(number)) is None:
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """This process ends well."""
+        self.path(self.rank).unlink(missing_ok=True)
+        try:
+            self.folder.joinpath(FOLDER).rmdir()
+            self.folder.rmdir()  # of a command that leaves nothing else
+        except OSError:
+            pass  # others still have theirs
+
+    # ------------------------------------------------------------------ judgement
+
+    def look(self, ranks: Iterable[int]) -> None:
+        """Note who has beaten and moved since the last look.
+
+        Looks are counted, not seconds: a machine that sleeps, or a process that was stopped and goes on, has not
+        looked in the meantime. One that cannot write its own record (the file system is gone) does not count either.
+        """
+        for rank in ranks:
+            record = self.read(rank)
+            before = self.seen.get(rank)
+            if record is None:
+                self.seen.pop(rank, None)
+            elif before is None:
+                self.seen[rank] = (record, 0, 0)
+            else:
+                was, silent, still = before
+                counts = int(self.writes)
+                silent = 0 if record.beat != was.beat else silent + counts
+                self.seen[rank] = (record, silent, 0 if record.place != was.place else still + counts)
+
+    def judge(self, silent: float, still: float, every: float = BEAT) -> Lost | None:
+        """Who of those looked at is lost, if any. silent, still: see `Peers`; every: seconds between two looks."""
+        found = [
+            found
+            for rank, (record, quiet, _) in self.seen.items()
+            if (found := self._one(record, quiet * every, silent))
+        ]
+        found.sort(key=lambda each: each[0])
+        return found[0][1] if found else self._behind(still, every)
+
+    def _one(self, record: Record, quiet: float, silent: float) -> tuple[int, Lost] | None:
+        """Verdict on one process, the surest first."""
+        who = name(record)
+        if record.rank == self.rank:
+            return None
+        if record.code is not None:
+            if record.code in WELL:
+                return None
+            first = record.rank if record.because is None else record.because
+            return 0, Lost(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
+        if record.where == machine() and not alive(record.pid):
+            now = self.read(record.rank)  # it may have ended well, or said why, before it was gone
+            if now is None or now.code is not None:
+                return None
+            what = f"was lost: killed, or ended by the system as memory ran out (last seen {record.at})"
+            return 1, self.lost(record, GRACE, what)
+        if quiet >= silent:
+            return 2, self.lost(record, 0.0, f"has shown no sign of life for {quiet:.0f} s (last seen {record.at})")
+        return None
+
+    def _behind(self, still: float, every: float) -> Lost | None:
+        """A process that lives, and does not come to where others wait for it."""
+        if len(self.seen) < self.world:
+            return None
+        first = min(self.seen.values(), key=lambda each: each[0].place)
+        ahead = max(each[0].place for each in self.seen.values())
+        if first[0].place == ahead or first[2] * every < still:
+            return None
+        what = f"stands still {first[0].at}, and others wait for it"
+        return self.lost(first[0], 0.0, what)
+
+    def lost(self, record: Record, grace: float, what: str) -> Lost:
+        last = self.folder / "last.ckpt"
+        goes_on = f"The same command goes on from {last}" if last.is_file() else "Start the same command again"
+        return Lost(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
+
+    def everyone(self) -> range:
+        return range(self.world)
+
+    def blame(self, timed_out: bool) -> Lost:
+        """A connection broke, or timed out: who was it? Looks at all others for at most `WITHIN` seconds."""
+        every, until = 0.2, time.monotonic() + WITHIN
+        still = AFTER_A_BREAK if timed_out else math.inf
+        self.seen = {}
+        while True:
+            self.look(self.everyone())
+            if lost := self.judge(AFTER_A_BREAK, still, every):
+                return lost
+            if time.monotonic() > until:
+                what = "the connection between the processes broke, and none of them is known to be lost"
+                return Lost(None, "processes", what, "Look at the network, and start the same command again", 69)
+            time.sleep(every)
+
+
+def name(record: Record) -> str:
+    return f"rank {record.rank} ({record.host}, process {record.pid})"
+
+
+def machine() -> str:
+    """Names whose process numbers this process sees: the machine, and its container where it is in one."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine lives; one that ended and was not yet waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in "ZX"
+
+
+def end_frozen(record: Record | None) -> None:
+    """A process that is frozen does not see that the run is over."""
+    if record is not None and record.where == machine() and alive(record.pid) and record.pid != os.getpid():
+        os.kill(record.pid, signal.SIGKILL)
+
+
+CURRENT: list[Peers] = []  # of the run that this process takes part in; none where it is alone
+
+
+def blamed(error: BaseException) -> Lost | None:
+    """Whom a broken connection to other processes is to be blamed on; None of any other error."""
+    if isinstance(error, UserError) or not CURRENT:
+        return error if isinstance(error, Lost) else None
+    CURRENT[0].leaving.set()
+    said = f"{type(error).__name__} {error}"
+    if not isinstance(error, RuntimeError) or "DataLoader" in said or not BROKEN.search(said):
+        return None
+    CURRENT[0].verdict = CURRENT[0].blame(bool(re.search("timed out|timeout", said.lower())))
+    return CURRENT[0].verdict
+
+
+def leave(code: int) -> None:
+    """This process ends with that status: those that go on must know."""
+    if not CURRENT:
+        return
+    peers = CURRENT.pop()
+    peers.leaving.set()
+    peers.left.set()
+    if code in WELL:
+        peers.remove()
+        return
+    because = peers.verdict.rank if peers.verdict else None
+    peers.write(code, because, peers.verdict.what if peers.verdict else "")
+    last_resort = threading.Timer(TO_END, os._exit, [code])  # what libraries do at the end may wait for others, too
+    last_resort.daemon = True
+    last_resort.start()

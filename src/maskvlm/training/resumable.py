@@ -1,0 +1,110 @@
+"""Whether a checkpoint holds the state of a run that can go on: position, loops, optimiser, callbacks.
+
+Lightning restores these without looking, and where one is missing it begins that part anew without a word. The schema
+is not written down: it is what the present run itself would save, so each part must look like its counterpart.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.optim import Optimizer
+
+from maskvlm.config.plain_schema import shown
+from maskvlm.objectives.task import Task
+from maskvlm.utils.errors import ExitCode, UserError
+
+TODO = "Go on from another checkpoint of the run, or start a new run --from this one"
+
+
+def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: Optimizer, scheduler: Any) -> None:
+    """Hold a checkpoint against the run that would go on from it.
+
+    Args:
+        content: of the checkpoint.
+        trainer: with its loops, callbacks and data, none of them restored yet.
+        optimizer, scheduler: as the run makes them, new.
+
+    Raises:
+        UserError: a part is missing or of another form; names it (65).
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    wanted: dict[str, Any] = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}, "epoch": 0, "global_step": 0}
+    wanted["lr_schedulers"] = [scheduler.state_dict()]
+    if data is not None and (state := data.state_dict()):
+        wanted[type(data).__qualname__] = state
+    saved = {each.state_key: state for each in trainer.callbacks if (state := each.state_dict())}  # type: ignore[attr-defined]
+    callbacks = content.get("callbacks")
+    # A callback that joined the run later has no state yet.
+    known = {key: state for key, state in saved.items() if isinstance(callbacks, dict) and key in callbacks}
+    wanted["callbacks"] = known
+    where = str(trainer.ckpt_path)
+    for key, part in wanted.items():
+        if key not in content:
+            raise _unfit(where, key, "is missing")
+        check_like(part, content[key], f"{where}: {key}")
+    check_optimizer(content.get("optimizer_states"), optimizer, where)
+
+
+def check_like(wanted: Any, found: Any, where: str) -> None:
+    """Raise UserError (65) unless `found` has every key of `wanted`, and each value the type that it has there."""
+    if isinstance(wanted, dict):
+        if not isinstance(found, dict):
+            raise _unfit(where, "", f"expected a mapping, found {shown(found)}")
+        for key, part in wanted.items():
+            if key not in found:
+                raise _unfit(where, str(key), "is missing")
+            check_like(part, found[key], f"{where}.{key}")
+    elif isinstance(wanted, list):
+        if not isinstance(found, list) or (wanted and len(found) != len(wanted)):
+            raise _unfit(where, "", f"expected a list of {len(wanted)}, found {shown(found)}")
+        for number, part in enumerate(wanted):
+            check_like(part, found[number], f"{where}[{number}]")
+    elif isinstance(wanted, bool | int | str):
+        if type(found) is not type(wanted) or (type(found) is int and found < min(0, int(wanted))):
+            raise _unfit(where, "", f"expected a value such as {shown(wanted)}, found {shown(found)}")
+    elif isinstance(wanted, float) and type(found) not in (int, float):
+        raise _unfit(where, "", f"expected a number, found {shown(found)}")
+
+
+def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
+    """Raise UserError (65) unless the one state fits the optimiser's parameters, group by group and shape by shape."""
+    if not isinstance(states, list) or len(states) != 1 or not isinstance(states[0], dict):
+        raise _unfit(f"{where}: optimizer_states", "", f"expected the state of one optimiser, found {shown(states)}")
+    groups, state = states[0].get("param_groups"), states[0].get("state")
+    own = optimizer.state_dict()["param_groups"]
+    place = f"{where}: optimizer_states[0]"
+    check_like(
+        [{key: part for key, part in group.items() if key != "params"} for group in own], groups, f"{place}.groups"
+    )
+    assert isinstance(groups, list)
+    numbers = [number for group in groups for number in (group.get("params") or ())]
+    sizes = [[len(group["params"]) for group in own], [len(group.get("params") or ()) for group in groups]]
+    if sizes[0] != sizes[1] or not isinstance(state, dict) or not set(state) <= set(numbers):
+        raise _unfit(place, "", f"is of other parameters ({sizes[1]} in its groups, the model has {sizes[0]})")
+    shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
+    for number, shape in zip(numbers, shapes, strict=True):
+        for name, value in (state.get(number) or {}).items():
+            if not isinstance(value, Tensor) or value.shape not in (shape, ()):
+                raise _unfit(place, f"state[{number}].{name}", f"expected a tensor {list(shape)}, found {_size(value)}")
+
+
+def restore(task: Task, state: Any, where: str) -> None:
+    """Give a task what it kept beside weights. Raises UserError where that is not its own (65)."""
+    known = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
+    if not known:
+        raise _unfit(where, "task_state", f"expected tensors by name, found {shown(state)}")
+    try:
+        task.go_on(state)
+    except ValueError as error:
+        raise _unfit(f"{where}: task_state", "", str(error)) from None
+
+
+def _size(value: Any) -> str:
+    return f"one of {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+
+
+def _unfit(where: str, key: str, what: str) -> UserError:
+    told = f"{key} {what}" if key else what
+    return UserError(where, f"holds no state of a run that can go on ({told})", TODO, ExitCode.BAD_DATA)

@@ -1,0 +1,160 @@
+"""How a run's folder stands: new, begun, interrupted or finished; whether the same command is what goes on with it."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from maskvlm.checkpoint.integrity import newest_valid, verify
+from maskvlm.config.given import text_of
+from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.training.attempts import BEFORE, check
+from maskvlm.training.run_record import read_json
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import Finished
+
+FREE = (
+    "run",
+    "ckpt_path",
+    "verbose",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.profiler",
+    "trainer.enable_progress_bar",
+    "trainer.callbacks[StepGuard]",
+    "data.init_args.workers",
+    "patience",
+)
+"""What may differ when a run goes on: on what it runs, and when it gives up. Losses stay what they are but for the
+rounding of sums."""
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+RECORD = "config-fit.yaml"
+CHOOSE = "Choose another folder (--folder; RUN= with make)"
+
+
+def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | None:
+    """The checkpoint that a run in this folder goes on from; None where it begins.
+
+    Args:
+        folder: of the run.
+        composed: its configuration as YAML.
+        warn: told of newer checkpoints that are damaged.
+
+    Raises:
+        Finished: the run has come to its end.
+        UserError: the folder holds another run (73), every checkpoint in it is damaged (77), or the run died too often
+            in the same step (77).
+    """
+    if not may_go_on(folder, composed):
+        return None
+    failed = check(folder)
+    found = newest_valid(folder, warn)
+    if failed.times >= BEFORE and found is not None and found.name == LAST and whole(folder / PREVIOUS):
+        found = folder / PREVIOUS
+        warn(f"{folder}: died {failed.times} times in step {failed.step}; going on from {PREVIOUS}, the one before")
+    return None if found is None else str(found)
+
+
+def may_go_on(folder: Path, composed: str) -> bool:
+    """Whether the folder holds this very run, unfinished; False where it holds none. Touches nothing.
+
+    Raises: see `newest_of`.
+    """
+    record = folder / RECORD
+    if not record.exists() and not any(folder.glob("*.ckpt")):
+        return False
+    if not record.exists():
+        what = f"holds checkpoints and no {RECORD}: it is no run of this project"
+        raise UserError(folder, what, CHOOSE, ExitCode.CANNOT_CREATE)
+    changed = differences(recorded(record), read_yaml(composed, "configuration"))
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        what = f"already holds a run with other settings ({'; '.join(changed[:3])}{more})"
+        todo = f"{CHOOSE}, repeat the run's own command, or go on with these settings by --ckpt_path last"
+        raise UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
+    end = finished(folder)
+    if end is not None:
+        raise Finished(f"{folder}: finished at step {end}; another RUN begins anew")
+    return True
+
+
+def recorded(record: Path) -> dict[str, Any]:
+    """The configuration that a run was started with.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged (65).
+    """
+    try:
+        content = read_yaml(text_of(str(record)), str(record))
+        if isinstance(content, dict):
+            return content
+        why = "it holds no `key: value` lines"
+    except UserError as error:
+        why = error.what
+    todo = "Restore it, or go on without it, with the same settings: --ckpt_path last writes it anew"
+    raise UserError(record, f"damaged ({why})", todo, ExitCode.BAD_DATA)
+
+
+def whole(path: Path) -> bool:
+    """Whether a checkpoint is there and not damaged."""
+    try:
+        verify(path)
+    except UserError:
+        return False
+    return True
+
+
+def finished(folder: Path) -> int | None:
+    """The step that a run in this folder ended with; None where it has not ended."""
+    try:
+        return int(read_json(folder / "versions.json")["finished"]["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def differences(was: Any, now: Any) -> list[str]:
+    """Keys of a composed configuration that differ, with both values, but for those of FREE, and options that did not
+    exist when the run began and have their default now."""
+    before, after = dict(_leaves(was)), dict(_leaves(now))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    changed = [key for key in keys if not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE)]
+    changed = [key for key in changed if not _is_new(key, before, after)]
+    return [f"{key.replace('init_args.', '')} was {before.get(key)}, is {after.get(key)}" for key in changed]
+
+
+def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """An option of the same class that an older version did not know, left at its default."""
+    parent, _, name = key.rpartition(".init_args.")
+    path = before.get(f"{parent}.class_path")
+    same = bool(parent) and path is not None and path == after.get(f"{parent}.class_path")
+    if not parent and key.startswith("model."):  # of the LightningModule, which no configuration names
+        name, path, same = key.removeprefix("model."), "maskvlm.training.lit.LitModel", True
+    if key in before or path is None or not same:
+        return False
+    module, _, kind = path.rpartition(".")
+    found = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
+    option = inspect.signature(found).parameters.get(name) if inspect.isclass(found) else None
+    default = option.default if option is not None else inspect.Parameter.empty
+    return bool((list(default) if isinstance(default, tuple) else default) == after[key])
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list) and value:
+        for name, part in _named(value):
+            yield from _leaves(part, f"{key}[{name}]")
+    else:
+        yield key, value
+
+
+def _named(parts: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of a list by their class, where each has one of its own: one more of them then moves no other."""
+    paths = [part.get("class_path") if isinstance(part, dict) else None for part in parts]
+    names = [str(path).rpartition(".")[2] for path in paths]
+    by_class = None not in paths and len({*names}) == len(names)
+    yield from ((names[place] if by_class else str(place), part) for place, part in enumerate(parts))

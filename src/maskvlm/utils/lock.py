@@ -1,0 +1,222 @@
+"""One training at a time in a run's folder.
+
+First line: a lock of the kernel (`flock`) on `run.lock`. It ends with its process, however that dies; a copy of the
+file locks nothing; of a job's processes the first one alone takes it.
+
+Second line, for folders that several machines share and whose file system locks within one machine alone, or not at
+all: the holder states who it is, and counts a beat up every few seconds. Who finds a statement of another machine
+watches it: one that beats is alive. Clocks are not compared. A copied statement names another file (inode).
+
+What cannot be known there: a holder that stands still for longer than the watch is taken for dead. When it wakes it
+finds another statement than its own, and stops. Two machines that start within the same second may both train until the
+next beat, when one of them stops.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.outputs import cannot_write
+
+NAME = "run.lock"
+BEAT = 5.0  # seconds between two signs of life
+WATCH = 20.0  # how long a statement of another machine is watched: four beats, and a network file system's delay
+PATIENCE = 2.0  # a process that was killed has held its lock for at most so long
+SIZE = 512  # bytes of a statement
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
+
+
+class Holder(NamedTuple):
+    """Who trains: machine, process, the boot of the machine, the file it stated this in, and its signs of life."""
+
+    host: str
+    pid: int
+    boot: str
+    inode: int
+    beat: int = 0
+
+
+class RunLock:
+    """The lock that this process holds, if any."""
+
+    def __init__(self) -> None:
+        self.folder, self.handle = Path(), -1
+        self.me: Holder | None = None
+        self.rival: Holder | None = None
+        self._end = threading.Event()
+        os.register_at_fork(after_in_child=self._leave_behind)
+
+    def take(self, folder: Path, warn: Callable[[str], object] = print) -> None:
+        """Hold the folder from now on, until `release` or this process's end; one held before is released.
+
+        Args:
+            folder: of the run; made where needed.
+            warn: told of a holder on another machine that gave no sign of life.
+
+        Raises:
+            UserError: another process trains here, or the folder cannot be written (73).
+        """
+        self.release()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise cannot_write(error, folder) or error from error
+        try:
+            self._take(folder, handle, warn)
+        except BaseException:
+            os.close(handle)
+            raise
+
+    def _take(self, folder: Path, handle: int, warn: Callable[[str], object]) -> None:
+        locked, until = flock(handle), time.monotonic() + PATIENCE
+        while locked is False and time.monotonic() < until and not _alive(holder_of(handle)):
+            time.sleep(0.05)  # the holder has just been killed, or has not yet said who it is
+            locked = flock(handle)
+        said = holder_of(handle)
+        if locked is False:
+            raise taken(folder, said)
+        inode = os.fstat(handle).st_ino
+        if said is not None and said.inode == inode and (said.boot != boot() or locked is None):
+            if beats(folder / NAME, said):
+                raise taken(folder, said)
+            warn(f"{folder}: {who(said)} trained here and gave no sign of life for {WATCH:.0f} s: taken over")
+        self.folder, self.handle, self.rival = folder, handle, None
+        self.me = Holder(socket.gethostname()[:100], os.getpid(), boot(), inode)
+        state(handle, self.me)
+        self._end = threading.Event()
+        threading.Thread(target=self._beat, args=(self._end,), daemon=True, name="run.lock").start()
+
+    def _beat(self, end: threading.Event) -> None:
+        while not end.wait(BEAT) and self.me is not None:
+            try:
+                said = read(self.folder / NAME)
+                if said is not None and said[:4] != self.me[:4]:
+                    self.rival = said
+                    return
+                self.me = self.me._replace(beat=self.me.beat + 1)
+                state(self.handle, self.me)
+            except OSError:  # the disk is full or gone: whoever writes next will tell
+                continue
+
+    def check(self) -> None:
+        """Between two steps: stop where another process took the folder over.
+
+        Raises:
+            UserError: one did (73).
+        """
+        if self.rival is not None:
+            raise taken(self.folder, self.rival)
+
+    def release(self) -> None:
+        """Let go; the statement is withdrawn, so that nobody has to watch it."""
+        if self.me is None:
+            return
+        self._end.set()
+        if self.rival is None:
+            with suppress(OSError):
+                os.ftruncate(self.handle, 0)
+        self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        """A forked process (a data worker) holds nothing: the lock ends with this process alone."""
+        if self.me is not None:
+            os.close(self.handle)
+        self.me, self.handle = None, -1
+
+
+HELD = RunLock()
+
+
+def flock(handle: int) -> bool | None:
+    """Ask the kernel for the lock: whether it was given; None where the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def state(handle: int, holder: Holder) -> None:
+    """Write who holds the lock, always as many bytes: a reader sees the old or the new statement."""
+    os.pwrite(handle, json.dumps(holder._asdict()).ljust(SIZE - 1).encode() + b"\n", 0)
+    os.fsync(handle)
+
+
+def holder_of(handle: int) -> Holder | None:
+    """Who states to hold the lock; None where nobody does, or the file is damaged."""
+    try:
+        said = json.loads(os.pread(handle, SIZE, 0))
+        holder = Holder(str(said["host"])[:100], int(said["pid"]), str(said["boot"]), said["inode"], said["beat"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return None
+    return holder if 0 < holder.pid < 2**31 else None
+
+
+def read(path: Path) -> Holder | None:
+    """As `holder_of`, newly opened: a network file system then asks its server."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return holder_of(handle)
+    finally:
+        os.close(handle)
+
+
+def beats(path: Path, said: Holder) -> bool:
+    """Whether the holder gives a sign of life while it is watched."""
+    until = time.monotonic() + WATCH
+    while time.monotonic() < until:
+        time.sleep(BEAT / 5)
+        now = read(path)
+        if now != said:
+            return now is not None  # None: it has withdrawn its statement
+    return False
+
+
+def _alive(holder: Holder | None) -> bool:
+    """Of a holder on this machine: whether its process is there; one of another machine may be."""
+    if holder is None or holder.boot != boot():
+        return holder is not None
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def boot() -> str:
+    """What tells this run of this machine's kernel from any other; its name where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def who(holder: Holder | None) -> str:
+    """`process 17 on host`."""
+    return "another process" if holder is None else f"process {holder.pid} on {holder.host}"
+
+
+def taken(folder: Path, holder: Holder | None) -> UserError:
+    """The refusal."""
+    named = "" if holder is None else f" ({who(holder)})"
+    todo = "Wait for it, or choose another folder (--folder; RUN= with make)"
+    return UserError(folder, f"another process trains here{named}", todo, ExitCode.CANNOT_CREATE)

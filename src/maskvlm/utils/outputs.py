@@ -1,0 +1,67 @@
+"""What it means that an output cannot be written: one line and an exit status, whoever tried to write it.
+
+Lightning, TensorBoard, Pillow, matplotlib and torch all pass on the system's OSError. Its number tells the cause.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from maskvlm.utils.errors import ExitCode, UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+
+
+def cannot_write(error: OSError, where: object = None, kept: str = "") -> UserError | None:
+    """What to say of an output that could not be written.
+
+    Args:
+        error: of the system.
+        where: the file; by default the one that the error names.
+        kept: what was saved from harm, as the end of the line.
+
+    Returns:
+        The error for the user (73: refused, 74: full or broken); None where the number is none of these.
+    """
+    named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
+    place, end = str(where or named), f"; {kept}" if kept else ""
+    if error.errno in FULL:
+        return UserError(
+            place, f"no space left: disk full ({error.strerror})", f"Free some space{end}", ExitCode.IO_ERROR
+        )
+    if error.errno in REFUSED:
+        todo = f"Make it writable, or choose another folder{end}"
+        return UserError(place, f"cannot be written ({error.strerror})", todo, ExitCode.CANNOT_CREATE)
+    if error.errno in BROKEN:
+        return UserError(place, f"could not be written ({error.strerror})", f"Check the disk{end}", ExitCode.IO_ERROR)
+    return None
+
+
+@contextmanager
+def writing(folder: object = None) -> Iterator[None]:
+    """What is written within ends as one line where it cannot be written, whichever library tried.
+
+    Args:
+        folder: where it is written; named where the error names no file.
+
+    Raises:
+        UserError: see `cannot_write`.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if known(args.exc_value) else before(args)
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(error, None if error.filename else folder) or error from error
+    finally:
+        threading.excepthook = before
+
+
+def known(error: BaseException | None) -> bool:
+    """Whether an error of a thread that writes is one to tell. TensorBoard's thread dies of it, and the main thread
+    is told when it hands over the next value, or at the end: it is not to be printed twice."""
+    return isinstance(error, OSError) and cannot_write(error) is not None

@@ -1,0 +1,149 @@
+"""The words of a command as the stack of files that they stand for."""
+
+from pathlib import Path
+
+import pytest
+
+from maskvlm.config import compose
+from maskvlm.config.compose import COMMANDS, choices, read_words
+from maskvlm.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(compose.RUN_NAME, "when")
+
+
+def composed(command: str) -> list[str]:
+    name, *words = command.split()
+    return COMMANDS[name](words)
+
+
+def stack(*names: str) -> list[str]:
+    return [word for name in names for word in ("-c", f"{name}.yaml")]
+
+
+def test_pretraining_is_a_stack_of_files_and_then_the_options() -> None:
+    assert composed("pretrain model=compact data=flickr8k where=cpu run=x --model.lr 2") == [
+        "fit", "--folder", "checkpoints/x",
+        *stack("conf/base", "conf/model/compact", "conf/pretrain", "conf/pretrain-compact", "conf/data/flickr8k"),
+        *stack("conf/where/cpu"), "--model.lr", "2",
+    ]  # fmt: skip
+
+
+def test_without_a_word_the_built_in_world_is_learned() -> None:
+    assert composed("pretrain")[:2] == ["fit", "--folder"]
+    assert composed("pretrain") == composed("pretrain model=tiny data=scenes where=auto run=when")
+
+
+def test_a_checkpoint_keeps_its_model_and_goes_on_by_another_recipe() -> None:
+    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu", "continue", "continue-compact")
+    found = composed("pretrain model=compact data=flickr8k where=cpu run=x from=a/b.ckpt")
+    assert found == ["fit", "--folder", "checkpoints/x", "--from", "a/b.ckpt", *stack(*(f"conf/{n}" for n in files))]
+
+
+@pytest.mark.parametrize(("split", "command"), [("val", "validate"), ("test", "test")])
+def test_all_of_a_split_is_measured(split: str, command: str) -> None:
+    assert composed(f"evaluate nlvr from=a/b.ckpt where=cpu run=x split={split} --model.lr 2") == [
+        command, "--folder", "checkpoints/x", "--from", "a/b.ckpt",
+        *stack("conf/base", "conf/finetune", "tasks/nlvr/conf", "conf/where/cpu"),
+        "--trainer.limit_val_batches", "1.0", "--model.lr", "2",
+    ]  # fmt: skip
+
+
+def test_without_a_task_pretraining_is_measured() -> None:
+    found = composed("evaluate model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
+    fitted = composed("pretrain model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
+    assert found == ["validate", *fitted[1:], "--trainer.limit_val_batches", "1.0"]
+
+
+def test_the_control_begins_with_random_weights_of_the_model() -> None:
+    found = composed("finetune vqa data=daquar from=random model=small where=cpu run=x")
+    assert found[3:7] == ["--model.random_init", "true", "-c", "conf/model/small.yaml"]
+    assert "--from" not in found
+    assert "tasks/vqa/daquar.yaml" in found
+
+
+def test_a_prepared_set_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").touch()
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    found = composed("pretrain data=mine")
+    assert found[found.index("conf/data/prepared.yaml") - 1 :][-2:] == ["--data.source.root", str(tmp_path / "mine")]
+
+
+def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
+    """The one with a tokenizer is the text's, whatever their names are."""
+    for name in ("a-text/tokenizer.json", "a-text/model.safetensors", "vit/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    text, image = f"{tmp_path}/a-text", f"{tmp_path}/vit/model.safetensors"
+    found = composed(f"pretrain model=compact encoders={tmp_path}")
+    assert found[-4:] == ["--model.backbone.image.weights", image, "--model.backbone.text.name", text]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("pretrain model=nope", "model=nope: no such model. There are: base, compact, large, small, tiny."),
+        ("pretrain model=../base", "model=../base: no such model"),
+        ("pretrain where=here", "where=here: no such where"),
+        ("pretrain data=", "data=: no such data set"),
+        ("pretrain data=a/../coco", "no such data set"),
+        ("pretrain modle=tiny", "pretrain: modle=tiny: no such word. There are: model= data= where= run= from="),
+        ("pretrain tiny", "pretrain: tiny: no such word"),
+        ("pretrain model=tiny model=base", "model is given twice"),
+        ("finetune", "finetune: no task is named. Give one of entailment, nlvr, retrieval, vqa"),
+        ("finetune nope from=x", "task nope: no such task. There are: entailment, nlvr, retrieval, vqa"),
+        ("finetune acme.nothing from=x", "task acme.nothing: no such task"),
+        ("finetune vqa", "from=: no checkpoint is named"),
+        ("evaluate", "from=: no checkpoint is named"),
+        ("evaluate from=random", "from=: no checkpoint is named"),
+        ("evaluate vqa from=x split=train", "split=train: no such split. There are: val, test."),
+        ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. There are: daquar, scenes, vqav2."),
+        ("finetune nlvr from=x data=conf", "data=conf: no such data set of nlvr"),
+        ("pretrain encoders=nowhere", "encoders=nowhere: has no folder of image weights"),
+        *((f"{name} run={run}", f"run={run}: is no folder name") for name in ("pretrain", "config")
+          for run in ("", "../x", "/tmp/x", ".", "a/../../x")),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_one_line(command: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        composed(command)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoints_that_there_are_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="There are none yet: `maskvlm pretrain` makes one"):
+        composed("evaluate")
+    (tmp_path / "checkpoints" / "a").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "a" / "best.ckpt").touch()
+    with pytest.raises(UserError, match=r"There are: checkpoints/a/best\.ckpt"):
+        composed("evaluate")
+
+
+def test_all_processes_of_a_run_share_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a run starts repeat its command; the time of day is another one then."""
+    monkeypatch.delenv(compose.RUN_NAME)
+    monkeypatch.setattr(compose, "moment", iter(("1", "2")).__next__)
+    assert (
+        composed("pretrain")[:3]
+        == composed("pretrain")[:3]
+        == ["fit", "--folder", "checkpoints/pretrain-scenes-tiny-1"]
+    )
+
+
+def test_words_end_where_options_begin() -> None:
+    words = read_words("x", ["vqa", "model=a", "--model.lr", "1", "data=b"], ("model", "data"), 1)
+    assert words == (["vqa"], {"model": "a"}, ["--model.lr", "1", "data=b"])
+
+
+def test_there_are_models_data_and_places() -> None:
+    assert "compact" in choices("model")
+    assert "scenes" in choices("data")
+    assert "gpu8" in choices("where")
