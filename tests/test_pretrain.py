@@ -349,6 +349,10 @@ def test_what_is_aligned_may_stand_still(
     modules = enumerate((backbone, task))
     names = {f"{at}.{name}" for at, part in modules for name, p in part.named_parameters() if id(p) not in still_now}
     assert set(found[freeze][1]) == names & set(found[False][1])
+    waited = {id(parameter) for parameter in task.late(backbone).parameters}
+    parts = enumerate((backbone, task))
+    assert {f"{at}.{n}" for at, part in parts for n, p in part.named_parameters() if id(p) in waited} <= names
+    assert waited <= {id(p) for part in (backbone, task) for p in part.parameters() if p.grad is not None}
     for name in found[freeze][1]:
         torch.testing.assert_close(found[freeze][1][name], found[False][1][name], atol=1e-6, rtol=1e-5)
 
