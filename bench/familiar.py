@@ -1,4 +1,4 @@
-"""Does a model tell strange pictures from those of its data (`maskvlm.objectives.novelty`)? What to ask a checkpoint before its
+"""Does a model tell strange pictures from those of its data (`objectives.novelty`)? What to ask a checkpoint before its
 warnings are believed:
 
     python bench/familiar.py checkpoints/RUN/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/

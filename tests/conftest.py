@@ -1,8 +1,6 @@
 """What every test shares: an offline, single-threaded process, and the skips that name their reason."""
 
 import os
-import shlex
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,14 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def stack() -> Callable[..., list[str]]:
-    """The `-c FILE` arguments that `make pretrain MODEL=.. DATA=..` passes, asked of make itself."""
+    """The `-c FILE` arguments that `maskvlm pretrain model=.. data=..` stands for."""
+    from maskvlm.cli.commands import COMMANDS
 
     def compose(**choices: str) -> list[str]:
-        words = [f"{name}={value}" for name, value in choices.items()]
-        command = ["make", "-n", "pretrain", "PYTHON=python", "RUN=x", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        arguments = shlex.split(done.stdout.strip().splitlines()[-1])
-        return arguments[arguments.index("checkpoints/x") + 1 :]
+        words = [f"{name.lower()}={value}" for name, value in choices.items()]
+        command, folder, name, *files = COMMANDS["pretrain"].full([*words, "run=x"])
+        assert (command, folder, name) == ("fit", "--folder", "checkpoints/x")
+        return files
 
     return compose
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from maskvlm.cli import main as front
+from maskvlm.cli import commands
 from maskvlm.cli.lightning import Parsed, run
 from maskvlm.cli.main import main
+from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
 from maskvlm.config.safe_yaml import check_yaml
 from maskvlm.data.images import BadImage
@@ -243,22 +244,19 @@ def test_a_tasks_own_tool_has_its_own_options(
         assert error.startswith(f"error: {said}")
         assert "vqa.score" in error.split("There are: ")[1]
         assert len(error.splitlines()) == 1
-    monkeypatch.chdir(tmp_path)
-    assert main(["vqa.score"]) == ExitCode.USAGE
-    assert "vqa.score: no such tool. Run it where tasks/ is." in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # they are found from anywhere
+    assert main(["vqa.score"]) == 3
 
 
-def test_the_folder_of_an_installed_package_is_found(
-    plugin: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_of_an_installed_package_is_found(plugin: tuple[str, Path], tmp_path: Path) -> None:
     path, mark = plugin
     name = path.partition(".")[0]
-    assert main(["where", f"{name}.hello"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'site' / name}\n"
+    assert task_folder(f"{name}.hello") == tmp_path / "site" / name
     assert not mark.exists()  # looked for, not imported
-    for wrong in ([], ["acme.nothing"], [f"{name}.nothing"], ["..x"]):
-        assert main(["where", *wrong]) == ExitCode.MISSING_INPUT
-        assert f"TASK={wrong[0] if wrong else ''}: no such package. Install" in capsys.readouterr().err
+    for wrong in ("acme.nothing", f"{name}.nothing", "..x"):
+        with pytest.raises(UserError, match="no such task") as error:
+            task_folder(wrong)
+        assert error.value.code == ExitCode.MISSING_INPUT
 
 
 def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str]) -> None:
@@ -318,7 +316,7 @@ def raising(error: BaseException) -> Callable[..., int]:
 def test_a_bug_is_one_line_and_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(front, "dispatch", raising(ZeroDivisionError("division\nby zero")))
+    monkeypatch.setattr(commands.Command, "run", raising(ZeroDivisionError("division\nby zero")))
     assert main(["fit", "--run", str(tmp_path / "run")]) == ExitCode.OUR_BUG
     where = f"{tmp_path}/run/crash.txt"
     said = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"
@@ -327,7 +325,7 @@ def test_a_bug_is_one_line_and_a_file(
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(front, "dispatch", raising(UserError("here", "wrong", "Mend it")))
+    monkeypatch.setattr(commands.Command, "run", raising(UserError("here", "wrong", "Mend it")))
     assert main(["fit", "--debug"]) == ExitCode.USAGE
     assert "Traceback" in capsys.readouterr().err
 
@@ -343,7 +341,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_an_interrupt_is_clean(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(front, "dispatch", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(commands.Command, "run", raising(KeyboardInterrupt()))
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert main(["fit", "--run", str(tmp_path)]) == 130

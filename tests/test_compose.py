@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from maskvlm.cli.commands import COMMANDS
 from maskvlm.config import compose
-from maskvlm.config.compose import COMMANDS, choices, read_words
+from maskvlm.config.compose import choices, read_words
 from maskvlm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def composed(command: str) -> list[str]:
     name, *words = command.split()
-    return COMMANDS[name](words)
+    return COMMANDS[name].full(words)
 
 
 def stack(*names: str) -> list[str]:
@@ -105,6 +106,14 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("evaluate vqa from=x split=train", "split=train: no such split. There are: val, test."),
         ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. There are: daquar, scenes, vqav2."),
         ("finetune nlvr from=x data=conf", "data=conf: no such data set of nlvr"),
+        ("data", "data: no set is named"),
+        ("data coco", "data: 0 folders or files are named"),
+        ("data coco x y", "data: y: no such word"),
+        ("data csv x name=a/b", "name=a/b: is no name of a set"),
+        ("data csv x name=..", "name=..: is no name of a set"),
+        ("data-check", "name=: is no name of a set"),
+        ("index", "from=: no checkpoint is named"),
+        ("index from=x split=train", "split=train: no such split"),
         ("pretrain encoders=nowhere", "encoders=nowhere: has no folder of image weights"),
         *((f"{name} run={run}", f"run={run}: is no folder name") for name in ("pretrain", "config")
           for run in ("", "../x", "/tmp/x", ".", "a/../../x")),
@@ -147,3 +156,24 @@ def test_there_are_models_data_and_places() -> None:
     assert "compact" in choices("model")
     assert "scenes" in choices("data")
     assert "gpu8" in choices("where")
+
+
+def test_a_set_is_a_folder_of_the_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", "/d")
+    assert composed("data csv a/b.csv name=mine --look") == ["data", "csv", "a/b.csv", "--out", "/d/mine", "--look"]
+    assert composed("data coco raw=/x") == ["data", "coco", "/x", "--out", "/d/coco"]
+    assert composed("data csv x --out y/z") == ["data", "csv", "x", "--out", "y/z"]
+    assert composed("data-check coco --all") == ["data-check", "/d/coco", "--all"]
+    assert composed("data-check name=mine") == ["data-check", "/d/mine"]
+    assert composed("data-check some/folder") == ["data-check", "some/folder"]
+
+
+def test_options_name_a_checkpoint_as_words_do() -> None:
+    assert composed("finetune vqa --from a.ckpt run=x".replace(" run=x", "")) == composed("finetune vqa from=a.ckpt")
+    assert composed("index --from a.ckpt -c x.yaml") == ["index", "--from", "a.ckpt", "-c", "x.yaml"]
+
+
+def test_a_command_with_files_is_taken_as_it_is() -> None:
+    for command in ("bench -c a.yaml --model.lr 1", "preview --config=a.yaml", "submit -c a.yaml", "data --help"):
+        assert composed(command) == command.split()
+    assert composed("bench --model.lr 1")[:2] == ["bench", "-c"]

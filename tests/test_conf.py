@@ -1,4 +1,4 @@
-"""Every stack of configuration files that the Makefile can build, and the Makefile itself."""
+"""Every stack of configuration files that a command can name, and the Makefile."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.lightning import Command, Parsed, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,9 +18,8 @@ def choices(folder: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / folder).glob("*.yaml"))
 
 
-def make(*words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"PATH": path} if path else {})
-    return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(autouse=True)
@@ -105,147 +105,6 @@ def test_the_links_carry_what_they_should(stack: Stack) -> None:
     assert not Path("checkpoints/never").exists()
 
 
-def test_make_alone_lists_targets_and_choices() -> None:
-    text = make().stdout
-    for word in ("setup", "pretrain", "finetune", "evaluate", "config", "preview", "test", "check"):
-        assert f"  {word}" in text
-    for folder in ("model", "data", "where"):
-        assert " ".join(choices(folder)) in text
-
-
-@pytest.mark.parametrize(("name", "folder"), [("MODEL", "model"), ("DATA", "data"), ("WHERE", "where")])
-@pytest.mark.parametrize("value", ["nope", "", "tiny small", "../base"])
-def test_a_wrong_choice_is_one_line_with_the_choices(name: str, folder: str, value: str) -> None:
-    done = make("pretrain", "PYTHON=false", f"{name}={value}")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"no {name}={value}; there are: {' '.join(choices(folder))}" in done.stderr
-
-
-@pytest.mark.parametrize("target", ["pretrain", "finetune", "evaluate", "config", "submit"])
-@pytest.mark.parametrize("name", ["", "../x", "a/../../x", "/tmp/x", "a b", "."])
-def test_a_run_stays_under_checkpoints(target: str, name: str) -> None:
-    words = [] if target == "pretrain" else ["TASK=vqa", "FROM=x.ckpt"]
-    done = make(target, "PYTHON=false", f"RUN={name}", *words)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"RUN='{name}' is no folder name; give one word such as RUN=first" in done.stderr
-
-
-@pytest.mark.parametrize("target", ["finetune", "evaluate"])
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["TASK=nope"], "no TASK=nope; tasks found under tasks/: entailment nlvr retrieval vqa (or TASK=package.task"),
-        (["TASK=vqa nlvr"], "no TASK=vqa nlvr; tasks found under tasks/: "),
-        (["TASK=vqa"], "no FROM=; name the checkpoint to start from: FROM=checkpoints/RUN/best.ckpt (there are: "),
-        (["TASK=vqa", "FROM=x.ckpt", "DATA=coco"], "no DATA=coco for TASK=vqa; there are: daquar scenes vqav2"),
-        (["TASK=nlvr", "FROM=random", "DATA="], "no DATA= for TASK=nlvr; there are: nlvr2 nlvr_pairs scenes"),
-        (["TASK=nlvr", "FROM=random", "DATA=conf"], "no DATA=conf for TASK=nlvr; there are: "),
-        (["TASK=nlvr", "FROM=random", "MODEL=huge"], "no MODEL=huge; there are: "),
-        (["TASK=nlvr", "FROM=random", "WHERE=here"], "no WHERE=here; there are: "),
-    ],
-)
-def test_a_wrong_choice_of_a_task_is_one_line(target: str, words: list[str], said: str) -> None:
-    done = make(target, "PYTHON=false", *words)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
-
-
-def test_without_a_task_nothing_is_fine_tuned() -> None:
-    done = make("finetune", "FROM=x.ckpt", "PYTHON=false")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "no TASK=; tasks found under tasks/: " in done.stderr
-
-
-@pytest.mark.parametrize("start", ["", "random"])
-def test_without_a_task_a_checkpoint_is_measured(start: str) -> None:
-    done = make("evaluate", f"FROM={start}", "PYTHON=false")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "no FROM=; name the checkpoint to start from" in done.stderr
-
-
-def test_what_pretraining_is_judged_by_is_measured_without_a_task() -> None:
-    words = ("MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x", "SPLIT=test")
-    done = make("-n", "evaluate", *words)
-    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu", "continue", "continue-compact")
-    stack = " ".join(f"-c conf/{name}.yaml" for name in files)
-    expected = f"python -m maskvlm test --folder checkpoints/x --from a/b.ckpt {stack} --trainer.limit_val_batches 1.0"
-    assert done.stdout.split() == expected.split()
-
-
-def test_without_any_checkpoint_one_is_told_how_to_make_one(tmp_path: Path) -> None:
-    for name in ("conf", "tasks", "Makefile"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    command = ["make", "finetune", "TASK=vqa", "PYTHON=false"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert "(there are: none; `make pretrain` makes one)" in done.stderr
-    (tmp_path / "checkpoints" / "a").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "a" / "best.ckpt").touch()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert "(there are: checkpoints/a/best.ckpt)" in done.stderr
-
-
-@pytest.mark.parametrize("split", ["foo", "", "val test", "validate", "train"])
-def test_a_wrong_split_is_one_line(split: str) -> None:
-    done = make("evaluate", "TASK=vqa", "FROM=x.ckpt", "PYTHON=false", f"SPLIT={split}")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"no SPLIT={split}; there are: val test." in done.stderr
-
-
-@pytest.mark.parametrize(("split", "command"), [("val", "validate"), ("test", "test")])
-def test_the_split_chooses_the_command(split: str, command: str) -> None:
-    """All of it is measured, whatever the task's settings look at while they train."""
-    words = ("TASK=nlvr", "FROM=a/b.ckpt", "WHERE=cpu", "RUN=x", "PYTHON=python", "ARGS=--model.lr 2", f"SPLIT={split}")
-    done = make("-n", "evaluate", *words)
-    assert (
-        done.stdout.split()
-        == (
-            f"python -m maskvlm {command} --folder checkpoints/x --from a/b.ckpt -c conf/base.yaml "
-            "-c conf/finetune.yaml -c tasks/nlvr/conf.yaml -c conf/where/cpu.yaml "
-            "--trainer.limit_val_batches 1.0 --model.lr 2"
-        ).split()
-    )
-
-
-def test_the_control_begins_with_random_weights_of_the_model() -> None:
-    done = make("-n", "finetune", "TASK=vqa", "DATA=daquar", "FROM=random", "MODEL=small", "WHERE=cpu", "PYTHON=python")
-    assert "--model.random_init true -c conf/model/small.yaml -c conf/base.yaml" in done.stdout
-    assert "-c tasks/vqa/daquar.yaml" in done.stdout
-    assert "--from" not in done.stdout
-
-
-def test_pretraining_goes_on_from_a_checkpoint_whose_model_it_keeps() -> None:
-    words = ("MODEL=compact", "DATA=flickr8k", "FROM=a/b.ckpt", "WHERE=cpu", "PYTHON=python", "RUN=x")
-    files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu", "continue", "continue-compact")
-    stack = " ".join(f"-c conf/{name}.yaml" for name in files)
-    expected = f"python -m maskvlm fit --folder checkpoints/x --from a/b.ckpt {stack}"
-    assert make("-n", "pretrain", *words).stdout.split() == expected.split()
-
-
-def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
-    """The one with a tokenizer is the text's, whatever their names are."""
-    for name in ("a-text/tokenizer.json", "a-text/model.safetensors", "vit/model.safetensors"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    done = make("-n", "pretrain", "MODEL=compact", f"ENCODERS={tmp_path}", "PYTHON=python")
-    assert f"--model.backbone.image.weights {tmp_path}/vit/model.safetensors" in done.stdout.replace("'", "")
-    assert f"--model.backbone.text.name {tmp_path}/a-text" in done.stdout.replace("'", "")
-
-
-@pytest.mark.parametrize("files", [[], ["text/tokenizer.json"], ["vit/model.safetensors"]])
-def test_a_folder_without_both_encoders_is_one_line(tmp_path: Path, files: list[str]) -> None:
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    done = make("pretrain", "MODEL=compact", f"ENCODERS={tmp_path}", "PYTHON=false")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"ENCODERS='{tmp_path}' is no folder with one folder of image weights" in done.stderr
-
-
 def test_compact_is_two_pretrained_encoders_of_one_width(stack: Stack) -> None:
     settings = run(Parsed, ["fit", *stack(MODEL="compact", DATA="flickr8k", WHERE="cpu")]).settings
     image, text = (getattr(settings.model.backbone.init_args, name).init_args for name in ("image", "text"))
@@ -254,10 +113,51 @@ def test_compact_is_two_pretrained_encoders_of_one_width(stack: Stack) -> None:
     assert settings.model.task.init_args.mask_block % 14 == image.image_size % 14 == 0
 
 
-def test_arguments_pass_through_with_their_quotes() -> None:
-    done = make("-n", "pretrain", "PYTHON=python", "RUN=x", """ARGS=--model.lr 1e-3 --a "b c" """)
-    assert done.stdout.strip().endswith('--model.lr 1e-3 --a "b c"')
-    assert "--folder checkpoints/x" in done.stdout
+# ------------------------------------------------------------------ make
+
+
+def test_make_alone_lists_targets_and_choices() -> None:
+    text = make().stdout
+    for word in ("setup", "pretrain", "finetune", "evaluate", "config", "preview", "test", "check"):
+        assert f"  {word}" in text
+    for folder in ("model", "data", "where"):
+        assert " ".join(choices(folder)) in text
+
+
+@pytest.fixture
+def handed(tmp_path: Path) -> Callable[..., list[str]]:
+    """What make hands to Python: a script in its place writes its words down."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/words\n')
+    python.chmod(0o755)
+
+    def run_make(*words: str, **environment: str) -> list[str]:
+        command = ["make", *words, f"PYTHON={python}"]
+        subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, check=True, timeout=60, stdout=subprocess.DEVNULL
+        )
+        return (tmp_path / "words").read_text().split("\0")[:-1]
+
+    return run_make
+
+
+COMPOSED = ("pretrain", "finetune", "evaluate", "config", "preview", "submit", "bench", "index", "data", "data-check")
+
+
+@pytest.mark.parametrize("target", COMPOSED)
+def test_each_target_is_the_command_of_its_name(target: str, handed: Callable[..., list[str]]) -> None:
+    """Whatever is typed goes on as one word, and nothing of the environment does."""
+    words = ("TASK=a b", "MODEL=", "DATA=it's", 'RUN="x" $y', "FROM=f", "ENCODERS=e", "SPLIT=s", "RAW=r", "NAME=n")
+    given = ["model=", "data=it's", 'run="x" ', "from=f", "encoders=e", "split=s", "raw=r", "name=n"]
+    found = handed(target, *words, "WHERE=cpu", 'ARGS=--model.lr 1e-3 --a "b c"')
+    given.insert(2, "where=cpu")
+    assert found == ["-m", "maskvlm", target, "a b", *given, "--model.lr", "1e-3", "--a", "b c"]
+    assert handed(target, MODEL="x", TASK="y", RUN="z") == ["-m", "maskvlm", target]
+    assert COMMANDS[target].compose is not None
+
+
+def test_a_checkpoint_for_the_page(handed: Callable[..., list[str]]) -> None:
+    assert handed("demo", "FROM=a/b.ckpt") == ["-m", "maskvlm", "demo", "from=a/b.ckpt"]
 
 
 def fake_python(folder: Path, body: str) -> str:

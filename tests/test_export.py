@@ -396,8 +396,8 @@ def test_another_precision(path: Path, parts: Any, tmp_path: Path) -> None:
         ("--opset 17", "--opset: 17 is not written. Give 18 to 22."),
         ("--opset 23", "--opset: 23 is not written. Give 18 to 22."),
         ("--opset 18 --format torch", "--opset: torch.export has none. Leave it out, or give --format onnx."),
-        ("--format tflite", "python -m maskvlm export: argument --format: invalid choice: 'tflite'"),
-        ("--half", "python -m maskvlm export: unrecognized arguments: --half. See python -m maskvlm export --help."),
+        ("--format tflite", "maskvlm export: argument --format: invalid choice: 'tflite'"),
+        ("--half", "maskvlm export: unrecognized arguments: --half. See maskvlm export --help."),
     ],
 )
 def test_options_that_do_not_fit(words: str, said: str, path: Path, tmp_path: Path) -> None:
@@ -408,7 +408,5 @@ def test_options_that_do_not_fit(words: str, said: str, path: Path, tmp_path: Pa
 
 
 def test_what_must_be_named(tmp_path: Path) -> None:
-    said = (
-        "python -m maskvlm export: the following arguments are required: --from. See python -m maskvlm export --help."
-    )
+    said = "maskvlm export: the following arguments are required: --from. See maskvlm export --help."
     refused(ExitCode.USAGE, said, lambda: export.main([str(tmp_path / "new")], []))

@@ -1,4 +1,4 @@
-"""`python -m maskvlm vqa.score RESULTS.json ANNOTATIONS.json`: the official accuracy of a file of answers.
+"""`maskvlm vqa.score RESULTS.json ANNOTATIONS.json`: the official accuracy of a file of answers.
 
 Results are in the form that the VQA v2 server takes: [{"question_id": 458752000, "answer": "net"}, ...].
 """
@@ -22,7 +22,7 @@ from tasks.vqa.vocabulary import LAYOUT, get_text, number_once, read_annotations
 
 def main(arguments: list[str]) -> int:
     """Score a file of answers with the official VQA v2 accuracy. arguments: what follows the command's name."""
-    parser = Parser("python -m maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
+    parser = Parser("maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("results", type=Path, help='the answers: [{"question_id": 1, "answer": "yes"}, ...]')
     parser.add_argument("annotations", type=Path, help="people's answers: v2_mscoco_val2014_annotations.json")
     parser.add_argument("--questions", type=Path, help="the questions: each must have its annotation and answer")

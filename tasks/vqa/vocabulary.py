@@ -214,7 +214,7 @@ def read_json(path: Path) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Write the answer list of annotation files as JSON. arguments: what follows the command's name."""
-    parser = Parser("python -m maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
+    parser = Parser("maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("annotations", type=Path, nargs="+", help="v2_..._annotations.json; the usual list: train, val")
     parser.add_argument("--min-count", type=int, default=9, help="questions that must share an answer (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the list, a .json file")

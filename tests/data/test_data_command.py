@@ -1,9 +1,11 @@
-"""`python -m maskvlm data` and `make data`: from raw files to a set that trains, and the one line for each mistake."""
+"""`maskvlm data` and `make data`: from raw files to a set that trains, and the one line for each mistake."""
 
 import csv
 import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def test_the_folder_of_sets_is_named_by_the_environment(
             "--columns: 'image' is not ROLE=COLUMN. Roles are: image, caption, id, split",
         ),
         (["csv", "RAW", "--columns", "picture=x"], "--columns: 'picture=x' is not ROLE=COLUMN"),
-        (["csv"], "maskvlm data: the following arguments are required: RAW"),
+        (["csv"], "data: 0 folders or files are named. Give a set"),
         (["csv", "RAW", "--workers", "0"], "--workers: 0 is not from 1 to 1024"),
         (["csv", "RAW", "--out", "PARENT"], "RAW lies in the folder that is to be made"),
         (["folder", "PARENT", "--out", "PARENT/set"], "lies in RAW and would be read as a part of it"),
@@ -104,64 +106,43 @@ def test_columns_may_have_any_name() -> None:
         named_columns(["image="])
 
 
-# ------------------------------------------------------------------ make
+def test_help_lists_every_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert maskvlm(["data", "--help"]) == 0
+    assert " ".join(SETS) in " ".join(capsys.readouterr().out.split())
 
 
-def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    surroundings = {name: value for name, value in os.environ.items() if name != "DATA_ROOT"} | environment
-    return subprocess.run(["make", *words], cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=60)
+# ------------------------------------------------------------------ by name
 
 
-def test_make_knows_every_set() -> None:
-    assert f"SET     {' '.join(SETS)}" in make("help").stdout
+def test_make_hands_the_folder_of_sets_on(pairs: Path, tmp_path: Path) -> None:
+    """In the environment or typed, with spaces and all."""
+    for typed, environment in (([f"DATA_ROOT={tmp_path}/a b"], {}), ([], {"DATA_ROOT": f"{tmp_path}/c d"})):
+        command = ["make", "data", "SET=csv", f"RAW={pairs}", "NAME=mine", f"PYTHON={sys.executable}", *typed]
+        command.append('ARGS=--columns "image=ding,caption=spruch" --look')
+        surroundings = {name: value for name, value in os.environ.items() if name != "DATA_ROOT"} | environment
+        subprocess.run(command, cwd=ROOT, env=surroundings, check=True, timeout=60)
+    assert (tmp_path / "a b" / "mine" / "first-look.png").is_file()
+    assert (tmp_path / "c d" / "mine" / "first-look.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["data"], "no SET=; there are: coco flickr30k "),
-        (["data", "SET=coca", "RAW=/x"], "no SET=coca; there are: coco flickr30k "),
-        (["data", "SET=coco vg", "RAW=/x"], "no SET=coco vg; there are: "),
-        (["data", "SET=coco"], "no RAW=; give the folder or file of SET=coco"),
-        (["data", "SET=csv", "RAW=x", "NAME=a/b"], "NAME='a/b' is no name of a set"),
-        (["data", "SET=csv", "RAW=x", "NAME=.."], "NAME='..' is no name of a set"),
-        (["data-check"], "NAME='' is no name of a set; give one word"),
-    ],
-)
-def test_make_refuses_before_anything_is_installed(words: list[str], said: str) -> None:
-    done = make(*words, "PYTHON=false")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
-
-
-def test_make_hands_names_on(tmp_path: Path) -> None:
-    done = make("-n", "data", "SET=csv", "RAW=my pairs.csv", "NAME=mine", "PYTHON=python", 'ARGS=--columns "image=a b"')
-    assert done.stdout.strip() == "python -m maskvlm data csv 'my pairs.csv' --out 'data/mine' --columns \"image=a b\""
-    done = make("-n", "data", "SET=coco", "RAW=/x", "PYTHON=python", DATA_ROOT=str(tmp_path / "a b"))
-    assert done.stdout.strip() == f"python -m maskvlm data coco '/x' --out '{tmp_path}/a b/coco'"
-    done = make("-n", "data-check", "SET=coco", "PYTHON=python", "DATA_ROOT=/d")
-    assert done.stdout.strip() == "python -m maskvlm data-check '/d/coco'"
-
-
-def test_a_prepared_set_needs_no_file_of_its_own(tmp_path: Path) -> None:
+def test_a_prepared_set_needs_no_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: Callable[..., list[str]]
+) -> None:
     for name in ("mine", "half", "coco"):
         (tmp_path / "s p" / name).mkdir(parents=True)
     for name in ("mine", "coco"):
         (tmp_path / "s p" / name / "manifest.json").touch()
-    there = f"DATA_ROOT={tmp_path / 's p'}"
-    done = make("-n", "pretrain", "DATA=mine", "PYTHON=python", "RUN=x", there, "ARGS=--data.seed 1")
-    assert (
-        f"-c conf/data/prepared.yaml -c conf/where/auto.yaml --data.source.root '{tmp_path}/s p/mine' --data.seed 1"
-        in (done.stdout)
-    )
-    done = make("-n", "pretrain", "DATA=coco", "PYTHON=python", "RUN=x", there)
-    assert "-c conf/data/coco.yaml" in done.stdout
-    assert "source.root" not in done.stdout
-    done = make("pretrain", "DATA=half", "PYTHON=false", there)
-    assert "no DATA=half; there are: " in done.stderr
-    assert f"prepared in {tmp_path}/s p: coco mine" in done.stderr
-    assert f"prepared in {tmp_path}/s p: coco mine" in make("help", there).stdout
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "s p"))
+    monkeypatch.chdir(ROOT)
+    assert stack(DATA="mine")[-6:] == [
+        "-c", "conf/data/prepared.yaml", "-c", "conf/where/auto.yaml", "--data.source.root", f"{tmp_path}/s p/mine",
+    ]  # fmt: skip
+    assert "conf/data/coco.yaml" in stack(DATA="coco")
+    assert "--data.source.root" not in stack(DATA="coco")
+    with pytest.raises(
+        UserError, match=f"data=half: no such data set. There are: .*prepared in {tmp_path}/s p: coco, mine"
+    ):
+        stack(DATA="half")
 
 
 def test_the_prepared_sets_file_parses_with_the_root_that_make_gives() -> None:

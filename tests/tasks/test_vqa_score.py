@@ -177,7 +177,7 @@ def test_wrong_files(files: Path, name: str, content: Any, message: str, code: E
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: results, annotations. See python -m maskvlm vqa.score --help"),
+        ([], "the following arguments are required: results, annotations. See maskvlm vqa.score --help"),
         (["r.json"], "the following arguments are required: annotations"),
         (["r.json", "a.json", "q.json"], "unrecognized arguments: q.json"),
         (["r.json", "a.json", "--question", "q.json"], "unrecognized arguments: --question"),

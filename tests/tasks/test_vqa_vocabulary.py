@@ -261,7 +261,7 @@ def test_the_command_writes_a_list(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (
             ["--out", "x.json"],
-            "the following arguments are required: annotations. See python -m maskvlm vqa.vocabulary --help",
+            "the following arguments are required: annotations. See maskvlm vqa.vocabulary --help",
             ExitCode.USAGE,
         ),
         (["{file}"], "the following arguments are required: --out", ExitCode.USAGE),

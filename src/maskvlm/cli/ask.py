@@ -1,4 +1,4 @@
-"""`python -m maskvlm VERB --from CHECKPOINT picture.jpg "text"`: the verbs of a model in the shell.
+"""`maskvlm VERB --from CHECKPOINT picture.jpg "text"`: the verbs of a model in the shell.
 
 Answers are for reading; with `--json` one line of JSON each. Pictures go to `--out`.
 """
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from maskvlm.cli.commands import COMMANDS
 from maskvlm.config.arguments import Parser
+from maskvlm.config.given import nearest
 from maskvlm.data.inputs import MASK
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.novelty import FarFromTraining
@@ -55,8 +57,8 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     spoken = VERBS.get(verb)
     told = spoken.told if spoken else "what a fine-tuned model answers: its pictures, then the text"
     form = spoken.form if spoken else "PICTURE ... TEXT"
-    parser = Parser(f"python -m maskvlm {verb}", description=told, allow_abbrev=False)
-    parser.usage = f"python -m maskvlm {verb} --from CHECKPOINT {form} [options]"
+    parser = Parser(f"maskvlm {verb}", description=told, allow_abbrev=False)
+    parser.usage = f"maskvlm {verb} --from CHECKPOINT {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
@@ -196,7 +198,9 @@ def task_verb(model: PretrainedMaskVLM, verb: str) -> Spoken:
     if found is None:
         core = [name for name, spoken in VERBS.items() if getattr(model.task, spoken.head, None) is not None]
         known = ", ".join([*core, *model.task.verbs])
-        raise UserError(verb, f"no verb of this checkpoint ({type(model.task).__name__})", f"There are: {known}")
+        near = nearest(verb, COMMANDS, 0.6)
+        meant = f"; did you mean {near}?" if near else ""
+        raise UserError(verb, f"no verb of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}")
     form = f"{found.pictures} picture{'s' if found.pictures > 1 else ''} and a {found.text}"
 
     def ask(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:

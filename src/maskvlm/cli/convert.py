@@ -1,4 +1,4 @@
-"""`python -m maskvlm convert FROM TO`: a run's checkpoint to the hub's format, or such a folder to a checkpoint."""
+"""`maskvlm convert FROM TO`: a run's checkpoint to the hub's format, or such a folder to a checkpoint."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -27,7 +27,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 def parser_of(command: str, out: str, told: str) -> argparse.ArgumentParser:
     """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
-    parser = Parser(f"python -m maskvlm {command}", description=told, allow_abbrev=False)
+    parser = Parser(f"maskvlm {command}", description=told, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
     parser.add_argument("--split", default="val", help="train, val or test")

@@ -1,6 +1,6 @@
 """The command line: LightningCLI with this project's classes, links and rules.
 
-`python -m maskvlm fit -c a.yaml -c b.yaml --model.task.image_mask_ratio 0.7`: later files win, then options.
+`maskvlm fit -c a.yaml -c b.yaml --model.task.image_mask_ratio 0.7`: later files win, then options.
 Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
@@ -304,6 +304,12 @@ def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] 
             return command(whole)
     except Complaint as complaint:  # explained by what the user gave: the checkpoint's file is gone by now
         raise explain(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """`fit`, `validate` or `test`; arguments begin with that."""
+    run(Command, arguments, allowed)
+    return 0
 
 
 @contextmanager

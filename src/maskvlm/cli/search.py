@@ -40,7 +40,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`; arguments as in the shell."""
-    parser = Parser("python -m maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
+    parser = Parser("maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
     parser.add_argument("query", help="a text, or the file of a picture")
     parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
     parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")

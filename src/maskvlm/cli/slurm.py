@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from maskvlm.cli.lightning import Parsed, run
+from maskvlm.config.arguments import Parser as Arguments
 from maskvlm.config.parser import MODE, Parser
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
@@ -41,11 +42,14 @@ srun {command}
 PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
 
 
-def preview(arguments: list[str], out: Path, allowed: Iterable[str] = ()) -> str:
-    """Write a contact sheet of the training pictures with their captions; returns what was done."""
-    pairs = source(run(Parsed, ["fit", *arguments], allowed).settings).split("train")
-    contact_sheet(pairs, out)
-    return f"{out}: {len(pairs)} training pictures, some of them shown with their captions"
+def preview(arguments: list[str], allowed: Iterable[str] = ()) -> str:
+    """Write a contact sheet of the training pictures with their captions (--out); returns what was done."""
+    parser = Arguments("maskvlm preview", add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("checkpoints") / "preview.png")
+    options, rest = parser.parse_known_args(arguments)
+    pairs = source(run(Parsed, ["fit", *rest], allowed).settings).split("train")
+    contact_sheet(pairs, options.out)
+    return f"{options.out}: {len(pairs)} training pictures, some of them shown with their captions"
 
 
 def source(settings: Namespace) -> Any:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 PACKAGED = "_home"
 """Folder of the installed package that holds what a clone has at its top: conf/ and tasks/."""
 IMAGE_WEIGHTS, TOKENIZERS = (".safetensors", ".bin", ".pth"), ("tokenizer.json", "vocab.txt", "vocab.json")
+SPLITS = ("val", "test")
 RUN_NAME = "MASKVLM_RUN_NAME"
 """Environment variable by which processes that a run starts know the run's folder."""
 
@@ -46,7 +47,7 @@ class Words(NamedTuple):
     Attributes:
         places: words without a name, such as a task.
         given: value by name.
-        options: everything from the first word that begins with a dash.
+        options: everything from the first word that begins with a dash, without `--from X`, which is `from=X`.
     """
 
     places: list[str]
@@ -68,8 +69,13 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
         UserError: a name that it does not know, one given twice, or more words without a name (2).
     """
     first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    words = Words([], {}, list(arguments[first:]))
-    for word in arguments[:first]:
+    before, options = list(arguments[:first]), list(arguments[first:])
+    if "from" in names and "--from" in options[:-1]:
+        at = options.index("--from")
+        before.append(f"from={options[at + 1]}")
+        del options[at : at + 2]
+    words = Words([], {}, options)
+    for word in before:
         name, equals, value = word.partition("=")
         if not equals and len(words.places) < places:
             words.places.append(word)
@@ -230,87 +236,106 @@ def moment() -> str:
 
 
 TRAINING = ("model", "data", "where", "run", "from", "encoders")
+"""Names of the words that both kinds of training take."""
 Composed = list[str]
-"""The command of `cli.main` and its options."""
+"""A command that takes files and options, and those."""
 
 
-def pretrain(arguments: Sequence[str]) -> Composed:
+def pretrain(words: Words) -> Composed:
     """`pretrain model=compact data=flickr8k --model.lr 1e-3`."""
-    words = read_words("pretrain", arguments, TRAINING)
     kind = f"pretrain-{words.get('data', 'scenes')}-{words.get('model', 'tiny')}"
     return ["fit", *run_options(words, kind), *pretraining(words), *words.options]
 
 
-def finetune(arguments: Sequence[str]) -> Composed:
+def finetune(words: Words) -> Composed:
     """`finetune vqa data=daquar from=checkpoints/RUN/best.ckpt`."""
-    words, task = with_task("finetune", arguments, TRAINING)
+    if not words.places:
+        raise UserError("finetune", "no task is named", f"Give one of {', '.join(tasks())}, such as finetune vqa")
+    task = words.places[0]
     run = run_options(words, f"finetune-{task}-{words.get('data', 'scenes')}")
     return ["fit", *run, *downstream(task, words), *words.options]
 
 
-def evaluate(arguments: Sequence[str]) -> Composed:
+def evaluate(words: Words) -> Composed:
     """`evaluate vqa from=... split=test`; without a task what pre-training is judged by is measured."""
-    words = read_words("evaluate", arguments, (*TRAINING, "split"), 1)
-    split = words.get("split", "val")
-    if split not in ("val", "test"):
-        raise UserError(f"split={split}", "no such split", "There are: val, test")
     task, data = "".join(words.places), words.get("data", "scenes")
+    command = {"val": "validate", "test": "test"}[split(words)]
     if not task and words.get("from") in ("", "random"):
         raise no_start()
     run = run_options(words, f"evaluate-{task or 'pretraining'}-{data}")
     stack = downstream(task, words) if task else pretraining(words)
-    command = "validate" if split == "val" else "test"
     return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
 
 
-def config(arguments: Sequence[str]) -> Composed:
+def config(words: Words) -> Composed:
     """`config [TASK] ...`: the composed configuration of `pretrain` or `finetune`."""
-    return [*pretrain_or_finetune("config", arguments), "--print_config"]
+    return [*pretrain_or_finetune(words), "--print_config"]
 
 
-def submit(arguments: Sequence[str]) -> Composed:
+def submit(words: Words) -> Composed:
     """`submit [TASK] ... where=slurm4x8`: the SLURM batch script of the same."""
-    return ["submit", *pretrain_or_finetune("submit", arguments)[1:]]
+    return ["submit", *pretrain_or_finetune(words)[1:]]
 
 
-def pretrain_or_finetune(command: str, arguments: Sequence[str]) -> Composed:
-    words = read_words(command, arguments, TRAINING, 1)
-    return (finetune if words.places else pretrain)(arguments)
+def pretrain_or_finetune(words: Words) -> Composed:
+    return finetune(words) if words.places else pretrain(words)
 
 
-def preview(arguments: Sequence[str]) -> Composed:
+def preview(words: Words) -> Composed:
     """`preview data=coco`: a contact sheet."""
-    words = read_words("preview", arguments, ("data", "model", "where"))
     out = f"checkpoints/preview-{words.get('data', 'scenes')}.png"
     return ["preview", "--out", out, *pretraining(words), *words.options]
 
 
-def bench(arguments: Sequence[str]) -> Composed:
+def bench(words: Words) -> Composed:
     """`bench model=base where=gpu1`."""
-    words = read_words("bench", arguments, ("model", "data", "where", "encoders"))
     return ["bench", *pretraining(words), *words.options]
 
 
-def index(arguments: Sequence[str]) -> Composed:
+def index(words: Words) -> Composed:
     """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
-    words = read_words("index", arguments, ("data", "from", "split", "model", "where"))
     if not words.get("from"):
         raise no_start()
-    split, data = words.get("split", "val"), words.get("data", "scenes")
+    part, data = split(words), words.get("data", "scenes")
     stack = pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
-    out = f"checkpoints/index-{data}-{split}"
-    return ["index", "--from", words.get("from"), "--split", split, "--out", out, *stack, *words.options]
+    out = f"checkpoints/index-{data}-{part}"
+    return ["index", "--from", words.get("from"), "--split", part, "--out", out, *stack, *words.options]
 
 
-def with_task(command: str, arguments: Sequence[str], names: Sequence[str]) -> tuple[Words, str]:
-    """The words of a command that needs a task, and the task."""
-    words = read_words(command, arguments, names, 1)
-    if not words.places:
-        raise UserError(command, "no task is named", f"Give one of {', '.join(tasks())}, such as {command} vqa")
-    return words, words.places[0]
+def prepare(words: Words) -> Composed:
+    """`data flickr8k raw=/where/it/was/downloaded name=mine`."""
+    found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
+    if len(found) != 2:
+        what = "no set is named" if not words.places else f"{len(found) - 1} folders or files are named"
+        todo = (
+            "Give a set (`maskvlm data --help` lists them) and where it lies as distributed: data flickr8k raw=FOLDER"
+        )
+        raise UserError("data", what, todo)
+    name = set_name(words, found[0])
+    out = [] if "--out" in words.options else ["--out", str(data_root() / name)]
+    return ["data", *found, *out, *words.options]
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], Composed]] = {
-    each.__name__: each for each in (pretrain, finetune, evaluate, config, submit, preview, bench, index)
-}
-"""Commands whose words are composed."""
+def check_prepared(words: Words) -> Composed:
+    """`data-check flickr8k`: a set in DATA_ROOT by its name, or a folder."""
+    named = words.get("name") or "".join(words.places)
+    folder = Path(named) if "/" in named else data_root() / set_name(words, named)
+    return ["data-check", str(folder), *words.options]
+
+
+def set_name(words: Words, otherwise: str) -> str:
+    """The name of a prepared set, which is one word: a folder of DATA_ROOT."""
+    name = words.get("name", otherwise)
+    if not name or "/" in name or name in (".", "..") or len(name.split()) != 1:
+        own = ", ".join(prepared()) or "none"
+        todo = f"Give one word; the set is a folder of that name in DATA_ROOT (prepared in {data_root()}: {own})"
+        raise UserError(f"name={name}", "is no name of a set", todo)
+    return name
+
+
+def split(words: Words) -> str:
+    """The split that a command measures."""
+    found = words.get("split", "val")
+    if found not in SPLITS:
+        raise UserError(f"split={found}", "no such split", f"There are: {', '.join(SPLITS)}")
+    return found

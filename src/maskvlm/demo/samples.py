@@ -105,7 +105,7 @@ class Searched:
 
     Args:
         model: of pre-training.
-        folder: of an index (`python -m maskvlm index`); None for what the page brings along.
+        folder: of an index (`maskvlm index`); None for what the page brings along.
         images: where the index's images lie, as the user says.
         photos: without an index the photographs, not the scenes.
 
@@ -124,7 +124,7 @@ class Searched:
             self.index = Index.load(folder, images)
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
-                raise UserError(folder.name, what, "Make it again: python -m maskvlm index")
+                raise UserError(folder.name, what, "Make it again: maskvlm index")
             self.told = f"{self.index.about['count']:,} pictures of the index in {folder.name}"
         elif photos:
             self.rows = [{"image": photo(name), "captions": row["captions"]} for name, row in photo_rows().items()]

@@ -1,4 +1,4 @@
-"""`python -m maskvlm demo`: starts the page and serves it until Ctrl-C.
+"""`maskvlm demo`: starts the page and serves it until Ctrl-C.
 
 Gradio is told not to call home before it is imported, and everything it writes lies in one temporary folder of this
 process, which goes when the page does.
@@ -31,7 +31,7 @@ QUIET = {
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Serve the page; arguments as in the shell, without the command's name."""
-    parser = Parser("python -m maskvlm demo", description="a page to try a model in", allow_abbrev=False)
+    parser = Parser("maskvlm demo", description="a page to try a model in", allow_abbrev=False)
     parser.add_argument(
         "--from", dest="sources", nargs="+", default=[], help="checkpoints; else the best and newest here"
     )

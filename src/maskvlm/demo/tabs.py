@@ -165,7 +165,7 @@ def search(desk: "Desk", searched: Searched, line: str | None, indexed: bool) ->
             gr.HTML(answers.problem(line))
         told = f"In {searched.told}."
         if not indexed:
-            told += " For your own: `python -m maskvlm index --from CHECKPOINT -c ...`, then `make demo`."
+            told += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `make demo`."
         gr.HTML(answers.note(told))
         query = gr.Textbox(searched.query, label="What to look for", max_length=intake.MAX_TEXT, elem_id="query")
         with gr.Row():

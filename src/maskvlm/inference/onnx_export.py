@@ -1,4 +1,4 @@
-"""`python -m maskvlm export --from CHECKPOINT FOLDER`: a model as ONNX or torch.export files, measured against torch.
+"""`maskvlm export --from CHECKPOINT FOLDER`: a model as ONNX or torch.export files, measured against torch.
 
 Three files, float32, of any batch size and text length: `image_encoder`, `text_encoder` and `fusion_scorer`, which
 reads the features of both. Beside them tokenizer, image processing, and `export.json`: inputs, outputs, versions, and
@@ -125,7 +125,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[Part]:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Export; arguments are what follows the command's name. `allowed`: packages that a task may come from."""
-    parser = Parser("python -m maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
+    parser = Parser("maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     parser.add_argument("--from", dest="source", metavar="CHECKPOINT", required=True, help="or a folder, or a hub name")
     parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="onnx, or torch for torch.export")

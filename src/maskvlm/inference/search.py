@@ -1,4 +1,4 @@
-"""`python -m maskvlm index` and `search`: pictures found among many, by a text or a picture.
+"""`maskvlm index` and `search`: pictures found among many, by a text or a picture.
 
 An index is a folder: `index.json` says what it is, `index.faiss` holds the vectors, `ids.parquet` whose they are. It is
 searched by inner product of unit vectors, the cosine. There is no pickle in it, `index.json` passes a closed schema and

@@ -1,6 +1,6 @@
-"""`python -m maskvlm embed`: the vectors of a data set's pictures and captions, as Parquet files, a shard each.
+"""`maskvlm embed`: the vectors of a data set's pictures and captions, as Parquet files, a shard each.
 
-    python -m maskvlm embed --from checkpoints/RUN/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
+    maskvlm embed --from checkpoints/RUN/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
 
 A file is written under another name and renamed, so that what exists is whole; a second start makes the shards that are
 missing. Under torchrun or srun process r of W takes every W-th shard. Nothing passes between processes: there is no
@@ -192,7 +192,7 @@ def facts_of(folder: Path) -> Facts:
     """What `vectors.json` says. Raises UserError: none is there (66), or it is damaged (65)."""
     path = folder / FACTS
     if not path.is_file():
-        raise UserError(folder, f"holds no {FACTS}", "Make it with `python -m maskvlm embed`", ExitCode.MISSING_INPUT)
+        raise UserError(folder, f"holds no {FACTS}", "Make it with `maskvlm embed`", ExitCode.MISSING_INPUT)
     try:
         facts: Facts = json.loads(path.read_text(encoding="utf-8"))
         return facts | {name: int(facts[name]) for name in ("pictures", "shard", "width", "shards")}

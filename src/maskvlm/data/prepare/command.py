@@ -1,4 +1,4 @@
-"""`python -m maskvlm data SET RAW` and `data-check ROOT`: prepare a data set, look at one, verify one."""
+"""`maskvlm data SET RAW` and `data-check ROOT`: prepare a data set, look at one, verify one."""
 
 import os
 import sys

@@ -187,5 +187,5 @@ def check_size(path: Path, size: int) -> None:
 
 def damaged(path: Path, what: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
     """A shard that is not as it was made."""
-    todo = f"`python -m maskvlm data-check {path.parent.parent}` tells what else is; fetch it again or prepare anew"
+    todo = f"`maskvlm data-check {path.parent.parent}` tells what else is; fetch it again or prepare anew"
     return UserError(path, what, todo, code)

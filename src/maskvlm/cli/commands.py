@@ -1,0 +1,172 @@
+"""The registry of commands. Dispatch, `maskvlm --help`, `maskvlm COMMAND --help`, docs/commands.md and shell completion
+all read it. Nothing here imports torch."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from maskvlm.config import compose
+from maskvlm.config.compose import SPLITS, TRAINING, Composed, Words, choices, prepared, read_words, tasks
+from maskvlm.config.given import config_files
+
+LEARN, DATA, ASK, SEARCH, KEEP = "Learn and measure", "Data", "Ask a model", "Find images", "Checkpoints"
+LIGHTNING, SHELL = "Lightning's own, with files (-c FILE.yaml)", "Shell"
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        name, group, told: as `maskvlm --help` shows them.
+        target: `module:function`, which takes arguments and packages that class paths may come from, and returns the
+            exit status or the line that says what was done. "": `compose` names another command.
+        words: names of its `name=value` words.
+        places: its words without a name.
+        compose: files and options out of these words.
+        named: the target is given the command's name, too.
+    """
+
+    name: str
+    group: str
+    told: str
+    target: str = ""
+    words: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+    compose: Callable[[Words], Composed] | None = None
+    named: bool = False
+
+    @property
+    def usage(self) -> str:
+        """`maskvlm evaluate [TASK] [model=..] ...`."""
+        words = " ".join([*self.places, *(f"[{name}=..]" for name in self.words)])
+        return f"maskvlm {self.name} {words}".rstrip()
+
+    def full(self, arguments: Sequence[str]) -> list[str]:
+        """The command and its options, where it is given in words; with files or options alone it is that already."""
+        if self.compose is None or (self.target and self._has_files(arguments)):
+            return [self.name, *arguments]
+        return self.compose(read_words(self.name, arguments, self.words, len(self.places)))
+
+    def _has_files(self, arguments: Sequence[str]) -> bool:
+        options = {word.partition("=")[0] for word in arguments}
+        return bool(config_files(list(arguments)) or options & {"-h", "--help", "--from", "--vectors"})
+
+    def run(self, arguments: list[str], allowed: list[str]) -> int | str:
+        """Import what it needs, and do it."""
+        module, _, function = self.target.partition(":")
+        target: Callable[[list[str], list[str]], int | str] = getattr(importlib.import_module(module), function)
+        return target([self.name, *arguments] if self.named else arguments, allowed)
+
+
+def _method(name: str, told: str) -> Command:
+    return Command(name, ASK, told, "maskvlm.cli.ask:main", named=True)
+
+
+def _lightning(name: str, told: str) -> Command:
+    return Command(name, LIGHTNING, told, "maskvlm.cli.lightning:main", named=True)
+
+
+LOOK = ("model", "data", "where")
+REGISTRY = (
+    Command("pretrain", LEARN, "learn from image-text pairs", words=TRAINING, compose=compose.pretrain),
+    Command("finetune", LEARN, "train a task", words=TRAINING, places=("TASK",), compose=compose.finetune),
+    Command(
+        "evaluate", LEARN, "measure a checkpoint: on a task, or as pre-training is judged",
+        words=(*TRAINING, "split"), places=("[TASK]",), compose=compose.evaluate,
+    ),
+    Command(
+        "config", LEARN, "print the composed configuration of pretrain or finetune",
+        words=TRAINING, places=("[TASK]",), compose=compose.config,
+    ),
+    Command(
+        "submit", LEARN, "the same as a SLURM job: write its script and submit it", "maskvlm.cli.slurm:submit",
+        TRAINING, ("[TASK]",), compose.submit,
+    ),
+    Command(
+        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", (*LOOK, "encoders"),
+        compose=compose.bench,
+    ),
+    Command(
+        "data", DATA, "prepare a data set once, from its files as distributed", "maskvlm.data.prepare.command:main",
+        ("raw", "name"), ("SET", "[RAW]"), compose.prepare,
+    ),
+    Command(
+        "data-check", DATA, "verify a prepared data set", "maskvlm.data.prepare.command:verify",
+        ("name",), ("SET",), compose.check_prepared,
+    ),
+    Command(
+        "preview", DATA, "write a contact sheet of images with their texts", "maskvlm.cli.slurm:preview", LOOK,
+        compose=compose.preview,
+    ),
+    _method("fill", "fill in masked words from the image"),
+    _method("match", "probability that image and text belong together"),
+    _method("rank", "order texts for an image, or images for a text"),
+    _method("caption", "write a caption"),
+    _method("score", "pseudo-log-likelihood of texts"),
+    _method("explain", "show where the model looks for a word"),
+    _method("reconstruct", "paint masked patches from the text"),
+    _method("inpaint", "the same in rounds, the most certain patches first"),
+    Command("demo", ASK, "a page to try a model in, on this machine alone", "maskvlm.demo.serve:main"),
+    Command("embed", SEARCH, "write the vectors of a data set as Parquet", "maskvlm.cli.embed:main"),
+    Command(
+        "index", SEARCH, "make the images of a data set searchable", "maskvlm.cli.search:make",
+        (*LOOK, "from", "split"), compose=compose.index,
+    ),
+    Command("search", SEARCH, "find images by a text or an image", "maskvlm.cli.search:main"),
+    Command("convert", KEEP, "a checkpoint to the hub's format, or back", "maskvlm.cli.convert:convert"),
+    Command("export", KEEP, "ONNX or torch.export files, checked against torch", "maskvlm.inference.onnx_export:main"),
+    _lightning("fit", "train"),
+    _lightning("validate", "measure --ckpt_path on the validation split"),
+    _lightning("test", "measure --ckpt_path on the test split"),
+    Command("completion", SHELL, "print what completes these words in bash and zsh", "maskvlm.cli.completion:main"),
+)  # fmt: skip
+COMMANDS = {command.name: command for command in REGISTRY}
+
+USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
+{commands}
+TASK.TOOL and methods of tasks
+  vqa.score, vqa.vocabulary ...  a task's own tool with its own options
+  answer, true, entails ...      what a fine-tuned model answers: METHOD --from CHECKPOINT IMAGE "TEXT"
+
+Options of every command
+  --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
+  --print_config        print the composed configuration and stop
+  --allow-import NAME   let files name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
+  --debug               show tracebacks
+
+`maskvlm COMMAND --help` says what a command takes; `maskvlm fit --help` lists all keys."""
+
+
+def overview() -> str:
+    """All commands by group."""
+    lines = []
+    for group in dict.fromkeys(command.group for command in REGISTRY):
+        lines += ["", group]
+        lines += [f"  {command.name:<12} {command.told}" for command in REGISTRY if command.group == group]
+    return USAGE.format(commands="\n".join(lines))
+
+
+WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
+    "model": ("its size and encoders", lambda: choices("model"), "tiny"),
+    "data": ("the data set", lambda: [*choices("data"), *prepared()], "scenes"),
+    "where": ("the machine", lambda: choices("where"), "auto"),
+    "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),
+    "from": ("the checkpoint to start from, a folder of the hub's format, or random", list, ""),
+    "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
+    "split": ("what is measured", lambda: SPLITS, "val"),
+    "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),
+    "name": ("of the prepared set", list, "as the set"),
+}
+"""Word -> what it says, what it can be (nothing: anything), and what it is where it is left out."""
+
+
+def help_of(command: Command) -> str:
+    """What a command takes, with the choices that there are."""
+    lines = [f"{command.usage} [--key value ...]", f"  {command.told}", ""]
+    if any("TASK" in place for place in command.places):
+        lines.append(f"  TASK      {' '.join(tasks())}, or package.task of an installed package")
+    for name in command.words:
+        told, among, otherwise = WORDS[name]
+        can_be = f": {' '.join(among())}" if among() else ""
+        lines.append(f"  {name + '=':<9} {told}{can_be}{f' (if left out: {otherwise})' if otherwise else ''}")
+    return "\n".join([*lines, "", "`maskvlm fit --help` lists all keys; they win over all files."])

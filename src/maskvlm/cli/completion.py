@@ -1,0 +1,42 @@
+"""`maskvlm completion`: what completes commands, words and their values in bash and zsh."""
+
+from maskvlm.cli.commands import REGISTRY, WORDS
+from maskvlm.config.compose import tasks
+
+SCRIPT = """# eval "$(maskvlm completion)" in ~/.bashrc; in ~/.zshrc after `autoload -U +X bashcompinit && bashcompinit`
+_maskvlm() {{
+  local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" among=""
+  if [ "$current" = "=" ]; then  # bash takes model=tiny for three words
+    before="=" current="" name="${{COMP_WORDS[COMP_CWORD-1]}}"
+  elif [ "$before" = "=" ]; then
+    name="${{COMP_WORDS[COMP_CWORD-2]}}"
+  else
+    name=""
+  fi
+  if [ -n "$name" ]; then
+    case "$name" in
+{values}
+    esac
+  elif [ "$COMP_CWORD" = 1 ]; then
+    among="{commands}"
+  else
+    case "${{COMP_WORDS[1]}}" in
+{words}
+    esac
+  fi
+  COMPREPLY=($(compgen -W "$among" -- "$current"))
+  case "${{COMPREPLY[0]}}" in *=) compopt -o nospace 2>/dev/null ;; esac
+}}
+complete -o default -F _maskvlm maskvlm"""
+
+
+def main(arguments: list[str], allowed: list[str]) -> str:
+    """The script."""
+    values = [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
+    words = [
+        f'      {command.name}) among="{" ".join([*named, *(f"{name}=" for name in command.words)])}" ;;'
+        for command in REGISTRY
+        if (named := tasks() if any("TASK" in place for place in command.places) else []) or command.words
+    ]
+    commands = " ".join(command.name for command in REGISTRY)
+    return SCRIPT.format(values="\n".join(values), commands=commands, words="\n".join(words))
