@@ -3,15 +3,21 @@
     from maskvlm import MaskVLM
     model = MaskVLM.from_pretrained("checkpoints/RUN/best.ckpt")
 
-Once it is imported, transformers' AutoModel, AutoConfig and AutoProcessor know it, too.
+Once MaskVLM is imported, transformers' AutoModel, AutoConfig and AutoProcessor know it, too.
 """
 
-import sys
 from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskvlm.inference.pretrained import PretrainedMaskVLM as MaskVLM
 
 __all__ = ["MaskVLM"]
 
-# While Python looks for the module of `python -m maskvlm`, argv begins with -m: the command refuses what it can before
-# seconds of imports.
-if TYPE_CHECKING or sys.argv[:1] != ["-m"]:
-    from maskvlm.inference.pretrained import PretrainedMaskVLM as MaskVLM
+
+def __getattr__(name: str) -> object:
+    """MaskVLM, imported when it is first asked for: a command with a wrong word must not cost seconds of imports."""
+    if name != "MaskVLM":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from maskvlm.inference.pretrained import PretrainedMaskVLM
+
+    return PretrainedMaskVLM

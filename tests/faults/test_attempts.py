@@ -18,10 +18,9 @@ from maskvlm.training.run_state import newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
 
-SRC = Path(attempts.__file__).parents[1]
+SRC = Path(attempts.__file__).parents[2]
 DIES = """
 import os, signal, sys
-sys.argv = ["-m"]
 sys.path.insert(0, {src!r})
 from pathlib import Path
 from maskvlm.training.attempts import Attempt

@@ -18,10 +18,9 @@ from maskvlm.utils import lock
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read, state
 
-SRC = Path(lock.__file__).parents[1]
+SRC = Path(lock.__file__).parents[2]
 HOLD = """
 import sys, time, os
-sys.argv = ["-m"]  # as `python -m maskvlm`: the package then imports nothing heavy
 sys.path[:0] = {paths}
 from pathlib import Path
 from guards import without

@@ -4,7 +4,7 @@
     model = MaskVLM.from_pretrained("checkpoints/RUN/best.ckpt")
     model.fill_mask("dog.jpg", "a [MASK] dog on the grass")
 
-It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm` is imported.
+It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm.MaskVLM` is imported.
 
 Shapes: B pictures, C texts, E contrast width, T tokens, D width.
 """
