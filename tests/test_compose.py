@@ -147,6 +147,14 @@ def test_all_processes_of_a_run_share_its_folder(monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_under_torchrun_a_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process would else name it by its own time of day."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert composed("pretrain run=x")[2] == "checkpoints/x"
+    with pytest.raises(UserError, match="run=: torchrun starts several processes"):
+        composed("pretrain")
+
+
 def test_words_end_where_options_begin() -> None:
     words = read_words("x", ["vqa", "model=a", "--model.lr", "1", "data=b"], ("model", "data"), 1)
     assert words == (["vqa"], {"model": "a"}, ["--model.lr", "1", "data=b"])

@@ -15,18 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README[README.index("## Use a model") : README.index("### A page to try it in")]
 BLOCKS: list[tuple[str, str]] = re.findall(r"```(bash|python)\n(.*?)```", SECTION, re.DOTALL)
-STACK = [f"-c{ROOT}/conf/{name}.yaml" for name in ("base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes")]
 
 
 def run(line: str) -> None:
-    """A line of a shell block: python's, maskvlm's, or `make index` as the Makefile hands it on."""
+    """A line of a shell block: python's, maskvlm's, or make's, which is maskvlm's."""
     words = shlex.split(line, comments=True)
-    if words[:2] == ["make", "index"]:
-        words = ["index", "--from", words[2].removeprefix("FROM="), "--split", "val"]
-        words += ["--out", "checkpoints/index-scenes-val", *STACK, "--data.source.val", "12"]
-        assert main(words) == 0
-    elif words[1:3] == ["-m", "maskvlm"]:
-        assert main(words[3:]) == 0
+    if words[0] == "make":
+        name, value = words[2].split("=")
+        assert main([words[1], f"{name.lower()}={value}", "--data.source.val", "12"]) == 0
+    elif words[0] == "maskvlm":
+        assert main(words[1:]) == 0
     else:
         assert words[0] == ".venv/bin/python"
         subprocess.run([sys.executable, *words[1:]], check=True)

@@ -222,6 +222,9 @@ def task_folder(task: str) -> Path:
 def run_options(words: Words, kind: str) -> list[str]:
     """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
     name = words.given.get("run")
+    if name is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        what = "torchrun starts several processes, which need one folder"
+        raise UserError("run=", what, "Name it: run=first; it is made under checkpoints/")
     if name is None:
         name = os.environ.setdefault(RUN_NAME, f"{kind}-{moment()}")
     elif not name or name in (".", "..") or "/" in name or len(name.split()) != 1:

@@ -1,0 +1,78 @@
+"""The registry of commands, and what reads it: help, docs, completion, dispatch."""
+
+import importlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
+from maskvlm.cli.main import main
+from maskvlm.config.compose import choices, tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_command_has_something_to_call() -> None:
+    assert len(COMMANDS) == len(REGISTRY)
+    for command in REGISTRY:
+        assert command.target or command.compose
+        if command.target:
+            module, _, function = command.target.partition(":")
+            assert callable(getattr(importlib.import_module(module), function))
+        assert set(command.words) <= WORDS.keys()
+
+
+def test_help_and_the_page_have_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert overview() in page
+    for command in REGISTRY:
+        assert f"  {command.name} " in told
+        assert command.compose is None or f"`{command.usage}`" in page
+
+
+def test_help_of_a_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert " ".join(tasks()) in told
+    assert " ".join(choices("model")) in told
+    assert told.strip() == help_of(COMMANDS["finetune"])
+
+
+def complete(*words: str) -> list[str]:
+    """What bash offers for the last of these words, as it takes them apart."""
+    from maskvlm.cli.completion import main as script
+
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = f"{script([], [])}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _maskvlm; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("maskvlm", "pre"), ["pretrain", "preview"]),
+        (("maskvlm", "pretrain", "mo"), ["model="]),
+        (("maskvlm", "pretrain", "model", "=", "ti"), ["tiny"]),
+        (("maskvlm", "evaluate", "split", "="), ["val", "test"]),
+        (("maskvlm", "finetune", "v"), ["vqa"]),
+        (("maskvlm", "caption", "x"), []),
+    ],
+)
+def test_bash_completes(words: tuple[str, ...], offered: list[str]) -> None:
+    assert complete(*words) == offered
+
+
+def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`from=` is `--from` to a method, too."""
+    for given in (["from=no.ckpt"], ["--from", "no.ckpt"]):
+        assert main(["fill", *given, "x.png", "[MASK]"]) == 66
+        assert "no.ckpt" in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_command_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["answr", "x.png"]) == 2
+    assert capsys.readouterr().err.startswith("error: answr: no such command. There are: pretrain, ")
