@@ -67,6 +67,17 @@ def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path
     assert settings.model.task.init_args.text_mask_ratio == 0.3
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "epochs"),
+    [("", 5000, None), ("--trainer.max_steps 7", 7, None), ("--trainer.max_epochs 3", None, 3.0)],
+)
+def test_the_trainers_length_is_the_datas(stack: Stack, words: str, steps: int | None, epochs: float | None) -> None:
+    """Which the sample order and the learning rate follow."""
+    settings = run(Parsed, ["fit", *stack(), *words.split()]).settings
+    assert (settings.data.init_args.steps, settings.data.init_args.epochs) == (steps, epochs)
+    assert (settings.trainer.max_steps, settings.trainer.max_epochs) == (-1, 1)
+
+
 def test_the_environment_names_the_folder_of_data(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_ROOT", "/somewhere")
     settings = run(Parsed, ["fit", *stack(DATA="flickr8k")]).settings

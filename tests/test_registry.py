@@ -73,6 +73,11 @@ def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytes
         assert "no.ckpt" in capsys.readouterr().err
 
 
+def test_what_lightning_calls_otherwise_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--from", "x.ckpt"]) == 2
+    assert capsys.readouterr().err.startswith("error: predict: no such command. `evaluate` keeps every prediction")
+
+
 def test_a_word_that_is_no_command_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["answr", "x.png"]) == 2
     assert capsys.readouterr().err.startswith("error: answr: no such command. There are: pretrain, ")

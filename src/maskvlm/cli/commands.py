@@ -122,6 +122,12 @@ REGISTRY = (
 )  # fmt: skip
 COMMANDS = {command.name: command for command in REGISTRY}
 
+ELSEWHERE = {
+    "predict": "`evaluate` keeps every prediction of a split (predictions.jsonl), `embed` all vectors; methods such as "
+    "`caption` answer for images that you name",
+}
+"""Commands that LightningCLI has elsewhere, and what does their work here."""
+
 USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
 {commands}
 TASK.TOOL and methods of tasks

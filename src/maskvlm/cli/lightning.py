@@ -87,6 +87,7 @@ class Command(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parsed(parser, self.arguments)
+        set_length(self.settings)
 
     @property
     def settings(self) -> Namespace:
@@ -195,6 +196,29 @@ class Command(LightningCLI):
         finally:
             CAUGHT.restore()
             HELD.release()
+
+
+def set_length(settings: Namespace) -> None:
+    """`trainer.max_steps` and `trainer.max_epochs` as the data's `steps` and `epochs`, which the sample order, the
+    learning rate and the progress follow: a run that the trainer alone cut short would end at a high rate.
+
+    Raises:
+        UserError: both are given, or a number of passes below 1.
+    """
+    trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
+    passes = 1 if trainer.max_epochs is None else trainer.max_epochs
+    if "steps" not in data or trainer.fast_dev_run:  # a data module of somebody else's, or a trial
+        return
+    if trainer.max_steps > 0 and passes != 1:
+        raise UserError("trainer.max_steps", f"beside {passes} trainer.max_epochs", "Give one of the two")
+    if passes < 1:
+        what, todo = f"{passes} passes over the data", "Give a number from 1 on, or data.steps"
+        raise UserError("trainer.max_epochs", what, todo)
+    if trainer.max_steps > 0:
+        data.steps, data.epochs = trainer.max_steps, None
+    elif passes != 1:
+        data.steps, data.epochs = None, float(passes)
+    trainer.max_steps, trainer.max_epochs = -1, 1
 
 
 def best_of(trainer: L.Trainer) -> str | None:

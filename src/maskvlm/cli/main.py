@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from maskvlm.cli.commands import COMMANDS, help_of, overview
+from maskvlm.cli.commands import COMMANDS, ELSEWHERE, help_of, overview
 from maskvlm.config.compose import find_tasks, home
 from maskvlm.config.given import nearest, places
 from maskvlm.config.given import options as settings
@@ -97,6 +97,8 @@ def method(arguments: list[str], allowed: list[str]) -> int:
         UserError: no checkpoint is named, so that it can be none.
     """
     name = arguments[0]
+    if name in ELSEWHERE:
+        raise UserError(name, "no such command", ELSEWHERE[name])
     if not any(word == "--from" or word.startswith("--from=") for word in arguments):
         near = nearest(name, COMMANDS, 0.5)
         what = "no such command" + (f" (did you mean {near}?)" if near else "")

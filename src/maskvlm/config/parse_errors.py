@@ -54,9 +54,19 @@ def _stray(match: re.Match[str], _: Context) -> UserError:
     return UserError(cut(match["word"]), "neither an option nor its value", "Options start with --, files with -c")
 
 
+ELSEWHERE = {
+    "optimizer": "AdamW is the model's own: set model.lr, model.lr_encoders, model.weight_decay, model.betas",
+    "lr_scheduler": "Warm-up and cosine are the model's own: set model.warmup and model.min_lr",
+}
+"""Keys that LightningCLI has elsewhere, and what is in their place here: rates differ by part of the model, and a run
+that goes on must find the schedule that it began with."""
+
+
 def _unknown(match: re.Match[str], context: Context) -> UserError:
     key = match["key"].lstrip("-").partition("=")[0]
     place = find_place(key, context.found) or Place("configuration", key, "")
+    if todo := ELSEWHERE.get(key.partition(".")[0]):
+        return UserError(_where(place), "no key of this command", todo)
     parent = place.key.rpartition(".")[0]
     here = {f"{parent}.{name}" for name in context.siblings} or context.known
     given = {other.key for other in context.found if other.key != place.key}
