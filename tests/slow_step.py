@@ -10,20 +10,21 @@ from toys import PATCH, slow_cross, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.losses import Negatives
-from maskvlm.objectives.pretraining import Hidden, MaskedPretraining
+from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
 
 
 class Recorded(MaskedPretraining):
     """Keeps the masks and negatives of its last step."""
 
-    hidden: Hidden
+    masks: Masks
     found: tuple[Negatives, Negatives] | None
 
-    def hide(self, *args: Any) -> Hidden:
-        self.hidden = super().hide(*args)
-        return self.hidden
+    def mask(self, *args: Any) -> Masks:
+        self.masks = super().mask(*args)
+        return self.masks
 
     def negatives(self, *args: Any) -> tuple[Negatives, Negatives] | None:
         self.found = super().negatives(*args)
@@ -77,16 +78,16 @@ class Slow:
         self.image = [backbone.image(batch.image_BCHW[r : r + 1])[0] for r in rows]
         self.text = [self.read(batch.token_CT[r], r) for r in rows]
         self.masked_image, self.masked_text = self.image, self.text
-        if task.hidden.patch is not None:
-            mask = task.hidden.patch.mask_BN
+        if task.masks.patch is not None:
+            mask = task.masks.patch.mask_BN
             self.masked_image = [backbone.image(batch.image_BCHW[r : r + 1], mask[r : r + 1])[0] for r in rows]
-        if task.hidden.token is not None:
+        if task.masks.token is not None:
             self.masked_text = [self.read(self.draws(r)[0], r) for r in rows]
 
     def draws(self, row: int) -> Tensor:
         """The maskings of one text, [draws, T]."""
-        assert self.task.hidden.token is not None
-        return self.task.hidden.token.token_CT.unflatten(0, (-1, self.task.text_draws))[row]
+        assert self.task.masks.token is not None
+        return self.task.masks.token.token_CT.unflatten(0, (-1, self.task.text_draws))[row]
 
     def read(self, token_T: Tensor, row: int) -> Tensor:
         token_1T = token_T[self.batch.attention_CT[row]][None]
@@ -122,29 +123,41 @@ class Slow:
         return torch.stack(terms).mean()
 
     def mlm(self) -> Tensor:
-        assert self.task.hidden.token is not None
+        assert self.task.masks.token is not None
         partner = self.masked_image if self.task.mask_both else self.image
         terms = []
         for i, draw in itertools.product(self.valid, range(self.task.text_draws)):
             out = slow_cross(self.backbone.cross_text, self.read(self.draws(i)[draw], i), partner[i])
-            hidden_T = self.task.hidden.token.mask_CT[i * self.task.text_draws + draw]
+            hidden_T = self.task.masks.token.mask_CT[i * self.task.text_draws + draw]
             for place in hidden_T.nonzero().flatten().tolist():
                 logits = self.task.tokens.vocabulary(out[place])
                 terms.append(-logits.log_softmax(0)[self.batch.token_CT[i, place]])
         return torch.stack(terms).mean()
 
     def mim(self) -> Tensor:
-        assert self.task.hidden.patch is not None
+        assert self.task.masks.patch is not None
         partner = self.masked_text if self.task.mask_both else self.text
         terms = []
         for i in self.valid:
             out = slow_cross(self.backbone.cross_image, self.masked_image[i], partner[i])
             out = slow_cross(self.task.pixels.blocks, out, partner[i])
-            for n in self.task.hidden.patch.mask_BN[i].nonzero().flatten().tolist():
+            for n in self.task.masks.patch.mask_BN[i].nonzero().flatten().tolist():
                 r, c = n // 4 * PATCH, n % 4 * PATCH
                 target = self.batch.image_BCHW[i, :, r : r + PATCH, c : c + PATCH].permute(1, 2, 0).flatten()
-                if self.task.pixel_norm:
+                if self.task.masked_pixels.norm:
                     target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
                 d = self.task.pixels.pixels(out[1 + n]) - target
-                terms.append(d.square().mean() if self.task.pixel_loss == "squared" else d.abs().mean())
+                terms.append(d.square().mean() if self.task.masked_pixels.kind == "squared" else d.abs().mean())
+        return torch.stack(terms).mean()
+
+    def words(self) -> Tensor:
+        """Of each image the words of its text: seen where any position shows it, of which none may."""
+        terms = []
+        for i in self.valid:
+            shown_LV = torch.sigmoid(self.task.detector(self.image[i]))
+            absent_V = (1 - shown_LV).prod(0)
+            special = {int(token) for token in self.batch.token_CT[self.batch.special_CT]}
+            there = {int(token) for token in self.batch.token_CT[i]} - special
+            nats = [-torch.log(1 - absent_V[v] if v in there else absent_V[v]) for v in range(len(absent_V))]
+            terms.append(torch.stack(nats).sum() / max(1, len(there)))
         return torch.stack(terms).mean()

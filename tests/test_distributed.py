@@ -62,9 +62,9 @@ def queue_step(settings: dict[str, Any]) -> dict[str, Any]:
     batch = eventful_batch()
     before = pad_text(toy_batch(8, seed=9), step.backbone.text.text_length, step.backbone.text.pad_id)
     before = before._replace(image_BCHW=before.image_BCHW.double(), image_id_B=before.image_id_B + 50)
-    hidden = step.task.hide(step.backbone, before, Draw(1, 1, "cpu").local)
+    masks = step.task.mask(step.backbone, before, Draw(1, 1, "cpu").local)
     with torch.no_grad():
-        encoded = step.task.encode(step.backbone, before, hidden)
+        encoded = step.task.encode(step.backbone, before, masks)
         step.task.queue.push(before, encoded, step.task.contrast(before, encoded))
     done = backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
     assert max(int(each.index_B.max()) for each in step.task.found) >= 8  # one of them was drawn
@@ -190,6 +190,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both masked": {"mask_both": True, "whole_word": True, "keep_and_swap": True},
     "no contrast": {"weight_itc": 0.0, "pixel_loss": "squared"},
     "contrast alone": {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
+    "all five": {"weight_words": 0.5},
+    "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
     "texts masked twice": {"text_draws": 2},
     "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},

@@ -15,9 +15,9 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import Context, CrossOutput
 from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.evaluation import EVAL_SEED, Measure, gains, one_caption
 from maskvlm.objectives.masking import mask_patches, mask_tokens
-from maskvlm.objectives.pretraining import Hidden
 from maskvlm.objectives.retrieval_metrics import recall
 from maskvlm.utils.distributed import Draw
 
@@ -52,7 +52,7 @@ class Slow:
 
     def __init__(self, task: Recorded, backbone: MaskVLM, batch: Batch) -> None:
         self.task, self.backbone, self.batch = task, backbone, batch
-        self.hidden = task.hide(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
+        self.masks = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
         self.sums: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor) -> None:
@@ -64,7 +64,7 @@ class Slow:
 
     @torch.no_grad()
     def words(self) -> None:
-        batch, token = self.batch, self.hidden.token
+        batch, token = self.batch, self.masks.token
         assert token is not None
         rows = len(batch.image_BCHW)
         for c in range(len(batch.token_CT)):
@@ -86,7 +86,7 @@ class Slow:
 
     @torch.no_grad()
     def patches(self) -> None:
-        batch, patch = self.batch, self.hidden.patch
+        batch, patch = self.batch, self.masks.patch
         assert patch is not None
         assert batch.foreground_BHW is not None
         rows = len(batch.image_BCHW)
@@ -291,10 +291,10 @@ def telling_world() -> tuple[Any, Any, Batch]:
         parameters=lambda: iter([torch.zeros(1)]),
     )
 
-    def hide(backbone: Any, batch: Batch, uniform: Any) -> Hidden:
+    def mask(backbone: Any, batch: Batch, uniform: Any) -> Masks:
         patch = mask_patches(batch.valid_B, (4, 4), 2, 0.6, uniform)
         text = batch.token_CT, batch.special_CT, batch.word_CT
-        return Hidden(patch, mask_tokens(*text, 0.3, uniform, 4, 12, 5))
+        return Masks(patch, mask_tokens(*text, 0.3, uniform, 4, 12, 5))
 
     def pixels(image_BLD: Tensor, text: Tensor, attention: Tensor, index_BK: Tensor) -> Tensor:
         value_B1 = image_BLD[:, 0].argmax(-1, keepdim=True).float()
@@ -302,7 +302,7 @@ def telling_world() -> tuple[Any, Any, Batch]:
 
     task = SimpleNamespace(
         weights={"itc": 0, "itm": 0, "mlm": 1, "mim": 1},
-        hide=hide,
+        mask=mask,
         tokens=lambda x: 50 * x,
         pixels=pixels,
         pixel_target=lambda image, index: patchify(image, PATCH).gather(

@@ -15,12 +15,14 @@ from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.cross_batch import one_each, pad_text
-from maskvlm.objectives.pretraining import Contrast, MaskedPretraining
+from maskvlm.objectives.cross_batch import Contrast, one_each, pad_text
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.objectives.pretraining_losses import WordsPresent
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
 
 TERMS = ("itc", "itm", "mlm", "mim")
+FIVE = ("itc", "itm", "words", "mlm", "mim")
 
 
 class Table:
@@ -48,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pixels": {"pixel_loss": "squared", "pixel_norm": True, "image_mask_ratio": 0.3},
     "words": {"whole_word": True, "keep_and_swap": True, "text_mask_ratio": 0.6},
     "no contrast": {"weight_itc": 0.0},
+    "all five": {"weight_words": 0.5},
+    "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
     "texts masked three times": {"text_draws": 3},
     "texts masked twice, of any share": {"text_draws": 2, "text_mask_most": 1.0},
     "words as their embeddings": {"tokens_from_words": True},
@@ -72,8 +76,8 @@ def test_one_pass_over_everything_equals_a_pass_for_each_pair(variant: str) -> N
     task.zero_grad()
 
     slow = Slow(task, backbone, batch)
-    expected = {name: getattr(slow, name)() for name in TERMS if task.weights[name]}
-    assert list(terms) == list(expected)
+    expected = {name: getattr(slow, name)() for name in FIVE if task.weights[name]}
+    assert terms.keys() == expected.keys()
     for name, term in terms.items():
         torch.testing.assert_close(term, expected[name], atol=1e-6, rtol=1e-5)
     total(task, expected).backward()
@@ -97,10 +101,10 @@ def test_maskings_of_a_text_are_independent_and_evaluation_has_one() -> None:
     backbone, task = build(text_draws=3)
     batch = eventful_batch()
     task(backbone, batch)
-    assert task.hidden.token is not None
-    first, *others = task.hidden.token.mask_CT.unflatten(0, (8, 3)).unbind(1)
+    assert task.masks.token is not None
+    first, *others = task.masks.token.mask_CT.unflatten(0, (8, 3)).unbind(1)
     assert all((first != other).any(1).sum() > 2 and torch.equal(first.sum(1), other.sum(1)) for other in others)
-    one = task.hide(backbone, batch, task.uniform)
+    one = task.mask(backbone, batch, task.uniform)
     assert one.token is not None
     assert len(one.token.token_CT) == 8
 
@@ -109,15 +113,15 @@ def test_further_maskings_hide_any_share_and_the_first_and_evaluation_the_fixed_
     backbone, task = build(text_draws=40, text_mask_most=1.0)
     batch, plain = eventful_batch(), build()[1]
     task(backbone, batch)
-    assert task.hidden.token is not None
-    first, *others = task.hidden.token.mask_CT.sum(1).unflatten(0, (8, 40)).unbind(1)
-    expected, words = plain.hide(backbone, batch, plain.uniform).token, (~batch.special_CT).sum(1)
+    assert task.masks.token is not None
+    first, *others = task.masks.token.mask_CT.sum(1).unflatten(0, (8, 40)).unbind(1)
+    expected, words = plain.mask(backbone, batch, plain.uniform).token, (~batch.special_CT).sum(1)
     assert expected is not None
     assert torch.equal(first, expected.mask_CT.sum(1))
     counts = torch.stack(others, 1)
     assert torch.equal(counts.amin(1), first)
     assert torch.equal(counts.amax(1), words)
-    one = task.hide(backbone, batch, task.uniform)
+    one = task.mask(backbone, batch, task.uniform)
     assert one.token is not None
     assert torch.equal(one.token.mask_CT.sum(1), first)
 
@@ -284,9 +288,9 @@ def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(setti
     task.done = 0.49
     terms = task(backbone, batch)
     assert list(terms) == ["itc"]
-    assert task.hidden.patch is not None
-    assert task.hidden.token is not None
-    assert (len(task.hidden.patch.mask_BN), len(task.hidden.token.token_CT)) == (1, settings.get("text_draws", 1))
+    assert task.masks.patch is not None
+    assert task.masks.token is not None
+    assert (len(task.masks.patch.mask_BN), len(task.masks.token.token_CT)) == (1, settings.get("text_draws", 1))
     only.projection.load_state_dict(task.projection.state_dict())
     alone.load_state_dict(backbone.state_dict())
     expected = only(alone, batch)["itc"]
@@ -432,8 +436,8 @@ def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
     backbone, task = build(image_draws=0.5)
     task.reseed(Table())
     task(backbone, batch)
-    assert task.hidden.patch is not None
-    assert len(task.hidden.patch.mask_BN) == 4
+    assert task.masks.patch is not None
+    assert len(task.masks.patch.mask_BN) == 4
     of_first = losses_of(take(batch, torch.arange(4)))
     assert some[3] == pytest.approx(of_first[3], rel=1e-5)
     assert some[3] != pytest.approx(all_of_them[3], rel=1e-3)
@@ -442,10 +446,10 @@ def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
 def test_some_of_them_as_a_whole_in_training_alone() -> None:
     backbone, task = build(image_mask_all=1.0)
     task(backbone, eventful_batch())
-    assert task.hidden.patch is not None
-    assert torch.equal(task.hidden.patch.mask_BN.all(1), eventful_batch().valid_B)
+    assert task.masks.patch is not None
+    assert torch.equal(task.masks.patch.mask_BN.all(1), eventful_batch().valid_B)
     task.measure.update(task, backbone, eventful_batch())
-    assert not task.hidden.patch.mask_BN.all(1).any()
+    assert not task.masks.patch.mask_BN.all(1).any()
 
 
 # ---------------------------------------------------------------------- edges
@@ -525,11 +529,11 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu() -> None:
 ROWS = 5
 
 
-@pytest.mark.parametrize("wanted", [w for n in range(1, 5) for w in itertools.combinations(TERMS, n)])
+@pytest.mark.parametrize("wanted", [w for n in range(1, 6) for w in itertools.combinations((*TERMS, "words"), n)])
 @pytest.mark.parametrize("mask_both", [False, True])
 def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str, ...], mask_both: bool) -> None:
     """Distributed training waits for the gradient of each parameter that may have one."""
-    settings = {f"weight_{name}": float(name in wanted) for name in TERMS}
+    settings = {f"weight_{name}": float(name in wanted) for name in FIVE}
     backbone, task = build(mask_both=mask_both, **settings)
     terms = task(backbone, toy_batch(ROWS))
     assert tuple(terms) == wanted
@@ -538,7 +542,7 @@ def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.any() or name.endswith("key.bias"), name
     frozen = {name.split(".")[0] for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
-    read = {"cross_image": {"itm", "mim"}, "cross_text": {"itm", "mlm"}}
+    read = {"cross_image": {"itm", "mim"}, "cross_text": {"itm", "mlm"}, "text": set(TERMS)}
     assert frozen - {"image"} == {part for part, terms in read.items() if not terms & set(wanted)}
     needs_mask_token = {"mim"} | ({"mlm"} if mask_both else set())
     assert backbone.image.mask_token.requires_grad == bool(needs_mask_token & set(wanted))
@@ -555,10 +559,11 @@ def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str
         (("itc", "itm"), {"image": 1, "text": 1, "cross_image": 3, "cross_text": 3}),
         (("itc", "mlm"), {"image": 1, "text": 2, "cross_text": 1}),
         (("itc",), {"image": 1, "text": 1}),
+        (("words",), {"image": 1}),
     ],
 )
 def test_each_part_makes_one_pass_over_the_rows_it_needs(wanted: tuple[str, ...], rows: dict[str, int]) -> None:
-    backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in TERMS})
+    backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in FIVE})
     seen: list[tuple[str, int]] = []
     for part in ("image", "text", "cross_image", "cross_text"):
         getattr(backbone, part).register_forward_hook(
@@ -566,7 +571,7 @@ def test_each_part_makes_one_pass_over_the_rows_it_needs(wanted: tuple[str, ...]
         )
     task(backbone, toy_batch(ROWS))
     assert sorted(seen) == sorted(rows.items())
-    heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels"}
+    heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels", "words": "detector"}
     assert {name for name, _ in task.named_children()} == {heads[name] for name in wanted}
 
 
@@ -577,7 +582,7 @@ def test_pixels_and_words_are_predicted_at_masked_positions_only() -> None:
     task.pixels.pixels.register_forward_hook(lambda _, inputs, out: shapes.update(pixels=tuple(out.shape)))
     batch = toy_batch(ROWS)
     task(backbone, batch)
-    hidden = int(task.hide(backbone, batch, task.uniform).token.mask_CT.sum())  # a share: the same in every draw
+    hidden = int(task.mask(backbone, batch, task.uniform).token.mask_CT.sum())  # a share: the same in every draw
     assert shapes == {"words": (hidden, 1, VOCAB), "pixels": (ROWS, 8, 3 * PATCH**2)}
 
 
@@ -618,6 +623,16 @@ def test_levels_of_a_model_that_has_learned_nothing() -> None:
     task.eval()
     task(backbone, toy_batch(4))
     assert task.floors(64) == levels  # evaluation leaves them alone
+
+
+def test_the_level_of_the_words_present_is_what_their_frequencies_cost() -> None:
+    backbone, task = build(weight_words=1.0)
+    batch = toy_batch(4)._replace(**tokens([[5, 6], [5, 7], [5, 6], [5, 8]]))
+    task(backbone, batch)
+    share = {5: 1 - 1e-6, 6: 0.5, 7: 0.25, 8: 0.25}
+    rows = ((5, 6), (5, 7), (5, 6), (5, 8))
+    nats = [sum(-math.log(p if word in row else 1 - p) for word, p in share.items()) / 2 for row in rows]
+    assert task.floors(64)["words"] == pytest.approx(sum(nats) / 4, rel=1e-4, abs=1e-4)
 
 
 def test_levels_of_weightless_losses_are_left_out() -> None:
@@ -692,7 +707,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),
         ({"weight_mlm": -1.0}, "model.task.weight_mlm: -1.0"),
-        ({f"weight_{name}": 0.0 for name in TERMS}, "all four loss weights are 0"),
+        ({f"weight_{name}": 0.0 for name in TERMS}, "all loss weights are 0"),
         ({"mask_block": 12}, "model.task.mask_block: 12 px"),
         ({"mask_block": 0}, "model.task.mask_block: 0 px"),
     ],
@@ -746,10 +761,8 @@ def test_the_words_term_asks_the_picture_alone_and_changes_no_other() -> None:
 
 def test_special_tokens_are_no_words_of_a_picture() -> None:
     batch = eventful_batch()
-    backbone, task = build(weight_words=1.0)
-    longer = pad_text(batch, LENGTH, 0)
-    image_BLD = backbone.image(batch.image_BCHW)
-    padded, plain = task.words_loss(image_BLD, longer), task.words_loss(image_BLD, batch)
-    assert padded.item() == pytest.approx(plain.item())
-    logits = task.detector(image_BLD)
-    assert logits.shape == (len(batch.valid_B), image_BLD.shape[1], VOCAB)
+    plain, padded = (WordsPresent.words(each, VOCAB) for each in (batch, pad_text(batch, LENGTH, 0)))
+    assert torch.equal(plain, padded)
+    for row, words_V in enumerate(plain):
+        there = batch.token_CT[row][~batch.special_CT[row]]
+        assert set(words_V.nonzero().flatten().tolist()) == {*there.tolist()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import toy_batch
 
+from maskvlm.objectives.pretraining_losses import PretrainingLoss
 from maskvlm.reporting.meters import Readings, Speed
 from maskvlm.reporting.progress import StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
 
@@ -175,11 +176,12 @@ def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCapt
         assert caplog.records == []
         stuck.look(50, 20, Readings({"new": 1.1}, {"new": 1.0}))
         stuck.look(60, 20, Readings({"new": 1.1}, {"new": 1.0}))
-    assert [record.getMessage() for record in caplog.records] == [stuck_line("new", 1.1, 1.0, 30, 50)]
+    said = stuck_line("new", 1.1, 1.0, 30, 50, PretrainingLoss.cause)
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_the_warning_of_an_unknown_loss_is_one_line_too() -> None:
-    assert stuck_line("vqa", 8.05, 8.049, 300, 600) == (
+    assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.cause) == (
         "warning: vqa sits at 8.05 since step 300 (now step 600); its no-knowledge level is 8.05, "
         "what is paid without any knowledge; look at the learning rate and the data"
     )

@@ -74,9 +74,9 @@ def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -
     backbone, task = build(mask_both=mask_both, text_draws=2, negative_queue=8)
     before, now = whole(0), whole(1)
     with torch.no_grad():
-        kept = task.encode(backbone, before, task.hide(backbone, before, task.uniform, 2))
+        kept = task.encode(backbone, before, task.mask(backbone, before, task.uniform, True))
         task.queue.push(before, kept, task.contrast(before, kept))  # type: ignore[union-attr]
-        encoded = task.encode(backbone, now, task.hide(backbone, now, task.uniform, 2))
+        encoded = task.encode(backbone, now, task.mask(backbone, now, task.uniform, True))
         texts, pictures = torch.tensor([8, 15, 3, 9, 0, 12, 4, 10]), torch.tensor([11, 1, 14, 8, 13, 2, 15, 0])
         found = Negatives(texts, torch.ones(8)), Negatives(pictures, torch.ones(8))
         pairs = task.queue.pairs  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ def test_a_step_that_overflowed_does_not_spoil_those_after_it(part: str) -> None
     backbone, task = build(negative_queue=8, text_draws=2)
     batch = whole(0)
     with torch.no_grad():
-        encoded = task.encode(backbone, batch, task.hide(backbone, batch, task.uniform, 2))
+        encoded = task.encode(backbone, batch, task.mask(backbone, batch, task.uniform, True))
         contrast = task.contrast(batch, encoded)
     for each in (encoded, contrast):
         if part in each._fields:

@@ -147,7 +147,7 @@ def test_what_is_seen_stays_and_what_is_hidden_is_grey_or_filled() -> None:
     batch = toy_batch(4)
     result = reconstruct(backbone, task, batch)
     assert result.pictures is not None
-    hidden = task.hide(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
+    hidden = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
     assert hidden.patch is not None
     mask_B1HW = by_pixel(hidden.patch.mask_BN, SIZE // PATCH).expand(-1, 3, -1, -1)
     for part in result.pictures[:3]:

@@ -5,9 +5,6 @@ file or a task's reader of prepared pictures does not fit the others. And the br
 import csv
 import io
 import json
-import os
-import shlex
-import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from bad_raw import KINDS, make_bad_raw
 from karpathy_rows import image
 from toy_raw import encoded, photo
 
+from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.main import main
 from maskvlm.data.prepared.manifest import read_manifest
 from maskvlm.data.prepared.source import Prepared
@@ -154,11 +152,8 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def composed(*words: str) -> list[str]:
-    """The arguments that make hands on."""
-    command = ["make", "-n", words[0], "PYTHON=python", *words[1:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
-    arguments = shlex.split(done.stdout.strip().splitlines()[-1])
-    return arguments[arguments.index("maskvlm") + 1 :]
+    """The command that these words stand for."""
+    return COMMANDS[words[0]].full(words[1:])
 
 
 SHORT = ["--data.steps=2", "--data.epochs=null", "--data.batch_size=4", "--trainer.limit_val_batches=0"]
@@ -177,7 +172,7 @@ def test_raw_prepared_trained(name: str, tmp_path: Path, at_the_root: Path, caps
     assert manifest["left_out"] == {}
     capsys.readouterr()
     run = tmp_path / "run"
-    arguments = composed("pretrain", f"DATA={as_name}", "WHERE=cpu")
+    arguments = composed("pretrain", f"data={as_name}", "where=cpu")
     arguments[arguments.index("--folder") + 1] = str(run)
     assert main([*arguments, *SHORT]) == 0, capsys.readouterr().err
     facts = json.loads((run / "versions.json").read_text())
@@ -234,7 +229,7 @@ def test_sets_of_tasks(name: str, tmp_path: Path, at_the_root: Path, shared_data
     task, place, make = PARTS[name]
     make(shared_data / place, tmp_path / "raw")
     assert main(["data", name, str(tmp_path / "raw"), "--out", str(at_the_root / name), "--workers", "1"]) == 0
-    arguments = composed("finetune", f"TASK={task}", f"DATA={name}", "FROM=random", "WHERE=cpu")
+    arguments = composed("finetune", task, f"data={name}", "from=random", "where=cpu")
     arguments[arguments.index("--folder") + 1] = str(tmp_path / "run")
     small = ["--model.backbone.image.image_size=48", *["--data.source.min_count=1"] * (task == "vqa")]
     assert main([*arguments, *small, *SHORT, "--data.eval_batch_size=4", "--trainer.limit_val_batches=1.0"]) == 0
@@ -267,6 +262,6 @@ def test_exactly_the_broken_rows_are_left_out(kind: str, tmp_path: Path, at_the_
     captions = {tuple(pairs.captions(index)) for index in range(len(pairs))}
     assert len(pairs) == len(expected.good)
     assert any("\U0001f415" in text or ord(max(text)) > 0x1F000 for texts in captions for text in texts)
-    arguments = composed("pretrain", "DATA=bad", "WHERE=cpu")
+    arguments = composed("pretrain", "data=bad", "where=cpu")
     arguments[arguments.index("--folder") + 1] = str(tmp_path / "run")
     assert main([*arguments, *SHORT]) == 0

@@ -121,6 +121,35 @@ def test_what_is_no_task_is_refused(tmp_path: Path, name: str) -> None:
     refused(with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path=name), "task"), ExitCode.REFUSED)
 
 
+PARTS_OF_STRANGERS = [
+    {"class_path": "evil_of_this_test.Task"},
+    {"class_path": "os.system", "init_args": {"command": "touch marker"}},
+    {"class_path": "maskvlm.objectives.pretraining_losses.PretrainingLoss"},  # abstract
+    {"class_path": "maskvlm.objectives.masking.RandomBlocks"},  # another kind of part than `losses` takes
+    {"class_path": "maskvlm.objectives.pretraining_losses.WordsPresent", "init_args": {"weight": "__import__('os')"}},
+    {"class_path": "maskvlm.objectives.pretraining_losses.WordsPresent", "more": 1},
+    "maskvlm.objectives.pretraining_losses.WordsPresent",
+    7,
+]
+
+
+@pytest.mark.parametrize("part", PARTS_OF_STRANGERS, ids=str)
+def test_a_part_of_a_task_that_nobody_allowed_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Any
+) -> None:
+    (tmp_path / "evil_of_this_test.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Task: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil_of_this_test", raising=False)
+    for settings in ({"losses": [part]}, {"losses": part}, {"image_masking": part}, {"text_masking": part}):
+        if part == PARTS_OF_STRANGERS[3] and "image_masking" in settings:
+            continue
+        change = settings.items()
+        path = with_recipe(tmp_path / "x.ckpt", lambda told, change=change: told["init_args"].update(change), "task")
+        refused(path, ExitCode.REFUSED, ExitCode.BAD_DATA)
+        assert not (tmp_path / "marker").exists()
+
+
 PLUG = """
 from torch import nn
 from maskvlm.objectives.pretraining import MaskedPretraining
@@ -128,7 +157,7 @@ from maskvlm.objectives.pretraining import MaskedPretraining
 class Endless(MaskedPretraining):
     def build(self, backbone):
         super().build(backbone)
-        self.more = nn.ModuleList(nn.Linear(1, 1) for _ in range(self.decoder_layers * 4000))
+        self.more = nn.ModuleList(nn.Linear(1, 1) for _ in range(self.masked_pixels.layers * 4000))
 """
 
 

@@ -18,6 +18,9 @@ from maskvlm.utils.errors import UserError
 OWN = ("maskvlm", "tasks")
 KINDS = {
     "maskvlm.objectives.task.Task",
+    "maskvlm.objectives.pretraining_losses.PretrainingLoss",
+    "maskvlm.objectives.masking.ImageMasking",
+    "maskvlm.objectives.masking.TextMasking",
     "maskvlm.model.maskvlm.MaskVLM",
     "maskvlm.model.encoders.ImageEncoder",
     "maskvlm.model.encoders.TextEncoder",

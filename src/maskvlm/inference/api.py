@@ -234,7 +234,7 @@ class Asked(nn.Module):
         image_BCHW = self.pixels(given)
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
-        true_statistics = bool(getattr(self.task, "pixel_norm", False))
+        true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
             painted_BCHW = unmask.reconstruct(self, image_BCHW, mask_BN, words, true_statistics)
         else:

@@ -33,16 +33,23 @@ from maskvlm.config.plain_schema import (
     Record,
     Table,
     Text,
+    Tree,
     Whole,
+    maybe,
     shown,
 )
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.masking import ImageMasking, TextMasking
+from maskvlm.objectives.pretraining_losses import PretrainingLoss
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
 OURS = (r"maskvlm\.objectives\.pretraining\.[A-Z]\w*", r"tasks\.[a-z]\w*\.task\.[A-Z]\w*")
 """Tasks of this project: pre-training, and one folder each."""
+PARTS: tuple[type, ...] = (PretrainingLoss, ImageMasking, TextMasking)
+"""What a task's settings may hold beside plain values."""
+OUR_PARTS = (r"maskvlm\.objectives\.(masking|pretraining_losses)\.[A-Z]\w*",)
 SIMPLE: dict[Any, Kind] = {bool: Flag(), int: Whole(-(10**9), 10**9), float: Real(), str: Text(), type(None): NOTHING}
 Made = TypeVar("Made")
 
@@ -63,7 +70,7 @@ def build(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[M
         what = "does not say which task it was trained for"
         raise UserError(origin.path, what, "Put the config-fit.yaml of its run beside it", ExitCode.MISSING_INPUT)
     kind = task_class(recipe.task["class_path"], origin.path, allowed)
-    args = read_arguments(kind, recipe.task["init_args"], f"{origin.path}: task")
+    args = read_arguments(kind, recipe.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
         args["labels"] = list(origin.labels)
     check_size(recipe, origin, lambda: kind(**args))
@@ -199,17 +206,43 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
     return found
 
 
-def read_arguments(kind: type, args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings for a class, checked by the types of its signature; only plain types can be set.
+def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
+    """Settings for a class, checked by the types of its signature: plain values, and parts of `PARTS` that are made of
+    class_path and init_args in the same way.
+
+    Args:
+        allowed: packages beside this project's that parts may come from.
 
     Raises:
         UserError: a setting that it does not have, or of another type (77).
     """
     hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
     names = [name for name in inspect.signature(kind).parameters if name != "labels"]
-    kinds = {name: found for name in names if (found := kind_of(hints.get(name))) is not None}
+    parts = {name: base for name in names if (base := part_of(hints.get(name))) is not None}
+    kinds: dict[str, Kind] = {name: maybe(Tree()) for name in parts}
+    kinds |= {n: found for n in names if n not in parts and (found := kind_of(hints.get(n))) is not None}
     read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
+    for name, base in parts.items():
+        told = read.get(name)
+        if isinstance(told, list):
+            read[name] = [make_part(each, base, f"{where}.{name}", allowed) for each in told]
+        elif told is not None:
+            read[name] = make_part(told, base, f"{where}.{name}", allowed)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+
+
+def part_of(hint: Any) -> type | None:
+    """Which of `PARTS` an annotated type asks for: one of them, or none, or several."""
+    found = [base for arg in (hint, *typing.get_args(hint)) for base in PARTS if arg is base]
+    return found[0] if found else None
+
+
+def make_part(value: Any, base: type[Made], where: str, allowed: Iterable[str]) -> Made:
+    """A part of a task out of its class_path and init_args, see `class_of`."""
+    told = Record({"class_path": Text(200)}, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
+    kind = class_of(told["class_path"], where, base, OUR_PARTS, allowed)
+    args = read_arguments(kind, told.get("init_args") or {}, where, allowed)
+    return _made(lambda: kind(**args), where)
 
 
 def kind_of(hint: Any) -> Kind | None:

@@ -17,8 +17,8 @@ from maskvlm.objectives.masking import PatchMask, TokenMask
 from maskvlm.utils.distributed import gather, rank, world_size
 
 
-class Hidden(NamedTuple):
-    """What is hidden in this step; None where no loss of weight above 0 needs it."""
+class Masks(NamedTuple):
+    """What is masked in this step; None where no loss of weight above 0 needs it."""
 
     patch: PatchMask | None
     token: TokenMask | None
@@ -31,15 +31,15 @@ class Encoded(NamedTuple):
 
     image_BLD: Tensor
     text_BTD: Tensor
-    hidden_image_BLD: Tensor | None
-    hidden_text_BTD: Tensor | None
+    masked_image_BLD: Tensor | None
+    masked_text_BTD: Tensor | None
     other_CTD: Tensor | None = None
     draws: int = 1
 
     @property
     def first_draw_BTD(self) -> Tensor | None:
         """Of each text one masking."""
-        return None if self.hidden_text_BTD is None else self.hidden_text_BTD[:: self.draws]
+        return None if self.masked_text_BTD is None else self.masked_text_BTD[:: self.draws]
 
 
 class Crossed(NamedTuple):
@@ -158,7 +158,7 @@ def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = N
 
 def cross_pairs(
     encoder: CrossEncoder,
-    hidden_BLD: Tensor | None,
+    masked_BLD: Tensor | None,
     own: Side,
     other: Side,
     seen_BLD: Tensor | None,
@@ -169,14 +169,14 @@ def cross_pairs(
     """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
 
     Args:
-        hidden_BLD: masked rows, one or more of each whole row.
+        masked_BLD: masked rows, one or more of each whole row.
         own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
         seen_BLD: what masked rows see of the other modality, one row a pair; None: its whole rows.
         pairs: of masked rows, how many whole rows they are of, the first ones.
     """
-    if hidden_BLD is None and not rows:  # no loss reads this side
+    if masked_BLD is None and not rows:  # no loss reads this side
         return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
-    first = 0 if hidden_BLD is None else len(hidden_BLD)
+    first = 0 if masked_BLD is None else len(masked_BLD)
     of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
     partners = of_pair
     if first and seen_BLD is not None:
@@ -184,7 +184,7 @@ def cross_pairs(
         partners = partners + len(other.rows_ULD)
         other = Side(torch.cat([other.rows_ULD, seen_BLD]), mask)
     picked = own.pick(torch.cat([of_pair, *rows]))
-    query_BLD = picked.rows_ULD if hidden_BLD is None else torch.cat([hidden_BLD, picked.rows_ULD[first:]])
+    query_BLD = picked.rows_ULD if masked_BLD is None else torch.cat([masked_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
     return encoder(query_BLD, context, picked.attention_UL, every=first)
 
@@ -209,7 +209,7 @@ def cross_all(
     encoded: Encoded,
     attention_BT: Tensor,
     found: tuple[Negatives, Negatives] | None,
-    hides: tuple[bool, bool],
+    reconstructs: tuple[bool, bool],
     mask_both: bool,
     pairs: int,
     kept: Pairs | None = None,
@@ -221,7 +221,7 @@ def cross_all(
 
     Args:
         found: a hard caption for each picture and a hard picture for each caption; None without matching.
-        hides: whether masked patches, and masked words, are to be reconstructed.
+        reconstructs: whether masked patches, and masked words, are to be reconstructed.
         mask_both: each side from the masked other one.
         pairs: how many of the pairs, from the first one on, are masked and matched.
         kept: the queue that negatives were drawn from, too: their places follow the global batch's.
@@ -236,16 +236,16 @@ def cross_all(
         text, caption = with_negatives(text, found[0].index_B, queued[1])
         attention, _ = with_negatives(attention, found[0].index_B, queued[2])
         images, texts = [own, own, picture], [own, caption, own]
-    hidden_image = encoded.hidden_image_BLD if hides[0] else None
-    hidden_text = encoded.hidden_text_BTD if hides[1] else None
-    masked = 0 if hidden_image is None else len(hidden_image)
-    seen_text, seen_image = (encoded.first_draw_BTD, encoded.hidden_image_BLD) if mask_both else (None, None)
+    masked_image = encoded.masked_image_BLD if reconstructs[0] else None
+    masked_text = encoded.masked_text_BTD if reconstructs[1] else None
+    masked = 0 if masked_image is None else len(masked_image)
+    seen_text, seen_image = (encoded.first_draw_BTD, encoded.masked_image_BLD) if mask_both else (None, None)
     if not matching_trains:
         image, text = image.detach(), text.detach()
         if not mask_both:
             seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
     image_side, text_side = Side(image, None), Side(text, attention)
-    image_out = cross_pairs(backbone.cross_image, hidden_image, image_side, text_side, seen_text, images, texts, masked)
-    text_out = cross_pairs(backbone.cross_text, hidden_text, text_side, image_side, seen_image, texts, images, pairs)
+    image_out = cross_pairs(backbone.cross_image, masked_image, image_side, text_side, seen_text, images, texts, masked)
+    text_out = cross_pairs(backbone.cross_text, masked_text, text_side, image_side, seen_image, texts, images, pairs)
     fused = Fused(image_out.first_BD[len(image_out.every_RLD) :], text_out.first_BD[len(text_out.every_RLD) :])
     return Crossed(image_out.every_RLD, text_out.every_RLD, fused)

@@ -16,6 +16,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.heads import patchify, pick
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.losses import pixel_error
 from maskvlm.objectives.novelty import sample_of
 from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
@@ -23,7 +24,7 @@ from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
 from maskvlm.utils.distributed import Draw, gather_objects
 
 if TYPE_CHECKING:
-    from maskvlm.objectives.pretraining import Hidden, MaskedPretraining
+    from maskvlm.objectives.pretraining import MaskedPretraining
 
 EVAL_SEED = 20230501
 
@@ -52,58 +53,63 @@ class Measure:
     def reset(self) -> None:
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.kept: list[Kept] = []
-        self.hidden_words: list[Tensor] = []
+        self.masked_words: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch) -> None:
         """One batch: pictures with all their captions."""
         draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device)
-        hidden = task.hide(backbone, batch, draw.local)
+        masks = task.mask(backbone, batch, draw.local)
         image_BLD = backbone.image(batch.image_BCHW)
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
         if task.weights["mlm"]:
-            self.words(task, backbone, batch, hidden, image_BLD)
+            self.words(task, backbone, batch, masks, image_BLD)
         if task.weights["mim"]:
-            self.patches(task, backbone, batch, hidden, text_CTD)
+            self.patches(task, backbone, batch, masks, text_CTD)
         if task.weights["itc"]:
             self.kept.append(keep(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
 
     def words(
-        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", image_BLD: Tensor
+        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, image_BLD: Tensor
     ) -> None:
         """Masked-word accuracy (percent) and nats with the picture, another one, and none."""
-        assert hidden.token is not None
+        assert masks.token is not None
         owner, rows = batch.owner_C, len(image_BLD)
-        hidden_CTD = backbone.text(hidden.token.token_CT, batch.attention_CT)
+        masked_CTD = backbone.text(masks.token.token_CT, batch.attention_CT)
         blank_1LD = backbone.image(torch.zeros_like(batch.image_BCHW[:1]))
         context = backbone.cross_text.context(torch.cat([image_BLD, blank_1LD]))
-        target_CK = batch.token_CT.gather(1, hidden.token.index_CK)
-        weight_CK = hidden.token.weight_CK
-        self.hidden_words.append(target_CK[weight_CK > 0])
+        target_CK = batch.token_CT.gather(1, masks.token.index_CK)
+        weight_CK = masks.token.weight_CK
+        self.masked_words.append(target_CK[weight_CK > 0])
         partners = {"": owner, "_wrong_image": (owner + 1) % rows, "_no_image": torch.full_like(owner, rows)}
         for name, seen_C in partners.items():
             if rows == 1 and name == "_wrong_image":
                 continue
-            crossed = backbone.cross_text(hidden_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
-            logits_CKV = task.tokens(pick(crossed.every_RLD, hidden.token.index_CK)).float()
+            crossed = backbone.cross_text(masked_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
+            logits_CKV = task.tokens(pick(crossed.every_RLD, masks.token.index_CK)).float()
             nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
             self.add(f"mlm/accuracy{name}", 100.0 * (logits_CKV.argmax(-1) == target_CK), weight_CK)
             self.add(f"mlm/nats{name}", nats_CK, weight_CK)
 
     def patches(
-        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, hidden: "Hidden", text_CTD: Tensor
+        self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, text_CTD: Tensor
     ) -> None:
         """Masked-pixel error with the caption, another one, and none; one caption a picture, in turn."""
-        assert hidden.patch is not None
+        assert masks.patch is not None
         chosen_B = one_caption(batch)
         text_BTD, attention_BT = text_CTD[chosen_B], batch.attention_CT[chosen_B]
         empty_BT = batch.special_CT[chosen_B] & attention_BT
         order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
-        hidden_BLD = backbone.image(batch.image_BCHW, hidden.patch.mask_BN, None, hidden.patch.visible)
-        target_BKP = task.pixel_target(batch.image_BCHW, hidden.patch.index_BK)
+        masked_BLD = backbone.image(batch.image_BCHW, masks.patch.mask_BN, None, masks.patch.visible)
+        target_BKP = task.pixel_target(batch.image_BCHW, masks.patch.index_BK)
         level = target_BKP.unflatten(-1, (-1, 3)).mean((0, 1, 2)).repeat(target_BKP.shape[-1] // 3)
-        self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, hidden.patch.weight_BK, batch, hidden)
+        weight_BK, objects_BKP = masks.patch.weight_BK, None
+        if batch.foreground_BHW is not None:
+            objects_BCHW = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
+            inside_BKP = pick(patchify(objects_BCHW, backbone.image.patch_size), masks.patch.index_BK)
+            objects_BKP = inside_BKP * weight_BK[..., None]
+        self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, weight_BK, objects_BKP)
         partners = (
             ("", text_BTD, attention_BT),
             ("_wrong_text", text_BTD.roll(-1, 0), attention_BT.roll(-1, 0)),
@@ -112,22 +118,19 @@ class Measure:
         for name, words_BTD, mask_BT in partners:
             if len(words_BTD) == 1 and name == "_wrong_text":
                 continue
-            out_BLD = backbone.cross_image(hidden_BLD, backbone.cross_image.context(words_BTD, mask_BT)).every_RLD
-            predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, hidden.patch.index_BK)
-            self.pixel_errors(name, predicted_BKP.float(), target_BKP, hidden.patch.weight_BK, batch, hidden)
+            out_BLD = backbone.cross_image(masked_BLD, backbone.cross_image.context(words_BTD, mask_BT)).every_RLD
+            predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, masks.patch.index_BK)
+            self.pixel_errors(name, predicted_BKP.float(), target_BKP, weight_BK, objects_BKP)
 
     def pixel_errors(
-        self, name: str, predicted: Tensor, target: Tensor, weight_BK: Tensor, batch: Batch, hidden: "Hidden"
+        self, name: str, predicted: Tensor, target: Tensor, weight_BK: Tensor, objects_BKP: Tensor | None
     ) -> None:
-        assert hidden.patch is not None
+        """Of all masked patches, and of those of their values that show an object, where the data tells."""
         for key, kind in (("mse", "squared"), ("l1", "l1")):
             error_BKP = pixel_error(predicted, target, kind)  # type: ignore[arg-type]
             self.add(f"mim/{key}{name}", error_BKP.mean(-1), weight_BK)
-            if batch.foreground_BHW is not None:
-                patch = int((target.shape[-1] // 3) ** 0.5)
-                things = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
-                inside_BKP = pick(patchify(things, patch), hidden.patch.index_BK) * weight_BK[..., None]
-                self.add(f"mim/object_{key}{name}", error_BKP, inside_BKP)
+            if objects_BKP is not None:
+                self.add(f"mim/object_{key}{name}", error_BKP, objects_BKP)
 
     def add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.sums[name].append((float((value * weight).sum()), float(weight.sum())))
@@ -161,7 +164,7 @@ class Measure:
 
     def word_chance(self) -> dict[str, float]:
         """Always guessing the most frequent hidden word, and the entropy of the hidden words' frequencies."""
-        shards: list[Any] = gather_objects([words.cpu() for words in self.hidden_words])
+        shards: list[Any] = gather_objects([words.cpu() for words in self.masked_words])
         words = [part for shard in shards for part in shard]
         if not any(map(len, words)):
             return {}

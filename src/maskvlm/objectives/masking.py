@@ -1,14 +1,18 @@
-"""Which patches and which words are hidden: pure functions, their random numbers passed in.
+"""Which patches and which words are masked: pure functions, their random numbers passed in, and the classes that
+configurations name. A masking of your own is a class of `ImageMasking` or `TextMasking` and a line of YAML.
 
 Shapes: B pictures, C captions, N patches, T tokens, K positions at most masked in a row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from maskvlm.utils.errors import UserError
 
 Uniform = Callable[..., Tensor]
 """`uniform(rows, ...)`: float numbers in [0, 1) of that shape, on the device of the batch."""
@@ -78,7 +82,7 @@ def mask_patches(
     block_mask = hides.unflatten(1, (block_rows, block_cols))
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]
-    return PatchMask(mask_BN, *_positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])), visible)
+    return PatchMask(mask_BN, *positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])), visible)
 
 
 def mask_tokens(
@@ -127,10 +131,122 @@ def mask_tokens(
         shown_CT = torch.where(choice_CT < 0.9, shown_CT, token_CT)
         shown_CT = torch.where((choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), shown_CT)
     most = length if whole_word else count_masked(length, ratio.most)
-    return TokenMask(torch.where(mask_CT, shown_CT, token_CT), mask_CT, *_positions(mask_CT, most))
+    return TokenMask(torch.where(mask_CT, shown_CT, token_CT), mask_CT, *positions(mask_CT, most))
 
 
-def _positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Positions of the True entries of each row first, then others, `most` in all; 1.0 where True."""
+def positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """A mask [B, N] as `PatchMask` and `TokenMask` have it, [B, most] both: the positions of each row's True entries,
+    filled up with others, and 1.0 where it is True."""
     index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return index, mask.gather(1, index).float()
+
+
+class Vocabulary(NamedTuple):
+    """What a masking must know of the text encoder: the id of [MASK], the number of ids, the longest text in tokens."""
+
+    mask_id: int
+    size: int
+    length: int
+
+
+class Texts(NamedTuple):
+    """Texts to be masked, as in `Batch`; each stands `draws` times in a row, to be masked so many times."""
+
+    token_CT: Tensor
+    special_CT: Tensor
+    word_CT: Tensor
+    draws: int = 1
+
+
+class ImageMasking(ABC):
+    """Which patches of an image are masked."""
+
+    def check(self, patch_size: int) -> None:
+        """Raises UserError where it does not fit patches of that size, in pixels."""
+        return
+
+    @abstractmethod
+    def __call__(
+        self, valid_B: Tensor, grid: tuple[int, int], patch_size: int, uniform: Uniform, training: bool
+    ) -> PatchMask:
+        """Draw a mask for each image.
+
+        Args:
+            valid_B: False rows get no mask.
+            grid: rows and columns of patches.
+            patch_size: side of a patch in pixels.
+            uniform: the only source of random numbers; each call draws for the global batch, so that several processes
+                mask what one would.
+            training: False in evaluation, where every checkpoint is asked the same.
+        """
+
+
+class RandomBlocks(ImageMasking):
+    """A share of square blocks, uniform over blocks (paper sec. 3), or in training now and then the whole image.
+
+    Args:
+        ratio: share of the blocks, 0 to 1.
+        block: side of a block in pixels; a multiple of the patch size.
+        whole: in training the probability that all of an image is masked.
+    """
+
+    def __init__(self, ratio: float = 0.6, block: int = 32, whole: float = 0.0) -> None:
+        self.ratio, self.block, self.whole = ratio, block, whole
+
+    def check(self, patch_size: int) -> None:
+        if self.block < patch_size or self.block % patch_size:
+            what, todo = (
+                f"{self.block} px do not hold whole {patch_size}-px patches",
+                f"set model.task.mask_block to a multiple of {patch_size}",
+            )
+            raise UserError("model.task.mask_block", what, todo)
+
+    def __call__(
+        self, valid_B: Tensor, grid: tuple[int, int], patch_size: int, uniform: Uniform, training: bool
+    ) -> PatchMask:
+        whole = self.whole if training else 0.0
+        return mask_patches(valid_B, grid, self.block // patch_size, self.ratio, uniform, whole)
+
+
+class TextMasking(ABC):
+    """Which tokens of a text are masked."""
+
+    @abstractmethod
+    def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
+        """Draw a mask for each row of `texts`.
+
+        Args:
+            uniform: as for images; drawn for `vocabulary.length` positions, so that the longest text of the batch
+                does not matter.
+        """
+
+
+class RandomTokens(TextMasking):
+    """A share of the tokens of each text, uniform over tokens (paper sec. 3).
+
+    Args:
+        ratio: share of the tokens, 0 to 1.
+        most: the second and further maskings of a text have a share that is drawn between `ratio` and this one.
+        whole_word: mask all pieces of a word together.
+        keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
+    """
+
+    def __init__(
+        self, ratio: float = 0.3, most: float | None = None, whole_word: bool = False, keep_and_swap: bool = False
+    ) -> None:
+        self.ratio, self.most = ratio, ratio if most is None else most
+        self.whole_word, self.keep_and_swap = whole_word, keep_and_swap
+
+    def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
+        return mask_tokens(
+            *texts[:3], self._share(len(texts.token_CT), texts.draws, uniform), uniform,
+            vocabulary.mask_id, vocabulary.size, vocabulary.length, self.whole_word, self.keep_and_swap,
+        )  # fmt: skip
+
+    def _share(self, rows: int, draws: int, uniform: Uniform) -> float | Ratio:
+        """Of each row: the first of `draws` maskings has that of evaluation."""
+        if draws == 1 or self.most == self.ratio:
+            return self.ratio
+        drawn_C = uniform(rows)
+        first_C = torch.arange(rows, device=drawn_C.device) % draws == 0
+        return Ratio.drawn(self.ratio, self.most, drawn_C.masked_fill(first_C, 0.0))

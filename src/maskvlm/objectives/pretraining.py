@@ -4,32 +4,23 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.encoders import standing_still
-from maskvlm.model.heads import (
-    Matching,
-    PixelDecoder,
-    Projection,
-    TokenHead,
-    WordDetector,
-    normalise_patches,
-    patchify,
-    pick,
-)
-from maskvlm.model.init import init_normal, init_xavier
+from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
+from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
-from maskvlm.objectives import losses
+from maskvlm.objectives import losses as formulas
 from maskvlm.objectives.cross_batch import (
     Contrast,
+    Crossed,
     Encoded,
-    Hidden,
-    columns,
+    Masks,
     cross_all,
     gather_contrast,
     one_each,
@@ -38,9 +29,20 @@ from maskvlm.objectives.cross_batch import (
 from maskvlm.objectives.evaluation import Measure
 from maskvlm.objectives.hard_negatives import Queue
 from maskvlm.objectives.losses import Negatives, PixelLoss
-from maskvlm.objectives.masking import PatchMask, Ratio, TokenMask, Uniform, mask_patches, mask_tokens
+from maskvlm.objectives.masking import ImageMasking, RandomBlocks, RandomTokens, TextMasking, Texts, Uniform, Vocabulary
+from maskvlm.objectives.pretraining_losses import (
+    ImageTextContrast,
+    ImageTextMatching,
+    MaskedPixels,
+    MaskedTokens,
+    Need,
+    PretrainingLoss,
+    Step,
+    WordsPresent,
+    needed,
+)
 from maskvlm.objectives.task import Late, Task
-from maskvlm.utils.distributed import gather, shared_count, without_gradient, world_size
+from maskvlm.utils.distributed import world_size
 from maskvlm.utils.errors import UserError, check_least
 
 
@@ -75,8 +77,11 @@ class MaskedPretraining(Task):
             against images that no longer move (as in LiT, Zhai et al. 2022).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
-        weight_words: weight of a fifth loss, which the paper does not have (0): the caption's words from the whole
-            picture alone. It stands in for pretrained weights where the image encoder starts from scratch.
+        weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
+        losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
+        image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block, image_mask_all).
+        text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
+            keep_and_swap).
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
         whole_word: hide all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
@@ -96,7 +101,10 @@ class MaskedPretraining(Task):
             the patch size.
     """
 
-    token_count_V: Tensor
+    projection: Projection
+    matching: Matching
+    tokens: TokenHead
+    pixels: PixelDecoder
 
     def __init__(
         self,
@@ -129,32 +137,29 @@ class MaskedPretraining(Task):
         image_mask_all: float = 0.0,
         contrast_patches: float = 1.0,
         contrast_reads: Literal["class", "class_and_mean"] = "class",
+        losses: Sequence[PretrainingLoss] = (),
+        image_masking: ImageMasking | None = None,
+        text_masking: TextMasking | None = None,
     ) -> None:
         super().__init__()
-        self.weights = {"itc": weight_itc, "itm": weight_itm, "mlm": weight_mlm, "mim": weight_mim}
-        self.weights["words"] = weight_words
-        ratios = {"image_mask_ratio": image_mask_ratio, "text_mask_ratio": text_mask_ratio}
-        _check_settings(ratios | {"image_mask_all": image_mask_all}, self.weights)
-        sizes = {"decoder_layers": decoder_layers, "contrast_dim": contrast_dim, "rerank_k": rerank_k}
-        sizes["text_draws"] = self.text_draws = text_draws
-        check_least(1, **{f"model__task__{name}": value for name, value in sizes.items()})
-        check_least(0.001, model__task__temperature=temperature)
+        _check_shares(image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, image_mask_all=image_mask_all)
+        check_least(1, model__task__rerank_k=rerank_k, model__task__text_draws=text_draws)
         check_least(0, model__task__rerank_contrast=rerank_contrast, model__task__negative_queue=negative_queue)
-        self.image_mask_ratio, self.text_mask_ratio, self.mask_block = (
-            image_mask_ratio,
-            text_mask_ratio,
-            mask_block,
-        )
-        self.mask_both, self.whole_word, self.keep_and_swap = mask_both, whole_word, keep_and_swap
-        self.pixel_loss, self.pixel_norm = pixel_loss, pixel_norm
-        self.decoder_layers, self.contrast_dim, self.temperature = decoder_layers, contrast_dim, temperature
+        self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
+        self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers)
+        self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
+        paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
+        self.losses = self._order(paper, [WordsPresent(weight_words), *losses])
+        self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, image_mask_all)
+        self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
+        self.mask_both, self.text_draws = mask_both, text_draws
         if not 0 < image_draws <= 1 or (mask_both and image_draws < 1):
             what = f"{image_draws} is no share above 0" if not 0 < image_draws <= 1 else "mask_both masks every image"
             raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
         if not 0 < contrast_patches <= 1:
             what = f"{contrast_patches} is no share above 0"
             raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
-        self.contrast_patches, self.contrast_reads = contrast_patches, contrast_reads
+        self.contrast_patches = contrast_patches
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
             what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
@@ -164,9 +169,7 @@ class MaskedPretraining(Task):
         if text_mask_most is not None and text_draws == 1:
             what = "it is of the second and further maskings of a caption, and there is one"
             raise UserError("model.task.text_mask_most", what, "Set model.task.text_draws to 2, or this to null")
-        self.text_mask_most = text_mask_ratio if text_mask_most is None else text_mask_most
-        self.tokens_from_words, self.image_draws, self.image_mask_all = tokens_from_words, image_draws, image_mask_all
-        self.contrast_first = contrast_first
+        self.image_draws, self.contrast_first = image_draws, contrast_first
         if freeze_aligned and not contrast_first:
             what, todo = (
                 "nothing is aligned first: contrast_first is 0",
@@ -183,108 +186,132 @@ class MaskedPretraining(Task):
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
         self.queue = Queue(negative_queue) if negative_queue and weight_itm else None
-        self.shown = 1  # captions an image in training, for the levels of knowing nothing
+        self.captions = 1  # of an image in training, for the chance levels
         self.measure = Measure(rerank_k, rerank_contrast)
 
+    def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
+        """The losses of weight above 0 in the order of building: the paper's four begin from the same random numbers
+        whatever comes beside them."""
+        self.weights = {loss.name: loss.weight for loss in (*paper, *more)}
+        if len(self.weights) < len(paper) + len(more):
+            names = [loss.name for loss in (*paper, *more)]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError("model.task.losses", f"two losses are called {twice}", "Give one another name")
+        if not any(self.weights.values()):
+            raise UserError("model.task", "all loss weights are 0", "give at least one weight above 0")
+        self.causes = {loss.name: loss.cause for loss in (*paper, *more)}
+        self.of_paper = sum(loss.weight > 0 for loss in paper)
+        return [loss for loss in (*paper, *more) if loss.weight]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What a step must compute; a masked side that the other one is reconstructed from, too."""
+        return needed(self.losses)
+
     def build(self, backbone: MaskVLM) -> None:
-        patch, width = backbone.image.patch_size, backbone.width
         if self.contrast_patches < 1:
             backbone.image.check_plain("model.task.contrast_patches", "Set it to 1")
-        self.kept_sizes = (1 + math.prod(backbone.image.grid), backbone.text.text_length, width, self.contrast_dim)
-        if self.mask_block < patch or self.mask_block % patch:
-            todo = f"set model.task.mask_block to a multiple of {patch}"
-            raise UserError("model.task.mask_block", f"{self.mask_block} px do not hold whole {patch}-px patches", todo)
-        if self.weights["itc"]:
-            mean = self.contrast_reads == "class_and_mean"
-            self.projection = Projection(width, width, self.contrast_dim, self.temperature, mean)
-        if self.weights["itm"]:
-            self.matching = Matching(width)
-        if self.weights["mlm"]:
-            self.tokens = TokenHead(width, backbone.text.vocab_size)
-            self.register_buffer("token_count_V", torch.zeros(backbone.text.vocab_size), persistent=False)
-        if self.weights["mim"]:
-            self.pixel_floor: Tensor | None = None
-            self.pixels = PixelDecoder(backbone.new_cross(self.decoder_layers), width, 3 * patch**2)
+        width, length = backbone.width, backbone.text.text_length
+        self.kept_sizes = (1 + math.prod(backbone.image.grid), length, width, self.contrastive.width)
+        self.image_masking.check(backbone.image.patch_size)
+        paper, more = self.losses[: self.of_paper], self.losses[self.of_paper :]
+        self._add_heads(paper, backbone)
         init_normal(self)
-        if self.weights["mlm"] and self.tokens_from_words:
-            self.tokens.start_from(backbone.text.word_embeddings)
-        if self.weights["itc"]:
-            init_xavier(self.projection)
-        if self.weights["words"]:  # last, so that the others draw what they draw without it
-            self.detector = WordDetector(width, backbone.text.vocab_size)
+        for loss in reversed(paper):
+            loss.start(self, backbone)
+        self._add_heads(more, backbone)
+        for loss in more:
+            loss.start(self, backbone)
         self._freeze_unused(backbone)
+
+    def _add_heads(self, parts: Sequence[PretrainingLoss], backbone: MaskVLM) -> None:
+        for loss in parts:
+            for name, head in loss.build(backbone).items():
+                if hasattr(self, name):
+                    raise UserError(f"model.task.losses: {loss.name}", f"its head {name} is there already", "Rename it")
+                self.add_module(name, head)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
         """Parts that no wanted loss reaches get no gradient; DDP would wait for it for ever."""
-        if not (self.weights["mim"] or (self.mask_both and self.weights["mlm"])):
-            backbone.image.mask_token.requires_grad_(False)
-        if not (self.weights["mim"] or self.weights["itm"]):
-            backbone.cross_image.requires_grad_(False)
-        if not (self.weights["mlm"] or self.weights["itm"]):
-            backbone.cross_text.requires_grad_(False)
+        needs, pairs = self.needs, Need.PAIRS in self.needs
+        masked = Need.MASKED_IMAGE in needs or (self.mask_both and Need.MASKED_TEXT in needs)
+        reached: list[tuple[nn.Parameter | nn.Module, bool]] = [
+            (backbone.image.mask_token, masked),
+            (backbone.cross_image, pairs or Need.MASKED_IMAGE in needs),
+            (backbone.cross_text, pairs or Need.MASKED_TEXT in needs),
+            (backbone.image, needs != {Need.TEXT}),
+            (backbone.text, needs != {Need.IMAGE}),
+        ]
+        for part, is_reached in reached:
+            if not is_reached:
+                part.requires_grad_(False)
 
     def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
         theirs, own = heads.get("projection.image.weight"), self.state_dict().get("projection.image.weight")
         if theirs is not None and own is not None and theirs.shape[1] != own.shape[1]:
-            reads = "class_and_mean" if self.contrast_reads == "class" else "class"
-            what = f"{self.contrast_reads}, but contrast of the checkpoint reads {reads}"
+            reads = "class_and_mean" if self.contrastive.reads == "class" else "class"
+            what = f"{self.contrastive.reads}, but contrast of the checkpoint reads {reads}"
             raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
         return super().inherit(heads)
 
     def see_words(self, count: Callable[[], Tensor]) -> None:
-        if self.weights["mlm"] and self.tokens_from_words:
+        if self.weights["mlm"] and self.masked_tokens.from_words:
             self.tokens.expect(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         aligned = self.done >= self.contrast_first
-        queue = self.queue if aligned else None
-        if world_size() > 1 or queue is not None:
-            batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
-        self.shown = len(batch.owner_C) // len(batch.valid_B)
-        batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
-        # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
-        pairs = len(batch.valid_B) if aligned else 1
-        shares = (self.image_draws, self.image_mask_all)
-        hidden = self.hide(backbone, batch, self.uniform, self.text_draws, shares, pairs)
-        still = aligned and self.freeze_aligned is True
-        stand = [backbone.image, *([backbone.text] if still else [])]
-        alone = not aligned or (self.weights["itc"] > 0 and sum(self.weights.values()) == self.weights["itc"])
-        with standing_still(stand, aligned and bool(self.freeze_aligned)):
-            some_BV = self.some_patches(backbone, batch) if alone else None
-            encoded = self.encode(backbone, every, hidden, some_BV)
-        contrast = self.contrast(batch, encoded, some_BV)
-        found = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
-        kept = None if queue is None else queue.pairs
-        hides = (self.weights["mim"] > 0, self.weights["mlm"] > 0)
-        crossed = cross_all(
-            backbone,
-            encoded,
-            batch.attention_CT,
-            found,
-            hides,
-            self.mask_both,
-            pairs,
-            kept,
-            self.matching_trains_encoders,
-        )
-        if queue is not None and self.training:
-            queue.push(batch, encoded, contrast)
-        terms = {}
-        if self.weights["itc"]:
-            terms["itc"] = self.contrast_of(contrast, encoded.other_CTD, batch, every, still)
-        if found is not None:
-            terms["itm"] = self.matching_loss(crossed.fused_M, found, batch.valid_B)
-        if self.weights["words"]:
-            terms["words"] = self.words_loss(encoded.image_BLD, batch)
-        if self.weights["mlm"] and hidden.token is not None:
-            terms["mlm"] = self.token_loss(crossed.text_BTD, batch, hidden.token)
-        if self.weights["mim"] and hidden.patch is not None:
-            masked = encoded.first_draw_BTD if self.mask_both else None
-            seen = encoded.text_BTD if masked is None else masked
-            terms["mim"] = self.pixel_loss_of(crossed.image_BLD, seen, batch, hidden.patch)
+        step = self.step(backbone, batch, aligned)
+        terms = {loss.name: loss(self, step) for loss in self.losses}
+        if self.training and aligned:
+            with torch.no_grad():
+                for loss in self.losses:
+                    loss.observe(self, step)
         if not aligned:
             return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
+
+    def step(self, backbone: MaskVLM, batch: Batch, aligned: bool) -> Step:
+        """Everything that the losses read. `aligned`: contrast alone has been learned for long enough."""
+        queue = self.queue if aligned else None
+        if world_size() > 1 or queue is not None:
+            batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
+        self.captions = len(batch.owner_C) // len(batch.valid_B)
+        batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
+        # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
+        pairs = len(batch.valid_B) if aligned else 1
+        masks = self.mask(backbone, batch, self.uniform, True, pairs)
+        still = aligned and self.freeze_aligned is True
+        stand = [backbone.image, *([backbone.text] if still else [])]
+        alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
+        with standing_still(stand, aligned and bool(self.freeze_aligned)):
+            some_BV = self.some_patches(backbone, batch) if alone else None
+            encoded = self.encode(backbone, every, masks, some_BV)
+        contrast = self.contrast(batch, encoded, some_BV)
+        negatives = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
+        crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
+        if queue is not None and self.training:
+            queue.push(batch, encoded, contrast)
+        return Step(batch, every, masks, encoded, contrast, negatives, crossed, self.text_draws, self.mask_both, still)
+
+    def cross(
+        self,
+        backbone: MaskVLM,
+        encoded: Encoded,
+        attention_CT: Tensor,
+        negatives: tuple[Negatives, Negatives] | None,
+        pairs: int,
+        queue: Queue | None,
+    ) -> Crossed:
+        """One pass of each cross encoder."""
+        if not self.needs & {Need.PAIRS, Need.MASKED_IMAGE, Need.MASKED_TEXT}:
+            none_D = encoded.image_BLD[:0, 0]
+            return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
+        reconstructs = (Need.MASKED_IMAGE in self.needs, Need.MASKED_TEXT in self.needs)
+        kept = None if queue is None else queue.pairs
+        return cross_all(
+            backbone, encoded, attention_CT, negatives, reconstructs, self.mask_both, pairs, kept,
+            self.matching_trains_encoders,
+        )  # fmt: skip
 
     def late(self, backbone: MaskVLM) -> Late:
         """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT."""
@@ -300,39 +327,30 @@ class MaskedPretraining(Task):
         stopping = [parameter for module in stop for parameter in module.parameters() if id(parameter) in early]
         return Late(self.contrast_first, waiting, stopping)
 
-    def hide(
-        self,
-        backbone: MaskVLM,
-        batch: Batch,
-        uniform: Uniform,
-        draws: int = 1,
-        shares: tuple[float, float] = (1.0, 0.0),
-        pairs: int | None = None,
-    ) -> Hidden:
-        """Draw this step's masks, for the first `pairs` (None: for all): one each for the first images, by `shares` how
-        many of them and how many of these whole; `draws` a caption, whose rows follow each other."""
-        texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs  # in evaluation an image has several texts
-        patch = token = None
-        if self.weights["mim"] or (self.mask_both and self.weights["mlm"]):
-            block = self.mask_block // backbone.image.patch_size
-            valid_B = batch.valid_B[: max(1, round(shares[0] * pairs))]
-            patch = mask_patches(valid_B, backbone.image.grid, block, self.image_mask_ratio, uniform, shares[1])
-        if self.weights["mlm"] or (self.mask_both and self.weights["mim"]):
-            text, parts = backbone.text, (batch.token_CT, batch.special_CT, batch.word_CT)
-            token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
-            token = mask_tokens(
-                token_CT, special_CT, word_CT, self._text_ratio(len(token_CT), draws, uniform), uniform,
-                text.mask_id, text.vocab_size, text.text_length, self.whole_word, self.keep_and_swap,
-            )  # fmt: skip
-        return Hidden(patch, token)
+    def mask(
+        self, backbone: MaskVLM, batch: Batch, uniform: Uniform, training: bool = False, pairs: int | None = None
+    ) -> Masks:
+        """Draw masks.
 
-    def _text_ratio(self, rows: int, draws: int, uniform: Uniform) -> float | Ratio:
-        """Which share of each text is hidden: of the first of `draws` maskings that of evaluation."""
-        if draws == 1 or self.text_mask_most == self.text_mask_ratio:
-            return self.text_mask_ratio
-        drawn_C = uniform(rows)
-        first_C = torch.arange(rows, device=drawn_C.device) % draws == 0
-        return Ratio.drawn(self.text_mask_ratio, self.text_mask_most, drawn_C.masked_fill(first_C, 0.0))
+        Args:
+            batch: in training with one text an image; in evaluation an image has several.
+            training: `text_draws` masks a text, whose rows follow each other, and masks of `image_draws` of the images;
+                else one of each.
+            pairs: of the first so many pairs; None: of all.
+        """
+        texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs
+        draws, share = (self.text_draws, self.image_draws) if training else (1, 1.0)
+        patch = token = None
+        if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
+            valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
+            patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
+        if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
+            parts = (batch.token_CT, batch.special_CT, batch.word_CT)
+            token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
+            rows = Texts(token_CT, special_CT, word_CT, draws)
+            text = backbone.text
+            token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
+        return Masks(patch, token)
 
     def some_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
         """Numbers of the patches that contrast sees of each image, [B, V]; None: all."""
@@ -342,27 +360,31 @@ class MaskedPretraining(Task):
         noise_BN = self.uniform(len(batch.valid_B), patches)
         return noise_BN.argsort(dim=1)[:, : max(1, round(self.contrast_patches * patches))]
 
-    def encode(self, backbone: MaskVLM, batch: Batch, hidden: Hidden, some_BV: Tensor | None = None) -> Encoded:
+    def encode(self, backbone: MaskVLM, batch: Batch, masks: Masks, some_BV: Tensor | None = None) -> Encoded:
         """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
         images, first those that are masked and matched; `some_BV`: what is seen of the whole images."""
         image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
         pairs, captions = len(image), len(token)
-        if hidden.patch is not None:
-            masked_BN, visible = hidden.patch.mask_BN, hidden.patch.visible
+        if masks.patch is not None:
+            masked_BN, visible = masks.patch.mask_BN, masks.patch.visible
             image = torch.cat([image, image[: len(masked_BN)]])
             mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
-        if hidden.token is not None:
-            token = torch.cat([token, hidden.token.token_CT])
-            masked = attention[: len(hidden.token.token_CT) // self.text_draws]
+        if masks.token is not None:
+            token = torch.cat([token, masks.token.token_CT])
+            masked = attention[: len(masks.token.token_CT) // self.text_draws]
             attention = torch.cat([attention, masked.repeat_interleave(self.text_draws, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         whole, masked_image = backbone.image(image, mask, row_B, visible, some_BV).tensor_split([pairs])
-        text, other, masked = backbone.text(token, attention).tensor_split([pairs, captions])
+        if self.needs == {Need.IMAGE}:
+            every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
+        else:
+            every_CTD = backbone.text(token, attention)
+        text, other, masked = every_CTD.tensor_split([pairs, captions])
         return Encoded(
             whole,
             text,
-            masked_image if hidden.patch is not None else None,
-            masked if hidden.token is not None else None,
+            masked_image if masks.patch is not None else None,
+            masked if masks.token is not None else None,
             other if captions > pairs else None,
             self.text_draws,
         )
@@ -387,100 +409,20 @@ class MaskedPretraining(Task):
         image, text, image_all, text_all, scale, _, excluded = contrast
         with torch.no_grad():
             drawn = [
-                losses.hard_negatives(losses.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
+                formulas.hard_negatives(formulas.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
                 for pair in ((image, text_all), (text, image_all))
             ]
         first = [Negatives(index_B[:pairs], weight_B[:pairs]) for index_B, weight_B in drawn]
         return first[0], first[1]
 
-    def contrast_of(
-        self, contrast: Contrast, other_CTD: Tensor | None, batch: Batch, every: Batch, still: bool
-    ) -> Tensor:
-        """Contrast of the pairs of `batch`, or where images have several captions of all that are in `every`; `still`:
-        only to be told."""
-
-        def loss() -> Tensor:
-            if other_CTD is None:
-                return self.contrastive_loss(contrast, batch.valid_B)
-            return self.several_positives(contrast, other_CTD, every)
-
-        return without_gradient(loss) if still else loss()
-
-    def contrastive_loss(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
-        own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
-        return losses.contrastive(
-            contrast.image_BE, contrast.text_BE, contrast.image_GE, contrast.text_GE, contrast.scale,
-            contrast.own_B, contrast.excluded_BG & ~own_BG, valid_B.float(), shared_count(valid_B.float().sum()),
-        )  # fmt: skip
-
-    def several_positives(self, contrast: Contrast, other_CTD: Tensor, batch: Batch) -> Tensor:
-        """Contrast over all captions of the images, each of which is to be found; `batch` has them in that order."""
-        other_CT = batch.attention_CT[len(contrast.text_BE) :]
-        text_CE = torch.cat([contrast.text_BE, self.projection.embed_text(other_CTD, other_CT)])
-        weight_B = batch.valid_B.float()
-        weight_C = weight_B[batch.owner_C]
-        return losses.soft_contrastive(
-            contrast.image_BE, text_CE, contrast.image_GE, gather(text_CE), contrast.scale, *columns(batch),
-            weight_B, weight_C, shared_count(weight_B.sum()), shared_count(weight_C.sum()),
-        )  # fmt: skip
-
-    def matching_loss(self, fused_M: Fused, found: tuple[Negatives, Negatives], valid_B: Tensor) -> Tensor:
-        valid = valid_B[: len(found[0].weight_B)].float()
-        weight_M = torch.cat([valid, valid * found[0].weight_B, valid * found[1].weight_B])
-        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
-        return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
-
-    def words_loss(self, image_BLD: Tensor, batch: Batch) -> Tensor:
-        logits_BLV = self.detector(image_BLD)
-        words_BV = torch.zeros_like(logits_BLV[:, 0], dtype=torch.float).scatter(1, batch.token_CT, 1.0)
-        special_V = torch.zeros_like(words_BV[0]).index_fill(0, batch.token_CT[batch.special_CT], 1.0)
-        valid = batch.valid_B.float()
-        return losses.words_present(logits_BLV, words_BV * (1 - special_V), valid, shared_count(valid.sum()))
-
-    def token_loss(self, text_BTD: Tensor, batch: Batch, token: TokenMask) -> Tensor:
-        texts, draws = len(token.token_CT) // self.text_draws, self.text_draws
-        target_CK = batch.token_CT[:texts].repeat_interleave(draws, 0).gather(1, token.index_CK)
-        if self.training:
-            # Fading keeps float32 counts exact where a frequent word would reach 2^24, and follows the data.
-            self.token_count_V.mul_(0.9999).index_add_(0, target_CK.flatten(), token.weight_CK.flatten())
-        read_CKD, weight_CK = pick(text_BTD, token.index_CK), token.weight_CK
-        if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
-            there_CK = weight_CK > 0
-            read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
-        return losses.masked_token(self.tokens(read_CKD), target_CK, weight_CK, shared_count(weight_CK.sum()))
-
-    def pixel_loss_of(self, image_BLD: Tensor, text_BTD: Tensor, batch: Batch, patch: PatchMask) -> Tensor:
-        first = len(patch.index_BK)  # the images that are masked
-        predicted_BKP = self.pixels(image_BLD, text_BTD[:first], batch.attention_CT[:first], patch.index_BK)
-        target_BKP = self.pixel_target(batch.image_BCHW[:first], patch.index_BK)
-        count = shared_count(patch.weight_BK.sum())
-        if self.training:
-            level = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
-            flat = losses.masked_pixel(level.expand_as(target_BKP), target_BKP, patch.weight_BK, count, self.pixel_loss)
-            self.pixel_floor = flat.detach()
-        return losses.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.pixel_loss)
-
     def pixel_target(self, image_BCHW: Tensor, index_BK: Tensor) -> Tensor:
-        """Values of the patches at `index_BK`, [B, K, P]; normalised patch by patch if so configured."""
-        patch = int((self.pixels.pixels.out_features // 3) ** 0.5)
-        target_BKP = pick(patchify(image_BCHW, patch), index_BK)
-        return normalise_patches(target_BKP) if self.pixel_norm else target_BKP
+        """What masked pixels are compared with, see `MaskedPixels.target`."""
+        return self.masked_pixels.target(image_BCHW, index_BK)
 
     def floors(self, batch_size: int) -> dict[str, float]:
-        """No-knowledge level of each loss that is computed.
-
-        ITC: log of the number of columns, mean of both directions. ITM: entropy of its 1:2 class prior, 0.6365. MLM:
-        entropy of the hidden tokens of the last 10,000 steps or so. MIM: error of predicting the mean colour of the
-        latest batch. The last two are missing until a batch was seen.
-        """
-        itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2
-        levels = {"itc": itc, "itm": math.log(3) - 2 / 3 * math.log(2)}
-        if self.weights["mlm"] and self.token_count_V.any():
-            share_V = self.token_count_V / self.token_count_V.sum().clamp(min=1)
-            levels["mlm"] = float(torch.special.entr(share_V).sum())
-        if self.weights["mim"] and self.pixel_floor is not None:
-            levels["mim"] = float(self.pixel_floor)
-        return {name: level for name, level in levels.items() if self.weights[name]}
+        """Chance level of each loss that is computed; of some it is missing until a batch was seen."""
+        levels = {loss.name: loss.chance(batch_size, self.captions) for loss in self.losses}
+        return {name: level for name, level in levels.items() if level is not None}
 
     def state(self) -> dict[str, Tensor]:
         """The queue of negatives, once it holds some."""
@@ -497,12 +439,7 @@ class MaskedPretraining(Task):
         return self.measure.compute(self, backbone)
 
 
-def _check_settings(ratios: dict[str, float], weights: dict[str, float]) -> None:
-    for name, value in ratios.items():
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"model.task.{name}", f"{value} is no share", "give a number from 0 to 1")
-    for name, value in weights.items():
-        if value < 0:
-            raise UserError(f"model.task.weight_{name}", f"{value} is negative", "give 0 (off) or more")
-    if not any(weights.values()):
-        raise UserError("model.task", "all four loss weights are 0", "give at least one weight above 0")

@@ -87,13 +87,13 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
             depends on its first picture's index alone: every checkpoint is asked the same.
         guesses: G, at most the vocabulary.
     """
-    hidden = task.hide(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device).local)
+    masks = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device).local)
     pictures = words = None
-    if task.weights["mim"] and hidden.patch is not None:
-        pictures = fill_pictures(backbone, task, batch, hidden.patch)
-    if task.weights["mlm"] and hidden.token is not None:
-        words = guess_words(backbone, task, batch, hidden.token, guesses)
-    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words, task.pixel_norm)
+    if task.weights["mim"] and masks.patch is not None:
+        pictures = fill_pictures(backbone, task, batch, masks.patch)
+    if task.weights["mlm"] and masks.token is not None:
+        words = guess_words(backbone, task, batch, masks.token, guesses)
+    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words, task.masked_pixels.norm)
 
 
 def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> Pictures:
@@ -108,7 +108,7 @@ def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patc
         context = backbone.cross_image.context(words_BTD, attention_BT)
         crossed_BLD = backbone.cross_image(image_BLD, context).every_RLD
         values_BKP = task.pixels(crossed_BLD, words_BTD, attention_BT, patch.index_BK).float()
-        values_BKP = denormalise(values_BKP, true_BKP) if task.pixel_norm else values_BKP
+        values_BKP = denormalise(values_BKP, true_BKP) if task.masked_pixels.norm else values_BKP
         filled_BCHW = paste(batch.image_BCHW, values_BKP, *picked, size)
         pictures.append(to_rgb(backbone, filled_BCHW))
         error_BK = (values_BKP - true_BKP).square().mean(-1) * patch.weight_BK

@@ -22,6 +22,7 @@ TITLES = {
     "itm": "ITM: matching",
     "mlm": "MLM: hidden words",
     "mim": "MIM: hidden pixels",
+    "words": "Words of the caption from the image",
 }
 
 

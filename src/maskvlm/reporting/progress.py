@@ -7,6 +7,7 @@ Losses are smoothed on the device and read every `log_every_n_steps`: no step wa
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -17,19 +18,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from maskvlm.data.batch import Batch
+from maskvlm.objectives.pretraining_losses import (
+    ImageTextContrast,
+    ImageTextMatching,
+    MaskedPixels,
+    MaskedTokens,
+    PretrainingLoss,
+    WordsPresent,
+)
 from maskvlm.reporting.meters import Clock, Left, Losses, Readings, Speed, duration, number, reading_interval
 
 log = logging.getLogger(__name__)
 
-CAUSES = {
-    "itc": "the log of the batch: no pair is told from another; lower the learning rate or warm up longer, "
-    "look for mispaired data",
-    "itm": "its class prior: no match is told from a mismatch; let itc learn first, warm up longer or lower "
-    "the learning rate, look for mispaired data",
-    "mlm": "the words' frequencies: neither picture nor sentence is used; look at the learning rate and the "
-    "tokenizer's unknown words",
-    "mim": "the mean colour: nothing is drawn; look at the learning rate and the pixel loss",
-}
+KNOWN = (ImageTextContrast, ImageTextMatching, MaskedTokens, MaskedPixels, WordsPresent)
+CAUSES = {loss.name: loss.cause for loss in KNOWN}
 """What sitting at the level means, and where to look."""
 
 
@@ -239,22 +241,27 @@ class StuckLoss(Callback):
             if step > steps_of(warmup, total):
                 patience = steps_of(self.patience, total)
                 patience = max(patience, LEAST_PATIENCE) if self.patience < 1 else patience
-                self.look(step, patience, self.losses.read(trainer, pl_module, batch))
+                causes = getattr(getattr(pl_module, "task", None), "causes", {})
+                self.look(step, patience, self.losses.read(trainer, pl_module, batch), causes)
 
-    def look(self, step: int, patience: float, readings: Readings) -> None:
-        """Follow which losses sit at their level, and warn of those that have sat there for long enough."""
+    def look(self, step: int, patience: float, readings: Readings, causes: Mapping[str, str] = CAUSES) -> None:
+        """Follow which losses sit at their level, and warn of those that have sat there for long enough.
+
+        Args:
+            causes: what it means of each loss, and where to look.
+        """
         for name, loss in readings.losses.items():
             level = readings.levels.get(name, 0.0)
             if level <= 0 or loss < self.share * level:
                 self.since.pop(name, None)
             elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
                 self.told.add(name)
-                log.warning("%s", stuck_line(name, loss, level, self.since[name], step))
+                cause = causes.get(name, CAUSES.get(name, PretrainingLoss.cause))
+                log.warning("%s", stuck_line(name, loss, level, self.since[name], step, cause))
 
 
-def stuck_line(name: str, loss: float, level: float, since: int, step: int) -> str:
+def stuck_line(name: str, loss: float, level: float, since: int, step: int, cause: str) -> str:
     """The warning, in one line."""
-    cause = CAUSES.get(name, "what is paid without any knowledge; look at the learning rate and the data")
     return (
         f"warning: {name} sits at {number(loss)} since step {since} (now step {step}); "
         f"its no-knowledge level is {number(level)}, {cause}"

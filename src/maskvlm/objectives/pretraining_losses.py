@@ -1,0 +1,394 @@
+"""The losses of pre-training as parts: each says its name, its heads, what it needs, its value and its chance level.
+A loss of your own is a class of `PretrainingLoss` and a line of YAML under `model.task.losses`.
+
+The formulas are in `losses.py`. Shapes: B pairs of this process, C captions, L image positions, T tokens, K masked
+positions, M matching pairs, P values of a patch, V vocabulary, D width.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.heads import (
+    Matching,
+    PixelDecoder,
+    Projection,
+    TokenHead,
+    WordDetector,
+    normalise_patches,
+    patchify,
+    pick,
+)
+from maskvlm.model.init import init_xavier
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives import losses
+from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, columns
+from maskvlm.objectives.losses import Negatives, PixelLoss
+from maskvlm.utils.distributed import gather, shared_count, without_gradient
+from maskvlm.utils.errors import UserError, check_least
+
+FADE = 0.9999
+"""Counts of words fade by this in each step: they follow the data, and no frequent word reaches 2^24 in float32."""
+
+
+class Need(Enum):
+    """What a step computes only if a loss reads it."""
+
+    IMAGE = "features of whole images"
+    TEXT = "features of whole texts"
+    PAIRS = "class tokens of matching pairs after both cross encoders"
+    MASKED_IMAGE = "masked images after the cross encoder, informed by whole texts"
+    MASKED_TEXT = "masked texts after the cross encoder, informed by whole images"
+
+
+class Step(NamedTuple):
+    """What a training step computed.
+
+    Attributes:
+        batch: with one caption an image, the one that is masked and matched. every: with all captions.
+        masks: of images and of texts; None where no loss needs them.
+        encoded: features of whole and masked inputs.
+        contrast: unit vectors; where no loss makes a contrast space, all alike.
+        negatives: a hard text for each image and a hard image for each text; None without matching.
+        crossed: what the cross encoders gave.
+        draws: maskings of each text.
+        mask_both: each side is reconstructed from the masked other one.
+        still: contrast has learned before and is only told now.
+    """
+
+    batch: Batch
+    every: Batch
+    masks: Masks
+    encoded: Encoded
+    contrast: Contrast
+    negatives: tuple[Negatives, Negatives] | None
+    crossed: Crossed
+    draws: int
+    mask_both: bool
+    still: bool
+
+
+class PretrainingLoss(ABC):
+    """One term of the sum that pre-training minimises.
+
+    Args:
+        weight: of the term in the sum (1); with 0 nothing is computed for it.
+
+    Attributes:
+        name: of the term in logs, `train/NAME`, and of its chance level, `level/NAME`.
+        needs: what a step must compute for it. What no loss needs is not computed, and its parameters are frozen.
+        cause: what to look at where the loss stays at its chance level, for the warning that says so.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+    cause: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        if weight < 0:
+            raise UserError(f"model.task.weight_{self.name}", f"{weight} is negative", "give 0 (off) or more")
+        self.weight = weight
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        """Its heads by name, built to fit the backbone. The task holds them; checkpoints have them by these names."""
+        return {}
+
+    def start(self, heads: Any, backbone: MaskVLM) -> None:
+        """Start values of its heads that are not N(0, 0.02)."""
+        return
+
+    @abstractmethod
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        """The term, a scalar; the mean over the global batch (see `distributed.shared_count`).
+
+        Args:
+            heads: the task: each head is an attribute of the name that `build` gave it.
+        """
+
+    def observe(self, heads: Any, step: Step) -> None:
+        """Called after each training step, without gradient: what the chance level is reckoned from, of this process's
+        share alone."""
+        return
+
+    def chance(self, batch_size: int, captions: int) -> float | None:
+        """What a model that has learned nothing pays; None: not known (yet).
+
+        Args:
+            batch_size: images of the global batch.
+            captions: of an image.
+        """
+        return None
+
+
+def needed(parts: Iterable[PretrainingLoss]) -> frozenset[Need]:
+    """What these losses need together."""
+    return frozenset().union(*(loss.needs for loss in parts))
+
+
+# ---------------------------------------------------------------------- the paper's
+
+
+class ImageTextContrast(PretrainingLoss):
+    """ITC: the right text of an image among those of the batch, and the other way round (paper sec. 3).
+
+    Args:
+        width: of the contrast space.
+        temperature: start value.
+        reads: the class tokens, or the mean patch and token beside them, see `heads.Projection`.
+    """
+
+    name, needs = "itc", frozenset({Need.IMAGE, Need.TEXT})
+    cause = (
+        "the log of the batch: no pair is told from another; lower the learning rate or warm up longer, "
+        "look for mispaired data"
+    )
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        width: int = 256,
+        temperature: float = 0.07,
+        reads: Literal["class", "class_and_mean"] = "class",
+    ) -> None:
+        super().__init__(weight)
+        check_least(1, model__task__contrast_dim=width)
+        check_least(0.001, model__task__temperature=temperature)
+        self.width, self.temperature, self.reads = width, temperature, reads
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        mean = self.reads == "class_and_mean"
+        return {"projection": Projection(backbone.width, backbone.width, self.width, self.temperature, mean)}
+
+    def start(self, heads: Any, backbone: MaskVLM) -> None:
+        init_xavier(heads.projection)
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        def loss() -> Tensor:
+            if step.encoded.other_CTD is None:
+                return self.of_pairs(step.contrast, step.batch.valid_B)
+            return self.of_several(heads, step.contrast, step.encoded.other_CTD, step.every)
+
+        return without_gradient(loss) if step.still else loss()
+
+    def of_pairs(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
+        """Of images with one caption each."""
+        own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
+        return losses.contrastive(
+            contrast.image_BE, contrast.text_BE, contrast.image_GE, contrast.text_GE, contrast.scale,
+            contrast.own_B, contrast.excluded_BG & ~own_BG, valid_B.float(), shared_count(valid_B.float().sum()),
+        )  # fmt: skip
+
+    def of_several(self, heads: Any, contrast: Contrast, other_CTD: Tensor, every: Batch) -> Tensor:
+        """Over all captions of the images, each of which is to be found; `every` has them in that order."""
+        other_CT = every.attention_CT[len(contrast.text_BE) :]
+        text_CE = torch.cat([contrast.text_BE, heads.projection.embed_text(other_CTD, other_CT)])
+        weight_B = every.valid_B.float()
+        weight_C = weight_B[every.owner_C]
+        return losses.soft_contrastive(
+            contrast.image_BE, text_CE, contrast.image_GE, gather(text_CE), contrast.scale, *columns(every),
+            weight_B, weight_C, shared_count(weight_B.sum()), shared_count(weight_C.sum()),
+        )  # fmt: skip
+
+    def chance(self, batch_size: int, captions: int) -> float:
+        """Log of the number of columns, mean of both directions."""
+        return math.log(max(batch_size, 1)) + math.log(captions) / 2
+
+
+class ImageTextMatching(PretrainingLoss):
+    """ITM: whether image and text belong together, for each pair and two hard negatives (paper sec. 3)."""
+
+    name, needs = "itm", frozenset({Need.PAIRS})
+    cause = (
+        "its class prior: no match is told from a mismatch; let itc learn first, warm up longer or lower "
+        "the learning rate, look for mispaired data"
+    )
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        return {"matching": Matching(backbone.width)}
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        assert step.negatives is not None
+        texts, images = step.negatives
+        valid = step.batch.valid_B[: len(texts.weight_B)].float()
+        weight_M = torch.cat([valid, valid * texts.weight_B, valid * images.weight_B])
+        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
+        logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
+        return losses.matching(logits_M2, match_M, weight_M, shared_count(weight_M.sum()))
+
+    def chance(self, batch_size: int, captions: int) -> float:
+        """Entropy of its 1:2 class prior, 0.6365."""
+        return math.log(3) - 2 / 3 * math.log(2)
+
+
+class MaskedTokens(PretrainingLoss):
+    """MLM: the masked tokens of a text, from the rest of it and the whole image (paper sec. 3).
+
+    Args:
+        from_words: the head starts from what is known of words: its weights from the text encoder's word embeddings.
+    """
+
+    name, needs = "mlm", frozenset({Need.MASKED_TEXT})
+    cause = (
+        "the words' frequencies: neither picture nor sentence is used; look at the learning rate and the "
+        "tokenizer's unknown words"
+    )
+
+    def __init__(self, weight: float = 1.0, from_words: bool = False) -> None:
+        super().__init__(weight)
+        self.from_words = from_words
+        self.count_V: Tensor | None = None
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        return {"tokens": TokenHead(backbone.width, backbone.text.vocab_size)}
+
+    def start(self, heads: Any, backbone: MaskVLM) -> None:
+        if self.from_words:
+            heads.tokens.start_from(backbone.text.word_embeddings)
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        index_CK, target_CK, weight_CK = self._masked(step)
+        count = shared_count(weight_CK.sum())
+        read_CKD = pick(step.crossed.text_BTD, index_CK)
+        if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
+            there_CK = weight_CK > 0
+            read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
+        return losses.masked_token(heads.tokens(read_CKD), target_CK, weight_CK, count)
+
+    def _masked(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked positions, the ids that stood there, and 1.0 where there is one, [C, K] each."""
+        token = step.masks.token
+        assert token is not None
+        texts = len(token.token_CT) // step.draws
+        target_CK = step.batch.token_CT[:texts].repeat_interleave(step.draws, 0).gather(1, token.index_CK)
+        return token.index_CK, target_CK, token.weight_CK
+
+    def observe(self, heads: Any, step: Step) -> None:
+        _, target_CK, weight_CK = self._masked(step)
+        if self.count_V is None:
+            self.count_V = torch.zeros(heads.tokens.vocabulary.out_features, device=weight_CK.device)
+        self.count_V.mul_(FADE).index_add_(0, target_CK.flatten(), weight_CK.flatten().to(self.count_V))
+
+    def chance(self, batch_size: int, captions: int) -> float | None:
+        """Entropy of the masked tokens of the last 10,000 steps or so."""
+        if self.count_V is None or not self.count_V.any():
+            return None
+        share_V = self.count_V / self.count_V.sum().clamp(min=1)
+        return float(torch.special.entr(share_V).sum())
+
+
+class MaskedPixels(PretrainingLoss):
+    """MIM: the pixels of masked patches, from the visible ones and the whole text (paper sec. 3).
+
+    Args:
+        kind: l1 (P), squared or smooth_l1.
+        norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
+        layers: blocks of the pixel decoder (3, P).
+    """
+
+    name, needs = "mim", frozenset({Need.MASKED_IMAGE})
+    cause = "the mean colour: nothing is drawn; look at the learning rate and the pixel loss"
+
+    def __init__(self, weight: float = 1.0, kind: PixelLoss = "l1", norm: bool = False, layers: int = 3) -> None:
+        super().__init__(weight)
+        check_least(1, model__task__decoder_layers=layers)
+        self.kind, self.norm, self.layers = kind, norm, layers
+        self.patch_size = 0  # known once it is built
+        self.level: Tensor | None = None
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        self.patch_size = backbone.image.patch_size
+        return {"pixels": PixelDecoder(backbone.new_cross(self.layers), backbone.width, 3 * self.patch_size**2)}
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        patch, first = step.masks.patch, self._images(step)
+        assert patch is not None
+        masked = step.encoded.first_draw_BTD if step.mask_both else None
+        seen_BTD = step.encoded.text_BTD if masked is None else masked
+        attention_BT = step.batch.attention_CT[:first]
+        predicted_BKP = heads.pixels(step.crossed.image_BLD, seen_BTD[:first], attention_BT, patch.index_BK)
+        target_BKP = self.target(step.batch.image_BCHW[:first], patch.index_BK)
+        count = shared_count(patch.weight_BK.sum())
+        return losses.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.kind)
+
+    @staticmethod
+    def _images(step: Step) -> int:
+        """How many of the images, the first ones, are masked."""
+        assert step.masks.patch is not None
+        return len(step.masks.patch.index_BK)
+
+    def target(self, image_BCHW: Tensor, index_BK: Tensor) -> Tensor:
+        """Values of the patches at `index_BK`, [B, K, P]; normalised patch by patch if so configured."""
+        target_BKP = pick(patchify(image_BCHW, self.patch_size), index_BK)
+        return normalise_patches(target_BKP) if self.norm else target_BKP
+
+    def observe(self, heads: Any, step: Step) -> None:
+        patch = step.masks.patch
+        assert patch is not None
+        target_BKP = self.target(step.batch.image_BCHW[: self._images(step)], patch.index_BK)
+        colour_P = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
+        flat_BKP = colour_P.expand_as(target_BKP)
+        self.level = losses.masked_pixel(flat_BKP, target_BKP, patch.weight_BK, patch.weight_BK.sum(), self.kind)
+
+    def chance(self, batch_size: int, captions: int) -> float | None:
+        """Error of the mean colour of the latest batch."""
+        return None if self.level is None else float(self.level)
+
+
+# ---------------------------------------------------------------------- one more
+
+
+class WordsPresent(PretrainingLoss):
+    """The words of the caption from the whole image alone, which the paper does not have (Fang et al. 2015). It stands
+    in for pretrained weights where the image encoder starts from nothing."""
+
+    name, needs = "words", frozenset({Need.IMAGE})
+    cause = (
+        "the words' frequencies: no image is told from another; look at the learning rate of the image encoder and its "
+        "warm-up"
+    )
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.count_V: Tensor | None = None
+        self.seen: float | Tensor = 0.0
+        self.level: Tensor | None = None
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        return {"detector": WordDetector(backbone.width, backbone.text.vocab_size)}
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        logits_BLV = heads.detector(step.encoded.image_BLD)
+        valid_B = step.batch.valid_B.float()
+        words_BV = self.words(step.batch, logits_BLV.shape[-1])
+        return losses.words_present(logits_BLV, words_BV, valid_B, shared_count(valid_B.sum()))
+
+    @staticmethod
+    def words(batch: Batch, vocabulary: int) -> Tensor:
+        """1.0 where a word is in the caption, [B, V]; special tokens are no words."""
+        words_BV = batch.image_BCHW.new_zeros(len(batch.token_CT), vocabulary, dtype=torch.float)
+        words_BV = words_BV.scatter(1, batch.token_CT, 1.0)
+        special_V = torch.zeros_like(words_BV[0]).index_fill(0, batch.token_CT[batch.special_CT], 1.0)
+        return words_BV * (1 - special_V)
+
+    def observe(self, heads: Any, step: Step) -> None:
+        valid_B = step.batch.valid_B.float()
+        words_BV = self.words(step.batch, heads.detector.words.out_features)
+        if self.count_V is None:
+            self.count_V = torch.zeros_like(words_BV[0])
+        self.count_V.mul_(FADE).add_((words_BV * valid_B[:, None]).sum(0))
+        self.seen = FADE * self.seen + valid_B.sum()
+        share_V = (self.count_V / self.seen.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
+        absent = torch.log1p(-share_V).sum()
+        # Knowing how frequent each word is, and nothing of the image: as `losses.words_present`.
+        nats_B = -(words_BV @ torch.logit(share_V) + absent) / words_BV.sum(1).clamp(min=1)
+        self.level = (nats_B * valid_B).sum() / valid_B.sum().clamp(min=1)
+
+    def chance(self, batch_size: int, captions: int) -> float | None:
+        """What word frequencies alone cost on the latest batch."""
+        return None if self.level is None else float(self.level)

@@ -1,0 +1,38 @@
+"""A loss: how many words the text has, told by the image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.pretraining_losses import Need, PretrainingLoss, Step
+from maskvlm.utils.distributed import shared_count
+
+
+class TextLength(PretrainingLoss):
+    """Squared error of the number of words, in `unit` words."""
+
+    name, needs = "length", frozenset({Need.IMAGE})
+
+    def __init__(self, weight: float = 1.0, unit: float = 10.0) -> None:
+        super().__init__(weight)
+        self.unit, self.level = unit, None
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        return {"length": nn.Linear(backbone.width, 1)}
+
+    def words(self, step: Step) -> Tensor:
+        return (~step.batch.special_CT).sum(1).float() / self.unit
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        error_B = (heads.length(step.encoded.image_BLD[:, 0])[:, 0] - self.words(step)).square()
+        valid_B = step.batch.valid_B.float()
+        return (error_B * valid_B).sum() / shared_count(valid_B.sum()).clamp(min=1)
+
+    def observe(self, heads: Any, step: Step) -> None:
+        self.level = self.words(step)[step.batch.valid_B].var(unbiased=False)
+
+    def chance(self, batch_size: int, captions: int) -> float | None:
+        return None if self.level is None else float(torch.as_tensor(self.level))

@@ -1,0 +1,122 @@
+"""A loss and two ways of masking from a package of somebody else's: each is one file and a line of YAML."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from acme.lengths import TextLength
+from acme.masks import LastWords, Middle
+from slow_step import build, eventful_batch
+
+from maskvlm.cli.main import main
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.objectives.masking import RandomBlocks, RandomTokens
+from maskvlm.objectives.pretraining_losses import ImageTextContrast, PretrainingLoss
+from maskvlm.utils.errors import ExitCode, UserError
+
+HERE = Path(__file__).parent
+YAML = """
+model:
+  task:
+    init_args:
+      losses:
+      - class_path: acme.lengths.TextLength
+        init_args: {weight: 0.5, unit: 4.0}
+      image_masking:
+        class_path: acme.masks.Middle
+      text_masking:
+        class_path: acme.masks.LastWords
+        init_args: {count: 1}
+"""
+SHORT = (
+    "--data.steps=2 --data.batch_size=8 --data.source.train=40 --data.source.val=12 --trainer.log_every_n_steps=1 "
+    "--model.task.rerank_k=2"
+)
+
+
+def test_they_are_named_in_a_file_trained_measured_and_loaded(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(HERE.parent)
+    (tmp_path / "mine.yaml").write_text(YAML)
+    words = ["fit", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), "-c", str(tmp_path / "mine.yaml")]
+    assert main([*words, *SHORT.split()]) == ExitCode.REFUSED  # nobody said that it may be named
+    assert "class acme." in capsys.readouterr().err
+    assert main([*words, "--allow-import", "acme", *SHORT.split()]) == 0, capsys.readouterr().err
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/length")]
+    assert len(rows) == 2
+    assert float(rows[-1]["train/length"]) >= 0
+    assert float(rows[-1]["level/length"]) > 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mlm/accuracy"] >= 0
+    path = tmp_path / "run" / "best.ckpt"
+    assert {"length.weight", "length.bias"} <= PretrainedMaskVLM.from_pretrained(
+        path, allow_import=["acme"]
+    ).task.state_dict().keys()
+    with pytest.raises(UserError) as refused:
+        PretrainedMaskVLM.from_pretrained(path)
+    assert refused.value.code == ExitCode.REFUSED
+
+
+def test_a_loss_is_one_term_more_and_changes_no_other() -> None:
+    batch = eventful_batch()
+    plain_backbone, plain = build()
+    backbone, task = build(losses=[TextLength(0.5)])
+    assert task.weights == {**plain.weights, "length": 0.5}
+    for name, value in plain.state_dict().items():
+        task.state_dict()[name].copy_(value)
+    backbone.load_state_dict(plain_backbone.state_dict())
+    expected, terms = plain(plain_backbone, batch), task(backbone, batch)
+    assert list(terms) == [*expected, "length"]
+    assert all(torch.equal(terms[name], value) for name, value in expected.items())
+    words_B = (~batch.special_CT).sum(1)[batch.valid_B].float() / 10
+    found_B = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.valid_B]
+    torch.testing.assert_close(terms["length"], (found_B - words_B).square().mean())
+    assert task.floors(8)["length"] == pytest.approx(words_B.var(unbiased=False).item())
+
+
+def test_maskings_are_asked_in_training_and_in_evaluation() -> None:
+    backbone, task = build(image_masking=Middle(), text_masking=LastWords(1))
+    batch = eventful_batch()
+    task(backbone, batch)
+    masks = task.masks
+    assert masks.patch is not None
+    assert masks.token is not None
+    assert masks.patch.mask_BN.sum(1).tolist() == [4 * int(valid) for valid in batch.valid_B]  # 2 x 2 of 4 x 4 patches
+    words_C = (~batch.special_CT).sum(1)
+    assert masks.token.mask_CT.sum(1).tolist() == [min(1, int(count)) for count in words_C]
+    later = task.mask(backbone, batch, task.uniform)
+    assert later.patch is not None
+    assert torch.equal(later.patch.mask_BN, masks.patch.mask_BN)
+
+
+def test_the_paper_masks_unless_told_otherwise() -> None:
+    _, task = build(image_mask_ratio=0.5, text_mask_ratio=0.25)
+    assert isinstance(task.image_masking, RandomBlocks)
+    assert isinstance(task.text_masking, RandomTokens)
+    assert (task.image_masking.ratio, task.text_masking.ratio) == (0.5, 0.25)
+
+
+class Again(ImageTextContrast):
+    """A second loss of the same name."""
+
+
+class Twin(TextLength):
+    """Another name, the same head."""
+
+    name = "twin"
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([Again()], "two losses are called itc"),
+        ([TextLength(), Twin()], "its head length is there already"),
+    ],
+)
+def test_names_are_told_apart(losses: list[PretrainingLoss], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build(losses=losses)
