@@ -2,16 +2,21 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from acme.lengths import TextLength
 from acme.masks import LastWords, Middle
+from data.toy_raw import encoded, photo
 from slow_step import build, eventful_batch
 
 from maskvlm.cli.main import main
+from maskvlm.data.prepared.source import Prepared
+from maskvlm.data.raw import open_raw
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.masking import RandomBlocks, RandomTokens
 from maskvlm.objectives.pretraining_losses import ImageTextContrast, PretrainingLoss
@@ -120,3 +125,44 @@ class Twin(TextLength):
 def test_names_are_told_apart(losses: list[PretrainingLoss], said: str) -> None:
     with pytest.raises(UserError, match=said):
         build(losses=losses)
+
+
+# ---------------------------------------------------------------------- a data format
+
+
+def test_a_reader_of_somebody_elses_prepares_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in range(4):
+        (raw / f"{number}.jpg").write_bytes(encoded(photo(number)))
+    (raw / "birds.txt").write_text("".join(f"{n}.jpg\ta bird of kind {n}\n" for n in range(4)) + "nothing\n")
+    assert main(["data", "acme.birds.Birds", str(raw), "--out", str(tmp_path / "birds"), "--workers", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "Birds" not in told.split("licence: ")[0]
+    assert "licence: CC0" in told
+    assert "left out: 1 rows (no tab: 1)" in told
+    split = Prepared(str(tmp_path / "birds")).split("train")
+    assert [split[row]["captions"] for row in range(4)] == [[f"a bird of kind {n}"] for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("acme.birds.Nothing", "cannot be imported"), ("acme.lengths.TextLength", "reads no set"), ("x.y", "imported")],
+)
+def test_what_is_no_reader_is_one_line(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        open_raw(name, str(tmp_path))
+    assert error.value.code == ExitCode.MISSING_INPUT
+
+
+# ---------------------------------------------------------------------- the page that says so
+
+
+def test_the_page_shows_the_files_of_this_package() -> None:
+    page = (HERE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"```python\n# (acme/\w+\.py)\n(.*?)```", page, re.DOTALL))
+    assert shown.keys() == {"acme/lengths.py", "acme/masks.py", "acme/birds.py"}
+    for name, text in shown.items():
+        assert text == (HERE / name).read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(model:\n  task:.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(block) == yaml.safe_load(YAML)

@@ -141,10 +141,10 @@ def test_a_part_of_a_task_that_nobody_allowed_is_not_imported(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "evil_of_this_test", raising=False)
-    for settings in ({"losses": [part]}, {"losses": part}, {"image_masking": part}, {"text_masking": part}):
-        if part == PARTS_OF_STRANGERS[3] and "image_masking" in settings:
+    for where in ({"losses": [part]}, {"losses": part}, {"image_masking": part}, {"text_masking": part}):
+        if part == PARTS_OF_STRANGERS[3] and "image_masking" in where:
             continue
-        change = settings.items()
+        change = where.items()
         path = with_recipe(tmp_path / "x.ckpt", lambda told, change=change: told["init_args"].update(change), "task")
         refused(path, ExitCode.REFUSED, ExitCode.BAD_DATA)
         assert not (tmp_path / "marker").exists()

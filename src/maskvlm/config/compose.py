@@ -314,7 +314,7 @@ def prepare(words: Words) -> Composed:
             "Give a set (`maskvlm data --help` lists them) and where it lies as distributed: data flickr8k raw=FOLDER"
         )
         raise UserError("data", what, todo)
-    name = set_name(words, found[0])
+    name = set_name(words, found[0].rpartition(".")[2].lower())  # a reader of somebody else's is named by its class
     out = [] if "--out" in words.options else ["--out", str(data_root() / name)]
     return ["data", *found, *out, *words.options]
 

@@ -21,7 +21,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 def main(arguments: list[str], allow_import: list[str]) -> int:
     """Prepare a set, or with --look only look at it; the exit status."""
     parser = Parser("maskvlm data", description="Raw files of a data set -> its prepared form, once.")
-    parser.add_argument("set", metavar="SET", help=" ".join(SETS))
+    parser.add_argument("set", metavar="SET", help=" ".join([*SETS, "or the path of a class"]))
     parser.add_argument("raw", metavar="RAW", help="the folder or file as it is distributed; for hf a name on the hub")
     parser.add_argument("--out", help="folder to make (default: DATA_ROOT/SET); its name is the set's")
     parser.add_argument("--side", type=int, default=288, help="pixels of the shorter side, at most (%(default)s)")
@@ -45,7 +45,8 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
     settings = Settings(root.resolve().name, given.side, given.quality)
     plan = Plan(given.set, place, settings, columns, given.rows)
-    if given.set in SETS and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
+    known = given.set in SETS or "." in given.set
+    if known and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
         print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
         return ExitCode.DONE
     raw = open_raw(given.set, given.raw, columns or None, settings.name)

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -71,11 +72,30 @@ def check_kind(path: Path) -> None:
         check_plain(path, os.stat(path).st_mode)
 
 
+def reader_of(path: str) -> type[RawSet]:
+    """The reader of a set that this project does not know, by the path of its class, `acme.birds.Birds`. Only what
+    somebody types is looked up here, never what a file says.
+
+    Raises:
+        UserError: it cannot be imported, or is no `RawSet` (66).
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        todo = "Install the package that it is in, or correct the name; sets that are known have no dot"
+        raise UserError("SET", f"{path} cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
+    if not (isinstance(found, type) and issubclass(found, RawSet)):
+        todo = "Name a class of maskvlm.data.raw.base.RawSet"
+        raise UserError("SET", f"{path} reads no set", todo, ExitCode.MISSING_INPUT)
+    return found
+
+
 def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name: str | None = None) -> RawSet:
     """A raw set, found but not yet read.
 
     Args:
-        name: one of SETS.
+        name: one of SETS, or the path of a class, see `reader_of`.
         raw: its folder or file; for `hf` also a name on the hub.
         columns: role ("image", "caption", "id", "split") -> name of a column, where the table's own are to be found
             under other names than the usual.
@@ -84,7 +104,8 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     Raises:
         UserError: there is no such set or role, RAW is not there, or none of the set's files is in it.
     """
-    if name not in SETS:
+    kind = reader_of(name) if "." in name else None
+    if kind is None and name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)
         todo = f"Did you mean {near[0]}? " if near else ""
         raise UserError("SET", f"there is no set {name!r}", f"{todo}Take one of {', '.join(SETS)}")
@@ -98,4 +119,6 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
         where = f"RAW={raw}"
         todo = "Set RAW to the folder or file of the set as it was downloaded"
         raise UserError(where, "there is no such file or folder", todo, ExitCode.MISSING_INPUT)
+    if kind is not None:
+        return kind(str(path), as_name or name)
     return SETS[name](raw if name == "hf" else str(path), as_name or name, columns or {})

@@ -61,7 +61,11 @@ class Facts(NamedTuple):
 class RawSet(ABC):
     """A set as it is distributed.
 
+    A reader of your own is a class of this kind: `maskvlm data acme.birds.Birds raw=FOLDER name=birds`.
+
     Attributes:
+        path: its folder or file.
+        name: the set's, starts the ids.
         facts: its title, published counts, licence.
         annotations: files to copy beside the pictures (vqav2, nlvr2, snli_ve, daquar, nlvr_pairs).
         notes: one line each about the set as a whole, complete when all rows were read: how pictures were found,
@@ -71,6 +75,9 @@ class RawSet(ABC):
     facts: Facts
     annotations: list[Path] = []
     notes: list[str] = []
+
+    def __init__(self, raw: str, name: str) -> None:
+        self.path, self.name = Path(raw), name
 
     @abstractmethod
     def rows(self) -> Iterator[RawRow | BadRow]:
