@@ -166,13 +166,13 @@ class Kinds:
         import yaml
         from config_mutators import FOREIGN
 
-        from maskvlm.cli.lightning import Parsed, run
+        from maskvlm.cli.lightning import Parsed, run_command
         from maskvlm.config.parser import option_names
 
         os.chdir(ROOT)
         names = ("base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu")
         stack = [word for name in names for word in ("-c", f"conf/{name}.yaml")]
-        parsed = run(Parsed, ["fit", "--run", "x", *stack])
+        parsed = run_command(Parsed, ["fit", "--run", "x", *stack])
         whole = yaml.safe_load(parsed._parser("fit").dump(parsed.settings, skip_unset=False))
         kept = (
             "max_steps",
@@ -206,10 +206,10 @@ class Kinds:
         return self.parsed(["fit", "-c", "mutant.yaml", *words(self.keys, rng)])
 
     def parsed(self, arguments: list[str]) -> str:
-        from maskvlm.cli.lightning import Parsed, run
+        from maskvlm.cli.lightning import Parsed, run_command
 
         try:
-            run(Parsed, arguments)
+            run_command(Parsed, arguments)
         except SystemExit as end:
             if end.code not in (0, None):
                 raise

@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 
 from bench.kills import STACK
-from maskvlm.cli.lightning import Command, run
+from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.step_guard import StepGuard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ class Alternating(StepGuard):
             self.times[module.guard is not None].append(time.perf_counter() - self.began)
 
 
-class Timed(Command):
+class Timed(LightningCommand):
     """The built-in recipe with that guard."""
 
     guard: Alternating
@@ -83,7 +83,7 @@ def main() -> int:
     stack = [word for name in STACK for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
     with tempfile.TemporaryDirectory() as folder:
         more = [f"--data.steps={options.steps}", "--data.epochs=null", "--trainer.limit_val_batches=0"]
-        run(Timed, ["fit", "--run", folder, *stack, *more])
+        run_command(Timed, ["fit", "--run", folder, *stack, *more])
     with_it, without = (statistics.median(Timed.guard.times[kind]) for kind in (True, False))
     own = statistics.median(Timed.guard.own[SKIPPED:])
     print(f"step with the guard {1e3 * with_it:.1f} ms, without {1e3 * without:.1f} ms: {with_it / without - 1:+.2%}")

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from maskvlm.inference.faiss_index import RECALL, Array, faiss_module, kinds, milliseconds, trained, tune
+from maskvlm.inference.faiss_index import RECALL, Array, faiss_module, kinds, milliseconds, trained_index, tune
 
 PART = 50_000  # vectors added at once, and then a look at the clock
 
@@ -68,7 +68,7 @@ def main() -> None:
             gc.collect()
             kind = kinds(*vector_NE.shape)[name]
             start, cpu = time.perf_counter(), time.process_time()
-            index = trained(kind, vector_NE)
+            index = trained_index(kind, vector_NE)
             for first in range(0, options.count, PART):
                 index.add(vector_NE[first : first + PART])
                 if time.perf_counter() - start > options.most:

@@ -10,7 +10,7 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask import VERBS, box_mask, lot_mask, readable
+from maskvlm.cli.ask import VERBS, answer_line, box_mask, lot_mask
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
@@ -164,4 +164,4 @@ def test_the_front_door_knows_the_verbs_that_there_are() -> None:
 
 def test_what_moves_the_cursor_is_not_printed() -> None:
     """Texts of an index may be anybody's."""
-    assert readable({"origin": "x\x1b[31my", "rank": 1}) == "x\ufffd[31my  1"
+    assert answer_line({"origin": "x\x1b[31my", "rank": 1}) == "x\ufffd[31my  1"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.checkpoint.integrity import newest_valid, verify
+from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
 from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(saved: Path) -> None:
     assert error.code == ExitCode.IO_ERROR
     assert "untouched" in error.todo
     assert saved.read_bytes() == before
-    verify(saved)
+    verify_checkpoint(saved)
     assert [p.name for p in saved.parent.glob(".*")] == []
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.cli import commands
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
@@ -290,7 +290,7 @@ def typo(name: str, draw: random.Random) -> str:
 
 def test_a_typo_finds_its_key(stack: Callable[..., list[str]]) -> None:
     arguments = ["fit", *stack(WHERE="cpu")]
-    parsed = run(Parsed, arguments)
+    parsed = run_command(Parsed, arguments)
     top = {name for name in option_names(parsed._subcommand_parsers["fit"]) if name.startswith("trainer.")}
     task = {f"model.task.{name}" for name in vars(parsed.settings.model.task.init_args)}
     data = {f"data.{name}" for name in vars(parsed.settings.data.init_args)}
@@ -305,7 +305,7 @@ def test_a_typo_finds_its_key(stack: Callable[..., list[str]]) -> None:
             continue
         tried += 1
         with pytest.raises(UserError) as caught:
-            run(Parsed, [*arguments, f"--{wrong}", "1"])
+            run_command(Parsed, [*arguments, f"--{wrong}", "1"])
         right += f"(did you mean {key}?)" in str(caught.value)
     assert tried == 40
     assert right >= 0.95 * tried

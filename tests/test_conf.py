@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskvlm.cli.commands import COMMANDS
-from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 Stack = Callable[..., list[str]]
@@ -38,7 +38,7 @@ STACKS = [
 
 @pytest.mark.parametrize(("model", "data", "where"), STACKS)
 def test_every_stack_parses(model: str, data: str, where: str, stack: Stack) -> None:
-    settings = run(Parsed, ["fit", *stack(MODEL=model, DATA=data, WHERE=where)]).settings
+    settings = run_command(Parsed, ["fit", *stack(MODEL=model, DATA=data, WHERE=where)]).settings
     assert settings.model.task.init_args.image_mask_ratio == (0.9 if model == "compact" else 0.6)
     assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
 
@@ -48,7 +48,7 @@ def test_every_where_is_met() -> None:
 
 
 def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
-    settings = run(Parsed, ["fit", *stack(MODEL="base", DATA="coco", WHERE="cpu")]).settings
+    settings = run_command(Parsed, ["fit", *stack(MODEL="base", DATA="coco", WHERE="cpu")]).settings
     model, task = settings.model, settings.model.task.init_args
     assert (model.lr, model.lr_encoders, model.weight_decay, model.min_lr) == (3e-4, 1e-5, 0.05, 3e-5)
     assert (task.image_mask_ratio, task.text_mask_ratio, task.pixel_loss) == (0.6, 0.3, "l1")
@@ -62,7 +62,7 @@ def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
 def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: {lr: 0.5, weight_decay: 0.25}\n")
     files = [*stack(), "-c", str(tmp_path / "mine.yaml")]
-    settings = run(Parsed, ["fit", *files, "--model.lr", "0.75"]).settings
+    settings = run_command(Parsed, ["fit", *files, "--model.lr", "0.75"]).settings
     assert (settings.model.lr, settings.model.weight_decay) == (0.75, 0.25)
     assert settings.model.task.init_args.text_mask_ratio == 0.3
 
@@ -73,18 +73,18 @@ def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path
 )
 def test_the_trainers_length_is_the_datas(stack: Stack, words: str, steps: int | None, epochs: float | None) -> None:
     """Which the sample order and the learning rate follow."""
-    settings = run(Parsed, ["fit", *stack(), *words.split()]).settings
+    settings = run_command(Parsed, ["fit", *stack(), *words.split()]).settings
     assert (settings.data.init_args.steps, settings.data.init_args.epochs) == (steps, epochs)
     assert (settings.trainer.max_steps, settings.trainer.max_epochs) == (-1, 1)
 
 
 def test_the_environment_names_the_folder_of_data(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_ROOT", "/somewhere")
-    settings = run(Parsed, ["fit", *stack(DATA="flickr8k")]).settings
+    settings = run_command(Parsed, ["fit", *stack(DATA="flickr8k")]).settings
     assert settings.data.init_args.source.init_args.root == "/somewhere/flickr8k"
 
 
-class Built(Command):
+class Built(LightningCommand):
     """Builds model, data and trainer, and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
@@ -104,7 +104,7 @@ def test_the_links_carry_what_they_should(stack: Stack) -> None:
         "--run",
         "checkpoints/never",
     ]
-    built = run(Built, ["fit", *stack(WHERE="cpu"), *options])
+    built = run_command(Built, ["fit", *stack(WHERE="cpu"), *options])
     data, model = built.datamodule, built.model
     assert data.spec == model.backbone.input_spec
     assert data.spec.image_size == 48
@@ -117,7 +117,7 @@ def test_the_links_carry_what_they_should(stack: Stack) -> None:
 
 
 def test_compact_is_two_pretrained_encoders_of_one_width(stack: Stack) -> None:
-    settings = run(Parsed, ["fit", *stack(MODEL="compact", DATA="flickr8k", WHERE="cpu")]).settings
+    settings = run_command(Parsed, ["fit", *stack(MODEL="compact", DATA="flickr8k", WHERE="cpu")]).settings
     image, text = (getattr(settings.model.backbone.init_args, name).init_args for name in ("image", "text"))
     assert (image.name, text.name) == ("vit_small_patch14_dinov2.lvd142m", "sentence-transformers/all-MiniLM-L6-v2")
     assert settings.model.random_init is not True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import Command, run
+from maskvlm.cli.lightning import LightningCommand, run_command
 
 SMALL = {
     "data.steps": 2,
@@ -35,13 +35,15 @@ def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
 ) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     first = ["fit", "--folder", str(tmp_path / "first"), *stack(WHERE="cpu"), *options(SMALL | SHAPES)]
-    run(Command, first)
+    run_command(LightningCommand, first)
     origin = tmp_path / "first" / "last.ckpt"
     files = [
         word for pair in zip(*[iter(stack(WHERE="cpu"))] * 2, strict=True) if "model/" not in pair[1] for word in pair
     ]
     other = {**SMALL, "data.source.seed": 5, "model.task.weight_mim": 0}
-    run(Command, ["fit", "--folder", str(tmp_path / "second"), "--from", str(origin), *files, *options(other)])
+    run_command(
+        LightningCommand, ["fit", "--folder", str(tmp_path / "second"), "--from", str(origin), *files, *options(other)]
+    )
     before, after = load(origin), load(tmp_path / "second" / "last.ckpt")
     assert after["tokenizer"] == before["tokenizer"]
     assert [seen["steps"] for seen in after["lineage"]] == [2, 2]
@@ -50,6 +52,9 @@ def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
     assert set(origins.values()) == {("loaded", str(origin))}  # the heads of the losses that are left, too
     assert any(name.startswith("task.tokens") for name in origins)
     assert not any(name.startswith("task.pixels") for name in origins)
-    run(Command, ["validate", "--folder", str(tmp_path / "third"), "--from", str(origin), *files, *options(SMALL)])
+    run_command(
+        LightningCommand,
+        ["validate", "--folder", str(tmp_path / "third"), "--from", str(origin), *files, *options(SMALL)],
+    )
     measured = json.loads((tmp_path / "third" / "metrics.json").read_text())
     assert {"retrieval/tr_r1", "mlm/accuracy_wrong_image", "mim/mse_wrong_text"} <= set(measured)

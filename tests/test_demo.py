@@ -22,8 +22,8 @@ from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, noise
 from toy_pretrained import saved
 
 from maskvlm.demo import answers
-from maskvlm.demo.intake import MAX_LINES, MAX_TEXT, Opener, Worker, lines_of, text_of
-from maskvlm.demo.models import Models, find
+from maskvlm.demo.intake import MAX_LINES, MAX_TEXT, Opener, Worker, checked_text, lines_of
+from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main
 from maskvlm.utils.errors import ExitCode, UserError
@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(place: Path) -> Models:
-    return Models(find(place / "checkpoints"))
+    return Models(find_models(place / "checkpoints"))
 
 
 # ---------------------------------------------------------------------- what needs no Gradio
@@ -66,16 +66,16 @@ def test_the_newest_checkpoint_of_each_task_is_found(place: Path, models: Models
     assert "bad/best.ckpt" in problem
     card = place / "checkpoints" / "old" / "card.json"  # it is believed before the checkpoint is read
     card.write_text(json.dumps({"task": "tasks.entailment.task.Entailment"}))
-    assert "Entailment" in [run.title for run in find(place / "checkpoints").tasks]
+    assert "Entailment" in [run.title for run in find_models(place / "checkpoints").tasks]
     card.unlink()
-    named = find(place / "nowhere", [str(place / "checkpoints" / "asked" / "best.ckpt")])
+    named = find_models(place / "nowhere", [str(place / "checkpoints" / "asked" / "best.ckpt")])
     assert named.pretrained is None
     assert [run.title for run in named.tasks] == ["VQA"]
 
 
 def test_without_a_checkpoint_it_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make pretrain"):
-        Models(find(tmp_path)).core()
+        Models(find_models(tmp_path)).core()
 
 
 def test_a_task_is_loaded_when_it_is_asked(models: Models) -> None:
@@ -127,10 +127,10 @@ def test_a_click_beside_the_picture_is_a_mistake(index: Any) -> None:
 
 def test_texts_and_pictures_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="49,999 characters"):
-        text_of(" ".join(["word"] * 10_000))
+        checked_text(" ".join(["word"] * 10_000))
     for given in (None, 5, "", " \u200b ", "a" * (MAX_TEXT + 1)):
         with pytest.raises(UserError):
-            text_of(given)
+            checked_text(given)
     for lines in ("", "a\n" * (MAX_LINES + 1), 3, "x" * 10**6):
         with pytest.raises(UserError):
             lines_of(lines)

@@ -16,8 +16,8 @@ from toy_pretrained import content_of, made
 from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.warm_start import Seen
-from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained
-from maskvlm.demo.models import Models, find
+from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained_run
+from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
 from maskvlm.objectives.novelty import sample_of
 
@@ -75,11 +75,11 @@ def test_the_page_starts_with_photographs_and_not_with_the_newest(tmp_path: Path
     run(tmp_path / "scenes", [DRAWN], 91.2)
     run(tmp_path / "worse", [PHOTOGRAPHS], 1.9, age=50)
     run(tmp_path / "better", [DRAWN, PHOTOGRAPHS], 2.3, name="flickr8k", age=100)
-    models = Models(find(tmp_path))
+    models = Models(find_models(tmp_path))
     assert models.found.pretrained is not None
     assert models.found.pretrained.shown == "better/best.ckpt"
     assert models.photographs == 6000
-    named = find(tmp_path, [str(tmp_path / "better" / "best.ckpt"), str(tmp_path / "scenes" / "best.ckpt")])
+    named = find_models(tmp_path, [str(tmp_path / "better" / "best.ckpt"), str(tmp_path / "scenes" / "best.ckpt")])
     assert named.pretrained is not None
     assert named.pretrained.shown == "scenes/best.ckpt"  # the last that was named
 
@@ -91,7 +91,7 @@ def test_a_strange_record_counts_as_none(tmp_path: Path, content: str) -> None:
     path = run(tmp_path / "run", [DRAWN], name="x")
     (path.parent / "metrics.json").write_text(content)
     (path.parent / "config-fit.yaml").write_text(content)
-    found = trained(str(path), [PHOTOGRAPHS])
+    found = trained_run(str(path), [PHOTOGRAPHS])
     assert (found.measured, found.score, found.told) == (0, -math.inf, "prepared (6,000 pictures)")
 
 
@@ -99,7 +99,7 @@ def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
     path = run(tmp_path / "run", [DRAWN])
     (tmp_path / "other.json").write_text('{"score": 99}')
     (path.parent / "metrics.json").symlink_to(tmp_path / "other.json")
-    assert trained(str(path), [DRAWN]).score == -math.inf
+    assert trained_run(str(path), [DRAWN]).score == -math.inf
 
 
 # ---------------------------------------------------------------------- what it says
@@ -108,8 +108,8 @@ def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
 def test_it_says_what_the_weights_have_seen(tmp_path: Path) -> None:
     path = run(tmp_path / "run", [DRAWN, PHOTOGRAPHS], name="flickr8k")
     said = "flickr8k (6,000 pictures), after drawn scenes of the built-in world (20,000 pictures)"
-    assert trained(str(path), [DRAWN, PHOTOGRAPHS]).told == said
-    assert trained(str(path), []).told == "nothing that it tells of"
+    assert trained_run(str(path), [DRAWN, PHOTOGRAPHS]).told == said
+    assert trained_run(str(path), []).told == "nothing that it tells of"
     assert told_of(Seen("unknown", "unknown", "", 0, 0), None) == "data that it does not name"
     assert told_of(Seen(TASK, "maskvlm.data.streaming.source.Stream", "", 0, 9), "cc12m") == "cc12m (streamed)"
 
@@ -130,9 +130,9 @@ def test_names_of_data(tmp_path: Path, settings: dict[str, Any], name: str) -> N
     path = run(tmp_path / "run", [PHOTOGRAPHS], name="x")
     source = {"class_path": PREPARED, "init_args": settings}
     (path.parent / "config-fit.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
-    assert trained(str(path), [PHOTOGRAPHS]).told == f"{name} (6,000 pictures)"
+    assert trained_run(str(path), [PHOTOGRAPHS]).told == f"{name} (6,000 pictures)"
     other = PHOTOGRAPHS._replace(source="maskvlm.data.mix.Mix")  # a configuration of other data names nothing
-    assert trained(str(path), [other]).told == "mix (6,000 pictures)"
+    assert trained_run(str(path), [other]).told == "mix (6,000 pictures)"
 
 
 def test_photographs_are_counted_once_and_scenes_not_at_all() -> None:
@@ -167,7 +167,7 @@ def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, s
     from maskvlm.demo.page import page
 
     run(tmp_path / "run", seen, 2.0, name="flickr<b>8k" if photos else "")
-    blocks = page(Models(find(tmp_path)), Worker(60), None)
+    blocks = page(Models(find_models(tmp_path)), Worker(60), None)
     shown = json.dumps(blocks.get_config_file(), default=str)
     assert ("a red cup of coffee stands on a wooden table" in shown) is photos
     assert ("the 5 photographs that come with this page" in shown) is photos
@@ -191,13 +191,13 @@ def test_the_page_says_when_a_picture_is_unlike_the_training_data(tmp_path: Path
     said = {}
     for sign in (1, -1):
         checkpoint.save(checkpoint.load(path) | {"reference": sample_of(sign * vector_NE)}, path)
-        said[sign] = strange(Models(find(tmp_path)), photos[0])
+        said[sign] = strange(Models(find_models(tmp_path)), photos[0])
     assert said[1] == ""
     assert said[-1].startswith('<p class="note">This picture is unlike those that the model was trained on: ')
 
 
 def test_photographs_are_searched(tmp_path: Path) -> None:
     run(tmp_path / "run", [PHOTOGRAPHS])
-    searched = Searched(Models(find(tmp_path)).core(), None, photos=True)
+    searched = Searched(Models(find_models(tmp_path)).core(), None, photos=True)
     assert len(searched.by_text("a cat")) == len(searched.by_picture(PHOTOS / "chelsea.jpg")) == 5
     assert searched.by_picture(PHOTOS / "chelsea.jpg")[0].told.startswith("1.00  a brown cat")

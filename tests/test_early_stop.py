@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import Command, run
+from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.run_record import read_json
 
 SMALL = {
@@ -33,7 +33,7 @@ def fit(folder: Path, stack: Callable[..., list[str]], patience: int | None) -> 
     more = folder.parent / "stop.yaml"
     more.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]} if patience else {}}))
     words = ["fit", "--folder", str(folder), *stack(WHERE="cpu"), "-c", str(more)]
-    run(Command, [*words, *(f"--{key}={value}" for key, value in SMALL.items())])
+    run_command(LightningCommand, [*words, *(f"--{key}={value}" for key, value in SMALL.items())])
 
 
 def test_the_best_weights_are_measured_where_the_score_no_longer_rises(

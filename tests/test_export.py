@@ -295,7 +295,7 @@ def test_a_file_that_computes_something_else_is_measured(
 def test_a_difference_leaves_nothing(
     wrong: float, model: PretrainedMaskVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "save", lambda part, example, longest, path, *_: path.write_text("half"))
+    monkeypatch.setattr(export, "save_program", lambda part, example, longest, path, *_: path.write_text("half"))
     monkeypatch.setattr(export, "difference", lambda *_: wrong)
     said = (
         f"image_encoder.onnx: differs from torch by {wrong:.1e}, more than 1e-04, and nothing is written. "
@@ -311,7 +311,7 @@ def test_what_the_libraries_cannot_do_is_one_line(
     def fail(*_: Any) -> None:
         raise RuntimeError("no such operator\nand a long story")
 
-    monkeypatch.setattr(export, "save", fail)
+    monkeypatch.setattr(export, "save_program", fail)
     said = "image_encoder.pt2: fails (no such operator). Try another --format or --opset."
     refused(ExitCode.CANNOT_CREATE, said, lambda: export.export(model, tmp_path / "new", "torch"))
     assert list(tmp_path.iterdir()) == []
@@ -368,13 +368,13 @@ def test_without_onnxruntime_it_says_that_nothing_was_measured(
     onnx_folder: Path, model: PretrainedMaskVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = json.loads((onnx_folder / "export.json").read_text())
-    assert all(" from torch" in line for line in export.told(onnx_folder, report))
+    assert all(" from torch" in line for line in export.export_lines(onnx_folder, report))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     part = export.parts_of(model)[0]
     found = export.difference(onnx_folder / "image_encoder.onnx", part, [export.random_inputs(model, 2, 3)])
     assert found is None
     report["files"]["image_encoder"]["max_difference"] = found
-    first, *_ = export.told(onnx_folder, report)
+    first, *_ = export.export_lines(onnx_folder, report)
     assert first == (
         f"{onnx_folder / 'image_encoder.onnx'}: not compared with torch, as onnxruntime is not installed "
         "(pip install onnxruntime)"

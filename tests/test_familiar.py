@@ -13,7 +13,17 @@ from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
-from maskvlm.objectives.novelty import LEAST, MOST, FarFromTraining, Range, is_far, nearness, range_of, sample_of, told
+from maskvlm.objectives.novelty import (
+    LEAST,
+    MOST,
+    FarFromTraining,
+    Range,
+    far_line,
+    is_far,
+    nearness,
+    range_of,
+    sample_of,
+)
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -77,7 +87,7 @@ def test_nearness_is_the_highest_cosine() -> None:
     vector_BE = unit(torch.tensor([[1.0, 0, 0], [1, 1, 1], [-1, 0, -1]]))
     assert nearness(vector_BE, found).tolist() == pytest.approx([1, 3**-0.5, 0], abs=1e-6)
     assert is_far(vector_BE, found).tolist() == [False, True, True]
-    assert "0.58, 99 % of them have 0.70 or more" in told(0.577, found)
+    assert "0.58, 99 % of them have 0.70 or more" in far_line(0.577, found)
 
 
 # ---------------------------------------------------------------------- in files

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskvlm.cli.lightning import Command, run
+from maskvlm.cli.lightning import LightningCommand, run_command
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 LOSSES = ("itc", "itm", "mlm", "mim")
@@ -27,8 +27,9 @@ def test_the_first_twenty_steps_are_the_golden_ones(
     is recorded by deleting the file and running this test twice."""
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     torch.set_num_threads(1)
-    run(
-        Command, ["fit", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), *(f"--{k}={v}" for k, v in SHORT.items())]
+    run_command(
+        LightningCommand,
+        ["fit", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), *(f"--{k}={v}" for k, v in SHORT.items())],
     )
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/itc"]]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from maskvlm import MaskVLM
-from maskvlm.cli.lightning import Command, run
+from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.errors import UserError
 
@@ -43,7 +43,7 @@ def fit(
 
     def losses(name: str, **settings: Any) -> dict[str, list[float]]:
         words = [f"--{key}={value}" for key, value in (SMALL | settings).items()]
-        run(Command, ["fit", "--folder", str(tmp_path / name), *stack(WHERE="cpu"), *words])
+        run_command(LightningCommand, ["fit", "--folder", str(tmp_path / name), *stack(WHERE="cpu"), *words])
         with (tmp_path / name / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["train/itc"]]
         return {loss: [float(row[f"train/{loss}"] or "nan") for row in rows] for loss in LOSSES}

@@ -87,6 +87,16 @@ def test_the_command_refuses_before_it_imports_torch(words: str) -> None:
     assert not {"torch", "lightning", "transformers", "timm", "numpy"} & modules
 
 
+def test_one_name_means_one_thing() -> None:
+    """No public function or class is called as one of another module is; `main` is what a command calls."""
+    homes: dict[str, list[str]] = {}
+    for path in [*SOURCES, *(ROOT / "tasks").rglob("*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in homes.items() if len(files) > 1 and name != "main"} == {}
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

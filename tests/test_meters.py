@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import toy_batch
 
-from maskvlm.reporting.meters import Clock, Left, Losses, Smoothed, Speed, duration, number
+from maskvlm.reporting.meters import Clock, Left, Losses, Smoothed, StepSpeed, duration, number
 
 
 class Ticks:
@@ -76,8 +76,8 @@ def test_the_clock_tells_waiting_from_working_and_starts_anew() -> None:
         clock.batch_starts()
         now.time = end
         clock.batch_ends(30)
-    assert clock.read() == Speed(60 / 6, 1 / 6)
-    assert clock.read() == Speed(0.0, 0.0)
+    assert clock.read() == StepSpeed(60 / 6, 1 / 6)
+    assert clock.read() == StepSpeed(0.0, 0.0)
 
 
 def test_the_clock_leaves_out_what_interrupts_training() -> None:
@@ -92,7 +92,7 @@ def test_the_clock_leaves_out_what_interrupts_training() -> None:
     clock.batch_starts()
     now.time = 101.0
     clock.batch_ends(10)
-    assert clock.read() == Speed(10.0, 0.0)
+    assert clock.read() == StepSpeed(10.0, 0.0)
 
 
 def test_time_left_follows_the_pace_since_the_first_step() -> None:

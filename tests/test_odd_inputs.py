@@ -13,7 +13,7 @@ from PIL import Image
 from toy_pretrained import saved
 from transformers import AutoProcessor
 
-from maskvlm.data.inputs import Words
+from maskvlm.data.inputs import MarkedTexts
 from maskvlm.data.text import train_tokenizer
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
@@ -102,7 +102,7 @@ def test_one_length_and_one_word_serve_several_pictures(model: PretrainedMaskVLM
 
 def test_punctuation_follows_its_word() -> None:
     text = "white background, a red circle: a star"
-    words = Words(train_tokenizer([text] * 20, 256), 24)
+    words = MarkedTexts(train_tokenizer([text] * 20, 256), 24)
     assert words.decode(words([text]).token_CT[0].tolist()) == text
 
 

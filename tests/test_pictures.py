@@ -11,7 +11,7 @@ from test_reconstruct import toy
 from toys import tokens, toy_batch
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.objectives.reconstruction import Guesses, Reconstruction, Words, few, reconstruct
+from maskvlm.objectives.reconstruction import GuessedWords, Guesses, Reconstruction, few, reconstruct
 from maskvlm.reporting.reconstruction_page import (
     GREEN,
     GREY,
@@ -19,12 +19,12 @@ from maskvlm.reporting.reconstruction_page import (
     SIDE,
     Segment,
     caption_pieces,
-    draw,
+    draw_reconstruction,
     error_text,
     guess_line,
     piece_text,
     reconstructions,
-    short,
+    shorten,
     wrap,
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_a_right_guess_is_green_and_a_wrong_first_one_red() -> None:
     batch = toy_batch(1)._replace(**tokens([[7, 8, 9]]))
     seeing = Guesses(torch.tensor([[[8, 9, 5]]]), torch.tensor([[[0.9, 0.07, 0.03]]]))
     blind = Guesses(torch.tensor([[[9, 8, 5]]]), torch.tensor([[[0.5, 0.4, 0.1]]]))
-    words = Words(torch.tensor([[2]]), torch.tensor([[True]]), seeing, blind)
+    words = GuessedWords(torch.tensor([[2]]), torch.tensor([[True]]), seeing, blind)
     line = guess_line(Reconstruction(batch, batch.image_BCHW, None, words), 0, 2, NAMES)
     assert plain(line) == f"{'w8':14}{'w8 90  w9 7  w5 3':{SIDE}}{'w9 50  w8 40  w5 10':{SIDE}}"
     assert [(s.text, s.colour) for s in line[1:] if s.text.strip()] == [
@@ -97,13 +97,13 @@ def test_the_smaller_error_of_a_row_is_green() -> None:
 def test_true_statistics_are_admitted() -> None:
     for normalised in (False, True):
         backbone, task = toy(pixel_norm=normalised)
-        figure = draw(reconstruct(backbone, task, toy_batch(2)), NAMES)
+        figure = draw_reconstruction(reconstruct(backbone, task, toy_batch(2)), NAMES)
         assert any("true mean" in text.get_text() for text in figure.texts) == normalised
 
 
 def test_long_words_are_shortened() -> None:
-    assert short("turquoise", 9) == "turquoise"
-    assert short("turquoises", 9) == "turquois…"
+    assert shorten("turquoise", 9) == "turquoise"
+    assert shorten("turquoises", 9) == "turquois…"
 
 
 def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp
     width, height = Image.open(path).size
     assert width == 1256
     assert 3 * 164 < height < 3 * 240
-    assert len(draw(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).axes) == 12
+    assert len(draw_reconstruction(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).axes) == 12
 
 
 def test_one_picture_has_no_wrong_caption(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from maskvlm.reporting.predictions import (
     Predictions,
     checkpoint_of,
     hash_of,
-    plain,
+    json_ready,
     share_measured,
     shown_with,
     spread,
@@ -230,8 +230,8 @@ def test_shown_ones_stand_at_even_distances(total: int, count: int, rows: list[i
 
 
 def test_what_is_not_known_is_null() -> None:
-    assert plain(line(1, float("nan")))["right"] is None
-    assert plain(line(1, 0.25)) == line(1, 0.25)
+    assert json_ready(line(1, float("nan")))["right"] is None
+    assert json_ready(line(1, 0.25)) == line(1, 0.25)
 
 
 PAIRS: list[dict[str, Any]] = [{"image": "a", "image_id": "flickr 1"}, {"image": "d", "image_id": "flickr 23"}]

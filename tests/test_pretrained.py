@@ -187,7 +187,7 @@ def test_explain_gives_shares_of_the_patches_and_a_picture_of_the_same_size(mode
 def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskVLM) -> None:
     text: Any = model.caption(PICTURES[0], lengths=[2, 5])
     with torch.no_grad():
-        both = [one.text for one in unmask.caption(model, unmask.look(model, PICTURES[:1]), [2, 5])[0]]
+        both = [one.text for one in unmask.write_captions(model, unmask.look(model, PICTURES[:1]), [2, 5])[0]]
     matches: Any = model.match(PICTURES[0], both)
     assert text == both[int(np.argmax(matches))]
     assert all("[" not in one for one in both)
@@ -196,12 +196,12 @@ def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskV
 @torch.no_grad()
 def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> None:
     """By hand: one row, three hidden words."""
-    ((written,),) = unmask.caption(model, unmask.look(model, PICTURES[:1]), [3])
+    ((written,),) = unmask.write_captions(model, unmask.look(model, PICTURES[:1]), [3])
     start, end = model.words.ends
     token, mask = torch.tensor([[start, 4, 4, 4, end]]), 4
     total = 0.0
     while (token == mask).any():
-        rows = unmask.rows_of(model, *unmask.look(model, PICTURES[:1]), [token[0]])
+        rows = unmask.pair_rows(model, *unmask.look(model, PICTURES[:1]), [token[0]])
         ((_, text_1TD),) = unmask.text_cross(model, rows)
         log_p = unmask.forbid(model, model.head("tokens", "caption")(text_1TD)).log_softmax(-1)[0]
         hidden = (token[0] == mask).nonzero().flatten().tolist()
@@ -304,9 +304,9 @@ def test_every_form_of_a_picture_is_the_same_picture(model: PretrainedMaskVLM, t
 @given(st.lists(st.sampled_from(["red", "circle", "[MASK]", "on", "the", "star"]), min_size=1, max_size=12))
 def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
     backbone, _, _ = made("pretrain")
-    from maskvlm.data.inputs import Words
+    from maskvlm.data.inputs import MarkedTexts
 
-    made_words = Words(backbone.text.tokenizer, 24)
+    made_words = MarkedTexts(backbone.text.tokenizer, 24)
     if "[MASK]" not in words:
         with pytest.raises(UserError, match="hidden"):
             made_words.masked(" ".join(words))

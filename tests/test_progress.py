@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from toys import toy_batch
 
 from maskvlm.objectives.pretraining_losses import PretrainingLoss
-from maskvlm.reporting.meters import Readings, Speed
+from maskvlm.reporting.meters import Readings, StepSpeed
 from maskvlm.reporting.progress import StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
 
 LEVELS = {"itc": math.log(6), "itm": 0.6365}
@@ -67,7 +67,7 @@ def shown_on(progress: TrainingProgress, **settings: Any) -> io.StringIO:
 
 def test_the_line_shows_each_loss_beside_its_level() -> None:
     readings = Readings({"itc": 2.3149, "mim": 0.0985, "vqa": 12.0}, {"itc": 4.1589, "mim": 0.5})
-    line = status_line(readings, Speed(78.3, 0.042), 200)
+    line = status_line(readings, StepSpeed(78.3, 0.042), 200)
     assert line == "itc 2.31/4.16  mim 0.0985/0.500  vqa 12.0  78.3 pairs/s  data wait 4 %  3:20 left"
     assert status_line(readings, None, None) == "itc 2.31/4.16  mim 0.0985/0.500  vqa 12.0"
 

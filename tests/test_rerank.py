@@ -13,7 +13,7 @@ from toys import slow_cross, take, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.rerank import Gallery, Kept, gather_gallery, in_rounds, keep, match, score
+from maskvlm.objectives.rerank import Gallery, Kept, gather_gallery, in_rounds, keep, match_pairs, score_gallery
 from maskvlm.objectives.retrieval_metrics import Rankings, candidates, ranking, rankings
 
 PICTURES, CAPTIONS = 5, 3
@@ -74,15 +74,15 @@ def test_log_odds_are_those_of_single_pairs(world: World, chunk: int) -> None:
     """In tiles of two and three pictures; what is not wanted is no number."""
     wanted_BC = torch.rand(PICTURES, len(OWNER), generator=torch.Generator().manual_seed(1)) < 0.5
     wanted_BC[:2, 4] = wanted_BC[3] = False  # a caption without pair in the first tile, a picture without any
-    match_BC = match(world.backbone, world.head, world.gallery, wanted_BC, chunk)
+    match_BC = match_pairs(world.backbone, world.head, world.gallery, wanted_BC, chunk)
     torch.testing.assert_close(match_BC[wanted_BC], world.odds_BC[wanted_BC], atol=1e-5, rtol=1e-5)
     assert match_BC[~wanted_BC].isnan().all()
-    assert match(world.backbone, world.head, world.gallery, wanted_BC & False, chunk).isnan().all()
+    assert match_pairs(world.backbone, world.head, world.gallery, wanted_BC & False, chunk).isnan().all()
 
 
 @pytest.mark.parametrize("k", [1, 3, None])
 def test_scores_hold_each_querys_best(world: World, k: int | None) -> None:
-    scores = score(world.backbone, world.head, world.gallery, k, chunk=7)
+    scores = score_gallery(world.backbone, world.head, world.gallery, k, chunk=7)
     cosine_BC = world.gallery.image_BE @ world.gallery.text_CE.T
     torch.testing.assert_close(scores.contrast_BC, cosine_BC)
     assert torch.equal(scores.owner_C, OWNER)
@@ -90,12 +90,12 @@ def test_scores_hold_each_querys_best(world: World, k: int | None) -> None:
     assert scores.match_BC is not None
     assert torch.equal(~scores.match_BC.isnan(), wanted_BC)
     torch.testing.assert_close(scores.match_BC[wanted_BC], world.odds_BC[wanted_BC], atol=1e-5, rtol=1e-5)
-    assert score(world.backbone, None, world.gallery, k).match_BC is None
+    assert score_gallery(world.backbone, None, world.gallery, k).match_BC is None
 
 
 @pytest.mark.parametrize("contrast", [0.5, 20.0])
 def test_contrast_is_added_to_the_log_odds(world: World, contrast: float) -> None:
-    scores = score(world.backbone, world.head, world.gallery, None, contrast=contrast)
+    scores = score_gallery(world.backbone, world.head, world.gallery, None, contrast=contrast)
     cosine_BC = world.gallery.image_BE @ world.gallery.text_CE.T
     assert scores.match_BC is not None
     torch.testing.assert_close(scores.match_BC, world.odds_BC + contrast * cosine_BC, atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_contrast_is_added_to_the_log_odds(world: World, contrast: float) -> Non
 
 
 def test_metrics_follow_matching_where_everything_is_matched(world: World) -> None:
-    scores = score(world.backbone, world.head, world.gallery, 1000)
+    scores = score_gallery(world.backbone, world.head, world.gallery, 1000)
     found = rankings(scores, [1000])[1000]
     relevant_BC = torch.arange(PICTURES)[:, None] == OWNER
     expected = Rankings(ranking(world.odds_BC, relevant_BC), ranking(world.odds_BC.T, relevant_BC.T))
@@ -161,7 +161,7 @@ def test_half_precision_features_are_matched_with_autocast_and_without(world: Wo
         gallery = gather_gallery([kept(backbone, task.projection, toy_batch(PICTURES, captions=CAPTIONS))])
     assert gallery is not None
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-        found = match(backbone.eval(), task.matching, gallery, torch.ones(PICTURES, len(OWNER), dtype=torch.bool))
+        found = match_pairs(backbone.eval(), task.matching, gallery, torch.ones(PICTURES, len(OWNER), dtype=torch.bool))
     assert found.dtype == torch.float32
     assert torch.corrcoef(torch.stack([found.flatten(), world.odds_BC.flatten()]))[0, 1] > 0.99
 
@@ -188,7 +188,7 @@ def largest_input(pictures: int, chunk: int) -> int:
     watched = copy.copy(backbone)
     watched._modules = dict(backbone._modules)
     watched.cross_image, watched.cross_text = Largest(backbone.cross_image), Largest(backbone.cross_text)
-    score(watched, task.matching, gallery, None, chunk)
+    score_gallery(watched, task.matching, gallery, None, chunk)
     return max(watched.cross_image.most, watched.cross_text.most)
 
 
@@ -208,7 +208,7 @@ def test_keys_and_values_of_a_tile_are_projected_once(world: World, monkeypatch:
             return original(other, *rest)
 
         monkeypatch.setattr(encoder, "context", note)
-    score(world.backbone, world.head, world.gallery, None, chunk=4)
+    score_gallery(world.backbone, world.head, world.gallery, None, chunk=4)
     assert seen["image"] == [2, 3]
     assert max(seen["text"]) <= 4
     assert sum(seen["text"]) < 2 * 2 * len(OWNER)  # a caption again only where a chunk ends within its pairs
@@ -225,5 +225,5 @@ def test_a_caption_of_padding_width_does_not_matter(world: World) -> None:
         text_CTD=pad(world.gallery.text_CTD, (0, 0, 0, 4), value=9.0),
         attention_CT=pad(world.gallery.attention_CT, (0, 4)),
     )
-    found, expected = (score(world.backbone, world.head, g, 3).match_BC for g in (wider, world.gallery))
+    found, expected = (score_gallery(world.backbone, world.head, g, 3).match_BC for g in (wider, world.gallery))
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())  # type: ignore[union-attr]

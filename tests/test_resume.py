@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from maskvlm.checkpoint.io import load, save
 from maskvlm.cli.main import main, stopped_early
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
-from maskvlm.training.csv_log import Writer, rows_of
+from maskvlm.training.csv_log import Writer, rows_in
 from maskvlm.training.run_state import differences, newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished, Stopped, requeue
@@ -148,7 +148,7 @@ def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:
     again.log_metrics({"score": 2.5}, 3)
     again.log_metrics({"train/loss": 2.0}, 4)
     again.save()
-    rows = rows_of((tmp_path / "metrics.csv").read_bytes())
+    rows = rows_in((tmp_path / "metrics.csv").read_bytes())
     assert sum("lr-rest" in row for row in rows) == 1
     assert [(row["step"], row.get("train/loss"), row.get("score")) for row in rows if "lr-rest" not in row] == [
         ("0", "0.0", None), ("1", "0.5", None), ("2", "1.0", None), ("3", "1.5", None), ("3", None, "2.5"),
@@ -175,7 +175,7 @@ def test_a_new_column_never_leaves_half_a_table(tmp_path: Path, monkeypatch: pyt
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_table_or_none(content: bytes) -> None:
-    assert isinstance(rows_of(content), list)
+    assert isinstance(rows_in(content), list)
 
 
 # ------------------------------------------------------------------ signals
@@ -250,7 +250,7 @@ def test_usr1_under_slurm_saves_queues_and_goes_on(
     facts = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert facts["finished"]["step"] == 6
     assert len(facts["earlier"]) == 1
-    rows = rows_of((tmp_path / "run" / "metrics.csv").read_bytes())
+    rows = rows_in((tmp_path / "run" / "metrics.csv").read_bytes())
     assert [row["step"] for row in rows if "train/loss" in row] == [str(step) for step in range(6)]
 
 
@@ -276,7 +276,7 @@ def test_an_evaluation_that_was_cut_off_is_made_again(
     assert content["global_step"] == 3
     assert not (tmp_path / "run" / "best.ckpt").exists()
     assert main(command) == 0
-    rows = rows_of((tmp_path / "run" / "metrics.csv").read_bytes())
+    rows = rows_in((tmp_path / "run" / "metrics.csv").read_bytes())
     assert [row["step"] for row in rows if "score" in row] == ["2", "5", "6"]
     assert [row["step"] for row in rows if "train/loss" in row] == [str(step) for step in range(6)]
 

@@ -13,11 +13,11 @@ from maskvlm.objectives.retrieval_metrics import (
     BLOCK,
     Scores,
     candidates,
-    chance,
     contrast_scores,
     ranking,
     rankings,
     recall,
+    recall_chance,
     recall_of,
     retrieval_metrics,
 )
@@ -99,7 +99,7 @@ def test_a_query_without_a_relevant_item_is_missed() -> None:
 @given(st.integers(1, 15), st.lists(st.integers(0, 5), min_size=1, max_size=4))
 def test_chance_is_that_of_a_draw_by_lot(items: int, relevant: list[int]) -> None:
     counts = [min(count, items) for count in relevant]
-    for k, level in chance(torch.tensor(counts), items).items():
+    for k, level in recall_chance(torch.tensor(counts), items).items():
         drawn = min(k, items)
         missed = [math.comb(items - count, drawn) / math.comb(items, drawn) for count in counts]
         assert level == pytest.approx(100 * (1 - sum(missed) / len(missed)))

@@ -17,9 +17,9 @@ import yaml
 
 from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.provenance import Origin, Provenance
-from maskvlm.cli.lightning import Parsed, find_checkpoint, run
+from maskvlm.cli.lightning import Parsed, find_checkpoint, run_command
 from maskvlm.cli.main import main
-from maskvlm.training.run_record import RunRecord, claim, versions, write_json
+from maskvlm.training.run_record import RunRecord, claim_folder, versions, write_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +201,7 @@ def test_the_saved_configuration_repeats_the_run_elsewhere(finished: Path) -> No
     path = finished / "config-fit.yaml"
     assert yaml.safe_load(path.read_text())["data"]["init_args"]["steps"] == 4
     assert "'{run}'" in path.read_text()  # not this run's folder
-    again = run(Parsed, ["fit", "-c", str(path), "--run", "elsewhere"]).settings
+    again = run_command(Parsed, ["fit", "-c", str(path), "--run", "elsewhere"]).settings
     assert (again.run, again.data.init_args.batch_size) == ("elsewhere", 8)
 
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_does_not_change_the_settings(words: list[str], tmp_path: P
     """Lightning's own reading of --ckpt_path would put these in the place of the user's."""
     save({"state_dict": {}, "hyper_parameters": {"lr": 9.0}}, tmp_path / "x.ckpt")
     arguments = ["fit", *words, "--model.lr", "0.25", "--ckpt_path", str(tmp_path / "x.ckpt")]
-    assert run(Parsed, arguments).settings.model.lr == 0.25
+    assert run_command(Parsed, arguments).settings.model.lr == 0.25
 
 
 def test_words_for_checkpoints(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_words_for_checkpoints(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_found_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
-        claim(tmp_path / "file" / "run")
+        claim_folder(tmp_path / "file" / "run")
     assert caught.value.code == ExitCode.CANNOT_CREATE
 
 

@@ -19,9 +19,9 @@ from maskvlm.cli.search import main, make
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference import faiss_index as nearest
 from maskvlm.inference import search as searching
-from maskvlm.inference.faiss_index import Array, build, write_index
+from maskvlm.inference.faiss_index import Array, build_index, write_index
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.inference.search import Index, index_folder, search
+from maskvlm.inference.search import SearchIndex, index_folder, search_index
 from maskvlm.utils.errors import ExitCode, UserError
 
 faiss = pytest.importorskip("faiss", reason="needs faiss-cpu (the extra `search`)")
@@ -73,13 +73,13 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 def test_a_flat_index_finds_what_numpy_finds() -> None:
     vector_NE, query_QE = unit(400, 16, 0), unit(7, 16, 1)
-    index, about = build(vector_NE, query_QE)
+    index, about = build_index(vector_NE, query_QE)
     assert (about["kind"], about["recall_at_10"], about["knob"], about["queries"]) == ("flat", 1.0, None, 7)
     cosine_QN = query_QE @ vector_NE.T
-    similarity_QK, position_QK = Index(index, None, about).search(torch.tensor(query_QE), 5)
+    similarity_QK, position_QK = SearchIndex(index, None, about).search(torch.tensor(query_QE), 5)
     assert position_QK.tolist() == np.argsort(-cosine_QN, axis=1)[:, :5].tolist()
     assert np.allclose(similarity_QK, -np.sort(-cosine_QN, axis=1)[:, :5], atol=1e-6)
-    assert Index(index, None, about).search(query_QE[0], 1000)[1].shape == (1, 400)
+    assert SearchIndex(index, None, about).search(query_QE[0], 1000)[1].shape == (1, 400)
 
 
 @pytest.mark.parametrize(("centres", "kind"), [(60, "ivf"), (0, "pq")])
@@ -89,11 +89,11 @@ def test_a_large_one_is_turned_up_until_it_finds_enough(
     """Vectors that cluster, asked by such as lie beside them, and vectors that do not."""
     monkeypatch.setattr(nearest, "FLAT_UP_TO", 1000)
     vector_NE, query_QE = unit(6000, 32, 0, centres), unit(300, 32, 1, centres, shift=0.5)
-    index, about = build(vector_NE, query_QE[:100])
+    index, about = build_index(vector_NE, query_QE[:100])
     assert (about["kind"], about["factory"][:2]) == (kind, {"ivf": "IV", "pq": "PQ"}[kind])
     assert about["recall_at_10"] >= 0.95
     exact_QK = np.argsort(-query_QE[100:] @ vector_NE.T, axis=1)[:, :10]
-    found_QK = Index(index, None, about).search(query_QE[100:])[1]
+    found_QK = SearchIndex(index, None, about).search(query_QE[100:])[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found_QK, exact_QK, strict=True)])
     assert recall > 0.9
     nearest.turn(index, about["knob"], 1)  # the knob matters: else nothing was tuned
@@ -106,7 +106,7 @@ def test_what_was_tuned_holds_after_loading(made: Path, copy: Path, monkeypatch:
     assert (about["kind"], about["factory"], about["knob"], about["value"]) == ("ivf", "IVF8,Flat", "nprobe", 1)
     about = json.loads((copy / "index.json").read_text()) | {"value": 5}
     (copy / "index.json").write_text(json.dumps(about))
-    assert faiss.extract_index_ivf(Index.load(copy).index).nprobe == 5
+    assert faiss.extract_index_ivf(SearchIndex.load(copy).index).nprobe == 5
 
 
 # ---------------------------------------------------------------------- pictures
@@ -122,10 +122,10 @@ def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM)
 
 
 def test_a_text_finds_the_nearest_pictures(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
-    index = Index.load(made)
+    index = SearchIndex.load(made)
     cosine_N = vector_of(rows_of(made / "vectors")) @ model.encode_text("a blue circle")
     order = cosine_N.argsort(descending=True).tolist()[:5]
-    found = search(index, model, "a blue circle", 5)
+    found = search_index(index, model, "a blue circle", 5)
     assert [each.row for each in found] == order
     assert [each.path for each in found] == [str(photos.path(n)) for n in order]
     assert [each.captions for each in found] == [photos[n]["captions"] for n in order]
@@ -134,22 +134,22 @@ def test_a_text_finds_the_nearest_pictures(made: Path, model: PretrainedMaskVLM,
 
 
 def test_re_ranking_orders_as_the_model_does(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
-    index, text = Index.load(made, photos.path(0).parent), "a red square over a green circle"
+    index, text = SearchIndex.load(made, photos.path(0).parent), "a red square over a green circle"
     ranked: Any = model.rank(text, [photos.path(n) for n in range(12)], 6)
-    found = search(index, model, text, 6, rerank=True)
+    found = search_index(index, model, text, 6, rerank=True)
     assert [each.row for each in found] == [each.place for each in ranked[:6]]
     assert np.allclose([each.match for each in found], [each.match for each in ranked[:6]], atol=1e-5)  # type: ignore[misc]
-    assert [each.row for each in found] != [each.row for each in search(index, model, text, 6)]
+    assert [each.row for each in found] != [each.row for each in search_index(index, model, text, 6)]
 
 
 def test_a_picture_finds_itself_and_is_re_ranked_by_captions(
     made: Path, model: PretrainedMaskVLM, photos: Photos
 ) -> None:
-    index, path = Index.load(made), photos.path(7)
-    found = search(index, model, path, 4)
+    index, path = SearchIndex.load(made), photos.path(7)
+    found = search_index(index, model, path, 4)
     assert found[0].row == 7
     assert found[0].similarity == pytest.approx(1, abs=1e-5)
-    ranked = search(index, model, path, 4, rerank=True)
+    ranked = search_index(index, model, path, 4, rerank=True)
     best = {each.row: max(model.match(path, text) for text in each.captions) for each in found}  # type: ignore[type-var]
     assert [each.row for each in ranked] == sorted(best, key=lambda row: -best[row])  # type: ignore[operator]
     assert [each.match for each in ranked] == pytest.approx(sorted(best.values(), reverse=True), abs=1e-5)
@@ -166,13 +166,15 @@ def refused(ask: Callable[[], Any], code: ExitCode, said: str) -> None:
 
 
 def test_another_checkpoint_is_refused(made: Path, checkpoint: Path) -> None:
-    other, index = PretrainedMaskVLM.from_pretrained(checkpoint), Index.load(made)
-    assert search(index, other, "a circle", 1)
+    other, index = PretrainedMaskVLM.from_pretrained(checkpoint), SearchIndex.load(made)
+    assert search_index(index, other, "a circle", 1)
     other = PretrainedMaskVLM.from_pretrained(checkpoint)
     with torch.no_grad():
         other.backbone.text.model.embeddings.word_embeddings.weight[3, 3] += 1e-3
     refused(
-        lambda: search(index, other, "a circle", 1), ExitCode.BAD_DATA, "is not the checkpoint of the index. Give c,"
+        lambda: search_index(index, other, "a circle", 1),
+        ExitCode.BAD_DATA,
+        "is not the checkpoint of the index. Give c,",
     )
 
 
@@ -181,15 +183,15 @@ def test_a_damaged_file_is_refused_before_it_is_read(copy: Path, name: str) -> N
     whole = bytearray((copy / name).read_bytes())
     whole[len(whole) // 2] ^= 1
     (copy / name).write_bytes(whole)
-    refused(lambda: Index.load(copy), ExitCode.BAD_DATA, "a file is not the one that index.json knows")
+    refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "a file is not the one that index.json knows")
 
 
 def test_what_is_no_index_is_refused(copy: Path, made: Path) -> None:
     (copy / "index.json").write_text("[]")
-    refused(lambda: Index.load(copy), ExitCode.BAD_DATA, "index.json: expected a mapping")
+    refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "index.json: expected a mapping")
     (copy / "index.json").unlink()
-    refused(lambda: Index.load(copy), ExitCode.MISSING_INPUT, "holds no index.json")
-    index = Index.load(made)
+    refused(lambda: SearchIndex.load(copy), ExitCode.MISSING_INPUT, "holds no index.json")
+    index = SearchIndex.load(made)
     refused(lambda: index.search(np.zeros((1, 9), np.float32)), ExitCode.USAGE, "vectors of width 9, the index has 8")
     refused(lambda: index.search(np.zeros((1, 8), np.float32), 0), ExitCode.USAGE, "0 is too small")
 
@@ -200,7 +202,7 @@ def test_missing_and_damaged_shards_are_refused(copy: Path) -> None:
     refused(lambda: index_folder(copy / "vectors", copy), ExitCode.BAD_DATA, f"{shard}: missing or damaged (")
     shard.unlink()
     refused(lambda: index_folder(copy / "vectors", copy), ExitCode.BAD_DATA, f"{shard}: missing or damaged (")
-    assert Index.load(copy).index.ntotal == 12  # the old one stays
+    assert SearchIndex.load(copy).index.ntotal == 12  # the old one stays
 
 
 def test_pictures_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: Path) -> None:
@@ -208,15 +210,15 @@ def test_pictures_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path:
     start(model, photos, tmp_path / "vectors")
     index_folder(tmp_path / "vectors", tmp_path)
     photos.path(1).unlink()
-    index = Index.load(tmp_path, tmp_path / "photos")
-    assert len(search(index, model, "a circle", 3)) == 3
+    index = SearchIndex.load(tmp_path, tmp_path / "photos")
+    assert len(search_index(index, model, "a circle", 3)) == 3
     said = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank."
-    refused(lambda: search(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, said)
+    refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, said)
 
 
 def test_without_faiss_it_is_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    refused(lambda: Index.load(made), ExitCode.UNAVAILABLE, "Install it: python -m pip install faiss-cpu.")
+    refused(lambda: SearchIndex.load(made), ExitCode.UNAVAILABLE, "Install it: python -m pip install faiss-cpu.")
 
 
 # ---------------------------------------------------------------------- the commands
@@ -256,7 +258,7 @@ def test_the_commands_index_and_search_a_configured_set(
         ({"source": None}, ExitCode.REFUSED, "is not opened unasked"),
     ):
         (out / "index.json").write_text(json.dumps(about | spoilt))
-        refused(lambda: search(Index.load(out), model, "a red circle", 2, rerank=True), code, said)
+        refused(lambda: search_index(SearchIndex.load(out), model, "a red circle", 2, rerank=True), code, said)
 
     assert "stranger" not in sys.modules  # a file names no class that is not allowed
     refused(lambda: main([*named, "gone.jpg"], []), ExitCode.MISSING_INPUT, "gone.jpg: no such file")
@@ -269,7 +271,7 @@ def test_the_commands_index_and_search_a_configured_set(
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, place = build(unit(50, 8, 0), unit(5, 8, 1))[0], tmp_path / "index.faiss"
+    index, place = build_index(unit(50, 8, 0), unit(5, 8, 1))[0], tmp_path / "index.faiss"
     write_index(index, place)
     whole = place.read_bytes()
 

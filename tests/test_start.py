@@ -14,7 +14,7 @@ from toys import SIZE, toy_backbone
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.model_spec import recipe_of
 from maskvlm.checkpoint.warm_start import Seen, overlap, part, read_content, read_start
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import stable_id, tokenizer_hash
@@ -326,7 +326,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_checkpoints_model_comes_first_and_everything_overrides_it(named: list[str], tmp_path: Path) -> None:
     def image_size(*more: str) -> int:
-        settings = run(Parsed, ["fit", *named, *more]).settings
+        settings = run_command(Parsed, ["fit", *named, *more]).settings
         assert settings.model.backbone.init_args.text.init_args.vocab_size == 256
         assert settings.model.backbone.init_args.start == settings["from"] == named[1]
         return int(settings.model.backbone.init_args.image.init_args.image_size)

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from maskvlm.reporting.metric_tables import claim, gain, metrics_table, score
+from maskvlm.reporting.metric_tables import claim_line, gain, metrics_table, score_line
 
 RECALL = {
     f"retrieval/{name}r{k}": 10.0 * n + k
@@ -63,7 +63,7 @@ def test_chance_levels_stand_beside_what_was_measured() -> None:
 
 def test_what_was_not_measured_is_left_out() -> None:
     assert lines({}) == []
-    assert claim({}) == claim(RECALL) == ""
+    assert claim_line({}) == claim_line(RECALL) == ""
     assert lines({"mim/l1": 0.1, "mim/l1_wrong_text": 0.2}) == [
         "Pixels, with caption    right    wrong   none   vs wrong   vs none",
         "absolute error         0.1000   0.2000      -    +50.0 %         -",
@@ -155,4 +155,4 @@ def test_unknown_levels_are_left_open() -> None:
     ],
 )
 def test_what_a_task_is_judged_by_in_a_few_words(metrics: dict[str, float], said: str) -> None:
-    assert score(metrics) == said
+    assert score_line(metrics) == said

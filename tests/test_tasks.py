@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ class Gradients(L.Callback):
         self.names |= {name for name, p in named if p.grad is not None and p.grad.abs().sum() > 0}
 
 
-class Watched(Command):
+class Watched(LightningCommand):
     """A command whose gradients are looked at."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -59,7 +59,7 @@ def test_the_four_are_there() -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_its_configurations_parse(settings: Path) -> None:
-    parsed = run(Parsed, ["fit", *stack(settings)]).settings
+    parsed = run_command(Parsed, ["fit", *stack(settings)]).settings
     assert parsed.model.task.class_path.startswith(f"tasks.{settings.parent.name}.")
     assert (parsed.data.init_args.steps is None) != (parsed.data.init_args.epochs is None)
 
@@ -68,7 +68,7 @@ def test_its_configurations_parse(settings: Path) -> None:
 def test_it_trains_two_steps_on_its_own_sample(task: str, tmp_path: Path) -> None:
     options = [*SMALL, "--data.steps", "2", "--trainer.fast_dev_run", "2", "--run", str(tmp_path)]
     options += ["--model.random_init", "true"]
-    done = run(Watched, ["fit", *stack(f"tasks/{task}/conf.yaml"), *options])
+    done = run_command(Watched, ["fit", *stack(f"tasks/{task}/conf.yaml"), *options])
     model, data = done.model, done.datamodule
     assert data.spec[:5] == model.backbone.input_spec[:5]  # the tokenizer came after it
     assert data.labels is None or tuple(model.task.labels) == tuple(data.labels)

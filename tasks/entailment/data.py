@@ -13,27 +13,27 @@ from typing import Any
 
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import (
-    Line,
-    Pictures,
+    ImagesByKey,
+    JsonLine,
     digest_of,
     get,
     get_label,
     get_name,
     json_lines,
 )
-from maskvlm.data.opening import check_inside
+from maskvlm.data.opening import check_below
 from maskvlm.data.prepare.album import open_album
-from maskvlm.data.raw.table import Table as CommaTable
+from maskvlm.data.raw.table import RawTable as CommaTable
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,
-    Made,
-    Origin,
-    Rows,
+    ParsedColumns,
+    RowOrigin,
     Table,
     TableExamples,
+    TableRows,
     cached_table,
-    choose,
+    choose_rows,
 )
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
@@ -95,14 +95,16 @@ class SnliVe(ExampleSource):
         """
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
-        origin = Origin(self.root / file, "{file}:{place}")
-        check_inside(origin.file, self.root)
+        origin = RowOrigin(self.root / file, "{file}:{place}")
+        check_below(origin.file, self.root)
         digest = digest_of(origin.file, todo=TODO) + digest_of(*self.corrected, todo="Correct data.source.corrected")
         key = f"snli-ve-{EXAMPLE_VERSION}.{VERSION}-{digest[:32]}-{digest[64:96]}"
-        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin, read_labels(self.corrected)))
+        table = cached_table(
+            key, self.cache, EXAMPLE_COLUMNS, lambda: parse_entailment(origin, read_labels(self.corrected))
+        )
         if name != "train" and self.corrected and name not in self.warned and rank() == 0:
             self._warn_if_missed(table, name)
-        return choose(table, origin, name, self._pictures(), self.max_missing)
+        return choose_rows(table, origin, name, self._pictures(), self.max_missing)
 
     def _warn_if_missed(self, table: Table, split: str) -> None:
         """One line a split whose labels no correction is for; told from the table, which may come from the cache.
@@ -117,7 +119,7 @@ class SnliVe(ExampleSource):
         files, file = ", ".join(map(str, self.corrected)), self.files[split]
         log.warning("warning: none of the %s of %s is in %s; its labels stay as they are", count, files, file)
 
-    def _pictures(self) -> Pictures:
+    def _pictures(self) -> ImagesByKey:
         """Where two files have the same number, the one that is named by it alone."""
         album = open_album(self.images, self.root)
         named: dict[str, str] = {}
@@ -127,9 +129,9 @@ class SnliVe(ExampleSource):
         return album.pictures(named)
 
 
-def parse(origin: Origin, corrected: dict[str, str]) -> Made:
+def parse_entailment(origin: RowOrigin, corrected: dict[str, str]) -> ParsedColumns:
     """The lines of a file as an examples table; a wrong one is an error that names it."""
-    rows = Rows(origin, "pairID")
+    rows = TableRows(origin, "pairID")
     for where, number, record in json_lines(origin.file):
         pair = get_name(record, "pairID", where, LAYOUT)
         old = get_label(record, "gold_label", (*LABELS, NO_LABEL), where, LAYOUT)
@@ -180,7 +182,7 @@ def _correction(record: dict[str, Any], where: str) -> tuple[str, str]:
     return get_name(record, "pairID", where, LAYOUT), get_label(record, column, (*LABELS, NO_LABEL), where, LAYOUT)
 
 
-def csv_rows(file: Path) -> Iterator[Line]:
+def csv_rows(file: Path) -> Iterator[JsonLine]:
     """The rows of a comma-separated file by the names in its first line; each with the line that it begins on."""
     table = CommaTable(file, ",")
     for number, fields, problem in table.records():
@@ -191,4 +193,4 @@ def csv_rows(file: Path) -> Iterator[Line]:
         if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
             what = "a quoted field goes on over what looks like another row"
             raise UserError(where, what, "Close the quote, or put the field on one line", ExitCode.BAD_DATA)
-        yield Line(where, number, dict(zip(table.columns, fields, strict=True)))
+        yield JsonLine(where, number, dict(zip(table.columns, fields, strict=True)))

@@ -20,9 +20,9 @@ from maskvlm.data.examples import ExampleSource
 from maskvlm.data.scenes.captions import SENTENCES
 from maskvlm.data.scenes.examples import (
     TRIES,
+    PlannedExample,
     SceneExamples,
     SceneSplits,
-    Told,
     Traits,
     View,
     a_noun,
@@ -100,7 +100,7 @@ def unlike(one: Thing, other: Thing) -> bool:
     return one.colour != other.colour and one.shape != other.shape
 
 
-def view_of(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
+def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
     """A curtain over a line by lot, and one or two things beside it; a picture in which every class is possible."""
     curtain = choose(rng, tuple(LINES))
     free = [cell for cell in EVERYWHERE if cell not in LINES[curtain]]
@@ -202,16 +202,16 @@ the others need. With fewer of them this was learned late or not at all (docs/re
 LOTS = lots_of(KINDS, SHARES)
 
 
-def tell_hypothesis(key: str, split: str, index: int) -> Told:
+def tell_hypothesis(key: str, split: str, index: int) -> PlannedExample:
     """Example `index`; see `Tell`."""
     rng = random.Random(f"{key}-{index}")
     kind, label = choose(rng, LOTS[split]), choose(rng, LABELS)
     names = names_by_lot(rng)  # once: drawn again with each hypothesis, it would lean to one class
-    view = view_of(rng, split, kind, names)
+    view = curtain_view(rng, split, kind, names)
     for _ in range(TRIES):
         claim = SAY[kind](rng, view, names)
         if claim is not None and verdict(claim, view) == label:
-            return Told((view,), claim.text, label, kind, id=f"{split}-{index}")
+            return PlannedExample((view,), claim.text, label, kind, id=f"{split}-{index}")
     raise AssertionError(f"no {label} of kind {kind} for {view}")
 
 

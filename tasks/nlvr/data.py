@@ -3,10 +3,19 @@
 from pathlib import Path, PurePosixPath
 
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.files import Pictures, digest_of, get, get_label, get_name, json_lines
-from maskvlm.data.opening import check_inside
+from maskvlm.data.files import ImagesByKey, digest_of, get, get_label, get_name, json_lines
+from maskvlm.data.opening import check_below
 from maskvlm.data.prepare.album import open_album
-from maskvlm.data.table import EXAMPLE_COLUMNS, EXAMPLE_VERSION, Made, Origin, Rows, TableExamples, cached_table, choose
+from maskvlm.data.table import (
+    EXAMPLE_COLUMNS,
+    EXAMPLE_VERSION,
+    ParsedColumns,
+    RowOrigin,
+    TableExamples,
+    TableRows,
+    cached_table,
+    choose_rows,
+)
 from maskvlm.utils.errors import ExitCode, UserError
 
 VERSION = 1
@@ -56,20 +65,20 @@ class Nlvr2(ExampleSource):
         """
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
-        origin = Origin(self.root / file, "{file}:{place}")
-        check_inside(origin.file, self.root)
+        origin = RowOrigin(self.root / file, "{file}:{place}")
+        check_below(origin.file, self.root)
         key = f"nlvr2-{EXAMPLE_VERSION}.{VERSION}-{digest_of(origin.file, todo=TODO)[:32]}"
-        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse(origin))
-        return choose(table, origin, name, self._pictures(), self.max_missing)
+        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_nlvr(origin))
+        return choose_rows(table, origin, name, self._pictures(), self.max_missing)
 
-    def _pictures(self) -> Pictures:
+    def _pictures(self) -> ImagesByKey:
         album = open_album(self.images, self.root)
         return album.pictures({f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(album.names)})
 
 
-def parse(origin: Origin) -> Made:
+def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
     """The lines of a file as an examples table; a wrong one is an error that names it."""
-    rows = Rows(origin, "identifier")
+    rows = TableRows(origin, "identifier")
     for where, number, record in json_lines(origin.file):
         identifier = get_name(record, "identifier", where, LAYOUT)
         parts = identifier.split("-")

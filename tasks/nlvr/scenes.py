@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.scenes.examples import (
+    PlannedExample,
     SceneExamples,
     SceneSplits,
-    Told,
     Traits,
     View,
     a_noun,
@@ -180,12 +180,12 @@ SAY: dict[str, Callable[[random.Random, str], Sentence]] = {
 }
 
 
-def view_of(rng: random.Random, split: str, things: list[Traits], ground: str | None) -> View:
+def scene_view(rng: random.Random, split: str, things: list[Traits], ground: str | None) -> View:
     """A scene of the split with these things."""
     return View(first_of_split(split, lambda: scene_like(rng, things, ground)))
 
 
-def tell_comparison(key: str, split: str, index: int) -> Told:
+def tell_comparison(key: str, split: str, index: int) -> PlannedExample:
     """Pair `index % 4` of sentence `index // 4`; see `Tell`. Ids as NLVR2's, split-set-pair-sentence."""
     number, place = divmod(index, PAIRS)
     rng = random.Random(f"{key}-{number}")
@@ -195,9 +195,9 @@ def tell_comparison(key: str, split: str, index: int) -> Told:
     rng = random.Random(f"{key}-{number}-{place}")
     pair = sentence.make(rng, truth)
     grounds = pair.grounds or (None, None)
-    views = (view_of(rng, split, pair.left, grounds[0]), view_of(rng, split, pair.right, grounds[1]))
+    views = (scene_view(rng, split, pair.left, grounds[0]), scene_view(rng, split, pair.right, grounds[1]))
     identifier, group = f"{split}-{number}-{place}-0", f"{split}-{number}-0"
-    return Told(views, sentence.text, LABELS[truth], kind, identifier, group)
+    return PlannedExample(views, sentence.text, LABELS[truth], kind, identifier, group)
 
 
 class SceneComparisons(ExampleSource):

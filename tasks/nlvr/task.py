@@ -29,7 +29,7 @@ class Nlvr(Classification):
         self.verbs = {"compare": Verb(decide, pictures, "sentence", told)}
 
     def more(self, judged: list[Judged]) -> dict[str, float]:
-        return {"consistency": consistency(judged), "consistency_chance": chance(judged)}
+        return {"consistency": consistency(judged), "consistency_chance": consistency_chance(judged)}
 
 
 def groups_of(judged: list[Judged]) -> list[list[Judged]]:
@@ -47,7 +47,7 @@ def consistency(judged: list[Judged]) -> float:
     return 100 * sum(right) / len(right) if right else float("nan")
 
 
-def chance(judged: list[Judged]) -> float:
+def consistency_chance(judged: list[Judged]) -> float:
     """Consistency of answers by lot."""
     level = [0.5 ** len(group) for group in groups_of(judged)]
     return 100 * sum(level) / len(level) if level else float("nan")

@@ -17,18 +17,18 @@ from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import losses
-from maskvlm.objectives.cross_batch import Side, columns, cross_pairs, pad_text, with_negatives
+from maskvlm.objectives.cross_batch import PickableRows, columns, cross_pairs, pad_text, with_negatives
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.image_ablation import Blind
 from maskvlm.objectives.losses import Columns, Negatives
-from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
+from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score_gallery
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.objectives.task import Prediction, Task
 from maskvlm.utils.distributed import Draw, gather, shared_count, world_size
 from maskvlm.utils.errors import UserError, check_least
 
 
-class Contrast(NamedTuple):
+class CaptionContrast(NamedTuple):
     """Cosines times the scale of this process's rows with the columns of all processes, and what the columns are.
 
     image_BE ... text_HE: unit vectors. image_sees: columns [B, H] of pictures; text_sees: columns [C, G] of captions.
@@ -145,21 +145,23 @@ class Retrieval(Task):
             terms["itm"] = self.matching_loss(cross(backbone, batch, image_BLD, text_CTD, hard), hard, batch)
         return terms
 
-    def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> Contrast:
+    def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
         if self.training:
             self.projection.bound()
         image_BE = self.projection.embed_image(image_BLD)
         text_CE = self.projection.embed_text(text_CTD, batch.attention_CT)
-        return Contrast(image_BE, text_CE, gather(image_BE), gather(text_CE), self.projection.scale, *columns(batch))
+        return CaptionContrast(
+            image_BE, text_CE, gather(image_BE), gather(text_CE), self.projection.scale, *columns(batch)
+        )
 
-    def contrastive_loss(self, contrast: Contrast, batch: Batch) -> Tensor:
+    def contrastive_loss(self, contrast: CaptionContrast, batch: Batch) -> Tensor:
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
         counts = shared_count(weight_B.sum()), shared_count(weight_C.sum())
         return losses.soft_contrastive(*contrast, weight_B, weight_C, *counts)
 
     @torch.no_grad()
-    def negatives(self, contrast: Contrast) -> Hard:
+    def negatives(self, contrast: CaptionContrast) -> Hard:
         """Out of the global batch; never of the same picture, the same words, or what could not be read."""
         image, text, image_all, text_all, scale, image_sees, text_sees = contrast
         drawn = []
@@ -205,7 +207,7 @@ class Retrieval(Task):
         most = max(len(gallery.owner_C), len(gallery.index_B))
         k, head = min(self.rerank_k, most) if matched else 0, self.matching if matched else None
         added = self.rerank_contrast * float(self.projection.scale)
-        scores = score(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
+        scores = score_gallery(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
         swept = steps(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
         found = rankings(scores, sorted({0, k, *swept.values()}))
         self.predictions = predictions(gallery, found[k])
@@ -229,7 +231,7 @@ def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, 
     text, caption = with_negatives(text_CTD, hard.caption.index_B)
     attention, _ = with_negatives(batch.attention_CT, hard.caption.index_B)
     images, texts = [batch.owner_C, picture, own_B], [own_C, own_C, caption]
-    image_side, text_side = Side(image, None), Side(text, attention)
+    image_side, text_side = PickableRows(image, None), PickableRows(text, attention)
     return Fused(
         cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).first_BD,
         cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).first_BD,

@@ -16,19 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maskvlm.data.examples import Example, ExampleSource
-from maskvlm.data.files import Pictures, digest_of, get, load_json, opened
-from maskvlm.data.opening import check_inside
+from maskvlm.data.files import ImagesByKey, digest_of, get, load_json, opened
+from maskvlm.data.opening import check_below
 from maskvlm.data.prepare.album import Album, open_album
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,
-    Made,
-    Origin,
-    Rows,
+    ParsedColumns,
+    RowOrigin,
     Table,
     TableExamples,
+    TableRows,
     cached_table,
-    choose,
+    choose_rows,
 )
 from maskvlm.utils.errors import Absent, ExitCode, UserError
 from tasks.vqa.genome import parse_genome
@@ -140,15 +140,15 @@ class VqaV2(ExampleSource):
         return VOCABULARY_TODO if self.answers is None else f"Correct data.source.answers ({self.answers})"
 
     def _choose(
-        self, table: Table, origin: Origin, split: str, pictures: Pictures, if_dropped: str | None
+        self, table: Table, origin: RowOrigin, split: str, pictures: ImagesByKey, if_dropped: str | None
     ) -> TableExamples:
         drop = {"answer outside the vocabulary": ~self._known(table)} if split == "train" else {}
-        return choose(table, origin, split, pictures, self.max_missing, drop, if_dropped)
+        return choose_rows(table, origin, split, pictures, self.max_missing, drop, if_dropped)
 
     # -------------------------------------------------------------- tables
 
-    def _origin(self, part: str) -> Origin:
-        return Origin(self.root / f"v2_OpenEnded_{part}_questions.json", "{file} questions[{place}]")
+    def _origin(self, part: str) -> RowOrigin:
+        return RowOrigin(self.root / f"v2_OpenEnded_{part}_questions.json", "{file} questions[{place}]")
 
     def _annotations(self, part: str) -> Path:
         return self.root / f"v2_{part}_annotations.json"
@@ -156,14 +156,14 @@ class VqaV2(ExampleSource):
     def _table(self, part: str, answered: bool) -> Table:
         origin, annotations = self._origin(part), self._annotations(part)
         for file in (origin.file, annotations):
-            check_inside(file, self.root)
+            check_below(file, self.root)
         files = [origin.file, annotations] if answered or annotations.is_file() else [origin.file]
         key = f"vqa-{EXAMPLE_VERSION}.{VERSION}-{part.split('_')[0]}-{digest_of(*files, todo=TODO)[:32]}"
         columns = {**EXAMPLE_COLUMNS, "majority": "string"}
-        return cached_table(key, self.cache, columns, lambda: parse(origin, part, files[1] if files[1:] else None))
+        return cached_table(key, self.cache, columns, lambda: parse_vqa(origin, part, files[1] if files[1:] else None))
 
     def _genome(self, file: Path) -> TableExamples:
-        origin = Origin(file, "{file} question {place}")
+        origin = RowOrigin(file, "{file} question {place}")
         key = f"vqa-genome-{EXAMPLE_VERSION}.{VERSION}-{digest_of(file, todo='Correct data.source.visual_genome')[:32]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin))
         album = Album(file.parent)
@@ -172,18 +172,20 @@ class VqaV2(ExampleSource):
 
     # -------------------------------------------------------------- vocabulary
 
-    def _vocabulary(self, tables: list[Table]) -> Made:
+    def _vocabulary(self, tables: list[Table]) -> ParsedColumns:
         majorities = chain.from_iterable(table.rows.data.column("majority").to_pylist() for table in tables)
         answers = [*build_vocabulary(majorities, self.min_count)]
         if not answers:
             what = f"no multiple_choice_answer of the training parts is shared by {self.min_count} questions"
             raise UserError("data.source.min_count", what, VOCABULARY_TODO)
-        return Made({"answer": answers}, {})
+        return ParsedColumns({"answer": answers}, {})
 
     def _known(self, table: Table) -> np.ndarray:
         """Whether an answer of the row is in the vocabulary (N), kept beside the table."""
         key = hashed("vqa-known", table.name, *self.labels)
-        kept = cached_table(key, self.cache, {"known": "bool"}, lambda: Made({"known": self._look_up(table)}, {}))
+        kept = cached_table(
+            key, self.cache, {"known": "bool"}, lambda: ParsedColumns({"known": self._look_up(table)}, {})
+        )
         return np.asarray(kept.rows.data.column("known").to_numpy())
 
     def _look_up(self, table: Table) -> list[bool]:
@@ -241,14 +243,14 @@ def hashed(name: str, *parts: object) -> str:
 # ------------------------------------------------------------------ files
 
 
-def parse(origin: Origin, part: str, annotations: Path | None) -> Made:
+def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedColumns:
     """Questions in their file's order with the answers to them.
 
     Raises:
         UserError: names file and position of what is malformed or has no partner in the other file.
     """
     answered = {each.question_id: each for each in read_annotations(annotations)} if annotations else {}
-    rows = Rows(origin, "question_id", "majority")
+    rows = TableRows(origin, "question_id", "majority")
     with opened(origin.file, TODO) as stream:
         questions = get(load_json(stream.read(), origin.file), "questions", list, str(origin.file), LAYOUT)
     for place, record in enumerate(questions):

@@ -1,16 +1,16 @@
 """The questions of Visual Genome (Krishna et al. 2017, visualgenome.org), which VQA v2 may be trained with."""
 
 from maskvlm.data.files import get, load_json, opened
-from maskvlm.data.table import Made, Origin, Rows
+from maskvlm.data.table import ParsedColumns, RowOrigin, TableRows
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.vocabulary import get_text
 
 LAYOUT = "Visual Genome"
 
 
-def parse_genome(origin: Origin) -> Made:
+def parse_genome(origin: RowOrigin) -> ParsedColumns:
     """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1."""
-    rows, place = Rows(origin, "qa_id"), 0
+    rows, place = TableRows(origin, "qa_id"), 0
     with opened(origin.file) as stream:
         document = load_json(stream.read(), origin.file)
     if not isinstance(document, list):

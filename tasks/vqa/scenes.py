@@ -12,9 +12,9 @@ from typing import NamedTuple
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.scenes.captions import SENTENCES
 from maskvlm.data.scenes.examples import (
+    PlannedExample,
     SceneExamples,
     SceneSplits,
-    Told,
     Traits,
     View,
     a_noun,
@@ -185,14 +185,14 @@ ASK: dict[str, Callable[[random.Random, str, str], Query]] = {
 }
 
 
-def tell_question(key: str, split: str, index: int) -> Told:
+def tell_question(key: str, split: str, index: int) -> PlannedExample:
     """Question `index`; see `Tell`."""
     rng = random.Random(f"{key}-{index}")
     kind = choose(rng, tuple(ANSWERS))
     answer = choose(rng, ANSWERS[kind])
     query = ASK[kind](rng, kind, answer)
     scene = first_of_split(split, query.make)
-    return Told((View(scene),), query.text, answer, kind, id=f"{split}-{index}")
+    return PlannedExample((View(scene),), query.text, answer, kind, id=f"{split}-{index}")
 
 
 class SceneQuestions(ExampleSource):

@@ -12,23 +12,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.data.files import get
-from maskvlm.data.strict_json import kind_of
+from maskvlm.data.strict_json import json_kind
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.metric import Mean, VqaAccuracy, vqa_accuracy
-from tasks.vqa.vocabulary import LAYOUT, get_text, number_once, read_annotations, read_json
+from tasks.vqa.vocabulary import LAYOUT, get_text, number_once, read_annotations, read_json_file
 
 
 def main(arguments: list[str]) -> int:
     """Score a file of answers with the official VQA v2 accuracy. arguments: what follows the command's name."""
-    parser = Parser("maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
+    parser = OptionParser("maskvlm vqa.score", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("results", type=Path, help='the answers: [{"question_id": 1, "answer": "yes"}, ...]')
     parser.add_argument("annotations", type=Path, help="people's answers: v2_mscoco_val2014_annotations.json")
     parser.add_argument("--questions", type=Path, help="the questions: each must have its annotation and answer")
     parser.add_argument("--json", action="store_true", help="one line of JSON, not rounded, instead of the table")
     options = parser.parse_args(arguments)
-    measured = score(options.results, options.annotations, options.questions)
+    measured = score_answers(options.results, options.annotations, options.questions)
     if options.json:
         print(json.dumps(as_json(measured)))
     else:
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def score(results: Path, annotations: Path, questions: Path | None = None) -> VqaAccuracy:
+def score_answers(results: Path, annotations: Path, questions: Path | None = None) -> VqaAccuracy:
     """The accuracy of a file of answers; every question of the annotations counts, none may be left out.
 
     Raises:
@@ -64,9 +64,9 @@ def read_results(path: Path) -> dict[int, str]:
     Raises:
         UserError: names the file and the position of what is not as the server wants it.
     """
-    entries = read_json(path)
+    entries = read_json_file(path)
     if not isinstance(entries, list):
-        what = f"{kind_of(entries)} where a list of answers belongs"
+        what = f"{json_kind(entries)} where a list of answers belongs"
         todo = 'Write [{"question_id": 1, "answer": "yes"}, ...]'
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
     seen: dict[int, int] = {}
@@ -81,7 +81,7 @@ def read_results(path: Path) -> dict[int, str]:
 def read_questions(path: Path) -> dict[int, int]:
     """question_id -> position in the file of questions."""
     seen: dict[int, int] = {}
-    for position, entry in enumerate(get(read_json(path), "questions", list, str(path), LAYOUT)):
+    for position, entry in enumerate(get(read_json_file(path), "questions", list, str(path), LAYOUT)):
         number_once(entry, f"{path} questions[{position}]", position, seen)
     return seen
 

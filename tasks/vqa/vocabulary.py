@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.data.files import get, load_json, opened
-from maskvlm.data.prepared.manifest import write_json
+from maskvlm.data.prepared.manifest import write_set_json
 from maskvlm.data.raw.lines import text_lines
-from maskvlm.data.strict_json import kind_of
+from maskvlm.data.strict_json import json_kind
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from tasks.vqa.metric import credit, normalise
 
@@ -68,7 +68,7 @@ def soft_targets(answers: Sequence[str]) -> dict[str, float]:
     return {answer: credit(count, len(answers)) for answer, count in counts.items()}
 
 
-def shares(answers: Sequence[str]) -> dict[str, float]:
+def answer_shares(answers: Sequence[str]) -> dict[str, float]:
     """Each normalised answer and the share of people who gave it; the weights of a head that writes answers.
 
     ALBEF weighs its decoder's loss so (dataset/vqa_dataset.py of salesforce/ALBEF; Visual Genome's answers get 0.5).
@@ -88,11 +88,11 @@ def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     path = Path(path).expanduser()
     if path.suffix.lower() != ".json":
         return _unique(enumerate(_lines(path), 1), path, ":")
-    entries = read_json(path)
+    entries = read_json_file(path)
     if isinstance(entries, dict):
         entries = _by_index(entries, path)
     if not isinstance(entries, list):
-        what = f"{kind_of(entries)} where a list of answers or {{answer: index}} belongs"
+        what = f"{json_kind(entries)} where a list of answers or {{answer: index}} belongs"
         raise UserError(path, what, "Give the list of answers", ExitCode.BAD_DATA)
     return _unique(enumerate(entries), path, " answer ")
 
@@ -152,7 +152,7 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
         UserError: names the file and the position of what is missing, of the wrong type, empty, or there twice.
     """
     seen: dict[int, int] = {}
-    for position, entry in enumerate(get(read_json(path), "annotations", list, str(path), LAYOUT)):
+    for position, entry in enumerate(get(read_json_file(path), "annotations", list, str(path), LAYOUT)):
         where = f"{path} annotations[{position}]"
         answers = [
             get_text(answer, "answer", f"{where}.answers[{number}]")
@@ -203,7 +203,7 @@ def get_text(record: Any, key: str, where: str) -> str:
     return text
 
 
-def read_json(path: Path) -> Any:
+def read_json_file(path: Path) -> Any:
     """The content of a json file; it is the user's error if there is none."""
     with opened(path) as stream:
         return load_json(stream.read(), path)
@@ -214,7 +214,7 @@ def read_json(path: Path) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Write the answer list of annotation files as JSON. arguments: what follows the command's name."""
-    parser = Parser("maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
+    parser = OptionParser("maskvlm vqa.vocabulary", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("annotations", type=Path, nargs="+", help="v2_..._annotations.json; the usual list: train, val")
     parser.add_argument("--min-count", type=int, default=9, help="questions that must share an answer (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the list, a .json file")
@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
     if not answers:
         what = f"no answer is shared by {options.min_count} questions"
         raise UserError(options.annotations[0], what, "Lower --min-count or give more files", ExitCode.BAD_DATA)
-    write_json(options.out, answers, indent=0)
+    write_set_json(options.out, answers, indent=0)
     print(f"{options.out}: {len(answers)} answers")
     return 0
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 from toy_raw import Toy, plan, row
 
-from maskvlm.data.prepare.command import verify
+from maskvlm.data.prepare.command import verify_set
 from maskvlm.data.prepare.prepare import prepare
-from maskvlm.data.prepared.check import check
+from maskvlm.data.prepared.check import check_set
 from maskvlm.data.prepared.manifest import SCHEMA
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.utils.errors import ExitCode, UserError
@@ -48,7 +48,7 @@ SHARD = "train/data-00000.arrow"
 @pytest.mark.parametrize(("every", "workers"), [(False, 1), (True, 2)])
 def test_a_whole_set_passes(toy: Path, every: bool, workers: int) -> None:
     lines: list[str] = []
-    assert check(toy, every, workers, lines.append) == []
+    assert check_set(toy, every, workers, lines.append) == []
     assert lines == [f"{toy}: as its manifest says (train 6, val 1 pictures, 14 captions; 7 pictures decoded)"]
 
 
@@ -130,7 +130,7 @@ def test_every_change_is_told(
     toy: Path, harm: Callable[[Path], Any], faults: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     harm(toy)
-    assert verify([str(toy), "--all", "--workers", "1"], []) == ExitCode.BAD_DATA
+    assert verify_set([str(toy), "--all", "--workers", "1"], []) == ExitCode.BAD_DATA
     lines = capsys.readouterr().err.splitlines()
     for fault in faults:
         assert any(line.startswith(f"error: {toy}/{fault}") for line in lines), (fault, lines)
@@ -145,7 +145,7 @@ def test_any_flipped_byte_is_one_line_or_a_picture(toy: Path, whole: dict[str, b
         data = bytearray(content)
         data[place] ^= 0x81
         (toy / SHARD).write_bytes(data)
-        (fault,) = check(toy)
+        (fault,) = check_set(toy)
         assert f"{SHARD}: sha256 is " in fault
         with suppress(UserError):
             pairs = Prepared(str(toy)).split("train")
@@ -154,4 +154,4 @@ def test_any_flipped_byte_is_one_line_or_a_picture(toy: Path, whole: dict[str, b
 
 def test_without_a_manifest_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prepared set here"):
-        check(tmp_path)
+        check_set(tmp_path)

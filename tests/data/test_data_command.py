@@ -146,14 +146,14 @@ def test_a_prepared_set_needs_no_file_of_its_own(
 
 
 def test_the_prepared_sets_file_parses_with_the_root_that_make_gives() -> None:
-    from maskvlm.cli.lightning import Parsed, run
+    from maskvlm.cli.lightning import Parsed, run_command
 
     files = ["conf/base.yaml", "conf/model/tiny.yaml", "conf/pretrain.yaml", "conf/data/prepared.yaml"]
     here = Path.cwd()
     os.chdir(ROOT)
     try:
         words: list[Any] = [word for file in files for word in ("-c", file)]
-        settings = run(Parsed, ["fit", *words, "--data.source.root", "/d/mine"]).settings
+        settings = run_command(Parsed, ["fit", *words, "--data.source.root", "/d/mine"]).settings
     finally:
         os.chdir(here)
     assert settings.data.init_args.source.init_args.root == "/d/mine"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from karpathy_rows import image
 
 from maskvlm.data.files import (
-    Pictures,
+    ImagesByKey,
     check_missing,
     digest_of,
     get,
@@ -255,7 +255,7 @@ def test_the_folder_is_the_named_one_or_images_or_the_root(tmp_path: Path) -> No
 
 
 def test_keys_are_looked_up_at_once(tmp_path: Path) -> None:
-    pictures = pickle.loads(pickle.dumps(Pictures(tmp_path, {"x 1": "a.png", "x 2": "in/b.png"})))
+    pictures = pickle.loads(pickle.dumps(ImagesByKey(tmp_path, {"x 1": "a.png", "x 2": "in/b.png"})))
     found = pictures.find(pa.chunked_array([["x 2", "x 3"], ["x 1"]]))
     assert found.tolist() == [1, -1, 0]
     assert pictures.path(found[0]) == str(tmp_path / "in" / "b.png")

@@ -12,7 +12,7 @@ from PIL import Image
 from toy_raw import Toy, encoded, make, photo, row
 
 from maskvlm.data.prepare import look
-from maskvlm.data.prepare.look import Captions, Sample, look_at_raw
+from maskvlm.data.prepare.look import Captions, DrawnSample, look_at_raw
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw.base import BadRow
 from maskvlm.utils.errors import ExitCode, UserError
@@ -70,7 +70,7 @@ def test_the_sample_is_spread_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(look, "SAMPLE", 20)
     taken = []
     for _ in range(2):
-        sample = Sample()
+        sample = DrawnSample()
         for number in range(400):
             sample.add(row(1)._replace(image_id=str(number)))
         taken.append([each.image_id for each in sample.rows])

@@ -8,7 +8,7 @@ import pytest
 from prepared_sets import jpeg, make, picture, raw
 from toy_pairs import SPEC
 
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
 from maskvlm.data.raw.base import BadRow
@@ -138,7 +138,9 @@ def test_a_mix_trains_with_any_number_of_workers(root: Path) -> None:
 def test_the_papers_mix_composes(stack: Any) -> None:
     """`make pretrain DATA=4m`, with a part of one set or of all."""
     given = ["--data.source.sets.cc3m", "0.5", "--data.fraction", "0.4"]
-    settings = run(Parsed, ["fit", *stack(MODEL="base", DATA="4m", WHERE="cpu"), *given]).settings.data.init_args
+    settings = run_command(
+        Parsed, ["fit", *stack(MODEL="base", DATA="4m", WHERE="cpu"), *given]
+    ).settings.data.init_args
     assert settings.source.init_args.sets == {"cc3m": 0.5, "sbu": 1.0, "vg": 1.0, "coco": 1.0}
     assert (settings.fraction, settings.leaks, settings.epochs) == (0.4, "drop", 50)
     assert [place.rsplit("/", 2)[1:] for place in settings.held_out] == [["coco", "val"], ["coco", "test"]]

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 from toy_raw import Toy, encoded, files_of, make, many, photo, plan, row
 
-from maskvlm.data.prepare.prepare import cut, locked, prepare
+from maskvlm.data.prepare.prepare import cut_jobs, locked, prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepare.shards import HashingSink, Job, make_shard, note_file
 from maskvlm.data.prepared import manifest as manifests
@@ -120,7 +120,7 @@ def test_annotation_files_lie_beside_the_pictures(tmp_path: Path) -> None:
 
 def test_jobs_hold_rows_of_one_split_in_order_and_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(rows: list[RawRow | BadRow], most: int) -> list[tuple[str, int, list[str]]]:
-        return [(job.split, job.number, [each.origin for each in job.rows]) for job in cut(iter(rows), most)]
+        return [(job.split, job.number, [each.origin for each in job.rows]) for job in cut_jobs(iter(rows), most)]
 
     rows: list[RawRow | BadRow] = [row(1), row(2, "val"), row(3), row(4), BadRow("gone", "b", "b", "?"), row(5, "val")]
     assert told(rows, 2) == [

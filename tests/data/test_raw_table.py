@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from maskvlm.data.raw import BadRow, RawRow, open_raw
 from maskvlm.data.raw.columns import find_columns, split_named, split_of_path
 from maskvlm.data.raw.lines import CHUNK, MAX_LINE_BYTES, json_items, text_lines
-from maskvlm.data.raw.table import Table
+from maskvlm.data.raw.table import RawTable
 from maskvlm.utils.errors import ExitCode, UserError
 
 FAST = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -329,6 +329,6 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, captions: list[
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerows([["image", "caption"], *[[f"{n}.jpg", text] for n, text in enumerate(captions)]])
-    records = [*Table(file).records()]
+    records = [*RawTable(file).records()]
     swallowed = any(any(suffix in text for suffix in (".jpg", ".png")) for text in captions)
     assert swallowed or [record.fields for record in records] == [[f"{n}.jpg", text] for n, text in enumerate(captions)]

@@ -15,10 +15,10 @@ import torch
 from prepared_sets import make, raw
 from toy_pairs import COLOURS, SPEC, png, square
 
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.data import module
 from maskvlm.data.module import PairData
-from maskvlm.data.streaming.remote import find_shards, read_shards
+from maskvlm.data.streaming.remote import list_shards, read_shards
 from maskvlm.data.streaming.source import Stream
 from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
@@ -96,8 +96,8 @@ def memory(name: str, content: bytes) -> str:
 
 def test_tars_and_parquet_at_any_address_give_the_same_rows(tmp_path: Path) -> None:
     local = Path(tars(tmp_path, shards=1))
-    there = find_shards([memory("set/a.tar", tar(range(6))), memory("other/b.parquet", parquet(range(6)))])
-    here = find_shards([str(local), f"file://{tmp_path}/00000.tar"])
+    there = list_shards([memory("set/a.tar", tar(range(6))), memory("other/b.parquet", parquet(range(6)))])
+    here = list_shards([str(local), f"file://{tmp_path}/00000.tar"])
     assert [*there] == ["memory:///other/b.parquet", "memory:///set/a.tar"]
     assert [*here] == [f"file://{tmp_path}/00000.tar"]
     rows = [[found["row"] for found in read_shards([one], "toy")] for one in (*there, *here)]
@@ -109,10 +109,10 @@ def test_tars_and_parquet_at_any_address_give_the_same_rows(tmp_path: Path) -> N
 def test_a_place_without_shards_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="no shard here") as raised:
-        find_shards(str(tmp_path))
+        list_shards(str(tmp_path))
     assert raised.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"cannot be listed|needs another package"):
-        find_shards("nowhere://bucket/*.tar")
+        list_shards("nowhere://bucket/*.tar")
 
 
 def test_the_fingerprint_changes_with_the_shards(tmp_path: Path) -> None:
@@ -289,5 +289,7 @@ def test_a_prepared_set_is_streamed_or_memory_mapped_by_one_setting(tmp_path: Pa
     assert [row.image_id for row in rows] == [mapped[index]["image_id"] for index in range(20)]
     assert [row.image for row in rows] == [mapped[index]["image"] for index in range(20)]
     assert sorted(every(numbers(ready(f"file://{root}", steps=5)))) == [*range(20)]
-    settings = run(Parsed, ["fit", *stack(DATA="stream", WHERE="cpu"), "--data.source.streaming", "false"]).settings
+    settings = run_command(
+        Parsed, ["fit", *stack(DATA="stream", WHERE="cpu"), "--data.source.streaming", "false"]
+    ).settings
     assert settings.data.init_args.source.init_args.streaming is False

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskvlm.data.files import Pictures
-from maskvlm.data.table import EXAMPLE_COLUMNS, Made, Origin, Rows, Table, cached_table, choose
+from maskvlm.data.files import ImagesByKey
+from maskvlm.data.table import EXAMPLE_COLUMNS, ParsedColumns, RowOrigin, Table, TableRows, cached_table, choose_rows
 from maskvlm.utils.errors import ExitCode, UserError
 
 COLUMNS: Any = {"word": "string", "numbers": ["int64"]}
-MADE = Made({"word": ["a", "b"], "numbers": [[1, 2], []]}, {"left out": [3]})
-ORIGIN = Origin(Path("folder/toy.jsonl"), "{file}:{place}")
+MADE = ParsedColumns({"word": ["a", "b"], "numbers": [[1, 2], []]}, {"left out": [3]})
+ORIGIN = RowOrigin(Path("folder/toy.jsonl"), "{file}:{place}")
 
 
 # ------------------------------------------------------------------ the cache
@@ -36,7 +36,7 @@ def test_tables_go_to_the_folder_of_the_library_by_default(own_cache: None, tmp_
 
 
 def test_a_parser_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail() -> Made:
+    def fail() -> ParsedColumns:
         raise UserError("toy.json", "wrong", "Mend it")
 
     with pytest.raises(UserError, match="wrong"):
@@ -65,21 +65,21 @@ def test_a_damaged_table_says_what_to_delete(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ examples
 
 
-def rows_of(*texts: str, images: int = 1) -> Rows:
+def rows_of(*texts: str, images: int = 1) -> TableRows:
     """Row i stands on line i + 1, has the id `e<i>` and the pictures `toy <i>-0`, `toy <i>-1`, ..."""
-    rows = Rows(ORIGIN, "pairID")
+    rows = TableRows(ORIGIN, "pairID")
     for i, text in enumerate(texts):
         keys = [f"toy {i}-{side}" for side in range(images)]
         rows.add(place=i + 1, id=f"e{i}", images=keys, text=text, answers=["yes"], kind="k", group=f"g{i}")
     return rows
 
 
-def stored(rows: Rows, folder: Path) -> Table:
+def stored(rows: TableRows, folder: Path) -> Table:
     return cached_table("toy-1", str(folder), EXAMPLE_COLUMNS, rows.made)
 
 
-def pictures_of(*keys: str) -> Pictures:
-    return Pictures(Path("photos"), {f"toy {key}": f"{key}.png" for key in keys})
+def pictures_of(*keys: str) -> ImagesByKey:
+    return ImagesByKey(Path("photos"), {f"toy {key}": f"{key}.png" for key in keys})
 
 
 def test_an_id_must_not_stand_there_twice() -> None:
@@ -95,11 +95,11 @@ def test_an_id_must_not_stand_there_twice() -> None:
 
 def test_a_file_without_examples_is_refused() -> None:
     with pytest.raises(UserError, match=r"folder/toy\.jsonl: no example in this file"):
-        Rows(ORIGIN, "id").made()
+        TableRows(ORIGIN, "id").made()
 
 
 def test_rows_come_back_as_examples(tmp_path: Path) -> None:
-    examples = choose(stored(rows_of("one", "two", images=2), tmp_path), ORIGIN, "val", pictures_of(*PAIRS), 0)
+    examples = choose_rows(stored(rows_of("one", "two", images=2), tmp_path), ORIGIN, "val", pictures_of(*PAIRS), 0)
     assert len(examples) == 2
     assert examples[1] == {
         "images": ["photos/1-0.png", "photos/1-1.png"],
@@ -124,7 +124,7 @@ PAIRS = ("0-0", "0-1", "1-0", "1-1")
 def test_a_mended_text_is_counted_in_every_split(tmp_path: Path) -> None:
     table = stored(rows_of("a \ud800", "a\x00 b", "w " * 5000), tmp_path)
     for split in ("train", "test"):
-        examples = choose(table, ORIGIN, split, pictures_of("0-0", "1-0", "2-0"), 0)
+        examples = choose_rows(table, ORIGIN, split, pictures_of("0-0", "1-0", "2-0"), 0)
         assert [examples[i]["text"] for i in range(2)] == ["a \ufffd", "a b"]
         assert examples.skipped == {
             "text surrogate": ["toy.jsonl:1"],
@@ -136,7 +136,7 @@ def test_a_mended_text_is_counted_in_every_split(tmp_path: Path) -> None:
 def test_training_leaves_rows_out_and_lists_them(tmp_path: Path) -> None:
     table = stored(rows_of("a", " ", "c", "d", "e"), tmp_path)
     drop = {"too easy": np.array([True, True, False, False, False])}
-    examples = choose(table, ORIGIN, "train", pictures_of("0-0", "1-0", "2-0", "4-0"), 0.34, drop)
+    examples = choose_rows(table, ORIGIN, "train", pictures_of("0-0", "1-0", "2-0", "4-0"), 0.34, drop)
     assert [examples[i]["id"] for i in range(len(examples))] == ["e2", "e4"]
     assert [examples[i]["images"] for i in range(2)] == [["photos/2-0.png"], ["photos/4-0.png"]]
     assert examples.skipped == {
@@ -150,14 +150,14 @@ def test_training_leaves_rows_out_and_lists_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_evaluation_leaves_no_row_out(split: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        choose(stored(rows_of("a", " ", "c"), tmp_path), ORIGIN, split, pictures_of("0-0", "1-0", "2-0"), 1)
+        choose_rows(stored(rows_of("a", " ", "c"), tmp_path), ORIGIN, split, pictures_of("0-0", "1-0", "2-0"), 1)
     assert str(caught.value).startswith("folder/toy.jsonl:2: the text is empty. ")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_evaluation_misses_no_picture(split: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        choose(stored(rows_of("a", "b", images=2), tmp_path), ORIGIN, split, pictures_of("0-0", "0-1", "1-0"), 1)
+        choose_rows(stored(rows_of("a", "b", images=2), tmp_path), ORIGIN, split, pictures_of("0-0", "0-1", "1-0"), 1)
     assert str(caught.value).startswith(
         f"folder/toy.jsonl:2: 1 of 2 examples of split '{split}' lacks a picture in photos: toy 1-1. "
     )
@@ -166,13 +166,13 @@ def test_evaluation_misses_no_picture(split: str, tmp_path: Path) -> None:
 
 def test_pictures_none_of_which_is_named_are_an_error_whatever_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 of 2 examples of split 'train' lack a picture"):
-        choose(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("7-0"), 1.0)
+        choose_rows(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("7-0"), 1.0)
 
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, False])}
     with pytest.raises(UserError, match=r"no example is left \(empty text: 1, too easy: 1\)"):
-        choose(stored(rows_of("a", ""), tmp_path), ORIGIN, "train", pictures_of("0-0", "1-0"), 1.0, drop)
+        choose_rows(stored(rows_of("a", ""), tmp_path), ORIGIN, "train", pictures_of("0-0", "1-0"), 1.0, drop)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,15 @@ def test_nothing_left_says_why(tmp_path: Path) -> None:
 def test_what_to_do_follows_from_why_nothing_is_left(texts: tuple[str, ...], todo: str, tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, False])}
     with pytest.raises(UserError) as caught:
-        choose(stored(rows_of(*texts), tmp_path), ORIGIN, "train", pictures_of(*PAIRS), 1.0, drop, "Choose easier ones")
+        choose_rows(
+            stored(rows_of(*texts), tmp_path), ORIGIN, "train", pictures_of(*PAIRS), 1.0, drop, "Choose easier ones"
+        )
     assert (caught.value.where, caught.value.todo) == ("folder/toy.jsonl", todo)
 
 
 def test_a_split_that_may_be_empty_lists_what_it_left_out(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, True])}
-    examples = choose(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("0-0"), 0, drop, None)
+    examples = choose_rows(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("0-0"), 0, drop, None)
     assert len(examples) == 0
     assert [*examples.image_ids()] == examples.column("id").to_pylist() == []
     assert examples.skipped == {"too easy": ["toy.jsonl:1", "toy.jsonl:2"]}
@@ -197,8 +199,8 @@ def test_a_split_that_may_be_empty_lists_what_it_left_out(tmp_path: Path) -> Non
 
 def test_the_fingerprint_follows_table_and_rows(tmp_path: Path) -> None:
     table, all_there, one_there = stored(rows_of("a", "b"), tmp_path), pictures_of("0-0", "1-0"), pictures_of("0-0")
-    prints = [choose(table, ORIGIN, "train", pictures, 0.5).fingerprint for pictures in (all_there, one_there)]
+    prints = [choose_rows(table, ORIGIN, "train", pictures, 0.5).fingerprint for pictures in (all_there, one_there)]
     other = Table("toy-2", table.rows, table.notes)
-    prints.append(choose(other, ORIGIN, "train", all_there, 0.5).fingerprint)
+    prints.append(choose_rows(other, ORIGIN, "train", all_there, 0.5).fingerprint)
     assert len(set(prints)) == 3
-    assert choose(table, ORIGIN, "train", all_there, 0).fingerprint == prints[0]
+    assert choose_rows(table, ORIGIN, "train", all_there, 0).fingerprint == prints[0]

@@ -23,7 +23,7 @@ import yaml
 
 from bench.kills import ROOT, SMALL, STACK, elastic, fork, free_port, wait
 from maskvlm.checkpoint.io import load
-from maskvlm.training.csv_log import rows_of
+from maskvlm.training.csv_log import rows_in
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.distributed import rank
 
@@ -63,7 +63,7 @@ def said(run: Path) -> list[str]:
 
 def trained(run: Path) -> list[int]:
     """Steps in metrics.csv that have a loss."""
-    rows = rows_of((run / "metrics.csv").read_bytes())
+    rows = rows_in((run / "metrics.csv").read_bytes())
     return [int(row["step"]) for row in rows if "train/loss" in row and row.get("step", "").isdigit()]
 
 

@@ -61,7 +61,7 @@ def run_that_died(folder: Path, times: int) -> Path:
     return folder
 
 
-@pytest.mark.guard("maskvlm.training.attempts:check", gives="failures(args[0])")
+@pytest.mark.guard("maskvlm.training.attempts:check_attempts", gives="failures(args[0])")
 def test_four_are_the_most(build: Build, tmp_path: Path) -> None:
     folder, told = run_that_died(tmp_path, 4), []
     with pytest.raises(UserError) as caught:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from guards import Build
 
-from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.cli.main import main
-from maskvlm.config.given import fill, read_config
+from maskvlm.config.given import fill_environment, read_config_file
 from maskvlm.config.safe_yaml import MOST_LEVELS, NotPlain, read_yaml
 from maskvlm.training.failure import user_line
 from maskvlm.training.run_state import newest_of
@@ -37,7 +37,7 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path) -> Callable[..., User
             (tmp_path / "mine.yaml").write_text(text)
             words += ["-c", str(tmp_path / "mine.yaml")]
         with pytest.raises(UserError) as caught:
-            run(Parsed, [*words, *more])
+            run_command(Parsed, [*words, *more])
         assert len(str(caught.value)) < 1500
         return caught.value
 
@@ -63,7 +63,7 @@ def test_a_wrong_type_has_its_place_and_the_right_type(build: Build, fails: Call
     assert (error.what, error.todo, error.code) == ("fast does not fit", "Give a whole number", ExitCode.USAGE)
 
 
-@pytest.mark.guard("maskvlm.config.parser:check_numbers")
+@pytest.mark.guard("maskvlm.config.parser:check_written_numbers")
 @pytest.mark.parametrize("text", ["'1" + "0" * 30 + "'", "'-9" + "0" * 4000 + "'"], ids=["31 digits", "4001 digits"])
 def test_a_whole_number_fits_64_bits(build: Build, fails: Callable[..., UserError], text: str) -> None:
     error = fails(text=f"data: {{init_args: {{batch_size: {text}}}}}")
@@ -76,7 +76,7 @@ def test_a_seed_is_one_that_numpy_takes(build: Build, fails: Callable[..., UserE
     assert fails("--seed_everything", "-1").what == "-1 is out of range"
 
 
-class Built(Command):
+class Built(LightningCommand):
     """Builds model, data and trainer, and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
@@ -91,7 +91,7 @@ def test_a_value_that_lightning_refuses_is_one_line(build: Build, stack: Callabl
     words = ["fit", "--run", "x", *stack(WHERE="cpu")]
     for more in (["--trainer.accelerator", "xyz"], ["--trainer.devices", "-3"], ["--trainer.strategy", "xyz"]):
         with pytest.raises(Exception) as caught:  # noqa: PT011
-            run(Built, [*words, *more])
+            run_command(Built, [*words, *more])
         line = user_line(caught.value)
         assert line is not None
         assert line.text.startswith("trainer: ")
@@ -214,11 +214,11 @@ def test_every_configuration_of_the_project_reads_as_the_parsers_own_reader_did(
 
 def test_an_option_that_is_no_yaml_is_a_text(stack: Callable[..., list[str]]) -> None:
     words = ["fit", "--run", "*x: [", *stack(DATA="flickr8k"), "--data.source.root", "@{a: b: c}"]
-    settings = run(Parsed, words).settings
+    settings = run_command(Parsed, words).settings
     assert (settings.run, settings.data.init_args.source.init_args.root) == ("*x: [", "@{a: b: c}")
 
 
-@pytest.mark.guard("maskvlm.config.parse_errors:bounded", gives="args[0]")
+@pytest.mark.guard("maskvlm.config.parse_errors:short_message", gives="args[0]")
 def test_a_long_value_is_told_shortly_and_soon(build: Build, fails: Callable[..., UserError]) -> None:
     started = time.process_time()
     error = fails("--model.task.pixel_loss", "y" * 60_000)
@@ -234,7 +234,7 @@ def test_a_word_of_a_megabyte_is_no_command(capsys: pytest.CaptureFixture[str]) 
 
 
 # Row 33 is held by tests/security/test_config_classes.py. Files that are none:
-@pytest.mark.guard("maskvlm.config.given:check_kind")
+@pytest.mark.guard("maskvlm.config.given:check_plain_file")
 def test_a_pipe_a_device_and_a_folder_are_no_configuration(build: Build, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -242,7 +242,7 @@ def test_a_pipe_a_device_and_a_folder_are_no_configuration(build: Build, tmp_pat
         end = threading.Timer(1, lambda: os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK)))
         end.start()  # lets go whoever waits for the pipe
         with pytest.raises(UserError) as caught:
-            read_config(name)
+            read_config_file(name)
         end.cancel()
         assert (caught.value.where, caught.value.code) == (name, ExitCode.MISSING_INPUT)
         assert caught.value.what == "is no file but a folder, pipe or device"
@@ -266,7 +266,7 @@ def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
         (str(wide), ExitCode.USAGE),
     ):
         with pytest.raises(UserError) as caught:
-            read_config(name)
+            read_config_file(name)
         assert caught.value.code == code
         assert len(str(caught.value)) < 700
 
@@ -276,11 +276,11 @@ def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_pat
     for number, text in enumerate(("__path__: x", "a:\n  - {b.__class__: 1}", "model: {class_path: [x]}")):
         (tmp_path / f"{number}.yaml").write_text(text)
         with pytest.raises(UserError, match=r"is not for files|class_path is no text"):
-            read_config(str(tmp_path / f"{number}.yaml"))
+            read_config_file(str(tmp_path / f"{number}.yaml"))
 
 
 # What the environment brings in.
-@pytest.mark.guard("maskvlm.config.given:fill", gives="args[0]")
+@pytest.mark.guard("maskvlm.config.given:fill_environment", gives="args[0]")
 @pytest.mark.parametrize(
     "text",
     [
@@ -303,24 +303,24 @@ def test_what_a_variable_holds_is_a_text(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ONE", "a}b, {c: d}")
     monkeypatch.setenv("TWO", "x${oc.env:ONE}")
     monkeypatch.setenv("THREE", "\x1b[2J")
-    assert fill({"a": ["${oc.env:ONE}/x", 1]}, "x") == {"a": ["a}b, {c: d}/x", 1]}
-    assert fill("${oc.env:NO_SUCH,${oc.env:ONE}/y}z ${oc.env:NO_SUCH,}", "x") == "a}b, {c: d}/yz "
-    assert fill("${oc.env:NO_SUCH,{run}/a}", "x") == "{run}/a"
+    assert fill_environment({"a": ["${oc.env:ONE}/x", 1]}, "x") == {"a": ["a}b, {c: d}/x", 1]}
+    assert fill_environment("${oc.env:NO_SUCH,${oc.env:ONE}/y}z ${oc.env:NO_SUCH,}", "x") == "a}b, {c: d}/yz "
+    assert fill_environment("${oc.env:NO_SUCH,{run}/a}", "x") == "{run}/a"
     for text in ("${oc.env:TWO}", "${oc.env:THREE}", "${oc.env:NO_SUCH}", "${oc.env:A," * 3_000 + "}" * 3_000):
         with pytest.raises(UserError):
-            fill(text, "x")
+            fill_environment(text, "x")
 
 
-@pytest.mark.guard("maskvlm.config.parser:Parser._default_env", gives="True")
+@pytest.mark.guard("maskvlm.config.parser:CommandParser._default_env", gives="True")
 def test_the_environment_sets_no_key(
     build: Build, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["fit", "--run", "x", *stack(WHERE="cpu")]
-    before = run(Parsed, words).settings
+    before = run_command(Parsed, words).settings
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
     for name in ("FIT__CKPT_PATH", "FIT__TRAINER__MAX_STEPS", "TRAINER_MAX_STEPS", "FIT__TRAINER__MAX_EPOCHS"):
         monkeypatch.setenv(f"PL_{name}", "77")
-    assert run(Parsed, words).settings == before
+    assert run_command(Parsed, words).settings == before
 
 
 @pytest.mark.guard("maskvlm.config.given:check_words")

@@ -217,7 +217,7 @@ def test_links_within_a_set_and_to_a_set_are_followed(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ names
 
 
-@pytest.mark.guard("maskvlm.data.prepared.manifest:check_path")
+@pytest.mark.guard("maskvlm.data.prepared.manifest:check_set_path")
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\x00b", "y" * 256])
 def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, capsys: Captured, build: Build) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())

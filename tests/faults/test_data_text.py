@@ -11,7 +11,7 @@ from raw_toys import PICTURES, TOYS, write
 
 from maskvlm.data.files import json_lines, load_json
 from maskvlm.data.raw import BadRow, RawRow, open_raw
-from maskvlm.data.strict_json import BadJson, parse
+from maskvlm.data.strict_json import BadJson, parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.data import read_labels
 from tasks.vqa.vocabulary import read_annotations, read_vocabulary
@@ -100,7 +100,7 @@ def test_doubled_keys_of_documents_members_and_annotations_are_told(tmp_path: Pa
 @pytest.mark.guard("maskvlm.data.strict_json:no_number", gives="float('nan')")
 def test_what_is_no_number_of_json_is_none(build: Build) -> None:
     for name in ("NaN", "Infinity", "-Infinity"):
-        value = parse(f'{{"a": {name}}}')["a"]
+        value = parse_json(f'{{"a": {name}}}')["a"]
         assert isinstance(value, BadJson)
         assert str(value) == f"{name} is no number of JSON"
 
@@ -116,7 +116,7 @@ def test_depth_is_one_line_before_the_stack_ends(build: Build) -> None:
 def test_many_keys_of_which_one_is_doubled_take_no_time() -> None:
     text = json.dumps({f"k{number}": 0 for number in range(200_000)})[:-1] + ', "k0": 1}'
     started = time.monotonic()
-    assert str(parse(text)) == "key 'k0' stands there twice"
+    assert str(parse_json(text)) == "key 'k0' stands there twice"
     assert time.monotonic() - started < 5
 
 

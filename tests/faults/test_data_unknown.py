@@ -8,7 +8,7 @@ from guards import Build
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.data.unknown import check_unknown, shares
+from maskvlm.data.unknown import check_unknown, unknown_shares
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENGLISH, ARABIC = "a red dog in the snow", "كلب أحمر في الثلج"
@@ -43,7 +43,7 @@ def captioner() -> Captioner:
 
 def test_the_share_is_of_words_by_source(captioner: Captioner) -> None:
     split = Two({"coco": [ENGLISH] * 3, "mine": [ARABIC, f"{ENGLISH} كلب"]})
-    assert shares(split, captioner) == {"coco": (0.0, 18), "mine": (5 / 11, 11)}
+    assert unknown_shares(split, captioner) == {"coco": (0.0, 18), "mine": (5 / 11, 11)}
 
 
 @pytest.mark.guard("maskvlm.data.unknown:check_unknown")

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BertConfig
 
 from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
-from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.example_sets import CollateExamples, EvalExamples
 from maskvlm.data.module import PairData
@@ -57,7 +57,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     assert len(ours) == len(theirs)
     save(content | {"tokenizer": other}, "run/last.ckpt")
     with pytest.raises(UserError) as caught:
-        run(Command, ["fit", "-c", "run/config-fit.yaml", "--run", "run"])
+        run_command(LightningCommand, ["fit", "-c", "run/config-fit.yaml", "--run", "run"])
     size = f"({len(ours)} entries)"
     assert caught.value.what == (
         f"tokenizer {tokenizer_hash(theirs)} {size} differs from the model's, {tokenizer_hash(ours)} {size}"
@@ -260,7 +260,7 @@ def test_of_a_checkpoint_no_setting_of_the_trainer_is_taken(
     files = ("conf/base.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml", "conf/where/cpu.yaml")
     words = ["fit", "--from", str(tmp_path / "x.ckpt"), *(word for file in files for word in ("-c", file))]
     with pytest.raises(UserError, match=rf"the key '{next(iter(more))}' is not known here") as caught:
-        run(Parsed, words)
+        run_command(Parsed, words)
     assert caught.value.code == ExitCode.REFUSED
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "elsewhere").exists()

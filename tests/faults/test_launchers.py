@@ -19,7 +19,7 @@ from guards import Build
 from torch.distributed.run import get_args_parser
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.slurm import batch_script
 from maskvlm.training.peers import FOLDER
 from maskvlm.utils.errors import ExitCode
@@ -88,7 +88,7 @@ def test_the_real_torchrun_restarts_what_was_killed_and_it_goes_on(tmp_path: Pat
 
 def test_torchrun_takes_none_of_our_options_for_its_own(tmp_path: Path) -> None:
     """Every option of fit, and those of the command line itself. Fails with `--run`."""
-    command = run(Parsed, ["fit", *small(tmp_path / "run")[1:]])
+    command = run_command(Parsed, ["fit", *small(tmp_path / "run")[1:]])
     parser = command._parser("fit")
     ours = {word for action in parser._actions for word in action.option_strings} - {"--run", "-h", "--help"}
     ours |= {"-c", "--config", "--debug", "--allow-import", "--out", "--print_config", "--ckpt_path", "--from"}
@@ -130,7 +130,7 @@ def test_the_batch_script_runs_under_srun(tmp_path: Path) -> None:
     srun.write_text(SRUN.format(python=sys.executable, port=port))
     srun.chmod(0o755)
     words = small(folder, *SHORT)[1:]
-    script = batch_script(run(Parsed, ["fit", *words]).settings, words)
+    script = batch_script(run_command(Parsed, ["fit", *words]).settings, words)
     more = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
     command = ["bash", "-c", script.replace("export PYTHONPATH=src\n", "")]
     done = subprocess.run(command, env=environment() | more, cwd=ROOT, capture_output=True, text=True, timeout=120)

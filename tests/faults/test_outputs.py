@@ -77,7 +77,7 @@ def test_a_table_that_cannot_grow_is_one_line(build: Build, tmp_path: Path) -> N
     assert caught.value.where == str(tmp_path)
 
 
-@pytest.mark.guard("maskvlm.utils.outputs:known", gives="False")
+@pytest.mark.guard("maskvlm.utils.outputs:is_output_error", gives="False")
 def test_a_thread_that_cannot_write_prints_no_traceback(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     told: list[BaseException | None] = []
     before, threading.excepthook = threading.excepthook, lambda args: told.append(args.exc_value)

@@ -180,7 +180,7 @@ def test_who_meets_late_hears_of_a_process_that_failed_before(
     assert capsys.readouterr().err == "[rank 1] see rank 0\n"
 
 
-@pytest.mark.guard("maskvlm.cli.lightning:check_device")
+@pytest.mark.guard("maskvlm.cli.lightning:check_cards")
 def test_fewer_cards_than_asked_for(forks: Forks, tmp_path: Path, build: Build) -> None:
     words = small(tmp_path / "run", "--trainer.accelerator=gpu", "--trainer.devices=999")
     child = forks.start(words, tmp_path / "log.txt", build=build)

@@ -12,8 +12,8 @@ from guards import Build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvlm.training.csv_log import Writer, rows_of
-from maskvlm.training.run_record import earlier, finish, read_json
+from maskvlm.training.csv_log import Writer, rows_in
+from maskvlm.training.run_record import earlier, finish_run, read_json
 from maskvlm.training.run_state import differences, finished, recorded
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -26,7 +26,7 @@ def test_a_damaged_record_stops_neither_beginning_nor_end(build: Build, content:
     (tmp_path / "versions.json").write_bytes(content)
     assert finished(tmp_path) is None
     assert earlier(tmp_path) == {}
-    finish(tmp_path, 7)
+    finish_run(tmp_path, 7)
     assert finished(tmp_path) == 7
     assert isinstance(read_json(tmp_path / "versions.json")["finished"]["step"], int)
 
@@ -75,7 +75,7 @@ def test_any_bytes_are_a_table_that_goes_on(tmp_path_factory: pytest.TempPathFac
     log.forget(3, unmeasured=True)
     log.log_metrics({"train/loss": 1.5}, 3)
     log.save()
-    row = rows_of((folder / "metrics.csv").read_bytes())[-1]
+    row = rows_in((folder / "metrics.csv").read_bytes())[-1]
     assert (row["step"], row["train/loss"]) == ("3", "1.5")
 
 

@@ -16,7 +16,7 @@ from guards import HERE, Build, without
 
 from maskvlm.utils import lock
 from maskvlm.utils.errors import ExitCode, UserError
-from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read, state
+from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read_holder, state
 
 SRC = Path(lock.__file__).parents[2]
 HOLD = """
@@ -94,12 +94,12 @@ def test_a_copy_locks_nothing(tmp_path: Path, started: list[subprocess.Popen[str
 
 def test_a_lock_that_was_let_go_is_free_and_says_nothing(tmp_path: Path) -> None:
     HELD.take(tmp_path)
-    assert read(tmp_path / NAME) is not None
+    assert read_holder(tmp_path / NAME) is not None
     HELD.release()
-    assert read(tmp_path / NAME) is None
+    assert read_holder(tmp_path / NAME) is None
     HELD.take(tmp_path)
     HELD.take(tmp_path / "next")  # one at a time
-    assert read(tmp_path / NAME) is None
+    assert read_holder(tmp_path / NAME) is None
     HELD.release()
 
 
@@ -191,13 +191,13 @@ def test_who_was_taken_for_dead_and_wakes_stops(build: Build, tmp_path: Path, qu
     with pytest.raises(UserError, match=r"another process trains here \(process 17 on far\)"):
         mine.check()
     mine.release()
-    assert read(tmp_path / NAME) == elsewhere(tmp_path)  # the other's statement stays
+    assert read_holder(tmp_path / NAME) == elsewhere(tmp_path)  # the other's statement stays
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 600, b"[]", b"{}", json.dumps({"pid": 1e400}).encode(), b"[" * 512])
 def test_a_damaged_lock_file_says_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(content)
-    assert read(tmp_path / NAME) is None
+    assert read_holder(tmp_path / NAME) is None
     mine = RunLock()
     mine.take(tmp_path)
     mine.release()

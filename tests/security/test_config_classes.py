@@ -13,18 +13,18 @@ import yaml
 from guards import Build
 from jsonargparse import _common
 
-from maskvlm.cli.lightning import Command, Parsed, run
+from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.cli.slurm import source
 from maskvlm.config.allowed import LISTED, Verdicts, typed_names
-from maskvlm.config.given import places
-from maskvlm.config.parser import GROUPS, MODE, Parser, prepare
+from maskvlm.config.given import given_places
+from maskvlm.config.parser import GROUPS, MODE, CommandParser, check_given
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Built(Command):
+class Built(LightningCommand):
     """Builds model, data and trainer, and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
@@ -43,10 +43,10 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def fit(stack: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Any]:
     """Parse, or build, `fit` with the tiny configuration, a file with more of it, and options."""
 
-    def call(content: Any, *more: str, command: type[Command] = Parsed, allowed: tuple[str, ...] = ()) -> Any:
+    def call(content: Any, *more: str, command: type[LightningCommand] = Parsed, allowed: tuple[str, ...] = ()) -> Any:
         file = tmp_path / "mine.yaml"
         file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-        return run(command, ["fit", "--run", "x", *stack(WHERE="cpu"), "-c", str(file), *more], allowed)
+        return run_command(command, ["fit", "--run", "x", *stack(WHERE="cpu"), "-c", str(file), *more], allowed)
 
     return call
 
@@ -105,7 +105,7 @@ def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any]
         hook("maskvlm.training.run_record.write_text"),
         hook(HOOK),
         {"model": {"task": {"class_path": "maskvlm.cli.lightning.warn"}}},
-        {"model": {"task": {"class_path": "maskvlm.cli.lightning.Command"}}},
+        {"model": {"task": {"class_path": "maskvlm.cli.lightning.LightningCommand"}}},
         {"model": {"task": {"class_path": "maskvlm.objectives.pretraining.MaskedPretraining.forward"}}},
         {"model": {"task": {"class_path": "maskvlm.config.given.os.system"}}},
         {"model": {"task": {"class_path": "maskvlm.config.parser.LightningArgumentParser"}}},
@@ -240,8 +240,8 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
 @pytest.mark.guard("maskvlm.config.parser:build_typed_values_alone")
 def test_a_spec_where_any_value_fits_is_not_built(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_common.parsing_settings, "instantiate_subclass_spec_in_any", None)  # as in a new process
-    prepare([])
-    parser = Parser(parser_mode=MODE)
+    check_given([])
+    parser = CommandParser(parser_mode=MODE)
     parser.add_argument("--config_of_bert", type=dict[str, Any])
     spec = {"class_path": "maskvlm.data.scenes.source.Scenes", "init_args": {"train": 8}}  # one that a file may name
     found = parser.instantiate(parser.parse_object({"config_of_bert": {"x": spec, "y": [spec]}})).config_of_bert
@@ -311,5 +311,5 @@ def test_a_file_sends_nothing_to_an_address(tmp_path: Path, key: str) -> None:
         told = {part: told}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(told))
     with pytest.raises(UserError, match="is an address") as caught:
-        places(["-c", str(tmp_path / "x.yaml")])
+        given_places(["-c", str(tmp_path / "x.yaml")])
     assert caught.value.code == ExitCode.REFUSED

@@ -14,7 +14,7 @@ from config_mutators import FOREIGN, mutate, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.config.parser import option_names
 from maskvlm.training.failure import user_line
 
@@ -57,7 +57,7 @@ def toy(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.syspath_prepend(folder)
-        parsed = run(Parsed, ["fit", "--run", "x", *stack(WHERE="cpu")])
+        parsed = run_command(Parsed, ["fit", "--run", "x", *stack(WHERE="cpu")])
         whole = yaml.safe_load(parsed._parser("fit").dump(parsed.settings, skip_none=False))
         kept = {key: whole[key] for key in ("seed_everything", "model", "data", "run")}
         names = (
@@ -83,7 +83,7 @@ def outcome(arguments: list[str], folder: Path) -> str:
     said: str = "done"
     status: Any = 0
     try:
-        run(Parsed, arguments)
+        run_command(Parsed, arguments)
     except Exception as error:
         line = user_line(error)
         if line is None:

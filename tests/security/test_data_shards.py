@@ -21,7 +21,7 @@ from guards import Build
 from mutators import any_bytes, columns
 from PIL import Image
 
-from maskvlm.data.prepare.end import Plan, finish
+from maskvlm.data.prepare.end import Plan, finish_set
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepare.shards import Job, make_shard
 from maskvlm.data.prepared.manifest import MAKING, MANIFEST, SCHEMA, SKIPPED
@@ -54,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir(parents=True)
     plan = Plan("csv", "toy", Settings("toy", 48), {})
     make_shard(root, plan.settings, Job("train", 0, [*Toy().rows()]))
-    finish(root, Toy(), plan, Counter(train=1), 0.0)
+    finish_set(root, Toy(), plan, Counter(train=1), 0.0)
     return root
 
 
@@ -150,7 +150,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_one_line(root: Path, keep: bool
     assert first["captions"] == ["number 0", "ein Fuß"]
 
 
-@pytest.mark.guard("maskvlm.data.prepared.shards:check_size")
+@pytest.mark.guard("maskvlm.data.prepared.shards:check_shard_size")
 def test_another_size_is_told_before_anything_is_read(root: Path, build: Build) -> None:
     with shard_of(root).open("ab") as file:
         file.write(b"x" * 8)

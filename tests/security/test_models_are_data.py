@@ -199,7 +199,7 @@ def largest() -> Iterator[Callable[[], int]]:
     handle.remove()
 
 
-@pytest.mark.guard("maskvlm.inference.rebuild:check_size")
+@pytest.mark.guard("maskvlm.inference.rebuild:check_model_size")
 def test_what_does_not_fit_the_tensors_gets_no_memory(build: Build, tmp_path: Path, largest: Callable[[], int]) -> None:
     def change(args: dict[str, Any]) -> None:
         args["text"]["init_args"]["config"] |= {"hidden_size": 1024, "intermediate_size": 1024}
@@ -295,7 +295,7 @@ def without(held: dict[str, Any], *keys: str) -> None:
 def test_a_run_goes_on_from_a_whole_state_alone(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    from maskvlm.cli.lightning import Command, run
+    from maskvlm.cli.lightning import LightningCommand, run_command
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(OLD / "run", "run")
@@ -304,7 +304,7 @@ def test_a_run_goes_on_from_a_whole_state_alone(
     torch.save(held, "run/last.ckpt")
     Path("run/last.ckpt.sha256").unlink()
     with pytest.raises(UserError) as caught:
-        run(Command, ["fit", "-c", "run/config-fit.yaml", "--run", "run"])
+        run_command(LightningCommand, ["fit", "-c", "run/config-fit.yaml", "--run", "run"])
     assert caught.value.code == ExitCode.BAD_DATA
 
 

@@ -177,7 +177,7 @@ def test_a_name_that_may_have_been_rebound_is_refused(page: Live, build: Build) 
     assert refusal(page.asker.client.get("/", headers={"host": f"evil.example:{page.port}"})) == 421
 
 
-@pytest.mark.guard("maskvlm.demo.origin:check_kind")
+@pytest.mark.guard("maskvlm.demo.origin:check_media_type")
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "text/plain; application/json", ""]
 )
@@ -206,7 +206,7 @@ def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Bui
 # ---------------------------------------------------------------------- what is asked
 
 
-@pytest.mark.guard("maskvlm.demo.guard:check_path")
+@pytest.mark.guard("maskvlm.demo.guard:check_url")
 @pytest.mark.parametrize(
     "path",
     [
@@ -313,7 +313,7 @@ def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
     return [*made, url, secret, path, 5, True, [], [own], {"image": own}, {"value": own, "__type__": "update"}]
 
 
-@pytest.mark.guard("maskvlm.demo.calls:check_file")
+@pytest.mark.guard("maskvlm.demo.calls:check_upload")
 def test_a_picture_is_an_upload_of_this_page_and_nothing_else(page: Live, build: Build, bait: tuple[str, str]) -> None:
     url, secret = bait
     own = page.asker.picture(GOOD)
@@ -429,7 +429,7 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
     """It checks nothing where it is mounted, unless it is told that it was launched."""
     secret = tmp_path / "secret.png"
     secret.write_bytes(GOOD)
-    with without("maskvlm.demo.calls:check_file"):
+    with without("maskvlm.demo.calls:check_upload"):
         told = page.asker.ask("match", picture={"path": str(secret), "meta": {"_type": "gradio.FileData"}}, texts=TEXT)
     assert '"success": false' in told
     assert "%" not in told
@@ -438,7 +438,7 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
 # ---------------------------------------------------------------------- how much, and how long
 
 
-@pytest.mark.guard("maskvlm.demo.guard:check_size")
+@pytest.mark.guard("maskvlm.demo.guard:check_head_size")
 def test_a_body_of_500_megabytes_is_cut_off(page: Live, build: Build) -> None:
     """It may say so beforehand or not."""
     before, sent = page.kept, 0
@@ -677,7 +677,7 @@ def test_a_bomb_is_refused_by_its_header(page: Live, build: Build) -> None:
     assert "bomb" in page.asker.ask("write", picture=page.asker.picture(b"\x89PNG\r\n\x1a\n" + b"".join(made)))
 
 
-@pytest.mark.guard("maskvlm.demo.terminal:shown", gives="args[0]")
+@pytest.mark.guard("maskvlm.demo.terminal:escaped", gives="args[0]")
 def test_no_stranger_moves_the_cursor(
     page: Live, build: Build, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvlm.data.table import Origin
+from maskvlm.data.table import RowOrigin
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.entailment.data import SnliVe, parse, read_labels
+from tasks.entailment.data import SnliVe, parse_entailment, read_labels
 
 
 def error_of(read: Callable[[], object]) -> UserError | None:
@@ -244,7 +244,7 @@ VALUES = st.none() | st.integers() | st.text(max_size=8) | st.sampled_from(["11"
 def test_any_line_is_a_row_or_an_error_that_names_it(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "snli.jsonl"
     file.write_bytes(json.dumps(row()).encode() + b"\n" + line)
-    error = error_of(lambda: parse(Origin(file, "{file}:{place}"), {}))
+    error = error_of(lambda: parse_entailment(RowOrigin(file, "{file}:{place}"), {}))
     assert error is None or re.fullmatch(rf"{file}:[2-9]\d?", error.where)
     assert "\n" not in str(error)
 

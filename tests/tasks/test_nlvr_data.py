@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskvlm.data.images import safe_open
-from maskvlm.data.table import Origin
+from maskvlm.data.table import RowOrigin
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.nlvr.data import Nlvr2, parse
+from tasks.nlvr.data import Nlvr2, parse_nlvr
 
 
 def error_of(read: Callable[[], object]) -> UserError | None:
@@ -153,7 +153,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=12) | st.s
 def test_any_line_is_a_row_or_an_error_that_names_it(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "nlvr.json"
     file.write_bytes(json.dumps(row("dev-0-0-0")).encode() + b"\n" + line)
-    error = error_of(lambda: parse(Origin(file, "{file}:{place}")))
+    error = error_of(lambda: parse_nlvr(RowOrigin(file, "{file}:{place}")))
     assert error is None or re.fullmatch(rf"{file}:[2-9]\d?", error.where)
     assert "\n" not in str(error)
 
@@ -173,7 +173,7 @@ def official(identifiers: list[str], right: list[bool]) -> float:
 
 def test_groups_give_the_official_consistency(shared_data: Path, tmp_path: Path) -> None:
     lines = (shared_data / "formats" / "nlvr2" / "dev.head300.json").read_text().splitlines()
-    made = parse(Origin(shared_data / "formats" / "nlvr2" / "dev.head300.json", "{file}:{place}"))
+    made = parse_nlvr(RowOrigin(shared_data / "formats" / "nlvr2" / "dev.head300.json", "{file}:{place}"))
     right = [number % 5 > 0 for number in range(300)]
     by_group: dict[str, list[bool]] = {}
     for group, one in zip(made.columns["group"], right, strict=True):

@@ -8,7 +8,7 @@ from toy_examples import example, example_batch
 from toys import WIDTH, toy_backbone
 
 from maskvlm.objectives.answers import Judged
-from tasks.nlvr.task import Nlvr, chance, consistency, groups_of
+from tasks.nlvr.task import Nlvr, consistency, consistency_chance, groups_of
 
 LABELS = ("True", "False")
 
@@ -25,14 +25,14 @@ def test_consistency_by_hand() -> None:
     )  # fmt: skip
     assert sorted(len(group) for group in groups_of(rows)) == [1, 1, 1, 2, 3]
     assert consistency(rows) == 100 * 2 / 5
-    assert chance(rows) == pytest.approx(100 * (1 / 8 + 1 / 4 + 3 / 2) / 5)
-    assert Nlvr(LABELS).more(rows) == {"consistency": consistency(rows), "consistency_chance": chance(rows)}
+    assert consistency_chance(rows) == pytest.approx(100 * (1 / 8 + 1 / 4 + 3 / 2) / 5)
+    assert Nlvr(LABELS).more(rows) == {"consistency": consistency(rows), "consistency_chance": consistency_chance(rows)}
 
 
 def test_where_no_truth_is_published_nothing_is_said() -> None:
     for rows in ([], judged(("a", None), ("", None))):
         assert math.isnan(consistency(rows))
-        assert math.isnan(chance(rows))
+        assert math.isnan(consistency_chance(rows))
 
 
 def test_two_pictures_unless_told_otherwise() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvlm.data.example_sets import opened
+from maskvlm.data.example_sets import opened_images
 from maskvlm.data.images import safe_open
 from maskvlm.data.prepare.end import Plan
 from maskvlm.data.prepare.prepare import prepare
@@ -130,4 +130,4 @@ def test_the_photos_of_a_prepared_set_of_pairs_serve_snli_ve(tmp_path: Path) -> 
 def test_a_broken_picture_without_a_file_is_named_by_its_id() -> None:
     example: Any = {"images": [b"no"], "image_ids": ["nlvr2 dev-1"], "origin": "dev.json:3"}
     with pytest.raises(UserError, match=r"dev\.json:3 \(nlvr2 dev-1\): bad picture, not an image"):
-        next(opened(example))
+        next(opened_images(example))

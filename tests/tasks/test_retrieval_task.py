@@ -14,7 +14,7 @@ from toys import take, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.losses import Columns
-from maskvlm.objectives.rerank import gather_gallery, score
+from maskvlm.objectives.rerank import gather_gallery, score_gallery
 from maskvlm.objectives.retrieval_metrics import ranking, recall_of
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
@@ -210,7 +210,7 @@ def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[st
     task.update(backbone, batch)
     gallery = gather_gallery(task.kept)
     assert gallery is not None
-    scores = score(backbone, task.matching, gallery, None)
+    scores = score_gallery(backbone, task.matching, gallery, None)
     relevant_BC = batch.owner_C == torch.arange(PICTURES)[:, None]
     assert scores.match_BC is not None
     for name, matrix in (("itc_", scores.contrast_BC), ("", scores.match_BC)):

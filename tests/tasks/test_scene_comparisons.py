@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 from scene_probe import NOUN, blind_accuracy, features_of, is_noun, noise_bound, things_of, worst_lean
 
-from maskvlm.data.scenes.examples import Told
+from maskvlm.data.scenes.examples import PlannedExample
 from maskvlm.utils.errors import UserError
 from tasks.nlvr.scenes import KINDS, SceneComparisons
 
@@ -14,7 +14,7 @@ A = rf"({re.sub(r'[(](?![?])', '(?:', NOUN)})"
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
 
 
-def is_true(told: Told) -> bool:
+def is_true(told: PlannedExample) -> bool:
     """Whether the sentence is true, by its words and the scenes alone."""
     text, (left, right) = told.text, (things_of(view) for view in told.views)
     grounds = [view.scene.background for view in told.views]
@@ -43,18 +43,18 @@ def is_true(told: Told) -> bool:
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Told]:
+def train() -> list[PlannedExample]:
     split = SceneComparisons(train=20000).split("train")
     return [split.told(index) for index in range(len(split))]
 
 
 @pytest.fixture(scope="module")
-def val() -> list[Told]:
+def val() -> list[PlannedExample]:
     split = SceneComparisons(val=4000).split("val")
     return [split.told(index) for index in range(len(split))]
 
 
-def test_each_label_is_what_the_words_say(train: list[Told], val: list[Told]) -> None:
+def test_each_label_is_what_the_words_say(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     wrong = [
         (told.text, told.answer, [v.scene.key for v in told.views])
         for told in train + val
@@ -64,7 +64,9 @@ def test_each_label_is_what_the_words_say(train: list[Told], val: list[Told]) ->
     assert {told.kind for told in train} == set(KINDS)
 
 
-def test_a_sentence_comes_with_four_pairs_two_of_them_true(train: list[Told], val: list[Told]) -> None:
+def test_a_sentence_comes_with_four_pairs_two_of_them_true(
+    train: list[PlannedExample], val: list[PlannedExample]
+) -> None:
     """So no function of the sentence alone is right more than half the time, whatever it has learnt."""
     for split in (train, val):
         for start in range(0, len(split), 4):
@@ -75,20 +77,20 @@ def test_a_sentence_comes_with_four_pairs_two_of_them_true(train: list[Told], va
     assert len({told.group for told in train}) == len(train) // 4
 
 
-def test_which_of_the_four_are_true_is_by_lot(train: list[Told]) -> None:
+def test_which_of_the_four_are_true_is_by_lot(train: list[PlannedExample]) -> None:
     orders = Counter("".join(told.answer[0] for told in train[start : start + 4]) for start in range(0, len(train), 4))
     assert len(orders) == 6
     assert min(orders.values()) > 0.85 * len(train) / 24
 
 
-def test_ids_are_like_those_of_nlvr2(train: list[Told]) -> None:
+def test_ids_are_like_those_of_nlvr2(train: list[PlannedExample]) -> None:
     """split-set-pair-sentence; the group leaves out the pair."""
     assert [told.id for told in train[4:8]] == ["train-1-0-0", "train-1-1-0", "train-1-2-0", "train-1-3-0"]
     assert {told.group for told in train[4:8]} == {"train-1-0"}
     assert len({told.id for told in train}) == len(train)
 
 
-def test_the_pictures_do_not_tell_the_label(train: list[Told], val: list[Told]) -> None:
+def test_the_pictures_do_not_tell_the_label(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """Numbers, attributes, backgrounds, and all that the two pictures have in common: within 4.5 and 4 deviations."""
     sets = [([features_of(told.views) for told in split], [told.answer for told in split]) for split in (train, val)]
     z, where = worst_lean(*sets[0])
@@ -97,13 +99,13 @@ def test_the_pictures_do_not_tell_the_label(train: list[Told], val: list[Told]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pictures_of_one_kind_do_not_tell_the_label_either(kind: str, train: list[Told]) -> None:
+def test_the_pictures_of_one_kind_do_not_tell_the_label_either(kind: str, train: list[PlannedExample]) -> None:
     ours = [told for told in train if told.kind == kind]
     z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
     assert z < 4.5, where
 
 
-def test_the_pictures_tell_the_label_once_the_kind_is_known(train: list[Told]) -> None:
+def test_the_pictures_tell_the_label_once_the_kind_is_known(train: list[PlannedExample]) -> None:
     """The same probe, given one form of sentence alone, sees through it: it would find a leak."""
     ours = [told for told in train if told.text == "both pictures are on the same background"]
     assert len(ours) > 100
@@ -112,7 +114,7 @@ def test_the_pictures_tell_the_label_once_the_kind_is_known(train: list[Told]) -
     assert "grounds" in found[1]
 
 
-def test_false_pairs_are_near_misses(train: list[Told]) -> None:
+def test_false_pairs_are_near_misses(train: list[PlannedExample]) -> None:
     """Of a thing that is mentioned, the pictures show it or what differs in one word, in each picture."""
     for told in train:
         if told.kind not in ("left", "right", "both", "one", "none"):
@@ -125,7 +127,7 @@ def test_false_pairs_are_near_misses(train: list[Told]) -> None:
             assert nearest >= len(said) - 1, told
 
 
-def test_truth_and_numbers_are_as_often(train: list[Told], val: list[Told]) -> None:
+def test_truth_and_numbers_are_as_often(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """In evaluation all kinds; in training half of the sentences speak of one picture."""
     for name, split in (("train", train), ("val", val)):
         by_kind = defaultdict(list)

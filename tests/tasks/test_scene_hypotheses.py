@@ -22,8 +22,8 @@ from scene_probe import (
     worst_lean,
 )
 
-from maskvlm.data.scenes.examples import Told, View, names_by_lot
-from tasks.entailment.scenes import LABELS, SAY, SceneHypotheses, verdict, view_of
+from maskvlm.data.scenes.examples import PlannedExample, View, names_by_lot
+from tasks.entailment.scenes import LABELS, SAY, SceneHypotheses, curtain_view, verdict
 
 A = rf"({re.sub(r'[(](?![?])', '(?:', NOUN)})"
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -80,19 +80,21 @@ def by_brute_force(text: str, view: View, most: int = 3) -> str:
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Told]:
+def train() -> list[PlannedExample]:
     split = SceneHypotheses(train=18000).split("train")
     return [split.told(index) for index in range(len(split))]
 
 
 @pytest.fixture(scope="module")
-def val() -> list[Told]:
+def val() -> list[PlannedExample]:
     split = SceneHypotheses(val=4500).split("val")
     return [split.told(index) for index in range(len(split))]
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_each_class_is_what_could_stand_behind_the_curtain(most: int, train: list[Told], val: list[Told]) -> None:
+def test_each_class_is_what_could_stand_behind_the_curtain(
+    most: int, train: list[PlannedExample], val: list[PlannedExample]
+) -> None:
     """One thing behind is enough to settle it: whether a scene may hold three things or more makes no difference."""
     some = train[:2500] + val[:500]
     wrong = [(t.text, t.answer, t.views[0]) for t in some if by_brute_force(t.text, t.views[0], most) != t.answer]
@@ -104,12 +106,12 @@ def test_each_class_is_what_could_stand_behind_the_curtain(most: int, train: lis
 def test_the_verdict_on_any_hypothesis_is_that_of_brute_force(seed: int, kind: str) -> None:
     rng = random.Random(seed)
     names = names_by_lot(rng)
-    view = view_of(rng, "train", kind, names)
+    view = curtain_view(rng, "train", kind, names)
     claim = SAY[kind](rng, view, names)
     assert claim is None or verdict(claim, view) == by_brute_force(claim.text, view)
 
 
-def test_every_kind_has_every_class_as_often(train: list[Told], val: list[Told]) -> None:
+def test_every_kind_has_every_class_as_often(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """In evaluation all kinds are as frequent; training has more of places and regions."""
     for split, shares in ((train, {"place": 8 / 14, "region": 2 / 14}), (val, dict.fromkeys(SAY, 1 / 6))):
         found = Counter((told.kind, told.answer) for told in split)
@@ -119,7 +121,7 @@ def test_every_kind_has_every_class_as_often(train: list[Told], val: list[Told])
             assert abs(count - expected) < 4.5 * expected**0.5, found
 
 
-def test_nothing_is_drawn_that_the_curtain_hides(train: list[Told]) -> None:
+def test_nothing_is_drawn_that_the_curtain_hides(train: list[PlannedExample]) -> None:
     for told in train[:2000]:
         (view,) = told.views
         assert not {thing["at"] for thing in things_of(view)} & set(cells_of(str(view.curtain)))
@@ -127,7 +129,7 @@ def test_nothing_is_drawn_that_the_curtain_hides(train: list[Told]) -> None:
 
 
 @pytest.mark.parametrize("kind", SAY)
-def test_the_words_do_not_tell_the_class(kind: str, train: list[Told], val: list[Told]) -> None:
+def test_the_words_do_not_tell_the_class(kind: str, train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """No word leans to a class, and a classifier of words guesses as well as chance, within 4 deviations."""
     ours, theirs = ([told for told in split if told.kind == kind] for split in (train, val))
     sets = [([forms_of(told.text) for told in split], [told.answer for told in split]) for split in (ours, theirs)]
@@ -145,7 +147,7 @@ def forms_of(text: str) -> list[str]:
     return [*words_of(text), f"{len(text.split())} words", *same, *aligned, *{"aligned" for _ in aligned}]
 
 
-def test_the_pictures_do_not_tell_the_class(train: list[Told], val: list[Told]) -> None:
+def test_the_pictures_do_not_tell_the_class(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """Curtain, numbers, attributes, places and what things have in common: within 4.5 and 4 deviations."""
     sets = [([features_of(told.views) for told in split], [told.answer for told in split]) for split in (train, val)]
     z, where = worst_lean(*sets[0])
@@ -154,7 +156,7 @@ def test_the_pictures_do_not_tell_the_class(train: list[Told], val: list[Told]) 
 
 
 @pytest.mark.parametrize("kind", SAY)
-def test_the_pictures_of_one_kind_do_not_tell_the_class_either(kind: str, train: list[Told]) -> None:
+def test_the_pictures_of_one_kind_do_not_tell_the_class_either(kind: str, train: list[PlannedExample]) -> None:
     ours = [told for told in train if told.kind == kind]
     z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
     assert z < 4.5, where

@@ -19,7 +19,7 @@ from scene_probe import (
     worst_lean,
 )
 
-from maskvlm.data.scenes.examples import SceneExamples, Told
+from maskvlm.data.scenes.examples import PlannedExample, SceneExamples
 from tasks.vqa.scenes import ANSWERS, SceneQuestions
 
 GROUP_FREE_NOUN = re.sub(r"\((?!\?)", "(?:", NOUN)
@@ -34,7 +34,7 @@ def the(noun: str, things: list[Thing]) -> Thing:
     return found[0]
 
 
-def answer_of(told: Told) -> str:
+def answer_of(told: PlannedExample) -> str:
     """The answer, by the question's words and the scene alone."""
     text, things, noun = told.text, things_of(told.views[0]), rf"({GROUP_FREE_NOUN})"
     if text in ("what is the background", "what colour is the background"):
@@ -58,18 +58,18 @@ def answer_of(told: Told) -> str:
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Told]:
+def train() -> list[PlannedExample]:
     split = SceneQuestions(train=18000).split("train")
     return [split.told(index) for index in range(len(split))]
 
 
 @pytest.fixture(scope="module")
-def val() -> list[Told]:
+def val() -> list[PlannedExample]:
     split = SceneQuestions(val=4500).split("val")
     return [split.told(index) for index in range(len(split))]
 
 
-def test_each_answer_is_the_one_that_the_words_ask_for(train: list[Told], val: list[Told]) -> None:
+def test_each_answer_is_the_one_that_the_words_ask_for(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     wrong = [
         (told.text, told.answer, told.views[0].scene.key) for told in train + val if answer_of(told) != told.answer
     ]
@@ -77,7 +77,7 @@ def test_each_answer_is_the_one_that_the_words_ask_for(train: list[Told], val: l
     assert {told.kind for told in train} == set(ANSWERS)
 
 
-def test_every_answer_of_a_kind_is_as_likely(train: list[Told]) -> None:
+def test_every_answer_of_a_kind_is_as_likely(train: list[PlannedExample]) -> None:
     for kind, answers in ANSWERS.items():
         found = Counter(told.answer for told in train if told.kind == kind)
         total = found.total()
@@ -89,7 +89,7 @@ def test_every_answer_of_a_kind_is_as_likely(train: list[Told]) -> None:
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_the_words_do_not_tell_the_answer(kind: str, train: list[Told], val: list[Told]) -> None:
+def test_the_words_do_not_tell_the_answer(kind: str, train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """No word leans to an answer, and a classifier of words guesses as well as chance, within 4 deviations."""
     ours, theirs = ([told for told in split if told.kind == kind] for split in (train, val))
     sets = [([words_of(told.text) for told in split], [told.answer for told in split]) for split in (ours, theirs)]
@@ -99,13 +99,13 @@ def test_the_words_do_not_tell_the_answer(kind: str, train: list[Told], val: lis
 
 
 @pytest.mark.parametrize("kind", ["existence", "relation"])
-def test_the_pictures_do_not_tell_yes_from_no(kind: str, train: list[Told]) -> None:
+def test_the_pictures_do_not_tell_yes_from_no(kind: str, train: list[PlannedExample]) -> None:
     ours = [told for told in train if told.kind == kind]
     z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
     assert z < 4.5, where
 
 
-def test_the_probe_finds_a_planted_leak(train: list[Told]) -> None:
+def test_the_probe_finds_a_planted_leak(train: list[PlannedExample]) -> None:
     """One answer in ten given away by a word is found by both probes."""
     ours = [told for told in train if told.kind == "existence"]
     words = [words_of(told.text) for told in ours]
@@ -121,7 +121,7 @@ def test_the_probe_finds_a_planted_leak(train: list[Told]) -> None:
     assert blind_accuracy((words[:half], leaky[:half]), (words[half:], leaky[half:])) > noise_bound(0.5, half)
 
 
-def test_most_scenes_hold_something_to_confuse(train: list[Told]) -> None:
+def test_most_scenes_hold_something_to_confuse(train: list[PlannedExample]) -> None:
     """Two things or more in three of five; of them many share a word of the question."""
     assert sum(len(told.views[0].scene.things) > 1 for told in train) / len(train) > 0.6
     assert all(len(told.views[0].scene.things) == 3 for told in train if told.kind == "count")

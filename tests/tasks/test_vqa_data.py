@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskvlm.data.images import safe_open
-from maskvlm.data.table import Origin
+from maskvlm.data.table import RowOrigin
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.vqa.data import VqaV2, numbered, parse
+from tasks.vqa.data import VqaV2, numbered, parse_vqa
 from tasks.vqa.genome import parse_genome
 
 PART = "mscoco_train2014"
@@ -161,7 +161,7 @@ def test_the_vocabulary_is_kept(source: Any, tmp_path: Path, monkeypatch: pytest
     write(tmp_path, PART, [question(1), question(2)], [annotation(1), annotation(2, "cat")], 9)
     first = source()
     assert len(first.split("train")) == 2
-    for name in ("parse", "build_vocabulary", "soft_targets"):
+    for name in ("parse_vqa", "build_vocabulary", "soft_targets"):
         monkeypatch.setattr(f"tasks.vqa.data.{name}", None)
     second = source()
     assert second.labels == first.labels == ("cat", "dog")
@@ -355,8 +355,8 @@ def test_any_entries_are_rows_or_an_error_that_names_one(
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     write(folder, PART, questions, annotations)
-    origin = Origin(folder / QUESTIONS, "{file} questions[{place}]")
-    error = error_of(lambda: parse(origin, PART, folder / ANNOTATIONS))
+    origin = RowOrigin(folder / QUESTIONS, "{file} questions[{place}]")
+    error = error_of(lambda: parse_vqa(origin, PART, folder / ANNOTATIONS))
     if error is None:
         assert len(questions) == len(annotations) > 0
     else:
@@ -428,7 +428,7 @@ def test_a_wrong_file_of_visual_genome_is_named(tmp_path: Path, content: Any, me
     file = tmp_path / "vg.json"
     file.write_text(json.dumps(content))
     with pytest.raises(UserError) as caught:
-        parse_genome(Origin(file, "{file} question {place}"))
+        parse_genome(RowOrigin(file, "{file} question {place}"))
     assert message in str(caught.value)
 
 

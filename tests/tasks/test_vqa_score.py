@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.metric import Mean, VqaAccuracy, normalise
-from tasks.vqa.score import main, read_questions, read_results, score
+from tasks.vqa.score import main, read_questions, read_results, score_answers
 
 
 def asked(number: int, answers: dict[str, int], question: str = "what is", kind: str = "other") -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_people_who_agree_in_rooms(shared_data: Path, tmp_path: Path) -> None:
     for form, right in ((str, 1360), (normalise, 1238)):
         answers = [said(entry["question_id"], form(entry["multiple_choice_answer"])) for entry in entries]
         results.write_text(json.dumps(answers))
-        measured = score(results, path, questions)
+        measured = score_answers(results, path, questions)
         assert measured.overall.percent == pytest.approx(100 * right / 1360)
         assert measured.overall.questions == 1360
     assert {kind: mean.questions for kind, mean in measured.by_answer_type.items()} == {"number": 180, "other": 1180}
@@ -113,7 +113,7 @@ def test_the_three_true_questions(shared_data: Path, tmp_path: Path) -> None:
     results = tmp_path / "r.json"
     results.write_text(json.dumps([said(458752000, "Net"), said(458752001, "catcher"), said(458752002, "Orange")]))
     folder = shared_data / "formats" / "vqav2"
-    measured = score(results, folder / "annotations.json", folder / "questions.json")
+    measured = score_answers(results, folder / "annotations.json", folder / "questions.json")
     assert measured == VqaAccuracy(Mean(measured.overall.percent, 3), {}, {})
     assert measured.overall.percent == pytest.approx(130 / 3)
 

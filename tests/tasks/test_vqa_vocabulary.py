@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.metric import accuracy, normalise
 from tasks.vqa.vocabulary import (
+    answer_shares,
     build_vocabulary,
     main,
     read_annotations,
     read_vocabulary,
-    shares,
     soft_targets,
 )
 
@@ -118,8 +118,8 @@ def test_a_soft_target_is_the_accuracy_of_that_answer(answers: list[str]) -> Non
 
 
 def test_shares() -> None:
-    assert shares(["two", "2", "2", "dog"]) == {"2": 0.75, "dog": 0.25}
-    assert shares([]) == {}
+    assert answer_shares(["two", "2", "2", "dog"]) == {"2": 0.75, "dog": 0.25}
+    assert answer_shares([]) == {}
 
 
 # ------------------------------------------------------------------ given lists

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskvlm.config.plain_schema import Kind, Listed, Record, Table, Text, Tree, Whole, maybe, shown
+from maskvlm.config.plain_schema import Entries, Kind, Listed, Record, Text, Tree, Whole, maybe, shown
 from maskvlm.utils.errors import ExitCode, UserError
 
 SCHEMA = 1  # raise it when an old reader would misread a new file
@@ -55,7 +55,7 @@ class Vectors:
 
 SEEN = Record(
     {"task": Text(300), "source": Text(300), "sha": Text(200), "pictures": Whole(), "steps": Whole()},
-    {"ids": Ids(), "held_out": maybe(Table(Whole()))},
+    {"ids": Ids(), "held_out": maybe(Entries(Whole()))},
 )
 """One entry of the lineage: data that weights were trained on."""
 LABELS = Listed(Text(), MOST_LABELS, least=1)

@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from maskvlm.checkpoint.integrity import sha256_of
-from maskvlm.checkpoint.tokenizer_files import read_tokenizer, text_of
+from maskvlm.checkpoint.tokenizer_files import file_text, read_tokenizer
 from maskvlm.checkpoint.weights import check_file
-from maskvlm.config.plain_schema import Listed, OneOf, Record, Table, Text, Tree, Whole, maybe
+from maskvlm.config.plain_schema import Entries, Listed, OneOf, Record, Text, Tree, Whole, maybe
 from maskvlm.data.files import load_json
 from maskvlm.data.text import tokenizer_json
 from maskvlm.utils.disk import check_inside
@@ -38,17 +38,17 @@ TOLD = Record(
     },
 )  # fmt: skip
 """What is read of `config.json`; transformers writes more into it, which is not."""
-SUM = Table(Text(64, "[0-9a-f]{64}"))
+SUM = Entries(Text(64, "[0-9a-f]{64}"))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_folder(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, by the keys that `checkpoint.load` gives.
 
     Raises:
         UserError: it holds no model of this project (66), or a file of it is damaged (65).
     """
     check_links(path)
-    config = read_config(path)
+    config = read_model_config(path)
     for name in (WEIGHTS, TOKENIZER):
         if not (path / name).is_file():
             raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
@@ -104,7 +104,7 @@ def check_sums(path: Path) -> None:
     file = path / SUMS
     if not file.is_file():
         return
-    sums = load_json(text_of(file).encode(), file)
+    sums = load_json(file_text(file).encode(), file)
     if not SUM.fits(sums):
         raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)
     every = sums.keys() - {WEIGHTS, SEEN}  # the first versions knew these two alone
@@ -122,14 +122,14 @@ def check_sums(path: Path) -> None:
             raise UserError(path / name, f"damaged or changed: not the file that {SUMS} knows", todo, ExitCode.BAD_DATA)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> dict[str, Any]:
     """What is read of `config.json`, as plain data; raises as `read`."""
     file = path / CONFIG
     if not file.is_file():
         found = sorted(each.name for each in path.glob("*.ckpt"))
         todo = f"Name a file in it, such as {path / found[0]}" if found else "Check the path"
         raise UserError(path, f"is a folder without {CONFIG}", todo, ExitCode.MISSING_INPUT)
-    config = load_json(text_of(file).encode(), file)
+    config = load_json(file_text(file).encode(), file)
     if not isinstance(config, dict):
         raise UserError(file, "expected a mapping", AGAIN, ExitCode.BAD_DATA)
     return TOLD.read({key: config[key] for key in (*TOLD.needed, *TOLD.also) if key in config}, str(file), AGAIN)

@@ -28,7 +28,7 @@ class Fact(NamedTuple):
     sha256: str
 
 
-def verify(path: str | Path) -> None:
+def verify_checkpoint(path: str | Path) -> None:
     """Check kind, size and content of a checkpoint file without unpickling any of it; raises as `load`."""
     path = Path(path)
     if not path.exists():
@@ -61,7 +61,7 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
     candidates = sorted(Path(folder).glob("*.ckpt"), key=lambda p: (first.get(p.name, 0), p.stat().st_mtime_ns))[::-1]
     for path in candidates:
         try:
-            verify(path)
+            verify_checkpoint(path)
         except UserError as error:
             warn(f"{error} Passed over.")
         else:

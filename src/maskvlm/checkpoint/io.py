@@ -23,7 +23,17 @@ from lightning.fabric.plugins import CheckpointIO
 from packaging.version import InvalidVersion, Version
 
 from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content
-from maskvlm.checkpoint.integrity import ANOTHER, SIDE, Fact, asked_for, bad, first_line, side_file, stated, verify
+from maskvlm.checkpoint.integrity import (
+    ANOTHER,
+    SIDE,
+    Fact,
+    asked_for,
+    bad,
+    first_line,
+    side_file,
+    stated,
+    verify_checkpoint,
+)
 from maskvlm.utils.disk import sync_folder
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.outputs import cannot_write
@@ -155,7 +165,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         UserError: not there (66), damaged or another kind of file (65), it would run code or has no end (77).
     """
-    verify(path)
+    verify_checkpoint(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:

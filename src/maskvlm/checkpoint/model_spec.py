@@ -18,13 +18,13 @@ from transformers.activations import ACT2FN
 from maskvlm.config.plain_schema import (
     NOTHING,
     AnyOf,
+    Entries,
     Flag,
     Kind,
     Listed,
     OneOf,
     Real,
     Record,
-    Table,
     Text,
     Tree,
     Whole,
@@ -163,7 +163,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
         "config": maybe(Tree(2000)), "tokenizer": NOTHING, "vocab_size": maybe(side), "checkpointing": Flag(),
     }  # fmt: skip
     Record({"name": told.pop("name")}, told, ExitCode.REFUSED).read(text, f"{where}.text", TODO)
-    kept = check_text(text["name"], text.get("config") or {}, f"{where}.text", bounds)
+    kept = check_text_config(text["name"], text.get("config") or {}, f"{where}.text", bounds)
     made = {name: part for name, part in args.items() if name not in ("image", "text", "start")}
     made["image"] = {"class_path": IMAGE, "init_args": image | {"weights": None, "random_init": True}}
     made["text"] = {"class_path": TEXT, "init_args": text | {"tokenizer": None, "random_init": True, "config": kept}}
@@ -198,7 +198,7 @@ def check_vit(settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> No
     Record({}, vit_kinds(bounds), ExitCode.REFUSED).read(settings, where, todo)
 
 
-def check_text(name: str, settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> dict[str, Any]:
+def check_text_config(name: str, settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> dict[str, Any]:
     """The settings of a text encoder of this model type that say its shape.
 
     Each is of the type and near the range that it has by default; a text is the name of an activation or of `WORDS`.
@@ -237,7 +237,7 @@ def _like(key: str, default: Any, bounds: Bounds) -> Kind:
         return maybe(Listed(AnyOf((word, number, Flag())), bounds.tensors))
     if isinstance(default, dict):
         inner = AnyOf((word, number, Flag(), NOTHING))
-        return maybe(AnyOf((Table(inner), Table(Table(inner)))))
+        return maybe(AnyOf((Entries(inner), Entries(Entries(inner)))))
     return AnyOf((number, word, Flag(), NOTHING, Listed(AnyOf((word, number)), 100)))  # None tells no type
 
 

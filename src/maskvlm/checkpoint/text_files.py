@@ -26,7 +26,7 @@ from transformers.utils import logging
 from maskvlm.checkpoint import tokenizer_files
 from maskvlm.checkpoint.hub_client import Unreachable, from_cache_or_hub
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import NOT_READ, Bounds, check_text
+from maskvlm.checkpoint.model_spec import NOT_READ, Bounds, check_text_config
 from maskvlm.checkpoint.weights import State, read_state, weight_bytes
 from maskvlm.config.plain_schema import Tree, shown
 from maskvlm.data.files import load_json
@@ -53,7 +53,7 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 # ---------------------------------------------------------------------- configuration
 
 
-def read_config(name: str, random_init: bool, settings: dict[str, Any]) -> PreTrainedConfig:
+def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a folder, a well-known or hub model, or with random_init of a model type.
 
     Raises:
@@ -89,7 +89,7 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
     if not file.is_file():
         todo = "Name a folder with config.json, weights and tokenizer, as save_pretrained writes it"
         raise UserError(name, f"its configuration cannot be read (there is no {CONFIG})", todo, ExitCode.BAD_DATA)
-    told = load_json(tokenizer_files.text_of(file).encode(), file)
+    told = load_json(tokenizer_files.file_text(file).encode(), file)
     kind = told.get("model_type") if isinstance(told, dict) and Tree().fits(told) else None
     if not isinstance(kind, str) or not is_type(kind):
         if isinstance(told, dict) and "auto_map" in told:
@@ -101,7 +101,7 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
     kept = {key: told[key] for key in told.keys() & known}
     if kind_is_read(kind):
         try:
-            check_text(kind, kept, str(file), ANY_SIZE)
+            check_text_config(kind, kept, str(file), ANY_SIZE)
         except UserError as error:
             raise UserError(error.where, error.what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
     others = {k: v for k, v in told.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ}
@@ -168,13 +168,13 @@ def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any])
             todo = f"Did you mean {near[0]}?" if near else f"Use those of {type(config).__name__}"
             what = f"{config.model_type} has no such setting"
             raise UserError(f"{WHERE}.config.{key}", what, todo.rstrip("."))
-    check_text(config.model_type, settings, WHERE, ANY_SIZE, "Set its shape: a checkpoint holds nothing else")
+    check_text_config(config.model_type, settings, WHERE, ANY_SIZE, "Set its shape: a checkpoint holds nothing else")
 
 
 # ---------------------------------------------------------------------- tokenizer and weights
 
 
-def read_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokenizerFast | None:
+def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a folder (None where it has none) or of a hub model; `todo` as in `_fetched`."""
     if is_folder(name):
         return tokenizer_files.read_tokenizer(Path(name))

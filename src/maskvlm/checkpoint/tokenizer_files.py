@@ -36,7 +36,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         UserError: a file is damaged or of a kind that needs another library (65).
     """
     if (folder / TOKENIZER).is_file():
-        backend = backend_of(text_of(folder / TOKENIZER), folder / TOKENIZER)
+        backend = backend_of(file_text(folder / TOKENIZER), folder / TOKENIZER)
     elif (folder / "vocab.txt").is_file():
         backend = wordpiece(folder)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -47,11 +47,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         raise UserError(folder, what, todo, ExitCode.BAD_DATA)
     else:
         return None
-    check_numbers(backend, folder)
+    check_token_ids(backend, folder)
     return tokenizer_of(backend, *named_in(folder), folder)
 
 
-def check_numbers(backend: Tokenizer, where: object) -> None:
+def check_token_ids(backend: Tokenizer, where: object) -> None:
     """Raise UserError (65) unless there are tokens, and their numbers are those of rows: the library writes a tokenizer
     number by number, whether there is a token or not."""
     highest = max(backend.get_vocab().values(), default=-1)
@@ -60,7 +60,7 @@ def check_numbers(backend: Tokenizer, where: object) -> None:
         raise UserError(where, what, TODO, ExitCode.BAD_DATA)
 
 
-def text_of(file: Path) -> str:
+def file_text(file: Path) -> str:
     """A plain file of text, of bounded size, that lies where its name says.
 
     Raises:
@@ -96,7 +96,7 @@ def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
     more: list[str] = []
     for name in NAMED:
         file = folder / name
-        content = load_json(text_of(file).encode(), file) if file.is_file() else {}
+        content = load_json(file_text(file).encode(), file) if file.is_file() else {}
         if not isinstance(content, dict):
             raise UserError(file, "holds no mapping", TODO, ExitCode.BAD_DATA)
         for role in ROLES:
@@ -131,7 +131,7 @@ def tokenizer_of(
 
 def wordpiece(folder: Path) -> Tokenizer:
     """BERT's, of a `vocab.txt`: a word a line, its number the line's."""
-    words = text_of(folder / "vocab.txt").split("\n")
+    words = file_text(folder / "vocab.txt").split("\n")
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
     lower = "do_lower_case" not in named_in(folder)[0]
     backend = made(lambda: Tokenizer(models.WordPiece(vocab, unk_token=BERT["unk"])), folder)
@@ -146,8 +146,8 @@ def wordpiece(folder: Path) -> Tokenizer:
 def byte_level(folder: Path) -> Tokenizer:
     """RoBERTa's, of a `vocab.json` and a `merges.txt`."""
     file = folder / "vocab.json"
-    vocab = load_json(text_of(file).encode(), file)
-    lines = [line for line in text_of(folder / "merges.txt").split("\n") if line and not line.startswith("#version")]
+    vocab = load_json(file_text(file).encode(), file)
+    lines = [line for line in file_text(folder / "merges.txt").split("\n") if line and not line.startswith("#version")]
     merges: Any = [tuple(line.rstrip("\r").split(" ")) for line in lines]
     if not isinstance(vocab, dict) or not all(type(number) is int and 0 <= number < 2**31 for number in vocab.values()):
         raise UserError(file, "expected tokens with their numbers", TODO, ExitCode.BAD_DATA)

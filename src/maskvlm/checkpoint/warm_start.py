@@ -76,7 +76,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
         UserError: as `checkpoint.load`, `folder.read` and `folder_of_hub`.
     """
     place = folder_of_hub(str(path))
-    return check_content(folder.read(place), place) if place.is_dir() else checkpoint.load(place)
+    return check_content(folder.read_folder(place), place) if place.is_dir() else checkpoint.load(place)
 
 
 def read_start(path: str) -> Start:

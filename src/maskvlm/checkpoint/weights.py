@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from maskvlm.checkpoint.content import check_parts
 from maskvlm.checkpoint.hub_client import WEIGHT_FILES, Unreachable
-from maskvlm.checkpoint.integrity import asked_for, first_line, verify
+from maskvlm.checkpoint.integrity import asked_for, first_line, verify_checkpoint
 from maskvlm.checkpoint.provenance import Origin, Provenance
-from maskvlm.checkpoint.tokenizer_files import text_of
+from maskvlm.checkpoint.tokenizer_files import file_text
 from maskvlm.config.plain_schema import shown
 from maskvlm.data.files import load_json
 from maskvlm.utils.disk import check_inside
@@ -90,7 +90,7 @@ def read_state(path: str | Path) -> State:
 
 def _read_parts(folder: Path, index: Path) -> State:
     """Weights in several files, which an index names. Raises as `read_state`."""
-    content = load_json(text_of(index).encode(), index)
+    content = load_json(file_text(index).encode(), index)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
         raise UserError(index, "names no files of weights", "Get the file again", ExitCode.BAD_DATA)
@@ -146,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
 def check_file(path: Path) -> None:
     """Raise UserError unless the file is a whole safetensors file or a whole archive of torch.save."""
     if not is_safetensors(path):
-        return verify(path)
+        return verify_checkpoint(path)
     try:
         safe_open(path, "pt").keys()
     except SafetensorError as error:
@@ -192,7 +192,7 @@ def load_state(
     wanted = {name: value for name, value in state.items() if not (unused and name.startswith(unused))}
     fitted = resize_positions(wanted, model) if resize else wanted
     check_fit(model, fitted, source, new)
-    check_numbers(fitted, source)
+    check_finite_weights(fitted, source)
     model.load_state_dict(fitted, strict=False)
     before = {name: tuple(value.shape) for name, value in wanted.items()}
     before |= {name: tuple(shape) for name, shape in (was or {}).items() if name in before}
@@ -249,7 +249,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: t
         raise UserError(source, what, _advice(reshaped, missing or left), ExitCode.BAD_DATA)
 
 
-def check_numbers(state: Mapping[str, Tensor], source: str) -> None:
+def check_finite_weights(state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError (65) where a number is infinite or none."""
     broken = [n for n, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.config.given import nearest
 from maskvlm.data.inputs import MASK
 from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -37,7 +37,7 @@ class Spoken(NamedTuple):
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Ask; arguments begin with the verb."""
-    verb, parser = arguments[0], parser_of(arguments[0])
+    verb, parser = arguments[0], method_parser(arguments[0])
     options = parser.parse_args(arguments[1:])
     if options.source is None:
         raise UserError(verb, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name")
@@ -46,18 +46,18 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FarFromTraining)  # Python would show a place in the code with it
         for answer in spoken.ask(model, options.inputs, options):
-            print(json.dumps(answer, ensure_ascii=False) if options.json else readable(answer), flush=True)
+            print(json.dumps(answer, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
     if model.told_far is not None:
         print(f"warning: {model.told_far}", file=sys.stderr, flush=True)
     return 0
 
 
-def parser_of(verb: str) -> argparse.ArgumentParser:
+def method_parser(verb: str) -> argparse.ArgumentParser:
     """The options of all verbs."""
     spoken = VERBS.get(verb)
     told = spoken.told if spoken else "what a fine-tuned model answers: its pictures, then the text"
     form = spoken.form if spoken else "PICTURE ... TEXT"
-    parser = Parser(f"maskvlm {verb}", description=told, allow_abbrev=False)
+    parser = OptionParser(f"maskvlm {verb}", description=told, allow_abbrev=False)
     parser.usage = f"maskvlm {verb} --from CHECKPOINT {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
@@ -72,7 +72,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def readable(answer: Answer) -> str:
+def answer_line(answer: Answer) -> str:
     """Its entries on one line; numbers with three digits."""
 
     def word(value: Any) -> str:
@@ -95,19 +95,19 @@ def take(inputs: list[str], form: str, least: int, most: int | None, verb: str) 
 # ---------------------------------------------------------------------- the core's verbs
 
 
-def fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     picture, text = take(inputs, VERBS["fill"].form, 2, 2, "fill")
     for guesses in model.fill_mask(picture, text, options.top):
         yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
 
 
-def match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     picture, *texts = take(inputs, VERBS["match"].form, 2, None, "match")
     for text, probability in zip(texts, model.match(picture, texts), strict=True):  # type: ignore[arg-type]
         yield {"match": probability, "text": text}
 
 
-def rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     query, *candidates = take(inputs, VERBS["rank"].form, 2, None, "rank")
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
@@ -115,35 +115,35 @@ def rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespac
         yield told | {"candidate": candidates[ranked.place]}
 
 
-def caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     pictures = take(inputs, VERBS["caption"].form, 1, None, "caption")
     for picture in pictures:
         told = {"caption": model.caption(picture)}
         yield {"picture": picture, **told} if len(pictures) > 1 or options.json else told
 
 
-def score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     picture, *texts = take(inputs, VERBS["score"].form, 2, None, "score")
     for text, value in zip(texts, model.score(picture, texts), strict=True):  # type: ignore[arg-type]
         yield {"score": value, "text": text}
 
 
-def explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     picture, text, word = take(inputs, VERBS["explain"].form, 3, 3, "explain")
     found: Any = model.explain(picture, text, word)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
-    yield {"written": save(found.picture, options.out, "explain.png")} | (
+    yield {"written": save_image(found.picture, options.out, "explain.png")} | (
         {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
         if options.json
         else {"peak": f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"}
     )
 
 
-def reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     yield from paint(model.reconstruct, model, inputs, options, "reconstruct")
 
 
-def inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     yield from paint(model.inpaint, model, inputs, options, "inpaint")
 
 
@@ -152,7 +152,7 @@ def paint(
 ) -> Iterator[Answer]:
     picture, text = take(inputs, VERBS[verb].form, 2, 2, verb)
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.hide, options.seed, model.grid)
-    yield {"written": save(how(picture, mask, text), options.out, f"{verb}.png"), "hidden": int(mask.sum())}
+    yield {"written": save_image(how(picture, mask, text), options.out, f"{verb}.png"), "hidden": int(mask.sum())}
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -181,7 +181,7 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     return found
 
 
-def save(image: Image.Image, out: Path | None, name: str) -> str:
+def save_image(image: Image.Image, out: Path | None, name: str) -> str:
     """Write a picture; returns where."""
     path = out or Path(name)
     try:
@@ -212,12 +212,14 @@ def task_verb(model: PretrainedMaskVLM, verb: str) -> Spoken:
 
 
 VERBS: dict[str, Spoken] = {
-    "fill": Spoken(f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", fill, "tokens"),
-    "match": Spoken("PICTURE TEXT ...", "probability that picture and text belong together", match, "matching"),
-    "rank": Spoken("PICTURE TEXT ...  or  TEXT PICTURE ...", "texts or pictures, the best first", rank, "projection"),
-    "caption": Spoken("PICTURE ...", "write a caption", caption, "tokens"),
-    "score": Spoken("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", score, "tokens"),
-    "explain": Spoken("PICTURE TEXT WORD", "where the model looks for a word (--out)", explain, "tokens"),
-    "reconstruct": Spoken("PICTURE TEXT", "fill in hidden patches from the text (--out)", reconstruct, "pixels"),
-    "inpaint": Spoken("PICTURE TEXT", "the same in rounds, the most certain first (--out)", inpaint, "pixels"),
+    "fill": Spoken(f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", ask_fill, "tokens"),
+    "match": Spoken("PICTURE TEXT ...", "probability that picture and text belong together", ask_match, "matching"),
+    "rank": Spoken(
+        "PICTURE TEXT ...  or  TEXT PICTURE ...", "texts or pictures, the best first", ask_rank, "projection"
+    ),
+    "caption": Spoken("PICTURE ...", "write a caption", ask_caption, "tokens"),
+    "score": Spoken("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", ask_score, "tokens"),
+    "explain": Spoken("PICTURE TEXT WORD", "where the model looks for a word (--out)", ask_explain, "tokens"),
+    "reconstruct": Spoken("PICTURE TEXT", "fill in hidden patches from the text (--out)", ask_reconstruct, "pixels"),
+    "inpaint": Spoken("PICTURE TEXT", "the same in rounds, the most certain first (--out)", ask_inpaint, "pixels"),
 }

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskvlm.cli.lightning import Command, check_device, run
+from maskvlm.cli.lightning import LightningCommand, check_cards, run_command
 from maskvlm.training.failure import process_rank
 from maskvlm.training.run_record import machine
 
@@ -17,7 +17,7 @@ WARMUP = 5  # steps that are not timed: kernels are chosen, memory is reserved
 STEPS = 25
 
 
-class Speed(NamedTuple):
+class BenchSpeed(NamedTuple):
     """Of one process. Operations are counted in the forward and backward pass as they are carried out, so
     recomputed activations count too."""
 
@@ -44,7 +44,7 @@ class Stopwatch(L.Callback):
     def __init__(self) -> None:
         self.counter = FlopCounterMode(display=False)
         self.flops, self.started = 0, 0.0
-        self.speed: Speed | None = None
+        self.speed: BenchSpeed | None = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -68,11 +68,11 @@ class Stopwatch(L.Callback):
             self.speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
 
 
-def measured(device: torch.device, precision: str, pairs: int, seconds: float, flops: int) -> Speed:
+def measured(device: torch.device, precision: str, pairs: int, seconds: float, flops: int) -> BenchSpeed:
     """The speed of one step of `seconds`."""
     cuda = device.type == "cuda"
     kind = torch.bfloat16 if "bf16" in precision else torch.float32
-    return Speed(
+    return BenchSpeed(
         torch.cuda.get_device_name(device) if cuda else machine()["processor"],
         precision,
         pairs / seconds,
@@ -83,12 +83,12 @@ def measured(device: torch.device, precision: str, pairs: int, seconds: float, f
     )
 
 
-class Bench(Command):
+class Bench(LightningCommand):
     """A few steps of fit: no evaluation, no folder, no checkpoint."""
 
     def before_instantiate_classes(self) -> None:
         trainer, data = self.settings.trainer, self.settings.data.init_args
-        check_device(trainer)
+        check_cards(trainer)
         trainer.logger, trainer.callbacks, trainer.limit_val_batches = False, [], 0
         trainer.enable_checkpointing = trainer.enable_progress_bar = False
         data.steps, data.epochs = STEPS, None
@@ -104,5 +104,5 @@ class Bench(Command):
 
 def bench(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """Time a few training steps of a configuration; returns the line that says how fast they were."""
-    command = run(Bench, ["fit", *arguments], allowed)
+    command = run_command(Bench, ["fit", *arguments], allowed)
     return str(command.stopwatch.speed) if process_rank() == 0 else ""

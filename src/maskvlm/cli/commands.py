@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from maskvlm.config import compose
-from maskvlm.config.compose import SPLITS, TRAINING, Composed, Words, choices, prepared, read_words, tasks
+from maskvlm.config.compose import SPLITS, TRAINING, CommandWords, Composed, choices, prepared, read_words, tasks
 from maskvlm.config.given import config_files
 
 LEARN, DATA, ASK, SEARCH, KEEP = "Learn and measure", "Data", "Ask a model", "Find images", "Checkpoints"
@@ -32,7 +32,7 @@ class Command(NamedTuple):
     target: str = ""
     words: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
-    compose: Callable[[Words], Composed] | None = None
+    compose: Callable[[CommandWords], Composed] | None = None
     named: bool = False
 
     @property
@@ -68,35 +68,35 @@ def _lightning(name: str, told: str) -> Command:
 
 LOOK = ("model", "data", "where")
 REGISTRY = (
-    Command("pretrain", LEARN, "learn from image-text pairs", words=TRAINING, compose=compose.pretrain),
-    Command("finetune", LEARN, "train a task", words=TRAINING, places=("TASK",), compose=compose.finetune),
+    Command("pretrain", LEARN, "learn from image-text pairs", words=TRAINING, compose=compose.pretrain_command),
+    Command("finetune", LEARN, "train a task", words=TRAINING, places=("TASK",), compose=compose.finetune_command),
     Command(
         "evaluate", LEARN, "measure a checkpoint: on a task, or as pre-training is judged",
-        words=(*TRAINING, "split"), places=("[TASK]",), compose=compose.evaluate,
+        words=(*TRAINING, "split"), places=("[TASK]",), compose=compose.evaluate_command,
     ),
     Command(
         "config", LEARN, "print the composed configuration of pretrain or finetune",
-        words=TRAINING, places=("[TASK]",), compose=compose.config,
+        words=TRAINING, places=("[TASK]",), compose=compose.config_command,
     ),
     Command(
         "submit", LEARN, "the same as a SLURM job: write its script and submit it", "maskvlm.cli.slurm:submit",
-        TRAINING, ("[TASK]",), compose.submit,
+        TRAINING, ("[TASK]",), compose.submit_command,
     ),
     Command(
         "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", (*LOOK, "encoders"),
-        compose=compose.bench,
+        compose=compose.bench_command,
     ),
     Command(
         "data", DATA, "prepare a data set once, from its files as distributed", "maskvlm.data.prepare.command:main",
-        ("raw", "name"), ("SET", "[RAW]"), compose.prepare,
+        ("raw", "name"), ("SET", "[RAW]"), compose.data_command,
     ),
     Command(
-        "data-check", DATA, "verify a prepared data set", "maskvlm.data.prepare.command:verify",
-        ("name",), ("SET",), compose.check_prepared,
+        "data-check", DATA, "verify a prepared data set", "maskvlm.data.prepare.command:verify_set",
+        ("name",), ("SET",), compose.data_check_command,
     ),
     Command(
         "preview", DATA, "write a contact sheet of images with their texts", "maskvlm.cli.slurm:preview", LOOK,
-        compose=compose.preview,
+        compose=compose.preview_command,
     ),
     _method("fill", "fill in masked words from the image"),
     _method("match", "probability that image and text belong together"),
@@ -110,7 +110,7 @@ REGISTRY = (
     Command("embed", SEARCH, "write the vectors of a data set as Parquet", "maskvlm.cli.embed:main"),
     Command(
         "index", SEARCH, "make the images of a data set searchable", "maskvlm.cli.search:make",
-        (*LOOK, "from", "split"), compose=compose.index,
+        (*LOOK, "from", "split"), compose=compose.index_command,
     ),
     Command("search", SEARCH, "find images by a text or an image", "maskvlm.cli.search:main"),
     Command("convert", KEEP, "a checkpoint to the hub's format, or back", "maskvlm.cli.convert:convert"),

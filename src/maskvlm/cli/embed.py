@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from maskvlm.cli.lightning import Parsed, run
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.slurm import source
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.data.batch import Source
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.vectors import SHARD, Process, embed
@@ -19,15 +19,15 @@ from maskvlm.utils.errors import UserError, check_least
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Embed a split; arguments as in the shell."""
-    parser = parser_of("embed", "checkpoints/vectors", "write the vectors of a data set as Parquet")
+    parser = data_parser("embed", "checkpoints/vectors", "write the vectors of a data set as Parquet")
     options, rest = parser.parse_known_args(arguments)
     print(embed_data(options, rest, allowed, options.out, process_of(os.environ)), flush=True)
     return 0
 
 
-def parser_of(command: str, out: str, told: str) -> argparse.ArgumentParser:
+def data_parser(command: str, out: str, told: str) -> argparse.ArgumentParser:
     """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
-    parser = Parser(f"maskvlm {command}", description=told, allow_abbrev=False)
+    parser = OptionParser(f"maskvlm {command}", description=told, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
     parser.add_argument("--split", default="val", help="train, val or test")
@@ -46,7 +46,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     if options.source is None:
         raise UserError("embed", "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt or a hub name")
     check_least(1, shard=options.shard)
-    settings = run(Parsed, ["fit", *rest], allowed).settings
+    settings = run_command(Parsed, ["fit", *rest], allowed).settings
     reader, chosen = source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):
         todo = "Name a set of pictures with captions (-c conf/data/NAME.yaml)"

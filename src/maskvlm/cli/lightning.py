@@ -20,8 +20,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.model_spec import portable_yaml, task_yaml
 from maskvlm.config.given import options
-from maskvlm.config.parse_errors import explain
-from maskvlm.config.parser import MODE, Complaint, Parser, parsed, prepare
+from maskvlm.config.parse_errors import explain_message
+from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, parsed
 from maskvlm.config.safe_yaml import cut
 from maskvlm.inference.rebuild import model_of
 from maskvlm.training.attempts import attempted
@@ -29,7 +29,7 @@ from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lit import LitModel
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.resume import LAST, check_finite
-from maskvlm.training.run_record import SaveConfig, claim, finish
+from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run
 from maskvlm.training.run_state import may_go_on, newest_of
 from maskvlm.training.watch import watch
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -38,10 +38,10 @@ from maskvlm.utils.outputs import writing
 from maskvlm.utils.signals import CAUGHT
 
 COMMANDS = ("fit", "validate", "test")
-AnyCommand = TypeVar("AnyCommand", bound="Command")
+AnyCommand = TypeVar("AnyCommand", bound="LightningCommand")
 
 
-class Command(LightningCLI):
+class LightningCommand(LightningCLI):
     """Parses the arguments, builds model, data and trainer, and runs the subcommand.
 
     Args:
@@ -56,7 +56,7 @@ class Command(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
-            parser_class=Parser,
+            parser_class=CommandParser,
             parser_kwargs={"parser_mode": MODE},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # it would put class paths into checkpoints
@@ -101,7 +101,7 @@ class Command(LightningCLI):
         settings = self.settings
         folder = Path(settings.run)
         check_least(1, patience=settings.get("patience"))
-        check_device(settings.trainer)
+        check_cards(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
         if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
@@ -122,7 +122,7 @@ class Command(LightningCLI):
         if not named:
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
-                claim(folder)
+                claim_folder(folder)
 
     def instantiate_classes(self) -> None:
         """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
@@ -187,7 +187,7 @@ class Command(LightningCLI):
                 warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            finish(Path(self.trainer.default_root_dir), self.trainer.global_step)
+            finish_run(Path(self.trainer.default_root_dir), self.trainer.global_step)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -229,7 +229,7 @@ def best_of(trainer: L.Trainer) -> str | None:
     return keeper.best_model_path if stopped and keeper is not None else None
 
 
-class Parsed(Command):
+class Parsed(LightningCommand):
     """Parses and checks the arguments, and builds nothing."""
 
     def before_instantiate_classes(self) -> None:
@@ -274,7 +274,7 @@ def fill_in(value: Any, run: str) -> Any:
     return value
 
 
-def check_device(trainer: Namespace) -> None:
+def check_cards(trainer: Namespace) -> None:
     """A card that is asked for must be there.
 
     Raises:
@@ -311,7 +311,7 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
     return str(folder / "best.ckpt") if asked == "best" else asked
 
 
-def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] = ()) -> AnyCommand:
+def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] = ()) -> AnyCommand:
     """Run one command.
 
     Args:
@@ -322,17 +322,17 @@ def run(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] 
     Raises:
         UserError: whatever is wrong with the arguments, in one line.
     """
-    prepare(arguments, allowed)
+    check_given(arguments, allowed)
     try:
         with with_model(arguments) as whole:
             return command(whole)
     except Complaint as complaint:  # explained by what the user gave: the checkpoint's file is gone by now
-        raise explain(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
+        raise explain_message(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`fit`, `validate` or `test`; arguments begin with that."""
-    run(Command, arguments, allowed)
+    run_command(LightningCommand, arguments, allowed)
     return 0
 
 

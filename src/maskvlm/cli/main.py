@@ -10,7 +10,7 @@ from pathlib import Path
 
 from maskvlm.cli.commands import COMMANDS, ELSEWHERE, help_of, overview
 from maskvlm.config.compose import find_tasks, home
-from maskvlm.config.given import nearest, places
+from maskvlm.config.given import given_places, nearest
 from maskvlm.config.given import options as settings
 from maskvlm.config.safe_yaml import cut
 from maskvlm.training.failure import EARLIER, failed_first, process_rank, report
@@ -44,7 +44,7 @@ def end_of(argv: list[str] | None) -> int:
                 return 0
             also, arguments = common(command.full(rest))
             name, rest = arguments[0], arguments[1:]
-            places(rest)  # files that are there and are plain YAML
+            given_places(rest)  # files that are there and are plain YAML
             EARLIER[:] = [failed_first(run_folder(arguments))]
             done = COMMANDS[name].run(rest, [*options.allow_import, *also.allow_import])
         elif "." in name and "/" not in name:

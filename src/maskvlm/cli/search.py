@@ -4,20 +4,22 @@ import json
 import os
 from pathlib import Path
 
-from maskvlm.cli.ask import readable
-from maskvlm.cli.embed import embed_data, parser_of, process_of
-from maskvlm.config.arguments import Parser
+from maskvlm.cli.ask import answer_line
+from maskvlm.cli.embed import data_parser, embed_data, process_of
+from maskvlm.config.arguments import OptionParser
 from maskvlm.data.inputs import check_absent
 from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.inference.search import ABOUT, Index, index_folder, search
+from maskvlm.inference.search import ABOUT, SearchIndex, index_folder, search_index
 from maskvlm.inference.vectors import Facts
 from maskvlm.utils.errors import UserError
 
 
 def make(arguments: list[str], allowed: list[str]) -> int:
     """`index`: embed where no vectors are named, and build; arguments as in the shell."""
-    parser = parser_of("index", "checkpoints/index", "an index of a data set's pictures, from vectors or a checkpoint")
+    parser = data_parser(
+        "index", "checkpoints/index", "an index of a data set's pictures, from vectors or a checkpoint"
+    )
     parser.add_argument("--vectors", type=Path, help="a folder that `embed` wrote; without it this embeds first")
     parser.add_argument("--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and recall")
     parser.add_argument("--recall", type=float, default=RECALL, help="share of the 10 nearest to be found")
@@ -40,7 +42,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`; arguments as in the shell."""
-    parser = Parser("maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
+    parser = OptionParser("maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
     parser.add_argument("query", help="a text, or the file of a picture")
     parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
     parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
@@ -52,11 +54,11 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     options = parser.parse_args(arguments)
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
-    index = Index.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
+    index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
-    for place, each in enumerate(search(index, model, options.query, options.k, options.rerank), 1):
+    for place, each in enumerate(search_index(index, model, options.query, options.k, options.rerank), 1):
         told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
         told |= {"picture": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
         whole = {**told, "id": each.id, "captions": each.captions}
-        print(json.dumps(whole, ensure_ascii=False) if options.json else readable(told), flush=True)
+        print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(told), flush=True)
     return 0

@@ -11,9 +11,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from maskvlm.cli.lightning import Parsed, run
-from maskvlm.config.arguments import Parser as Arguments
-from maskvlm.config.parser import MODE, Parser
+from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.config.arguments import OptionParser as Arguments
+from maskvlm.config.parser import MODE, CommandParser
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.preview import contact_sheet
@@ -47,14 +47,14 @@ def preview(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     parser = Arguments("maskvlm preview", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("checkpoints") / "preview.png")
     options, rest = parser.parse_known_args(arguments)
-    pairs = source(run(Parsed, ["fit", *rest], allowed).settings).split("train")
+    pairs = source(run_command(Parsed, ["fit", *rest], allowed).settings).split("train")
     contact_sheet(pairs, options.out)
     return f"{options.out}: {len(pairs)} training pictures, some of them shown with their captions"
 
 
 def source(settings: Namespace) -> Any:
     """The configured data set's reader, without model or trainer."""
-    parser = Parser(parser_mode=MODE)
+    parser = CommandParser(parser_mode=MODE)
     parser.add_subclass_arguments((Source, ExampleSource), "source")
     return parser.instantiate(parser.parse_object({"source": settings.data.init_args.source})).source
 
@@ -65,7 +65,7 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     Raises:
         UserError: sbatch refused it (69).
     """
-    settings = run(Parsed, ["fit", *arguments], allowed).settings
+    settings = run_command(Parsed, ["fit", *arguments], allowed).settings
     path = Path(settings.run) / "job.sh"
     write_text(path, batch_script(settings, arguments, allowed))
     if shutil.which("sbatch") is None:

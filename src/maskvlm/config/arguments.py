@@ -6,7 +6,7 @@ from typing import NoReturn
 from maskvlm.utils.errors import UserError
 
 
-class Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
     """Raises UserError where the original prints its usage and ends the process."""
 
     def error(self, message: str) -> NoReturn:

@@ -41,7 +41,7 @@ def find_tasks() -> None:
         sys.path.insert(0, folder)
 
 
-class Words(NamedTuple):
+class CommandWords(NamedTuple):
     """What stands before the options of a command.
 
     Attributes:
@@ -58,7 +58,7 @@ class Words(NamedTuple):
         return self.given.get(name, default)
 
 
-def read_words(command: str, arguments: Sequence[str], names: Sequence[str], places: int = 0) -> Words:
+def read_words(command: str, arguments: Sequence[str], names: Sequence[str], places: int = 0) -> CommandWords:
     """Take a command's words apart.
 
     Args:
@@ -74,7 +74,7 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
         at = options.index("--from")
         before.append(f"from={options[at + 1]}")
         del options[at : at + 2]
-    words = Words([], {}, options)
+    words = CommandWords([], {}, options)
     for word in before:
         name, equals, value = word.partition("=")
         if not equals and len(words.places) < places:
@@ -157,7 +157,7 @@ def encoder_options(folder: str) -> list[str]:
     return ["--model.backbone.image.weights", str(image[0]), "--model.backbone.text.name", str(text)]
 
 
-def pretraining(words: Words) -> list[str]:
+def pretraining(words: CommandWords) -> list[str]:
     """The stack of pre-training; from a checkpoint the model is the checkpoint's, and `model` names the recipe."""
     model = words.get("model", "tiny")
     data, options = data_files(words.get("data", "scenes"))
@@ -171,7 +171,7 @@ def pretraining(words: Words) -> list[str]:
     return [*stack, *options, *encoder_options(words.get("encoders"))]
 
 
-def downstream(task: str, words: Words) -> list[str]:
+def downstream(task: str, words: CommandWords) -> list[str]:
     """The stack of a task, from a checkpoint; `from=random` is the control: the model with random weights."""
     folder = task_folder(task)
     data, start = words.get("data", "scenes"), words.get("from")
@@ -219,7 +219,7 @@ def task_folder(task: str) -> Path:
 # ---------------------------------------------------------------------- runs
 
 
-def run_options(words: Words, kind: str) -> list[str]:
+def run_options(words: CommandWords, kind: str) -> list[str]:
     """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
     name = words.given.get("run")
     if name is None and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -244,13 +244,13 @@ Composed = list[str]
 """A command that takes files and options, and those."""
 
 
-def pretrain(words: Words) -> Composed:
+def pretrain_command(words: CommandWords) -> Composed:
     """`pretrain model=compact data=flickr8k --model.lr 1e-3`."""
     kind = f"pretrain-{words.get('data', 'scenes')}-{words.get('model', 'tiny')}"
     return ["fit", *run_options(words, kind), *pretraining(words), *words.options]
 
 
-def finetune(words: Words) -> Composed:
+def finetune_command(words: CommandWords) -> Composed:
     """`finetune vqa data=daquar from=checkpoints/RUN/best.ckpt`."""
     if not words.places:
         raise UserError("finetune", "no task is named", f"Give one of {', '.join(tasks())}, such as finetune vqa")
@@ -259,7 +259,7 @@ def finetune(words: Words) -> Composed:
     return ["fit", *run, *downstream(task, words), *words.options]
 
 
-def evaluate(words: Words) -> Composed:
+def evaluate_command(words: CommandWords) -> Composed:
     """`evaluate vqa from=... split=test`; without a task what pre-training is judged by is measured."""
     task, data = "".join(words.places), words.get("data", "scenes")
     command = {"val": "validate", "test": "test"}[split(words)]
@@ -270,32 +270,32 @@ def evaluate(words: Words) -> Composed:
     return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
 
 
-def config(words: Words) -> Composed:
+def config_command(words: CommandWords) -> Composed:
     """`config [TASK] ...`: the composed configuration of `pretrain` or `finetune`."""
     return [*pretrain_or_finetune(words), "--print_config"]
 
 
-def submit(words: Words) -> Composed:
+def submit_command(words: CommandWords) -> Composed:
     """`submit [TASK] ... where=slurm4x8`: the SLURM batch script of the same."""
     return ["submit", *pretrain_or_finetune(words)[1:]]
 
 
-def pretrain_or_finetune(words: Words) -> Composed:
-    return finetune(words) if words.places else pretrain(words)
+def pretrain_or_finetune(words: CommandWords) -> Composed:
+    return finetune_command(words) if words.places else pretrain_command(words)
 
 
-def preview(words: Words) -> Composed:
+def preview_command(words: CommandWords) -> Composed:
     """`preview data=coco`: a contact sheet."""
     out = f"checkpoints/preview-{words.get('data', 'scenes')}.png"
     return ["preview", "--out", out, *pretraining(words), *words.options]
 
 
-def bench(words: Words) -> Composed:
+def bench_command(words: CommandWords) -> Composed:
     """`bench model=base where=gpu1`."""
     return ["bench", *pretraining(words), *words.options]
 
 
-def index(words: Words) -> Composed:
+def index_command(words: CommandWords) -> Composed:
     """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
     if not words.get("from"):
         raise no_start()
@@ -305,7 +305,7 @@ def index(words: Words) -> Composed:
     return ["index", "--from", words.get("from"), "--split", part, "--out", out, *stack, *words.options]
 
 
-def prepare(words: Words) -> Composed:
+def data_command(words: CommandWords) -> Composed:
     """`data flickr8k raw=/where/it/was/downloaded name=mine`."""
     found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
     if len(found) != 2:
@@ -319,14 +319,14 @@ def prepare(words: Words) -> Composed:
     return ["data", *found, *out, *words.options]
 
 
-def check_prepared(words: Words) -> Composed:
+def data_check_command(words: CommandWords) -> Composed:
     """`data-check flickr8k`: a set in DATA_ROOT by its name, or a folder."""
     named = words.get("name") or "".join(words.places)
     folder = Path(named) if "/" in named else data_root() / set_name(words, named)
     return ["data-check", str(folder), *words.options]
 
 
-def set_name(words: Words, otherwise: str) -> str:
+def set_name(words: CommandWords, otherwise: str) -> str:
     """The name of a prepared set, which is one word: a folder of DATA_ROOT."""
     name = words.get("name", otherwise)
     if not name or "/" in name or name in (".", "..") or len(name.split()) != 1:
@@ -336,7 +336,7 @@ def set_name(words: Words, otherwise: str) -> str:
     return name
 
 
-def split(words: Words) -> str:
+def split(words: CommandWords) -> str:
     """The split that a command measures."""
     found = words.get("split", "val")
     if found not in SPLITS:

@@ -25,7 +25,7 @@ OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run")
 OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
 
 
-class Place(NamedTuple):
+class KeyPlace(NamedTuple):
     """Where a key was given (`file:line` or option), the dotted key without init_args, the value's text."""
 
     where: str
@@ -33,13 +33,13 @@ class Place(NamedTuple):
     value: str
 
 
-def read_config(name: str) -> yaml.MappingNode | None:
+def read_config_file(name: str) -> yaml.MappingNode | None:
     """The checked tree of one `-c` file; None for an empty one.
 
     Raises:
         UserError: with file and line, whatever is wrong with the file or its YAML; a key such as `__path__` (77).
     """
-    root = check_yaml(text_of(name), name)
+    root = check_yaml(config_text(name), name)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")
     if root is not None:
@@ -47,7 +47,7 @@ def read_config(name: str) -> yaml.MappingNode | None:
     return root
 
 
-def text_of(name: str) -> str:
+def config_text(name: str) -> str:
     """The text of a configuration file.
 
     Raises:
@@ -64,7 +64,7 @@ def text_of(name: str) -> str:
         raise UserError(
             name if len(name) < 4096 else cut(name), what, "Check the path", ExitCode.MISSING_INPUT
         ) from None
-    check_kind(name, kind)
+    check_plain_file(name, kind)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)  # its size may be more by now
@@ -79,7 +79,7 @@ def text_of(name: str) -> str:
         raise UserError(name, f"not UTF-8 text (byte {error.start})", "Save it as UTF-8") from None
 
 
-def check_kind(name: str, kind: os.stat_result) -> None:
+def check_plain_file(name: str, kind: os.stat_result) -> None:
     """A pipe blocks whoever opens it, a device may never end."""
     if not stat.S_ISREG(kind.st_mode):
         raise UserError(name or "-c", "is no file but a folder, pipe or device", "Give a file", ExitCode.MISSING_INPUT)
@@ -132,11 +132,11 @@ def config_files(arguments: list[str]) -> list[str]:
     return files
 
 
-def places(arguments: list[str]) -> list[Place]:
+def given_places(arguments: list[str]) -> list[KeyPlace]:
     """Every key that files and options give, the one that wins last."""
-    found: list[Place] = []
+    found: list[KeyPlace] = []
     for name in config_files(arguments):
-        root = read_config(name)
+        root = read_config_file(name)
         if root is not None:
             found += _keys(root, name, "")
     for place in found:
@@ -146,7 +146,7 @@ def places(arguments: list[str]) -> list[Place]:
     return found + options(arguments)
 
 
-def options(arguments: list[str]) -> list[Place]:
+def options(arguments: list[str]) -> list[KeyPlace]:
     """Every `--key value` and `--key=value` of the command line."""
     found = []
     for index, word in enumerate(arguments):
@@ -154,16 +154,16 @@ def options(arguments: list[str]) -> list[Place]:
             option, equals, value = word.partition("=")
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
             key = _flat(option[2:].rstrip("+"))
-            found.append(Place(option, OTHER_NAMES.get(key, key), value if equals else following))
+            found.append(KeyPlace(option, OTHER_NAMES.get(key, key), value if equals else following))
     return found
 
 
-def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[Place]:
+def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[KeyPlace]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = _flat(f"{parent}.{key.value}".strip(".").rstrip("+"))
             text = value.value if isinstance(value, yaml.ScalarNode) else ""
-            yield Place(f"{name}:{key.start_mark.line + 1}", dotted, text)
+            yield KeyPlace(f"{name}:{key.start_mark.line + 1}", dotted, text)
             yield from _keys(value, name, dotted)
     elif isinstance(node, yaml.SequenceNode):
         for part in node.value:
@@ -174,7 +174,7 @@ def _flat(key: str) -> str:
     return ".".join(part for part in key.split(".") if part != "init_args")
 
 
-def find_place(key: str, found: list[Place], value: str | None = None) -> Place | None:
+def find_place(key: str, found: list[KeyPlace], value: str | None = None) -> KeyPlace | None:
     """The last place that gives `key` (or a longer key that ends with it), preferably with that value."""
     key = _flat(key)
     fits = [place for place in found if place.key == key or place.key.endswith("." + key)]
@@ -189,7 +189,7 @@ def nearest(word: str, names: Iterable[str], least: float) -> str | None:
     return near[0] if near else None
 
 
-def fill(value: Any, where: str, nested: int = 0) -> Any:
+def fill_environment(value: Any, where: str, nested: int = 0) -> Any:
     """`value` with every `${oc.env:NAME}` and `${oc.env:NAME,default}` in its texts replaced by that variable.
 
     What a variable holds is a text: nothing in it is replaced again. A default may itself hold such a reference.
@@ -198,9 +198,9 @@ def fill(value: Any, where: str, nested: int = 0) -> Any:
         UserError: a variable that is not set, or holds control characters (2); another kind of `${...}` (77).
     """
     if isinstance(value, dict):
-        return {key: fill(part, where) for key, part in value.items()}
+        return {key: fill_environment(part, where) for key, part in value.items()}
     if isinstance(value, list):
-        return [fill(part, where) for part in value]
+        return [fill_environment(part, where) for part in value]
     if not isinstance(value, str) or "${" not in value:
         return value
     done, start = "", value.find("${")
@@ -212,7 +212,7 @@ def fill(value: Any, where: str, nested: int = 0) -> Any:
             raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
         found = os.environ.get(name[1])
         if found is None and value[start + name.end() - 1] == ",":
-            found = fill(value[start + name.end() : end], where, nested + 1)
+            found = fill_environment(value[start + name.end() : end], where, nested + 1)
         if found is None:
             todo = "Set it, or give a default: ${oc.env:NAME,default}"
             raise UserError(where, f"Environment variable '{cut(name[1])}' not found", todo)

@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from maskvlm.config.given import Place, find_place, nearest, places
+from maskvlm.config.given import KeyPlace, find_place, given_places, nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_LINES, MOST_WIDE = 200, 400  # of the parser's message: what is longer is a value that it repeats
 
 
-def explain(message: str, known: Iterable[str], siblings: Iterable[str], arguments: list[str]) -> UserError:
+def explain_message(message: str, known: Iterable[str], siblings: Iterable[str], arguments: list[str]) -> UserError:
     """One line for a message of the argument parser.
 
     Args:
@@ -20,9 +20,9 @@ def explain(message: str, known: Iterable[str], siblings: Iterable[str], argumen
         siblings: where the complaint is about a class's argument, the names of those it has.
         arguments: the command line, without the subcommand.
     """
-    found = places(arguments)
-    context = Context(set(known), set(siblings), found)
-    message = bounded(message)
+    found = given_places(arguments)
+    context = MessageContext(set(known), set(siblings), found)
+    message = short_message(message)
     for pattern, answer in _ANSWERS:
         match = re.search(pattern, message, re.DOTALL)
         if match:
@@ -30,7 +30,7 @@ def explain(message: str, known: Iterable[str], siblings: Iterable[str], argumen
     return UserError("configuration", cut(message, 300).rstrip("."), "See --help")
 
 
-def bounded(message: str) -> str:
+def short_message(message: str) -> str:
     """The message without the middle of long lines, and of many: a value of a megabyte stands in it several times."""
     lines = message.splitlines()
     if len(lines) > MOST_LINES:
@@ -42,15 +42,15 @@ def bounded(message: str) -> str:
     return "\n".join(line if len(line) <= MOST_WIDE else line[:MOST_WIDE] + "..." for line in lines)
 
 
-class Context(NamedTuple):
+class MessageContext(NamedTuple):
     """What is known when a message is explained."""
 
     known: set[str]
     siblings: set[str]
-    found: list[Place]
+    found: list[KeyPlace]
 
 
-def _stray(match: re.Match[str], _: Context) -> UserError:
+def _stray(match: re.Match[str], _: MessageContext) -> UserError:
     return UserError(cut(match["word"]), "neither an option nor its value", "Options start with --, files with -c")
 
 
@@ -62,9 +62,9 @@ ELSEWHERE = {
 that goes on must find the schedule that it began with."""
 
 
-def _unknown(match: re.Match[str], context: Context) -> UserError:
+def _unknown(match: re.Match[str], context: MessageContext) -> UserError:
     key = match["key"].lstrip("-").partition("=")[0]
-    place = find_place(key, context.found) or Place("configuration", key, "")
+    place = find_place(key, context.found) or KeyPlace("configuration", key, "")
     if todo := ELSEWHERE.get(key.partition(".")[0]):
         return UserError(_where(place), "no key of this command", todo)
     parent = place.key.rpartition(".")[0]
@@ -93,7 +93,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more (make config)" if len(shown) > 12 else "")
 
 
-def _denied(match: re.Match[str], context: Context) -> UserError:
+def _denied(match: re.Match[str], context: MessageContext) -> UserError:
     path = match["path"]
     place = next((place for place in reversed(context.found) if place.value == path), None)
     what = f"class {cut(path)} is none that a file may name"
@@ -101,17 +101,17 @@ def _denied(match: re.Match[str], context: Context) -> UserError:
     return UserError(_where(place) if place else "configuration", what, todo, ExitCode.REFUSED)
 
 
-def _no_class(match: re.Match[str], context: Context) -> UserError:
+def _no_class(match: re.Match[str], context: MessageContext) -> UserError:
     place = next((place for place in reversed(context.found) if place.value == match["path"]), None)
     what = f"class {cut(match['path'])} cannot be used ({cut(match['why'], 200)})"
     return UserError(_where(place) if place else "configuration", what, "Check the spelling")
 
 
-def _wrong_value(match: re.Match[str], context: Context) -> UserError:
+def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
     text = match["text"]
     given = re.search(r"(?:Got value|Given value): (.*)", text)
     value = given[1].strip() if given else None
-    place = find_place(match["key"], context.found, value) or Place("configuration", match["key"], value or "")
+    place = find_place(match["key"], context.found, value) or KeyPlace("configuration", match["key"], value or "")
     if value and len(value) > MOST_WIDE // 2:
         value = place.value or value  # the whole of it
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
@@ -132,21 +132,21 @@ def _plain_type(text: str) -> str:
     return re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.(\w+)", r"\1", text)
 
 
-def _missing(match: re.Match[str], _: Context) -> UserError:
+def _missing(match: re.Match[str], _: MessageContext) -> UserError:
     keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match["keys"])
     return UserError("configuration", f"nothing sets {keys}", "Give the files with -c, or use the Makefile")
 
 
-def _no_argument(match: re.Match[str], _: Context) -> UserError:
+def _no_argument(match: re.Match[str], _: MessageContext) -> UserError:
     return UserError(match["key"], match["why"], "Write the option and then its value")
 
 
-def _where(place: Place) -> str:
+def _where(place: KeyPlace) -> str:
     return cut(place.where) if place.where.startswith("--") else f"{place.where}: {cut(place.key)}"
 
 
 # The innermost complaint tells most, so what wraps others comes last.
-_ANSWERS: list[tuple[str, Callable[[re.Match[str], Context], UserError]]] = [
+_ANSWERS: list[tuple[str, Callable[[re.Match[str], MessageContext], UserError]]] = [
     (r"Importing '(?P<path>[\w.]+)' is not allowed", _denied),
     (r"unrecognized arguments: (?P<key>--\S+)", _unknown),
     (r"unrecognized arguments: (?P<word>\S+)", _stray),

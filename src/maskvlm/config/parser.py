@@ -10,7 +10,7 @@ from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from maskvlm.config.allowed import Verdicts
-from maskvlm.config.given import Place, check_words, config_files, fill, places
+from maskvlm.config.given import KeyPlace, check_words, config_files, fill_environment, given_places
 from maskvlm.config.old_names import current
 from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
@@ -39,7 +39,7 @@ class Complaint(Exception):
         super().__init__(message)
 
 
-class Parser(LightningArgumentParser):
+class CommandParser(LightningArgumentParser):
     """Raises Complaint where the original prints fifty lines of usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +95,7 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"sub_configs": False}
 
 
-def forget_files(parser: Parser) -> None:
+def forget_files(parser: CommandParser) -> None:
     """The same for arguments that are there already; those of a class have no setting for it."""
     for action in parser._actions:
         if hasattr(action, "_enable_path"):
@@ -123,7 +123,7 @@ def load_text(text: str, path: str | None = None) -> Any:
         path: the file's name. Environment variables are filled in there.
     """
     if path is not None:
-        return fill(read_yaml(text, path), path)
+        return fill_environment(read_yaml(text, path), path)
     value = read_yaml(text, "configuration")
     if isinstance(value, dict) and value and all(part is None for part in value.values()):
         words = set(text.strip(" {}").replace(" ", "").split(","))
@@ -132,7 +132,7 @@ def load_text(text: str, path: str | None = None) -> Any:
     return value
 
 
-def prepare(arguments: list[str], allowed: Iterable[str] = ()) -> None:
+def check_given(arguments: list[str], allowed: Iterable[str] = ()) -> None:
     """What holds for every command: which classes may be named, and a calm console."""
     set_loader("maskvlm", load_text, (NotPlain,))
     set_parsing_settings(import_path_denylist=["*"])
@@ -161,14 +161,15 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         UserError: files that are not there or no plain YAML, texts where keys belong, numbers out of range.
     """
     check_words(arguments)
-    for place in places(arguments[1:]):
+    for place in given_places(arguments[1:]):
         check_group(place)
     words = [
-        word if word in config_files(arguments) else _current_value(fill(word, "command line")) for word in arguments
+        word if word in config_files(arguments) else _current_value(fill_environment(word, "command line"))
+        for word in arguments
     ]
     try:
         found = parser.parse_args(words)
-        check_numbers(found[found.subcommand])
+        check_written_numbers(found[found.subcommand])
         check_seed(found[found.subcommand].seed_everything)
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
@@ -181,7 +182,7 @@ def _current_value(word: str) -> str:
     return f"{option}={current(value)}" if equals and option.startswith("--") else current(word)
 
 
-def check_group(place: Place) -> None:
+def check_group(place: KeyPlace) -> None:
     """No text where keys belong, and no file that names another: the parser would read either."""
     if place.key == "config" and not place.where.startswith("-"):
         raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
@@ -203,13 +204,13 @@ def check_seed(seed: bool | int) -> None:
         raise UserError("seed_everything", f"{seed} is out of range", "Give 0 to 4294967295")
 
 
-def check_numbers(value: Any, key: str = "") -> None:
+def check_written_numbers(value: Any, key: str = "") -> None:
     """Texts are read as numbers where one is wanted, of any length."""
     if isinstance(value, Namespace | dict):
         for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
-            check_numbers(part, f"{key}.{name}".lstrip("."))
+            check_written_numbers(part, f"{key}.{name}".lstrip("."))
     elif isinstance(value, list | tuple):
         for part in value:
-            check_numbers(part, key)
+            check_written_numbers(part, key)
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(key.replace("init_args.", ""), "a number is out of range", "Give one that fits 64 bits")

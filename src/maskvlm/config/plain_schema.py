@@ -127,7 +127,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Table:
+class Entries:
     """A mapping of texts to values of one kind."""
 
     kind: Kind

@@ -30,7 +30,7 @@ class ExampleSample(TypedDict):
     problem: tuple[str, str] | None
 
 
-def opened(example: Example) -> Iterator[Image.Image]:
+def opened_images(example: Example) -> Iterator[Image.Image]:
     """The example's pictures, decoded. Raises BadImage, which names the file (or, where it is none, the picture's id)
     besides the row: a row of several pictures tells neither which of them it is nor in which folder."""
     for image, id in zip(example["images"], example["image_ids"], strict=True):
@@ -62,7 +62,7 @@ class TrainExamples(Dataset[ExampleSample]):
             try:
                 if not text:
                     raise BadImage(example["origin"], "empty text", "there is no word in it")
-                images = [self.transform(picture, text) for picture in opened(example)]
+                images = [self.transform(picture, text) for picture in opened_images(example)]
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size)
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
@@ -84,7 +84,7 @@ class EvalExamples(Dataset[ExampleSample]):
         at(example["origin"])
         if not clean_caption(example["text"])[0]:
             raise UserError(example["origin"], "no words in its text", "Mend or remove the row", ExitCode.BAD_DATA)
-        images = [self.transform(picture) for picture in opened(example)]
+        images = [self.transform(picture) for picture in opened_images(example)]
         return ExampleSample(image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maskvlm.data.opening import TODO, Walk, byte_lines, check_inside, opened
-from maskvlm.data.strict_json import BadJson, kind_of, parse
+from maskvlm.data.opening import TODO, Walk, byte_lines, check_below, opened
+from maskvlm.data.strict_json import BadJson, json_kind, parse_json
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import Absent, ExitCode, UserError
 
@@ -25,7 +25,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 T = TypeVar("T")
 
 
-class Line(NamedTuple):
+class JsonLine(NamedTuple):
     """A json object of a file of lines. `where` is file:line."""
 
     where: str
@@ -54,7 +54,7 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
     """The document in `content`, or in the file's line of that number; errors name file and line."""
     todo, place = "Fetch it again", file if line is None else f"{file}:{line}"
     try:
-        return parse(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         if line is None and not error.doc.strip():
             raise UserError(file, "empty file", todo, ExitCode.BAD_DATA) from error
@@ -68,7 +68,7 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
         raise UserError(place, "not JSON (a number is too long)", todo, ExitCode.BAD_DATA) from error
 
 
-def json_lines(file: Path, todo: str = TODO) -> Iterator[Line]:
+def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
     """One object a line, read as they come; blank lines are passed over."""
     with opened(file, todo) as stream:
         for number, content, problem in byte_lines(stream):
@@ -80,12 +80,12 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[Line]:
                 if not isinstance(record, dict):
                     what = not_an_object(record)
                     raise UserError(where, what, "One object a line is needed", ExitCode.BAD_DATA)
-                yield Line(where, number, record)
+                yield JsonLine(where, number, record)
 
 
 def not_an_object(record: Any) -> str:
     """What is wrong with it, for messages."""
-    return f"{kind_of(record)} where a JSON object belongs"
+    return f"{json_kind(record)} where a JSON object belongs"
 
 
 def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
@@ -95,7 +95,7 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
         layout: whose files look as they should, for the message ("Karpathy", "VQA v2").
     """
     if not isinstance(record, dict):
-        what = f"{kind_of(record)} where an object with '{key}' belongs"
+        what = f"{json_kind(record)} where an object with '{key}' belongs"
     elif isinstance(record.get(key), BadJson):
         what = f"'{key}': {record[key]}"
     elif key not in record:
@@ -148,7 +148,7 @@ def check_name(name: str, where: str) -> None:
 # ------------------------------------------------------------------ pictures
 
 
-class Pictures:
+class ImagesByKey:
     """Files of a folder by a key; kept as Arrow, which costs data workers no copy.
 
     Args:
@@ -183,7 +183,7 @@ def picture_folder(images: str | Path | None, root: Path, key: str = "data.sourc
     beside = root / "images"
     folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
     if folder is beside:
-        check_inside(folder, root)
+        check_below(folder, root)
     if not folder.is_dir():
         what = "there is no such folder of pictures"
         raise UserError(folder, what, f"Correct {key}", ExitCode.MISSING_INPUT)

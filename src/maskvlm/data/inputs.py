@@ -107,7 +107,7 @@ def check_text(given: object) -> str:
     return text
 
 
-class Words:
+class MarkedTexts:
     """Texts to tokens, with hidden words where somebody wrote [MASK].
 
     Args:

@@ -37,7 +37,7 @@ def split_name(place: str) -> str:
     return "/".join(place.rstrip("/").split("/")[-2:])
 
 
-def left_out(pairs: Any, places: list[str]) -> dict[str, int]:
+def leaks_left_out(pairs: Any, places: list[str]) -> dict[str, int]:
     """Rows that `without_leaks` left out, of each held-out split."""
     counts = {way: len(rows) for way, rows in getattr(pairs, "skipped", {}).items()}
     names = map(split_name, places)
@@ -65,7 +65,7 @@ def held_out(place: str) -> HeldOut:
     return HeldOut(split_name(place), np.unique(id_NP), np.unique(hash_N))
 
 
-def find(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str, NDArray[np.int64]]:
+def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str, NDArray[np.int64]]:
     """Rows that show a held-out picture, by split and way ("coco/test, same id"); each row once, ids before looks.
 
     Args:
@@ -104,7 +104,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     if id_NP is None:
         what = "this data set does not tell its pictures' ids without opening them"
         raise UserError("data.held_out", what, "Prepare the data (make data), or leave data.held_out empty")
-    found = find(id_NP, hash_N, [held_out(place) for place in places])
+    found = find_leaks(id_NP, hash_N, [held_out(place) for place in places])
     count, names = sum(map(len, found.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
     if not found:

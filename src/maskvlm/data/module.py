@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from maskvlm.data.batch import InputSpec, Source
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.leaks import left_out, without_leaks
-from maskvlm.data.pairs import Collate, EvalPairs, Part, TrainPairs
+from maskvlm.data.leaks import leaks_left_out, without_leaks
+from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, picture_ids
 from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_tokenizer
@@ -162,7 +162,7 @@ class PairData(L.LightningDataModule):
 
     def left_out(self) -> dict[str, int] | None:
         """Held-out split -> training rows left out as they show its pictures; None where none is held out."""
-        return left_out(self.splits["train"], self.held_out) if self.held_out else None
+        return leaks_left_out(self.splits["train"], self.held_out) if self.held_out else None
 
     @property
     def total_steps(self) -> int:
@@ -215,7 +215,7 @@ class PairData(L.LightningDataModule):
         transform = train_transform(self.spec, *self.augment)
         if hasattr(pairs, "stream"):
             reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
-            part = Part(rank(), world_size(), share // world_size())
+            part = ProcessShare(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
             waits = {} if not self.start else {"timeout": 0}  # reading over what was consumed takes its time
             return self._loader(samples, part.size, samples.loader, batch_size=part.size, **waits)

@@ -188,7 +188,7 @@ def _cannot_list(error: OSError) -> None:
     raise UserError(error.filename, what, todo, ExitCode.IO_ERROR) from error
 
 
-def check_inside(file: Path, root: Path) -> None:
+def check_below(file: Path, root: Path) -> None:
     """Refuse a file of a folder that is a link to somewhere else; one that was named with another folder passes.
 
     Raises:

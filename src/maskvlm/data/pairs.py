@@ -22,7 +22,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 Transform = Callable[..., Tensor]
 
 
-class Part(NamedTuple):
+class ProcessShare(NamedTuple):
     """A process's part of every batch. size: its pairs in one."""
 
     rank: int

@@ -72,7 +72,7 @@ def draw_sheet(rows: list[Row | UserError]) -> Figure:
     """The sheet, as high as its longest captions need."""
     layout = lay_out(rows)
     figure = Figure(figsize=layout.inches, layout="constrained")
-    fill(figure, rows, layout)
+    fill_sheet(figure, rows, layout)
     return figure
 
 
@@ -94,7 +94,7 @@ def lay_out(rows: list[Row | UserError]) -> Layout:
     return Layout(columns, heights, (columns * CAPTION_INCHES, sum(heights)))
 
 
-def fill(figure: FigureBase, rows: list[Row | UserError], layout: Layout) -> None:
+def fill_sheet(figure: FigureBase, rows: list[Row | UserError], layout: Layout) -> None:
     """Draw the sheet on a figure, or on a part of one."""
     grid = figure.subplots(len(layout.heights), layout.columns, squeeze=False, height_ratios=layout.heights)
     for axes in grid.flat:
@@ -103,13 +103,13 @@ def fill(figure: FigureBase, rows: list[Row | UserError], layout: Layout) -> Non
         line, column = divmod(number, layout.columns)
         draw_picture(grid[2 * line, column], row)
         text = [] if isinstance(row, UserError) else wrapped(row["captions"])
-        write(grid[2 * line + 1, column], "\n".join(text))
+        print_text(grid[2 * line + 1, column], "\n".join(text))
 
 
 def draw_picture(axes: Axes, row: Row | UserError) -> None:
     """The picture under its id, or the reason why there is none."""
     if isinstance(row, UserError):
-        write(axes, textwrap.fill(f"not readable: {row}", WRAP))
+        print_text(axes, textwrap.fill(f"not readable: {row}", WRAP))
         return
     picture = row["image"]
     assert not isinstance(picture, bytes | str)
@@ -117,6 +117,6 @@ def draw_picture(axes: Axes, row: Row | UserError) -> None:
     axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
 
 
-def write(axes: Axes, text: str, size: float = 7.5) -> None:
+def print_text(axes: Axes, text: str, size: float = 7.5) -> None:
     """Print in points of that size from the top left corner, as it is: a dollar sign starts no formula."""
     axes.text(0, 1, text, va="top", fontsize=size, family="monospace", parse_math=False, transform=axes.transAxes)

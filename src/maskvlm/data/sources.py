@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from maskvlm.data.batch import Row, Source
 from maskvlm.data.files import check_missing, check_name, get, load_json, opened, picture_folder
 from maskvlm.data.opening import Inside
-from maskvlm.data.table import Columns, Made, cached_table
+from maskvlm.data.table import Columns, ParsedColumns, cached_table
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -165,8 +165,8 @@ def _names(folder: Path, inside: Inside) -> set[str]:
 # ------------------------------------------------------------------ the json
 
 
-def _columns(rows: list[dict[str, Any]], skipped: dict[str, Skipped]) -> Made:
-    return Made({name: [row[name] for row in rows] for name in COLUMNS}, skipped)
+def _columns(rows: list[dict[str, Any]], skipped: dict[str, Skipped]) -> ParsedColumns:
+    return ParsedColumns({name: [row[name] for row in rows] for name in COLUMNS}, skipped)
 
 
 def _parse(content: bytes, file: Path) -> tuple[list[dict[str, Any]], dict[str, Skipped]]:

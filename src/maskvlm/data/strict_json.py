@@ -16,7 +16,7 @@ class BadJson(ValueError):
     """What stands where an object has a key twice, or a number is NaN or infinite; its text says so."""
 
 
-def parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The document in a text.
 
     Raises:
@@ -54,7 +54,7 @@ def flaw(record: Any) -> str | None:
     return next((str(value) for value in values if isinstance(value, BadJson)), None)
 
 
-def kind_of(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """What a value is, for messages about another that belongs there."""
     return str(value) if isinstance(value, BadJson) else type(value).__name__
 

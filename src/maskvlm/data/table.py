@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maskvlm.data.examples import Example
-from maskvlm.data.files import Pictures, check_missing
+from maskvlm.data.files import ImagesByKey, check_missing
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -30,10 +30,10 @@ Columns = dict[str, str | list[str]]
 """Name -> Arrow type ("string", "int64"), in a list where each row has a list of them."""
 
 EXAMPLE_VERSION = 1
-"""Raise it when `Rows` makes another table of the same file; it is part of the tables' names."""
+"""Raise it when `TableRows` makes another table of the same file; it is part of the tables' names."""
 
 
-class Made(NamedTuple):
+class ParsedColumns(NamedTuple):
     """What a parser hands over. columns: name -> values, N each; notes: anything that json can hold."""
 
     columns: dict[str, list[Any]]
@@ -51,7 +51,7 @@ class Table(NamedTuple):
 # ------------------------------------------------------------------ the cache
 
 
-def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[[], Made]) -> Table:
+def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[[], ParsedColumns]) -> Table:
     """The table of that name, from the cache or made now.
 
     Args:
@@ -82,7 +82,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
         raise UserError(folder, what, "Delete this folder; it is made again", ExitCode.IO_ERROR) from error
 
 
-def _write(made: Made, columns: Columns, folder: Path) -> None:
+def _write(made: ParsedColumns, columns: Columns, folder: Path) -> None:
     """Complete or not at all: other processes may read or write the same table at this moment."""
     import datasets
 
@@ -119,7 +119,7 @@ def _no_bars() -> Iterator[None]:
 # ------------------------------------------------------------------ examples, going in
 
 
-class Origin(NamedTuple):
+class RowOrigin(NamedTuple):
     """How a row is named: `pattern` says where in the file row number `place` stands ("{file}:{place}")."""
 
     file: Path
@@ -145,7 +145,7 @@ EXAMPLE_COLUMNS: Columns = {
 }
 
 
-class Rows:
+class TableRows:
     """The columns of an examples table while a file is read.
 
     Args:
@@ -154,7 +154,7 @@ class Rows:
         more: string columns besides EXAMPLE_COLUMNS.
     """
 
-    def __init__(self, origin: Origin, id_key: str, *more: str) -> None:
+    def __init__(self, origin: RowOrigin, id_key: str, *more: str) -> None:
         self.origin, self.id_key = origin, id_key
         self.values: dict[str, list[Any]] = {name: [] for name in (*EXAMPLE_COLUMNS, *more)}
         self.notes: dict[str, list[int]] = {}
@@ -189,11 +189,11 @@ class Rows:
         """Count a row that was left out or mended."""
         self.notes.setdefault(reason, []).append(place)
 
-    def made(self) -> Made:
+    def made(self) -> ParsedColumns:
         """The finished table. Raises UserError where no row was added."""
         if not self.values["id"]:
             raise UserError(self.origin.file, "no example in this file", "Take the complete file", ExitCode.BAD_DATA)
-        return Made(self.values, self.notes)
+        return ParsedColumns(self.values, self.notes)
 
 
 # ------------------------------------------------------------------ examples, coming out
@@ -209,7 +209,7 @@ class TableExamples:
     """
 
     def __init__(
-        self, table: Table, row_N: np.ndarray, number_NP: np.ndarray, pictures: Pictures, origin: Origin
+        self, table: Table, row_N: np.ndarray, number_NP: np.ndarray, pictures: ImagesByKey, origin: RowOrigin
     ) -> None:
         self.row_N, self.skipped = row_N, dict[str, list[str]]()
         self._rows, self._number_NP, self._pictures, self._origin = table.rows, number_NP, pictures, origin
@@ -242,11 +242,11 @@ class TableExamples:
         return self._rows.data.column(name).take(self.row_N)
 
 
-def choose(
+def choose_rows(
     table: Table,
-    origin: Origin,
+    origin: RowOrigin,
     split: str,
-    pictures: Pictures,
+    pictures: ImagesByKey,
     max_missing: float,
     drop: dict[str, np.ndarray] | None = None,
     if_dropped: str | None = "Take the complete file",

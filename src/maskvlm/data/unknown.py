@@ -53,7 +53,7 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, [found["text"]] if "text" in found else list(found["captions"])
 
 
-def shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, int]]:
+def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, int]]:
     """Source -> the share of its words of which the tokenizer does not know a part, 0 to 1, and how many were looked
     at; words beyond the text's length are not."""
     words: Counter[str] = Counter()
@@ -76,7 +76,7 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
     Raises:
         UserError: a source has more.
     """
-    found = shares(split, captioner)
+    found = unknown_shares(split, captioner)
     if rank() == 0 and found:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, (share, _) in found.items())
         print(f"unknown words in the training texts: {told}", flush=True)

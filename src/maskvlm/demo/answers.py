@@ -22,7 +22,7 @@ LENGTHS = (5, 8, 12)
 _WORD = re.compile(rf"{re.escape(MASK)}|[\w'’-]+")
 
 
-class Words(NamedTuple):
+class SplitText(NamedTuple):
     """A text taken apart: its words, and where each stands."""
 
     text: str
@@ -30,9 +30,9 @@ class Words(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def taken_apart(text: str) -> Words:
+def taken_apart(text: str) -> SplitText:
     found = list(_WORD.finditer(text))
-    return Words(text, [each.group() for each in found], [each.span() for each in found])
+    return SplitText(text, [each.group() for each in found], [each.span() for each in found])
 
 
 def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:

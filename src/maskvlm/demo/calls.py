@@ -53,7 +53,7 @@ class File(Closed):
     is_stream: Literal[False] = False
 
 
-class Place(Closed):
+class Click(Closed):
     """Where somebody clicked: a point of a picture, or a tab."""
 
     index: Count | Annotated[list[Pixel], Field(min_length=2, max_length=2)]
@@ -66,7 +66,7 @@ class Call(Closed):
     fn_index: Count
     session_hash: Session
     data: Annotated[list[Any], Field(max_length=50)]
-    event_data: Place | None = None
+    event_data: Click | None = None
     trigger_id: Count | None = None
 
 
@@ -120,7 +120,7 @@ class Calls:
         given = check_shape(adapter, given)
         if not isinstance(given, File):
             return given
-        check_file(given, self.folder, host)
+        check_upload(given, self.folder, host)
         return {"path": given.path, "meta": {"_type": "gradio.FileData"}}
 
 
@@ -140,7 +140,7 @@ def check_shape(adapter: TypeAdapter[Any], given: Any) -> Any:
         raise (not_ours() if adapter is PICTURE else no_question()) from None
 
 
-def check_file(given: File, folder: Path, host: str) -> None:
+def check_upload(given: File, folder: Path, host: str) -> None:
     """Raises Refused: a path or an address of something else than a picture of this page."""
     address = given.url is None or is_address_of(given.url, given.path, host)
     if not address or not is_of_page(given.path, folder):

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 from starlette.requests import ClientDisconnect
 
 from maskvlm.demo.calls import FILE, Calls, is_of_page
-from maskvlm.demo.origin import PASSED, Head, check_host, check_kind, check_origin, head_of
+from maskvlm.demo.origin import PASSED, Head, check_host, check_media_type, check_origin, head_of
 from maskvlm.demo.refusal import App, Message, Receive, Refused, Scope, Send
 from maskvlm.demo.shelf import Shelf
 
@@ -81,19 +81,19 @@ class Guard:
         head = head_of(scope)
         check_host(head, self.served)
         check_origin(scope, head)
-        check_path(scope, self.calls)
+        check_url(scope, self.calls)
         stated = head.get(b"content-length", b"0")
         if not stated.isdigit():
             raise Refused(400, "The header content-length is wrong.")
-        check_size(int(stated), most_of(scope))
-        check_kind(scope, head, POST.get(scope["path"], ""))
+        check_head_size(int(stated), most_of(scope))
+        check_media_type(scope, head, POST.get(scope["path"], ""))
         return head
 
     async def answer(self, scope: Scope, head: Head, receive: Receive, send: Send) -> None:
         """Uploads are taken here; for the rest Gradio is asked, with the headers that it needs."""
         path = scope["path"]
         if scope["method"] == "POST":
-            receive = bounded(receive, most_of(scope))
+            receive = counted_body(receive, most_of(scope))
         if path == UPLOAD:
             kept = await self.shelf.put(scope, receive)
             return await reply(send, 200, b"application/json", json.dumps([kept]).encode())
@@ -102,7 +102,7 @@ class Guard:
         if path == JOIN:
             await self.shelf.check_room()  # for the pictures of the answer
             body = self.calls.understood(await whole(receive), head[b"host"].decode("latin-1"))
-            head, receive = head | {b"content-length": str(len(body)).encode()}, given(body, receive)
+            head, receive = head | {b"content-length": str(len(body)).encode()}, replayed(body, receive)
         passed = [(name, value) for name, value in head.items() if name in PASSED]
         staying = path.startswith(STAYING)
         check_open(self.open + staying)
@@ -113,7 +113,7 @@ class Guard:
             self.open -= staying
 
 
-def check_path(scope: Scope, calls: Calls) -> None:
+def check_url(scope: Scope, calls: Calls) -> None:
     """Raises Refused: nothing that the page needs, or asked with more than it needs."""
     path, method = scope["path"], scope["method"]
     if method == "POST":
@@ -141,7 +141,7 @@ def most_of(scope: Scope) -> int:
     return MAX_UPLOAD if scope["path"] == UPLOAD else MAX_BODY
 
 
-def check_size(size: int, most: int) -> None:
+def check_head_size(size: int, most: int) -> None:
     """Raises Refused."""
     if size > most:
         told = f"{most // 2**20} MB" if most >= 2**20 else f"{most // 2**10} KB"
@@ -154,7 +154,7 @@ def check_open(count: int) -> None:
         raise Refused(503, "Too many pages are open at the moment. Try again later.")
 
 
-def bounded(receive: Receive, most: int) -> Receive:
+def counted_body(receive: Receive, most: int) -> Receive:
     """A body in pieces that are counted, all of them within BODY_SECONDS. What is too much or too late is Refused."""
     deadline, size, more = asyncio.get_running_loop().time() + BODY_SECONDS, 0, True
 
@@ -162,7 +162,7 @@ def bounded(receive: Receive, most: int) -> Receive:
         nonlocal size, more
         message = await (in_time(receive, deadline) if more else receive())
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-        check_size(size, most)
+        check_head_size(size, most)
         return message
 
     return counted
@@ -187,7 +187,7 @@ async def whole(receive: Receive) -> bytes:
     return bytes(body)
 
 
-def given(body: bytes, receive: Receive) -> Receive:
+def replayed(body: bytes, receive: Receive) -> Receive:
     """What hands a body on, and then says whether the other side has gone."""
     once = iter([{"type": "http.request", "body": body, "more_body": False}])
 

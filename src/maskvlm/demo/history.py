@@ -50,7 +50,7 @@ def is_drawn(source: str) -> bool:
     return any(re.fullmatch(world, source) for world in DRAWN)
 
 
-def trained(path: str, lineage: Sequence[Seen]) -> Trained:
+def trained_run(path: str, lineage: Sequence[Seen]) -> Trained:
     """What a checkpoint of pre-training tells of itself, and the files beside it.
 
     Args:

@@ -70,7 +70,7 @@ class Opener:
         return self.known[key]
 
 
-def text_of(given: object, name: str = "text") -> str:
+def checked_text(given: object, name: str = "text") -> str:
     """A text of bounded length with a word in it. Raises UserError."""
     if not isinstance(given, str):
         raise UserError(name, "is no text", "Write one")
@@ -89,4 +89,4 @@ def lines_of(given: object) -> list[str]:
     lines = [line for line in given.splitlines() if line.strip()]
     if not 0 < len(lines) <= MAX_LINES:
         raise UserError("texts", f"{len(lines)} lines", f"Write 1 to {MAX_LINES}")
-    return [text_of(line) for line in lines]
+    return [checked_text(line) for line in lines]

@@ -10,7 +10,7 @@ from maskvlm.checkpoint.model_spec import read_small, recipe_of
 from maskvlm.checkpoint.warm_start import lineage_of, read_content
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
-from maskvlm.demo.history import WORLDS, Trained, best, trained
+from maskvlm.demo.history import WORLDS, Trained, best, trained_run
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import class_of, read_arguments
 from maskvlm.objectives.loaded_model import Model
@@ -42,7 +42,7 @@ class Run(NamedTuple):
         return "/".join(Path(self.path).parts[-2:])
 
 
-class Found(NamedTuple):
+class FoundModels(NamedTuple):
     """pretrained: None where there is none. tasks: one a class, in alphabetical order. problems: lines."""
 
     pretrained: Run | None
@@ -50,7 +50,7 @@ class Found(NamedTuple):
     problems: list[str]
 
 
-def find(folder: Path, sources: Iterable[str] = ()) -> Found:
+def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
     """The newest checkpoint of each fine-tuned task, and of pre-training the best (`history.best`).
 
     Args:
@@ -74,7 +74,7 @@ def find(folder: Path, sources: Iterable[str] = ()) -> Found:
     candidates = [(run, run.trained) for run in found if run.trained is not None]
     if candidates and not named:
         pretrained = candidates[best([each for _, each in candidates])][0]
-    return Found(pretrained, sorted(last.values(), key=lambda run: run.title), problems)
+    return FoundModels(pretrained, sorted(last.values(), key=lambda run: run.title), problems)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -99,7 +99,7 @@ def run_of(source: str) -> Run:
             todo = "Put the config-fit.yaml of its run beside it"
             raise UserError(source, "does not say which task it was trained for", todo, ExitCode.MISSING_INPUT)
         task = str(recipe.task["class_path"])
-    return Run(source, task, trained(source, lineage_of(content)) if task == PRETRAINING else None)
+    return Run(source, task, trained_run(source, lineage_of(content)) if task == PRETRAINING else None)
 
 
 def task_on_card(source: str) -> str | None:
@@ -129,7 +129,7 @@ class Models:
         allowed: packages beside this project's that tasks may come from.
     """
 
-    def __init__(self, found: Found, device: str | None = None, allowed: Iterable[str] = ()) -> None:
+    def __init__(self, found: FoundModels, device: str | None = None, allowed: Iterable[str] = ()) -> None:
         self.found, self.device, self.allowed = found, device, list(allowed)
         self.pretrained = self.load(found.pretrained) if found.pretrained else None
         self.tasks: dict[str, Loaded] = {}

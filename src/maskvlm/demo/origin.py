@@ -58,7 +58,7 @@ def check_host(head: Head, served: str) -> None:
     Raises:
         Refused: 400 or 421.
     """
-    found = _HOST.fullmatch(text(head, b"host").lower())
+    found = _HOST.fullmatch(header_text(head, b"host").lower())
     if found is None:
         raise Refused(400, "The header host is missing or wrong.")
     name = found[1] or found[2]
@@ -79,12 +79,12 @@ def check_origin(scope: Scope, head: Head) -> None:
     Raises:
         Refused: 403.
     """
-    host, origin, site = text(head, b"host"), head.get(b"origin"), text(head, b"sec-fetch-site")
-    own = origin is None or is_own(text(head, b"origin"), host)
+    host, origin, site = header_text(head, b"host"), head.get(b"origin"), header_text(head, b"sec-fetch-site")
+    own = origin is None or is_own(header_text(head, b"origin"), host)
     if not is_entry(scope, head):
         own = own and site in ("", "same-origin", "none")
         if origin is None and not site and b"referer" in head:
-            own = own and is_own("{0.scheme}://{0.netloc}".format(urlsplit(text(head, b"referer"))), host)
+            own = own and is_own("{0.scheme}://{0.netloc}".format(urlsplit(header_text(head, b"referer"))), host)
     if not own:
         raise Refused(403, "That request comes from another page.")
 
@@ -92,7 +92,7 @@ def check_origin(scope: Scope, head: Head) -> None:
 def is_entry(scope: Scope, head: Head) -> bool:
     """Whether a browser opens the page in a tab; not in a frame, and not by a script."""
     is_page = scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
-    mode, destination = text(head, b"sec-fetch-mode"), text(head, b"sec-fetch-dest")
+    mode, destination = header_text(head, b"sec-fetch-mode"), header_text(head, b"sec-fetch-dest")
     return is_page and mode in ("", "navigate") and destination in ("", "document")
 
 
@@ -105,16 +105,16 @@ def is_own(origin: str, host: str) -> bool:
     return found[2].removesuffix(port) == host.lower().removesuffix(port)
 
 
-def check_kind(scope: Scope, head: Head, wanted: str) -> None:
+def check_media_type(scope: Scope, head: Head, wanted: str) -> None:
     """A body is of the kind that the page's script sends. Other kinds are what forms of other pages can send.
 
     Raises:
         Refused: 415.
     """
-    kind = text(head, b"content-type").partition(";")[0].strip().lower()
+    kind = header_text(head, b"content-type").partition(";")[0].strip().lower()
     if scope["method"] == "POST" and kind != wanted:
         raise Refused(415, f"Only {wanted} is taken here.")
 
 
-def text(head: Head, name: bytes) -> str:
+def header_text(head: Head, name: bytes) -> str:
     return head.get(name, b"").decode("latin-1")

@@ -13,8 +13,8 @@ from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import MASK
 from maskvlm.demo import answers, intake, shelf
 from maskvlm.demo.models import Models
-from maskvlm.demo.samples import Sample, Searched, photo_samples, samples
-from maskvlm.demo.tabs import Patches, Words, match_and_caption, search, task, upload
+from maskvlm.demo.samples import PageSample, Searched, photo_samples, samples
+from maskvlm.demo.tabs import Patches, WordsTab, match_and_caption, search_tab, task, upload_picture
 from maskvlm.utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")
@@ -43,7 +43,7 @@ class Desk:
 
     def __init__(self, models: Models, worker: intake.Worker) -> None:
         self.models, self.worker, self.open = models, worker, intake.Opener()
-        self.samples: list[Sample] = []
+        self.samples: list[PageSample] = []
         self.photos = models.photographs > 0
         if models.pretrained is not None:
             size, grid = models.pretrained.image_size, models.pretrained.grid
@@ -107,7 +107,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
             return blocks
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=2, min_width=300, elem_id="given"):
-                given(desk)
+                inputs_column(desk)
             with gr.Column(scale=5, min_width=320), gr.Tabs(elem_id="tabs"):
                 if models.pretrained is not None:
                     of_pretraining(desk, index, images)
@@ -145,10 +145,10 @@ def no_task(models: Models) -> str:
     return f"No fine-tuned checkpoint is here. Run `make finetune TASK=vqa FROM={name}`, then `make demo` again."
 
 
-def given(desk: Desk) -> None:
+def inputs_column(desk: Desk) -> None:
     """Picture, text and examples."""
     first = desk.samples[0] if desk.samples else None
-    desk.picture = upload(
+    desk.picture = upload_picture(
         value=first.picture if first else None,
         label="Picture",
         height=280,
@@ -189,7 +189,7 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     """The tabs of the core's verbs, and what happens where several of them are concerned."""
     model = desk.models.core()
     first = desk.samples[0]
-    worded, painted = Words(desk, first), Patches(desk, first)
+    worded, painted = WordsTab(desk, first), Patches(desk, first)
     compared = match_and_caption(desk, first)
     line = None
     try:
@@ -197,7 +197,7 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     except UserError as error:
         line = str(error)
         searched = desk.worker.pool.submit(Searched, model, None, None, desk.photos).result()
-    search(desk, searched, line, index is not None)
+    search_tab(desk, searched, line, index is not None)
 
     def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
         return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
@@ -229,7 +229,7 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
         told = {desk.picture: sample.picture, desk.text: sample.text, painted.other: sample.other, desk.own: True}
         return {**told, **chips, painted.mask: sample.hidden, compared: texts_of(desk, sample), **drawn}
 
-    def desk_answer(sample: Sample, chosen: list[int]) -> dict[Any, Any]:
+    def desk_answer(sample: PageSample, chosen: list[int]) -> dict[Any, Any]:
         filled = answers.words_filled(model, sample.picture, sample.text, chosen)
         return {worded.results[0]: filled, **painted.of(sample.picture, sample.text, sample.hidden, sample.other)}
 
@@ -247,7 +247,7 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     desk.on(desk.examples.click, exemplary, [desk.examples], outputs)
 
 
-def texts_of(desk: Desk, sample: Sample) -> str:
+def texts_of(desk: Desk, sample: PageSample) -> str:
     """What an example is matched with: what is true, what is nearly true, and what is said of others."""
     others = [each.text for each in desk.samples if each is not sample]
     return "\n".join([sample.text, sample.other, *others[:2]])

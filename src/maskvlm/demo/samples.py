@@ -24,7 +24,7 @@ SHOWN = 288  # pixels, at least, of a drawn scene on the page
 THUMB = 320
 
 
-class Sample(NamedTuple):
+class PageSample(NamedTuple):
     """A scene or a photograph: its picture, a caption, one of as many words that is wrong in some, and which patches
     hold its first thing.
 
@@ -62,7 +62,7 @@ def otherwise(text: str) -> str:
     return " ".join(found)
 
 
-def samples(size: int, grid: tuple[int, int]) -> list[Sample]:
+def samples(size: int, grid: tuple[int, int]) -> list[PageSample]:
     """Scenes as a model of this resolution has learnt to see them."""
     pairs = ScenePairs("val", max(CHOSEN) + 1, max(size, SMALLEST), 0)
     rows, columns = grid
@@ -73,7 +73,7 @@ def samples(size: int, grid: tuple[int, int]) -> list[Sample]:
         down, across = np.arange(rows)[:, None], np.arange(columns)[None]
         row, column = thing.row, thing.column
         hidden = (down * 3 // rows == row) & (across * 3 // columns == column)
-        found.append(Sample(enlarged(pairs[index]["image"]), text, otherwise(text), hidden.tolist()))  # type: ignore[arg-type]
+        found.append(PageSample(enlarged(pairs[index]["image"]), text, otherwise(text), hidden.tolist()))  # type: ignore[arg-type]
     return found
 
 
@@ -88,7 +88,7 @@ def photo(name: str) -> Image.Image:
     return opened(PHOTOS / name, name)
 
 
-def photo_samples(grid: tuple[int, int]) -> list[Sample]:
+def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
     """The photographs, with their first captions; hidden is what has its middle in the box."""
     rows, columns = grid
     down, across = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns)[None] + 0.5) / columns
@@ -96,7 +96,7 @@ def photo_samples(grid: tuple[int, int]) -> list[Sample]:
     for name, row in photo_rows().items():
         left, top, right, bottom = row["box"]
         hidden = (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
-        found.append(Sample(photo(name), row["captions"][0], row["other"], hidden.tolist()))
+        found.append(PageSample(photo(name), row["captions"][0], row["other"], hidden.tolist()))
     return found
 
 
@@ -118,10 +118,10 @@ class Searched:
     ) -> None:
         self.model, self.index, self.query = model, None, "a red circle"
         if folder is not None:
-            from maskvlm.inference.search import Index  # brings the command line along; most pages do without
+            from maskvlm.inference.search import SearchIndex  # brings the command line along; most pages do without
             from maskvlm.inference.vectors import identity
 
-            self.index = Index.load(folder, images)
+            self.index = SearchIndex.load(folder, images)
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: maskvlm index")
@@ -163,11 +163,11 @@ class Searched:
                 Hit(enlarged(image), f"{similarity_N[place]:.2f}  {captions[0]}")
                 for place, (image, captions) in zip(order, drawn, strict=True)
             ]
-        from maskvlm.inference.search import Found
+        from maskvlm.inference.search import SearchResult
 
         (cosine_K,), (position_K,) = self.index.search(vector_E.cpu(), k)
         rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()
-        found = [Found(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
+        found = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
         return [
             Hit(thumbnail(given, each.id), f"{each.similarity:.2f}  {each.captions[0] if each.captions else ''}")
             for given, each in zip(self.index.pictures(found), found, strict=True)

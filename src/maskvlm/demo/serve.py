@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.demo.terminal import printable
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -31,7 +31,7 @@ QUIET = {
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Serve the page; arguments as in the shell, without the command's name."""
-    parser = Parser("maskvlm demo", description="a page to try a model in", allow_abbrev=False)
+    parser = OptionParser("maskvlm demo", description="a page to try a model in", allow_abbrev=False)
     parser.add_argument(
         "--from", dest="sources", nargs="+", default=[], help="checkpoints; else the best and newest here"
     )
@@ -49,7 +49,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     listener = listen(options.host, options.port)
     with listener, own_folder() as folder:
         print("loading ...", flush=True)
-        run(options, allowed, listener, folder)
+        run_page(options, allowed, listener, folder)
     return 0
 
 
@@ -81,7 +81,7 @@ def own_folder() -> Iterator[Path]:
             os.environ.pop("GRADIO_TEMP_DIR", None)
 
 
-def run(options: Any, allowed: list[str], listener: socket.socket, folder: Path) -> None:
+def run_page(options: Any, allowed: list[str], listener: socket.socket, folder: Path) -> None:
     """Load the models, make the page, serve it. Raises UserError."""
     app = guarded(options, allowed, folder)
     host, port = listener.getsockname()[:2]
@@ -97,11 +97,11 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     from maskvlm.demo.calls import Calls
     from maskvlm.demo.guard import Guard
     from maskvlm.demo.intake import Worker
-    from maskvlm.demo.models import Models, find
+    from maskvlm.demo.models import Models, find_models
     from maskvlm.demo.page import page
     from maskvlm.demo.shelf import Shelf
 
-    found = find(Path("checkpoints"), options.sources)
+    found = find_models(Path("checkpoints"), options.sources)
     models = Models(found, options.device, allowed)
     index = options.index
     if index is None:

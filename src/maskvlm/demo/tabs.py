@@ -10,7 +10,7 @@ import torch
 from maskvlm.data.inputs import picture as opened
 from maskvlm.demo import answers, intake
 from maskvlm.demo.models import Loaded, Run
-from maskvlm.demo.samples import Sample, Searched, enlarged
+from maskvlm.demo.samples import PageSample, Searched, enlarged
 from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 MOST_PICTURES = 4  # of a task's example
 
 
-class Words:
+class WordsTab:
     """Words of the text as buttons; what is covered is guessed with the picture and without it."""
 
-    def __init__(self, desk: "Desk", first: Sample) -> None:
+    def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk, self.model = desk, desk.models.core()
         parts, chosen = answers.taken_apart(first.text), self.telling(first)
         with gr.Tab("Words"):
@@ -41,18 +41,18 @@ class Words:
 
     def answer(self, path: str | None, text: str, chosen: list[int]) -> dict[Any, Any]:
         """Raises UserError, but not for want of a picture: words are guessed without one, too."""
-        text = intake.text_of(text)
+        text = intake.checked_text(text)
         image = self.desk.open(path) if path else None
         return {self.result: answers.words_filled(self.model, image, text, [int(each) for each in chosen or []])}
 
-    def offered(self, text: str, sample: Sample | None = None) -> dict[Any, Any]:
+    def offered(self, text: str, sample: PageSample | None = None) -> dict[Any, Any]:
         """The words of a new text."""
-        parts = answers.taken_apart(intake.text_of(text))
+        parts = answers.taken_apart(intake.checked_text(text))
         choices = [(word, number) for number, word in enumerate(parts.words)]
         value = self.telling(sample) if sample else []
         return {self.chips: gr.update(choices=choices, value=value), self.known: text}
 
-    def telling(self, sample: Sample) -> list[int]:
+    def telling(self, sample: PageSample) -> list[int]:
         """The words that the wrong caption has otherwise: the picture tells them."""
         right, wrong = (answers.taken_apart(text).words for text in (sample.text, sample.other))
         return [number for number, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1]][:2]
@@ -61,7 +61,7 @@ class Words:
 class Patches:
     """The picture in patches; what is covered is filled in from two texts."""
 
-    def __init__(self, desk: "Desk", first: Sample) -> None:
+    def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk, self.model = desk, desk.models.core()
         made = desk.worker.run(self.drawn, first.picture, first.text, first.hidden, first.other)
         show: dict[str, Any] = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
@@ -120,7 +120,9 @@ class Patches:
 
     def answer(self, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """Raises UserError."""
-        return self.of(self.desk.open(path), intake.text_of(text), mask, intake.text_of(other, "another text"))
+        return self.of(
+            self.desk.open(path), intake.checked_text(text), mask, intake.checked_text(other, "another text")
+        )
 
     def of(self, image: Any, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         return dict(zip(self.results, self.drawn(image, text, mask, other), strict=True))
@@ -131,7 +133,7 @@ class Patches:
         return [answers.board(self.model, image, mask), *answers.painted(self.model, image, mask, (text, other))]
 
 
-def match_and_caption(desk: "Desk", first: Sample) -> gr.Textbox:
+def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
     """Two tabs; returns the box of texts to match."""
     model = desk.models.core()
     others = [sample.text for sample in desk.samples[1:3]]
@@ -158,7 +160,7 @@ def match_and_caption(desk: "Desk", first: Sample) -> gr.Textbox:
     return texts
 
 
-def search(desk: "Desk", searched: Searched, line: str | None, indexed: bool) -> None:
+def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool) -> None:
     """Pictures by a text, or by the picture on the left."""
     with gr.Tab("Search"):
         if line is not None:
@@ -177,7 +179,7 @@ def search(desk: "Desk", searched: Searched, line: str | None, indexed: bool) ->
         )  # fmt: skip
 
     def texted(text: str) -> dict[Any, Any]:
-        return {found: [tuple(hit) for hit in searched.by_text(intake.text_of(text))]}
+        return {found: [tuple(hit) for hit in searched.by_text(intake.checked_text(text))]}
 
     def pictured(path: str | None) -> dict[Any, Any]:
         return {found: [tuple(hit) for hit in searched.by_picture(desk.open(path))]}
@@ -187,7 +189,7 @@ def search(desk: "Desk", searched: Searched, line: str | None, indexed: bool) ->
     desk.on(by_picture.click, pictured, [desk.picture], [found], {found: []})
 
 
-def upload(**settings: Any) -> gr.Image:
+def upload_picture(**settings: Any) -> gr.Image:
     """A picture that comes in as the path of its upload: nothing decodes it before `safe_open` does.
 
     Not a subclass: Gradio would write an interface file beside this one.
@@ -213,7 +215,9 @@ def task(desk: "Desk", run: Run) -> None:
         with gr.Row():
             for number in range(2, MOST_PICTURES + 1):
                 with gr.Column(min_width=200, visible=False) as place:
-                    more.append(upload(label=f"Picture {number}", height=220, elem_id=f"{name}-picture-{number}"))
+                    more.append(
+                        upload_picture(label=f"Picture {number}", height=220, elem_id=f"{name}-picture-{number}")
+                    )
                 places.append(place)
         text = gr.Textbox("", label="Text", max_length=intake.MAX_TEXT, elem_id=f"{name}-text")
         with gr.Row():
@@ -254,7 +258,7 @@ def task(desk: "Desk", run: Run) -> None:
         loaded = desk.models.task(run)
         images = [desk.open(path)]
         images += [desk.open(each, f"picture {n}") for n, each in enumerate(paths[: loaded.verb.pictures - 1], 2)]
-        example = (*images, intake.text_of(words, loaded.verb.text))
+        example = (*images, intake.checked_text(words, loaded.verb.text))
         with torch.no_grad():
             (found,) = loaded.verb.run(loaded.model.task, loaded.model, [example])
         own = said[0] and said[1] == digest(images[0])  # other tabs change the picture, too

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
-def shown(text: str) -> str:
+def escaped(text: str) -> str:
     """A text without what would move the cursor, colour, hide, reverse, or ring: each such character by its number."""
     return _HIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)
 
@@ -21,7 +21,7 @@ class Plain:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self.stream.write(shown(text))
+        return self.stream.write(escaped(text))
 
     def writelines(self, lines: Any) -> None:
         for line in lines:

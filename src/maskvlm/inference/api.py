@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from maskvlm.data.inputs import Picture, Words, as_list, check_absent, check_text, check_whole, is_picture, picture
+from maskvlm.data.inputs import (
+    MarkedTexts,
+    Picture,
+    as_list,
+    check_absent,
+    check_text,
+    check_whole,
+    is_picture,
+    picture,
+)
 from maskvlm.data.text import CaptionTokens
 from maskvlm.data.transforms import eval_transform
 from maskvlm.inference import embeddings as embed
@@ -119,7 +128,7 @@ class Asked(nn.Module):
             sides = embed.encode_image(self, queries), embed.encode_text(self, gallery)
         else:
             sides = embed.encode_text(self, queries), embed.encode_image(self, gallery)
-        found = embed.rank(self, *sides, min(k, len(gallery)), images)
+        found = embed.rank_candidates(self, *sides, min(k, len(gallery)), images)
         return found[0] if single else found
 
     # ------------------------------------------------------------------ words
@@ -188,7 +197,7 @@ class Asked(nn.Module):
         return found[0] if single and one_word else found
 
     def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
-        looked = attend.explain(self, image, text, word)
+        looked = attend.explain_word(self, image, text, word)
         attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
         return Explained(attention, gradcam, attend.overlay(image, gradcam))
 
@@ -236,9 +245,9 @@ class Asked(nn.Module):
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
         true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
-            painted_BCHW = unmask.reconstruct(self, image_BCHW, mask_BN, words, true_statistics)
+            painted_BCHW = unmask.reconstruct_images(self, image_BCHW, mask_BN, words, true_statistics)
         else:
-            painted_BCHW = unmask.inpaint(self, image_BCHW, mask_BN, words, steps, true_statistics)
+            painted_BCHW = unmask.inpaint_images(self, image_BCHW, mask_BN, words, steps, true_statistics)
         rgb_BHWC = (to_rgb(self.backbone, painted_BCHW) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         found = [Image.fromarray(each) for each in rgb_BHWC]
         return found[0] if single else found
@@ -256,11 +265,11 @@ class Asked(nn.Module):
         return self.backbone.image.image_size
 
     @property
-    def words(self) -> Words:
+    def words(self) -> MarkedTexts:
         """Tokenizer and text length."""
         if self.backbone.text.tokenizer is None:
             raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
-        return Words(self.backbone.text.tokenizer, self.backbone.text.text_length)
+        return MarkedTexts(self.backbone.text.tokenizer, self.backbone.text.text_length)
 
     def pixels(self, images: Sequence[Picture]) -> Tensor:
         """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares pictures."""

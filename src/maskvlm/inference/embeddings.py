@@ -23,7 +23,7 @@ class Ranked(NamedTuple):
     match: float | None
 
 
-class Side(NamedTuple):
+class EncodedSide(NamedTuple):
     """Encoded pictures or texts. features: of the encoder, [L, D] each. vector_XE: unit vectors."""
 
     features: list[Tensor]
@@ -54,28 +54,28 @@ def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
     return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
 
 
-def encode_image(model: Model, images: Sequence[Any]) -> Side:
+def encode_image(model: Model, images: Sequence[Any]) -> EncodedSide:
     """Features and unit vector of each picture."""
     projection: Projection = model.head("projection", "encode_image")
-    features, vectors = [], [nothing(projection)]
+    features, vectors = [], [no_vectors(projection)]
     for part in chunks(images, model.batch_size):
         image_BLD = model.backbone.image(model.pixels(part))
         features += list(image_BLD)
         vectors.append(projection.embed_image(image_BLD))
-    return Side(features, torch.cat(vectors))
+    return EncodedSide(features, torch.cat(vectors))
 
 
-def encode_text(model: Model, texts: Sequence[str]) -> Side:
+def encode_text(model: Model, texts: Sequence[str]) -> EncodedSide:
     """Features and unit vector of each text."""
     projection: Projection = model.head("projection", "encode_text")
-    features, vectors = [], [nothing(projection)]
+    features, vectors = [], [no_vectors(projection)]
     for text_CTD, attention_CT in texts_encoded(model, texts):
         features += without_padding(text_CTD, attention_CT)
         vectors.append(projection.embed_text(text_CTD, attention_CT))
-    return Side(features, torch.cat(vectors))
+    return EncodedSide(features, torch.cat(vectors))
 
 
-def nothing(projection: Projection) -> Tensor:
+def no_vectors(projection: Projection) -> Tensor:
     """The unit vectors of no images or texts, [0, E]."""
     return projection.text.weight.new_zeros(0, projection.text.out_features, dtype=torch.float32)
 
@@ -121,7 +121,9 @@ def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
     return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(count)]
 
 
-def rank(model: Model, queries: Side, gallery: Side, k: int, images: bool) -> list[list[Ranked]]:
+def rank_candidates(
+    model: Model, queries: EncodedSide, gallery: EncodedSide, k: int, images: bool
+) -> list[list[Ranked]]:
     """For each query all candidates, the best first: the k most similar by their match (and their cosine, where the
     task re-ranks by both), then the others by cosine.
 

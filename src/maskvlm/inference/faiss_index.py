@@ -23,7 +23,7 @@ FLAT_UP_TO = 50_000  # vectors: comparing with all of them takes milliseconds an
 RECALL = 0.96  # of the 10 nearest, on average: a little over what is promised, 0.95, as other queries differ
 
 
-class Kind(NamedTuple):
+class IndexKind(NamedTuple):
     """A kind of index: for `faiss.index_factory`; what trades time for recall in a query, and its values."""
 
     factory: str
@@ -31,15 +31,15 @@ class Kind(NamedTuple):
     values: tuple[int, ...] = ()
 
 
-def kinds(count: int, width: int) -> dict[str, Kind]:
+def kinds(count: int, width: int) -> dict[str, IndexKind]:
     """What there is for so many vectors of this width; bench/search.py measures them."""
     lists = 2 ** max(0, round(math.log2(2 * math.sqrt(count))))
     pieces, steps = width // 2 if width % 2 == 0 else width, [n * 2**power for power in range(15) for n in (2, 3)]
     return {
-        "flat": Kind("Flat"),
-        "ivf": Kind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
-        "pq": Kind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
-        "hnsw": Kind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
+        "flat": IndexKind("Flat"),
+        "ivf": IndexKind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
+        "pq": IndexKind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
+        "hnsw": IndexKind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
     }
 
 
@@ -53,7 +53,7 @@ def faiss_module() -> Any:
     return faiss
 
 
-def trained(kind: Kind, vector_NE: Array) -> Any:
+def trained_index(kind: IndexKind, vector_NE: Array) -> Any:
     """An empty index that knows how vectors like these are spread."""
     faiss, (count, width) = faiss_module(), vector_NE.shape
     index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
@@ -67,7 +67,7 @@ def turn(index: Any, knob: str | None, value: int | None) -> None:
         faiss_module().ParameterSpace().set_index_parameter(index, knob, value)
 
 
-def tune(index: Any, kind: Kind, vector_NE: Array, query_QE: Array, least: float) -> tuple[int | None, float]:
+def tune(index: Any, kind: IndexKind, vector_NE: Array, query_QE: Array, least: float) -> tuple[int | None, float]:
     """Turn the knob up until enough of the 10 nearest of these queries are found; returns its value and the recall.
     What is as near as the tenth counts as found: vectors may be equal."""
     faiss, k, value, recall = faiss_module(), min(10, len(vector_NE)), None, 0.0
@@ -90,7 +90,7 @@ def milliseconds(index: Any, query_QE: Array) -> Array:
     return 1000 * np.diff(times)
 
 
-def build(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = RECALL) -> tuple[Any, Facts]:
+def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = RECALL) -> tuple[Any, Facts]:
     """An index of unit vectors, and what `index.json` says of it.
 
     `auto` is flat up to 50,000 vectors, above that IVF; where IVF, looking at an eighth of its lists, misses too much,
@@ -100,7 +100,7 @@ def build(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = 
     made: dict[float, tuple[Any, Facts]] = {}
     for each in auto if name == "auto" else [name]:
         start, kind = time.perf_counter(), known[each]
-        index = trained(kind, vector_NE)
+        index = trained_index(kind, vector_NE)
         index.add(vector_NE)
         value, recall = tune(index, kind, vector_NE, query_QE, least)
         about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 from maskvlm.checkpoint.hf_folder import AGAIN, PROCESSOR, REFERENCE, SEEN, check_links, check_sums
 from maskvlm.checkpoint.hub_client import folder_of_hub
 from maskvlm.checkpoint.model_spec import Recipe
-from maskvlm.checkpoint.tokenizer_files import read_tokenizer, text_of
+from maskvlm.checkpoint.tokenizer_files import file_text, read_tokenizer
 from maskvlm.checkpoint.warm_start import Start
 from maskvlm.config.plain_schema import Listed, Real, Record, Tree, Whole
 from maskvlm.data.batch import InputSpec
@@ -91,7 +91,7 @@ class MaskVLMProcessor(ProcessorMixin):
         check_links(place)
         check_sums(place)
         file = place / PROCESSOR
-        told = load_json(text_of(file).encode(), file)
+        told = load_json(file_text(file).encode(), file)
         images = told.get("image_processor") if isinstance(told, dict) else None
         read = {key: images[key] for key in IMAGES.needed if key in images} if isinstance(images, dict) else images
         kept = IMAGES.read(read, str(file), AGAIN)
@@ -99,7 +99,7 @@ class MaskVLMProcessor(ProcessorMixin):
         if tokenizer is None:
             raise UserError(place, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
         named = place / "tokenizer_config.json"
-        length = load_json(text_of(named).encode(), named).get("model_max_length") if named.is_file() else None
+        length = load_json(file_text(named).encode(), named).get("model_max_length") if named.is_file() else None
         if Whole(1, 100_000).fits(length):
             tokenizer.model_max_length = length
         return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **kept), tokenizer)
@@ -146,7 +146,7 @@ def evaluation_beside(path: Path) -> dict[str, Any] | None:
 
 def _shown(file: Path) -> dict[str, Any]:
     check_inside(file)
-    content = load_json(text_of(file).encode(), file)
+    content = load_json(file_text(file).encode(), file)
     if not isinstance(content, dict) or not Tree().fits(content):
         raise UserError(file, f"expected {Tree().says()}", "The model loads without it", ExitCode.BAD_DATA)
     return content

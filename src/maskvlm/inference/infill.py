@@ -30,14 +30,14 @@ class Guess(NamedTuple):
     probability: float
 
 
-class Looked(NamedTuple):
+class SeenImages(NamedTuple):
     """image_XLD: features of different pictures. which: of each picture asked about, its row there."""
 
     image_XLD: Tensor
     which: list[int]
 
 
-def look(model: Model, images: Sequence[Any | None]) -> Looked:
+def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
     """Features of the different ones of these pictures; of the mean colour for None."""
     each = {id(image): image for image in images}
     order = {known: number for number, known in enumerate(each)}
@@ -46,10 +46,10 @@ def look(model: Model, images: Sequence[Any | None]) -> Looked:
     given = [number for number, image in enumerate(each.values()) if image is not None]
     if given:
         pixels_XCHW[given] = model.pixels([image for image in each.values() if image is not None])
-    return Looked(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
+    return SeenImages(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
 
 
-class Rows(NamedTuple):
+class PairRows(NamedTuple):
     """Texts about pictures. image_XLD: features. image_B: each row's picture. token_BT, attention_BT: its text."""
 
     image_XLD: Tensor
@@ -57,21 +57,21 @@ class Rows(NamedTuple):
     token_BT: Tensor
     attention_BT: Tensor
 
-    def only(self, chosen_B: Tensor) -> "Rows":
+    def only(self, chosen_B: Tensor) -> "PairRows":
         """Some of the rows."""
-        return Rows(self.image_XLD, self.image_B[chosen_B], self.token_BT[chosen_B], self.attention_BT[chosen_B])
+        return PairRows(self.image_XLD, self.image_B[chosen_B], self.token_BT[chosen_B], self.attention_BT[chosen_B])
 
 
-def rows_of(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Sequence[Tensor]) -> Rows:
+def pair_rows(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Sequence[Tensor]) -> PairRows:
     """Token ids of texts, [T] each, padded to the longest."""
     device = device_of(model)
     token_BT = pad_sequence(list(texts), batch_first=True, padding_value=model.backbone.text.pad_id).to(device)
     length_B1 = torch.tensor([[len(text)] for text in texts], device=device)
     attention_BT = torch.arange(token_BT.shape[1], device=device) < length_B1
-    return Rows(image_XLD, torch.tensor(image_B, device=device), token_BT, attention_BT)
+    return PairRows(image_XLD, torch.tensor(image_B, device=device), token_BT, attention_BT)
 
 
-def text_cross(model: Model, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
     """Which rows, some at a time, and what the token head reads of them, [B, T, D]: a large vocabulary's logits of all
     rows would not fit."""
     backbone = model.backbone
@@ -86,7 +86,7 @@ def text_cross(model: Model, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
 def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
     """For each [MASK] of each text, about its picture, the likeliest words; each hidden place by itself."""
     head = model.head("tokens", "fill_mask")
-    rows = rows_of(model, *look(model, images), [model.words.masked(text) for text in texts])
+    rows = pair_rows(model, *look(model, images), [model.words.masked(text) for text in texts])
     found = []
     for chosen_B, text_BTD in text_cross(model, rows):
         for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
@@ -114,14 +114,14 @@ class Written(NamedTuple):
     certainty: float
 
 
-def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[Written]]:
+def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
     """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
     the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
     which = [number for number in looked.which for _ in lengths]
-    rows = rows_of(model, looked.image_XLD, which, blank * len(looked.which))
+    rows = pair_rows(model, looked.image_XLD, which, blank * len(looked.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
     for _ in range(max(lengths)):
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
@@ -145,7 +145,7 @@ def caption(model: Model, looked: Looked, lengths: Sequence[int]) -> list[list[W
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
     """Of captions of these lengths those that match their pictures best; without a matching head the most certain."""
     looked = look(model, images)
-    written = [[one for one in each if one.text] or each[:1] for each in caption(model, looked, lengths)]
+    written = [[one for one in each if one.text] or each[:1] for each in write_captions(model, looked, lengths)]
     if getattr(model.task, "matching", None) is None:
         return [max(each, key=lambda one: one.certainty).text for each in written]
     pairs = [(row, one.text) for row, each in zip(looked.which, written, strict=True) for one in each]
@@ -164,7 +164,7 @@ def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[s
     text_B = [number for number, words in enumerate(inner) for _ in range(words)]
     place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
     image_XLD, which = look(model, images)
-    rows = rows_of(model, image_XLD, [which[number] for number in text_B], [whole[number] for number in text_B])
+    rows = pair_rows(model, image_XLD, [which[number] for number in text_B], [whole[number] for number in text_B])
     row_B = torch.arange(len(place_B), device=place_B.device)
     target_B = rows.token_BT[row_B, place_B]
     rows.token_BT[row_B, place_B] = mask
@@ -189,7 +189,7 @@ def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor,
     return task(crossed_BLD, text_BTD, attention_BT, every_BN).float()
 
 
-def reconstruct(
+def reconstruct_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], true_statistics: bool
 ) -> Tensor:
     """Pictures with their hidden patches filled in at once, normalised [B, 3, H, W].
@@ -207,7 +207,7 @@ def reconstruct(
     return paste(image_BCHW.float(), values_BNP, every_BN, mask_BN.float(), size)
 
 
-def inpaint(
+def inpaint_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int, true_statistics: bool
 ) -> Tensor:
     """As `reconstruct`, in rounds: of the hidden patches the most certain ones are painted and seen from then on.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.inference.hf_config import processor_of
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.heads import Matching, Projection
@@ -83,7 +83,7 @@ class FusionPart(nn.Module):
         return fused.joined_MX, logits_B2[:, 1] - logits_B2[:, 0]
 
 
-class Part(NamedTuple):
+class ExportPart(NamedTuple):
     """What becomes a file."""
 
     name: str
@@ -92,7 +92,7 @@ class Part(NamedTuple):
     outputs: Shapes
 
 
-def parts_of(model: PretrainedMaskVLM) -> list[Part]:
+def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
     """The three parts, with the heads that the model has.
 
     Raises:
@@ -114,9 +114,9 @@ def parts_of(model: PretrainedMaskVLM) -> list[Part]:
         seen |= {"image_embeds": ["batch", projection.image.out_features]}
         read |= {"text_embeds": ["batch", projection.text.out_features]}
     return [
-        Part("image_encoder", ImagePart(backbone, projection).eval(), pixels, seen),
-        Part("text_encoder", TextPart(backbone, projection).eval(), words, read),
-        Part("fusion_scorer", FusionPart(backbone, matching).eval(), pair, fused),
+        ExportPart("image_encoder", ImagePart(backbone, projection).eval(), pixels, seen),
+        ExportPart("text_encoder", TextPart(backbone, projection).eval(), words, read),
+        ExportPart("fusion_scorer", FusionPart(backbone, matching).eval(), pair, fused),
     ]
 
 
@@ -125,21 +125,21 @@ def parts_of(model: PretrainedMaskVLM) -> list[Part]:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Export; arguments are what follows the command's name. `allowed`: packages that a task may come from."""
-    parser = Parser("maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
+    parser = OptionParser("maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     parser.add_argument("--from", dest="source", metavar="CHECKPOINT", required=True, help="or a folder, or a hub name")
     parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="onnx, or torch for torch.export")
     parser.add_argument("--opset", type=int, help=f"of ONNX's operators: {OPSET} (default) to {NEWEST_OPSET}")
     options = parser.parse_args(arguments)
-    check(options.folder, options.format, options.opset)  # before a large model is read
+    check_export(options.folder, options.format, options.opset)  # before a large model is read
     model = PretrainedMaskVLM.from_pretrained(options.source, allow_import=allowed)
     report = export(model, options.folder, options.format, options.opset)
-    for line in told(options.folder, report):
+    for line in export_lines(options.folder, report):
         print(line, flush=True)
     return 0
 
 
-def told(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
+def export_lines(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
     """What was written, for people."""
     for part in report["files"].values():
         found = part["max_difference"]
@@ -147,7 +147,7 @@ def told(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{folder / part['file']}: {unknown if found is None else f'at most {found:.1e} from torch'}"
 
 
-def check(folder: Path, kind: Format, opset: int | None) -> None:
+def check_export(folder: Path, kind: Format, opset: int | None) -> None:
     """What can be said before there is a model; raises as `export`."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
@@ -179,7 +179,7 @@ def export(
             there or cannot be written, or the model cannot be exported, or not without a difference above LIMIT (73).
     """
     folder = Path(folder)
-    check(folder, kind, opset)
+    check_export(folder, kind, opset)
     for parameter in model.parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             what = f"{parameter.dtype} on {parameter.device.type}, but float32 on the CPU alone is exported"
@@ -195,7 +195,7 @@ def export(
                 "format": kind,
                 "opset": (opset or OPSET) if kind == "onnx" else None,
                 "precision": "float32",
-                "files": {part.name: write(part, inputs, longest, made, kind, opset or OPSET) for part in parts},
+                "files": {part.name: write_part(part, inputs, longest, made, kind, opset or OPSET) for part in parts},
                 "longest_text": longest,
                 "task": type(model.task).__name__,
                 "step": model.config.step,
@@ -211,13 +211,13 @@ def export(
     return report
 
 
-def write(
-    part: Part, inputs: Sequence[Mapping[str, Tensor]], longest: int, folder: Path, kind: Format, opset: int
+def write_part(
+    part: ExportPart, inputs: Sequence[Mapping[str, Tensor]], longest: int, folder: Path, kind: Format, opset: int
 ) -> dict[str, Any]:
     """Write one part, measure it, and return what `export.json` says of it; raises as `export`."""
     path, todo = folder / (part.name + SUFFIX[kind]), "Try another --format or --opset"
     try:
-        save(part, [inputs[0][name] for name in part.inputs], longest, path, kind, opset)
+        save_program(part, [inputs[0][name] for name in part.inputs], longest, path, kind, opset)
         found = difference(path, part, inputs)
     except OSError:
         raise
@@ -230,7 +230,9 @@ def write(
 
 
 @torch.no_grad()
-def save(part: Part, example: Sequence[Tensor], longest: int, path: Path, kind: Format, opset: int) -> None:
+def save_program(
+    part: ExportPart, example: Sequence[Tensor], longest: int, path: Path, kind: Format, opset: int
+) -> None:
     """Trace one part on an example and write it; of more than 2 GB, ONNX's weights lie in a second file."""
     dims = {"batch": torch.export.Dim("batch"), "length": torch.export.Dim("length", max=longest)}
     vary = {name: {n: dims[d] for n, d in enumerate(shape) if d in dims} for name, shape in part.inputs.items()}
@@ -270,7 +272,7 @@ def random_inputs(model: PretrainedMaskVLM, batch: int, length: int) -> dict[str
 
 
 @torch.no_grad()
-def difference(path: Path, part: Part, inputs: Sequence[Mapping[str, Tensor]]) -> float | None:
+def difference(path: Path, part: ExportPart, inputs: Sequence[Mapping[str, Tensor]]) -> float | None:
     """Largest difference between a file and the part it was made of; None where there is nothing to run it."""
     if (run := runner(path, part)) is None:
         return None
@@ -281,7 +283,7 @@ def difference(path: Path, part: Part, inputs: Sequence[Mapping[str, Tensor]]) -
     return float(torch.stack(found).max())
 
 
-def runner(path: Path, part: Part) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
+def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
     """A file, ready to be run; None for ONNX without onnxruntime."""
     if path.suffix == SUFFIX["torch"]:
         loaded: Any = torch.export.load(path).module()

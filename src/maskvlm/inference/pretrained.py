@@ -38,10 +38,10 @@ from maskvlm.inference.hf_config import (
     evaluation_beside,
     write_beside,
 )
-from maskvlm.inference.rebuild import build
+from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import chunks
-from maskvlm.objectives.novelty import FarFromTraining, Range, nearness, range_of, told
+from maskvlm.objectives.novelty import FarFromTraining, Range, far_line, nearness, range_of
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -109,13 +109,13 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
                 precision.
         """
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
-        device, dtype = check_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
+        device, dtype = usable_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
         if not str(path).strip():
             raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
         place = folder_of_hub(str(path), hub)
         content = read_content(place)
         origin, recipe = start_of(content, str(place)), recipe_of(content, place)
-        backbone, task = build(recipe, origin, allow_import)
+        backbone, task = build_model(recipe, origin, allow_import)
         evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
         config = configuration(
             portable(recipe, backbone.text.config), origin, evaluation, content.get("global_step", 0)
@@ -148,7 +148,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             return [None] * len(image_BCHW)
         known, projection = self.known, self.head("projection", "far")
         near_B = nearness(projection.embed_image(self.backbone.image(image_BCHW)), known).tolist()
-        return [told(near, known) if near < known.least else None for near in near_B]
+        return [far_line(near, known) if near < known.least else None for near in near_B]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
@@ -259,7 +259,7 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
     return answers[0] if all(single for _, single in lists) else answers
 
 
-def check_device(device: str | torch.device | None) -> torch.device | None:
+def usable_device(device: str | torch.device | None) -> torch.device | None:
     """The device, if this machine has it; None and "auto" are the CPU. Raises UserError (69)."""
     if device is None or device == "auto":
         return None

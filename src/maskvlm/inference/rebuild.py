@@ -25,13 +25,13 @@ from maskvlm.config.compose import find_tasks
 from maskvlm.config.plain_schema import (
     NOTHING,
     AnyOf,
+    Entries,
     Flag,
     Kind,
     Listed,
     OneOf,
     Real,
     Record,
-    Table,
     Text,
     Tree,
     Whole,
@@ -54,7 +54,7 @@ SIMPLE: dict[Any, Kind] = {bool: Flag(), int: Whole(-(10**9), 10**9), float: Rea
 Made = TypeVar("Made")
 
 
-def build(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[MaskVLM, Task]:
+def build_model(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[MaskVLM, Task]:
     """Modules with the weights, tokenizer and heads of a checkpoint, in evaluation mode.
 
     Args:
@@ -73,7 +73,7 @@ def build(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[M
     args = read_arguments(kind, recipe.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
         args["labels"] = list(origin.labels)
-    check_size(recipe, origin, lambda: kind(**args))
+    check_model_size(recipe, origin, lambda: kind(**args))
     backbone, task = new_backbone(recipe), _made(lambda: kind(**args), origin.path)
     backbone.take_over(origin)
     task.build(backbone)
@@ -85,15 +85,15 @@ def model_of(path: str) -> str:
     """The backbone that a checkpoint was made with, checked, as YAML of a `-c` file; nothing else of it is told.
 
     Raises:
-        UserError: as `read_content`, `recipe_of` and `check_size`.
+        UserError: as `read_content`, `recipe_of` and `check_model_size`.
     """
     content = read_content(path)
     recipe = recipe_of(content, path)
-    check_size(recipe, start_of(content, path))
+    check_model_size(recipe, start_of(content, path))
     return backbone_yaml(recipe)
 
 
-def check_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
+def check_model_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
     """Lay the model out without memory, and hold it against the checkpoint's tensors.
 
     Args:
@@ -218,9 +218,9 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
     """
     hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
     names = [name for name in inspect.signature(kind).parameters if name != "labels"]
-    parts = {name: base for name in names if (base := part_of(hints.get(name))) is not None}
+    parts = {name: base for name in names if (base := kind_of_part(hints.get(name))) is not None}
     kinds: dict[str, Kind] = {name: maybe(Tree()) for name in parts}
-    kinds |= {n: found for n in names if n not in parts and (found := kind_of(hints.get(n))) is not None}
+    kinds |= {n: found for n in names if n not in parts and (found := kind_of_hint(hints.get(n))) is not None}
     read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
     for name, base in parts.items():
         told = read.get(name)
@@ -231,7 +231,7 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
     return {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
 
 
-def part_of(hint: Any) -> type | None:
+def kind_of_part(hint: Any) -> type | None:
     """Which of `PARTS` an annotated type asks for: one of them, or none, or several."""
     found = [base for arg in (hint, *typing.get_args(hint)) for base in PARTS if arg is base]
     return found[0] if found else None
@@ -245,14 +245,14 @@ def make_part(value: Any, base: type[Made], where: str, allowed: Iterable[str]) 
     return _made(lambda: kind(**args), where)
 
 
-def kind_of(hint: Any) -> Kind | None:
+def kind_of_hint(hint: Any) -> Kind | None:
     """What a plain value of an annotated type looks like; None for types that are not plain."""
     if hint in SIMPLE:
         return SIMPLE[hint]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return OneOf(args)
-    parts = [found for arg in args if arg is not Ellipsis and (found := kind_of(arg)) is not None]
+    parts = [found for arg in args if arg is not Ellipsis and (found := kind_of_hint(arg)) is not None]
     if origin in (typing.Union, types.UnionType):
         return AnyOf(tuple(parts)) if parts else None
     if len(parts) < len([arg for arg in args if arg is not Ellipsis]) or not parts:
@@ -260,5 +260,5 @@ def kind_of(hint: Any) -> Kind | None:
     if origin in (list, tuple, Sequence):
         return Listed(AnyOf(tuple(parts)), 100_000)
     if origin in (dict, Mapping) and args[0] is str:
-        return Table(parts[-1])
+        return Entries(parts[-1])
     return None

@@ -17,7 +17,7 @@ from maskvlm.objectives.loaded_model import Model
 from maskvlm.utils.errors import UserError
 
 
-class Looked(NamedTuple):
+class WordSaliency(NamedTuple):
     """attention_N: share of the word's attention on each patch, mean over heads. gradcam_N: attention weighted by how
     much it speaks for the word (positive gradients), 0 where nothing does; both sum to 1 or are 0."""
 
@@ -49,7 +49,7 @@ def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_B
     return Traced(x_BTD, kept)
 
 
-def places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
+def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
     """Tokens of a text, [T], and where among them the first occurrence of a word (or of several) stands, [K].
 
     Raises:
@@ -68,14 +68,14 @@ def places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
     raise UserError("word", what, "Give a word of the text, as it is written there")
 
 
-def explain(model: Model, image: Any, text: str, word: str, block: int = -1) -> Looked:
+def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1) -> WordSaliency:
     """The word is hidden and filled in from the picture; where the model looked for it.
 
     Args:
         block: of the text cross encoder whose attention is shown; the last for -1.
     """
     backbone, head = model.backbone, model.head("tokens", "explain")
-    token_T, at_K = places(model, text, word)
+    token_T, at_K = word_places(model, text, word)
     hidden_T = token_T.clone()
     hidden_T[at_K] = backbone.text.mask_id
     attention_1T = torch.ones_like(hidden_T, dtype=torch.bool)[None]
@@ -88,7 +88,7 @@ def explain(model: Model, image: Any, text: str, word: str, block: int = -1) -> 
         (slope,) = torch.autograd.grad(evidence, share.probabilities[block])
     chosen_HKL = share.probabilities[block].detach()[0][:, at_K].float()
     cam_HKL = chosen_HKL * slope[0][:, at_K].float().clamp(min=0)
-    return Looked(*(_shared(map_HKL.mean((0, 1))[1:]) for map_HKL in (chosen_HKL, cam_HKL)))
+    return WordSaliency(*(_shared(map_HKL.mean((0, 1))[1:]) for map_HKL in (chosen_HKL, cam_HKL)))
 
 
 def _shared(map_N: Tensor) -> Tensor:

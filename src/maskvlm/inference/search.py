@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from maskvlm.checkpoint.integrity import sha256_of
-from maskvlm.checkpoint.tokenizer_files import text_of
+from maskvlm.checkpoint.tokenizer_files import file_text
 from maskvlm.config.old_names import current
-from maskvlm.config.plain_schema import OneOf, Record, Table, Text, Tree, Whole, maybe, shown
+from maskvlm.config.plain_schema import Entries, OneOf, Record, Text, Tree, Whole, maybe, shown
 from maskvlm.data.batch import Pairs, Source
 from maskvlm.data.files import load_json
 from maskvlm.data.inputs import Picture, is_picture
@@ -29,16 +29,16 @@ from maskvlm.data.prepared.manifest import MANIFEST
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference.embeddings import contrast_counts
-from maskvlm.inference.faiss_index import RECALL, Array, build, faiss_module, kinds, turn, write_index
+from maskvlm.inference.faiss_index import RECALL, Array, build_index, faiss_module, kinds, turn, write_index
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import read_arguments
-from maskvlm.inference.vectors import KEPT, Facts, facts_of, file_of, identity, write
+from maskvlm.inference.vectors import KEPT, Facts, facts_of, file_of, identity, write_file
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
 WORLD = "maskvlm.data.scenes.source.Scenes"
 TOLD = Record({
-    "sha256": Table(Text(64, "[0-9a-f]{64}")), "width": Whole(1, 10**6), "count": Whole(0), "weights": Text(64),
+    "sha256": Entries(Text(64, "[0-9a-f]{64}")), "width": Whole(1, 10**6), "count": Whole(0), "weights": Text(64),
     "knob": OneOf((None, *(kind.knob for kind in kinds(1, 2).values() if kind.knob))), "value": maybe(Whole(0, 10**6)),
     "checkpoint": Text(), "data": Text(), "split": Text(100), "source": maybe(Tree()),
 })  # fmt: skip
@@ -50,24 +50,24 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     facts = facts_of(vectors)
     parts, width = range(facts["shards"]), facts["width"]
     asked = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []  # some captions are enough to ask with
-    pictures = [read(file_of(vectors, part, len(parts)), width) for part in parts]
-    captions = [read(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
+    pictures = [read_vectors(file_of(vectors, part, len(parts)), width) for part in parts]
+    captions = [read_vectors(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
     vector_NE = np.concatenate([vector_NE for _, vector_NE in pictures])
     if not len(vector_NE):
         raise UserError(vectors, "holds no picture that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
     query_NE = np.concatenate(captions) if sum(map(len, captions)) else vector_NE
     chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
-    index, about = build(vector_NE, query_NE[chosen], name, least)
+    index, about = build_index(vector_NE, query_NE[chosen], name, least)
     (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
-    write(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in pictures]))
+    write_file(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in pictures]))
     write_index(index, out / VECTORS)
     about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
     about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
-    write(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})
+    write_file(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})
     return about
 
 
-def read(path: Path, width: int) -> tuple[pa.Table, Array]:
+def read_vectors(path: Path, width: int) -> tuple[pa.Table, Array]:
     """A shard and its vectors, [N, E]. Raises UserError (65)."""
     try:
         table = pq.read_table(path)
@@ -77,7 +77,7 @@ def read(path: Path, width: int) -> tuple[pa.Table, Array]:
         raise UserError(path, f"missing or damaged ({str(error)[:100]})", todo, ExitCode.BAD_DATA) from error
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """A picture: its row in the split, its file or None, the cosine with the query, the probability of a match."""
 
     row: int
@@ -89,7 +89,7 @@ class Found(NamedTuple):
     match: float | None = None
 
 
-class Index:
+class SearchIndex:
     """An index in memory; `about` is what is read of its `index.json`, `images` the folder that the user named."""
 
     def __init__(self, index: Any, ids: pa.Table, about: Facts, images: Path | None = None) -> None:
@@ -97,7 +97,7 @@ class Index:
         self.model: PretrainedMaskVLM | None = None  # that was checked
 
     @classmethod
-    def load(cls, folder: str | Path, images: str | Path | None = None) -> "Index":
+    def load(cls, folder: str | Path, images: str | Path | None = None) -> "SearchIndex":
         """Read an index.
 
         Args:
@@ -116,7 +116,7 @@ class Index:
                 ExitCode.MISSING_INPUT,
             )
         file = place / ABOUT
-        told = load_json(text_of(file).encode(), file)
+        told = load_json(file_text(file).encode(), file)
         about: Facts = {key: told[key] for key in TOLD.needed if key in told} if isinstance(told, dict) else told
         TOLD.read(about, str(file), "Make it again")
         try:
@@ -141,7 +141,7 @@ class Index:
         found: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
         return found
 
-    def pictures(self, found: list[Found]) -> list[Picture]:
+    def pictures(self, found: list[SearchResult]) -> list[Picture]:
         """The images themselves: files or a prepared set in the folder that the user named, or what the built-in world
         draws. An index may be anybody's: what it says of files is held against that folder, and nothing else is opened.
 
@@ -165,7 +165,7 @@ class Index:
                 raise UserError(each.path, "the images are not on disk", todo, ExitCode.MISSING_INPUT)
         return [Path(str(each.path)) for each in found]
 
-    def pairs(self, found: list[Found]) -> Pairs:
+    def pairs(self, found: list[SearchResult]) -> Pairs:
         """The split of the data set that was indexed; raises as `pictures`."""
         told = self.about["source"] or {}
         name, args = current(str(told.get("class_path"))), told.get("init_args") or {}
@@ -191,7 +191,9 @@ class Index:
         return pairs
 
 
-def search(index: Index, model: PretrainedMaskVLM, query: Picture, k: int = 10, rerank: bool = False) -> list[Found]:
+def search_index(
+    index: SearchIndex, model: PretrainedMaskVLM, query: Picture, k: int = 10, rerank: bool = False
+) -> list[SearchResult]:
     """The k nearest pictures of a text or a picture (of strings those that name a file), the nearest first.
 
     rerank: these ordered by their match (ITM): a text's with the pictures themselves, a picture's with their captions,
@@ -205,7 +207,7 @@ def search(index: Index, model: PretrainedMaskVLM, query: Picture, k: int = 10, 
     vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
     rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
-    found = [Found(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
+    found = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
     if not rerank:
         return found
     if seen:  # a match is of a picture and a text

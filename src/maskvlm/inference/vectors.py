@@ -68,7 +68,7 @@ CAPTION = pa.schema({"row": pa.int64(), "id": pa.string(), "caption": pa.string(
 """Of a caption, beside its vector; row and id are its picture's."""
 
 
-class Rows(Dataset[dict[str, Any]]):
+class RowsToEmbed(Dataset[dict[str, Any]]):
     """What KEPT names of a row, and `image` as the model reads it; or else `bad`: (reason, message)."""
 
     def __init__(self, pairs: Pairs, model: PretrainedMaskVLM) -> None:
@@ -105,17 +105,17 @@ def embed(
     projection = model.head("projection", "embed")
     width, count = projection.image.out_features, math.ceil(len(pairs) / shard)
     facts = {"weights": identity(model), "data": pairs.fingerprint, "pictures": len(pairs), "shard": shard}
-    claim(folder, {**facts, "width": width, "captions": captions, "shards": count, **told})
+    claim_vectors(folder, {**facts, "width": width, "captions": captions, "shards": count, **told})
     mine = [part for part in range(count)[process[0] :: process[1]] if not file_of(folder, part, count).exists()]
     ranges = [range(part * shard, min((part + 1) * shard, len(pairs))) for part in mine]
     batches = [[list(rows) for rows in chunks(whole, model.batch_size)] for whole in ranges]
     loader = DataLoader(
-        Rows(pairs, model),
+        RowsToEmbed(pairs, model),
         batch_sampler=[rows for part in batches for rows in part],
         num_workers=min(12, max(1, cores() // process[1])) if model.device.type == "cuda" else 0,
         collate_fn=list,
     )
-    line, reading = Line(sum(map(len, ranges)), process), iter(loader)
+    line, reading = EmbedProgress(sum(map(len, ranges)), process), iter(loader)
     for part, parts in zip(mine, batches, strict=True):
         good, bad, vectors = [], [], [torch.zeros(0, width)]
         for _ in parts:
@@ -128,9 +128,9 @@ def embed(
             bad += [row["bad"] for row in rows if "bad" in row]
             line.advance(len(rows))
         if captions:  # first: a shard counts as done when its pictures are there
-            write(file_of(folder, part, count, "captions"), captions_table(model, good, width))
+            write_file(file_of(folder, part, count, "captions"), captions_table(model, good, width))
         table = table_of(good, KEPT, torch.cat(vectors))
-        write(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
+        write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
     line.bar.stop()
     return close(folder, pairs, count)
 
@@ -148,7 +148,7 @@ def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) ->
     return pa.Table.from_pylist(rows, kinds).append_column("vector", vectors)
 
 
-class Line:
+class EmbedProgress:
     """Pictures a second and time left: a bar on a terminal, elsewhere a line every half minute."""
 
     def __init__(self, total: int, process: Process) -> None:
@@ -176,7 +176,7 @@ def file_of(folder: Path, part: int, count: int, kind: str = "pictures") -> Path
     return folder / f"{kind}-{part:05}-of-{count:05}.parquet"
 
 
-def claim(folder: Path, facts: Facts) -> None:
+def claim_vectors(folder: Path, facts: Facts) -> None:
     """Write `vectors.json`, or hold it against these facts. Raises UserError where it is of other vectors."""
     if (folder / FACTS).exists():
         there = facts_of(folder)
@@ -185,7 +185,7 @@ def claim(folder: Path, facts: Facts) -> None:
                 what = f"holds vectors of {other} ({name} {str(there.get(name))[:16]}, not {str(facts[name])[:16]})"
                 raise UserError(folder, what, "Name another folder (--out), or delete this one", ExitCode.CANNOT_CREATE)
         return
-    write(folder / FACTS, facts)
+    write_file(folder / FACTS, facts)
 
 
 def facts_of(folder: Path) -> Facts:
@@ -214,14 +214,14 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
         if listed or left_out:
             counts = {reason: len(messages) for reason, messages in listed.items()}
             content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
-            write(folder / BAD, content)
+            write_file(folder / BAD, content)
     told = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
     line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} pictures in all"
     line += f"; left out or mended ({', '.join(told)}): listed in {folder / BAD}" if told else ""
     return line + ("; the others are other processes', or start the same again" if len(there) < count else "")
 
 
-def write(path: Path, content: pa.Table | Facts) -> None:
+def write_file(path: Path, content: pa.Table | Facts) -> None:
     """A Parquet or JSON file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
     own = f".{process_rank()}" if isinstance(content, dict) else ""  # all processes write the same JSON files
     temporary = path.with_name(f".{path.name}{own}.tmp")

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerFast
 
 from maskvlm.checkpoint.model_spec import check_vit
 from maskvlm.checkpoint.provenance import Provenance
-from maskvlm.checkpoint.text_files import ANY_SIZE, is_type, read_config, read_text_state
+from maskvlm.checkpoint.text_files import ANY_SIZE, is_type, read_text_config, read_text_state
 from maskvlm.checkpoint.weights import load_state
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.model.features import Frozen, FrozenTower, KeptFeatures
 from maskvlm.model.hf_text import (
-    build,
+    build_text_encoder,
     check_positions,
     check_tokenizer,
     fit_config,
@@ -380,11 +380,11 @@ class TextEncoder(Encoder):
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.tokenizer_name = tokenizer
         settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
-        self.config = read_config(name, random_init, settings)
+        self.config = read_text_config(name, random_init, settings)
         if random_init:
             own = random_tokenizer(name, tokenizer)
             fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
-        self.model = build(self.config, checkpointing)
+        self.model = build_text_encoder(self.config, checkpointing)
         self.width = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         check_positions(self.model, text_length)

@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerFast
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.text_files import WHERE, is_folder, is_type, read_tokenizer
+from maskvlm.checkpoint.text_files import WHERE, is_folder, is_type, read_text_tokenizer
 from maskvlm.utils.errors import ExitCode, UserError
 
 
-def build(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
+def build_text_encoder(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
     """The bare encoder with random weights, without a pooling layer; attention by SDPA where it can."""
     config.use_cache = False  # for decoders; with checkpointing it warns
     try:
@@ -31,8 +31,8 @@ def build(config: PreTrainedConfig, checkpointing: bool = False) -> Any:
 def random_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFast | None:
     """For random weights: the one asked for, or a folder's own; None where one is to be trained."""
     if other is None:
-        return None if is_type(name) or not is_folder(name) else read_tokenizer(name)
-    tokenizer = read_tokenizer(other, "Name a folder, or leave it out: one is trained on the captions")
+        return None if is_type(name) or not is_folder(name) else read_text_tokenizer(name)
+    tokenizer = read_text_tokenizer(other, "Name a folder, or leave it out: one is trained on the captions")
     return tokenizer if tokenizer is not None else _no_tokenizer(other)
 
 
@@ -51,8 +51,8 @@ def pretrained_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFas
     Raises:
         UserError: there is none, or the weights were trained with another one.
     """
-    own = read_tokenizer(name) if other is None or is_folder(name) else None
-    tokenizer = own if other is None else read_tokenizer(other)
+    own = read_text_tokenizer(name) if other is None or is_folder(name) else None
+    tokenizer = own if other is None else read_text_tokenizer(other)
     if tokenizer is None:
         _no_tokenizer(other or name)
     if own is not None and own.get_vocab() != tokenizer.get_vocab():

@@ -71,7 +71,7 @@ def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tens
     return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG)
 
 
-class Pairs(NamedTuple):
+class QueuedPairs(NamedTuple):
     """Pairs of earlier steps as they were encoded then, without gradient: features, unit vectors, what they show and
     say, and whether they could be read."""
 
@@ -127,14 +127,14 @@ def captions_at(batch: Batch, index_C: Tensor) -> Batch:
     )
 
 
-class Side(NamedTuple):
+class PickableRows(NamedTuple):
     """Rows of one modality that pairs can pick, and their padding mask."""
 
     rows_ULD: Tensor
     attention_UL: Tensor | None
 
-    def pick(self, index: Tensor) -> "Side":
-        return Side(
+    def pick(self, index: Tensor) -> "PickableRows":
+        return PickableRows(
             self.rows_ULD.index_select(0, index),
             None if self.attention_UL is None else self.attention_UL[index],
         )
@@ -159,8 +159,8 @@ def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = N
 def cross_pairs(
     encoder: CrossEncoder,
     masked_BLD: Tensor | None,
-    own: Side,
-    other: Side,
+    own: PickableRows,
+    other: PickableRows,
     seen_BLD: Tensor | None,
     rows: list[Tensor],
     sees: list[Tensor],
@@ -182,7 +182,7 @@ def cross_pairs(
     if first and seen_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
         partners = partners + len(other.rows_ULD)
-        other = Side(torch.cat([other.rows_ULD, seen_BLD]), mask)
+        other = PickableRows(torch.cat([other.rows_ULD, seen_BLD]), mask)
     picked = own.pick(torch.cat([of_pair, *rows]))
     query_BLD = picked.rows_ULD if masked_BLD is None else torch.cat([masked_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
@@ -212,7 +212,7 @@ def cross_all(
     reconstructs: tuple[bool, bool],
     mask_both: bool,
     pairs: int,
-    kept: Pairs | None = None,
+    kept: QueuedPairs | None = None,
     matching_trains: bool = True,
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
@@ -244,7 +244,7 @@ def cross_all(
         image, text = image.detach(), text.detach()
         if not mask_both:
             seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
-    image_side, text_side = Side(image, None), Side(text, attention)
+    image_side, text_side = PickableRows(image, None), PickableRows(text, attention)
     image_out = cross_pairs(backbone.cross_image, masked_image, image_side, text_side, seen_text, images, texts, masked)
     text_out = cross_pairs(backbone.cross_text, masked_text, text_side, image_side, seen_image, texts, images, pairs)
     fused = Fused(image_out.first_BD[len(image_out.every_RLD) :], text_out.first_BD[len(text_out.every_RLD) :])

@@ -19,7 +19,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.losses import pixel_error
 from maskvlm.objectives.novelty import sample_of
-from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score
+from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score_gallery
 from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
 from maskvlm.utils.distributed import Draw, gather_objects
 
@@ -176,7 +176,7 @@ class Measure:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
         matched = bool(task.weights["itm"])
         head, added = task.matching if matched else None, self.share * float(task.projection.scale)
-        scores = score(backbone, head, gallery, self.rerank_k, self.chunk, added)
+        scores = score_gallery(backbone, head, gallery, self.rerank_k, self.chunk, added)
         return retrieval_metrics(scores, rankings(scores, [0, self.rerank_k] if matched else [0]), self.rerank_k)
 
 

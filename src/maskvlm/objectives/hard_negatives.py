@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskvlm.data.batch import Batch
-from maskvlm.objectives.cross_batch import Contrast, Encoded, Pairs
+from maskvlm.objectives.cross_batch import Contrast, Encoded, QueuedPairs
 
 
 class Queue:
@@ -23,24 +23,26 @@ class Queue:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.pairs: Pairs | None = None
+        self.pairs: QueuedPairs | None = None
 
     def push(self, batch: Batch, encoded: Encoded, contrast: Contrast) -> None:
         """Take in this step's pairs; texts are all padded to the same length."""
-        new = Pairs(
+        new = QueuedPairs(
             encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
             batch.image_id_B, batch.text_id_C, batch.valid_B,
         )  # fmt: skip
-        new = Pairs(*(part.detach()[-self.size :] for part in readable(new)))
+        new = QueuedPairs(*(part.detach()[-self.size :] for part in finite_alone(new)))
         old = self.pairs
-        self.pairs = new if old is None else Pairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
+        self.pairs = (
+            new if old is None else QueuedPairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
+        )
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, by the names of `Pairs`; in memory of its own, as a file holds all that a view is of."""
+        """For a checkpoint, by the names of `QueuedPairs`; copies, as a file holds all that a view is of."""
         return {} if self.pairs is None else {name: part.clone() for name, part in self.pairs._asdict().items()}
 
     def restore(self, state: Mapping[str, Tensor], positions: int, length: int, width: int, dim: int) -> None:
-        """Take what a checkpoint kept, by the names of `Pairs`.
+        """Take what a checkpoint kept, by the names of `QueuedPairs`.
 
         Args:
             positions: L of the image encoder. length: T. width: D. dim: E.
@@ -50,24 +52,26 @@ class Queue:
         """
         sizes = ((positions, width), (length, width), (length,), (dim,), (dim,), (), (), ())
         kinds = ("float", "float", "bool", "float", "float", "int", "int", "bool")
-        if set(state) != set(Pairs._fields):
+        if set(state) != set(QueuedPairs._fields):
             raise ValueError(
-                f"expected the tensors {', '.join(Pairs._fields)}, found {len(state)}, some of other names"
+                f"expected the tensors {', '.join(QueuedPairs._fields)}, found {len(state)}, some of other names"
             )
         rows = len(state["valid_Q"]) if state["valid_Q"].dim() else 0
-        for name, size, kind in zip(Pairs._fields, sizes, kinds, strict=True):
+        for name, size, kind in zip(QueuedPairs._fields, sizes, kinds, strict=True):
             value = state[name]
             given = "float" if value.is_floating_point() else {torch.bool: "bool", torch.int64: "int"}.get(value.dtype)
             if value.shape != (rows, *size) or given != kind or not 0 < rows <= self.size:
                 want = f"{[f'1 to {self.size}', *size]} of {kind}".replace("'", "")
                 raise ValueError(f"{name} is {list(value.shape)} of {value.dtype}, expected {want}")
-        self.pairs = readable(Pairs(**{name: value.clone() for name, value in state.items()}))
+        self.pairs = finite_alone(QueuedPairs(**{name: value.clone() for name, value in state.items()}))
 
     def widen(self, contrast: Contrast, batch: Batch) -> Contrast:
         """The vectors of all processes, and then those of the queue."""
         if self.pairs is None:
             return contrast
-        kept = self.pairs = Pairs(*(part.to(contrast.scale.device) for part in self.pairs))  # a checkpoint's: the CPU
+        kept = self.pairs = QueuedPairs(
+            *(part.to(contrast.scale.device) for part in self.pairs)
+        )  # a checkpoint's: the CPU
         same_BQ = (batch.image_id_B[:, None] == kept.image_id_Q) | (batch.text_id_C[:, None] == kept.text_id_Q)
         return contrast._replace(
             image_GE=torch.cat([contrast.image_GE, kept.image_QE]),
@@ -76,7 +80,7 @@ class Queue:
         )
 
 
-def readable(pairs: Pairs) -> Pairs:
+def finite_alone(pairs: QueuedPairs) -> QueuedPairs:
     """The pairs, of which those that hold a number that is not finite are never drawn: a step that overflowed is left
     out by the guard, and its features must not spoil the steps after it."""
     numbers = (pairs.image_QLD, pairs.text_QTD, pairs.image_QE, pairs.text_QE)

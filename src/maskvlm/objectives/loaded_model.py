@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from maskvlm.data.inputs import Words
+from maskvlm.data.inputs import MarkedTexts
 from maskvlm.data.text import CaptionTokens
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
@@ -20,7 +20,7 @@ class Model(Protocol):
     batch_size: int
 
     @property
-    def words(self) -> Words: ...
+    def words(self) -> MarkedTexts: ...
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
         """Normalised [B, 3, H, W] on the model's device, in its precision."""

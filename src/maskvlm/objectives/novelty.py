@@ -70,7 +70,7 @@ def is_far(vector_BE: Tensor, known: Range) -> Tensor:
     return nearness(vector_BE, known) < known.least
 
 
-def told(near: float, known: Range) -> str:
+def far_line(near: float, known: Range) -> str:
     """The line for people."""
     return (
         "this picture is unlike those that the model was trained on: its nearest similarity to them is "

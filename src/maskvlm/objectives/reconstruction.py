@@ -20,7 +20,7 @@ from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
 
 
-class Pictures(NamedTuple):
+class FilledImages(NamedTuple):
     """RGB in [0, 1]: the picture with hidden patches grey, filled in with its caption, and with a wrong one.
 
     error_B, error_wrong_B: mean squared error of the hidden values, as normalised pixels.
@@ -40,7 +40,7 @@ class Guesses(NamedTuple):
     probability_BKG: Tensor
 
 
-class Words(NamedTuple):
+class GuessedWords(NamedTuple):
     """index_BK: positions, where hidden_BK is True; the others fill up. Guesses with the picture and with a
     blank one (the mean colour)."""
 
@@ -59,8 +59,8 @@ class Reconstruction(NamedTuple):
 
     batch: Batch
     picture_BCHW: Tensor
-    pictures: Pictures | None
-    words: Words | None
+    pictures: FilledImages | None
+    words: GuessedWords | None
     true_statistics: bool = False
 
 
@@ -96,7 +96,7 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
     return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words, task.masked_pixels.norm)
 
 
-def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> Pictures:
+def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> FilledImages:
     """Hidden patches from the visible ones and the whole caption."""
     size, picked = backbone.image.patch_size, (patch.index_BK, patch.weight_BK)
     true_BKP = pick(patchify(batch.image_BCHW, size), patch.index_BK)
@@ -115,10 +115,12 @@ def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patc
         errors.append(error_BK.sum(1) / patch.weight_BK.sum(1).clamp(min=1))
     rgb_BCHW = to_rgb(backbone, batch.image_BCHW)
     grey_BCHW = paste(rgb_BCHW, torch.full_like(true_BKP, 0.5), *picked, size)
-    return Pictures(grey_BCHW, *pictures, *errors)
+    return FilledImages(grey_BCHW, *pictures, *errors)
 
 
-def guess_words(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int) -> Words:
+def guess_words(
+    backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int
+) -> GuessedWords:
     """Hidden words from the rest of the caption and the whole picture, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
     found = []
@@ -130,7 +132,7 @@ def guess_words(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token:
         logits_BKV = task.tokens(pick(crossed_BTD, token.index_CK)).float()
         top = logits_BKV.softmax(-1).topk(min(guesses, logits_BKV.shape[-1]))
         found.append(Guesses(top.indices, top.values))
-    return Words(token.index_CK, token.weight_CK > 0, *found)
+    return GuessedWords(token.index_CK, token.weight_CK > 0, *found)
 
 
 def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Tensor, size: int) -> Tensor:

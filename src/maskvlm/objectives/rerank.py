@@ -125,7 +125,7 @@ def gather_gallery(kept: list[Kept]) -> Gallery | None:
 
 
 @torch.no_grad()
-def score(
+def score_gallery(
     backbone: MaskVLM,
     head: Matching | None,
     gallery: Gallery,
@@ -150,12 +150,12 @@ def score(
     if head is None:
         return Scores(contrast_BC, None, gallery.owner_C)
     wanted_BC = candidates(contrast_BC, max(contrast_BC.shape) if k is None else k)
-    match_BC = match(backbone, head, gallery, wanted_BC, chunk)
+    match_BC = match_pairs(backbone, head, gallery, wanted_BC, chunk)
     return Scores(contrast_BC, match_BC + contrast * contrast_BC if contrast else match_BC, gallery.owner_C)
 
 
 @torch.no_grad()
-def match(backbone: MaskVLM, head: Matching, gallery: Gallery, wanted_BC: Tensor, chunk: int = CHUNK) -> Tensor:
+def match_pairs(backbone: MaskVLM, head: Matching, gallery: Gallery, wanted_BC: Tensor, chunk: int = CHUNK) -> Tensor:
     """Log-odds of a match of the wanted pairs, [B, C], float32; NaN elsewhere. Each process scores its own tiles."""
     own = (
         (first, match_tile(backbone, head, gallery, first, wanted_BC[first : first + len(tile)], chunk))

@@ -129,7 +129,7 @@ def recall_of(found: Ranking, ks: Sequence[int] = KS) -> dict[int, float]:
     return {k: 100 * (found.rank_Q < k).double().mean().item() for k in ks}
 
 
-def chance(relevant_Q: Tensor, total: int, ks: Sequence[int] = KS) -> dict[int, float]:
+def recall_chance(relevant_Q: Tensor, total: int, ks: Sequence[int] = KS) -> dict[int, float]:
     """Recall@k in percent of an order by lot: at least one of a query's relevant items among k drawn of `total`."""
     levels = {}
     for k in ks:
@@ -157,7 +157,7 @@ def retrieval_metrics(scores: Scores, found: dict[int, Rankings], k: int) -> dic
     for name, ranked in {"itc_": found[0], best: found[0 if best else k]}.items():
         metrics |= named(recall_of(ranked.text), f"{name}tr") | named(recall_of(ranked.image), f"{name}ir")
     own_B = torch.bincount(scores.owner_C, minlength=pictures)
-    metrics |= named(chance(own_B, captions), "tr", "_chance")
-    metrics |= named(chance(torch.ones_like(scores.owner_C), pictures), "ir", "_chance")
+    metrics |= named(recall_chance(own_B, captions), "tr", "_chance")
+    metrics |= named(recall_chance(torch.ones_like(scores.owner_C), pictures), "ir", "_chance")
     metrics["score"] = (metrics[f"retrieval/{best}tr_r1"] + metrics[f"retrieval/{best}ir_r1"]) / 2
     return metrics

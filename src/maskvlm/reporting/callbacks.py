@@ -17,7 +17,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.reconstruction import few
 from maskvlm.reporting.curves import curves
-from maskvlm.reporting.metric_tables import claim, metrics_table, score
+from maskvlm.reporting.metric_tables import claim_line, metrics_table, score_line
 from maskvlm.reporting.reconstruction_page import reconstructions
 from maskvlm.training.run_record import folder_of
 
@@ -64,7 +64,7 @@ class Report(Callback):
         metrics = getattr(pl_module, "metrics", {})
         if trainer.state.fn == TrainerFn.FITTING:
             self.evaluations += 1
-            if told := claim(metrics) or score(metrics):
+            if told := claim_line(metrics) or score_line(metrics):
                 say(f"step {trainer.global_step}: {told}")
             if not self.every or self.evaluations % self.every:
                 return

@@ -26,7 +26,7 @@ TITLES = {
 }
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """One curve of a held-out panel."""
 
     key: str
@@ -36,20 +36,20 @@ class Line(NamedTuple):
 
 
 WORDS = (
-    Line("mlm/accuracy", "right picture", BLUE),
-    Line("mlm/accuracy_wrong_image", "wrong picture", ORANGE),
-    Line("mlm/accuracy_no_image", "no picture", GREY),
+    Curve("mlm/accuracy", "right picture", BLUE),
+    Curve("mlm/accuracy_wrong_image", "wrong picture", ORANGE),
+    Curve("mlm/accuracy_no_image", "no picture", GREY),
 )
 PIXELS = (
-    Line("mim/mse", "right caption", BLUE),
-    Line("mim/mse_wrong_text", "wrong caption", ORANGE),
-    Line("mim/mse_no_text", "no caption", GREY),
+    Curve("mim/mse", "right caption", BLUE),
+    Curve("mim/mse_wrong_text", "wrong caption", ORANGE),
+    Curve("mim/mse_no_text", "no caption", GREY),
 )
 RECALL = (
-    Line("retrieval/tr_r1", "captions of a picture", BLUE),
-    Line("retrieval/itc_tr_r1", "(contrast alone)", BLUE, ":"),
-    Line("retrieval/ir_r1", "picture of a caption", ORANGE),
-    Line("retrieval/itc_ir_r1", "(contrast alone)", ORANGE, ":"),
+    Curve("retrieval/tr_r1", "captions of a picture", BLUE),
+    Curve("retrieval/itc_tr_r1", "(contrast alone)", BLUE, ":"),
+    Curve("retrieval/ir_r1", "picture of a caption", ORANGE),
+    Curve("retrieval/itc_ir_r1", "(contrast alone)", ORANGE, ":"),
 )
 KNOWN = ("train/", "level/", "lr", "mlm/", "mim/", "retrieval/")
 
@@ -114,7 +114,7 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
         draw_lines(next(panels), rows, lines, name)
     for group in others:
         names = sorted(key for key in keys if key.startswith(f"{group}/"))[: len(COLOURS)]
-        lines = tuple(Line(key, key.split("/", 1)[1], COLOURS[n]) for n, key in enumerate(names))
+        lines = tuple(Curve(key, key.split("/", 1)[1], COLOURS[n]) for n, key in enumerate(names))
         draw_lines(next(panels), rows, lines, group)
     if rates:
         draw_rates(next(panels), rows, rates)
@@ -174,7 +174,7 @@ def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) ->
         axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.25 * (top - low or 1))
 
 
-def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Line], title: str) -> None:
+def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> None:
     """Held-out metrics over steps. Retrieval among another number of pictures is another question, so values
     are joined by a line only where the number is the same; the largest is marked by stars."""
     retrieval = any(line.key.startswith("retrieval/") for line in lines)

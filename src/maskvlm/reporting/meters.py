@@ -72,7 +72,7 @@ class Losses:
         return Readings(self.losses.read(), self.levels.read())
 
 
-class Speed(NamedTuple):
+class StepSpeed(NamedTuple):
     """pairs_per_second: of all processes. data_wait: share of the time spent waiting for a batch, 0 to 1."""
 
     pairs_per_second: float
@@ -112,10 +112,10 @@ class Clock:
         """Something else happens before the next batch."""
         self.ended = None
 
-    def read(self) -> Speed:
+    def read(self) -> StepSpeed:
         """Since the last call."""
         total = self.waited + self.worked
-        speed = Speed(self.pairs / total, self.waited / total) if total else Speed(0.0, 0.0)
+        speed = StepSpeed(self.pairs / total, self.waited / total) if total else StepSpeed(0.0, 0.0)
         self.reset()
         return speed
 

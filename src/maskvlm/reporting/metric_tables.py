@@ -87,7 +87,7 @@ def metrics_table(metrics: Mapping[str, float]) -> Table:
     for part in parts:
         if part is not None:
             whole.add_row(part)
-    if claims := claim(metrics):
+    if claims := claim_line(metrics):
         whole.add_row(Text(claims, style="bold"))
     return whole
 
@@ -135,7 +135,7 @@ def tasks_of(metrics: Mapping[str, float]) -> list[str]:
     return [name for name in found if name != "mlm"]
 
 
-def shares(task: str, metrics: Mapping[str, float]) -> list[str]:
+def percentages(task: str, metrics: Mapping[str, float]) -> list[str]:
     """Metrics of a task that are percentages: accuracy of all and by kind, recall by class, whatever has a level."""
     own = [name for name in metrics if name.startswith(f"{task}/") and not name.endswith(LEVELS)]
     kinds = ("accuracy", "recall/")
@@ -145,7 +145,7 @@ def shares(task: str, metrics: Mapping[str, float]) -> list[str]:
 def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
     """Percentages, each beside the level of knowing nothing (the most frequent answer's, or chance), by kind below."""
     among = f" ({metrics[f'{task}/examples']:.0f} examples)" if f"{task}/examples" in metrics else ""
-    names = shares(task, metrics)
+    names = percentages(task, metrics)
     levels = any(name + end in metrics for name in names for end in LEVELS)
     table = _table(f"{task}{among}", ["%", "knowing nothing"] if levels else ["%"])
     for name in names:
@@ -191,7 +191,7 @@ def other_table(metrics: Mapping[str, float]) -> Table | None:
     known |= {*SIZES, *(key for _, key in SUMS), "score"}  # the score repeats what another group shows
     known |= {name for name in metrics if SWEPT.fullmatch(name)}
     for task in tasks_of(metrics):
-        known |= {f"{name}{end}" for name in shares(task, metrics) for end in ("", *LEVELS)} | {f"{task}/examples"}
+        known |= {f"{name}{end}" for name in percentages(task, metrics) for end in ("", *LEVELS)} | {f"{task}/examples"}
         known |= {name for name in metrics if name.startswith(f"{task}/confusion/")}
     for m in (*WORDS, *PIXELS):
         ends = ("", f"_wrong_{m.partner}", f"_no_{m.partner}", "_chance", "_gain")
@@ -203,7 +203,7 @@ def other_table(metrics: Mapping[str, float]) -> Table | None:
     return table if table.rows else None
 
 
-def claim(metrics: Mapping[str, float]) -> str:
+def claim_line(metrics: Mapping[str, float]) -> str:
     """The paper's claim in one sentence: what the right partner is worth; "" where neither was measured."""
     parts = []
     if "mlm/accuracy_wrong_image" in metrics:
@@ -215,7 +215,7 @@ def claim(metrics: Mapping[str, float]) -> str:
     return f"Gain of the right partner over a wrong one: {', '.join(parts)}" if parts else ""
 
 
-def score(metrics: Mapping[str, float]) -> str:
+def score_line(metrics: Mapping[str, float]) -> str:
     """What a downstream task is judged by, in a few words: `accuracy 71.3 (majority 29.7)`."""
     names = [name for name in metrics if name.count("/") == 1 and name.endswith("/accuracy")]
     if not names:

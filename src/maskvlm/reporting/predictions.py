@@ -17,7 +17,7 @@ from maskvlm.data.text import tokenizer_hash
 from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.callbacks import attempt, say
 from maskvlm.reporting.prediction_page import Shown, example_page
-from maskvlm.training.run_record import SaveConfig, folder_of, left_out, name_end, versions, write_json, write_text
+from maskvlm.training.run_record import SaveConfig, folder_of, name_end, rows_left_out, versions, write_json, write_text
 
 
 class Predictions(Callback):
@@ -51,7 +51,7 @@ class Predictions(Callback):
         if not task.predictions:  # type: ignore[union-attr]
             return
         predictions = with_ids(task.predictions, data.splits[split])  # type: ignore[arg-type, union-attr]
-        lines = (json.dumps(plain(one), ensure_ascii=False) for one in predictions)
+        lines = (json.dumps(json_ready(one), ensure_ascii=False) for one in predictions)
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
         say(f"wrote {folder / f'predictions{end}.jsonl'}")
         shown = [shown_with(data.splits[split], one) for one in spread(predictions, self.count)]
@@ -61,7 +61,7 @@ class Predictions(Callback):
             say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")
 
 
-def plain(prediction: Prediction) -> dict[str, Any]:
+def json_ready(prediction: Prediction) -> dict[str, Any]:
     """With null for what is not known, as JSON has no NaN."""
     return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in prediction.items()}
 
@@ -112,7 +112,7 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
             "sha": rows.fingerprint,
             "rows of the split": len(rows),
             "pictures of the split": None if ids is None else len(ids),
-            "left out or mended": left_out(rows),
+            "left out or mended": rows_left_out(rows),
             "share measured": share_measured(trainer, split),
         },
         "checkpoint": checkpoint_of(trainer, pl_module),

@@ -26,7 +26,7 @@ from maskvlm.objectives.pretraining_losses import (
     PretrainingLoss,
     WordsPresent,
 )
-from maskvlm.reporting.meters import Clock, Left, Losses, Readings, Speed, duration, number, reading_interval
+from maskvlm.reporting.meters import Clock, Left, Losses, Readings, StepSpeed, duration, number, reading_interval
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ CAUSES = {loss.name: loss.cause for loss in KNOWN}
 """What sitting at the level means, and where to look."""
 
 
-def status_line(readings: Readings, speed: Speed | None, left: float | None) -> str:
+def status_line(readings: Readings, speed: StepSpeed | None, left: float | None) -> str:
     """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`."""
     levels = {name: f"/{number(level)}" for name, level in readings.levels.items()}
     parts = [f"{name} {number(loss)}{levels.get(name, '')}" for name, loss in readings.losses.items()]
@@ -105,7 +105,7 @@ class TrainingProgress(ProgressBar):
             self._tell(pl_module, readings, self.clock.read(), left)
         self._show(self._step_of, self.step, self.status)
 
-    def _tell(self, pl_module: L.LightningModule, readings: Readings, speed: Speed, left: float | None) -> None:
+    def _tell(self, pl_module: L.LightningModule, readings: Readings, speed: StepSpeed, left: float | None) -> None:
         logged = {f"level/{name}": level for name, level in readings.levels.items()}
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)

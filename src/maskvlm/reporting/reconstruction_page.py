@@ -61,14 +61,14 @@ def reconstructions(
     Returns:
         `path`.
     """
-    figure = draw(reconstruct(backbone, task, few(batch, count)), tokenizer)
+    figure = draw_reconstruction(reconstruct(backbone, task, few(batch, count)), tokenizer)
     with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(path, format="png", dpi=100)
     return path
 
 
-def draw(result: Reconstruction, tokenizer: Any) -> Figure:
+def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Figure:
     """One row a pair, as high as its words need."""
     columns = picture_columns(result)
     texts = [words_of_row(result, row, tokenizer) for row in range(len(result.picture_BCHW))]
@@ -78,15 +78,15 @@ def draw(result: Reconstruction, tokenizer: Any) -> Figure:
     top = MARGIN
     for place, (title, _, _) in enumerate(columns):
         left = MARGIN + place * (PICTURE + GAP)
-        write(figure, left, top, [Segment(title, bold=True)])
+        write_line(figure, left, top, [Segment(title, bold=True)])
     words = [
         Segment("caption, hidden words shaded", bold=True),
         Segment("  (percentages: the likeliest guesses)"),
     ]
-    write(figure, MARGIN + len(columns) * (PICTURE + GAP) + GAP, top, words)
+    write_line(figure, MARGIN + len(columns) * (PICTURE + GAP) + GAP, top, words)
     if result.true_statistics and len(columns) > 2:
         note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
-        write(figure, MARGIN + 2 * (PICTURE + GAP), top + LINE, note)
+        write_line(figure, MARGIN + 2 * (PICTURE + GAP), top + LINE, note)
     top += 2 * LINE
     errors = torch.stack([error_B for _, _, error_B in columns if error_B is not None] or [torch.empty(0)])
     for row, (text, height) in enumerate(zip(texts, heights, strict=True)):
@@ -94,10 +94,10 @@ def draw(result: Reconstruction, tokenizer: Any) -> Figure:
             left = MARGIN + place * (PICTURE + GAP)
             show(figure, left, top, image_BCHW[row])
             if error_B is not None:
-                write(figure, left, top + PICTURE + 0.03, [error_text(error_B[row], errors[:, row])])
+                write_line(figure, left, top + PICTURE + 0.03, [error_text(error_B[row], errors[:, row])])
         left = MARGIN + len(columns) * (PICTURE + GAP) + GAP
         for number, line in enumerate(text):
-            write(figure, left, top + number * LINE, line)
+            write_line(figure, left, top + number * LINE, line)
         top += height
         if row + 1 < len(texts):
             rule(figure, top - SPACE / 2)
@@ -181,7 +181,7 @@ def wrap(pieces: list[Segment], width: int) -> list[Line]:
             word = word[1:] if word[0].text == " " else word
         lines[-1] += word
         used += sum(len(piece.text) for piece in word)
-    return [cut(line, width) for line in lines]
+    return [cut_line(line, width) for line in lines]
 
 
 def group_words(pieces: list[Segment]) -> list[Line]:
@@ -194,7 +194,7 @@ def group_words(pieces: list[Segment]) -> list[Line]:
     return groups
 
 
-def cut(line: Line, width: int) -> Line:
+def cut_line(line: Line, width: int) -> Line:
     """The first `width` characters."""
     kept, room = [], width
     for piece in line:
@@ -208,7 +208,7 @@ def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> 
     assert result.words is not None
     target = int(result.batch.token_CT[row, place])
     position = int((result.words.index_BK[row] == place).nonzero()[0, 0])
-    line = [Segment(f"{short(piece_text(tokenizer, target), WORD - 2):{WORD}}", bold=True)]
+    line = [Segment(f"{shorten(piece_text(tokenizer, target), WORD - 2):{WORD}}", bold=True)]
     for guesses in (result.words.seeing, result.words.blind):
         line += guess_segments(guesses, row, position, target, tokenizer)
     return line
@@ -223,20 +223,20 @@ def guess_segments(guesses: Guesses, row: int, position: int, target: int, token
     )
     for number, (token, share) in enumerate(zip(tokens, shares, strict=True)):
         colour = GREEN if token == target else RED if number == 0 else GREY
-        text = f"{short(piece_text(tokenizer, token), GUESS)} {100 * share:.0f}"
+        text = f"{shorten(piece_text(tokenizer, token), GUESS)} {100 * share:.0f}"
         segments += [Segment(text, colour, bold=number == 0), Segment("  ")]
         used += len(text) + 2
     return [*segments, Segment(" " * max(0, SIDE - used))]
 
 
-def short(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # ---------------------------------------------------------------------- ink
 
 
-def write(figure: Figure, left: float, top: float, line: Line) -> None:
+def write_line(figure: Figure, left: float, top: float, line: Line) -> None:
     """One line of fixed-width text, as it is: a dollar sign starts no formula."""
     width, height = figure.get_size_inches()
     for segment in line:

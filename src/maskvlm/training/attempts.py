@@ -51,7 +51,7 @@ def forget(folder: Path) -> None:
         (folder / NAME).unlink(missing_ok=True)
 
 
-def check(folder: Path) -> Failures:
+def check_attempts(folder: Path) -> Failures:
     """The failures so far, where the run may be tried again.
 
     Raises:

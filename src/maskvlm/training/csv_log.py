@@ -47,7 +47,7 @@ class Writer(ExperimentWriter):
         path = Path(log_dir) / self.NAME_METRICS_FILE
         super().__init__(log_dir)
         self.path = path
-        self.rows = rows_of(path.read_bytes() if path.is_file() else b"")
+        self.rows = rows_in(path.read_bytes() if path.is_file() else b"")
         self.metrics_keys = sorted(set().union(*self.rows))
         self._rewrite()
 
@@ -89,7 +89,7 @@ class Writer(ExperimentWriter):
             self.path.unlink(missing_ok=True)
 
 
-def rows_of(content: bytes) -> list[Row]:
+def rows_in(content: bytes) -> list[Row]:
     """The rows of a table; a last line that a killed process left unfinished is dropped."""
     lines = content.decode("utf-8", "replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):

@@ -20,7 +20,7 @@ FIRST = "failed-first.txt"  # names the process of a job that failed first; remo
 EARLIER: list[tuple[str, int]] = []  # what stood there when this process started: of an earlier job
 
 
-class Line(NamedTuple):
+class ErrorLine(NamedTuple):
     """What is said, and the exit status."""
 
     text: str
@@ -51,40 +51,42 @@ def report(error: BaseException, folder: Path | None = None, debug: bool = False
     return int(line.code)
 
 
-def user_line(error: BaseException) -> Line | None:
+def user_line(error: BaseException) -> ErrorLine | None:
     """The line for what a user can mend; None for a bug."""
     if worker := _from_worker(str(error)):
         return worker
     if lost := _worker_lost(str(error)):
-        return Line(_one_line(str(lost)), lost.code)
+        return ErrorLine(_one_line(str(lost)), lost.code)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            return Line(_one_line(str(cause)), cause.code)
+            return ErrorLine(_one_line(str(cause)), cause.code)
         cause = cause.__cause__
     name, text = type(error).__name__, _one_line(str(error))
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return Line(f"{_one_line(str(error.filename))[:60]}...: the name is too long. Give another.", ExitCode.USAGE)
+        return ErrorLine(
+            f"{_one_line(str(error.filename))[:60]}...: the name is too long. Give another.", ExitCode.USAGE
+        )
     if isinstance(error, OSError) and (told := cannot_write(error)):
-        return Line(_one_line(str(told)), told.code)
+        return ErrorLine(_one_line(str(told)), told.code)
     if name == "MisconfigurationException":
-        return Line(f"trainer: {text}", ExitCode.USAGE)
+        return ErrorLine(f"trainer: {text}", ExitCode.USAGE)
     if isinstance(error, MemoryError):
         todo = "Lower data.batch_size or data.workers, or give the job more memory"
-        return Line(f"memory: none is left ({text or name}). {todo}.", ExitCode.IO_ERROR)
+        return ErrorLine(f"memory: none is left ({text or name}). {todo}.", ExitCode.IO_ERROR)
     if name == "OutOfMemoryError":
         todo = "Lower data.batch_size, or share it over more passes with trainer.accumulate_grad_batches"
-        return Line(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
+        return ErrorLine(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     return None
 
 
-def _from_worker(text: str) -> Line | None:
+def _from_worker(text: str) -> ErrorLine | None:
     """A mistake found in a data worker arrives as the text of its traceback: the last line names it."""
     for kind in (UserError, *_all_subclasses(UserError)):
         found = re.findall(rf"^{re.escape(kind.__module__)}\.{kind.__qualname__}: (.+)$", text, re.MULTILINE)
         if found:
             status = re.findall(r"^exit status (\d+)$", text, re.MULTILINE)
-            return Line(found[-1], ExitCode(int(status[-1])) if status else ExitCode.BAD_DATA)
+            return ErrorLine(found[-1], ExitCode(int(status[-1])) if status else ExitCode.BAD_DATA)
     return None
 
 
@@ -102,7 +104,7 @@ def _all_subclasses(kind: type) -> list[type]:
     return [deep for sub in subclasses for deep in (sub, *_all_subclasses(sub))]
 
 
-def _bug(error: BaseException, folder: Path | None) -> Line:
+def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     text = f"{type(error).__name__}: {error}"
     if "\nOriginal Traceback" in text:  # of a data worker; what matters comes last
         text = re.split(r"^ .*$", text.rstrip(), flags=re.MULTILINE)[-1]
@@ -114,8 +116,8 @@ def _bug(error: BaseException, folder: Path | None) -> Line:
         path.write_text("".join(traceback.format_exception(error)))
     except OSError:
         traceback.print_exception(error)
-        return Line(text, ExitCode.OUR_BUG)
-    return Line(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
+        return ErrorLine(text, ExitCode.OUR_BUG)
+    return ErrorLine(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
 
 
 def process_rank() -> int:

@@ -24,7 +24,7 @@ from maskvlm.utils.distributed import Draw, mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 
-class Guard(Protocol):
+class StepJudge(Protocol):
     """What looks at a step before it is made (`guard.StepGuard`)."""
 
     def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None: ...
@@ -82,7 +82,7 @@ class LitModel(L.LightningModule):
         self._loaded: tuple[Seen, ...] | None = None
         self.trained = False
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
-        self.guard: Guard | None = None
+        self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
         task.build(backbone)
         self.inherited = self._inherit()

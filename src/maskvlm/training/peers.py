@@ -33,7 +33,7 @@ BROKEN = re.compile(
 )
 
 
-class Record(NamedTuple):
+class PeerRecord(NamedTuple):
     """What a process says of itself.
 
     token: the same in all processes of one start. where: the machine (and container) whose process numbers it uses.
@@ -84,7 +84,7 @@ class Peers:
         self.silent, self.still = silent, still
         self.beats, self.place, self.at = 0, (0, 0), "starting"
         self.seen: dict[
-            int, tuple[Record, int, int]
+            int, tuple[PeerRecord, int, int]
         ] = {}  # rank -> its record, looks since it beat, and since it moved
         self.writes = True
         self.lock = threading.Lock()
@@ -107,8 +107,8 @@ class Peers:
             if self.left.is_set() and code is None:
                 return  # this process has ended, or is about to: its last record stays
             self.beats += 1
-            mine = (self.token, self.rank, socket.gethostname(), machine(), os.getpid(), self.beats)
-            row = json.dumps(Record(*mine, self.place, self.at, code, because, why[:400]))
+            mine = (self.token, self.rank, socket.gethostname(), machine_id(), os.getpid(), self.beats)
+            row = json.dumps(PeerRecord(*mine, self.place, self.at, code, because, why[:400]))
             try:
                 file = os.open(self.path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
                 try:
@@ -119,12 +119,12 @@ class Peers:
             except OSError:
                 self.writes = False
 
-    def read(self, rank: int) -> Record | None:
+    def read(self, rank: int) -> PeerRecord | None:
         """Another's record; None where there is none of this start (it may have ended well)."""
         try:
             with self.path(rank).open("rb") as file:
                 values: list[Any] = json.loads(file.read(WIDTH))
-            record = Record(*values)
+            record = PeerRecord(*values)
             step, phase = record.place
         except (OSError, ValueError, TypeError, RecursionError):
             return None
@@ -180,7 +180,7 @@ class Peers:
         found.sort(key=lambda each: each[0])
         return found[0][1] if found else self._behind(still, every)
 
-    def _one(self, record: Record, quiet: float, silent: float) -> tuple[int, Lost] | None:
+    def _one(self, record: PeerRecord, quiet: float, silent: float) -> tuple[int, Lost] | None:
         """Verdict on one process, the surest first."""
         who = name(record)
         if record.rank == self.rank:
@@ -190,7 +190,7 @@ class Peers:
                 return None
             first = record.rank if record.because is None else record.because
             return 0, Lost(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
-        if record.where == machine() and not alive(record.pid):
+        if record.where == machine_id() and not alive(record.pid):
             now = self.read(record.rank)  # it may have ended well, or said why, before it was gone
             if now is None or now.code is not None:
                 return None
@@ -211,7 +211,7 @@ class Peers:
         what = f"stands still {first[0].at}, and others wait for it"
         return self.lost(first[0], 0.0, what)
 
-    def lost(self, record: Record, grace: float, what: str) -> Lost:
+    def lost(self, record: PeerRecord, grace: float, what: str) -> Lost:
         last = self.folder / "last.ckpt"
         goes_on = f"The same command goes on from {last}" if last.is_file() else "Start the same command again"
         return Lost(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
@@ -234,11 +234,11 @@ class Peers:
             time.sleep(every)
 
 
-def name(record: Record) -> str:
+def name(record: PeerRecord) -> str:
     return f"rank {record.rank} ({record.host}, process {record.pid})"
 
 
-def machine() -> str:
+def machine_id() -> str:
     """Names whose process numbers this process sees: the machine, and its container where it is in one."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
@@ -261,9 +261,9 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def end_frozen(record: Record | None) -> None:
+def end_frozen(record: PeerRecord | None) -> None:
     """A process that is frozen does not see that the run is over."""
-    if record is not None and record.where == machine() and alive(record.pid) and record.pid != os.getpid():
+    if record is not None and record.where == machine_id() and alive(record.pid) and record.pid != os.getpid():
         os.kill(record.pid, signal.SIGKILL)
 
 

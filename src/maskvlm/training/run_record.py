@@ -28,7 +28,7 @@ BAD = "bad_samples.json"
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")
 
 
-def claim(folder: Path) -> None:
+def claim_folder(folder: Path) -> None:
     """Make a new run's folder; found at the start, not at the first checkpoint, if that cannot be done.
 
     Raises:
@@ -38,7 +38,7 @@ def claim(folder: Path) -> None:
     (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that died before its first checkpoint
 
 
-def finish(folder: Path, step: int) -> None:
+def finish_run(folder: Path, step: int) -> None:
     """Note in `versions.json` that a run has come to its end."""
     forget(folder)
     facts = read_json(folder / "versions.json")
@@ -179,7 +179,7 @@ class RunRecord(L.Callback):
         trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.trained or rows is None or trial or not trainer.is_global_zero:
             return
-        folder, counts = folder_of(trainer), left_out(rows)
+        folder, counts = folder_of(trainer), rows_left_out(rows)
         path = folder / f"bad_samples{name_end(folder, split, trained=False)}.json"
         path.unlink(missing_ok=True)  # of an earlier evaluation here
         if counts:
@@ -219,7 +219,7 @@ def name_end(folder: Path, split: str, trained: bool) -> str:
     return f"-{split}" if is_training_run(folder) and not trained else ""
 
 
-def left_out(rows: Any) -> dict[str, int]:
+def rows_left_out(rows: Any) -> dict[str, int]:
     """Rows of a split that its reader left out or mended, by reason; empty where it tells none."""
     return {reason: len(places) for reason, places in getattr(rows, "skipped", {}).items() if places}
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from maskvlm.checkpoint.integrity import newest_valid, verify
-from maskvlm.config.given import text_of
+from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
+from maskvlm.config.given import config_text
 from maskvlm.config.safe_yaml import read_yaml
-from maskvlm.training.attempts import BEFORE, check
+from maskvlm.training.attempts import BEFORE, check_attempts
 from maskvlm.training.run_record import read_json
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished
@@ -50,7 +50,7 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | 
     """
     if not may_go_on(folder, composed):
         return None
-    failed = check(folder)
+    failed = check_attempts(folder)
     found = newest_valid(folder, warn)
     if failed.times >= BEFORE and found is not None and found.name == LAST and whole(folder / PREVIOUS):
         found = folder / PREVIOUS
@@ -88,7 +88,7 @@ def recorded(record: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is damaged (65).
     """
     try:
-        content = read_yaml(text_of(str(record)), str(record))
+        content = read_yaml(config_text(str(record)), str(record))
         if isinstance(content, dict):
             return content
         why = "it holds no `key: value` lines"
@@ -101,7 +101,7 @@ def recorded(record: Path) -> dict[str, Any]:
 def whole(path: Path) -> bool:
     """Whether a checkpoint is there and not damaged."""
     try:
-        verify(path)
+        verify_checkpoint(path)
     except UserError:
         return False
     return True

@@ -99,7 +99,7 @@ class RunLock:
     def _beat(self, end: threading.Event) -> None:
         while not end.wait(BEAT) and self.me is not None:
             try:
-                said = read(self.folder / NAME)
+                said = read_holder(self.folder / NAME)
                 if said is not None and said[:4] != self.me[:4]:
                     self.rival = said
                     return
@@ -166,7 +166,7 @@ def holder_of(handle: int) -> Holder | None:
     return holder if 0 < holder.pid < 2**31 else None
 
 
-def read(path: Path) -> Holder | None:
+def read_holder(path: Path) -> Holder | None:
     """As `holder_of`, newly opened: a network file system then asks its server."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -183,7 +183,7 @@ def beats(path: Path, said: Holder) -> bool:
     until = time.monotonic() + WATCH
     while time.monotonic() < until:
         time.sleep(BEAT / 5)
-        now = read(path)
+        now = read_holder(path)
         if now != said:
             return now is not None  # None: it has withdrawn its statement
     return False

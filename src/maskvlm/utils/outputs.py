@@ -52,7 +52,7 @@ def writing(folder: object = None) -> Iterator[None]:
         UserError: see `cannot_write`.
     """
     before = threading.excepthook
-    threading.excepthook = lambda args: None if known(args.exc_value) else before(args)
+    threading.excepthook = lambda args: None if is_output_error(args.exc_value) else before(args)
     try:
         yield
     except OSError as error:
@@ -61,7 +61,7 @@ def writing(folder: object = None) -> Iterator[None]:
         threading.excepthook = before
 
 
-def known(error: BaseException | None) -> bool:
+def is_output_error(error: BaseException | None) -> bool:
     """Whether an error of a thread that writes is one to tell. TensorBoard's thread dies of it, and the main thread
     is told when it hands over the next value, or at the end: it is not to be printed twice."""
     return isinstance(error, OSError) and cannot_write(error) is not None

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from maskvlm.data.files import Pictures, picture_folder, picture_names
+from maskvlm.data.files import ImagesByKey, picture_folder, picture_names
 from maskvlm.data.prepared.manifest import MANIFEST, read_manifest
-from maskvlm.data.prepared.shards import Shards
+from maskvlm.data.prepared.shards import PreparedShards
 
 
-class PreparedPictures(Pictures):
+class PreparedPictures(ImagesByKey):
     """Pictures of a prepared set by a key, all its splits together; their bytes instead of paths.
 
     Args:
@@ -29,9 +29,11 @@ class PreparedPictures(Pictures):
         return bytes(self._shards.value("image", int(self._row_N[number])))
 
 
-def all_shards(root: Path) -> Shards:
+def all_shards(root: Path) -> PreparedShards:
     """Of all splits, one after the other."""
-    return Shards(root, [shard for split in read_manifest(root)["splits"].values() for shard in split["shards"]])
+    return PreparedShards(
+        root, [shard for split in read_manifest(root)["splits"].values() for shard in split["shards"]]
+    )
 
 
 class Album:
@@ -48,11 +50,11 @@ class Album:
             self._row_of = {name: row for row, name in reversed([*enumerate(prepared_names(folder))])}
         self.names = sorted(self._row_of) if self.prepared else picture_names(folder)
 
-    def pictures(self, name_of: dict[str, str]) -> Pictures:
+    def pictures(self, name_of: dict[str, str]) -> ImagesByKey:
         """Those of these names, by key."""
         if self.prepared:
             return PreparedPictures(self.folder, name_of, self._row_of)
-        return Pictures(self.folder, name_of)
+        return ImagesByKey(self.folder, name_of)
 
 
 def open_album(images: str | Path | None, root: Path) -> Album:

@@ -4,13 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from maskvlm.config.arguments import Parser
+from maskvlm.config.arguments import OptionParser
 from maskvlm.data.prepare.end import ROWS, Plan
 from maskvlm.data.prepare.look import look_at_raw
 from maskvlm.data.prepare.prepare import complete, prepare
 from maskvlm.data.prepare.rows import Settings
-from maskvlm.data.prepared.check import check
-from maskvlm.data.prepared.manifest import LOOK, SKIPPED, check_path, read_manifest
+from maskvlm.data.prepared.check import check_set
+from maskvlm.data.prepared.manifest import LOOK, SKIPPED, check_set_path, read_manifest
 from maskvlm.data.raw import SETS, open_raw
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.data.text import clean_caption
@@ -20,7 +20,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 def main(arguments: list[str], allow_import: list[str]) -> int:
     """Prepare a set, or with --look only look at it; the exit status."""
-    parser = Parser("maskvlm data", description="Raw files of a data set -> its prepared form, once.")
+    parser = OptionParser("maskvlm data", description="Raw files of a data set -> its prepared form, once.")
     parser.add_argument("set", metavar="SET", help=" ".join([*SETS, "or the path of a class"]))
     parser.add_argument("raw", metavar="RAW", help="the folder or file as it is distributed; for hf a name on the hub")
     parser.add_argument("--out", help="folder to make (default: DATA_ROOT/SET); its name is the set's")
@@ -37,7 +37,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         if not low <= value <= high:
             raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
     root = Path(given.out or Path(os.environ.get("DATA_ROOT") or "data") / given.set).expanduser()
-    check_path(root)
+    check_set_path(root)
     check_raw(given.raw)
     place = check_places(given.set, given.raw, root)
     columns = named_columns(given.columns)
@@ -72,16 +72,16 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     return ExitCode.DONE
 
 
-def verify(arguments: list[str], allow_import: list[str]) -> int:
+def verify_set(arguments: list[str], allow_import: list[str]) -> int:
     """Compare a prepared set with its manifest; 65 where it is not the same."""
-    parser = Parser("maskvlm data-check", description="Compare a prepared set with its manifest.")
+    parser = OptionParser("maskvlm data-check", description="Compare a prepared set with its manifest.")
     parser.add_argument("root", metavar="ROOT", help="its folder")
     parser.add_argument("--all", action="store_true", help="decode every picture, not a sample")
     parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
     given = parser.parse_args(arguments)
     if given.workers < 1:
         raise UserError("--workers", f"{given.workers} is below 1", "Give another number")
-    faults = check(Path(given.root).expanduser(), given.all, given.workers)
+    faults = check_set(Path(given.root).expanduser(), given.all, given.workers)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     return ExitCode.BAD_DATA if faults else ExitCode.DONE
@@ -94,7 +94,7 @@ def check_raw(raw: str) -> None:
         UserError: it has a null byte, is not text, or is too long (66).
     """
     try:
-        check_path(Path(raw).expanduser())
+        check_set_path(Path(raw).expanduser())
     except UserError as error:
         what, todo = "there is no such file or folder", "Name the set's folder or file"
         raise UserError(f"RAW={error.where}", what, todo, ExitCode.MISSING_INPUT) from error

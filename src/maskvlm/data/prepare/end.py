@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.phash import KIND
 from maskvlm.data.prepare.look import look_at_prepared
-from maskvlm.data.prepare.rows import Entry, Settings
-from maskvlm.data.prepare.shards import Made, note_file, read_note
+from maskvlm.data.prepare.rows import RowNote, Settings
+from maskvlm.data.prepare.shards import ShardNote, note_file, read_note
 from maskvlm.data.prepared.manifest import (
     LOOK,
     MAKING,
@@ -20,11 +20,11 @@ from maskvlm.data.prepared.manifest import (
     SKIPPED,
     SPLITS,
     coverage,
-    sha256_of,
-    versions,
+    sha256_of_part,
+    tool_versions,
     whole_file,
     write_dataset_files,
-    write_json,
+    write_set_json,
 )
 from maskvlm.data.prepared.manifest_schema import FORMAT
 from maskvlm.data.raw.base import RawSet
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
         return {"set": self.set, "raw": self.raw, "columns": self.columns, "rows": self.rows, **self.settings._asdict()}
 
 
-def finish(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: float) -> dict[str, Any]:
+def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: float) -> dict[str, Any]:
     """The files that make one set of the shards; the manifest is the last of them."""
     splits: dict[str, Any] = {}
     left_out, mended = Reasons(), Reasons()
@@ -79,7 +79,7 @@ def finish(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: f
     for name, split in splits.items():
         files = [Path(shard["file"]).name for shard in split["shards"]]
         write_dataset_files(root / name, files, split["sha256"][:16], raw.facts.licence)
-    write_json(root / "dataset_dict.json", {"splits": [*splits]}, indent=None)
+    write_set_json(root / "dataset_dict.json", {"splits": [*splits]}, indent=None)
     annotations = [copy(file, root) for file in raw.annotations]
     manifest = {
         "format": FORMAT,
@@ -98,10 +98,10 @@ def finish(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: f
         "splits": splits,
     }
     manifest["look"] = look_at_prepared(root, manifest)
-    manifest["files"] = {name: sha256_of(root / name) for name in (SKIPPED, LOOK, *annotations)}
-    manifest["versions"] = versions()
+    manifest["files"] = {name: sha256_of_part(root / name) for name in (SKIPPED, LOOK, *annotations)}
+    manifest["versions"] = tool_versions()
     manifest["made"] = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(seconds, 1)}
-    write_json(root / MANIFEST, manifest)
+    write_set_json(root / MANIFEST, manifest)
     return manifest
 
 
@@ -112,7 +112,7 @@ class Reasons:
         self.count: Counter[str] = Counter()
         self.first: dict[str, list[dict[str, str]]] = {}
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: RowNote) -> None:
         self.count[entry.reason] += 1
         if len(shown := self.first.setdefault(entry.reason, [])) < EXAMPLES:
             shown.append({"origin": entry.origin, "message": entry.message})
@@ -130,7 +130,7 @@ class Summary:
         self.shards: list[dict[str, Any]] = []
         self.totals: Counter[str] = Counter()
 
-    def add(self, made: Made) -> None:
+    def add(self, made: ShardNote) -> None:
         self.sha256.update(made.digests.encode())
         self.totals.update(pictures=made.rows, captions=made.captions, kept=made.kept, bytes=made.bytes)
         if made.file:

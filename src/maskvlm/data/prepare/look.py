@@ -15,9 +15,9 @@ import numpy as np
 from maskvlm.data.batch import Row
 from maskvlm.data.images import BadImage
 from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_picture, screened
-from maskvlm.data.prepared.manifest import LOOK, PICTURES, cannot_write, whole_file
-from maskvlm.data.prepared.shards import Shards
-from maskvlm.data.preview import fill, lay_out, read_row, write
+from maskvlm.data.prepared.manifest import LOOK, PICTURES, cannot_write_set, whole_file
+from maskvlm.data.prepared.shards import PreparedShards
+from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
@@ -71,7 +71,7 @@ class Captions:
         return f"{told}; {share:.1f} % say what another one says"
 
 
-class Told(NamedTuple):
+class LookReport(NamedTuple):
     """Lines for people and what the picture is drawn of."""
 
     lines: list[str]
@@ -84,7 +84,7 @@ class Told(NamedTuple):
 
 def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Draw `first-look.png`; what was counted, for the manifest."""
-    shards = Shards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
+    shards = PreparedShards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
     captions = Captions()
     for chunk in shards.chunks("captions"):
         captions.add(chunk.flatten().to_pylist())
@@ -100,7 +100,7 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     lines += table("left out", manifest["left_out"]) + table("mended", manifest["mended"])
     number = min(SHOWN, len(shards))
     rows = [read_row(Stored(shards), place * len(shards) // number) for place in range(number)]
-    draw(Told(lines, rows, captions.words), root / LOOK)
+    draw_look(LookReport(lines, rows, captions.words), root / LOOK)
     return card
 
 
@@ -109,7 +109,7 @@ class Stored:
 
     fingerprint = ""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: PreparedShards) -> None:
         self.shards = shards
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     """Read a part of a set that is not prepared, draw it, and tell in lines what preparing would make of it."""
     every = screened(raw.rows())
     captions, reasons, counts = Captions(), Counter[str](), Counter[str]()
-    sample = Sample()
+    sample = DrawnSample()
     rows = 0
     for row in islice(every, MOST_ROWS):
         rows += 1
@@ -166,7 +166,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     if not shown:
         where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
         raise UserError(where, f"no row can be used ({'; '.join(lines[3:])[:300]})", todo, ExitCode.BAD_DATA)
-    draw(Told(lines, shown, captions.words), path)
+    draw_look(LookReport(lines, shown, captions.words), path)
     return lines
 
 
@@ -183,7 +183,7 @@ def clean(row: RawRow | BadRow) -> list[str] | str:
         return str(problem.args[0])
 
 
-class Sample:
+class DrawnSample:
     """SAMPLE rows of all that pass, each with the same chance; the same ones every time."""
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ class Sample:
 # ------------------------------------------------------------------ drawing
 
 
-def draw(told: Told, path: Path) -> None:
+def draw_look(told: LookReport, path: Path) -> None:
     """Words and lengths above, pictures below. Raises UserError where the file cannot be written."""
     from matplotlib.figure import Figure
 
@@ -237,9 +237,9 @@ def draw(told: Told, path: Path) -> None:
     head, sheet = figure.subfigures(2, 1, height_ratios=[top, height], squeeze=False).flat
     words, lengths = head.subplots(1, 2, width_ratios=[3, 2])
     words.set_axis_off()
-    write(words, "\n".join(told.lines), 11)
+    print_text(words, "\n".join(told.lines), 11)
     draw_lengths(lengths, told.words)
-    fill(sheet, told.rows, layout)
+    fill_sheet(sheet, told.rows, layout)
     image = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese, no emoji: boxes
@@ -247,7 +247,7 @@ def draw(told: Told, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_write_set(path, error) from error
     with whole_file(path) as file:
         file.write(image.getbuffer())
 

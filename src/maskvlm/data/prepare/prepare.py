@@ -12,10 +12,18 @@ from typing import Any
 
 from maskvlm.data.files import load_json, not_an_object
 from maskvlm.data.opening import content_of
-from maskvlm.data.prepare.end import Plan, finish
+from maskvlm.data.prepare.end import Plan, finish_set
 from maskvlm.data.prepare.rows import screened
 from maskvlm.data.prepare.shards import Job
-from maskvlm.data.prepared.manifest import LOOK, MAKING, MANIFEST, SPLITS, cannot_write, read_manifest, write_json
+from maskvlm.data.prepared.manifest import (
+    LOOK,
+    MAKING,
+    MANIFEST,
+    SPLITS,
+    cannot_write_set,
+    read_manifest,
+    write_set_json,
+)
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.data.streaming.pool import Pool, Stage
 from maskvlm.utils.errors import ExitCode, UserError
@@ -46,7 +54,7 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
         shutil.rmtree(root / MAKING, ignore_errors=True)
         say(f"{root}: already prepared, {manifest['coverage']}")
         return manifest
-    claim(root, plan)
+    claim_set(root, plan)
     started = time.monotonic()
     try:
         with locked(root):
@@ -55,15 +63,15 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
                 Pool(workers, root, plan.settings) as pool,
                 Stage("preparing", raw.facts.pictures, pool.counts, say) as stage,
             ):
-                counts = run(pool, stage, cut(raw.rows(), plan.rows))
-            manifest = finish(root, raw, plan, counts, time.monotonic() - started)
+                counts = run_jobs(pool, stage, cut_jobs(raw.rows(), plan.rows))
+            manifest = finish_set(root, raw, plan, counts, time.monotonic() - started)
     except OSError as error:  # readers of raw files have told theirs
-        raise cannot_write(root, error) from error
+        raise cannot_write_set(root, error) from error
     shutil.rmtree(root / MAKING, ignore_errors=True)
     return manifest
 
 
-def run(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
+def run_jobs(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
     """All jobs through the processes, few of them at once in memory; how many each split has."""
     counts: Counter[str] = Counter()
     waiting: set[Future[Any]] = set()
@@ -87,7 +95,7 @@ def settle(waiting: set[Future[Any]], stage: Stage) -> set[Future[Any]]:
     return left
 
 
-def cut(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
+def cut_jobs(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
     """Jobs of `most` rows of one split each, in the order of the rows; a picture's second row becomes a bad one."""
     waiting: dict[str, list[RawRow | BadRow]] = {}
     sizes: Counter[str] = Counter()
@@ -129,22 +137,22 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
         raise UserError(root, f"holds {what} made with {told}", todo, ExitCode.CANNOT_CREATE)
 
 
-def claim(root: Path, plan: Plan) -> None:
+def claim_set(root: Path, plan: Plan) -> None:
     """Make the folder ready to be written to, or found to hold the same set half made."""
     state, file = root / MAKING, root / MAKING / "plan.json"
     try:
         if file.is_file():
             if any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
                 check_same(root, read_plan(file, root), plan, "an unfinished set")
-            write_json(file, plan.card())
+            write_set_json(file, plan.card())
             return
         if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
             todo = "Name another one (NAME=, DATA_ROOT=); it is made"
             raise UserError(root, "holds other files than a prepared set", todo, ExitCode.CANNOT_CREATE)
         state.mkdir(parents=True, exist_ok=True)
-        write_json(file, plan.card())
+        write_set_json(file, plan.card())
     except OSError as error:
-        raise cannot_write(root, error) from error
+        raise cannot_write_set(root, error) from error
 
 
 def read_plan(file: Path, root: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     quality: int = 90
 
 
-class Entry(NamedTuple):
+class RowNote(NamedTuple):
     """A row that is left out, or kept with something mended."""
 
     reason: str
@@ -60,8 +60,8 @@ class RowMaker:
         self.captioned, self.settings, self.tick = captioned, settings, tick
         self.digests: list[str] = []
         self.captions = self.kept = 0
-        self.left_out: list[Entry] = []
-        self.mended: list[Entry] = []
+        self.left_out: list[RowNote] = []
+        self.mended: list[RowNote] = []
 
     def batches(self, rows: list[RawRow | BadRow]) -> Iterator[pa.RecordBatch]:
         """Of at most BATCH rows; none where no row can be used."""
@@ -80,21 +80,21 @@ class RowMaker:
     def take(self, row: RawRow | BadRow) -> dict[str, Any] | None:
         """The row in the prepared form, None where it is left out."""
         if isinstance(row, BadRow):
-            self.left_out.append(Entry(row.reason, plain(row.origin), plain(row.message)))
+            self.left_out.append(RowNote(row.reason, clean_line(row.origin), clean_line(row.message)))
             return None
-        origin = plain(row.origin)
+        origin = clean_line(row.origin)
         try:
             captions, notes = self.clean(row)
-            check_text(row)
+            check_caption(row)
             picture = prepare_picture(row.image, origin, self.settings)
         except BadImage as bad:
-            self.left_out.append(Entry(bad.reason, origin, str(bad)))
+            self.left_out.append(RowNote(bad.reason, origin, str(bad)))
             return None
         except Unusable as problem:
             reason, message = problem.args
-            self.left_out.append(Entry(reason, origin, f"{origin}: {message}"))
+            self.left_out.append(RowNote(reason, origin, f"{origin}: {message}"))
             return None
-        self.mended += [Entry(reason, origin, f"{origin}: {message}") for reason, message in notes]
+        self.mended += [RowNote(reason, origin, f"{origin}: {message}") for reason, message in notes]
         self.captions += len(captions)
         self.kept += picture.kept
         self.digests.append(row_digest(picture.data, captions, row.image_id, row.name))
@@ -190,14 +190,14 @@ def is_plain(data: bytes) -> bool:
         return image.mode == "RGB" and not EXTRAS & image.info.keys()
 
 
-def check_text(row: RawRow) -> None:
+def check_caption(row: RawRow) -> None:
     """Names that no text file could hold (bytes that are no UTF-8) cannot be columns."""
     for text in (row.image_id, row.name):
         if text.encode("utf-8", "ignore").decode() != text:
             raise Unusable("name is not text", f"the name {text!r} is not text")
 
 
-def plain(text: str) -> str:
+def clean_line(text: str) -> str:
     """One printable line of a message."""
     return clean_caption(text)[0]
 

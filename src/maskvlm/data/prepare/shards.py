@@ -16,8 +16,16 @@ from PIL import features
 
 from maskvlm.data.files import load_json, opened
 from maskvlm.data.phash import KIND
-from maskvlm.data.prepare.rows import Entry, RowMaker, Settings
-from maskvlm.data.prepared.manifest import MAKING, PICTURES, SCHEMA, cannot_write, sha256_of, whole_file, write_json
+from maskvlm.data.prepare.rows import RowMaker, RowNote, Settings
+from maskvlm.data.prepared.manifest import (
+    MAKING,
+    PICTURES,
+    SCHEMA,
+    cannot_write_set,
+    sha256_of_part,
+    whole_file,
+    write_set_json,
+)
 from maskvlm.data.prepared.manifest_schema import FORMAT
 from maskvlm.data.raw.base import BadRow, RawRow
 
@@ -30,7 +38,7 @@ class Job(NamedTuple):
     rows: list[RawRow | BadRow]
 
 
-class Made(NamedTuple):
+class ShardNote(NamedTuple):
     """What a shard consists of; kept as its note. file: "" where no row could be used.
 
     Attributes:
@@ -47,11 +55,11 @@ class Made(NamedTuple):
     bytes: int
     sha256: str
     digests: str
-    left_out: list[Entry]
-    mended: list[Entry]
+    left_out: list[RowNote]
+    mended: list[RowNote]
 
 
-class Stopped(Exception):
+class PreparationStopped(Exception):
     """The run ends before the shard is done."""
 
 
@@ -68,7 +76,7 @@ def note_file(root: Path, split: str, number: int) -> Path:
     return root / MAKING / f"{split}-{number:05}.json"
 
 
-def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], None] = lambda used: None) -> Made:
+def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], None] = lambda used: None) -> ShardNote:
     """Make the shard, or find that it is there already.
 
     Args:
@@ -86,7 +94,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
     try:
         (root / shard_name(job)).unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(root / shard_name(job), error) from error
+        raise cannot_write_set(root / shard_name(job), error) from error
     maker = RowMaker(job.split != PICTURES, settings, tick)
     sink: HashingSink | None = None
     batches = maker.batches(job.rows)
@@ -97,7 +105,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
                 stream.write_batch(first)
                 for batch in batches:
                     stream.write_batch(batch)
-    made = Made(
+    made = ShardNote(
         key=key,
         file=shard_name(job) if sink else "",
         rows=len(maker.digests),
@@ -109,7 +117,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
         left_out=maker.left_out,
         mended=maker.mended,
     )
-    write_json(note, made._asdict(), indent=None)
+    write_set_json(note, made._asdict(), indent=None)
     return made
 
 
@@ -160,16 +168,16 @@ def stamp(image: str | bytes) -> tuple[Any, ...]:
     return (image, status.st_size, status.st_mtime_ns)
 
 
-def read_note(note: Path) -> Made:
+def read_note(note: Path) -> ShardNote:
     """Raises OSError, ValueError, KeyError or TypeError where there is no whole note."""
     with opened(note) as stream:
         content = load_json(stream.read(), note)
     for name in ("left_out", "mended"):
-        content[name] = [Entry(*entry) for entry in content[name]]
-    return Made(**content)
+        content[name] = [RowNote(*entry) for entry in content[name]]
+    return ShardNote(**content)
 
 
-def there_already(root: Path, note: Path, key: str) -> Made | None:
+def there_already(root: Path, note: Path, key: str) -> ShardNote | None:
     """What an earlier run made of the same rows, if the shard is still as it was then."""
     try:
         made = read_note(note)
@@ -179,6 +187,8 @@ def there_already(root: Path, note: Path, key: str) -> Made | None:
     if made.key != key or made.file not in ("", f"{split}/data-{number}.arrow"):
         return None
     shard = root / made.file
-    if made.file and not (shard.is_file() and shard.stat().st_size == made.bytes and sha256_of(shard) == made.sha256):
+    if made.file and not (
+        shard.is_file() and shard.stat().st_size == made.bytes and sha256_of_part(shard) == made.sha256
+    ):
         return None
     return made

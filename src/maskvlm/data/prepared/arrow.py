@@ -105,12 +105,12 @@ def frame(read: Read, position: int, size: int) -> tuple[bytes, int]:
 
 def message(meta: bytes) -> tuple[int, int, int]:
     """Kind of a frame, where its table is, and how many bytes of values follow."""
-    root = number(meta, "<I", 0)
+    root = read_number(meta, "<I", 0)
     kind_at, header_at, length_at = (field(meta, root, index) for index in (1, 2, 3))
-    length = number(meta, "<q", length_at) if length_at else 0
+    length = read_number(meta, "<q", length_at) if length_at else 0
     if not kind_at or not header_at or length < 0:
         raise Damaged("a frame without content")
-    return number(meta, "<B", kind_at), follow(meta, header_at), length
+    return read_number(meta, "<B", kind_at), follow(meta, header_at), length
 
 
 def check_schema(content: bytes, kind: int) -> None:
@@ -129,7 +129,7 @@ def check_schema(content: bytes, kind: int) -> None:
 # ------------------------------------------------------------------ flatbuffers
 
 
-def number(meta: bytes, kind: str, position: int) -> int:
+def read_number(meta: bytes, kind: str, position: int) -> int:
     """A number of a frame, of a kind of `struct`."""
     if not 0 <= position <= len(meta) - struct.calcsize(kind):
         raise Damaged("a number that leads out of its frame")
@@ -138,17 +138,17 @@ def number(meta: bytes, kind: str, position: int) -> int:
 
 def field(meta: bytes, table: int, index: int) -> int:
     """Where a table's field is; 0 where it has none."""
-    places = table - number(meta, "<i", table)
+    places = table - read_number(meta, "<i", table)
     at = 4 + 2 * index
-    if at + 2 > number(meta, "<H", places):
+    if at + 2 > read_number(meta, "<H", places):
         return 0
-    distance = number(meta, "<H", places + at)
+    distance = read_number(meta, "<H", places + at)
     return table + distance if distance else 0
 
 
 def follow(meta: bytes, position: int) -> int:
     """Where a reference leads."""
-    return position + number(meta, "<I", position)
+    return position + read_number(meta, "<I", position)
 
 
 def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
@@ -157,11 +157,12 @@ def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
     if not at:
         return []
     at = follow(meta, at)
-    count = number(meta, "<I", at)
+    count = read_number(meta, "<I", at)
     if at + 4 + 16 * count > len(meta):
         raise Damaged("a list that leads out of its frame")
     return [
-        (number(meta, "<q", place), number(meta, "<q", place + 8)) for place in range(at + 4, at + 4 + 16 * count, 16)
+        (read_number(meta, "<q", place), read_number(meta, "<q", place + 8))
+        for place in range(at + 4, at + 4 + 16 * count, 16)
     ]
 
 
@@ -171,7 +172,7 @@ def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
 def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
     """Where the columns of a batch lie, whose values are the `length` bytes from `body` on."""
     at, packed = field(meta, header, 0), field(meta, header, 3)
-    rows = number(meta, "<q", at) if at else 0
+    rows = read_number(meta, "<q", at) if at else 0
     if packed or rows < 0:
         raise Damaged("packed values" if packed else "a batch of less than no rows")
     nodes, buffers = iter(pairs(meta, header, 1)), iter(pairs(meta, header, 2))
@@ -215,12 +216,12 @@ def value(read: Read, column: Column, kind: Any, row: int) -> Any:
     start, end = numbers(read, column, row, 1)
     if column.inner is None:
         content = read(column.values.offset + start, end - start)
-        return content if kind == "binary" else text(content)
+        return content if kind == "binary" else read_text_field(content)
     if start == end:
         return []
     ends = numbers(read, column.inner, start, end - start)
     content = read(column.inner.values.offset + ends[0], ends[-1] - ends[0])
-    return [text(content[low - ends[0] : high - ends[0]]) for low, high in pairwise(ends)]
+    return [read_text_field(content[low - ends[0] : high - ends[0]]) for low, high in pairwise(ends)]
 
 
 def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]:
@@ -234,7 +235,7 @@ def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]
     return found
 
 
-def text(content: bytes) -> str:
+def read_text_field(content: bytes) -> str:
     """As UTF-8."""
     try:
         return content.decode()
@@ -259,7 +260,7 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
     return made
 
 
-def check(read: Read, batch: Placed) -> None:
+def check_arrow(read: Read, batch: Placed) -> None:
     """Refuse a batch whose offsets or texts are damaged; pictures are checked when they are decoded."""
     for name, column in batch.columns.items():
         if VALUES[name] != "binary":

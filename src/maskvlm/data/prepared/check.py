@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.files import load_json
 from maskvlm.data.images import BadImage, safe_open
-from maskvlm.data.opening import check_inside, content_of
+from maskvlm.data.opening import check_below, content_of
 from maskvlm.data.prepare.rows import row_digest
-from maskvlm.data.prepared.manifest import read_manifest, sha256_of
+from maskvlm.data.prepared.manifest import read_manifest, sha256_of_part
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES
-from maskvlm.data.prepared.shards import check_size, read_shard
+from maskvlm.data.prepared.shards import check_shard_size, read_shard
 from maskvlm.data.streaming.pool import process_context, watched
 from maskvlm.utils.errors import UserError
 
@@ -21,7 +21,7 @@ SAMPLE = 500
 """Pictures of a split that are decoded where not all are."""
 
 
-class Found(NamedTuple):
+class CheckedShard(NamedTuple):
     """In a shard. faults: lines; digests: of its rows, joined."""
 
     faults: list[str]
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     decoded: int
 
 
-def check(root: Path, every: bool = False, workers: int = 1, say: Callable[[str], None] = print) -> list[str]:
+def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[str], None] = print) -> list[str]:
     """What is wrong with a set, one line a fault; nothing where it is whole.
 
     Args:
@@ -47,7 +47,7 @@ def check(root: Path, every: bool = False, workers: int = 1, say: Callable[[str]
     decoded = 0
     context = process_context()
     with ProcessPoolExecutor(workers, context, watched) as pool:
-        spread: Callable[..., Iterator[Found]] = pool.map if workers > 1 else map
+        spread: Callable[..., Iterator[CheckedShard]] = pool.map if workers > 1 else map
         for name, split in manifest["splits"].items():
             step = 1 if every else -(-split["pictures"] // SAMPLE) or 1
             digest, totals, unread = hashlib.sha256(), [0, 0], False
@@ -59,7 +59,7 @@ def check(root: Path, every: bool = False, workers: int = 1, say: Callable[[str]
                 unread |= not found.digests
             if not unread:  # else it has its own line
                 faults += check_rows(root / name, split, totals, digest.hexdigest())
-            faults += check_state(root / name, split)
+            faults += check_written(root / name, split)
     counts = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
     captions = sum(split["captions"] for split in manifest["splits"].values())
     if not faults:
@@ -67,15 +67,15 @@ def check(root: Path, every: bool = False, workers: int = 1, say: Callable[[str]
     return faults
 
 
-def check_shard(root: Path, step: int, shard: dict[str, Any]) -> Found:
+def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:
     """One shard; every `step`-th of its pictures is decoded."""
     path, faults, digests, captions, decoded = root / shard["file"], list[str](), list[str](), 0, 0
     try:
-        check_inside(path, root)
-        check_size(path, shard["bytes"])
-        if (there := sha256_of(path)) != shard["sha256"]:
+        check_below(path, root)
+        check_shard_size(path, shard["bytes"])
+        if (there := sha256_of_part(path)) != shard["sha256"]:
             told = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
-            return Found([told], "", 0, 0, 0)
+            return CheckedShard([told], "", 0, 0, 0)
         shard_rows = read_shard(path, keep=True)
         if len(shard_rows) != shard["rows"]:
             faults.append(f"{path}: {len(shard_rows)} rows, the manifest says {shard['rows']}")
@@ -89,8 +89,8 @@ def check_shard(root: Path, step: int, shard: dict[str, Any]) -> Found:
                 except BadImage as bad:
                     faults.append(f"{bad.where}: {bad.what}")
     except UserError as error:
-        return Found([*faults, f"{error.where}: {error.what}"], "", 0, 0, 0)
-    return Found(faults, "".join(digests), len(shard_rows), captions, decoded)
+        return CheckedShard([*faults, f"{error.where}: {error.what}"], "", 0, 0, 0)
+    return CheckedShard(faults, "".join(digests), len(shard_rows), captions, decoded)
 
 
 def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: str) -> Iterator[str]:
@@ -102,11 +102,11 @@ def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: s
         yield f"{folder}: the rows' hash is {sha256[:16]}..., the manifest says {split['sha256'][:16]}..."
 
 
-def check_state(folder: Path, split: dict[str, Any]) -> Iterator[str]:
+def check_written(folder: Path, split: dict[str, Any]) -> Iterator[str]:
     """Whether `datasets` would read the shards of the manifest."""
     state = folder / "state.json"
     try:
-        check_inside(state, folder.parent)
+        check_below(state, folder.parent)
         listed = [file["filename"] for file in load_json(content_of(state, MOST_BYTES), state)["_data_files"]]
     except UserError as error:
         yield f"{state}: {error.what}"
@@ -122,8 +122,8 @@ def other_files(root: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the files beside the shards."""
     for name, sha256 in manifest["files"].items():
         try:
-            check_inside(root / name, root)
-            if (there := sha256_of(root / name)) != sha256:
+            check_below(root / name, root)
+            if (there := sha256_of_part(root / name)) != sha256:
                 yield f"{root / name}: sha256 is {there[:16]}..., the manifest says {str(sha256)[:16]}..."
         except UserError as error:
             yield f"{error.where}: {error.what}"

@@ -21,7 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 from PIL import features
 
-from maskvlm.data.opening import check_inside, content_of, opened
+from maskvlm.data.opening import check_below, content_of, opened
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.disk import sync_folder
@@ -67,7 +67,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the disk is full (74) or the folder cannot be written (73); what was there before is whole.
     """
-    check_path(path)
+    check_set_path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name[:100]}.tmp")
     try:
         try:
@@ -82,10 +82,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             raise
         sync_folder(path.parent)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_write_set(path, error) from error
 
 
-def check_path(path: Path) -> None:
+def check_set_path(path: Path) -> None:
     """Refuse what no file or folder can be called, or what could not be shown and found again.
 
     Raises:
@@ -108,7 +108,7 @@ def plain_name(path: Path) -> str:
     return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write_set(path: Path, error: OSError) -> UserError:
     """What stands in the way of an output, as the user's error."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
@@ -117,7 +117,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(plain_name(path), what, f"{todo}; finished shards stay", code)
 
 
-def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+def write_set_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """As `whole_file`, plain data."""
     with whole_file(path) as file:
         file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
@@ -135,8 +135,8 @@ def write_dataset_files(folder: Path, files: list[str], fingerprint: str, licenc
         "_split": None,
     }
     info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": licence}
-    write_json(folder / "state.json", state)
-    write_json(folder / "dataset_info.json", info)
+    write_set_json(folder / "state.json", state)
+    write_set_json(folder / "dataset_info.json", info)
 
 
 # ------------------------------------------------------------------ reading
@@ -156,11 +156,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
         todo = f"Make it with `make data SET={root.name} RAW=...` (DATA_ROOT= is the folder that holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
-    check_inside(path, root)
+    check_below(path, root)
     return checked_manifest(content_of(path, MOST_BYTES), path)
 
 
-def versions() -> dict[str, str | None]:
+def tool_versions() -> dict[str, str | None]:
     """What the set is made with."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -171,7 +171,7 @@ def versions() -> dict[str, str | None]:
     return {**found, "libjpeg": features.version("jpg")}
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of_part(path: Path) -> str:
     """Of a file's bytes. Raises UserError where it cannot be read."""
     with opened(path, "Run `make data` again, or fetch the file") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

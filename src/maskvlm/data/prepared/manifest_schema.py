@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.data.files import load_json
-from maskvlm.data.strict_json import kind_of
+from maskvlm.data.strict_json import json_kind
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -84,7 +84,7 @@ def each(of: Kind, most: int = 10_000, name: Kind = line) -> Kind:
     return kind
 
 
-def known(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> Kind:
+def keys_of(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> Kind:
     """An object of these keys; those that are not needed have a value to take where they are absent."""
 
     def kind(value: Any, where: str) -> dict[str, Any]:
@@ -116,12 +116,12 @@ def facts(value: Any, where: str) -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
-    return repr(value)[:80] if isinstance(value, str | int | float | None) else kind_of(value)
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else json_kind(value)
 
 
 DOCUMENT = "the document"
 SHA256 = fitting(r"[0-9a-f]{64}", "a sha256")
-SHARD = known(
+SHARD = keys_of(
     {
         "file": fitting(f"{PLAIN}/{PLAIN}", "a file in a folder of the set"),
         "rows": count,
@@ -130,14 +130,16 @@ SHARD = known(
     },
     {},
 )
-SPLIT = known(
+SPLIT = keys_of(
     {"pictures": count, "sha256": SHA256, "shards": several(SHARD, 1_000_000)},
     {"captions": (count, 0), "kept": (count, 0), "bytes": (count, 0)},
 )
 REASONS = each(
-    known({"count": count}, {"examples": (several(known({}, {"origin": (line, ""), "message": (line, "")}), 100), [])})
+    keys_of(
+        {"count": count}, {"examples": (several(keys_of({}, {"origin": (line, ""), "message": (line, "")}), 100), [])}
+    )
 )
-SETTINGS = known(
+SETTINGS = keys_of(
     {},
     {
         **dict.fromkeys(("set", "raw", "name"), (exact, None)),
@@ -146,7 +148,7 @@ SETTINGS = known(
     },
 )
 NAME = fitting(PLAIN, "a name of a file")
-MANIFEST_KIND = known(
+MANIFEST_KIND = keys_of(
     {"format": count, "splits": each(SPLIT, 100, NAME)},
     {
         **dict.fromkeys(("name", "title", "licence", "coverage"), (line, "unknown")),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from maskvlm.data.opening import check_inside, opened, special
-from maskvlm.data.prepared.arrow import Damaged, Placed, array, batches, check, value
+from maskvlm.data.opening import check_below, opened, special
+from maskvlm.data.prepared.arrow import Damaged, Placed, array, batches, check_arrow, value
 from maskvlm.data.prepared.manifest import SCHEMA, VALUES
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -19,7 +19,7 @@ KEPT = 128
 """Files that stay open: of more shards, each is opened for each row, as a process may have a thousand or so."""
 
 
-class Source:
+class ShardSource:
     """The bytes of a shard, in memory or in a file."""
 
     def __init__(self, path: Path, content: bytes | None = None, keep: bool = True) -> None:
@@ -70,12 +70,12 @@ class Shard:
         UserError: it is no Arrow stream of a prepared set, or is damaged; pictures are checked when they are decoded.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ShardSource) -> None:
         self._source = source
         try:
             self.batches: list[Placed] = [*batches(source.read, source.size())]
             for batch in self.batches:
-                check(source.read, batch)
+                check_arrow(source.read, batch)
         except Damaged as error:
             raise self._told(error) from error
 
@@ -106,14 +106,14 @@ class Shard:
         return damaged(self._source.path, f"cannot be read ({error})")
 
 
-class Part(NamedTuple):
+class ShardBatch(NamedTuple):
     """A batch and its shard."""
 
     shard: Shard
     batch: Placed
 
 
-class Shards:
+class PreparedShards:
     """Rows of several shards, opened when first asked for one; pickled as the list of their names.
 
     Args:
@@ -127,9 +127,9 @@ class Shards:
     def __init__(self, root: Path, shards: list[dict[str, Any]]) -> None:
         self.root, self.shards = root, shards
         for shard in shards:
-            check_inside(root / shard["file"], root)
-            check_size(root / shard["file"], shard["bytes"])
-        self._parts: list[Part] | None = None
+            check_below(root / shard["file"], root)
+            check_shard_size(root / shard["file"], shard["bytes"])
+        self._parts: list[ShardBatch] | None = None
         self._ends: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,15 +138,15 @@ class Shards:
     def __len__(self) -> int:
         return sum(shard["rows"] for shard in self.shards)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ShardBatch]:
         """The batches of all shards; where values lie, not the values."""
         if self._parts is None:
-            parts: list[Part] = []
+            parts: list[ShardBatch] = []
             for each in self.shards:
                 shard = read_shard(self.root / each["file"], keep=len(self.shards) <= KEPT)
                 if len(shard) != each["rows"]:
                     raise damaged(self.root / each["file"], f"has {len(shard)} rows, the manifest says {each['rows']}")
-                parts += [Part(shard, batch) for batch in shard.batches]
+                parts += [ShardBatch(shard, batch) for batch in shard.batches]
             self._ends = [*accumulate(part.batch.rows for part in parts)]
             self._parts = parts
         return self._parts
@@ -170,10 +170,10 @@ class Shards:
 
 def read_shard(path: Path, keep: bool = False) -> Shard:
     """A shard in a file. keep: leave the file open. Raises UserError as `Shard`."""
-    return Shard(Source(path, keep=keep))
+    return Shard(ShardSource(path, keep=keep))
 
 
-def check_size(path: Path, size: int) -> None:
+def check_shard_size(path: Path, size: int) -> None:
     """Refuse a shard that is not what the manifest says, as far as can be seen from outside."""
     try:
         status = os.stat(path)

@@ -19,9 +19,9 @@ import pyarrow as pa
 from maskvlm.data.batch import Row, Source
 from maskvlm.data.phash import near
 from maskvlm.data.prepared.manifest import SKIPPED, read_manifest
-from maskvlm.data.prepared.shards import Shards
-from maskvlm.data.raw.lines import plain, text_lines
-from maskvlm.data.strict_json import parse
+from maskvlm.data.prepared.shards import PreparedShards
+from maskvlm.data.raw.lines import one_line, text_lines
+from maskvlm.data.strict_json import parse_json
 from maskvlm.data.subset import first_pictures, row_ids
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -43,7 +43,7 @@ class PreparedPairs:
 
     def __init__(self, root: Path, name: str, split: dict[str, Any]) -> None:
         self.root, self.name = root, name
-        self._shards = Shards(root, split["shards"])
+        self._shards = PreparedShards(root, split["shards"])
         self.fingerprint = str(split["sha256"])[:16]
         self.skipped = read_skipped(root / SKIPPED, name)
         self.row_N: np.ndarray | None = None
@@ -162,7 +162,7 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
             if entry is None:
                 add(UNREADABLE, f"{path}:{number}")
             elif entry["split"] == split:
-                add(plain(entry["reason"]), plain(entry["origin"]))
+                add(one_line(entry["reason"]), one_line(entry["origin"]))
     except UserError as error:
         add(UNREADABLE, str(error))
     for reason, count in more.items():
@@ -173,7 +173,7 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
 def skipped_entry(text: str) -> dict[str, str] | None:
     """A line of skipped.jsonl; None where it is none."""
     try:
-        entry = parse(text)
+        entry = parse_json(text)
     except (ValueError, RecursionError):
         return None
     whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("split", "reason", "origin"))

@@ -66,7 +66,7 @@ FACTS: dict[str, Facts] = {
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 
 
-def check_kind(path: Path) -> None:
+def check_file_or_folder(path: Path) -> None:
     """Refuse what is neither a file nor a folder: a pipe, such as `<(...)`, a socket, a device."""
     if os.path.exists(path) and not os.path.isdir(path):
         check_plain(path, os.stat(path).st_mode)
@@ -114,7 +114,7 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     if columns and name not in WITH_COLUMNS:
         raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take SET=csv")
     path = Path(raw).expanduser()
-    check_kind(path)
+    check_file_or_folder(path)
     if not raw.strip() or (name != "hf" and not os.path.exists(path)):
         where = f"RAW={raw}"
         todo = "Set RAW to the folder or file of the set as it was downloaded"

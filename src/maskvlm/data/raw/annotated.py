@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from maskvlm.data.files import get, get_name, json_lines, load_json, opened, picture_folder, picture_names
-from maskvlm.data.opening import check_inside
+from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import not_looked_at
-from maskvlm.data.raw.lines import json_items, plain
-from maskvlm.data.raw.named import nothing
+from maskvlm.data.raw.lines import json_items, one_line
+from maskvlm.data.raw.named import no_files
 
 SPLIT = "pictures"
 DIGITS = 12
@@ -75,10 +75,10 @@ class Annotated(RawSet):
             for image_id in dict.fromkeys(ids):
                 name, origin = pictures.get(image_id), f"{file.name} ({image_id})"
                 if name is None and image_id not in seen:
-                    yield BadRow("missing picture", origin, f"no picture {image_id!r} in {plain(folder)}", SPLIT)
+                    yield BadRow("missing picture", origin, f"no picture {image_id!r} in {one_line(folder)}", SPLIT)
                 elif name is not None and name not in named:
                     named.add(name)
-                    yield RawRow(str(folder / name), (), image_id, SPLIT, plain(name), name)
+                    yield RawRow(str(folder / name), (), image_id, SPLIT, one_line(name), name)
                 seen.add(image_id)
         self.notes = [f"{len(names) - len(named):,} pictures in {folder.name}/ are in no example and left out"]
 
@@ -101,7 +101,7 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
     answers = _files(root, "*annotations.json")
     genome = _files(root, "question_answers.json")
     if not questions:
-        raise nothing(root, "v2_OpenEnded_*_questions.json", "v2_*_annotations.json")
+        raise no_files(root, "v2_OpenEnded_*_questions.json", "v2_*_annotations.json")
 
     def wanted(names: list[str]) -> Iterator[Wanted]:
         for file in questions:
@@ -145,7 +145,7 @@ def open_nlvr_pairs(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 def _open_nlvr(root: Path, facts: Facts) -> RawSet:
     files = _with_key(root, "identifier")
     if not files:
-        raise nothing(root, "train.json", "dev.json", "test1.json")
+        raise no_files(root, "train.json", "dev.json", "test1.json")
 
     def wanted(names: list[str]) -> Iterator[Wanted]:
         pictures = {f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(names)}
@@ -164,7 +164,7 @@ def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     root = Path(raw)
     files = _with_key(root, "Flickr30K_ID")
     if not files:
-        raise nothing(root, "snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl")
+        raise no_files(root, "snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl")
 
     def wanted(names: list[str]) -> Iterator[Wanted]:
         pictures: dict[str, str] = {}
@@ -183,7 +183,7 @@ def _files(root: Path, *kinds: str) -> list[Path]:
     """Files of a folder by their names. Raises UserError where one is a link that leads out of it."""
     files = sorted(file for kind in kinds for file in root.glob(kind) if file.is_file())
     for file in files:
-        check_inside(file, root)
+        check_below(file, root)
     return files
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from maskvlm.data.images import MAX_FILE_BYTES
 from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import name_problem
-from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.lines import one_line
 from maskvlm.utils.errors import UserError
 
 TAR = re.compile(r"\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.I)
@@ -146,7 +146,7 @@ def members(file: Path | IO[bytes]) -> Iterator[Member]:
         else:
             yield from _unpacked(file)
     except UserError as error:
-        yield Member("", b"", ("unreadable", plain(error.what)))
+        yield Member("", b"", ("unreadable", one_line(error.what)))
 
 
 def _unpacked(stream: IO[bytes]) -> Iterator[Member]:
@@ -161,7 +161,7 @@ def _unpacked(stream: IO[bytes]) -> Iterator[Member]:
             raise
         short = any(word in str(error) for word in ("unexpected end", "end-of-stream", "empty"))
         reason = "truncated archive" if short or isinstance(error, EOFError) else "damaged archive"
-        yield Member("", b"", (reason, f"{plain(error, 80)}; what is before it was read"))
+        yield Member("", b"", (reason, f"{one_line(error, 80)}; what is before it was read"))
 
 
 def joined(source: Forward, packed: bool) -> Iterator[Member]:
@@ -193,7 +193,7 @@ def _members(source: Forward, packed: bool) -> Generator[Member, None, bool]:
             vars(tar)["members"] = []  # it keeps them all
             base = header.name.rpartition("/")[2]
             if packed and header.size > MAX_FILE_BYTES:
-                yield Member(plain(header.name) or NAMELESS, b"", ("bomb", f"a file of {header.size:,} bytes"))
+                yield Member(one_line(header.name) or NAMELESS, b"", ("bomb", f"a file of {header.size:,} bytes"))
                 return False
             if not header.isdir() and (not base.startswith(".") or base == ".."):
                 yield _member(tar, header)
@@ -202,8 +202,8 @@ def _members(source: Forward, packed: bool) -> Generator[Member, None, bool]:
 
 def _member(tar: tarfile.TarFile, header: tarfile.TarInfo) -> Member:
     name = header.name.removeprefix("./")
-    if problem := name_problem(name) or ("" if plain(name) else "the name is empty"):
-        return Member(plain(name) or NAMELESS, b"", ("unsafe member name", f"{problem} of the archive"))
+    if problem := name_problem(name) or ("" if one_line(name) else "the name is empty"):
+        return Member(one_line(name) or NAMELESS, b"", ("unsafe member name", f"{problem} of the archive"))
     if not header.isreg() or header.issparse():
         return Member(name, b"", ("not a plain file", "a link, a device or a file with holes"))
     if header.size > MAX_FILE_BYTES:

@@ -7,42 +7,42 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maskvlm.data.files import get, load_json, opened
-from maskvlm.data.opening import Inside, check_inside
+from maskvlm.data.opening import Inside, check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Merged, leads_out, name_problem, split_named
-from maskvlm.data.raw.lines import plain, read_text, text_lines
-from maskvlm.data.raw.photos import Index
-from maskvlm.data.raw.table import Table
+from maskvlm.data.raw.lines import one_line, read_text, text_lines
+from maskvlm.data.raw.photos import PhotoIndex
+from maskvlm.data.raw.table import RawTable
 from maskvlm.data.sources import _photos
-from maskvlm.data.strict_json import parse
+from maskvlm.data.strict_json import parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 KARPATHY = "Karpathy"
 _MARKUP = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
 
 
-class Pictures:
+class ImagesByName:
     """The pictures of a set, anywhere in its folder: as they are named, else by the name alone."""
 
     def __init__(self, root: Path) -> None:
         self.root, self._inside = root.absolute(), Inside(root)
-        self._index: Index | None = None
+        self._index: PhotoIndex | None = None
 
     def find(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The path, or (reason, message)."""
         if problem := name_problem(name):
-            return "", ("unsafe name", f"{plain(name)!r}: {problem}")
+            return "", ("unsafe name", f"{one_line(name)!r}: {problem}")
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, name)):
                 return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
         if self._index is None:
-            self._index = Index(self.root)
+            self._index = PhotoIndex(self.root)
         stem = PurePosixPath(name).stem
         padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the pictures of 2017 have the number alone
         for each in (stem, padded[1]) if padded else (stem,):
             if path := self._index.find(each) or "":
                 return path, None
-        return "", ("missing picture", f"{plain(name)!r} is nowhere in {plain(self.root)}")
+        return "", ("missing picture", f"{one_line(name)!r} is nowhere in {one_line(self.root)}")
 
 
 class CaptionSet(RawSet):
@@ -57,7 +57,7 @@ class CaptionSet(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """In the order of the file."""
-        pictures = Pictures(self._root)
+        pictures = ImagesByName(self._root)
         for found in self._read():
             if isinstance(found, BadRow):
                 yield found
@@ -78,7 +78,7 @@ Found = tuple[str, list[str], str, str, str]
 def flickr_id(name: str) -> str:
     """`flickr` and the photo's number there, which starts the file's name: as in every other set of Flickr's photos."""
     number = re.match(r"\d+", PurePosixPath(name).name)
-    return f"flickr {number[0]}" if number else plain(f"flickr {name}")
+    return f"flickr {number[0]}" if number else one_line(f"flickr {name}")
 
 
 # ------------------------------------------------------------------ Karpathy's json
@@ -106,14 +106,14 @@ def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) 
     name = get(image, "filename", str, origin, KARPATHY)
     if image.get("filepath"):
         name = f"{get(image, 'filepath', str, origin, KARPATHY)}/{name}"
-    origin = f"{origin} ({plain(name)})"
+    origin = f"{origin} ({one_line(name)})"
     sentences = get(image, "sentences", list, origin, KARPATHY)
     captions = [get(sentence, "raw", str, origin, KARPATHY) for sentence in sentences]
     split = split_named(get(image, "split", str, origin, KARPATHY))
     if split is None:
-        return BadRow("unknown split", origin, f"split {plain(image['split'], 40)!r}", "train")
+        return BadRow("unknown split", origin, f"split {one_line(image['split'], 40)!r}", "train")
     own = next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name)
-    return name, captions, photos.get(name) or plain(f"{prefix} {own}"), split, origin
+    return name, captions, photos.get(name) or one_line(f"{prefix} {own}"), split, origin
 
 
 # ------------------------------------------------------------------ COCO's own
@@ -146,7 +146,7 @@ def official(files: list[Path]) -> Iterator[Found | BadRow]:
                 yield BadRow("malformed row", where, error.what, split)
                 continue
             folder = file.stem.removeprefix("captions_")
-            origin = f"{file.name} image {position} ({plain(name)})"
+            origin = f"{file.name} image {position} ({one_line(name)})"
             yield f"{folder}/{name}", captions.get(number, []), f"coco {number}", split, origin
 
 
@@ -171,12 +171,12 @@ def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow
 
 def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
     """flickr_annotations_30k.csv (raw, sentids, split, filename, img_id), or results.csv (image_name, comment)."""
-    table = Table(file)
+    table = RawTable(file)
     merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
     image, caption = ("filename", "raw") if "raw" in table.columns else ("image_name", "comment")
     if missing := [name for name in (image, caption) if name not in table.columns]:
         what = f"no column {missing[0]!r} (there are {', '.join(map(repr, table.columns))})"
-        raise UserError(file, plain(what), "Fetch it again, or use SET=csv", ExitCode.BAD_DATA)
+        raise UserError(file, one_line(what), "Fetch it again, or use SET=csv", ExitCode.BAD_DATA)
     for record in table.records():
         values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
         problem = record.problem
@@ -185,7 +185,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
         if captions is None:
             problem = ("malformed row", "the captions are no JSON list of texts")
         if split is None:
-            problem = ("unknown split", f"split {plain(values['split'], 40)!r}")
+            problem = ("unknown split", f"split {one_line(values['split'], 40)!r}")
         if problem:
             yield BadRow(problem[0], f"{file.name}:{record.number}", problem[1], split or "train")
         elif bad := merged.add(values[image], captions or [], split or "train", record.number):
@@ -195,7 +195,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
 
 def _list(text: str) -> list[str] | None:
     try:
-        captions = parse(text)
+        captions = parse_json(text)
     except (ValueError, RecursionError):
         return None
     return captions if isinstance(captions, list) and all(isinstance(each, str) for each in captions) else None
@@ -203,7 +203,7 @@ def _list(text: str) -> list[str] | None:
 
 def _named(merged: Merged) -> Iterator[Found]:
     for row in merged.rows():
-        yield str(row.image), list(row.captions), row.image_id, row.split, f"{row.origin} ({plain(row.image)})"
+        yield str(row.image), list(row.captions), row.image_id, row.split, f"{row.origin} ({one_line(row.image)})"
 
 
 def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
@@ -211,7 +211,7 @@ def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | B
     inside = Inside(folder)
     for file in sorted(folder.glob("*.txt")):
         text, problem = read_text(file) if inside.holds(file) else ("", leads_out(file.name, folder))
-        origin, name = f"{folder.name}/{plain(file.name)}", f"{file.stem}.jpg"
+        origin, name = f"{folder.name}/{one_line(file.name)}", f"{file.stem}.jpg"
         if problem:
             yield BadRow(problem[0], origin, problem[1], split_of(name))
         else:
@@ -226,7 +226,7 @@ def split_lists(folder: Path) -> Callable[[str], str]:
     for file in sorted(folder.glob("*.txt")):
         word = re.fullmatch(r"(?:flickr_?\d+k[_.])?(val|dev|test)(?:images)?\.txt", file.name, re.I)
         if word:
-            check_inside(file, folder)
+            check_below(file, folder)
             for line in text_lines(file):
                 if line.text.strip():
                     named[flickr_id(line.text.strip())] = kinds[word[1].lower()]

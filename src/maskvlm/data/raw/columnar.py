@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import ROLES
-from maskvlm.data.raw.lines import plain
-from maskvlm.data.raw.samples import Sample
+from maskvlm.data.raw.lines import one_line
+from maskvlm.data.raw.samples import KeyedFiles
 from maskvlm.utils.errors import UserError
 
 BATCH = 32
@@ -40,7 +40,7 @@ def has_pictures(file: Path, columns: dict[str, str]) -> bool:
         return True
 
 
-def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Sample]:
+def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator[KeyedFiles]:
     """The rows of a file in their order; what cannot be read is one sample with a problem."""
     row = 0
     try:
@@ -50,10 +50,10 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
             names = parquet.schema_arrow.names
             image = _image_column(parquet.schema_arrow, columns)
             if twice := [name for name in names if names.count(name) > 1]:
-                yield Sample("", "", {}, ("doubled column", f"column {plain(twice[0])!r} stands there twice"))
+                yield KeyedFiles("", "", {}, ("doubled column", f"column {one_line(twice[0])!r} stands there twice"))
                 return
             if image is None:
-                yield Sample("", "", {}, ("no picture", "no column of pictures"))
+                yield KeyedFiles("", "", {}, ("no picture", "no column of pictures"))
                 return
             for batch in parquet.iter_batches(BATCH):
                 batch.validate(full=True)  # a text that is no UTF-8, an offset that leads out of its column
@@ -61,12 +61,12 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
                     yield _sample(record, image, row)
                     row += 1
     except UserError as error:
-        yield Sample("", "", {}, ("unreadable", plain(error.what)))
+        yield KeyedFiles("", "", {}, ("unreadable", one_line(error.what)))
     except Exception as error:  # of Arrow's own kinds, and of Python's where a date or a number is none
-        yield Sample("", "", {}, ("damaged archive", f"{plain(error, 80)}; what is before row {row} was read"))
+        yield KeyedFiles("", "", {}, ("damaged archive", f"{one_line(error, 80)}; what is before row {row} was read"))
 
 
-def _sample(record: dict[str, Any], image: str, row: int) -> Sample:
+def _sample(record: dict[str, Any], image: str, row: int) -> KeyedFiles:
     content = record.pop(image)
     if isinstance(content, dict):
         content = content.get("bytes")
@@ -76,4 +76,4 @@ def _sample(record: dict[str, Any], image: str, row: int) -> Sample:
     if isinstance(record.get("txt"), str):
         parts["text"] = record["txt"].encode()
     key = record.get("key")
-    return Sample(str(key) if isinstance(key, str | int) else f"{row}", f"row {row}", parts)
+    return KeyedFiles(str(key) if isinstance(key, str | int) else f"{row}", f"row {row}", parts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskvlm.data.opening import LEADS_OUT, Inside
 from maskvlm.data.raw.base import BadRow, RawRow
-from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.lines import one_line
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -40,7 +40,7 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
     Raises:
         UserError: a given column, the picture or the caption is not there; it lists those that are.
     """
-    listed = ", ".join(repr(plain(name, 40)) for name in there[:30]) or "none"
+    listed = ", ".join(repr(one_line(name, 40)) for name in there[:30]) or "none"
     for role, name in given.items():
         if name not in there:
             near = difflib.get_close_matches(name, there, 1)
@@ -108,23 +108,23 @@ class Folder:
             if name.startswith(f"{root}/") and ".." not in PurePosixPath(name).parts:
                 inside = name[len(str(root)) + 1 :]
         if problem := name_problem(inside):
-            return "", ("unsafe name", f"{plain(name)!r}: {problem} {plain(self.root)}")
+            return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}")
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, inside)):
                 return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
-        return "", ("missing picture", f"{plain(name)!r} is not in {plain(self.root)}")
+        return "", ("missing picture", f"{one_line(name)!r} is not in {one_line(self.root)}")
 
 
 def leads_out(name: str, root: object) -> tuple[str, str]:
     """(reason, message) for a file that is, or lies behind, a link to somewhere else."""
-    return LEADS_OUT, f"{plain(name)!r} leads out of {plain(root)}: copy there what it leads to"
+    return LEADS_OUT, f"{one_line(name)!r} leads out of {one_line(root)}: copy there what it leads to"
 
 
 def not_looked_at(left_out: dict[str, list[str]], root: object, split: str) -> Iterator[BadRow]:
     """A bad row for each file that a `Walk` through a folder has left out."""
     for reason, paths in left_out.items():
         for path in paths:
-            yield BadRow(reason, plain(path), f"{plain(path)!r} in {plain(root)} is not looked at", split)
+            yield BadRow(reason, one_line(path), f"{one_line(path)!r} in {one_line(root)} is not looked at", split)
 
 
 # ------------------------------------------------------------------ rows
@@ -158,7 +158,7 @@ class Merged:
                 return BadRow("picture in two splits", f"{self._file}:{place}", what, split)
             row.extend(captions)
             return None
-        image_id = plain(self._identity(name or path, own))
+        image_id = one_line(self._identity(name or path, own))
         if (other := self._path_of.setdefault(image_id, path)) != path:
             what = f"id {image_id!r} is that of another picture, at {self._file}:{self._rows[other][0]}"
             return BadRow("duplicate id", f"{self._file}:{place}", what, split)

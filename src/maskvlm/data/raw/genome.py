@@ -6,9 +6,9 @@ from typing import Any
 
 from maskvlm.data.files import get
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.lines import json_items, plain
-from maskvlm.data.raw.named import find, nothing
-from maskvlm.data.raw.photos import Index
+from maskvlm.data.raw.lines import json_items, one_line
+from maskvlm.data.raw.named import find_file, no_files
+from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "Visual Genome"
@@ -32,7 +32,7 @@ class Genome(RawSet):
     def rows(self) -> Iterator[RawRow | BadRow]:
         """In the order of region_descriptions.json."""
         coco = self._coco_ids()
-        index = Index(self.root)
+        index = PhotoIndex(self.root)
         for position, entry in enumerate(json_items(self.regions)):
             where = f"{self.regions.name} [{position}]"
             try:
@@ -44,7 +44,7 @@ class Genome(RawSet):
                 continue
             path, origin = index.find(str(number)), f"{where} ({number}.jpg)"
             if path is None:
-                yield BadRow("missing picture", origin, f"{number}.jpg is nowhere in {plain(self.root)}", "train")
+                yield BadRow("missing picture", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
             elif not phrases:
                 yield BadRow("no caption", origin, "no region of this picture is described", "train")
             else:
@@ -70,9 +70,9 @@ def _number(value: Any) -> int | None:
 def open_genome(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     """Both files are needed: without image_data.json nobody could tell which pictures are COCO's."""
     root = Path(raw)
-    regions, pictures = find(root, "region_descriptions.json"), find(root, "image_data.json")
+    regions, pictures = find_file(root, "region_descriptions.json"), find_file(root, "image_data.json")
     if regions is None:
-        raise nothing(root, "region_descriptions.json")
+        raise no_files(root, "region_descriptions.json")
     if pictures is None:
         what = "image_data.json is missing: which pictures are also COCO's stands there alone"
         todo = "Fetch it from visualgenome.org and put it here"

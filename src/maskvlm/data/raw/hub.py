@@ -12,8 +12,8 @@ from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.opening import Walk, check_plain, content_of
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
-from maskvlm.data.raw.lines import plain, short
-from maskvlm.data.raw.own import captions_of
+from maskvlm.data.raw.lines import one_line, short_value
+from maskvlm.data.raw.own import texts_in
 from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -65,19 +65,19 @@ class HubSet(RawSet):
                 yield self._row(values, start + offset, part, default, folder)
 
     def _row(self, values: dict[str, Any], number: int, part: str, default: str, folder: Folder) -> RawRow | BadRow:
-        origin = plain(f"{self.raw} {part} row {number}")
+        origin = one_line(f"{self.raw} {part} row {number}")
         content, problem = _content(values["image"], folder)
-        captions = captions_of(values["caption"])
+        captions = texts_in(values["caption"])
         split = split_named(values["split"]) if values.get("split") is not None else default
         if problem is None and captions is None:
-            problem = ("no caption", f"the caption is {short(values['caption'])}")
+            problem = ("no caption", f"the caption is {short_value(values['caption'])}")
         if problem is None and split is None:
-            problem = ("unknown split", f"{short(values['split'])} is none of train, val and test")
+            problem = ("unknown split", f"{short_value(values['split'])} is none of train, val and test")
         if problem:
             return BadRow(problem[0], origin, problem[1], split or default)
         own = values.get("id")
         identity = own if isinstance(own, int | str) else f"{part} {number}"
-        return RawRow(content, tuple(captions or ()), plain(f"{self.name} {identity}"), split or default, origin)
+        return RawRow(content, tuple(captions or ()), one_line(f"{self.name} {identity}"), split or default, origin)
 
 
 def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] | None]:
@@ -91,7 +91,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
         return value, None
     if isinstance(value, str) and value.strip():
         return folder.place(value)
-    return "", ("no picture", f"the picture is {short(value)}")
+    return "", ("no picture", f"the picture is {short_value(value)}")
 
 
 def _is_fetched(path: str) -> bool:
@@ -131,7 +131,7 @@ def _load(raw: str) -> "dict[str, Dataset]":
         else:
             found = datasets.load_dataset(str(local) if local.exists() else name, configuration or None)
     except Exception as error:  # the library raises a dozen types, some of its own, some of the network
-        what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {plain(error, 160)})"
+        what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {one_line(error, 160)})"
         todo = "Check the name; sets with several configurations are named owner/name:configuration"
         raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
     parts = dict(found) if isinstance(found, dict) else {"train": found}
@@ -149,7 +149,7 @@ def check_columns(data: "Dataset", where: str) -> None:
     try:
         data.data.table.validate(full=True)
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(where, f"damaged ({plain(error, 100)})", "Fetch it again", ExitCode.BAD_DATA) from error
+        raise UserError(where, f"damaged ({one_line(error, 100)})", "Fetch it again", ExitCode.BAD_DATA) from error
 
 
 def check_local(folder: Path) -> None:
@@ -166,7 +166,7 @@ def check_local(folder: Path) -> None:
         if folder.is_dir() and (folder / name).is_file():
             check_card(folder / name)
     for paths in walk.left_out.values():
-        what = f"{plain(paths[0])!r} leads out of this folder, or is not text"
+        what = f"{one_line(paths[0])!r} leads out of this folder, or is not text"
         raise UserError(folder, what, "Copy there what it leads to", ExitCode.REFUSED)
 
 
@@ -190,7 +190,7 @@ def check_card(file: Path) -> None:
         settings = settings.get("configs") if isinstance(settings, dict) else None
     for one in _strings([settings]):
         if "::" in one or "://" in one or one.startswith(("/", "~")) or ".." in one.split("/"):
-            what = f"names {short(one)}, which is not in this folder"
+            what = f"names {short_value(one)}, which is not in this folder"
             raise UserError(file, what, "Take the data alone, without this file", ExitCode.REFUSED)
 
 

@@ -111,12 +111,12 @@ def _damaged(file: Path, what: str) -> UserError:
     return UserError(file, what, "Fetch it again", ExitCode.BAD_DATA)
 
 
-def plain(text: object, most: int = 200) -> str:
+def one_line(text: object, most: int = 200) -> str:
     """For messages and ids: one line, printable, encodable."""
     cleaned = clean_caption(str(text)[: most * 2])[0][:most]
     return cleaned if cleaned.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in cleaned)
 
 
-def short(value: object, most: int = 60) -> str:
+def short_value(value: object, most: int = 60) -> str:
     """A value of a stranger's in a message: one line, however large or deep it is."""
-    return plain(reprlib.repr(value), most)
+    return one_line(reprlib.repr(value), most)

@@ -19,10 +19,10 @@ import numpy as np
 from maskvlm.data.files import load_json
 from maskvlm.data.opening import Inside, opened
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.captions import Pictures
+from maskvlm.data.raw.captions import ImagesByName
 from maskvlm.data.raw.columns import SPLITS, split_of_path
-from maskvlm.data.raw.lines import json_items, plain, text_lines
-from maskvlm.data.raw.photos import SCHEMES, Index, photo_of, stem_of
+from maskvlm.data.raw.lines import json_items, one_line, text_lines
+from maskvlm.data.raw.photos import SCHEMES, PhotoIndex, photo_of, stem_of
 from maskvlm.data.strict_json import flaw
 from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
@@ -42,7 +42,7 @@ class Link(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class Part(NamedTuple):
+class LinkList(NamedTuple):
     """A list and its split; `read` starts from the beginning each time."""
 
     file: Path
@@ -57,15 +57,15 @@ class Links(RawSet):
     its own. A photo at Flickr, COCO or Visual Genome has its id there, others the set's name and the row.
     """
 
-    def __init__(self, root: Path, name: str, facts: Facts, parts: list[Part]) -> None:
+    def __init__(self, root: Path, name: str, facts: Facts, parts: list[LinkList]) -> None:
         self.root, self.name, self.facts, self.parts, self.notes = root, name, facts, parts, []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """In the order of the lists."""
         self.notes = []
-        named = Pictures(self.root)
+        named = ImagesByName(self.root)
         for part in self.parts:
-            index = Index(*_folders(self.root, part.split), bare=True)
+            index = PhotoIndex(*_folders(self.root, part.split), bare=True)
             scheme, twice = self._scheme(part, index)
             prefix = self.name if part.split == "train" else f"{self.name} {part.split}"
             for link in part.read():
@@ -73,18 +73,18 @@ class Links(RawSet):
                 if not problem and link.name:
                     path, problem = named.find(link.name)
                 elif not problem and scheme == BY_END and stable_id(stem_of(link.url)) in twice:
-                    problem = ("ambiguous name", f"several addresses end in {plain(stem_of(link.url))!r}")
+                    problem = ("ambiguous name", f"several addresses end in {one_line(stem_of(link.url))!r}")
                 elif not problem:
                     path = (index.find(SCHEMES[scheme](link.url, link.row)) or "") if scheme else ""
-                    what = f"no picture for {plain(link.url)} in {plain(self.root)}; nothing is downloaded"
+                    what = f"no picture for {one_line(link.url)} in {one_line(self.root)}; nothing is downloaded"
                     problem = None if path else ("missing picture", what)
                 if problem:
                     yield BadRow(problem[0], link.origin, problem[1], part.split)
                 else:
-                    image_id = photo_of(link.url) or plain(f"{prefix} {link.row:09d}")
+                    image_id = photo_of(link.url) or one_line(f"{prefix} {link.row:09d}")
                     yield RawRow(path, (link.caption,), image_id, part.split, link.origin)
 
-    def _scheme(self, part: Part, index: Index) -> tuple[str, set[int]]:
+    def _scheme(self, part: LinkList, index: PhotoIndex) -> tuple[str, set[int]]:
         """The scheme under which most of the first rows have a picture, "" for none; ends that several rows share."""
         links = (link for link in part.read() if not link.problem and not link.name)
         first = [*islice(links, PROBE)]
@@ -99,7 +99,7 @@ class Links(RawSet):
         self.notes.append(f"{part.file.name}: pictures are named by {best}")
         return best, _twice(part) if best == BY_END else set()
 
-    def _start(self, scheme: str, part: Part, index: Index) -> str:
+    def _start(self, scheme: str, part: LinkList, index: PhotoIndex) -> str:
         """Whether rows count from 0 or 1: by the picture that only one of the two can have."""
         from_0, from_1 = scheme.replace("from 1", "from 0"), scheme.replace("from 0", "from 1")
         rows = sum(1 for _ in part.read())
@@ -108,7 +108,7 @@ class Links(RawSet):
         return from_0
 
 
-def _twice(part: Part) -> set[int]:
+def _twice(part: LinkList) -> set[int]:
     """Hashes of the ends of addresses that several different rows have."""
     ends = array("q", (stable_id(stem_of(link.url)) for link in part.read() if not link.problem))
     value_N, count_N = np.unique(np.array(ends, np.int64), return_counts=True)
@@ -146,7 +146,9 @@ def tsv_links(file: Path) -> Iterator[Link]:
         if first is None:
             first = next((n for n in (0, 1) if "://" in fields[n][:12]), None)
         if first is None or "://" not in fields[first]:
-            yield Link(row, "", "", origin, problem=("no address", f"{plain(fields[first or 0], 60)!r} is no address"))
+            yield Link(
+                row, "", "", origin, problem=("no address", f"{one_line(fields[first or 0], 60)!r} is no address")
+            )
         else:
             yield Link(row, fields[first].strip(), fields[1 - first], origin)
 
@@ -187,6 +189,6 @@ def json_links(file: Path) -> Iterator[Link]:
         yield Link(row, url, caption, f"{file.name} [{row}]", name, problem)
 
 
-def tsv_parts(files: list[Path]) -> list[Part]:
+def tsv_parts(files: list[Path]) -> list[LinkList]:
     """One a file, its split by its name: Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv, cc12m.tsv."""
-    return [Part(file, split_of_path(file.stem), lambda file=file: tsv_links(file)) for file in files]  # type: ignore[misc]
+    return [LinkList(file, split_of_path(file.stem), lambda file=file: tsv_links(file)) for file in files]  # type: ignore[misc]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from maskvlm.data.opening import check_inside
+from maskvlm.data.opening import check_below
 from maskvlm.data.raw import captions
 from maskvlm.data.raw.base import BadRow, Facts, RawSet
 from maskvlm.data.raw.captions import CaptionSet, Found
@@ -22,7 +22,7 @@ FLICKR30K_SPLIT = Facts("Flickr30k (Young et al. 2014), Karpathy's split", 31_01
 FLICKR8K = Facts("Flickr8k (Hodosh et al. 2013)", 8_000, 40_000, FLICKR_TERMS)
 
 
-def find(root: Path, *names: str) -> Path | None:
+def find_file(root: Path, *names: str) -> Path | None:
     """The first file of these names in the folder, in `annotations/` or `karpathy/`, or the folder itself as a file.
 
     Raises:
@@ -33,11 +33,11 @@ def find(root: Path, *names: str) -> Path | None:
     places = ("", "annotations", "karpathy")
     found = next((root / place / name for name in names for place in places if (root / place / name).is_file()), None)
     if found:
-        check_inside(found, root)
+        check_below(found, root)
     return found
 
 
-def nothing(root: Path, *forms: str) -> UserError:
+def no_files(root: Path, *forms: str) -> UserError:
     """Says what was looked for."""
     what = "none of the files of this set is here"
     return UserError(root, what, f"Looked for {', '.join(forms)}", ExitCode.MISSING_INPUT)
@@ -47,13 +47,13 @@ def open_coco(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     """dataset_coco.json, else annotations/captions_{train,val}20{14,17}.json."""
     root = Path(raw)
     folder = root if root.is_dir() else root.parent
-    if file := find(root, "dataset_coco.json"):
+    if file := find_file(root, "dataset_coco.json"):
         return CaptionSet(folder, COCO, lambda: captions.karpathy(file, "coco"))
     for year in ("2014", "2017"):
-        files = [find(root, f"captions_{part}{year}.json") for part in ("train", "val")]
+        files = [find_file(root, f"captions_{part}{year}.json") for part in ("train", "val")]
         if there := [file for file in files if file]:
             return CaptionSet(folder, COCO, lambda: captions.official(there))
-    raise nothing(root, "dataset_coco.json", "annotations/captions_{train,val}{2014,2017}.json")
+    raise no_files(root, "dataset_coco.json", "annotations/captions_{train,val}{2014,2017}.json")
 
 
 def open_flickr30k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
@@ -85,11 +85,11 @@ def _karpathy(file: Path, _: Callable[[str], str]) -> Iterator[Found | BadRow]:
 def _open_flickr(root: Path, forms: Forms) -> RawSet:
     folder = root if root.is_dir() else root.parent
     for name, (facts, read) in forms.items():
-        file = root / name if (root / name).is_dir() else find(root, name)
+        file = root / name if (root / name).is_dir() else find_file(root, name)
         if file:
-            check_inside(file, folder)
+            check_below(file, folder)
             return CaptionSet(folder, facts, partial(_read, read, file, folder))
-    raise nothing(root, *forms)
+    raise no_files(root, *forms)
 
 
 def _read(read: Reader, file: Path, folder: Path) -> Iterator[Found | BadRow]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvlm.data.files import load_json, picture_names
-from maskvlm.data.opening import Inside, check_inside
+from maskvlm.data.opening import Inside, check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
-from maskvlm.data.raw.lines import json_items, plain, read_text, short, text_lines
-from maskvlm.data.raw.table import Table
+from maskvlm.data.raw.lines import json_items, one_line, read_text, short_value, text_lines
+from maskvlm.data.raw.table import RawTable
 from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -19,7 +19,7 @@ PROBE = 1000
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
 
-class Entry(NamedTuple):
+class FileRow(NamedTuple):
     """A row of a file: its values by role, or (reason, message)."""
 
     place: int
@@ -73,11 +73,11 @@ def file_rows(
     yield from merged.rows()
 
 
-def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Entry]:
+def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[FileRow]:
     if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         yield from _objects(file, given)
         return
-    table = Table(file)
+    table = RawTable(file)
     columns = find_columns(table.columns, given, file)
     if (left := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
         note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(left))}"
@@ -85,14 +85,14 @@ def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[En
         notes.append(note)
     at = {role: table.columns.index(name) for role, name in columns.items()}
     for number, fields, problem in table.records():
-        yield Entry(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
+        yield FileRow(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
 
 
 def _listed(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} as {role}" for role, name in columns.items())
 
 
-def _objects(file: Path, given: dict[str, str]) -> Iterator[Entry]:
+def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
     """Objects need not have the same keys; those of the first that has picture and caption count where one lacks them.
 
     Raises:
@@ -117,7 +117,7 @@ def _objects(file: Path, given: dict[str, str]) -> Iterator[Entry]:
         if keys not in known:
             known = known if len(known) < PROBE else {}
             known[keys] = _columns(keys, given, file) or usual
-        yield Entry(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
+        yield FileRow(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
 
 
 def _columns(keys: tuple[str, ...], given: dict[str, str], file: Path) -> dict[str, str] | None:
@@ -127,7 +127,7 @@ def _columns(keys: tuple[str, ...], given: dict[str, str], file: Path) -> dict[s
         return None
 
 
-def _json(file: Path) -> Iterator[Entry]:
+def _json(file: Path) -> Iterator[FileRow]:
     """Lines, or the items of one list; values by their own keys."""
     if file.suffix.lower() == ".json":
         for place, record in enumerate(json_items(file)):
@@ -135,22 +135,22 @@ def _json(file: Path) -> Iterator[Entry]:
         return
     for line in text_lines(file):
         if line.problem:
-            yield Entry(line.number, {}, line.problem)
+            yield FileRow(line.number, {}, line.problem)
         elif line.text.strip():
             try:
                 record = load_json(line.text.encode(), file, line.number)
             except UserError as error:
-                yield Entry(line.number, {}, ("not JSON", error.what))
+                yield FileRow(line.number, {}, ("not JSON", error.what))
                 continue
             yield _entry(line.number, record)
 
 
-def _entry(place: int, record: Any) -> Entry:
+def _entry(place: int, record: Any) -> FileRow:
     if problem := flaw(record):
-        return Entry(place, {}, ("not JSON", problem))
+        return FileRow(place, {}, ("not JSON", problem))
     if isinstance(record, dict):
-        return Entry(place, record)
-    return Entry(place, {}, ("not an object", f"{type(record).__name__} where a JSON object belongs"))
+        return FileRow(place, record)
+    return FileRow(place, {}, ("not an object", f"{type(record).__name__} where a JSON object belongs"))
 
 
 class Values(NamedTuple):
@@ -166,18 +166,18 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     """The row, or (reason, message)."""
     image, own, given = values.get("image"), values.get("id"), values.get("split")
     if not isinstance(image, str) or not image.strip():
-        return "no picture", f"the name of the picture is {short(image)}"
-    captions = captions_of(values.get("caption"))
+        return "no picture", f"the name of the picture is {short_value(image)}"
+    captions = texts_in(values.get("caption"))
     if captions is None:
-        return "no caption", f"the caption is {short(values.get('caption'))}"
+        return "no caption", f"the caption is {short_value(values.get('caption'))}"
     split = default if given is None else split_named(given)
     if split is None:
-        return "unknown split", f"{short(given)} is none of train, val and test"
+        return "unknown split", f"{short_value(given)} is none of train, val and test"
     named = isinstance(own, str | int) and not isinstance(own, bool)
     return Values(image.strip(), captions, split, str(own).strip() if named else "")
 
 
-def captions_of(value: Any) -> list[str] | None:
+def texts_in(value: Any) -> list[str] | None:
     """A text, or a list of texts; None where it is neither or has none."""
     if isinstance(value, str):
         return [value]
@@ -208,18 +208,18 @@ class FolderSet(RawSet):
         for file in sorted(tables):
             if not within.holds(file):
                 reason, what = leads_out(file.name, self.root)
-                yield BadRow(reason, plain(file.relative_to(self.root)), what, "train")
+                yield BadRow(reason, one_line(file.relative_to(self.root)), what, "train")
                 continue
             inside = file.parent.relative_to(self.root).as_posix()
             for row in file_rows(file, self.name, {"image": "file_name", **self.columns}):
-                row = row._replace(origin=plain(f"{inside}/{row.origin}" if inside != "." else row.origin))
+                row = row._replace(origin=one_line(f"{inside}/{row.origin}" if inside != "." else row.origin))
                 if isinstance(row, BadRow):
                     yield row
                     continue
                 named.add(str(row.image))
                 own = Path(str(row.image)).relative_to(self.root.absolute())
                 split = split_of_path(own.parent.as_posix())
-                image_id = plain(f"{self.name} {own.as_posix()}")
+                image_id = one_line(f"{self.name} {own.as_posix()}")
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
         left_out: dict[str, list[str]] = {}
         for name in picture_names(self.root, left_out):
@@ -231,12 +231,12 @@ class FolderSet(RawSet):
     def _with_text(self, path: Path, name: str, within: Inside) -> RawRow | BadRow:
         split, beside = split_of_path(Path(name).parent.as_posix()), path.with_suffix(".txt")
         if not os.path.isfile(beside):
-            what = f"there is no {plain(beside.name)} beside it, nor is it named in a metadata.csv or metadata.jsonl"
-            return BadRow("no caption", plain(name), what, split)
+            what = f"there is no {one_line(beside.name)} beside it, nor is it named in a metadata.csv or metadata.jsonl"
+            return BadRow("no caption", one_line(name), what, split)
         text, problem = read_text(beside) if within.holds(beside) else ("", leads_out(beside.name, self.root))
         if problem:
-            return BadRow(problem[0], plain(beside.name), problem[1], split)
-        return RawRow(str(path), (text,), plain(f"{self.name} {name}"), split, plain(name))
+            return BadRow(problem[0], one_line(beside.name), problem[1], split)
+        return RawRow(str(path), (text,), one_line(f"{self.name} {name}"), split, one_line(name))
 
 
 # ------------------------------------------------------------------ opening
@@ -258,7 +258,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"
         raise UserError(raw, what, "Name the file itself with RAW=", ExitCode.MISSING_INPUT)
     for file in files:
-        check_inside(file, path)
+        check_below(file, path)
     return TableSet(files, name, columns)
 
 

@@ -61,7 +61,7 @@ SCHEMES: dict[str, Callable[[str, int], str]] = {
 LAVIS, of SBU's readers, and ViLT."""
 
 
-class Index:
+class PhotoIndex:
     """Files of folders and those in them by their names without extension; some 20 bytes a file.
 
     Args:

@@ -13,7 +13,7 @@ from maskvlm.data.raw.lines import read_text
 TEXTS = (".txt", ".caption", ".text", ".cap")
 
 
-class Sample(NamedTuple):
+class KeyedFiles(NamedTuple):
     """The files of one key. kinds: "image", "text", "json" -> bytes, or a path of the picture."""
 
     key: str
@@ -25,24 +25,24 @@ class Sample(NamedTuple):
 # ------------------------------------------------------------------ tars
 
 
-def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Sample]:
+def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[KeyedFiles]:
     """The members of an archive by key: the name up to its first dot, as webdataset has it. One key at a time."""
-    group: Sample | None = None
+    group: KeyedFiles | None = None
     for member in members(shard):
         if not member.name:
             if group and "image" in group.parts and group.parts.keys() & {"text", "json"}:
                 yield group  # else it is what was cut
-            yield Sample("", "", {}, member.problem)
+            yield KeyedFiles("", "", {}, member.problem)
             return
         key, kind = _key(member.name, columns)
         if not kind:
             if member.problem:
-                yield Sample(member.name, member.name, {}, member.problem)
+                yield KeyedFiles(member.name, member.name, {}, member.problem)
             continue
         if group is None or group.key != key or kind in group.parts:
             if group:
                 yield group
-            group = Sample(key, member.name, {})
+            group = KeyedFiles(key, member.name, {})
         if kind == "image" and "image" not in group.parts:
             group = group._replace(origin=member.name)
         if member.problem:
@@ -69,7 +69,7 @@ def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
 # ------------------------------------------------------------------ files
 
 
-def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[Sample]:
+def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[KeyedFiles]:
     """Pictures of a folder with the `.txt` and `.json` beside them; pictures are not opened."""
     inside = Inside(folder)
     for path in pictures_of(folder):
@@ -80,7 +80,7 @@ def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[Sample]:
             if beside:
                 text, wrong = read_text(beside) if inside.holds(beside) else ("", leads_out(beside.name, folder))
                 parts[kind], problem = text.encode(), problem or wrong
-        yield Sample(path.stem, path.name, parts, problem)
+        yield KeyedFiles(path.stem, path.name, parts, problem)
 
 
 def pictures_of(folder: Path) -> list[Path]:

@@ -10,11 +10,11 @@ from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columnar import has_pictures, parquet_samples
 from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
-from maskvlm.data.raw.lines import decoded, plain, read_text
-from maskvlm.data.raw.own import captions_of
+from maskvlm.data.raw.lines import decoded, one_line, read_text
+from maskvlm.data.raw.own import texts_in
 from maskvlm.data.raw.photos import photo_of
-from maskvlm.data.raw.samples import Sample, file_samples, pictures_of, tar_samples
-from maskvlm.data.strict_json import flaw, parse
+from maskvlm.data.raw.samples import KeyedFiles, file_samples, pictures_of, tar_samples
+from maskvlm.data.strict_json import flaw, parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 MAX_TEXT_BYTES = 16_000_000
@@ -23,7 +23,7 @@ READERS = {"tar": tar_samples, "files": file_samples, "parquet": parquet_samples
 FORMS = "*.tar, *.parquet with a column of pictures, or folders of pictures with .json and .txt beside them"
 
 
-class Shards(RawSet):
+class WebShards(RawSet):
     """A folder of shards, or one of them.
 
     The caption is the `.txt` member, else `caption` of the `.json` member. A picture's id is that of the photo where
@@ -58,23 +58,23 @@ class Shards(RawSet):
         split, found, cut = split_of_path(inside), 0, False
         seen: set[str] = set()
         for sample in READERS[self._kind](shard, self.columns):
-            origin = plain(f"{inside}!{sample.origin}" if sample.origin else inside)
+            origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
             row = self._row(sample, shard, origin, split)
             found += isinstance(row, RawRow) or "image" in sample.parts
             if sample.key and sample.key in seen:
-                row = BadRow("duplicate key", origin, f"key {plain(sample.key)!r} stands there twice", split)
+                row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} stands there twice", split)
             seen.add(sample.key)
             cut |= not sample.key
             yield row
         yield from self._compare(shard, inside, split, found, cut)
 
-    def _row(self, sample: Sample, shard: Path, origin: str, split: str) -> RawRow | BadRow:
+    def _row(self, sample: KeyedFiles, shard: Path, origin: str, split: str) -> RawRow | BadRow:
         meta, problem = _meta(sample)
         problem = sample.problem or problem
         status = meta.get("status")
         if not problem and "image" not in sample.parts:
             failed = isinstance(status, str) and status != "success"
-            problem = (plain(status, 40).replace("_", " "), plain(meta.get("error_message"))) if failed else None
+            problem = (one_line(status, 40).replace("_", " "), one_line(meta.get("error_message"))) if failed else None
             problem = problem or ("no picture", "no picture of that name")
         captions = problem or self._captions(sample, meta)
         if isinstance(captions, tuple):
@@ -85,9 +85,9 @@ class Shards(RawSet):
         split = named or split
         prefix = self.name if split == "train" else f"{self.name} {split}"  # keys count from 0 in each download
         image_id = photo_of(meta.get("url")) or f"{prefix} {own}"
-        return RawRow(sample.parts["image"], tuple(captions), plain(image_id), split, origin)
+        return RawRow(sample.parts["image"], tuple(captions), one_line(image_id), split, origin)
 
-    def _captions(self, sample: Sample, meta: dict[str, Any]) -> list[str] | tuple[str, str]:
+    def _captions(self, sample: KeyedFiles, meta: dict[str, Any]) -> list[str] | tuple[str, str]:
         wanted = self.columns.get("caption")
         if "text" in sample.parts and (wanted is None or wanted not in meta):
             if len(sample.parts["text"]) > MAX_TEXT_BYTES:
@@ -95,7 +95,7 @@ class Shards(RawSet):
             text, problem = decoded(sample.parts["text"])
             return problem or [text]
         for name in [wanted] if wanted else ROLES["caption"]:
-            if (captions := captions_of(meta.get(name))) is not None:
+            if (captions := texts_in(meta.get(name))) is not None:
                 return captions
         return "no caption", "neither a .txt nor a caption in a .json"
 
@@ -105,18 +105,18 @@ class Shards(RawSet):
         there = os.path.lexists(file) and Inside(shard.parent).holds(file)
         text, problem = read_text(file) if there else ("", ("absent", ""))
         try:
-            stats = {} if problem else parse(text)
+            stats = {} if problem else parse_json(text)
             asked, got = (stats.get(key, found) for key in ("count", "successes"))
             if not all(type(number) is int and 0 <= number < 2**53 for number in (asked, got)):
                 raise TypeError("no numbers")
         except (ValueError, TypeError, AttributeError, RecursionError):
-            yield BadRow("damaged statistics", plain(file.name), "not what img2dataset writes", split)
+            yield BadRow("damaged statistics", one_line(file.name), "not what img2dataset writes", split)
             return
         if stats:
             self._asked, self._got = self._asked + asked, self._got + got
         if stats and got != found and not cut:
             what = f"{file.name} counts {got:,} pictures, {found:,} are there"
-            yield BadRow("other count than img2dataset's", plain(inside), what, split)
+            yield BadRow("other count than img2dataset's", one_line(inside), what, split)
 
 
 def find_shards(
@@ -152,14 +152,14 @@ def _stem(shard: Path) -> str:
     return TAR.sub("", shard.name).removesuffix(".parquet")
 
 
-def _meta(sample: Sample) -> tuple[dict[str, Any], tuple[str, str] | None]:
+def _meta(sample: KeyedFiles) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """The `.json` member as an object, empty where there is none, and what is wrong with it."""
     content = sample.parts.get("json", {})
     if isinstance(content, dict):
         return content, None
     text, problem = decoded(content)
     try:
-        meta = parse(text) if not problem else {}
+        meta = parse_json(text) if not problem else {}
     except (ValueError, RecursionError):
         meta, problem = {}, ("not JSON", "the .json member cannot be read")
     if wrong := flaw(meta):
@@ -169,4 +169,4 @@ def _meta(sample: Sample) -> tuple[dict[str, Any], tuple[str, str] | None]:
 
 def open_webdataset(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     """Any folder of shards."""
-    return Shards(Path(raw), name, columns)
+    return WebShards(Path(raw), name, columns)

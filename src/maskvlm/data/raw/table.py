@@ -16,7 +16,7 @@ MAX_JOINED = 100
 OPEN, WRONG = "open", "wrong"
 
 
-class Record(NamedTuple):
+class TableRecord(NamedTuple):
     """A row of a table, or (reason, message). number: the line on which it begins."""
 
     number: int
@@ -24,7 +24,7 @@ class Record(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class Table:
+class RawTable:
     """A table with the names of its columns in the first line.
 
     Attributes:
@@ -48,15 +48,15 @@ class Table:
             raise UserError(where, "the names of the columns cannot be read", todo, ExitCode.BAD_DATA)
         self.columns = [name.strip() for name in names]
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[TableRecord]:
         """The rows in the order of the file, each once; blank lines are passed over."""
         while (line := self._ahead.popleft() if self._ahead else next(self._lines, None)) is not None:
             if line.problem:
-                yield Record(line.number, [], line.problem)
+                yield TableRecord(line.number, [], line.problem)
             elif line.text.strip():
                 yield self._record(line)
 
-    def _record(self, line: TextLine) -> Record:
+    def _record(self, line: TextLine) -> TableRecord:
         fields, joined = _split(line.text, self.delimiter), 0
         size, own_picture = len(line.text), self._has_picture(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
@@ -71,14 +71,14 @@ class Table:
             opened = fields == OPEN or joined
             reason = "quote left open" if opened else "quotes do not fit"
             what = "a quoted field has no end" if opened else "a quote within a quoted field is not doubled"
-            return Record(line.number, [], (reason, f"{what}; the next line is read as a new row"))
+            return TableRecord(line.number, [], (reason, f"{what}; the next line is read as a new row"))
         for _ in range(joined):
             self._ahead.popleft()
         if len(fields) != len(self.columns):
             reason = "missing column" if len(fields) < len(self.columns) else "too many columns"
             what = f"{len(fields)} fields in {len(self.columns)} columns; put text with {self.delimiter!r} in quotes"
-            return Record(line.number, [], (reason, what))
-        return Record(line.number, fields)
+            return TableRecord(line.number, [], (reason, what))
+        return TableRecord(line.number, fields)
 
     def _peek(self, index: int) -> TextLine | None:
         """A line after the current one, without taking it."""

@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from maskvlm.data.opening import check_inside
+from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import Facts, RawSet
-from maskvlm.data.raw.links import Links, Part, json_links, text_links, tsv_parts
-from maskvlm.data.raw.named import find, nothing
-from maskvlm.data.raw.shards import FORMS, Shards, find_shards
+from maskvlm.data.raw.links import LinkList, Links, json_links, text_links, tsv_parts
+from maskvlm.data.raw.named import find_file, no_files
+from maskvlm.data.raw.shards import FORMS, WebShards, find_shards
 from maskvlm.utils.errors import UserError
 
 # The paper's mix is the "4 M" of ALBEF (Li et al. 2021, arXiv 2107.07651, appendix): 2.95 M pictures of CC3M and 860 K
@@ -33,12 +33,12 @@ def open_sbu(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     if shards := _shards(root, name, columns, SBU):
         return shards
     folder = root if root.is_dir() else root.parent
-    if file := find(root, "sbu-captions-all.json", "sbu.json", "sbu_train.json", "annot.json"):
-        return Links(folder, name, SBU, [Part(file, "train", partial(json_links, file))])
-    urls, captions = find(root, URLS), find(root, CAPTIONS)
+    if file := find_file(root, "sbu-captions-all.json", "sbu.json", "sbu_train.json", "annot.json"):
+        return Links(folder, name, SBU, [LinkList(file, "train", partial(json_links, file))])
+    urls, captions = find_file(root, URLS), find_file(root, CAPTIONS)
     if urls and captions:
-        return Links(folder, name, SBU, [Part(urls, "train", partial(text_links, urls, captions))])
-    raise nothing(root, "sbu-captions-all.json", "sbu.json", f"{URLS} with {CAPTIONS}", FORMS)
+        return Links(folder, name, SBU, [LinkList(urls, "train", partial(text_links, urls, captions))])
+    raise no_files(root, "sbu-captions-all.json", "sbu.json", f"{URLS} with {CAPTIONS}", FORMS)
 
 
 def open_cc3m(raw: str, name: str, columns: dict[str, str]) -> RawSet:
@@ -58,9 +58,9 @@ def _open_tsv(root: Path, name: str, columns: dict[str, str], facts: Facts, list
     files = [root] if root.is_file() else sorted(file for file in root.glob("*.tsv") if "report" not in file.name)
     if files:
         for file in files:
-            check_inside(file, folder)
+            check_below(file, folder)
         return Links(folder, name, facts, tsv_parts(files))
-    raise nothing(root, f"{listed} (any *.tsv)", FORMS)
+    raise no_files(root, f"{listed} (any *.tsv)", FORMS)
 
 
 def _shards(root: Path, name: str, columns: dict[str, str], facts: Facts) -> RawSet | None:
@@ -70,6 +70,6 @@ def _shards(root: Path, name: str, columns: dict[str, str], facts: Facts) -> Raw
         find_shards(root, columns)
     except UserError:
         return None
-    shards = Shards(root, name, columns)
+    shards = WebShards(root, name, columns)
     shards.facts = facts
     return shards

@@ -138,7 +138,7 @@ class View(NamedTuple):
         return draw_behind(self.scene, size, self.curtain)
 
 
-class Told(NamedTuple):
+class PlannedExample(NamedTuple):
     """An example before it is drawn. The other names are those of `Example`."""
 
     views: tuple[View, ...]
@@ -149,7 +149,7 @@ class Told(NamedTuple):
     group: str = ""
 
 
-Tell = Callable[[str, str, int], Told]
+Tell = Callable[[str, str, int], PlannedExample]
 """(key, split, index) -> example. All randomness is to follow from the key, which holds the seed, and the index."""
 
 
@@ -185,7 +185,7 @@ class SceneExamples:
             origin=f"{self.task} (seed {self.seed}) {self.name} example {index}",
         )
 
-    def told(self, index: int) -> Told:
+    def told(self, index: int) -> PlannedExample:
         """Example `index` with its scenes. Raises IndexError outside 0 to the length - 1."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.task} {self.name}: no example {index}, there are {self.count}")

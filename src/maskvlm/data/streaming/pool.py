@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from maskvlm.data.prepare.shards import Job, Made, Settings, Stopped, make_shard
+from maskvlm.data.prepare.shards import Job, PreparationStopped, Settings, ShardNote, make_shard
 from maskvlm.utils.errors import ExitCode, UserError
 
 TOLD_EVERY = 30.0  # seconds between lines where there is no terminal
@@ -66,11 +66,11 @@ def work(job: Job) -> int:
 
     def tick(used: bool) -> None:
         if stop.is_set():
-            raise Stopped
+            raise PreparationStopped
         with counts.get_lock():
             counts[not used] += 1
 
-    made: Made = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
+    made: ShardNote = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
     return made.rows
 
 

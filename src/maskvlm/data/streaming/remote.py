@@ -8,21 +8,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from maskvlm.data.opening import check_inside
+from maskvlm.data.opening import check_below
 from maskvlm.data.prepared.manifest import MANIFEST
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
-from maskvlm.data.prepared.shards import Shard, Source, damaged
+from maskvlm.data.prepared.shards import Shard, ShardSource, damaged
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.columnar import parquet_samples
-from maskvlm.data.raw.lines import plain
+from maskvlm.data.raw.lines import one_line
 from maskvlm.data.raw.samples import tar_samples
-from maskvlm.data.raw.shards import Shards
+from maskvlm.data.raw.shards import WebShards
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".parquet", ".arrow")
 
 
-def find_shards(root: str | list[str]) -> dict[str, int]:
+def list_shards(root: str | list[str]) -> dict[str, int]:
     """Address and size of each shard, in the order of their names.
 
     Raises:
@@ -39,14 +39,14 @@ def find_shards(root: str | list[str]) -> dict[str, int]:
             for name, facts in files.glob(path, detail=True).items():
                 if name.endswith(ENDINGS) and facts["type"] == "file":
                     if facts.get("islink") and path != name:  # a link that the user did not name
-                        check_inside(Path(name), Path(path.partition("*")[0]).parent)
+                        check_below(Path(name), Path(path.partition("*")[0]).parent)
                     found[files.unstrip_protocol(name)] = facts["size"] or 0
         except UserError:
             raise
         except ImportError as error:
             raise UserError(place, f"needs another package ({error})", "Install it", ExitCode.UNAVAILABLE) from error
         except Exception as error:  # file systems raise what their libraries do
-            what = f"cannot be listed ({type(error).__name__}: {plain(error)})"
+            what = f"cannot be listed ({type(error).__name__}: {one_line(error)})"
             raise UserError(place, what, "Check the address and the network", ExitCode.IO_ERROR) from error
     if not found:
         what = "no shard here (.tar, .parquet or .arrow)"
@@ -75,8 +75,8 @@ def sums_in(folder: str) -> dict[str, str]:
     return {each["file"].rpartition("/")[2]: each["sha256"] for each in shards}
 
 
-class Streamed(Shards):
-    """The rows of one shard at an address, as `Shards` has them of one in a folder."""
+class Streamed(WebShards):
+    """The rows of one shard at an address, as `WebShards` has them of one in a folder."""
 
     def __init__(self, address: str, name: str) -> None:
         self.address, self.name, self.columns = address, name, dict[str, str]()
@@ -94,18 +94,18 @@ class Streamed(Shards):
                     return
                 read = parquet_samples if inside.suffix == ".parquet" else tar_samples
                 for sample in read(stream, self.columns):
-                    origin = plain(f"{inside}!{sample.origin}" if sample.origin else inside)
+                    origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
                     yield self._row(sample, inside, origin, "train")
         except UserError as error:
-            yield BadRow("unreadable shard", plain(inside), error.what, "train")
+            yield BadRow("unreadable shard", one_line(inside), error.what, "train")
         except Exception as error:  # file systems raise what their libraries do
-            yield BadRow("unreadable shard", plain(inside), f"{type(error).__name__}: {plain(error)}", "train")
+            yield BadRow("unreadable shard", one_line(inside), f"{type(error).__name__}: {one_line(error)}", "train")
 
 
 def arrow_rows(content: bytes, name: str, sha256: str | None) -> Iterator[RawRow]:
     """The rows of a prepared set's shard. Raises UserError where it is damaged, or not what the manifest says."""
     check_sum(content, name, sha256)
-    for row in Shard(Source(Path(name), content)).rows():
+    for row in Shard(ShardSource(Path(name), content)).rows():
         origin = f"{name} ({row['origin']})"
         yield RawRow(row["image"], tuple(row["captions"]), row["image_id"], "train", origin)
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from maskvlm.data.batch import Row, Source
-from maskvlm.data.pairs import Part, Sample, TrainPairs
+from maskvlm.data.pairs import ProcessShare, Sample, TrainPairs
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw.base import RawRow
 from maskvlm.data.sampler import Pick
-from maskvlm.data.streaming.remote import ENDINGS, find_shards, read_shards
+from maskvlm.data.streaming.remote import ENDINGS, list_shards, read_shards
 from maskvlm.data.text import stable_id
 from maskvlm.utils.distributed import mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -45,7 +45,7 @@ class StreamedPairs:
     def __len__(self) -> int:
         return 0
 
-    def epoch(self, seed: int, part: Part) -> "datasets.IterableDataset":
+    def epoch(self, seed: int, part: ProcessShare) -> "datasets.IterableDataset":
         """The rows of this process in the order that a seed gives; within a data worker, that worker's."""
         import datasets
         from datasets.distributed import split_dataset_by_node
@@ -57,7 +57,7 @@ class StreamedPairs:
         rows = rows.shuffle(seed=seed, buffer_size=max(1, self.buffer), max_buffer_input_shards=1)
         return split_dataset_by_node(rows, part.rank, part.world)
 
-    def stream(self, reader: TrainPairs, part: Part, batches: int, start: int, workers: int) -> "StreamSamples":
+    def stream(self, reader: TrainPairs, part: ProcessShare, batches: int, start: int, workers: int) -> "StreamSamples":
         """What one process trains on; see `StreamSamples`.
 
         Raises:
@@ -126,7 +126,7 @@ class StreamSamples(IterableDataset[Sample]):
         loader: the kind of loader that batches them.
     """
 
-    def __init__(self, pairs: StreamedPairs, reader: TrainPairs, part: Part, batches: int, start: int) -> None:
+    def __init__(self, pairs: StreamedPairs, reader: TrainPairs, part: ProcessShare, batches: int, start: int) -> None:
         self.pairs, self.reader, self.part, self.batches, self.start = pairs, reader, part, batches, start
         self.loader = StreamLoader
 
@@ -198,7 +198,7 @@ class Stream(Source):
         if name != "train":
             return Prepared(self.evaluate).split(name)
         if self.streaming:
-            return StreamedPairs(find_shards(self.root), self.name, self.buffer, self.replay)
+            return StreamedPairs(list_shards(self.root), self.name, self.buffer, self.replay)
         if not isinstance(self.root, str) or "*" in self.root or self.root.endswith(ENDINGS):
             todo = "Prepare it (make data SET=webdataset RAW=its folder) and name the set's folder, or stream it"
             what = f"{self.root} is no prepared set, and no other can be read from this disk"
