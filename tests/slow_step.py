@@ -87,7 +87,7 @@ class Slow:
     def draws(self, row: int) -> Tensor:
         """The maskings of one text, [draws, T]."""
         assert self.task.masks.token is not None
-        return self.task.masks.token.token_CT.unflatten(0, (-1, self.task.text_draws))[row]
+        return self.task.masks.token.token_CT.unflatten(0, (-1, self.task.masks_per_text))[row]
 
     def read(self, token_T: Tensor, row: int) -> Tensor:
         token_1T = token_T[self.batch.attention_CT[row]][None]
@@ -126,9 +126,9 @@ class Slow:
         assert self.task.masks.token is not None
         partner = self.masked_image if self.task.mask_both else self.image
         terms = []
-        for i, draw in itertools.product(self.valid, range(self.task.text_draws)):
+        for i, draw in itertools.product(self.valid, range(self.task.masks_per_text)):
             out = slow_cross(self.backbone.cross_text, self.read(self.draws(i)[draw], i), partner[i])
-            hidden_T = self.task.masks.token.mask_CT[i * self.task.text_draws + draw]
+            hidden_T = self.task.masks.token.mask_CT[i * self.task.masks_per_text + draw]
             for place in hidden_T.nonzero().flatten().tolist():
                 logits = self.task.tokens.vocabulary(out[place])
                 terms.append(-logits.log_softmax(0)[self.batch.token_CT[i, place]])

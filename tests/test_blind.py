@@ -61,9 +61,9 @@ def test_noise_follows_from_seed_and_index_alone() -> None:
 
 
 TASKS = {
-    "classes": lambda blind: Classification(LABELS, blind=blind),
-    "answers": lambda blind: Vqa(LABELS, blind=blind),
-    "answer classes": lambda blind: Vqa(LABELS, head="classify", blind=blind),
+    "classes": lambda blind: Classification(LABELS, image_ablation=blind),
+    "answers": lambda blind: Vqa(LABELS, image_ablation=blind),
+    "answer classes": lambda blind: Vqa(LABELS, head="classify", image_ablation=blind),
 }
 
 
@@ -93,14 +93,14 @@ def test_what_a_task_says_does_not_depend_on_the_picture(kind: str, blind: bool)
 
 def test_statistics_are_kept_with_the_checkpoint(tmp_path: Path) -> None:
     backbone, path = bare_backbone(), tmp_path / "x.ckpt"
-    model = LitModel(backbone, Entailment(LABELS, blind=True))
+    model = LitModel(backbone, Entailment(LABELS, image_ablation=True))
     fit(model, data_for(backbone, Questions(), steps=3), path)
     blind = model.task.blind
     assert isinstance(blind, Blind)
     assert blind.seen == 3
     kept = read_start(str(path)).heads
     assert torch.equal(kept["blind.mean_C"], blind.mean_C)
-    again = LitModel(bare_backbone(path), Entailment(LABELS, blind=True)).task.blind
+    again = LitModel(bare_backbone(path), Entailment(LABELS, image_ablation=True)).task.blind
     assert isinstance(again, Blind)
     for name, value in blind.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)

@@ -131,7 +131,7 @@ def test_kept_features_are_those_of_each_picture(pictures: int, tmp_path: Path) 
     blank = batch._replace(image_BPCHW=torch.zeros_like(batch.image_BPCHW))
     found_BK = task.logits(backbone, blank, task.uniform)  # what is kept is read, the images are not looked at
     torch.testing.assert_close(found_BK[whole], expected_BK[whole])
-    blind = Classification(LABELS, pictures, blind=True)
+    blind = Classification(LABELS, pictures, image_ablation=True)
     blind.build(backbone)
     blind.head.load_state_dict(task.head.state_dict())
     blind.reseed(Draw(7, 0, "cpu"))
@@ -220,7 +220,7 @@ def test_right_is_the_first_answer_word_for_word() -> None:
 
 
 def test_levels_card_and_settings() -> None:
-    task = Classification(LABELS, pictures=2, blind=True)
+    task = Classification(LABELS, pictures=2, image_ablation=True)
     assert task.floors(8) == pytest.approx({"classification": math.log(3)})
     assert task.card() == {"labels": 3, "pictures": 2, "blind": True, "reads": "fused"}
     assert task.files() == {}

@@ -167,7 +167,7 @@ def test_trained_blocks_may_see_some_patches_of_whole_images(
 ) -> None:
     """What is frozen sees all of them; masked images behind are as without."""
     folder = str(tmp_path) if kept else None
-    encoder = image_encoder(masked_patches=masked, frozen=frozen, kept_features=folder).train()
+    encoder = image_encoder(masked_patches=masked, frozen=frozen, feature_cache=folder).train()
     encoder.tower.keep("here", 3)
     mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
     some_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit

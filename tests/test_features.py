@@ -22,7 +22,7 @@ def tower(frozen: Any = 2, folder: Path | None = None, **more: Any) -> ImageEnco
     torch.manual_seed(0)
     kept = None if folder is None else str(folder)
     name = "vit_small_patch14_dinov2"
-    return ImageEncoder(name, 56, random_init=True, config=SMALL, frozen=frozen, kept_features=kept, **more)
+    return ImageEncoder(name, 56, random_init=True, config=SMALL, frozen=frozen, feature_cache=kept, **more)
 
 
 def pictures(rows: int = 4) -> Tensor:
@@ -183,7 +183,7 @@ def test_features_of_what_is_not_frozen_are_not_kept(tmp_path: Path) -> None:
     rotary = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
     with pytest.raises(UserError, match="only of a plain ViT"):
         ImageEncoder(
-            "eva02_tiny_patch14_224", 64, random_init=True, config=rotary, frozen=1, kept_features=str(tmp_path)
+            "eva02_tiny_patch14_224", 64, random_init=True, config=rotary, frozen=1, feature_cache=str(tmp_path)
         )
 
 

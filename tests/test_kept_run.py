@@ -55,7 +55,7 @@ def test_a_run_with_kept_features_learns_what_one_without_learns(
     fit: Callable[..., dict[str, list[float]]], tmp_path: Path
 ) -> None:
     expected = fit("without")
-    keeps = {"model.backbone.image.kept_features": str(tmp_path / "features")}
+    keeps = {"model.backbone.image.feature_cache": str(tmp_path / "features")}
     for name in ("first", "second"):  # made, and found there
         found = fit(name, **keeps)
         assert [len(found[loss]) for loss in LOSSES] == [6] * 4
@@ -72,15 +72,15 @@ def test_a_run_with_kept_features_learns_what_one_without_learns(
 def test_what_changes_features_has_files_of_its_own(
     fit: Callable[..., dict[str, list[float]]], tmp_path: Path, key: str, value: str
 ) -> None:
-    keeps = {"model.backbone.image.kept_features": str(tmp_path / "features"), "data.steps": 1}
+    keeps = {"model.backbone.image.feature_cache": str(tmp_path / "features"), "data.steps": 1}
     fit("first", **keeps)
     fit("other", **keeps, **{key: value})
     assert len(list((tmp_path / "features").glob("*.there"))) == 2
 
 
 def test_images_that_are_augmented_are_not_kept(fit: Callable[..., dict[str, list[float]]], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"kept_features: an image that is augmented looks different each time"):
-        fit("augmented", **{"model.backbone.image.kept_features": str(tmp_path / "features"), "data.augment": True})
+    with pytest.raises(UserError, match=r"feature_cache: an image that is augmented looks different each time"):
+        fit("augmented", **{"model.backbone.image.feature_cache": str(tmp_path / "features"), "data.augment": True})
     assert not (tmp_path / "features").exists()
 
 
@@ -103,11 +103,11 @@ def test_a_run_whose_aligned_encoders_stand_still(
         "model.task.contrast_first": 0.5,
         "model.task.freeze_aligned": freeze,
         "model.task.contrast_patches": 0.5,
-        "model.task.image_mask_all": 0.5,
+        "model.task.whole_image_share": 0.5,
         "model.task.image_mask_ratio": 0.6,
         "model.backbone.image.masked_patches": "left_out",
         "model.backbone.query_positions": True,
-        "model.backbone.image.kept_features": str(tmp_path / "features") if keeps else "null",
+        "model.backbone.image.feature_cache": str(tmp_path / "features") if keeps else "null",
         "model.warmup": 0,
     }
     losses = fit("run", **settings)

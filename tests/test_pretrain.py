@@ -52,10 +52,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no contrast": {"weight_itc": 0.0},
     "all five": {"weight_words": 0.5},
     "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
-    "texts masked three times": {"text_draws": 3},
-    "texts masked twice, of any share": {"text_draws": 2, "text_mask_most": 1.0},
+    "texts masked three times": {"masks_per_text": 3},
+    "texts masked twice, of any share": {"masks_per_text": 2, "text_mask_most": 1.0},
     "words as their embeddings": {"tokens_from_words": True},
-    "both masked, texts twice": {"mask_both": True, "text_draws": 2},
+    "both masked, texts twice": {"mask_both": True, "masks_per_text": 2},
     "words from masked picture": {"mask_both": True, "weight_mim": 0.0},
     "picture from masked words": {"mask_both": True, "weight_mlm": 0.0, "weight_itm": 0.0},
 }
@@ -98,7 +98,7 @@ def test_the_eventful_batch_is_eventful() -> None:
 
 
 def test_maskings_of_a_text_are_independent_and_evaluation_has_one() -> None:
-    backbone, task = build(text_draws=3)
+    backbone, task = build(masks_per_text=3)
     batch = eventful_batch()
     task(backbone, batch)
     assert task.masks.token is not None
@@ -110,7 +110,7 @@ def test_maskings_of_a_text_are_independent_and_evaluation_has_one() -> None:
 
 
 def test_further_maskings_hide_any_share_and_the_first_and_evaluation_the_fixed_one() -> None:
-    backbone, task = build(text_draws=40, text_mask_most=1.0)
+    backbone, task = build(masks_per_text=40, text_mask_most=1.0)
     batch, plain = eventful_batch(), build()[1]
     task(backbone, batch)
     assert task.masks.token is not None
@@ -280,7 +280,9 @@ def test_gradients_reach_every_caption() -> None:
 # ---------------------------------------------------------------------- contrast first
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask_both": True}, {"text_draws": 2, "image_draws": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"mask_both": True}, {"masks_per_text": 2, "masked_image_share": 0.5}], ids=str
+)
 def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(settings: dict[str, Any]) -> None:
     batch = eventful_batch()
     backbone, task = build(contrast_first=0.5, **settings)
@@ -290,7 +292,7 @@ def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(setti
     assert list(terms) == ["itc"]
     assert task.masks.patch is not None
     assert task.masks.token is not None
-    assert (len(task.masks.patch.mask_BN), len(task.masks.token.token_CT)) == (1, settings.get("text_draws", 1))
+    assert (len(task.masks.patch.mask_BN), len(task.masks.token.token_CT)) == (1, settings.get("masks_per_text", 1))
     only.projection.load_state_dict(task.projection.state_dict())
     alone.load_state_dict(backbone.state_dict())
     expected = only(alone, batch)["itc"]
@@ -431,9 +433,9 @@ def test_a_mask_token_behind_the_encoder_waits_for_contrast_too() -> None:
 
 def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
     batch = eventful_batch()
-    some, all_of_them = losses_of(batch, image_draws=0.5), losses_of(batch)
+    some, all_of_them = losses_of(batch, masked_image_share=0.5), losses_of(batch)
     assert some[:3] == pytest.approx(all_of_them[:3], rel=1e-5)
-    backbone, task = build(image_draws=0.5)
+    backbone, task = build(masked_image_share=0.5)
     task.reseed(Table())
     task(backbone, batch)
     assert task.masks.patch is not None
@@ -444,7 +446,7 @@ def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
 
 
 def test_some_of_them_as_a_whole_in_training_alone() -> None:
-    backbone, task = build(image_mask_all=1.0)
+    backbone, task = build(whole_image_share=1.0)
     task(backbone, eventful_batch())
     assert task.masks.patch is not None
     assert torch.equal(task.masks.patch.mask_BN.all(1), eventful_batch().valid_B)
@@ -677,15 +679,15 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
     ("settings", "message"),
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
-        ({"image_mask_all": -0.1}, "model.task.image_mask_all: -0.1"),
+        ({"whole_image_share": -0.1}, "model.task.whole_image_share: -0.1"),
         ({"contrast_patches": 0.0}, "model.task.contrast_patches: 0.0 is no share above 0"),
-        ({"text_draws": 0}, "model.task.text_draws: 0"),
+        ({"masks_per_text": 0}, "model.task.masks_per_text: 0"),
         ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),
         ({"text_mask_most": 1.0}, "model.task.text_mask_most: it is of the second and further maskings"),
         ({"text_mask_most": 1.2}, "model.task.text_mask_most: 1.2 is no share"),
-        ({"image_draws": 0.0}, "model.task.image_draws: 0.0 is no share"),
-        ({"image_draws": 1.5}, "model.task.image_draws: 1.5 is no share"),
-        ({"image_draws": 0.5, "mask_both": True}, "model.task.image_draws: mask_both masks every image"),
+        ({"masked_image_share": 0.0}, "model.task.masked_image_share: 0.0 is no share"),
+        ({"masked_image_share": 1.5}, "model.task.masked_image_share: 1.5 is no share"),
+        ({"masked_image_share": 0.5, "mask_both": True}, "model.task.masked_image_share: mask_both masks every image"),
         ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is no share below 1"),
         ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
         ({"freeze_aligned": True}, "model.task.freeze_aligned: nothing is aligned first: contrast_first is 0"),

@@ -71,7 +71,7 @@ def test_the_same_picture_the_same_words_and_what_could_not_be_read_are_no_negat
 
 @pytest.mark.parametrize("mask_both", [False, True])
 def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -> None:
-    backbone, task = build(mask_both=mask_both, text_draws=2, negative_queue=8)
+    backbone, task = build(mask_both=mask_both, masks_per_text=2, negative_queue=8)
     before, now = whole(0), whole(1)
     with torch.no_grad():
         kept = task.encode(backbone, before, task.mask(backbone, before, task.uniform, True))
@@ -115,7 +115,7 @@ def test_a_step_draws_from_earlier_ones_once_all_losses_count() -> None:
 
 @pytest.mark.parametrize("part", ["image_BLD", "text_BTD", "image_BE", "text_BE"])
 def test_a_step_that_overflowed_does_not_spoil_those_after_it(part: str) -> None:
-    backbone, task = build(negative_queue=8, text_draws=2)
+    backbone, task = build(negative_queue=8, masks_per_text=2)
     batch = whole(0)
     with torch.no_grad():
         encoded = task.encode(backbone, batch, task.mask(backbone, batch, task.uniform, True))

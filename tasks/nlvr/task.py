@@ -21,10 +21,10 @@ class Nlvr(Classification):
         pictures: int = 2,
         hidden: int | None = None,
         dropout: float = 0.0,
-        blind: bool = False,
+        image_ablation: bool = False,
         reads: Reads = "fused",
     ) -> None:
-        super().__init__(labels, pictures, hidden, dropout, blind, reads)
+        super().__init__(labels, pictures, hidden, dropout, image_ablation, reads)
         told = f"whether a sentence is true of {pictures} pictures"
         self.verbs = {"compare": Verb(decide, pictures, "sentence", told)}
 

@@ -61,7 +61,7 @@ class Retrieval(Task):
         rerank_k: candidates a query that matching scores again (C; ALBEF: 256 for COCO, 128 for Flickr30k).
         sweep: match every picture with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
         chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
-        blind: the control: noise in the place of every picture.
+        image_ablation: the control: noise in the place of every picture.
         rerank_contrast: how much the contrast's logit counts beside the log-odds of matching (0: matching alone, C;
             1: see `rerank.score`).
 
@@ -78,7 +78,7 @@ class Retrieval(Task):
         rerank_k: int = 128,
         sweep: bool = False,
         chunk: int = CHUNK,
-        blind: bool = False,
+        image_ablation: bool = False,
         rerank_contrast: float = 0.0,
     ) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Retrieval(Task):
         self.weights = {"itc": weight_itc, "itm": weight_itm}
         self.contrast_dim, self.temperature = contrast_dim, temperature
         self.rerank_k, self.sweep, self.chunk = rerank_k, sweep, chunk
-        self.blind = Blind() if blind else None
+        self.blind = Blind() if image_ablation else None
         self.rerank_contrast = rerank_contrast
         self.kept: list[Kept] = []
         self.shown = 1.0  # captions a picture in training, for the levels of knowing nothing

@@ -37,7 +37,7 @@ class Vqa(Classification):
             whatever is likeliest word by word.
         candidates: answers with the likeliest first word that `rank` compares whole (128, C).
         answer_length: longest answer in tokens, start and end included.
-        hidden, dropout, blind: as `Classification`.
+        hidden, dropout, image_ablation: as `Classification`.
     """
 
     name = "vqa"
@@ -52,9 +52,9 @@ class Vqa(Classification):
         answer_length: int = 10,
         hidden: int | None = None,
         dropout: float = 0.0,
-        blind: bool = False,
+        image_ablation: bool = False,
     ) -> None:
-        super().__init__(labels, 1, hidden, dropout, blind)
+        super().__init__(labels, 1, hidden, dropout, image_ablation)
         check_least(1, model__task__candidates=candidates)
         check_least(3, model__task__answer_length=answer_length)
         self.generates, self.decode = head == "generate", decode

@@ -165,7 +165,7 @@ def ready(root: Path, **settings: Any) -> PairData:
 
 
 def test_a_mix_trains_without_its_leaks(root: Path) -> None:
-    data = ready(root, leaks="drop")
+    data = ready(root, contamination="drop")
     assert len(data.splits["train"]) == 20
     listed = data.bad_rows()["left_out"]["train"]
     assert len(listed["in coco/test, same id"]) == 1
@@ -176,7 +176,7 @@ def test_a_mix_trains_without_its_leaks(root: Path) -> None:
 
 def test_the_history_of_weights_tells_what_was_left_out(root: Path) -> None:
     """Evaluation cards state it in their lineage."""
-    found = ready(root, leaks="drop").left_out()
+    found = ready(root, contamination="drop").left_out()
     assert found == {"coco/val": 0, "coco/test": 3}
     assert Seen("t", "s", "sha", 20, 1, None, found).words()["held_out"] == found
     assert "held_out" not in Seen("t", "s", "sha", 20, 1, None).words()
@@ -188,6 +188,6 @@ def test_a_mix_with_leaks_is_refused_unless_told_otherwise(root: Path) -> None:
 
 
 def test_a_part_is_taken_of_what_is_left(root: Path) -> None:
-    data = ready(root, leaks="drop", fraction=0.5)
+    data = ready(root, contamination="drop", fraction=0.5)
     assert len(data.splits["train"]) == 10
     assert "in coco/test, same id" in data.splits["train"].skipped

@@ -73,7 +73,7 @@ def test_one_pass_over_everything_equals_a_pass_for_each_pair(variant: str) -> N
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_whatever_can_be_trained_has_a_gradient(variant: str) -> None:
     """DDP waits for ever for one that does not come."""
-    backbone, task = build(**VARIANTS[variant], blind=True)
+    backbone, task = build(**VARIANTS[variant], image_ablation=True)
     sum(task(backbone, eventful_batch()).values()).backward()
     parameters = [*backbone.named_parameters(), *task.named_parameters()]
     assert [name for name, p in parameters if p.requires_grad and p.grad is None] == []
@@ -316,7 +316,7 @@ def test_the_blind_control_does_not_see_the_pictures() -> None:
     batch = several()
     other = batch._replace(image_BCHW=batch.image_BCHW.flip(0))
     for blind in (True, False):
-        backbone, task = build(blind=blind)
+        backbone, task = build(image_ablation=blind)
         assert task.card()["blind"] is blind
         task.train()
         terms: list[Tensor] = []

@@ -28,7 +28,7 @@ KEYS = {
     "entailment": ("entailment/accuracy",),
 }
 LEVELS = ("_majority", "_chance")
-WAYS = {"pretrained": "", "random": "", "blind": "--model.task.blind true"}
+WAYS = {"pretrained": "", "random": "", "blind": "--model.task.image_ablation true"}
 
 
 def parse() -> argparse.Namespace:

@@ -152,7 +152,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
         "name": Text(100, r"[A-Za-z0-9_.]+"), "image_size": Whole(1, MOST_SIDE), "weights": NOTHING,
         "random_init": Flag(), "config": maybe(Tree(100)), "drop_path": share, "checkpointing": Flag(),
         "normalisation": OneOf(("model", "clip", "imagenet")),
-        "frozen": AnyOf((layers, OneOf((0, "all")))), "kept_features": NOTHING,
+        "frozen": AnyOf((layers, OneOf((0, "all")))), "feature_cache": NOTHING,
         "masked_patches": OneOf(("token", "left_out")),
     }  # fmt: skip
     Record({}, told, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
@@ -262,7 +262,7 @@ def portable(recipe: Recipe, text_config: Any) -> Recipe:
     """
     args = dict(recipe.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
-    image |= {"weights": None, "random_init": True, "kept_features": None}
+    image |= {"weights": None, "random_init": True, "feature_cache": None}
     text |= {"tokenizer": None, "random_init": True}
     if text.get("name", "") not in CONFIG_MAPPING:
         known = type(text_config)().to_dict().keys() - NOT_READ

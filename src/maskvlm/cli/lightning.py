@@ -21,7 +21,7 @@ from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.model_spec import portable_yaml, task_yaml
 from maskvlm.config.given import options
 from maskvlm.config.parse_errors import explain_message
-from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, parsed
+from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
 from maskvlm.config.safe_yaml import cut
 from maskvlm.inference.rebuild import model_of
 from maskvlm.training.attempts import attempted
@@ -87,6 +87,8 @@ class LightningCommand(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parsed(parser, self.arguments)
+        for line in old_names_given(self.arguments):
+            warn(line)
         set_length(self.settings)
 
     @property

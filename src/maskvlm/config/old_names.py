@@ -1,4 +1,5 @@
-"""Class paths of earlier versions: checkpoints, hub folders, indices and YAML files that name them keep working."""
+"""Names of earlier versions, of classes and of options: checkpoints, hub folders, indices, YAML files and commands that
+say them keep working."""
 
 from typing import Any
 
@@ -25,17 +26,56 @@ MOVED = {
 """Module of an earlier version -> where its classes are now."""
 
 
+OPTIONS = {
+    "model.task": {
+        "text_draws": "masks_per_text",
+        "image_draws": "masked_image_share",
+        "image_mask_all": "whole_image_share",
+        "blind": "image_ablation",
+    },
+    "model.backbone.image": {"kept_features": "feature_cache"},
+    "data": {"leaks": "contamination"},
+}
+"""Where an option is -> its name in an earlier version -> its name now."""
+CLASSES = {"maskvlm.model.encoders.ImageEncoder": "model.backbone.image", "maskvlm.data.module.PairData": "data"}
+"""Classes beside tasks that stand alone in files, and where their options are."""
+
+
 def current(path: str) -> str:
     """The class path by which a class is known now; any other text as it is."""
     module, _, name = path.rpartition(".")
     return f"{MOVED[module]}.{name}" if module in MOVED else path
 
 
-def renamed(value: Any) -> Any:
-    """Plain values with every `class_path` in them as it is now."""
-    if isinstance(value, dict):
-        return {
-            key: current(part) if key == "class_path" and isinstance(part, str) else renamed(part)
-            for key, part in value.items()
-        }
-    return [renamed(part) for part in value] if isinstance(value, list) else value
+def current_key(key: str) -> str:
+    """A dotted key as it is now: `model.task.init_args.text_draws` -> `model.task.init_args.masks_per_text`."""
+    parent, _, last = key.rpartition(".")
+    place = ".".join(part for part in parent.split(".") if part != "init_args")
+    new = OPTIONS.get(place, {}).get(last, last)
+    return f"{parent}.{new}" if parent else new
+
+
+def renamed(value: Any, place: str = "") -> Any:
+    """Plain values with every class path and every option in them as it is now.
+
+    Args:
+        place: the dotted key under which they stand; "" for a whole file, or for a class that stands alone.
+    """
+    if isinstance(value, list):
+        return [renamed(part, place) for part in value]
+    if not isinstance(value, dict):
+        return value
+    path = value.get("class_path")
+    if isinstance(path, str):
+        value = {**value, "class_path": current(path)}
+        place = place or _place_of(value["class_path"])
+    keys = {key: current_key(f"{place}.{key}").rpartition(".")[2] if isinstance(key, str) else key for key in value}
+    return {
+        keys[key]: renamed(part, place if key == "init_args" else f"{place}.{key}".strip("."))
+        for key, part in value.items()
+    }
+
+
+def _place_of(path: str) -> str:
+    """Where the options of a class are that stands alone. Checkpoints have tasks so, of any package."""
+    return CLASSES.get(path, "model.task")

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from maskvlm.config.allowed import Verdicts
 from maskvlm.config.given import KeyPlace, check_words, config_files, fill_environment, given_places
-from maskvlm.config.old_names import current
+from maskvlm.config.old_names import current, current_key
 from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -164,7 +164,7 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     for place in given_places(arguments[1:]):
         check_group(place)
     words = [
-        word if word in config_files(arguments) else _current_value(fill_environment(word, "command line"))
+        word if word in config_files(arguments) else _current_word(fill_environment(word, "command line"))
         for word in arguments
     ]
     try:
@@ -176,10 +176,19 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     return found
 
 
-def _current_value(word: str) -> str:
-    """A word of the command line; a class path of an earlier version that it gives as it is now."""
+def _current_word(word: str) -> str:
+    """A word of the command line; a class path or an option of an earlier version as it is now."""
     option, equals, value = word.partition("=")
-    return f"{option}={current(value)}" if equals and option.startswith("--") else current(word)
+    if not option.startswith("--"):
+        return current(word)
+    return f"--{current_key(option[2:])}{equals}{current(value)}"
+
+
+def old_names_given(arguments: list[str]) -> Iterator[str]:
+    """A line for each option that is given by the name of an earlier version."""
+    for place in given_places(arguments[1:]):
+        if (new := current_key(place.key)) != place.key:
+            yield f"{place.where}: {place.key} is called {new} now"
 
 
 def check_group(place: KeyPlace) -> None:

@@ -50,7 +50,7 @@ class PairData(L.LightningDataModule):
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
         fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
         held_out: splits of prepared sets (`data/coco/test`) whose pictures must not be trained on; see `leaks.py`.
-        leaks: what happens where some are: `refuse`, or `drop` them.
+        contamination: what happens where some are: `refuse`, or `drop` them.
         max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
 
     Raises:
@@ -78,7 +78,7 @@ class PairData(L.LightningDataModule):
         max_bad_fraction: float = 0.01,
         fraction: float = 1.0,
         held_out: list[str] | None = None,
-        leaks: str = "refuse",
+        contamination: str = "refuse",
         max_unknown: float = 0.5,
     ) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class PairData(L.LightningDataModule):
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
         self.captions, self.fraction, self.max_unknown = captions, fraction, max_unknown
-        self.held_out, self.leaks = held_out or [], leaks
+        self.held_out, self.contamination = held_out or [], contamination
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self.problems: Counter[str] = Counter()
@@ -125,7 +125,7 @@ class PairData(L.LightningDataModule):
                 found[name] = self.source.split(name)
         absent.check()
         if "train" in found:
-            pairs = without_leaks(found["train"], self.held_out, self.leaks)
+            pairs = without_leaks(found["train"], self.held_out, self.contamination)
             found["train"] = fraction_of(pairs, self.fraction, self.seed)
         self.splits |= found
         if self.tokenizer is None:

@@ -121,7 +121,7 @@ class ImageEncoder(Encoder):
         masked_patches: what the ViT sees of masked patches. token: the mask token in their places (P). left_out:
             nothing; it sees the others alone, and behind it the mask token stands in their places (MAE's way, He et al.
             2022): the more is masked, the cheaper. Where they are is told by `query_positions` alone.
-        kept_features: a folder where outputs of the frozen blocks are kept: each training image passes through them
+        feature_cache: a folder where outputs of the frozen blocks are kept: each training image passes through them
             once; only without augmentation.
 
     Attributes:
@@ -145,7 +145,7 @@ class ImageEncoder(Encoder):
         drop_path: float = 0.0,
         checkpointing: bool = False,
         frozen: Frozen = 0,
-        kept_features: str | None = None,
+        feature_cache: str | None = None,
         masked_patches: Literal["token", "left_out"] = "token",
     ) -> None:
         super().__init__(random_init)
@@ -170,7 +170,7 @@ class ImageEncoder(Encoder):
         self._mask_BN: Tensor | None = None
         self.vit.patch_embed.register_forward_hook(self._hide)
         self.vit.set_grad_checkpointing(checkpointing)
-        self.tower, self.kept_features = FrozenTower(self.vit, frozen, kept_features), kept_features
+        self.tower, self.feature_cache = FrozenTower(self.vit, frozen, feature_cache), feature_cache
         self.left_out = masked_patches == "left_out"
         if self.left_out:
             self.check_plain("model.backbone.image.masked_patches", "Set it to token")

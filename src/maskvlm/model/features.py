@@ -47,7 +47,7 @@ class FrozenTower:
         if folder is not None and (frozen == 0 or type(vit) is not VisionTransformer):
             what = "features can be kept only of a plain ViT with frozen blocks"
             raise UserError(
-                "model.backbone.image.kept_features", what, "Set model.backbone.image.frozen, or leave it out"
+                "model.backbone.image.feature_cache", what, "Set model.backbone.image.frozen, or leave it out"
             )
         for name, parameter in vit.named_parameters():
             if self.holds(name):
@@ -129,7 +129,7 @@ class KeptFeatures:
         wanted, free = sum(size for path, size in sizes.items() if not path.exists()), shutil.disk_usage(folder).free
         if wanted > free:
             what = f"features of {rows:,} images need {wanted / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
-            todo = "Name a folder on a larger disk, or set model.backbone.image.kept_features to null"
+            todo = "Name a folder on a larger disk, or set model.backbone.image.feature_cache to null"
             raise UserError(folder, what, todo, ExitCode.IO_ERROR)
         for path, size in sizes.items():
             with path.open("ab") as made:

@@ -62,7 +62,7 @@ class Classification(Task):
         pictures: of an example.
         hidden: between the two layers; None takes the backbone's width.
         dropout: in the head, 0 to 1.
-        blind: the control: noise in the place of every picture.
+        image_ablation: the control: noise in the place of every picture.
         reads: what the head reads: `fused` vectors (P), or `scores` (C): of the text its class token and the mean of
             its tokens, unfused, and of each picture contrast's logit and matching's log-odds, by the heads of
             pre-training, which are not trained on. Of a few hundred photos fused vectors are soon learned by heart;
@@ -83,7 +83,7 @@ class Classification(Task):
         pictures: int = 1,
         hidden: int | None = None,
         dropout: float = 0.0,
-        blind: bool = False,
+        image_ablation: bool = False,
         reads: Reads = "fused",
     ) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Classification(Task):
         if not 0 <= dropout <= 1:
             raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
         self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
-        self.blind, self.reads = Blind() if blind else None, reads
+        self.blind, self.reads = Blind() if image_ablation else None, reads
         self.judgements = Judgements()
 
     def build(self, backbone: MaskVLM) -> None:

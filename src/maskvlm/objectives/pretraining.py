@@ -51,14 +51,15 @@ class MaskedPretraining(Task):
 
     Args:
         image_mask_ratio: share of image blocks hidden (0.6, P).
-        image_mask_all: in training the probability that a masked image is hidden as a whole (0, P). What its visible
+        whole_image_share: in training the probability that a masked image is hidden as a whole (0, P). What its visible
             patches tell would else be learned first, and what its caption tells hardly.
         text_mask_ratio: share of tokens hidden (0.3, P).
-        text_draws: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
+        masks_per_text: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
         text_mask_most: in training the second and further maskings of a caption hide a share that is drawn between
             text_mask_ratio and this one (None: text_mask_ratio). With 1 the model also learns to write from nothing,
             as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
-        image_draws: share of a step's images that are masked (1, P); a masked image costs about as much as a whole one.
+        masked_image_share: share of a step's images that are masked (1, P); a masked image costs about as much as a
+            whole one.
         contrast_first: share of the run in which contrast alone is learned (0, P); a step costs less than half then.
             The other three, with the cross encoders, set in after that, on encoders that speak of the same things
             (ALBEF's "align before fuse", here in time).
@@ -79,7 +80,8 @@ class MaskedPretraining(Task):
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
         losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
-        image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block, image_mask_all).
+        image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block and
+            whole_image_share).
         text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
             keep_and_swap).
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
@@ -125,16 +127,16 @@ class MaskedPretraining(Task):
         temperature: float = 0.07,
         rerank_k: int = 128,
         weight_words: float = 0.0,
-        text_draws: int = 1,
+        masks_per_text: int = 1,
         tokens_from_words: bool = False,
         rerank_contrast: float = 0.0,
-        image_draws: float = 1.0,
+        masked_image_share: float = 1.0,
         contrast_first: float = 0.0,
         text_mask_most: float | None = None,
         negative_queue: int = 0,
         matching_trains_encoders: bool = True,
         freeze_aligned: bool | Literal["image"] = False,
-        image_mask_all: float = 0.0,
+        whole_image_share: float = 0.0,
         contrast_patches: float = 1.0,
         contrast_reads: Literal["class", "class_and_mean"] = "class",
         losses: Sequence[PretrainingLoss] = (),
@@ -142,20 +144,26 @@ class MaskedPretraining(Task):
         text_masking: TextMasking | None = None,
     ) -> None:
         super().__init__()
-        _check_shares(image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, image_mask_all=image_mask_all)
-        check_least(1, model__task__rerank_k=rerank_k, model__task__text_draws=text_draws)
+        _check_shares(
+            image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, whole_image_share=whole_image_share
+        )
+        check_least(1, model__task__rerank_k=rerank_k, model__task__masks_per_text=masks_per_text)
         check_least(0, model__task__rerank_contrast=rerank_contrast, model__task__negative_queue=negative_queue)
         self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
         self.losses = self._order(paper, [WordsPresent(weight_words), *losses])
-        self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, image_mask_all)
+        self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, whole_image_share)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
-        self.mask_both, self.text_draws = mask_both, text_draws
-        if not 0 < image_draws <= 1 or (mask_both and image_draws < 1):
-            what = f"{image_draws} is no share above 0" if not 0 < image_draws <= 1 else "mask_both masks every image"
-            raise UserError("model.task.image_draws", what, "Give 1, or a smaller share without mask_both")
+        self.mask_both, self.masks_per_text = mask_both, masks_per_text
+        if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):
+            what = (
+                f"{masked_image_share} is no share above 0"
+                if not 0 < masked_image_share <= 1
+                else "mask_both masks every image"
+            )
+            raise UserError("model.task.masked_image_share", what, "Give 1, or a smaller share without mask_both")
         if not 0 < contrast_patches <= 1:
             what = f"{contrast_patches} is no share above 0"
             raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
@@ -166,10 +174,10 @@ class MaskedPretraining(Task):
         if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
             what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
             raise UserError("model.task.text_mask_most", what, "Give such a share, or null")
-        if text_mask_most is not None and text_draws == 1:
+        if text_mask_most is not None and masks_per_text == 1:
             what = "it is of the second and further maskings of a caption, and there is one"
-            raise UserError("model.task.text_mask_most", what, "Set model.task.text_draws to 2, or this to null")
-        self.image_draws, self.contrast_first = image_draws, contrast_first
+            raise UserError("model.task.text_mask_most", what, "Set model.task.masks_per_text to 2, or this to null")
+        self.masked_image_share, self.contrast_first = masked_image_share, contrast_first
         if freeze_aligned and not contrast_first:
             what, todo = (
                 "nothing is aligned first: contrast_first is 0",
@@ -291,7 +299,9 @@ class MaskedPretraining(Task):
         crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
-        return Step(batch, every, masks, encoded, contrast, negatives, crossed, self.text_draws, self.mask_both, still)
+        return Step(
+            batch, every, masks, encoded, contrast, negatives, crossed, self.masks_per_text, self.mask_both, still
+        )
 
     def cross(
         self,
@@ -334,12 +344,12 @@ class MaskedPretraining(Task):
 
         Args:
             batch: in training with one text an image; in evaluation an image has several.
-            training: `text_draws` masks a text, whose rows follow each other, and masks of `image_draws` of the images;
-                else one of each.
+            training: `masks_per_text` masks a text, whose rows follow each other, and masks of `masked_image_share` of
+                the images; else one of each.
             pairs: of the first so many pairs; None: of all.
         """
         texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs
-        draws, share = (self.text_draws, self.image_draws) if training else (1, 1.0)
+        draws, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
             valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
@@ -371,8 +381,8 @@ class MaskedPretraining(Task):
             mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
         if masks.token is not None:
             token = torch.cat([token, masks.token.token_CT])
-            masked = attention[: len(masks.token.token_CT) // self.text_draws]
-            attention = torch.cat([attention, masked.repeat_interleave(self.text_draws, 0)])
+            masked = attention[: len(masks.token.token_CT) // self.masks_per_text]
+            attention = torch.cat([attention, masked.repeat_interleave(self.masks_per_text, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         whole, masked_image = backbone.image(image, mask, row_B, visible, some_BV).tensor_split([pairs])
         if self.needs == {Need.IMAGE}:
@@ -386,7 +396,7 @@ class MaskedPretraining(Task):
             masked_image if masks.patch is not None else None,
             masked if masks.token is not None else None,
             other if captions > pairs else None,
-            self.text_draws,
+            self.masks_per_text,
         )
 
     def contrast(self, batch: Batch, encoded: Encoded, some_BV: Tensor | None = None) -> Contrast:

@@ -113,19 +113,19 @@ class LitModel(L.LightningModule):
         if stage == "fit":
             if self.backbone.origin is None:
                 self.task.see_words(self.data.token_counts)
-            if self.backbone.image.kept_features is not None:
+            if self.backbone.image.feature_cache is not None:
                 self._keep_features()
 
     def _keep_features(self) -> None:
         """Of the frozen part of the image tower; only where each image always looks the same."""
         if self.data.augments:
             what = "an image that is augmented looks different each time, so that its features cannot be kept"
-            todo = "Set data.augment false, or model.backbone.image.kept_features null"
-            raise UserError("model.backbone.image.kept_features", what, todo)
+            todo = "Set data.augment false, or model.backbone.image.feature_cache null"
+            raise UserError("model.backbone.image.feature_cache", what, todo)
         train = self.data.splits["train"]
         if not len(train):
             what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with make data"
-            raise UserError("model.backbone.image.kept_features", what, todo)
+            raise UserError("model.backbone.image.feature_cache", what, todo)
         rows = len(train) * getattr(self.task, "pictures", 1)  # an example of NLVR has two
         image = self.backbone.image
         follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
