@@ -143,11 +143,11 @@ def test_a_folder_is_all_it_takes(copy: Path) -> None:
 
 def test_a_task_of_an_installed_package(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its package is found where Python finds packages."""
-    write(tmp_path / "acme" / "counting", "acme.counting")
-    (tmp_path / "acme" / "__init__.py").touch()
+    write(tmp_path / "emca" / "counting", "emca.counting")
+    (tmp_path / "emca" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(copy)
-    assert main(["finetune", "acme.counting", "from=random", "run=a", "where=cpu", *TINY.split()]) == 0
+    assert main(["finetune", "emca.counting", "from=random", "run=a", "where=cpu", *TINY.split()]) == 0
     check_run(copy / "checkpoints" / "a")
 
 

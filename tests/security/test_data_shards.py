@@ -53,8 +53,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", MAKING):
         (root / name).mkdir(parents=True)
     plan = Plan("csv", "toy", Settings("toy", 48), {})
-    make_shard(root, plan.settings, Job("train", 0, [*Toy().rows()]))
-    finish_set(root, Toy(), plan, Counter(train=1), 0.0)
+    make_shard(root, plan.settings, Job("train", 0, [*Toy("", "toy").rows()]))
+    finish_set(root, Toy("", "toy"), plan, Counter(train=1), 0.0)
     return root
 
 
