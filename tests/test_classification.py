@@ -221,7 +221,7 @@ def test_right_is_the_first_answer_word_for_word() -> None:
 
 def test_levels_card_and_settings() -> None:
     task = Classification(LABELS, pictures=2, image_ablation=True)
-    assert task.floors(8) == pytest.approx({"classification": math.log(3)})
+    assert task.chance_levels(8) == pytest.approx({"classification": math.log(3)})
     assert task.card() == {"labels": 3, "pictures": 2, "blind": True, "reads": "fused"}
     assert task.files() == {}
     _, task = build(2, hidden=7)

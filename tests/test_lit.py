@@ -282,5 +282,5 @@ def test_what_a_task_gets_for_nothing() -> None:
     assert task.inherit(heads) == {"head.weight", "head.bias"}
     assert torch.equal(task.head.weight, given["weight"])
     assert torch.equal(task.other.weight, before)  # of another shape
-    assert (task.card(), task.files(), task.floors(4), task.predictions) == ({}, {}, {}, [])
+    assert (task.card(), task.files(), task.chance_levels(4), task.predictions) == ({}, {}, {}, [])
     assert task.weights.get("anything", 1.0) == 1.0

@@ -49,13 +49,13 @@ def test_losses_are_the_terms_alone_and_levels_are_asked_for_the_global_batch() 
         world_size=4,
     )
 
-    def floors(pairs: int) -> dict[str, float]:
+    def chance_levels(pairs: int) -> dict[str, float]:
         asked.append(pairs)
         return {"itc": math.log(pairs)}
 
     losses = Losses()
     losses.take(trainer)
-    readings = losses.read(trainer, SimpleNamespace(task=SimpleNamespace(floors=floors)), toy_batch(6))  # type: ignore[arg-type]
+    readings = losses.read(trainer, SimpleNamespace(task=SimpleNamespace(chance_levels=chance_levels)), toy_batch(6))  # type: ignore[arg-type]
     assert readings.losses == {"itc": 2.0}
     assert asked == [24]
     assert readings.levels == pytest.approx({"itc": math.log(24)})

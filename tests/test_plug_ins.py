@@ -80,7 +80,7 @@ def test_a_loss_is_one_term_more_and_changes_no_other() -> None:
     words_B = (~batch.special_CT).sum(1)[batch.valid_B].float() / 10
     found_B = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.valid_B]
     torch.testing.assert_close(terms["length"], (found_B - words_B).square().mean())
-    assert task.floors(8)["length"] == pytest.approx(words_B.var(unbiased=False).item())
+    assert task.chance_levels(8)["length"] == pytest.approx(words_B.var(unbiased=False).item())
 
 
 def test_maskings_are_asked_in_training_and_in_evaluation() -> None:

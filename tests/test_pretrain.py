@@ -264,7 +264,7 @@ def test_the_level_of_contrast_is_what_equal_cosines_cost(captions: int) -> None
         nn.init.ones_(part.bias)
     with torch.no_grad():
         loss = float(task(backbone, toy_batch(6, captions=captions))["itc"])
-    assert task.floors(6)["itc"] == pytest.approx(loss, rel=1e-5)
+    assert task.chance_levels(6)["itc"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_gradients_reach_every_caption() -> None:
@@ -610,21 +610,21 @@ def test_the_token_head_starts_from_the_words() -> None:
         MaskedPretraining(mask_block=16, tokens_from_words=True).build(wider)
 
 
-# ---------------------------------------------------------------------- levels of no knowledge
+# ---------------------------------------------------------------------- chance levels
 
 
 def test_levels_of_a_model_that_has_learned_nothing() -> None:
     backbone, task = build(text_mask_ratio=1.0, image_mask_ratio=1.0, weight_itm=2.0)
-    assert task.floors(64) == pytest.approx({"itc": math.log(64), "itm": 0.636514}, rel=1e-6)
+    assert task.chance_levels(64) == pytest.approx({"itc": math.log(64), "itm": 0.636514}, rel=1e-6)
     batch = toy_batch(4)._replace(**tokens([[5, 5, 5, 6]] * 4))
     task(backbone, batch)
-    levels = task.floors(64)
+    levels = task.chance_levels(64)
     assert levels["mlm"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
     mean_C = batch.image_BCHW.mean((0, 2, 3), keepdim=True)
     assert levels["mim"] == pytest.approx((batch.image_BCHW - mean_C).abs().mean().item(), rel=1e-5)
     task.eval()
     task(backbone, toy_batch(4))
-    assert task.floors(64) == levels  # evaluation leaves them alone
+    assert task.chance_levels(64) == levels  # evaluation leaves them alone
 
 
 def test_the_level_of_the_words_present_is_what_their_frequencies_cost() -> None:
@@ -634,12 +634,12 @@ def test_the_level_of_the_words_present_is_what_their_frequencies_cost() -> None
     share = {5: 1 - 1e-6, 6: 0.5, 7: 0.25, 8: 0.25}
     rows = ((5, 6), (5, 7), (5, 6), (5, 8))
     nats = [sum(-math.log(p if word in row else 1 - p) for word, p in share.items()) / 2 for row in rows]
-    assert task.floors(64)["words"] == pytest.approx(sum(nats) / 4, rel=1e-4, abs=1e-4)
+    assert task.chance_levels(64)["words"] == pytest.approx(sum(nats) / 4, rel=1e-4, abs=1e-4)
 
 
 def test_levels_of_weightless_losses_are_left_out() -> None:
     _, task = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
-    assert task.floors(8) == pytest.approx({"itc": math.log(8)})
+    assert task.chance_levels(8) == pytest.approx({"itc": math.log(8)})
 
 
 # ---------------------------------------------------------------------- what matching trains
@@ -741,9 +741,9 @@ def test_eight_pairs_are_learned_by_heart() -> None:
         optimizer.step()
         recent.append([float(term.detach()) for term in terms.values()])
     last = dict(zip(TERMS, torch.tensor(recent[-20:]).mean(0).tolist(), strict=True))
-    floors = task.floors(8)
-    learned = {"itc": 0.1, "itm": 0.2, "mlm": 0.2, "mim": 0.65}  # of the level of no knowledge
-    assert {name for name in TERMS if last[name] > learned[name] * floors[name]} == set(), (last, floors)
+    chance_levels = task.chance_levels(8)
+    learned = {"itc": 0.1, "itm": 0.2, "mlm": 0.2, "mim": 0.65}  # of the chance level
+    assert {name for name in TERMS if last[name] > learned[name] * chance_levels[name]} == set(), (last, chance_levels)
 
 
 def test_the_words_term_asks_the_picture_alone_and_changes_no_other() -> None:

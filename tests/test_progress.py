@@ -31,7 +31,7 @@ class Module(L.LightningModule):
         super().__init__()
         self.layer = nn.Linear(1, 1)
         self.losses, self.warmup = losses, warmup
-        self.task: Any = SimpleNamespace(floors=lambda pairs: {"itc": math.log(pairs), "itm": 0.6365})
+        self.task: Any = SimpleNamespace(chance_levels=lambda pairs: {"itc": math.log(pairs), "itm": 0.6365})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.0)
@@ -154,7 +154,7 @@ def test_a_stuck_loss_is_told_once_and_only_past_warm_up(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, logger="maskvlm"):
         train(Module(losses, warmup=4), [stuck], 20, tmp_path)
     assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.reporting.progress"] == [
-        "warning: itm sits at 0.637 since step 6 (now step 12); its no-knowledge level is 0.637, its class "
+        "warning: itm sits at 0.637 since step 6 (now step 12); its chance level is 0.637, its class "
         "prior: no match is told from a mismatch; let itc learn first, warm up longer or lower the learning "
         "rate, look for mispaired data"
     ]
@@ -182,7 +182,7 @@ def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCapt
 
 def test_the_warning_of_an_unknown_loss_is_one_line_too() -> None:
     assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.cause) == (
-        "warning: vqa sits at 8.05 since step 300 (now step 600); its no-knowledge level is 8.05, "
+        "warning: vqa sits at 8.05 since step 300 (now step 600); its chance level is 8.05, "
         "what is paid without any knowledge; look at the learning rate and the data"
     )
 

@@ -94,7 +94,7 @@ class Retrieval(Task):
         self.blind = Blind() if image_ablation else None
         self.rerank_contrast = rerank_contrast
         self.kept: list[Kept] = []
-        self.shown = 1.0  # captions a picture in training, for the levels of knowing nothing
+        self.shown = 1.0  # captions a picture in training, for the chance levels
         self.measured: dict[str, Any] = {}
 
     def build(self, backbone: MaskVLM) -> None:
@@ -177,8 +177,8 @@ class Retrieval(Task):
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
         return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
 
-    def floors(self, batch_size: int) -> dict[str, float]:
-        """No-knowledge level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
+    def chance_levels(self, batch_size: int) -> dict[str, float]:
+        """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
         of its class prior, m of 2m + 1 pairs with m captions a picture (0.6365 for one)."""
         share = self.shown / (2 * self.shown + 1)
         itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2

@@ -205,7 +205,7 @@ class Vqa(Classification):
         settings = {"head": "generate", "decode": self.decode, "candidates": min(self.candidates, len(self.labels))}
         return super().card() | settings
 
-    def floors(self, batch_size: int) -> dict[str, float]:
+    def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Classes: one answer is true, all as likely. Generated ones have no such level: their length varies."""
         others = len(self.labels) - 1
         return {} if self.generates else {self.name: math.log1p(others) + others * math.log1p(1 / max(1, others))}

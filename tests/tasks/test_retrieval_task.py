@@ -147,15 +147,15 @@ def test_losses_of_a_model_that_knows_nothing_are_the_floors() -> None:
         task.projection.text.bias[0] = task.projection.image.bias[0] = 1.0  # all vectors alike
         task.matching.classify.bias[1] = math.log(2 / 3)
         terms = task(backbone, batch)
-    levels = task.floors(6)
+    levels = task.chance_levels(6)
     assert levels == {
         "itc": pytest.approx(math.log(6) + math.log(2) / 2),
         "itm": pytest.approx(-0.4 * math.log(0.4) - 0.6 * math.log(0.6)),
     }
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(levels)
     one = Retrieval()
-    assert one.floors(8) == pytest.approx({"itc": math.log(8), "itm": math.log(3) - 2 / 3 * math.log(2)})
-    assert Retrieval(weight_itm=0.0).floors(8).keys() == {"itc"}
+    assert one.chance_levels(8) == pytest.approx({"itc": math.log(8), "itm": math.log(3) - 2 / 3 * math.log(2)})
+    assert Retrieval(weight_itm=0.0).chance_levels(8).keys() == {"itc"}
 
 
 def trained(batch: Batch, steps: int) -> tuple[MaskVLM, Retrieval]:

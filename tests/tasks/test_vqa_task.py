@@ -266,8 +266,8 @@ def test_answer_classes_are_binary_each() -> None:
     by_hand = -(0.6 * p[0].log() + 0.4 * (1 - p[0]).log() + (1 - p[1]).log() + p[2].log())
     assert task.loss(logits, target).item() == pytest.approx(by_hand.item(), rel=1e-6)
     knowing_nothing = task.loss(torch.tensor([[1 / 3, 1 / 3, 1 / 3]]).logit(), torch.tensor([[0.0, 1.0, 0.0]]))
-    assert task.floors(4)["vqa"] == pytest.approx(knowing_nothing.item(), rel=1e-5)
-    assert Vqa(LABELS).floors(4) == {}
+    assert task.chance_levels(4)["vqa"] == pytest.approx(knowing_nothing.item(), rel=1e-5)
+    assert Vqa(LABELS).chance_levels(4) == {}
 
 
 def test_answer_classes_start_as_likely_as_one_of_them_is() -> None:

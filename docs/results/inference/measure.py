@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/results/inference/measure.py checkpoints/RUN/best.ckpt [--scenes 500]
 
-Held-out scenes. Of each number the level of knowing nothing is printed beside it.
+Held-out scenes. Of each number the chance level is printed beside it.
 """
 
 import argparse

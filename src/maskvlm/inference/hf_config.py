@@ -216,7 +216,7 @@ def _told(seen: Mapping[str, Any]) -> str:
 
 
 def _evaluation(config: MaskVLMConfig) -> list[str]:
-    """A table of the run's metrics, each beside its level of knowing nothing, and what they were measured on."""
+    """A table of the run's metrics, each beside its chance level, and what they were measured on."""
     found = config.evaluation or {}
     metrics: dict[str, Any] = found.get("metrics", {})
     if not metrics:
@@ -231,4 +231,4 @@ def _evaluation(config: MaskVLMConfig) -> list[str]:
         if isinstance(value, int | float) and "/" in key and not key.endswith(ends):
             level = next((metrics[key + end] for end in ends if metrics.get(key + end) is not None), None)
             rows.append(f"| {key} | {value:.4g} | {'' if level is None else f'{level:.4g}'} |")
-    return [*where, "", "| metric | value | knowing nothing |", "|---|---|---|", *rows]
+    return [*where, "", "| metric | value | chance level |", "|---|---|---|", *rows]

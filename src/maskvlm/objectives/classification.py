@@ -203,7 +203,7 @@ class Classification(Task):
             "reads": self.reads,
         }
 
-    def floors(self, batch_size: int) -> dict[str, float]:
+    def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Entropy of labels that are all as frequent."""
         return {self.name: float(torch.tensor(float(len(self.labels))).log())}
 

@@ -429,7 +429,7 @@ class MaskedPretraining(Task):
         """What masked pixels are compared with, see `MaskedPixels.target`."""
         return self.masked_pixels.target(image_BCHW, index_BK)
 
-    def floors(self, batch_size: int) -> dict[str, float]:
+    def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss that is computed; of some it is missing until a batch was seen."""
         levels = {loss.name: loss.chance(batch_size, self.captions) for loss in self.losses}
         return {name: level for name, level in levels.items() if level is not None}

@@ -86,7 +86,7 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def compute(self, backbone: "MaskVLM") -> dict[str, float]:
         """Metrics over all batches taken in since the last call, then forget them. `score` chooses the best
-        checkpoint, higher is better; levels of knowing nothing end in `_chance` or `_majority`."""
+        checkpoint, higher is better; chance levels end in `_chance` or `_majority`."""
 
     def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
         """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.
@@ -124,8 +124,8 @@ class Task(nn.Module, ABC):
         """Further files of the last evaluation for the run's folder, by name, such as a server's submission."""
         return {}
 
-    def floors(self, batch_size: int) -> dict[str, float]:
-        """No-knowledge level of each loss term: what a model pays that has learned nothing."""
+    def chance_levels(self, batch_size: int) -> dict[str, float]:
+        """Chance level of each loss term: what a model pays that has learned nothing."""
         return {}
 
     def reseed(self, uniform: Uniform) -> None:

@@ -1,4 +1,4 @@
-"""`curves.png`: a run's losses beside their no-knowledge levels, what was measured, rates and speed."""
+"""`curves.png`: a run's losses beside their chance levels, what was measured, rates and speed."""
 
 import csv
 import math
@@ -83,7 +83,7 @@ def curves(source: Path | Rows, path: Path, levels: Mapping[str, float] | None =
     Args:
         source: the CSVLogger's metrics.csv, or its rows.
         path: of the PNG; its folder must exist.
-        levels: no-knowledge level of losses for which none was logged as `level/<loss>`.
+        levels: chance level of losses for which none was logged as `level/<loss>`.
         title: over all panels.
 
     Returns:

@@ -47,7 +47,7 @@ class Smoothed:
 
 
 class Readings(NamedTuple):
-    """losses: of the task's terms, smoothed. levels: no-knowledge level of those that have one."""
+    """losses: of the task's terms, smoothed. levels: chance level of those that have one."""
 
     losses: dict[str, float]
     levels: dict[str, float]
@@ -68,7 +68,7 @@ class Losses:
     def read(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> Readings:
         """Waits for the device. The level of contrast is that of the pairs that meet in one pass."""
         task = getattr(pl_module, "task", None)
-        self.levels.take(task.floors(len(batch.valid_B) * trainer.world_size) if task else {})
+        self.levels.take(task.chance_levels(len(batch.valid_B) * trainer.world_size) if task else {})
         return Readings(self.losses.read(), self.levels.read())
 
 

@@ -143,11 +143,11 @@ def percentages(task: str, metrics: Mapping[str, float]) -> list[str]:
 
 
 def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
-    """Percentages, each beside the level of knowing nothing (the most frequent answer's, or chance), by kind below."""
+    """Percentages, each beside the chance level (the most frequent answer's, or chance), by kind below."""
     among = f" ({metrics[f'{task}/examples']:.0f} examples)" if f"{task}/examples" in metrics else ""
     names = percentages(task, metrics)
     levels = any(name + end in metrics for name in names for end in LEVELS)
-    table = _table(f"{task}{among}", ["%", "knowing nothing"] if levels else ["%"])
+    table = _table(f"{task}{among}", ["%", "chance level"] if levels else ["%"])
     for name in names:
         known = [f"{metrics[name + end]:.1f} ({end[1:]})" for end in LEVELS if name + end in metrics]
         label = name.split("/", 1)[1].replace("accuracy/", "  ", 1).replace("recall/", "recall, ", 1)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: each loss beside its no-knowledge level, speed, time left; and a warning
+"""What a run says while it trains: each loss beside its chance level, speed, time left; and a warning
 when a loss sits at that level past warm-up.
 
 Losses are smoothed on the device and read every `log_every_n_steps`: no step waits in order to be watched.
@@ -47,7 +47,7 @@ def status_line(readings: Readings, speed: StepSpeed | None, left: float | None)
 
 
 class TrainingProgress(ProgressBar):
-    """One line: step, losses beside their no-knowledge levels, pairs per second, data-wait share, time left.
+    """One line: step, losses beside their chance levels, pairs per second, data-wait share, time left.
 
     A terminal gets a bar; elsewhere (a log file, CI, SLURM) a plain line is printed now and then. Also logs
     `train/pairs_per_second`, `train/data_wait` (0 to 1) and `level/<loss>`.
@@ -210,7 +210,7 @@ LEAST_PATIENCE = 50
 
 
 class StuckLoss(Callback):
-    """Warns, once for each loss, when it sits at its no-knowledge level past warm-up: nothing is learned.
+    """Warns, once for each loss, when it sits at its chance level past warm-up: nothing is learned.
 
     Args:
         share: of the level above which a loss counts as sitting at it.
@@ -264,7 +264,7 @@ def stuck_line(name: str, loss: float, level: float, since: int, step: int, caus
     """The warning, in one line."""
     return (
         f"warning: {name} sits at {number(loss)} since step {since} (now step {step}); "
-        f"its no-knowledge level is {number(level)}, {cause}"
+        f"its chance level is {number(level)}, {cause}"
     )
 
 
