@@ -11,7 +11,7 @@ from toys import PATCH, slow_cross, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
-from maskvlm.objectives.losses import Negatives
+from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
 

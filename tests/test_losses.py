@@ -11,10 +11,10 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskvlm.objectives.hard_negatives import draw_hard_negatives
 from maskvlm.objectives.losses import (
     Columns,
     contrastive,
-    hard_negatives,
     masked_pixel,
     masked_token,
     matching,
@@ -258,7 +258,7 @@ def test_nothing_masked_at_all() -> None:
 def test_negatives_are_drawn_in_proportion_to_the_exponent_of_the_logit() -> None:
     logits_G = torch.tensor([1.0, -1.0, 0.5, 9.0, -2.0])
     excluded_G = torch.tensor([False, False, False, True, False])
-    index_B, weight_B = hard_negatives(logits_G.expand(40000, 5), excluded_G.expand(40000, 5), uniform(40000, 5))
+    index_B, weight_B = draw_hard_negatives(logits_G.expand(40000, 5), excluded_G.expand(40000, 5), uniform(40000, 5))
     expected_G = torch.softmax(logits_G.masked_fill(excluded_G, -torch.inf), 0)
     torch.testing.assert_close(torch.bincount(index_B, minlength=5) / 40000, expected_G, atol=0.008, rtol=0)
     assert weight_B.all()
@@ -276,7 +276,7 @@ def test_whatever_the_logits_an_excluded_column_is_never_drawn(
 ) -> None:
     """NaN and infinite logits, random numbers of exactly 0 and 1, rows without any negative."""
     excluded_BG = torch.from_numpy(excluded)
-    index_B, weight_B = hard_negatives(torch.from_numpy(logits).to(dtype), excluded_BG, torch.from_numpy(draw))
+    index_B, weight_B = draw_hard_negatives(torch.from_numpy(logits).to(dtype), excluded_BG, torch.from_numpy(draw))
     assert torch.equal(weight_B, (~excluded_BG).any(1).float())
     assert ((index_B >= 0) & (index_B < 4)).all()
     assert not excluded_BG[torch.arange(3), index_B][weight_B == 1].any()
@@ -284,27 +284,29 @@ def test_whatever_the_logits_an_excluded_column_is_never_drawn(
 
 def test_a_row_without_negative_gets_index_and_weight_zero() -> None:
     excluded_BG = torch.tensor([[True, True], [True, False]])
-    index_B, weight_B = hard_negatives(torch.tensor([[90.0, -90], [90, -90]]), excluded_BG, uniform(2, 2))
+    index_B, weight_B = draw_hard_negatives(torch.tensor([[90.0, -90], [90, -90]]), excluded_BG, uniform(2, 2))
     assert (index_B.tolist(), weight_B.tolist()) == ([0, 1], [0.0, 1.0])
 
 
 def test_nan_counts_as_a_logit_of_zero() -> None:
     logits_G = torch.tensor([torch.nan, 1.0, 0.0])
-    index_B, _ = hard_negatives(logits_G.expand(20000, 3), torch.zeros(20000, 3, dtype=torch.bool), uniform(20000, 3))
+    index_B, _ = draw_hard_negatives(
+        logits_G.expand(20000, 3), torch.zeros(20000, 3, dtype=torch.bool), uniform(20000, 3)
+    )
     expected_G = torch.softmax(torch.tensor([0.0, 1.0, 0.0]), 0)
     torch.testing.assert_close(torch.bincount(index_B) / 20000, expected_G, atol=0.01, rtol=0)
 
 
 def test_rows_are_independent_of_each_other() -> None:
     draw_BG = uniform(50, 6)
-    together = hard_negatives(torch.zeros(50, 6), torch.zeros(50, 6, dtype=torch.bool), draw_BG).index_B
+    together = draw_hard_negatives(torch.zeros(50, 6), torch.zeros(50, 6, dtype=torch.bool), draw_BG).index_B
     assert torch.equal(together, draw_BG.argmax(1))  # equal logits: the largest random number wins
 
 
 def test_negatives_are_drawn_without_asking_the_device_and_without_gradient() -> None:
     """A tensor without data cannot be copied to the host."""
     logits_BG = torch.empty(5, 7, device="meta", requires_grad=True)
-    index_B, weight_B = hard_negatives(logits_BG, logits_BG > 0, torch.empty_like(logits_BG))
+    index_B, weight_B = draw_hard_negatives(logits_BG, logits_BG > 0, torch.empty_like(logits_BG))
     assert (index_B.shape, weight_B.shape) == ((5,), (5,))
     assert not weight_B.requires_grad
 

@@ -9,8 +9,8 @@ from toys import LENGTH, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.cross_batch import Contrast, Encoded, cross_all, pad_text
-from maskvlm.objectives.hard_negatives import Queue
-from maskvlm.objectives.losses import Negatives
+from maskvlm.objectives.hard_negatives import Negatives
+from maskvlm.objectives.negative_queue import Queue
 from maskvlm.training.resumable import restore
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import ExitCode, UserError

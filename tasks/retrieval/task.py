@@ -19,8 +19,9 @@ from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import losses
 from maskvlm.objectives.cross_batch import PickableRows, columns, cross_pairs, pad_text, with_negatives
 from maskvlm.objectives.evaluation import EVAL_SEED
+from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.image_ablation import Blind
-from maskvlm.objectives.losses import Columns, Negatives
+from maskvlm.objectives.losses import Columns
 from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score_gallery
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.objectives.task import Prediction, Task
@@ -167,7 +168,7 @@ class Retrieval(Task):
         drawn = []
         for query, key, (positive, excluded) in ((image, text_all, image_sees), (text, image_all, text_sees)):
             logits = losses.similarity(query, key, scale)
-            drawn.append(losses.hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
+            drawn.append(draw_hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
         return Hard(*drawn)
 
     def matching_loss(self, fused_M: Fused, hard: Hard, batch: Batch) -> Tensor:

@@ -17,7 +17,6 @@ from maskvlm.data.prepare.prepare import Plan, prepare
 from maskvlm.data.prepare.shards import Settings
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import open_raw
-from maskvlm.data.sources import Karpathy
 from maskvlm.data.subset import hash_of_photo, photo_of_id
 from maskvlm.utils.errors import UserError
 
@@ -123,13 +122,6 @@ def test_flickr8k_is_found_in_flickr30k_by_id(held: str, tmp_path: Path, form: s
     assert "flickr30k/val, same id: 9; flickr30k/test, same id: 8; first " in str(caught.value)
     kept = without_leaks(pairs, places, "drop")
     assert {photo_of_id(kept[row]["image_id"]) for row in range(len(kept))} == {f"flickr {n}" for n in numbers(NOWHERE)}
-
-
-def test_it_is_found_before_it_is_prepared(held: str, tmp_path: Path) -> None:
-    karpathy(tmp_path)
-    pairs = Karpathy(str(tmp_path / "dataset_flickr8k.json"), cache=str(tmp_path / "cache")).split("train")
-    with pytest.raises(UserError, match="flickr30k/val, same id: 9; flickr30k/test, same id: 8"):
-        without_leaks(pairs, [f"{held}/val", f"{held}/test"], "refuse")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from raw_toys import PICTURES, TOYS, write
 from maskvlm.cli.main import main
 from maskvlm.data.files import load_json, opened
 from maskvlm.data.raw import SETS, BadRow, RawRow, open_raw
-from maskvlm.data.sources import Karpathy
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
@@ -90,7 +89,6 @@ def test_no_file_of_a_task_is_a_pipe(tmp_path: Path, build: Build) -> None:
     reads = (
         lambda: score.read_results(tmp_path / "a.json"),
         lambda: [*vocabulary.read_annotations(tmp_path / "a.json")],
-        lambda: Karpathy(str(tmp_path / "a.json")).split("train"),
         lambda: Nlvr2(str(tmp_path), train="a.json", cache=str(tmp_path)).split("train"),
     )
     for read in reads:

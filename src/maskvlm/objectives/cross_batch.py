@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import CrossEncoder, CrossOutput
 from maskvlm.model.maskvlm import Fused, MaskVLM
-from maskvlm.objectives.losses import Columns, Negatives
+from maskvlm.objectives.hard_negatives import Negatives
+from maskvlm.objectives.losses import Columns
 from maskvlm.objectives.masking import PatchMask, TokenMask
 from maskvlm.utils.distributed import gather, rank, world_size
 

@@ -1,88 +1,30 @@
-"""Hard negatives out of earlier steps.
+"""Hard negatives: for each row a wrong partner that contrast finds alike, drawn in proportion to exp(logit).
 
-Shapes: B pairs of this process, G of all processes, Q pairs that are kept, L image positions, T tokens, D width,
-E contrast width.
+Shapes: B rows of this process, G rows of all processes.
 """
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskvlm.data.batch import Batch
-from maskvlm.objectives.cross_batch import Contrast, Encoded, QueuedPairs
+
+class Negatives(NamedTuple):
+    """index_B: column of the drawn negative. weight_B: 0.0 where the row has no valid negative."""
+
+    index_B: Tensor
+    weight_B: Tensor
 
 
-class Queue:
-    """The latest `size` pairs of this process's earlier steps, among which hard negatives are found, too.
+def draw_hard_negatives(logits_BG: Tensor, excluded_BG: Tensor, uniform_BG: Tensor) -> Negatives:
+    """Draw one negative for each row in proportion to exp(logit), excluded columns never (paper sec. 3, ITM).
 
-    A batch of a few dozen pairs hardly holds a negative that is as hard as the best candidates of a gallery, which
-    matching is to re-rank (MoCo's queue, He et al. 2020; here of features, for the cross encoders). A checkpoint holds
-    that of the first process.
+    Gumbel-max over all rows at once: no division that could be 0/0, no probabilities that could overflow, no
+    copy to the host. Works in float32 whatever the precision of the logits; a NaN counts as a logit of 0.
+    A row in which everything is excluded gets index 0 and weight 0.
     """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.pairs: QueuedPairs | None = None
-
-    def push(self, batch: Batch, encoded: Encoded, contrast: Contrast) -> None:
-        """Take in this step's pairs; texts are all padded to the same length."""
-        new = QueuedPairs(
-            encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
-            batch.image_id_B, batch.text_id_C, batch.valid_B,
-        )  # fmt: skip
-        new = QueuedPairs(*(part.detach()[-self.size :] for part in finite_alone(new)))
-        old = self.pairs
-        self.pairs = (
-            new if old is None else QueuedPairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
-        )
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, by the names of `QueuedPairs`; copies, as a file holds all that a view is of."""
-        return {} if self.pairs is None else {name: part.clone() for name, part in self.pairs._asdict().items()}
-
-    def restore(self, state: Mapping[str, Tensor], positions: int, length: int, width: int, dim: int) -> None:
-        """Take what a checkpoint kept, by the names of `QueuedPairs`.
-
-        Args:
-            positions: L of the image encoder. length: T. width: D. dim: E.
-
-        Raises:
-            ValueError: a tensor is missing or of another form.
-        """
-        sizes = ((positions, width), (length, width), (length,), (dim,), (dim,), (), (), ())
-        kinds = ("float", "float", "bool", "float", "float", "int", "int", "bool")
-        if set(state) != set(QueuedPairs._fields):
-            raise ValueError(
-                f"expected the tensors {', '.join(QueuedPairs._fields)}, found {len(state)}, some of other names"
-            )
-        rows = len(state["valid_Q"]) if state["valid_Q"].dim() else 0
-        for name, size, kind in zip(QueuedPairs._fields, sizes, kinds, strict=True):
-            value = state[name]
-            given = "float" if value.is_floating_point() else {torch.bool: "bool", torch.int64: "int"}.get(value.dtype)
-            if value.shape != (rows, *size) or given != kind or not 0 < rows <= self.size:
-                want = f"{[f'1 to {self.size}', *size]} of {kind}".replace("'", "")
-                raise ValueError(f"{name} is {list(value.shape)} of {value.dtype}, expected {want}")
-        self.pairs = finite_alone(QueuedPairs(**{name: value.clone() for name, value in state.items()}))
-
-    def widen(self, contrast: Contrast, batch: Batch) -> Contrast:
-        """The vectors of all processes, and then those of the queue."""
-        if self.pairs is None:
-            return contrast
-        kept = self.pairs = QueuedPairs(
-            *(part.to(contrast.scale.device) for part in self.pairs)
-        )  # a checkpoint's: the CPU
-        same_BQ = (batch.image_id_B[:, None] == kept.image_id_Q) | (batch.text_id_C[:, None] == kept.text_id_Q)
-        return contrast._replace(
-            image_GE=torch.cat([contrast.image_GE, kept.image_QE]),
-            text_GE=torch.cat([contrast.text_GE, kept.text_QE]),
-            excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~kept.valid_Q], 1),
-        )
-
-
-def finite_alone(pairs: QueuedPairs) -> QueuedPairs:
-    """The pairs, of which those that hold a number that is not finite are never drawn: a step that overflowed is left
-    out by the guard, and its features must not spoil the steps after it."""
-    numbers = (pairs.image_QLD, pairs.text_QTD, pairs.image_QE, pairs.text_QE)
-    finite_Q = torch.stack([part.isfinite().flatten(1).all(1) for part in numbers]).all(0)
-    return pairs._replace(valid_Q=pairs.valid_Q & finite_Q)
+    logits = torch.nan_to_num(logits_BG.detach().float(), nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
+    gumbel = -torch.log(-torch.log(uniform_BG.float().clamp(1e-9, 1 - 1e-6)))
+    score = (logits + gumbel).masked_fill(excluded_BG, float("-inf"))
+    index_B = score.argmax(dim=1)
+    return Negatives(index_B, (~excluded_BG).any(dim=1).float())

@@ -133,24 +133,3 @@ def pixel_error(predicted: Tensor, target: Tensor, kind: PixelLoss) -> Tensor:
     if kind == "squared":
         return (predicted - target).square()
     return F.smooth_l1_loss(predicted, target, reduction="none")
-
-
-class Negatives(NamedTuple):
-    """index_B: column of the drawn negative. weight_B: 0.0 where the row has no valid negative."""
-
-    index_B: Tensor
-    weight_B: Tensor
-
-
-def hard_negatives(logits_BG: Tensor, excluded_BG: Tensor, uniform_BG: Tensor) -> Negatives:
-    """Draw one negative for each row in proportion to exp(logit), excluded columns never (paper sec. 3, ITM).
-
-    Gumbel-max over all rows at once: no division that could be 0/0, no probabilities that could overflow, no
-    copy to the host. Works in float32 whatever the precision of the logits; a NaN counts as a logit of 0.
-    A row in which everything is excluded gets index 0 and weight 0.
-    """
-    logits = torch.nan_to_num(logits_BG.detach().float(), nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
-    gumbel = -torch.log(-torch.log(uniform_BG.float().clamp(1e-9, 1 - 1e-6)))
-    score = (logits + gumbel).masked_fill(excluded_BG, float("-inf"))
-    index_B = score.argmax(dim=1)
-    return Negatives(index_B, (~excluded_BG).any(dim=1).float())

@@ -15,7 +15,6 @@ from maskvlm.model.encoders import standing_still
 from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
 from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
-from maskvlm.objectives import losses as formulas
 from maskvlm.objectives.cross_batch import (
     Contrast,
     Crossed,
@@ -27,9 +26,10 @@ from maskvlm.objectives.cross_batch import (
     pad_text,
 )
 from maskvlm.objectives.evaluation import Measure
-from maskvlm.objectives.hard_negatives import Queue
-from maskvlm.objectives.losses import Negatives, PixelLoss
+from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
+from maskvlm.objectives.losses import PixelLoss, similarity
 from maskvlm.objectives.masking import ImageMasking, RandomBlocks, RandomTokens, TextMasking, Texts, Uniform, Vocabulary
+from maskvlm.objectives.negative_queue import Queue
 from maskvlm.objectives.pretraining_losses import (
     ImageTextContrast,
     ImageTextMatching,
@@ -419,7 +419,7 @@ class MaskedPretraining(Task):
         image, text, image_all, text_all, scale, _, excluded = contrast
         with torch.no_grad():
             drawn = [
-                formulas.hard_negatives(formulas.similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
+                draw_hard_negatives(similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
                 for pair in ((image, text_all), (text, image_all))
             ]
         first = [Negatives(index_B[:pairs], weight_B[:pairs]) for index_B, weight_B in drawn]

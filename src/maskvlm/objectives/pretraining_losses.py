@@ -29,7 +29,8 @@ from maskvlm.model.init import init_xavier
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives import losses
 from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, columns
-from maskvlm.objectives.losses import Negatives, PixelLoss
+from maskvlm.objectives.hard_negatives import Negatives
+from maskvlm.objectives.losses import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
 from maskvlm.utils.errors import UserError, check_least
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +14,6 @@ from maskvlm.data.raw.columns import Merged, leads_out, name_problem, split_name
 from maskvlm.data.raw.lines import one_line, read_text, text_lines
 from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.data.raw.table import RawTable
-from maskvlm.data.sources import _photos
 from maskvlm.data.strict_json import parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -92,7 +92,7 @@ def karpathy(file: Path, prefix: str) -> Iterator[Found | BadRow]:
     """
     with opened(file) as stream:
         images = get(load_json(stream.read(), file), "images", list, str(file), KARPATHY)
-    photos = _photos(prefix, images)
+    photos = flickr_ids(prefix, images)
     for position, image in enumerate(images):
         origin = f"{file.name} image {position}"
         try:
@@ -231,3 +231,21 @@ def split_lists(folder: Path) -> Callable[[str], str]:
                 if line.text.strip():
                     named[flickr_id(line.text.strip())] = kinds[word[1].lower()]
     return lambda name: named.get(flickr_id(name), "train")
+
+
+def flickr_ids(name: Any, images: list[Any]) -> dict[str, str]:
+    """Path -> `flickr` and the photo's number there, which starts the file's name; where it names one photo only.
+
+    The same photo then has the same id in Flickr8k, Flickr30k and SNLI-VE.
+    """
+    if not str(name).lower().startswith("flickr"):
+        return {}
+    named = [image for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str)]
+    starts = [re.match(r"\d+", PurePosixPath(image["filename"]).name) for image in named]
+    count = Counter(start[0] for start in starts if start)
+    pairs = zip(named, starts, strict=True)
+    return {_path_of(image): f"flickr {start[0]}" for image, start in pairs if start and count[start[0]] == 1}
+
+
+def _path_of(image: dict[str, Any]) -> str:
+    return f"{image['filepath']}/{image['filename']}" if image.get("filepath") else str(image["filename"])
