@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from maskvlm.data.raw import FACTS, SETS
-from maskvlm.data.raw.own import UNKNOWN_LICENCE
+from maskvlm.data.raw.csv_jsonl_folder import UNKNOWN_LICENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")

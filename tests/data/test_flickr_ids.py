@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 from prepared_sets import Here, jpeg, picture
 
-from maskvlm.data.leaks import without_leaks
+from maskvlm.data.contamination import without_leaks
 from maskvlm.data.prepare.prepare import Plan, prepare
 from maskvlm.data.prepare.shards import Settings
 from maskvlm.data.prepared.source import Prepared

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.batch import InputSpec, Source
+from maskvlm.data.contamination import leaks_left_out, without_leaks
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
 from maskvlm.data.examples import ExampleSource
-from maskvlm.data.leaks import leaks_left_out, without_leaks
 from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, picture_ids
@@ -49,7 +49,7 @@ class PairData(L.LightningDataModule):
         captions: captions shown with each picture of a training batch.
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
         fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
-        held_out: splits of prepared sets (`data/coco/test`) whose pictures must not be trained on; see `leaks.py`.
+        held_out: splits of prepared sets (`data/coco/test`) whose pictures must not be trained on; see `contamination.py`.
         contamination: what happens where some are: `refuse`, or `drop` them.
         max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
 

@@ -16,7 +16,7 @@ KIND = "dct-8x8-of-32x32"
 """Goes into manifests: hashes are comparable where the kind is the same."""
 
 Ids = NDArray[np.uint64]
-NEAR = 8  # bits: see `leaks.py`
+NEAR = 8  # bits: see `contamination.py`
 BANDS, BITS = 4, 16
 MOST = 1 << 22  # hashes compared at once
 SIDE, FREQUENCIES, SCALE = 32, 8, 4096

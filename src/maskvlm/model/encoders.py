@@ -38,7 +38,7 @@ from maskvlm.model.hf_text import (
     random_tokenizer,
 )
 from maskvlm.model.init import init_xavier
-from maskvlm.model.timm_vit import HEADS, create_vit, read_vit_state
+from maskvlm.model.vit_weights import HEADS, create_vit, read_vit_state
 from maskvlm.utils.distributed import without_gradient
 from maskvlm.utils.errors import ExitCode, UserError
 

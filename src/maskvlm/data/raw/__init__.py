@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskvlm.data.opening import check_plain
-from maskvlm.data.raw import annotated, genome, named, web
+from maskvlm.data.raw import annotated, coco_flickr, genome, web
 from maskvlm.data.raw.annotated import open_daquar, open_nlvr2, open_nlvr_pairs, open_snli_ve, open_vqav2
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.coco_flickr import open_coco, open_flickr8k, open_flickr30k
 from maskvlm.data.raw.columns import ROLES
+from maskvlm.data.raw.csv_jsonl_folder import open_csv, open_folder, open_jsonl
 from maskvlm.data.raw.genome import open_genome
 from maskvlm.data.raw.hub import open_hub
-from maskvlm.data.raw.named import open_coco, open_flickr8k, open_flickr30k
-from maskvlm.data.raw.own import open_csv, open_folder, open_jsonl
 from maskvlm.data.raw.shards import open_webdataset
 from maskvlm.data.raw.web import open_cc3m, open_cc12m, open_sbu
 from maskvlm.utils.errors import ExitCode, UserError
@@ -48,9 +48,9 @@ SETS: dict[str, Opener] = {
 """Name -> how to open it, given RAW, the name that starts its ids, and the columns."""
 
 FACTS: dict[str, Facts] = {
-    "coco": named.COCO,
-    "flickr30k": named.FLICKR30K,
-    "flickr8k": named.FLICKR8K,
+    "coco": coco_flickr.COCO,
+    "flickr30k": coco_flickr.FLICKR30K,
+    "flickr8k": coco_flickr.FLICKR8K,
     "vg": genome.FACTS,
     "sbu": web.SBU,
     "cc3m": web.CC3M,

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from maskvlm.data.files import get, get_name, json_lines, load_json, opened, picture_folder, picture_names
 from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.coco_flickr import no_files
 from maskvlm.data.raw.columns import not_looked_at
 from maskvlm.data.raw.lines import json_items, one_line
-from maskvlm.data.raw.named import no_files
 
 SPLIT = "pictures"
 DIGITS = 12

@@ -6,8 +6,8 @@ from typing import Any
 
 from maskvlm.data.files import get
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.coco_flickr import find_file, no_files
 from maskvlm.data.raw.lines import json_items, one_line
-from maskvlm.data.raw.named import find_file, no_files
 from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -10,8 +10,8 @@ from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columnar import has_pictures, parquet_samples
 from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
+from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import decoded, one_line, read_text
-from maskvlm.data.raw.own import texts_in
 from maskvlm.data.raw.photos import photo_of
 from maskvlm.data.raw.samples import KeyedFiles, file_samples, pictures_of, tar_samples
 from maskvlm.data.strict_json import flaw, parse_json

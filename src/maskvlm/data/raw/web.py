@@ -5,8 +5,8 @@ from pathlib import Path
 
 from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import Facts, RawSet
+from maskvlm.data.raw.coco_flickr import find_file, no_files
 from maskvlm.data.raw.links import LinkList, Links, json_links, text_links, tsv_parts
-from maskvlm.data.raw.named import find_file, no_files
 from maskvlm.data.raw.shards import FORMS, WebShards, find_shards
 from maskvlm.utils.errors import UserError
 

@@ -12,7 +12,7 @@ from prepared_sets import jpeg, make, picture, raw
 from toy_pairs import SPEC
 
 from maskvlm.checkpoint.warm_start import Seen
-from maskvlm.data.leaks import held_out, without_leaks
+from maskvlm.data.contamination import held_out, without_leaks
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
 from maskvlm.data.phash import NEAR, distance, near, phash
