@@ -83,10 +83,12 @@ class Retrieval(Task):
         rerank_contrast: float = 0.0,
     ) -> None:
         super().__init__()
-        check_least(0, model__task__rerank_contrast=rerank_contrast)
-        check_least(0, model__task__weight_itc=weight_itc, model__task__weight_itm=weight_itm)
-        check_least(1, model__task__contrast_dim=contrast_dim, model__task__rerank_k=rerank_k, model__task__chunk=chunk)
-        check_least(0.001, model__task__temperature=temperature)
+        check_least(0, {"model.task.rerank_contrast": rerank_contrast})
+        check_least(0, {"model.task.weight_itc": weight_itc, "model.task.weight_itm": weight_itm})
+        check_least(
+            1, {"model.task.contrast_dim": contrast_dim, "model.task.rerank_k": rerank_k, "model.task.chunk": chunk}
+        )
+        check_least(0.001, {"model.task.temperature": temperature})
         if not weight_itc and not weight_itm:
             raise UserError("model.task", "both loss weights are 0", "Give at least one weight above 0")
         self.weights = {"itc": weight_itc, "itm": weight_itm}

@@ -55,8 +55,8 @@ class Vqa(Classification):
         image_ablation: bool = False,
     ) -> None:
         super().__init__(labels, 1, hidden, dropout, image_ablation)
-        check_least(1, model__task__candidates=candidates)
-        check_least(3, model__task__answer_length=answer_length)
+        check_least(1, {"model.task.candidates": candidates})
+        check_least(3, {"model.task.answer_length": answer_length})
         self.generates, self.decode = head == "generate", decode
         self.candidates, self.answer_length = candidates, answer_length
         self.table: tuple[Tensor, Tensor] | None = None

@@ -52,7 +52,7 @@ def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, .
         answers: one of each question, its `multiple_choice_answer`.
         min_count: questions that must share an answer.
     """
-    check_least(1, min_count=min_count)
+    check_least(1, {"min_count": min_count})
     counts = Counter(map(normalise, answers))
     kept = [answer for answer, count in counts.items() if count >= min_count]
     return tuple(sorted(kept, key=lambda answer: (-counts[answer], answer)))

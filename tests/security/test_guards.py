@@ -21,7 +21,7 @@ def test_a_guard_is_taken_away_wherever_it_was_imported_to_and_comes_back() -> N
 @pytest.mark.guard("maskvlm.utils.errors:check_least")
 def test_a_marked_test_runs_with_the_guard_and_without_it(build: Build) -> None:
     with pytest.raises(UserError):
-        check_least(1, k=0)
+        check_least(1, {"k": 0})
 
 
 def test_a_process_of_its_own_runs_without_the_guard() -> None:

@@ -45,7 +45,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     """
     if options.source is None:
         raise UserError("embed", "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt or a hub name")
-    check_least(1, shard=options.shard)
+    check_least(1, {"shard": options.shard})
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     reader, chosen = source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):

@@ -102,7 +102,7 @@ class LightningCommand(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self.settings
         folder = Path(settings.run)
-        check_least(1, patience=settings.get("patience"))
+        check_least(1, {"patience": settings.get("patience")})
         check_cards(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`

@@ -49,7 +49,7 @@ class PairData(L.LightningDataModule):
         captions: captions shown with each picture of a training batch.
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
         fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
-        held_out: splits of prepared sets (`data/coco/test`) whose pictures must not be trained on; see `contamination.py`.
+        held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on; see `contamination.py`.
         contamination: what happens where some are: `refuse`, or `drop` them.
         max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
 
@@ -88,9 +88,11 @@ class PairData(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:
                 raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
-        check_least(1, data__eval_batch_size=eval_batch_size, data__accumulate=accumulate, data__captions=captions)
-        check_least(0, data__workers=workers, data__max_bad_fraction=max_bad_fraction)
-        check_least(0, data__max_unknown=max_unknown)
+        check_least(
+            1, {"data.eval_batch_size": eval_batch_size, "data.accumulate": accumulate, "data.captions": captions}
+        )
+        check_least(0, {"data.workers": workers, "data.max_bad_fraction": max_bad_fraction})
+        check_least(0, {"data.max_unknown": max_unknown})
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction

@@ -133,7 +133,7 @@ class SearchIndex:
     def search(self, vector_QE: Array | Tensor, k: int = 10) -> tuple[Array, Array]:
         """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
         fewer in the lists it looked at."""
-        check_least(1, k=k)
+        check_least(1, {"k": k})
         query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
         if query_QE.shape[1] != self.index.d:
             what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"

@@ -72,8 +72,8 @@ class MaskVLM(nn.Module):
         query_positions: bool = False,
     ) -> None:
         super().__init__()
-        check_least(1, model__backbone__cross_layers=cross_layers, model__backbone__cross_heads=cross_heads)
-        check_least(1, model__backbone__width=width)
+        check_least(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
+        check_least(1, {"model.backbone.width": width})
         width = text.width if width is None else width
         if width % cross_heads:
             todo = f"give a divisor of {width}"

@@ -90,7 +90,7 @@ class Classification(Task):
         if labels is None:
             what = "it has no labels for the task to decide among"
             raise UserError("data.source", what, "Choose the task's own data")
-        check_least(1, model__task__pictures=pictures, model__task__hidden=hidden)
+        check_least(1, {"model.task.pictures": pictures, "model.task.hidden": hidden})
         if not 0 <= dropout <= 1:
             raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
         self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout

@@ -147,8 +147,8 @@ class MaskedPretraining(Task):
         _check_shares(
             image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, whole_image_share=whole_image_share
         )
-        check_least(1, model__task__rerank_k=rerank_k, model__task__masks_per_text=masks_per_text)
-        check_least(0, model__task__rerank_contrast=rerank_contrast, model__task__negative_queue=negative_queue)
+        check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
+        check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
         self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)

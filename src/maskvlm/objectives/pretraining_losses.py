@@ -158,8 +158,8 @@ class ImageTextContrast(PretrainingLoss):
         reads: Literal["class", "class_and_mean"] = "class",
     ) -> None:
         super().__init__(weight)
-        check_least(1, model__task__contrast_dim=width)
-        check_least(0.001, model__task__temperature=temperature)
+        check_least(1, {"model.task.contrast_dim": width})
+        check_least(0.001, {"model.task.temperature": temperature})
         self.width, self.temperature, self.reads = width, temperature, reads
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
@@ -297,7 +297,7 @@ class MaskedPixels(PretrainingLoss):
 
     def __init__(self, weight: float = 1.0, kind: PixelLoss = "l1", norm: bool = False, layers: int = 3) -> None:
         super().__init__(weight)
-        check_least(1, model__task__decoder_layers=layers)
+        check_least(1, {"model.task.decoder_layers": layers})
         self.kind, self.norm, self.layers = kind, norm, layers
         self.patch_size = 0  # known once it is built
         self.level: Tensor | None = None

@@ -64,9 +64,9 @@ class LitModel(L.LightningModule):
         layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
-        check_least(0, model__lr=lr, model__lr_encoders=lr_encoders, model__weight_decay=weight_decay)
-        check_least(0, model__lr_cross=lr_cross)
-        check_least(0, model__warmup=warmup, model__min_lr=min_lr)
+        check_least(0, {"model.lr": lr, "model.lr_encoders": lr_encoders, "model.weight_decay": weight_decay})
+        check_least(0, {"model.lr_cross": lr_cross})
+        check_least(0, {"model.warmup": warmup, "model.min_lr": min_lr})
         if not 0 < layer_decay <= 1:
             raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
         if not all(0 <= beta < 1 for beta in betas):

@@ -41,8 +41,8 @@ class KeepState(Checkpoint):
     """
 
     def __init__(self, folder: str, steps: int | None = 500, minutes: float | None = 10.0) -> None:
-        check_least(1, trainer__callbacks__steps=steps)
-        check_least(0, trainer__callbacks__minutes=minutes)
+        check_least(1, {"trainer.callbacks.steps": steps})
+        check_least(0, {"trainer.callbacks.minutes": minutes})
         self.folder, self.steps, self.minutes = Path(folder), steps, minutes
         self.unmeasured = False  # an evaluation is due at this step and not yet made
         self.saved_at = time.monotonic()

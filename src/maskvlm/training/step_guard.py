@@ -98,7 +98,7 @@ class StepGuard(Callback):
     """
 
     def __init__(self, stop_after: int = 10) -> None:
-        check_least(1, trainer__callbacks__stop_after=stop_after)
+        check_least(1, {"trainer.callbacks.stop_after": stop_after})
         self.stop_after = stop_after
         self.window = Window()
         self.in_a_row, self.steps, self.listed = 0, 0, 0

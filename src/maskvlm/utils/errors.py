@@ -1,6 +1,6 @@
 """The one exception for a user's mistake, and the exit codes (BSD sysexits) that go with it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -72,16 +72,16 @@ class Absent:
         raise UserError(first.where, what, first.todo, first.code)
 
 
-def check_least(least: float, **values: float | None) -> None:
+def check_least(least: float, values: Mapping[str, float | None]) -> None:
     """Refuse numbers below `least`; None passes.
 
     Args:
         least: the smallest value allowed.
-        values: by configuration key, with `__` for the dot.
+        values: by configuration key.
 
     Raises:
         UserError: names the key, the value and the bound.
     """
     for key, value in values.items():
         if value is not None and not value >= least:
-            raise UserError(key.replace("__", "."), f"{value} is too small", f"Give {least} or more")
+            raise UserError(key, f"{value} is too small", f"Give {least} or more")

@@ -98,7 +98,7 @@ class Prepared(Source):
     """
 
     def __init__(self, root: str, hold_out: int = 0) -> None:
-        check_least(0, data__source__hold_out=hold_out)
+        check_least(0, {"data.source.hold_out": hold_out})
         self.root, self.hold_out = Path(root).expanduser(), hold_out
 
     def split(self, name: str) -> PreparedPairs:

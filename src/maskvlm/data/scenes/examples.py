@@ -224,8 +224,8 @@ class SceneSplits:
 
     def __init__(self, task: str, tell: Tell, counts: dict[str, int], size: int, seed: int, multiple: int = 1) -> None:
         self.task, self.tell, self.counts, self.size, self.seed = task, tell, counts, size, seed
-        check_least(1, **{f"{task}__{name}": count for name, count in counts.items()})
-        check_least(SMALLEST, **{f"{task}__size": size})
+        check_least(1, {f"{task}.{name}": count for name, count in counts.items()})
+        check_least(SMALLEST, {f"{task}.size": size})
         for name, count in counts.items():
             if count % multiple:
                 todo = f"Ask for a multiple of {multiple}: examples come in sets of {multiple}"

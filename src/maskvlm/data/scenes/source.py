@@ -113,7 +113,7 @@ class Scenes(Source):
     ) -> None:
         self.counts = {"train": train, "val": val, "test": test}
         self.size, self.seed, self.short, self.relations = size, seed, short, relations
-        check_least(0, data__source__short=short, data__source__relations=relations)
+        check_least(0, {"data.source.short": short, "data.source.relations": relations})
         for name, count in self.counts.items():
             if count < 1:
                 raise UserError(f"scenes.{name}", f"{count} pictures", "Ask for at least one")

@@ -185,7 +185,7 @@ class Stream(Source):
         buffer: int = 1000,
         replay: bool = True,
     ) -> None:
-        check_least(0, data__source__buffer=buffer)
+        check_least(0, {"data.source.buffer": buffer})
         self.root, self.evaluate, self.streaming, self.name = root, evaluate, streaming, name
         self.buffer, self.replay = buffer, replay
 
