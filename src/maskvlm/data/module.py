@@ -49,7 +49,7 @@ class PairData(L.LightningDataModule):
         captions: captions shown with each picture of a training batch.
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
         fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
-        held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on; see `contamination.py`.
+        held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on (`contamination.py`).
         contamination: what happens where some are: `refuse`, or `drop` them.
         max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
 
