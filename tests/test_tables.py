@@ -95,7 +95,7 @@ def test_a_tasks_accuracy_stands_beside_its_majority_and_above_its_kinds() -> No
         "nlvr/mean_error": 1.25, "nlvr/examples": 500.0, "score": 71.34,
     }  # fmt: skip
     assert lines(metrics) == [
-        "nlvr (500 examples)      %   chance level",
+        "nlvr (500 examples)      %      chance level",
         "accuracy              71.3   50.2 (majority)",
         "colour [x]          80.0",
         "number              60.0",
@@ -138,7 +138,7 @@ def test_sums_and_the_sweep_of_retrieval() -> None:
 
 def test_unknown_levels_are_left_open() -> None:
     assert lines({"a/accuracy": math.nan, "a/accuracy_majority": math.nan}) == [
-        "a            %   chance level", "accuracy   nan    nan (majority)",
+        "a            %     chance level", "accuracy   nan    nan (majority)",
     ]  # fmt: skip
 
 

@@ -142,5 +142,5 @@ def test_the_papers_mix_composes(stack: Any) -> None:
         Parsed, ["fit", *stack(MODEL="base", DATA="4m", WHERE="cpu"), *given]
     ).settings.data.init_args
     assert settings.source.init_args.sets == {"cc3m": 0.5, "sbu": 1.0, "vg": 1.0, "coco": 1.0}
-    assert (settings.fraction, settings.leaks, settings.epochs) == (0.4, "drop", 50)
+    assert (settings.fraction, settings.contamination, settings.epochs) == (0.4, "drop", 50)
     assert [place.rsplit("/", 2)[1:] for place in settings.held_out] == [["coco", "val"], ["coco", "test"]]
