@@ -138,7 +138,7 @@ def test_sums_and_the_sweep_of_retrieval() -> None:
 
 def test_unknown_levels_are_left_open() -> None:
     assert lines({"a/accuracy": math.nan, "a/accuracy_majority": math.nan}) == [
-        "a            %     chance level", "accuracy   nan    nan (majority)",
+        "a            %     chance level", "accuracy   nan   nan (majority)",
     ]  # fmt: skip
 
 
