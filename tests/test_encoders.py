@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
@@ -89,6 +89,16 @@ def test_a_masked_patch_is_the_mask_token_before_its_position() -> None:
         hidden_BLD = torch.cat([vit.cls_token.expand(2, 1, 32), hidden_BND], 1) + vit.pos_embed
         expected_BLD = vit.norm(vit.blocks(hidden_BLD))
         torch.testing.assert_close(encoder(pictures(), mask_BN), expected_BLD, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_pass_that_fails_leaves_no_mask_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = image_encoder()
+    plain = encoder(pictures())
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(encoder.vit, "norm", nn.Linear(7, 7))
+        encoder(pictures(), torch.ones(2, 16, dtype=torch.bool))
+    assert torch.equal(encoder(pictures()), plain)
 
 
 def test_masked_pixels_are_invisible_and_others_are_not() -> None:

@@ -167,8 +167,6 @@ class ImageEncoder(Encoder):
         self.mean, self.std = NORMALISATIONS.get(normalisation, (tuple(facts["mean"]), tuple(facts["std"])))
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self._mask_BN: Tensor | None = None
-        self.vit.patch_embed.register_forward_hook(self._hide)
         self.vit.set_grad_checkpointing(checkpointing)
         self.tower, self.feature_cache = FrozenTower(self.vit, frozen, feature_cache), feature_cache
         self.left_out = masked_patches == "left_out"
@@ -292,9 +290,8 @@ class ImageEncoder(Encoder):
         if kept is not None and row_W is not None:
             hidden_BLD = self._with_kept(kept, image_BCHW, mask_BN, row_W)
         else:
-            self._mask_BN = mask_BN
-            hidden_BLD = self.vit.forward_features(image_BCHW)
-            self._mask_BN = None
+            with self._masked(mask_BN):
+                hidden_BLD = self.vit.forward_features(image_BCHW)
         return self._own_positions(hidden_BLD)
 
     def _kept_for(self, row_W: Tensor | None) -> KeptFeatures | None:
@@ -305,9 +302,8 @@ class ImageEncoder(Encoder):
         whole = len(row_W)
         lower = [kept.get(row_W, lambda at_M: self.tower.lower(image_BCHW[:whole][at_M]))]
         if whole < len(image_BCHW):
-            self._mask_BN = None if mask_BN is None else mask_BN[whole:]
-            lower.append(self.tower.lower(image_BCHW[whole:]).float())
-            self._mask_BN = None
+            with self._masked(None if mask_BN is None else mask_BN[whole:]):
+                lower.append(self.tower.lower(image_BCHW[whole:]).float())
         return self.tower.upper(torch.cat(lower))
 
     @torch.no_grad()
@@ -316,12 +312,23 @@ class ImageEncoder(Encoder):
         blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
         self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
 
-    def _hide(self, _: nn.Module, __: Any, patch: Tensor) -> Tensor:
-        """Hook on the patch embedding: fits every ViT of timm, whatever its blocks and positions are."""
-        if self._mask_BN is None:
-            return patch
-        mask = self._mask_BN.view(*patch.shape[:-1], 1)  # [B, N, 1], or [B, rows, columns, 1] in some ViTs
-        return torch.where(mask, self.mask_token.view(-1).to(patch.dtype), patch)
+    @contextmanager
+    def _masked(self, mask_BN: Tensor | None) -> Iterator[None]:
+        """In which the mask token stands in the places of masked patches. A hook behind the patch embedding fits every
+        ViT of timm, whatever its blocks and positions are; their `forward_features` take no mask."""
+        if mask_BN is None:
+            yield
+            return
+
+        def put_mask_token(_: nn.Module, __: Any, patch: Tensor) -> Tensor:
+            mask = mask_BN.view(*patch.shape[:-1], 1)  # [B, N, 1], or [B, rows, columns, 1] in some ViTs
+            return torch.where(mask, self.mask_token.view(-1).to(patch.dtype), patch)
+
+        hook = self.vit.patch_embed.register_forward_hook(put_mask_token)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def load_pretrained(self) -> Provenance:
         """Load the weights wanted, whatever their resolution; with random_init there are none.
