@@ -11,8 +11,8 @@ To see it fail, break the program first, for example by
     --break random     random numbers go on from where the process happens to be, instead of from (seed, batch)
     --break evaluation what is due when a checkpoint is written is not made up for
 
-(What no kill can show, that nothing is torn when the power fails, is in tests/test_checkpoint.py.) Two in five of the
-SIGKILLs come while a checkpoint is written.
+(What no kill can show, that nothing is torn when the power fails, is in tests/checkpoint/test_checkpoint.py.)
+Two in five of the SIGKILLs come while a checkpoint is written.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Rows 44, 62, 64: what processes and data workers are dealt is even by construction, or refused before the start.
 
 That losses, gradients and metrics of two processes are those of one, to the bit in evaluation, is held by
-tests/test_distributed.py; here that no process gets less to do than it must have to stay in step.
+tests/utils/test_distributed.py; here that no process gets less to do than it must have to stay in step.
 """
 
 from itertools import chain

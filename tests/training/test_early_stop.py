@@ -40,7 +40,7 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At a rate of 0 the first evaluation, after three steps, is the best one, and all are alike."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     fit(tmp_path / "run", stack, patience=2)
     best, last = (load(tmp_path / "run" / f"{name}.ckpt") for name in ("best", "last"))
     assert (best["global_step"], last["global_step"]) == (3, 9)
@@ -52,7 +52,7 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
 def test_a_run_that_comes_to_its_end_measures_its_last_weights(
     stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     fit(tmp_path / "run", stack, patience=None)
     assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12

@@ -10,7 +10,7 @@ import torch
 
 from maskvlm.cli.lightning import LightningCommand, run_command
 
-GOLDEN = Path(__file__).with_name("golden_losses.json")
+GOLDEN = Path(__file__).parents[1] / "golden_losses.json"
 LOSSES = ("itc", "itm", "mlm", "mim")
 SHORT = {
     "data.steps": 20,
@@ -25,7 +25,7 @@ def test_the_first_twenty_steps_are_the_golden_ones(
 ) -> None:
     """To a thousandth: processors round differently, and twenty steps multiply that. A wanted change of the recipe
     is recorded by deleting the file and running this test twice."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     torch.set_num_threads(1)
     run_command(
         LightningCommand,

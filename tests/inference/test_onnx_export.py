@@ -188,7 +188,7 @@ def test_the_example_needs_no_torch_and_agrees_with_the_verbs(
     picture.save(tmp_path / "scene.png")
     (tmp_path / "exported").symlink_to(onnx_folder)
     script = tmp_path / "example.py"
-    assert EXAMPLE.strip() in (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert EXAMPLE.strip() in (Path(__file__).resolve().parents[2] / "README.md").read_text()
     script.write_text(EXAMPLE)
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path(str(script))

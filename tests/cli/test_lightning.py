@@ -26,7 +26,7 @@ from maskvlm.data.images import BadImage
 from maskvlm.training.failure import FIRST, report, user_line
 from maskvlm.utils.errors import ExitCode, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Fails where a bench counts as a run, whose folder was never claimed."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     monkeypatch.setattr(bench, "STEPS", 3)
     monkeypatch.setattr(bench, "WARMUP", 1)
     assert main(["bench", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), "--data.batch_size=8"]) == 0

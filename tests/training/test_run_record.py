@@ -22,7 +22,7 @@ from maskvlm.cli.main import main
 from maskvlm.training.run_record import RunRecord, claim_folder, versions, write_json
 from maskvlm.utils.errors import ExitCode, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "data.steps": 4,
     "data.batch_size": 8,

@@ -9,7 +9,7 @@ from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.config.old_names import MOVED, OPTIONS, current, current_key, renamed
 from maskvlm.config.safe_yaml import read_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_key_is_renamed_where_it_stands_and_nowhere_else() -> None:

@@ -32,7 +32,7 @@ from maskvlm.training.lit import LitModel
 from maskvlm.utils.errors import ExitCode
 from tasks.nlvr.task import Nlvr
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def line(number: int, right: float | None = 1.0) -> Prediction:

@@ -22,7 +22,7 @@ from maskvlm.objectives.masking import RandomBlocks, RandomTokens
 from maskvlm.objectives.pretraining_losses import ImageTextContrast, PretrainingLoss
 from maskvlm.utils.errors import ExitCode, UserError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 YAML = """
 model:
   task:

@@ -10,7 +10,7 @@ import pytest
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Stack = Callable[..., list[str]]
 
 

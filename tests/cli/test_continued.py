@@ -33,7 +33,7 @@ def options(settings: dict[str, object]) -> list[str]:
 def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
     stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     first = ["fit", "--folder", str(tmp_path / "first"), *stack(WHERE="cpu"), *options(SMALL | SHAPES)]
     run_command(LightningCommand, first)
     origin = tmp_path / "first" / "last.ckpt"

@@ -39,7 +39,7 @@ def fit(
     stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[str, list[float]]]:
     """The losses of a run by its name."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
 
     def losses(name: str, **settings: Any) -> dict[str, list[float]]:
         words = [f"--{key}={value}" for key, value in (SMALL | settings).items()]

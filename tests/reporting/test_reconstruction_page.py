@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from objectives.test_reconstruction import toy
 from PIL import Image
-from test_reconstruct import toy
 from toys import tokens, toy_batch
 
 from maskvlm.data.text import Captioner, train_tokenizer

@@ -25,7 +25,7 @@ from tasks.entailment.task import Entailment
 from tasks.nlvr.task import Nlvr
 from tasks.retrieval.task import Retrieval
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def scenes() -> Scenes:

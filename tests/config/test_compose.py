@@ -9,7 +9,7 @@ from maskvlm.config import compose
 from maskvlm.config.compose import choices, read_words
 from maskvlm.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

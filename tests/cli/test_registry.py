@@ -10,7 +10,7 @@ from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
 from maskvlm.cli.main import main
 from maskvlm.config.compose import choices, tasks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_command_has_something_to_call() -> None:

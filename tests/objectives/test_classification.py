@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_judged import same
+from test_answers import same
 from toy_examples import LABELS, example_batch, matters, take_examples
 from toys import WIDTH, toy_backbone
 

@@ -28,7 +28,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished, Stopped, requeue
 from maskvlm.utils.signals import SIGNALS, Caught
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def kills(*options: str) -> subprocess.CompletedProcess[str]:
