@@ -7,16 +7,16 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from maskvlm.objectives.answers import Judged
 from maskvlm.objectives.classification import Classification, decide
-from maskvlm.objectives.methods import Verb
+from maskvlm.objectives.methods import Method
 
 
 class Entailment(Classification):
     """The fused vector through two linear layers, three classes (paper sec. 4; R)."""
 
     name = "entailment"
-    verbs = MappingProxyType(
+    methods = MappingProxyType(
         {
-            "entail": Verb(
+            "entail": Method(
                 decide, 1, "hypothesis", "whether a picture shows that a hypothesis is true, false, or neither"
             )
         }

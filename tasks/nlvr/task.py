@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from maskvlm.objectives.answers import Judged
 from maskvlm.objectives.classification import Classification, Reads, decide
-from maskvlm.objectives.methods import Verb
+from maskvlm.objectives.methods import Method
 
 
 class Nlvr(Classification):
@@ -26,7 +26,7 @@ class Nlvr(Classification):
     ) -> None:
         super().__init__(labels, pictures, hidden, dropout, image_ablation, reads)
         told = f"whether a sentence is true of {pictures} pictures"
-        self.verbs = {"compare": Verb(decide, pictures, "sentence", told)}
+        self.methods = {"compare": Method(decide, pictures, "sentence", told)}
 
     def more(self, judged: list[Judged]) -> dict[str, float]:
         return {"consistency": consistency(judged), "consistency_chance": consistency_chance(judged)}

@@ -20,7 +20,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.answers import Judged
 from maskvlm.objectives.classification import EVAL_SEED, Classification, Decision, decide, likeliest
 from maskvlm.objectives.masking import Uniform
-from maskvlm.objectives.methods import Verb
+from maskvlm.objectives.methods import Method
 from maskvlm.utils.distributed import Draw, shared_count
 from maskvlm.utils.errors import check_least
 from tasks.vqa.decoder import AnswerDecoder, Question
@@ -41,7 +41,7 @@ class Vqa(Classification):
     """
 
     name = "vqa"
-    verbs = MappingProxyType({"answer": Verb(decide, 1, "question", "the answer to a question about a picture")})
+    methods = MappingProxyType({"answer": Method(decide, 1, "question", "the answer to a question about a picture")})
 
     def __init__(
         self,

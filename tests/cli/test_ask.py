@@ -1,4 +1,4 @@
-"""The verbs in the shell: what they print equals what the model answers, and every mistake is one line."""
+"""The methods in the shell: what they print equals what the model answers, and every mistake is one line."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask import VERBS, answer_line, box_mask, lot_mask
+from maskvlm.cli.ask import METHODS, answer_line, box_mask, lot_mask
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
@@ -38,7 +38,7 @@ def model(place: Path) -> PretrainedMaskVLM:
 
 
 def lines(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, Any]]:
-    """The lines of JSON that a verb prints."""
+    """The lines of JSON that a method prints."""
     assert main([*map(str, words), "--json"]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -71,9 +71,9 @@ def test_pictures_are_written(
     place: Path, model: PretrainedMaskVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, one = ("--from", place / "best.ckpt"), place / "0.png"
-    for verb, made in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
-        out = tmp_path / "new" / f"{verb}.png"
-        (found,) = lines(capsys, verb, *asked, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
+    for method, made in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
+        out = tmp_path / "new" / f"{method}.png"
+        (found,) = lines(capsys, method, *asked, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
         assert found == {"written": str(out), "hidden": 4}
         wanted: Any = made(one, box_mask("0,0,0.5,0.5", (4, 4)), TEXT)
         assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
@@ -84,7 +84,7 @@ def test_pictures_are_written(
     assert "'circle' is seen most in row" in capsys.readouterr().out
 
 
-def test_a_task_s_verb(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_s_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
     model = PretrainedMaskVLM.from_pretrained(place / "vqa.ckpt")
     assert found == model.answer(place / "0.png", "what colour")._asdict()
@@ -109,7 +109,7 @@ def test_which_patches_a_box_touches() -> None:
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
         (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
-        (["answer", "--from", "best.ckpt", "0.png", "a"], "no verb of this checkpoint", ExitCode.USAGE),
+        (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
         (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 picture and a question", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--hide", "7"], "7.0 is no share", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
@@ -132,7 +132,7 @@ def test_a_mistake_is_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fill", "--help"]) == 0
     assert "maskvlm fill --from CHECKPOINT PICTURE" in capsys.readouterr().out
 
@@ -157,9 +157,9 @@ def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         convert([str(place / "best.ckpt"), str(tmp_path / "best")])
 
 
-def test_the_front_door_knows_the_verbs_that_there_are() -> None:
+def test_the_front_door_knows_the_methods_that_there_are() -> None:
     """The registry keeps their names, so that none of the core is imported to know a command."""
-    assert [command.name for command in REGISTRY if command.group == ASK and command.named] == list(VERBS)
+    assert [command.name for command in REGISTRY if command.group == ASK and command.named] == list(METHODS)
 
 
 def test_what_moves_the_cursor_is_not_printed() -> None:

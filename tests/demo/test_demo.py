@@ -82,7 +82,7 @@ def test_a_task_is_loaded_when_it_is_asked(models: Models) -> None:
     run = next(run for run in models.found.tasks if run.title == "NLVR")
     loaded = models.task(run)
     assert loaded is models.task(run)
-    assert (loaded.verb.pictures, loaded.verb.text, loaded.examples) == (2, "sentence", None)
+    assert (loaded.method.pictures, loaded.method.text, loaded.examples) == (2, "sentence", None)
 
 
 def test_words_are_covered_in_place() -> None:

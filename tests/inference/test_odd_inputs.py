@@ -1,4 +1,4 @@
-"""What people hand to the verbs by mistake, and what they hand to them that is unusual but means something."""
+"""What people hand to the methods by mistake, and what they hand to them that is unusual but means something."""
 
 import io
 import json
@@ -108,7 +108,7 @@ def test_punctuation_follows_its_word() -> None:
 
 def test_a_verb_that_is_not_there_names_those_that_are(model: PretrainedMaskVLM) -> None:
     assert not hasattr(model, "answer")
-    with pytest.raises(AttributeError, match="MaskedPretraining, brings no verb of its own"):
+    with pytest.raises(AttributeError, match="MaskedPretraining, brings no method of its own"):
         model.answer(PICTURE, "what")
 
 

@@ -181,7 +181,7 @@ def test_padding_changes_nothing(onnx_folder: Path) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_the_example_needs_no_torch_and_agrees_with_the_verbs(
+def test_the_example_needs_no_torch_and_agrees_with_the_methods(
     onnx_folder: Path, model: PretrainedMaskVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))

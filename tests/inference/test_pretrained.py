@@ -76,7 +76,7 @@ def close(ours: Any, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(torch.as_tensor(ours), theirs, atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------- verbs equal the training code
+# ---------------------------------------------------------------------- methods equal the training code
 
 
 @torch.no_grad()
@@ -530,11 +530,11 @@ def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> No
     assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
 
 
-# ---------------------------------------------------------------------- verbs of tasks
+# ---------------------------------------------------------------------- methods of tasks
 
 
 @pytest.mark.parametrize(
-    ("kind", "verb", "pictures", "settings"),
+    ("kind", "method", "pictures", "settings"),
     [
         ("vqa", "answer", 1, {}),
         ("vqa", "answer", 1, {"decode": "free"}),
@@ -544,13 +544,15 @@ def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> No
         ("entailment", "entail", 1, {}),
     ],
 )
-def test_a_task_brings_its_verb(kind: str, verb: str, pictures: int, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_task_brings_its_method(
+    kind: str, method: str, pictures: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     backbone, task = saved(tmp_path / "last.ckpt", kind, **settings)
     model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
-    assert verb in dir(model)
+    assert method in dir(model)
     columns = [PICTURES[:pictures], PICTURES[::-1][:pictures]]
-    answers = getattr(model, verb)(*(list(each) for each in zip(*columns, strict=True)), TEXTS[:2])
-    single = getattr(model, verb)(*columns[0], TEXTS[0])
+    answers = getattr(model, method)(*(list(each) for each in zip(*columns, strict=True)), TEXTS[:2])
+    single = getattr(model, method)(*columns[0], TEXTS[0])
     assert single.answer == answers[0].answer
     assert single.probability == pytest.approx(answers[0].probability, abs=1e-5)
     assert 0 <= single.probability <= 1
@@ -564,8 +566,8 @@ def test_a_task_brings_its_verb(kind: str, verb: str, pictures: int, settings: d
             met = meet(backbone, image[None], text.token_CT, text.attention_CT)
             wanted = task.head(met.fused_BX).softmax(1)[0]  # type: ignore[operator]
         close([single.likeliest[label] for label in LABELS], wanted)
-    with pytest.raises(UserError, match=f"{verb}: 1 inputs"):
-        getattr(model, verb)(TEXTS[0])
+    with pytest.raises(UserError, match=f"{method}: 1 inputs"):
+        getattr(model, method)(TEXTS[0])
     with pytest.raises(UserError, match="no head for it"):
         model.match(PICTURES[0], TEXTS[0])
     with pytest.raises(AttributeError):

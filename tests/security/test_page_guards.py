@@ -240,8 +240,8 @@ def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Bui
 )
 def test_only_what_the_page_needs_is_there(page: Live, build: Build, path: str) -> None:
     assert refusal(page.asker.client.get(path)) in (400, 403, 404)
-    for verb in ("POST", "PUT", "DELETE", "PATCH", "TRACE"):
-        assert refusal(page.asker.client.request(verb, path)) == 405
+    for method in ("POST", "PUT", "DELETE", "PATCH", "TRACE"):
+        assert refusal(page.asker.client.request(method, path)) == 405
     for door in ("run/predict", "call/x", "api/x", "component_server", "stream/x", "cancel", "reset", "queue/join/"):
         assert refusal(page.asker.client.post(f"/gradio_api/{door}", json={})) == 405
     assert refusal(page.asker.client.post(f"{JOIN}?x=1", json={})) == 400

@@ -1,4 +1,4 @@
-"""`maskvlm VERB --from CHECKPOINT picture.jpg "text"`: the verbs of a model in the shell.
+"""`maskvlm METHOD --from CHECKPOINT picture.jpg "text"`: the methods of a model in the shell.
 
 Answers are for reading; with `--json` one line of JSON each. Pictures go to `--out`.
 """
@@ -26,8 +26,8 @@ from maskvlm.utils.errors import UserError
 Answer = dict[str, Any]
 
 
-class Spoken(NamedTuple):
-    """A verb in the shell: what follows it, what it is for, how it is asked, and which head it needs."""
+class ShellMethod(NamedTuple):
+    """A method in the shell: what follows it, what it is for, how it is asked, and which head it needs."""
 
     form: str
     told: str
@@ -36,29 +36,31 @@ class Spoken(NamedTuple):
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Ask; arguments begin with the verb."""
-    verb, parser = arguments[0], method_parser(arguments[0])
+    """Ask; arguments begin with the method."""
+    method, parser = arguments[0], method_parser(arguments[0])
     options = parser.parse_args(arguments[1:])
     if options.source is None:
-        raise UserError(verb, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name")
+        raise UserError(
+            method, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name"
+        )
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
-    spoken = VERBS.get(verb) or task_verb(model, verb)
+    known = METHODS.get(method) or task_method(model, method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FarFromTraining)  # Python would show a place in the code with it
-        for answer in spoken.ask(model, options.inputs, options):
+        for answer in known.ask(model, options.inputs, options):
             print(json.dumps(answer, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
     if model.told_far is not None:
         print(f"warning: {model.told_far}", file=sys.stderr, flush=True)
     return 0
 
 
-def method_parser(verb: str) -> argparse.ArgumentParser:
-    """The options of all verbs."""
-    spoken = VERBS.get(verb)
-    told = spoken.told if spoken else "what a fine-tuned model answers: its pictures, then the text"
-    form = spoken.form if spoken else "PICTURE ... TEXT"
-    parser = OptionParser(f"maskvlm {verb}", description=told, allow_abbrev=False)
-    parser.usage = f"maskvlm {verb} --from CHECKPOINT {form} [options]"
+def method_parser(method: str) -> argparse.ArgumentParser:
+    """The options of all methods."""
+    known = METHODS.get(method)
+    told = known.told if known else "what a fine-tuned model answers: its pictures, then the text"
+    form = known.form if known else "PICTURE ... TEXT"
+    parser = OptionParser(f"maskvlm {method}", description=told, allow_abbrev=False)
+    parser.usage = f"maskvlm {method} --from CHECKPOINT {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
@@ -85,30 +87,30 @@ def answer_line(answer: Answer) -> str:
     return "  ".join(word(value) for value in answer.values() if value is not None)
 
 
-def take(inputs: list[str], form: str, least: int, most: int | None, verb: str) -> list[str]:
-    """The inputs, as many as the verb takes. Raises UserError."""
+def take(inputs: list[str], form: str, least: int, most: int | None, method: str) -> list[str]:
+    """The inputs, as many as the method takes. Raises UserError."""
     if len(inputs) < least or (most is not None and len(inputs) > most):
-        raise UserError(verb, f"{len(inputs)} inputs", f"Give {form}")
+        raise UserError(method, f"{len(inputs)} inputs", f"Give {form}")
     return inputs
 
 
-# ---------------------------------------------------------------------- the core's verbs
+# ---------------------------------------------------------------------- the core's methods
 
 
 def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, text = take(inputs, VERBS["fill"].form, 2, 2, "fill")
+    picture, text = take(inputs, METHODS["fill"].form, 2, 2, "fill")
     for guesses in model.fill_mask(picture, text, options.top):
         yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
 
 
 def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, *texts = take(inputs, VERBS["match"].form, 2, None, "match")
+    picture, *texts = take(inputs, METHODS["match"].form, 2, None, "match")
     for text, probability in zip(texts, model.match(picture, texts), strict=True):  # type: ignore[arg-type]
         yield {"match": probability, "text": text}
 
 
 def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    query, *candidates = take(inputs, VERBS["rank"].form, 2, None, "rank")
+    query, *candidates = take(inputs, METHODS["rank"].form, 2, None, "rank")
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
         told = {"rank": place, "match": ranked.match, "similarity": ranked.similarity}
@@ -116,20 +118,20 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
 
 
 def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    pictures = take(inputs, VERBS["caption"].form, 1, None, "caption")
+    pictures = take(inputs, METHODS["caption"].form, 1, None, "caption")
     for picture in pictures:
         told = {"caption": model.caption(picture)}
         yield {"picture": picture, **told} if len(pictures) > 1 or options.json else told
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, *texts = take(inputs, VERBS["score"].form, 2, None, "score")
+    picture, *texts = take(inputs, METHODS["score"].form, 2, None, "score")
     for text, value in zip(texts, model.score(picture, texts), strict=True):  # type: ignore[arg-type]
         yield {"score": value, "text": text}
 
 
 def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, text, word = take(inputs, VERBS["explain"].form, 3, 3, "explain")
+    picture, text, word = take(inputs, METHODS["explain"].form, 3, 3, "explain")
     found: Any = model.explain(picture, text, word)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
     yield {"written": save_image(found.picture, options.out, "explain.png")} | (
@@ -148,11 +150,11 @@ def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
 
 
 def paint(
-    how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace, verb: str
+    how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace, method: str
 ) -> Iterator[Answer]:
-    picture, text = take(inputs, VERBS[verb].form, 2, 2, verb)
+    picture, text = take(inputs, METHODS[method].form, 2, 2, method)
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.hide, options.seed, model.grid)
-    yield {"written": save_image(how(picture, mask, text), options.out, f"{verb}.png"), "hidden": int(mask.sum())}
+    yield {"written": save_image(how(picture, mask, text), options.out, f"{method}.png"), "hidden": int(mask.sum())}
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -192,34 +194,42 @@ def save_image(image: Image.Image, out: Path | None, name: str) -> str:
     return str(path)
 
 
-def task_verb(model: PretrainedMaskVLM, verb: str) -> Spoken:
-    """The verb that the model's task brings. Raises UserError, which lists those there are."""
-    found = model.task.verbs.get(verb)
+def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
+    """The method that the model's task brings. Raises UserError, which lists those there are."""
+    found = model.task.methods.get(method)
     if found is None:
-        core = [name for name, spoken in VERBS.items() if getattr(model.task, spoken.head, None) is not None]
-        known = ", ".join([*core, *model.task.verbs])
-        near = nearest(verb, COMMANDS, 0.6)
+        core = [name for name, known in METHODS.items() if getattr(model.task, known.head, None) is not None]
+        known = ", ".join([*core, *model.task.methods])
+        near = nearest(method, COMMANDS, 0.6)
         meant = f"; did you mean {near}?" if near else ""
-        raise UserError(verb, f"no verb of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}")
+        raise UserError(
+            method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
+        )
     form = f"{found.pictures} picture{'s' if found.pictures > 1 else ''} and a {found.text}"
 
     def ask(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-        take(inputs, form, found.pictures + 1, found.pictures + 1, verb)
-        answer = getattr(model, verb)(*inputs)
+        take(inputs, form, found.pictures + 1, found.pictures + 1, method)
+        answer = getattr(model, method)(*inputs)
         yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
 
-    return Spoken(form, found.told, ask)
+    return ShellMethod(form, found.told, ask)
 
 
-VERBS: dict[str, Spoken] = {
-    "fill": Spoken(f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", ask_fill, "tokens"),
-    "match": Spoken("PICTURE TEXT ...", "probability that picture and text belong together", ask_match, "matching"),
-    "rank": Spoken(
+METHODS: dict[str, ShellMethod] = {
+    "fill": ShellMethod(
+        f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", ask_fill, "tokens"
+    ),
+    "match": ShellMethod(
+        "PICTURE TEXT ...", "probability that picture and text belong together", ask_match, "matching"
+    ),
+    "rank": ShellMethod(
         "PICTURE TEXT ...  or  TEXT PICTURE ...", "texts or pictures, the best first", ask_rank, "projection"
     ),
-    "caption": Spoken("PICTURE ...", "write a caption", ask_caption, "tokens"),
-    "score": Spoken("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", ask_score, "tokens"),
-    "explain": Spoken("PICTURE TEXT WORD", "where the model looks for a word (--out)", ask_explain, "tokens"),
-    "reconstruct": Spoken("PICTURE TEXT", "fill in hidden patches from the text (--out)", ask_reconstruct, "pixels"),
-    "inpaint": Spoken("PICTURE TEXT", "the same in rounds, the most certain first (--out)", ask_inpaint, "pixels"),
+    "caption": ShellMethod("PICTURE ...", "write a caption", ask_caption, "tokens"),
+    "score": ShellMethod("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", ask_score, "tokens"),
+    "explain": ShellMethod("PICTURE TEXT WORD", "where the model looks for a word (--out)", ask_explain, "tokens"),
+    "reconstruct": ShellMethod(
+        "PICTURE TEXT", "fill in hidden patches from the text (--out)", ask_reconstruct, "pixels"
+    ),
+    "inpaint": ShellMethod("PICTURE TEXT", "the same in rounds, the most certain first (--out)", ask_inpaint, "pixels"),
 }

@@ -50,7 +50,7 @@ def end_of(argv: list[str] | None) -> int:
         elif "." in name and "/" not in name:
             done = tool(name)(rest)
         else:
-            done = method(arguments, options.allow_import)
+            done = ask_task_method(arguments, options.allow_import)
         if isinstance(done, str) and done:
             print(done, flush=True)
         return done if isinstance(done, int) else 0
@@ -90,7 +90,7 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def method(arguments: list[str], allowed: list[str]) -> int:
+def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
     """A method that a task brings, such as `answer`; the checkpoint's task knows which there are.
 
     Raises:

@@ -91,10 +91,10 @@ def check_absent(given: Iterable[object]) -> None:
             raise UserError(each, "no such file", "Check the path", ExitCode.MISSING_INPUT)
 
 
-def check_whole(verb: str, name: str, given: object, least: int) -> None:
+def check_whole(method: str, name: str, given: object, least: int) -> None:
     """Raises UserError unless it is a whole number, at least so much."""
     if not isinstance(given, int | np.integer) or isinstance(given, bool) or given < least:
-        raise UserError(verb, f"{name} is {given!r}"[:80], f"Give a whole number, {least} or more")
+        raise UserError(method, f"{name} is {given!r}"[:80], f"Give a whole number, {least} or more")
 
 
 def check_text(given: object) -> str:

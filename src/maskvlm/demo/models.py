@@ -14,7 +14,7 @@ from maskvlm.demo.history import WORLDS, Trained, best, trained_run
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import class_of, read_arguments
 from maskvlm.objectives.loaded_model import Model
-from maskvlm.objectives.methods import Verb
+from maskvlm.objectives.methods import Method
 from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -112,11 +112,11 @@ def task_on_card(source: str) -> str | None:
 
 
 class Loaded(NamedTuple):
-    """A fine-tuned model and its verb; examples: of the data set it was trained on, where that can be opened here, else
-    None."""
+    """A fine-tuned model and its method; examples: of the data set it was trained on, where that can be opened here,
+    else None."""
 
     model: PretrainedMaskVLM
-    verb: Verb
+    method: Method
     examples: Examples | None
 
 
@@ -154,8 +154,8 @@ class Models:
         """Raises UserError: it cannot be loaded."""
         if run.task not in self.tasks:
             model = self.load(run)
-            verb = next(iter(model.task.verbs.values()), MATCH)  # retrieval has the core's verbs alone
-            self.tasks[run.task] = Loaded(model, verb, self.examples(run))
+            method = next(iter(model.task.methods.values()), MATCH)  # retrieval has the core's methods alone
+            self.tasks[run.task] = Loaded(model, method, self.examples(run))
         return self.tasks[run.task]
 
     def examples(self, run: Run) -> Examples | None:
@@ -182,9 +182,9 @@ class Matched(NamedTuple):
 
 
 def matched(_: Any, model: Model, examples: list[tuple[Any, ...]]) -> list[Matched]:
-    """A `Verb` of a model that has no other."""
+    """A `Method` of a model that has no other."""
     found = model.match([example[0] for example in examples], [example[-1] for example in examples])  # type: ignore[attr-defined]
     return [Matched("belongs to it" if each > 0.5 else "does not belong to it", each) for each in found]
 
 
-MATCH = Verb(matched, 1, "caption", "whether a caption belongs to a picture")
+MATCH = Method(matched, 1, "caption", "whether a caption belongs to a picture")

@@ -186,7 +186,7 @@ def strange(models: Models, image: Image.Image) -> str:
 
 
 def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
-    """The tabs of the core's verbs, and what happens where several of them are concerned."""
+    """The tabs of the core's methods, and what happens where several of them are concerned."""
     model = desk.models.core()
     first = desk.samples[0]
     worded, painted = WordsTab(desk, first), Patches(desk, first)

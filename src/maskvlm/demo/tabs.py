@@ -228,10 +228,10 @@ def task(desk: "Desk", run: Run) -> None:
         started = gr.State(False)
 
     def shown(loaded: Loaded) -> dict[Any, Any]:
-        if loaded.verb.pictures > MOST_PICTURES:
-            raise UserError(run.shown, f"takes {loaded.verb.pictures} pictures", "Ask it in the shell")
-        updates = {each: gr.update(visible=number < loaded.verb.pictures) for number, each in enumerate(places, 1)}
-        label, line = loaded.verb.text.capitalize(), f"{run.shown}: {loaded.verb.told}."
+        if loaded.method.pictures > MOST_PICTURES:
+            raise UserError(run.shown, f"takes {loaded.method.pictures} pictures", "Ask it in the shell")
+        updates = {each: gr.update(visible=number < loaded.method.pictures) for number, each in enumerate(places, 1)}
+        label, line = loaded.method.text.capitalize(), f"{run.shown}: {loaded.method.told}."
         return {told: answers.note(line), text: gr.update(label=label), **updates, started: True}
 
     def drawn(loaded: Loaded) -> dict[Any, Any]:
@@ -241,7 +241,7 @@ def task(desk: "Desk", run: Run) -> None:
         first, *others = [enlarged(opened(each, "example")) for each in example["images"]]
         filled = dict(zip(more, others, strict=False))
         said = ", ".join(dict.fromkeys(example["answers"]))
-        label = gr.update(value=example["text"], label=loaded.verb.text.capitalize())
+        label = gr.update(value=example["text"], label=loaded.method.text.capitalize())
         return {desk.picture: first, **filled, text: label, truth: (said, digest(first)), answer: ""}
 
     def opening(begun: bool, own: bool) -> dict[Any, Any]:
@@ -257,10 +257,10 @@ def task(desk: "Desk", run: Run) -> None:
         *paths, words, said = others
         loaded = desk.models.task(run)
         images = [desk.open(path)]
-        images += [desk.open(each, f"picture {n}") for n, each in enumerate(paths[: loaded.verb.pictures - 1], 2)]
-        example = (*images, intake.checked_text(words, loaded.verb.text))
+        images += [desk.open(each, f"picture {n}") for n, each in enumerate(paths[: loaded.method.pictures - 1], 2)]
+        example = (*images, intake.checked_text(words, loaded.method.text))
         with torch.no_grad():
-            (found,) = loaded.verb.run(loaded.model.task, loaded.model, [example])
+            (found,) = loaded.method.run(loaded.model.task, loaded.model, [example])
         own = said[0] and said[1] == digest(images[0])  # other tabs change the picture, too
         known = answers.note(f"The example's own answer: {said[0]}") if own else ""
         return {answer: answers.decided(found) + known}

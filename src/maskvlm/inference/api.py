@@ -1,4 +1,5 @@
-"""What can be asked of a loaded model: its verbs, in plain Python. What they compute is in `embed`, `unmask`, `attend`.
+"""What can be asked of a loaded model: its methods, in plain Python. What they compute is in `embeddings`, `infill` and
+`saliency`.
 
 Shapes: B pictures, C texts, E contrast width, N patches.
 """
@@ -50,10 +51,10 @@ class Explained(NamedTuple):
 
 
 class Asked(nn.Module):
-    """The verbs of a backbone with the heads of its task.
+    """The methods of a backbone with the heads of its task.
 
-    A verb takes one picture or text and gives one answer, or takes lists and gives lists. Which verbs there are depends
-    on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
+    A method takes one picture or text and gives one answer, or takes lists and gives lists. Which methods there are
+    depends on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
 
     Attributes:
         backbone, task: in evaluation mode.
@@ -252,7 +253,7 @@ class Asked(nn.Module):
         found = [Image.fromarray(each) for each in rgb_BHWC]
         return found[0] if single else found
 
-    # ------------------------------------------------------------------ what the verbs stand on
+    # ------------------------------------------------------------------ what the methods stand on
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -295,12 +296,12 @@ class Asked(nn.Module):
             raise UserError("mask", what, todo)
         return found.flatten().to(next(self.backbone.parameters()).device)
 
-    def head(self, name: str, verb: str) -> Any:
+    def head(self, name: str, method: str) -> Any:
         """A head of the task. Raises UserError where the checkpoint has none of that name."""
         found = getattr(self.task, name, None)
         if found is None:
             what = f"this checkpoint, of {type(self.task).__name__}, has no head for it ({name})"
-            raise UserError(verb, what, "Take the checkpoint of pre-training")
+            raise UserError(method, what, "Take the checkpoint of pre-training")
         return found
 
     def _parts(self, image: Any, text: Any) -> tuple[list[tuple[list[Any], list[str]]], bool]:

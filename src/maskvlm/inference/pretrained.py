@@ -65,7 +65,7 @@ class MaskVLMOutput(ModelOutput):
 class PretrainedMaskVLM(Asked, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
-    Its verbs are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of a
+    Its methods are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of a
     picture that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
 
     Attributes:
@@ -124,7 +124,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return model.to(device=device, dtype=dtype)
 
     def pixels(self, images: Sequence[Picture]) -> Tensor:
-        """As of `Asked`. The first picture that is unlike the training data is warned of, where a verb is asked about
+        """As of `Asked`. The first picture that is unlike the training data is warned of, where a method is asked about
         few: the encoder runs once more for that."""
         image_BCHW = super().pixels(images)
         if self.known is not None and self.told_far is None and 0 < len(image_BCHW) <= WATCHED:
@@ -219,14 +219,14 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             task = self.__dict__.get("_modules", {}).get("task")
             if task is None:
                 raise
-            if name not in task.verbs:
-                brings = ", ".join(task.verbs) or "no verb of its own"
+            if name not in task.methods:
+                brings = ", ".join(task.methods) or "no method of its own"
                 told = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
                 raise AttributeError(told, name=name, obj=self) from None
         return partial(ask, self, name)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self.task.verbs]
+        return [*super().__dir__(), *self.task.methods]
 
 
 def known_of(task: Task, origin: Start) -> Range | None:
@@ -242,10 +242,10 @@ def known_of(task: Task, origin: Start) -> Range | None:
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
-    """A verb of the task: its pictures and its text, each a single one or a list."""
-    verb = model.task.verbs[name]
-    if len(inputs) != verb.pictures + 1:
-        needs = f"{verb.pictures} picture{'s' if verb.pictures > 1 else ''} and a {verb.text}"
+    """A method of the task: its pictures and its text, each a single one or a list."""
+    method = model.task.methods[name]
+    if len(inputs) != method.pictures + 1:
+        needs = f"{method.pictures} picture{'s' if method.pictures > 1 else ''} and a {method.text}"
         raise UserError(name, f"{len(inputs)} inputs", f"Give {needs}")
     lists = [as_list(given) for given in inputs]
     size = max(len(rows) for rows, _ in lists)
@@ -255,7 +255,7 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
         raise UserError(name, f"lists of {', '.join(str(len(rows)) for rows, _ in lists)}", "Give lists of one length")
     columns = [rows * (size if len(rows) == 1 else 1) for rows, _ in lists]
     with torch.no_grad():
-        answers = verb.run(model.task, model, list(zip(*columns, strict=True)))
+        answers = method.run(model.task, model, list(zip(*columns, strict=True)))
     return answers[0] if all(single for _, single in lists) else answers
 
 

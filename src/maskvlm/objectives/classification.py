@@ -217,7 +217,7 @@ def likeliest(probability_BK: Tensor, labels: Sequence[str]) -> list[Decision]:
 
 
 def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[Decision]:
-    """A `Verb`: what the task says of each example, its pictures followed by its text."""
+    """A `Method`: what the task says of each example, its pictures followed by its text."""
     found: list[Decision] = []
     for part in chunks(examples, model.batch_size):
         image_BPCHW = torch.stack([model.pixels(example[:-1]) for example in part])

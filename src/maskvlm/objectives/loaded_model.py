@@ -13,7 +13,7 @@ from maskvlm.objectives.task import Task
 
 
 class Model(Protocol):
-    """What verbs need of a loaded model: the backbone, the heads it has, and its inputs as tensors."""
+    """What methods need of a loaded model: the backbone, the heads it has, and its inputs as tensors."""
 
     backbone: MaskVLM
     task: Task
@@ -30,7 +30,7 @@ class Model(Protocol):
         """On the model's device."""
         ...
 
-    def head(self, name: str, verb: str) -> Any:
+    def head(self, name: str, method: str) -> Any:
         """A head of the task by its name. Raises UserError where the checkpoint has none."""
         ...
 

@@ -1,10 +1,10 @@
-"""What a model can be asked beyond its core: the verbs that tasks bring."""
+"""What a model can be asked beyond its core: the methods that tasks bring."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class Verb(NamedTuple):
+class Method(NamedTuple):
     """A question that a fine-tuned model answers, in Python, on the command line and on the page.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from torch import Tensor, nn
 
 from maskvlm.objectives.masking import Uniform
-from maskvlm.objectives.methods import Verb
+from maskvlm.objectives.methods import Method
 
 if TYPE_CHECKING:
     from maskvlm.model.maskvlm import MaskVLM
@@ -54,7 +54,7 @@ class Task(nn.Module, ABC):
     Attributes:
         uniform: gives the random numbers of the current step (see `masking.Uniform`).
         weights: weight of each loss term in the sum, 1 where it has none.
-        verbs: what a loaded model can be asked through this task, by name.
+        methods: what a loaded model can be asked through this task, by name.
         predictions: of the last evaluation, complete in every process; empty where a task makes none.
         causes: of each loss term, what it means that it stays at its chance level, and where to look.
         done: share of the run's steps that were made before the current one; 1 outside a run.
@@ -63,7 +63,7 @@ class Task(nn.Module, ABC):
     uniform: Uniform
     done: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
-    verbs: Mapping[str, Verb] = MappingProxyType({})
+    methods: Mapping[str, Method] = MappingProxyType({})
     causes: Mapping[str, str] = MappingProxyType({})
     predictions: list[Prediction]
 
