@@ -111,7 +111,7 @@ def test_which_patches_a_box_touches() -> None:
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
         (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
         (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 picture and a question", ExitCode.USAGE),
-        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--hide", "7"], "7.0 is no share", ExitCode.USAGE),
+        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"], "7.0 is no share", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x.nope"], "cannot be written", ExitCode.USAGE),
@@ -130,6 +130,20 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_the_earlier_name_of_an_option_works_and_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    words = ["reconstruct", "--from", "best.ckpt", "0.png", "a dog", "--out", "out.png", "--json"]
+    hidden = []
+    for option in ("--hide", "--mask-ratio"):
+        assert main([*words, option, "0.25"]) == 0
+        told = capsys.readouterr()
+        hidden.append(json.loads(told.out)["hidden"])
+        assert ("--hide is called --mask-ratio now" in told.err) == (option == "--hide")
+    assert hidden[0] == hidden[1]
 
 
 def test_help_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:

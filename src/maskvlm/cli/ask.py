@@ -39,6 +39,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """Ask; arguments begin with the method."""
     method, parser = arguments[0], method_parser(arguments[0])
     options = parser.parse_args(arguments[1:])
+    if any(word.partition("=")[0] == "--hide" for word in arguments):
+        print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
     if options.source is None:
         raise UserError(
             method, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name"
@@ -68,7 +70,8 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     parser.add_argument("--k", type=int, default=16, help="rank: candidates that matching looks at again")
     parser.add_argument("--top", type=int, default=5, help="fill: guesses for each hidden word")
-    parser.add_argument("--hide", type=float, default=0.6, help="reconstruct, inpaint: share of patches hidden by lot")
+    told = "reconstruct, inpaint: share of patches masked by lot (--hide in earlier versions)"
+    parser.add_argument("--mask-ratio", "--hide", type=float, default=0.6, help=told)
     parser.add_argument("--box", help="or the patches that this box touches: left,top,right,bottom as shares of 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of that lot")
     return parser
@@ -153,14 +156,14 @@ def paint(
     how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace, method: str
 ) -> Iterator[Answer]:
     picture, text = take(inputs, METHODS[method].form, 2, 2, method)
-    mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.hide, options.seed, model.grid)
+    mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
     yield {"written": save_image(how(picture, mask, text), options.out, f"{method}.png"), "hidden": int(mask.sum())}
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     """A share of the patches, hidden by lot."""
     if not 0 <= share <= 1:
-        raise UserError("--hide", f"{share} is no share", "Give a number from 0 to 1")
+        raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
     patches = grid[0] * grid[1]
     chosen = random.Random(seed).sample(range(patches), round(share * patches))
     return np.isin(np.arange(patches), chosen).reshape(grid)
