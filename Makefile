@@ -1,8 +1,8 @@
 # MaskVLM's front door. `make` alone lists the targets; README.md shows what they print. Each one is a `maskvlm` command
 # in a virtual environment that is made when it is first needed: `maskvlm --help` lists all commands.
 
-# Where other work shares the cores, OMP_WAIT_POLICY=PASSIVE before `make` keeps OpenMP from spinning (measured
-# on two crowded cores: 8 -> 30 pairs/s). On an idle machine spinning is what is fast, so it is not the default.
+# Where other work shares the cores, OMP_WAIT_POLICY=PASSIVE before `make` keeps OpenMP from spinning (measured on two
+# crowded cores: 8 -> 30 pairs/s). On an idle machine spinning is what is fast, so it is not the default.
 
 .DEFAULT_GOAL := help
 COMPOSED := pretrain finetune evaluate config preview submit bench data data-check
@@ -25,7 +25,6 @@ typed = $(if $(findstring command line,$(origin $1)),$2'$(subst ','\'',$($1))')
 handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=) $(call typed,DATA,data=) \
     $(call typed,WHERE,where=) $(call typed,RUN,run=) $(call typed,FROM,from=) $(call typed,ENCODERS,encoders=) \
     $(call typed,SPLIT,split=) $(call typed,RAW,raw=) $(call typed,NAME,name=))
-maskvlm = @$(PYTHON) -m maskvlm $@ $(handed) $(ARGS)
 names = $(sort $(basename $(notdir $(wildcard $1/*.yaml))))
 
 help:  ## this list
@@ -48,14 +47,11 @@ config:  ## print the composed configuration of pretrain, or of finetune with TA
 preview:  ## write a contact sheet of DATA: images with their texts
 submit:  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit it
 bench:  ## a few training steps of MODEL on DATA: pairs per second, FLOP use, memory
-$(COMPOSED): $(call installed)
-	$(maskvlm)
-
 index: $(call installed,-search)  ## make the images of DATA (SPLIT) searchable with the checkpoint FROM
-	$(maskvlm)
-
 demo: $(call installed,-demo)  ## a page to try the checkpoints in, on this machine alone; the best pre-trained one first
-	$(maskvlm)
+$(COMPOSED): $(call installed)
+$(COMPOSED) index demo:
+	@$(PYTHON) -m maskvlm $@ $(handed) $(ARGS)
 
 test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
