@@ -1,6 +1,5 @@
 # MaskVLM's front door. `make` alone lists the targets; README.md shows what they print. Each one is a `maskvlm` command
 # in a virtual environment that is made when it is first needed: `maskvlm --help` lists all commands.
-
 # Where other work shares the cores, OMP_WAIT_POLICY=PASSIVE before `make` keeps OpenMP from spinning (measured on two
 # crowded cores: 8 -> 30 pairs/s). On an idle machine spinning is what is fast, so it is not the default.
 
@@ -8,7 +7,6 @@
 COMPOSED := pretrain finetune evaluate config preview submit bench data data-check
 .PHONY: help setup index demo test check gpu-check $(COMPOSED) conf tasks tests checkpoints
 ARGS :=
-
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
 installed =
