@@ -19,6 +19,15 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from maskvlm.training.attempts import Attempt
 from maskvlm.training.csv_log import RunLog
+from maskvlm.training.lightning_private import (
+    batches_that_stepped,
+    count_last_step,
+    evaluate_now,
+    evaluation_is_due,
+    is_accumulating,
+    log_this_step,
+    replace_signal_handlers,
+)
 from maskvlm.training.run_state import LAST, PREVIOUS
 from maskvlm.utils.errors import UserError, check_least
 from maskvlm.utils.launch import Stopped
@@ -63,10 +72,8 @@ class KeepState(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # In the place of Lightning's own handlers, which speak to other processes and save within the handler.
-        trainer._signal_connector.register_signal_handlers = CAUGHT.install  # type: ignore[method-assign]
+        replace_signal_handlers(trainer, CAUGHT.install)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.agree, self.saved_at = Agreement(), time.monotonic()
@@ -74,21 +81,13 @@ class KeepState(Checkpoint):
             self.attempt = Attempt(self.folder)
         for logger in trainer.loggers:
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
-                logger.forget(trainer.fit_loop.epoch_loop._batches_that_stepped, self.unmeasured)
+                logger.forget(batches_that_stepped(trainer), self.unmeasured)
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
-        if self.unmeasured:
-            self._measure(trainer)
-        if trainer.ckpt_path and trainer.fit_loop.done:  # Lightning counts this step when the next one begins
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-    def _measure(self, trainer: L.Trainer) -> None:
-        """The evaluation that was due when the checkpoint was written. Lightning passes over it."""
-        loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-        first = results._first_loop_iter
-        trainer.validating, loop.restarting = True, False
-        loop.run()
-        trainer.training, results._first_loop_iter = True, first
+        if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
+            evaluate_now(trainer)
+        if trainer.ckpt_path and trainer.fit_loop.done:
+            count_last_step(trainer)
 
     # ------------------------------------------------------------------ between two steps
 
@@ -109,11 +108,9 @@ class KeepState(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if trainer.fast_dev_run or loop._should_accumulate():  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or is_accumulating(trainer):  # type: ignore[attr-defined]
             return
-        assert trainer.fit_loop._data_fetcher is not None
-        self.unmeasured = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        self.unmeasured = evaluation_is_due(trainer)
         agreed = self.agree(self._wish(trainer))
         if agreed or self.unmeasured or (self.steps and trainer.global_step % self.steps == 0):
             self.save(trainer)
@@ -137,7 +134,7 @@ class KeepState(Checkpoint):
         """
         check_finite(trainer, self.folder)
         if trainer.state.fn == TrainerFn.FITTING and trainer.training:
-            trainer._logger_connector.update_train_step_metrics()
+            log_this_step(trainer)
         trainer.save_checkpoint(self.folder / LAST, storage_options=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 

@@ -1,0 +1,49 @@
+"""Lightning's private parts that a run which goes on needs, all in one place: a later version may have others.
+
+`tests/training/test_lightning_private.py` holds that the installed version has them.
+"""
+
+from collections.abc import Callable
+
+import lightning as L
+
+
+def replace_signal_handlers(trainer: L.Trainer, install: Callable[[], None]) -> None:
+    """Handlers in the place of Lightning's own, which speak to other processes and save within the handler."""
+    trainer._signal_connector.register_signal_handlers = install  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def batches_that_stepped(trainer: L.Trainer) -> int:
+    """The step under which the next row is logged."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def count_last_step(trainer: L.Trainer) -> None:
+    """Of a run that is complete already: Lightning counts its last step when the next one begins."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def is_accumulating(trainer: L.Trainer) -> bool:
+    """Whether the optimiser makes no step after this batch."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def evaluation_is_due(trainer: L.Trainer) -> bool:
+    """Whether an evaluation follows this batch."""
+    assert trainer.fit_loop._data_fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def evaluate_now(trainer: L.Trainer) -> None:
+    """Make an evaluation before the first step, as if it followed the last one."""
+    loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    first = results._first_loop_iter
+    trainer.validating, loop.restarting = True, False
+    loop.run()
+    trainer.training, results._first_loop_iter = True, first
+
+
+def log_this_step(trainer: L.Trainer) -> None:
+    """Hand what this step logged to the loggers, if it is its turn."""
+    trainer._logger_connector.update_train_step_metrics()

@@ -1,0 +1,122 @@
+"""The installed version of Lightning has the private parts that a run which goes on needs, and calls them as it did."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from maskvlm.training import lightning_private as private
+
+
+class Line(L.LightningModule):
+    """One weight, and what happened to it in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("loss", 1.0)
+        return (self.weight - batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.seen.append(("evaluated", self.trainer.global_step))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Looks(L.Callback):
+    """Asks after each batch."""
+
+    def __init__(self, ask: Callable[[L.Trainer], Any]) -> None:
+        self.ask, self.answers = ask, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.answers.append(self.ask(trainer))
+
+
+def fit(callback: L.Callback, module: Line | None = None, **settings: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[callback], **settings,
+    )  # fmt: skip
+    trainer.fit(module or Line(), DataLoader(torch.ones(6, 1)), DataLoader(torch.ones(1, 1)))
+    return trainer
+
+
+def test_of_accumulated_batches_the_last_makes_the_step() -> None:
+    looks = Looks(private.is_accumulating)
+    fit(looks, accumulate_grad_batches=3, limit_val_batches=0)
+    assert looks.answers == [True, True, False] * 2
+
+
+def test_an_evaluation_follows_every_second_batch() -> None:
+    looks = Looks(private.evaluation_is_due)
+    fit(looks, val_check_interval=2)
+    assert looks.answers == [False, True] * 3
+
+
+def test_steps_are_counted() -> None:
+    looks = Looks(private.batches_that_stepped)
+    trainer = fit(looks, limit_val_batches=0)
+    assert looks.answers == [0, 1, 2, 3, 4, 5]
+    private.count_last_step(trainer)
+    assert private.batches_that_stepped(trainer) == trainer.global_step == 6
+
+
+class AtOnce(L.Callback):
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        private.evaluate_now(trainer)
+        assert trainer.training
+
+
+def test_an_evaluation_before_the_first_step() -> None:
+    module = Line()
+    fit(AtOnce(), module, val_check_interval=6)
+    assert module.seen == [("evaluated", 0), ("evaluated", 6)]
+
+
+class Handlers(L.Callback):
+    def __init__(self) -> None:
+        self.installed = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        private.replace_signal_handlers(trainer, self.install)
+
+    def install(self) -> None:
+        self.installed += 1
+
+
+def test_handlers_are_installed_in_the_place_of_lightnings() -> None:
+    handlers = Handlers()
+    fit(handlers, limit_val_batches=0)
+    assert handlers.installed == 1
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_row_is_handed_to_the_loggers_when_it_is_its_turn(interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def log(trainer: L.Trainer) -> None:
+        with monkeypatch.context() as patch:
+            connector = trainer._logger_connector
+            patch.setattr(connector, "log_metrics", lambda metrics, step=None: rows.append(trainer.global_step))
+            private.log_this_step(trainer)
+
+    looks = Looks(log)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, callbacks=[looks],
+        enable_model_summary=False, log_every_n_steps=interval, default_root_dir="/nonexistent", logger=[Silent()],
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(torch.ones(6, 1)))
+    assert rows == ([1, 2, 3, 4, 5, 6] if interval == 1 else [4])
+
+
+class Silent(L.pytorch.loggers.logger.DummyLogger):
+    """Logs nowhere."""
