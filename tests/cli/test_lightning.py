@@ -324,9 +324,12 @@ def test_a_bug_is_one_line_and_a_file(
     monkeypatch.setattr(commands.Command, "run", raising(ZeroDivisionError("division\nby zero")))
     assert main(["fit", "--run", str(tmp_path / "run")]) == ExitCode.OUR_BUG
     where = f"{tmp_path}/run/crash.txt"
+    told = capsys.readouterr().err  # it was raised by this file, which is none of the project's code
+    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Mend it there; ", told)
+    assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
+    assert report(ZeroDivisionError("division\nby zero"), tmp_path / "run") == ExitCode.OUR_BUG
     said = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"
     assert capsys.readouterr().err == said
-    assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

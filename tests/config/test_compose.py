@@ -1,5 +1,6 @@
 """The words of a command as the stack of files that they stand for."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("evaluate vqa from=x split=train", "split=train: no such split. There are: val, test."),
         ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. There are: daquar, scenes, vqav2."),
         ("finetune nlvr from=x data=conf", "data=conf: no such data set of nlvr"),
+        ("pretrain run=x --run y", "run=x: the folder is also given as an option"),
+        ("pretrain run=x --folder=y", "run=x: the folder is also given as an option"),
         ("data", "data: no set is named"),
         ("data coco", "data: 0 folders or files are named"),
         ("data coco x y", "data: y: no such word"),
@@ -178,10 +181,27 @@ def test_a_set_is_a_folder_of_the_data_root(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_options_name_a_checkpoint_as_words_do() -> None:
     assert composed("finetune vqa --from a.ckpt run=x".replace(" run=x", "")) == composed("finetune vqa from=a.ckpt")
-    assert composed("index --from a.ckpt -c x.yaml") == ["index", "--from", "a.ckpt", "-c", "x.yaml"]
+    stack = "index --from a.ckpt -c conf/base.yaml"
+    assert composed(stack) == stack.split()
 
 
-def test_a_command_with_files_is_taken_as_it_is() -> None:
-    for command in ("bench -c a.yaml --model.lr 1", "preview --config=a.yaml", "submit -c a.yaml", "data --help"):
+def test_a_command_with_a_whole_stack_is_taken_as_it_is() -> None:
+    for command in ("bench -c conf/base.yaml --model.lr 1", "submit --config=/x/base.yaml", "data --help"):
         assert composed(command) == command.split()
-    assert composed("bench --model.lr 1")[:2] == ["bench", "-c"]
+
+
+@pytest.mark.parametrize("name", ["bench", "preview", "submit", "pretrain"])
+def test_other_files_come_on_top(name: str) -> None:
+    found = composed(f"{name} model=small where=cpu -c mine.yaml --model.lr 1")
+    assert found[-6:] == ["-c", "conf/where/cpu.yaml", "-c", "mine.yaml", "--model.lr", "1"]
+    assert "conf/model/small.yaml" in found
+
+
+def test_packages_of_the_working_directory_are_found_after_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(ROOT))])
+    compose.find_tasks()
+    assert sys.path[0] == str(ROOT)
+    assert sys.path[-1] == str(tmp_path)

@@ -1,10 +1,12 @@
 """A loss and two ways of masking from a package of somebody else's: each is one file and a line of YAML."""
 
 import csv
+import importlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ from acme.lengths import TextLength
 from acme.masks import LastWords, Middle
 from data.toy_raw import encoded, photo
 from slow_step import build, eventful_batch
+from torch import Tensor
 
 from maskvlm.cli.main import main
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import open_raw
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.masking import RandomBlocks, RandomTokens
-from maskvlm.objectives.pretraining_losses import ImageTextContrast, PretrainingLoss
+from maskvlm.objectives.pretraining_losses import ImageTextContrast, Need, PretrainingLoss, Step
+from maskvlm.training.failure import report
 from maskvlm.utils.errors import ExitCode, UserError
 
 HERE = Path(__file__).parents[1]
@@ -61,7 +65,14 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     assert {"length.weight", "length.bias"} <= PretrainedMaskVLM.from_pretrained(
         path, allow_import=["acme"]
     ).task.state_dict().keys()
-    with pytest.raises(UserError) as refused:
+    exact = ["acme.lengths.TextLength", "acme.masks.Middle", "acme.masks.LastWords"]
+    for allowed in (exact, "acme"):
+        assert PretrainedMaskVLM.from_pretrained(path, allow_import=allowed).task.state_dict()
+    for allowed in ([], ["acm"], exact[:1]):
+        with pytest.raises(UserError) as refused:
+            PretrainedMaskVLM.from_pretrained(path, allow_import=allowed)
+        assert refused.value.code == ExitCode.REFUSED
+    with pytest.raises(UserError, match="which is no pretraining loss of this project") as refused:
         PretrainedMaskVLM.from_pretrained(path)
     assert refused.value.code == ExitCode.REFUSED
 
@@ -125,6 +136,58 @@ class Twin(TextLength):
 def test_names_are_told_apart(losses: list[PretrainingLoss], said: str) -> None:
     with pytest.raises(UserError, match=said):
         build(losses=losses)
+
+
+class Rows(TextLength):
+    """Forgets to take the mean."""
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        return self.words(step)
+
+
+class Number(TextLength):
+    """Gives no tensor."""
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        return 1.0  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("loss", "gave"), [(Rows, "a tensor of shape [8]"), (Number, "1.0")])
+def test_a_loss_is_a_scalar(loss: type[TextLength], gave: str) -> None:
+    backbone, task = build(losses=[loss()])
+    with pytest.raises(UserError, match=re.escape(f"model.task.losses: {loss.__name__}: gave {gave}")):
+        task(backbone, eventful_batch())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": ""}, "has no name"),
+        ({"name": "a b/c"}, "has no name"),
+        (
+            {"needs": frozenset({"imgae"})},
+            "needs frozenset({'imgae'}). Give its class `needs`, a frozenset of some of ",
+        ),
+        ({"needs": {Need.IMAGE}}, "needs {<Need.IMAGE"),
+        ({"needs": frozenset()}, "needs frozenset()"),
+    ],
+)
+def test_a_loss_says_its_name_and_what_it_needs(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"model.task.losses: Wrong: {said}")):
+        type("Wrong", (TextLength,), settings)()
+
+
+def test_a_mistake_in_a_plug_in_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "strange_of_this_test.py").write_text("def fails():\n    return {}['nothing']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("strange_of_this_test")
+    with pytest.raises(KeyError) as caught:
+        module.fails()
+    assert report(caught.value, tmp_path) == ExitCode.OUR_BUG
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Mend it there; ")
 
 
 # ---------------------------------------------------------------------- a data format

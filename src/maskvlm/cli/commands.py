@@ -3,6 +3,7 @@ all read it. Nothing here imports torch."""
 
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.config import compose
@@ -42,14 +43,21 @@ class Command(NamedTuple):
         return f"maskvlm {self.name} {words}".rstrip()
 
     def full(self, arguments: Sequence[str]) -> list[str]:
-        """The command and its options, where it is given in words; with files or options alone it is that already."""
-        if self.compose is None or (self.target and self._has_files(arguments)):
+        """The command and its options, where it is given in words; with a whole stack of files it is that already."""
+        if self.compose is None or (self.target and self._is_whole(arguments)):
             return [self.name, *arguments]
         return self.compose(read_words(self.name, arguments, self.words, len(self.places)))
 
-    def _has_files(self, arguments: Sequence[str]) -> bool:
+    def _is_whole(self, arguments: Sequence[str]) -> bool:
+        """A stack begins with conf/base.yaml; other files come on top of the one that words stand for."""
         options = {word.partition("=")[0] for word in arguments}
-        return bool(config_files(list(arguments)) or options & {"-h", "--help", "--from", "--vectors"})
+        stack = any(Path(file).name == "base.yaml" for file in config_files(list(arguments)))
+        return stack or bool(options & {"-h", "--help", "--vectors"})
+
+    @property
+    def has_own_options(self) -> bool:
+        """Whether its target has a help of its own; others take the keys of `fit`."""
+        return bool(self.target) and not self.target.startswith(("maskvlm.cli.slurm:", "maskvlm.cli.bench:"))
 
     def run(self, arguments: list[str], allowed: list[str]) -> int | str:
         """Import what it needs, and do it."""
@@ -166,6 +174,9 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
 """Word -> what it says, what it can be (nothing: anything), and what it is where it is left out."""
 
 
+KEYS = "`maskvlm fit --help` lists all keys; they win over all files. Files of your own come on top: -c FILE.yaml"
+
+
 def help_of(command: Command) -> str:
     """What a command takes, with the choices that there are."""
     lines = [f"{command.usage} [--key value ...]", f"  {command.told}", ""]
@@ -175,4 +186,5 @@ def help_of(command: Command) -> str:
         told, among, otherwise = WORDS[name]
         can_be = f": {' '.join(among())}" if among() else ""
         lines.append(f"  {name + '=':<9} {told}{can_be}{f' (if left out: {otherwise})' if otherwise else ''}")
-    return "\n".join([*lines, "", "`maskvlm fit --help` lists all keys; they win over all files."])
+    keys = [] if command.has_own_options and command.name != "index" else ["", KEYS]
+    return "\n".join([*lines, *keys])

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import signal
 import sys
@@ -36,12 +37,17 @@ def end_of(argv: list[str] | None) -> int:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(overview(), flush=True)
             return 0
+        if arguments[0] == "--version":
+            print(f"maskvlm {importlib.metadata.version('maskvlm')}", flush=True)
+            return 0
         name, rest = arguments[0], arguments[1:]
         if name in COMMANDS:
             command = COMMANDS[name]
-            if not command.target and {"-h", "--help"} & {*rest}:
+            if command.words and {"-h", "--help"} & {*rest}:
                 print(help_of(command), flush=True)
-                return 0
+                if not command.has_own_options:
+                    return 0
+                print("\nIts options, and what the words stand for:", flush=True)
             also, arguments = common(command.full(rest))
             name, rest = arguments[0], arguments[1:]
             given_places(rest)  # files that are there and are plain YAML

@@ -34,12 +34,19 @@ SCRIPT = """#!/usr/bin/env bash
 # Partition, account and time limit: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT in your environment.
 set -euo pipefail
 cd {here}
-export PYTHONPATH=src
 {places}export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
 srun {command}
 """
 
 PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
+
+
+def surroundings() -> dict[str, str]:
+    """Environment variables that the job needs as this command has them."""
+    paths = [*(["src"] if Path("src/maskvlm").is_dir() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
+    found |= {name: os.environ.get(name, "") for name in PLACES}
+    return {name: value for name, value in found.items() if value}
 
 
 def preview(arguments: list[str], allowed: Iterable[str] = ()) -> str:
@@ -89,7 +96,7 @@ def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[st
         devices=devices,
         cpus=workers + 2,
         folder=settings.run,
-        places="".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in PLACES if os.environ.get(name)),
+        places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings().items()),
         here=shlex.quote(str(Path.cwd())),
         command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
     )

@@ -35,10 +35,13 @@ def home() -> Path:
 
 
 def find_tasks() -> None:
-    """Let `import tasks` find the plug-ins of `home`, for this process alone."""
-    folder = str(home().resolve())
+    """Let `import tasks` find the plug-ins of `home`, and after everything else packages in the working directory, as
+    `python -m maskvlm` would; for this process alone."""
+    folder, here = str(home().resolve()), str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    if not {"", here} & {*sys.path}:
+        sys.path.append(here)
 
 
 class CommandWords(NamedTuple):
@@ -222,6 +225,9 @@ def task_folder(task: str) -> Path:
 def run_options(words: CommandWords, kind: str) -> list[str]:
     """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
     name = words.given.get("run")
+    options = {word.partition("=")[0] for word in words.options}
+    if name is not None and options & {"--run", "--folder"}:
+        raise UserError(f"run={name}", "the folder is also given as an option", "Keep one of them")
     if name is None and "TORCHELASTIC_RUN_ID" in os.environ:
         what = "torchrun starts several processes, which need one folder"
         raise UserError("run=", what, "Name it: run=first; it is made under checkpoints/")

@@ -51,7 +51,8 @@ class MessageContext(NamedTuple):
 
 
 def _stray(match: re.Match[str], _: MessageContext) -> UserError:
-    return UserError(cut(match["word"]), "neither an option nor its value", "Options start with --, files with -c")
+    todo = "Options start with --, files with -c; words such as run=first stand before all of them"
+    return UserError(cut(match["word"]), "neither an option nor its value", todo)
 
 
 ELSEWHERE = {
@@ -104,7 +105,8 @@ def _denied(match: re.Match[str], context: MessageContext) -> UserError:
 def _no_class(match: re.Match[str], context: MessageContext) -> UserError:
     place = next((place for place in reversed(context.found) if place.value == match["path"]), None)
     what = f"class {cut(match['path'])} cannot be used ({cut(match['why'], 200)})"
-    return UserError(_where(place) if place else "configuration", what, "Check the spelling")
+    todo = "Check the spelling, and that Python finds its package: here, installed, or on PYTHONPATH"
+    return UserError(_where(place) if place else "configuration", what, todo)
 
 
 def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:

@@ -189,8 +189,11 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
     """
     module, _, last = name.rpartition(".")
     package = name.partition(".")[0]
-    if not (any(re.fullmatch(pattern, name) for pattern in ours) or package in set(allowed)):
-        what = f"names {shown(name)}, which is no {base.__name__.lower()} of this project"
+    trusted = [allowed] if isinstance(allowed, str) else allowed
+    is_trusted = any(name == each or name.startswith(f"{each}.") for each in trusted)
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base.__name__).lower()  # PretrainingLoss -> pretraining loss
+    if not (any(re.fullmatch(pattern, name) for pattern in ours) or is_trusted):
+        what = f"names {shown(name)}, which is no {kind} of this project"
         todo = f"If you trust the package, allow it: --allow-import {package} (in Python: allow_import=['{package}'])"
         raise UserError(path, what, todo, ExitCode.REFUSED)
     if package == "tasks":
@@ -201,7 +204,7 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
         todo = "Install the package that it comes from, or run the command where tasks/ is"
         raise UserError(path, f"names {shown(name)}, which is not here", todo, ExitCode.MISSING_INPUT) from error
     if not (isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)):
-        what = f"names {shown(name)}, which is no {base.__name__.lower()}"
+        what = f"names {shown(name)}, which is no {kind}"
         raise UserError(path, what, TODO, ExitCode.REFUSED)
     return found
 

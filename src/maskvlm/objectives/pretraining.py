@@ -269,7 +269,7 @@ class MaskedPretraining(Task):
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         aligned = self.done >= self.contrast_first
         step = self.step(backbone, batch, aligned)
-        terms = {loss.name: loss(self, step) for loss in self.losses}
+        terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
         if self.training and aligned:
             with torch.no_grad():
                 for loss in self.losses:
@@ -447,6 +447,15 @@ class MaskedPretraining(Task):
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         return self.measure.compute(self, backbone)
+
+
+def scalar(loss: PretrainingLoss, value: Tensor) -> Tensor:
+    """The value of a loss. Raises UserError where it is no scalar tensor, which a plug-in may give."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    what = f"gave a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"gave {value!r:.60}"
+    todo = "Return a scalar tensor, the mean over the batch"
+    raise UserError(f"model.task.losses: {type(loss).__name__}", what, todo)
 
 
 def _check_shares(**shares: float) -> None:

@@ -92,6 +92,13 @@ class PretrainingLoss(ABC):
     cause: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
+        where = f"model.task.losses: {type(self).__name__}"
+        if not isinstance(getattr(self, "name", None), str) or not self.name.isidentifier():
+            raise UserError(where, "has no name", "Give its class a `name` of letters, digits and _")
+        needs = getattr(self, "needs", None)
+        if not isinstance(needs, frozenset) or not needs or not all(isinstance(need, Need) for need in needs):
+            todo = f"Give its class `needs`, a frozenset of some of {', '.join(f'Need.{need.name}' for need in Need)}"
+            raise UserError(where, f"needs {needs!r:.80}", todo)
         if weight < 0:
             raise UserError(f"model.task.weight_{self.name}", f"{weight} is negative", "give 0 (off) or more")
         self.weight = weight

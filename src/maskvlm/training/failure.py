@@ -117,7 +117,24 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     except OSError:
         traceback.print_exception(error)
         return ErrorLine(text, ExitCode.OUR_BUG)
+    if place := _of_others(error):
+        return ErrorLine(f"{place}: {text}. Mend it there; {path} has the traceback.", ExitCode.OUR_BUG)
     return ErrorLine(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
+
+
+def _of_others(error: BaseException) -> str:
+    """Where in code that is neither this project's nor an installed library's it happened, such as in a loss of the
+    user's: file and line; "" for none."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    ours = Path(__file__).resolve().parents[1]
+    mine = [ours, ours.parents[1] / "tasks", Path(sys.prefix), Path(sys.base_prefix)]
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename).resolve()
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in mine):
+            found = f"{frame.filename}:{frame.lineno}"
+    return found
 
 
 def process_rank() -> int:

@@ -14,6 +14,7 @@ from maskvlm.data.phash import phash
 from maskvlm.data.prepared.manifest import SCHEMA, SPLITS
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.text import clean_caption, stable_id
+from maskvlm.utils.errors import UserError
 
 BATCH = 100  # rows of an Arrow record batch: a few MB
 LONGEST = 100_000
@@ -115,6 +116,8 @@ class RowMaker:
             Unusable: none is left where one is needed.
         """
         captions, notes = [], []
+        if isinstance(row.captions, str):  # its letters would be taken for captions
+            raise UserError(row.origin, "captions are one text", "A reader gives a tuple of texts: (text,)")
         for number, text in enumerate(row.captions):
             caption, note = clean_caption(text) if len(text) <= LONGEST else ("", "too long")
             if note:
