@@ -121,7 +121,9 @@ def test_a_process_that_raises_is_the_cause(forks: Forks, tmp_path: Path, build:
     assert started[0].said("error: ", "[rank 0] ") == ["[rank 0] see rank 1"]
     said = started[1].said("error: ", "[rank 1] ")
     assert len(said) == 1
-    assert said[0].startswith("error: [rank 1] RuntimeError: something nobody thought of")
+    assert said[0].startswith("error: [rank 1] ")
+    assert "faulty.py:" in said[0]  # of code that is not the project's, file and line
+    assert "RuntimeError: something nobody thought of" in said[0]
 
 
 def test_a_main_thread_that_stands_still_is_named(forks: Forks, tmp_path: Path) -> None:
