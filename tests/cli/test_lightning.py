@@ -71,6 +71,8 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
         ("--trainer.max_epochs 0", "trainer.max_epochs: 0 passes over the data"),
         ("--trainer.max_epochs -1", "trainer.max_epochs: -1 passes over the data"),
         ("--trainer.max_epochs 2 --trainer.max_steps 3", "trainer.max_steps: beside 2 trainer.max_epochs"),
+        ("--trainer.max_steps 3 --data.steps 5", "--trainer.max_steps: beside --data.steps. Give one of the two"),
+        ("--trainer.max_epochs 3 --data.epochs 5", "--trainer.max_epochs: beside --data.epochs"),
         ("--xyzzy 3", "--xyzzy: unknown key. Keys there: "),
         ("--model.lr fast", "--model.lr: fast does not fit. Give a number."),
         ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),

@@ -159,6 +159,33 @@ def test_a_loss_is_a_scalar(loss: type[TextLength], gave: str) -> None:
         task(backbone, eventful_batch())
 
 
+class Bare(Middle):
+    """Gives the mask alone."""
+
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args).mask_BN
+
+
+class Nothing(LastWords):
+    """Gives nothing."""
+
+    def __call__(self, *args: Any) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"image_masking": Bare()}, "model.task: Bare: gave a Tensor. Return a masking.PatchMask"),
+        ({"text_masking": Nothing()}, "model.task: Nothing: gave a NoneType. Return a masking.TokenMask"),
+    ],
+)
+def test_a_masking_gives_a_mask(settings: dict[str, Any], said: str) -> None:
+    backbone, task = build(**settings)
+    with pytest.raises(UserError, match=re.escape(said)):
+        task(backbone, eventful_batch())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -6,7 +6,7 @@ Every class path in a file is a plug-in: its base class is the whole registry.
 
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +89,7 @@ class LightningCommand(LightningCLI):
         self.config = parsed(parser, self.arguments)
         for line in old_names_given(self.arguments):
             warn(line)
-        set_length(self.settings)
+        set_length(self.settings, {option.key for option in options(self.arguments)})
 
     @property
     def settings(self) -> Namespace:
@@ -200,13 +200,20 @@ class LightningCommand(LightningCLI):
             HELD.release()
 
 
-def set_length(settings: Namespace) -> None:
+def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     """`trainer.max_steps` and `trainer.max_epochs` as the data's `steps` and `epochs`, which the sample order, the
     learning rate and the progress follow: a run that the trainer alone cut short would end at a high rate.
 
+    Args:
+        typed: keys that the command line gives, of which none may be beaten by another without a word.
+
     Raises:
-        UserError: both are given, or a number of passes below 1.
+        UserError: two of them are given, or a number of passes below 1.
     """
+    beside = [key for key in ("data.steps", "data.epochs") if key in typed]
+    length = [key for key in ("trainer.max_steps", "trainer.max_epochs") if key in typed]
+    if beside and length:
+        raise UserError(f"--{length[0]}", f"beside --{beside[0]}", "Give one of the two")
     trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
     passes = 1 if trainer.max_epochs is None else trainer.max_epochs
     if "steps" not in data or trainer.fast_dev_run:  # a data module of somebody else's, or a trial

@@ -28,7 +28,17 @@ from maskvlm.objectives.cross_batch import (
 from maskvlm.objectives.evaluation import Measure
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.losses import PixelLoss, similarity
-from maskvlm.objectives.masking import ImageMasking, RandomBlocks, RandomTokens, TextMasking, Texts, Uniform, Vocabulary
+from maskvlm.objectives.masking import (
+    ImageMasking,
+    PatchMask,
+    RandomBlocks,
+    RandomTokens,
+    TextMasking,
+    Texts,
+    TokenMask,
+    Uniform,
+    Vocabulary,
+)
 from maskvlm.objectives.negative_queue import Queue
 from maskvlm.objectives.pretraining_losses import (
     ImageTextContrast,
@@ -354,12 +364,14 @@ class MaskedPretraining(Task):
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
             valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
+            check_mask(self.image_masking, patch, PatchMask)
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
             token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
             rows = Texts(token_CT, special_CT, word_CT, draws)
             text = backbone.text
             token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
+            check_mask(self.text_masking, token, TokenMask)
         return Masks(patch, token)
 
     def some_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
@@ -447,6 +459,13 @@ class MaskedPretraining(Task):
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         return self.measure.compute(self, backbone)
+
+
+def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type) -> None:
+    """Raises UserError where a masking, which may be a plug-in, gave something else than a mask."""
+    if not isinstance(mask, kind):
+        where = f"model.task: {type(masking).__name__}"
+        raise UserError(where, f"gave a {type(mask).__name__}", f"Return a masking.{kind.__name__}")
 
 
 def scalar(loss: PretrainingLoss, value: Tensor) -> Tensor:
