@@ -1,6 +1,7 @@
 """The registry of commands, and what reads it: help, docs, completion, dispatch."""
 
 import importlib
+import importlib.metadata
 import subprocess
 from pathlib import Path
 
@@ -76,6 +77,21 @@ def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytes
 def test_what_lightning_calls_otherwise_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--from", "x.ckpt"]) == 2
     assert capsys.readouterr().err.startswith("error: predict: no such command. `evaluate` keeps every prediction")
+
+
+def test_the_version_is_told_installed_or_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.2.3")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "maskvlm 1.2.3\n"
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "maskvlm, not installed\n"
 
 
 def test_a_word_that_is_no_command_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:

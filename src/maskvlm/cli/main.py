@@ -38,7 +38,7 @@ def end_of(argv: list[str] | None) -> int:
             print(overview(), flush=True)
             return 0
         if arguments[0] == "--version":
-            print(f"maskvlm {importlib.metadata.version('maskvlm')}", flush=True)
+            print(version(), flush=True)
             return 0
         name, rest = arguments[0], arguments[1:]
         if name in COMMANDS:
@@ -76,6 +76,14 @@ def end_of(argv: list[str] | None) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         return report(error, run_folder(arguments), debug)
+
+
+def version() -> str:
+    """Of the installed package."""
+    try:
+        return f"maskvlm {importlib.metadata.version('maskvlm')}"
+    except importlib.metadata.PackageNotFoundError:  # a clone that runs by PYTHONPATH alone
+        return "maskvlm, not installed"
 
 
 def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
