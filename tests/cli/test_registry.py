@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
-from maskvlm.cli.main import main
+from maskvlm.cli.main import common, main
 from maskvlm.config.compose import choices, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,17 @@ def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytes
     for given in (["from=no.ckpt"], ["--from", "no.ckpt"]):
         assert main(["fill", *given, "x.png", "[MASK]"]) == 66
         assert "no.ckpt" in capsys.readouterr().err
+
+
+def test_a_text_that_begins_so_names_no_checkpoint() -> None:
+    assert common(["match", "--from", "a.ckpt", "x.png", "from=home"])[1][-1] == "from=home"
+    assert common(["match", "from=a.ckpt", "x.png", "from=home"])[1] == [
+        "match",
+        "--from",
+        "a.ckpt",
+        "x.png",
+        "from=home",
+    ]
 
 
 def test_what_lightning_calls_otherwise_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,11 +197,32 @@ def test_other_files_come_on_top(name: str) -> None:
     assert "conf/model/small.yaml" in found
 
 
-def test_packages_of_the_working_directory_are_found_after_all_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that is no part of the project, of which Python knows nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(ROOT))])
+    return tmp_path
+
+
+def test_the_projects_own_folder_goes_first_and_another_one_last(elsewhere: Path) -> None:
     compose.find_tasks()
-    assert sys.path[0] == str(ROOT)
-    assert sys.path[-1] == str(tmp_path)
+    assert (sys.path[0], sys.path.count(str(elsewhere))) == (str(ROOT), 0)
+    (elsewhere / "conf").mkdir()
+    (elsewhere / "tasks").mkdir()
+    (elsewhere / "conf" / "base.yaml").touch()
+    compose.find_tasks()
+    assert (sys.path[0], sys.path[-1]) == (str(ROOT), str(elsewhere))
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(["acme"], True), (["acme.x.Y"], True), (["one"], True), (["other.x.Y"], False), ([""], False), ([], False)],
+)
+def test_packages_of_the_working_directory_are_found_where_the_command_names_one(
+    elsewhere: Path, names: list[str], found: bool
+) -> None:
+    (elsewhere / "acme").mkdir()
+    (elsewhere / "one.py").touch()
+    compose.find_packages(names)
+    assert (sys.path[-1] == str(elsewhere)) == found

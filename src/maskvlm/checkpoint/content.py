@@ -42,7 +42,7 @@ class Ids:
 
 
 class Vectors:
-    """Contrast vectors of pictures (`familiar.sample_of`), [N, E]."""
+    """Contrast vectors of pictures (`novelty.sample_of`), [N, E]."""
 
     def says(self) -> str:
         return f"a tensor [N, E] of finite 16-bit floats, N at most {MOST_VECTORS}, E at most {MOST_WIDTH}"
@@ -63,7 +63,7 @@ TOLD: dict[str, Kind] = {
     "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
     "pytorch-lightning_version": Text(100), "reference": maybe(Vectors()),
 }  # fmt: skip
-"""What is read of a checkpoint beside its tensors, its recipe (see `recipe.py`), its tokenizer and its lineage."""
+"""What is read of a checkpoint beside its tensors, its recipe (see `model_spec.py`), its tokenizer and its lineage."""
 
 
 def check_content(content: Any, path: str | Path) -> dict[str, Any]:

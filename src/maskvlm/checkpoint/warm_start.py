@@ -57,7 +57,7 @@ class Start(NamedTuple):
         tokenizer: None where it holds none.
         labels: what its head decides among; None before a downstream task.
         lineage: the data its weights have seen, first to last.
-        reference: contrast vectors of validation pictures (`familiar.sample_of`); None where it holds none.
+        reference: contrast vectors of validation pictures (`novelty.sample_of`); None where it holds none.
     """
 
     path: str
@@ -73,7 +73,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds: a file of this project, a folder that `save_pretrained` wrote, or one on the hub.
 
     Raises:
-        UserError: as `checkpoint.load`, `folder.read` and `folder_of_hub`.
+        UserError: as `checkpoint.load`, `hf_folder.read_folder` and `folder_of_hub`.
     """
     place = folder_of_hub(str(path))
     return check_content(folder.read_folder(place), place) if place.is_dir() else checkpoint.load(place)

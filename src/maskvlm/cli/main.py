@@ -4,13 +4,14 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from maskvlm.cli.commands import COMMANDS, ELSEWHERE, help_of, overview
-from maskvlm.config.compose import find_tasks, home
+from maskvlm.config.compose import find_packages, find_tasks, home
 from maskvlm.config.given import given_places, nearest
 from maskvlm.config.given import options as settings
 from maskvlm.config.safe_yaml import cut
@@ -18,6 +19,9 @@ from maskvlm.training.failure import EARLIER, failed_first, process_rank, report
 from maskvlm.training.peers import leave
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished, Stopped, leave_after_parent, requeue
+
+CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*")
+"""The path of a class, as somebody types it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,10 +56,13 @@ def end_of(argv: list[str] | None) -> int:
             name, rest = arguments[0], arguments[1:]
             given_places(rest)  # files that are there and are plain YAML
             EARLIER[:] = [failed_first(run_folder(arguments))]
-            done = COMMANDS[name].run(rest, [*options.allow_import, *also.allow_import])
+            allowed = [*options.allow_import, *also.allow_import]
+            find_packages([*allowed, *filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))])
+            done = COMMANDS[name].run(rest, allowed)
         elif "." in name and "/" not in name:
             done = tool(name)(rest)
         else:
+            find_packages(options.allow_import)
             done = ask_task_method(arguments, options.allow_import)
         if isinstance(done, str) and done:
             print(done, flush=True)
@@ -87,7 +94,8 @@ def version() -> str:
 
 
 def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options of every command, and what remains. `from=X` is `--from X` to a command that takes no words."""
+    """Options of every command, and what remains. `from=X` is `--from X` to a command that takes no words: the first
+    word of that form, where no option says it."""
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     front.add_argument("--debug", action="store_true")
     front.add_argument("--allow-import", action="append", default=[])
@@ -96,11 +104,10 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     except argparse.ArgumentError as error:
         raise UserError(error.argument_name, error.message, "Write the option and then its value") from None
     options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
-    if rest and (rest[0] not in COMMANDS or not COMMANDS[rest[0]].words):
-        named = [word for word in rest if word.startswith("from=")]
-        for word in named:
-            at = rest.index(word)
-            rest[at : at + 1] = ["--from", word.removeprefix("from=")]
+    takes_words = bool(rest) and rest[0] in COMMANDS and bool(COMMANDS[rest[0]].words)
+    at = next((at for at, word in enumerate(rest) if word.startswith("from=")), None)
+    if at is not None and not takes_words and not any(word.partition("=")[0] == "--from" for word in rest):
+        rest[at : at + 1] = ["--from", rest[at].removeprefix("from=")]
     return options, rest
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,28 @@ def home() -> Path:
 
 
 def find_tasks() -> None:
-    """Let `import tasks` find the plug-ins of `home`, and after everything else packages in the working directory, as
-    `python -m maskvlm` would; for this process alone."""
-    folder, here = str(home().resolve()), str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    if not {"", here} & {*sys.path}:
-        sys.path.append(here)
+    """Let `import tasks` find the plug-ins of `home`, for this process alone.
+
+    A folder of this project goes before all packages. Another working directory, which may be a stranger's, goes behind
+    them: a file in it takes the place of none that is installed.
+    """
+    folder, package = home().resolve(), Path(__file__).resolve().parents[1]
+    if str(folder) not in sys.path:
+        sys.path.insert(0 if folder in (package.parents[1], package / PACKAGED) else len(sys.path), str(folder))
+
+
+def find_packages(names: Iterable[str]) -> None:
+    """Let Python find, after everything else, packages in the working directory, if it holds one that the command
+    itself names.
+
+    Args:
+        names: of packages, modules or classes.
+    """
+    here = Path.cwd()
+    roots = {name.partition(".")[0] for name in names} - {""}
+    named = any((here / root).is_dir() or (here / f"{root}.py").is_file() for root in roots)
+    if named and not {"", str(here)} & {*sys.path}:
+        sys.path.append(str(here))
 
 
 class CommandWords(NamedTuple):
@@ -208,6 +223,7 @@ def task_folder(task: str) -> Path:
     if task in tasks():
         return home() / "tasks" / task
     if "." in task:
+        find_packages([task])
         try:
             spec = importlib.util.find_spec(task)
         except (ImportError, ValueError):

@@ -1,6 +1,6 @@
 """What lies beside the weights in a folder of the hub: configuration, processor, and the model card.
 
-`folder.py` reads such a folder; here are the classes that transformers needs to know.
+`hf_folder.py` reads such a folder; here are the classes that transformers needs to know.
 """
 
 import warnings
@@ -85,7 +85,7 @@ class MaskVLMProcessor(ProcessorMixin):
         """Of a folder that this project wrote, or a name on the hub. transformers' own takes classes from the files.
 
         Raises:
-            UserError: as `folder.read`; only size, mean and deviation of images are read, and the tokenizer.
+            UserError: as `hf_folder.read_folder`; only size, mean and deviation of images are read, and the tokenizer.
         """
         place = folder_of_hub(str(path), hub)
         check_links(place)

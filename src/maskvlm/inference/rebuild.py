@@ -1,6 +1,6 @@
 """Modules out of a checkpoint's recipe and tensors.
 
-The recipe is somebody else's data (see `recipe.py`). The model is first laid out without memory, on torch's meta
+The recipe is somebody else's data (see `model_spec.py`). The model is first laid out without memory, on torch's meta
 device, and compared with the tensors, name by name and shape by shape: what does not fit them is never allocated.
 """
 

@@ -111,7 +111,7 @@ class ImageEncoder(Encoder):
         image_size: side of the square input in pixels, a multiple of the patch size.
         weights: a file or folder of weights; None takes those that timm names for the model.
         random_init: keep random weights; excludes `weights`.
-        config: the ViT's shape, such as patch_size, embed_dim, depth, num_heads: see `recipe.vit_kinds`.
+        config: the ViT's shape, such as patch_size, embed_dim, depth, num_heads: see `model_spec.vit_kinds`.
         normalisation: mean and standard deviation of the input: those that the weights were trained with,
             or CLIP's, or ImageNet's (C).
         drop_path: rate of stochastic depth.

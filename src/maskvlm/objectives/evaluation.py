@@ -42,7 +42,7 @@ class Measure:
         chunk: pairs at once in the cross encoders when it does.
 
     Attributes:
-        reference: contrast vectors of some pictures of the last evaluation (`familiar.sample_of`); None before one.
+        reference: contrast vectors of some pictures of the last evaluation (`novelty.sample_of`); None before one.
     """
 
     def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:

@@ -25,7 +25,7 @@ from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 
 class StepJudge(Protocol):
-    """What looks at a step before it is made (`guard.StepGuard`)."""
+    """What looks at a step before it is made (`step_guard.StepGuard`)."""
 
     def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None: ...
 
@@ -231,7 +231,7 @@ class LitModel(L.LightningModule):
 
     @property
     def reference(self) -> Tensor | None:
-        """Contrast vectors of validation images, by which a model tells what is far from its data (`familiar.py`)."""
+        """Contrast vectors of validation images, by which a model tells what is far from its data (`novelty.py`)."""
         return getattr(getattr(self.task, "measure", None), "reference", None)
 
     @property
