@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,27 @@ def test_a_text_that_begins_so_names_no_checkpoint() -> None:
         "x.png",
         "from=home",
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "caption --from x.ckpt a.png", "answer --from x.ckpt a.png what", "search --index x --from x.ckpt dog",
+        "convert x.ckpt y", "export --from x.ckpt y", "embed --from x.ckpt", "vqa.score a.json b.json",
+    ],
+)  # fmt: skip
+def test_no_code_of_a_strangers_folder_runs_where_a_model_is_asked(words: str, tmp_path: Path) -> None:
+    """Not even where it looks like this project, and holds what may not be installed."""
+    for name in ("conf/base.yaml", "tasks/__init__.py", "tasks/vqa/__init__.py", "tasks/vqa/score.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("open('marker', 'w')\n\n\ndef main(words): ...\n" if name.endswith(".py") else "")
+    for name in ("faiss", "onnx", "torch", "yaml", "x"):
+        (tmp_path / f"{name}.py").write_text("open('marker', 'w')\n")
+    code = f"import sys; sys.path.remove(''); from maskvlm.cli.main import end_of; sys.exit(end_of({words.split()}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode in (2, 65, 66, 69), done.stderr
+    assert not (tmp_path / "marker").exists()
 
 
 def test_what_lightning_calls_otherwise_is_named(capsys: pytest.CaptureFixture[str]) -> None:

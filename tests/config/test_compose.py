@@ -205,14 +205,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_projects_own_folder_goes_first_and_another_one_last(elsewhere: Path) -> None:
-    compose.find_tasks()
-    assert (sys.path[0], sys.path.count(str(elsewhere))) == (str(ROOT), 0)
+def test_tasks_of_the_working_directory_are_found_only_where_that_is_asked_for(elsewhere: Path) -> None:
     (elsewhere / "conf").mkdir()
     (elsewhere / "tasks").mkdir()
     (elsewhere / "conf" / "base.yaml").touch()
     compose.find_tasks()
-    assert (sys.path[0], sys.path[-1]) == (str(ROOT), str(elsewhere))
+    assert (sys.path[0], sys.path.count(str(elsewhere))) == (str(ROOT), 0)
+    compose.find_tasks(here=True)
+    assert sys.path[:2] == [str(elsewhere), str(ROOT)]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from maskvlm.cli.commands import COMMANDS, ELSEWHERE, help_of, overview
-from maskvlm.config.compose import find_packages, find_tasks, home
+from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, help_of, overview
+from maskvlm.config.compose import find_packages, find_tasks, home, own_home
 from maskvlm.config.given import given_places, nearest
 from maskvlm.config.given import options as settings
 from maskvlm.config.safe_yaml import cut
@@ -36,7 +36,6 @@ def end_of(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:
-        find_tasks()
         options, arguments = common(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(overview(), flush=True)
@@ -57,11 +56,13 @@ def end_of(argv: list[str] | None) -> int:
             given_places(rest)  # files that are there and are plain YAML
             EARLIER[:] = [failed_first(run_folder(arguments))]
             allowed = [*options.allow_import, *also.allow_import]
+            find_tasks(command.group in (LEARN, DATA, LIGHTNING) or "tasks" in allowed)
             find_packages([*allowed, *filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))])
             done = COMMANDS[name].run(rest, allowed)
         elif "." in name and "/" not in name:
             done = tool(name)(rest)
         else:
+            find_tasks("tasks" in options.allow_import)
             find_packages(options.allow_import)
             done = ask_task_method(arguments, options.allow_import)
         if isinstance(done, str) and done:
@@ -155,14 +156,21 @@ def interrupted(folder: Path | None) -> int:
 def tool(name: str) -> Callable[[list[str]], int]:
     """The `main` of `tasks/TASK/TOOL.py`."""
     task, _, module = name.partition(".")
-    files = (home() / "tasks").glob("*/*.py")
-    found = sorted(f"{path.parent.name}.{path.stem}" for path in files if has_main(path))
+    own, here = tools_of(own_home()), tools_of(home())
+    find_tasks(name not in own)
+    found = sorted(own | here)
     if name not in found:
         near = nearest(name, found, 0.5)
         what = "no such tool" + (f" (did you mean {near}?)" if near else "")
         raise UserError(cut(name), what, f"There are: {', '.join(found)}")
     main: Callable[[list[str]], int] = importlib.import_module(f"tasks.{task}.{module}").main
     return main
+
+
+def tools_of(folder: Path) -> set[str]:
+    """`TASK.TOOL` of each tool in the tasks of that folder."""
+    files = (folder / "tasks").glob("*/*.py")
+    return {f"{path.parent.name}.{path.stem}" for path in files if has_main(path)}
 
 
 def has_main(path: Path) -> bool:

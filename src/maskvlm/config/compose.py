@@ -25,24 +25,31 @@ RUN_NAME = "MASKVLM_RUN_NAME"
 """Environment variable by which processes that a run starts know the run's folder."""
 
 
+def own_home() -> Path:
+    """The folder of this project that holds conf/ and tasks/: the clone of this package, or the package."""
+    package = Path(__file__).resolve().parents[1]
+    return package.parents[1] if _has_both(package.parents[1]) else package / PACKAGED
+
+
 def home() -> Path:
-    """The folder that holds conf/ and tasks/: the working directory, the clone of this package, or the package."""
-    here, package = Path(), Path(__file__).resolve().parents[1]
-    for folder in (here, package.parents[1]):
-        if (folder / "conf" / "base.yaml").is_file() and (folder / "tasks").is_dir():
-            return folder
-    return package / PACKAGED
+    """The folder whose conf/ and tasks/ a command for training or data takes: the working directory, or `own_home`."""
+    return Path() if _has_both(Path()) else own_home()
 
 
-def find_tasks() -> None:
-    """Let `import tasks` find the plug-ins of `home`, for this process alone.
+def _has_both(folder: Path) -> bool:
+    return (folder / "conf" / "base.yaml").is_file() and (folder / "tasks").is_dir()
 
-    A folder of this project goes before all packages. Another working directory, which may be a stranger's, goes behind
-    them: a file in it takes the place of none that is installed.
+
+def find_tasks(here: bool = False) -> None:
+    """Let `import tasks` find the plug-ins of this project, for this process alone.
+
+    Args:
+        here: those of the working directory go before them. Not where a model or a file of somebody else's is asked:
+            the folder that it came in may be a stranger's, too, and its code would run.
     """
-    folder, package = home().resolve(), Path(__file__).resolve().parents[1]
-    if str(folder) not in sys.path:
-        sys.path.insert(0 if folder in (package.parents[1], package / PACKAGED) else len(sys.path), str(folder))
+    folder = str((home() if here else own_home()).resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def find_packages(names: Iterable[str]) -> None:

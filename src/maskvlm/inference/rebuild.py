@@ -5,6 +5,7 @@ device, and compared with the tensors, name by name and shape by shape: what doe
 """
 
 import importlib
+import importlib.util
 import inspect
 import re
 import types
@@ -196,7 +197,7 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
         what = f"names {shown(name)}, which is no {kind} of this project"
         todo = f"If you trust the package, allow it: --allow-import {package} (in Python: allow_import=['{package}'])"
         raise UserError(path, what, todo, ExitCode.REFUSED)
-    if package == "tasks":
+    if package == "tasks" and importlib.util.find_spec("tasks") is None:
         find_tasks()
     try:
         found = getattr(importlib.import_module(module), last)
