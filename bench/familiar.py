@@ -1,10 +1,10 @@
-"""Does a model tell strange pictures from those of its data (`objectives.novelty`)? What to ask a checkpoint before its
+"""Does a model tell strange images from those of its data (`objectives.novelty`)? What to ask a checkpoint before its
 warnings are believed:
 
     python bench/familiar.py checkpoints/RUN/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
     python bench/familiar.py checkpoints/RUN/best.ckpt --known scenes --asked photos
 
-A place is a folder of pictures, `scenes` (the built-in world), or `photos` (those of the page). Of the known ones half
+A place is a folder of images, `scenes` (the built-in world), or `photos` (those of the page). Of the known ones half
 are the sample, and the other half is asked: its share of far ones is the rate of false alarms. Noise and plain colours
 are always asked.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from maskvlm import MaskVLM
-from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
 from maskvlm.objectives.novelty import is_far, nearness, range_of, sample_of
@@ -27,14 +27,14 @@ from maskvlm.utils.errors import UserError
 SHARES = (0.01, 0.02, 0.05, 0.1)
 
 
-def pictures(place: str, most: int) -> list[Any]:
+def images(place: str, most: int) -> list[Any]:
     """Files by lot, always the same, or drawn scenes."""
     if place == "scenes":
         return [row["image"] for row in islice(map(Scenes().split("val").__getitem__, range(500)), most)]
     folder = PHOTOS if place == "photos" else Path(place)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise UserError(place, "holds no picture", "Name a folder of pictures, or scenes, or photos")
+        raise UserError(place, "holds no image", "Name a folder of images, or scenes, or photos")
     chosen = np.random.default_rng(0).permutation(len(files))[:most]
     return [files[number] for number in chosen]
 
@@ -49,19 +49,19 @@ def made(kind: str, count: int, side: int) -> list[Image.Image]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--known", required=True, help="pictures like those it was trained on, not the very same")
+    parser.add_argument("--known", required=True, help="images like those it was trained on, not the very same")
     parser.add_argument("--asked", nargs="*", default=["photos", "scenes"])
-    parser.add_argument("--most", type=int, default=1000, help="pictures of a place")
+    parser.add_argument("--most", type=int, default=1000, help="images of a place")
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
-    known_NE = model.encode_image(pictures(options.known, options.most))
+    known_NE = model.encode_image(images(options.known, options.most))
     asked = {f"{options.known}, others": known_NE[1::2]}
-    asked |= {place: model.encode_image(pictures(place, options.most)) for place in options.asked}
+    asked |= {place: model.encode_image(images(place, options.most)) for place in options.asked}
     asked |= {kind: model.encode_image(made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
     for share in SHARES:
         known = range_of(sample_of(known_NE[::2]), share)
         if known is None:
-            raise UserError("--known", f"{len(known_NE)} pictures are too few", "Name a folder with 100 or more")
+            raise UserError("--known", f"{len(known_NE)} images are too few", "Name a folder with 100 or more")
         print(f"\n{100 * share:g} % of the sample below {known.least:.3f}")
         for name, vector_NE in asked.items():
             far = 100 * float(is_far(vector_NE, known).float().mean())

@@ -62,9 +62,9 @@ class Kinds:
     # ------------------------------------------------------------------ images
 
     def start_image(self) -> None:
-        from raw_toys import PICTURES
+        from raw_toys import IMAGES
 
-        self.images: dict[str, bytes] = {f"{number}.jpg": data for number, data in enumerate(PICTURES)}
+        self.images: dict[str, bytes] = {f"{number}.jpg": data for number, data in enumerate(IMAGES)}
         for kind, mode in (
             ("png", "RGB"),
             ("png", "RGBA"),
@@ -78,12 +78,12 @@ class Kinds:
             self.images[f"{mode.replace(';', '')}.{kind}"] = buffer.getvalue()
 
     def image(self, rng: random.Random) -> str:
-        from mutators import pictures
+        from mutators import images
 
         from maskvlm.data.images import BadImage, safe_open
 
         name = rng.choice(sorted(self.images))
-        data = pictures(self.images[name], rng)
+        data = images(self.images[name], rng)
         try:
             opened = safe_open(data, name)
         except BadImage as error:

@@ -1,14 +1,14 @@
-"""How fast pictures are loaded: read, decoded, augmented, batched. The memory-mapped and the streamed loader of this
+"""How fast images are loaded: read, decoded, augmented, batched. The memory-mapped and the streamed loader of this
 project beside webdataset (`pip install webdataset`) and a plain folder, on the same JPEGs in the same run.
 
-    python bench/loader.py --images FOLDER            pictures of any folder; without it those of the built-in world
+    python bench/loader.py --images FOLDER            images of any folder; without it those of the built-in world
     python bench/loader.py --memory 20000             what loading so many samples leaves in memory
 
-All hand their pictures to the same tokenizer and collation, and to this project's augmentation; those with
+All hand their images to the same tokenizer and collation, and to this project's augmentation; those with
 "+ torchvision" to torchvision's own transforms with the same settings, as one would write it down. Each library reads
-and decodes in its own way (webdataset's "pilrgb", torchvision's `default_loader`). Pictures are made small as by
+and decodes in its own way (webdataset's "pilrgb", torchvision's `default_loader`). Images are made small as by
 `make data` (shorter side 288, quality 90). Rounds are interleaved, medians reported: where other work shares the cores,
-`cpu ms` (of all processes, a picture) says more than pictures a second.
+`cpu ms` (of all processes, an image) says more than images a second.
 """
 
 import argparse
@@ -57,11 +57,11 @@ TICKS = os.sysconf("SC_CLK_TCK")
 Loader = DataLoader[Any]
 
 
-# ------------------------------------------------------------------ the same pictures in four forms
+# ------------------------------------------------------------------ the same images in four forms
 
 
 def jpegs(folder: str | None, count: int) -> Iterator[bytes]:
-    """So many pictures with a shorter side of 288 pixels; of a small folder, some come several times."""
+    """So many images with a shorter side of 288 pixels; of a small folder, some come several times."""
     paths = (
         sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         if folder
@@ -80,7 +80,7 @@ def jpegs(folder: str | None, count: int) -> Iterator[bytes]:
 
 
 def scene(scenes: Any, number: int) -> np.ndarray:
-    """A picture of the built-in world with the grain of a photo: flat colours decode too fast."""
+    """An image of the built-in world with the grain of a photo: flat colours decode too fast."""
     pixels = np.asarray(scenes[number]["image"].convert("RGB"), np.int16)
     grain = np.random.default_rng(number).normal(0, 12, pixels.shape)
     return np.clip(pixels + grain, 0, 255).astype(np.uint8)
@@ -223,7 +223,7 @@ def cpu_seconds(processes: list[int]) -> float:
 
 
 def timed(name: str, work: Path, options: argparse.Namespace, workers: int) -> tuple[float, float]:
-    """Pictures a second, and milliseconds of all processes a picture, after the first batches."""
+    """Images a second, and milliseconds of all processes an image, after the first batches."""
     warm = 2 * workers + 2
     batches = iter(loader(name, work, options, workers, warm + options.batches + 2 * workers))
     for _ in range(warm):
@@ -233,8 +233,8 @@ def timed(name: str, work: Path, options: argparse.Namespace, workers: int) -> t
     for _ in range(options.batches):
         next(batches)
     seconds, cpu = time.perf_counter() - start, cpu_seconds(pids) - cpu + time.process_time() - ours
-    pictures = options.batches * options.batch
-    return pictures / seconds, 1000 * cpu / pictures
+    images = options.batches * options.batch
+    return images / seconds, 1000 * cpu / images
 
 
 def speed(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -249,9 +249,9 @@ def speed(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         rates, cpus = zip(*rounds, strict=True)
         rows.append(
             {
-                "loader": name, "workers": workers, "pictures_per_second": round(statistics.median(rates), 1),
+                "loader": name, "workers": workers, "images_per_second": round(statistics.median(rates), 1),
                 "least": round(min(rates), 1), "most": round(max(rates), 1),
-                "cpu_ms_per_picture": round(statistics.median(cpus), 3), "rounds": options.rounds,
+                "cpu_ms_per_image": round(statistics.median(cpus), 3), "rounds": options.rounds,
             }
         )  # fmt: skip
     return rows
@@ -292,8 +292,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="folder of pictures; default: those of the built-in world")
-    parser.add_argument("--count", type=int, default=2000, help="pictures in the set")
+    parser.add_argument("--images", help="folder of images; default: those of the built-in world")
+    parser.add_argument("--count", type=int, default=2000, help="images in the set")
     parser.add_argument("--size", type=int, default=224, help="pixels that the model sees")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=20, help="of each measurement")

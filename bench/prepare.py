@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python bench/prepare.py [PHOTOS] [--count 20000] [--size 640] [--workers 2]
 
-PHOTOS is a folder of pictures; 1,000 of them are resized to `--size` pixels of the longer side in a temporary folder,
+PHOTOS is a folder of images; 1,000 of them are resized to `--size` pixels of the longer side in a temporary folder,
 and those are prepared again and again until there are `--count`. Without it the photos are noise over colours.
-`pictures/s` is of the whole command but for Python's imports; `cpu ms` is what a picture took of the cores, by all
+`images/s` is of the whole command but for Python's imports; `cpu ms` is what an image took of the cores, by all
 processes; `busy` the share of the cores that was used while shards were made, `ready` for how many processes there was
 work, as a share of `--workers`. Where other work shares the cores, compare `cpu ms`, which does not depend on who else
 computes (but for caches), and `ready`, which is what `busy` would be on idle cores.
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from maskvlm.data.files import picture_names
+from maskvlm.data.files import image_names
 from maskvlm.data.images import safe_open
 from maskvlm.data.prepare.end import Plan
 from maskvlm.data.prepare.prepare import prepare
@@ -130,7 +130,7 @@ class Clock(threading.Thread):
 def photos(folder: str | None, target: Path, size: int) -> list[str]:
     """A thousand of that size, written to `target`."""
     rng = np.random.default_rng(0)
-    names = picture_names(Path(folder))[:1000] if folder else [str(number) for number in range(1000)]
+    names = image_names(Path(folder))[:1000] if folder else [str(number) for number in range(1000)]
     paths = []
     for number, name in enumerate(names):
         if folder:
@@ -147,7 +147,7 @@ def photos(folder: str | None, target: Path, size: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="preparing beside a bare loop")
-    parser.add_argument("photos", nargs="?", help="folder of pictures")
+    parser.add_argument("photos", nargs="?", help="folder of images")
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--workers", type=int, default=2)
@@ -160,8 +160,8 @@ def main() -> None:
         paths = photos(options.photos, target, options.size)
         every = [paths[number % len(paths)] for number in range(options.count)]
         parts = [every[first : first + 1000] for first in range(0, len(every), 1000)]
-        print(f"{options.count:,} pictures, {options.workers} processes, load {os.getloadavg()[0]:.1f} at the start")
-        print("                  wall s  pictures/s  cpu ms  busy  ready")
+        print(f"{options.count:,} images, {options.workers} processes, load {os.getloadavg()[0]:.1f} at the start")
+        print("                  wall s  images/s  cpu ms  busy  ready")
         results = {}
         for turn in range(1, options.turns + 1):
             with get_context("spawn").Pool(options.workers) as pool:

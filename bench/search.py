@@ -4,7 +4,7 @@
 
 `clustered`: 20,000 centres of uneven weight and spread around them, most of it in few directions, as encoders have it;
 the queries are drawn around the same centres and then moved away, all in one direction, as vectors of texts lie beside
-those of pictures. `noise`: even over the sphere, the worst case, which no encoder gives. Tuned with 500 queries, asked
+those of images. `noise`: even over the sphere, the worst case, which no encoder gives. Tuned with 500 queries, asked
 1,000 others: recall@10 by position against the exact search; milliseconds of a query alone. Where other work shares the
 cores, `cpu s` and `cpu ms` tell what a build and a query took of them, by all threads: two idle cores would be done in
 half of that, or a little more.

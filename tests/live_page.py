@@ -50,7 +50,7 @@ class Asker:
     def upload(self, data: bytes, name: str = "a.png") -> Any:
         return self.client.post("/gradio_api/upload", files={"files": (name, data)})
 
-    def picture(self, data: bytes, name: str = "a.png") -> dict[str, Any]:
+    def image(self, data: bytes, name: str = "a.png") -> dict[str, Any]:
         (path,) = self.upload(data, name).raise_for_status().json()
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
@@ -102,8 +102,8 @@ class Live(NamedTuple):
 
     @property
     def kept(self) -> set[Path]:
-        """Pictures that were uploaded and are still there."""
-        return set(self.folder.rglob("picture.*"))
+        """Images that were uploaded and are still there."""
+        return set(self.folder.rglob("image.*"))
 
     @property
     def asked(self) -> int:
@@ -114,7 +114,7 @@ class Live(NamedTuple):
 
 @contextmanager
 def live(place: Path) -> Iterator[Live]:
-    """Serve a toy model and a task of two pictures."""
+    """Serve a toy model and a task of two images."""
     from maskvlm.demo.serve import guarded, listen, own_folder, server_of
 
     sources = {kind: str(place / kind / "best.ckpt") for kind in ("pretrain", "nlvr")}

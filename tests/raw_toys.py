@@ -1,4 +1,4 @@
-"""Every set that `make data` reads, three pictures each, in its own layout."""
+"""Every set that `make data` reads, three images each, in its own layout."""
 
 import io
 import json
@@ -16,18 +16,18 @@ TEXTS = ("a red dog in the snow", 'two cats, "asleep"', "ein Fuß im Gras")
 Files = dict[str, bytes]
 
 
-def picture(number: int) -> bytes:
+def toy_image(number: int) -> bytes:
     data = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((16, 16)).save(data, "JPEG")
     return data.getvalue()
 
 
-PICTURES = [picture(number) for number in range(3)]
+IMAGES = [toy_image(number) for number in range(3)]
 
 
 def named(*names: str) -> Files:
-    return dict(zip(names, PICTURES, strict=True))
+    return dict(zip(names, IMAGES, strict=True))
 
 
 def dump(value: Any) -> bytes:
@@ -95,13 +95,13 @@ def web() -> Files:
     members = [
         (f"{n}.{kind}", content)
         for n, text in enumerate(TEXTS)
-        for kind, content in (("jpg", PICTURES[n]), ("txt", text.encode()), ("json", dump({"key": str(n), "url": "x"})))
+        for kind, content in (("jpg", IMAGES[n]), ("txt", text.encode()), ("json", dump({"key": str(n), "url": "x"})))
     ]
     return {"00000.tar": archive(*members), "00000_stats.json": dump({"count": 4, "successes": 3})}
 
 
 def parquet() -> Files:
-    rows = [{"jpg": PICTURES[n], "txt": text, "key": str(n), "url": "x"} for n, text in enumerate(TEXTS)]
+    rows = [{"jpg": IMAGES[n], "txt": text, "key": str(n), "url": "x"} for n, text in enumerate(TEXTS)]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
     return {"00000.parquet": buffer.getvalue()}
@@ -114,7 +114,7 @@ def hub() -> Files:
 
     datasets.disable_progress_bars()
     features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
-    rows = [{"image": {"bytes": PICTURES[n], "path": None}, "caption": text} for n, text in enumerate(TEXTS)]
+    rows = [{"image": {"bytes": IMAGES[n], "path": None}, "caption": text} for n, text in enumerate(TEXTS)]
     with tempfile.TemporaryDirectory() as folder:
         datasets.DatasetDict(train=datasets.Dataset.from_list(rows, features)).save_to_disk(folder)
         return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
@@ -131,8 +131,8 @@ def web_files() -> Files:
 def genome() -> Files:
     regions = [{"id": n, "regions": [{"phrase": text}]} for n, text in enumerate(TEXTS)]
     known = [{"image_id": n, "coco_id": None} for n in range(3)]
-    pictures = named(*(f"VG_100K/{n}.jpg" for n in range(3)))
-    return {"region_descriptions.json": dump(regions), "image_data.json": dump(known), **pictures}
+    images = named(*(f"VG_100K/{n}.jpg" for n in range(3)))
+    return {"region_descriptions.json": dump(regions), "image_data.json": dump(known), **images}
 
 
 def token() -> Files:

@@ -40,11 +40,11 @@ def build(**settings: Any) -> tuple[MaskVLM, Recorded]:
 
 
 def eventful_batch() -> Batch:
-    """Eight pictures with two captions each: one picture twice, a caption of two pictures, and a hole."""
+    """Eight images with two captions each: one image twice, a caption of two images, and a hole."""
     batch = toy_batch(8, captions=2, holes=(4,))
     image_id_B, text_id_C, image_BCHW = batch.image_id_B.clone(), batch.text_id_C.clone(), batch.image_BCHW.clone()
     image_id_B[1], image_BCHW[1] = image_id_B[0], image_BCHW[0]
-    text_id_C[7] = text_id_C[4]  # the second of picture 3 and the first of picture 2
+    text_id_C[7] = text_id_C[4]  # the second of image 3 and the first of image 2
     return batch._replace(image_id_B=image_id_B, text_id_C=text_id_C, image_BCHW=image_BCHW)
 
 
@@ -54,9 +54,9 @@ class Slow:
     def __init__(self, task: Recorded, backbone: MaskVLM, batch: Batch) -> None:
         self.task, self.backbone, self.batch = task, backbone, batch
         self.owner = batch.owner_C.tolist()
-        self.pictures = batch.valid_B.nonzero().flatten().tolist()
-        self.captions = [c for c, b in enumerate(self.owner) if b in self.pictures]
-        self.image = [backbone.image(picture[None])[0] for picture in batch.image_BCHW]
+        self.images = batch.valid_B.nonzero().flatten().tolist()
+        self.captions = [c for c, b in enumerate(self.owner) if b in self.images]
+        self.image = [backbone.image(image[None])[0] for image in batch.image_BCHW]
         self.text = [self.read(c) for c in range(len(self.owner))]
 
     def read(self, row: int) -> Tensor:
@@ -64,11 +64,11 @@ class Slow:
         return self.backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
 
     def same(self, b: int, c: int) -> bool:
-        """Caption c is of the picture that b shows."""
+        """Caption c is of the image that b shows."""
         return bool(self.batch.image_id_B[b] == self.batch.image_id_B[self.owner[c]])
 
     def negative(self, b: int, c: int) -> bool:
-        """Another picture, none of whose captions says the same."""
+        """Another image, none of whose captions says the same."""
         said = self.batch.text_id_C[self.batch.owner_C == b]
         return not self.same(b, c) and bool((said != self.batch.text_id_C[c]).all())
 
@@ -76,10 +76,10 @@ class Slow:
         head = self.task.projection
         image = [F.normalize(head.image(x[0]), dim=0) for x in self.image]
         text = [F.normalize(head.text(x[0]), dim=0) for x in self.text]
-        cosine = {(b, c): image[b] @ text[c] * head.log_scale.exp() for b in self.pictures for c in self.captions}
+        cosine = {(b, c): image[b] @ text[c] * head.log_scale.exp() for b in self.images for c in self.captions}
         means = []
-        for queries in ([{(b, c) for c in self.captions} for b in self.pictures],
-                        [{(b, c) for b in self.pictures} for c in self.captions]):  # fmt: skip
+        for queries in ([{(b, c) for c in self.captions} for b in self.images],
+                        [{(b, c) for b in self.images} for c in self.captions]):  # fmt: skip
             terms = []
             for pairs in queries:
                 found = [cosine[pair] for pair in sorted(pairs) if self.same(*pair)]
@@ -89,10 +89,10 @@ class Slow:
         return (means[0] + means[1]) / 2
 
     def itm(self) -> Tensor:
-        captions, pictures = self.task.hard.caption, self.task.hard.picture
+        captions, images = self.task.hard.caption, self.task.hard.image
         pairs = [(self.owner[c], c, 1) for c in self.captions]
-        pairs += [(int(pictures.index_B[c]), c, 0) for c in self.captions if pictures.weight_B[c]]
-        pairs += [(b, int(captions.index_B[b]), 0) for b in self.pictures if captions.weight_B[b]]
+        pairs += [(int(images.index_B[c]), c, 0) for c in self.captions if images.weight_B[c]]
+        pairs += [(b, int(captions.index_B[b]), 0) for b in self.images if captions.weight_B[b]]
         terms = []
         for b, c, match in pairs:
             image = slow_cross(self.backbone.cross_image, self.image[b], self.text[c])[0]

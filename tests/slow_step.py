@@ -47,7 +47,7 @@ def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Re
 
 
 def eventful_batch() -> Batch:
-    """A picture with two captions, a caption of two pictures, and a hole."""
+    """An image with two captions, a caption of two images, and a hole."""
     batch = toy_batch(8, holes=(4,))
     image_id_B, text_id_C, image_BCHW = (
         batch.image_id_B.clone(),
@@ -111,10 +111,10 @@ class Slow:
 
     def itm(self) -> Tensor:
         assert self.task.found is not None
-        captions, pictures = self.task.found
+        captions, images = self.task.found
         pairs = [(i, i, 1) for i in self.valid]
         pairs += [(i, int(captions.index_B[i]), 0) for i in self.valid if captions.weight_B[i]]
-        pairs += [(int(pictures.index_B[i]), i, 0) for i in self.valid if pictures.weight_B[i]]
+        pairs += [(int(images.index_B[i]), i, 0) for i in self.valid if images.weight_B[i]]
         terms = []
         for i, j, match in pairs:
             image = slow_cross(self.backbone.cross_image, self.image[i], self.text[j])[0]

@@ -101,7 +101,7 @@ def test_one_name_means_one_thing() -> None:
     "pattern",
     [
         r"weights_only\s*=\s*False",  # runs code out of a file
-        r"LOAD_TRUNCATED_IMAGES\s*=\s*True",  # half grey pictures without a word
+        r"LOAD_TRUNCATED_IMAGES\s*=\s*True",  # half grey images without a word
         r"MAX_IMAGE_PIXELS\s*=\s*None",  # bombs
         r"[\"' (](/home/|/Users/|/root/|/data/|/mnt/|/scratch/)",  # somebody's own machine
         r"\byaml\.(load|unsafe_load|full_load)\(",

@@ -1,4 +1,4 @@
-"""docs/licences.md has every data set and every weight that this project names, and no picture has terms nobody wrote
+"""docs/licences.md has every data set and every weight that this project names, and no image has terms nobody wrote
 down."""
 
 import configparser
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
 PHOTOS = ROOT / "src" / "maskvlm" / "demo" / "photos"
 OWN = {"csv", "jsonl", "folder", "webdataset", "hf"}
-"""Ways in which people keep their own pictures: nobody can know their terms."""
+"""Ways in which people keep their own images: nobody can know their terms."""
 FREE = r"\| (CC0|public domain\b.*) \|$"
 
 
@@ -101,8 +101,8 @@ def test_the_photographs_are_packed_and_nothing_beside_them() -> None:
     assert {file.suffix for file in PHOTOS.iterdir()} == {".jpg", ".md", ".yaml"}
 
 
-def test_every_picture_of_the_repository_has_its_licence() -> None:
+def test_every_image_of_the_repository_has_its_licence() -> None:
     """A new one fails here until somebody has said what it shows and whose it is."""
     kinds = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
     there = [file for place in ("docs", "src") for file in (ROOT / place).rglob("*") if file.suffix.lower() in kinds]
-    assert {file.relative_to(ROOT).as_posix() for file in there} == rows("Pictures in this repository").keys()
+    assert {file.relative_to(ROOT).as_posix() for file in there} == rows("Images in this repository").keys()

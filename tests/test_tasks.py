@@ -123,7 +123,7 @@ def check_run(folder: Path) -> None:
     assert metrics["counting/mean_error"] >= 0
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 12
     assert (folder / "examples.png").stat().st_size > 1000
-    assert json.loads((folder / "card.json").read_text())["pictures of the split seen in training"] == 0
+    assert json.loads((folder / "card.json").read_text())["images of the split seen in training"] == 0
 
 
 def test_a_folder_is_all_it_takes(copy: Path) -> None:

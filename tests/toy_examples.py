@@ -1,6 +1,6 @@
 """Small stand-ins for the tests of downstream tasks: questions about squares, batches of noise, whole runs in a second.
 
-Shapes: B examples, P pictures an example, T tokens, K labels, A answers of all examples.
+Shapes: B examples, P images an example, T tokens, K labels, A answers of all examples.
 """
 
 from collections.abc import Iterator
@@ -25,15 +25,15 @@ from tasks.vqa.task import Vqa
 
 LABELS = ("red", "green", "blue")
 FIRST = {"train": (0, 16), "val": (12, 7), "test": (100, 5)}
-"""Number of the first picture, and of examples: four pictures of `val` are pictures of `train`."""
+"""Number of the first image, and of examples: four images of `val` are images of `train`."""
 
 
-def example(number: int, pictures: int = 1, **changes: Any) -> Example:
+def example(number: int, count: int = 1, **changes: Any) -> Example:
     """Squares in the label's colour, and what is asked of them."""
     label = LABELS[number % 3]
     whole = {
-        "images": [Image.new("RGB", (SIZE, SIZE), label) for _ in range(pictures)],
-        "image_ids": [f"toy {number} {place}" for place in range(pictures)],
+        "images": [Image.new("RGB", (SIZE, SIZE), label) for _ in range(count)],
+        "image_ids": [f"toy {number} {place}" for place in range(count)],
         "text": f"is number {number} red or green or blue",
         "answers": [label],
         "id": str(1000 + number),
@@ -65,13 +65,13 @@ class Questions(ExampleSource):
     """Sixteen questions to train on, seven for validation, five for the test.
 
     Args:
-        pictures: of an example. names: the labels. changes: of single rows, by split and place in it.
+        images: of an example. names: the labels. changes: of single rows, by split and place in it.
     """
 
     def __init__(
-        self, pictures: int = 1, names: tuple[str, ...] = LABELS, changes: dict[str, dict[int, Any]] | None = None
+        self, images: int = 1, names: tuple[str, ...] = LABELS, changes: dict[str, dict[int, Any]] | None = None
     ) -> None:
-        self.pictures, self.names, self.changes = pictures, names, changes or {}
+        self.images, self.names, self.changes = images, names, changes or {}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -80,12 +80,12 @@ class Questions(ExampleSource):
     def split(self, name: str) -> Asked:
         first, size = FIRST[name]
         other = self.changes.get(name, {})
-        rows = [example(first + n, self.pictures, **other.get(n, {})) for n in range(size)]
+        rows = [example(first + n, self.images, **other.get(n, {})) for n in range(size)]
         return Asked(rows, f"toy {name}")
 
 
 class Nameless(Questions):
-    """Cannot tell its pictures without opening them."""
+    """Cannot tell its images without opening them."""
 
     def split(self, name: str) -> Any:
         found: Any = super().split(name)
@@ -93,8 +93,8 @@ class Nameless(Questions):
         return found
 
 
-def example_batch(rows: int = 5, pictures: int = 1, holes: tuple[int, ...] = (), seed: int = 0) -> ExampleBatch:
-    """Noise pictures with random questions; each has one to three answers of one to three words, with weights."""
+def example_batch(rows: int = 5, images: int = 1, holes: tuple[int, ...] = (), seed: int = 0) -> ExampleBatch:
+    """Noise images with random questions; each has one to three answers of one to three words, with weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(least: int, most: int) -> list[int]:
@@ -104,7 +104,7 @@ def example_batch(rows: int = 5, pictures: int = 1, holes: tuple[int, ...] = (),
     owner = [row for row in range(rows) for _ in range(1 + row % 3)]
     answers = tokens([words(1, 3) for _ in owner])
     text = tokens([words(3, LENGTH - 2) for _ in range(rows)])
-    image_BPCHW = torch.randn(rows, pictures, 3, SIZE, SIZE, generator=generator)
+    image_BPCHW = torch.randn(rows, images, 3, SIZE, SIZE, generator=generator)
     valid_B = torch.ones(rows, dtype=torch.bool)
     for hole in holes:
         image_BPCHW[hole], valid_B[hole] = 0.0, False
@@ -114,12 +114,12 @@ def example_batch(rows: int = 5, pictures: int = 1, holes: tuple[int, ...] = (),
         torch.eye(3)[torch.arange(rows) % 3],
         valid_B,
         torch.arange(rows),
-        torch.arange(rows * pictures).view(rows, pictures),
+        torch.arange(rows * images).view(rows, images),
         AnswerTokens(
             answers["token_CT"], answers["attention_CT"], torch.tensor(owner),
             torch.rand(len(owner), generator=generator) + 0.1,
         ),
-        tuple(example(row, pictures) for row in range(rows)),
+        tuple(example(row, images) for row in range(rows)),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Small stand-ins for the tests of the core: encoders 16 wide, made-up batches, slow re-implementations.
 
-Shapes: B pictures, C captions, L and S positions, T tokens, D width, K masked positions.
+Shapes: B images, C captions, L and S positions, T tokens, D width, K masked positions.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ CLS, SEP, MASK = 2, 3, 4
 def toy_backbone(
     seed: int = 0, width: int = WIDTH, length: int = LENGTH, vocab: int = VOCAB, size: int = SIZE, **settings: Any
 ) -> MaskVLM:
-    """32-px pictures in 4 x 4 patches, captions of at most `length` tokens, two cross blocks."""
+    """32-px images in 4 x 4 patches, captions of at most `length` tokens, two cross blocks."""
     torch.manual_seed(seed)
     vit = {"patch_size": PATCH, "embed_dim": width, "depth": 1, "num_heads": 2}
     bert = {
@@ -56,7 +56,7 @@ def tokens(captions: list[list[int]], length: int | None = None) -> dict[str, Te
 
 
 def toy_batch(rows: int = 6, seed: int = 0, captions: int = 1, holes: tuple[int, ...] = ()) -> Batch:
-    """Noise pictures, each with `captions` random captions of three to eight tokens; holes as data/pairs.py
+    """Noise images, each with `captions` random captions of three to eight tokens; holes as data/pairs.py
     makes them."""
     generator = torch.Generator().manual_seed(seed)
     words = []
@@ -81,15 +81,15 @@ def toy_batch(rows: int = 6, seed: int = 0, captions: int = 1, holes: tuple[int,
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """These pictures with their captions, trimmed to the longest that is left."""
+    """These images with their captions, trimmed to the longest that is left."""
     captions = torch.cat([(batch.owner_C == row).nonzero().flatten() for row in rows])
     longest = int(batch.attention_CT[captions].sum(1).max())
     text = {
         name: getattr(batch, name)[captions, :longest] for name in ("token_CT", "attention_CT", "special_CT", "word_CT")
     }
-    pictures = {name: getattr(batch, name)[rows] for name in ("image_BCHW", "image_id_B", "valid_B", "index_B")}
+    images = {name: getattr(batch, name)[rows] for name in ("image_BCHW", "image_id_B", "valid_B", "index_B")}
     owner_C = (batch.owner_C[captions][:, None] == rows).long().argmax(1)
-    return Batch(**pictures, **text, owner_C=owner_C, text_id_C=batch.text_id_C[captions])
+    return Batch(**images, **text, owner_C=owner_C, text_id_C=batch.text_id_C[captions])
 
 
 def torch_attention(attention: Attention) -> nn.MultiheadAttention:

@@ -58,13 +58,13 @@ class SnliVe(ExampleSource):
     Args:
         root: folder of the files as distributed, or of the set that `make data` made of them.
         train, val, test: their names; None where there is none.
-        images: folder of Flickr30k's (or Flickr8k's) pictures, found by the photo's number that starts their names, or
+        images: folder of Flickr30k's (or Flickr8k's) images, found by the photo's number that starts their names, or
             of that set prepared; by default the root's own, `images/` in it, or the root.
         corrected: files with labels that replace those of the same pairID in every split, .csv or jsonl, with
             columns `pairID` and `gold_label` (or `label`); the pairs changed are listed in `skipped`. A line warns
             where none of them is in a split that is evaluated.
         cache: where the tables are kept; by default with those of Hugging Face datasets.
-        max_missing: the share of training pairs that may lack their picture; they are skipped and listed.
+        max_missing: the share of training pairs that may lack their image; they are skipped and listed.
     """
 
     labels = LABELS
@@ -91,7 +91,7 @@ class SnliVe(ExampleSource):
         """The pairs of `train`, `val` or `test`.
 
         Raises:
-            UserError: a file or its pictures are missing, a line is malformed, or a pairID stands there twice.
+            UserError: a file or its images are missing, a line is malformed, or a pairID stands there twice.
         """
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
@@ -104,7 +104,7 @@ class SnliVe(ExampleSource):
         )
         if name != "train" and self.corrected and name not in self.warned and rank() == 0:
             self._warn_if_missed(table, name)
-        return choose_rows(table, origin, name, self._pictures(), self.max_missing)
+        return choose_rows(table, origin, name, self._images(), self.max_missing)
 
     def _warn_if_missed(self, table: Table, split: str) -> None:
         """One line a split whose labels no correction is for; told from the table, which may come from the cache.
@@ -119,14 +119,14 @@ class SnliVe(ExampleSource):
         files, file = ", ".join(map(str, self.corrected)), self.files[split]
         log.warning("warning: none of the %s of %s is in %s; its labels stay as they are", count, files, file)
 
-    def _pictures(self) -> ImagesByKey:
+    def _images(self) -> ImagesByKey:
         """Where two files have the same number, the one that is named by it alone."""
         album = open_album(self.images, self.root)
         named: dict[str, str] = {}
         for name in sorted(album.names, key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
             if number := re.match(r"\d+", PurePosixPath(name).name):
                 named.setdefault(f"flickr {number[0]}", name)
-        return album.pictures(named)
+        return album.images(named)
 
 
 def parse_entailment(origin: RowOrigin, corrected: dict[str, str]) -> ParsedColumns:

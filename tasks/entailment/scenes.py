@@ -1,11 +1,11 @@
 """Hypotheses about scenes of the built-in world that are partly behind a curtain, nothing to download.
 
-Where all can be seen nothing is neutral, so a curtain covers a row or a column of each picture. A hypothesis is
+Where all can be seen nothing is neutral, so a curtain covers a row or a column of each image. A hypothesis is
 entailed if what is seen makes it true whatever stands behind, contradicted if nothing behind could make it true, else
 neutral. Behind the curtain anything may stand, one thing a place; more than one is never needed to make a hypothesis
 true, so that the world's rule of three things at most never decides.
 
-Picture and class are drawn first, apart from each other, then a hypothesis of that class: the picture alone tells
+Image and class are drawn first, apart from each other, then a hypothesis of that class: the image alone tells
 nothing. The lots treat all colours, shapes and places alike, and things that are mentioned together lie and look alike
 or not in the same way in every class, so that each hypothesis is as likely in each class: the text alone tells nothing.
 """
@@ -70,7 +70,7 @@ def is_so(claim: Hypothesis, things: tuple[Thing, ...]) -> bool:
 
 
 def verdict(claim: Hypothesis, view: View) -> str:
-    """One of LABELS: what the seen part of the picture says of the claim."""
+    """One of LABELS: what the seen part of the image says of the claim."""
     assert view.curtain is not None
     seen, hidden = view.scene.things, LINES[view.curtain]
     if claim.background not in (None, view.scene.background):
@@ -101,7 +101,7 @@ def unlike(one: Thing, other: Thing) -> bool:
 
 
 def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
-    """A curtain over a line by lot, and one or two things beside it; a picture in which every class is possible."""
+    """A curtain over a line by lot, and one or two things beside it; an image in which every class is possible."""
     curtain = choose(rng, tuple(LINES))
     free = [cell for cell in EVERYWHERE if cell not in LINES[curtain]]
 
@@ -222,7 +222,7 @@ class SceneHypotheses(ExampleSource):
         train: number of training examples.
         val: number of validation examples.
         test: number of test examples.
-        size: width and height of the pictures in pixels, at least 12.
+        size: width and height of the images in pixels, at least 12.
         seed: draws other hypotheses and scenes; the splits share no scene under any pair of seeds.
     """
 

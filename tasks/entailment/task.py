@@ -1,4 +1,4 @@
-"""Visual entailment: does the picture show that the hypothesis is true, that it is false, or neither? (SNLI-VE)"""
+"""Visual entailment: does the image show that the hypothesis is true, that it is false, or neither? (SNLI-VE)"""
 
 from types import MappingProxyType
 
@@ -17,7 +17,7 @@ class Entailment(Classification):
     methods = MappingProxyType(
         {
             "entail": Method(
-                decide, 1, "hypothesis", "whether a picture shows that a hypothesis is true, false, or neither"
+                decide, 1, "hypothesis", "whether an image shows that a hypothesis is true, false, or neither"
             )
         }
     )

@@ -29,16 +29,16 @@ TODO = "Prepare the set (make data SET=nlvr2 RAW=..), or set data.source.root to
 class Nlvr2(ExampleSource):
     """NLVR2 as distributed: one example a line with `identifier`, `sentence` and `label`.
 
-    The identifier `dev-850-2-1` says split, set of pictures, pair and sentence; its photos are `dev-850-2-img0.png`
+    The identifier `dev-850-2-1` says split, set of images, pair and sentence; its photos are `dev-850-2-img0.png`
     (left) and `dev-850-2-img1.png`, in any folder. The pairs that a sentence is shown with have the same `group`,
     named by the identifier without the pair, as eval/metrics.py has it for consistency.
 
     Args:
         root: folder of the files as distributed, or of the set that `make data` made of them.
         train, val, test: their names; None where there is none.
-        images: folder of the pictures, or of a prepared set; by default the root's own, `images/` in it, or the root.
+        images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.
         cache: where the tables are kept; by default with those of Hugging Face datasets.
-        max_missing: the share of training examples that may lack a picture; they are skipped and listed.
+        max_missing: the share of training examples that may lack an image; they are skipped and listed.
     """
 
     labels = LABELS
@@ -61,7 +61,7 @@ class Nlvr2(ExampleSource):
         """The examples of `train`, `val` or `test`.
 
         Raises:
-            UserError: a file or its pictures are missing, a line is malformed, or an identifier stands there twice.
+            UserError: a file or its images are missing, a line is malformed, or an identifier stands there twice.
         """
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
@@ -69,11 +69,11 @@ class Nlvr2(ExampleSource):
         check_below(origin.file, self.root)
         key = f"nlvr2-{EXAMPLE_VERSION}.{VERSION}-{digest_of(origin.file, todo=TODO)[:32]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_nlvr(origin))
-        return choose_rows(table, origin, name, self._pictures(), self.max_missing)
+        return choose_rows(table, origin, name, self._images(), self.max_missing)
 
-    def _pictures(self) -> ImagesByKey:
+    def _images(self) -> ImagesByKey:
         album = open_album(self.images, self.root)
-        return album.pictures({f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(album.names)})
+        return album.images({f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(album.names)})
 
 
 def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
@@ -85,13 +85,13 @@ def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
         if len(parts) != 4 or not all(parts):
             what = f"identifier '{identifier[:80]}' is not split-set-pair-sentence"
             raise UserError(where, what, f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA)
-        split, pictures, pair, sentence = parts
+        split, images, pair, sentence = parts
         rows.add(
             place=number,
             id=identifier,
-            images=[f"nlvr2 {split}-{pictures}-{pair}-img{side}" for side in (0, 1)],
+            images=[f"nlvr2 {split}-{images}-{pair}-img{side}" for side in (0, 1)],
             text=get(record, "sentence", str, where, LAYOUT),
             answers=[get_label(record, "label", LABELS, where, LAYOUT)],
-            group=f"{split}-{pictures}-{sentence}",
+            group=f"{split}-{images}-{sentence}",
         )
     return rows.made()

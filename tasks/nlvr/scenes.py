@@ -1,7 +1,7 @@
 """Sentences about two scenes of the built-in world, true or false, nothing to download.
 
-As in NLVR2 each sentence comes with four pairs of pictures, true of two of them, so that the sentence alone tells
-nothing. The pictures alone tell nothing either: whatever the sentence, each picture of a pair about things shows one
+As in NLVR2 each sentence comes with four pairs of images, true of two of them, so that the sentence alone tells
+nothing. The images alone tell nothing either: whatever the sentence, each image of a pair about things shows one
 thing that is in both pictures and one that is nearly in both, and it depends on the words whether that makes a true
 or a false pair. False pairs are near misses: one attribute differs, or the number is next to it.
 """
@@ -69,7 +69,7 @@ LOTS = lots_of(KINDS, SHARES)
 
 
 class Pair(NamedTuple):
-    """What each picture must show: the things' traits (more may be drawn by lot), and its background or None."""
+    """What each image must show: the things' traits (more may be drawn by lot), and its background or None."""
 
     left: list[Traits]
     right: list[Traits]
@@ -92,7 +92,7 @@ class Slot(NamedTuple):
 
 
 def slot_of(rng: random.Random, role: str, said: Traits, taken: frozenset[str] = frozenset()) -> Slot:
-    """The mentioned thing, or a near miss of it, in each picture, as the role says (see ROLES)."""
+    """The mentioned thing, or a near miss of it, in each image, as the role says (see ROLES)."""
     near = near_miss(rng, said, taken)
     left = said if role in ("same", "left") else near
     right = said if role in ("same", "right") else near
@@ -100,7 +100,7 @@ def slot_of(rng: random.Random, role: str, said: Traits, taken: frozenset[str] =
 
 
 def say_thing(rng: random.Random, kind: str) -> Sentence:
-    """One thing, and in which of the pictures it is."""
+    """One thing, and in which of the images it is."""
     names = names_by_lot(rng)
     said = traits_by_lot(rng, names)
 
@@ -129,7 +129,7 @@ def say_sides(rng: random.Random, kind: str) -> Sentence:
 
 
 def filled(rng: random.Random, main: Slot, other: Slot) -> Pair:
-    """A pair from two slots; every second picture gets a third thing, unlike all that is or might be mentioned."""
+    """A pair from two slots; every second image gets a third thing, unlike all that is or might be mentioned."""
 
     def more() -> list[Traits]:
         return [strangers(rng, ("colour", "shape"), other.taken)] if rng.random() < 0.5 else []
@@ -138,7 +138,7 @@ def filled(rng: random.Random, main: Slot, other: Slot) -> Pair:
 
 
 def say_background(rng: random.Random, kind: str) -> Sentence:
-    """A background of both or of one picture, or that both have the same.
+    """A background of both or of one image, or that both have the same.
 
     Over the four forms, pairs of equal and of different backgrounds are true as often as false.
     """
@@ -161,7 +161,7 @@ def say_background(rng: random.Random, kind: str) -> Sentence:
 
 
 def say_count(rng: random.Random, kind: str) -> Sentence:
-    """How many things there are in the two pictures together."""
+    """How many things there are in the two images together."""
     said = choose(rng, tuple(NUMBERS))
 
     def make(rng: random.Random, truth: bool) -> Pair:
@@ -207,7 +207,7 @@ class SceneComparisons(ExampleSource):
         train: number of training examples, a multiple of 4, as are the next two.
         val: number of validation examples.
         test: number of test examples.
-        size: width and height of the pictures in pixels, at least 12.
+        size: width and height of the images in pixels, at least 12.
         seed: draws other sentences and scenes; the splits share no scene under any pair of seeds.
     """
 

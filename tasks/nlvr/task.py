@@ -1,4 +1,4 @@
-"""NLVR: is the sentence true of the two pictures? (NLVR2, Suhr et al. 2019)"""
+"""NLVR: is the sentence true of the two images? (NLVR2, Suhr et al. 2019)"""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from maskvlm.objectives.methods import Method
 
 
 class Nlvr(Classification):
-    """Both pictures are run with the sentence, the two fused vectors go through two linear layers (paper sec. 4; R).
+    """Both images are run with the sentence, the two fused vectors go through two linear layers (paper sec. 4; R).
 
-    Args: as `Classification`; `pictures` may be any number, 2 in NLVR2.
+    Args: as `Classification`; `images_per_example` may be any number, 2 in NLVR2.
     """
 
     name = "nlvr"
@@ -18,15 +18,15 @@ class Nlvr(Classification):
     def __init__(
         self,
         labels: Sequence[str] | None = None,
-        pictures: int = 2,
+        images_per_example: int = 2,
         hidden: int | None = None,
         dropout: float = 0.0,
         image_ablation: bool = False,
         reads: Reads = "fused",
     ) -> None:
-        super().__init__(labels, pictures, hidden, dropout, image_ablation, reads)
-        told = f"whether a sentence is true of {pictures} pictures"
-        self.methods = {"compare": Method(decide, pictures, "sentence", told)}
+        super().__init__(labels, images_per_example, hidden, dropout, image_ablation, reads)
+        told = f"whether a sentence is true of {images_per_example} images"
+        self.methods = {"compare": Method(decide, images_per_example, "sentence", told)}
 
     def more(self, judged: list[Judged]) -> dict[str, float]:
         return {"consistency": consistency(judged), "consistency_chance": consistency_chance(judged)}
@@ -42,7 +42,7 @@ def groups_of(judged: list[Judged]) -> list[list[Judged]]:
 
 
 def consistency(judged: list[Judged]) -> float:
-    """Percent of sentences that are judged right with every pair of pictures they are shown with (NLVR2's)."""
+    """Percent of sentences that are judged right with every pair of images they are shown with (NLVR2's)."""
     right = [all(one.right == 1 for one in group) for group in groups_of(judged)]
     return 100 * sum(right) / len(right) if right else float("nan")
 

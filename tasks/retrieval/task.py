@@ -1,7 +1,7 @@
 """Image-text retrieval, fine-tuned: contrast over all captions of the batch, and matching with hard negatives
 (paper sec. 4; heads and weights go on from pre-training).
 
-Shapes: B pictures and C captions of this process, G and H of all processes, L image positions, T tokens, D width,
+Shapes: B images and C captions of this process, G and H of all processes, L image positions, T tokens, D width,
 E contrast width, M matching pairs.
 """
 
@@ -32,7 +32,7 @@ from maskvlm.utils.errors import UserError, check_least
 class CaptionContrast(NamedTuple):
     """Cosines times the scale of this process's rows with the columns of all processes, and what the columns are.
 
-    image_BE ... text_HE: unit vectors. image_sees: columns [B, H] of pictures; text_sees: columns [C, G] of captions.
+    image_BE ... text_HE: unit vectors. image_sees: columns [B, H] of images; text_sees: columns [C, G] of captions.
     """
 
     image_BE: Tensor
@@ -45,10 +45,10 @@ class CaptionContrast(NamedTuple):
 
 
 class Hard(NamedTuple):
-    """caption: one hard caption for each picture (B). picture: one hard picture for each caption (C)."""
+    """caption: one hard caption for each image (B). image: one hard image for each caption (C)."""
 
     caption: Negatives
-    picture: Negatives
+    image: Negatives
 
 
 class Retrieval(Task):
@@ -60,9 +60,9 @@ class Retrieval(Task):
         contrast_dim: width of the projections; None takes that of the checkpoint it starts from, else 256 (C).
         temperature: start value, as in pre-training.
         rerank_k: candidates a query that matching scores again (C; ALBEF: 256 for COCO, 128 for Flickr30k).
-        sweep: match every picture with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
+        sweep: match every image with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
         chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
-        image_ablation: the control: noise in the place of every picture.
+        image_ablation: the control: noise in the place of every image.
         rerank_contrast: how much the contrast's logit counts beside the log-odds of matching (0: matching alone, C;
             1: see `rerank.score`).
 
@@ -97,7 +97,7 @@ class Retrieval(Task):
         self.blind = Blind() if image_ablation else None
         self.rerank_contrast = rerank_contrast
         self.kept: list[Kept] = []
-        self.shown = 1.0  # captions a picture in training, for the chance levels
+        self.shown = 1.0  # captions an image in training, for the chance levels
         self.measured: dict[str, Any] = {}
 
     def build(self, backbone: MaskVLM) -> None:
@@ -165,7 +165,7 @@ class Retrieval(Task):
 
     @torch.no_grad()
     def negatives(self, contrast: CaptionContrast) -> Hard:
-        """Out of the global batch; never of the same picture, the same words, or what could not be read."""
+        """Out of the global batch; never of the same image, the same words, or what could not be read."""
         image, text, image_all, text_all, scale, image_sees, text_sees = contrast
         drawn = []
         for query, key, (positive, excluded) in ((image, text_all, image_sees), (text, image_all, text_sees)):
@@ -176,13 +176,13 @@ class Retrieval(Task):
     def matching_loss(self, fused_M: Fused, hard: Hard, batch: Batch) -> Tensor:
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
-        weight_M = torch.cat([weight_C, weight_C * hard.picture.weight_B, weight_B * hard.caption.weight_B])
+        weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.caption.weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
         return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
-        of its class prior, m of 2m + 1 pairs with m captions a picture (0.6365 for one)."""
+        of its class prior, m of 2m + 1 pairs with m captions an image (0.6365 for one)."""
         share = self.shown / (2 * self.shown + 1)
         itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2
         itm = -share * math.log(share) - (1 - share) * math.log(1 - share)
@@ -227,13 +227,13 @@ class Retrieval(Task):
 
 
 def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: Hard) -> Fused:
-    """One pass of each cross encoder over M = 2C + B pairs: (picture, its caption), (hard picture, caption),
-    (picture, hard caption)."""
+    """One pass of each cross encoder over M = 2C + B pairs: (image, its caption), (hard image, caption),
+    (image, hard caption)."""
     own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
-    image, picture = with_negatives(image_BLD, hard.picture.index_B)
-    text, caption = with_negatives(text_CTD, hard.caption.index_B)
+    image, hard_image = with_negatives(image_BLD, hard.image.index_B)
+    text, hard_text = with_negatives(text_CTD, hard.caption.index_B)
     attention, _ = with_negatives(batch.attention_CT, hard.caption.index_B)
-    images, texts = [batch.owner_C, picture, own_B], [own_C, own_C, caption]
+    images, texts = [batch.owner_C, hard_image, own_B], [own_C, own_C, hard_text]
     image_side, text_side = PickableRows(image, None), PickableRows(text, attention)
     return Fused(
         cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).first_BD,
@@ -253,22 +253,22 @@ def rsum(found: Rankings, name: str) -> dict[str, float]:
 
 
 def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
-    """The picture found for every caption, then the caption found for every picture; right: R@1.
+    """The image found for every caption, then the caption found for every image; right: R@1.
 
-    `index` has the picture that was found, then the true one. All captions of a picture are true: the truth beside one
-    of them is itself, beside a wrong one the first. `picture ROW` gets the photo's id when it is written out.
+    `index` has the image that was found, then the true one. All captions of an image are true: the truth beside one
+    of them is itself, beside a wrong one the first. `image ROW` gets the photo's id when it is written out.
     """
-    owner, pictures = gallery.owner_C.tolist(), [f"picture {index}" for index in gallery.index_B.tolist()]
+    owner, images = gallery.owner_C.tolist(), [f"image {index}" for index in gallery.index_B.tolist()]
     captions = [text or f"caption {row}" for row, text in enumerate(gallery.texts)]
-    first = {picture: captions[row] for row, picture in reversed(list(enumerate(owner)))}
+    first = {image: captions[row] for row, image in reversed(list(enumerate(owner)))}
     lines = []
     for row, (at, right) in enumerate(_firsts(found.image)):
         name, index = f"caption {row}", gallery.index_B[[at, owner[row]]].tolist()
-        words = gallery.texts[row], pictures[owner[row]], pictures[at]
+        words = gallery.texts[row], images[owner[row]], images[at]
         lines.append(_line(name, words, right, index, "image retrieval"))
     for row, (at, right) in enumerate(_firsts(found.text)):
-        words = pictures[row], captions[at] if right else first[row], captions[at]
-        lines.append(_line(pictures[row], words, right, gallery.index_B[[row]].tolist(), "text retrieval"))
+        words = images[row], captions[at] if right else first[row], captions[at]
+        lines.append(_line(images[row], words, right, gallery.index_B[[row]].tolist(), "text retrieval"))
     return lines
 
 

@@ -36,8 +36,8 @@ from tasks.vqa.vocabulary import (
     SAME_PART,
     Annotation,
     build_vocabulary,
+    check_image,
     check_majorities,
-    check_picture,
     read_annotations,
     read_vocabulary,
     soft_targets,
@@ -47,28 +47,28 @@ VERSION = 2
 """Raise it when the same files give another table or vocabulary, also where answers are normalised otherwise."""
 
 LAYOUT = "VQA v2"
-DIGITS = 12  # how wide the number in the name of a COCO picture is
+DIGITS = 12  # how wide the number in the name of a COCO image is
 TODO = "Prepare the set (make data SET=vqav2 RAW=..), or set data.source.root to the folder of its files"
 VOCABULARY_TODO = "Lower data.source.min_count, or set data.source.answers"
 
 
 class VqaV2(ExampleSource):
-    """Questions about COCO pictures, with the answers of ten people each.
+    """Questions about COCO images, with the answers of ten people each.
 
     A part such as `mscoco_train2014` is `v2_OpenEnded_mscoco_train2014_questions.json` with
-    `v2_mscoco_train2014_annotations.json`; its pictures are found by the number that ends their names. `labels` are
+    `v2_mscoco_train2014_annotations.json`; its images are found by the number that ends their names. `labels` are
     the answers of the vocabulary.
 
     Args:
         root: folder of the files as distributed, or of the set that `make data` made of them.
         train: parts to train on; with val's the model trains on all answers that are published.
         val, test: parts to evaluate on; None where there is none. Without annotations, `test` has no answers.
-        images: folder of the pictures, or of a prepared set; by default the root's own, `images/` in it, or the root.
+        images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.
         visual_genome: a `question_answers.json` whose questions are added to training, `<id>.jpg` somewhere beside it.
         answers: file with the vocabulary; by default that of the training parts' annotations.
         min_count: questions that must share an answer for it to be in the vocabulary.
         cache: where the tables are kept; by default with those of Hugging Face datasets.
-        max_missing: the share of a training part's questions that may lack their picture; they are skipped and listed.
+        max_missing: the share of a training part's questions that may lack their image; they are skipped and listed.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class VqaV2(ExampleSource):
         Training skips questions none of whose answers is in the vocabulary, and lists them.
 
         Raises:
-            UserError: files or pictures are missing, a file is malformed, questions and annotations do not fit
+            UserError: files or images are missing, a file is malformed, questions and annotations do not fit
                 together, or a question_id stands there twice.
         """
         if not (parts := self.parts.get(name)):
@@ -130,8 +130,8 @@ class VqaV2(ExampleSource):
         album = open_album(self.images, self.root)
         chosen = []
         for part, table in zip(parts, tables, strict=True):
-            pictures = album.pictures(numbered(album.names, part))
-            chosen.append(self._choose(table, self._origin(part), name, pictures, self._if_dropped()))
+            images = album.images(numbered(album.names, part))
+            chosen.append(self._choose(table, self._origin(part), name, images, self._if_dropped()))
         if name == "train" and self.visual_genome:
             chosen.append(self._genome(self.visual_genome))
         return Joined(chosen, self.root)
@@ -140,10 +140,10 @@ class VqaV2(ExampleSource):
         return VOCABULARY_TODO if self.answers is None else f"Correct data.source.answers ({self.answers})"
 
     def _choose(
-        self, table: Table, origin: RowOrigin, split: str, pictures: ImagesByKey, if_dropped: str | None
+        self, table: Table, origin: RowOrigin, split: str, images: ImagesByKey, if_dropped: str | None
     ) -> TableExamples:
         drop = {"answer outside the vocabulary": ~self._known(table)} if split == "train" else {}
-        return choose_rows(table, origin, split, pictures, self.max_missing, drop, if_dropped)
+        return choose_rows(table, origin, split, images, self.max_missing, drop, if_dropped)
 
     # -------------------------------------------------------------- tables
 
@@ -168,7 +168,7 @@ class VqaV2(ExampleSource):
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin))
         album = Album(file.parent)
         stems = {f"vg {PurePosixPath(name).stem}": name for name in reversed(album.names)}
-        return self._choose(table, origin, "train", album.pictures(stems), None)  # an addition may be empty
+        return self._choose(table, origin, "train", album.images(stems), None)  # an addition may be empty
 
     # -------------------------------------------------------------- vocabulary
 
@@ -231,7 +231,7 @@ class Joined:
         return pa.chunked_array([chunk for each in self.lists for chunk in each.column(name).chunks])
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its pictures, each once a list."""
+        """Of all its images, each once a list."""
         return chain.from_iterable(each.image_ids() for each in self.lists)
 
 
@@ -261,7 +261,7 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
         if annotations and number not in answered:
             what = f"question {number} has no annotation in {annotations}"
             raise UserError(where, what, SAME_PART, ExitCode.BAD_DATA)
-        check_picture(given, image, where)
+        check_image(given, image, where)
         rows.add(
             place=place,
             id=str(number),
@@ -279,16 +279,16 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
 
 
 def family(part: str) -> str:
-    """The data set that a part's pictures are of: COCO's own ids are shared with other tasks, `daquar 3` with none."""
+    """The data set that a part's images are of: COCO's own ids are shared with other tasks, `daquar 3` with none."""
     name = part.split("_")[0]
     return "coco" if name == "mscoco" else name
 
 
 def numbered(names: list[str], part: str) -> dict[str, str]:
-    """Picture id -> file, by the number that ends its name.
+    """Image id -> file, by the number that ends its name.
 
     Where any file has COCO's twelve digits, only those count: Visual Genome's `9.jpg` in the same tree is another
-    picture. Of several files with one number the one with most of the part's words in its path is taken.
+    image. Of several files with one number the one with most of the part's words in its path is taken.
     """
     found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
     padded = [each for each in found if len(each[0]) == DIGITS]

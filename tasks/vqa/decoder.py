@@ -27,7 +27,7 @@ class Question(NamedTuple):
 
 
 class AnswerDecoder(nn.Module):
-    """Reads picture and question, writes an answer token by token.
+    """Reads image and question, writes an answer token by token.
 
     The fusion block queries with the text cross encoder's output and looks at the image cross encoder's. The decoder
     has the text cross encoder's shape and starts from its weights; its words enter through the text encoder's word
@@ -50,7 +50,7 @@ class AnswerDecoder(nn.Module):
         self.decoder.load_state_dict(backbone.cross_text.state_dict())
 
     def read(self, backbone: MaskVLM, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Question:
-        """Picture and question, whole, through both cross encoders and the fusion block."""
+        """Image and question, whole, through both cross encoders and the fusion block."""
         image = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).every_RLD
         text = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), attention_BT).every_RLD
         fused_BTD = self.fusion(text, self.fusion.context(image), attention_BT).every_RLD

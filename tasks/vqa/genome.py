@@ -14,7 +14,7 @@ def parse_genome(origin: RowOrigin) -> ParsedColumns:
     with opened(origin.file) as stream:
         document = load_json(stream.read(), origin.file)
     if not isinstance(document, list):
-        what = f"{type(document).__name__} where a list of pictures with `qas` belongs"
+        what = f"{type(document).__name__} where a list of images with `qas` belongs"
         raise UserError(origin.file, what, "Take question_answers.json as distributed", ExitCode.BAD_DATA)
     for position, entry in enumerate(document):
         where = f"{origin.file} [{position}]"

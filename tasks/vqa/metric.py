@@ -69,7 +69,7 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """How far one answer is that of people, 0 to 1: see `credit`.
 
     Answers are normalised only where people differ. Where all gave the same, the prediction has to be that very text,
-    so that what stands written in a picture is not changed (the authors, issue 14 of their repository).
+    so that what stands written in an image is not changed (the authors, issue 14 of their repository).
 
     Args:
         prediction: the model's answer.

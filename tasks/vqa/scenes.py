@@ -158,7 +158,7 @@ def ask_existence(rng: random.Random, kind: str, answer: str) -> Query:
 def ask_relation(rng: random.Random, kind: str, answer: str) -> Query:
     """Whether one thing is left of, right of, above or below another; both are there in any case.
 
-    Where not, the opposite is true: were things in one line a "no", the picture alone would lean to it.
+    Where not, the opposite is true: were things in one line a "no", the image alone would lean to it.
     """
     first = traits_by_lot(rng, ("colour", "shape"))
     second = strangers(rng, ("colour", "shape"), first.values())
@@ -202,7 +202,7 @@ class SceneQuestions(ExampleSource):
         train: number of training questions.
         val: number of validation questions.
         test: number of test questions.
-        size: width and height of the pictures in pixels, at least 12.
+        size: width and height of the images in pixels, at least 12.
         seed: draws other questions and scenes; the splits share no scene under any pair of seeds.
     """
 

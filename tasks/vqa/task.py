@@ -1,4 +1,4 @@
-"""VQA: answer a question about a picture, by writing the answer or by choosing among known ones (paper sec. 4).
+"""VQA: answer a question about an image, by writing the answer or by choosing among known ones (paper sec. 4).
 
 Shapes: B questions, A answers of all, S answer tokens, L image positions, T tokens, D width, K labels.
 """
@@ -41,7 +41,7 @@ class Vqa(Classification):
     """
 
     name = "vqa"
-    methods = MappingProxyType({"answer": Method(decide, 1, "question", "the answer to a question about a picture")})
+    methods = MappingProxyType({"answer": Method(decide, 1, "question", "the answer to a question about an image")})
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Vqa(Classification):
         return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1)
 
     def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Question:
-        """Pictures and questions through the encoders, the cross encoders and the fusion block."""
+        """Images and questions through the encoders, the cross encoders and the fusion block."""
         image_BCHW, row_B = batch.image_BPCHW[:, 0], batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
             image_BCHW, row_B = self.blind(image_BCHW, uniform), row_B.new_full(row_B.shape, -1)

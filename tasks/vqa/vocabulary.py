@@ -176,8 +176,8 @@ def check_majorities(ids: Sequence[str], majorities: Sequence[str], file: Path) 
         raise UserError(file, what, todo, ExitCode.BAD_DATA)
 
 
-def check_picture(annotation: Annotation, image: int, where: str) -> None:
-    """Refuse an annotation that names another picture than its question does, which stands at `where`."""
+def check_image(annotation: Annotation, image: int, where: str) -> None:
+    """Refuse an annotation that names another image than its question does, which stands at `where`."""
     if annotation.image_id not in (None, image):
         named = repr(annotation.image_id)[:80]
         what = f"image_id of question {annotation.question_id} is {named} here and {image} in {where}"

@@ -92,7 +92,7 @@ def test_a_fine_tuned_checkpoint_tells_both_parts_of_its_history(tuned: Path) ->
         ("MaskedPretraining", "Scenes", 2),
         ("Entailment", "Questions", 3),
     ]
-    assert start.lineage[1].pictures == 16
+    assert start.lineage[1].images == 16
     assert start.labels == LABELS
 
 
@@ -105,7 +105,7 @@ def test_heads_that_fit_are_taken_over_and_counted(pretrained: Path, tuned: Path
     assert all(origin.how == "loaded" for origin in model.provenance.tensors.values())
     retrieval = LitModel(bare_backbone(pretrained), Retrieval(rerank_k=3))
     assert retrieval.inherited == set(retrieval.task.state_dict())
-    fresh = LitModel(bare_backbone(pretrained), Nlvr(LABELS, pictures=1))
+    fresh = LitModel(bare_backbone(pretrained), Nlvr(LABELS, images_per_example=1))
     assert fresh.inherited == set()
     assert {n for n, o in fresh.provenance.tensors.items() if o.how == "random"} == {
         f"task.{name}" for name in fresh.task.state_dict()
@@ -138,7 +138,7 @@ def test_projections_take_the_width_of_the_checkpoint_and_what_they_read(pretrai
     )
 
 
-def test_positions_follow_the_picture_size_and_a_step_runs(pretrained: Path, tmp_path: Path) -> None:
+def test_positions_follow_the_image_size_and_a_step_runs(pretrained: Path, tmp_path: Path) -> None:
     backbone = toy_backbone(length=24, vocab=150, start=str(pretrained), size=48)
     before = read_start(str(pretrained)).backbone["image.vit.pos_embed"]
     assert before.shape == (1, 1 + 16, 16)
@@ -153,7 +153,7 @@ def test_positions_follow_the_picture_size_and_a_step_runs(pretrained: Path, tmp
 # ---------------------------------------------------------------------- history
 
 
-def test_overlap_counts_pictures_that_any_part_of_the_history_saw() -> None:
+def test_overlap_counts_images_that_any_part_of_the_history_saw() -> None:
     def seen(ids: list[int] | None) -> Seen:
         return Seen("t", "s", "sha", 3, 1, None if ids is None else torch.tensor(ids))
 
@@ -169,7 +169,7 @@ def test_a_source_without_ids_leaves_the_history_unknown(tmp_path: Path) -> None
     backbone = bare_backbone()
     fit(LitModel(backbone, Entailment(LABELS)), data_for(backbone, Nameless()), tmp_path / "x.ckpt")
     (seen,) = read_start(str(tmp_path / "x.ckpt")).lineage
-    assert (seen.ids, seen.pictures, seen.steps) == (None, 16, 2)
+    assert (seen.ids, seen.images, seen.steps) == (None, 16, 2)
 
 
 class Saving(L.Callback):

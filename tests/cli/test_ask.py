@@ -22,7 +22,7 @@ TEXT = "a red circle on the left"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pre-training checkpoint, one of VQA, and two pictures."""
+    """A folder with a pre-training checkpoint, one of VQA, and two images."""
     folder = tmp_path_factory.mktemp("ask")
     saved(folder / "best.ckpt")
     saved(folder / "vqa.ckpt", "vqa")
@@ -67,7 +67,7 @@ def test_without_json_answers_are_for_reading(place: Path, capsys: pytest.Captur
     assert 0 <= float(out.split()[0]) <= 1
 
 
-def test_pictures_are_written(
+def test_images_are_written(
     place: Path, model: PretrainedMaskVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, one = ("--from", place / "best.ckpt"), place / "0.png"
@@ -103,14 +103,14 @@ def test_which_patches_a_box_touches() -> None:
     ("words", "said", "code"),
     [
         (["fill", "0.png", "a [MASK]"], "no checkpoint is named", ExitCode.USAGE),
-        (["fill", "--from", "best.ckpt", "0.png"], "1 inputs. Give PICTURE", ExitCode.USAGE),
-        (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad picture, missing", ExitCode.MISSING_INPUT),
+        (["fill", "--from", "best.ckpt", "0.png"], "1 inputs. Give IMAGE", ExitCode.USAGE),
+        (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is hidden", ExitCode.USAGE),
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
         (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
         (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
-        (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 picture and a question", ExitCode.USAGE),
+        (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 image and a question", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"], "7.0 is no share", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
@@ -148,7 +148,7 @@ def test_the_earlier_name_of_an_option_works_and_is_told(
 
 def test_help_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fill", "--help"]) == 0
-    assert "maskvlm fill --from CHECKPOINT PICTURE" in capsys.readouterr().out
+    assert "maskvlm fill --from CHECKPOINT IMAGE" in capsys.readouterr().out
 
 
 def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

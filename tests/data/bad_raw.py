@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pictures import SEEDS, SMOOTH, encode, make_png
 from PIL import Image
+from toy_images import SEEDS, SMOOTH, encode, make_png
 
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.raw import BadRow, RawRow, RawSet
@@ -55,7 +55,7 @@ def make_bad_raw(folder: Path, kind: str, good: int = 4) -> Expected:
 
 
 def found_in(raw: RawSet) -> Expected:
-    """What is in it: every picture opened, every caption cleaned, as for training."""
+    """What is in it: every image opened, every caption cleaned, as for training."""
     found = Expected({}, {}, {})
     for row in raw.rows():
         reason, notes = _judge(row)
@@ -91,8 +91,8 @@ def _judge(row: RawRow | BadRow) -> tuple[str, list[str]]:
 # ------------------------------------------------------------------ what is wrong
 
 
-def bad_pictures() -> list[tuple[str, bytes]]:
-    """(reason, bytes) of each kind of picture that is refused."""
+def bad_images() -> list[tuple[str, bytes]]:
+    """(reason, bytes) of each kind of image that is refused."""
     png, jpeg = bytearray(SEEDS["png"]), SEEDS["jpeg"]
     png[png.index(b"IDAT") + 20] ^= 255
     return [
@@ -116,7 +116,7 @@ BAD_CAPTIONS = [("empty caption", " "), ("empty caption", "\u200b\u200e"), ("cap
 
 
 def _good_row(number: int) -> tuple[bytes, str, str]:
-    """Picture, its extension, caption."""
+    """Image, its extension, caption."""
     seeds = {"jpeg": "jpg", "progressive": "jpg", "cmyk": "jpg", "png16": "png", "png-p": "png", "webp": "webp"}
     name = [*seeds][number % len(seeds)]
     return SEEDS[name], seeds[name], GOOD_CAPTIONS[number % len(GOOD_CAPTIONS)]
@@ -126,7 +126,7 @@ def _good_row(number: int) -> tuple[bytes, str, str]:
 
 
 class _Lines:
-    """Lines of a table with the pictures that they name."""
+    """Lines of a table with the images that they name."""
 
     def __init__(self, file: Path, good: int, write: Callable[[str, str], bytes], header: bytes = b"") -> None:
         self.file, self.good, self.write = file, good, write
@@ -134,7 +134,7 @@ class _Lines:
         self.expected = Expected({}, {}, {})
         (file.parent / "images").mkdir(exist_ok=True)
 
-    def picture(self, content: bytes, suffix: str = "jpg") -> str:
+    def image(self, content: bytes, suffix: str = "jpg") -> str:
         self.number += 1
         name = f"{self.number:04d}.{suffix}"
         (self.file.parent / "images" / name).write_bytes(content)
@@ -146,7 +146,7 @@ class _Lines:
     def add_good(self, count: int) -> None:
         for _ in range(count):
             content, suffix, caption = _good_row(self.number)
-            self.lines.append(self.write(self.picture(content, suffix), caption))
+            self.lines.append(self.write(self.image(content, suffix), caption))
             self.expected.good[self.origin()] = (caption,)
 
     def add_bad(self, reason: str, line: bytes) -> None:
@@ -167,22 +167,22 @@ class _Lines:
 
 
 def _common(lines: _Lines) -> None:
-    """Bad pictures and captions, names of pictures that are not there or not inside."""
-    for reason, content in bad_pictures():
-        lines.add_bad(reason, lines.write(lines.picture(content), "a dog"))
+    """Bad images and captions, names of images that are not there or not inside."""
+    for reason, content in bad_images():
+        lines.add_bad(reason, lines.write(lines.image(content), "a dog"))
     for reason, caption in BAD_CAPTIONS:
-        lines.add_bad(reason, lines.write(lines.picture(SEEDS["jpeg"]), caption))
-    lines.add_bad("missing picture", lines.write("nowhere.jpg", "a dog"))
+        lines.add_bad(reason, lines.write(lines.image(SEEDS["jpeg"]), caption))
+    lines.add_bad("missing image", lines.write("nowhere.jpg", "a dog"))
     lines.add_bad("unsafe name", lines.write("../outside.jpg", "a dog"))
     (lines.file.parent.parent / "outside.jpg").write_bytes(SEEDS["jpeg"])
-    lines.add_bad("no picture", lines.write(" ", "a dog"))
-    latin = lines.write(lines.picture(SEEDS["jpeg"]), "un chien à la neige").replace("à".encode(), b"\xe0")
+    lines.add_bad("no image", lines.write(" ", "a dog"))
+    latin = lines.write(lines.image(SEEDS["jpeg"]), "un chien à la neige").replace("à".encode(), b"\xe0")
     lines.add_bad("not UTF-8 text", latin)
-    half = lines.write(lines.picture(SEEDS["jpeg"]), "a dog X").replace(b"X", b"\xed\xa0\x80")
+    half = lines.write(lines.image(SEEDS["jpeg"]), "a dog X").replace(b"X", b"\xed\xa0\x80")
     lines.add_bad("not UTF-8 text", half)
-    lines.add_bad("null bytes", lines.write(lines.picture(SEEDS["jpeg"]), "a dog").replace(b" ", b"\x00"))
+    lines.add_bad("null bytes", lines.write(lines.image(SEEDS["jpeg"]), "a dog").replace(b" ", b"\x00"))
     for caption, reason in MENDED_CAPTIONS.items():
-        lines.add_mended(reason, lines.write(lines.picture(SEEDS["jpeg"]), caption), caption)
+        lines.add_mended(reason, lines.write(lines.image(SEEDS["jpeg"]), caption), caption)
 
 
 def _csv(folder: Path, good: int) -> Expected:
@@ -191,7 +191,7 @@ def _csv(folder: Path, good: int) -> Expected:
 
     lines = _Lines(folder / "pairs.csv", good, write, "\ufefffilename,caption,split".encode())
     _common(lines)
-    name = lines.picture(SEEDS["jpeg"])
+    name = lines.image(SEEDS["jpeg"])
     lines.add_bad("quote left open", f'{name},"a dog runs,train'.encode())
     lines.add_bad("quotes do not fit", f'{name},"a "big" dog",train'.encode())
     lines.add_bad("missing column", name.encode())
@@ -206,14 +206,14 @@ def _jsonl(folder: Path, good: int) -> Expected:
 
     lines = _Lines(folder / "pairs.jsonl", good, write)
     _common(lines)
-    name = lines.picture(SEEDS["jpeg"])
+    name = lines.image(SEEDS["jpeg"])
     lines.add_bad("not JSON", write(name, "a dog runs")[:-9])
     lines.add_bad("not JSON", b'{"image": "' + b"[" * 100_000)
     lines.add_bad("not an object", b'["a.jpg", "a dog"]')
     lines.add_bad("no caption", json.dumps({"image": name}).encode())
     lines.add_bad("no caption", json.dumps({"image": name, "captions": [7]}).encode())
     lines.add_bad("unknown split", json.dumps({"image": name, "captions": ["a"], "split": "challenge"}).encode())
-    half = json.dumps({"image": lines.picture(SEEDS["png"], "png"), "captions": ["half \ud83d a pair"]})
+    half = json.dumps({"image": lines.image(SEEDS["png"], "png"), "captions": ["half \ud83d a pair"]})
     lines.add_mended("caption surrogate", half.encode(), "half \ud83d a pair")
     return lines.finish()
 
@@ -231,15 +231,15 @@ class _Tars:
 
     def start(self, suffix: str = ".tar") -> None:
         self.file = self.folder / f"{self.shards:05d}{suffix}"
-        self.buffer, self.pictures = io.BytesIO(), 0
+        self.buffer, self.images = io.BytesIO(), 0
         mode = "w:gz" if suffix.endswith("gz") else "w"
         self.tar = tarfile.open(fileobj=self.buffer, mode=mode)  # noqa: SIM115  closed by `end`
         self.shards += 1
 
-    def end(self, change: Callable[[bytes], bytes] = lambda data: data, pictures: int | None = None) -> None:
+    def end(self, change: Callable[[bytes], bytes] = lambda data: data, images: int | None = None) -> None:
         self.tar.close()
         self.file.write_bytes(change(self.buffer.getvalue()))
-        count = self.pictures if pictures is None else pictures
+        count = self.images if images is None else images
         stats = {"count": count + 2, "successes": count, "failed_to_download": 2, "failed_to_resize": 0}
         text = json.dumps({**stats, "duration": 1.0, "status_dict": {"success": count, "HTTP Error 404": 2}})
         (self.folder / f"{self.file.name.split('.')[0]}_stats.json").write_text(text)
@@ -257,7 +257,7 @@ class _Tars:
         self.number += 1
         url = {"url": f"http://example.org/{key}.jpg", "key": key, "status": "success", "width": 64, "height": 48}
         if content is not None:
-            self.pictures += 1
+            self.images += 1
             self.member(f"{key}.{suffix}", content)
         self.member(f"{key}.json", json.dumps(url).encode() if meta is None else meta)
         if text is not None:
@@ -276,7 +276,7 @@ class _Tars:
 
 def _tars(folder: Path, good: int) -> Expected:
     tars, jpeg = _Tars(folder, good), SEEDS["jpeg"]
-    for reason, content in bad_pictures():
+    for reason, content in bad_images():
         tars.bad(reason, tars.sample(content, b"a dog"))
     for reason, caption in BAD_CAPTIONS:
         tars.bad(reason, tars.sample(jpeg, caption.encode()))
@@ -286,7 +286,7 @@ def _tars(folder: Path, good: int) -> Expected:
         origin = tars.sample(jpeg, caption.encode())
         tars.expected.mended.setdefault(reason, []).append(origin)
         tars.expected.good[origin] = (caption,)
-    tars.bad("no picture", tars.sample(None, b"a dog"))
+    tars.bad("no image", tars.sample(None, b"a dog"))
     tars.bad("no caption", tars.sample(jpeg, None))
     tars.bad("not JSON", tars.sample(jpeg, b"a dog", meta=b'{"url": '))
     tars.bad("null bytes", tars.sample(jpeg, b"a\x00dog"))
@@ -295,7 +295,7 @@ def _tars(folder: Path, good: int) -> Expected:
     for name in ("../outside", "/etc/outside"):
         tars.member(f"{name}.jpg", jpeg)
         tars.member(f"{name}.txt", b"a dog")
-        tars.pictures += 1
+        tars.images += 1
         tars.bad("unsafe member name", f"{tars.file.name}!{name}.jpg")
     tars.member("link.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     tars.bad("not a plain file", f"{tars.file.name}!link.jpg")
@@ -307,9 +307,9 @@ def _tars(folder: Path, good: int) -> Expected:
     key = first.rpartition("!")[2].removesuffix(".jpg")
     tars.member(f"{key}.jpg", jpeg)
     tars.member(f"{key}.txt", b"another dog")
-    tars.pictures += 1
+    tars.images += 1
     tars.bad("duplicate key", f"{tars.file.name}!{key}.jpg")
-    tars.end(pictures=tars.pictures + 2)  # the link and the device
+    tars.end(images=tars.images + 2)  # the link and the device
     _bomb(tars)
     _cut(tars)
     _damaged(tars)
@@ -319,12 +319,12 @@ def _tars(folder: Path, good: int) -> Expected:
 def _bomb(tars: _Tars) -> None:
     """A member of 10 GB by its header, in a packed shard."""
     tars.start(".tar.gz")
-    tars.bad("too small", tars.sample(bad_pictures()[-2][1], b"a dog"))
+    tars.bad("too small", tars.sample(bad_images()[-2][1], b"a dog"))
     info = tarfile.TarInfo("bomb.jpg")
     info.size = 10_000_000_000
     tars.tar.fileobj.write(info.tobuf() + bytes(100_000))  # type: ignore[union-attr]
     tars.expected.bad.setdefault("bomb", []).append(f"{tars.file.name}!bomb.jpg")
-    tars.end(pictures=tars.pictures + 1)
+    tars.end(images=tars.images + 1)
 
 
 def _cut(tars: _Tars) -> None:
@@ -332,14 +332,14 @@ def _cut(tars: _Tars) -> None:
     tars.bad("no caption", tars.sample(SEEDS["png"], None, "png"))
     tars.sample(SEEDS["png"], b"lost", "png")
     tars.tar.fileobj.flush()  # type: ignore[union-attr]
-    end = len(tars.buffer.getvalue()) - 4 * 512 - 700  # within the last picture
+    end = len(tars.buffer.getvalue()) - 4 * 512 - 700  # within the last image
     tars.end(lambda data: data[:end])
     tars.expected.bad.setdefault("truncated archive", []).append(tars.file.name)
 
 
 def _damaged(tars: _Tars) -> None:
     tars.start()
-    tars.bad("no picture", tars.sample(None, b"a dog"))
+    tars.bad("no image", tars.sample(None, b"a dog"))
     place = len(tars.buffer.getvalue())
     tars.sample(SEEDS["jpeg"], b"lost")
     garbage = struct.pack(">I", 0xDEADBEEF) * 128

@@ -21,7 +21,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def karpathy(tmp_path: Path, own_cache: None) -> Any:
-    """Write a json in the Karpathy layout and its pictures; gives the json's path."""
+    """Write a json in the Karpathy layout and its images; gives the json's path."""
 
     def write(images: list[dict[str, Any]], folder: str = "images", absent: tuple[str, ...] = ()) -> str:
         for row in images:

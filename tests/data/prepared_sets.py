@@ -1,4 +1,4 @@
-"""Prepared sets of drawn pictures for the tests of mixes, fractions and leaks."""
+"""Prepared sets of drawn images for the tests of mixes, fractions and leaks."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -16,7 +16,7 @@ from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 SIDE = 64
 
 
-def picture(seed: int) -> Image.Image:
+def toy_image(seed: int) -> Image.Image:
     """Smooth blotches: unlike any other in its structure, like itself when encoded anew."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -30,7 +30,7 @@ def jpeg(image: Image.Image, quality: int = 92) -> bytes:
 
 def raw(number: int, split: str = "train", image_id: str = "", image: bytes = b"") -> RawRow:
     """A row with one caption, "number 7"."""
-    content = image or jpeg(picture(number))
+    content = image or jpeg(toy_image(number))
     return RawRow(content, (f"number {number}",), image_id or f"photo {number}", split, f"row {number}")
 
 

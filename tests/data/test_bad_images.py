@@ -1,4 +1,4 @@
-"""Every picture that cannot be used is refused in one line with a reason, in no time and without memory."""
+"""Every image that cannot be used is refused in one line with a reason, in no time and without memory."""
 
 import os
 import pickle
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import NOISE, SEEDS, SMOOTH, encode, make_png, reason
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
+from toy_images import NOISE, SEEDS, SMOOTH, encode, make_png, reason
 
 from maskvlm.data.images import FORMATS, MAX_PIXELS, MAX_SCANS, BadImage, safe_open
 from maskvlm.utils.errors import ExitCode, UserError
@@ -27,7 +27,7 @@ HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"
 
 @pytest.mark.parametrize("kind", sorted(SEEDS))
 @pytest.mark.parametrize("left", [0.0, 0.1, 0.5, 0.75])
-def test_a_picture_cut_short_is_refused(kind: str, left: float) -> None:
+def test_an_image_cut_short_is_refused(kind: str, left: float) -> None:
     data = SEEDS[kind][: int(left * len(SEEDS[kind]))]
     if kind == "gif-animation" and left == 0.75:
         pytest.skip("its first frame is whole")
@@ -35,11 +35,11 @@ def test_a_picture_cut_short_is_refused(kind: str, left: float) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(SEEDS) - {"gif-animation"}))
-def test_a_picture_without_its_last_ten_bytes_is_truncated(kind: str) -> None:
+def test_an_image_without_its_last_ten_bytes_is_truncated(kind: str) -> None:
     assert reason(SEEDS[kind][:-10]) == "truncated"
 
 
-def test_half_a_picture_is_refused_even_if_pillow_was_told_to_accept_it(
+def test_half_an_image_is_refused_even_if_pillow_was_told_to_accept_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -51,14 +51,14 @@ def test_half_a_picture_is_refused_even_if_pillow_was_told_to_accept_it(
 
 
 class Growing(Image.Image):
-    """A picture that turns out larger than its header said."""
+    """An image that turns out larger than its header said."""
 
     def load(self) -> Any:
         self._size = (640, 480)
         return super().load()
 
 
-def test_a_picture_of_another_size_than_its_header_is_refused() -> None:
+def test_an_image_of_another_size_than_its_header_is_refused() -> None:
     image = Growing()
     image.im, image._mode, image._size = SMOOTH.im, "RGB", (64, 48)
     assert reason(image) == "corrupt"
@@ -103,7 +103,7 @@ def test_every_flipped_bit_of_a_pngs_pixels_is_found() -> None:
         (b"\xff\xd8\xff\xe0", "corrupt"),
     ],
 )
-def test_what_is_no_picture_is_named(data: bytes, expected: str) -> None:
+def test_what_is_no_image_is_named(data: bytes, expected: str) -> None:
     assert reason(data) == expected
 
 
@@ -114,7 +114,7 @@ def test_formats_not_on_the_list_are_refused_though_pillow_reads_them() -> None:
     assert set(FORMATS) == {"JPEG", "PNG", "WEBP", "GIF", "BMP"}
 
 
-def test_tiny_and_narrow_pictures_are_refused() -> None:
+def test_tiny_and_narrow_images_are_refused() -> None:
     assert reason(encode(Image.new("RGB", (1, 1)), "PNG")) == "too small"
     assert reason(encode(Image.new("RGB", (7, 100)), "PNG")) == "too small"
     assert reason(encode(Image.new("RGB", (1, 5000)), "PNG")) == "too small"
@@ -125,7 +125,7 @@ def test_tiny_and_narrow_pictures_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def bomb() -> bytes:
-    """A true picture of 20,000 x 20,000 pixels, 1 bit each, in 50 kB."""
+    """A true image of 20,000 x 20,000 pixels, 1 bit each, in 50 kB."""
     return make_png(20_000, 20_000, bytes(2501 * 20_000), depth=1)
 
 
@@ -154,21 +154,21 @@ def test_the_memory_of_the_process_does_not_grow_with_a_bomb(bomb: bytes) -> Non
 
 
 @pytest.mark.parametrize(("width", "height"), [(7072, 7072), (9000, 9000), (13_000, 13_000), (2**30, 2**30)])
-def test_pictures_over_the_cap_are_bombs_in_pillows_silent_warned_and_refused_range(width: int, height: int) -> None:
+def test_images_over_the_cap_are_bombs_in_pillows_silent_warned_and_refused_range(width: int, height: int) -> None:
     assert width * height > MAX_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reason(make_png(width, height, b"")) == "bomb"
 
 
-def test_a_picture_just_under_the_cap_is_let_in_by_the_header_check() -> None:
+def test_an_image_just_under_the_cap_is_let_in_by_the_header_check() -> None:
     assert reason(make_png(7071, 7071, b"")) == "truncated"  # it went on to decode
 
 
 def _gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
     header = b"GIF89a" + struct.pack("<HHBBB", *screen, 0xF0, 0, 0) + bytes(6)
-    picture = b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\x00;"
-    return header + picture
+    image = b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\x00;"
+    return header + image
 
 
 @pytest.mark.parametrize("sizes", [((60_000, 60_000), (9, 9)), ((9, 9), (60_000, 60_000)), ((9, 9), (9000, 9000))])
@@ -198,8 +198,8 @@ def test_a_missing_file_says_which_and_where(tmp_path: Path) -> None:
         safe_open(tmp_path / "no.jpg", "pairs.json image 3 (no.jpg)")
     assert caught.value.code == ExitCode.MISSING_INPUT
     assert str(caught.value) == (
-        f"pairs.json image 3 (no.jpg): bad picture, missing (no file {tmp_path}/no.jpg). "
-        "Check the folder of the pictures and the name."
+        f"pairs.json image 3 (no.jpg): bad image, missing (no file {tmp_path}/no.jpg). "
+        "Check the folder of the images and the name."
     )
 
 

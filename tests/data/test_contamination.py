@@ -1,4 +1,4 @@
-"""Held-out pictures in training data: found by id and by look, refused or dropped, never passed over."""
+"""Held-out images in training data: found by id and by look, refused or dropped, never passed over."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from prepared_sets import jpeg, make, picture, raw
+from prepared_sets import jpeg, make, raw, toy_image
 from toy_pairs import SPEC
 
 from maskvlm.checkpoint.warm_start import Seen
@@ -25,15 +25,15 @@ TEST = range(30, 36)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vg: ten pictures of its own; then coco's test pictures 30 under its own id, 31 and 32 as copies under others."""
+    """vg: ten images of its own; then coco's test images 30 under its own id, 31 and 32 as copies under others."""
     folder = tmp_path_factory.mktemp("sets")
     rows = [raw(number, "train", f"coco {number}") for number in range(10)]
     rows += [raw(number, "val", f"coco {number}") for number in range(20, 23)]
     make(folder, "coco", [*rows, *(raw(number, "test", f"coco {number}") for number in TEST)])
     own = [raw(number, image_id=f"vg {number}") for number in range(100, 110)]
-    same = raw(30, image_id="coco 30", image=jpeg(Image.new("RGB", (64, 64), "red")))  # another picture, so by id alone
-    small = raw(31, image_id="vg 31", image=jpeg(picture(31).resize((40, 40)), 40))
-    stretched = raw(32, image_id="vg 32", image=jpeg(picture(32).resize((90, 64)), 80))
+    same = raw(30, image_id="coco 30", image=jpeg(Image.new("RGB", (64, 64), "red")))  # another image, so by id alone
+    small = raw(31, image_id="vg 31", image=jpeg(toy_image(31).resize((40, 40)), 40))
+    stretched = raw(32, image_id="vg 32", image=jpeg(toy_image(32).resize((90, 64)), 80))
     make(folder, "vg", [*own, same, small, stretched])
     return folder
 
@@ -71,7 +71,7 @@ def test_every_pattern_of_eight_bits_is_found_and_none_of_nine() -> None:
         assert (near(hash_N, np.array([0xDEADBEEF12345678], np.uint64)) == found).all()
 
 
-def test_many_pictures_of_one_hash_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_of_one_hash_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskvlm.data.phash.MOST", 100)
     hash_N = np.array([7] * 1000 + [2**63] * 5, np.uint64)
     hash_M = np.array([7, 6, 2**63 + 2**40], np.uint64)
@@ -79,10 +79,10 @@ def test_many_pictures_of_one_hash_do_not_fill_the_memory(monkeypatch: pytest.Mo
     assert not near(hash_N, np.array([2**62 - 1], np.uint64)).any()
 
 
-def test_copies_are_near_and_other_pictures_are_not() -> None:
-    """What the limit was measured for (see the module), on drawn pictures."""
-    own = [phash(picture(number)) for number in range(60)]
-    copies = [phash(picture(number).resize((33, 29)).convert("L")) for number in range(60)]
+def test_copies_are_near_and_other_images_are_not() -> None:
+    """What the limit was measured for (see the module), on drawn images."""
+    own = [phash(toy_image(number)) for number in range(60)]
+    copies = [phash(toy_image(number).resize((33, 29)).convert("L")) for number in range(60)]
     assert max(distance(one, copy) for one, copy in zip(own, copies, strict=True)) <= NEAR
     apart = [distance(own[one], own[other]) for one in range(60) for other in range(one)]
     assert min(apart) > NEAR
@@ -103,7 +103,7 @@ def test_leaks_are_refused_with_counts_and_ids(root: Path) -> None:
         without_leaks(Prepared(str(root / "vg")).split("train"), places(root, "coco/val", "coco/test"), "refuse")
     said = str(raised.value)
     assert raised.value.code == ExitCode.BAD_DATA
-    assert "3 of 13 training rows show held-out pictures (by id and look)" in said
+    assert "3 of 13 training rows show held-out images (by id and look)" in said
     assert "coco/test, same id: 1; coco/test, same look: 2; first coco 30, vg 31, vg 32" in said
     assert "\n" not in said
     assert "data.leaks to drop" in said
@@ -126,7 +126,7 @@ def test_where_nothing_is_held_out_the_split_stays_as_it_is(root: Path, capsys: 
     pairs = Prepared(str(root / "coco")).split("train")
     assert without_leaks(pairs, [], "refuse") is pairs
     assert without_leaks(pairs, places(root, "coco/val", "coco/test"), "refuse") is pairs
-    assert "no training picture is held out (by id and look: " in capsys.readouterr().out
+    assert "no training image is held out (by id and look: " in capsys.readouterr().out
 
 
 def test_a_set_without_hashes_is_compared_by_id_and_that_is_said(
@@ -170,7 +170,7 @@ def test_a_mix_trains_without_its_leaks(root: Path) -> None:
     listed = data.bad_rows()["left_out"]["train"]
     assert len(listed["in coco/test, same id"]) == 1
     assert len(listed["in coco/test, same look"]) == 2
-    assert len(data.picture_ids("train")) == 20  # type: ignore[arg-type]
+    assert len(data.hashed_image_ids("train")) == 20  # type: ignore[arg-type]
     assert sum(len(batch.valid_B) for batch in data.train_dataloader()) == 8
 
 

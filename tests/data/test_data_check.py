@@ -49,11 +49,11 @@ SHARD = "train/data-00000.arrow"
 def test_a_whole_set_passes(toy: Path, every: bool, workers: int) -> None:
     lines: list[str] = []
     assert check_set(toy, every, workers, lines.append) == []
-    assert lines == [f"{toy}: as its manifest says (train 6, val 1 pictures, 14 captions; 7 pictures decoded)"]
+    assert lines == [f"{toy}: as its manifest says (train 6, val 1 images, 14 captions; 7 images decoded)"]
 
 
 def flip(root: Path) -> None:
-    """A bit within a picture."""
+    """A bit within an image."""
     data = bytearray((root / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (root / SHARD).write_bytes(data)
@@ -69,7 +69,7 @@ def exchange(root: Path) -> None:
 
 
 def spoil(root: Path) -> None:
-    """A picture, as before."""
+    """An image, as before."""
     rewrite(root, lambda rows: rows[1].__setitem__("image", rows[1]["image"][:300]))
 
 
@@ -108,8 +108,8 @@ def other_columns(root: Path) -> None:
         (shorten, [f"{SHARD}: has "]),
         (lambda root: (root / SHARD).unlink(), [f"{SHARD}: is not there"]),
         (exchange, ["train: the rows' hash is "]),
-        (spoil, [f"{SHARD} row 1 (toy.csv:1): bad picture, truncated", "train: the rows' hash is "]),
-        (drop, [f"{SHARD}: 3 rows, the manifest says 4", "train: 5 pictures, the manifest says 6", "train: 10 capt"]),
+        (spoil, [f"{SHARD} row 1 (toy.csv:1): bad image, truncated", "train: the rows' hash is "]),
+        (drop, [f"{SHARD}: 3 rows, the manifest says 4", "train: 5 images, the manifest says 6", "train: 10 capt"]),
         (other_columns, [f"{SHARD}: cannot be read (columns ['image'] instead of ['image', 'captions'"]),
         (lambda root: (root / "train.json").write_text("[]"), ["train.json: sha256 is "]),
         (lambda root: (root / "skipped.jsonl").unlink(), ["skipped.jsonl: no such file"]),
@@ -122,7 +122,7 @@ def other_columns(root: Path) -> None:
         (lambda root: (root / "dataset_dict.json").unlink(), ["dataset_dict.json: is not there"]),
     ],
     ids=[
-        *("bit", "short", "shard gone", "caption", "picture", "row", "columns", "annotations", "skipped", "state"),
+        *("bit", "short", "shard gone", "caption", "image", "row", "columns", "annotations", "skipped", "state"),
         *("shards listed", "info", "dict"),
     ],
 )
@@ -138,7 +138,7 @@ def test_every_change_is_told(
     assert capsys.readouterr().out == ""
 
 
-def test_any_flipped_byte_is_one_line_or_a_picture(toy: Path, whole: dict[str, bytes]) -> None:
+def test_any_flipped_byte_is_one_line_or_an_image(toy: Path, whole: dict[str, bytes]) -> None:
     """Of the check, and of reading for training, which knows sizes and structure alone."""
     content = whole[SHARD]
     for place in range(8, len(content), max(1, len(content) // 60)):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Six photos and a csv with columns of unusual names; one picture is not there."""
+    """Six photos and a csv with columns of unusual names; one image is not there."""
     folder = tmp_path / "raw"
     folder.mkdir()
     with (folder / "pairs.csv").open("w", newline="") as file:
@@ -48,11 +48,11 @@ def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest
     assert [split[index]["captions"] for index in range(6)] == [[f"photo number {number}"] for number in range(6)]
     assert split.column("source").unique().to_pylist() == ["mine"]
     told = capsys.readouterr().out
-    assert f"{tmp_path / 'sets' / 'mine'}: 6 pictures (train 6), 6 captions; licence: " in told
-    assert "left out: 1 rows (missing picture: 1), listed in " in told
+    assert f"{tmp_path / 'sets' / 'mine'}: 6 images (train 6), 6 captions; licence: " in told
+    assert "left out: 1 rows (missing image: 1), listed in " in told
     pairs.unlink()  # what is complete needs its raw files no more
     assert main(command, []) == 0
-    assert "is prepared already (6 pictures); nothing to do" in capsys.readouterr().out
+    assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "sets" / "mine" / "manifest.json").read_text())
     assert manifest["settings"]["columns"] == {"image": "ding", "caption": "spruch"}
     assert maskvlm(["data-check", str(tmp_path / "sets" / "mine"), "--workers", "1"]) == 0

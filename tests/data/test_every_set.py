@@ -1,6 +1,6 @@
 """Every named set in its own layout: raw files -> `data` -> two steps of training with the configuration that
 `make pretrain DATA=...` and `make finetune TASK=... DATA=...` compose. Fails where a reader, the prepared form, a YAML
-file or a task's reader of prepared pictures does not fit the others. And the broken sets of `bad_raw.py`, prepared."""
+file or a task's reader of prepared images does not fit the others. And the broken sets of `bad_raw.py`, prepared."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Examples of downstream tasks as batches: pictures, targets, answers, and what cannot be read."""
+"""Examples of downstream tasks as batches: images, targets, answers, and what cannot be read."""
 
 import pickle
 from pathlib import Path
@@ -20,13 +20,13 @@ from maskvlm.data.transforms import eval_transform, train_transform
 from maskvlm.utils.errors import ExitCode, UserError
 
 
-def training(*rows: dict[str, Any], pictures: int = 1, augment: bool = True, seed: int = 0) -> TrainExamples:
-    asked = Asked([example(number, pictures, **changes) for number, changes in enumerate(rows)])
+def training(*rows: dict[str, Any], images: int = 1, augment: bool = True, seed: int = 0) -> TrainExamples:
+    asked = Asked([example(number, images, **changes) for number, changes in enumerate(rows)])
     return TrainExamples(asked, train_transform(SPEC, augment=augment), seed, SPEC.image_size)
 
 
-def evaluation(*rows: dict[str, Any], pictures: int = 1) -> EvalExamples:
-    asked = Asked([example(number, pictures, **changes) for number, changes in enumerate(rows)])
+def evaluation(*rows: dict[str, Any], images: int = 1) -> EvalExamples:
+    asked = Asked([example(number, images, **changes) for number, changes in enumerate(rows)])
     return EvalExamples(asked, eval_transform(SPEC), SPEC.image_size)
 
 
@@ -39,7 +39,7 @@ def collate(trained: PreTrainedTokenizerFast) -> CollateExamples:
 
 
 def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
-    data = training({}, {}, pictures=2)
+    data = training({}, {}, images=2)
     first = data[Pick(0, 3)]["image_PCHW"]
     assert first.shape == (2, 3, 24, 24)
     torch.manual_seed(5)
@@ -48,26 +48,26 @@ def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
     assert torch.equal(data[Pick(0, 3)]["image_PCHW"], first)
     assert torch.equal(torch.rand(3), expected)  # the global numbers are left alone
     assert not torch.equal(data[Pick(0, 4)]["image_PCHW"], first)
-    assert not torch.equal(training({}, pictures=2, seed=1)[Pick(0, 3)]["image_PCHW"], first)
+    assert not torch.equal(training({}, images=2, seed=1)[Pick(0, 3)]["image_PCHW"], first)
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
-    sample = training({}, pictures=3, augment=False)[Pick(0, 0)]
-    assert torch.equal(sample["image_PCHW"], evaluation({}, pictures=3)[0]["image_PCHW"])
+    sample = training({}, images=3, augment=False)[Pick(0, 0)]
+    assert torch.equal(sample["image_PCHW"], evaluation({}, images=3)[0]["image_PCHW"])
     assert (sample["valid"], sample["problem"], sample["index"]) == (True, None, 0)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"images": [example(0)["images"][0], b"no picture"]}, "not an image"),
+        ({"images": [example(0)["images"][0], b"no image"]}, "not an image"),
         ({"images": ["nowhere/1.png", example(0)["images"][0]]}, "missing"),
         ({"text": " \t"}, "empty text"),
     ],
 )
 def test_what_cannot_be_read_keeps_its_place(changes: dict[str, Any], reason: str) -> None:
-    """One bad picture makes the example a hole: half an example means nothing."""
-    data = training({}, changes, {}, pictures=2)
+    """One bad image makes the example a hole: half an example means nothing."""
+    data = training({}, changes, {}, images=2)
     samples = [data[Pick(index, 0)] for index in range(3)]
     assert [sample["valid"] for sample in samples] == [True, False, True]
     assert [sample["index"] for sample in samples] == [0, 1, 2]
@@ -88,36 +88,36 @@ def test_a_mended_text_is_used_and_reported() -> None:
 HTML = b"<!doctype html><html>not found</html>"
 
 
-def test_the_file_of_a_bad_picture_is_named(tmp_path: Path) -> None:
-    """Of the two pictures of a row the second one; the reason, by which it is counted, stays as it is."""
+def test_the_file_of_a_bad_image_is_named(tmp_path: Path) -> None:
+    """Of the two images of a row the second one; the reason, by which it is counted, stays as it is."""
     bad = tmp_path / "11.jpg"
     bad.write_bytes(HTML)
     images = [example(0)["images"][0], str(bad)]
-    message = f"toy.json:0 ({bad}): bad picture, not an image (text/html). Replace it or drop its row."
-    assert training({"images": images}, pictures=2)[Pick(0, 0)]["problem"] == ("not an image (text/html)", message)
+    message = f"toy.json:0 ({bad}): bad image, not an image (text/html). Replace it or drop its row."
+    assert training({"images": images}, images=2)[Pick(0, 0)]["problem"] == ("not an image (text/html)", message)
     with pytest.raises(BadImage) as caught:
-        evaluation({"images": images}, pictures=2)[0]
+        evaluation({"images": images}, images=2)[0]
     assert str(caught.value) == message
     assert str(pickle.loads(pickle.dumps(caught.value))) == message  # as a data worker sends it
     assert (caught.value.reason, caught.value.code) == ("not an image (text/html)", ExitCode.BAD_DATA)
 
 
-def test_no_file_is_named_twice_and_a_picture_that_is_none_by_its_id(tmp_path: Path) -> None:
+def test_no_file_is_named_twice_and_an_image_that_is_none_by_its_id(tmp_path: Path) -> None:
     absent = str(tmp_path / "no.jpg")
     for image, message in (
-        (absent, f"toy.json:0: bad picture, missing (no file {absent}). "),
-        (HTML, "toy.json:0 (toy 0 0): bad picture, not an image (text/html). "),
+        (absent, f"toy.json:0: bad image, missing (no file {absent}). "),
+        (HTML, "toy.json:0 (toy 0 0): bad image, not an image (text/html). "),
     ):
         with pytest.raises(BadImage) as caught:
             evaluation({"images": [image]})[0]
         assert str(caught.value).startswith(message)
     deep = tmp_path / ("d" * 120) / ("e" * 120) / "11.jpg"  # longer than a detail may be
-    with pytest.raises(BadImage, match=r"toy\.json:0 \(.*/11\.jpg\): bad picture, missing"):
+    with pytest.raises(BadImage, match=r"toy\.json:0 \(.*/11\.jpg\): bad image, missing"):
         evaluation({"images": [str(deep)]})[0]
 
 
 def test_evaluation_never_skips() -> None:
-    data = evaluation({"images": [b"no picture"]}, {"text": "\n"})
+    data = evaluation({"images": [b"no image"]}, {"text": "\n"})
     with pytest.raises(BadImage, match=r"toy\.json:0"):
         data[0]
     with pytest.raises(UserError, match=r"toy\.json:1: no words in its text") as caught:
@@ -128,8 +128,8 @@ def test_evaluation_never_skips() -> None:
 # ---------------------------------------------------------------------- batches
 
 
-def test_a_batch_of_two_pictures_each(collate: CollateExamples) -> None:
-    data = training({}, {"images": [b"no", b"no"]}, {"answers": []}, pictures=2, augment=False)
+def test_a_batch_of_two_images_each(collate: CollateExamples) -> None:
+    data = training({}, {"images": [b"no", b"no"]}, {"answers": []}, images=2, augment=False)
     batch = collate([data[Pick(index, 0)] for index in range(3)])
     assert batch.image_BPCHW.shape == (3, 2, 3, 24, 24)
     assert batch.token_BT.shape == batch.attention_BT.shape == batch.special_BT.shape == batch.word_BT.shape
@@ -138,7 +138,7 @@ def test_a_batch_of_two_pictures_each(collate: CollateExamples) -> None:
     assert batch.image_id_BP.tolist() == [[stable_id(f"toy {row} {place}") for place in (0, 1)] for row in range(3)]
     assert batch.target_BK.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
     assert [one["id"] for one in batch.examples] == ["1000", "1001", "1002"]
-    assert {len(one["images"]) for one in batch.examples} == {0}  # pictures do not travel with the batch
+    assert {len(one["images"]) for one in batch.examples} == {0}  # images do not travel with the batch
     assert data.examples[0]["images"], "the source keeps its own"
     assert [reason for reason, _ in batch.problems] == ["not an image (unknown)"]
     assert batch.answers.owner_A.tolist() == [0, 1]
@@ -204,7 +204,7 @@ def ready(source: Any, stage: str = "fit", **settings: Any) -> PairData:
 
 
 def test_the_module_deals_out_examples_as_it_does_pairs() -> None:
-    data = ready(Questions(pictures=2), steps=4)
+    data = ready(Questions(images=2), steps=4)
     batches = list(data.train_dataloader())
     assert sorted(torch.cat([batch.index_B for batch in batches]).tolist()) == list(range(16))
     assert {tuple(batch.image_BPCHW.shape) for batch in batches} == {(4, 2, 3, 24, 24)}
@@ -237,14 +237,14 @@ def test_the_tokenizer_learns_texts_and_answers() -> None:
     assert len(data.tokenizer.tokenize("red green number")) == 3
 
 
-def test_picture_ids_are_each_once_and_sorted() -> None:
-    data = ready(Questions(pictures=2, changes={"val": {1: {"image_ids": ["toy 12 0", "x"]}}}))
-    ids = data.picture_ids("val")
+def test_image_ids_are_each_once_and_sorted() -> None:
+    data = ready(Questions(images=2, changes={"val": {1: {"image_ids": ["toy 12 0", "x"]}}}))
+    ids = data.hashed_image_ids("val")
     assert ids is not None
     names = {f"toy {number} {place}" for number in (12, *range(14, 19)) for place in (0, 1)} | {"x"}
     assert ids.tolist() == sorted(stable_id(name) for name in names)
-    assert ready(Nameless()).picture_ids("val") is None
-    assert ready(Squares()).picture_ids("val") is None
+    assert ready(Nameless()).hashed_image_ids("val") is None
+    assert ready(Squares()).hashed_image_ids("val") is None
 
 
 def test_holes_of_examples_are_counted_and_too_many_stop_the_run() -> None:

@@ -1,4 +1,4 @@
-"""Reading json, lines of json and folders of pictures: what is found, and the one line that says what is wrong."""
+"""Reading json, lines of json and folders of images: what is found, and the one line that says what is wrong."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from maskvlm.data.files import (
     get,
     get_label,
     get_name,
+    image_folder,
+    image_names,
     json_lines,
     load_json,
-    picture_folder,
-    picture_names,
 )
 from maskvlm.data.raw import RawRow, open_raw
 from maskvlm.utils.errors import ExitCode, UserError
@@ -215,12 +215,12 @@ def test_an_empty_document_is_called_so(content: bytes) -> None:
         load_json(content, Path("f.json"), 3)
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
-def test_pictures_are_found_in_all_folders_but_hidden_ones(tmp_path: Path) -> None:
+def test_images_are_found_in_all_folders_but_hidden_ones(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "in/a.JPG", "in/deep/c.webp", "in/._a.jpg", ".hidden/d.jpg", "a.txt", "in/jpg")
-    assert picture_names(tmp_path) == ["b.png", "in/a.JPG", "in/deep/c.webp"]
+    assert image_names(tmp_path) == ["b.png", "in/a.JPG", "in/deep/c.webp"]
 
 
 def test_links_within_the_folder_are_followed_once(tmp_path: Path) -> None:
@@ -228,44 +228,44 @@ def test_links_within_the_folder_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "here" / "link").symlink_to(tmp_path / "here" / "there")
     (tmp_path / "here" / "there" / "back").symlink_to(tmp_path / "here")
     (tmp_path / "by link").symlink_to(tmp_path / "here")
-    assert picture_names(tmp_path / "here") == picture_names(tmp_path / "by link") == ["b.jpg", "link/a.jpg"]
+    assert image_names(tmp_path / "here") == image_names(tmp_path / "by link") == ["b.jpg", "link/a.jpg"]
 
 
 def test_a_name_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
     left_out: dict[str, list[str]] = {}
-    assert picture_names(tmp_path, left_out) == ["a.jpg"]
+    assert image_names(tmp_path, left_out) == ["a.jpg"]
     assert left_out == {"name is not text": ["\udcff.jpg"]}
 
 
-def test_a_folder_without_pictures_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no picture in this folder") as caught:
-        picture_names(touch(tmp_path, "a.txt"))
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no image in this folder") as caught:
+        image_names(touch(tmp_path, "a.txt"))
     assert caught.value.code == ExitCode.MISSING_INPUT
 
 
 def test_the_folder_is_the_named_one_or_images_or_the_root(tmp_path: Path) -> None:
-    assert picture_folder(None, tmp_path) == tmp_path
+    assert image_folder(None, tmp_path) == tmp_path
     (tmp_path / "images").mkdir()
-    assert picture_folder(None, tmp_path) == tmp_path / "images"
-    assert picture_folder(str(tmp_path), tmp_path / "else") == tmp_path
-    with pytest.raises(UserError, match=r"/no: there is no such folder of pictures\. Correct data\.source\.images"):
-        picture_folder(str(tmp_path / "no"), tmp_path)
+    assert image_folder(None, tmp_path) == tmp_path / "images"
+    assert image_folder(str(tmp_path), tmp_path / "else") == tmp_path
+    with pytest.raises(UserError, match=r"/no: there is no such folder of images\. Correct data\.source\.images"):
+        image_folder(str(tmp_path / "no"), tmp_path)
 
 
 def test_keys_are_looked_up_at_once(tmp_path: Path) -> None:
-    pictures = pickle.loads(pickle.dumps(ImagesByKey(tmp_path, {"x 1": "a.png", "x 2": "in/b.png"})))
-    found = pictures.find(pa.chunked_array([["x 2", "x 3"], ["x 1"]]))
+    images = pickle.loads(pickle.dumps(ImagesByKey(tmp_path, {"x 1": "a.png", "x 2": "in/b.png"})))
+    found = images.find(pa.chunked_array([["x 2", "x 3"], ["x 1"]]))
     assert found.tolist() == [1, -1, 0]
-    assert pictures.path(found[0]) == str(tmp_path / "in" / "b.png")
+    assert images.path(found[0]) == str(tmp_path / "in" / "b.png")
 
 
 @pytest.mark.parametrize(
     ("split", "absent", "share", "refused"),
     [("train", 1, 0.1, False), ("train", 2, 0.1, True), ("train", 10, 1.0, True), ("val", 1, 0.5, True)],
 )
-def test_how_many_pictures_may_be_missing(split: str, absent: int, share: float, refused: bool) -> None:
+def test_how_many_images_may_be_missing(split: str, absent: int, share: float, refused: bool) -> None:
     def check() -> None:
         check_missing("x:1", split, Path("in"), [f"{i // 2}.png" for i in range(absent)], 10, share)
 
@@ -273,14 +273,14 @@ def test_how_many_pictures_may_be_missing(split: str, absent: int, share: float,
         return check()
     verb = "is" if absent == 1 else "are"
     with pytest.raises(
-        UserError, match=f"x:1: {absent} of 10 pictures of split '{split}' {verb} not in in: 0.png"
+        UserError, match=f"x:1: {absent} of 10 images of split '{split}' {verb} not in in: 0.png"
     ) as caught:
         check()
     assert caught.value.code == ExitCode.MISSING_INPUT
     assert ("evaluation leaves nothing out" in str(caught.value)) == (split == "val")
 
 
-@pytest.mark.parametrize(("names", "fault"), [(["a 1"], "lacks a picture"), (["a 1", "a 1"], "lack a picture")])
+@pytest.mark.parametrize(("names", "fault"), [(["a 1"], "lacks an image"), (["a 1", "a 1"], "lack an image")])
 def test_of_examples_it_is_examples_that_are_counted(names: list[str], fault: str) -> None:
     with pytest.raises(UserError) as caught:
         check_missing("x:1", "val", Path("in"), names, 9, 0, "examples")

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from prepared_sets import Here, jpeg, picture
+from prepared_sets import Here, jpeg, toy_image
 
 from maskvlm.data.contamination import without_leaks
 from maskvlm.data.prepare.prepare import Plan, prepare
@@ -58,10 +58,10 @@ EIGHT = [*IN_VAL, *IN_TEST, *NOWHERE]
 
 
 def put(folder: Path, names: list[str], seed: int) -> None:
-    """Pictures that look like no other set's: a leak can be found by id alone."""
+    """Images that look like no other set's: a leak can be found by id alone."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
-        (folder / f"{name}.jpg").write_bytes(jpeg(picture(seed + number)))
+        (folder / f"{name}.jpg").write_bytes(jpeg(toy_image(seed + number)))
 
 
 def made(name: str, raw: Path, out: Path) -> str:
@@ -117,7 +117,7 @@ def test_flickr8k_is_found_in_flickr30k_by_id(held: str, tmp_path: Path, form: s
     FORMS[form](tmp_path / "raw")
     pairs = Prepared(made(form, tmp_path / "raw", tmp_path / "out")).split("train")
     places = [f"{held}/val", f"{held}/test"]
-    with pytest.raises(UserError, match="17 of 25 training rows show held-out pictures") as caught:
+    with pytest.raises(UserError, match="17 of 25 training rows show held-out images") as caught:
         without_leaks(pairs, places, "refuse")
     assert "flickr30k/val, same id: 9; flickr30k/test, same id: 8; first " in str(caught.value)
     kept = without_leaks(pairs, places, "drop")

@@ -1,4 +1,4 @@
-"""Every kind of picture the world sends comes out as its exact pixels."""
+"""Every kind of image the world sends comes out as its exact pixels."""
 
 import warnings
 from io import BytesIO
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import NOISE, SEEDS, SMOOTH, encode, make_png, pixels, reason
 from PIL import ExifTags, Image
+from toy_images import NOISE, SEEDS, SMOOTH, encode, make_png, pixels, reason
 
 from maskvlm.data.images import safe_open
 
@@ -18,7 +18,7 @@ def test_every_allowed_kind_opens_at_its_size_with_nothing_attached(kind: str) -
     assert (image.mode, image.size, image.info) == ("RGB", (64, 48), {})
 
 
-def test_lossless_pictures_come_out_exactly() -> None:
+def test_lossless_images_come_out_exactly() -> None:
     image = Image.fromarray(NOISE)
     for data in (encode(image, "PNG"), encode(image, "BMP"), encode(image, "WEBP", lossless=True)):
         np.testing.assert_array_equal(pixels(data), NOISE)
@@ -30,7 +30,7 @@ def test_a_jpeg_is_what_pillow_decodes() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
-def test_grey_and_palette_pictures_keep_their_values(mode: str) -> None:
+def test_grey_and_palette_images_keep_their_values(mode: str) -> None:
     image = SMOOTH.convert(mode)
     np.testing.assert_array_equal(pixels(encode(image, "PNG")), np.asarray(image.convert("RGB")))
 
@@ -65,7 +65,7 @@ def test_other_floats_are_scaled_from_least_to_greatest() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_picture_of_no_numbers_is_refused(bad: float) -> None:
+def test_an_image_of_no_numbers_is_refused(bad: float) -> None:
     assert reason(Image.fromarray(np.full((9, 9), bad, np.float32))) == "not finite"
 
 
@@ -130,7 +130,7 @@ def test_all_exif_orientations_give_the_same_pixels(orientation: int) -> None:
 @pytest.mark.parametrize(
     "header", [b"ZZ\x00*", b"MM\x00*\x00\x00\x00\x08\xff\xff", b"MM\x00*\x00\x00\x00\x08\x00\x09\x01\x12"]
 )
-def test_damaged_exif_costs_neither_the_picture_nor_a_warning(header: bytes) -> None:
+def test_damaged_exif_costs_neither_the_image_nor_a_warning(header: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(pixels(encode(SMOOTH, "PNG", exif=header)), np.asarray(SMOOTH))

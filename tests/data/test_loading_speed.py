@@ -1,4 +1,4 @@
-"""What makes loading faster changes no picture, or by as much as is said; and the benchmark that measures it runs."""
+"""What makes loading faster changes no image, or by as much as is said; and the benchmark that measures it runs."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from prepared_sets import jpeg, make, picture, raw
+from prepared_sets import jpeg, make, raw, toy_image
 from torchvision.transforms import v2
 from toy_pairs import Rows, row
 from transformers import PreTrainedTokenizerFast
@@ -61,16 +61,16 @@ def test_crops_are_torchvisions_within_two_levels(size: int) -> None:
     pillow = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     for seed in range(30):
         torch.manual_seed(seed)
-        ours, after = np.asarray(RandomResizedCrop(size, (0.2, 1.0))(picture(seed))), torch.rand(1)
+        ours, after = np.asarray(RandomResizedCrop(size, (0.2, 1.0))(toy_image(seed))), torch.rand(1)
         torch.manual_seed(seed)
-        theirs = np.asarray(pillow(picture(seed)))
+        theirs = np.asarray(pillow(toy_image(seed)))
         assert torch.equal(after, torch.rand(1))
         assert ours.shape == theirs.shape == (size, size, 3)
         assert np.abs(ours.astype(int) - theirs).max() <= 2
 
 
 def test_a_batch_holds_what_the_transform_gives(trained: PreTrainedTokenizerFast) -> None:
-    """Pictures travel as bytes; a hole among them comes as floats."""
+    """Images travel as bytes; a hole among them comes as floats."""
     rows, transform = [row(0), row(1, image=b"no"), row(2)], TrainTransform(SPEC)
     data = TrainPairs(Rows(rows), transform, 5, 48)
     samples = [data[Pick(number, 1)] for number in range(3)]
@@ -98,7 +98,7 @@ def test_what_suffices_leaves_every_crop_as_large_as_the_tensor() -> None:
 
 
 def test_a_large_jpeg_is_decoded_smaller_for_training_and_looks_the_same() -> None:
-    big = picture(3).resize((600, 450), Image.Resampling.BICUBIC)
+    big = toy_image(3).resize((600, 450), Image.Resampling.BICUBIC)
     seen: list[Image.Image] = []
     transform = TrainTransform(SPEC)
 
@@ -114,7 +114,7 @@ def test_a_large_jpeg_is_decoded_smaller_for_training_and_looks_the_same() -> No
 
 
 def test_a_damaged_jpeg_is_found_at_a_reduced_scale_too() -> None:
-    data = jpeg(picture(0).resize((400, 400)))
+    data = jpeg(toy_image(0).resize((400, 400)))
     assert safe_open(data, "x", 100).size == (100, 100)
     with pytest.raises(BadImage, match="truncated"):
         safe_open(data[: len(data) // 2], "x", 100)
@@ -122,8 +122,8 @@ def test_a_damaged_jpeg_is_found_at_a_reduced_scale_too() -> None:
         safe_open(jpeg(Image.new("RGB", (4000, 10))), "x", 8)
 
 
-def test_a_picture_that_is_given_stays_as_it_is() -> None:
-    given = picture(0)
+def test_an_image_that_is_given_stays_as_it_is() -> None:
+    given = toy_image(0)
     given.info["comment"] = b"mine"
     opened = safe_open(given, "x")
     opened.paste("red", (0, 0, 9, 9))
@@ -162,4 +162,4 @@ def test_the_benchmark_measures_every_loader(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [entry["loader"] for entry in rows] == loaders
-    assert all(entry["pictures_per_second"] > 0 for entry in rows)
+    assert all(entry["images_per_second"] > 0 for entry in rows)

@@ -1,4 +1,4 @@
-"""The first look: what is counted of captions and rows, and the picture of it.
+"""The first look: what is counted of captions and rows, and the image of it.
 
 How to break the code so that these fail: count captions before cleaning, sample the first rows only, draw without
 `SHOWN`, write anything besides first-look.png.
@@ -36,14 +36,14 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
     lines = look_at_raw(Toy(rows), SETTINGS, tmp_path / "mine" / "first-look.png")  # type: ignore[arg-type]
     assert lines == [
         "mine: 36 rows",
-        "32 pictures with 64 captions (train 31, val 1)",
+        "32 images with 64 captions (train 31, val 1)",
         "captions have 3 words (3 to 3 for nine of ten); 48.4 % say what another one says",
         "would be left out: 4",
-        "          1  duplicate picture id",
+        "          1  duplicate image id",
         "          1  empty caption",
         "          1  missing",
         "          1  gone",
-        "and of 32 pictures that were opened: 1",
+        "and of 32 images that were opened: 1",
         "          1  truncated",
     ]
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["first-look.png"]

@@ -1,11 +1,11 @@
-"""Mixes of prepared sets: how often each picture comes, who it is from, what two sets share."""
+"""Mixes of prepared sets: how often each image comes, who it is from, what two sets share."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prepared_sets import jpeg, make, picture, raw
+from prepared_sets import jpeg, make, raw, toy_image
 from toy_pairs import SPEC
 
 from maskvlm.cli.lightning import Parsed, run_command
@@ -19,13 +19,13 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """coco: 20 pictures to train on, 3 each to evaluate; vg: ten of its own, and five of coco's with other bytes."""
+    """coco: 20 images to train on, 3 each to evaluate; vg: ten of its own, and five of coco's with other bytes."""
     folder = tmp_path_factory.mktemp("sets")
     splits = ["train"] * 20 + ["val"] * 3 + ["test"] * 3
     make(folder, "coco", [raw(number, split, f"coco {number}") for number, split in enumerate(splits)])
     own = [raw(number, image_id=f"vg {number}") for number in range(100, 110)]
-    shared = [raw(number, image_id=f"coco {number}", image=jpeg(picture(number), 60)) for number in range(5)]
-    make(folder, "vg", [*own, BadRow("no picture", "row 7", "is not there", "train"), *shared])
+    shared = [raw(number, image_id=f"coco {number}", image=jpeg(toy_image(number), 60)) for number in range(5)]
+    make(folder, "vg", [*own, BadRow("no image", "row 7", "is not there", "train"), *shared])
     return folder
 
 
@@ -37,7 +37,7 @@ def counts(pairs: Any) -> Counter[str]:
     return Counter(pairs[index]["image_id"] for index in range(len(pairs)))
 
 
-def test_a_weight_says_how_often_each_picture_comes(root: Path) -> None:
+def test_a_weight_says_how_often_each_image_comes(root: Path) -> None:
     pairs = mixed(root, coco=2.0, vg=1.0)
     found = counts(pairs)
     assert len(pairs) == 55
@@ -79,12 +79,12 @@ def test_what_two_sets_share_is_told_and_kept(root: Path, capsys: pytest.Capture
     pairs = mixed(root, coco=1.0, vg=1.0)
     said = capsys.readouterr().out
     assert "mix of 35 rows an epoch: coco 20, vg 15" in said
-    assert "5 pictures are in coco and in vg: kept in both" in said
+    assert "5 images are in coco and in vg: kept in both" in said
     assert pairs.shared() == {("coco", "vg"): 5}
 
 
 def test_left_out_rows_carry_the_name_of_their_set(root: Path) -> None:
-    assert mixed(root, coco=1.0, vg=1.0).skipped == {"no picture": ["vg: row 7"]}
+    assert mixed(root, coco=1.0, vg=1.0).skipped == {"no image": ["vg: row 7"]}
 
 
 def test_the_fingerprint_is_of_the_parts_and_the_weights(root: Path) -> None:

@@ -36,7 +36,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
 
 def test_the_length_is_given_in_steps_or_in_epochs() -> None:
     assert ready(steps=6).total_steps == 6
-    assert ready(steps=None, epochs=1.5).total_steps == 6  # 16 pictures
+    assert ready(steps=None, epochs=1.5).total_steps == 6  # 16 images
     assert ready(steps=None, epochs=1.6).total_steps == 7
     for steps, epochs in ((None, None), (3, 3)):
         with pytest.raises(UserError, match="exactly one"):
@@ -46,7 +46,7 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
 # ---------------------------------------------------------------------- training
 
 
-def test_one_epoch_of_batches_shows_every_picture_once() -> None:
+def test_one_epoch_of_batches_shows_every_image_once() -> None:
     batches = list(ready(steps=4).train_dataloader())
     assert [len(batch.image_BCHW) for batch in batches] == [4] * 4
     assert sorted(torch.cat([batch.index_B for batch in batches]).tolist()) == list(range(16))
@@ -67,7 +67,7 @@ def test_another_seed_gives_another_order() -> None:
     assert orders[0] != orders[1]
 
 
-def test_augmentation_settings_reach_the_pictures() -> None:
+def test_augmentation_settings_reach_the_images() -> None:
     plain, augmented = (next(iter(ready(augment=augment).train_dataloader())) for augment in (False, True))
     assert torch.equal(plain.index_B, augmented.index_B)
     assert not torch.equal(plain.image_BCHW, augmented.image_BCHW)
@@ -109,7 +109,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
 # ---------------------------------------------------------------------- evaluation
 
 
-def test_evaluation_reads_every_picture_once_with_all_captions() -> None:
+def test_evaluation_reads_every_image_once_with_all_captions() -> None:
     batches = list(ready().val_dataloader())
     assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [batch.owner_C.tolist() for batch in batches] == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2 + [[0, 0, 0]]
@@ -122,7 +122,7 @@ def test_processes_share_whole_batches_of_evaluation(monkeypatch: pytest.MonkeyP
     for rank in range(world):
         as_process(monkeypatch, rank, world)
         found[rank] = [batch.index_B.tolist() for batch in ready().val_dataloader()]
-    each = [[0, 1, 2], [3, 4, 5], [6]] if world == 2 else [[picture] for picture in range(7)]
+    each = [[0, 1, 2], [3, 4, 5], [6]] if world == 2 else [[image] for image in range(7)]
     assert sorted(batch for batches in found.values() for batch in batches) == each
     assert [len(batches) for batches in found.values()] == ([2, 1] if world == 2 else [2, 2, 2, 1])
 
@@ -158,7 +158,7 @@ def test_the_fingerprint_names_each_split_and_the_tokenizer() -> None:
     assert other.fingerprint()["sha"] != card["sha"]
 
 
-def test_a_vocabulary_is_learned_from_pictures_spread_over_the_split() -> None:
+def test_a_vocabulary_is_learned_from_images_spread_over_the_split() -> None:
     pairs = Rows([row(number) for number in range(10)])
     assert list(some_captions(pairs)) == [caption for number in range(10) for caption in row(number)["captions"]]
     assert list(some_captions(pairs, 4)) == [caption for number in (0, 3, 6, 9) for caption in row(number)["captions"]]
@@ -180,15 +180,15 @@ def test_tokens_are_counted_in_the_training_texts() -> None:
 def test_no_process_is_left_without_an_evaluation_batch(
     monkeypatch: pytest.MonkeyPatch, processes: int, sizes: list[int]
 ) -> None:
-    """Seven pictures in batches of at most four, by process 0 of one, two, seven."""
+    """Seven images in batches of at most four, by process 0 of one, two, seven."""
     monkeypatch.setattr(module, "world_size", lambda: processes)
     sampler = ready(eval_batch_size=4).val_dataloader().batch_sampler
     assert [len(batch) for batch in sampler] == sizes  # type: ignore[union-attr]
 
 
-def test_more_processes_than_pictures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "world_size", lambda: 8)
-    with pytest.raises(UserError, match="7 pictures are fewer than the 8 processes"):
+    with pytest.raises(UserError, match="7 images are fewer than the 8 processes"):
         ready().val_dataloader()
 
 
@@ -223,7 +223,7 @@ def take_in(data: PairData, batches: int, *problems: tuple[str, str]) -> None:
 
 def test_too_many_bad_rows_stop_the_run() -> None:
     data = ready(max_bad_fraction=0.02)
-    take_in(data, 12, ("truncated", "toy:7: bad picture"), ("empty caption", "toy:8: the caption is empty"))
+    take_in(data, 12, ("truncated", "toy:7: bad image"), ("empty caption", "toy:8: the caption is empty"))
     with pytest.raises(UserError, match=r"27 of 1300 samples could not be read, first: toy:9") as raised:
         take_in(data, 1, ("missing", "toy:9"), ("missing", "toy:10"), ("missing", "toy:11"))
     assert raised.value.code == ExitCode.BAD_DATA

@@ -42,7 +42,7 @@ def test_captions_take_turns_over_the_epochs() -> None:
     assert data[Pick(1, 0)]["captions"] == ["this one is green"]  # not everybody's first caption at once
 
 
-def test_several_captions_a_picture_take_turns_together() -> None:
+def test_several_captions_an_image_take_turns_together() -> None:
     """Two of three: every epoch begins where the last one ended."""
     pairs = Rows([row(0), row(1, captions=["only one"]), row(2, captions=["", "word"])])
     data = TrainPairs(pairs, train_transform(SPEC, augment=False), 0, SPEC.image_size, captions=2)
@@ -66,8 +66,8 @@ def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
     np.random.seed(5)  # noqa: NPY002
     assert torch.equal(data[Pick(0, 3)]["image_CHW"], first)
     assert torch.equal(training({}, {})[Pick(0, 3)]["image_CHW"], first)
-    same_picture = training({"captions": ["x"]}, {"image": square("red"), "captions": ["x"]})
-    views = [same_picture[Pick(index, epoch)]["image_CHW"] for index in (0, 1) for epoch in (0, 1)]
+    same_image = training({"captions": ["x"]}, {"image": square("red"), "captions": ["x"]})
+    views = [same_image[Pick(index, epoch)]["image_CHW"] for index in (0, 1) for epoch in (0, 1)]
     views.append(training({"captions": ["x"]}, seed=1)[Pick(0, 0)]["image_CHW"])
     assert not any(torch.equal(a, b) for n, a in enumerate(views) for b in views[:n])
 
@@ -89,7 +89,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"image": b"no picture"}, "not an image"),
+        ({"image": b"no image"}, "not an image"),
         ({"image": png(square("red"))[:-40]}, "truncated"),
         ({"image": "nowhere/1.png"}, "missing"),
         ({"captions": [" \t\n"]}, "empty caption"),
@@ -129,7 +129,7 @@ def test_evaluation_shows_all_captions_that_have_words() -> None:
 
 
 def test_evaluation_never_skips() -> None:
-    data = evaluation({"image": b"no picture"}, {"captions": ["", "\n"]})
+    data = evaluation({"image": b"no image"}, {"captions": ["", "\n"]})
     with pytest.raises(BadImage, match="toy:0"):
         data[0]
     with pytest.raises(UserError, match="toy:1: no caption with words") as raised:
@@ -137,7 +137,7 @@ def test_evaluation_never_skips() -> None:
     assert raised.value.code == ExitCode.BAD_DATA
 
 
-def test_object_pixels_come_at_the_size_of_the_picture() -> None:
+def test_object_pixels_come_at_the_size_of_the_image() -> None:
     sample = evaluation({}, kind=Outlined)[0]
     ground = sample["foreground"]
     assert ground is not None
@@ -173,13 +173,13 @@ def test_a_training_batch(collate: Collate) -> None:
     assert [reason for reason, _ in batch.problems] == ["not an image (unknown)"]
 
 
-def test_two_holes_are_not_one_picture(collate: Collate) -> None:
+def test_two_holes_are_not_one_image(collate: Collate) -> None:
     data = training({"image": b"no"}, {"image": b"no"})
     batch = collate([data[Pick(0, 0)], data[Pick(1, 0)]])
     assert batch.image_id_B[0] != batch.image_id_B[1]
 
 
-def test_an_evaluation_batch_keeps_each_caption_with_its_picture(collate: Collate) -> None:
+def test_an_evaluation_batch_keeps_each_caption_with_its_image(collate: Collate) -> None:
     data = evaluation({"captions": ["a star", "one star"]}, {}, kind=Outlined)
     batch = collate([data[1], data[0]])
     assert batch.owner_C.tolist() == [0, 0, 0, 1, 1]
@@ -192,7 +192,7 @@ def test_an_evaluation_batch_keeps_each_caption_with_its_picture(collate: Collat
     assert batch.texts == (*row(1)["captions"], "a star", "one star")
 
 
-def test_several_captions_of_a_training_picture_know_it(collate: Collate) -> None:
+def test_several_captions_of_a_training_image_know_it(collate: Collate) -> None:
     pairs = Rows([row(0), row(1, image=b"no"), row(2)])
     data = TrainPairs(pairs, train_transform(SPEC, augment=False), 0, SPEC.image_size, captions=2)
     batch = collate([data[Pick(index, 0)] for index in range(3)])

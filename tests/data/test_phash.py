@@ -1,7 +1,7 @@
-"""The perceptual hash: near copies differ in few bits, other pictures in many.
+"""The perceptual hash: near copies differ in few bits, other images in many.
 
 How to break the code so that these fail: hash with float cosines of another SIDE (the written-out hashes), compare with
-the mean instead of the median (flat pictures), skip the resize and crop instead (copies).
+the mean instead of the median (flat images), skip the resize and crop instead (copies).
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_copies_are_near(seed: int) -> None:
     assert {name: distance(told, phash(copy)) for name, copy in copies.items() if distance(told, phash(copy)) > 4} == {}
 
 
-def test_other_pictures_are_far() -> None:
+def test_other_images_are_far() -> None:
     hashes = [phash(photo(seed)) for seed in range(40)]
     apart = [distance(one, other) for place, one in enumerate(hashes) for other in hashes[:place]]
     assert min(apart) >= 12
@@ -42,14 +42,14 @@ def test_other_pictures_are_far() -> None:
 
 
 @given(colour=st.tuples(*[st.integers(0, 255)] * 3), side=st.integers(8, 80))
-def test_a_picture_of_one_colour_has_no_hash(colour: tuple[int, int, int], side: int) -> None:
+def test_an_image_of_one_colour_has_no_hash(colour: tuple[int, int, int], side: int) -> None:
     assert phash(Image.new("RGB", (side, side + 3), colour)) == 0
 
 
 def test_photos_are_told_apart(shared_data: Path) -> None:
     files = sorted((shared_data / "flickr8k" / "images").iterdir())[:300]
-    pictures = [safe_open(file, "x") for file in files]
-    hashes = [phash(picture) for picture in pictures]
-    assert all(distance(told, phash(p.resize((80, 80)))) <= 10 for told, p in zip(hashes, pictures, strict=True))
+    images = [safe_open(file, "x") for file in files]
+    hashes = [phash(image) for image in images]
+    assert all(distance(told, phash(p.resize((80, 80)))) <= 10 for told, p in zip(hashes, images, strict=True))
     apart = [distance(one, other) for place, one in enumerate(hashes) for other in hashes[:place]]
     assert min(apart) > 8

@@ -46,7 +46,7 @@ def test_datasets_reads_what_was_written(tmp_path: Path) -> None:
     found = datasets.load_from_disk(str(tmp_path / "toy"))
     assert {name: len(split) for name, split in found.items()} == {"train": 10, "val": 3, "test": 1}
     assert found["train"]["image_id"][:] == [f"toy {number}" for number in range(10)]
-    assert found["val"][1]["captions"] == ["picture number 11", "a second caption"]
+    assert found["val"][1]["captions"] == ["image number 11", "a second caption"]
     assert found["train"].features == datasets.Features.from_dict(FEATURES)
     assert [Path(file["filename"]).name for file in found["train"].cache_files] == [
         f"data-0000{number}.arrow" for number in range(3)
@@ -67,17 +67,17 @@ def test_the_manifest_counts_and_names(tmp_path: Path) -> None:
     rows += [row(15, captions=("a\u200bb", "c"))]
     manifest = make(tmp_path / "toy", rows, 40)
     assert manifest == json.loads((tmp_path / "toy" / "manifest.json").read_text())
-    assert manifest["coverage"] == "15 pictures, 38 % of the published 40"
+    assert manifest["coverage"] == "15 images, 38 % of the published 40"
     assert (manifest["pictures"], manifest["captions"], manifest["licence"]) == (15, 30, "free")
     assert {name: split["pictures"] for name, split in manifest["splits"].items()} == {"train": 11, "val": 3, "test": 1}
     assert [shard["rows"] for shard in manifest["splits"]["train"]["shards"]] == [4, 4, 2, 1]
     reasons = {reason: entry["count"] for reason, entry in manifest["left_out"].items()}
-    assert reasons == {"duplicate picture id": 1, "not an image (unknown)": 1, "gone": 1}
+    assert reasons == {"duplicate image id": 1, "not an image (unknown)": 1, "gone": 1}
     assert manifest["left_out"]["gone"]["examples"] == [{"origin": "x:1", "message": "x:1 is gone"}]
     assert {reason: entry["count"] for reason, entry in manifest["mended"].items()} == {"caption control": 1}
     lines = [json.loads(line) for line in (tmp_path / "toy" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["split"], line["reason"], line["origin"], line["left_out"]) for line in lines] == [
-        ("train", "duplicate picture id", "again", True),
+        ("train", "duplicate image id", "again", True),
         ("train", "not an image (unknown)", "toy.csv:14", True),
         ("train", "caption control", "toy.csv:15", False),
         ("val", "gone", "x:1", True),
@@ -108,7 +108,7 @@ def test_a_split_all_of_whose_rows_are_bad_is_not_there(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "toy" / "dataset_dict.json").read_text()) == {"splits": ["train"]}
 
 
-def test_annotation_files_lie_beside_the_pictures(tmp_path: Path) -> None:
+def test_annotation_files_lie_beside_the_images(tmp_path: Path) -> None:
     raw = Toy([row(number, "pictures", captions=(), name=f"a/{number}.png") for number in range(3)])
     (tmp_path / "train.json").write_bytes(b"{}\r\n")
     raw.annotations = [tmp_path / "train.json"]
@@ -133,18 +133,18 @@ def test_jobs_hold_rows_of_one_split_in_order_and_few_bytes(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("pictures", "published", "words"),
+    ("images", "published", "words"),
     [
-        (2_013_544, 2_950_000, "2,013,544 pictures, 68 % of the published 2.95 M"),
-        (1, 3, "1 picture, 33 % of the published 3"),
-        (5, 5, "5 pictures, 100 % of the published 5"),
-        (99_999, 100_000, "99,999 pictures, 100 % of the published 100,000"),
-        (3, 1000, "3 pictures, 0.3 % of the published 1,000"),
-        (7, None, "7 pictures"),
+        (2_013_544, 2_950_000, "2,013,544 images, 68 % of the published 2.95 M"),
+        (1, 3, "1 image, 33 % of the published 3"),
+        (5, 5, "5 images, 100 % of the published 5"),
+        (99_999, 100_000, "99,999 images, 100 % of the published 100,000"),
+        (3, 1000, "3 images, 0.3 % of the published 1,000"),
+        (7, None, "7 images"),
     ],
 )
-def test_coverage_in_words(pictures: int, published: int | None, words: str) -> None:
-    assert coverage(pictures, published) == words
+def test_coverage_in_words(images: int, published: int | None, words: str) -> None:
+    assert coverage(images, published) == words
     assert amount(12_423_374) == "12.4 M"
 
 
@@ -273,7 +273,7 @@ def test_a_complete_set_stays_as_it_is(tmp_path: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
     lines: list[str] = []
     assert prepare(Toy(ROWS[:1]), plan(), root, 1, lines.append) == manifest
-    assert lines == [f"{root}: already prepared, 14 pictures"]
+    assert lines == [f"{root}: already prepared, 14 images"]
     with pytest.raises(UserError, match=r"holds a prepared set made with side 48 instead of 40\. Delete") as caught:
         make(root, ROWS, side=40)
     assert caught.value.code == ExitCode.CANNOT_CREATE
@@ -311,10 +311,10 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
 def test_nothing_usable_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         make(tmp_path / "toy", [row(1, image=b"no"), row(2, image=b"no"), BadRow("gone", "x", "x", "val")])
-    assert str(caught.value).startswith("toy.csv: no picture can be used (not an image (unknown): 2, gone: 1; first: ")
+    assert str(caught.value).startswith("toy.csv: no image can be used (not an image (unknown): 2, gone: 1; first: ")
     assert caught.value.code == ExitCode.BAD_DATA
     assert not (tmp_path / "toy").exists()
-    with pytest.raises(UserError, match=r"no picture can be used \(no rows; first: there is no row\)"):
+    with pytest.raises(UserError, match=r"no image can be used \(no rows; first: there is no row\)"):
         make(tmp_path / "toy", [])
 
 

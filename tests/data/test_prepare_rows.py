@@ -1,7 +1,7 @@
-"""A row of the prepared form: the picture in it, its captions, and why a row is left out.
+"""A row of the prepared form: the image in it, its captions, and why a row is left out.
 
-How to break the code so that these fail: leave `shrink`'s condition out (small pictures grow), keep any JPEG as it is
-(EXIF stays), clip 16-bit grey, drop `screened` (a picture twice), take captions as they come.
+How to break the code so that these fail: leave `shrink`'s condition out (small images grow), keep any JPEG as it is
+(EXIF stays), clip 16-bit grey, drop `screened` (an image twice), take captions as they come.
 """
 
 from io import BytesIO
@@ -15,7 +15,7 @@ from toy_raw import encoded, photo, row
 
 from maskvlm.data.images import BadImage
 from maskvlm.data.phash import phash
-from maskvlm.data.prepare.rows import RowMaker, Settings, is_plain, prepare_picture, row_digest, screened
+from maskvlm.data.prepare.rows import RowMaker, Settings, is_plain, prepare_image, row_digest, screened
 from maskvlm.data.raw.base import BadRow
 
 SETTINGS = Settings("toy", 48, 90)
@@ -31,19 +31,19 @@ def opened(data: bytes) -> Image.Image:
     ("size", "expected"), [((96, 64), (72, 48)), ((64, 96), (48, 72)), ((49, 49), (48, 48)), ((1000, 60), (800, 48))]
 )
 def test_the_shorter_side_becomes_the_chosen_one(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert opened(prepare_picture(encoded(photo(0, *size), "PNG"), "x", SETTINGS).data).size == expected
+    assert opened(prepare_image(encoded(photo(0, *size), "PNG"), "x", SETTINGS).data).size == expected
 
 
 @pytest.mark.parametrize("size", [(48, 48), (200, 20), (9, 33)])
 def test_nothing_is_enlarged(size: tuple[int, int]) -> None:
-    assert opened(prepare_picture(encoded(photo(0, *size), "PNG"), "x", SETTINGS).data).size == size
+    assert opened(prepare_image(encoded(photo(0, *size), "PNG"), "x", SETTINGS).data).size == size
 
 
 def test_quality_is_that_of_the_settings() -> None:
     plain = encoded(photo(1, 48, 48), "PNG")
-    sizes = [len(prepare_picture(plain, "x", Settings("toy", 48, quality)).data) for quality in (30, 60, 90)]
+    sizes = [len(prepare_image(plain, "x", Settings("toy", 48, quality)).data) for quality in (30, 60, 90)]
     assert sizes == sorted(sizes)
-    tables = opened(prepare_picture(plain, "x", SETTINGS).data).quantization
+    tables = opened(prepare_image(plain, "x", SETTINGS).data).quantization
     assert tables == opened(encoded(photo(1), quality=90)).quantization
 
 
@@ -51,9 +51,9 @@ def test_a_small_plain_jpeg_stays_byte_for_byte(tmp_path: Path) -> None:
     data = encoded(photo(2, 60, 48), quality=71)
     (tmp_path / "a.jpg").write_bytes(data)
     for source in (data, str(tmp_path / "a.jpg")):
-        picture = prepare_picture(source, "x", SETTINGS)
-        assert (picture.data, picture.kept) == (data, True)
-    assert not prepare_picture(encoded(photo(2, 60, 49)), "x", SETTINGS).kept
+        image = prepare_image(source, "x", SETTINGS)
+        assert (image.data, image.kept) == (data, True)
+    assert not prepare_image(encoded(photo(2, 60, 49)), "x", SETTINGS).kept
 
 
 def with_exif(orientation: int) -> bytes:
@@ -75,34 +75,34 @@ def with_exif(orientation: int) -> bytes:
     ],
     ids=["exif", "progressive", "comment", "profile", "grey", "cmyk", "tail"],
 )
-def test_any_other_small_picture_is_coded_anew_without_its_extras(data: bytes) -> None:
-    picture = prepare_picture(data, "x", SETTINGS)
-    assert not picture.kept
-    assert opened(picture.data).size == (60, 40)
-    assert is_plain(picture.data)
+def test_any_other_small_image_is_coded_anew_without_its_extras(data: bytes) -> None:
+    image = prepare_image(data, "x", SETTINGS)
+    assert not image.kept
+    assert opened(image.data).size == (60, 40)
+    assert is_plain(image.data)
 
 
 def test_orientation_is_applied_before_the_size_is_chosen() -> None:
     turned = photo(3, 60, 40).transpose(Image.Transpose.ROTATE_270)
-    picture = prepare_picture(with_exif(6), "x", SETTINGS)
-    got, wanted = np.asarray(opened(picture.data), float), np.asarray(turned, float)
+    image = prepare_image(with_exif(6), "x", SETTINGS)
+    got, wanted = np.asarray(opened(image.data), float), np.asarray(turned, float)
     assert got.shape == (60, 40, 3)
     assert np.abs(got - wanted).mean() < 8
 
 
 def test_sixteen_bits_are_scaled_and_what_is_transparent_becomes_white() -> None:
     ramp = np.linspace(0, 65535, 48 * 48).reshape(48, 48)
-    deep = prepare_picture(encoded(Image.fromarray(ramp.astype(np.uint16)), "PNG"), "x", SETTINGS)
+    deep = prepare_image(encoded(Image.fromarray(ramp.astype(np.uint16)), "PNG"), "x", SETTINGS)
     assert np.abs(np.asarray(opened(deep.data), float)[..., 0] - ramp / 257).max() < 8
     glass = Image.new("RGBA", (48, 48), (200, 0, 0, 0))
-    assert np.asarray(opened(prepare_picture(encoded(glass, "PNG"), "x", SETTINGS).data)).min() >= 253
+    assert np.asarray(opened(prepare_image(encoded(glass, "PNG"), "x", SETTINGS).data)).min() >= 253
 
 
 def test_the_hash_is_of_what_is_stored() -> None:
     large = photo(4, 640, 480)
-    picture = prepare_picture(encoded(large), "x", SETTINGS)
-    assert bin(picture.phash ^ phash(opened(picture.data))).count("1") <= 2
-    assert bin(picture.phash ^ phash(large)).count("1") <= 2
+    image = prepare_image(encoded(large), "x", SETTINGS)
+    assert bin(image.phash ^ phash(opened(image.data))).count("1") <= 2
+    assert bin(image.phash ^ phash(large)).count("1") <= 2
 
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +119,14 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(monkeypatch: pytest.Monke
         return done
 
     monkeypatch.setattr(JpegImageFile, "draft", noted)
-    picture = prepare_picture(large, "x", SETTINGS)
+    image = prepare_image(large, "x", SETTINGS)
     assert asked == [(200, 150)]
-    assert np.abs(np.asarray(opened(picture.data), float) - np.asarray(exact, float)).mean() < 4
+    assert np.abs(np.asarray(opened(image.data), float) - np.asarray(exact, float)).mean() < 4
 
 
-def test_a_picture_that_is_none_has_a_reason() -> None:
-    with pytest.raises(BadImage, match=r"x: bad picture, not an image \(text/html\)"):
-        prepare_picture(b"<html></html>", "x", SETTINGS)
+def test_an_image_that_is_none_has_a_reason() -> None:
+    with pytest.raises(BadImage, match=r"x: bad image, not an image \(text/html\)"):
+        prepare_image(b"<html></html>", "x", SETTINGS)
 
 
 # ------------------------------------------------------------------ rows
@@ -144,15 +144,15 @@ def made_of(*rows: object, captioned: bool = True) -> tuple[RowMaker, list[dict[
 
 def test_a_row_holds_all_that_is_asked_for() -> None:
     maker, (stored,) = made_of(row(7, name="in/a.png", captions=("a\u200b  dog", "", "قطة 猫 😀")))
-    picture = prepare_picture(row(7).image, "x", SETTINGS)
+    image = prepare_image(row(7).image, "x", SETTINGS)
     assert stored == {
-        "image": picture.data,
+        "image": image.data,
         "captions": ["a dog", "قطة 猫 😀"],
         "image_id": "toy 7",
         "source": "toy",
         "name": "in/a.png",
         "origin": "toy.csv:7",
-        "phash": picture.phash,
+        "phash": image.phash,
     }
     assert [*maker.mended] == [
         ("caption control", "toy.csv:7", "toy.csv:7: caption 0 of 3"),
@@ -183,17 +183,17 @@ def test_a_row_that_cannot_be_used_is_left_out_under_its_reason(changes: dict[st
     assert maker.mended == []
 
 
-def test_pictures_of_annotated_sets_need_no_caption() -> None:
+def test_images_of_annotated_sets_need_no_caption() -> None:
     _, (stored,) = made_of(row(1, captions=()), captioned=False)
     assert stored["captions"] == []
 
 
-def test_a_second_row_of_a_picture_and_an_unknown_split_are_bad_rows() -> None:
+def test_a_second_row_of_an_image_and_an_unknown_split_are_bad_rows() -> None:
     rows = [row(1), row(1, "val", origin="b:9"), BadRow("odd", "c", "c is odd", "train"), row(2, "dev"), row(3)]
     kept = [*screened(iter(rows))]
     assert [kept[0], kept[2], kept[4]] == [rows[0], rows[2], rows[4]]
     assert kept[1] == BadRow(
-        "duplicate picture id", "b:9", "b:9: the picture 'toy 1' stands there for the second time", "val"
+        "duplicate image id", "b:9", "b:9: the image 'toy 1' stands there for the second time", "val"
     )
     assert kept[3][:2] == ("unknown split", "toy.csv:2")
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from toy_raw import Toy, make, photo, plan, row
 
 from maskvlm.data.phash import phash
-from maskvlm.data.prepare.album import PreparedPictures, open_album
+from maskvlm.data.prepare.album import PreparedImages, open_album
 from maskvlm.data.prepare.prepare import prepare
-from maskvlm.data.prepare.rows import Settings, prepare_picture
+from maskvlm.data.prepare.rows import Settings, prepare_image
 from maskvlm.data.prepared.manifest import MAKING
 from maskvlm.data.prepared.source import Prepared, PreparedPairs, read_skipped
 from maskvlm.data.raw.base import BadRow
@@ -28,7 +28,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven training pictures in three shards, two for validation; two rows left out."""
+    """Eleven training images in three shards, two for validation; two rows left out."""
     root = tmp_path_factory.mktemp("prepared") / "toy"
     rows = [*(row(number) for number in range(11)), row(20, "val"), row(21, "val"), row(22, image=b"no")]
     make(root, [*rows, BadRow("gone", "x:1", "x:1 is gone", "val")])
@@ -41,12 +41,12 @@ def test_rows_come_back(toy: Path) -> None:
     for index in (0, 4, 10, -1):
         number = range(11)[index]
         assert pairs[index] == {
-            "image": prepare_picture(row(number).image, "x", Settings("toy", 48)).data,
-            "captions": [f"picture number {number}", "a second caption"],
+            "image": prepare_image(row(number).image, "x", Settings("toy", 48)).data,
+            "captions": [f"image number {number}", "a second caption"],
             "image_id": f"toy {number}",
             "origin": f"{toy}/train row {number} (toy.csv:{number})",
         }
-    assert pairs.captions(3) == ["picture number 3", "a second caption"]
+    assert pairs.captions(3) == ["image number 3", "a second caption"]
     assert [*pairs.image_ids()] == [f"toy {number}" for number in range(11)]
     assert pairs.column("source").unique().to_pylist() == ["toy"]
     told = pairs.column("phash").to_numpy()
@@ -90,7 +90,7 @@ class Read(Dataset[Any]):
         return self.pairs[index]
 
 
-def test_data_workers_get_names_not_pictures(toy: Path) -> None:
+def test_data_workers_get_names_not_images(toy: Path) -> None:
     pairs = Prepared(str(toy)).split("train")
     rows = [pairs[index] for index in range(11)]
     pickled = pickle.dumps(pairs)
@@ -101,7 +101,7 @@ def test_data_workers_get_names_not_pictures(toy: Path) -> None:
 
 
 def test_opening_reads_nothing_into_memory(toy: Path) -> None:
-    """Pictures least of all: what stays is where they lie."""
+    """Images least of all: what stays is where they lie."""
     size = (toy / "train" / "data-00000.arrow").stat().st_size
     before = pa.total_allocated_bytes()
     pairs = Prepared(str(toy)).split("train")
@@ -152,13 +152,13 @@ def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_split_that_is_not_there_lists_those_that_are(toy: Path) -> None:
     error = error_of(toy, "test")
-    assert f"{toy}: no split 'test' (there is train with 11 pictures, val with 2 pictures)" in str(error)
+    assert f"{toy}: no split 'test' (there is train with 11 images, val with 2 images)" in str(error)
     assert error.code == ExitCode.MISSING_INPUT
 
 
-def split(pictures: object, shards: str) -> str:
+def split(images: object, shards: str) -> str:
     """A manifest with one split."""
-    told = f'"pictures": {pictures}, "sha256": "{"0" * 64}", "shards": {shards}'
+    told = f'"pictures": {images}, "sha256": "{"0" * 64}", "shards": {shards}'
     return f'{{"format": 1, "splits": {{"train": {{{told}}}}}}}'
 
 
@@ -205,7 +205,7 @@ def test_a_set_without_validation_holds_a_part_out(tmp_path: Path, capsys: pytes
     source = Prepared(str(root), hold_out=1000)
     train, val = source.split("train"), source.split("val")
     assert (len(train), len(val)) == (38, 2)  # a twentieth
-    assert f"{root} has no val split: 2 of its 40 pictures are held out of training for it" in capsys.readouterr().out
+    assert f"{root} has no val split: 2 of its 40 images are held out of training for it" in capsys.readouterr().out
     ids = [*train.image_ids(), *val.image_ids()]
     assert sorted(ids) == sorted(f"toy {number}" for number in range(40))
     assert [val[index]["image_id"] for index in range(2)] == [*val.image_ids()]
@@ -236,27 +236,27 @@ def test_its_own_validation_is_taken_where_there_is_one(toy: Path) -> None:
     assert (len(source.split("train")), len(source.split("val"))) == (11, 2)
 
 
-# ------------------------------------------------------------------ pictures of annotated sets
+# ------------------------------------------------------------------ images of annotated sets
 
 
-def test_pictures_are_found_by_name_and_handed_out_as_bytes(tmp_path: Path) -> None:
+def test_images_are_found_by_name_and_handed_out_as_bytes(tmp_path: Path) -> None:
     root = tmp_path / "toy"
     make(root, [row(number, "pictures", captions=(), name=f"in/{number}.png") for number in range(6)])
     album = open_album(None, root)
     assert album.names == [f"in/{number}.png" for number in range(6)]
-    pictures = album.pictures({"a": "in/5.png", "b": "in/0.png"})
-    assert isinstance(pictures, PreparedPictures)
-    assert pictures.find(pa.array(["b", "c", "a"])).tolist() == [1, -1, 0]
-    wanted = [prepare_picture(row(number).image, "x", Settings("toy", 48)).data for number in (5, 0)]
-    assert [pictures.image(number) for number in (0, 1)] == wanted
-    assert [pickle.loads(pickle.dumps(pictures)).image(number) for number in (0, 1)] == wanted
+    images = album.images({"a": "in/5.png", "b": "in/0.png"})
+    assert isinstance(images, PreparedImages)
+    assert images.find(pa.array(["b", "c", "a"])).tolist() == [1, -1, 0]
+    wanted = [prepare_image(row(number).image, "x", Settings("toy", 48)).data for number in (5, 0)]
+    assert [images.image(number) for number in (0, 1)] == wanted
+    assert [pickle.loads(pickle.dumps(images)).image(number) for number in (0, 1)] == wanted
 
 
-def test_a_set_of_pairs_serves_as_pictures_by_its_ids(toy: Path, tmp_path: Path) -> None:
+def test_a_set_of_pairs_serves_as_images_by_its_ids(toy: Path, tmp_path: Path) -> None:
     album = open_album(str(toy), tmp_path)
     assert len(album.names) == 13
     assert album.names[0] == "toy/0"
-    assert album.pictures({"v": "toy/21"}).image(0) == Prepared(str(toy)).split("val")[1]["image"]
+    assert album.images({"v": "toy/21"}).image(0) == Prepared(str(toy)).split("val")[1]["image"]
 
 
 def test_a_folder_of_files_is_read_as_before(tmp_path: Path) -> None:
@@ -264,6 +264,6 @@ def test_a_folder_of_files_is_read_as_before(tmp_path: Path) -> None:
     (tmp_path / "images" / "a.png").touch()
     album = open_album(None, tmp_path)
     assert album.names == ["a.png"]
-    assert album.pictures({"a": "a.png"}).image(0) == str(tmp_path / "images" / "a.png")
-    with pytest.raises(UserError, match="no such folder of pictures"):
+    assert album.images({"a": "a.png"}).image(0) == str(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match="no such folder of images"):
         open_album(str(tmp_path / "no"), tmp_path)

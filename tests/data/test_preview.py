@@ -1,4 +1,4 @@
-"""The contact sheet: every picture with its captions, and a reason where there is no picture."""
+"""The contact sheet: every image with its captions, and a reason where there is no image."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 
 class Toys:
-    """Pairs whose pictures are wide red cards, except that the last is no picture."""
+    """Pairs whose images are wide red cards, except that the last is no image."""
 
     fingerprint = "toys"
 
@@ -24,7 +24,7 @@ class Toys:
 
     def __getitem__(self, index: int, /) -> Row:
         self.read.append(index)
-        image = Image.new("RGB", (30, 20), "red") if index < self.count - 1 else b"no picture"
+        image = Image.new("RGB", (30, 20), "red") if index < self.count - 1 else b"no image"
         captions = [f"{index} cards for $^$ each", "word " * 500, *"abcd"]
         return Row(image=image, captions=captions, image_id=f"card-{index}", origin=f"toys row {index}")
 
@@ -33,7 +33,7 @@ def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts if text.get_text()]
 
 
-def test_a_sheet_is_a_picture_file_of_rows_from_all_over(tmp_path: Path) -> None:
+def test_a_sheet_is_an_image_file_of_rows_from_all_over(tmp_path: Path) -> None:
     toys = Toys(100)
     path = contact_sheet(toys, tmp_path / "new" / "sheet.png", count=5)
     assert path == tmp_path / "new" / "sheet.png"
@@ -50,7 +50,7 @@ def test_every_row_is_shown_when_there_are_fewer_than_asked_for(tmp_path: Path) 
     assert toys.read == [0, 1, 2]
 
 
-def test_captions_stand_below_their_picture_shortened_and_as_they_are() -> None:
+def test_captions_stand_below_their_image_shortened_and_as_they_are() -> None:
     toys = Toys(3)
     figure = draw_sheet([read_row(toys, 0), read_row(toys, 1)])
     below = texts_of(figure)
@@ -71,7 +71,7 @@ def test_a_row_that_cannot_be_read_says_why_in_its_place() -> None:
 
 @pytest.mark.parametrize(("length", "count"), [(0, 24), (5, 0)])
 def test_nothing_to_show_is_a_users_mistake(tmp_path: Path, length: int, count: int) -> None:
-    with pytest.raises(UserError, match="no pictures to show"):
+    with pytest.raises(UserError, match="no images to show"):
         contact_sheet(Toys(length), tmp_path / "sheet.png", count)
     assert not list(tmp_path.iterdir())
 

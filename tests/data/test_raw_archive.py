@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pictures import SEEDS
 from test_raw_table import outcome
+from toy_images import SEEDS
 
 from maskvlm.data.raw import BadRow, RawRow, open_raw
 from maskvlm.data.raw.archive import members
@@ -28,7 +28,7 @@ FAST = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCh
 
 
 def meta(key: str, **more: Any) -> dict[str, Any]:
-    """What img2dataset notes of a picture."""
+    """What img2dataset notes of an image."""
     status = {"status": "success", "error_message": None, "width": 64, "height": 48, "sha256": "0" * 64}
     return {"caption": f"json {key}", "url": f"http://example.org/{key}.jpg", "key": key, **status, **more}
 
@@ -78,7 +78,7 @@ def test_tars_in_the_layout_of_img2dataset(tmp_path: Path) -> None:
         RawRow(JPEG, ("two",), "cc3m 000000001", "train", "00000.tar!000000001.jpg"),
         RawRow(JPEG, ("three",), "cc3m 000010000", "train", "00001.tar!000010000.jpg"),
     ]
-    assert raw.notes == ["img2dataset asked for 5 pictures and got 3 (60 %)"]
+    assert raw.notes == ["img2dataset asked for 5 images and got 3 (60 %)"]
 
 
 def test_a_count_that_differs_from_the_statistics_is_told(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_count_that_differs_from_the_statistics_is_told(tmp_path: Path) -> Non
     stats(tmp_path, "00000", 9, 8)
     row = read(tmp_path)[-1]
     assert row == BadRow(
-        "other count than img2dataset's", "00000.tar", "00000_stats.json counts 8 pictures, 1 are there", "train"
+        "other count than img2dataset's", "00000.tar", "00000_stats.json counts 8 images, 1 are there", "train"
     )
     (tmp_path / "00000_stats.json").write_text("[")
     assert reasons(tmp_path) == ["good", "damaged statistics"]
@@ -98,14 +98,14 @@ def test_folders_of_files_in_the_layout_of_img2dataset(tmp_path: Path) -> None:
         (tmp_path / "00000").mkdir(exist_ok=True)
         for name, content in sample(key, f"text {key}"):
             (tmp_path / "00000" / name).write_bytes(content)
-    pq.write_table(pa.table({"key": ["0"], "url": ["x"]}), tmp_path / "00000.parquet")  # without pictures: passed over
+    pq.write_table(pa.table({"key": ["0"], "url": ["x"]}), tmp_path / "00000.parquet")  # without images: passed over
     stats(tmp_path, "00000", 2, 2)
     raw = open_raw("webdataset", str(tmp_path))
     assert [*raw.rows()] == [
         RawRow(str(tmp_path / f"00000/{key}.jpg"), (f"text {key}",), f"webdataset {key}", "train", f"00000!{key}.jpg")
         for key in ("000000000", "000000001")
     ]
-    assert raw.notes == ["img2dataset asked for 2 pictures and got 2 (100 %)"]
+    assert raw.notes == ["img2dataset asked for 2 images and got 2 (100 %)"]
 
 
 def test_parquet_in_the_layout_of_img2dataset(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from karpathy_rows import image
 from PIL import Image
 
-from maskvlm.data.files import picture_folder, picture_names
+from maskvlm.data.files import image_folder, image_names
 from maskvlm.data.images import safe_open
 from maskvlm.data.raw import SETS, BadRow, RawRow, open_raw
 from maskvlm.utils.errors import ExitCode, UserError
@@ -62,7 +62,7 @@ def test_flickr8k_is_whole(shared_data: Path) -> None:
     assert sum(len(row.captions) for row in rows if isinstance(row, RawRow)) == 35_000
     assert all(row[2].startswith("flickr ") for row in rows)
     assert len({row[2] for row in rows}) == 7000
-    assert (raw.facts.pictures, raw.facts.captions) == (8000, 40_000)
+    assert (raw.facts.images, raw.facts.captions) == (8000, 40_000)
     first = rows[0]
     assert isinstance(first, RawRow)
     assert first.image_id == "flickr 2513260012"
@@ -76,44 +76,44 @@ def test_flickr8k_is_whole(shared_data: Path) -> None:
     [
         ("snli_ve", "snli_ve", 208, 0, 2),
         ("snli_ve", "formats/visual_entailment", 2, 0, 1),
-        ("daquar", "daquar_vqa", 794, 0, 4),  # of 795 files: no question is about picture 366
+        ("daquar", "daquar_vqa", 794, 0, 4),  # of 795 files: no question is about image 366
         ("nlvr_pairs", "nlvr_pairs", 15_894, 0, 2),
         ("nlvr2", "formats/nlvr2", 8, 334, 2),
         ("vqav2", "formats/vqav2", 1, 0, 2),
     ],
 )
-def test_pictures_of_annotated_sets(
+def test_images_of_annotated_sets(
     shared_data: Path, name: str, folder: str, good: int, absent: int, files: int
 ) -> None:
-    """Fails where a picture is taken twice, or one that no example is about."""
+    """Fails where an image is taken twice, or one that no example is about."""
     raw = open_raw(name, str(shared_data / folder))
     rows = [*raw.rows()]
     found = counted(rows)
-    assert (found["pictures", "good"], found["pictures", "missing picture"]) == (good, absent)
+    assert (found["pictures", "good"], found["pictures", "missing image"]) == (good, absent)
     assert sum(found.values()) == good + absent
     assert len(raw.annotations) == files
     assert all(file.suffix in (".json", ".jsonl") for file in raw.annotations)
-    pictures = shared_data / folder / "images"
+    images = shared_data / folder / "images"
     for row in rows:
         if isinstance(row, RawRow):
             assert row.captions == ()
-            assert Path(str(row.image)) == pictures / row.name
+            assert Path(str(row.image)) == images / row.name
             assert Path(str(row.image)).is_file()
 
 
-def test_the_tasks_find_the_same_pictures_under_the_same_ids(shared_data: Path) -> None:
+def test_the_tasks_find_the_same_images_under_the_same_ids(shared_data: Path) -> None:
     """Fails where a rule for ids here differs from that of the task's reader."""
     folder = shared_data / "daquar_vqa"
-    names = picture_names(picture_folder(None, folder))
+    names = image_names(image_folder(None, folder))
     ours = {row.image_id: row.name for row in rows_of("daquar", folder) if isinstance(row, RawRow)}
     theirs = numbered(names, "daquar_train")
     assert ours.items() <= theirs.items()
     sets: list[tuple[str, str, Any]] = [("snli_ve", "snli_ve", SnliVe), ("nlvr_pairs", "nlvr_pairs", Nlvr2)]
     for name, place, task in sets:
-        pictures = task(str(shared_data / place))._pictures()
+        images = task(str(shared_data / place))._images()
         rows = [row for row in rows_of(name, shared_data / place) if isinstance(row, RawRow)]
-        numbers = pictures.find(pa.array([row.image_id for row in rows]))
-        assert [pictures.path(number) for number in numbers] == [row.image for row in rows]
+        numbers = images.find(pa.array([row.image_id for row in rows]))
+        assert [images.path(number) for number in numbers] == [row.image for row in rows]
 
 
 def test_flickr30k_entities(shared_data: Path) -> None:
@@ -126,9 +126,9 @@ def test_flickr30k_entities(shared_data: Path) -> None:
     assert not any("[" in caption for caption in row.captions)
 
 
-def test_cc3m_without_pictures_is_all_missing(shared_data: Path) -> None:
+def test_cc3m_without_images_is_all_missing(shared_data: Path) -> None:
     rows = rows_of("cc3m", shared_data / "formats/cc3m")
-    assert counted(rows) == {("val", "missing picture"): 500}
+    assert counted(rows) == {("val", "missing image"): 500}
     assert rows[499].origin == "Validation_GCC-1.1.0-Validation.head500.tsv:500"
 
 
@@ -150,7 +150,7 @@ def test_coco_in_karpathys_split(tmp_path: Path) -> None:
     assert brief(rows_of("coco", tmp_path), tmp_path) == [
         ("val2014/COCO_val2014_000000391895.jpg", ("a man", "two"), "coco 391895", "train"),
         ("train2017/000000000012.jpg", ("a dog",), "coco 12", "test"),
-        ("missing picture", f"{file} 2 (val2014/COCO_val2014_000000000013.jpg)"),
+        ("missing image", f"{file} 2 (val2014/COCO_val2014_000000000013.jpg)"),
         ("unsafe name", f"{file} 3 (../x.jpg)"),
         ("no caption", f"{file} 4 (val2014/COCO_val2014_000000391895.jpg)"),
         ("malformed row", f"{file} 5"),
@@ -170,7 +170,7 @@ def test_coco_as_it_is_distributed(tmp_path: Path, year: str) -> None:
         (("train 1", "train 2"), "coco 9", "train"),
         (("val 1", "val 2"), "coco 42", "val"),
     ]
-    assert [row[0] for row in found[1::2]] == ["missing picture"] * 2
+    assert [row[0] for row in found[1::2]] == ["missing image"] * 2
 
 
 # ------------------------------------------------------------------ Flickr
@@ -213,7 +213,7 @@ def test_flickr_csv_of_the_hub_and_of_kaggle(tmp_path: Path) -> None:
 
 
 def test_visual_genome_shares_ids_with_coco(tmp_path: Path) -> None:
-    """Fails where coco_id is not asked: the leak of COCO's test pictures would not be seen by id."""
+    """Fails where coco_id is not asked: the leak of COCO's test images would not be seen by id."""
     put(tmp_path, "VG_100K/1.jpg", "images/VG_100K_2/2.jpg", "VG_100K/4.jpg")
     regions = [{"id": n, "regions": [{"region_id": n, "phrase": f"phrase {n}"}] * (n % 4)} for n in (1, 2, 3, 4)]
     write(tmp_path / "region_descriptions.json", [*regions, {"id": "5"}])
@@ -224,11 +224,11 @@ def test_visual_genome_shares_ids_with_coco(tmp_path: Path) -> None:
     assert brief([*raw.rows()], tmp_path) == [
         ("VG_100K/1.jpg", ("phrase 1",), "vg 1", "train"),
         ("images/VG_100K_2/2.jpg", ("phrase 2",) * 2, "coco 9", "train"),
-        ("missing picture", "region_descriptions.json [2] (3.jpg)"),
+        ("missing image", "region_descriptions.json [2] (3.jpg)"),
         ("no caption", "region_descriptions.json [3] (4.jpg)"),
         ("malformed row", "region_descriptions.json [4]"),
     ]
-    assert raw.notes == ["1 of its pictures are COCO's, too, and have their ids there"]
+    assert raw.notes == ["1 of its images are COCO's, too, and have their ids there"]
 
 
 # ------------------------------------------------------------------ lists of addresses
@@ -247,35 +247,35 @@ NAMINGS = {
 
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("name", ["cc3m", "cc12m"])
-def test_pictures_of_a_list_by_the_names_of_downloaders(tmp_path: Path, name: str, naming: str) -> None:
-    """Fails where a row gets another row's picture; row 2 has none."""
+def test_images_of_a_list_by_the_names_of_downloaders(tmp_path: Path, name: str, naming: str) -> None:
+    """Fails where a row gets another row's image; row 2 has none."""
     for row in (0, 1, 3):
         put(tmp_path, f"images/{NAMINGS[naming](URLS[row], row)}")
     pairs = [(f"caption {row}", url) if name == "cc3m" else (url, f"caption {row}") for row, url in enumerate(URLS)]
     write(tmp_path / "Train_GCC-training.tsv", "".join("\t".join(pair) + "\n" for pair in pairs))
     raw = open_raw(name, str(tmp_path))
     rows = [*raw.rows()]
-    assert counted(rows) == {("train", "good"): 3, ("train", "missing picture"): 1}
+    assert counted(rows) == {("train", "good"): 3, ("train", "missing image"): 1}
     for row, number in zip((rows[0], rows[1], rows[3]), (0, 1, 3), strict=True):
         assert isinstance(row, RawRow)
         assert row.image == str(tmp_path / "images" / NAMINGS[naming](URLS[number], number))
         assert row[1:4] == ((f"caption {number}",), f"{name} {number:09d}", "train")
-    assert rows[2][:2] == ("missing picture", "Train_GCC-training.tsv:3")
-    assert "pictures are named by" in raw.notes[0]
+    assert rows[2][:2] == ("missing image", "Train_GCC-training.tsv:3")
+    assert "images are named by" in raw.notes[0]
 
 
 def test_rows_count_from_1_where_the_last_number_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where the first rows alone decide: both ways of counting find as many pictures there."""
+    """Fails where the first rows alone decide: both ways of counting find as many images there."""
     monkeypatch.setattr("maskvlm.data.raw.links.PROBE", 2)
     put(tmp_path, "1.jpg", "4.jpg")
     write(tmp_path / "cc3m.tsv", "".join(f"caption {row}\t{url}\n" for row, url in enumerate(URLS)))
     rows = brief(rows_of("cc3m", tmp_path), tmp_path)
     assert [row[:2] for row in (rows[0], rows[3])] == [("1.jpg", ("caption 0",)), ("4.jpg", ("caption 3",))]
-    assert [row[0] for row in rows[1:3]] == ["missing picture"] * 2
+    assert [row[0] for row in rows[1:3]] == ["missing image"] * 2
 
 
 def test_each_list_has_its_own_folder(tmp_path: Path) -> None:
-    """Fails where row 0 of one list is given the picture of row 0 of the other."""
+    """Fails where row 0 of one list is given the image of row 0 of the other."""
     for split, file in (("training", "Train_GCC-training.tsv"), ("validation", "Validation_GCC-1.1.0-Validation.tsv")):
         put(tmp_path, f"{split}/0.jpg")
         write(tmp_path / file, f"{split}\t{URLS[0]}\nbroken\n\nx\ty\n")
@@ -322,13 +322,13 @@ def test_sbu_in_three_forms(tmp_path: Path, form: str) -> None:
         write(tmp_path / "SBU_captioned_photo_dataset_captions.txt", "one\ntwo\n")
     rows = brief(rows_of("sbu", tmp_path), tmp_path)
     assert rows[0] == ("images/4385058960_b0f291553e.jpg", ("one",), "flickr 4385058960", "train")
-    assert [row[0] for row in rows[1:]] == ["missing picture"] + ["missing column"] * (form == "text")
+    assert [row[0] for row in rows[1:]] == ["missing image"] + ["missing column"] * (form == "text")
 
 
 # ------------------------------------------------------------------ folders and the hub
 
 
-def test_a_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
+def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
     put(tmp_path, "train/a.jpg", "test/b.jpg", "c.jpg")
     write(tmp_path / "train/a.txt", "a dog\n")
     write(tmp_path / "test/b.txt", "a cat")
@@ -344,7 +344,7 @@ def test_a_folder_as_huggingface_has_it(tmp_path: Path) -> None:
     write(tmp_path / "train/metadata.csv", "file_name,text\na.jpg,a dog\nz.jpg,absent\n")
     write(tmp_path / "val/metadata.jsonl", '{"file_name": "c.jpg", "text": "a cat"}\n')
     assert brief(rows_of("folder", tmp_path), tmp_path) == [
-        ("missing picture", "train/metadata.csv:3"),
+        ("missing image", "train/metadata.csv:3"),
         ("train/a.jpg", ("a dog",), "folder train/a.jpg", "train"),
         ("val/c.jpg", ("a cat",), "folder val/c.jpg", "val"),
         ("no caption", "train/b.jpg"),
@@ -391,7 +391,7 @@ def test_a_set_of_the_hub(tmp_path: Path, own_cache: None, monkeypatch: pytest.M
     assert [safe_open(row.image, "x").size for row in found if isinstance(row, RawRow)] == [(16, 16)] * 2
     if form != "imagefolder":
         reasons = [row.reason for row in found if isinstance(row, BadRow)]
-        assert reasons == ["no picture", "no caption"] + ["missing picture"] * (form == "parquet")
+        assert reasons == ["no image", "no caption"] + ["missing image"] * (form == "parquet")
 
 
 def test_a_set_of_the_hub_names_no_file_outside(tmp_path: Path, own_cache: None) -> None:

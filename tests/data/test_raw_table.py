@@ -69,7 +69,7 @@ def test_a_damaged_row_costs_itself_alone(tmp_path: Path, lines: list[str], expe
     assert sorted(rows, key=lambda row: row[1]) == expected
 
 
-def test_a_caption_before_the_picture_may_go_over_lines(tmp_path: Path) -> None:
+def test_a_caption_before_the_image_may_go_over_lines(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     rows = read(tmp_path / "x.csv", 'caption,image\n"one\n\ntwo",a.jpg\n"three,b.jpg\n"four",b.jpg\n')
     assert short(rows) == [("quote left open", "5"), (("one\n\ntwo",), "2"), (("four",), "6")]
@@ -117,20 +117,20 @@ def test_delimiter_line_ends_and_mark_make_no_difference(tmp_path: Path, name: s
     assert row[:4] == (str(tmp_path / "a.jpg"), ("one, two",), "csv a.jpg", "train")
 
 
-def test_rows_of_a_picture_are_one(tmp_path: Path) -> None:
+def test_rows_of_an_image_are_one(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/b.jpg")
     table = (
         "file_name,text,image_id,split\na.jpg,one,7,train\nb.jpg,two,8,val\na.jpg,three,7,train\na.jpg,four,7,test\n"
     )
     rows = read(tmp_path / "x.csv", table)
     assert rows == [
-        BadRow("picture in two splits", "x.csv:5", "its picture is in split 'train' at x.csv:2", "test"),
+        BadRow("image in two splits", "x.csv:5", "its image is in split 'train' at x.csv:2", "test"),
         RawRow(str(tmp_path / "images/a.jpg"), ("one", "three"), "csv 7", "train", "x.csv:2"),
         RawRow(str(tmp_path / "images/b.jpg"), ("two",), "csv 8", "val", "x.csv:3"),
     ]
 
 
-def test_an_id_is_one_picture(tmp_path: Path) -> None:
+def test_an_id_is_one_image(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     rows = read(tmp_path / "x.csv", "image,caption,id\na.jpg,one,7\nb.jpg,two,7\n")
     assert short(rows) == [("duplicate id", "3"), (("one",), "2")]
@@ -147,7 +147,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_are_named_inside_the_folder(tmp_path: Path) -> None:
+def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:
     """Fails where a name may lead out, through `..` or a whole path."""
     touch(tmp_path, "outside.jpg", "in/a.jpg")
     whole = [tmp_path / "in" / "a.jpg", tmp_path / "outside.jpg", tmp_path / "in" / ".." / "outside.jpg"]
@@ -157,7 +157,7 @@ def test_pictures_are_named_inside_the_folder(tmp_path: Path) -> None:
         ("unsafe name", "2"),
         (("one",), "3"),
         *[("unsafe name", f"{n}") for n in range(4, 8)],
-        ("missing picture", "8"),
+        ("missing image", "8"),
     ]
 
 

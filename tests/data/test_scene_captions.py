@@ -1,4 +1,4 @@
-"""Captions of the built-in world: true by their words alone, short, and each of one picture."""
+"""Captions of the built-in world: true by their words alone, short, and each of one image."""
 
 import random
 import re
@@ -118,7 +118,7 @@ def test_the_reader_of_captions_can_tell_true_from_false(text: str, truth: bool)
     assert is_true(text, TOY) is truth
 
 
-def test_every_caption_is_true_of_its_picture(world: ScenePairs) -> None:
+def test_every_caption_is_true_of_its_image(world: ScenePairs) -> None:
     for index in range(len(world)):
         scene, row = world.scene(index), world[index]
         assert len(set(row["captions"])) == 5
@@ -156,7 +156,7 @@ def test_describes_agrees_with_the_words_of_the_caption_on_near_misses(world: Sc
     assert 800 < false < 1600
 
 
-def test_nearly_every_caption_fits_one_picture_only(world: ScenePairs) -> None:
+def test_nearly_every_caption_fits_one_image_only(world: ScenePairs) -> None:
     scenes = [world.scene(index) for index in range(150)]
     fits = [
         sum(describes(caption.statement, scene) for scene in scenes)

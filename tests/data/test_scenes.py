@@ -1,4 +1,4 @@
-"""The built-in world: the same everywhere, its splits apart, and its pictures show what its scenes say."""
+"""The built-in world: the same everywhere, its splits apart, and its images show what its scenes say."""
 
 import itertools
 import pickle
@@ -94,27 +94,27 @@ def test_a_scene_survives_plain_types(world: ScenePairs) -> None:
     }
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------
 def random_scenes(count: int) -> list[Scene]:
     rng = random.Random(7)
     return [random_scene(rng) for _ in range(count)]
 
 
-def shares_of(picture: np.ndarray, cell: int, size: int) -> dict[str, float]:
+def shares_of(image: np.ndarray, cell: int, size: int) -> dict[str, float]:
     """For each colour name, the share of a cell's pixels that have it exactly."""
     edges = [round(size * step / 3) for step in range(4)]
     row, column = divmod(cell, 3)
-    pixels = picture[edges[row] : edges[row + 1], edges[column] : edges[column + 1]].reshape(-1, 3)
+    pixels = image[edges[row] : edges[row + 1], edges[column] : edges[column + 1]].reshape(-1, 3)
     return {name: float((pixels == rgb).all(1).mean()) for name, rgb in COLOUR_RGB.items()}
 
 
 @pytest.mark.parametrize("size", [48, 96, 100])
-def test_the_picture_shows_what_the_scene_says_and_nothing_else(size: int) -> None:
+def test_the_image_shows_what_the_scene_says_and_nothing_else(size: int) -> None:
     for scene in random_scenes(60):
-        picture = np.asarray(draw_scene(scene, size))
-        assert picture.shape == (size, size, 3)
+        image = np.asarray(draw_scene(scene, size))
+        assert image.shape == (size, size, 3)
         for cell in range(9):
-            shares = shares_of(picture, cell, size)
+            shares = shares_of(image, cell, size)
             thing = next((thing for thing in scene.things if thing.cell == cell), None)
             for name, share in shares.items():
                 assert (share > 0.025) is (thing is not None and thing.colour == name), (thing, name, share)
@@ -126,9 +126,9 @@ def test_patterns_can_be_seen_at_48_pixels(pattern: str, size: str) -> None:
     """A patterned shape has four pixels or more that look like its ink, not its colour or the ground."""
     for shape in SHAPES:
         for colour in COLOURS:
-            picture = np.asarray(draw_scene(Scene("grey", (Thing(shape, colour, size, pattern, 4),)), 48)).astype(int)
+            image = np.asarray(draw_scene(Scene("grey", (Thing(shape, colour, size, pattern, 4),)), 48)).astype(int)
             candidates = np.array([COLOUR_RGB[colour], (140, 140, 140), ink_of(colour)])
-            nearest = ((picture[:, :, None] - candidates) ** 2).sum(-1).argmin(-1)
+            nearest = ((image[:, :, None] - candidates) ** 2).sum(-1).argmin(-1)
             inked = int((nearest == 2).sum())
             assert (inked >= 4) if pattern != "plain" else (inked <= 4), (shape, colour, inked)
 
@@ -136,12 +136,12 @@ def test_patterns_can_be_seen_at_48_pixels(pattern: str, size: str) -> None:
 def test_object_mask_is_true_on_things_only() -> None:
     pairs = Scenes(train=40).split("train")
     for index in range(40):
-        picture, mask = np.asarray(pairs[index]["image"]), pairs.object_mask(index, 48)
-        ground = picture[~mask]
+        image, mask = np.asarray(pairs[index]["image"]), pairs.object_mask(index, 48)
+        ground = image[~mask]
         assert mask.shape == (48, 48)
         assert mask.dtype == bool
         lone = np.asarray(draw_scene(Scene(pairs.scene(index).background, ()), 48))
-        assert (picture[mask] != lone[mask]).any(-1).all()
+        assert (image[mask] != lone[mask]).any(-1).all()
         assert (ground == lone[~mask]).all(-1).mean() > 0.85  # the rest is the soft edge
     assert pairs.object_mask(0).shape == (48, 48)
     assert pairs.object_mask(0, 30).shape == (30, 30)
@@ -186,8 +186,8 @@ def test_the_same_on_every_machine() -> None:
     """Captions and pixels written out; no pixel of an edge, which another Pillow may round otherwise."""
     row = Scenes().split("test")[0]
     assert row["captions"] == GOLDEN_CAPTIONS
-    picture = np.asarray(row["image"])
-    assert {point: tuple(picture[point].tolist()) for point in GOLDEN_PIXELS} == GOLDEN_PIXELS
+    image = np.asarray(row["image"])
+    assert {point: tuple(image[point].tolist()) for point in GOLDEN_PIXELS} == GOLDEN_PIXELS
     assert row["image_id"] == "scene f9c7ea5de05901f0"
 
 
@@ -205,9 +205,9 @@ def test_a_row_is_a_function_of_seed_split_and_index_alone() -> None:
 @pytest.mark.parametrize("size", [12, 48, 50, 224])
 def test_any_size_on_demand(size: int) -> None:
     pairs = Scenes(size=size).split("test")
-    picture = pairs[0]["image"]
-    assert isinstance(picture, Image.Image)
-    assert (picture.size, picture.mode) == ((size, size), "RGB")
+    image = pairs[0]["image"]
+    assert isinstance(image, Image.Image)
+    assert (image.size, image.mode) == ((size, size), "RGB")
     assert pairs[0]["captions"] == Scenes().split("test")[0]["captions"]
 
 

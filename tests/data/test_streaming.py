@@ -23,17 +23,17 @@ from maskvlm.data.streaming.source import Stream
 from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
 
-BAD = b"no picture"
+BAD = b"no image"
 
 
 def tar(names: range, bad: tuple[int, ...] = ()) -> bytes:
-    """As img2dataset writes them: a key's picture, caption and facts one after the other."""
+    """As img2dataset writes them: a key's image, caption and facts one after the other."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for number in names:
-            picture = BAD if number in bad else png(square(COLOURS[number % 8]))
+            image = BAD if number in bad else png(square(COLOURS[number % 8]))
             facts = json.dumps({"key": f"{number:05}", "url": "http://example.com/x", "status": "success"}).encode()
-            for ending, content in (("png", picture), ("txt", f"number {number}".encode()), ("json", facts)):
+            for ending, content in (("png", image), ("txt", f"number {number}".encode()), ("json", facts)):
                 member = tarfile.TarInfo(f"{number:05}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -54,7 +54,7 @@ def parquet(names: range) -> bytes:
 
 
 def tars(folder: Path, shards: int = 4, each: int = 6, **settings: Any) -> str:
-    """So many shards of so many pictures, numbered through."""
+    """So many shards of so many images, numbered through."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         (folder / f"{shard:05}.tar").write_bytes(tar(range(shard * each, (shard + 1) * each), **settings))
@@ -128,9 +128,7 @@ def test_the_fingerprint_changes_with_the_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("buffer", [0, 8])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_pass_shows_every_picture_once_and_the_next_in_another_order(
-    tmp_path: Path, buffer: int, workers: int
-) -> None:
+def test_a_pass_shows_every_image_once_and_the_next_in_another_order(tmp_path: Path, buffer: int, workers: int) -> None:
     """Fails where a worker reads the shards of another (no split), or where passes share their seed."""
     # Workers take turns in making batches: 12 rows each are three batches of four.
     batches = numbers(ready(tars(tmp_path), buffer=buffer, workers=workers, steps=12))
@@ -266,7 +264,7 @@ def test_what_must_know_the_ids_first_is_refused(tmp_path: Path, setting: dict[s
     data = PairData(Stream(tars(tmp_path), "nowhere"), SPEC, batch_size=4, steps=1, **setting)
     data.splits["val"] = None
     data.source.split = lambda name: Stream(tars(tmp_path), "x").split("train")  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="does not tell its pictures' ids"):
+    with pytest.raises(UserError, match="does not tell its images' ids"):
         data.setup("fit")
 
 
@@ -278,11 +276,11 @@ def test_shards_are_not_memory_mapped() -> None:
 def test_the_card_of_a_stream_tells_no_length(tmp_path: Path) -> None:
     data = ready(tars(tmp_path))
     assert data.fingerprint()["train"]["pictures"] is None
-    assert data.picture_ids("train") is None
+    assert data.hashed_image_ids("train") is None
 
 
 def test_a_prepared_set_is_streamed_or_memory_mapped_by_one_setting(tmp_path: Path, stack: Any) -> None:
-    """The same pictures by the same ids; `make pretrain DATA=stream ARGS="--data.source.streaming false ..."`."""
+    """The same images by the same ids; `make pretrain DATA=stream ARGS="--data.source.streaming false ..."`."""
     root = str(make(tmp_path, "toy", [raw(number) for number in range(20)], shard=5))
     mapped = Stream(root, "x", streaming=False).split("train")
     rows = [found["row"] for found in read_shards(Stream(root, "x").split("train").shards, "toy")]

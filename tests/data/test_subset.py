@@ -1,4 +1,4 @@
-"""Parts of a split: exact counts, the small inside the large, all rows of a picture or none."""
+"""Parts of a split: exact counts, the small inside the large, all rows of an image or none."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,22 +14,22 @@ from toy_pairs import SPEC, Rows, Squares, row
 from maskvlm.data.batch import Source
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
-from maskvlm.data.subset import FRACTION, WEIGHT, first_pictures, fraction_of, lots, picture_ids, row_hashes, row_ids
+from maskvlm.data.subset import FRACTION, WEIGHT, first_images, fraction_of, hashed_image_ids, lots, row_hashes, row_ids
 from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import UserError
 
 
 class Known(Rows):
-    """Pairs that tell their pictures' ids."""
+    """Pairs that tell their images' ids."""
 
     def image_ids(self) -> Iterator[str]:
         return (each["image_id"] for each in self.rows)
 
 
-class Pictured:
-    """Examples about two pictures each, of which the first has several."""
+class Imaged:
+    """Examples about two images each, of which the first has several."""
 
-    fingerprint, skipped = "pictured", {"empty text": ["toy:9"]}
+    fingerprint, skipped = "imaged", {"empty text": ["toy:9"]}
 
     def __init__(self, images: list[list[str]]) -> None:
         self.images = images
@@ -57,7 +57,7 @@ def test_smaller_parts_are_inside_larger_ones_and_have_their_exact_size(
     count: int, shares: list[float], seed: int
 ) -> None:
     ids = np.array([stable_id(f"photo {number}") for number in range(count)], np.uint64)
-    chosen = [set(first_pictures(ids, share, seed, FRACTION).tolist()) for share in sorted(shares)]
+    chosen = [set(first_images(ids, share, seed, FRACTION).tolist()) for share in sorted(shares)]
     assert [len(rows) for rows in chosen] == [round(share * count) for share in sorted(shares)]
     assert all(small <= large for small, large in pairwise(chosen))
 
@@ -77,16 +77,16 @@ def test_what_is_chosen_depends_on_the_seed_and_the_ids_alone() -> None:
     assert ids_of(fraction_of(known(200), 0.3, 1)) != first
 
 
-def test_different_pictures_never_share_a_lot_and_purposes_have_their_own() -> None:
-    """Fails with one order for both: a mix's half would be the very pictures that half of the data keeps."""
+def test_different_images_never_share_a_lot_and_purposes_have_their_own() -> None:
+    """Fails with one order for both: a mix's half would be the very images that half of the data keeps."""
     ids = np.arange(100_000, dtype=np.uint64)
     assert len(np.unique(lots(ids, 3, FRACTION))) == len(ids)
-    halves = [set(first_pictures(ids, 0.5, 3, purpose).tolist()) for purpose in (FRACTION, WEIGHT)]
+    halves = [set(first_images(ids, 0.5, 3, purpose).tolist()) for purpose in (FRACTION, WEIGHT)]
     assert 0.49 < len(halves[0] & halves[1]) / 50_000 < 0.51
 
 
-def test_all_rows_of_a_picture_stay_together() -> None:
-    examples = Pictured([[f"photo {number // 3}", f"other {number}"] for number in range(90)])
+def test_all_rows_of_an_image_stay_together() -> None:
+    examples = Imaged([[f"photo {number // 3}", f"other {number}"] for number in range(90)])
     part = fraction_of(examples, 0.2, 0)
     firsts = [part[index]["image_ids"][0] for index in range(len(part))]
     assert len(part) == 18
@@ -107,18 +107,18 @@ def test_ids_and_hashes_of_a_part_are_those_of_its_rows() -> None:
     part = fraction_of(known(40), 0.5, 0)
     expected = [stable_id(part[index]["image_id"]) for index in range(20)]
     assert row_ids(part)[:, 0].tolist() == expected  # type: ignore[index]
-    assert picture_ids(part).tolist() == sorted(expected)  # type: ignore[union-attr]
+    assert hashed_image_ids(part).tolist() == sorted(expected)  # type: ignore[union-attr]
     assert row_hashes(part) is None
 
 
-def test_a_set_that_names_each_picture_once_for_all_its_rows_has_no_ids_by_row() -> None:
+def test_a_set_that_names_each_image_once_for_all_its_rows_has_no_ids_by_row() -> None:
     class Once(Known):
         def image_ids(self) -> Iterator[str]:
             return iter(sorted({each["image_id"] for each in self.rows}))
 
     pairs = Once([row(0), row(0), row(1)])
     assert row_ids(pairs) is None
-    assert len(picture_ids(pairs)) == 2  # type: ignore[arg-type]
+    assert len(hashed_image_ids(pairs)) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_set_that_names_each_picture_once_for_all_its_rows_has_no_ids_by_row()
         (known(4), 0.0, "data.fraction: 0.0 is no part"),
         (known(4), 1.5, "1.5 is no part"),
         (known(4), float("nan"), "nan is no part"),
-        (known(4), 0.1, "0.1 of 4 pictures is none"),
-        (Rows([row(0)]), 0.5, "does not tell its pictures' ids"),
+        (known(4), 0.1, "0.1 of 4 images is none"),
+        (Rows([row(0)]), 0.5, "does not tell its images' ids"),
     ],
 )
 def test_a_part_that_cannot_be_taken_is_one_line(pairs: Any, fraction: float, said: str) -> None:
@@ -154,7 +154,7 @@ def test_training_sees_the_part_alone_and_evaluation_all() -> None:
     data = ready(KnownSquares(), fraction=0.5)
     shown = [index for batch in data.train_dataloader() for index in batch.image_id_B.tolist()]
     assert len(shown) == data.total_steps * 4 == 8
-    assert sorted(shown) == data.picture_ids("train").tolist()  # type: ignore[union-attr]
+    assert sorted(shown) == data.hashed_image_ids("train").tolist()  # type: ignore[union-attr]
     assert sum(len(batch.valid_B) for batch in data.val_dataloader()) == 7
     assert data.fingerprint()["train"]["pictures"] == 8
     assert data.fingerprint()["sha"] != ready(KnownSquares()).fingerprint()["sha"]
@@ -163,4 +163,4 @@ def test_training_sees_the_part_alone_and_evaluation_all() -> None:
 def test_the_built_in_world_can_be_cut_too() -> None:
     data = ready(Scenes(40, 4, 4, 24), fraction=0.25)
     different = len(set(Scenes(40, 4, 4, 24).split("train").image_ids()))
-    assert len(data.picture_ids("train")) == round(0.25 * different)  # type: ignore[arg-type]
+    assert len(data.hashed_image_ids("train")) == round(0.25 * different)  # type: ignore[arg-type]

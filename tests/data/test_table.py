@@ -66,7 +66,7 @@ def test_a_damaged_table_says_what_to_delete(tmp_path: Path) -> None:
 
 
 def rows_of(*texts: str, images: int = 1) -> TableRows:
-    """Row i stands on line i + 1, has the id `e<i>` and the pictures `toy <i>-0`, `toy <i>-1`, ..."""
+    """Row i stands on line i + 1, has the id `e<i>` and the images `toy <i>-0`, `toy <i>-1`, ..."""
     rows = TableRows(ORIGIN, "pairID")
     for i, text in enumerate(texts):
         keys = [f"toy {i}-{side}" for side in range(images)]
@@ -78,7 +78,7 @@ def stored(rows: TableRows, folder: Path) -> Table:
     return cached_table("toy-1", str(folder), EXAMPLE_COLUMNS, rows.made)
 
 
-def pictures_of(*keys: str) -> ImagesByKey:
+def images_of(*keys: str) -> ImagesByKey:
     return ImagesByKey(Path("photos"), {f"toy {key}": f"{key}.png" for key in keys})
 
 
@@ -99,7 +99,7 @@ def test_a_file_without_examples_is_refused() -> None:
 
 
 def test_rows_come_back_as_examples(tmp_path: Path) -> None:
-    examples = choose_rows(stored(rows_of("one", "two", images=2), tmp_path), ORIGIN, "val", pictures_of(*PAIRS), 0)
+    examples = choose_rows(stored(rows_of("one", "two", images=2), tmp_path), ORIGIN, "val", images_of(*PAIRS), 0)
     assert len(examples) == 2
     assert examples[1] == {
         "images": ["photos/1-0.png", "photos/1-1.png"],
@@ -124,7 +124,7 @@ PAIRS = ("0-0", "0-1", "1-0", "1-1")
 def test_a_mended_text_is_counted_in_every_split(tmp_path: Path) -> None:
     table = stored(rows_of("a \ud800", "a\x00 b", "w " * 5000), tmp_path)
     for split in ("train", "test"):
-        examples = choose_rows(table, ORIGIN, split, pictures_of("0-0", "1-0", "2-0"), 0)
+        examples = choose_rows(table, ORIGIN, split, images_of("0-0", "1-0", "2-0"), 0)
         assert [examples[i]["text"] for i in range(2)] == ["a \ufffd", "a b"]
         assert examples.skipped == {
             "text surrogate": ["toy.jsonl:1"],
@@ -136,13 +136,13 @@ def test_a_mended_text_is_counted_in_every_split(tmp_path: Path) -> None:
 def test_training_leaves_rows_out_and_lists_them(tmp_path: Path) -> None:
     table = stored(rows_of("a", " ", "c", "d", "e"), tmp_path)
     drop = {"too easy": np.array([True, True, False, False, False])}
-    examples = choose_rows(table, ORIGIN, "train", pictures_of("0-0", "1-0", "2-0", "4-0"), 0.34, drop)
+    examples = choose_rows(table, ORIGIN, "train", images_of("0-0", "1-0", "2-0", "4-0"), 0.34, drop)
     assert [examples[i]["id"] for i in range(len(examples))] == ["e2", "e4"]
     assert [examples[i]["images"] for i in range(2)] == [["photos/2-0.png"], ["photos/4-0.png"]]
     assert examples.skipped == {
         "empty text": ["toy.jsonl:2"],
         "too easy": ["toy.jsonl:1"],
-        "missing picture": ["toy.jsonl:4"],
+        "missing image": ["toy.jsonl:4"],
     }
     assert [*examples.image_ids()] == ["toy 2-0", "toy 4-0"]
 
@@ -150,29 +150,29 @@ def test_training_leaves_rows_out_and_lists_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_evaluation_leaves_no_row_out(split: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        choose_rows(stored(rows_of("a", " ", "c"), tmp_path), ORIGIN, split, pictures_of("0-0", "1-0", "2-0"), 1)
+        choose_rows(stored(rows_of("a", " ", "c"), tmp_path), ORIGIN, split, images_of("0-0", "1-0", "2-0"), 1)
     assert str(caught.value).startswith("folder/toy.jsonl:2: the text is empty. ")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluation_misses_no_picture(split: str, tmp_path: Path) -> None:
+def test_evaluation_misses_no_image(split: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        choose_rows(stored(rows_of("a", "b", images=2), tmp_path), ORIGIN, split, pictures_of("0-0", "0-1", "1-0"), 1)
+        choose_rows(stored(rows_of("a", "b", images=2), tmp_path), ORIGIN, split, images_of("0-0", "0-1", "1-0"), 1)
     assert str(caught.value).startswith(
-        f"folder/toy.jsonl:2: 1 of 2 examples of split '{split}' lacks a picture in photos: toy 1-1. "
+        f"folder/toy.jsonl:2: 1 of 2 examples of split '{split}' lacks an image in photos: toy 1-1. "
     )
     assert caught.value.code == ExitCode.MISSING_INPUT
 
 
-def test_pictures_none_of_which_is_named_are_an_error_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 of 2 examples of split 'train' lack a picture"):
-        choose_rows(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("7-0"), 1.0)
+def test_images_none_of_which_is_named_are_an_error_whatever_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 of 2 examples of split 'train' lack an image"):
+        choose_rows(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", images_of("7-0"), 1.0)
 
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, False])}
     with pytest.raises(UserError, match=r"no example is left \(empty text: 1, too easy: 1\)"):
-        choose_rows(stored(rows_of("a", ""), tmp_path), ORIGIN, "train", pictures_of("0-0", "1-0"), 1.0, drop)
+        choose_rows(stored(rows_of("a", ""), tmp_path), ORIGIN, "train", images_of("0-0", "1-0"), 1.0, drop)
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_what_to_do_follows_from_why_nothing_is_left(texts: tuple[str, ...], tod
     drop = {"too easy": np.array([True, False])}
     with pytest.raises(UserError) as caught:
         choose_rows(
-            stored(rows_of(*texts), tmp_path), ORIGIN, "train", pictures_of(*PAIRS), 1.0, drop, "Choose easier ones"
+            stored(rows_of(*texts), tmp_path), ORIGIN, "train", images_of(*PAIRS), 1.0, drop, "Choose easier ones"
         )
     assert (caught.value.where, caught.value.todo) == ("folder/toy.jsonl", todo)
 
 
 def test_a_split_that_may_be_empty_lists_what_it_left_out(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, True])}
-    examples = choose_rows(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", pictures_of("0-0"), 0, drop, None)
+    examples = choose_rows(stored(rows_of("a", "b"), tmp_path), ORIGIN, "train", images_of("0-0"), 0, drop, None)
     assert len(examples) == 0
     assert [*examples.image_ids()] == examples.column("id").to_pylist() == []
     assert examples.skipped == {"too easy": ["toy.jsonl:1", "toy.jsonl:2"]}
@@ -198,8 +198,8 @@ def test_a_split_that_may_be_empty_lists_what_it_left_out(tmp_path: Path) -> Non
 
 
 def test_the_fingerprint_follows_table_and_rows(tmp_path: Path) -> None:
-    table, all_there, one_there = stored(rows_of("a", "b"), tmp_path), pictures_of("0-0", "1-0"), pictures_of("0-0")
-    prints = [choose_rows(table, ORIGIN, "train", pictures, 0.5).fingerprint for pictures in (all_there, one_there)]
+    table, all_there, one_there = stored(rows_of("a", "b"), tmp_path), images_of("0-0", "1-0"), images_of("0-0")
+    prints = [choose_rows(table, ORIGIN, "train", images, 0.5).fingerprint for images in (all_there, one_there)]
     other = Table("toy-2", table.rows, table.notes)
     prints.append(choose_rows(other, ORIGIN, "train", all_there, 0.5).fingerprint)
     assert len(set(prints)) == 3

@@ -44,7 +44,7 @@ def _normalised(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy((pixels_CHW - mean) / std).float()
 
 
-def test_evaluation_resizes_the_whole_picture_and_normalises(photo: Image.Image) -> None:
+def test_evaluation_resizes_the_whole_image_and_normalises(photo: Image.Image) -> None:
     image_CHW = eval_transform(SPEC)(photo)
     torch.testing.assert_close(image_CHW, _normalised(photo.resize((32, 32), Image.Resampling.BICUBIC)))
     assert type(image_CHW) is torch.Tensor
@@ -64,7 +64,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees(photo: Image.Im
     assert torch.equal(transform(photo, "a dog"), eval_transform(SPEC)(photo))
 
 
-def test_the_same_seed_gives_the_same_picture_whatever_other_generators_do(photo: Image.Image) -> None:
+def test_the_same_seed_gives_the_same_image_whatever_other_generators_do(photo: Image.Image) -> None:
     transform = train_transform(SPEC, randaugment=(3, 15))
     drawn = []
     for noise in range(3):
@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_picture_whatever_other_generators_do(photo
     assert len({image_CHW.numpy().tobytes() for image_CHW in drawn[0]}) == 40
 
 
-def test_a_data_worker_draws_the_same_pictures(photo: Image.Image) -> None:
+def test_a_data_worker_draws_the_same_images(photo: Image.Image) -> None:
     transform = train_transform(SPEC)
     sent = pickle.loads(pickle.dumps(transform))
     for seed in range(10):
@@ -102,7 +102,7 @@ def _mirrored_share(transform: TrainTransform, image: Image.Image, caption: str)
     return count / 100
 
 
-def test_half_of_the_pictures_are_mirrored_unless_the_caption_names_a_side(square: Image.Image) -> None:
+def test_half_of_the_images_are_mirrored_unless_the_caption_names_a_side(square: Image.Image) -> None:
     transform = TrainTransform(SPEC, **PLAIN)
     assert 0.35 < _mirrored_share(transform, square, "a dog beside a cat") < 0.65
     assert _mirrored_share(transform, square, "a dog LEFT of a cat") == 0
@@ -116,7 +116,7 @@ def test_both_options_of_mirroring_do_what_they_say(square: Image.Image) -> None
 
 
 def _changes_colour(transform: TrainTransform, caption: str) -> bool:
-    """Whether a uniform picture in the colour of the fill changes: moving and sharpening cannot do that."""
+    """Whether a uniform image in the colour of the fill changes: moving and sharpening cannot do that."""
     torch.manual_seed(0)
     red, green, blue = (round(255 * mean) for mean in MEAN)
     image = Image.new("RGB", (32, 32), (red, green, blue))
@@ -146,8 +146,8 @@ def test_the_geometric_operations_are_all_of_torchvisions_but_the_colour_ones() 
     assert left_out == colours
 
 
-def test_crops_keep_the_asked_share_of_the_picture() -> None:
-    """Red counts columns, green rows: their spread tells how much of the picture a crop shows."""
+def test_crops_keep_the_asked_share_of_the_image() -> None:
+    """Red counts columns, green rows: their spread tells how much of the image a crop shows."""
     y, x = np.mgrid[0:256, 0:256]
     image = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))
     transform = TrainTransform(InputSpec(64, (0,) * 3, (1,) * 3, 30, 100), (0.2, 0.5), None, flip=False)

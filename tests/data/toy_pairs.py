@@ -12,7 +12,7 @@ COLOURS = ("red", "green", "blue", "olive", "navy", "teal", "gray", "black")
 
 
 def square(colour: str, size: int = 32) -> Image.Image:
-    """A square of one colour on white, off the middle: it tells crops and mirrored pictures apart."""
+    """A square of one colour on white, off the middle: it tells crops and mirrored images apart."""
     image = Image.new("RGB", (size, size), "white")
     image.paste(colour, (4, 8, 20, 24))
     return image
@@ -25,7 +25,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def row(number: int, **changes: object) -> Row:
-    """Picture `number` with three captions."""
+    """Image `number` with three captions."""
     colour = COLOURS[number % len(COLOURS)]
     captions = [f"a {colour} square", f"this one is {colour}", f"number {number}"]
     whole = {
@@ -61,7 +61,7 @@ class Outlined(Rows):
 
 
 class Squares(Source):
-    """Sixteen training pictures, seven for validation, five for the test."""
+    """Sixteen training images, seven for validation, five for the test."""
 
     def __init__(self, **bad: list[int]) -> None:
         self.bad = bad
@@ -69,4 +69,4 @@ class Squares(Source):
     def split(self, name: str) -> Pairs:
         size = {"train": 16, "val": 7, "test": 5}[name]
         broken = self.bad.get(name, [])
-        return Rows([row(n, **({"image": b"no picture"} if n in broken else {})) for n in range(size)], name)
+        return Rows([row(n, **({"image": b"no image"} if n in broken else {})) for n in range(size)], name)

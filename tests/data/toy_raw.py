@@ -1,4 +1,4 @@
-"""A raw set of made pictures, with rows of every kind that preparing has to deal with."""
+"""A raw set of made images, with rows of every kind that preparing has to deal with."""
 
 from collections.abc import Iterator
 from io import BytesIO
@@ -17,9 +17,9 @@ from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 class Toy(RawSet):
     """Rows of a list."""
 
-    def __init__(self, rows: list[RawRow | BadRow], pictures: int | None = None) -> None:
+    def __init__(self, rows: list[RawRow | BadRow], images: int | None = None) -> None:
         self.list = rows
-        self.facts = Facts("Toy pictures", pictures, None, "free")
+        self.facts = Facts("Toy images", images, None, "free")
         self.annotations: list[Path] = []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
@@ -39,10 +39,10 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def row(number: int, split: str = "train", **changes: Any) -> RawRow:
-    """Picture `number`, a PNG that must be encoded anew, with two captions."""
+    """Image `number`, a PNG that must be encoded anew, with two captions."""
     whole = RawRow(
         image=encoded(photo(number), "PNG"),
-        captions=(f"picture  number {number}", "a second caption"),
+        captions=(f"image  number {number}", "a second caption"),
         image_id=f"toy {number}",
         split=split,
         origin=f"toy.csv:{number}",
@@ -51,7 +51,7 @@ def row(number: int, split: str = "train", **changes: Any) -> RawRow:
 
 
 def many() -> list[RawRow | BadRow]:
-    """Sixty rows, each with a caption to mend and every seventh without a picture."""
+    """Sixty rows, each with a caption to mend and every seventh without an image."""
     return [row(n, captions=(f"number {n}\u200b",), **({"image": b"no"} if n % 7 == 6 else {})) for n in range(60)]
 
 
@@ -60,10 +60,10 @@ def plan(name: str = "toy", rows: int = 4, side: int = 48, raw: str = "toy.csv",
 
 
 def make(
-    root: Path, rows: list[RawRow | BadRow], pictures: int | None = None, workers: int = 1, **more: Any
+    root: Path, rows: list[RawRow | BadRow], images: int | None = None, workers: int = 1, **more: Any
 ) -> dict[str, Any]:
     """Prepare these rows in `root`; the manifest."""
-    return prepare(Toy(rows, pictures), plan(**more), root, workers, lambda line: None)
+    return prepare(Toy(rows, images), plan(**more), root, workers, lambda line: None)
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -82,7 +82,7 @@ def test_a_task_is_loaded_when_it_is_asked(models: Models) -> None:
     run = next(run for run in models.found.tasks if run.title == "NLVR")
     loaded = models.task(run)
     assert loaded is models.task(run)
-    assert (loaded.method.pictures, loaded.method.text, loaded.examples) == (2, "sentence", None)
+    assert (loaded.method.images, loaded.method.text, loaded.examples) == (2, "sentence", None)
 
 
 def test_words_are_covered_in_place() -> None:
@@ -120,12 +120,12 @@ def test_every_word_is_escaped(models: Models) -> None:
 
 
 @pytest.mark.parametrize("index", [None, "x", [1], [1, "x"], [-5, 3], [1e9, 3], [float("nan"), 0], [float("inf"), 0]])
-def test_a_click_beside_the_picture_is_a_mistake(index: Any) -> None:
-    with pytest.raises(UserError, match="no place of the picture"):
+def test_a_click_beside_the_image_is_a_mistake(index: Any) -> None:
+    with pytest.raises(UserError, match="no place of the image"):
         answers.clicked(answers.empty((3, 3)), index, (384, 384))
 
 
-def test_texts_and_pictures_are_bounded(tmp_path: Path) -> None:
+def test_texts_and_images_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="49,999 characters"):
         checked_text(" ".join(["word"] * 10_000))
     for given in (None, 5, "", " \u200b ", "a" * (MAX_TEXT + 1)):
@@ -159,7 +159,7 @@ def test_examples_and_what_is_searched_come_from_the_built_in_world(models: Mode
     assert len(made) == 8
     assert all(np.any(sample.hidden) and sample.text != sample.other for sample in made)
     searched = Searched(model, None)
-    assert len(searched.by_text("/etc/passwd")) == len(searched.by_picture(noise())) == 8  # a text, not a file
+    assert len(searched.by_text("/etc/passwd")) == len(searched.by_image(noise())) == 8  # a text, not a file
 
 
 def test_a_wrong_option_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,15 +244,15 @@ SVG = f'<svg xmlns="http://www.w3.org/2000/svg">{SCRIPT}</svg>'.encode()
 UPLOADS = {
     "bomb": (bomb(), "bomb"),
     "bomb of scans": (b"\xff\xd8" + b"\xff\xda" * 1000 + b"\xff\xd9", "scans"),
-    "page as a picture": (b"<!doctype html>" + SCRIPT.encode(), "text/html"),
+    "page as an image": (b"<!doctype html>" + SCRIPT.encode(), "text/html"),
     "polyglot of PDF and JPEG": (b"%PDF-1.4\n" + encoded(noise(), "JPEG"), "application/pdf"),
-    "polyglot of GIF and script": (b"GIF89a/*" + SCRIPT.encode() + b"*/=1;", "bad picture"),
+    "polyglot of GIF and script": (b"GIF89a/*" + SCRIPT.encode() + b"*/=1;", "bad image"),
     "script in SVG": (SVG, "image/svg+xml"),
     "TIFF": (encoded(noise(), "TIFF"), "image/tiff"),
     "archive": (b"PK\x03\x04" + bytes(100), "application/zip"),
     "nothing": (b"", "empty"),
-    "half a picture": (GOOD[: len(GOOD) // 2], "truncated"),
-    "wrong checksum": (GOOD[:60] + b"\x00\x01" + GOOD[62:], "bad picture"),
+    "half an image": (GOOD[: len(GOOD) // 2], "truncated"),
+    "wrong checksum": (GOOD[:60] + b"\x00\x01" + GOOD[62:], "bad image"),
     "one pixel": (encoded(noise(0, 1)), "too small"),
 }
 
@@ -266,10 +266,10 @@ def line_of(answer: str) -> str:
 
 
 @pytest.mark.parametrize("name", UPLOADS)
-def test_a_hostile_picture_is_refused_in_one_line(asker: Asker, name: str) -> None:
+def test_a_hostile_image_is_refused_in_one_line(asker: Asker, name: str) -> None:
     data, reason = UPLOADS[name]
-    assert reason in line_of(asker.ask("match", picture=asker.picture(data), texts=TEXT))
-    assert "belongs" in asker.ask("write", picture=asker.picture(GOOD)).lower()
+    assert reason in line_of(asker.ask("match", image=asker.image(data), texts=TEXT))
+    assert "belongs" in asker.ask("write", image=asker.image(GOOD)).lower()
 
 
 @pytest.mark.parametrize(
@@ -308,16 +308,16 @@ def test_no_address_and_no_path_is_opened(asker: Asker, server: Server, place: P
         url = f"http://127.0.0.1:{bait.getsockname()[1]}/a.png"
         secret = place / "secret.png"
         secret.write_bytes(GOOD)
-        inside = asker.picture(GOOD)["path"]
+        inside = asker.image(GOOD)["path"]
         for path in (url, "file:///etc/passwd", "/etc/passwd", str(secret), f"{inside}/../../../secret.png", 5, ["x"]):
             for given in (
                 {"path": path, "meta": {"_type": "gradio.FileData"}},
                 {"path": path},
                 {"url": url, "path": path},
             ):
-                assert asker.ask("match", picture=given, texts=TEXT).startswith("403 ")
-        assert asker.ask("match", picture={"url": url, "path": None}, texts=TEXT).startswith("403 ")
-        assert asker.ask("match", picture=url, texts=TEXT).startswith("403 ")
+                assert asker.ask("match", image=given, texts=TEXT).startswith("403 ")
+        assert asker.ask("match", image={"url": url, "path": None}, texts=TEXT).startswith("403 ")
+        assert asker.ask("match", image=url, texts=TEXT).startswith("403 ")
         with pytest.raises(TimeoutError):
             bait.accept()
     for path in ("/etc/passwd", str(secret), f"{inside}/../../../secret.png", url, f"{server.temp}%2f..%2fsecret.png"):
@@ -342,36 +342,36 @@ def test_strange_requests_are_refused(asker: Asker) -> None:
     assert asker.client.get("/", headers={"host": "evil.example"}).status_code == 421
     reply = asker.client.get("/")
     assert "default-src 'self'" in reply.headers["content-security-policy"]
-    path = asker.picture(GOOD + SCRIPT.encode(), "a.html")["path"]
+    path = asker.image(GOOD + SCRIPT.encode(), "a.html")["path"]
     headers = asker.client.get(f"/gradio_api/file={path}").headers
     assert headers["content-security-policy"].startswith("sandbox")
     assert headers["x-content-type-options"] == "nosniff"
 
 
 def test_strange_texts_are_answered_or_refused_in_one_line(asker: Asker) -> None:
-    picture = asker.picture(GOOD)
-    shown = asker.ask("match", picture=picture, texts=f"{SCRIPT}\n{TEXT}")
+    image = asker.image(GOOD)
+    shown = asker.ask("match", image=image, texts=f"{SCRIPT}\n{TEXT}")
     assert "&lt;script&gt;" in shown
     assert "<script" not in shown
     many = " ".join(["word"] * 10_000)
-    assert "1,000" in line_of(asker.ask("match", picture=picture, texts=many))
-    assert "lines" in line_of(asker.ask("match", picture=picture, texts="a\n" * 100))
+    assert "1,000" in line_of(asker.ask("match", image=image, texts=many))
+    assert "lines" in line_of(asker.ask("match", image=image, texts="a\n" * 100))
     assert "no word" in line_of(asker.ask("find", query="\u200b"))
-    assert "no place of the picture" in line_of(asker.ask("board", "select", {"index": [-5, 1e9], "value": None}))
+    assert "no place of the image" in line_of(asker.ask("board", "select", {"index": [-5, 1e9], "value": None}))
     for strange in (None, 5, {"a": 1}, ["x"], "\ud83d", "\x00"):
-        assert "Traceback" not in asker.ask("match", picture=picture, texts=strange)
+        assert "Traceback" not in asker.ask("match", image=image, texts=strange)
 
 
 def test_fifty_at_once(asker: Asker) -> None:
-    picture = asker.picture(GOOD)
+    image = asker.image(GOOD)
     with ThreadPoolExecutor(50) as pool:
-        joined = list(pool.map(lambda _: asker.join("write", "click", picture=picture), range(50)))
+        joined = list(pool.map(lambda _: asker.join("write", "click", image=image), range(50)))
         codes = [reply.status_code for _, reply in joined]
         assert set(codes) <= {200, 503}
         assert all("ueue is full" in reply.text for _, reply in joined if reply.status_code == 503)
         waiting = [body["session_hash"] for body, reply in joined if reply.status_code == 200]
         assert all("belongs" in told.lower() for told in pool.map(asker.answer, waiting))
-    assert "belongs" in asker.ask("write", picture=picture).lower()
+    assert "belongs" in asker.ask("write", image=image).lower()
 
 
 def test_nothing_was_written_elsewhere(asker: Asker, server: Server) -> None:
@@ -433,9 +433,9 @@ def test_in_a_browser(server: Server, tmp_path: Path) -> None:
             left = page.locator("#left img").get_attribute("src")
             page.locator("#board img").click(position={"x": 5, "y": 5})
             page.wait_for_function("src => document.querySelector('#left img').src != src", arg=left)
-            page.locator("#picture input[type=file]").set_input_files(tmp_path / "bomb.png")
+            page.locator("#image input[type=file]").set_input_files(tmp_path / "bomb.png")
             page.wait_for_function("document.querySelector('#status').innerText.includes('bomb')")
-            page.locator("#picture input[type=file]").set_input_files(tmp_path / "good.png")
+            page.locator("#image input[type=file]").set_input_files(tmp_path / "good.png")
             page.wait_for_function("!document.querySelector('#status p')")
             page.wait_for_selector("#board img")
             assert page.title() == "MaskVLM"

@@ -62,7 +62,7 @@ def entry(photographs: float, sha: str, score: float, time: float, measured: flo
         ([entry(0, "a", 91, 1), entry(0, "a", 90, 9)], 0),  # on the same data the score, not the time
         ([entry(0, "a", 91, 1), entry(0, "b", 50, 9)], 1),  # on other data it says nothing: the newest
         ([entry(5, "a", 7, 1), entry(5, "a", 7, 9)], 1),
-        ([entry(5, "a", 7, 9, measured=256), entry(5, "a", 3, 1)], 1),  # few pictures are easily told apart
+        ([entry(5, "a", 7, 9, measured=256), entry(5, "a", 3, 1)], 1),  # few images are easily told apart
         ([entry(5, "a", -math.inf, 9, measured=0), entry(5, "a", -4, 1)], 1),  # one that was never measured
     ],
 )
@@ -92,7 +92,7 @@ def test_a_strange_record_counts_as_none(tmp_path: Path, content: str) -> None:
     (path.parent / "metrics.json").write_text(content)
     (path.parent / "config-fit.yaml").write_text(content)
     found = trained_run(str(path), [PHOTOGRAPHS])
-    assert (found.measured, found.score, found.told) == (0, -math.inf, "prepared (6,000 pictures)")
+    assert (found.measured, found.score, found.told) == (0, -math.inf, "prepared (6,000 images)")
 
 
 def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
 
 def test_it_says_what_the_weights_have_seen(tmp_path: Path) -> None:
     path = run(tmp_path / "run", [DRAWN, PHOTOGRAPHS], name="flickr8k")
-    said = "flickr8k (6,000 pictures), after drawn scenes of the built-in world (20,000 pictures)"
+    said = "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)"
     assert trained_run(str(path), [DRAWN, PHOTOGRAPHS]).told == said
     assert trained_run(str(path), []).told == "nothing that it tells of"
     assert told_of(Seen("unknown", "unknown", "", 0, 0), None) == "data that it does not name"
@@ -130,16 +130,16 @@ def test_names_of_data(tmp_path: Path, settings: dict[str, Any], name: str) -> N
     path = run(tmp_path / "run", [PHOTOGRAPHS], name="x")
     source = {"class_path": PREPARED, "init_args": settings}
     (path.parent / "config-fit.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
-    assert trained_run(str(path), [PHOTOGRAPHS]).told == f"{name} (6,000 pictures)"
+    assert trained_run(str(path), [PHOTOGRAPHS]).told == f"{name} (6,000 images)"
     other = PHOTOGRAPHS._replace(source="maskvlm.data.mix.Mix")  # a configuration of other data names nothing
-    assert trained_run(str(path), [other]).told == "mix (6,000 pictures)"
+    assert trained_run(str(path), [other]).told == "mix (6,000 images)"
 
 
 def test_photographs_are_counted_once_and_scenes_not_at_all() -> None:
-    more = PHOTOGRAPHS._replace(ids=torch.arange(5000, 8000), pictures=3000)
+    more = PHOTOGRAPHS._replace(ids=torch.arange(5000, 8000), images=3000)
     assert [photographs(each) for each in ([DRAWN], [], [PHOTOGRAPHS, more])] == [0, 0, 8000]
-    assert photographs([PHOTOGRAPHS, more._replace(ids=None, pictures=90_000)]) == 90_000
-    assert photographs([PHOTOGRAPHS, PHOTOGRAPHS._replace(pictures=0, ids=None)]) == math.inf
+    assert photographs([PHOTOGRAPHS, more._replace(ids=None, images=90_000)]) == 90_000
+    assert photographs([PHOTOGRAPHS, PHOTOGRAPHS._replace(images=0, ids=None)]) == math.inf
     assert photographs([Seen("unknown", "unknown", "", 0, 7)]) == 0
     assert [is_drawn(each) for each in (SCENES, "tasks.vqa.scenes.Questions", PREPARED)] == [True, True, False]
 
@@ -157,7 +157,7 @@ def test_the_photographs_are_examples_as_the_tabs_need_them(grid: tuple[int, int
         right, wrong = sample.text.split(), sample.other.split()
         assert len(right) == len(wrong)
         assert 2 <= sum(map(str.__ne__, right, wrong)) <= 4
-        assert sample.picture.mode == "RGB"
+        assert sample.image.mode == "RGB"
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
@@ -173,7 +173,7 @@ def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, s
     assert ("the 5 photographs that come with this page" in shown) is photos
     assert ("scenes of the built-in world that the model has not seen" in shown) is not photos
     said = (
-        "trained on flickr&lt;b&gt;8k (6,000 pictures), after drawn"
+        "trained on flickr&lt;b&gt;8k (6,000 images), after drawn"
         if photos
         else "trained on drawn scenes of the built-in"
     )
@@ -182,22 +182,22 @@ def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, s
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
-def test_the_page_says_when_a_picture_is_unlike_the_training_data(tmp_path: Path) -> None:
+def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path) -> None:
     from maskvlm.demo.page import strange
 
     path = run(tmp_path / "run", [PHOTOGRAPHS])
-    photos = [sample.picture for sample in photo_samples((3, 3))]
+    photos = [sample.image for sample in photo_samples((3, 3))]
     vector_NE = MaskVLM.from_pretrained(path).encode_image(photos).repeat(20, 1)
     said = {}
     for sign in (1, -1):
         checkpoint.save(checkpoint.load(path) | {"reference": sample_of(sign * vector_NE)}, path)
         said[sign] = strange(Models(find_models(tmp_path)), photos[0])
     assert said[1] == ""
-    assert said[-1].startswith('<p class="note">This picture is unlike those that the model was trained on: ')
+    assert said[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')
 
 
 def test_photographs_are_searched(tmp_path: Path) -> None:
     run(tmp_path / "run", [PHOTOGRAPHS])
     searched = Searched(Models(find_models(tmp_path)).core(), None, photos=True)
-    assert len(searched.by_text("a cat")) == len(searched.by_picture(PHOTOS / "chelsea.jpg")) == 5
-    assert searched.by_picture(PHOTOS / "chelsea.jpg")[0].told.startswith("1.00  a brown cat")
+    assert len(searched.by_text("a cat")) == len(searched.by_image(PHOTOS / "chelsea.jpg")) == 5
+    assert searched.by_image(PHOTOS / "chelsea.jpg")[0].told.startswith("1.00  a brown cat")

@@ -1,4 +1,4 @@
-"""The built-in world with one picture that is bad for the data worker that shows it: real faults, in a real process."""
+"""The built-in world with one image that is bad for the data worker that shows it: real faults, in a real process."""
 
 import os
 import resource
@@ -59,7 +59,7 @@ class Trap(list[str]):
 
 
 class FaultyPairs(ScenePairs):
-    """As `ScenePairs`; of picture `at` the captions are a trap."""
+    """As `ScenePairs`; of image `at` the captions are a trap."""
 
     fault, at = "", -1
 
@@ -106,7 +106,7 @@ class InOne(Scenes):
 
 
 class Faulty(Scenes):
-    """As `Scenes`, with a fault at picture `at` of the training split."""
+    """As `Scenes`, with a fault at image `at` of the training split."""
 
     def __init__(self, fault: str, at: int, train: int = 60, val: int = 6, test: int = 6) -> None:
         super().__init__(train, val, test)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from guards import Build
-from raw_toys import PICTURES, TOYS, write
+from raw_toys import IMAGES, TOYS, write
 
 from maskvlm.cli.main import main
 from maskvlm.data.files import load_json, opened
@@ -113,12 +113,10 @@ def test_a_set_in_the_place_of_a_file_and_the_other_way_round(tmp_path: Path, ca
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder that nobody named: a secret, a picture, a table, a tar."""
+    """A folder that nobody named: a secret, an image, a table, a tar."""
     tar = TOYS["webdataset"][1]()["00000.tar"]
     texts = {"secret.txt": b"a secret", "pairs.csv": b"image,caption\n0.jpg,a secret\n", "0.tar": tar}
-    return write(
-        tmp_path / "outside", {**texts, "0.jpg": PICTURES[0], "deep/0.jpg": PICTURES[0], "deep/0.txt": b"secret"}
-    )
+    return write(tmp_path / "outside", {**texts, "0.jpg": IMAGES[0], "deep/0.jpg": IMAGES[0], "deep/0.txt": b"secret"})
 
 
 def link(raw: Path, outside: Path, **links: str) -> Path:
@@ -159,7 +157,7 @@ def test_what_a_link_leads_to_outside_is_no_row(
         (raw / "0.jpg").unlink()
     rows = [*open_raw(TOYS[toy][0], str(raw)).rows()]
     bad = [row.reason for row in rows if isinstance(row, BadRow)]
-    assert {"link leads out", "missing picture"} & {*bad}
+    assert {"link leads out", "missing image"} & {*bad}
     for row in rows:
         if isinstance(row, RawRow):
             assert "secret" not in " ".join(row.captions)
@@ -253,10 +251,10 @@ def test_an_output_that_is_a_file_or_behind_one_is_one_line(tmp_path: Path, caps
 def test_names_in_a_set_that_nothing_can_have_are_bad_rows(tmp_path: Path) -> None:
     names = ["x" * 300 + ".jpg", "a\\u0000b.jpg", "\\ud800.jpg", "../x.jpg", "/etc/passwd", "a\\nb.jpg", "./0.jpg"]
     rows = "".join(f'{{"image": "{name}", "caption": "a"}}\n' for name in names)
-    raw = write(tmp_path, {"pairs.jsonl": rows.encode(), "0.jpg": PICTURES[0]})
+    raw = write(tmp_path, {"pairs.jsonl": rows.encode(), "0.jpg": IMAGES[0]})
     found = [*open_raw("jsonl", str(raw)).rows()]
     assert len([row for row in found if isinstance(row, BadRow)]) == 6
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(PICTURES[0])
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(IMAGES[0])
     found = [*open_raw("folder", str(raw)).rows()]
     assert ("name is not text", ".jpg") in [(row.reason, row.origin[-4:]) for row in found if isinstance(row, BadRow)]
 

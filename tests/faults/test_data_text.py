@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from guards import Build
-from raw_toys import PICTURES, TOYS, write
+from raw_toys import IMAGES, TOYS, write
 
 from maskvlm.data.files import json_lines, load_json
 from maskvlm.data.raw import BadRow, RawRow, open_raw
@@ -45,8 +45,8 @@ def test_cr_crlf_and_lf_give_the_same_rows(toy: str, tmp_path: Path, build: Buil
 
 
 def test_mixed_line_ends_are_told_and_no_row_is_lost_or_moved(tmp_path: Path) -> None:
-    """Line numbers stay: lists of addresses name pictures by them."""
-    files = {f"{n}_a.jpg": PICTURES[n] for n in range(3)}
+    """Line numbers stay: lists of addresses name images by them."""
+    files = {f"{n}_a.jpg": IMAGES[n] for n in range(3)}
     write(tmp_path, {**files, "Flickr8k.token.txt": b"0_a.jpg#0\tone\r1_a.jpg#0\ttwo\n2_a.jpg#0\tthree\n"})
     found = [*open_raw("flickr8k", str(tmp_path)).rows()]
     assert [(row.reason, row.origin) for row in found if isinstance(row, BadRow)] == [
@@ -72,7 +72,7 @@ DOUBLED = b'{"image": "0.jpg", "caption": "one", "caption": "two"}\n{"image": "1
 
 @pytest.mark.guard("maskvlm.data.strict_json:each_key_once", gives="dict(args[0])")
 def test_a_row_with_a_doubled_key_is_told_and_the_next_is_read(tmp_path: Path, build: Build) -> None:
-    write(tmp_path, {"0.jpg": PICTURES[0], "1.jpg": PICTURES[1], "pairs.jsonl": DOUBLED})
+    write(tmp_path, {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1], "pairs.jsonl": DOUBLED})
     assert rows("jsonl", tmp_path) == ([("three",)], ["not JSON"])
     listed = b"[" + DOUBLED.strip().replace(b"\n", b",") + b"]"
     (tmp_path / "pairs.jsonl").unlink()
@@ -90,7 +90,7 @@ def test_doubled_keys_of_documents_members_and_annotations_are_told(tmp_path: Pa
     good = TOYS["flickr8k"][1]()
     one = good["dataset_flickr8k.json"].replace(b'"split": "train"', b'"split": "train", "split": "val"')
     assert rows("flickr8k", write(tmp_path / "f", {**good, "dataset_flickr8k.json": one}))[1] == ["malformed row"]
-    files = {"0.jpg": PICTURES[0], "0.txt": b"a", "0.json": b'{"key": "0", "key": "1"}'}
+    files = {"0.jpg": IMAGES[0], "0.txt": b"a", "0.json": b'{"key": "0", "key": "1"}'}
     assert rows("webdataset", write(tmp_path / "w", files)) == ([], ["not JSON"])
     (tmp_path / "a.json").write_text('{"annotations": [{"question_id": 1, "question_id": 2}]}')
     with pytest.raises(UserError, match=r"annotations\[0\]: key 'question_id' stands there twice"):
@@ -141,7 +141,7 @@ def test_what_follows_a_list_is_told(tmp_path: Path) -> None:
 
 def test_a_quote_left_open_swallows_no_row(tmp_path: Path) -> None:
     lines = b'image,caption\n0.jpg,"a dog\n1.jpg,cat\n2.jpg,cow\n'
-    write(tmp_path, {**{f"{n}.jpg": PICTURES[n] for n in range(3)}, "pairs.csv": lines})
+    write(tmp_path, {**{f"{n}.jpg": IMAGES[n] for n in range(3)}, "pairs.csv": lines})
     assert rows("csv", tmp_path) == ([("cat",), ("cow",)], ["quote left open"])
     (tmp_path / "labels.csv").write_text('pairID,gold_label,explanation\na,neutral,"open\nb,neutral,two\n')
     with pytest.raises(UserError, match=r"labels\.csv:2: not comma-separated text \(quote left open"):

@@ -32,7 +32,7 @@ class Two:
         return [self.rows[index][1]]
 
     def __getitem__(self, index: int) -> Any:
-        raise AssertionError("no picture is opened")
+        raise AssertionError("no image is opened")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from maskvlm.data.workers import At, Board, uncaught
 from maskvlm.training.peers import alive
 from maskvlm.utils.errors import ExitCode
 
-SAMPLE = "sample 33 (scenes (seed 0) train picture 33, scene d423ee8d041a9a75)"
+SAMPLE = "sample 33 (scenes (seed 0) train image 33, scene d423ee8d041a9a75)"
 LOST, NAMED = "maskvlm.data.workers:lost_worker", "maskvlm.data.workers:no_memory"
 
 

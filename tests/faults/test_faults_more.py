@@ -151,7 +151,7 @@ def test_all_that_is_missing_is_told_at_once(build: Build, tmp_path: Path) -> No
     assert caught.value.code == ExitCode.MISSING_INPUT
 
 
-def picture(colour: str = "red") -> bytes:
+def toy_image(colour: str = "red") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (24, 24), colour).save(buffer, "PNG")
     return buffer.getvalue()
@@ -173,31 +173,31 @@ def test_a_pickle_in_a_shard_is_passed_over(tmp_path: Path) -> None:
     shard(
         folder / "0.tar",
         *((f"0.{ending}", evil) for ending in endings),
-        ("0.png", picture()),
+        ("0.png", toy_image()),
         ("0.txt", b"a red square"),
         ("1.png", evil),
         ("1.txt", b"a pickle by another name"),
-        ("2.txt", b"no picture"),
+        ("2.txt", b"no image"),
         ("2.pyd", evil),
     )
     rows = [*open_raw("webdataset", str(folder)).rows()]
     kinds = [row.reason if isinstance(row, BadRow) else row.captions for row in rows]
-    assert kinds == [("a red square",), ("a pickle by another name",), "no picture"]  # opened later, as a picture
+    assert kinds == [("a red square",), ("a pickle by another name",), "no image"]  # opened later, as an image
     streamed = [*read_shards([str(folder / "0.tar")], "toy")]
-    assert [row["problem"] and row["problem"][0] for row in streamed] == [None, None, "no picture"]
+    assert [row["problem"] and row["problem"][0] for row in streamed] == [None, None, "no image"]
     assert not (tmp_path / "mark").exists()
 
 
 def test_members_of_a_sample_come_in_any_order_and_parts_alone_are_told(tmp_path: Path) -> None:
     """Row 43: each with its key, also where another shard has the same one."""
-    shard(tmp_path / "0.tar", ("0.txt", b"words first"), ("0.png", picture()), ("1.png", picture()))
-    shard(tmp_path / "1.tar", ("0.txt", b"no picture"), ("1.txt", b"another one"), ("1.png", picture("blue")))
+    shard(tmp_path / "0.tar", ("0.txt", b"words first"), ("0.png", toy_image()), ("1.png", toy_image()))
+    shard(tmp_path / "1.tar", ("0.txt", b"no image"), ("1.txt", b"another one"), ("1.png", toy_image("blue")))
     rows = [*open_raw("webdataset", str(tmp_path)).rows()]
     found = [(row.origin, row.reason if isinstance(row, BadRow) else row.captions[0]) for row in rows]
     assert found == [
         ("0.tar!0.png", "words first"),
         ("0.tar!1.png", "no caption"),
-        ("1.tar!0.txt", "no picture"),
+        ("1.tar!0.txt", "no image"),
         ("1.tar!1.png", "another one"),
     ]
     ids = [row.image_id for row in rows if isinstance(row, RawRow)]
@@ -209,11 +209,11 @@ def test_an_id_in_two_shards_is_counted_and_named(build: Build, tmp_path: Path) 
     """Row 38. The same photo by its address: the second one is a bad row, which names id and place."""
     facts = json.dumps({"url": "https://farm1.staticflickr.com/2/77_a.jpg", "key": "0"}).encode()
     for number in (0, 1):
-        shard(tmp_path / f"{number}.tar", ("0.png", picture()), ("0.txt", b"a square"), ("0.json", facts))
+        shard(tmp_path / f"{number}.tar", ("0.png", toy_image()), ("0.txt", b"a square"), ("0.json", facts))
     rows = [*screened(open_raw("webdataset", str(tmp_path)).rows())]
     assert [type(row) for row in rows] == [RawRow, BadRow]
     assert isinstance(rows[1], BadRow)
-    assert rows[1].reason == "duplicate picture id"
+    assert rows[1].reason == "duplicate image id"
     assert "flickr 77" in rows[1].message
     assert rows[1].message.startswith("1.tar!0.png: ")
 
@@ -221,8 +221,8 @@ def test_an_id_in_two_shards_is_counted_and_named(build: Build, tmp_path: Path) 
 # ---------------------------------------------------------------------- evaluation
 
 
-def test_what_an_evaluation_keeps_of_an_example_holds_no_picture() -> None:
-    """Row 64: a few hundred bytes an example, whatever the size of its pictures."""
+def test_what_an_evaluation_keeps_of_an_example_holds_no_image() -> None:
+    """Row 64: a few hundred bytes an example, whatever the size of its images."""
     source = SceneHypotheses(train=4, val=12, test=4, size=160)
     split = source.split("val")
     captioner = Captioner(train_tokenizer([split[index]["text"] for index in range(12)], 200), 30)

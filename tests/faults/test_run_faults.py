@@ -54,7 +54,7 @@ def test_one_bad_batch_costs_one_step(found: Found) -> None:
     samples = bad["listed"]["steps"][0]["samples"]
     assert len({one["index"] for one in samples}) == 8
     for one in samples:
-        assert one["origin"] == f"scenes (seed 0) train picture {one['index']}"
+        assert one["origin"] == f"scenes (seed 0) train image {one['index']}"
         assert one["image_id"].startswith("scene ")
 
 

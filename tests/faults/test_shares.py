@@ -47,8 +47,8 @@ def test_no_process_is_without_an_evaluation_batch(count: int, most: int, world:
     assert all(mine)
 
 
-def test_fewer_pictures_than_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="3 pictures are fewer than the 4 processes"):
+def test_fewer_images_than_processes_are_refused() -> None:
+    with pytest.raises(UserError, match="3 images are fewer than the 4 processes"):
         size_for_all(3, 64, 4)
 
 

@@ -288,12 +288,12 @@ def test_one_value_does_not_outlast_its_step_in_what_is_shown() -> None:
     assert shown.read() == {"a": pytest.approx(2.0)}
 
 
-def test_pictures_that_are_not_finite_do_not_outlast_their_step_in_the_blind_control() -> None:
+def test_images_that_are_not_finite_do_not_outlast_their_step_in_the_blind_control() -> None:
     """Its running mean is kept in checkpoints."""
     blind = Blind()
-    pictures = torch.randn(4, 3, 8, 8)
-    blind(pictures, Draw(0, 0, "cpu"))
+    images = torch.randn(4, 3, 8, 8)
+    blind(images, Draw(0, 0, "cpu"))
     before = [value.clone() for value in blind.buffers()]
-    pictures[1, 0, 0, 0] = NAN
-    blind(pictures, Draw(0, 1, "cpu"))
+    images[1, 0, 0, 0] = NAN
+    blind(images, Draw(0, 1, "cpu"))
     assert all(torch.equal(was, now) for was, now in zip(before, blind.buffers(), strict=True))

@@ -18,7 +18,7 @@ from maskvlm.data.text import train_tokenizer
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 TEXT = "a red circle on the left"
 MASK = np.eye(4, dtype=bool)
 
@@ -39,25 +39,25 @@ def model(place: Path) -> PretrainedMaskVLM:
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda m: m.rank(PICTURE, ["a"], k=None), "rank: k is None. Give a whole number, 0 or more"),
-        (lambda m: m.rank(PICTURE, ["a"], k="3"), "rank: k is '3'"),
-        (lambda m: m.rank(PICTURE, ["a"], k=1.5), "rank: k is 1.5"),
-        (lambda m: m.fill_mask(PICTURE, "[MASK]", True), "fill_mask: top_k is True"),
-        (lambda m: m.inpaint(PICTURE, MASK, "a", steps=1.5), "inpaint: steps is 1.5"),
-        (lambda m: m.caption(PICTURE, lengths=None), "caption: a length is None"),
-        (lambda m: m.caption(PICTURE, lengths="a"), "caption: a length is 'a'"),
-        (lambda m: m.caption(PICTURE, lengths=[2.5]), "caption: a length is 2.5"),
-        (lambda m: m.rank(PICTURE, "a blue star"), "rank: str as candidates"),
-        (lambda m: m.rank(PICTURE, None), "rank: NoneType as candidates"),
+        (lambda m: m.rank(IMAGE, ["a"], k=None), "rank: k is None. Give a whole number, 0 or more"),
+        (lambda m: m.rank(IMAGE, ["a"], k="3"), "rank: k is '3'"),
+        (lambda m: m.rank(IMAGE, ["a"], k=1.5), "rank: k is 1.5"),
+        (lambda m: m.fill_mask(IMAGE, "[MASK]", True), "fill_mask: top_k is True"),
+        (lambda m: m.inpaint(IMAGE, MASK, "a", steps=1.5), "inpaint: steps is 1.5"),
+        (lambda m: m.caption(IMAGE, lengths=None), "caption: a length is None"),
+        (lambda m: m.caption(IMAGE, lengths="a"), "caption: a length is 'a'"),
+        (lambda m: m.caption(IMAGE, lengths=[2.5]), "caption: a length is 2.5"),
+        (lambda m: m.rank(IMAGE, "a blue star"), "rank: str as candidates"),
+        (lambda m: m.rank(IMAGE, None), "rank: NoneType as candidates"),
         (lambda m: m.rank("missing.png", ["a"]), "missing.png: no such file"),
-        (lambda m: m.explain(PICTURE, TEXT, None), "text: NoneType is no text"),
-        (lambda m: m.explain(PICTURE, "red " * 30 + "star", "star"), "of which 22 tokens are read"),
-        (lambda m: m.score(PICTURE, "\ud800"), "holds nothing that the tokenizer knows"),
-        (lambda m: m.match(None, "a"), "picture 1: NoneType is no picture"),
-        (lambda m: m.caption(io.StringIO("a")), "picture 1: a file that is open as text. Open it with 'rb'"),
-        (lambda m: m.match([PICTURE, {}], ["a", "b"]), "picture 2: dict is no picture"),
-        (lambda m: m.reconstruct(PICTURE, None, "a"), "mask: NoneType is no mask"),
-        (lambda m: m.reconstruct([PICTURE] * 2, [MASK] * 3, "a"), "2 pictures, 3 masks and 1 texts"),
+        (lambda m: m.explain(IMAGE, TEXT, None), "text: NoneType is no text"),
+        (lambda m: m.explain(IMAGE, "red " * 30 + "star", "star"), "of which 22 tokens are read"),
+        (lambda m: m.score(IMAGE, "\ud800"), "holds nothing that the tokenizer knows"),
+        (lambda m: m.match(None, "a"), "image 1: NoneType is no image"),
+        (lambda m: m.caption(io.StringIO("a")), "image 1: a file that is open as text. Open it with 'rb'"),
+        (lambda m: m.match([IMAGE, {}], ["a", "b"]), "image 2: dict is no image"),
+        (lambda m: m.reconstruct(IMAGE, None, "a"), "mask: NoneType is no mask"),
+        (lambda m: m.reconstruct([IMAGE] * 2, [MASK] * 3, "a"), "2 images, 3 masks and 1 texts"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:
@@ -69,34 +69,34 @@ def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) ->
 def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 8)
     for answer in (
-        model.match([], []), model.match([PICTURE], []), model.match([], "a"), model.score(PICTURE, []),
-        model.fill_mask(PICTURE, []), model.explain(PICTURE, TEXT, []), model.caption([]),
+        model.match([], []), model.match([IMAGE], []), model.match([], "a"), model.score(IMAGE, []),
+        model.fill_mask(IMAGE, []), model.explain(IMAGE, TEXT, []), model.caption([]),
         model.reconstruct([], [], []), model.inpaint([], MASK, "a"),
     ):  # fmt: skip
         assert answer == []
 
 
-def test_open_files_and_bytes_in_any_wrapping_are_pictures(model: PretrainedMaskVLM) -> None:
+def test_open_files_and_bytes_in_any_wrapping_are_images(model: PretrainedMaskVLM) -> None:
     buffer = io.BytesIO()
-    PICTURE.save(buffer, format="PNG")
-    wanted = model.encode_image(PICTURE)
+    IMAGE.save(buffer, format="PNG")
+    wanted = model.encode_image(IMAGE)
     for given in (io.BytesIO(buffer.getvalue()), bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
         assert torch.equal(model.encode_image(given), wanted)
     for ask in (model.caption, lambda given: model.score(given, TEXT), lambda given: model.match(given, TEXT)):
-        assert ask(io.BytesIO(buffer.getvalue())) == ask(PICTURE)  # read once
+        assert ask(io.BytesIO(buffer.getvalue())) == ask(IMAGE)  # read once
 
 
-def test_one_mask_serves_several_pictures(model: PretrainedMaskVLM) -> None:
+def test_one_mask_serves_several_images(model: PretrainedMaskVLM) -> None:
     for mask in (MASK, MASK.tolist(), torch.tensor(MASK)):
-        many: Any = model.reconstruct([PICTURE, PICTURE], mask, "a")
+        many: Any = model.reconstruct([IMAGE, IMAGE], mask, "a")
         assert len(many) == 2
-        assert np.array_equal(np.asarray(many[0]), np.asarray(model.reconstruct(PICTURE, MASK, "a")))
+        assert np.array_equal(np.asarray(many[0]), np.asarray(model.reconstruct(IMAGE, MASK, "a")))
 
 
-def test_one_length_and_one_word_serve_several_pictures(model: PretrainedMaskVLM) -> None:
-    assert model.caption(PICTURE, 5) == model.caption(PICTURE, [5])  # type: ignore[arg-type]
+def test_one_length_and_one_word_serve_several_images(model: PretrainedMaskVLM) -> None:
+    assert model.caption(IMAGE, 5) == model.caption(IMAGE, [5])  # type: ignore[arg-type]
     for word in ("red", ["red"]):
-        two: Any = model.explain([PICTURE] * 2, ["a red star"] * 2, word)
+        two: Any = model.explain([IMAGE] * 2, ["a red star"] * 2, word)
         assert [each.attention.shape for each in two] == [(4, 4)] * 2
 
 
@@ -109,16 +109,16 @@ def test_punctuation_follows_its_word() -> None:
 def test_a_verb_that_is_not_there_names_those_that_are(model: PretrainedMaskVLM) -> None:
     assert not hasattr(model, "answer")
     with pytest.raises(AttributeError, match="MaskedPretraining, brings no method of its own"):
-        model.answer(PICTURE, "what")
+        model.answer(IMAGE, "what")
 
 
-def test_the_processor_takes_every_mode_of_a_picture(place: Path) -> None:
+def test_the_processor_takes_every_mode_of_an_image(place: Path) -> None:
     processor = AutoProcessor.from_pretrained(place / "model")
-    wanted = processor(images=PICTURE, text=TEXT, return_tensors="pt")["pixel_values"]
+    wanted = processor(images=IMAGE, text=TEXT, return_tensors="pt")["pixel_values"]
     for mode in ("RGBA", "P", "L", "CMYK"):
-        found = processor(images=PICTURE.convert(mode), text=TEXT, return_tensors="pt")["pixel_values"]
+        found = processor(images=IMAGE.convert(mode), text=TEXT, return_tensors="pt")["pixel_values"]
         assert found.shape == wanted.shape
-    assert torch.equal(processor(images=PICTURE.convert("RGBA"), return_tensors="pt")["pixel_values"], wanted)
+    assert torch.equal(processor(images=IMAGE.convert("RGBA"), return_tensors="pt")["pixel_values"], wanted)
 
 
 def test_precision_by_its_older_name(place: Path) -> None:

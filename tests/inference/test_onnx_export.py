@@ -56,7 +56,7 @@ cosine = image_embeds @ text_embeds.T  # [1, 2]
 pairs = {"image_features": image_features.repeat(len(texts), 0), "text_features": text_features}
 (log_odds,) = fusion.run(["match"], pairs | {"attention_mask": words["attention_mask"]})
 probability = 1 / (1 + np.exp(-log_odds))
-print(probability)  # that picture and text belong together, [2]
+print(probability)  # that image and text belong together, [2]
 """
 
 
@@ -119,7 +119,7 @@ def modules(folder: Path) -> list[Run]:
 
 
 def pairs(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise pictures, random words and their attention: lengths by lot, one of them the longest."""
+    """Noise images, random words and their attention: lengths by lot, one of them the longest."""
     generator = torch.Generator().manual_seed(seed)
     tokens_B = torch.randint(1, length + 1, (rows,), generator=generator)
     tokens_B[int(torch.randint(rows, (), generator=generator))] = length
@@ -184,8 +184,8 @@ def test_padding_changes_nothing(onnx_folder: Path) -> None:
 def test_the_example_needs_no_torch_and_agrees_with_the_methods(
     onnx_folder: Path, model: PretrainedMaskVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
-    picture.save(tmp_path / "scene.png")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    image.save(tmp_path / "scene.png")
     (tmp_path / "exported").symlink_to(onnx_folder)
     script = tmp_path / "example.py"
     assert EXAMPLE.strip() in (Path(__file__).resolve().parents[2] / "README.md").read_text()
@@ -193,9 +193,9 @@ def test_the_example_needs_no_torch_and_agrees_with_the_methods(
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path(str(script))
     assert not {"torch", "maskvlm"} & {line.split()[1] for line in EXAMPLE.splitlines() if "import " in line}
-    cosine = model.encode_image(picture) @ model.encode_text(made["texts"]).T
+    cosine = model.encode_image(image) @ model.encode_text(made["texts"]).T
     np.testing.assert_allclose(made["cosine"][0], cosine, atol=1e-4)
-    np.testing.assert_allclose(made["probability"], model.match(picture, made["texts"]), atol=1e-4)
+    np.testing.assert_allclose(made["probability"], model.match(image, made["texts"]), atol=1e-4)
     assert np.ptp(made["probability"]) > 1e-2
 
 
@@ -242,9 +242,9 @@ def test_the_processor_lies_beside_them(torch_folder: Path, model: PretrainedMas
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     processor = AutoProcessor.from_pretrained(torch_folder)
-    picture = Image.new("RGB", (40, 50), "green")
-    both = processor(images=picture, text=["two red circles"], return_tensors="pt")
-    torch.testing.assert_close(both["pixel_values"], model.pixels([picture]))
+    image = Image.new("RGB", (40, 50), "green")
+    both = processor(images=image, text=["two red circles"], return_tensors="pt")
+    torch.testing.assert_close(both["pixel_values"], model.pixels([image]))
     assert both["input_ids"].tolist() == model.tokens(["two red circles"]).token_CT.tolist()
 
 

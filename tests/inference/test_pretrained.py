@@ -30,7 +30,7 @@ from maskvlm.inference.saliency import trace
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.masking import PatchMask
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import fill_pictures, to_rgb
+from maskvlm.objectives.reconstruction import fill_images, to_rgb
 from maskvlm.utils.errors import ExitCode, UserError
 
 TEXTS = ["a red circle on the left", "two things", "a small striped green star at the top left on white"]
@@ -40,7 +40,7 @@ def noise(seed: int, size: tuple[int, int] = (40, 50)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-PICTURES = [noise(0), noise(1, (32, 32)), noise(2, (90, 33))]
+IMAGES = [noise(0), noise(1, (32, 32)), noise(2, (90, 33))]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def model(path: Path) -> PretrainedMaskVLM:
     return PretrainedMaskVLM.from_pretrained(path)
 
 
-def inputs(backbone: MaskVLM, pictures: list[Image.Image], texts: list[str]) -> tuple[torch.Tensor, Any]:
+def inputs(backbone: MaskVLM, images: list[Image.Image], texts: list[str]) -> tuple[torch.Tensor, Any]:
     """As evaluation prepares them."""
     transform = eval_transform(backbone.input_spec)
     assert backbone.text.tokenizer is not None
-    return torch.stack([transform(each) for each in pictures]), Captioner(backbone.text.tokenizer, 24)(texts)
+    return torch.stack([transform(each) for each in images]), Captioner(backbone.text.tokenizer, 24)(texts)
 
 
 def close(ours: Any, theirs: torch.Tensor) -> None:
@@ -82,18 +82,18 @@ def close(ours: Any, theirs: torch.Tensor) -> None:
 @torch.no_grad()
 def test_vectors_and_matches(model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]) -> None:
     backbone, task = parts
-    image, text = inputs(backbone, PICTURES, TEXTS)
+    image, text = inputs(backbone, IMAGES, TEXTS)
     image_BLD, text_BTD = backbone.image(image), backbone.text(text.token_CT, text.attention_CT)
-    close(model.encode_image(PICTURES), task.projection.embed_image(image_BLD))
+    close(model.encode_image(IMAGES), task.projection.embed_image(image_BLD))
     close(model.encode_text(TEXTS), task.projection.embed_text(text_BTD, text.attention_CT))
     fused = backbone.fuse(image_BLD, text_BTD, text.attention_CT)
-    close(model.match(PICTURES, TEXTS), task.matching(fused.product_MD).softmax(1)[:, 1])
+    close(model.match(IMAGES, TEXTS), task.matching(fused.product_MD).softmax(1)[:, 1])
 
 
 @torch.no_grad()
 def test_words_of_hidden_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]) -> None:
     backbone, task = parts
-    image, text = inputs(backbone, PICTURES[:1], ["a red circle on the left"])
+    image, text = inputs(backbone, IMAGES[:1], ["a red circle on the left"])
     token = text.token_CT.clone()
     token[0, 2], token[0, 6] = backbone.text.mask_id, backbone.text.mask_id
     context = backbone.cross_text.context(backbone.image(image))
@@ -102,7 +102,7 @@ def test_words_of_hidden_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, 
     probability_KV = task.tokens(crossed[0, [2, 6]])
     probability_KV[:, [0, 2, 3, 4, 1]] = float("-inf")  # no special token is a word
     top = probability_KV.softmax(1).topk(4)
-    found: Any = model.fill_mask(PICTURES[0], "a [MASK] circle on the [MASK]", 4)
+    found: Any = model.fill_mask(IMAGES[0], "a [MASK] circle on the [MASK]", 4)
     close([[guess.probability for guess in place] for place in found], top.values)
     tokenizer: Any = backbone.text.tokenizer
     assert [[guess.word for guess in place] for place in found] == [
@@ -115,7 +115,7 @@ def test_score_is_the_sum_over_words_hidden_one_at_a_time(
     model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]
 ) -> None:
     backbone, task = parts
-    image, text = inputs(backbone, PICTURES[:1], TEXTS[:1])
+    image, text = inputs(backbone, IMAGES[:1], TEXTS[:1])
     total = 0.0
     for place in range(1, text.token_CT.shape[1] - 1):
         token = text.token_CT.clone()
@@ -123,7 +123,7 @@ def test_score_is_the_sum_over_words_hidden_one_at_a_time(
         context = backbone.cross_text.context(backbone.image(image))
         crossed = backbone.cross_text(backbone.text(token, text.attention_CT), context, text.attention_CT).every_RLD
         total += float(task.tokens(crossed)[0, place].log_softmax(0)[text.token_CT[0, place]])
-    assert model.score(PICTURES[0], TEXTS[0]) == pytest.approx(total, abs=1e-4)
+    assert model.score(IMAGES[0], TEXTS[0]) == pytest.approx(total, abs=1e-4)
 
 
 @torch.no_grad()
@@ -131,17 +131,17 @@ def test_painted_patches_are_those_of_the_training_figure(
     model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]
 ) -> None:
     backbone, task = parts
-    image, text = inputs(backbone, PICTURES[:2], TEXTS[:2])
+    image, text = inputs(backbone, IMAGES[:2], TEXTS[:2])
     mask = np.zeros((4, 4), dtype=bool)
     mask[1:3, 2] = mask[0, 0] = True
     index_BK = torch.tensor(mask.flatten()).nonzero().flatten().expand(2, -1)
     mask_BN = torch.tensor(mask.flatten()).expand(2, -1)
     patch = PatchMask(mask_BN, index_BK, torch.ones(2, 3))
     batch = toy_batch(2)._replace(image_BCHW=image, **text._asdict())
-    wanted_BCHW = fill_pictures(backbone, task, batch, patch).filled_BCHW
-    found: Any = model.reconstruct(PICTURES[:2], [mask, mask], TEXTS[:2])
-    for picture, wanted_CHW in zip(found, wanted_BCHW, strict=True):
-        made_CHW = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255
+    wanted_BCHW = fill_images(backbone, task, batch, patch).filled_BCHW
+    found: Any = model.reconstruct(IMAGES[:2], [mask, mask], TEXTS[:2])
+    for painted, wanted_CHW in zip(found, wanted_BCHW, strict=True):
+        made_CHW = torch.tensor(np.asarray(painted)).permute(2, 0, 1) / 255
         torch.testing.assert_close(made_CHW, wanted_CHW, atol=0.5 / 255 + 1e-5, rtol=0)
     whole = to_rgb(backbone, image)[0]
     seen = torch.tensor(~mask).repeat_interleave(8, 0).repeat_interleave(8, 1)
@@ -152,9 +152,9 @@ def test_painted_patches_are_those_of_the_training_figure(
 def test_painting_in_one_round_is_reconstruction_and_more_rounds_are_not(model: PretrainedMaskVLM) -> None:
     mask = np.zeros((4, 4), dtype=bool)
     mask[:2] = True
-    at_once: Any = model.reconstruct(PICTURES[0], mask, TEXTS[0])
-    one: Any = model.inpaint(PICTURES[0], mask, TEXTS[0], steps=1)
-    four: Any = model.inpaint(PICTURES[0], mask, TEXTS[0], steps=4)
+    at_once: Any = model.reconstruct(IMAGES[0], mask, TEXTS[0])
+    one: Any = model.inpaint(IMAGES[0], mask, TEXTS[0], steps=1)
+    four: Any = model.inpaint(IMAGES[0], mask, TEXTS[0], steps=4)
     assert np.array_equal(np.asarray(at_once), np.asarray(one))
     assert not np.array_equal(np.asarray(at_once), np.asarray(four))
     assert four.size == (SIZE, SIZE)
@@ -163,7 +163,7 @@ def test_painting_in_one_round_is_reconstruction_and_more_rounds_are_not(model: 
 @torch.no_grad()
 def test_kept_attention_changes_nothing(parts: tuple[MaskVLM, MaskedPretraining]) -> None:
     backbone, _ = parts
-    image, text = inputs(backbone, PICTURES, TEXTS)
+    image, text = inputs(backbone, IMAGES, TEXTS)
     image_BLD, text_BTD = backbone.image(image), backbone.text(text.token_CT, text.attention_CT)
     traced = trace(backbone.cross_text, text_BTD, image_BLD, text.attention_CT)
     wanted = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), text.attention_CT).every_RLD
@@ -172,23 +172,23 @@ def test_kept_attention_changes_nothing(parts: tuple[MaskVLM, MaskedPretraining]
     torch.testing.assert_close(traced.probabilities[0].sum(-1), torch.ones(3, 2, text.token_CT.shape[1]))
 
 
-def test_explain_gives_shares_of_the_patches_and_a_picture_of_the_same_size(model: PretrainedMaskVLM) -> None:
-    found = model.explain(PICTURES[0], TEXTS[0], "circle")
+def test_explain_gives_shares_of_the_patches_and_an_image_of_the_same_size(model: PretrainedMaskVLM) -> None:
+    found = model.explain(IMAGES[0], TEXTS[0], "circle")
     assert found.attention.shape == found.gradcam.shape == (4, 4)
     assert found.attention.sum() == pytest.approx(1, abs=1e-5)
     assert found.gradcam.min() >= 0
     assert found.gradcam.sum() == pytest.approx(1, abs=1e-5) or found.gradcam.sum() == 0
-    assert found.picture.size == PICTURES[0].size
-    assert not np.array_equal(np.asarray(found.picture), np.asarray(PICTURES[0]))
-    two_words = model.explain(PICTURES[0], TEXTS[0], "red circle")
+    assert found.image.size == IMAGES[0].size
+    assert not np.array_equal(np.asarray(found.image), np.asarray(IMAGES[0]))
+    two_words = model.explain(IMAGES[0], TEXTS[0], "red circle")
     assert not np.allclose(two_words.attention, found.attention)
 
 
 def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskVLM) -> None:
-    text: Any = model.caption(PICTURES[0], lengths=[2, 5])
+    text: Any = model.caption(IMAGES[0], lengths=[2, 5])
     with torch.no_grad():
-        both = [one.text for one in unmask.write_captions(model, unmask.look(model, PICTURES[:1]), [2, 5])[0]]
-    matches: Any = model.match(PICTURES[0], both)
+        both = [one.text for one in unmask.write_captions(model, unmask.look(model, IMAGES[:1]), [2, 5])[0]]
+    matches: Any = model.match(IMAGES[0], both)
     assert text == both[int(np.argmax(matches))]
     assert all("[" not in one for one in both)
 
@@ -196,12 +196,12 @@ def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskV
 @torch.no_grad()
 def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> None:
     """By hand: one row, three hidden words."""
-    ((written,),) = unmask.write_captions(model, unmask.look(model, PICTURES[:1]), [3])
+    ((written,),) = unmask.write_captions(model, unmask.look(model, IMAGES[:1]), [3])
     start, end = model.words.ends
     token, mask = torch.tensor([[start, 4, 4, 4, end]]), 4
     total = 0.0
     while (token == mask).any():
-        rows = unmask.pair_rows(model, *unmask.look(model, PICTURES[:1]), [token[0]])
+        rows = unmask.pair_rows(model, *unmask.look(model, IMAGES[:1]), [token[0]])
         ((_, text_1TD),) = unmask.text_cross(model, rows)
         log_p = unmask.forbid(model, model.head("tokens", "caption")(text_1TD)).log_softmax(-1)[0]
         hidden = (token[0] == mask).nonzero().flatten().tolist()
@@ -212,59 +212,57 @@ def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> Non
     assert written.certainty == pytest.approx(total / 3, abs=1e-5)
 
 
-# ---------------------------------------------------------------------- lists and forms of pictures
+# ---------------------------------------------------------------------- lists and forms of images
 
 
 def test_lists_equal_singles(model: PretrainedMaskVLM) -> None:
     model.batch_size = 2  # three of each: a full part and a rest
     masks = [np.eye(4, dtype=bool)] * 3
-    close(model.encode_image(PICTURES), torch.stack([model.encode_image(each) for each in PICTURES]))
+    close(model.encode_image(IMAGES), torch.stack([model.encode_image(each) for each in IMAGES]))
     close(model.encode_text(TEXTS), torch.stack([model.encode_text(each) for each in TEXTS]))
-    close(model.match(PICTURES, TEXTS), torch.tensor([model.match(p, t) for p, t in zip(PICTURES, TEXTS, strict=True)]))
-    close(model.match(PICTURES[0], TEXTS), torch.tensor([model.match(PICTURES[0], text) for text in TEXTS]))
-    close(model.score(PICTURES, TEXTS), torch.tensor([model.score(p, t) for p, t in zip(PICTURES, TEXTS, strict=True)]))
-    many: Any = model.rank(PICTURES, TEXTS, 2)
-    for ranked, picture in zip(many, PICTURES, strict=True):
-        single: Any = model.rank(picture, TEXTS, 2)
+    close(model.match(IMAGES, TEXTS), torch.tensor([model.match(p, t) for p, t in zip(IMAGES, TEXTS, strict=True)]))
+    close(model.match(IMAGES[0], TEXTS), torch.tensor([model.match(IMAGES[0], text) for text in TEXTS]))
+    close(model.score(IMAGES, TEXTS), torch.tensor([model.score(p, t) for p, t in zip(IMAGES, TEXTS, strict=True)]))
+    many: Any = model.rank(IMAGES, TEXTS, 2)
+    for ranked, image in zip(many, IMAGES, strict=True):
+        single: Any = model.rank(image, TEXTS, 2)
         assert [one.place for one in ranked] == [one.place for one in single]
         close([one.similarity for one in ranked], torch.tensor([one.similarity for one in single]))
-    captions: Any = model.caption(PICTURES, [3, 6, 4])
-    assert captions == [model.caption(picture, [3, 6, 4]) for picture in PICTURES]
+    captions: Any = model.caption(IMAGES, [3, 6, 4])
+    assert captions == [model.caption(image, [3, 6, 4]) for image in IMAGES]
     hidden = ["a [MASK] circle", "[MASK] things on the [MASK]", "a small [MASK] star at the [MASK] left"]
-    looked: list[Any] = [PICTURES[0], None, PICTURES[0]]  # one picture twice, and none
+    looked: list[Any] = [IMAGES[0], None, IMAGES[0]]  # one image twice, and none
     words: Any = model.fill_mask(looked, hidden, 3)
-    for places, picture, text in zip(words, looked, hidden, strict=True):
-        one: Any = model.fill_mask(picture, text, 3)
+    for places, image, text in zip(words, looked, hidden, strict=True):
+        one: Any = model.fill_mask(image, text, 3)
         assert [[g.word for g in place] for place in places] == [[g.word for g in place] for place in one]
         close([[g.probability for g in place] for place in places], torch.tensor([[g[1] for g in p] for p in one]))
     close(model.score(looked, TEXTS), torch.tensor([model.score(p, t) for p, t in zip(looked, TEXTS, strict=True)]))
     assert model.score([], []) == model.caption([]) == model.fill_mask([], []) == []
-    painted: Any = model.reconstruct(PICTURES, masks, TEXTS)
-    for made_, picture, text in zip(painted, PICTURES, TEXTS, strict=True):
-        single = model.reconstruct(picture, masks[0], text)
+    painted: Any = model.reconstruct(IMAGES, masks, TEXTS)
+    for made_, image, text in zip(painted, IMAGES, TEXTS, strict=True):
+        single = model.reconstruct(image, masks[0], text)
         assert np.abs(np.asarray(made_).astype(int) - np.asarray(single).astype(int)).max() <= 1
-    maps: Any = model.explain(PICTURES[0], TEXTS[0], ["red", "circle"])
-    maps += model.explain(PICTURES[1:], TEXTS[1:], ["two", "star"])
+    maps: Any = model.explain(IMAGES[0], TEXTS[0], ["red", "circle"])
+    maps += model.explain(IMAGES[1:], TEXTS[1:], ["two", "star"])
     asked = [(0, "red"), (0, "circle"), (1, "two"), (2, "star")]
     for explained, (number, word) in zip(maps, asked, strict=True):
-        single = model.explain(PICTURES[number], TEXTS[number], word)
+        single = model.explain(IMAGES[number], TEXTS[number], word)
         np.testing.assert_allclose(explained.gradcam, single.gradcam, atol=1e-5)
-        assert np.array_equal(np.asarray(explained.picture), np.asarray(single.picture))
-    assert [each.attention.shape for each in model.explain([PICTURES[0]] * 2, ["a red star"] * 2, "red")] == [
-        (4, 4)
-    ] * 2
+        assert np.array_equal(np.asarray(explained.image), np.asarray(single.image))
+    assert [each.attention.shape for each in model.explain([IMAGES[0]] * 2, ["a red star"] * 2, "red")] == [(4, 4)] * 2
     model.batch_size = 64
 
 
 def test_ranking_is_contrast_and_then_matching(model: PretrainedMaskVLM) -> None:
-    found: Any = model.rank(PICTURES[0], TEXTS, k=2)
-    cosine = (model.encode_text(TEXTS) @ model.encode_image(PICTURES[0])).tolist()
+    found: Any = model.rank(IMAGES[0], TEXTS, k=2)
+    cosine = (model.encode_text(TEXTS) @ model.encode_image(IMAGES[0])).tolist()
     order = sorted(range(3), key=lambda number: -cosine[number])
-    likely = {number: model.match(PICTURES[0], TEXTS[number]) for number in order[:2]}
+    likely = {number: model.match(IMAGES[0], TEXTS[number]) for number in order[:2]}
     assert [one.place for one in found] == [*sorted(order[:2], key=lambda number: -likely[number]), order[2]]
     assert [one.match is None for one in found] == [False, False, True]
-    other: Any = model.rank(TEXTS[0], PICTURES, k=0)
-    cosine = (model.encode_image(PICTURES) @ model.encode_text(TEXTS[0])).tolist()
+    other: Any = model.rank(TEXTS[0], IMAGES, k=0)
+    cosine = (model.encode_image(IMAGES) @ model.encode_text(TEXTS[0])).tolist()
     assert [one.place for one in other] == sorted(range(3), key=lambda number: -cosine[number])
 
 
@@ -274,9 +272,9 @@ def test_ranking_by_both_where_the_task_does(
 ) -> None:
     """The sum of the log-odds of a match and of contrast's logit; with much of the latter its order is left."""
     monkeypatch.setattr(model.task, "rerank_contrast", share)
-    found: Any = model.rank(PICTURES[0], TEXTS, k=3)
-    cosine_C = model.encode_text(TEXTS) @ model.encode_image(PICTURES[0])
-    match_C = torch.tensor([model.match(PICTURES[0], text) for text in TEXTS])
+    found: Any = model.rank(IMAGES[0], TEXTS, k=3)
+    cosine_C = model.encode_text(TEXTS) @ model.encode_image(IMAGES[0])
+    match_C = torch.tensor([model.match(IMAGES[0], text) for text in TEXTS])
     score_C = match_C.logit() + share * model.task.projection.scale.item() * cosine_C
     assert [one.place for one in found] == score_C.argsort(descending=True).tolist()
     for one in found:
@@ -285,8 +283,8 @@ def test_ranking_by_both_where_the_task_does(
         assert [one.place for one in found] == cosine_C.argsort(descending=True).tolist()
 
 
-def test_every_form_of_a_picture_is_the_same_picture(model: PretrainedMaskVLM, tmp_path: Path) -> None:
-    image = PICTURES[0]
+def test_every_form_of_an_image_is_the_same_image(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+    image = IMAGES[0]
     image.save(tmp_path / "a.png")
     array = np.asarray(image)
     image_CHW = torch.tensor(array).permute(2, 0, 1)
@@ -320,26 +318,26 @@ def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda m: m.encode_image("nowhere.jpg"), "nowhere.jpg: bad picture, missing"),
-        (lambda m: m.encode_image(b"not a picture at all"), "not an image"),
+        (lambda m: m.encode_image("nowhere.jpg"), "nowhere.jpg: bad image, missing"),
+        (lambda m: m.encode_image(b"not an image at all"), "not an image"),
         (lambda m: m.encode_image(np.zeros((4, 4, 7))), r"array of shape \[4, 4, 7\]"),
         (lambda m: m.encode_image(np.full((9, 9, 3), 3.0)), "not normalised"),
         (lambda m: m.encode_image(torch.full((3, 9, 9), float("nan"))), "not normalised"),
         (lambda m: m.encode_text(""), "no word"),
         (lambda m: m.encode_text(7), "int is no text"),
-        (lambda m: m.match(PICTURES[:2], TEXTS), "2 pictures and 3 texts"),
-        (lambda m: m.rank(PICTURES[0], PICTURES), "pictures on both sides"),
+        (lambda m: m.match(IMAGES[:2], TEXTS), "2 images and 3 texts"),
+        (lambda m: m.rank(IMAGES[0], IMAGES), "images on both sides"),
         (lambda m: m.rank("a", TEXTS), "texts on both sides"),
-        (lambda m: m.rank(PICTURES[0], []), "nothing on both sides"),
-        (lambda m: m.fill_mask(PICTURES[0], "a red circle"), "no word in it is hidden"),
-        (lambda m: m.fill_mask(PICTURES[0], "red " * 40 + "[MASK]"), "beyond the 22 tokens"),
-        (lambda m: m.fill_mask(PICTURES[0], "[MASK]", 0), "top_k is 0"),
-        (lambda m: m.explain(PICTURES[0], "a red circle", "star"), "'star' is not in the text"),
-        (lambda m: m.explain(PICTURES, TEXTS, ["a", "two"]), "2 words for 3 texts"),
-        (lambda m: m.reconstruct(PICTURES[0], np.zeros((3, 3), bool), "a"), r"a mask of shape \[3, 3\]"),
-        (lambda m: m.inpaint(PICTURES[0], np.zeros((4, 4), bool), "a", steps=0), "steps is 0"),
-        (lambda m: m.caption(PICTURES[0], lengths=[99]), "no length from 1 to 22"),
-        (lambda m: m.rank(PICTURES[0], TEXTS, -1), "k is -1"),
+        (lambda m: m.rank(IMAGES[0], []), "nothing on both sides"),
+        (lambda m: m.fill_mask(IMAGES[0], "a red circle"), "no word in it is hidden"),
+        (lambda m: m.fill_mask(IMAGES[0], "red " * 40 + "[MASK]"), "beyond the 22 tokens"),
+        (lambda m: m.fill_mask(IMAGES[0], "[MASK]", 0), "top_k is 0"),
+        (lambda m: m.explain(IMAGES[0], "a red circle", "star"), "'star' is not in the text"),
+        (lambda m: m.explain(IMAGES, TEXTS, ["a", "two"]), "2 words for 3 texts"),
+        (lambda m: m.reconstruct(IMAGES[0], np.zeros((3, 3), bool), "a"), r"a mask of shape \[3, 3\]"),
+        (lambda m: m.inpaint(IMAGES[0], np.zeros((4, 4), bool), "a", steps=0), "steps is 0"),
+        (lambda m: m.caption(IMAGES[0], lengths=[99]), "no length from 1 to 22"),
+        (lambda m: m.rank(IMAGES[0], TEXTS, -1), "k is -1"),
     ],
 )  # fmt: skip
 def test_a_wrong_input_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:
@@ -363,7 +361,7 @@ def test_saved_and_loaded_is_equal_to_the_bit(model: PretrainedMaskVLM, folder: 
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert model.match(PICTURES, TEXTS) == again.match(PICTURES, TEXTS)
+    assert model.match(IMAGES, TEXTS) == again.match(IMAGES, TEXTS)
     assert tokenizer_hash(again.words.tokenizer) == tokenizer_hash(model.words.tokenizer)
     (seen,) = again.origin.lineage
     assert seen[:5] == SEEN[:5]
@@ -387,11 +385,11 @@ def test_the_folder_holds_no_pickle_and_a_card_with_the_numbers(folder: Path) ->
 @torch.no_grad()
 def test_transformers_auto_classes_know_it(model: PretrainedMaskVLM, folder: Path) -> None:
     other, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    made_ = processor(images=PICTURES, text=TEXTS, return_tensors="pt", padding=True, truncation=True)
+    made_ = processor(images=IMAGES, text=TEXTS, return_tensors="pt", padding=True, truncation=True)
     out = other(**made_)
-    close(out.image_embeds, model.encode_image(PICTURES))
+    close(out.image_embeds, model.encode_image(IMAGES))
     close(out.text_embeds, model.encode_text(TEXTS))
-    close(out.match.sigmoid(), torch.tensor(model.match(PICTURES, TEXTS)))
+    close(out.match.sigmoid(), torch.tensor(model.match(IMAGES, TEXTS)))
     assert out.fused.shape == (3, 48)
     assert maskvlm.MaskVLM is PretrainedMaskVLM
 
@@ -413,10 +411,10 @@ def test_from_pretrained_takes_device_and_precision(path: Path) -> None:
     half = PretrainedMaskVLM.from_pretrained(path, device="cpu", dtype="bfloat16")
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
     full = PretrainedMaskVLM.from_pretrained(path)
-    assert half.encode_image(PICTURES[0]).dtype == torch.float32
-    assert float(half.encode_image(PICTURES[0]) @ full.encode_image(PICTURES[0])) > 0.98
-    assert isinstance(half.score(PICTURES[0], TEXTS[0]), float)
-    assert half.explain(PICTURES[0], TEXTS[0], "red").attention.shape == (4, 4)
+    assert half.encode_image(IMAGES[0]).dtype == torch.float32
+    assert float(half.encode_image(IMAGES[0]) @ full.encode_image(IMAGES[0])) > 0.98
+    assert isinstance(half.score(IMAGES[0], TEXTS[0]), float)
+    assert half.explain(IMAGES[0], TEXTS[0], "red").attention.shape == (4, 4)
 
 
 def test_a_device_or_precision_that_is_not_there_is_one_line(path: Path) -> None:
@@ -475,7 +473,7 @@ def test_a_checkpoint_without_a_task_needs_the_configuration_of_its_run(tmp_path
     with pytest.raises(UserError, match="which task"):
         PretrainedMaskVLM.from_pretrained(file)
     (tmp_path / "config-fit.yaml").write_text(json.dumps({"model": {"backbone": BACKBONE, "task": recipe}}))
-    assert PretrainedMaskVLM.from_pretrained(file).match(PICTURES[0], "a") >= 0  # type: ignore[operator]
+    assert PretrainedMaskVLM.from_pretrained(file).match(IMAGES[0], "a") >= 0  # type: ignore[operator]
 
 
 def test_a_checkpoint_with_other_heads_than_it_says_is_refused(tmp_path: Path) -> None:
@@ -534,23 +532,23 @@ def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "pictures", "settings"),
+    ("kind", "method", "images", "settings"),
     [
         ("vqa", "answer", 1, {}),
         ("vqa", "answer", 1, {"decode": "free"}),
         ("vqa", "answer", 1, {"head": "classify"}),
         ("nlvr", "compare", 2, {}),
-        ("nlvr", "compare", 3, {"pictures": 3}),
+        ("nlvr", "compare", 3, {"images_per_example": 3}),
         ("entailment", "entail", 1, {}),
     ],
 )
 def test_a_task_brings_its_method(
-    kind: str, method: str, pictures: int, settings: dict[str, Any], tmp_path: Path
+    kind: str, method: str, images: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     backbone, task = saved(tmp_path / "last.ckpt", kind, **settings)
     model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
     assert method in dir(model)
-    columns = [PICTURES[:pictures], PICTURES[::-1][:pictures]]
+    columns = [IMAGES[:images], IMAGES[::-1][:images]]
     answers = getattr(model, method)(*(list(each) for each in zip(*columns, strict=True)), TEXTS[:2])
     single = getattr(model, method)(*columns[0], TEXTS[0])
     assert single.answer == answers[0].answer
@@ -569,7 +567,7 @@ def test_a_task_brings_its_method(
     with pytest.raises(UserError, match=f"{method}: 1 inputs"):
         getattr(model, method)(TEXTS[0])
     with pytest.raises(UserError, match="no head for it"):
-        model.match(PICTURES[0], TEXTS[0])
+        model.match(IMAGES[0], TEXTS[0])
     with pytest.raises(AttributeError):
         model.no_such_verb  # noqa: B018
 
@@ -580,5 +578,5 @@ def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     again = PretrainedMaskVLM.from_pretrained(tmp_path / "model")
     assert again.config.labels == list(LABELS)
-    assert again.answer(PICTURES[0], TEXTS[0]) == model.answer(PICTURES[0], TEXTS[0])
+    assert again.answer(IMAGES[0], TEXTS[0]) == model.answer(IMAGES[0], TEXTS[0])
     assert "3 labels" in (tmp_path / "model" / "README.md").read_text()

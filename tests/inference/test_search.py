@@ -109,7 +109,7 @@ def test_what_was_tuned_holds_after_loading(made: Path, copy: Path, monkeypatch:
     assert faiss.extract_index_ivf(SearchIndex.load(copy).index).nprobe == 5
 
 
-# ---------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------- images
 
 
 def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM) -> None:
@@ -121,7 +121,7 @@ def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM)
     assert about["median_ms"] > 0
 
 
-def test_a_text_finds_the_nearest_pictures(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
+def test_a_text_finds_the_nearest_images(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
     index = SearchIndex.load(made)
     cosine_N = vector_of(rows_of(made / "vectors")) @ model.encode_text("a blue circle")
     order = cosine_N.argsort(descending=True).tolist()[:5]
@@ -142,7 +142,7 @@ def test_re_ranking_orders_as_the_model_does(made: Path, model: PretrainedMaskVL
     assert [each.row for each in found] != [each.row for each in search_index(index, model, text, 6)]
 
 
-def test_a_picture_finds_itself_and_is_re_ranked_by_captions(
+def test_an_image_finds_itself_and_is_re_ranked_by_captions(
     made: Path, model: PretrainedMaskVLM, photos: Photos
 ) -> None:
     index, path = SearchIndex.load(made), photos.path(7)
@@ -205,7 +205,7 @@ def test_missing_and_damaged_shards_are_refused(copy: Path) -> None:
     assert SearchIndex.load(copy).index.ntotal == 12  # the old one stays
 
 
-def test_pictures_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+def test_images_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: Path) -> None:
     photos = Photos(tmp_path / "photos", 3)
     start(model, photos, tmp_path / "vectors")
     index_folder(tmp_path / "vectors", tmp_path)
@@ -232,12 +232,12 @@ def test_the_commands_index_and_search_a_configured_set(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The built-in world, whose pictures lie nowhere: they are drawn again to be matched."""
+    """The built-in world, whose images lie nowhere: they are drawn again to be matched."""
     monkeypatch.chdir(root)
     out, named = tmp_path / "index", ["--from", str(checkpoint)]
     data = [*stack(WHERE="cpu"), "--data.source.val", "7"]
     assert make([*named, "--out", str(out), "--device", "cpu", *data], []) == 0
-    assert f"{out}: 7 pictures, Flat, made in " in capsys.readouterr().out
+    assert f"{out}: 7 images, Flat, made in " in capsys.readouterr().out
     assert main([*named, "--index", str(out), "a red circle", "--k", "3", "--rerank", "--json"], []) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     model, pairs = PretrainedMaskVLM.from_pretrained(checkpoint), Scenes(val=7).split("val")
@@ -245,7 +245,7 @@ def test_the_commands_index_and_search_a_configured_set(
     assert [line["id"] for line in lines] == [pairs[each.place]["image_id"] for each in ranked[:3]]
     assert [line["match"] for line in lines] == pytest.approx([each.match for each in ranked[:3]], abs=1e-5)
     assert main([*named, "--index", str(out), "a red circle", "--k", "1"], []) == 0
-    assert "scenes (seed 0) val picture" in capsys.readouterr().out
+    assert "scenes (seed 0) val image" in capsys.readouterr().out
 
     (tmp_path / "stranger.py").write_text(
         "from maskvlm.data.scenes.source import Scenes\n\n\nclass Mine(Scenes): ...\n"

@@ -118,7 +118,7 @@ def vector_of(table: pa.Table) -> torch.Tensor:
 
 def test_the_files_hold_the_models_own_vectors(model: PretrainedMaskVLM, photos: Photos, tmp_path: Path) -> None:
     folder = tmp_path / "vectors"
-    assert start(model, photos, folder) == f"{folder}: 3 of 3 shards, 10 pictures in all"
+    assert start(model, photos, folder) == f"{folder}: 3 of 3 shards, 10 images in all"
     shards = [f"{kind}-0000{part}-of-00003.parquet" for kind in ("captions", "pictures") for part in range(3)]
     assert sorted(content(folder)) == [*shards, "vectors.json"]
     table = rows_of(folder)
@@ -231,10 +231,10 @@ def test_other_things_are_refused(model: PretrainedMaskVLM, photos: Photos, tmp_
     assert said.startswith("holds vectors of another checkpoint (weights ")
 
 
-# ---------------------------------------------------------------------- pictures that cannot be read
+# ---------------------------------------------------------------------- images that cannot be read
 
 
-def test_a_broken_picture_is_left_out_counted_and_listed(
+def test_a_broken_image_is_left_out_counted_and_listed(
     model: PretrainedMaskVLM, photos: Photos, tmp_path: Path
 ) -> None:
     folder = tmp_path / "vectors"
@@ -251,7 +251,7 @@ def test_a_broken_picture_is_left_out_counted_and_listed(
     listed = json.loads((folder / "bad_samples.json").read_text())
     assert listed["problems"] == {"truncated": 1, "missing": 4}
     assert listed["left_out"] == {"no caption": ["photos 99"]}
-    assert listed["examples"]["truncated"][0].startswith("photos 2: bad picture, truncated")
+    assert listed["examples"]["truncated"][0].startswith("photos 2: bad image, truncated")
     assert [line.split(":")[0] for line in listed["examples"]["missing"]] == [f"photos {n}" for n in (4, 5, 6, 7)]
     (folder / "bad_samples.json").unlink()
     assert start(model, photos, folder) == told  # all is done, and still it is said
@@ -276,11 +276,11 @@ def test_the_command_embeds_what_the_files_configure(
     assert sorted(content(out)) == [*(f"pictures-0000{n}-of-00002.parquet" for n in range(2)), "vectors.json"]
     table = rows_of(out)
     assert table["path"].to_pylist() == [None] * 6
-    assert table["origin"].to_pylist()[5] == "scenes (seed 0) val picture 5"
+    assert table["origin"].to_pylist()[5] == "scenes (seed 0) val image 5"
     with pytest.raises(UserError, match=r"checkpoint is named\. Give --from"):
         main(["--out", str(out)], [])
     with pytest.raises(UserError, match=r"--data.source.vall: unknown key \(did you mean data.source.val\?\)"):
         main([*words, *data, "--data.source.vall", "3"], [])
     files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml")
-    with pytest.raises(UserError, match="has no captions of pictures"):
+    with pytest.raises(UserError, match="has no captions of images"):
         main([*words, *(word for file in files for word in ("-c", file))], [])

@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(CAPTIONS, 50)
 
 
-def pictures(rows: int = 2, size: int = 64) -> Tensor:
+def images(rows: int = 2, size: int = 64) -> Tensor:
     return torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -67,14 +67,14 @@ def pictures(rows: int = 2, size: int = 64) -> Tensor:
 def test_every_vit_gives_what_timm_gives(name: str, config: dict[str, Any]) -> None:
     encoder = image_encoder(name, config=config)
     with torch.no_grad():
-        ours, theirs = encoder(pictures()), encoder.vit.forward_features(pictures())
-        nothing = encoder(pictures(), torch.zeros(2, 16, dtype=torch.bool))
-        masked = encoder(pictures(), torch.ones(2, 16, dtype=torch.bool))
+        ours, theirs = encoder(images()), encoder.vit.forward_features(images())
+        nothing = encoder(images(), torch.zeros(2, 16, dtype=torch.bool))
+        masked = encoder(images(), torch.ones(2, 16, dtype=torch.bool))
     assert ours.shape == (2, 1 + encoder.num_patches, encoder.width) == (2, 17, 32)
     torch.testing.assert_close(ours[:, 0], theirs[:, 0], atol=1e-6, rtol=0)
     torch.testing.assert_close(ours[:, 1:], theirs[:, -16:], atol=1e-6, rtol=0)
     torch.testing.assert_close(nothing, ours, atol=1e-6, rtol=0)
-    torch.testing.assert_close(masked[0], masked[1], atol=1e-6, rtol=0)  # neither picture is seen
+    torch.testing.assert_close(masked[0], masked[1], atol=1e-6, rtol=0)  # neither image is seen
     assert not torch.allclose(masked[0], ours[0], atol=1e-3)
 
 
@@ -83,27 +83,27 @@ def test_a_masked_patch_is_the_mask_token_before_its_position() -> None:
     mask_BN = torch.zeros(2, 16, dtype=torch.bool)
     mask_BN[0, [1, 6]] = True
     with torch.no_grad():
-        vit, hidden_BND = encoder.vit, encoder.vit.patch_embed(pictures())
+        vit, hidden_BND = encoder.vit, encoder.vit.patch_embed(images())
         for row, patch in ((0, 1), (0, 6)):
             hidden_BND[row, patch] = encoder.mask_token[0, 0]
         hidden_BLD = torch.cat([vit.cls_token.expand(2, 1, 32), hidden_BND], 1) + vit.pos_embed
         expected_BLD = vit.norm(vit.blocks(hidden_BLD))
-        torch.testing.assert_close(encoder(pictures(), mask_BN), expected_BLD, atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoder(images(), mask_BN), expected_BLD, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
 def test_a_pass_that_fails_leaves_no_mask_behind() -> None:
     encoder = image_encoder()
-    plain = encoder(pictures())
+    plain = encoder(images())
     norm, encoder.vit.norm = encoder.vit.norm, nn.Linear(7, 7)
     with pytest.raises(RuntimeError):
-        encoder(pictures(), torch.ones(2, 16, dtype=torch.bool))
+        encoder(images(), torch.ones(2, 16, dtype=torch.bool))
     encoder.vit.norm = norm
-    assert torch.equal(encoder(pictures()), plain)
+    assert torch.equal(encoder(images()), plain)
 
 
 def test_masked_pixels_are_invisible_and_others_are_not() -> None:
-    encoder, image = image_encoder(), pictures(1)
+    encoder, image = image_encoder(), images(1)
     mask_1N = torch.zeros(1, 16, dtype=torch.bool)
     mask_1N[0, 5] = True  # row 1, column 1 of 4 x 4
     inside, outside = image.clone(), image.clone()
@@ -120,12 +120,12 @@ def test_masked_pixels_are_invisible_and_others_are_not() -> None:
 
 def test_the_mask_token_learns_only_where_something_is_masked() -> None:
     encoder = image_encoder()
-    encoder(pictures()).square().sum().backward()
+    encoder(images()).square().sum().backward()
     assert encoder.mask_token.grad is None
     assert all(p.grad is not None for p in encoder.vit.parameters())
     mask_BN = torch.zeros(2, 16, dtype=torch.bool)
     mask_BN[1, 3] = True
-    encoder(pictures(), mask_BN)[:, :, 0].sum().backward()
+    encoder(images(), mask_BN)[:, :, 0].sum().backward()
     assert encoder.mask_token.grad is not None
     assert encoder.mask_token.grad.abs().sum() > 0
 
@@ -146,8 +146,8 @@ def test_patches_that_are_left_out_are_not_there(name: str, visible: int | None)
     encoder.adapt(24)
     mask_BN, vit = ragged_mask(), encoder.vit
     with torch.no_grad():
-        found_BLD = encoder(pictures(3), mask_BN, None, visible)
-        for image, mask_N, found_LD in zip(pictures(3), mask_BN, found_BLD, strict=True):
+        found_BLD = encoder(images(3), mask_BN, None, visible)
+        for image, mask_N, found_LD in zip(images(3), mask_BN, found_BLD, strict=True):
             hidden_1LD = vit._pos_embed(vit.patch_embed(image[None]))
             first = vit.num_prefix_tokens
             seen_1LD = torch.cat([hidden_1LD[:, :first], hidden_1LD[:, first:][:, ~mask_N]], 1)
@@ -164,11 +164,11 @@ def test_whole_images_in_front_of_those_with_patches_left_out() -> None:
     usual.load_state_dict(encoder.state_dict())
     mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
     with torch.no_grad():
-        both_BLD = encoder(pictures(5), mask_BN, torch.arange(2))
-        torch.testing.assert_close(both_BLD[:2], usual(pictures(5)[:2]), atol=1e-6, rtol=0)
-        torch.testing.assert_close(both_BLD[2:], encoder(pictures(5)[2:], mask_BN[2:]), atol=1e-6, rtol=0)
-        torch.testing.assert_close(encoder(pictures(2)), usual(pictures(2)))
-        torch.testing.assert_close(encoder(pictures(2), mask_BN[:2]), usual(pictures(2)), atol=1e-6, rtol=0)
+        both_BLD = encoder(images(5), mask_BN, torch.arange(2))
+        torch.testing.assert_close(both_BLD[:2], usual(images(5)[:2]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(both_BLD[2:], encoder(images(5)[2:], mask_BN[2:]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoder(images(2)), usual(images(2)))
+        torch.testing.assert_close(encoder(images(2), mask_BN[:2]), usual(images(2)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("frozen", "kept"), [(0, False), (1, False), (1, True)])
@@ -183,10 +183,10 @@ def test_trained_blocks_may_see_some_patches_of_whole_images(
     mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
     some_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit
     for _ in range(2):  # computed, then read where it is kept
-        found_BLD = encoder(pictures(5), mask_BN, row_W, None, some_WV)
-    torch.testing.assert_close(found_BLD[2:], encoder(pictures(5), mask_BN, row_W)[2:], atol=1e-5, rtol=0)
+        found_BLD = encoder(images(5), mask_BN, row_W, None, some_WV)
+    torch.testing.assert_close(found_BLD[2:], encoder(images(5), mask_BN, row_W)[2:], atol=1e-5, rtol=0)
     with torch.no_grad():
-        lower_WLD = vit.blocks[:frozen](vit.norm_pre(vit._pos_embed(vit.patch_embed(pictures(5)[:2]))))
+        lower_WLD = vit.blocks[:frozen](vit.norm_pre(vit._pos_embed(vit.patch_embed(images(5)[:2]))))
         for found_LD, lower_LD, some_V in zip(found_BLD, lower_WLD, some_WV, strict=False):
             seen_1LD = torch.cat([lower_LD[:1], lower_LD[1:][some_V]])[None]
             out_LD = vit.norm(vit.blocks[frozen:](seen_1LD))[0]
@@ -202,7 +202,7 @@ def test_trained_blocks_may_see_some_patches_of_whole_images(
 
 def test_the_mask_token_behind_a_frozen_tower_learns() -> None:
     encoder = image_encoder(masked_patches="left_out", frozen="all").train()
-    encoder(pictures(3), ragged_mask()).square().sum().backward()
+    encoder(images(3), ragged_mask()).square().sum().backward()
     assert encoder.mask_token.grad is not None
     assert encoder.mask_token.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in encoder.vit.parameters())
@@ -219,13 +219,13 @@ def test_an_encoder_that_stands_still_gives_the_same_and_learns_nothing(left_out
     text = text_encoder().train()
     text.set_tokenizer(train_tokenizer(CAPTIONS, 50))
     token_BT, attention_BT = torch.randint(5, 50, (3, 7)), torch.ones(3, 7, dtype=torch.bool)
-    expected = image(pictures(3), ragged_mask()), text(token_BT, attention_BT)
+    expected = image(images(3), ragged_mask()), text(token_BT, attention_BT)
     with standing_still((image, text), True):
-        still = image(pictures(3), ragged_mask()), text(token_BT, attention_BT)
+        still = image(images(3), ragged_mask()), text(token_BT, attention_BT)
     for one, other in zip(still, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert [part.requires_grad for part in still] == [left_out, False]  # the mask token's place
-    assert image(pictures(3)).requires_grad
+    assert image(images(3)).requires_grad
 
 
 def test_what_the_data_module_must_know() -> None:
@@ -262,7 +262,7 @@ def test_checkpointing_changes_nothing_but_memory(kind: str) -> None:
     grads = []
     for checkpointing in (False, True):
         if kind == "image":
-            encoder, inputs = image_encoder(checkpointing=checkpointing).train(), (pictures(),)
+            encoder, inputs = image_encoder(checkpointing=checkpointing).train(), (images(),)
         else:
             encoder = text_encoder(checkpointing=checkpointing).train()
             inputs = (torch.arange(5, 13).view(2, 4), torch.ones(2, 4, dtype=torch.bool))
@@ -282,8 +282,8 @@ def test_a_copy_masks_with_its_own_token() -> None:
     mask_BN = torch.ones(2, 16, dtype=torch.bool)
     with torch.no_grad():
         twin.mask_token.normal_()
-        assert not torch.allclose(twin(pictures(), mask_BN), encoder(pictures(), mask_BN), atol=1e-3)
-        assert torch.equal(twin(pictures()), encoder(pictures()))
+        assert not torch.allclose(twin(images(), mask_BN), encoder(images(), mask_BN), atol=1e-3)
+        assert torch.equal(twin(images()), encoder(images()))
 
 
 # ---------------------------------------------------------------------- text
@@ -454,8 +454,8 @@ def test_text_encoders_that_cannot_be(name: str, config: dict[str, Any], where: 
 
 def test_random_weights_must_be_asked_for() -> None:
     image, text = ImageEncoder(image_size=64, config=VIT), TextEncoder(config=BERT | {"num_hidden_layers": 1})
-    for encoder, inputs in ((image, (pictures(),)), (text, padded(1))):
+    for encoder, inputs in ((image, (images(),)), (text, padded(1))):
         with pytest.raises(UserError, match=f"the weights of {type(encoder).__name__} are not loaded"):
             encoder(*inputs)
     torch.nn.ModuleDict({"image": image}).load_state_dict({f"image.{k}": v for k, v in image.state_dict().items()})
-    assert image(pictures()).shape == (2, 17, 32)  # a checkpoint of the whole model is as good
+    assert image(images()).shape == (2, 17, 32)  # a checkpoint of the whole model is as good

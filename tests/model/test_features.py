@@ -25,7 +25,7 @@ def tower(frozen: Any = 2, folder: Path | None = None, **more: Any) -> ImageEnco
     return ImageEncoder(name, 56, random_init=True, config=SMALL, frozen=frozen, feature_cache=kept, **more)
 
 
-def pictures(rows: int = 4) -> Tensor:
+def images(rows: int = 4) -> Tensor:
     return torch.randn(rows, 3, 56, 56, generator=torch.Generator().manual_seed(1))
 
 
@@ -45,9 +45,7 @@ def test_the_first_blocks_and_what_is_before_them_are_not_trained() -> None:
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_as_ever() -> None:
     frozen, free = tower(2), tower(0)
     for encoder in (frozen, free):
-        encoder(
-            pictures(), torch.rand(4, 16, generator=torch.Generator().manual_seed(2)) < 0.5
-        ).square().sum().backward()
+        encoder(images(), torch.rand(4, 16, generator=torch.Generator().manual_seed(2)) < 0.5).square().sum().backward()
     for (name, ours), theirs in zip(frozen.named_parameters(), free.parameters(), strict=True):
         if ours.requires_grad:
             torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
@@ -57,10 +55,10 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_as_ever() -> None
 
 def test_a_frozen_tower_has_no_dropout() -> None:
     encoder = tower("all", drop_path=0.5).train()
-    assert torch.equal(encoder(pictures()), encoder(pictures()))
+    assert torch.equal(encoder(images()), encoder(images()))
     half = tower(1, drop_path=0.5).train()
-    assert torch.equal(half.tower.lower(pictures()), half.tower.lower(pictures()))
-    assert not torch.equal(half(pictures()), half(pictures()))
+    assert torch.equal(half.tower.lower(images()), half.tower.lower(images()))
+    assert not torch.equal(half(images()), half(images()))
 
 
 def test_a_mask_token_that_cannot_learn_is_a_patch_of_the_mean_colour(tmp_path: Path) -> None:
@@ -71,7 +69,7 @@ def test_a_mask_token_that_cannot_learn_is_a_patch_of_the_mean_colour(tmp_path: 
     encoder.eval()
     hidden = torch.zeros(1, 16, dtype=torch.bool)
     hidden[0, 5:9] = True
-    image = pictures(1)
+    image = images(1)
     blank = image.clone()
     for patch in range(5, 9):
         row, column = divmod(patch, 4)
@@ -89,7 +87,7 @@ def test_kept_features_equal_fresh_ones(frozen: Any, tmp_path: Path) -> None:
     keeps, fresh = tower(frozen, tmp_path).train(), tower(frozen).train()
     keeps.tower.keep("data", 10)
     rows = torch.tensor([7, 2, 9, 2])
-    image = pictures()[torch.tensor([0, 1, 2, 1])]
+    image = images()[torch.tensor([0, 1, 2, 1])]
     mask_BN = torch.rand(4, 16, generator=torch.Generator().manual_seed(3)) < 0.5
     both, masks = torch.cat([image, image]), torch.cat([torch.zeros_like(mask_BN), mask_BN])
     for _ in range(2):  # written, then read
@@ -109,13 +107,13 @@ def test_kept_features_equal_fresh_ones(frozen: Any, tmp_path: Path) -> None:
 def test_what_was_kept_is_read_and_not_made_again(tmp_path: Path) -> None:
     encoder = tower("all", tmp_path).train()
     encoder.tower.keep("data", 10)
-    first = encoder(pictures(), None, torch.arange(4))
-    again = encoder(torch.zeros_like(pictures()), None, torch.arange(4))  # the pictures are not looked at
+    first = encoder(images(), None, torch.arange(4))
+    again = encoder(torch.zeros_like(images()), None, torch.arange(4))  # the images are not looked at
     assert torch.equal(first, again)
     later = tower("all", tmp_path).train()
     later.tower.keep("data", 10)
-    assert torch.equal(later(torch.zeros_like(pictures()), None, torch.arange(4)), first)
-    assert not torch.equal(encoder.eval()(torch.zeros_like(pictures()), None, torch.arange(4)), first)  # as evaluation
+    assert torch.equal(later(torch.zeros_like(images()), None, torch.arange(4)), first)
+    assert not torch.equal(encoder.eval()(torch.zeros_like(images()), None, torch.arange(4)), first)  # as evaluation
 
 
 def test_other_data_weights_or_blocks_have_a_file_of_their_own(tmp_path: Path) -> None:
@@ -204,6 +202,6 @@ def test_a_copy_keeps_its_own_tower() -> None:
     encoder = tower(2)
     other = copy.deepcopy(encoder)
     other.vit.norm.bias.data += 1.0
-    hidden = other.tower.lower(pictures())
+    hidden = other.tower.lower(images())
     assert not torch.equal(other.tower.upper(hidden), encoder.tower.upper(hidden))
     assert np.isfinite(hidden.numpy()).all()

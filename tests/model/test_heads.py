@@ -1,4 +1,4 @@
-"""The heads, and the way from a picture to its patches and back."""
+"""The heads, and the way from an image to its patches and back."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Deciding among labels: pictures run one by one, weights of what could not be read, what is frozen and refused."""
+"""Deciding among labels: images run one by one, weights of what could not be read, what is frozen and refused."""
 
 import math
 from pathlib import Path
@@ -20,33 +20,33 @@ from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
 
 
-def build(pictures: int = 1, **settings: Any) -> tuple[MaskVLM, Classification]:
+def build(images: int = 1, **settings: Any) -> tuple[MaskVLM, Classification]:
     """In double precision, with weights that matter."""
-    backbone, task = toy_backbone(), Classification(LABELS, pictures, **settings)
+    backbone, task = toy_backbone(), Classification(LABELS, images, **settings)
     task.build(backbone)
     matters(backbone, task)
     task.reseed(Draw(7, 0, "cpu"))
     return backbone.double(), task.double()
 
 
-def noise(rows: int = 5, pictures: int = 1, **settings: Any) -> ExampleBatch:
-    batch = example_batch(rows, pictures, **settings)
+def noise(rows: int = 5, images: int = 1, **settings: Any) -> ExampleBatch:
+    batch = example_batch(rows, images, **settings)
     return batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double())
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 3])
-def test_several_pictures_are_single_ones_side_by_side(pictures: int) -> None:
-    """Each example and picture by itself, its text without padding, through the backbone's own parts."""
-    backbone, task = build(pictures)
-    batch = noise(4, pictures)
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_several_images_are_single_ones_side_by_side(images: int) -> None:
+    """Each example and image by itself, its text without padding, through the backbone's own parts."""
+    backbone, task = build(images)
+    batch = noise(4, images)
     fused_BX = meet(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT).fused_BX
-    assert fused_BX.shape == (4, pictures * 3 * WIDTH)
+    assert fused_BX.shape == (4, images * 3 * WIDTH)
     for row in range(4):
         token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
         there_1T = torch.ones_like(token_1T, dtype=torch.bool)
         text_1TD = backbone.text(token_1T, there_1T)
         parts = []
-        for place in range(pictures):
+        for place in range(images):
             image_1LD = backbone.image(batch.image_BPCHW[row, place][None])
             fused = backbone.fuse(image_1LD, text_1TD, there_1T)
             parts += [fused.image_MD[0], fused.text_MD[0], fused.image_MD[0] * fused.text_MD[0]]
@@ -67,25 +67,25 @@ def pretrained(seed: int = 3, dim: int = 8, **settings: Any) -> tuple[MaskVLM, M
     return backbone, task
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize(("dim", "reads"), [(8, "class"), (256, "class"), (8, "class_and_mean")])
-def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_picture_with_it(
-    pictures: int, dim: int, reads: str
+def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_image_with_it(
+    images: int, dim: int, reads: str
 ) -> None:
     backbone, before = pretrained(dim=dim, contrast_reads=reads)
-    task = Classification(LABELS, pictures, reads="scores")
+    task = Classification(LABELS, images, reads="scores")
     task.build(backbone)
     task.reseed(Draw(7, 0, "cpu"))
     inherited = task.inherit(before.state_dict())
     assert {name.partition(".")[0] for name in inherited} == {"projection", "matching"}
-    batch = example_batch(4, pictures)
+    batch = example_batch(4, images)
     read: list[Any] = []
     task.head.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
     task.logits(backbone, batch, task.uniform)
     text_BTD = backbone.text(batch.token_BT, batch.attention_BT)
     rows = zip(text_BTD, batch.attention_BT.sum(1).tolist(), strict=True)
     parts = [text_BTD[:, 0], torch.stack([text_TD[:length].mean(0) for text_TD, length in rows])]
-    for place in range(pictures):
+    for place in range(images):
         image_BLD = backbone.image(batch.image_BPCHW[:, place])
         fused = backbone.fuse(image_BLD, text_BTD, batch.attention_BT)
         cosine_B = (
@@ -112,33 +112,33 @@ def test_scores_need_the_heads_of_pre_training() -> None:
         task.inherit(before.state_dict())
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
-def test_kept_features_are_those_of_each_picture(pictures: int, tmp_path: Path) -> None:
-    """Read from the disk at the second look, for every picture of every example; a hole and noise are not kept."""
-    backbone, task = toy_backbone().train(), Classification(LABELS, pictures)
+@pytest.mark.parametrize("images", [1, 2])
+def test_kept_features_are_those_of_each_image(images: int, tmp_path: Path) -> None:
+    """Read from the disk at the second look, for every image of every example; a hole and noise are not kept."""
+    backbone, task = toy_backbone().train(), Classification(LABELS, images)
     task.build(backbone)
     task.reseed(Draw(7, 0, "cpu"))
-    batch = example_batch(4, pictures, holes=(2,))
+    batch = example_batch(4, images, holes=(2,))
     expected_BK = task.logits(backbone, batch, task.uniform)
     backbone.image.tower = FrozenTower(backbone.image.vit, 1, str(tmp_path))
-    backbone.image.tower.keep("data", 4 * pictures)
+    backbone.image.tower.keep("data", 4 * images)
     kept = backbone.image.tower.kept
     assert kept is not None
     for _ in range(2):
         torch.testing.assert_close(task.logits(backbone, batch, task.uniform), expected_BK)
     whole = [0, 1, 3]
-    assert kept.there_R.reshape(4, pictures).all(1).nonzero()[0].tolist() == whole
+    assert kept.there_R.reshape(4, images).all(1).nonzero()[0].tolist() == whole
     blank = batch._replace(image_BPCHW=torch.zeros_like(batch.image_BPCHW))
     found_BK = task.logits(backbone, blank, task.uniform)  # what is kept is read, the images are not looked at
     torch.testing.assert_close(found_BK[whole], expected_BK[whole])
-    blind = Classification(LABELS, pictures, image_ablation=True)
+    blind = Classification(LABELS, images, image_ablation=True)
     blind.build(backbone)
     blind.head.load_state_dict(task.head.state_dict())
     blind.reseed(Draw(7, 0, "cpu"))
     assert not torch.allclose(blind.logits(backbone, batch, blind.uniform)[whole], expected_BK[whole])
 
 
-def test_the_order_of_pictures_matters() -> None:
+def test_the_order_of_images_matters() -> None:
     backbone, task = build(2)
     batch = noise(3, 2)
     swapped = batch._replace(image_BPCHW=batch.image_BPCHW.flip(1))
@@ -220,7 +220,7 @@ def test_right_is_the_first_answer_word_for_word() -> None:
 
 
 def test_levels_card_and_settings() -> None:
-    task = Classification(LABELS, pictures=2, image_ablation=True)
+    task = Classification(LABELS, images_per_example=2, image_ablation=True)
     assert task.chance_levels(8) == pytest.approx({"classification": math.log(3)})
     assert task.card() == {"labels": 3, "pictures": 2, "blind": True, "reads": "fused"}
     assert task.files() == {}
@@ -233,7 +233,7 @@ def test_levels_card_and_settings() -> None:
     ("settings", "where"),
     [
         ({"labels": None}, "data.source: it has no labels for the task to decide among"),
-        ({"pictures": 0}, "model.task.pictures: 0 is too small"),
+        ({"images_per_example": 0}, "model.task.images_per_example: 0 is too small"),
         ({"hidden": 0}, "model.task.hidden: 0 is too small"),
         ({"dropout": -0.5}, "model.task.dropout: -0.5 is no share"),
         ({"dropout": 1.5}, "model.task.dropout: 1.5 is no share"),
@@ -246,12 +246,13 @@ def test_wrong_settings_are_named(settings: dict[str, Any], where: str) -> None:
 
 
 @pytest.mark.parametrize(("set_to", "has"), [(1, 2), (2, 1), (3, 2)])
-def test_another_number_of_pictures_is_one_line(set_to: int, has: int) -> None:
+def test_another_number_of_images_is_one_line(set_to: int, has: int) -> None:
     backbone, task = build(set_to)
     with pytest.raises(UserError) as caught:
         task(backbone, noise(2, has))
     assert str(caught.value) == (
-        f"model.task.pictures: the data has {has} pictures an example, the task is set to {set_to}. Set it to {has}."
+        f"model.task.images_per_example: the data has {has} images an example, the task is set to {set_to}. "
+        f"Set it to {has}."
     )
 
 

@@ -21,14 +21,14 @@ from maskvlm.objectives.masking import mask_patches, mask_tokens
 from maskvlm.objectives.retrieval_metrics import recall
 from maskvlm.utils.distributed import Draw
 
-PICTURES = 7
+IMAGES = 7
 
 
 def several() -> Batch:
-    """Seven pictures with two captions each, some pixels of each being an object's."""
-    batch = toy_batch(PICTURES, captions=2)
-    ground = torch.rand(PICTURES, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.2
-    return batch._replace(foreground_BHW=ground, index_B=torch.arange(PICTURES) + 10)
+    """Seven images with two captions each, some pixels of each being an object's."""
+    batch = toy_batch(IMAGES, captions=2)
+    ground = torch.rand(IMAGES, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.2
+    return batch._replace(foreground_BHW=ground, index_B=torch.arange(IMAGES) + 10)
 
 
 def measured(task: Recorded, backbone: MaskVLM, batch: Batch, *sizes: int) -> dict[str, float]:
@@ -70,15 +70,15 @@ class Slow:
         for c in range(len(batch.token_CT)):
             own = int(batch.owner_C[c])
             other = batch.image_BCHW[(own + 1) % rows]
-            pictures = {
+            images = {
                 "": batch.image_BCHW[own],
                 "_wrong_image": other,
                 "_no_image": torch.zeros_like(other),
             }
             words_TD = self.read(token.token_CT[c], batch.attention_CT[c])
             places = token.mask_CT[c].nonzero().flatten()
-            for name, picture in pictures.items():
-                out_TD = slow_cross(self.backbone.cross_text, words_TD, self.backbone.image(picture[None])[0])
+            for name, image in images.items():
+                out_TD = slow_cross(self.backbone.cross_text, words_TD, self.backbone.image(image[None])[0])
                 logits_KV = self.task.tokens.vocabulary(out_TD[places])
                 target_K = batch.token_CT[c, places]
                 self.add(f"mlm/accuracy{name}", 100.0 * (logits_KV.argmax(1) == target_K))
@@ -173,7 +173,7 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
     whole = measured(task, backbone, batch, 7)
     names = [name for name in found if name.startswith("retrieval/")]
     assert len(names) == 12 + 6 + 2
-    assert (found["retrieval/pictures"], found["retrieval/captions"]) == (PICTURES, 2 * PICTURES)
+    assert (found["retrieval/pictures"], found["retrieval/captions"]) == (IMAGES, 2 * IMAGES)
     assert found["retrieval/ir_r5_chance"] == pytest.approx(100 * 5 / 7)
     assert found["retrieval/tr_r1_chance"] == pytest.approx(100 * 1 / 7)
     parts = [found[name] for name in ("retrieval/tr_r1", "retrieval/ir_r1", "mlm/accuracy")]
@@ -182,15 +182,15 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
     with torch.no_grad():
         image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
         text_CE = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT), batch.attention_CT)
-    relevant_BC = batch.owner_C == torch.arange(PICTURES)[:, None]
+    relevant_BC = batch.owner_C == torch.arange(IMAGES)[:, None]
     for k, value in recall(image_BE @ text_CE.T, relevant_BC).items():
         assert found[f"retrieval/itc_tr_r{k}"] == value
     for k, value in recall(text_CE @ image_BE.T, relevant_BC.T).items():
         assert found[f"retrieval/itc_ir_r{k}"] == value
 
 
-def test_vectors_of_the_pictures_are_kept_for_the_checkpoint() -> None:
-    """By them a model tells later which pictures are unlike its data."""
+def test_vectors_of_the_images_are_kept_for_the_checkpoint() -> None:
+    """By them a model tells later which images are unlike its data."""
     backbone, task = build()
     assert task.measure.reference is None
     batch = several()
@@ -220,11 +220,11 @@ def test_every_checkpoint_is_asked_the_same() -> None:
     torch.manual_seed(99)
     task.reseed(Draw(1, 1, "cpu"))
     assert measured(task, backbone, several(), 7) == once
-    moved = several()._replace(index_B=torch.arange(PICTURES) + 20)
+    moved = several()._replace(index_B=torch.arange(IMAGES) + 20)
     assert measured(task, backbone, moved, 7)["mlm/nats"] != once["mlm/nats"]
 
 
-def test_a_batch_of_one_picture_has_no_wrong_partner() -> None:
+def test_a_batch_of_one_image_has_no_wrong_partner() -> None:
     backbone, task = build()
     found = measured(task, backbone, several(), 1)
     assert not [name for name in found if "wrong" in name]
@@ -272,7 +272,7 @@ class Teller(nn.Module):
 
 
 def telling_world() -> tuple[Any, Any, Batch]:
-    """Picture b is of colour 5 + b, all its words are 5 + b; the model says the number that it sees."""
+    """Image b is of colour 5 + b, all its words are 5 + b; the model says the number that it sees."""
     colour_B = torch.arange(4) + 5
     batch = Batch(
         image_BCHW=colour_B[:, None, None, None].float().expand(4, 3, SIZE, SIZE),
@@ -333,7 +333,7 @@ def test_a_model_that_says_what_its_partner_shows() -> None:
 # ---------------------------------------------------------------------- parts
 
 
-def test_captions_of_a_picture_take_turns() -> None:
+def test_captions_of_an_image_take_turns() -> None:
     owner_C = torch.tensor([0, 0, 0, 1, 2, 2])
     batch = toy_batch(3)._replace(owner_C=owner_C, index_B=torch.tensor([3, 4, 5]))
     assert one_caption(batch).tolist() == [0, 3, 5]

@@ -1,4 +1,4 @@
-"""The blind control: noise that tells nothing of its picture, with the statistics of what training has shown."""
+"""The blind control: noise that tells nothing of its image, with the statistics of what training has shown."""
 
 from pathlib import Path
 
@@ -18,15 +18,15 @@ from tasks.vqa.task import Vqa
 MEANS, DEVIATIONS = (0.5, -1.0, 2.0), (0.2, 1.0, 3.0)
 
 
-def pictures(rows: int, seed: int, places: int = 2) -> torch.Tensor:
+def images(rows: int, seed: int, places: int = 2) -> torch.Tensor:
     """Channels of other means and spreads, [B, P, 3, H, W]."""
     noise = torch.randn(rows, places, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
     return noise * torch.tensor(DEVIATIONS)[:, None, None] + torch.tensor(MEANS)[:, None, None]
 
 
-def test_noise_has_the_statistics_of_all_pictures_seen_in_training() -> None:
+def test_noise_has_the_statistics_of_all_images_seen_in_training() -> None:
     blind = Blind()
-    first, second = pictures(8, 0), pictures(8, 1) + 4
+    first, second = images(8, 0), images(8, 1) + 4
     for batch in (first, second):
         blind(batch, Draw(0, 0, "cpu"))
     both = torch.cat([first, second]).transpose(0, 2).flatten(1)
@@ -43,21 +43,21 @@ def test_noise_has_the_statistics_of_all_pictures_seen_in_training() -> None:
 
 
 def test_before_training_it_is_standard_noise() -> None:
-    noise = Blind().eval()(pictures(16, 0), Draw(0, 0, "cpu"))
+    noise = Blind().eval()(images(16, 0), Draw(0, 0, "cpu"))
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_noise_follows_from_seed_and_index_alone() -> None:
     blind = Blind().eval()
-    first = blind(pictures(3, 0), Draw(5, 9, "cpu"))
+    first = blind(images(3, 0), Draw(5, 9, "cpu"))
     assert first.shape == (3, 2, 3, 24, 24)
-    assert torch.equal(blind(pictures(3, 1), Draw(5, 9, "cpu")), first)
+    assert torch.equal(blind(images(3, 1), Draw(5, 9, "cpu")), first)
     for other in (Draw(5, 8, "cpu"), Draw(4, 9, "cpu")):
-        assert not torch.equal(blind(pictures(3, 0), other), first)
-    assert len({value.sum().item() for value in first.flatten(0, 1)}) == 6  # every picture has its own
-    assert blind(pictures(3, 0)[:, 0], Draw(5, 9, "cpu")).shape == (3, 3, 24, 24)
-    assert blind(pictures(3, 0).bfloat16(), Draw(5, 9, "cpu")).dtype == torch.bfloat16
+        assert not torch.equal(blind(images(3, 0), other), first)
+    assert len({value.sum().item() for value in first.flatten(0, 1)}) == 6  # every image has its own
+    assert blind(images(3, 0)[:, 0], Draw(5, 9, "cpu")).shape == (3, 3, 24, 24)
+    assert blind(images(3, 0).bfloat16(), Draw(5, 9, "cpu")).dtype == torch.bfloat16
 
 
 TASKS = {
@@ -69,8 +69,8 @@ TASKS = {
 
 @pytest.mark.parametrize("kind", sorted(TASKS))
 @pytest.mark.parametrize("blind", [True, False])
-def test_what_a_task_says_does_not_depend_on_the_picture(kind: str, blind: bool) -> None:
-    """In training too: statistics of the same pictures in another order are the same."""
+def test_what_a_task_says_does_not_depend_on_the_image(kind: str, blind: bool) -> None:
+    """In training too: statistics of the same images in another order are the same."""
     batch = example_batch(4)
     backbone, task = toy_backbone(), TASKS[kind](blind)
     task.build(backbone)

@@ -66,7 +66,7 @@ def test_contrast_is_the_mean_of_both_directions() -> None:
 
 def test_contrast_leaves_out_duplicates_and_rows_without_weight() -> None:
     excluded_BG = torch.zeros(6, 6, dtype=torch.bool)
-    excluded_BG[0, 3] = excluded_BG[3, 0] = True  # the same picture twice
+    excluded_BG[0, 3] = excluded_BG[3, 0] = True  # the same image twice
     excluded_BG[:, 5] = True  # a hole
     excluded_BG[5, 5] = False
     inputs = contrast_inputs(6, excluded_BG, torch.tensor([1.0, 1, 1, 1, 1, 0]))
@@ -107,11 +107,11 @@ def test_contrast_keeps_single_precision_under_autocast() -> None:
 # ---------------------------------------------------------------------- contrast with several captions
 
 
-def soft_inputs(owner: list[int], pictures: int, weight_B: Tensor, **excluded: Tensor) -> dict[str, Tensor | Columns]:
-    """Captions in the given order; unread pictures and their captions are no columns."""
+def soft_inputs(owner: list[int], images: int, weight_B: Tensor, **excluded: Tensor) -> dict[str, Tensor | Columns]:
+    """Captions in the given order; unread images and their captions are no columns."""
     owner_C = torch.tensor(owner)
-    image_BD, text_CD = (F.normalize(noise(n, 8, seed=n), dim=1) for n in (pictures, len(owner)))
-    own_BC = torch.arange(pictures)[:, None] == owner_C
+    image_BD, text_CD = (F.normalize(noise(n, 8, seed=n), dim=1) for n in (images, len(owner)))
+    own_BC = torch.arange(images)[:, None] == owner_C
     unread_B, weight_C = weight_B == 0, weight_B[owner_C]
     not_BC = excluded.get("image", torch.zeros_like(own_BC)) | (weight_C == 0)
     not_CB = excluded.get("text", torch.zeros_like(own_BC.T)) | unread_B
@@ -123,12 +123,12 @@ def soft_inputs(owner: list[int], pictures: int, weight_B: Tensor, **excluded: T
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 3), st.randoms(use_true_random=False))
-def test_soft_contrast_spreads_the_target_over_the_captions_of_a_picture(pictures: int, more: int, random: Any) -> None:
-    """In any order, in uneven numbers, with unread pictures."""
-    owner = [*range(pictures), *(random.randrange(pictures) for _ in range(more))]
+def test_soft_contrast_spreads_the_target_over_the_captions_of_an_image(images: int, more: int, random: Any) -> None:
+    """In any order, in uneven numbers, with unread images."""
+    owner = [*range(images), *(random.randrange(images) for _ in range(more))]
     random.shuffle(owner)
-    weight_B = torch.tensor([1.0, *(float(random.random() < 0.7) for _ in range(pictures - 1))])
-    inputs = soft_inputs(owner, pictures, weight_B)
+    weight_B = torch.tensor([1.0, *(float(random.random() < 0.7) for _ in range(images - 1))])
+    inputs = soft_inputs(owner, images, weight_B)
     cosine = inputs["image_BD"].double().numpy() @ inputs["text_CD"].double().numpy().T  # type: ignore[union-attr]
     read, read_of = np.flatnonzero(weight_B.numpy()), np.array(owner)
     read_C = np.flatnonzero(weight_B.numpy()[read_of])
@@ -139,7 +139,7 @@ def test_soft_contrast_spreads_the_target_over_the_captions_of_a_picture(picture
     assert soft_contrastive(**inputs).item() == pytest.approx((image + text) / 2, rel=1e-5)  # type: ignore[arg-type]
 
 
-def test_soft_contrast_is_contrast_where_each_picture_has_one_caption() -> None:
+def test_soft_contrast_is_contrast_where_each_image_has_one_caption() -> None:
     """With duplicates of words, a hole, and as a share of the global batch."""
     excluded_BG = torch.zeros(6, 6, dtype=torch.bool)
     excluded_BG[0, 3] = excluded_BG[3, 0] = excluded_BG[:, 5] = True
@@ -312,7 +312,7 @@ def test_negatives_are_drawn_without_asking_the_device_and_without_gradient() ->
 
 
 def test_words_present_is_noisy_or() -> None:
-    """Written out for two pictures of two positions and a vocabulary of three, the second picture unread."""
+    """Written out for two images of two positions and a vocabulary of three, the second image unread."""
     logits = torch.tensor([[[2.0, -1.0, 0.5], [0.0, -3.0, 1.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]])
     words = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     p = logits[0].sigmoid().double()

@@ -128,7 +128,7 @@ def test_no_patch_at_ratio_zero_and_every_patch_at_ratio_one() -> None:
     assert everything.mask_BN.all()
 
 
-def test_blocks_are_chosen_evenly_and_independently_for_each_picture() -> None:
+def test_blocks_are_chosen_evenly_and_independently_for_each_image() -> None:
     mask_BN = mask_patches(torch.ones(6000, dtype=torch.bool), (5, 5), 2, 0.5, Noise()).mask_BN
     chosen_BU = mask_BN.view(-1, 5, 5)[:, ::2, ::2].flatten(1).double()  # one patch of each of the nine blocks
     expected = 6000 * 5 / 9

@@ -49,7 +49,7 @@ def test_the_latest_pairs_are_kept_without_gradient(size: int) -> None:
         assert not kept.requires_grad
 
 
-def test_the_same_picture_the_same_words_and_what_could_not_be_read_are_no_negatives() -> None:
+def test_the_same_image_the_same_words_and_what_could_not_be_read_are_no_negatives() -> None:
     queue, before, now = Queue(20), pad_text(eventful_batch(), LENGTH, 1), whole(3)
     now = now._replace(image_id_B=now.image_id_B.clone(), text_id_C=now.text_id_C.clone())
     now.image_id_B[2], now.text_id_C[5] = before.image_id_B[6], before.text_id_C[2]
@@ -65,7 +65,7 @@ def test_the_same_picture_the_same_words_and_what_could_not_be_read_are_no_negat
             assert wide.excluded_BG[row, 8 + kept] == (same or not before.valid_B[kept]), (row, kept)
     assert torch.equal(wide.excluded_BG[:, :8], contrast.excluded_BG)
     assert wide.excluded_BG[2, 14]
-    assert wide.excluded_BG[5, 10:12].all()  # a caption of two pictures
+    assert wide.excluded_BG[5, 10:12].all()  # a caption of two images
     assert wide.excluded_BG[:, 12].all()  # the hole
 
 
@@ -77,15 +77,15 @@ def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -
         kept = task.encode(backbone, before, task.mask(backbone, before, task.uniform, True))
         task.queue.push(before, kept, task.contrast(before, kept))  # type: ignore[union-attr]
         encoded = task.encode(backbone, now, task.mask(backbone, now, task.uniform, True))
-        texts, pictures = torch.tensor([8, 15, 3, 9, 0, 12, 4, 10]), torch.tensor([11, 1, 14, 8, 13, 2, 15, 0])
-        found = Negatives(texts, torch.ones(8)), Negatives(pictures, torch.ones(8))
+        texts, images = torch.tensor([8, 15, 3, 9, 0, 12, 4, 10]), torch.tensor([11, 1, 14, 8, 13, 2, 15, 0])
+        found = Negatives(texts, torch.ones(8)), Negatives(images, torch.ones(8))
         pairs = task.queue.pairs  # type: ignore[union-attr]
         crossed = cross_all(backbone, encoded, now.attention_CT, found, (True, True), mask_both, 8, pairs)
         plain = cross_all(backbone, encoded, now.attention_CT, None, (True, True), mask_both, 8)
         image, text = (torch.cat(x) for x in zip(encoded[:2], kept[:2], strict=True))
         attention = torch.cat([now.attention_CT, before.attention_CT])
         own = torch.arange(8)
-        rows, columns = torch.cat([own, own, pictures]), torch.cat([own, texts, own])
+        rows, columns = torch.cat([own, own, images]), torch.cat([own, texts, own])
         fused = backbone.fuse(image[rows], text[columns], attention[columns])
     torch.testing.assert_close(crossed.fused_M.product_MD, fused.product_MD, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(crossed.text_BTD, plain.text_BTD, atol=1e-5, rtol=1e-5)

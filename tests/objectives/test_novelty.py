@@ -1,4 +1,4 @@
-"""A picture that is unlike the training data is told from one that is not: on vectors, in files, in the shell."""
+"""An image that is unlike the training data is told from one that is not: on vectors, in files, in the shell."""
 
 import warnings
 from pathlib import Path
@@ -32,7 +32,7 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
 
 
 def clusters(count: int, seed: int, width: int = 32, spread: float = 0.15) -> torch.Tensor:
-    """Unit vectors around ten directions, which are the same at every seed: like the pictures of a data set."""
+    """Unit vectors around ten directions, which are the same at every seed: like the images of a data set."""
     centre_CE = unit(torch.randn(10, width, generator=torch.Generator().manual_seed(99)))
     generator = torch.Generator().manual_seed(seed)
     chosen_N = torch.randint(10, (count,), generator=generator)
@@ -77,7 +77,7 @@ def test_a_sample_is_small_and_spread_over_the_split() -> None:
     assert len(sample_of(vector_NE[:0])) == 0
 
 
-def test_too_few_pictures_tell_nothing() -> None:
+def test_too_few_images_tell_nothing() -> None:
     assert range_of(sample_of(clusters(LEAST - 1, 0))) is None
     assert range_of(sample_of(clusters(LEAST, 0))) is not None
 
@@ -93,38 +93,38 @@ def test_nearness_is_the_highest_cosine() -> None:
 # ---------------------------------------------------------------------- in files
 
 
-def picture(seed: int) -> torch.Tensor:
+def toy_image(seed: int) -> torch.Tensor:
     return torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def write(path: Path, kind: str = "pretrain", sign: int = 1, **more: Any) -> str:
-    """A checkpoint whose reference is its own vectors of some pictures, or, with sign -1, the opposite of them; of the
+    """A checkpoint whose reference is its own vectors of some images, or, with sign -1, the opposite of them; of the
     class token alone, as the mean patches of noise are all alike."""
     backbone, task, recipe = made(kind, **({"contrast_reads": "class"} if kind == "pretrain" else {}))
     content = content_of(backbone, task, recipe)
     checkpoint.save(content, path)
     if kind == "pretrain":
-        vector_NE = MaskVLM.from_pretrained(path).encode_image([picture(seed) for seed in range(LEAST)])
+        vector_NE = MaskVLM.from_pretrained(path).encode_image([toy_image(seed) for seed in range(LEAST)])
         content["reference"] = sample_of(sign * vector_NE)
     checkpoint.save(content | more, path)
     return str(path)
 
 
-def test_a_model_that_knows_a_picture_says_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_model_that_knows_an_image_says_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt"))
-    model.match(picture(3), "a red circle")
-    assert model.far([picture(3), picture(4)]) == [None, None]
+    model.match(toy_image(3), "a red circle")
+    assert model.far([toy_image(3), toy_image(4)]) == [None, None]
     assert [each for each in recwarn if issubclass(each.category, FarFromTraining)] == []
 
 
-def test_a_strange_picture_is_warned_of_once(tmp_path: Path) -> None:
+def test_a_strange_image_is_warned_of_once(tmp_path: Path) -> None:
     model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt", sign=-1))
     with pytest.warns(FarFromTraining, match="unlike those that the model was trained on"):
-        model.caption(picture(3), lengths=[3])
+        model.caption(toy_image(3), lengths=[3])
     with warnings.catch_warnings():
         warnings.simplefilter("error", FarFromTraining)
-        model.fill_mask(picture(3), "a [MASK] circle")
-    (line,) = model.far([picture(3)])
+        model.fill_mask(toy_image(3), "a [MASK] circle")
+    (line,) = model.far([toy_image(3)])
     assert line is not None
     assert model.told_far == line
 
@@ -134,7 +134,7 @@ def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:
     convert([first, str(tmp_path / "folder")])
     convert([str(tmp_path / "folder"), str(tmp_path / "b.ckpt")])
     for place in (tmp_path / "folder", tmp_path / "b.ckpt"):
-        assert MaskVLM.from_pretrained(place).far([picture(0)]) != [None]
+        assert MaskVLM.from_pretrained(place).far([toy_image(0)]) != [None]
     assert torch.equal(*(checkpoint.load(tmp_path / name)["reference"] for name in ("a.ckpt", "b.ckpt")))
 
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_without_it_says_nothing(tmp_path: Path) -> None:
     for kind, more in (("pretrain", {"reference": None}), ("vqa", {})):
         model = MaskVLM.from_pretrained(write(tmp_path / f"{kind}.ckpt", kind, **more))
         assert model.known is None
-        assert model.far([picture(0)]) == [None]
+        assert model.far([toy_image(0)]) == [None]
 
 
 @pytest.mark.parametrize(
@@ -177,16 +177,16 @@ def test_vectors_of_another_width_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_shell_says_it_once_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str], sign: int) -> None:
-    from maskvlm.data.inputs import picture as image_of
+    from maskvlm.data.inputs import open_image
 
     path = write(tmp_path / "a.ckpt", sign=sign)
     files = [str(tmp_path / f"{seed}.png") for seed in (3, 4)]
     for seed, file in zip((3, 4), files, strict=True):
-        image_of(picture(seed)).save(file)
+        open_image(toy_image(seed)).save(file)
     assert main(["match", "--from", path, *files[:1], "a red circle", "a blue star"]) == 0
     assert main(["caption", "--from", path, *files]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if "unlike" in line]
     assert len(lines) == (0 if sign == 1 else 2)  # one a command
-    assert all(line.startswith("warning: this picture is") for line in lines)
+    assert all(line.startswith("warning: this image is") for line in lines)
     assert "unlike" not in said.out

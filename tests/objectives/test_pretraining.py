@@ -56,8 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "texts masked twice, of any share": {"masks_per_text": 2, "text_mask_most": 1.0},
     "words as their embeddings": {"tokens_from_words": True},
     "both masked, texts twice": {"mask_both": True, "masks_per_text": 2},
-    "words from masked picture": {"mask_both": True, "weight_mim": 0.0},
-    "picture from masked words": {"mask_both": True, "weight_mlm": 0.0, "weight_itm": 0.0},
+    "words from masked image": {"mask_both": True, "weight_mim": 0.0},
+    "image from masked words": {"mask_both": True, "weight_mlm": 0.0, "weight_itm": 0.0},
 }
 
 
@@ -127,17 +127,17 @@ def test_further_maskings_hide_any_share_and_the_first_and_evaluation_the_fixed_
 
 
 def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
-    """For a picture the caption most like it, for a caption the picture most like it."""
+    """For an image the caption most like it, for a caption the image most like it."""
     _, task = build()
     image, text = (F.normalize(torch.randn(8, 6), dim=1) for _ in range(2))
     excluded = torch.eye(8, dtype=torch.bool)
     excluded[0, 1] = excluded[1, 0] = True
     sure = Contrast(image, text, image, text, torch.tensor(1e4), torch.arange(8), excluded)
-    captions, pictures = task.negatives(sure, 8)
+    captions, images = task.negatives(sure, 8)
     similar = (image @ text.T).masked_fill(excluded, -2.0)
     assert captions.index_B.tolist() == similar.argmax(1).tolist()
-    assert pictures.index_B.tolist() == (text @ image.T).masked_fill(excluded, -2.0).argmax(1).tolist()
-    assert captions.index_B.tolist() != pictures.index_B.tolist()
+    assert images.index_B.tolist() == (text @ image.T).masked_fill(excluded, -2.0).argmax(1).tolist()
+    assert captions.index_B.tolist() != images.index_B.tolist()
 
 
 # ---------------------------------------------------------------------- what does not matter
@@ -461,7 +461,7 @@ def test_some_of_them_as_a_whole_in_training_alone() -> None:
     ("name", "batch"),
     [
         ("one pair", toy_batch(1)),
-        ("one picture", toy_batch(4)._replace(image_id_B=torch.zeros(4, dtype=torch.long))),
+        ("one image", toy_batch(4)._replace(image_id_B=torch.zeros(4, dtype=torch.long))),
         ("only holes", toy_batch(3, holes=(0, 1, 2))),
     ],
 )
@@ -746,7 +746,7 @@ def test_eight_pairs_are_learned_by_heart() -> None:
     assert {name for name in TERMS if last[name] > learned[name] * chance_levels[name]} == set(), (last, chance_levels)
 
 
-def test_the_words_term_asks_the_picture_alone_and_changes_no_other() -> None:
+def test_the_words_term_asks_the_image_alone_and_changes_no_other() -> None:
     batch = eventful_batch()
     backbone, task = build()
     plain = task(backbone, batch)
@@ -761,7 +761,7 @@ def test_the_words_term_asks_the_picture_alone_and_changes_no_other() -> None:
     assert task(backbone, other)["words"].item() != pytest.approx(terms["words"].item())
 
 
-def test_special_tokens_are_no_words_of_a_picture() -> None:
+def test_special_tokens_are_no_words_of_an_image() -> None:
     batch = eventful_batch()
     plain, padded = (WordsPresent.words(each, VOCAB) for each in (batch, pad_text(batch, LENGTH, 0)))
     assert torch.equal(plain, padded)

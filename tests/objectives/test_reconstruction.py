@@ -38,7 +38,7 @@ def by_pixel(mask_BN: torch.Tensor, side: int) -> torch.Tensor:
 
 @given(st.integers(0, 100), st.floats(0, 1))
 @settings(max_examples=20, deadline=None)
-def test_pixels_outside_the_mask_are_exactly_the_picture(seed: int, ratio: float) -> None:
+def test_pixels_outside_the_mask_are_exactly_the_image(seed: int, ratio: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     image_BCHW = torch.randn(3, 3, 32, 32, generator=generator)
     valid_B = torch.tensor([True, False, True])
@@ -106,13 +106,13 @@ def test_few_takes_all_where_there_are_not_enough() -> None:
 def test_errors_are_those_of_the_evaluation() -> None:
     backbone, task = toy()
     batch = toy_batch(5)
-    pictures = reconstruct(backbone, task, batch).pictures
-    assert pictures is not None
+    images = reconstruct(backbone, task, batch).images
+    assert images is not None
     task.update(backbone, batch)
     metrics = task.compute(backbone)
     assert abs(metrics["mim/mse"] / metrics["mim/mse_wrong_text"] - 1) > 1e-3
-    assert pictures.error_B.mean().item() == pytest.approx(metrics["mim/mse"], rel=1e-5)
-    assert pictures.error_wrong_B.mean().item() == pytest.approx(metrics["mim/mse_wrong_text"], rel=1e-5)
+    assert images.error_B.mean().item() == pytest.approx(metrics["mim/mse"], rel=1e-5)
+    assert images.error_wrong_B.mean().item() == pytest.approx(metrics["mim/mse_wrong_text"], rel=1e-5)
 
 
 def test_guesses_are_those_of_the_evaluation() -> None:
@@ -131,7 +131,7 @@ def test_guesses_are_those_of_the_evaluation() -> None:
     assert not torch.equal(words.seeing.probability_BKG, words.blind.probability_BKG)
 
 
-def test_without_a_picture_means_the_mean_colour() -> None:
+def test_without_an_image_means_the_mean_colour() -> None:
     backbone, task = toy()
     batch = toy_batch(4)
     words = reconstruct(backbone, task, batch).words
@@ -146,26 +146,26 @@ def test_what_is_seen_stays_and_what_is_hidden_is_grey_or_filled() -> None:
     backbone, task = toy()
     batch = toy_batch(4)
     result = reconstruct(backbone, task, batch)
-    assert result.pictures is not None
+    assert result.images is not None
     hidden = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
     assert hidden.patch is not None
     mask_B1HW = by_pixel(hidden.patch.mask_BN, SIZE // PATCH).expand(-1, 3, -1, -1)
-    for part in result.pictures[:3]:
-        assert torch.equal(part[~mask_B1HW], result.picture_BCHW[~mask_B1HW])
-    assert (result.pictures.hidden_BCHW[mask_B1HW] == 0.5).all()
-    assert not torch.equal(result.pictures.filled_BCHW, result.pictures.filled_wrong_BCHW)
+    for part in result.images[:3]:
+        assert torch.equal(part[~mask_B1HW], result.image_BCHW[~mask_B1HW])
+    assert (result.images.hidden_BCHW[mask_B1HW] == 0.5).all()
+    assert not torch.equal(result.images.filled_BCHW, result.images.filled_wrong_BCHW)
 
 
 def test_normalised_predictions_are_pasted_as_pixels() -> None:
     backbone, task = toy(pixel_norm=True)
     batch = toy_batch(2)._replace(image_BCHW=torch.full((2, 3, SIZE, SIZE), 0.7))
     result = reconstruct(backbone, task, batch)
-    assert result.pictures is not None  # a patch of one value has no deviation: any prediction is its mean
-    torch.testing.assert_close(result.pictures.filled_BCHW, result.picture_BCHW, atol=3e-3, rtol=0)
+    assert result.images is not None  # a patch of one value has no deviation: any prediction is its mean
+    torch.testing.assert_close(result.images.filled_BCHW, result.image_BCHW, atol=3e-3, rtol=0)
 
 
 def test_a_loss_that_is_off_leaves_its_half_out() -> None:
     backbone, task = toy(weight_mim=0.0, mask_both=True)
-    assert reconstruct(backbone, task, toy_batch(3)).pictures is None
+    assert reconstruct(backbone, task, toy_batch(3)).images is None
     backbone, task = toy(weight_mlm=0.0)
     assert reconstruct(backbone, task, toy_batch(3)).words is None

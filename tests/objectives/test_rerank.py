@@ -16,8 +16,8 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.rerank import Gallery, Kept, gather_gallery, in_rounds, keep, match_pairs, score_gallery
 from maskvlm.objectives.retrieval_metrics import Rankings, candidates, ranking, rankings
 
-PICTURES, CAPTIONS = 5, 3
-OWNER = torch.arange(PICTURES).repeat_interleave(CAPTIONS)
+IMAGES, CAPTIONS = 5, 3
+OWNER = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
 
 
 class World(NamedTuple):
@@ -43,9 +43,9 @@ def gallery_of(backbone: MaskVLM, projection: Projection, batch: Batch, *sizes: 
 
 @torch.no_grad()
 def slow_odds(backbone: MaskVLM, head: Matching, batch: Batch) -> Tensor:
-    """Log-odds of a match of every picture with every caption, one pair at a time."""
+    """Log-odds of a match of every image with every caption, one pair at a time."""
     odds_BC = torch.zeros(len(batch.image_BCHW), len(batch.owner_C))
-    image = [backbone.image(picture[None])[0] for picture in batch.image_BCHW]
+    image = [backbone.image(one_CHW[None])[0] for one_CHW in batch.image_BCHW]
     for c, attention_T in enumerate(batch.attention_CT):
         token_1T = batch.token_CT[c, attention_T][None]
         words_TD = backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
@@ -61,7 +61,7 @@ def slow_odds(backbone: MaskVLM, head: Matching, batch: Batch) -> Tensor:
 def world() -> World:
     backbone, task = build()
     backbone.eval()
-    batch = toy_batch(PICTURES, captions=CAPTIONS)
+    batch = toy_batch(IMAGES, captions=CAPTIONS)
     gallery = gallery_of(backbone, task.projection, batch, 2, 3)
     return World(backbone, task.matching, gallery, slow_odds(backbone, task.matching, batch))
 
@@ -71,9 +71,9 @@ def world() -> World:
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
 def test_log_odds_are_those_of_single_pairs(world: World, chunk: int) -> None:
-    """In tiles of two and three pictures; what is not wanted is no number."""
-    wanted_BC = torch.rand(PICTURES, len(OWNER), generator=torch.Generator().manual_seed(1)) < 0.5
-    wanted_BC[:2, 4] = wanted_BC[3] = False  # a caption without pair in the first tile, a picture without any
+    """In tiles of two and three images; what is not wanted is no number."""
+    wanted_BC = torch.rand(IMAGES, len(OWNER), generator=torch.Generator().manual_seed(1)) < 0.5
+    wanted_BC[:2, 4] = wanted_BC[3] = False  # a caption without pair in the first tile, an image without any
     match_BC = match_pairs(world.backbone, world.head, world.gallery, wanted_BC, chunk)
     torch.testing.assert_close(match_BC[wanted_BC], world.odds_BC[wanted_BC], atol=1e-5, rtol=1e-5)
     assert match_BC[~wanted_BC].isnan().all()
@@ -105,7 +105,7 @@ def test_contrast_is_added_to_the_log_odds(world: World, contrast: float) -> Non
 def test_metrics_follow_matching_where_everything_is_matched(world: World) -> None:
     scores = score_gallery(world.backbone, world.head, world.gallery, 1000)
     found = rankings(scores, [1000])[1000]
-    relevant_BC = torch.arange(PICTURES)[:, None] == OWNER
+    relevant_BC = torch.arange(IMAGES)[:, None] == OWNER
     expected = Rankings(ranking(world.odds_BC, relevant_BC), ranking(world.odds_BC.T, relevant_BC.T))
     assert [ours.rank_Q.tolist() for ours in found] == [one.rank_Q.tolist() for one in expected]
 
@@ -158,10 +158,10 @@ def test_features_are_kept_in_the_precision_of_the_run_and_vectors_in_single() -
 def test_half_precision_features_are_matched_with_autocast_and_without(world: World, inside: bool) -> None:
     backbone, task = build()
     with torch.autocast("cpu", torch.bfloat16):
-        gallery = gather_gallery([kept(backbone, task.projection, toy_batch(PICTURES, captions=CAPTIONS))])
+        gallery = gather_gallery([kept(backbone, task.projection, toy_batch(IMAGES, captions=CAPTIONS))])
     assert gallery is not None
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-        found = match_pairs(backbone.eval(), task.matching, gallery, torch.ones(PICTURES, len(OWNER), dtype=torch.bool))
+        found = match_pairs(backbone.eval(), task.matching, gallery, torch.ones(IMAGES, len(OWNER), dtype=torch.bool))
     assert found.dtype == torch.float32
     assert torch.corrcoef(torch.stack([found.flatten(), world.odds_BC.flatten()]))[0, 1] > 0.99
 
@@ -182,9 +182,9 @@ class Largest(nn.Module):
         return self.encoder(x, *rest, **named)
 
 
-def largest_input(pictures: int, chunk: int) -> int:
+def largest_input(images: int, chunk: int) -> int:
     backbone, task = build()
-    gallery = gallery_of(backbone, task.projection, toy_batch(pictures, captions=3), *[2] * (pictures // 2))
+    gallery = gallery_of(backbone, task.projection, toy_batch(images, captions=3), *[2] * (images // 2))
     watched = copy.copy(backbone)
     watched._modules = dict(backbone._modules)
     watched.cross_image, watched.cross_text = Largest(backbone.cross_image), Largest(backbone.cross_text)

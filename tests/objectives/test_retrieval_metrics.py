@@ -45,8 +45,8 @@ def test_recall_is_the_share_of_queries_with_a_relevant_item_among_the_best(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:failed to import")  # of its faster JSON reader
 def test_recall_of_coco_is_that_of_its_published_evaluation() -> None:
-    """Noisy vectors for the 5,000 pictures and 25,000 captions of COCO's test split; the package brings which caption
-    belongs to which picture. Its R@k is a share, and looks at no more than the best ten."""
+    """Noisy vectors for the 5,000 images and 25,000 captions of COCO's test split; the package brings which caption
+    belongs to which image. Its R@k is a share, and looks at no more than the best ten."""
     judge = pytest.importorskip("eccv_caption").Metrics()
     caption_C = judge.coco_ids.tolist()
     image_C = [judge.coco_gts["t2i"][caption][0] for caption in caption_C]
@@ -117,20 +117,20 @@ def two_stage(contrast_G: np.ndarray, match_G: np.ndarray, k: int) -> list[int]:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 7), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from([-30.0, 0.0, 30.0]))
 def test_the_best_by_contrast_come_first_in_the_order_of_matching(
-    pictures: int, captions: int, seed: int, belief: float
+    images: int, captions: int, seed: int, belief: float
 ) -> None:
     """Also where matching believes in no pair at all: every log-odd is then below every cosine. Pairs that are no
     candidates hold no number."""
     rng = np.random.default_rng(seed)
-    owner = rng.permutation(np.repeat(np.arange(pictures), captions))
-    contrast = rng.uniform(-1, 1, (pictures, len(owner))).astype(np.float32)
+    owner = rng.permutation(np.repeat(np.arange(images), captions))
+    contrast = rng.uniform(-1, 1, (images, len(owner))).astype(np.float32)
     odds = (rng.normal(size=contrast.shape) + belief).astype(np.float32)
     for k in (1, 2, 4, 100):
         wanted = candidates(torch.from_numpy(contrast), k)
         match_BC = torch.from_numpy(odds).masked_fill(~wanted, torch.nan)
         found = rankings(Scores(torch.from_numpy(contrast), match_BC, torch.from_numpy(owner)), [0, k])
         for step in (0, k):
-            orders = [two_stage(contrast[b], odds[b], step) for b in range(pictures)]
+            orders = [two_stage(contrast[b], odds[b], step) for b in range(images)]
             ranks = [[owner[c] == b for c in order].index(True) for b, order in enumerate(orders)]
             assert found[step].text.rank_Q.tolist() == ranks
             assert found[step].text.found_Q.tolist() == [order[0] for order in orders]
@@ -160,11 +160,11 @@ def test_a_match_that_is_no_number_comes_last_of_all() -> None:
 def test_more_queries_than_a_block_are_ordered_alike() -> None:
     """At k = 0 as contrast says, where all are matched as matching says."""
     generator = torch.Generator().manual_seed(0)
-    pictures, captions = BLOCK + 3, 2 * BLOCK + 1
-    contrast_BC, match_BC = torch.rand(2, pictures, captions, generator=generator)
-    owner_C = torch.randint(pictures, (captions,), generator=generator)
+    images, captions = BLOCK + 3, 2 * BLOCK + 1
+    contrast_BC, match_BC = torch.rand(2, images, captions, generator=generator)
+    owner_C = torch.randint(images, (captions,), generator=generator)
     found = rankings(Scores(contrast_BC, match_BC, owner_C), [0, captions])
-    relevant_BC = owner_C == torch.arange(pictures)[:, None]
+    relevant_BC = owner_C == torch.arange(images)[:, None]
     for k, matrix in ((0, contrast_BC), (captions, match_BC)):
         expected = ranking(matrix, relevant_BC), ranking(matrix.T, relevant_BC.T)
         for ours, one in zip(found[k], expected, strict=True):
@@ -173,7 +173,7 @@ def test_more_queries_than_a_block_are_ordered_alike() -> None:
 
 
 def test_metrics_have_the_names_and_numbers_of_both_stages() -> None:
-    """Contrast finds none of two, matching one of two; three captions, the third of the second picture."""
+    """Contrast finds none of two, matching one of two; three captions, the third of the second image."""
     contrast_BC = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.4, 0.1]])
     match_BC = torch.tensor([[3.0, 1.0, 2.0], [5.0, 4.0, 1.0]])
     scores = Scores(contrast_BC, match_BC, torch.tensor([0, 1, 1]))

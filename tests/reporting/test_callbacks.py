@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     return folder, said
 
 
-def test_both_pictures_lie_in_the_runs_folder(finished: tuple[Path, list[str]]) -> None:
+def test_both_images_lie_in_the_runs_folder(finished: tuple[Path, list[str]]) -> None:
     folder, said = finished
     assert Image.open(folder / "curves.png").size == (1386, 924)
     assert Image.open(folder / "reconstructions.png").size[0] == 1256
@@ -68,7 +68,7 @@ def test_an_evaluation_on_the_way_says_what_the_partner_is_worth(finished: tuple
     assert finished[1][0].startswith("step 2: Gain of the right partner over a wrong one: hidden words ")
 
 
-def test_both_pictures_are_in_tensorboard(finished: tuple[Path, list[str]]) -> None:
+def test_both_images_are_in_tensorboard(finished: tuple[Path, list[str]]) -> None:
     events = EventAccumulator(str(finished[0])).Reload()
     assert events.Tags()["images"] == ["curves", "reconstructions"]
     images = events.Images("reconstructions")
@@ -76,15 +76,15 @@ def test_both_pictures_are_in_tensorboard(finished: tuple[Path, list[str]]) -> N
     assert (images[1].width, images[1].height) == Image.open(finished[0] / "reconstructions.png").size
 
 
-def test_measuring_a_checkpoint_prints_the_table_and_leaves_the_runs_pictures_alone(
+def test_measuring_a_checkpoint_prints_the_table_and_leaves_the_runs_images_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, Report(count=2))
-    assert "captions of a picture, re-ranked" in capsys.readouterr().out
+    assert "captions of an image, re-ranked" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["reconstructions-validate.png"]
 
 
-def test_a_picture_that_fails_costs_one_line(
+def test_an_image_that_fails_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*args: Any) -> None:

@@ -30,10 +30,10 @@ SPEED: list[dict[str, float]] = [
 ]
 
 
-def recalls(step: int, pictures: float, value: float) -> dict[str, float]:
+def recalls(step: int, images: float, value: float) -> dict[str, float]:
     return {
         "step": step,
-        "retrieval/pictures": pictures,
+        "retrieval/pictures": images,
         "retrieval/tr_r1": value,
         "retrieval/itc_tr_r1": value / 2,
     }
@@ -93,9 +93,9 @@ def test_a_loss_without_a_level_is_drawn_alone() -> None:
     assert len(panel.lines) == 2
 
 
-def test_recall_among_other_pictures_is_not_joined() -> None:
+def test_recall_among_other_images_is_not_joined() -> None:
     panels = drawn([recalls(10, 64, 40.0), recalls(20, 64, 60.0), recalls(20, 500, 45.0)])
-    panel = panels["recall@1, %, of 64 pictures (stars: 500)"]
+    panel = panels["recall@1, %, of 64 images (stars: 500)"]
     found = [(list(line.get_ydata()), line.get_marker(), line.get_linestyle()) for line in panel.lines]
     assert ([40.0, 60.0], "o", "-") in found
     assert ([45.0], "*", "None") in found
@@ -113,8 +113,8 @@ def test_held_out_metrics_show_the_right_partner_and_the_wrong_one() -> None:
     panels = drawn([{"step": step, **row} for step in (1, 2)])
     assert list(panels) == ["hidden words right, %", "squared error of hidden pixels", "a"]
     words = {line.get_label(): list(line.get_ydata()) for line in panels["hidden words right, %"].lines}
-    assert words["right picture"] == [60.0, 60.0]
-    assert words["wrong picture"] == [50.0, 50.0]
+    assert words["right image"] == [60.0, 60.0]
+    assert words["wrong image"] == [50.0, 50.0]
     assert [line.get_label() for line in panels["a"].lines] == ["b"]
 
 
@@ -126,7 +126,7 @@ def test_held_out_metrics_show_the_right_partner_and_the_wrong_one() -> None:
         (LOSSES + RATES + SPEED + [recalls(99, 64, 40.0)], (1386, 627)),
     ],
 )
-def test_whatever_was_logged_becomes_a_picture(
+def test_whatever_was_logged_becomes_an_image(
     rows: list[dict[str, float]], size: tuple[int, int], tmp_path: Path
 ) -> None:
     path = curves(rows, tmp_path / "curves.png", title="$run_1")  # a dollar sign starts no formula

@@ -34,11 +34,11 @@ def lines(metrics: dict[str, float], width: int = 80) -> list[str]:
 def test_every_metric_stands_in_its_group() -> None:
     assert lines(RECALL | WORDS | PIXELS | {"vqa/accuracy": 12.3456, "score": 9.0}) == [
         "Recall in %                              R@1    R@5   R@10",
-        "captions of a picture, contrast alone    1.0    5.0   10.0",
-        "captions of a picture, re-ranked        11.0   15.0   20.0",
-        "picture of a caption, contrast alone    21.0   25.0   30.0",
-        "picture of a caption, re-ranked         31.0   35.0   40.0",
-        "Words, with picture   right   wrong    none   vs wrong   vs none",
+        "captions of an image, contrast alone    1.0    5.0   10.0",
+        "captions of an image, re-ranked        11.0   15.0   20.0",
+        "image of a caption, contrast alone    21.0   25.0   30.0",
+        "image of a caption, re-ranked         31.0   35.0   40.0",
+        "Words, with image   right   wrong    none   vs wrong   vs none",
         "accuracy, %            63.1    49.2    48.9      +13.9     +14.2",
         "loss, nats            1.200   1.720   1.800     +0.520    +0.600",
         "Pixels, with caption    right    wrong     none   vs wrong   vs none",
@@ -53,7 +53,7 @@ def test_every_metric_stands_in_its_group() -> None:
 
 def test_chance_levels_stand_beside_what_was_measured() -> None:
     found = lines(RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5})
-    assert found[0] == "Recall in % (500 pictures, 2500 captions)    R@1    R@5   R@10"
+    assert found[0] == "Recall in % (500 images, 2500 captions)    R@1    R@5   R@10"
     assert found[3] == found[6] == "by chance                                  0.2    1.0    2.0"
     assert "accuracy, %            63.1    49.2    48.9      +13.9     +14.2      9.1" in found
     assert "loss, nats            1.200   1.720   1.800     +0.520    +0.600" in found
@@ -128,7 +128,7 @@ def test_sums_and_the_sweep_of_retrieval() -> None:
     assert lines(metrics)[5:] == [
         "sum of both ways, contrast alone                      412.3",
         "sum of both ways, re-ranked                           523.0",
-        "R@1 in %, candidates re-ranked   captions   pictures",
+        "R@1 in %, candidates re-ranked   captions   images",
         "0                                    50.0       40.0",
         "1                                    51.0       41.0",
         "16                                   52.0       42.0",

@@ -17,7 +17,7 @@ from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.prediction_page import GAP, GREEN, GREY, RED, TEXT, Ink, Shown, draw_page, example_page
 
 
-def shown(pictures: int = 1, **changes: Any) -> Shown:
+def shown(images: int = 1, **changes: Any) -> Shown:
     whole = {
         "id": "7",
         "text": "what is it",
@@ -27,8 +27,8 @@ def shown(pictures: int = 1, **changes: Any) -> Shown:
         "index": [0],
         "kind": "",
     }
-    picture = Image.new("RGB", (40, 20), "navy")
-    return Shown(Prediction(**{**whole, **changes}), [picture] * pictures)  # type: ignore[typeddict-item]
+    image = Image.new("RGB", (40, 20), "navy")
+    return Shown(Prediction(**{**whole, **changes}), [image] * images)  # type: ignore[typeddict-item]
 
 
 def words(*cells: Shown) -> list[str]:
@@ -68,12 +68,12 @@ def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
     assert words(shown(truth="a b c"))[2] == "truth: a b c"
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("text", [LONG * 3, "W" * 300, "これは何ですか" * 20, "mm " * 90])
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_no_text_is_wider_than_its_column(text: str, pictures: int) -> None:
+def test_no_text_is_wider_than_its_column(text: str, images: int) -> None:
     """As it is drawn, in pixels: the letters of a small font take whole ones."""
-    page = draw_page([shown(pictures, text=text, truth=text, prediction=text) for _ in range(4)])
+    page = draw_page([shown(images, text=text, truth=text, prediction=text) for _ in range(4)])
     renderer = FigureCanvasAgg(page).get_renderer()
     edge = page.get_size_inches()[0] * page.dpi
     boxes = [axes.get_window_extent(renderer) for axes in page.axes]
@@ -95,12 +95,12 @@ def test_words_of_any_script_are_wrapped_within_the_column(text: str, most: int)
         assert "".join("".join(lines).split()) == "".join(text.split())
 
 
-def test_pictures_of_different_parts_are_labelled() -> None:
+def test_images_of_different_parts_are_labelled() -> None:
     cell = shown(2)._replace(labels=("found", "truth"))
     page = draw_page([cell, shown(2)])
     labels = {text.get_text(): text for text in page.texts if text.get_text() in ("found", "truth")}
     assert list(labels) == ["found", "truth"]
-    for text, axes in zip(labels.values(), page.axes, strict=False):  # below its own picture
+    for text, axes in zip(labels.values(), page.axes, strict=False):  # below its own image
         place = axes.get_position(original=True)
         assert text.get_position()[0] == pytest.approx(place.x0)
         assert 0 < place.y0 - text.get_position()[1] < GAP / page.get_size_inches()[1]
@@ -113,16 +113,16 @@ def test_colours_are_the_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "cells", "columns", "rows"), [(1, 1, 3, 1), (1, 7, 3, 3), (2, 3, 2, 2), (3, 4, 2, 2)]
+    ("images", "cells", "columns", "rows"), [(1, 1, 3, 1), (1, 7, 3, 3), (2, 3, 2, 2), (3, 4, 2, 2)]
 )
-def test_the_page_is_as_large_as_its_cells_need(pictures: int, cells: int, columns: int, rows: int) -> None:
-    page = draw_page([shown(pictures) for _ in range(cells)])
+def test_the_page_is_as_large_as_its_cells_need(images: int, cells: int, columns: int, rows: int) -> None:
+    page = draw_page([shown(images) for _ in range(cells)])
     width, height = page.get_size_inches()
-    assert width == pytest.approx(columns * (pictures * 1.37 + 2.6) + 0.4)
+    assert width == pytest.approx(columns * (images * 1.37 + 2.6) + 0.4)
     assert height == pytest.approx(rows * 1.49 + 0.7)
-    assert len(page.axes) == pictures * cells
+    assert len(page.axes) == images * cells
     corners = {tuple(np.round(axes.get_position().p0, 4)) for axes in page.axes}
-    assert len(corners) == pictures * cells  # none over another
+    assert len(corners) == images * cells  # none over another
     for axes in page.axes:
         box = axes.get_position()
         assert 0 <= box.x0 < box.x1 <= 1
@@ -137,6 +137,6 @@ def test_a_page_of_any_script_is_written(tmp_path: Path, recwarn: pytest.Warning
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[:2] == (int((1.49 + 0.7) * 100), int((2 * (2 * 1.37 + 2.6) + 0.4) * 100))
     colours = {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()}
-    assert (0, 0, 128) in colours  # the navy picture
+    assert (0, 0, 128) in colours  # the navy image
     assert len(colours) > 50
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -44,14 +44,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two steps on sixteen questions, in a folder of its own."""
     path = tmp_path_factory.mktemp("tuned") / "last.ckpt"
     backbone = bare_backbone()
-    fit(LitModel(backbone, Nlvr(LABELS, pictures=2)), data_for(backbone, Questions(pictures=2)), path)
+    fit(LitModel(backbone, Nlvr(LABELS, images_per_example=2)), data_for(backbone, Questions(images=2)), path)
     return path
 
 
 def measure(start: Path, folder: Path, source: Any, test: bool = False, **settings: Any) -> LitModel:
     """Measured from a checkpoint, with the callback."""
     backbone = bare_backbone(start)
-    model = LitModel(backbone, Nlvr(LABELS, pictures=2))
+    model = LitModel(backbone, Nlvr(LABELS, images_per_example=2))
     trainer = trainer_in(folder, Predictions(count=4), **settings)
     run = trainer.test if test else trainer.validate
     run(model, data_for(backbone, source), verbose=False)
@@ -94,13 +94,13 @@ def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], 
     folder, model = measured
     card = json.loads((folder / "card.json").read_text())
     assert set(card) == {
-        "task", "data", "checkpoint", "lineage", "pictures of the split seen in training", "resolution", "text length",
+        "task", "data", "checkpoint", "lineage", "images of the split seen in training", "resolution", "text length",
         "tokenizer", "settings", "precision", "processes", "metrics", "versions",
     }  # fmt: skip
     assert card["task"] == "tasks.nlvr.task.Nlvr"
     assert card["data"] == {
         "source": "toy_examples.Questions", "settings": None, "split": "val", "sha": "toy val", "rows of the split": 7,
-        "pictures of the split": 14, "left out or mended": {}, "share measured": 1.0,
+        "images of the split": 14, "left out or mended": {}, "share measured": 1.0,
     }  # fmt: skip
     assert card["checkpoint"] == {
         "file": f"{tuned.parent.name}/last.ckpt", "sha256": stated(tuned)[-1].sha256, "steps trained here": 0,
@@ -114,7 +114,7 @@ def test_the_card_says_what_a_reader_must_know(measured: tuple[Path, LitModel], 
             "steps": 2,
         }
     ]
-    assert card["pictures of the split seen in training"] == 8  # numbers 12 to 15, two pictures each
+    assert card["images of the split seen in training"] == 8  # numbers 12 to 15, two images each
     assert (card["resolution"], card["text length"]) == (32, 24)
     assert card["tokenizer"] == tokenizer_hash(model.backbone.text.tokenizer)
     assert card["settings"] == {"labels": 3, "pictures": 2, "blind": False, "reads": "fused"}
@@ -127,19 +127,19 @@ def test_the_test_split_and_a_part_of_it(tuned: Path, tmp_path: Path) -> None:
     measure(tuned, tmp_path, Questions(2), test=True)
     card = json.loads((tmp_path / "card.json").read_text())
     assert (card["data"]["split"], card["data"]["rows of the split"]) == ("test", 5)
-    assert card["pictures of the split seen in training"] == 0
+    assert card["images of the split seen in training"] == 0
     measure(tuned, tmp_path, Questions(2), limit_val_batches=1)
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["data"]["share measured"] == 0.3333  # of three batches
-    assert card["pictures of the split seen in training"] == 8  # as the key says, not of the three rows measured
+    assert card["images of the split seen in training"] == 8  # as the key says, not of the three rows measured
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3
 
 
-def test_pictures_without_ids_are_unknown(tuned: Path, tmp_path: Path) -> None:
+def test_images_without_ids_are_unknown(tuned: Path, tmp_path: Path) -> None:
     measure(tuned, tmp_path, Nameless(2))
     card = json.loads((tmp_path / "card.json").read_text())
-    assert card["data"]["pictures of the split"] is None
-    assert card["pictures of the split seen in training"] == "unknown"
+    assert card["data"]["images of the split"] is None
+    assert card["images of the split seen in training"] == "unknown"
 
 
 class Sieved(Questions):
@@ -202,7 +202,7 @@ def test_nothing_is_written_during_training(tmp_path: Path) -> None:
             seen.append([path.name for path in tmp_path.iterdir()])
 
     trainer = trainer_in(tmp_path, Predictions(), Look(), val_check_interval=1)
-    trainer.fit(LitModel(backbone, Nlvr(LABELS, pictures=2)), data_for(backbone, Questions(2)))
+    trainer.fit(LitModel(backbone, Nlvr(LABELS, images_per_example=2)), data_for(backbone, Questions(2)))
     assert seen == [[]]
 
 
@@ -237,7 +237,7 @@ def test_what_is_not_known_is_null() -> None:
 PAIRS: list[dict[str, Any]] = [{"image": "a", "image_id": "flickr 1"}, {"image": "d", "image_id": "flickr 23"}]
 
 
-def test_pictures_of_pairs_and_of_examples_and_what_they_are() -> None:
+def test_images_of_pairs_and_of_examples_and_what_they_are() -> None:
     assert shown_with([{"images": ["b", "c"]}], line(0))[1:] == (["b", "c"], ("left", "right"))
     assert shown_with([{"images": ["b"]}], line(0))[1:] == (["b"], ())
     assert shown_with([{"images": ["b", "c", "d"]}], line(0))[1:] == (["b", "c", "d"], ())
@@ -247,14 +247,12 @@ def test_pictures_of_pairs_and_of_examples_and_what_they_are() -> None:
     assert shown_with(PAIRS, Prediction(**{**line(0), "index": []}))[1:] == ([], ())
 
 
-def test_a_picture_of_pairs_is_called_by_its_id() -> None:
-    one = Prediction(
-        id="7", text="a picture 1", truth="picture 0", prediction="picture 1", right=0.0, index=[1, 0], kind=""
-    )
+def test_an_image_of_pairs_is_called_by_its_id() -> None:
+    one = Prediction(id="7", text="an image 1", truth="image 0", prediction="image 1", right=0.0, index=[1, 0], kind="")
     (found,) = with_ids([one], PAIRS)
-    assert found == {**one, "truth": "picture 0, flickr 1", "prediction": "picture 1, flickr 23"}
-    asked = [Prediction(**{**line(0), "text": "picture 0"})]
-    assert with_ids(asked, PAIRS)[0]["text"] == "picture 0, flickr 1"
+    assert found == {**one, "truth": "image 0, flickr 1", "prediction": "image 1, flickr 23"}
+    asked = [Prediction(**{**line(0), "text": "image 0"})]
+    assert with_ids(asked, PAIRS)[0]["text"] == "image 0, flickr 1"
     assert with_ids(asked, [{"images": ["b"]}]) is asked  # an example has an id of its own
     nowhere = [Prediction(**{**line(0), "index": []})]
     assert with_ids(nowhere, PAIRS) is nowhere
@@ -287,7 +285,7 @@ SIZES = ["--data.batch_size=4", "--data.eval_batch_size=8", "--data.source.train
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`make pretrain`, `make finetune TASK=vqa` with larger pictures, `make evaluate`: folders p, f and e."""
+    """`make pretrain`, `make finetune TASK=vqa` with larger images, `make evaluate`: folders p, f and e."""
     folder, before = tmp_path_factory.mktemp("chain"), Path.cwd()
     files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/pretrain.yaml", "conf/pretrain-tiny.yaml")
     first = [word for file in (*files, "conf/data/scenes.yaml", "conf/where/cpu.yaml") for word in ("-c", file)]
@@ -322,14 +320,14 @@ def test_a_checkpoint_measures_as_its_training_did(chain: Path) -> None:
     assert not [name for name in names if name.endswith(".ckpt")]
 
 
-def test_history_and_picture_size_pass_from_run_to_run(chain: Path) -> None:
+def test_history_and_image_size_pass_from_run_to_run(chain: Path) -> None:
     card = load(chain / "e" / "card.json")
     assert [step["task"] for step in card["lineage"]] == [
         "maskvlm.objectives.pretraining.MaskedPretraining",
         "tasks.vqa.task.Vqa",
     ]
     assert card["resolution"] == 64
-    assert card["pictures of the split seen in training"] == 0
+    assert card["images of the split seen in training"] == 0
     assert card["checkpoint"]["file"] == "f/last.ckpt"
     assert "pos_embed" in (chain / "f" / "provenance.json").read_text()
 
@@ -341,7 +339,7 @@ def test_the_card_has_the_sources_settings(chain: Path) -> None:
         assert (settings["train"], settings["val"], settings["seed"]) == (40, 12, 0)
 
 
-def test_retrieval_names_the_pictures_it_found(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retrieval_names_the_images_it_found(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero-shot, from pre-training."""
     monkeypatch.chdir(ROOT)
     folder, start = chain / "r", ["--from", str(chain / "p" / "last.ckpt")]
@@ -351,7 +349,7 @@ def test_retrieval_names_the_pictures_it_found(chain: Path, monkeypatch: pytest.
     lines = [json.loads(one) for one in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 12 * 5 + 12
     for one in lines:
-        names = [f"picture {place}, {rows[place]['image_id']}" for place in one["index"]]
+        names = [f"image {place}, {rows[place]['image_id']}" for place in one["index"]]
         said = [one["prediction"], one["truth"]] if one["kind"] == "image retrieval" else [one["text"]]
         assert names == said
     assert (folder / "examples.png").stat().st_size > 1000
@@ -408,13 +406,20 @@ def test_what_a_checkpoint_cannot_do_is_one_line(
     assert not (chain / "no").exists()
 
 
-def test_more_pictures_than_the_task_is_set_to_is_one_line(
+def test_more_images_than_the_task_is_set_to_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    words = ["-c", "conf/model/tiny.yaml", *stack("nlvr"), *SIZES, "--data.steps=1", "--model.task.pictures=3"]
+    words = [
+        "-c",
+        "conf/model/tiny.yaml",
+        *stack("nlvr"),
+        *SIZES,
+        "--data.steps=1",
+        "--model.task.images_per_example=3",
+    ]
     assert main(["fit", "--run", str(tmp_path / "run"), *words]) == ExitCode.USAGE
     (error,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error")]
     assert error == (
-        "error: model.task.pictures: the data has 2 pictures an example, the task is set to 3. Set it to 2."
+        "error: model.task.images_per_example: the data has 2 images an example, the task is set to 3. Set it to 2."
     )

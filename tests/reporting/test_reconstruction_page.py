@@ -115,7 +115,7 @@ def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp
     assert len(draw_reconstruction(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).axes) == 12
 
 
-def test_one_picture_has_no_wrong_caption(tmp_path: Path) -> None:
+def test_one_image_has_no_wrong_caption(tmp_path: Path) -> None:
     backbone, task = toy()
     path = reconstructions(backbone, task, toy_batch(1), NAMES, tmp_path / "r.png")
     assert Image.open(path).size[0] == 1104

@@ -2,7 +2,7 @@
 
     mutate("pairs.csv", content, random.Random(7))    # another content, the same for the same seed
 
-`mutate` chooses by the name's extension among the functions below: `pictures`, `json_text`, `csv_text`, `tar`,
+`mutate` chooses by the name's extension among the functions below: `images`, `json_text`, `csv_text`, `tar`,
 `columns` (Parquet and Arrow), and `any_bytes` for all else. Each of them changes structure or bytes, sometimes both.
 """
 
@@ -82,11 +82,11 @@ def text_bytes(data: bytes, random: Random) -> bytes:
     return data.replace(b" ", b"\x00", 1)
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
-def pictures(data: bytes, random: Random) -> bytes:
-    """A damaged picture, or another file under its name."""
+def images(data: bytes, random: Random) -> bytes:
+    """A damaged image, or another file under its name."""
     others = (b"", b"<html>404</html>", b"%PDF-1.4", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", bytes(2000))
     match random.randrange(4):
         case 0:
@@ -216,7 +216,7 @@ def tar(data: bytes, random: Random) -> bytes:
         case 8:
             inner = bytearray(data)
             length = random.randrange(1, 2000)
-            inner[place : place + length] = pictures(bytes(inner[place : place + length]) or b"x", random)
+            inner[place : place + length] = images(bytes(inner[place : place + length]) or b"x", random)
             return bytes(inner)
     return any_bytes(data, random)
 
@@ -272,7 +272,7 @@ def columns(data: bytes, random: Random) -> bytes:
 
 
 BY_SUFFIX: dict[str, Mutator] = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), pictures),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), images),
     **dict.fromkeys(("json", "jsonl", "ndjson"), json_text),
     **dict.fromkeys(("csv", "tsv", "txt", "token"), csv_text),
     **dict.fromkeys(("parquet", "arrow"), columns),

@@ -85,7 +85,7 @@ IN_PROCESS = [name for name in TOYS if name != "hf"]
 @pytest.mark.parametrize("name", TOYS)
 def test_a_toy_is_read_whole(name: str, tmp_path: Path) -> None:
     used, bad, told = read(TOYS[name][0], write(tmp_path, toy(name)))
-    missing = name.startswith("nlvr")  # of the second pair, one picture
+    missing = name.startswith("nlvr")  # of the second pair, one image
     assert (used, bad, told) == (len(TEXTS), int(missing), "")
 
 

@@ -94,7 +94,7 @@ def test_damaged_shards_of_a_prepared_set_are_told_by_their_sum(root: Path, buil
 
 
 def test_damaged_shards_alone_are_rows_or_one_line(root: Path) -> None:
-    """The same without a manifest, and by number, whose size alone is known: then a picture may be another one, as
+    """The same without a manifest, and by number, whose size alone is known: then an image may be another one, as
     nothing tells; captions and ids are whole or refused."""
     shard, file = shard_of(root), root / MANIFEST
     content, manifest = shard.read_bytes(), json.loads(file.read_text())

@@ -24,7 +24,7 @@ SHARD = {"file": "train/data-00000.arrow", "rows": 1, "bytes": 3, "sha256": SHA}
 GOOD: dict[str, Any] = {
     "format": 1,
     "name": "toy",
-    "coverage": "1 picture",
+    "coverage": "1 image",
     "notes": ["a note"],
     "splits": {"train": {"pictures": 1, "captions": 1, "sha256": SHA, "shards": [SHARD]}},
     "files": {"skipped.jsonl": SHA},

@@ -88,16 +88,16 @@ def filled(head: dict[str, str], page: Live) -> dict[str, str]:
 @pytest.mark.guard("maskvlm.demo.origin:check_origin")
 @pytest.mark.parametrize("head", ELSEWHERE, ids=str)
 def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str]) -> None:
-    """By any door: questions, uploads, pictures, answers, settings, preflights."""
+    """By any door: questions, uploads, images, answers, settings, preflights."""
     client, head, before = page.asker.client, filled(head, page), (page.kept, page.asked)
     question = json.dumps(page.asker.question("match", texts=TEXT))
-    picture = page.asker.parts[page.asker.ids["picture"]]["value"]["path"]
+    image = page.asker.parts[page.asker.ids["image"]]["value"]["path"]
     replies = [
         client.post(JOIN, content=question, headers=head | JSON),
         client.post(JOIN, content=question, headers=head | {"content-type": "text/plain"}),
         client.post(UPLOAD, files={"files": ("a.png", GOOD)}, headers=head),
         client.request("OPTIONS", JOIN, headers=head | {"access-control-request-method": "POST"}),
-        *(client.get(path, headers=head) for path in ("/config", "/theme.css", f"/gradio_api/file={picture}")),
+        *(client.get(path, headers=head) for path in ("/config", "/theme.css", f"/gradio_api/file={image}")),
         client.get("/gradio_api/queue/data?session_hash=x", headers=head),
         client.head("/config", headers=head),
         client.get("/", headers=head | {"sec-fetch-mode": "no-cors"}),
@@ -189,8 +189,8 @@ def test_a_question_is_json_and_an_upload_a_form(page: Live, build: Build, kind:
 
 @pytest.mark.guard("maskvlm.demo.guard:with_headers", gives="args[0]")
 def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Build) -> None:
-    picture = page.asker.picture(encoded(noise(), "JPEG") + SCRIPT.encode(), "a.html")["path"]
-    for path in ("/", "/config", f"/gradio_api/file={picture}", "/nothing"):
+    image = page.asker.image(encoded(noise(), "JPEG") + SCRIPT.encode(), "a.html")["path"]
+    for path in ("/", "/config", f"/gradio_api/file={image}", "/nothing"):
         told = page.asker.client.get(path, headers={"x-forwarded-host": "evil.example"})
         assert "evil.example" not in told.text
         assert told.headers["cross-origin-resource-policy"] == "same-origin"
@@ -199,7 +199,7 @@ def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Bui
         assert "server" not in told.headers
         policy = told.headers["content-security-policy"]
         assert policy.startswith("sandbox;") if "file=" in path else "frame-ancestors 'none'" in policy
-    told = page.asker.client.get(f"/gradio_api/file={picture}")
+    told = page.asker.client.get(f"/gradio_api/file={image}")
     assert told.headers["content-type"] == "image/jpeg"  # whatever else it is, and whatever it was called
 
 
@@ -280,7 +280,7 @@ def bait(tmp_path: Path, watched: Watched) -> Iterator[tuple[str, str]]:
 
 
 def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
-    """What may not stand where a picture does, by an upload of the page's own."""
+    """What may not stand where an image does, by an upload of the page's own."""
     path, meta = own["path"], own["meta"]
     named = [secret, url, f"file://{secret}", f"{path}/../../../{secret}", f"{path}\x00.png", f"/./{path}", f"{path}/"]
     named += [
@@ -314,9 +314,9 @@ def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
 
 
 @pytest.mark.guard("maskvlm.demo.calls:check_upload")
-def test_a_picture_is_an_upload_of_this_page_and_nothing_else(page: Live, build: Build, bait: tuple[str, str]) -> None:
+def test_an_image_is_an_upload_of_this_page_and_nothing_else(page: Live, build: Build, bait: tuple[str, str]) -> None:
     url, secret = bait
-    own = page.asker.picture(GOOD)
+    own = page.asker.image(GOOD)
     link = page.folder / ("a" * 64) / "a.png"
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
@@ -324,29 +324,29 @@ def test_a_picture_is_an_upload_of_this_page_and_nothing_else(page: Live, build:
     before, got = page.asked, list[Any]()
     for each in [*hostile(own, url, secret, page.base), own | {"path": str(link)}]:
         for part in ("match", "write", "find-like"):
-            _, reply = page.asker.join(part, "click", picture=each)
+            _, reply = page.asker.join(part, "click", image=each)
             if refusal(reply) not in (400, 403):
                 got.append(each)
     assert got == []
     assert page.asked == before
     assert refusal(page.asker.client.get(f"/gradio_api/file={link}")) == 403
     for extra in ({}, {"url": None, "size": None, "mime_type": None, "orig_name": "my cat.png", "is_stream": False}):
-        assert "%" in page.asker.ask("match", picture=own | extra, texts=TEXT)
+        assert "%" in page.asker.ask("match", image=own | extra, texts=TEXT)
     shown = own | {"url": f"{page.base}/gradio_api/file={own['path']}"}
-    assert "%" in page.asker.ask("match", picture=shown, texts=TEXT)
+    assert "%" in page.asker.ask("match", image=shown, texts=TEXT)
 
 
 @pytest.mark.guard("maskvlm.demo.calls:check_shape", gives="args[1]")
 def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build, bait: tuple[str, str]) -> None:
     url, secret = bait
-    own = page.asker.picture(GOOD)
+    own = page.asker.image(GOOD)
     files = [own, own | {"path": secret}, own | {"path": url}, {"url": url}, [own], {"a": [own]}, [[[own]]]]
     before = page.asked
     for each in (*files, 5, True, ["x"], {"a": 1}):
-        assert refusal(page.asker.join("match", "click", picture=None, texts=each)[1]) in (400, 403)
+        assert refusal(page.asker.join("match", "click", image=None, texts=each)[1]) in (400, 403)
         assert refusal(page.asker.join("find", "click", query=each)[1]) in (400, 403)
     for each in (*files, "x", ["x"], [1.5], [True], [-1], [10**9], list(range(10**4 + 1)), None):
-        assert refusal(page.asker.join("chips", "input", picture=None, text=TEXT, chips=each)[1]) in (400, 403)
+        assert refusal(page.asker.join("chips", "input", image=None, text=TEXT, chips=each)[1]) in (400, 403)
     for each in (*files, "x", 1.5, True, -1, 8, 10**30, None):
         assert refusal(page.asker.join("examples", "click", examples=each)[1]) in (400, 403)
     assert page.asked == before
@@ -354,9 +354,9 @@ def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build,
 
 def test_a_question_has_no_other_keys_and_no_other_shape(page: Live, bait: tuple[str, str]) -> None:
     _, secret = bait
-    own, before = page.asker.picture(GOOD), page.asked
-    good = page.asker.question("match", picture=own, texts=TEXT)
-    state = page.asker.question("board", "select", {"index": [1, 1], "value": None}, picture=own, text=TEXT)
+    own, before = page.asker.image(GOOD), page.asked
+    good = page.asker.question("match", image=own, texts=TEXT)
+    state = page.asker.question("board", "select", {"index": [1, 1], "value": None}, image=own, text=TEXT)
     (mask,) = [place for place, each in enumerate(state["data"]) if each is None]
     strange: list[dict[str, Any]] = [
         good | {name: "x"} for name in ("oauth_token", "simple_format", "batched", "event_id")
@@ -413,8 +413,8 @@ def test_a_question_has_no_other_keys_and_no_other_shape(page: Live, bait: tuple
 )
 @settings(max_examples=300, deadline=None)
 def test_whatever_a_question_is_it_is_understood_or_refused(page: Live, value: Any, place: int) -> None:
-    """What is understood names no path but that of the page's own picture."""
-    own = page.asker.parts[page.asker.ids["picture"]]["value"]["path"]
+    """What is understood names no path but that of the page's own image."""
+    own = page.asker.parts[page.asker.ids["image"]]["value"]["path"]
     good = page.asker.question("match", texts=TEXT)
     body = [value, good | {"data": value}, good | {"event_data": value}, good | {"data": [value, TEXT]}][place]
     try:
@@ -430,7 +430,7 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
     secret = tmp_path / "secret.png"
     secret.write_bytes(GOOD)
     with without("maskvlm.demo.calls:check_upload"):
-        told = page.asker.ask("match", picture={"path": str(secret), "meta": {"_type": "gradio.FileData"}}, texts=TEXT)
+        told = page.asker.ask("match", image={"path": str(secret), "meta": {"_type": "gradio.FileData"}}, texts=TEXT)
     assert '"success": false' in told
     assert "%" not in told
 
@@ -573,7 +573,7 @@ def test_the_name_of_an_upload_is_not_used(page: Live, name: str) -> None:
         assert refusal(reply) == 400 if reply.status_code != 200 else True
         return
     path = Path(reply.json()[0])
-    assert (path.parent.parent, path.name, len(path.parent.name)) == (page.folder, "picture.png", 64)
+    assert (path.parent.parent, path.name, len(path.parent.name)) == (page.folder, "image.png", 64)
     assert path.read_bytes() == GOOD
 
 
@@ -612,14 +612,14 @@ def test_of_an_upload_that_breaks_off_nothing_stays(page: Live) -> None:
             talk.sendall(
                 b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(3 * 2**20)
             )
-    page.asker.picture(GOOD)
+    page.asker.image(GOOD)
     until(lambda: len({path for path in page.folder.rglob("*") if path.is_file()} - before) == 1)
 
 
 def test_uploads_are_removed_and_their_places_too(page: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradio.route_utils import delete_files_created_by_app
 
-    path = Path(page.asker.picture(GOOD)["path"])
+    path = Path(page.asker.image(GOOD)["path"])
     delete_files_created_by_app(page.guard.calls.blocks, 3600)
     assert path.exists()
     delete_files_created_by_app(page.guard.calls.blocks, 0)
@@ -628,7 +628,7 @@ def test_uploads_are_removed_and_their_places_too(page: Live, monkeypatch: pytes
     monkeypatch.setattr(shelf, "KEPT_SECONDS", -1)
     shelf.held(page.folder)
     assert not path.parent.exists()
-    assert any(page.folder.iterdir())  # the page's own pictures stay
+    assert any(page.folder.iterdir())  # the page's own images stay
     assert page.asker.client.get("/").status_code == 200
 
 
@@ -658,10 +658,10 @@ def test_visitors_are_forgotten_one_after_another(page: Live) -> None:
 
 @pytest.mark.guard("html:escape", gives="args[0]")
 def test_a_caption_that_is_a_script_is_shown_as_text(page: Live, build: Build) -> None:
-    picture = page.asker.picture(GOOD)
+    image = page.asker.image(GOOD)
     for told in (
-        page.asker.ask("match", picture=picture, texts=SCRIPT),
-        page.asker.ask("chips", "input", picture=picture, text="<script>a</script> [MASK]", chips=[0]),
+        page.asker.ask("match", image=image, texts=SCRIPT),
+        page.asker.ask("chips", "input", image=image, text="<script>a</script> [MASK]", chips=[0]),
     ):
         assert "&lt;" in told
         assert "<script" not in told
@@ -674,7 +674,7 @@ def test_a_bomb_is_refused_by_its_header(page: Live, build: Build) -> None:
     made = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     ]
-    assert "bomb" in page.asker.ask("write", picture=page.asker.picture(b"\x89PNG\r\n\x1a\n" + b"".join(made)))
+    assert "bomb" in page.asker.ask("write", image=page.asker.image(b"\x89PNG\r\n\x1a\n" + b"".join(made)))
 
 
 @pytest.mark.guard("maskvlm.demo.terminal:escaped", gives="args[0]")
@@ -689,7 +689,7 @@ def test_no_stranger_moves_the_cursor(
 
     monkeypatch.setattr("maskvlm.demo.answers.captioned", broken)
     with printable():
-        assert "bug" in page.asker.ask("write", picture=page.asker.picture(GOOD))
+        assert "bug" in page.asker.ask("write", image=page.asker.image(GOOD))
     told = "".join(capsys.readouterr())
     assert "\\x1b[31m" in told
     assert "\\x1b]0;taken" in told

@@ -23,7 +23,7 @@ TEMPLATE = "${document.title='taken'} {{document.title='taken'}} {{{lookup this}
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 
 ATTACKS = """
-async ([base, question, picture]) => {
+async ([base, question, image]) => {
   const told = {}, join = base + "/gradio_api/queue/join", upload = base + "/gradio_api/upload";
   const tell = async (name, attack) => {
     try { told[name] = String(await attack()); } catch (error) { told[name] = "blocked"; }
@@ -50,7 +50,7 @@ async ([base, question, picture]) => {
   await tell("socket", () => new Promise((done, fail) => {
     const made = new WebSocket(join.replace("http", "ws")); made.onopen = done; made.onerror = fail;
   }));
-  told["image"] = await loads("img", picture);
+  told["image"] = await loads("img", image);
   told["script"] = await loads("script", base + "/config");
   const submit = (url, kind, name) => new Promise(done => {
     const frame = document.createElement("iframe"), form = document.createElement("form");
@@ -109,10 +109,10 @@ def test_a_hostile_page_cannot_ask_upload_read_or_frame(page: Live, browser: Any
     before, start = (page.kept, page.asked), len(page.answers)
     question = page.asker.question("match", texts="a red circle")
     question["data"][0] = None
-    picture = page.asker.parts[page.asker.ids["picture"]]["value"]["url"]
+    image = page.asker.parts[page.asker.ids["image"]]["value"]["url"]
     tab = browser.new_page()
     tab.goto(elsewhere)
-    told = tab.evaluate(ATTACKS, [page.base, json.dumps(question), picture])
+    told = tab.evaluate(ATTACKS, [page.base, json.dumps(question), image])
     frames = [frame.content() for frame in tab.frames if frame != tab.main_frame]
     tab.close()
     assert set(told.values()) <= {"", "blocked"}, told  # "" is what the browser shows of an answer that it hides
@@ -129,7 +129,7 @@ def test_the_page_itself_works_and_asks_nobody_else(
 ) -> None:
     """Reached by a link from the hostile page; an upload with a strange name, texts and captions that are scripts."""
     monkeypatch.setattr(Searched, "by_text", lambda *_: [Hit(noise(), f"{SCRIPT} {TEMPLATE}")])
-    path = tmp_path / "my cat's <picture> ünï.jpg"
+    path = tmp_path / "my cat's <image> ünï.jpg"
     path.write_bytes(encoded(noise(2, 64), "JPEG") + SCRIPT.encode())
     tab, asked, told = browser.new_page(), list[str](), list[str]()
     tab.on("request", lambda request: asked.append(request.url))
@@ -140,10 +140,10 @@ def test_the_page_itself_works_and_asks_nobody_else(
     tab.evaluate("base => { location.href = base }", page.base + "/")
     tab.wait_for_selector("#words .side")
     with tab.expect_response(lambda reply: "/gradio_api/upload?" in reply.url) as uploaded:
-        tab.locator("#picture input[type=file]").set_input_files(path)
+        tab.locator("#image input[type=file]").set_input_files(path)
     (kept,) = uploaded.value.json()
-    tab.wait_for_selector(f"#picture img[src*='{Path(kept).parent.name}']")
-    assert tab.evaluate("document.querySelector('#picture img').complete")
+    tab.wait_for_selector(f"#image img[src*='{Path(kept).parent.name}']")
+    assert tab.evaluate("document.querySelector('#image img').complete")
     tab.fill("#text textarea", f"a [MASK] circle {SCRIPT}")
     tab.press("#text textarea", "Tab")
     tab.wait_for_function("document.querySelector('#words .sentence')?.innerText.includes('<script>')")
@@ -157,7 +157,7 @@ def test_the_page_itself_works_and_asks_nobody_else(
     tab.wait_for_selector("#found .caption-label")
     assert SCRIPT in tab.locator("#found").inner_text()
     tab.get_by_role("tab", name="NLVR").click()
-    tab.locator("#nlvr-picture-2 input[type=file]").set_input_files(
+    tab.locator("#nlvr-image-2 input[type=file]").set_input_files(
         {"name": "b", "mimeType": "image/png", "buffer": GOOD}
     )
     tab.fill("#nlvr-text textarea", "two cats")
@@ -168,6 +168,6 @@ def test_the_page_itself_works_and_asks_nobody_else(
     assert told == []
     own = (page.base, "data:", f"blob:{page.base}", elsewhere)
     assert [url for url in asked if not url.startswith(own)] == []
-    tab.goto(f"{page.base}/gradio_api/file={kept}")  # a picture and a page at once is shown as a picture
+    tab.goto(f"{page.base}/gradio_api/file={kept}")  # an image and a page at once is shown as an image
     assert tab.evaluate("[document.contentType, document.title == 'taken']") == ["image/jpeg", False]
     tab.close()

@@ -1,4 +1,4 @@
-"""Looks for what must not be there: anything about the answer in the text alone, or in the picture alone."""
+"""Looks for what must not be there: anything about the answer in the text alone, or in the image alone."""
 
 import re
 from collections import Counter, defaultdict
@@ -49,7 +49,7 @@ def words_of(text: str) -> list[str]:
 
 
 def features_of(views: Sequence[View]) -> list[str]:
-    """What pictures show, text unseen: attributes and cells, numbers, and what the things have in common."""
+    """What images show, text unseen: attributes and cells, numbers, and what the things have in common."""
     found = [f"{number} views" for number in (len(views),)]
     for side, view in enumerate(views):
         things = things_of(view)

@@ -33,7 +33,7 @@ def row(
 
 @pytest.fixture
 def snli(tmp_path: Path) -> Any:
-    """Write rows as a split, with the pictures 11.jpg and 22_ab.jpg; gives the source."""
+    """Write rows as a split, with the images 11.jpg and 22_ab.jpg; gives the source."""
 
     def write(
         rows: list[Any], split: str = "val", photos: tuple[str, ...] = ("11.jpg", "22_ab.jpg"), **options: Any
@@ -64,7 +64,7 @@ def corrections(
     return str(file)
 
 
-def test_a_line_is_an_example_of_one_picture(snli: Any, tmp_path: Path) -> None:
+def test_a_line_is_an_example_of_one_image(snli: Any, tmp_path: Path) -> None:
     source = snli([row(), row("22.jpg#1r1n", "Neutral", "It is  late.", 22)])
     assert source.labels == ("entailment", "neutral", "contradiction")
     examples = source.split("val")
@@ -204,7 +204,7 @@ def test_a_missing_file_of_corrections_is_named(snli: Any, tmp_path: Path) -> No
         (row("x", text=["a"]), ":2: 'sentence2' is list instead of str"),
         (row("x", text=" "), ":2: the text is empty"),
         (row("x", photo="../11"), ":2: file name '../11' leads out of the folder"),
-        (row("x", photo="33"), "snli_ve_dev.jsonl:2: 1 of 2 examples of split 'val' lacks a picture in "),
+        (row("x", photo="33"), "snli_ve_dev.jsonl:2: 1 of 2 examples of split 'val' lacks an image in "),
         (row(), ":2: pairID '11.jpg#0r1e' stands there twice, first at snli_ve_dev.jsonl:1"),
     ],
 )
@@ -215,12 +215,12 @@ def test_a_wrong_line_is_named(snli: Any, line: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_training_skips_a_pair_without_its_picture(snli: Any) -> None:
+def test_training_skips_a_pair_without_its_image(snli: Any) -> None:
     examples = snli([row("a"), row("b", photo="33"), row("c", text="")], "train", max_missing=0.5).split("train")
     assert len(examples) == 1
     assert examples.skipped == {
         "empty text": ["snli_ve_train.jsonl:3"],
-        "missing picture": ["snli_ve_train.jsonl:2"],
+        "missing image": ["snli_ve_train.jsonl:2"],
     }
 
 

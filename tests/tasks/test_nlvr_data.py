@@ -31,7 +31,7 @@ def row(identifier: Any = "dev-1-0-0", sentence: Any = "Two dogs.", label: Any =
 
 @pytest.fixture
 def nlvr(tmp_path: Path) -> Any:
-    """Write rows as a split, with the pictures named; gives the source."""
+    """Write rows as a split, with the images named; gives the source."""
 
     def write(rows: list[Any], *pairs: str, split: str = "val", suffix: str = "png", **options: Any) -> Nlvr2:
         (tmp_path / "images" / "deep").mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def nlvr(tmp_path: Path) -> Any:
     return write
 
 
-def test_a_line_is_an_example_of_two_pictures(nlvr: Any, tmp_path: Path) -> None:
+def test_a_line_is_an_example_of_two_images(nlvr: Any, tmp_path: Path) -> None:
     source = nlvr([row(), row("dev-1-1-0", label="false", synset="dog"), row("dev-1-1-1", "One  cat.", False)])
     assert source.labels == ("False", "True")
     examples = source.split("val")
@@ -77,22 +77,22 @@ def test_photos_may_be_jpg_and_anywhere(nlvr: Any, tmp_path: Path) -> None:
     assert len(source.split("val")) == 1
 
 
-def test_training_skips_a_few_pairs_without_a_picture(nlvr: Any, tmp_path: Path) -> None:
+def test_training_skips_a_few_pairs_without_an_image(nlvr: Any, tmp_path: Path) -> None:
     rows = [row(f"train-{i}-0-0") for i in range(10)]
     source = nlvr(rows, *(f"train-{i}-0" for i in range(10)), split="train", max_missing=0.1)
     (tmp_path / "images" / "deep" / "train-4-0-img1.png").unlink()
     examples = source.split("train")
     assert [examples[i]["id"] for i in range(9)] == [f"train-{i}-0-0" for i in range(10) if i != 4]
-    assert examples.skipped == {"missing picture": ["train.json:5"]}
+    assert examples.skipped == {"missing image": ["train.json:5"]}
     (tmp_path / "images" / "deep" / "train-5-0-img0.png").unlink()
     with pytest.raises(
         UserError,
-        match=r"train\.json:5: 2 of 10 examples .* lack a picture in .*train-4-0-img1, nlvr2 train-5-0-img0\. ",
+        match=r"train\.json:5: 2 of 10 examples .* lack an image in .*train-4-0-img1, nlvr2 train-5-0-img0\. ",
     ):
         source.split("train")
 
 
-def test_evaluation_names_the_missing_picture(nlvr: Any) -> None:
+def test_evaluation_names_the_missing_image(nlvr: Any) -> None:
     with pytest.raises(UserError, match=r"dev\.json:2: 1 of 2 .* nlvr2 dev-9-0-img0\. .*leaves nothing out") as caught:
         nlvr([row(), row("dev-9-0-0")], max_missing=1.0).split("val")
     assert caught.value.code == ExitCode.MISSING_INPUT

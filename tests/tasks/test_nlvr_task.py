@@ -1,4 +1,4 @@
-"""NLVR: consistency written out, and the two pictures."""
+"""NLVR: consistency written out, and the two images."""
 
 import math
 
@@ -35,9 +35,9 @@ def test_where_no_truth_is_published_nothing_is_said() -> None:
         assert math.isnan(consistency_chance(rows))
 
 
-def test_two_pictures_unless_told_otherwise() -> None:
-    assert Nlvr(LABELS).pictures == 2
-    backbone, task = toy_backbone(), Nlvr(LABELS, pictures=3)
+def test_two_images_unless_told_otherwise() -> None:
+    assert Nlvr(LABELS).images_per_example == 2
+    backbone, task = toy_backbone(), Nlvr(LABELS, images_per_example=3)
     task.build(backbone)
     assert task.head.layers[0].in_features == 3 * 3 * WIDTH
     task.reseed(torch.rand)

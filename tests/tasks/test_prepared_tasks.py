@@ -1,6 +1,6 @@
 """Sets with annotations read from their prepared form as they are read from their files.
 
-How to break the code so that these fail: let `open_album` prefer `images/`, name pictures in the prepared form by their
+How to break the code so that these fail: let `open_album` prefer `images/`, name images in the prepared form by their
 ids alone, hand out paths instead of bytes.
 """
 
@@ -26,7 +26,7 @@ from tasks.nlvr.data import Nlvr2
 from tasks.vqa.data import VqaV2
 
 
-def picture(path: Path, seed: int) -> None:
+def toy_image(path: Path, seed: int) -> None:
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC).save(path)
@@ -37,7 +37,7 @@ def nlvr(raw: Path) -> None:
     (raw / "dev.json").write_text("\n".join(map(json.dumps, lines)))
     for n in range(3):
         for side in (0, 1):
-            picture(raw / "images" / "dev" / f"dev-{n}-0-img{side}.png", 2 * n + side)
+            toy_image(raw / "images" / "dev" / f"dev-{n}-0-img{side}.png", 2 * n + side)
 
 
 def snli(raw: Path) -> None:
@@ -45,7 +45,7 @@ def snli(raw: Path) -> None:
     lines = [dict(zip(keys, (str(77 + n), "neutral", f"Photo {n}.", f"{n}.jpg#0r1n"), strict=True)) for n in range(3)]
     (raw / "snli_ve_dev.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for n in range(3):
-        picture(raw / "flickr30k_images" / f"{77 + n}.jpg", n)
+        toy_image(raw / "flickr30k_images" / f"{77 + n}.jpg", n)
 
 
 def vqa(raw: Path) -> None:
@@ -66,7 +66,7 @@ def vqa(raw: Path) -> None:
     ]
     (raw / f"v2_{part}_annotations.json").write_text(json.dumps({"annotations": made}))
     for n in range(3):
-        picture(raw / "val2014" / f"COCO_val2014_{n + 5:012}.jpg", n)
+        toy_image(raw / "val2014" / f"COCO_val2014_{n + 5:012}.jpg", n)
 
 
 CASES: dict[str, tuple[Callable[[Path], None], Callable[[str, str], Any]]] = {
@@ -99,15 +99,15 @@ def test_examples_are_the_same_with_bytes_for_paths(name: str, tmp_path: Path) -
     assert ids == {*of_files.image_ids()}
 
 
-def test_a_picture_that_was_left_out_is_told(tmp_path: Path) -> None:
+def test_an_image_that_was_left_out_is_told(tmp_path: Path) -> None:
     raw, root = tmp_path / "raw", tmp_path / "nlvr2"
     raw.mkdir()
     nlvr(raw)
-    (raw / "images" / "dev" / "dev-1-0-img1.png").write_bytes(b"no picture")
+    (raw / "images" / "dev" / "dev-1-0-img1.png").write_bytes(b"no image")
     prepare(open_raw("nlvr2", str(raw)), Plan("nlvr2", "", Settings("nlvr2", 48), {}), root, 1, lambda line: None)
     with pytest.raises(UserError) as caught:
         Nlvr2(str(root), cache=str(tmp_path / "cache")).split("val")
-    assert f"1 of 3 examples of split 'val' lacks a picture in {root}: nlvr2 dev-1-0-img1. " in str(caught.value)
+    assert f"1 of 3 examples of split 'val' lacks an image in {root}: nlvr2 dev-1-0-img1. " in str(caught.value)
     assert f"{root / 'skipped.jsonl'} tells which were left out" in str(caught.value)
 
 
@@ -127,7 +127,7 @@ def test_the_photos_of_a_prepared_set_of_pairs_serve_snli_ve(tmp_path: Path) -> 
     assert safe_open(examples[2]["images"][0], "x").size == (64, 48)
 
 
-def test_a_broken_picture_without_a_file_is_named_by_its_id() -> None:
+def test_a_broken_image_without_a_file_is_named_by_its_id() -> None:
     example: Any = {"images": [b"no"], "image_ids": ["nlvr2 dev-1"], "origin": "dev.json:3"}
-    with pytest.raises(UserError, match=r"dev\.json:3 \(nlvr2 dev-1\): bad picture, not an image"):
+    with pytest.raises(UserError, match=r"dev\.json:3 \(nlvr2 dev-1\): bad image, not an image"):
         next(opened_images(example))

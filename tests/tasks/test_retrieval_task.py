@@ -20,7 +20,7 @@ from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
 from tasks.retrieval.task import Retrieval, columns, steps
 
-PICTURES = 7
+IMAGES = 7
 
 
 def measured(task: Retrieval, backbone: MaskVLM, batch: Batch, *sizes: int) -> dict[str, float]:
@@ -35,9 +35,9 @@ def measured(task: Retrieval, backbone: MaskVLM, batch: Batch, *sizes: int) -> d
 
 
 def several() -> Batch:
-    """Seven pictures with two captions each, from the tenth of the split on."""
-    texts = tuple(f"the {n}th" for n in range(2 * PICTURES))
-    return toy_batch(PICTURES, captions=2)._replace(index_B=torch.arange(PICTURES) + 10, texts=texts)
+    """Seven images with two captions each, from the tenth of the split on."""
+    texts = tuple(f"the {n}th" for n in range(2 * IMAGES))
+    return toy_batch(IMAGES, captions=2)._replace(index_B=torch.arange(IMAGES) + 10, texts=texts)
 
 
 # ---------------------------------------------------------------------- the step
@@ -83,7 +83,7 @@ def test_whatever_can_be_trained_has_a_gradient(variant: str) -> None:
     assert ("cross_image" in trained) == ("cross_text" in trained) == bool(task.weights["itm"])
 
 
-def test_negatives_are_never_the_same_picture_nor_the_same_words_nor_a_hole() -> None:
+def test_negatives_are_never_the_same_image_nor_the_same_words_nor_a_hole() -> None:
     backbone, task = build()
     batch = eventful_batch()
     slow = Slow(task, backbone, batch)
@@ -93,8 +93,8 @@ def test_negatives_are_never_the_same_picture_nor_the_same_words_nor_a_hole() ->
         with torch.no_grad():
             task(backbone, batch)
         for c in slow.captions:
-            drawn.add((int(task.hard.picture.index_B[c]), c))
-        for b in slow.pictures:
+            drawn.add((int(task.hard.image.index_B[c]), c))
+        for b in slow.images:
             drawn.add((b, int(task.hard.caption.index_B[b])))
     assert all(slow.negative(b, c) and b != 4 and slow.owner[c] != 4 for b, c in drawn)
     assert len(drawn) > 40
@@ -114,7 +114,7 @@ def test_the_order_of_captions_does_not_matter() -> None:
 
 
 def test_columns_written_out() -> None:
-    """Pictures 0 and 1 are one; caption 3 (of 1) says what caption 4 (of 2) says; picture 3 could not be read."""
+    """Images 0 and 1 are one; caption 3 (of 1) says what caption 4 (of 2) says; image 3 could not be read."""
     batch = toy_batch(4, captions=2)
     text_id_C = torch.tensor([1, 2, 3, 4, 4, 5, 6, 7])
     batch = batch._replace(
@@ -137,7 +137,7 @@ def test_a_hole_changes_nothing_for_the_other_rows() -> None:
 
 
 def test_losses_of_a_model_that_knows_nothing_are_the_floors() -> None:
-    """With two captions a picture: 4 positives and 6 negatives of two pictures."""
+    """With two captions an image: 4 positives and 6 negatives of two images."""
     backbone, task = build()
     batch = toy_batch(6, captions=2)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_training_learns_to_retrieve() -> None:
 
 @pytest.fixture(scope="module")
 def halfway() -> tuple[MaskVLM, dict[str, Tensor]]:
-    """A backbone and heads that know three of the seven pictures, so that some answers are right and some wrong."""
+    """A backbone and heads that know three of the seven images, so that some answers are right and some wrong."""
     backbone, task = trained(take(several(), torch.arange(3)), steps=40)
     return backbone, task.state_dict()
 
@@ -211,7 +211,7 @@ def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[st
     gallery = gather_gallery(task.kept)
     assert gallery is not None
     scores = score_gallery(backbone, task.matching, gallery, None)
-    relevant_BC = batch.owner_C == torch.arange(PICTURES)[:, None]
+    relevant_BC = batch.owner_C == torch.arange(IMAGES)[:, None]
     assert scores.match_BC is not None
     for name, matrix in (("itc_", scores.contrast_BC), ("", scores.match_BC)):
         for way, ranked in (("tr", ranking(matrix, relevant_BC)), ("ir", ranking(matrix.T, relevant_BC.T))):
@@ -283,12 +283,12 @@ def test_predictions_say_what_was_found(halfway: tuple[MaskVLM, dict[str, Tensor
     text = [line for line in task.predictions if line["kind"] == "text retrieval"]
     assert (len(image), len(text), len(task.predictions)) == (14, 7, 21)
     for n, line in enumerate(image):
-        assert (line["id"], line["text"], line["truth"]) == (f"caption {n}", f"the {n}th", f"picture {10 + n // 2}")
-        assert line["prediction"] == f"picture {line['index'][0]}"
+        assert (line["id"], line["text"], line["truth"]) == (f"caption {n}", f"the {n}th", f"image {10 + n // 2}")
+        assert line["prediction"] == f"image {line['index'][0]}"
         assert line["index"][1] == 10 + n // 2
         assert line["right"] == float(line["index"][0] == line["index"][1])
     for b, line in enumerate(text):
-        assert (line["id"], line["text"], line["index"]) == (f"picture {10 + b}", f"picture {10 + b}", [10 + b])
+        assert (line["id"], line["text"], line["index"]) == (f"image {10 + b}", f"image {10 + b}", [10 + b])
         own = (f"the {2 * b}th", f"the {2 * b + 1}th")
         assert line["right"] == float(line["prediction"] in own)
         assert line["truth"] == (line["prediction"] if line["right"] else own[0])  # all are true, one is shown
@@ -312,7 +312,7 @@ def test_captions_without_words_are_named_by_their_row() -> None:
 # ---------------------------------------------------------------------- the blind control
 
 
-def test_the_blind_control_does_not_see_the_pictures() -> None:
+def test_the_blind_control_does_not_see_the_images() -> None:
     batch = several()
     other = batch._replace(image_BCHW=batch.image_BCHW.flip(0))
     for blind in (True, False):
@@ -323,7 +323,7 @@ def test_the_blind_control_does_not_see_the_pictures() -> None:
         for one in (batch, other):
             task.reseed(Draw(7, 0, "cpu"))
             terms.append(torch.stack(list(task(backbone, one).values())))
-        assert torch.allclose(terms[0], terms[1], rtol=1e-3) == blind  # statistics of the same pictures, summed twice
+        assert torch.allclose(terms[0], terms[1], rtol=1e-3) == blind  # statistics of the same images, summed twice
         before = measured(task, backbone, batch, 4, 3)
         assert (measured(task, backbone, other, 4, 3) == before) == blind
         torch.manual_seed(3)

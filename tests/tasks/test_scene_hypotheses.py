@@ -37,7 +37,7 @@ def cells_of(line: str) -> list[tuple[int, int]]:
 
 
 def is_true(text: str, things: list[Thing], background: str) -> bool:
-    """Whether a hypothesis is true of a picture in which all can be seen, by its words alone."""
+    """Whether a hypothesis is true of an image in which all can be seen, by its words alone."""
     if match := re.fullmatch(rf"no thing is {PLACE}", text):
         return all(thing["at"] != CELLS[match[1]] for thing in things)
     if match := re.fullmatch(rf"{A} is {PLACE} and {A} {PLACE}", text):
@@ -147,7 +147,7 @@ def forms_of(text: str) -> list[str]:
     return [*words_of(text), f"{len(text.split())} words", *same, *aligned, *{"aligned" for _ in aligned}]
 
 
-def test_the_pictures_do_not_tell_the_class(train: list[PlannedExample], val: list[PlannedExample]) -> None:
+def test_the_images_do_not_tell_the_class(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """Curtain, numbers, attributes, places and what things have in common: within 4.5 and 4 deviations."""
     sets = [([features_of(told.views) for told in split], [told.answer for told in split]) for split in (train, val)]
     z, where = worst_lean(*sets[0])
@@ -156,7 +156,7 @@ def test_the_pictures_do_not_tell_the_class(train: list[PlannedExample], val: li
 
 
 @pytest.mark.parametrize("kind", SAY)
-def test_the_pictures_of_one_kind_do_not_tell_the_class_either(kind: str, train: list[PlannedExample]) -> None:
+def test_the_images_of_one_kind_do_not_tell_the_class_either(kind: str, train: list[PlannedExample]) -> None:
     ours = [told for told in train if told.kind == kind]
     z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
     assert z < 4.5, where

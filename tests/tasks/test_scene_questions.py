@@ -99,7 +99,7 @@ def test_the_words_do_not_tell_the_answer(kind: str, train: list[PlannedExample]
 
 
 @pytest.mark.parametrize("kind", ["existence", "relation"])
-def test_the_pictures_do_not_tell_yes_from_no(kind: str, train: list[PlannedExample]) -> None:
+def test_the_images_do_not_tell_yes_from_no(kind: str, train: list[PlannedExample]) -> None:
     ours = [told for told in train if told.kind == kind]
     z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
     assert z < 4.5, where

@@ -23,7 +23,7 @@ from tasks.nlvr.scenes import SceneComparisons
 from tasks.vqa.scenes import SceneQuestions
 
 SOURCES = [SceneQuestions, SceneComparisons, SceneHypotheses]
-PICTURES = {SceneQuestions: 1, SceneComparisons: 2, SceneHypotheses: 1}
+IMAGES = {SceneQuestions: 1, SceneComparisons: 2, SceneHypotheses: 1}
 each_source = pytest.mark.parametrize("source", SOURCES)
 
 
@@ -46,7 +46,7 @@ def test_an_example_is_a_function_of_seed_split_and_index_alone(source: type) ->
 def test_an_example_has_what_the_contract_asks_for(source: type) -> None:
     split = source(size=60, val=20).split("val")
     row, told = split[11], split.told(11)
-    assert [image.size for image in row["images"]] == [(60, 60)] * PICTURES[source]
+    assert [image.size for image in row["images"]] == [(60, 60)] * IMAGES[source]
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in row["images"])
     assert row["image_ids"] == [view.scene.id for view in told.views]
     assert row["answers"] == [told.answer]
@@ -158,24 +158,24 @@ def test_a_curtain_covers_its_line_and_nothing_else(size: int, line: str) -> Non
     rng = random.Random(size)
     for scene in [random_scene(rng) for _ in range(20)]:
         seen = replace(scene, things=tuple(thing for thing in scene.things if thing.cell not in LINES[line]))
-        picture = np.asarray(draw_behind(scene, size, line))
-        assert (picture == np.asarray(draw_behind(seen, size, line))).all(), "what stands behind is seen"
-        assert (picture[~covered] == np.asarray(draw_scene(seen, size))[~covered]).all()
-        assert {tuple(rgb) for rgb in picture[covered].tolist()} <= set(FOLD_RGB)
+        image = np.asarray(draw_behind(scene, size, line))
+        assert (image == np.asarray(draw_behind(seen, size, line))).all(), "what stands behind is seen"
+        assert (image[~covered] == np.asarray(draw_scene(seen, size))[~covered]).all()
+        assert {tuple(rgb) for rgb in image[covered].tolist()} <= set(FOLD_RGB)
     assert (np.asarray(curtain_of(size, line))[..., 3] == 255 * covered).all()
 
 
 def test_a_curtain_is_unlike_every_background_at_48_pixels() -> None:
     """Both folds in equal parts, two pixels wide, each 50 grey levels or more from the grey background."""
-    picture = np.asarray(curtain_of(48, "top row"))[:16, :, 0]
-    assert (picture[0] == np.tile([85, 85, 185, 185], 12)).all()
+    image = np.asarray(curtain_of(48, "top row"))[:16, :, 0]
+    assert (image[0] == np.tile([85, 85, 185, 185], 12)).all()
     assert min(abs(fold[0] - BACKGROUND_RGB["grey"][0]) for fold in FOLD_RGB) >= 45
 
 
 # ---- speed -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("source", "rate"), [(SceneQuestions, 1500), (SceneComparisons, 700), (SceneHypotheses, 700)])
 def test_training_need_not_wait_for_examples(source: type, rate: int) -> None:
-    """Examples a second of one core's own time, pictures included; here measured a multiple of what is asked for."""
+    """Examples a second of one core's own time, images included; here measured a multiple of what is asked for."""
     split = source().split("train")
     for index in range(200):
         split[index]

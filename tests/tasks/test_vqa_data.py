@@ -206,10 +206,10 @@ def test_test_questions_need_no_annotations(source: Any, tmp_path: Path) -> None
     assert source().split("test")[0]["answers"] == ["dog"] * 10
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
-def test_the_part_s_own_picture_is_preferred() -> None:
+def test_the_part_s_own_image_is_preferred() -> None:
     names = [
         "train2014/COCO_train2014_000000000009.jpg",
         "val2014/COCO_val2014_000000000009.jpg",
@@ -222,12 +222,12 @@ def test_the_part_s_own_picture_is_preferred() -> None:
     assert numbered(["train2017/000000000009.jpg", "x.jpg"], PART) == {"coco 9": "train2017/000000000009.jpg"}
 
 
-def test_a_few_questions_without_picture_are_skipped_in_training_alone(source: Any, tmp_path: Path) -> None:
+def test_a_few_questions_without_image_are_skipped_in_training_alone(source: Any, tmp_path: Path) -> None:
     ten = range(10)
     write(tmp_path, PART, [question(i, 9 + (i == 4)) for i in ten], [annotation(i) for i in ten], 9)
     examples = source(max_missing=0.1).split("train")
     assert [examples[i]["id"] for i in range(9)] == [str(i) for i in ten if i != 4]
-    assert examples.skipped == {"missing picture": [f"{QUESTIONS} questions[4]"]}
+    assert examples.skipped == {"missing image": [f"{QUESTIONS} questions[4]"]}
     with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* coco 10\. .*raise data\.source\.max_missing"):
         source().split("train")
     with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* evaluation leaves nothing out") as caught:
@@ -235,13 +235,13 @@ def test_a_few_questions_without_picture_are_skipped_in_training_alone(source: A
     assert caught.value.code == ExitCode.MISSING_INPUT
 
 
-def test_pictures_that_no_question_names_are_no_matter_but_none_is_an_error(source: Any, tmp_path: Path) -> None:
+def test_images_that_no_question_names_are_no_matter_but_none_is_an_error(source: Any, tmp_path: Path) -> None:
     write(tmp_path, PART, [question(1, 9)], [annotation(1)], 9, 10, 11)
     assert source().split("train").skipped == {}
     write(tmp_path, PART, [question(1, 7)], [annotation(1)])
-    with pytest.raises(UserError, match=r"1 of 1 examples of split 'train' lacks a picture in .*: coco 7"):
+    with pytest.raises(UserError, match=r"1 of 1 examples of split 'train' lacks an image in .*: coco 7"):
         source(max_missing=1.0).split("train")
-    with pytest.raises(UserError, match="there is no such folder of pictures"):
+    with pytest.raises(UserError, match="there is no such folder of images"):
         source(images=str(tmp_path / "no")).split("train")
 
 
@@ -311,7 +311,7 @@ def test_a_wrong_annotation_is_named(source: Any, tmp_path: Path, annotations: A
 
 
 @pytest.mark.parametrize("image", [12, "9", [9]])
-def test_an_annotation_of_another_picture_is_named(source: Any, tmp_path: Path, image: Any) -> None:
+def test_an_annotation_of_another_image_is_named(source: Any, tmp_path: Path, image: Any) -> None:
     fits = {**annotation(1), "image_id": 9}
     write(tmp_path, PART, [question(1), question(2)], [{**annotation(2), "image_id": None}, fits], 9)
     assert len(source().split("train")) == 2
@@ -412,7 +412,7 @@ def test_visual_genome_may_add_nothing(source: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "vg.json: dict where a list of pictures with `qas` belongs"),
+        ({}, "vg.json: dict where a list of images with `qas` belongs"),
         ([3], "vg.json [0]: int where an object with 'id' belongs"),
         ([{"id": 1}], "vg.json [0]: key 'qas' is missing"),
         ([{"id": 1, "qas": [{}]}], "vg.json [0].qas[0]: key 'qa_id' is missing"),

@@ -77,7 +77,7 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
 
 def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: dict[str, Any] = {"samples": 32, "problems": {"truncated": 2}, "examples": {"truncated": ["a.jpg"]}}
-    rows["left_out"] = {"val": {}, "train": {"missing picture": ["toy.json image 3 (3.png)"]}}
+    rows["left_out"] = {"val": {}, "train": {"missing image": ["toy.json image 3 (3.png)"]}}
     trainer: Any = SimpleNamespace(
         fast_dev_run=False,
         datamodule=SimpleNamespace(bad_rows=lambda: rows),
@@ -86,7 +86,7 @@ def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.Cap
     )
     RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
     said = capsys.readouterr().out
-    assert "(32 read): truncated: 2, missing picture (train): 1; listed in" in said
+    assert "(32 read): truncated: 2, missing image (train): 1; listed in" in said
     assert json.loads((tmp_path / "bad_samples.json").read_text()) == rows
     rows |= {"problems": {}, "left_out": {"val": {}}}
     RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
@@ -102,13 +102,13 @@ def evaluation(folder: Path, skipped: dict[str, list[str]]) -> Any:
     )  # fmt: skip
 
 
-SKIPPED = {"missing picture": ["toy.json:3", "toy.json:5"], "empty text": []}
+SKIPPED = {"missing image": ["toy.json:3", "toy.json:5"], "empty text": []}
 
 
 def test_what_an_evaluation_leaves_out_is_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, module, path = RunRecord(), SimpleNamespace(metrics={}), tmp_path / "bad_samples.json"
     record.on_validation_end(evaluation(tmp_path, SKIPPED), module)  # type: ignore[arg-type]
-    said = f"samples skipped or mended (val, 7 rows): missing picture: 2; listed in {path}\n"
+    said = f"samples skipped or mended (val, 7 rows): missing image: 2; listed in {path}\n"
     assert capsys.readouterr().out == said
     assert json.loads(path.read_text())["left_out"] == {"val": SKIPPED}
     record.on_test_end(evaluation(tmp_path, {}), module)  # type: ignore[arg-type]

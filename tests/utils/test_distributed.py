@@ -50,7 +50,7 @@ def share(batch: Batch) -> Batch:
 
 def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, Any]:
     """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP; of pre-training, or
-    of retrieval with two captions a picture."""
+    of retrieval with two captions an image."""
     step = Step(slow_retrieval.build if retrieval else build, settings)
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
     return backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
@@ -73,8 +73,8 @@ def queue_step(settings: dict[str, Any]) -> dict[str, Any]:
 
 def example_step(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     """As `train_step`, of a downstream task: six examples with one to three answers; one could not be read."""
-    pictures = settings.get("pictures", 1)
-    batch = toy_examples.example_batch(6, pictures, holes=(4,))
+    images = settings.get("pictures", 1)
+    batch = toy_examples.example_batch(6, images, holes=(4,))
     answers = batch.answers._replace(weight_A=batch.answers.weight_A.double())
     batch = batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double(), answers=answers)
     rows = 6 // world_size()
@@ -98,27 +98,27 @@ def backward(step: Step, batch: Any) -> dict[str, Any]:
 
 def judge(examples: int) -> dict[str, Any]:
     """Metrics and predictions of a downstream task over batches of three examples, dealt out whole."""
-    backbone, task = toy_examples.build("classes", pictures=2)
+    backbone, task = toy_examples.build("classes", images=2)
     batch = toy_examples.example_batch(8, 2)
     for first in range(0, examples, 3)[rank() :: world_size()]:
         task.update(backbone, toy_examples.take_examples(batch, first, min(first + 3, examples)))
     return {"metrics": task.compute(backbone), "predictions": task.predictions}
 
 
-def evaluate(pictures: int) -> dict[str, float]:
-    """Metrics over batches of three pictures with two captions each, dealt out whole."""
+def evaluate(images: int) -> dict[str, float]:
+    """Metrics over batches of three images with two captions each, dealt out whole."""
     backbone, task = build()
     measure = Measure(4)
-    for first in range(0, pictures, 3)[rank() :: world_size()]:
-        measure.update(task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures))))
+    for first in range(0, images, 3)[rank() :: world_size()]:
+        measure.update(task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, images))))
     return measure.compute(task, backbone)
 
 
-def retrieve(pictures: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Metrics and predictions of the retrieval task over batches of three pictures, dealt out whole."""
+def retrieve(images: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Metrics and predictions of the retrieval task over batches of three images, dealt out whole."""
     backbone, task = slow_retrieval.build(**settings)
-    for first in range(0, pictures, 3)[rank() :: world_size()]:
-        part = take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, pictures)))
+    for first in range(0, images, 3)[rank() :: world_size()]:
+        part = take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, images)))
         task.update(backbone, part._replace(texts=tuple(f"{first} {n}" for n in range(len(part.owner_C)))))
     held = [part.image_BLD.shape[0] for part in task.kept]
     return {"metrics": task.compute(backbone), "predictions": task.predictions, "held": held}
@@ -214,7 +214,7 @@ def test_losses_and_gradients_with_a_queue_are_those_of_one_process(pair: Pair, 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_itc": 0.0}, {"weight_itm": 0.0}], ids=str)
 def test_losses_and_gradients_of_retrieval_are_those_of_one_process(pair: Pair, settings: dict[str, float]) -> None:
-    """Two captions a picture: a negative caption stands in another place than a negative picture."""
+    """Two captions an image: a negative caption stands in another place than a negative image."""
     compare(pair, settings, True)
 
 
@@ -246,22 +246,22 @@ def compare(pair: Pair, *arguments: Any, step: Callable[..., dict[str, Any]] = t
                 torch.testing.assert_close(found[kind][name], value, atol=1e-9 * scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize("pictures", [8, 3])
-def test_metrics_are_those_of_one_process_to_the_bit(pair: Pair, pictures: int) -> None:
-    """Eight pictures are three batches, of two and of one process; three leave one process without any."""
-    expected = evaluate(pictures)
+@pytest.mark.parametrize("images", [8, 3])
+def test_metrics_are_those_of_one_process_to_the_bit(pair: Pair, images: int) -> None:
+    """Eight images are three batches, of two and of one process; three leave one process without any."""
+    expected = evaluate(images)
     assert {"mlm/accuracy_wrong_image", "mim/l1_no_text", "retrieval/ir_r5"} < expected.keys()
-    assert pair(evaluate, pictures) == [expected, expected]
+    assert pair(evaluate, images) == [expected, expected]
 
 
 @pytest.mark.parametrize("settings", [{"chunk": 5}, {"sweep": True, "chunk": 7}, {"weight_itm": 0.0}], ids=str)
-@pytest.mark.parametrize("pictures", [8, 3])
-def test_retrieval_is_that_of_one_process_to_the_bit(pair: Pair, pictures: int, settings: dict[str, Any]) -> None:
-    """Each process holds the features of its own pictures alone."""
-    expected = retrieve(pictures, settings)
-    assert len(expected["predictions"]) == 3 * pictures
-    found = pair(retrieve, pictures, settings)
-    assert [part["held"] for part in found] == ([[3, 2], [3]] if pictures == 8 else [[3], []])
+@pytest.mark.parametrize("images", [8, 3])
+def test_retrieval_is_that_of_one_process_to_the_bit(pair: Pair, images: int, settings: dict[str, Any]) -> None:
+    """Each process holds the features of its own images alone."""
+    expected = retrieve(images, settings)
+    assert len(expected["predictions"]) == 3 * images
+    found = pair(retrieve, images, settings)
+    assert [part["held"] for part in found] == ([[3, 2], [3]] if images == 8 else [[3], []])
     for part in found:
         assert part["metrics"] == expected["metrics"]
         assert part["predictions"] == expected["predictions"]

@@ -27,7 +27,7 @@ from maskvlm.inference.embeddings import encode_text
 COLOURS = torch.tensor([[255, 255, 0], [0, 153, 255], [0, 0, 0]])  # yellow, blue, black
 NEAR = 90  # sum of the differences in red, green and blue
 SIDE, STEP = 100, 2  # a box in pixels; every second one is looked at
-LEFT_EDGES = ((0, 0), (0, 150), (1, 0))  # picture and left edge of each box
+LEFT_EDGES = ((0, 0), (0, 150), (1, 0))  # image and left edge of each box
 LEAST = 5  # pixels of a shape; fewer are the blur at its edge
 SQUARE, CIRCLE = 0.92, 0.66  # share of its bounding box that it fills at least: 1 and 0.79; a triangle fills half
 
@@ -73,7 +73,7 @@ def counted(box_HW3: Tensor) -> Tensor:
 def numbers(images: list[Any]) -> Tensor:
     """All that is told of the boxes of an example, [F]."""
     pixels = [torch.from_numpy(np.array(safe_open(image, "a drawing"))).long() for image in images]
-    boxes = [pixels[picture][:SIDE:STEP, left : left + SIDE : STEP] for picture, left in LEFT_EDGES]
+    boxes = [pixels[place][:SIDE:STEP, left : left + SIDE : STEP] for place, left in LEFT_EDGES]
     of_colour = torch.stack([counted(box) for box in boxes])  # [boxes, C, 8]
     each = torch.cat([of_colour, of_colour.sum(1, keepdim=True)], 1)
     among = [each.sum(0), each.amax(0), each.amin(0), (each > 0).float().sum(0)]

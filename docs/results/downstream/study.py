@@ -1,6 +1,6 @@
 r"""Fine-tunes tasks from a checkpoint, from random weights and blind, several seeds each, and prints the table.
 
-With `pretrained` and `blind` a second table says what the picture is worth: the difference of the seeds' means, paired
+With `pretrained` and `blind` a second table says what the image is worth: the difference of the seeds' means, paired
 by example, with its 95 % interval (1.96 standard errors over the examples).
 
     .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt
@@ -77,7 +77,7 @@ def cell(values: list[float]) -> str:
 
 
 def worth(full: list[Run], blind: list[Run]) -> str:
-    """What the picture adds, in points: mean of all seeds and its interval, then seed by seed."""
+    """What the image adds, in points: mean of all seeds and its interval, then seed by seed."""
     examples = sorted(full[0].right)
     with_N, without_N = (np.array([[each.right[key] for key in examples] for each in runs]) for runs in (full, blind))
     difference_N = 100 * (with_N.mean(0) - without_N.mean(0))
@@ -103,7 +103,7 @@ def main() -> None:
         if {"pretrained", "blind"} <= found.keys() and not task.startswith("retrieval"):
             worths.append(f"| {task} | {worth(found['pretrained'], found['blind'])} |")
     if worths:
-        print("\n| | what the picture adds, points (95 %) | seed by seed |\n|---|---|---|", *worths, sep="\n")
+        print("\n| | what the image adds, points (95 %) | seed by seed |\n|---|---|---|", *worths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -59,11 +59,11 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
         scene, rng = pairs.scene(index), random.Random(index)
         if len(scene.things) < 2:
             continue
-        picture, whole = draw_scene(scene, pairs.size), tell_all(scene, rng)
+        image, whole = draw_scene(scene, pairs.size), tell_all(scene, rng)
         for kind, which in (("colours", COLOURS), ("shapes", SHAPES)):
             other = swapped(scene, whole.text, which)
             if other is not None:
-                asked[kind].append((picture, whole.text, other))
+                asked[kind].append((image, whole.text, other))
         related = tell_relations(scene, rng)
         if len(scene.things) == 2 and related.statement.relations:
             false_text = " ".join(TURNED.get(word, word) for word in related.text.split(" "))
@@ -71,11 +71,11 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
             back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation.name]
             turned = related.statement.__class__(related.statement.mentions, (relation._replace(name=back),))
             if not describes(turned, scene):
-                asked["relation"].append((picture, related.text, false_text))
+                asked["relation"].append((image, related.text, false_text))
     found = {}
     for kind, rows in asked.items():
-        pictures, true, false = ([row[place] for row in rows] for place in range(3))
-        scores = zip(model.score(pictures, true), model.score(pictures, false), strict=True)
+        images, true, false = ([row[place] for row in rows] for place in range(3))
+        scores = zip(model.score(images, true), model.score(images, false), strict=True)
         found[f"{kind} {'turned round' if kind == 'relation' else 'exchanged'}"] = [a > b for a, b in scores]
     return found
 
@@ -85,11 +85,11 @@ def looks(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]
     found: dict[str, list[bool]] = {"attention": [], "Grad-CAM": []}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
-        text, picture = tell_all(scene, rng).text, draw_scene(scene, pairs.size)
+        text, image = tell_all(scene, rng).text, draw_scene(scene, pairs.size)
         for thing in scene.things:
             if text.count(thing.shape) != 1:
                 continue
-            explained = model.explain(picture, text, thing.shape)
+            explained = model.explain(image, text, thing.shape)
             for name, map_RC in (("attention", explained.attention), ("Grad-CAM", explained.gradcam)):
                 found[name].append(int(map_RC.argmax()) == thing.cell)
     return found

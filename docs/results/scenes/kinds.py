@@ -1,4 +1,4 @@
-"""Which hidden words are right, by what they tell: each word of the held-out captions hidden alone, with the picture.
+"""Which hidden words are right, by what they tell: each word of the held-out captions hidden alone, with the image.
 
 .venv/bin/python docs/results/scenes/kinds.py checkpoints/RUN/last.ckpt [--scenes 500]
 """

@@ -21,7 +21,7 @@ SCHEMA = 1  # raise it when an old reader would misread a new file
 PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
 MOST_PARTS = 2_000_000  # containers and values of a checkpoint
 MOST_NAME = 300  # characters of a tensor's name
-MOST_VECTORS, MOST_WIDTH = 500, 4096  # of pictures that show what a model knows
+MOST_VECTORS, MOST_WIDTH = 500, 4096  # of images that show what a model knows
 MOST_LABELS, MOST_WORDS = 1_000_000, 50_000_000  # labels, and characters of a tokenizer
 TODO = "Take another checkpoint, from somebody you trust"
 DTYPES = frozenset({
@@ -42,7 +42,7 @@ class Ids:
 
 
 class Vectors:
-    """Contrast vectors of pictures (`novelty.sample_of`), [N, E]."""
+    """Contrast vectors of images (`novelty.sample_of`), [N, E]."""
 
     def says(self) -> str:
         return f"a tensor [N, E] of finite 16-bit floats, N at most {MOST_VECTORS}, E at most {MOST_WIDTH}"

@@ -24,28 +24,34 @@ class Seen(NamedTuple):
 
     Attributes:
         task, source: class paths. sha: the data's fingerprint.
-        pictures: different ones. steps: of the optimiser.
-        ids: 64-bit hashes of the pictures' ids, sorted; None where the source cannot tell them.
-        held_out: evaluation split that it was compared with, by id and look -> rows left out as they show its pictures;
+        images: different ones. steps: of the optimiser.
+        ids: 64-bit hashes of the images' ids, sorted; None where the source cannot tell them.
+        held_out: evaluation split that it was compared with, by id and look -> rows left out as they show its images;
             None where there was none.
     """
 
     task: str
     source: str
     sha: str
-    pictures: int
+    images: int
     steps: int
     ids: Tensor | None = None
     held_out: dict[str, int] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint, which holds plain types and tensors alone."""
-        return self._asdict()
+        """For a checkpoint, which holds plain types and tensors alone; `images` is called "pictures" in files."""
+        told = self._asdict()
+        return {"pictures" if name == "images" else name: value for name, value in told.items()}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Seen":
+        """What `plain` gave."""
+        return cls(**{"images" if name == "pictures" else name: value for name, value in plain.items()})
 
     def words(self) -> dict[str, Any]:
         """For people: without the ids, and without `held_out` where there was none."""
         absent = {"ids"} if self.held_out is not None else {"ids", "held_out"}
-        return {name: value for name, value in self._asdict().items() if name not in absent}
+        return {name: value for name, value in self.plain().items() if name not in absent}
 
 
 class Start(NamedTuple):
@@ -57,7 +63,7 @@ class Start(NamedTuple):
         tokenizer: None where it holds none.
         labels: what its head decides among; None before a downstream task.
         lineage: the data its weights have seen, first to last.
-        reference: contrast vectors of validation pictures (`novelty.sample_of`); None where it holds none.
+        reference: contrast vectors of validation images (`novelty.sample_of`); None where it holds none.
     """
 
     path: str
@@ -97,7 +103,7 @@ def lineage_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
     """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
     if "lineage" not in content:
         return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
-    known = (Seen(**seen) for seen in content["lineage"])
+    known = (Seen.of(seen) for seen in content["lineage"])
     return tuple(seen._replace(task=current(seen.task), source=current(seen.source)) for seen in known)
 
 
@@ -107,7 +113,7 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def overlap(ids: Tensor, lineage: tuple[Seen, ...]) -> int | None:
-    """How many of these pictures the weights have seen; None where a part of their history tells no ids."""
+    """How many of these images the weights have seen; None where a part of their history tells no ids."""
     if any(seen.ids is None for seen in lineage):
         return None
     known = [seen.ids for seen in lineage if seen.ids is not None]

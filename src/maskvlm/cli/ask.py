@@ -1,6 +1,6 @@
-"""`maskvlm METHOD --from CHECKPOINT picture.jpg "text"`: the methods of a model in the shell.
+"""`maskvlm METHOD --from CHECKPOINT image.jpg "text"`: the methods of a model in the shell.
 
-Answers are for reading; with `--json` one line of JSON each. Pictures go to `--out`.
+Answers are for reading; with `--json` one line of JSON each. Images go to `--out`.
 """
 
 import argparse
@@ -59,14 +59,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 def method_parser(method: str) -> argparse.ArgumentParser:
     """The options of all methods."""
     known = METHODS.get(method)
-    told = known.told if known else "what a fine-tuned model answers: its pictures, then the text"
-    form = known.form if known else "PICTURE ... TEXT"
+    told = known.told if known else "what a fine-tuned model answers: its images, then the text"
+    form = known.form if known else "IMAGE ... TEXT"
     parser = OptionParser(f"maskvlm {method}", description=told, allow_abbrev=False)
     parser.usage = f"maskvlm {method} --from CHECKPOINT {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
-    parser.add_argument("--out", type=Path, help="where a picture is written")
+    parser.add_argument("--out", type=Path, help="where an image is written")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     parser.add_argument("--k", type=int, default=16, help="rank: candidates that matching looks at again")
     parser.add_argument("--top", type=int, default=5, help="fill: guesses for each hidden word")
@@ -101,14 +101,14 @@ def take(inputs: list[str], form: str, least: int, most: int | None, method: str
 
 
 def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, text = take(inputs, METHODS["fill"].form, 2, 2, "fill")
-    for guesses in model.fill_mask(picture, text, options.top):
+    image, text = take(inputs, METHODS["fill"].form, 2, 2, "fill")
+    for guesses in model.fill_mask(image, text, options.top):
         yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
 
 
 def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, *texts = take(inputs, METHODS["match"].form, 2, None, "match")
-    for text, probability in zip(texts, model.match(picture, texts), strict=True):  # type: ignore[arg-type]
+    image, *texts = take(inputs, METHODS["match"].form, 2, None, "match")
+    for text, probability in zip(texts, model.match(image, texts), strict=True):  # type: ignore[arg-type]
         yield {"match": probability, "text": text}
 
 
@@ -121,23 +121,23 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
 
 
 def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    pictures = take(inputs, METHODS["caption"].form, 1, None, "caption")
-    for picture in pictures:
-        told = {"caption": model.caption(picture)}
-        yield {"picture": picture, **told} if len(pictures) > 1 or options.json else told
+    images = take(inputs, METHODS["caption"].form, 1, None, "caption")
+    for image in images:
+        told = {"caption": model.caption(image)}
+        yield {"image": image, **told} if len(images) > 1 or options.json else told
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, *texts = take(inputs, METHODS["score"].form, 2, None, "score")
-    for text, value in zip(texts, model.score(picture, texts), strict=True):  # type: ignore[arg-type]
+    image, *texts = take(inputs, METHODS["score"].form, 2, None, "score")
+    for text, value in zip(texts, model.score(image, texts), strict=True):  # type: ignore[arg-type]
         yield {"score": value, "text": text}
 
 
 def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-    picture, text, word = take(inputs, METHODS["explain"].form, 3, 3, "explain")
-    found: Any = model.explain(picture, text, word)
+    image, text, word = take(inputs, METHODS["explain"].form, 3, 3, "explain")
+    found: Any = model.explain(image, text, word)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
-    yield {"written": save_image(found.picture, options.out, "explain.png")} | (
+    yield {"written": save_image(found.image, options.out, "explain.png")} | (
         {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
         if options.json
         else {"peak": f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"}
@@ -155,9 +155,9 @@ def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
 def paint(
     how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace, method: str
 ) -> Iterator[Answer]:
-    picture, text = take(inputs, METHODS[method].form, 2, 2, method)
+    image, text = take(inputs, METHODS[method].form, 2, 2, method)
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
-    yield {"written": save_image(how(picture, mask, text), options.out, f"{method}.png"), "hidden": int(mask.sum())}
+    yield {"written": save_image(how(image, mask, text), options.out, f"{method}.png"), "hidden": int(mask.sum())}
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -176,9 +176,7 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     except ValueError:
         raise UserError("--box", f"'{box}' is no box", "Give left,top,right,bottom such as 0.2,0.2,0.7,0.7") from None
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise UserError(
-            "--box", f"{box} is outside of the picture or empty", "Give shares of 0 to 1, left before right"
-        )
+        raise UserError("--box", f"{box} is outside of the image or empty", "Give shares of 0 to 1, left before right")
     rows, columns = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
     down = (rows + 1 > top * grid[0]) & (rows < bottom * grid[0])
     across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
@@ -187,7 +185,7 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
 
 
 def save_image(image: Image.Image, out: Path | None, name: str) -> str:
-    """Write a picture; returns where."""
+    """Write an image; returns where."""
     path = out or Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,10 +206,10 @@ def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
         raise UserError(
             method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
         )
-    form = f"{found.pictures} picture{'s' if found.pictures > 1 else ''} and a {found.text}"
+    form = f"{found.images} image{'s' if found.images > 1 else ''} and a {found.text}"
 
     def ask(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-        take(inputs, form, found.pictures + 1, found.pictures + 1, method)
+        take(inputs, form, found.images + 1, found.images + 1, method)
         answer = getattr(model, method)(*inputs)
         yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
 
@@ -219,20 +217,14 @@ def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
 
 
 METHODS: dict[str, ShellMethod] = {
-    "fill": ShellMethod(
-        f'PICTURE "a {MASK} on the grass"', "fill in hidden words from the picture", ask_fill, "tokens"
-    ),
-    "match": ShellMethod(
-        "PICTURE TEXT ...", "probability that picture and text belong together", ask_match, "matching"
-    ),
+    "fill": ShellMethod(f'IMAGE "a {MASK} on the grass"', "fill in hidden words from the image", ask_fill, "tokens"),
+    "match": ShellMethod("IMAGE TEXT ...", "probability that image and text belong together", ask_match, "matching"),
     "rank": ShellMethod(
-        "PICTURE TEXT ...  or  TEXT PICTURE ...", "texts or pictures, the best first", ask_rank, "projection"
+        "IMAGE TEXT ...  or  TEXT IMAGE ...", "texts or images, the best first", ask_rank, "projection"
     ),
-    "caption": ShellMethod("PICTURE ...", "write a caption", ask_caption, "tokens"),
-    "score": ShellMethod("PICTURE TEXT ...", "pseudo-log-likelihood of texts, nats", ask_score, "tokens"),
-    "explain": ShellMethod("PICTURE TEXT WORD", "where the model looks for a word (--out)", ask_explain, "tokens"),
-    "reconstruct": ShellMethod(
-        "PICTURE TEXT", "fill in hidden patches from the text (--out)", ask_reconstruct, "pixels"
-    ),
-    "inpaint": ShellMethod("PICTURE TEXT", "the same in rounds, the most certain first (--out)", ask_inpaint, "pixels"),
+    "caption": ShellMethod("IMAGE ...", "write a caption", ask_caption, "tokens"),
+    "score": ShellMethod("IMAGE TEXT ...", "pseudo-log-likelihood of texts, nats", ask_score, "tokens"),
+    "explain": ShellMethod("IMAGE TEXT WORD", "where the model looks for a word (--out)", ask_explain, "tokens"),
+    "reconstruct": ShellMethod("IMAGE TEXT", "fill in hidden patches from the text (--out)", ask_reconstruct, "pixels"),
+    "inpaint": ShellMethod("IMAGE TEXT", "the same in rounds, the most certain first (--out)", ask_inpaint, "pixels"),
 }

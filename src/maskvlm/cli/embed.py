@@ -31,7 +31,7 @@ def data_parser(command: str, out: str, told: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
     parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
     parser.add_argument("--split", default="val", help="train, val or test")
-    parser.add_argument("--shard", type=int, default=SHARD, help="pictures a file")
+    parser.add_argument("--shard", type=int, default=SHARD, help="images a file")
     parser.add_argument("--no-captions", dest="captions", action="store_false", help="leave out vectors of captions")
     parser.add_argument("--device", help="such as cpu; a GPU where there is one, if left out")
     return parser
@@ -41,7 +41,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     """Embed the data that `rest` configures (`-c FILE ... --data.key value`); returns what was done.
 
     Raises:
-        UserError: no checkpoint, data that are not pictures with captions, a folder that holds other vectors.
+        UserError: no checkpoint, data that are not images with captions, a folder that holds other vectors.
     """
     if options.source is None:
         raise UserError("embed", "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt or a hub name")
@@ -49,8 +49,8 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     reader, chosen = source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):
-        todo = "Name a set of pictures with captions (-c conf/data/NAME.yaml)"
-        raise UserError("data.source", f"{chosen.class_path} has no captions of pictures", todo)
+        todo = "Name a set of images with captions (-c conf/data/NAME.yaml)"
+        raise UserError("data.source", f"{chosen.class_path} has no captions of images", todo)
     pairs = reader.split(options.split)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     device = options.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")

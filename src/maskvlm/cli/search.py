@@ -17,9 +17,7 @@ from maskvlm.utils.errors import UserError
 
 def make(arguments: list[str], allowed: list[str]) -> int:
     """`index`: embed where no vectors are named, and build; arguments as in the shell."""
-    parser = data_parser(
-        "index", "checkpoints/index", "an index of a data set's pictures, from vectors or a checkpoint"
-    )
+    parser = data_parser("index", "checkpoints/index", "an index of a data set's images, from vectors or a checkpoint")
     parser.add_argument("--vectors", type=Path, help="a folder that `embed` wrote; without it this embeds first")
     parser.add_argument("--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and recall")
     parser.add_argument("--recall", type=float, default=RECALL, help="share of the 10 nearest to be found")
@@ -33,7 +31,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
     about = index_folder(vectors, options.out, options.kind, options.recall)
-    told = "{count} pictures, {factory} {knob} {value}, made in {build_seconds} s; recall@10 {recall_at_10} "
+    told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; recall@10 {recall_at_10} "
     told = (told + "with {queries} {asked}; {median_ms} ms a query").format(**about).replace(" None", "")
     low = "; the recall asked for is not reached: --kind flat misses nothing"
     print(f"{options.out}: {told}{low if about['recall_at_10'] < options.recall else ''}", flush=True)
@@ -42,8 +40,8 @@ def make(arguments: list[str], allowed: list[str]) -> int:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`; arguments as in the shell."""
-    parser = OptionParser("maskvlm search", description="pictures, by a text or a picture", allow_abbrev=False)
-    parser.add_argument("query", help="a text, or the file of a picture")
+    parser = OptionParser("maskvlm search", description="images, by a text or an image", allow_abbrev=False)
+    parser.add_argument("query", help="a text, or the file of an image")
     parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
     parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
@@ -58,7 +56,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     for place, each in enumerate(search_index(index, model, options.query, options.k, options.rerank), 1):
         told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
-        told |= {"picture": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
+        told |= {"image": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
         whole = {**told, "id": each.id, "captions": each.captions}
         print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(told), flush=True)
     return 0

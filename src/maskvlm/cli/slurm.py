@@ -50,13 +50,13 @@ def surroundings() -> dict[str, str]:
 
 
 def preview(arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """Write a contact sheet of the training pictures with their captions (--out); returns what was done."""
+    """Write a contact sheet of the training images with their captions (--out); returns what was done."""
     parser = Arguments("maskvlm preview", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("checkpoints") / "preview.png")
     options, rest = parser.parse_known_args(arguments)
     pairs = source(run_command(Parsed, ["fit", *rest], allowed).settings).split("train")
     contact_sheet(pairs, options.out)
-    return f"{options.out}: {len(pairs)} training pictures, some of them shown with their captions"
+    return f"{options.out}: {len(pairs)} training images, some of them shown with their captions"
 
 
 def source(settings: Namespace) -> Any:

@@ -32,6 +32,7 @@ OPTIONS = {
         "image_draws": "masked_image_share",
         "image_mask_all": "whole_image_share",
         "blind": "image_ablation",
+        "pictures": "images_per_example",
     },
     "model.backbone.image": {"kept_features": "feature_cache"},
     "data": {"leaks": "contamination"},

@@ -1,7 +1,7 @@
 """What the data side and the model side agree on: `InputSpec` going in, `Batch` coming out.
 
-Shapes: B pictures, C captions (training: C = B, one caption a picture; evaluation: all captions of each
-picture, C >= B), T tokens, H and W pixels.
+Shapes: B images, C captions (training: C = B, one caption an image; evaluation: all captions of each
+image, C >= B), T tokens, H and W pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ class InputSpec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures and captions, ready for the encoders; masking happens later, on the device.
+    """Images and captions, ready for the encoders; masking happens later, on the device.
 
     Attributes:
         image_BCHW: normalised RGB, float.
@@ -35,8 +35,8 @@ class Batch(NamedTuple):
         attention_CT: True on tokens, False on padding.
         special_CT: True on start, end and padding: never masked.
         word_CT: index of the word a token belongs to, -1 on specials; for whole-word masking.
-        owner_C: row of the caption's picture in image_BCHW.
-        image_id_B: 64-bit hash of the picture's id; rows with the same id show the same picture.
+        owner_C: row of the caption's image in image_BCHW.
+        image_id_B: 64-bit hash of the image's id; rows with the same id show the same image.
         text_id_C: 64-bit hash of the cleaned caption; rows with the same id say the same.
         valid_B: False where the sample could not be read: a hole that keeps its place, blank, with weight 0.
         index_B: the sample's position in the data set.
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class Row(TypedDict):
-    """One picture with its captions, as a source hands it out.
+    """One image with its captions, as a source hands it out.
 
     `image` is encoded bytes, a path, or a Pillow image; `origin` names the row in error messages
     (`dataset_flickr8k.json image 12 (123.jpg)`).
@@ -77,7 +77,7 @@ class Pairs(Protocol):
     """One split of a data set: rows by index. `fingerprint` changes when the content does.
 
     A split that knows where its objects are may also offer `object_mask(index, size)`, a boolean array
-    [size, size]; masked-pixel errors are then measured over object pixels alone, too. One that knows its pictures'
+    [size, size]; masked-pixel errors are then measured over object pixels alone, too. One that knows its images'
     ids without opening them offers `image_ids()`: the ids that a checkpoint has seen are kept with it.
     """
 

@@ -1,14 +1,14 @@
-"""Training pictures that are also in an evaluation split: found by their id and by how they look.
+"""Training images that are also in an evaluation split: found by their id and by how they look.
 
 A photo of COCO, Flickr or Visual Genome has the same id in every set (`subset.photo_of_id`).
 
 How near two perceptual hashes must be was measured on the 7,000 photos of Flickr8k (hash of `phash.py`): of 24.5
 million pairs of different photos one lies within 8 bits, 20 within 10; of copies, 100 % within 8 bits after JPEG of
 quality 20, half the size or other proportions, 99.5 % after a crop of 2 % a side taken off, 93 % of 5 %, 38 % of 10 %;
-a mirrored copy is not found. Of three million training pictures against five thousand held out, some 600 (0.02 %)
+a mirrored copy is not found. Of three million training images against five thousand held out, some 600 (0.02 %)
 would be taken for copies that are none.
 
-Shapes: N training rows, P pictures a row, M held-out pictures.
+Shapes: N training rows, P images a row, M held-out images.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ def leaks_left_out(pairs: Any, places: list[str]) -> dict[str, int]:
 
 
 def held_out(place: str) -> HeldOut:
-    """The pictures of a split of a prepared set.
+    """The images of a split of a prepared set.
 
     Args:
         place: folder of the set, a slash, the split: `data/coco/test`.
@@ -66,7 +66,7 @@ def held_out(place: str) -> HeldOut:
 
 
 def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str, NDArray[np.int64]]:
-    """Rows that show a held-out picture, by split and way ("coco/test, same id"); each row once, ids before looks.
+    """Rows that show a held-out image, by split and way ("coco/test, same id"); each row once, ids before looks.
 
     Args:
         id_NP, hash_N: of the training rows (`row_ids`, `row_hashes`); without hashes ids alone are compared.
@@ -85,7 +85,7 @@ def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str,
 
 
 def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
-    """The training split without pictures that are held out.
+    """The training split without images that are held out.
 
     Args:
         places: evaluation splits, as for `held_out`; none: nothing is looked for.
@@ -94,7 +94,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
 
     Raises:
         UserError: a leak where it is to be refused (65), nothing is left, or the training split does not know its
-            pictures' ids.
+            images' ids.
     """
     if leaks not in ("refuse", "drop"):
         raise UserError("data.leaks", f"'{leaks}' is no way to deal with them", "Give refuse or drop")
@@ -102,16 +102,16 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
         return pairs
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     if id_NP is None:
-        what = "this data set does not tell its pictures' ids without opening them"
+        what = "this data set does not tell its images' ids without opening them"
         raise UserError("data.held_out", what, "Prepare the data (make data), or leave data.held_out empty")
     found = find_leaks(id_NP, hash_N, [held_out(place) for place in places])
     count, names = sum(map(len, found.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
     if not found:
-        _tell(f"no training picture is held out ({by}: {names})")
+        _tell(f"no training image is held out ({by}: {names})")
         return pairs
     counts = "; ".join(f"{name}: {len(row_N)}" for name, row_N in found.items())
-    told = f"{count} of {len(pairs)} training rows show held-out pictures ({by}): {counts}"
+    told = f"{count} of {len(pairs)} training rows show held-out images ({by}): {counts}"
     if leaks == "refuse":
         first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*found.values()])[:3])
         todo = "Set data.leaks to drop, which leaves them out, or take another data set"

@@ -1,6 +1,6 @@
 """From a task's examples to batches: reading, augmentation, targets, tokens; holes for what cannot be read.
 
-The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P pictures an example, K labels, A answers.
+The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P images an example, K labels, A answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 
 class ExampleSample(TypedDict):
-    """One example with its pictures as tensors; `problem` is (reason, message) or None."""
+    """One example with its images as tensors; `problem` is (reason, message) or None."""
 
     image_PCHW: Tensor
     example: Example
@@ -31,8 +31,8 @@ class ExampleSample(TypedDict):
 
 
 def opened_images(example: Example) -> Iterator[Image.Image]:
-    """The example's pictures, decoded. Raises BadImage, which names the file (or, where it is none, the picture's id)
-    besides the row: a row of several pictures tells neither which of them it is nor in which folder."""
+    """The example's images, decoded. Raises BadImage, which names the file (or, where it is none, the image's id)
+    besides the row: a row of several images tells neither which of them it is nor in which folder."""
     for image, id in zip(example["images"], example["image_ids"], strict=True):
         try:
             yield safe_open(image, example["origin"])
@@ -62,7 +62,7 @@ class TrainExamples(Dataset[ExampleSample]):
             try:
                 if not text:
                     raise BadImage(example["origin"], "empty text", "there is no word in it")
-                images = [self.transform(picture, text) for picture in opened_images(example)]
+                images = [self.transform(image, text) for image in opened_images(example)]
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size)
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
@@ -84,7 +84,7 @@ class EvalExamples(Dataset[ExampleSample]):
         at(example["origin"])
         if not clean_caption(example["text"])[0]:
             raise UserError(example["origin"], "no words in its text", "Mend or remove the row", ExitCode.BAD_DATA)
-        images = [self.transform(picture) for picture in opened_images(example)]
+        images = [self.transform(image) for image in opened_images(example)]
         return ExampleSample(image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None)
 
 

@@ -1,8 +1,8 @@
-"""Examples of downstream tasks: a text about one or several pictures, and what is to be said of it.
+"""Examples of downstream tasks: a text about one or several images, and what is to be said of it.
 
 A question about a photo, a sentence about two, a hypothesis: one contract for all. Sources live with the tasks.
 
-Shapes: B examples, P pictures an example, T tokens, K labels, A answers of all examples, H and W pixels.
+Shapes: B examples, P images an example, T tokens, K labels, A answers of all examples, H and W pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -17,11 +17,11 @@ from maskvlm.data.text import CaptionTokens
 
 
 class Example(TypedDict):
-    """One text about pictures, as a source hands it out.
+    """One text about images, as a source hands it out.
 
     Attributes:
         images: encoded bytes, a path, or a Pillow image each; as many in every example of a source.
-        image_ids: of the pictures; the same photo has the same id in every data set (`coco 458752`).
+        image_ids: of the images; the same photo has the same id in every data set (`coco 458752`).
         text: question, sentence or hypothesis.
         answers: what people answered, one label in most tasks, ten in VQA v2; empty where it is not published.
         id: the data set's own (question_id, identifier, pairID), unique in its split; predictions carry it.
@@ -54,7 +54,7 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its pictures, each at least once, without opening them."""
+        """Of all its images, each at least once, without opening them."""
         ...
 
 
@@ -64,7 +64,7 @@ class ExampleSource(ABC):
     @property
     @abstractmethod
     def labels(self) -> tuple[str, ...]:
-        """What the head decides among, in the order of its outputs; known before any picture is read."""
+        """What the head decides among, in the order of its outputs; known before any image is read."""
 
     @abstractmethod
     def split(self, name: str) -> Examples:
@@ -91,11 +91,11 @@ class ExampleBatch(NamedTuple):
         image_BPCHW: normalised RGB, float.
         token_BT, attention_BT, special_BT, word_BT: of the texts, as in `Batch`.
         target_BK: weight of each label.
-        valid_B: False where a picture could not be read: a blank row that keeps its place, with weight 0.
+        valid_B: False where an image could not be read: a blank row that keeps its place, with weight 0.
         index_B: position in the split.
         image_id_BP: 64-bit hashes.
         answers: the target answers as text.
-        examples: the examples as the source gave them, without their pictures.
+        examples: the examples as the source gave them, without their images.
         problems: (reason, message) of what could not be read or had to be mended.
     """
 
@@ -115,10 +115,10 @@ class ExampleBatch(NamedTuple):
 
 def asked(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
     """Questions of somebody who wants answers: no targets, ids of nothing."""
-    rows, pictures = image_BPCHW.shape[:2]
+    rows, images = image_BPCHW.shape[:2]
     number_B = torch.arange(rows, device=image_BPCHW.device)
     none = number_B[:0]
     nothing = AnswerTokens(none.new_zeros(0, 0), none.new_zeros(0, 0).bool(), none, image_BPCHW.new_zeros(0))
     target_BK, valid_B = image_BPCHW.new_zeros(rows, 0), torch.ones_like(number_B, dtype=torch.bool)
-    ids_BP = number_B[:, None].expand(rows, pictures)
+    ids_BP = number_B[:, None].expand(rows, images)
     return ExampleBatch(image_BPCHW, *text, target_BK, valid_B, number_B, ids_BP, nothing, ())

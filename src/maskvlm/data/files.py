@@ -1,4 +1,4 @@
-"""Files of data sets: json and lines of json whose errors name the place, and pictures found by their names.
+"""Files of data sets: json and lines of json whose errors name the place, and images found by their names.
 
 Shapes: N keys looked up.
 """
@@ -19,7 +19,7 @@ from maskvlm.data.strict_json import BadJson, json_kind, parse_json
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import Absent, ExitCode, UserError
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 """NLVR2 calls everything .png and VQA v2 everything .jpg; what is inside is found out on opening."""
 
 T = TypeVar("T")
@@ -138,14 +138,14 @@ def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layou
 
 
 def check_name(name: str, where: str) -> None:
-    """Refuse the name of a picture that would be looked for outside of the folder of pictures."""
+    """Refuse the name of an image that would be looked for outside of the folder of images."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\x00" in name or clean_caption(name)[1] == "surrogate":
-        what = f"file name {name!r} leads out of the folder of pictures or is not text"
+        what = f"file name {name!r} leads out of the folder of images or is not text"
         raise UserError(where, what, "Name files relative to that folder", ExitCode.BAD_DATA)
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
 class ImagesByKey:
@@ -162,7 +162,7 @@ class ImagesByKey:
         self._name_N = pa.array(list(name_of.values()), pa.string())
 
     def find(self, key_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Numbers for `path` and `image`, -1 where there is no such picture."""
+        """Numbers for `path` and `image`, -1 where there is no such image."""
         return pc.index_in(key_N, value_set=self._key_N).fill_null(-1).to_numpy().astype(np.int32)
 
     def path(self, number: int) -> str:
@@ -170,11 +170,11 @@ class ImagesByKey:
         return str(self.folder / self._name_N[int(number)].as_py())
 
     def image(self, number: int) -> str | bytes:
-        """A picture as examples carry it: its path, or encoded where pictures are not files."""
+        """An image as examples carry it: its path, or encoded where images are not files."""
         return self.path(number)
 
 
-def picture_folder(images: str | Path | None, root: Path, key: str = "data.source.images") -> Path:
+def image_folder(images: str | Path | None, root: Path, key: str = "data.source.images") -> Path:
     """The folder that was named, else `images/` in the root, else the root.
 
     Raises:
@@ -185,16 +185,16 @@ def picture_folder(images: str | Path | None, root: Path, key: str = "data.sourc
     if folder is beside:
         check_below(folder, root)
     if not folder.is_dir():
-        what = "there is no such folder of pictures"
+        what = "there is no such folder of images"
         raise UserError(folder, what, f"Correct {key}", ExitCode.MISSING_INPUT)
     return folder
 
 
-def picture_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> list[str]:
-    """Every picture in the folder and those in it, relative to it, sorted; not hidden ones.
+def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> list[str]:
+    """Every image in the folder and those in it, relative to it, sorted; not hidden ones.
 
     Args:
-        left_out: takes reason -> the names of pictures, and of folders, that are not looked at (see `Walk`).
+        left_out: takes reason -> the names of images, and of folders, that are not looked at (see `Walk`).
 
     Raises:
         UserError: there are none.
@@ -203,35 +203,35 @@ def picture_names(folder: Path, left_out: dict[str, list[str]] | None = None) ->
     walk = Walk(folder)
     for place, files in walk:
         inside = Path(place).relative_to(folder)
-        fitting = (name for name in files if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES)
+        fitting = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
         names += [(inside / name).as_posix() for name in fitting]
     for reason, paths in walk.left_out.items():
-        fitting = (path for path in paths if os.path.splitext(path)[1].lower() in {*PICTURE_SUFFIXES, ""})
+        fitting = (path for path in paths if os.path.splitext(path)[1].lower() in {*IMAGE_SUFFIXES, ""})
         if left_out is not None:
             left_out[reason] = [*fitting]
     if not names:
-        raise UserError(folder, "no picture in this folder", "Correct data.source.images", ExitCode.MISSING_INPUT)
+        raise UserError(folder, "no image in this folder", "Correct data.source.images", ExitCode.MISSING_INPUT)
     return sorted(names)
 
 
 def check_missing(
-    where: object, split: str, folder: Path, absent: list[str], total: int, max_missing: float, rows: str = "pictures"
+    where: object, split: str, folder: Path, absent: list[str], total: int, max_missing: float, rows: str = "images"
 ) -> None:
-    """Refuse a split that lacks too many pictures.
+    """Refuse a split that lacks too many images.
 
     Args:
-        where: names the file, or its first row without a picture.
-        absent: the pictures missed, one a row.
+        where: names the file, or its first row without an image.
+        absent: the images missed, one a row.
         total: rows of the split.
-        max_missing: the share of training rows that may lack a picture; in evaluation none may.
-        rows: what is counted, `pictures` or `examples`; an example lacks at least one of its pictures.
+        max_missing: the share of training rows that may lack an image; in evaluation none may.
+        rows: what is counted, `images` or `examples`; an example lacks at least one of its images.
     """
     most = max_missing * total if split == "train" else 0
     if len(absent) <= most and len(absent) < total:
         return
     names = list(dict.fromkeys(absent))
     first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    one, more = ("lacks a picture", "lack a picture") if rows == "examples" else ("is not", "are not")
+    one, more = ("lacks an image", "lack an image") if rows == "examples" else ("is not", "are not")
     fault = one if len(absent) == 1 else more
     what = f"{len(absent)} of {total} {rows} of split '{split}' {fault} in {folder}: {first}"
     way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"

@@ -1,4 +1,4 @@
-"""The one way every picture enters: checked by its header, then decoded, then made plain RGB.
+"""The one way every image enters: checked by its header, then decoded, then made plain RGB.
 
 Whatever goes wrong is a `BadImage` with a short reason to count by; nothing else comes out of `safe_open`.
 """
@@ -20,7 +20,7 @@ from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 Image.core.set_blocks_max(4)
-"""Blocks of at most 16 MB that Pillow keeps for its next picture instead of giving them back to the system, which would
+"""Blocks of at most 16 MB that Pillow keeps for its next image instead of giving them back to the system, which would
 have to clear them: with that, loading and augmenting takes a tenth less."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -34,7 +34,7 @@ MIN_SIDE = 8  # pixels: the smallest patch of any of our models
 MAX_SCANS = 500  # a progressive JPEG has about ten; thousands keep a decoder busy for minutes
 
 _TODO = {
-    "missing": "Check the folder of the pictures and the name",
+    "missing": "Check the folder of the images and the name",
     "unreadable": "Check the disk and the permissions",
     "bomb": "Shrink it or drop its row",
 }
@@ -56,7 +56,7 @@ _OTHER_FORMATS = {
 
 
 class BadImage(UserError):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
         reason: short key to count by: "missing", "unreadable", "empty", "not an image (text/html)",
@@ -68,7 +68,7 @@ class BadImage(UserError):
     def __init__(self, where: object, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, clean_caption(detail)[0][:200]
         codes = {"missing": ExitCode.MISSING_INPUT, "unreadable": ExitCode.IO_ERROR}
-        what = f"bad picture, {reason}" + (f" ({self.detail})" if self.detail else "")
+        what = f"bad image, {reason}" + (f" ({self.detail})" if self.detail else "")
         todo = _TODO.get(reason, "Replace it or drop its row")
         super().__init__(clean_caption(str(where))[0], what, todo, codes.get(reason, ExitCode.BAD_DATA))
 
@@ -78,7 +78,7 @@ class BadImage(UserError):
 
 
 def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | None = None) -> Image.Image:
-    """Decode a picture to 8-bit RGB, upright (EXIF applied and dropped), transparency on white.
+    """Decode an image to 8-bit RGB, upright (EXIF applied and dropped), transparency on white.
 
     Of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped; floats are taken to
     range from 0 to 1, 255 or 65,535, the first that holds them all, else from their least to their greatest.
@@ -92,7 +92,7 @@ def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | 
             size is decoded at that, which is a multiple faster; None: as it is.
 
     Raises:
-        BadImage: it is absent, not a picture, of a format not in FORMATS, damaged, under MIN_SIDE pixels, of
+        BadImage: it is absent, not an image, of a format not in FORMATS, damaged, under MIN_SIDE pixels, of
             more than MAX_PIXELS pixels (seen in the header, before decoding), or longer than MAX_ASPECT times
             its width.
     """
@@ -111,7 +111,7 @@ def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | 
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """No warnings (our cap is below Pillow's), and no half-decoded picture even where Pillow was told to."""
+    """No warnings (our cap is below Pillow's), and no half-decoded image even where Pillow was told to."""
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -206,7 +206,7 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(image: Image.Image, name: str, least: int | None, given: bool) -> Image.Image:
-    """Check the size in the header, decode, turn upright, make RGB; a picture that was given stays as it is."""
+    """Check the size in the header, decode, turn upright, make RGB; an image that was given stays as it is."""
     _check_size(*image.size, name)
     if least is not None:
         image.draft(None, (least, least))  # does nothing but to JPEG
@@ -235,7 +235,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Apply EXIF orientation in place; a picture is not refused for damaged EXIF."""
+    """Apply EXIF orientation in place; an image is not refused for damaged EXIF."""
     with suppress(Exception):  # EXIF parsing raises whatever its damaged bytes lead to
         ImageOps.exif_transpose(image, in_place=True)
 

@@ -1,6 +1,6 @@
-"""What people have, pictures in any form and texts, to what the encoders read: the inference side of `data/`.
+"""What people have, images in any form and texts, to what the encoders read: the inference side of `data/`.
 
-Shapes: B pictures, C texts, T tokens, H and W pixels.
+Shapes: B images, C texts, T tokens, H and W pixels.
 """
 
 import re
@@ -18,12 +18,12 @@ from maskvlm.data.images import safe_open
 from maskvlm.data.text import Captioner, CaptionTokens, clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
-Picture = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor
+ImageInput = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor
 """A path, encoded bytes, an open file, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit
 numbers, or floats from 0 to 1."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of file names that people give for pictures."""
+"""Of file names that people give for images."""
 
 MASK = "[MASK]"
 """How people write a hidden word, whatever the tokenizer calls it."""
@@ -36,16 +36,16 @@ def as_list(given: Any) -> tuple[list[Any], bool]:
     return [given], True
 
 
-def is_picture(given: object) -> bool:
-    """Whether this is a picture rather than a text: of strings those that name a file."""
+def is_image(given: object) -> bool:
+    """Whether this is an image rather than a text: of strings those that name a file."""
     return not isinstance(given, str) or (len(given) < 4096 and "\0" not in given and Path(given).is_file())
 
 
-def picture(given: Picture, name: str = "picture") -> Image.Image:
+def open_image(given: ImageInput, name: str = "image") -> Image.Image:
     """Upright 8-bit RGB.
 
     Raises:
-        BadImage: it cannot be read, is no picture, or too large.
+        BadImage: it cannot be read, is no image, or too large.
         UserError: an array or tensor of another shape or range.
     """
     if isinstance(given, Tensor | np.ndarray):
@@ -60,7 +60,7 @@ def picture(given: Picture, name: str = "picture") -> Image.Image:
         given = given.read()
     if not isinstance(given, str | bytes | Image.Image):
         todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
-        raise UserError(name, f"{type(given).__name__} is no picture", todo)
+        raise UserError(name, f"{type(given).__name__} is no image", todo)
     return safe_open(given, name)
 
 
@@ -85,9 +85,9 @@ def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
 
 
 def check_absent(given: Iterable[object]) -> None:
-    """Raises UserError where a string looks like the file of a picture that is not there (66)."""
+    """Raises UserError where a string looks like the file of an image that is not there (66)."""
     for each in given:
-        if isinstance(each, str) and Path(each).suffix.lower() in SUFFIXES and not is_picture(each):
+        if isinstance(each, str) and Path(each).suffix.lower() in SUFFIXES and not is_image(each):
             raise UserError(each, "no such file", "Check the path", ExitCode.MISSING_INPUT)
 
 

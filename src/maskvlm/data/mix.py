@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from maskvlm.data.batch import Row, Source
-from maskvlm.data.subset import WEIGHT, Ids, first_pictures, row_ids
+from maskvlm.data.subset import WEIGHT, Ids, first_images, row_ids
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -26,8 +26,8 @@ class MixedPairs:
 
     Args:
         parts: name -> its training split.
-        weights: name -> how often each of its pictures is shown in an epoch.
-        seed: which pictures a weight below 1 keeps; those of a smaller weight are among those of a larger.
+        weights: name -> how often each of its images is shown in an epoch.
+        seed: which images a weight below 1 keeps; those of a smaller weight are among those of a larger.
 
     Attributes:
         ends: where each part's rows end.
@@ -65,7 +65,7 @@ class MixedPairs:
         return part, int(self.rows[part][index - self.ends[part]])  # counted from its end
 
     def captions(self, index: int) -> list[str]:
-        """The captions of a picture, without building the rest of its row."""
+        """The captions of an image, without building the rest of its row."""
         part, row = self.place(index)
         return self.parts[part].captions(row)
 
@@ -79,17 +79,17 @@ class MixedPairs:
         return pa.chunked_array([chunk for column in taken for chunk in column.chunks], taken[0].type)
 
     def row_ids(self) -> Ids:
-        """63-bit hash of each row's picture's id, (N, 1)."""
+        """63-bit hash of each row's image's id, (N, 1)."""
         parts = zip(self.ids, self.rows, strict=True)
         return np.concatenate([ids[rows] for ids, rows in parts])[:, None]
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its pictures, each once, without opening them."""
+        """Of all its images, each once, without opening them."""
         for image in pc.unique(self.column("image_id")):
             yield image.as_py()
 
     def shared(self) -> dict[tuple[str, str], int]:
-        """How many pictures two sets of the mix share, by their ids; without the pairs of sets that share none."""
+        """How many images two sets of the mix share, by their ids; without the pairs of sets that share none."""
         different = [np.unique(ids[rows]) for ids, rows in zip(self.ids, self.rows, strict=True)]
         both = {
             (self.names[one], self.names[other]): len(np.intersect1d(different[one], different[other], True))
@@ -105,9 +105,9 @@ def _ids(pairs: "PreparedPairs") -> Ids:
 
 
 def _weighted(ids_N: Ids, weight: float, seed: int) -> NDArray[np.int64]:
-    """All rows as often as the weight's whole part says; for the rest of it, those of the first pictures."""
+    """All rows as often as the weight's whole part says; for the rest of it, those of the first images."""
     often, rest = divmod(weight, 1)
-    more = [first_pictures(ids_N, rest, seed, WEIGHT)] if rest else []
+    more = [first_images(ids_N, rest, seed, WEIGHT)] if rest else []
     return np.concatenate([*[np.arange(len(ids_N))] * int(often), *more])
 
 
@@ -117,11 +117,11 @@ class Mix(Source):
     A photo that is in two of them stays in both, as its captions differ: how many there are is told.
 
     Args:
-        sets: name of a folder under the root -> how often each of its pictures is shown in an epoch. 0.5 shows a
+        sets: name of a folder under the root -> how often each of its images is shown in an epoch. 0.5 shows a
             seeded half of them, always the same; 1.5 all, and that half twice.
         evaluate: the set whose `val` and `test` measure; it need not be in the mix.
         root: the folder that holds one folder a set.
-        seed: which pictures a weight below 1 keeps.
+        seed: which images a weight below 1 keeps.
     """
 
     def __init__(self, sets: dict[str, float], evaluate: str, root: str = "data", seed: int = 0) -> None:
@@ -137,7 +137,7 @@ class Mix(Source):
         """The mix for `train`; of every other split that of the set that evaluates.
 
         Raises:
-            UserError: a set is not prepared, or a weight leaves none of its pictures.
+            UserError: a set is not prepared, or a weight leaves none of its images.
         """
         from maskvlm.data.prepared.source import Prepared
 
@@ -152,7 +152,7 @@ class Mix(Source):
         pairs = MixedPairs({each: Prepared(str(self.root / each)).split(name) for each in wanted}, self.sets, self.seed)
         for each, rows in zip(pairs.names, pairs.rows, strict=True):
             if not len(rows):
-                what = f"weight {self.sets[each]} leaves none of its pictures"
+                what = f"weight {self.sets[each]} leaves none of its images"
                 raise UserError(f"data.source.sets.{each}", what, "Give a larger one, or leave the set out")
         self._tell(pairs)
         return pairs
@@ -162,4 +162,4 @@ class Mix(Source):
             counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(pairs.names, pairs.rows, strict=True))
             print(f"mix of {len(pairs)} rows an epoch: {counts}", flush=True)
             for (one, other), count in pairs.shared().items():
-                print(f"{count} pictures are in {one} and in {other}: kept in both, captions differ", flush=True)
+                print(f"{count} images are in {one} and in {other}: kept in both, captions differ", flush=True)

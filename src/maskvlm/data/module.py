@@ -20,7 +20,7 @@ from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExampl
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
-from maskvlm.data.subset import fraction_of, picture_ids
+from maskvlm.data.subset import fraction_of, hashed_image_ids
 from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
 from maskvlm.data.unknown import check_unknown, some_captions, some_texts
@@ -32,23 +32,23 @@ MOST_LISTED = 1000
 
 
 class PairData(L.LightningDataModule):
-    """Pictures with texts: captions for pre-training and retrieval, or the examples of a downstream task.
+    """Images with texts: captions for pre-training and retrieval, or the examples of a downstream task.
 
     Args:
         source: the data set's reader.
         spec: linked from the backbone; not set by hand.
         batch_size: pairs (or examples) in a global batch, over all processes and accumulated passes.
         steps: length of the run in batches; or
-        epochs: in passes over the training pictures (each with one caption). Exactly one of the two.
+        epochs: in passes over the training images (each with one caption). Exactly one of the two.
         seed: of order, captions and augmentation.
         workers: processes that read ahead; 0 reads in the main process. None: with a GPU as many as this process's
             share of the cores, at most 12; without one 0, as the cores have enough to do.
-        eval_batch_size: pictures (with all their captions) in an evaluation batch.
+        eval_batch_size: images (with all their captions) in an evaluation batch.
         accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
-        captions: captions shown with each picture of a training batch.
+        captions: captions shown with each image of a training batch.
         max_bad_fraction: the run stops when more than this share of the samples could not be read.
-        fraction: train on this part of the training pictures, chosen by `seed`; a smaller part is inside a larger one.
+        fraction: train on this part of the training images, chosen by `seed`; a smaller part is inside a larger one.
         held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on (`contamination.py`).
         contamination: what happens where some are: `refuse`, or `drop` them.
         max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
@@ -156,14 +156,14 @@ class PairData(L.LightningDataModule):
         card["sha"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
         return card
 
-    def picture_ids(self, split: str) -> Tensor | None:
-        """64-bit hashes of a split's picture ids, sorted, each once; None where its source cannot tell them without
-        opening the pictures."""
-        ids = picture_ids(self.splits[split])
+    def hashed_image_ids(self, split: str) -> Tensor | None:
+        """64-bit hashes of a split's image ids, sorted, each once; None where its source cannot tell them without
+        opening the images."""
+        ids = hashed_image_ids(self.splits[split])
         return None if ids is None else torch.from_numpy(ids.astype("int64"))
 
     def left_out(self) -> dict[str, int] | None:
-        """Held-out split -> training rows left out as they show its pictures; None where none is held out."""
+        """Held-out split -> training rows left out as they show its images; None where none is held out."""
         return leaks_left_out(self.splits["train"], self.held_out) if self.held_out else None
 
     @property
@@ -237,7 +237,7 @@ class PairData(L.LightningDataModule):
         return self._evaluation(self.splits["test"])
 
     def _evaluation(self, pairs: Any) -> DataLoader[Any]:
-        """Each process takes its own batches: no picture is padded in or counted twice, and a batch (whose masks
+        """Each process takes its own batches: no image is padded in or counted twice, and a batch (whose masks
         and wrong partners depend on what is in it) is the same for any number of processes that the batches of
         `eval_batch_size` suffice for."""
         size, whole = size_for_all(len(pairs), self.eval_batch_size, world_size()), range(len(pairs))

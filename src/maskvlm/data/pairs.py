@@ -31,7 +31,7 @@ class ProcessShare(NamedTuple):
 
 
 class Sample(TypedDict):
-    """One picture and the captions shown with it; `problem` is (reason, message) or None. image_CHW: normalised floats,
+    """One image and the captions shown with it; `problem` is (reason, message) or None. image_CHW: normalised floats,
     or bytes that `Collate` normalises."""
 
     image_CHW: Tensor
@@ -44,7 +44,7 @@ class Sample(TypedDict):
 
 
 class TrainPairs(Dataset[Sample]):
-    """One caption a picture (or `captions` of them), others each epoch; augmentation seeded by (seed, epoch, index).
+    """One caption an image (or `captions` of them), others each epoch; augmentation seeded by (seed, epoch, index).
 
     A row that cannot be read becomes a hole that keeps its place in the batch (blank, without words, weight 0),
     so that processes stay in step and no other sample moves.
@@ -107,12 +107,12 @@ class TrainPairs(Dataset[Sample]):
 
 
 def as_bytes(image: Image.Image) -> Tensor:
-    """An RGB picture as bytes, (3, H, W), a quarter of its floats."""
+    """An RGB image as bytes, (3, H, W), a quarter of its floats."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class EvalPairs(Dataset[Sample]):
-    """Every picture with all its captions; a row that cannot be read is an error, never skipped."""
+    """Every image with all its captions; a row that cannot be read is an error, never skipped."""
 
     def __init__(self, pairs: Pairs, transform: Transform, image_size: int) -> None:
         self.pairs, self.transform, self.image_size = pairs, transform, image_size
@@ -143,7 +143,7 @@ class Collate:
 
     Args:
         captioner: captions to tokens.
-        normalise: for pictures that come as bytes.
+        normalise: for images that come as bytes.
     """
 
     def __init__(self, captioner: Captioner, normalise: ToTensor | None = None) -> None:
@@ -154,7 +154,7 @@ class Collate:
         counts = torch.tensor([len(sample["captions"]) for sample in samples])
         grounds = [sample["foreground"] for sample in samples if sample["foreground"] is not None]
         return Batch(
-            self.pictures([sample["image_CHW"] for sample in samples]),
+            self.image_batch([sample["image_CHW"] for sample in samples]),
             *self.captioner(captions),
             torch.arange(len(samples)).repeat_interleave(counts),
             torch.tensor([stable_id(sample["image_id"]) for sample in samples]),
@@ -166,9 +166,9 @@ class Collate:
             tuple(captions),
         )
 
-    def pictures(self, images: list[Tensor]) -> Tensor:
-        """The pictures of a batch as floats; in a data worker written where the main process reads them (as torch's
-        own collation does), which saves 0.5 ms of 2.2 a picture of 224 pixels."""
+    def image_batch(self, images: list[Tensor]) -> Tensor:
+        """The images of a batch as floats; in a data worker written where the main process reads them (as torch's
+        own collation does), which saves 0.5 ms of 2.2 an image of 224 pixels."""
         size = (len(images), *images[0].shape)
         shared = torch.UntypedStorage._new_shared(4 * math.prod(size)) if get_worker_info() else None
         image_BCHW = torch.empty(size) if shared is None else torch.empty(0).set_(shared).view(size)

@@ -1,8 +1,8 @@
-"""A perceptual hash: near copies of a picture (encoded again, resized, grey) differ in few of its 64 bits.
+"""A perceptual hash: near copies of an image (encoded again, resized, grey) differ in few of its 64 bits.
 
 Whole numbers all the way, so that every machine arrives at the same bits.
 
-Shapes: S side of the small grey picture, F frequencies a side, N and M hashes.
+Shapes: S side of the small grey image, F frequencies a side, N and M hashes.
 """
 
 import math
@@ -33,7 +33,7 @@ BIT_N = np.left_shift(np.uint64(1), np.arange(FREQUENCIES**2, dtype=np.uint64))
 def phash(image: Image.Image) -> int:
     """64 bits: which of the 64 lowest frequencies are above their median (the constant one counts as below).
 
-    A picture of one colour has 0, as have all pictures of one colour: 0 says nothing about being copies.
+    An image of one colour has 0, as have all images of one colour: 0 says nothing about being copies.
 
     Args:
         image: RGB or grey.
@@ -53,7 +53,7 @@ def distance(first: int, second: int) -> int:
 
 
 def near(hash_N: Ids, hash_M: Ids, bits: int = NEAR) -> NDArray[np.bool_]:
-    """Whether a row's hash is within so many bits of one of the others. 0, a picture of one colour, is near nothing.
+    """Whether a row's hash is within so many bits of one of the others. 0, an image of one colour, is near nothing.
 
     Hashes that differ in at most 8 bits differ in at most 2 in one of any three of their parts of 16 bits: only rows
     whose part is that near are looked at, 0.2 % of them for each part. 3 million against 5,000 take two seconds.
@@ -85,7 +85,7 @@ def _part(hashes: Ids, band: int) -> NDArray[np.uint16]:
 
 
 def _portions(count_M: NDArray[np.int64]) -> list[slice]:
-    """Consecutive runs that hold about MOST in all: many pictures may share one hash."""
+    """Consecutive runs that hold about MOST in all: many images may share one hash."""
     total_M = np.cumsum(count_M)
     cut = np.searchsorted(total_M, np.arange(MOST, int(total_M[-1]) if len(total_M) else 0, MOST)) + 1
     ends = [0, *np.unique(cut).tolist(), len(count_M)]

@@ -1,4 +1,4 @@
-"""A contact sheet: what a data set looks like, pictures with their captions, before any training."""
+"""A contact sheet: what a data set looks like, images with their captions, before any training."""
 
 import textwrap
 from pathlib import Path
@@ -12,26 +12,26 @@ from maskvlm.data.images import safe_open
 from maskvlm.utils.errors import ExitCode, UserError
 
 COLUMNS = 4
-WRAP = 62  # characters a line of caption, what fits under a picture at the sizes below
+WRAP = 62  # characters a line of caption, what fits under an image at the sizes below
 MOST_CAPTIONS, MOST_CHARACTERS = 5, 180  # more of either would run into the next row
-PICTURE_INCHES, CAPTION_INCHES, LINE_INCHES = 2.4, 4.0, 0.125
+IMAGE_INCHES, CAPTION_INCHES, LINE_INCHES = 2.4, 4.0, 0.125
 
 
 def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
-    """Write a PNG of `count` pictures, spread evenly over the data set, each above its captions.
+    """Write a PNG of `count` images, spread evenly over the data set, each above its captions.
 
-    A row that cannot be read leaves its reason in the picture's place. Small pictures are shown pixel by
+    A row that cannot be read leaves its reason in the image's place. Small images are shown pixel by
     pixel, large ones smoothed.
 
     Returns:
         `path`; its folder is made when missing.
 
     Raises:
-        UserError: no pictures to show, or the file cannot be written.
+        UserError: no images to show, or the file cannot be written.
     """
     count = min(count, len(pairs))
     if count < 1:
-        raise UserError("preview", "no pictures to show", "Check the data set and the count")
+        raise UserError("preview", "no images to show", "Check the data set and the count")
     indices = [number * len(pairs) // count for number in range(count)]
     figure = draw_sheet([read_row(pairs, index) for index in indices])
     try:
@@ -44,7 +44,7 @@ def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
 
 
 def read_row(pairs: Pairs, index: int) -> Row | UserError:
-    """The row with its picture opened, or why it cannot be read."""
+    """The row with its image opened, or why it cannot be read."""
     try:
         row = pairs[index]
         return Row(
@@ -58,7 +58,7 @@ def read_row(pairs: Pairs, index: int) -> Row | UserError:
 
 
 def wrapped(captions: list[str]) -> list[str]:
-    """The lines that stand below a picture: each caption starts with a dash and goes on indented."""
+    """The lines that stand below an image: each caption starts with a dash and goes on indented."""
     lines = []
     for caption in captions[:MOST_CAPTIONS]:
         text = textwrap.shorten(caption, MOST_CHARACTERS, placeholder=" ...")
@@ -77,7 +77,7 @@ def draw_sheet(rows: list[Row | UserError]) -> Figure:
 
 
 class Layout(NamedTuple):
-    """Of a sheet: columns, heights of pictures and captions in turn, width and height in inches."""
+    """Of a sheet: columns, heights of images and captions in turn, width and height in inches."""
 
     columns: int
     heights: list[float]
@@ -90,7 +90,7 @@ def lay_out(rows: list[Row | UserError]) -> Layout:
     columns = min(COLUMNS, len(rows))
     heights = []
     for first in range(0, len(rows), columns):
-        heights += [PICTURE_INCHES, LINE_INCHES * (max(counts[first : first + columns]) + 2)]
+        heights += [IMAGE_INCHES, LINE_INCHES * (max(counts[first : first + columns]) + 2)]
     return Layout(columns, heights, (columns * CAPTION_INCHES, sum(heights)))
 
 
@@ -101,20 +101,20 @@ def fill_sheet(figure: FigureBase, rows: list[Row | UserError], layout: Layout) 
         axes.set_axis_off()
     for number, row in enumerate(rows):
         line, column = divmod(number, layout.columns)
-        draw_picture(grid[2 * line, column], row)
+        draw_image(grid[2 * line, column], row)
         text = [] if isinstance(row, UserError) else wrapped(row["captions"])
         print_text(grid[2 * line + 1, column], "\n".join(text))
 
 
-def draw_picture(axes: Axes, row: Row | UserError) -> None:
-    """The picture under its id, or the reason why there is none."""
+def draw_image(axes: Axes, row: Row | UserError) -> None:
+    """The image under its id, or the reason why there is none."""
     if isinstance(row, UserError):
         print_text(axes, textwrap.fill(f"not readable: {row}", WRAP))
         return
-    picture = row["image"]
-    assert not isinstance(picture, bytes | str)
+    image = row["image"]
+    assert not isinstance(image, bytes | str)
     axes.set_title(row["image_id"], fontsize=8, parse_math=False)
-    axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
+    axes.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
 
 
 def print_text(axes: Axes, text: str, size: float = 7.5) -> None:

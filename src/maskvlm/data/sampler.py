@@ -92,6 +92,6 @@ def size_for_all(count: int, most: int, world: int) -> int:
         UserError: there are fewer rows than processes.
     """
     if count < world:
-        what = f"{count} pictures are fewer than the {world} processes that measure them"
+        what = f"{count} images are fewer than the {world} processes that measure them"
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
     return min(most, count // world)

@@ -1,6 +1,6 @@
-"""Parts of a split chosen by picture, before any picture is opened: seeded, and the small inside the large.
+"""Parts of a split chosen by image, before any image is opened: seeded, and the small inside the large.
 
-Shapes: N rows, P pictures a row.
+Shapes: N rows, P images a row.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def photo_of_id(image_id: str) -> str:
 
     Sets that are known by name have such ids anyway (`RawRow.image_id`). The ids of people's own sets are the names of
     their files: "mine images/1000268201_693b08cb0e.jpg" is the photo that Flickr30k calls 1000268201.jpg. A number
-    alone proves nothing, as most sets count their pictures.
+    alone proves nothing, as most sets count their images.
     """
     found = _FLICKR.fullmatch(image_id) if "_" in image_id else None
     return f"flickr {found[1]}" if found else image_id
@@ -66,8 +66,8 @@ def hash_of_photo(image_id: str) -> int:
 
 
 def row_ids(pairs: Any) -> Ids | None:
-    """Hashes (`hash_of_photo`) of the ids of each row's pictures, (N, P); None where they cannot be told without
-    opening the pictures."""
+    """Hashes (`hash_of_photo`) of the ids of each row's images, (N, P); None where they cannot be told without
+    opening the images."""
     if isinstance(pairs, Chosen):
         whole = row_ids(pairs.pairs)
         return None if whole is None else whole[pairs.row_N]
@@ -82,7 +82,7 @@ def row_ids(pairs: Any) -> Ids | None:
 
 
 def row_hashes(pairs: Any) -> Ids | None:
-    """Perceptual hash of each row's picture, (N); None where the split has none."""
+    """Perceptual hash of each row's image, (N); None where the split has none."""
     if isinstance(pairs, Chosen):
         whole = row_hashes(pairs.pairs)
         return None if whole is None else whole[pairs.row_N]
@@ -90,8 +90,8 @@ def row_hashes(pairs: Any) -> Ids | None:
     return None if column is None else column.to_numpy()
 
 
-def picture_ids(pairs: Any) -> Ids | None:
-    """As `row_ids`, each picture once, sorted."""
+def hashed_image_ids(pairs: Any) -> Ids | None:
+    """As `row_ids`, each image once, sorted."""
     ids_NP = row_ids(pairs)
     if ids_NP is not None:
         return np.unique(ids_NP)
@@ -114,13 +114,13 @@ def _texts(ids: pa.ChunkedArray) -> Iterator[str]:
 
 
 def _hashed(texts: Iterable[str], rows: int) -> Ids | None:
-    """(N, P), or None where not every row has as many: some splits name each picture once for all its rows."""
+    """(N, P), or None where not every row has as many: some splits name each image once for all its rows."""
     ids = np.fromiter(map(hash_of_photo, texts), np.uint64)
     return ids.reshape(rows, -1) if rows and len(ids) and len(ids) % rows == 0 else None
 
 
 def lots(ids_N: Ids, seed: int, purpose: int) -> Ids:
-    """Each picture's place in a seeded order of all pictures there could be; different ones never share it.
+    """Each image's place in a seeded order of all images there could be; different ones never share it.
 
     Args:
         ids_N: hashes of ids.
@@ -133,8 +133,8 @@ def lots(ids_N: Ids, seed: int, purpose: int) -> Ids:
     return lot_N ^ (lot_N >> np.uint64(31))
 
 
-def first_pictures(ids_N: Ids, share: float, seed: int, purpose: int) -> NDArray[np.int64]:
-    """Rows of the first round(share * pictures) pictures in the order of their lots; all rows of a picture, or none."""
+def first_images(ids_N: Ids, share: float, seed: int, purpose: int) -> NDArray[np.int64]:
+    """Rows of the first round(share * images) images in the order of their lots; all rows of an image, or none."""
     lot_N = lots(ids_N, seed, purpose)
     different = np.unique(lot_N)
     count = round(share * len(different))
@@ -142,26 +142,26 @@ def first_pictures(ids_N: Ids, share: float, seed: int, purpose: int) -> NDArray
 
 
 def fraction_of(pairs: Any, fraction: float, seed: int) -> Any:
-    """A part of a training split: with the same seed, 10 % of the pictures are among 25 % of them.
+    """A part of a training split: with the same seed, 10 % of the images are among 25 % of them.
 
-    A picture's rows stay together; an example of several pictures goes with its first.
+    An image's rows stay together; an example of several images goes with its first.
 
     Args:
         fraction: above 0, at most 1 (all).
 
     Raises:
-        UserError: it is out of range or leaves nothing, or the split does not know its pictures' ids.
+        UserError: it is out of range or leaves nothing, or the split does not know its images' ids.
     """
     if not 0 < fraction <= 1:
-        raise UserError("data.fraction", f"{fraction} is no part of the pictures", "Give a number above 0, at most 1")
+        raise UserError("data.fraction", f"{fraction} is no part of the images", "Give a number above 0, at most 1")
     if fraction == 1:
         return pairs
     ids_NP = row_ids(pairs)
     if ids_NP is None:
-        what = "this data set does not tell its pictures' ids without opening them"
+        what = "this data set does not tell its images' ids without opening them"
         raise UserError("data.fraction", what, "Set it to 1, or prepare the data (make data)")
-    row_N = first_pictures(ids_NP[:, 0], fraction, seed, FRACTION)
+    row_N = first_images(ids_NP[:, 0], fraction, seed, FRACTION)
     if not len(row_N):
-        what = f"{fraction} of {len(np.unique(ids_NP[:, 0]))} pictures is none"
+        what = f"{fraction} of {len(np.unique(ids_NP[:, 0]))} images is none"
         raise UserError("data.fraction", what, "Give a larger part", ExitCode.USAGE)
     return Chosen(pairs, row_N, f"fraction {fraction} seed {seed}", {})

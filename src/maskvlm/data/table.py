@@ -1,9 +1,9 @@
 """Data sets as memory-mapped Arrow tables, made once and kept, and the examples that such a table hands out.
 
 A table is named by the content of its files, so that it is made again when they change and several runs share
-it; neither a large annotation file nor many processes cost memory. Pictures stay files until they are needed.
+it; neither a large annotation file nor many processes cost memory. Images stay files until they are needed.
 
-Shapes: N rows, P pictures a row.
+Shapes: N rows, P images a row.
 """
 
 import hashlib
@@ -135,7 +135,7 @@ class RowOrigin(NamedTuple):
 
 
 EXAMPLE_COLUMNS: Columns = {
-    "images": ["string"],  # the ids of a row's pictures
+    "images": ["string"],  # the ids of a row's images
     "text": "string",  # cleaned; "" where nothing was left
     "answers": ["string"],
     "id": "string",
@@ -200,7 +200,7 @@ class TableRows:
 
 
 class TableExamples:
-    """Rows of an examples table with their pictures (an `Examples`).
+    """Rows of an examples table with their images (an `Examples`).
 
     Attributes:
         row_N: which rows of the table.
@@ -209,10 +209,10 @@ class TableExamples:
     """
 
     def __init__(
-        self, table: Table, row_N: np.ndarray, number_NP: np.ndarray, pictures: ImagesByKey, origin: RowOrigin
+        self, table: Table, row_N: np.ndarray, number_NP: np.ndarray, images: ImagesByKey, origin: RowOrigin
     ) -> None:
         self.row_N, self.skipped = row_N, dict[str, list[str]]()
-        self._rows, self._number_NP, self._pictures, self._origin = table.rows, number_NP, pictures, origin
+        self._rows, self._number_NP, self._images, self._origin = table.rows, number_NP, images, origin
         identity = f"{EXAMPLE_VERSION} {table.name}".encode() + row_N.astype(np.int64).tobytes()
         self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
 
@@ -222,7 +222,7 @@ class TableExamples:
     def __getitem__(self, index: int, /) -> Example:
         row = self._rows[int(self.row_N[index])]
         return Example(
-            images=[self._pictures.image(number) for number in self._number_NP[index]],
+            images=[self._images.image(number) for number in self._number_NP[index]],
             image_ids=row["images"],
             text=row["text"],
             answers=row["answers"],
@@ -233,7 +233,7 @@ class TableExamples:
         )
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its pictures, each once, without opening them."""
+        """Of all its images, each once, without opening them."""
         for image in pc.unique(pc.list_flatten(self.column("images"))):
             yield image.as_py()
 
@@ -246,7 +246,7 @@ def choose_rows(
     table: Table,
     origin: RowOrigin,
     split: str,
-    pictures: ImagesByKey,
+    images: ImagesByKey,
     max_missing: float,
     drop: dict[str, np.ndarray] | None = None,
     if_dropped: str | None = "Take the complete file",
@@ -255,12 +255,12 @@ def choose_rows(
 
     Args:
         split: `train` leaves rows out and lists them; in all others an unusable row is an error.
-        max_missing: the share of training rows that may lack a picture.
+        max_missing: the share of training rows that may lack an image.
         drop: reason -> True (N) on rows that training leaves out for it.
         if_dropped: what to do where `drop` leaves no row; None where the split may be empty.
 
     Raises:
-        UserError: nothing is left, too many pictures are absent, or evaluation would have to leave a row out.
+        UserError: nothing is left, too many images are absent, or evaluation would have to leave a row out.
     """
     empty_N = np.asarray(table.rows.data.column("text").to_numpy()) == ""
     place_N = table.rows.data.column("place").to_numpy()
@@ -273,24 +273,24 @@ def choose_rows(
         skipped[reason] = place_N[kept_N & out_N].tolist()
         kept_N &= ~out_N
     images_N = table.rows.data.column("images")
-    number_NP = pictures.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)  # -1: absent
+    number_NP = images.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)  # -1: absent
     absent_N = kept_N & (number_NP < 0).any(1)
     if absent_N.any():
-        skipped["missing picture"] = place_N[absent_N].tolist()
+        skipped["missing image"] = place_N[absent_N].tolist()
         where, absent = origin.full(place_N[absent_N][0]), _absent(table, absent_N, number_NP)
-        check_missing(where, split, pictures.folder, absent, int(kept_N.sum()), max_missing, "examples")
+        check_missing(where, split, images.folder, absent, int(kept_N.sum()), max_missing, "examples")
     row_N = np.flatnonzero(kept_N & ~absent_N)
     if not len(row_N) and if_dropped:
         reasons = ", ".join(f"{reason}: {len(places)}" for reason, places in skipped.items() if places)
         todo = if_dropped if any(skipped[reason] for reason in drop or {}) else "Take the complete file"
         raise UserError(origin.file, f"no example is left ({reasons})", todo, ExitCode.BAD_DATA)
-    examples = TableExamples(table, row_N, number_NP[row_N], pictures, origin)
+    examples = TableExamples(table, row_N, number_NP[row_N], images, origin)
     examples.skipped = {reason: [*map(origin.short, places)] for reason, places in skipped.items() if places}
     return examples
 
 
 def _absent(table: Table, absent_N: np.ndarray, number_NP: np.ndarray) -> list[str]:
-    """The first absent picture of each of these rows."""
+    """The first absent image of each of these rows."""
     first_N = (number_NP < 0).argmax(1)
     images = table.rows.data.column("images").filter(pa.array(absent_N)).to_pylist()
     return [each[first] for each, first in zip(images, first_N[absent_N], strict=True)]

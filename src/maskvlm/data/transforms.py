@@ -1,6 +1,6 @@
-"""Pictures to tensors: augmentation for training, plain resizing for evaluation (torchvision v2).
+"""Images to tensors: augmentation for training, plain resizing for evaluation (torchvision v2).
 
-All randomness comes from torch's global generator, so a seed per sample fixes the picture.
+All randomness comes from torch's global generator, so a seed per sample fixes the image.
 """
 
 import math
@@ -39,7 +39,7 @@ def names_colour(caption: str) -> bool:
 
 
 def names_side(caption: str) -> bool:
-    """Whether an English caption says left or right; mirroring the picture would make it untrue."""
+    """Whether an English caption says left or right; mirroring the image would make it untrue."""
     return _SIDE_WORDS.search(caption) is not None
 
 
@@ -80,22 +80,22 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 
 
 class TrainTransform:
-    """Augment one picture as far as its caption stays true.
+    """Augment one image as far as its caption stays true.
 
     Random resized crop, mirror, RandAugment, normalise: the order and the defaults of ALBEF's pre-training,
     the field's baseline; the paper names crop and RandAugment.
 
     Args:
         spec: size, mean and standard deviation from the encoder.
-        crop_scale: least and greatest share of the picture's area that a crop keeps.
+        crop_scale: least and greatest share of the image's area that a crop keeps.
         randaugment: number of operations and magnitude (0 to 30), or None for none.
         colour: RandAugment may change colours.
-        flip: mirror half of the pictures.
+        flip: mirror half of the images.
         caption_aware: no colour change where the caption names a colour, no mirroring where it names a side
             (English words).
 
     Attributes:
-        least: pixels of a picture's shorter side that suffice: every crop then has as many as the tensor or more. A
+        least: pixels of an image's shorter side that suffice: every crop then has as many as the tensor or more. A
             JPEG that has them at half its size or less may be decoded at that (`safe_open`).
     """
 
@@ -116,11 +116,11 @@ class TrainTransform:
         self.least = math.ceil(spec.image_size / math.sqrt(crop_scale[0] * SQUAREST))
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
-        """Turn an RGB picture into a normalised float tensor (3, image_size, image_size)."""
+        """Turn an RGB image into a normalised float tensor (3, image_size, image_size)."""
         return self._tensor(self.augment(image, caption))
 
     def augment(self, image: Image.Image, caption: str) -> Image.Image:
-        """All but the last step: a picture of image_size x image_size."""
+        """All but the last step: an image of image_size x image_size."""
         image = self._crop(image)
         if self.flip and not (self.caption_aware and names_side(caption)):
             image = self._mirror(image)
@@ -141,7 +141,7 @@ def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.T
 
 
 class ToTensor:
-    """An RGB picture as a float tensor (3, H, W), normalised: bit by bit what PILToTensor, ToDtype(scale=True) and
+    """An RGB image as a float tensor (3, H, W), normalised: bit by bit what PILToTensor, ToDtype(scale=True) and
     Normalize give, without their copies between (0.1 ms instead of 0.3 at 224 pixels)."""
 
     def __init__(self, spec: InputSpec) -> None:
@@ -158,7 +158,7 @@ class ToTensor:
 
 
 class EvalTransform:
-    """Resize to image_size x image_size (bicubic, the whole picture, proportions not kept) and normalise.
+    """Resize to image_size x image_size (bicubic, the whole image, proportions not kept) and normalise.
 
     No crop: a caption may speak of the border (ALBEF's convention).
     """
@@ -168,7 +168,7 @@ class EvalTransform:
         self._tensor = ToTensor(spec)
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
-        """Turn an RGB picture into a normalised float tensor (3, image_size, image_size); no randomness."""
+        """Turn an RGB image into a normalised float tensor (3, image_size, image_size); no randomness."""
         return self._tensor(self._resize(image))
 
 

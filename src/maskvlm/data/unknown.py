@@ -19,7 +19,7 @@ MOST_ROWS = 300
 
 
 def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
-    """The captions of at most `most` pictures evenly spread over a split: enough to learn a vocabulary from."""
+    """The captions of at most `most` images evenly spread over a split: enough to learn a vocabulary from."""
     if hasattr(pairs, "first_captions"):  # a streamed split has no order to spread over
         yield from pairs.first_captions(most)
         return
@@ -46,7 +46,7 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
         while isinstance(pairs, Chosen):
             pairs, row = pairs.pairs, int(pairs.row_N[row])
         name = pairs.source(row) if hasattr(pairs, "source") else ""
-        if hasattr(pairs, "captions"):  # without opening the picture
+        if hasattr(pairs, "captions"):  # without opening the image
             yield name, [str(getattr(caption, "text", caption)) for caption in pairs.captions(row)]
         else:
             found = pairs[row]

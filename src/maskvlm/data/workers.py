@@ -86,7 +86,7 @@ BOARDS: list[Board] = []  # of the loaders of this process, the newest last
 
 
 def at(origin: str, image_id: str = "") -> None:
-    """What is read is this row: its data set tells as soon as it knows, before the picture is decoded."""
+    """What is read is this row: its data set tells as soon as it knows, before the image is decoded."""
     NOTE(READS, NOTE.now.sample, f"{origin}, {image_id}" if image_id not in origin else origin)
 
 
@@ -217,7 +217,7 @@ def check_shared(batch: int, workers: int, processes: int = 1) -> None:
     """Before workers start: whether what they prepare finds a place.
 
     Args:
-        batch: bytes of one batch's pictures.
+        batch: bytes of one batch's images.
         workers: of one process.
         processes: that share this machine.
 

@@ -1,4 +1,4 @@
-"""What the page shows: answers as HTML, every word of it escaped, and pictures of patches."""
+"""What the page shows: answers as HTML, every word of it escaped, and images of patches."""
 
 import math
 import re
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maskvlm.data.inputs import MASK, Picture
+from maskvlm.data.inputs import MASK, ImageInput
 from maskvlm.inference.infill import Guess
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
 Mask = list[list[bool]]
-BOARD = 384  # pixels, about: the side of a picture with its patches
+BOARD = 384  # pixels, about: the side of an image with its patches
 COVER, LINE, FRAME = (64, 72, 88), (148, 163, 184), (245, 158, 11)
 LENGTHS = (5, 8, 12)
 """Of captions that are tried: a page must answer soon."""
@@ -49,8 +49,8 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
     return made + text[end:], told
 
 
-def words_filled(model: PretrainedMaskVLM, image: Picture | None, text: str, chosen: Sequence[int]) -> str:
-    """Guesses for each covered word, with the picture and without it."""
+def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, chosen: Sequence[int]) -> str:
+    """Guesses for each covered word, with the image and without it."""
     masked, told = covered(text, chosen)
     if not told:
         return note(f"Click a word to cover it, or write {MASK} in the text.")
@@ -59,7 +59,7 @@ def words_filled(model: PretrainedMaskVLM, image: Picture | None, text: str, cho
     parts = [f'<p class="sentence">{escape(masked).replace(MASK, "<b>▮▮▮</b>")}</p>']
     for number, truth in enumerate(told):
         head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
-        sides = [] if seeing is None else [guesses("with the picture", seeing[number], truth)]
+        sides = [] if seeing is None else [guesses("with the image", seeing[number], truth)]
         sides.append(guesses("without it", blind[number], truth))
         parts.append(f'<section><h4>{head}</h4><div class="sides">{"".join(sides)}</div></section>')
     return "".join(parts)
@@ -96,20 +96,20 @@ def marked(line: str) -> str:
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(line))
 
 
-def matches(model: PretrainedMaskVLM, image: Picture, texts: list[str]) -> str:
-    """Each text with the probability that it belongs to the picture, the likeliest first."""
+def matches(model: PretrainedMaskVLM, image: ImageInput, texts: list[str]) -> str:
+    """Each text with the probability that it belongs to the image, the likeliest first."""
     likely: Any = model.match([image], texts)
     order = sorted(zip(texts, likely, strict=True), key=lambda pair: -pair[1])
     return bars((text, share, False) for text, share in order)
 
 
-def captioned(model: PretrainedMaskVLM, image: Picture) -> str:
-    """A caption, and how well it belongs to the picture."""
+def captioned(model: PretrainedMaskVLM, image: ImageInput) -> str:
+    """A caption, and how well it belongs to the image."""
     text = str(model.caption(image, LENGTHS))
     if not text.strip():
         return note("The model finds no words for it.")
     likely: Any = model.match(image, text)
-    told = f"Belongs to the picture: {100 * likely:.1f} %. The most certain word was written first."
+    told = f"Belongs to the image: {100 * likely:.1f} %. The most certain word was written first."
     return f'<p class="answer">{escape(text)}</p>{note(told)}'
 
 
@@ -127,7 +127,7 @@ def decided(answer: Any) -> str:
 
 
 def seen(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
-    """The picture as the model has it: a small square."""
+    """The image as the model has it: a small square."""
     side = model.image_size
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
@@ -183,7 +183,7 @@ def clicked(mask: Mask, index: Any, size: tuple[int, int]) -> Mask:
         if not (0 <= row < len(mask) and 0 <= column < len(mask[0])):
             raise ValueError(f"{index} is outside")
     except (TypeError, ValueError, OverflowError):
-        raise UserError("patches", "that is no place of the picture", "Click on the picture") from None
+        raise UserError("patches", "that is no place of the image", "Click on the image") from None
     return [[hidden != ((r, c) == (row, column)) for c, hidden in enumerate(line)] for r, line in enumerate(mask)]
 
 

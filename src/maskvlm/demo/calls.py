@@ -1,7 +1,7 @@
 """What a question to the page may hold: a closed schema. All else is refused, and Gradio gets what was understood.
 
 Gradio itself takes a file by a path or an address wherever one stands in a call, and checks neither when it is mounted.
-Here a file stands only where a picture is asked for, and only one that was uploaded to this page or made by it.
+Here a file stands only where an image is asked for, and only one that was uploaded to this page or made by it.
 """
 
 import json
@@ -20,7 +20,7 @@ FILE = "/gradio_api/file="
 MAX_TEXT = 2**16  # characters of one text; what a model is asked is bounded in `intake`, with a line that says so
 WORDS = 10_000  # that can be chosen
 SHELF = re.compile(r"[0-9a-f]{64}/[\w.-]{1,255}")
-"""Where in the folder a picture of the page lies."""
+"""Where in the folder an image of the page lies."""
 
 Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z]{1,40}$")]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -42,7 +42,7 @@ class Meta(Closed):
 
 
 class File(Closed):
-    """A picture: what the page was told when it was uploaded. Only `path` is used."""
+    """An image: what the page was told when it was uploaded. Only `path` is used."""
 
     path: Annotated[str, Field(max_length=4096)]
     meta: Meta
@@ -54,7 +54,7 @@ class File(Closed):
 
 
 class Click(Closed):
-    """Where somebody clicked: a point of a picture, or a tab."""
+    """Where somebody clicked: a point of an image, or a tab."""
 
     index: Count | Annotated[list[Pixel], Field(min_length=2, max_length=2)]
     value: Annotated[str, Field(max_length=200)] | None = None
@@ -70,14 +70,14 @@ class Call(Closed):
     trigger_id: Count | None = None
 
 
-PICTURE: TypeAdapter[Any] = TypeAdapter(File | None)
+IMAGE: TypeAdapter[Any] = TypeAdapter(File | None)
 
 
 def takes(component: Any) -> TypeAdapter[Any]:
     """What a component may be given. Raises TypeError: nobody has said so yet."""
     match component:
         case gr.Image():
-            return PICTURE
+            return IMAGE
         case gr.Textbox():
             return TypeAdapter(Text | None)
         case gr.CheckboxGroup():
@@ -102,7 +102,7 @@ class Calls:
         self.taken = {number: [takes(each) for each in function.inputs] for number, function in blocks.fns.items()}
 
     def understood(self, body: bytes, host: str) -> bytes:
-        """A question as Gradio gets it: of each picture its path alone. Raises Refused: it is none of this page's."""
+        """A question as Gradio gets it: of each image its path alone. Raises Refused: it is none of this page's."""
         try:
             call = Call.model_validate_json(body)
         except ValidationError as error:
@@ -116,7 +116,7 @@ class Calls:
         return json.dumps(content).encode()
 
     def value(self, adapter: TypeAdapter[Any], given: Any, host: str) -> Any:
-        """One value of a question. Raises Refused: it is of another kind, or a picture that is not of this page."""
+        """One value of a question. Raises Refused: it is of another kind, or an image that is not of this page."""
         given = check_shape(adapter, given)
         if not isinstance(given, File):
             return given
@@ -129,7 +129,7 @@ def no_question() -> Refused:
 
 
 def not_ours() -> Refused:
-    return Refused(403, "A picture must be uploaded: addresses and paths are not opened.")
+    return Refused(403, "An image must be uploaded: addresses and paths are not opened.")
 
 
 def check_shape(adapter: TypeAdapter[Any], given: Any) -> Any:
@@ -137,18 +137,18 @@ def check_shape(adapter: TypeAdapter[Any], given: Any) -> Any:
     try:
         return adapter.validate_python(given, strict=True)
     except (ValidationError, RecursionError):
-        raise (not_ours() if adapter is PICTURE else no_question()) from None
+        raise (not_ours() if adapter is IMAGE else no_question()) from None
 
 
 def check_upload(given: File, folder: Path, host: str) -> None:
-    """Raises Refused: a path or an address of something else than a picture of this page."""
+    """Raises Refused: a path or an address of something else than an image of this page."""
     address = given.url is None or is_address_of(given.url, given.path, host)
     if not address or not is_of_page(given.path, folder):
         raise not_ours()
 
 
 def is_of_page(path: str, folder: Path) -> bool:
-    """Whether a path is, letter for letter, that of a picture that was uploaded to this page or made by it."""
+    """Whether a path is, letter for letter, that of an image that was uploaded to this page or made by it."""
     place = Path(path)
     try:
         is_shelved = place.is_relative_to(folder) and SHELF.fullmatch(str(place.relative_to(folder))) is not None

@@ -100,7 +100,7 @@ class Guard:
         if path == PROGRESS:  # it is done as soon as it is answered
             return await reply(send, 200, b"text/event-stream", b'data: {"msg":"done"}\n\n')
         if path == JOIN:
-            await self.shelf.check_room()  # for the pictures of the answer
+            await self.shelf.check_room()  # for the images of the answer
             body = self.calls.understood(await whole(receive), head[b"host"].decode("latin-1"))
             head, receive = head | {b"content-length": str(len(body)).encode()}, replayed(body, receive)
         passed = [(name, value) for name, value in head.items() if name in PASSED]

@@ -31,9 +31,9 @@ class Trained(NamedTuple):
     """What the weights of a run have seen.
 
     Attributes:
-        told: for people: "flickr8k (6,000 pictures), after drawn scenes of the built-in world (20,000 pictures)".
+        told: for people: "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)".
         photographs: different ones, drawn scenes not counted; infinite where a set was streamed, which counts nothing.
-        sha: of the data of the run itself. measured: pictures that it was evaluated on; 0 where it does not say.
+        sha: of the data of the run itself. measured: images that it was evaluated on; 0 where it does not say.
         score: on these, -inf where it does not say. time: when the weights were written, in seconds.
     """
 
@@ -67,13 +67,13 @@ def trained_run(path: str, lineage: Sequence[Seen]) -> Trained:
 
 
 def photographs(lineage: Sequence[Seen]) -> float:
-    """How many different pictures of these are no drawn scenes; those of sets without ids may be the same ones."""
+    """How many different images of these are no drawn scenes; those of sets without ids may be the same ones."""
     photos = [seen for seen in lineage if not is_drawn(seen.source) and seen.source != UNKNOWN]
-    if any(not seen.pictures for seen in photos):
+    if any(not seen.images for seen in photos):
         return math.inf
     ids = [seen.ids for seen in photos if seen.ids is not None]
     different = len(torch.cat(ids).unique()) if ids else 0
-    return max([different, *(seen.pictures for seen in photos)])
+    return max([different, *(seen.images for seen in photos)])
 
 
 def told_of(seen: Seen, name: str | None) -> str:
@@ -81,7 +81,7 @@ def told_of(seen: Seen, name: str | None) -> str:
         return "data that it does not name"
     if is_drawn(seen.source):
         name = "drawn scenes of the built-in world"
-    count = f"{seen.pictures:,} pictures" if seen.pictures else "streamed"
+    count = f"{seen.images:,} images" if seen.images else "streamed"
     return f"{name or seen.source.rpartition('.')[2].lower()[:LONGEST]} ({count})"
 
 
@@ -129,7 +129,7 @@ def name_of(settings: Any) -> str | None:
 
 
 def score_beside(path: str) -> tuple[float, float]:
-    """Pictures that `metrics.json` was measured on, and its score; 0 and -inf where it does not say."""
+    """Images that `metrics.json` was measured on, and its score; 0 and -inf where it does not say."""
     file = Path(path).parent / "metrics.json"
     try:
         check_inside(file)

@@ -1,4 +1,4 @@
-"""What the page takes from strangers behind its door: pictures, texts, and the time that an answer may take."""
+"""What the page takes from strangers behind its door: images, texts, and the time that an answer may take."""
 
 import hashlib
 from collections import OrderedDict
@@ -17,7 +17,7 @@ ANSWER_SECONDS = 20.0
 QUEUE = 24  # questions that wait
 MAX_TEXT = 1000  # characters
 MAX_LINES = 20  # texts at once
-MAX_SIDE = 1024  # pixels of a picture that is kept; models see far fewer
+MAX_SIDE = 1024  # pixels of an image that is kept; models see far fewer
 
 T = TypeVar("T")
 
@@ -46,12 +46,12 @@ class Worker:
 
 
 class Opener:
-    """Uploads to pictures, through `safe_open`; the last few are kept, since each is asked about again and again."""
+    """Uploads to images, through `safe_open`; the last few are kept, since each is asked about again and again."""
 
     def __init__(self, most: int = 16) -> None:
         self.most, self.known = most, OrderedDict[bytes, Image.Image]()
 
-    def __call__(self, path: str | None, name: str = "picture") -> Image.Image:
+    def __call__(self, path: str | None, name: str = "image") -> Image.Image:
         """Raises BadImage, or UserError where there is none."""
         if not path:
             raise UserError(name, "there is none", "Drop one in, or choose an example")

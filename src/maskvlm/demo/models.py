@@ -187,4 +187,4 @@ def matched(_: Any, model: Model, examples: list[tuple[Any, ...]]) -> list[Match
     return [Matched("belongs to it" if each > 0.5 else "does not belong to it", each) for each in found]
 
 
-MATCH = Method(matched, 1, "caption", "whether a caption belongs to a picture")
+MATCH = Method(matched, 1, "caption", "whether a caption belongs to an image")

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: one picture and one text on the left, what can be asked about them in tabs."""
+"""The page itself, in Gradio: one image and one text on the left, what can be asked about them in tabs."""
 
 import sys
 import traceback
@@ -14,13 +14,13 @@ from maskvlm.data.inputs import MASK
 from maskvlm.demo import answers, intake, shelf
 from maskvlm.demo.models import Models
 from maskvlm.demo.samples import PageSample, Searched, photo_samples, samples
-from maskvlm.demo.tabs import Patches, WordsTab, match_and_caption, search_tab, task, upload_picture
+from maskvlm.demo.tabs import Patches, WordsTab, match_and_caption, search_tab, task, upload_image
 from maskvlm.utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")
 SESSIONS = 200  # visitors whose covered patches are remembered; each keeps a copy of the page's settings in memory
 INTRO = (
-    "<h1>MaskVLM</h1><p>Cover words and they are filled in from the picture; cover patches of the picture and they are "
+    "<h1>MaskVLM</h1><p>Cover words and they are filled in from the image; cover patches of the image and they are "
     "filled in from the words.</p>"
 )
 
@@ -29,12 +29,12 @@ class Desk:
     """What all tabs share.
 
     Attributes:
-        picture, text, status, examples: components. own: whether the picture is one of the page's. strange: whether it
+        image, text, status, examples: components. own: whether the image is one of the page's. strange: whether it
             is unlike the training data.
         samples: what the examples show. photos: whether they are photographs, as the model was trained on some.
     """
 
-    picture: gr.Image
+    image: gr.Image
     text: gr.Textbox
     status: gr.HTML
     strange: gr.HTML
@@ -50,7 +50,7 @@ class Desk:
             self.samples = worker.run(photo_samples, grid) if self.photos else worker.run(samples, size, grid)
 
     def asked(self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]) -> Callable[..., dict[Any, Any]]:
-        """A function of an event: computed by the worker, its mistakes one line under the picture.
+        """A function of an event: computed by the worker, its mistakes one line under the image.
 
         Args:
             function: returns component -> value.
@@ -130,7 +130,7 @@ def about(models: Models) -> str:
     if models.pretrained is not None and models.found.pretrained is not None:
         rows, columns = models.pretrained.grid
         side = models.pretrained.image_size
-        told = f"{models.found.pretrained.shown}: pictures of {side} × {side} pixels in {rows} × {columns} patches"
+        told = f"{models.found.pretrained.shown}: images of {side} × {side} pixels in {rows} × {columns} patches"
         if (trained := models.found.pretrained.trained) is not None:
             told += f", trained on {trained.told}"
         told += "."
@@ -146,13 +146,13 @@ def no_task(models: Models) -> str:
 
 
 def inputs_column(desk: Desk) -> None:
-    """Picture, text and examples."""
+    """Image, text and examples."""
     first = desk.samples[0] if desk.samples else None
-    desk.picture = upload_picture(
-        value=first.picture if first else None,
-        label="Picture",
+    desk.image = upload_image(
+        value=first.image if first else None,
+        label="Image",
         height=280,
-        elem_id="picture",
+        elem_id="image",
     )
     desk.text = gr.Textbox(
         value=first.text if first else "",
@@ -164,13 +164,13 @@ def inputs_column(desk: Desk) -> None:
         visible=bool(desk.samples),
     )
     desk.own = gr.State(True)
-    desk.picture.upload(lambda: False, None, desk.own, api_visibility="private")
+    desk.image.upload(lambda: False, None, desk.own, api_visibility="private")
     desk.status = gr.HTML("", elem_id="status")
-    desk.strange = gr.HTML(desk.worker.run(strange, desk.models, first.picture) if first else "", elem_id="strange")
+    desk.strange = gr.HTML(desk.worker.run(strange, desk.models, first.image) if first else "", elem_id="strange")
     if desk.samples:
         desk.examples = gr.Dataset(
             components=[gr.Image(visible=False, render=False)],
-            samples=[[sample.picture] for sample in desk.samples],
+            samples=[[sample.image] for sample in desk.samples],
             label="Examples" if desk.photos else "Examples, none of them seen in training",
             type="index",
             samples_per_page=20,
@@ -180,7 +180,7 @@ def inputs_column(desk: Desk) -> None:
 
 
 def strange(models: Models, image: Image.Image) -> str:
-    """A line where a picture is unlike what the pre-trained model has seen, else nothing."""
+    """A line where an image is unlike what the pre-trained model has seen, else nothing."""
     line = models.core().far([image])[0]
     return answers.note(f"{line[0].upper()}{line[1:]}.") if line else ""
 
@@ -206,10 +206,10 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
         told = strange(desk.models, desk.open(path)) if path else ""
         return {desk.strange: told, **all_anew(path, text, chosen, mask, other)}
 
-    inputs = [desk.picture, desk.text, worded.chips, painted.mask, painted.other]
+    inputs = [desk.image, desk.text, worded.chips, painted.mask, painted.other]
     results = [*worded.results, *painted.results]
     nothing = dict.fromkeys(results)
-    desk.on(desk.picture.change, another, inputs, [desk.strange, *results], {**nothing, desk.strange: ""})
+    desk.on(desk.image.change, another, inputs, [desk.strange, *results], {**nothing, desk.strange: ""})
 
     def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
         if text == known:
@@ -226,15 +226,15 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
         chips = worded.offered(sample.text, sample)
         chosen = chips[worded.chips]["value"]
         drawn = desk_answer(sample, chosen)
-        told = {desk.picture: sample.picture, desk.text: sample.text, painted.other: sample.other, desk.own: True}
+        told = {desk.image: sample.image, desk.text: sample.text, painted.other: sample.other, desk.own: True}
         return {**told, **chips, painted.mask: sample.hidden, compared: texts_of(desk, sample), **drawn}
 
     def desk_answer(sample: PageSample, chosen: list[int]) -> dict[Any, Any]:
-        filled = answers.words_filled(model, sample.picture, sample.text, chosen)
-        return {worded.results[0]: filled, **painted.of(sample.picture, sample.text, sample.hidden, sample.other)}
+        filled = answers.words_filled(model, sample.image, sample.text, chosen)
+        return {worded.results[0]: filled, **painted.of(sample.image, sample.text, sample.hidden, sample.other)}
 
     outputs = [
-        desk.picture,
+        desk.image,
         desk.own,
         desk.text,
         worded.chips,

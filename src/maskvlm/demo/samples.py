@@ -9,8 +9,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from maskvlm.data.inputs import Picture
-from maskvlm.data.inputs import picture as opened
+from maskvlm.data.inputs import ImageInput, open_image
 from maskvlm.data.scenes.source import SMALLEST, ScenePairs
 from maskvlm.data.scenes.world import COLOURS, SHAPES
 from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -19,33 +18,33 @@ from maskvlm.utils.errors import UserError
 CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
 """Of the validation split, one thing and several, all shapes but one."""
 PHOTOS = Path(__file__).with_name("photos")
-SEARCHED = 200  # pictures of the test split
+SEARCHED = 200  # images of the test split
 SHOWN = 288  # pixels, at least, of a drawn scene on the page
 THUMB = 320
 
 
 class PageSample(NamedTuple):
-    """A scene or a photograph: its picture, a caption, one of as many words that is wrong in some, and which patches
+    """A scene or a photograph: its image, a caption, one of as many words that is wrong in some, and which patches
     hold its first thing.
 
     hidden: [rows, columns].
     """
 
-    picture: Image.Image
+    image: Image.Image
     text: str
     other: str
     hidden: list[list[bool]]
 
 
 class Hit(NamedTuple):
-    """A picture that was found, and what is said of it."""
+    """An image that was found, and what is said of it."""
 
-    picture: Image.Image
+    image: Image.Image
     told: str
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """A small picture in large pixels: scaled down for the model it is what it was."""
+    """A small image in large pixels: scaled down for the model it is what it was."""
     times = max(1, -(-SHOWN // image.width))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
@@ -85,7 +84,7 @@ def photo_rows() -> dict[str, Any]:
 
 def photo(name: str) -> Image.Image:
     """One of those that come with the page."""
-    return opened(PHOTOS / name, name)
+    return open_image(PHOTOS / name, name)
 
 
 def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
@@ -101,7 +100,7 @@ def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
 
 
 class Searched:
-    """The pictures that the page searches: an index of the user's, or scenes of the built-in world, or photographs.
+    """The images that the page searches: an index of the user's, or scenes of the built-in world, or photographs.
 
     Args:
         model: of pre-training.
@@ -125,7 +124,7 @@ class Searched:
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: maskvlm index")
-            self.told = f"{self.index.about['count']:,} pictures of the index in {folder.name}"
+            self.told = f"{self.index.about['count']:,} images of the index in {folder.name}"
         elif photos:
             self.rows = [{"image": photo(name), "captions": row["captions"]} for name, row in photo_rows().items()]
             self.vector_NE = model.encode_image([row["image"] for row in self.rows])
@@ -142,15 +141,15 @@ class Searched:
             self.told = f"{SEARCHED} scenes of the built-in world that the model has not seen"
 
     def by_text(self, text: str, k: int = 8) -> list[Hit]:
-        """The nearest pictures of a text, and of these the ones that match it best. It is never taken for the name of a
+        """The nearest images of a text, and of these the ones that match it best. It is never taken for the name of a
         file."""
         near = self.nearest(self.model.encode_text(text), 3 * k)
-        likely: Any = self.model.match([hit.picture for hit in near], text)
+        likely: Any = self.model.match([hit.image for hit in near], text)
         order = sorted(zip(near, likely, strict=True), key=lambda pair: -pair[1])[:k]
         return [hit._replace(told=f"{100 * share:.0f} %  {hit.told.partition('  ')[2]}") for hit, share in order]
 
-    def by_picture(self, image: Picture, k: int = 8) -> list[Hit]:
-        """The nearest pictures of another one."""
+    def by_image(self, image: ImageInput, k: int = 8) -> list[Hit]:
+        """The nearest images of another one."""
         return self.nearest(self.model.encode_image(image), k)
 
     def nearest(self, vector_E: Tensor, k: int) -> list[Hit]:
@@ -170,12 +169,12 @@ class Searched:
         found = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
         return [
             Hit(thumbnail(given, each.id), f"{each.similarity:.2f}  {each.captions[0] if each.captions else ''}")
-            for given, each in zip(self.index.pictures(found), found, strict=True)
+            for given, each in zip(self.index.open_images(found), found, strict=True)
         ]
 
 
-def thumbnail(given: Picture, name: str) -> Image.Image:
-    """A picture of an index, small. Raises BadImage."""
-    image = opened(given, name)
+def thumbnail(given: ImageInput, name: str) -> Image.Image:
+    """An image of an index, small. Raises BadImage."""
+    image = open_image(given, name)
     image.thumbnail((THUMB, THUMB))
     return image if image.width >= THUMB // 2 else enlarged(image)

@@ -19,7 +19,7 @@ MAX_FILES = 5000  # of these
 KEPT_SECONDS = 600  # until an upload or a result is removed
 AT_ONCE = 20  # uploads that arrive at the same time; others wait
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
-"""How a file begins, and the ending that it gets: so a browser shows it. Whether it is a picture is found out later."""
+"""How a file begins, and the ending that it gets: so a browser shows it. Whether it is an image is found out later."""
 
 
 class Shelf:
@@ -52,20 +52,20 @@ class Shelf:
             except (MultiPartException, HTTPException, ValueError, AttributeError):
                 raise Refused(400, "That is no upload of one file.") from None
             except OSError as error:
-                raise Refused(507, f"The picture cannot be kept here ({error.strerror}).") from None
+                raise Refused(507, f"The image cannot be kept here ({error.strerror}).") from None
             self.known.add(path)
             self.held = (self.held[0] + 1, self.held[1] + Path(path).stat().st_size)
         return path
 
     def write(self, file: IO[bytes]) -> str:
-        """Under a name that cannot be guessed: pictures of one visitor are not another's to see."""
+        """Under a name that cannot be guessed: images of one visitor are not another's to see."""
         place = self.folder / secrets.token_hex(32)
         place.mkdir()
         head = file.read(4)
         ending = next((name for start, name in KINDS.items() if head.startswith(start)), "bin")
         file.seek(0)
         try:
-            with (place / f"picture.{ending}").open("xb") as made:
+            with (place / f"image.{ending}").open("xb") as made:
                 shutil.copyfileobj(file, made)
         except OSError:
             shutil.rmtree(place, ignore_errors=True)
@@ -80,7 +80,7 @@ class Shelf:
         count, size = self.held
         if count > MAX_FILES or size > MAX_KEPT:
             minutes = KEPT_SECONDS // 60
-            raise Refused(503, f"Too many pictures are here at the moment. Try again in {minutes} minutes.")
+            raise Refused(503, f"Too many images are here at the moment. Try again in {minutes} minutes.")
 
 
 def held(folder: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The tabs of the page. Each takes the desk that all share, and offers what it does to who changes the picture."""
+"""The tabs of the page. Each takes the desk that all share, and offers what it does to who changes the image."""
 
 import random
 from hashlib import sha256
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import torch
 
-from maskvlm.data.inputs import picture as opened
+from maskvlm.data.inputs import open_image
 from maskvlm.demo import answers, intake
 from maskvlm.demo.models import Loaded, Run
 from maskvlm.demo.samples import PageSample, Searched, enlarged
@@ -16,11 +16,11 @@ from maskvlm.utils.errors import UserError
 if TYPE_CHECKING:
     from maskvlm.demo.page import Desk
 
-MOST_PICTURES = 4  # of a task's example
+MOST_IMAGES = 4  # of a task's example
 
 
 class WordsTab:
-    """Words of the text as buttons; what is covered is guessed with the picture and without it."""
+    """Words of the text as buttons; what is covered is guessed with the image and without it."""
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk, self.model = desk, desk.models.core()
@@ -32,15 +32,15 @@ class WordsTab:
                 label="Click words to cover them",
                 elem_id="chips",
             )
-            filled = desk.worker.run(answers.words_filled, self.model, first.picture, first.text, chosen)
+            filled = desk.worker.run(answers.words_filled, self.model, first.image, first.text, chosen)
             self.result = gr.HTML(filled, elem_id="words")
             self.known = gr.State(first.text)
         self.results = [self.result]
-        inputs = [desk.picture, desk.text, self.chips]
+        inputs = [desk.image, desk.text, self.chips]
         desk.on(self.chips.input, self.answer, inputs, self.results, {self.result: ""})
 
     def answer(self, path: str | None, text: str, chosen: list[int]) -> dict[Any, Any]:
-        """Raises UserError, but not for want of a picture: words are guessed without one, too."""
+        """Raises UserError, but not for want of an image: words are guessed without one, too."""
         text = intake.checked_text(text)
         image = self.desk.open(path) if path else None
         return {self.result: answers.words_filled(self.model, image, text, [int(each) for each in chosen or []])}
@@ -53,17 +53,17 @@ class WordsTab:
         return {self.chips: gr.update(choices=choices, value=value), self.known: text}
 
     def telling(self, sample: PageSample) -> list[int]:
-        """The words that the wrong caption has otherwise: the picture tells them."""
+        """The words that the wrong caption has otherwise: the image tells them."""
         right, wrong = (answers.taken_apart(text).words for text in (sample.text, sample.other))
         return [number for number, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1]][:2]
 
 
 class Patches:
-    """The picture in patches; what is covered is filled in from two texts."""
+    """The image in patches; what is covered is filled in from two texts."""
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk, self.model = desk, desk.models.core()
-        made = desk.worker.run(self.drawn, first.picture, first.text, first.hidden, first.other)
+        made = desk.worker.run(self.drawn, first.image, first.text, first.hidden, first.other)
         show: dict[str, Any] = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
         with gr.Tab("Patches", elem_id="patches"):
             self.mask = gr.State(first.hidden)
@@ -80,7 +80,7 @@ class Patches:
                 lot = gr.Button("Cover six in ten by lot", size="sm")
                 clear = gr.Button("Uncover all", size="sm", elem_id="uncover")
         self.results = [self.board, self.left, self.right]
-        inputs, outputs = [desk.picture, desk.text, self.mask, self.other], [self.mask, *self.results]
+        inputs, outputs = [desk.image, desk.text, self.mask, self.other], [self.mask, *self.results]
 
         def turned(path: str, text: str, mask: answers.Mask, other: str, place: Any) -> dict[Any, Any]:
             image = desk.open(path)
@@ -140,7 +140,7 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
     with gr.Tab("Match"):
         label = f"Texts, one a line (at most {intake.MAX_LINES})"
         texts = gr.Textbox("\n".join([first.text, first.other, *others]), label=label, lines=4, elem_id="texts")
-        button = gr.Button("Which belong to the picture?", variant="primary", elem_id="match")
+        button = gr.Button("Which belong to the image?", variant="primary", elem_id="match")
         likely = gr.HTML("", elem_id="matches")
     with gr.Tab("Caption"):
         write = gr.Button("Write a caption", variant="primary", elem_id="write")
@@ -153,15 +153,15 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
     def captioned(path: str | None) -> dict[Any, Any]:
         return {written: answers.captioned(model, desk.open(path))}
 
-    desk.on(button.click, matched, [desk.picture, texts], [likely], {likely: ""})
-    desk.on(write.click, captioned, [desk.picture], [written], {written: ""})
+    desk.on(button.click, matched, [desk.image, texts], [likely], {likely: ""})
+    desk.on(write.click, captioned, [desk.image], [written], {written: ""})
     stale = {likely: "", written: ""}
-    desk.picture.change(lambda: stale, None, list(stale), api_visibility="private")
+    desk.image.change(lambda: stale, None, list(stale), api_visibility="private")
     return texts
 
 
 def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool) -> None:
-    """Pictures by a text, or by the picture on the left."""
+    """Images by a text, or by the image on the left."""
     with gr.Tab("Search"):
         if line is not None:
             gr.HTML(answers.problem(line))
@@ -172,7 +172,7 @@ def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool
         query = gr.Textbox(searched.query, label="What to look for", max_length=intake.MAX_TEXT, elem_id="query")
         with gr.Row():
             by_text = gr.Button("Find by the text", variant="primary", elem_id="find")
-            by_picture = gr.Button("Find by the picture", elem_id="find-like")
+            by_image = gr.Button("Find by the image", elem_id="find-like")
         found = gr.Gallery(
             [], label="The best first", columns=4, object_fit="contain", format="png", buttons=[],
             height="auto", elem_id="found",
@@ -181,16 +181,16 @@ def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool
     def texted(text: str) -> dict[Any, Any]:
         return {found: [tuple(hit) for hit in searched.by_text(intake.checked_text(text))]}
 
-    def pictured(path: str | None) -> dict[Any, Any]:
-        return {found: [tuple(hit) for hit in searched.by_picture(desk.open(path))]}
+    def imaged(path: str | None) -> dict[Any, Any]:
+        return {found: [tuple(hit) for hit in searched.by_image(desk.open(path))]}
 
     for trigger in (by_text.click, query.submit):
         desk.on(trigger, texted, [query], [found], {found: []})
-    desk.on(by_picture.click, pictured, [desk.picture], [found], {found: []})
+    desk.on(by_image.click, imaged, [desk.image], [found], {found: []})
 
 
-def upload_picture(**settings: Any) -> gr.Image:
-    """A picture that comes in as the path of its upload: nothing decodes it before `safe_open` does.
+def upload_image(**settings: Any) -> gr.Image:
+    """An image that comes in as the path of its upload: nothing decodes it before `safe_open` does.
 
     Not a subclass: Gradio would write an interface file beside this one.
     """
@@ -199,9 +199,9 @@ def upload_picture(**settings: Any) -> gr.Image:
     return made
 
 
-def digest(picture: Any) -> str:
-    """What a picture shows, in short."""
-    rgb = picture.convert("RGB")
+def digest(image: Any) -> str:
+    """What an image shows, in short."""
+    rgb = image.convert("RGB")
     return sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
 
 
@@ -213,24 +213,22 @@ def task(desk: "Desk", run: Run) -> None:
         places: list[gr.Column] = []
         more: list[Any] = []
         with gr.Row():
-            for number in range(2, MOST_PICTURES + 1):
+            for number in range(2, MOST_IMAGES + 1):
                 with gr.Column(min_width=200, visible=False) as place:
-                    more.append(
-                        upload_picture(label=f"Picture {number}", height=220, elem_id=f"{name}-picture-{number}")
-                    )
+                    more.append(upload_image(label=f"Image {number}", height=220, elem_id=f"{name}-image-{number}"))
                 places.append(place)
         text = gr.Textbox("", label="Text", max_length=intake.MAX_TEXT, elem_id=f"{name}-text")
         with gr.Row():
             ask = gr.Button("Answer", variant="primary", elem_id=f"{name}-ask")
             another = gr.Button("Another example", elem_id=f"{name}-example")
         answer = gr.HTML("", elem_id=f"{name}-answer")
-        truth = gr.State(("", ""))  # of an example, and the picture that it belongs to
+        truth = gr.State(("", ""))  # of an example, and the image that it belongs to
         started = gr.State(False)
 
     def shown(loaded: Loaded) -> dict[Any, Any]:
-        if loaded.method.pictures > MOST_PICTURES:
-            raise UserError(run.shown, f"takes {loaded.method.pictures} pictures", "Ask it in the shell")
-        updates = {each: gr.update(visible=number < loaded.method.pictures) for number, each in enumerate(places, 1)}
+        if loaded.method.images > MOST_IMAGES:
+            raise UserError(run.shown, f"takes {loaded.method.images} images", "Ask it in the shell")
+        updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(places, 1)}
         label, line = loaded.method.text.capitalize(), f"{run.shown}: {loaded.method.told}."
         return {told: answers.note(line), text: gr.update(label=label), **updates, started: True}
 
@@ -238,17 +236,17 @@ def task(desk: "Desk", run: Run) -> None:
         if loaded.examples is None:
             return {another: gr.update(visible=False)}
         example = loaded.examples[random.randrange(min(len(loaded.examples), 500))]
-        first, *others = [enlarged(opened(each, "example")) for each in example["images"]]
+        first, *others = [enlarged(open_image(each, "example")) for each in example["images"]]
         filled = dict(zip(more, others, strict=False))
         said = ", ".join(dict.fromkeys(example["answers"]))
         label = gr.update(value=example["text"], label=loaded.method.text.capitalize())
-        return {desk.picture: first, **filled, text: label, truth: (said, digest(first)), answer: ""}
+        return {desk.image: first, **filled, text: label, truth: (said, digest(first)), answer: ""}
 
     def opening(begun: bool, own: bool) -> dict[Any, Any]:
         if begun:
             return {}
         loaded = desk.models.task(run)
-        return {**shown(loaded), **(drawn(loaded) if own else {})}  # nobody's own picture is taken away
+        return {**shown(loaded), **(drawn(loaded) if own else {})}  # nobody's own image is taken away
 
     def exemplary() -> dict[Any, Any]:
         return drawn(desk.models.task(run))
@@ -257,19 +255,19 @@ def task(desk: "Desk", run: Run) -> None:
         *paths, words, said = others
         loaded = desk.models.task(run)
         images = [desk.open(path)]
-        images += [desk.open(each, f"picture {n}") for n, each in enumerate(paths[: loaded.method.pictures - 1], 2)]
+        images += [desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
         example = (*images, intake.checked_text(words, loaded.method.text))
         with torch.no_grad():
             (found,) = loaded.method.run(loaded.model.task, loaded.model, [example])
-        own = said[0] and said[1] == digest(images[0])  # other tabs change the picture, too
+        own = said[0] and said[1] == digest(images[0])  # other tabs change the image, too
         known = answers.note(f"The example's own answer: {said[0]}") if own else ""
         return {answer: answers.decided(found) + known}
 
-    everything = [told, *places, *more, text, another, answer, truth, started, desk.picture]
+    everything = [told, *places, *more, text, another, answer, truth, started, desk.image]
     desk.on(tab.select, opening, [started, desk.own], everything)
-    desk.on(another.click, exemplary, [], [desk.picture, *more, text, another, truth, answer])
+    desk.on(another.click, exemplary, [], [desk.image, *more, text, another, truth, answer])
     for trigger in (ask.click, text.submit):
-        desk.on(trigger, answered, [desk.picture, *more, text, truth], [answer], {answer: ""})
+        desk.on(trigger, answered, [desk.image, *more, text, truth], [answer], {answer: ""})
     for each in (text, *more):  # the example's answer is of the example alone
         each.input(lambda: ("", ""), None, truth, api_visibility="private")
-    desk.picture.change(lambda: "", None, answer, api_visibility="private")
+    desk.image.change(lambda: "", None, answer, api_visibility="private")

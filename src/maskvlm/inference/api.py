@@ -1,7 +1,7 @@
 """What can be asked of a loaded model: its methods, in plain Python. What they compute is in `embeddings`, `infill` and
 `saliency`.
 
-Shapes: B pictures, C texts, E contrast width, N patches.
+Shapes: B images, C texts, E contrast width, N patches.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from maskvlm.data.inputs import (
+    ImageInput,
     MarkedTexts,
-    Picture,
     as_list,
     check_absent,
     check_text,
     check_whole,
-    is_picture,
-    picture,
+    is_image,
+    open_image,
 )
 from maskvlm.data.text import CaptionTokens
 from maskvlm.data.transforms import eval_transform
@@ -43,33 +43,33 @@ LENGTHS = range(3, 17)
 
 class Explained(NamedTuple):
     """Maps over the patches, [rows, columns], each adding up to 1 (or 0 everywhere): the word's attention, and Grad-CAM
-    on it. picture: Grad-CAM as a warm layer over the picture, at the picture's own size."""
+    on it. image: Grad-CAM as a warm layer over the image, at the image's own size."""
 
     attention: Map
     gradcam: Map
-    picture: Image.Image
+    image: Image.Image
 
 
 class Asked(nn.Module):
     """The methods of a backbone with the heads of its task.
 
-    A method takes one picture or text and gives one answer, or takes lists and gives lists. Which methods there are
+    A method takes one image or text and gives one answer, or takes lists and gives lists. Which methods there are
     depends on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
 
     Attributes:
         backbone, task: in evaluation mode.
-        batch_size: pictures, texts or pairs computed at once; a bound on memory.
+        batch_size: images, texts or pairs computed at once; a bound on memory.
     """
 
     backbone: MaskVLM
     task: Task
     batch_size: int = 64
 
-    # ------------------------------------------------------------------ pictures and texts compared
+    # ------------------------------------------------------------------ images and texts compared
 
     @torch.no_grad()
-    def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
-        """Unit vectors for contrast (ITC), [B, E] or of a single picture [E], float32."""
+    def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
+        """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32."""
         given, single = as_list(images)
         vector_BE = embed.encode_image(self, given).vector_XE
         return vector_BE[0] if single else vector_BE
@@ -82,34 +82,34 @@ class Asked(nn.Module):
         return vector_CE[0] if single else vector_CE
 
     @torch.no_grad()
-    def match(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> float | list[float]:
-        """Probability that picture and text belong together (ITM), 0 to 1.
+    def match(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> float | list[float]:
+        """Probability that image and text belong together (ITM), 0 to 1.
 
         Two lists are paired row by row; a single one is paired with each of the other list.
 
         Raises:
             UserError: two lists of different lengths, or a checkpoint without this head.
         """
-        (pictures, one_picture), (words, one_text) = as_list(images), as_list(texts)
-        pairs = embed.pair_up(len(pictures), len(words))
+        (shown, one_image), (words, one_text) = as_list(images), as_list(texts)
+        pairs = embed.pair_up(len(shown), len(words))
         self.head("matching", "match")
-        image, text = embed.image_features(self, pictures), embed.text_features(self, words)
+        image, text = embed.image_features(self, shown), embed.text_features(self, words)
         found = embed.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
-        return found[0] if one_picture and one_text else found
+        return found[0] if one_image and one_text else found
 
     @torch.no_grad()
     def rank(
         self,
-        query: Picture | Sequence[Picture] | Sequence[str],
-        candidates: Sequence[Picture] | Sequence[str],
+        query: ImageInput | Sequence[ImageInput] | Sequence[str],
+        candidates: Sequence[ImageInput] | Sequence[str],
         k: int = 16,
     ) -> list[Ranked] | list[list[Ranked]]:
         """All candidates, the best first: by cosine (ITC), of which the k best are ordered by their match (ITM).
 
         Args:
-            query: a picture for texts, or a text for pictures, or a list of such. Of two strings the one that is a file
-                is the picture.
-            candidates: texts or pictures.
+            query: an image for texts, or a text for images, or a list of such. Of two strings the one that is a file
+                is the image.
+            candidates: texts or images.
             k: how many are re-ranked; 0 for none.
 
         Returns:
@@ -117,14 +117,14 @@ class Asked(nn.Module):
         """
         queries, single = as_list(cast(Any, query))
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
-            raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of pictures")
+            raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of images")
         gallery = list(cast(Any, candidates))
         check_whole("rank", "k", k, 0)
-        images = bool(queries) and is_picture(queries[0])
-        if not queries or not gallery or images == is_picture(gallery[0]):
+        images = bool(queries) and is_image(queries[0])
+        if not queries or not gallery or images == is_image(gallery[0]):
             check_absent([*queries, *gallery])
-            kinds = ("pictures" if images else "texts") if queries and gallery else "nothing"
-            raise UserError("rank", f"{kinds} on both sides", "Give a picture and texts, or a text and pictures")
+            kinds = ("images" if images else "texts") if queries and gallery else "nothing"
+            raise UserError("rank", f"{kinds} on both sides", "Give an image and texts, or a text and images")
         if images:
             sides = embed.encode_image(self, queries), embed.encode_text(self, gallery)
         else:
@@ -136,12 +136,12 @@ class Asked(nn.Module):
 
     @torch.no_grad()
     def fill_mask(
-        self, image: Picture | Sequence[Picture | None] | None, text: str | Sequence[str], top_k: int = 5
+        self, image: ImageInput | Sequence[ImageInput | None] | None, text: str | Sequence[str], top_k: int = 5
     ) -> list[list[Guess]] | list[list[list[Guess]]]:
-        """The likeliest words for each [MASK] of the text, seen the whole picture (MLM).
+        """The likeliest words for each [MASK] of the text, seen the whole image (MLM).
 
         Args:
-            image: None for the text alone (a picture of the mean colour).
+            image: None for the text alone (an image of the mean colour).
             text: with [MASK] where a word is hidden.
             top_k: guesses for each.
 
@@ -154,10 +154,10 @@ class Asked(nn.Module):
         return found[0] if single else found
 
     @torch.no_grad()
-    def caption(self, image: Picture | Sequence[Picture], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
+    def caption(self, image: ImageInput | Sequence[ImageInput], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
         """A caption written from nothing: all words hidden, then the most certain one filled in again and again.
 
-        Captions of several lengths (in tokens) are written so, and the one that matches the picture best is given.
+        Captions of several lengths (in tokens) are written so, and the one that matches the image best is given.
         """
         longest = self.backbone.text.text_length - 2
         lengths = lengths if isinstance(lengths, Iterable) else [lengths]
@@ -172,15 +172,17 @@ class Asked(nn.Module):
         return found[0] if single else found
 
     @torch.no_grad()
-    def score(self, image: Picture | Sequence[Picture | None] | None, text: str | Sequence[str]) -> float | list[float]:
-        """Pseudo-log-likelihood of a text given the picture: the sum of log p(word | other words, picture) over its
+    def score(
+        self, image: ImageInput | Sequence[ImageInput | None] | None, text: str | Sequence[str]
+    ) -> float | list[float]:
+        """Pseudo-log-likelihood of a text given the image: the sum of log p(word | other words, image) over its
         words, in nats; higher is likelier. It compares texts of one length, such as one with two words swapped."""
         parts, single = self._parts(image, text)
         found = [float(one_T.sum()) for part in parts for one_T in unmask.log_likelihood(self, *part)]
         return found[0] if single else found
 
     def explain(
-        self, image: Picture | Sequence[Picture], text: str | Sequence[str], word: str | Sequence[str]
+        self, image: ImageInput | Sequence[ImageInput], text: str | Sequence[str], word: str | Sequence[str]
     ) -> Explained | list[Explained]:
         """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it.
 
@@ -194,7 +196,7 @@ class Asked(nn.Module):
             raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
         size = max(len(rows), len(words)) if rows and words else 0
         rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
-        found = [self._explained(picture(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
+        found = [self._explained(open_image(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
         return found[0] if single and one_word else found
 
     def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
@@ -202,27 +204,27 @@ class Asked(nn.Module):
         attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
         return Explained(attention, gradcam, attend.overlay(image, gradcam))
 
-    # ------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------ images
 
     @torch.no_grad()
     def reconstruct(
-        self, image: Picture | Sequence[Picture], mask: Mask | Sequence[Mask], text: str | Sequence[str]
+        self, image: ImageInput | Sequence[ImageInput], mask: Mask | Sequence[Mask], text: str | Sequence[str]
     ) -> Image.Image | list[Image.Image]:
-        """The picture with its hidden patches filled in at once, from the rest and the whole text (MIM).
+        """The image with its hidden patches filled in at once, from the rest and the whole text (MIM).
 
         Args:
             mask: [rows, columns] of patches (`model.grid`), true where one is hidden; a list of such for several.
 
         Returns:
             At the model's resolution (`model.image_size`). A model that was trained with `pixel_norm` knows patches up
-            to their mean and contrast; those are taken from the picture, hidden or not.
+            to their mean and contrast; those are taken from the image, hidden or not.
         """
         return self._paint(image, mask, text, None)
 
     @torch.no_grad()
     def inpaint(
         self,
-        image: Picture | Sequence[Picture],
+        image: ImageInput | Sequence[ImageInput],
         mask: Mask | Sequence[Mask],
         text: str | Sequence[str],
         steps: int = STEPS,
@@ -237,7 +239,7 @@ class Asked(nn.Module):
         masks = [mask] if single or np.ndim(mask) == 2 else list(mask)
         texts, _ = as_list(text)
         if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
-            what = f"{len(given)} pictures, {len(masks)} masks and {len(texts)} texts"
+            what = f"{len(given)} images, {len(masks)} masks and {len(texts)} texts"
             raise UserError("reconstruct", what, "Give as many of each")
         if not given:
             return []
@@ -262,7 +264,7 @@ class Asked(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the square that pictures are resized to, in pixels."""
+        """Side of the square that images are resized to, in pixels."""
         return self.backbone.image.image_size
 
     @property
@@ -272,10 +274,10 @@ class Asked(nn.Module):
             raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
         return MarkedTexts(self.backbone.text.tokenizer, self.backbone.text.text_length)
 
-    def pixels(self, images: Sequence[Picture]) -> Tensor:
-        """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares pictures."""
+    def pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares images."""
         transform = eval_transform(self.backbone.input_spec)
-        made = [transform(picture(each, f"picture {number}")) for number, each in enumerate(images, 1)]
+        made = [transform(open_image(each, f"image {number}")) for number, each in enumerate(images, 1)]
         return torch.stack(made).to(next(self.backbone.parameters()))
 
     def tokens(self, texts: Sequence[str]) -> CaptionTokens:
@@ -305,7 +307,7 @@ class Asked(nn.Module):
         return found
 
     def _parts(self, image: Any, text: Any) -> tuple[list[tuple[list[Any], list[str]]], bool]:
-        """Pictures with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
+        """Images with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
         (images, one_image), (texts, one_text) = as_list(image), as_list(text)
         pairs = [(images[i], check_text(texts[t])) for i, t in embed.pair_up(len(images), len(texts))]
         parts = [([i for i, _ in part], [t for _, t in part]) for part in embed.chunks(pairs, self.batch_size)]

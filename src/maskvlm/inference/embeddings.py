@@ -1,6 +1,6 @@
-"""Pictures and texts compared: unit vectors (ITC), pairs matched (ITM), candidates ranked by the one, then the other.
+"""Images and texts compared: unit vectors (ITC), pairs matched (ITM), candidates ranked by the one, then the other.
 
-Shapes: B pictures, C texts, E contrast width, L and T positions, D width.
+Shapes: B images, C texts, E contrast width, L and T positions, D width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,14 @@ class Ranked(NamedTuple):
 
 
 class EncodedSide(NamedTuple):
-    """Encoded pictures or texts. features: of the encoder, [L, D] each. vector_XE: unit vectors."""
+    """Encoded images or texts. features: of the encoder, [L, D] each. vector_XE: unit vectors."""
 
     features: list[Tensor]
     vector_XE: Tensor
 
 
 def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
-    """Of the image encoder, [L, D] of each picture."""
+    """Of the image encoder, [L, D] of each image."""
     parts = (model.backbone.image(model.pixels(part)) for part in chunks(images, model.batch_size))
     return [image_LD for image_BLD in parts for image_LD in image_BLD]
 
@@ -55,7 +55,7 @@ def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
 
 
 def encode_image(model: Model, images: Sequence[Any]) -> EncodedSide:
-    """Features and unit vector of each picture."""
+    """Features and unit vector of each image."""
     projection: Projection = model.head("projection", "encode_image")
     features, vectors = [], [no_vectors(projection)]
     for part in chunks(images, model.batch_size):
@@ -81,7 +81,7 @@ def no_vectors(projection: Projection) -> Tensor:
 
 
 def match(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
-    """Probability that picture and text of each pair belong together, [M], float32, from their encoders' features."""
+    """Probability that image and text of each pair belong together, [M], float32, from their encoders' features."""
     return log_odds(model, image_features, text_features).sigmoid()
 
 
@@ -108,14 +108,14 @@ def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequ
 
 
 def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
-    """Which picture meets which text: row by row, or the single one with each of the others; none where one side is
+    """Which image meets which text: row by row, or the single one with each of the others; none where one side is
     empty.
 
     Raises:
         UserError: two lists of different lengths.
     """
     if images != texts and 1 not in (images, texts):
-        what = f"{images} pictures and {texts} texts do not make pairs"
+        what = f"{images} images and {texts} texts do not make pairs"
         raise UserError("match", what, "Give one of a kind, or as many of both")
     count = max(images, texts) if images and texts else 0
     return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(count)]
@@ -128,7 +128,7 @@ def rank_candidates(
     task re-ranks by both), then the others by cosine.
 
     Args:
-        images: whether the queries are pictures.
+        images: whether the queries are images.
     """
     similarity_QG = queries.vector_XE @ gallery.vector_XE.T
     order_QG = similarity_QG.argsort(dim=1, descending=True, stable=True)

@@ -48,7 +48,7 @@ class MaskVLMConfig(PreTrainedConfig):
 
 
 class MaskVLMImageProcessor(ViTImageProcessorPil):
-    """Pictures as evaluation prepares them. With a name of its own, because Auto classes would choose torchvision's
+    """Images as evaluation prepares them. With a name of its own, because Auto classes would choose torchvision's
     resizing for a ViT's, which differs."""
 
 
@@ -72,9 +72,9 @@ IMAGES = Record({"size": Size(), "image_mean": TRIPLE, "image_std": Listed(Real(
 
 
 class MaskVLMProcessor(ProcessorMixin):
-    """Pictures and texts to the model's inputs: `processor(images=..., text=..., return_tensors="pt", padding=True)`.
+    """Images and texts to the model's inputs: `processor(images=..., text=..., return_tensors="pt", padding=True)`.
 
-    Pictures come out as evaluation prepares them (bicubic by Pillow, the whole picture).
+    Images come out as evaluation prepares them (bicubic by Pillow, the whole image).
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **more: Any) -> None:
@@ -153,7 +153,7 @@ def _shown(file: Path) -> dict[str, Any]:
 
 
 def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
-    """Tokenizer, image processing, ids of the pictures seen, vectors of known ones, model card."""
+    """Tokenizer, image processing, ids of the images seen, vectors of known ones, model card."""
     processor_of(spec).save_pretrained(folder)
     ids = {str(n): seen.ids for n, seen in enumerate(origin.lineage) if seen.ids is not None}
     if ids:
@@ -180,7 +180,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec) -> str:
         "([Kwon et al., ICLR 2023](https://arxiv.org/abs/2208.02131)).",
         "",
         f"- task: `{task}`" + (f", {len(config.labels)} labels" if config.labels else ""),
-        f"- pictures: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
+        f"- images: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
         f"{spec.vocab_size}",
         f"- steps: {config.step:,}",
         "",
@@ -205,14 +205,14 @@ def model_card(config: MaskVLMConfig, spec: InputSpec) -> str:
 
 
 USES = {
-    "MaskedPretraining": 'model.fill_mask("picture.jpg", "a [MASK] dog")',
-    "Retrieval": 'model.rank("picture.jpg", ["a dog", "a cat"])',
+    "MaskedPretraining": 'model.fill_mask("image.jpg", "a [MASK] dog")',
+    "Retrieval": 'model.rank("image.jpg", ["a dog", "a cat"])',
 }
 
 
 def _told(seen: Mapping[str, Any]) -> str:
-    pictures = f", {seen['pictures']:,} pictures" if seen.get("pictures") else ""
-    return f"- `{seen['source']}` (`{seen['task']}`{pictures}, {seen['steps']:,} steps, data hash `{seen['sha'][:16]}`)"
+    images = f", {seen['pictures']:,} images" if seen.get("pictures") else ""
+    return f"- `{seen['source']}` (`{seen['task']}`{images}, {seen['steps']:,} steps, data hash `{seen['sha'][:16]}`)"
 
 
 def _evaluation(config: MaskVLMConfig) -> list[str]:

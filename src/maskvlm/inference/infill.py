@@ -1,7 +1,7 @@
 """Joint masked modelling put to use: hidden words and patches filled in, whole captions and regions written from
 nothing, the most certain part first, and how likely a text is word by word.
 
-The paper trains both conditionals, words given the whole picture and patches given the whole text (sec. 3); nothing
+The paper trains both conditionals, words given the whole image and patches given the whole text (sec. 3); nothing
 here is trained beyond that. Writing from nothing goes beyond what training hides (30 % of words, 60 % of patches).
 
 Shapes: B rows, T tokens, K hidden positions, V vocabulary, N patches, P values of a patch, L positions, D width.
@@ -31,14 +31,14 @@ class Guess(NamedTuple):
 
 
 class SeenImages(NamedTuple):
-    """image_XLD: features of different pictures. which: of each picture asked about, its row there."""
+    """image_XLD: features of different images. which: of each image asked about, its row there."""
 
     image_XLD: Tensor
     which: list[int]
 
 
 def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
-    """Features of the different ones of these pictures; of the mean colour for None."""
+    """Features of the different ones of these images; of the mean colour for None."""
     each = {id(image): image for image in images}
     order = {known: number for number, known in enumerate(each)}
     size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
@@ -50,7 +50,7 @@ def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
 
 
 class PairRows(NamedTuple):
-    """Texts about pictures. image_XLD: features. image_B: each row's picture. token_BT, attention_BT: its text."""
+    """Texts about images. image_XLD: features. image_B: each row's image. token_BT, attention_BT: its text."""
 
     image_XLD: Tensor
     image_B: Tensor
@@ -77,14 +77,14 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
     backbone = model.backbone
     for chosen_B in torch.arange(len(rows.token_BT), device=rows.token_BT.device).split(model.batch_size):
         part = rows.only(chosen_B)
-        used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many pictures
+        used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many images
         text_BTD = backbone.text(part.token_BT, part.attention_BT)
         context = backbone.cross_text.context(part.image_XLD[used_X], None, own_B)
         yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).every_RLD
 
 
 def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
-    """For each [MASK] of each text, about its picture, the likeliest words; each hidden place by itself."""
+    """For each [MASK] of each text, about its image, the likeliest words; each hidden place by itself."""
     head = model.head("tokens", "fill_mask")
     rows = pair_rows(model, *look(model, images), [model.words.masked(text) for text in texts])
     found = []
@@ -115,7 +115,7 @@ class Written(NamedTuple):
 
 
 def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
-    """Of each picture a caption of each length in tokens, start and end not counted: all words hidden at first, then
+    """Of each image a caption of each length in tokens, start and end not counted: all words hidden at first, then
     the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
@@ -143,7 +143,7 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
 
 
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
-    """Of captions of these lengths those that match their pictures best; without a matching head the most certain."""
+    """Of captions of these lengths those that match their images best; without a matching head the most certain."""
     looked = look(model, images)
     written = [[one for one in each if one.text] or each[:1] for each in write_captions(model, looked, lengths)]
     if getattr(model.task, "matching", None) is None:
@@ -155,7 +155,7 @@ def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -
 
 
 def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[str]) -> list[Tensor]:
-    """log p(word | all other words, picture) of each token of each text, [T] each, nats (Salazar et al. 2020)."""
+    """log p(word | all other words, image) of each token of each text, [T] each, nats (Salazar et al. 2020)."""
     head, mask = model.head("tokens", "score"), model.backbone.text.mask_id
     whole = [model.tokens([text]).token_CT[0] for text in texts]
     inner = [len(token_T) - 2 for token_T in whole]
@@ -176,11 +176,11 @@ def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[s
     return list(torch.cat(found).split(inner))
 
 
-# ---------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------- images
 
 
 def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
-    """Predicted values of every patch, [B, N, P], float32, normalised as the pictures are: of hidden ones from the
+    """Predicted values of every patch, [B, N, P], float32, normalised as the images are: of hidden ones from the
     visible ones and the whole text."""
     backbone, task = model.backbone, model.head("pixels", "reconstruct")
     image_BLD = backbone.image(image_BCHW, mask_BN)
@@ -192,10 +192,10 @@ def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor,
 def reconstruct_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], true_statistics: bool
 ) -> Tensor:
-    """Pictures with their hidden patches filled in at once, normalised [B, 3, H, W].
+    """Images with their hidden patches filled in at once, normalised [B, 3, H, W].
 
     Args:
-        true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the picture.
+        true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the image.
     """
     tokens = model.tokens(texts)
     text_BTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)

@@ -4,7 +4,7 @@ Three files, float32, of any batch size and text length: `image_encoder`, `text_
 reads the features of both. Beside them tokenizer, image processing, and `export.json`: inputs, outputs, versions, and
 the difference from torch. ONNX needs neither torch nor this project to be run.
 
-Shapes: B pictures, texts or row-by-row pairs, L image positions, T tokens, D width, E contrast width.
+Shapes: B images, texts or row-by-row pairs, L image positions, T tokens, D width, E contrast width.
 """
 
 import os
@@ -41,7 +41,7 @@ PACKAGES = ("maskvlm", "torch", "transformers", "onnx", "onnxscript", "onnxrunti
 
 
 class ImagePart(nn.Module):
-    """Normalised pictures [B, 3, H, W] to features [B, L, D] and, with contrast heads, unit vectors [B, E]."""
+    """Normalised images [B, 3, H, W] to features [B, L, D] and, with contrast heads, unit vectors [B, E]."""
 
     def __init__(self, backbone: Backbone, projection: Projection | None) -> None:
         super().__init__()

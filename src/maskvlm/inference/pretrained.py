@@ -6,7 +6,7 @@
 
 It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm.MaskVLM` is imported.
 
-Shapes: B pictures, C texts, E contrast width, T tokens, D width.
+Shapes: B images, C texts, E contrast width, T tokens, D width.
 """
 
 import warnings
@@ -28,7 +28,7 @@ from maskvlm.checkpoint.integrity import first_line
 from maskvlm.checkpoint.model_spec import portable, recipe_of
 from maskvlm.checkpoint.text_files import quiet
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
-from maskvlm.data.inputs import Picture, as_list
+from maskvlm.data.inputs import ImageInput, as_list
 from maskvlm.inference.api import Asked
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
@@ -45,7 +45,7 @@ from maskvlm.objectives.novelty import FarFromTraining, Range, far_line, nearnes
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
-WATCHED = 16  # pictures of one call that are looked at
+WATCHED = 16  # images of one call that are looked at
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -66,7 +66,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
     Its methods are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of a
-    picture that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
+    image that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
 
     Attributes:
         known: what it knows, in contrast vectors; None where the checkpoint does not tell it, or has no contrast heads.
@@ -123,8 +123,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
 
-    def pixels(self, images: Sequence[Picture]) -> Tensor:
-        """As of `Asked`. The first picture that is unlike the training data is warned of, where a method is asked about
+    def pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """As of `Asked`. The first image that is unlike the training data is warned of, where a method is asked about
         few: the encoder runs once more for that."""
         image_BCHW = super().pixels(images)
         if self.known is not None and self.told_far is None and 0 < len(image_BCHW) <= WATCHED:
@@ -134,8 +134,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return image_BCHW
 
     @torch.no_grad()
-    def far(self, images: Picture | Sequence[Picture]) -> list[str | None]:
-        """Of each picture a line that says how unlike the training data it is; None where it is not, or where nobody
+    def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
+        """Of each image a line that says how unlike the training data it is; None where it is not, or where nobody
         knows."""
         given, found = as_list(images)[0], list[str | None]()
         for part in chunks(given, self.batch_size):
@@ -212,7 +212,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """Verbs of the task: `model.answer(picture, question)`."""
+        """Verbs of the task: `model.answer(image, question)`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -242,10 +242,10 @@ def known_of(task: Task, origin: Start) -> Range | None:
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
-    """A method of the task: its pictures and its text, each a single one or a list."""
+    """A method of the task: its images and its text, each a single one or a list."""
     method = model.task.methods[name]
-    if len(inputs) != method.pictures + 1:
-        needs = f"{method.pictures} picture{'s' if method.pictures > 1 else ''} and a {method.text}"
+    if len(inputs) != method.images + 1:
+        needs = f"{method.images} image{'s' if method.images > 1 else ''} and a {method.text}"
         raise UserError(name, f"{len(inputs)} inputs", f"Give {needs}")
     lists = [as_list(given) for given in inputs]
     size = max(len(rows) for rows, _ in lists)

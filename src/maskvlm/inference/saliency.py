@@ -69,7 +69,7 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
 
 
 def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1) -> WordSaliency:
-    """The word is hidden and filled in from the picture; where the model looked for it.
+    """The word is hidden and filled in from the image; where the model looked for it.
 
     Args:
         block: of the text cross encoder whose attention is shown; the last for -1.
@@ -96,13 +96,13 @@ def _shared(map_N: Tensor) -> Tensor:
     return map_N / total if total > 0 else map_N
 
 
-def overlay(picture: Image.Image, map_RC: Any) -> Image.Image:
-    """A map over the patches as a warm layer on a picture, at its own size."""
+def overlay(image: Image.Image, map_RC: Any) -> Image.Image:
+    """A map over the patches as a warm layer on an image, at its own size."""
     top = float(map_RC.max())
     level = (np.asarray(map_RC, dtype=np.float32) / top if top else np.zeros_like(map_RC)).astype(np.float32)
-    grown = Image.fromarray(level).resize(picture.size, Image.Resampling.BICUBIC)
+    grown = Image.fromarray(level).resize(image.size, Image.Resampling.BICUBIC)
     share_HW1 = np.clip(np.asarray(grown), 0, 1)[..., None]
     warm_HWC = colormaps["inferno"](share_HW1[..., 0])[..., :3] * 255
-    base_HWC = np.asarray(picture, dtype=np.float32)
+    base_HWC = np.asarray(image, dtype=np.float32)
     mixed_HWC = base_HWC * (1 - 0.7 * share_HW1) + warm_HWC * 0.7 * share_HW1
     return Image.fromarray(np.rint(mixed_HWC).clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""`maskvlm index` and `search`: pictures found among many, by a text or a picture.
+"""`maskvlm index` and `search`: images found among many, by a text or an image.
 
 An index is a folder: `index.json` says what it is, `index.faiss` holds the vectors, `ids.parquet` whose they are. It is
 searched by inner product of unit vectors, the cosine. There is no pickle in it, `index.json` passes a closed schema and
@@ -24,7 +24,7 @@ from maskvlm.config.old_names import current
 from maskvlm.config.plain_schema import Entries, OneOf, Record, Text, Tree, Whole, maybe, shown
 from maskvlm.data.batch import Pairs, Source
 from maskvlm.data.files import load_json
-from maskvlm.data.inputs import Picture, is_picture
+from maskvlm.data.inputs import ImageInput, is_image
 from maskvlm.data.prepared.manifest import MANIFEST
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.scenes.source import Scenes
@@ -50,16 +50,16 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     facts = facts_of(vectors)
     parts, width = range(facts["shards"]), facts["width"]
     asked = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []  # some captions are enough to ask with
-    pictures = [read_vectors(file_of(vectors, part, len(parts)), width) for part in parts]
+    images = [read_vectors(file_of(vectors, part, len(parts)), width) for part in parts]
     captions = [read_vectors(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
-    vector_NE = np.concatenate([vector_NE for _, vector_NE in pictures])
+    vector_NE = np.concatenate([vector_NE for _, vector_NE in images])
     if not len(vector_NE):
-        raise UserError(vectors, "holds no picture that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
+        raise UserError(vectors, "holds no image that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
     query_NE = np.concatenate(captions) if sum(map(len, captions)) else vector_NE
     chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
     index, about = build_index(vector_NE, query_NE[chosen], name, least)
     (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
-    write_file(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in pictures]))
+    write_file(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in images]))
     write_index(index, out / VECTORS)
     about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
     about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
@@ -78,7 +78,7 @@ def read_vectors(path: Path, width: int) -> tuple[pa.Table, Array]:
 
 
 class SearchResult(NamedTuple):
-    """A picture: its row in the split, its file or None, the cosine with the query, the probability of a match."""
+    """An image: its row in the split, its file or None, the cosine with the query, the probability of a match."""
 
     row: int
     id: str
@@ -141,7 +141,7 @@ class SearchIndex:
         found: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
         return found
 
-    def pictures(self, found: list[SearchResult]) -> list[Picture]:
+    def open_images(self, found: list[SearchResult]) -> list[ImageInput]:
         """The images themselves: files or a prepared set in the folder that the user named, or what the built-in world
         draws. An index may be anybody's: what it says of files is held against that folder, and nothing else is opened.
 
@@ -166,7 +166,7 @@ class SearchIndex:
         return [Path(str(each.path)) for each in found]
 
     def pairs(self, found: list[SearchResult]) -> Pairs:
-        """The split of the data set that was indexed; raises as `pictures`."""
+        """The split of the data set that was indexed; raises as `images`."""
         told = self.about["source"] or {}
         name, args = current(str(told.get("class_path"))), told.get("init_args") or {}
         plain = {key: value for key, value in args.items() if key != "root"} if isinstance(args, dict) else {}
@@ -192,28 +192,28 @@ class SearchIndex:
 
 
 def search_index(
-    index: SearchIndex, model: PretrainedMaskVLM, query: Picture, k: int = 10, rerank: bool = False
+    index: SearchIndex, model: PretrainedMaskVLM, query: ImageInput, k: int = 10, rerank: bool = False
 ) -> list[SearchResult]:
-    """The k nearest pictures of a text or a picture (of strings those that name a file), the nearest first.
+    """The k nearest images of a text or an image (of strings those that name a file), the nearest first.
 
-    rerank: these ordered by their match (ITM): a text's with the pictures themselves, a picture's with their captions,
+    rerank: these ordered by their match (ITM): a text's with the images themselves, an image's with their captions,
     of which the best counts. Raises UserError: the index was not made with this model (65).
     """
     if model is not index.model and identity(model) != index.about["weights"]:
         todo = f"Give {index.about['checkpoint']}, or make the index again"
         raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
     index.model = model
-    seen = is_picture(query)
+    seen = is_image(query)
     vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
     rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
     found = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
     if not rerank:
         return found
-    if seen:  # a match is of a picture and a text
+    if seen:  # a match is of an image and a text
         likely = [max(model.match([query], each.captions)) if each.captions else 0.0 for each in found]  # type: ignore
     else:
-        likely = model.match(index.pictures(found), str(query))  # type: ignore[assignment]
+        likely = model.match(index.open_images(found), str(query))  # type: ignore[assignment]
     matched = [each._replace(match=match) for each, match in zip(found, likely, strict=True)]
     counts = contrast_counts(model)
     if not counts:

@@ -1,4 +1,4 @@
-"""`maskvlm embed`: the vectors of a data set's pictures and captions, as Parquet files, a shard each.
+"""`maskvlm embed`: the vectors of a data set's images and captions, as Parquet files, a shard each.
 
     maskvlm embed --from checkpoints/RUN/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
 
@@ -6,7 +6,7 @@ A file is written under another name and renamed, so that what exists is whole; 
 missing. Under torchrun or srun process r of W takes every W-th shard. Nothing passes between processes: there is no
 process group, none waits for another, and the next start may have another number of them.
 
-Shapes: B pictures, C captions, E contrast width, N rows of all shards.
+Shapes: B images, C captions, E contrast width, N rows of all shards.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
 
 FACTS, BAD = "vectors.json", "bad_samples.json"
-SHARD = 4096  # pictures
+SHARD = 4096  # images
 SAME = {"weights": "another checkpoint", "data": "other data", "split": "another split"}
 SAME |= {"shard": "shards of another size", "captions": "or without captions"}
 """What a second start must agree in, and what it is told where it does not."""
@@ -47,7 +47,7 @@ Process = tuple[int, int]
 
 
 def identity(model: PretrainedMaskVLM) -> str:
-    """sha256 of what a vector depends on: tensors, picture size, normalisation, tokenizer. A checkpoint and the hub's
+    """sha256 of what a vector depends on: tensors, image size, normalisation, tokenizer. A checkpoint and the hub's
     folder made of it are the same model, a copy in another precision is not."""
     spec = model.backbone.input_spec
     words = None if spec.tokenizer is None else tokenizer_hash(spec.tokenizer)
@@ -63,9 +63,9 @@ def identity(model: PretrainedMaskVLM) -> str:
 
 TEXTS = dict.fromkeys(("id", "origin", "path"), pa.string())
 KEPT = pa.schema({"row": pa.int64(), **TEXTS, "captions": pa.list_(pa.string())})
-"""Of a picture, beside its vector: its place in the split, what it is called, its file or null."""
+"""Of an image, beside its vector: its place in the split, what it is called, its file or null."""
 CAPTION = pa.schema({"row": pa.int64(), "id": pa.string(), "caption": pa.string()})
-"""Of a caption, beside its vector; row and id are its picture's."""
+"""Of a caption, beside its vector; row and id are its image's."""
 
 
 class RowsToEmbed(Dataset[dict[str, Any]]):
@@ -97,7 +97,7 @@ def embed(
 ) -> str:
     """Write this process's missing shards of a split's vectors; returns one line on what is there now.
 
-    `told` goes into `vectors.json`: `split`, and what else shall be known later; `shard` is pictures a file.
+    `told` goes into `vectors.json`: `split`, and what else shall be known later; `shard` is images a file.
 
     Raises:
         UserError: the folder holds other vectors, or cannot be written (73, 74); the checkpoint has no contrast head.
@@ -127,7 +127,7 @@ def embed(
             good += [row for row in rows if "bad" not in row]
             bad += [row["bad"] for row in rows if "bad" in row]
             line.advance(len(rows))
-        if captions:  # first: a shard counts as done when its pictures are there
+        if captions:  # first: a shard counts as done when its images are there
             write_file(file_of(folder, part, count, "captions"), captions_table(model, good, width))
         table = table_of(good, KEPT, torch.cat(vectors))
         write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
@@ -135,9 +135,9 @@ def embed(
     return close(folder, pairs, count)
 
 
-def captions_table(model: PretrainedMaskVLM, pictures: list[dict[str, Any]], width: int) -> pa.Table:
+def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]], width: int) -> pa.Table:
     """Rows of CAPTION with their vectors."""
-    rows = [{**row, "caption": text} for row in pictures for text in row["captions"]]
+    rows = [{**row, "caption": text} for row in images for text in row["captions"]]
     parts = [model.encode_text([row["caption"] for row in part]).cpu() for part in chunks(rows, model.batch_size)]
     return table_of(rows, CAPTION, torch.cat([torch.zeros(0, width), *parts]))
 
@@ -149,7 +149,7 @@ def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) ->
 
 
 class EmbedProgress:
-    """Pictures a second and time left: a bar on a terminal, elsewhere a line every half minute."""
+    """Images a second and time left: a bar on a terminal, elsewhere a line every half minute."""
 
     def __init__(self, total: int, process: Process) -> None:
         self.total, self.done, self.started, self.told = total, 0, time.monotonic(), time.monotonic()
@@ -160,13 +160,13 @@ class EmbedProgress:
         self.task = self.bar.add_task("", total=total)
         self.bar.start()
 
-    def advance(self, pictures: int) -> None:
-        self.done, now = self.done + pictures, time.monotonic()
+    def advance(self, images: int) -> None:
+        self.done, now = self.done + images, time.monotonic()
         if now - self.told < (0.2 if self.terminal else 30.0) and self.done < self.total:
             return
         self.told, speed = now, self.done / max(now - self.started, 1e-9)
         left = duration((self.total - self.done) / speed)
-        told = f"{self.done}/{self.total}  {number(speed)} pictures/s  {left} left"
+        told = f"{self.done}/{self.total}  {number(speed)} images/s  {left} left"
         self.bar.update(self.task, completed=self.done, description=told, refresh=True)
         if not self.terminal:
             print(f"{self.name}  {told}", flush=True)
@@ -216,7 +216,7 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
             content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
             write_file(folder / BAD, content)
     told = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
-    line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} pictures in all"
+    line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} images in all"
     line += f"; left out or mended ({', '.join(told)}): listed in {folder / BAD}" if told else ""
     return line + ("; the others are other processes', or start the same again" if len(there) < count else "")
 

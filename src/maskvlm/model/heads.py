@@ -86,10 +86,10 @@ class Matching(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two linear layers on the fused vectors of one picture or of several (NLVR2, SNLI-VE; R).
+    """Two linear layers on the fused vectors of one image or of several (NLVR2, SNLI-VE; R).
 
     Args:
-        width: of the input: 3 * D for each picture.
+        width: of the input: 3 * D for each image.
         hidden: width between the two.
         labels: K, classes.
         dropout: before the second layer, 0 to 1.
@@ -146,7 +146,7 @@ class TokenHead(nn.Module):
 
 
 class WordDetector(nn.Module):
-    """Logits that a position of the picture shows each word of the vocabulary: one linear layer, [B, L, V].
+    """Logits that a position of the image shows each word of the vocabulary: one linear layer, [B, L, V].
 
     Nearly all words are absent from nearly all positions: the bias starts there.
     """

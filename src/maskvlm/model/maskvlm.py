@@ -46,7 +46,7 @@ class MaskVLM(nn.Module):
         dropout: in the cross encoders and the blocks of heads.
         checkpointing: recompute the cross encoders' activations in the backward pass.
         start: a checkpoint of an earlier run, whose backbone is taken over whole, tokenizer included, with positions
-            resized where the picture size differs; the encoders' own pretrained weights are then not looked for.
+            resized where the image size differs; the encoders' own pretrained weights are then not looked for.
         query_positions: the image cross encoder's queries know their places (see `CrossEncoder`).
         width: D of the cross encoders and heads; None takes the text encoder's. An encoder of another width gets a
             linear layer behind it.
@@ -124,7 +124,7 @@ class MaskVLM(nn.Module):
         return CrossEncoder(self.width, self.width, layers, self.cross_heads, self.dropout, self.checkpointing, grid)
 
     def fuse(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Fused:
-        """Class tokens of row-by-row pairs (picture, caption) after both cross encoders."""
+        """Class tokens of row-by-row pairs (image, caption) after both cross encoders."""
         image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), every=0)
         text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, every=0)
         return Fused(image.first_BD, text.first_BD)

@@ -1,7 +1,7 @@
 """A downstream task that decides among labels: the base of NLVR and visual entailment, of VQA by classes, and of
-whatever asks a text about one picture or several.
+whatever asks a text about one image or several.
 
-Shapes: B examples, P pictures an example, L image positions, T tokens, D width, K labels.
+Shapes: B examples, P images an example, L image positions, T tokens, D width, K labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Decision(NamedTuple):
 
 
 class Met(NamedTuple):
-    """Pictures and texts, and what is fused of them. X = B * P: the pictures of an example follow each other."""
+    """Images and texts, and what is fused of them. X = B * P: the images of an example follow each other."""
 
     image_XLD: Tensor
     text_BTD: Tensor
@@ -52,19 +52,19 @@ class Met(NamedTuple):
 
 
 class Classification(Task):
-    """Fused vectors of the pictures with the text, concatenated, through two linear layers (paper sec. 4; R).
+    """Fused vectors of the images with the text, concatenated, through two linear layers (paper sec. 4; R).
 
     A fused vector is the two class tokens and their product (C). Matching has the product alone, which says how well
-    text and picture agree; where that is to mean different things under different texts, the text is needed, too.
+    text and image agree; where that is to mean different things under different texts, the text is needed, too.
 
     Args:
         labels: what to decide among; linked from the data, not set by hand.
-        pictures: of an example.
+        images_per_example: 1 or more.
         hidden: between the two layers; None takes the backbone's width.
         dropout: in the head, 0 to 1.
-        image_ablation: the control: noise in the place of every picture.
+        image_ablation: the control: noise in the place of every image.
         reads: what the head reads: `fused` vectors (P), or `scores` (C): of the text its class token and the mean of
-            its tokens, unfused, and of each picture contrast's logit and matching's log-odds, by the heads of
+            its tokens, unfused, and of each image contrast's logit and matching's log-odds, by the heads of
             pre-training, which are not trained on. Of a few hundred photos fused vectors are soon learned by heart;
             two numbers cannot be.
 
@@ -80,7 +80,7 @@ class Classification(Task):
     def __init__(
         self,
         labels: Sequence[str] | None = None,
-        pictures: int = 1,
+        images_per_example: int = 1,
         hidden: int | None = None,
         dropout: float = 0.0,
         image_ablation: bool = False,
@@ -90,16 +90,21 @@ class Classification(Task):
         if labels is None:
             what = "it has no labels for the task to decide among"
             raise UserError("data.source", what, "Choose the task's own data")
-        check_least(1, {"model.task.pictures": pictures, "model.task.hidden": hidden})
+        check_least(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
         if not 0 <= dropout <= 1:
             raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
-        self.labels, self.pictures, self.hidden, self.dropout = tuple(labels), pictures, hidden, dropout
+        self.labels, self.images_per_example, self.hidden, self.dropout = (
+            tuple(labels),
+            images_per_example,
+            hidden,
+            dropout,
+        )
         self.blind, self.reads = Blind() if image_ablation else None, reads
         self.judgements = Judgements()
 
     def build(self, backbone: MaskVLM) -> None:
         width = backbone.width
-        read = 3 * width * self.pictures if self.reads == "fused" else 2 * width + 2 * self.pictures
+        read = 3 * width * self.images_per_example if self.reads == "fused" else 2 * width + 2 * self.images_per_example
         self.head = Classifier(read, self.hidden or width, len(self.labels), self.dropout)
         init_xavier(self.head)
         if self.reads == "scores":
@@ -138,9 +143,9 @@ class Classification(Task):
     def logits(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Tensor:
         """What speaks for each label, [B, K]."""
         image = batch.image_BPCHW
-        if image.shape[1] != self.pictures:
-            what = f"the data has {image.shape[1]} pictures an example, the task is set to {self.pictures}"
-            raise UserError("model.task.pictures", what, f"Set it to {image.shape[1]}")
+        if image.shape[1] != self.images_per_example:
+            what = f"the data has {image.shape[1]} images an example, the task is set to {self.images_per_example}"
+            raise UserError("model.task.images_per_example", what, f"Set it to {image.shape[1]}")
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
@@ -148,7 +153,7 @@ class Classification(Task):
         return self.head(met.fused_BX if self.reads == "fused" else self.scores(met))
 
     def scores(self, met: Met) -> Tensor:
-        """The text's class token and mean token, then two numbers of each picture, [B, 2 * D + 2 * P]."""
+        """The text's class token and mean token, then two numbers of each image, [B, 2 * D + 2 * P]."""
         text_BTD, attention_BT = met.text_BTD, met.attention_BT
         mean_BD = mean_token(text_BTD, attention_BT)
         image_XE = self.projection.embed_image(met.image_XLD)
@@ -198,7 +203,7 @@ class Classification(Task):
     def card(self) -> dict[str, Any]:
         return {
             "labels": len(self.labels),
-            "pictures": self.pictures,
+            "pictures": self.images_per_example,
             "blind": self.blind is not None,
             "reads": self.reads,
         }
@@ -217,7 +222,7 @@ def likeliest(probability_BK: Tensor, labels: Sequence[str]) -> list[Decision]:
 
 
 def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[Decision]:
-    """A `Method`: what the task says of each example, its pictures followed by its text."""
+    """A `Method`: what the task says of each example, its images followed by its text."""
     found: list[Decision] = []
     for part in chunks(examples, model.batch_size):
         image_BPCHW = torch.stack([model.pixels(example[:-1]) for example in part])
@@ -229,17 +234,17 @@ def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) 
 def meet(
     backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor, row_B: Tensor | None = None
 ) -> Met:
-    """One pass of each picture with the same text.
+    """One pass of each image with the same text.
 
     Args:
         row_B: place of each example in the training split, -1 of none, for features that are kept; None keeps none.
     """
-    pictures = image_BPCHW.shape[1]
+    images = image_BPCHW.shape[1]
     row_X = None
     if row_B is not None:
-        row_BP = row_B[:, None] * pictures + torch.arange(pictures, device=row_B.device)
+        row_BP = row_B[:, None] * images + torch.arange(images, device=row_B.device)
         row_X = row_BP.masked_fill(row_B[:, None] < 0, -1).flatten()
     image_XLD = backbone.image(image_BPCHW.flatten(0, 1), None, row_X)
     text_BTD = backbone.text(token_BT, attention_BT)
-    text_XTD, attention_XT = (part.repeat_interleave(pictures, 0) for part in (text_BTD, attention_BT))
+    text_XTD, attention_XT = (part.repeat_interleave(images, 0) for part in (text_BTD, attention_BT))
     return Met(image_XLD, text_BTD, attention_BT, backbone.fuse(image_XLD, text_XTD, attention_XT))

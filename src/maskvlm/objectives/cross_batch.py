@@ -64,7 +64,7 @@ class Contrast(NamedTuple):
 
 
 def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
-    """The vectors of all processes; the same picture, the same words and unread rows are no negatives."""
+    """The vectors of all processes; the same image, the same words and unread rows are no negatives."""
     own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
     same_BG = batch.image_id_B[:, None] == gather(batch.image_id_B)
     same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
@@ -87,8 +87,8 @@ class QueuedPairs(NamedTuple):
 
 
 def columns(batch: Batch) -> tuple[Columns, Columns]:
-    """What pictures [B, H] and captions [C, G] see of the whole batch: the same picture is to be found; the same
-    words of another picture, and what could not be read, are neither found nor negatives."""
+    """What images [B, H] and captions [C, G] see of the whole batch: the same image is to be found; the same
+    words of another image, and what could not be read, are neither found nor negatives."""
     owner_C = batch.owner_C + rank() * len(batch.valid_B)
     owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
     valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
@@ -145,7 +145,7 @@ def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = N
     """Rows that pairs can pick, and where the rows `index_M` of the global batch, or of what follows it, stand there.
 
     With one process they are among the own rows; with several they are fetched, with gradient, and follow them. There
-    may be more or fewer of them than own rows: each of B pictures has a hard caption, each of C captions a picture.
+    may be more or fewer of them than own rows: each of B images has a hard caption, each of C captions an image.
 
     Args:
         kept_QLD: rows of a queue, which follow the global batch; they are fetched, too.
@@ -218,10 +218,10 @@ def cross_all(
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
 
-    Matching pairs: (picture, its caption), (picture, hard caption), (hard picture, caption).
+    Matching pairs: (image, its caption), (image, hard caption), (hard image, caption).
 
     Args:
-        found: a hard caption for each picture and a hard picture for each caption; None without matching.
+        found: a hard caption for each image and a hard image for each caption; None without matching.
         reconstructs: whether masked patches, and masked words, are to be reconstructed.
         mask_both: each side from the masked other one.
         pairs: how many of the pairs, from the first one on, are masked and matched.
@@ -233,10 +233,10 @@ def cross_all(
     if found is not None:
         own = torch.arange(pairs, device=image.device)
         queued = (None, None, None) if kept is None else kept[:3]
-        image, picture = with_negatives(image, found[1].index_B, queued[0])
-        text, caption = with_negatives(text, found[0].index_B, queued[1])
+        image, hard_image = with_negatives(image, found[1].index_B, queued[0])
+        text, hard_text = with_negatives(text, found[0].index_B, queued[1])
         attention, _ = with_negatives(attention, found[0].index_B, queued[2])
-        images, texts = [own, own, picture], [own, caption, own]
+        images, texts = [own, own, hard_image], [own, hard_text, own]
     masked_image = encoded.masked_image_BLD if reconstructs[0] else None
     masked_text = encoded.masked_text_BTD if reconstructs[1] else None
     masked = 0 if masked_image is None else len(masked_image)

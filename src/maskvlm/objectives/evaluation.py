@@ -1,6 +1,6 @@
 """What pre-training is judged by: retrieval, and each masked loss with the right partner, a wrong one and none.
 
-Shapes: B pictures, C captions, K masked positions, P values of a patch.
+Shapes: B images, C captions, K masked positions, P values of a patch.
 """
 
 import math
@@ -32,7 +32,7 @@ EVAL_SEED = 20230501
 class Measure:
     """Takes in evaluation batches and computes the metrics of an epoch.
 
-    The wrong partner is the next row's in the batch; a batch of one picture has none. "None" is a picture of
+    The wrong partner is the next row's in the batch; a batch of one image has none. "None" is an image of
     the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
     in the data set alone, so that every checkpoint is asked the same, by any number of processes.
 
@@ -42,7 +42,7 @@ class Measure:
         chunk: pairs at once in the cross encoders when it does.
 
     Attributes:
-        reference: contrast vectors of some pictures of the last evaluation (`novelty.sample_of`); None before one.
+        reference: contrast vectors of some images of the last evaluation (`novelty.sample_of`); None before one.
     """
 
     def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
@@ -57,7 +57,7 @@ class Measure:
 
     @torch.no_grad()
     def update(self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch) -> None:
-        """One batch: pictures with all their captions."""
+        """One batch: images with all their captions."""
         draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device)
         masks = task.mask(backbone, batch, draw.local)
         image_BLD = backbone.image(batch.image_BCHW)
@@ -72,7 +72,7 @@ class Measure:
     def words(
         self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, image_BLD: Tensor
     ) -> None:
-        """Masked-word accuracy (percent) and nats with the picture, another one, and none."""
+        """Masked-word accuracy (percent) and nats with the image, another one, and none."""
         assert masks.token is not None
         owner, rows = batch.owner_C, len(image_BLD)
         masked_CTD = backbone.text(masks.token.token_CT, batch.attention_CT)
@@ -94,7 +94,7 @@ class Measure:
     def patches(
         self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, text_CTD: Tensor
     ) -> None:
-        """Masked-pixel error with the caption, another one, and none; one caption a picture, in turn."""
+        """Masked-pixel error with the caption, another one, and none; one caption an image, in turn."""
         assert masks.patch is not None
         chosen_B = one_caption(batch)
         text_BTD, attention_BT = text_CTD[chosen_B], batch.attention_CT[chosen_B]
@@ -194,7 +194,7 @@ def gains(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def one_caption(batch: Batch) -> Tensor:
-    """Row of one caption for each picture: its (index mod count)-th, so that all phrasings are met."""
+    """Row of one caption for each image: its (index mod count)-th, so that all phrasings are met."""
     count_B = torch.bincount(batch.owner_C, minlength=len(batch.image_BCHW))
     first_B = count_B.cumsum(0) - count_B
     return first_B + batch.index_B % count_B.clamp(min=1)

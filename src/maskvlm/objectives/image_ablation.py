@@ -1,4 +1,4 @@
-"""The blind control: noise in the place of pictures, so that what a picture adds can be told from guessing."""
+"""The blind control: noise in the place of images, so that what an image adds can be told from guessing."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from maskvlm.utils.distributed import gather
 
 
 class Blind(nn.Module):
-    """Normal noise with the mean and the variance that the training pictures have in each channel.
+    """Normal noise with the mean and the variance that the training images have in each channel.
 
-    The statistics are those of all pictures seen in training so far: those of one batch, let alone of one picture,
+    The statistics are those of all images seen in training so far: those of one batch, let alone of one image,
     would tell of its background. All processes hold the same. Before the first training step they are 0 and 1, as
     normalisation aims at.
     """
@@ -26,7 +26,7 @@ class Blind(nn.Module):
         self.register_buffer("square_C", torch.ones(3))
 
     def forward(self, image: Tensor, uniform: Uniform) -> Tensor:
-        """Noise of the shape of `image`, [rows, ..., 3, H, W]; in training the pictures' statistics are taken in."""
+        """Noise of the shape of `image`, [rows, ..., 3, H, W]; in training the images' statistics are taken in."""
         if self.training:
             self._take(image)
         first, second = uniform(len(image), *image.shape[1:]), uniform(len(image), *image.shape[1:])
@@ -38,7 +38,7 @@ class Blind(nn.Module):
     def _take(self, image: Tensor) -> None:
         channels = image.detach().float().flatten(0, -4).transpose(0, 1).flatten(1)
         mean_C, square_C = gather(torch.stack([channels.mean(1), channels.square().mean(1)])[None]).mean(0)
-        known = square_C.isfinite().all()  # pictures that are not finite must not outlast their step
+        known = square_C.isfinite().all()  # images that are not finite must not outlast their step
         self.seen += known
         self.mean_C += torch.where(known, (mean_C - self.mean_C) / self.seen, 0.0)
         self.square_C += torch.where(known, (square_C - self.square_C) / self.seen, 0.0)

@@ -1,6 +1,6 @@
 """The losses and the hard negatives: tensors in, scalar out, no parameters, no logging.
 
-Shapes: B rows of this process, G rows of all processes (C and H: captions, where pictures have several), D width,
+Shapes: B rows of this process, G rows of all processes (C and H: captions, where images have several), D width,
 K masked positions, V vocabulary, P values of a patch. Weights are 0 or 1; a sum is divided by `count`, which the
 caller may share over processes.
 """
@@ -31,7 +31,7 @@ def contrastive(
         image_BD, text_BD: unit vectors of this process's pairs; image_GD, text_GD: of all processes.
         scale: 1 / temperature.
         own_B: column of each row's partner.
-        excluded_BG: True where a column shows the same picture or says the same: not a negative.
+        excluded_BG: True where a column shows the same image or says the same: not a negative.
         weight_B, count: see the top.
     """
     terms = []
@@ -42,7 +42,7 @@ def contrastive(
 
 
 class Columns(NamedTuple):
-    """What each row of a similarity sees. positive: the same picture, what is to be found. excluded: neither to be
+    """What each row of a similarity sees. positive: the same image, what is to be found. excluded: neither to be
     found nor a negative."""
 
     positive_BG: Tensor
@@ -62,14 +62,14 @@ def soft_contrastive(
     count_B: Tensor,
     count_C: Tensor,
 ) -> Tensor:
-    """Image-text contrast (ITC) where pictures have several captions: the target is spread equally over all columns
-    of the same picture, mean of the two directions (ALBEF's rule for fine-tuning).
+    """Image-text contrast (ITC) where images have several captions: the target is spread equally over all columns
+    of the same image, mean of the two directions (ALBEF's rule for fine-tuning).
 
     Args:
         image_BD, text_CD: unit vectors of this process; image_GD, text_HD: of all processes.
         scale: 1 / temperature.
-        image_sees, text_sees: columns [B, H] of pictures and [C, G] of captions.
-        weight_B, weight_C, count_B, count_C: of pictures and of captions, see the top.
+        image_sees, text_sees: columns [B, H] of images and [C, G] of captions.
+        weight_B, weight_C, count_B, count_C: of images and of captions, see the top.
     """
     loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_sees)
     loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_sees)
@@ -101,7 +101,7 @@ def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor
 
 
 def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count: Tensor) -> Tensor:
-    """Which words a caption has, from the picture alone: a word is there where any position shows it.
+    """Which words a caption has, from the image alone: a word is there where any position shows it.
 
     Noisy-or over positions, p = 1 - prod(1 - p_l), as Fang et al. 2015 (From captions to visual concepts and back)
     detect words in regions; binary cross-entropy summed over the vocabulary, for each word that the caption has.

@@ -1,7 +1,7 @@
 """Which patches and which words are masked: pure functions, their random numbers passed in, and the classes that
 configurations name. A masking of your own is a class of `ImageMasking` or `TextMasking` and a line of YAML.
 
-Shapes: B pictures, C captions, N patches, T tokens, K positions at most masked in a row.
+Shapes: B images, C captions, N patches, T tokens, K positions at most masked in a row.
 """
 
 from abc import ABC, abstractmethod
@@ -60,16 +60,16 @@ class Ratio(NamedTuple):
 def mask_patches(
     valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform, mask_all: float = 0.0
 ) -> PatchMask:
-    """Hide a share of square blocks of patches, uniform over blocks, fresh for each picture (paper sec. 3, P).
+    """Hide a share of square blocks of patches, uniform over blocks, fresh for each image (paper sec. 3, P).
 
     Args:
         valid_B: False rows get no mask.
         grid: rows and columns of patches.
         block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and lower
             edge are cut where the grid does not divide.
-        ratio: share of blocks, 0 to 1; the count is exact in every picture.
+        ratio: share of blocks, 0 to 1; the count is exact in every image.
         uniform: source of random numbers.
-        mask_all: probability that all of a picture is hidden in the place of that share.
+        mask_all: probability that all of an image is hidden in the place of that share.
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
     hidden = count_masked(block_rows * block_cols, ratio)

@@ -8,14 +8,14 @@ class Method(NamedTuple):
     """A question that a fine-tuned model answers, in Python, on the command line and on the page.
 
     Attributes:
-        run: (task, model, examples) -> answers, one an example; an example is its pictures followed by its text. An
+        run: (task, model, examples) -> answers, one an example; an example is its images followed by its text. An
             answer is a NamedTuple whose first entry is what a person wants to read.
-        pictures: how many an example has.
+        images: how many an example has.
         text: what the text is called, such as `question`.
         told: one line of help.
     """
 
     run: Callable[[Any, Any, list[tuple[Any, ...]]], list[Any]]
-    pictures: int
+    images: int
     text: str
     told: str

@@ -1,11 +1,11 @@
-"""Whether a picture lies within what a model was trained on, told by the model's own contrast vectors.
+"""Whether an image lies within what a model was trained on, told by the model's own contrast vectors.
 
-Pictures of the validation split resemble each other: the highest cosine of each to the others has a distribution, and
-a new picture whose highest cosine to them is below nearly all of these is unlike everything that the model knows. Of
+Images of the validation split resemble each other: the highest cosine of each to the others has a distribution, and
+a new image whose highest cosine to them is below nearly all of these is unlike everything that the model knows. Of
 the split a sample is kept, so that it fits into a checkpoint; the threshold follows from the sample. It is a guess: a
-strange picture can fall among the known ones, and FAR of the known ones fall outside.
+strange image can fall among the known ones, and FAR of the known ones fall outside.
 
-Shapes: N pictures of the sample, B pictures asked about, E contrast width.
+Shapes: N images of the sample, B images asked about, E contrast width.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST = 500  # pictures of a sample: 250 KB at width 256
+MOST = 500  # images of a sample: 250 KB at width 256
 LEAST = 50  # below that their distribution has no lower end to speak of
 FAR = 0.01
-"""Share of the sample's own pictures that lie below the threshold."""
+"""Share of the sample's own images that lie below the threshold."""
 
 
 class FarFromTraining(UserWarning):
-    """A picture is unlike those that the model was trained on."""
+    """An image is unlike those that the model was trained on."""
 
 
 class Range(NamedTuple):
@@ -28,7 +28,7 @@ class Range(NamedTuple):
 
     Attributes:
         vector_NE: unit vectors of the sample, float32.
-        least: the cosine below which a picture is far.
+        least: the cosine below which an image is far.
     """
 
     vector_NE: Tensor
@@ -42,7 +42,7 @@ def sample_of(vector_NE: Tensor, most: int = MOST) -> Tensor:
 
 
 def range_of(sample_NE: Tensor, share: float = FAR) -> Range | None:
-    """The range of a sample; None where it has fewer than LEAST pictures.
+    """The range of a sample; None where it has fewer than LEAST images.
 
     Args:
         sample_NE: by `sample_of`.
@@ -57,7 +57,7 @@ def range_of(sample_NE: Tensor, share: float = FAR) -> Range | None:
 
 
 def nearness(vector_BE: Tensor, known: Range) -> Tensor:
-    """The highest cosine of each picture to those of the sample, [B], float32.
+    """The highest cosine of each image to those of the sample, [B], float32.
 
     Args:
         vector_BE: unit vectors by the same model.
@@ -66,13 +66,13 @@ def nearness(vector_BE: Tensor, known: Range) -> Tensor:
 
 
 def is_far(vector_BE: Tensor, known: Range) -> Tensor:
-    """Of each picture whether it is below the range, [B]."""
+    """Of each image whether it is below the range, [B]."""
     return nearness(vector_BE, known) < known.least
 
 
 def far_line(near: float, known: Range) -> str:
     """The line for people."""
     return (
-        "this picture is unlike those that the model was trained on: its nearest similarity to them is "
+        "this image is unlike those that the model was trained on: its nearest similarity to them is "
         f"{near:.2f}, {100 * (1 - FAR):g} % of them have {known.least:.2f} or more; take the answers with care"
     )

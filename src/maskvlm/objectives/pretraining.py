@@ -424,7 +424,7 @@ class MaskedPretraining(Task):
         return gather_contrast(batch, image, text, scale)
 
     def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
-        """For each of the first `pairs` pictures a hard caption, for each of their captions a hard picture, out of the
+        """For each of the first `pairs` images a hard caption, for each of their captions a hard image, out of the
         global batch and, after it, the queue."""
         if not self.weights["itm"]:
             return None

@@ -243,7 +243,7 @@ class MaskedTokens(PretrainingLoss):
 
     name, needs = "mlm", frozenset({Need.MASKED_TEXT})
     cause = (
-        "the words' frequencies: neither picture nor sentence is used; look at the learning rate and the "
+        "the words' frequencies: neither image nor sentence is used; look at the learning rate and the "
         "tokenizer's unknown words"
     )
 

@@ -1,7 +1,7 @@
 """What the model fills in: hidden patches with the caption and with a wrong one, hidden words with the
-picture and without.
+image and without.
 
-Shapes: B pictures with one caption each, N patches, K hidden positions, P values of a patch, T tokens,
+Shapes: B images with one caption each, N patches, K hidden positions, P values of a patch, T tokens,
 D width, G guesses.
 """
 
@@ -21,7 +21,7 @@ from maskvlm.utils.distributed import Draw
 
 
 class FilledImages(NamedTuple):
-    """RGB in [0, 1]: the picture with hidden patches grey, filled in with its caption, and with a wrong one.
+    """RGB in [0, 1]: the image with hidden patches grey, filled in with its caption, and with a wrong one.
 
     error_B, error_wrong_B: mean squared error of the hidden values, as normalised pixels.
     """
@@ -41,7 +41,7 @@ class Guesses(NamedTuple):
 
 
 class GuessedWords(NamedTuple):
-    """index_BK: positions, where hidden_BK is True; the others fill up. Guesses with the picture and with a
+    """index_BK: positions, where hidden_BK is True; the others fill up. Guesses with the image and with a
     blank one (the mean colour)."""
 
     index_BK: Tensor
@@ -51,21 +51,21 @@ class GuessedWords(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """`pictures` or `words` is None where the task does not train that loss.
+    """`images` or `words` is None where the task does not train that loss.
 
     true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the true
-    patch (`pixel_norm`): the filled in pictures are better than the model alone could draw them.
+    patch (`pixel_norm`): the filled in images are better than the model alone could draw them.
     """
 
     batch: Batch
-    picture_BCHW: Tensor
-    pictures: FilledImages | None
+    image_BCHW: Tensor
+    images: FilledImages | None
     words: GuessedWords | None
     true_statistics: bool = False
 
 
 def few(batch: Batch, count: int) -> Batch:
-    """At most `count` pictures, spread evenly over the batch, with one caption each, cut to the longest."""
+    """At most `count` images, spread evenly over the batch, with one caption each, cut to the longest."""
     size = len(batch.image_BCHW)
     count = min(count, size)
     row = torch.arange(count, device=batch.index_B.device) * size // max(count, 1)
@@ -73,8 +73,8 @@ def few(batch: Batch, count: int) -> Batch:
     longest = int(batch.attention_CT[caption].sum(1).max()) if count else 0
     token, attention, special, word = (x_CT[caption, :longest].clone() for x_CT in batch[1:5])
     owner = torch.arange(count, device=row.device)
-    pictures = (batch.image_id_B[row], batch.text_id_C[caption], batch.valid_B[row], batch.index_B[row])
-    return Batch(batch.image_BCHW[row].clone(), token, attention, special, word, owner, *pictures)
+    images = (batch.image_id_B[row], batch.text_id_C[caption], batch.valid_B[row], batch.index_B[row])
+    return Batch(batch.image_BCHW[row].clone(), token, attention, special, word, owner, *images)
 
 
 @torch.no_grad()
@@ -83,26 +83,26 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
 
     Args:
         backbone, task: in evaluation mode.
-        batch: with one caption a picture (see `few`); the wrong caption is the next row's. What is hidden
-            depends on its first picture's index alone: every checkpoint is asked the same.
+        batch: with one caption an image (see `few`); the wrong caption is the next row's. What is hidden
+            depends on its first image's index alone: every checkpoint is asked the same.
         guesses: G, at most the vocabulary.
     """
     masks = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device).local)
-    pictures = words = None
+    images = words = None
     if task.weights["mim"] and masks.patch is not None:
-        pictures = fill_pictures(backbone, task, batch, masks.patch)
+        images = fill_images(backbone, task, batch, masks.patch)
     if task.weights["mlm"] and masks.token is not None:
         words = guess_words(backbone, task, batch, masks.token, guesses)
-    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), pictures, words, task.masked_pixels.norm)
+    return Reconstruction(batch, to_rgb(backbone, batch.image_BCHW), images, words, task.masked_pixels.norm)
 
 
-def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> FilledImages:
+def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> FilledImages:
     """Hidden patches from the visible ones and the whole caption."""
     size, picked = backbone.image.patch_size, (patch.index_BK, patch.weight_BK)
     true_BKP = pick(patchify(batch.image_BCHW, size), patch.index_BK)
     image_BLD = backbone.image(batch.image_BCHW, patch.mask_BN)
     text_BTD = backbone.text(batch.token_CT, batch.attention_CT)
-    pictures, errors = [], []
+    images, errors = [], []
     for shift in (0, -1):
         words_BTD, attention_BT = text_BTD.roll(shift, 0), batch.attention_CT.roll(shift, 0)
         context = backbone.cross_image.context(words_BTD, attention_BT)
@@ -110,18 +110,18 @@ def fill_pictures(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patc
         values_BKP = task.pixels(crossed_BLD, words_BTD, attention_BT, patch.index_BK).float()
         values_BKP = denormalise(values_BKP, true_BKP) if task.masked_pixels.norm else values_BKP
         filled_BCHW = paste(batch.image_BCHW, values_BKP, *picked, size)
-        pictures.append(to_rgb(backbone, filled_BCHW))
+        images.append(to_rgb(backbone, filled_BCHW))
         error_BK = (values_BKP - true_BKP).square().mean(-1) * patch.weight_BK
         errors.append(error_BK.sum(1) / patch.weight_BK.sum(1).clamp(min=1))
     rgb_BCHW = to_rgb(backbone, batch.image_BCHW)
     grey_BCHW = paste(rgb_BCHW, torch.full_like(true_BKP, 0.5), *picked, size)
-    return FilledImages(grey_BCHW, *pictures, *errors)
+    return FilledImages(grey_BCHW, *images, *errors)
 
 
 def guess_words(
     backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int
 ) -> GuessedWords:
-    """Hidden words from the rest of the caption and the whole picture, or a blank one."""
+    """Hidden words from the rest of the caption and the whole image, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
     found = []
     for image_BCHW in (batch.image_BCHW, torch.zeros_like(batch.image_BCHW[:1])):
@@ -136,7 +136,7 @@ def guess_words(
 
 
 def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Tensor, size: int) -> Tensor:
-    """The picture with the patches at `index_BK` replaced where their weight is above 0.
+    """The image with the patches at `index_BK` replaced where their weight is above 0.
 
     Everything else stays exactly as it is.
     """

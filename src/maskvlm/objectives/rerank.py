@@ -1,11 +1,11 @@
 """Re-ranking: the cross encoders and matching look again at what contrast found likely (paper sec. 4).
 
-Features are computed once and wait in host memory. Each process keeps the pictures of the evaluation batches that it
+Features are computed once and wait in host memory. Each process keeps the images of the evaluation batches that it
 encoded and scores the pairs of those, a batch (a tile) at a time; captions, which are small, all processes hold. What
-lies on the device at once is a tile's pictures and a chunk of pairs, however large the gallery is, and each tile is
+lies on the device at once is a tile's images and a chunk of pairs, however large the gallery is, and each tile is
 computed alike by whichever process, so that metrics do not depend on their number.
 
-Shapes: B pictures of the gallery, P of a tile, C captions, U captions of a chunk, E contrast width, L and T positions,
+Shapes: B images of the gallery, P of a tile, C captions, U captions of a chunk, E contrast width, L and T positions,
 D width, M pairs, m pairs of a chunk.
 """
 
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 class Public(NamedTuple):
-    """What all processes need of an evaluation batch. index_B, owner_C: places in the split, owner_C of the picture."""
+    """What all processes need of an evaluation batch. index_B, owner_C: places in the split, owner_C of the image."""
 
     index_B: Tensor
     image_BE: Tensor
@@ -50,10 +50,10 @@ class Gallery(NamedTuple):
     """A whole split in host memory, the same rows in all processes.
 
     Attributes:
-        index_B: place of each picture in the split.
+        index_B: place of each image in the split.
         image_BE, text_CE: unit vectors.
         text_CTD, attention_CT: captions' features, padded to the longest.
-        owner_C: row of each caption's picture.
+        owner_C: row of each caption's image.
         texts: the captions; "" where the data does not hand them on.
         tiles: image features [P, L, D] of this process's tiles by their first row.
     """
@@ -172,7 +172,7 @@ def match_tile(
 ) -> Tensor:
     """Log-odds [P, C] of the wanted pairs of the tile that starts at row `first`, in host memory; NaN elsewhere.
 
-    Pairs go by caption, so that a chunk has few captions; keys and values of the tile's pictures are projected once,
+    Pairs go by caption, so that a chunk has few captions; keys and values of the tile's images are projected once,
     those of captions once a chunk. Under autocast or not: features take the dtype of the weights on the device.
     """
     weight = next(backbone.parameters())

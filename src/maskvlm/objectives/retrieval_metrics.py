@@ -1,6 +1,6 @@
-"""Retrieval in numbers: how pictures and captions rank each other, and recall, whatever gave the scores.
+"""Retrieval in numbers: how images and captions rank each other, and recall, whatever gave the scores.
 
-Shapes: B pictures, C captions (several a picture), Q queries, G items of the gallery that they search. Everything
+Shapes: B images, C captions (several an image), Q queries, G items of the gallery that they search. Everything
 is in host memory; the matrices [B, C] are the only large ones (0.5 GB each for COCO's 5,000 x 25,000), and orders
 are made of a block of queries at a time.
 """
@@ -16,13 +16,13 @@ KS = (1, 5, 10)
 
 
 class Scores(NamedTuple):
-    """What is known of every picture with every caption; higher is better.
+    """What is known of every image with every caption; higher is better.
 
     Attributes:
         contrast_BC: cosine.
         match_BC: log-odds of a match, NaN where the pair was not scored; None where no pair was. What contrast adds to
             them (see `rerank.score`) is in them.
-        owner_C: row of each caption's picture.
+        owner_C: row of each caption's image.
     """
 
     contrast_BC: Tensor
@@ -38,14 +38,14 @@ class Ranking(NamedTuple):
 
 
 class Rankings(NamedTuple):
-    """text: pictures look for their captions (TR). image: captions look for their picture (IR)."""
+    """text: images look for their captions (TR). image: captions look for their image (IR)."""
 
     text: Ranking
     image: Ranking
 
 
 def contrast_scores(image_BE: Tensor, text_CE: Tensor) -> Tensor:
-    """Cosine of every picture with every caption, [B, C], in float32 also under autocast."""
+    """Cosine of every image with every caption, [B, C], in float32 also under autocast."""
     with torch.autocast(image_BE.device.type, enabled=False):
         return image_BE.float() @ text_CE.float().T
 
@@ -59,7 +59,7 @@ def top_places(score_QG: Tensor, k: int) -> Tensor:
 
 
 def candidates(contrast_BC: Tensor, k: int) -> Tensor:
-    """Pairs worth a second look, [B, C]: a caption among a picture's k best, or a picture among a caption's."""
+    """Pairs worth a second look, [B, C]: a caption among an image's k best, or an image among a caption's."""
     wanted_BC = torch.zeros(contrast_BC.shape, dtype=torch.bool)
     for score_QG, wanted_QG in ((contrast_BC, wanted_BC), (contrast_BC.T, wanted_BC.T)):
         for score_qG, wanted_qG in zip(score_QG.split(BLOCK), wanted_QG.split(BLOCK), strict=True):
@@ -96,16 +96,16 @@ def ranking(score_QG: Tensor, relevant_QG: Tensor) -> Ranking:
 def rankings(scores: Scores, ks: Sequence[int]) -> dict[int, Rankings]:
     """Both directions, re-ranked at each k of `ks`: 0 is contrast alone, the size of the gallery matching alone."""
     contrast_BC, match_BC, owner_C = scores
-    picture_B = torch.arange(len(contrast_BC))
-    text = _rankings(contrast_BC, match_BC, picture_B, owner_C, ks)
-    image = _rankings(contrast_BC.T, None if match_BC is None else match_BC.T, owner_C, picture_B, ks)
+    image_B = torch.arange(len(contrast_BC))
+    text = _rankings(contrast_BC, match_BC, image_B, owner_C, ks)
+    image = _rankings(contrast_BC.T, None if match_BC is None else match_BC.T, owner_C, image_B, ks)
     return {k: Rankings(text[k], image[k]) for k in ks}
 
 
 def _rankings(
     contrast_QG: Tensor, match_QG: Tensor | None, query_Q: Tensor, item_G: Tensor, ks: Sequence[int]
 ) -> dict[int, Ranking]:
-    """Of one direction; a query and an item of the same picture are relevant to each other."""
+    """Of one direction; a query and an item of the same image are relevant to each other."""
     parts: dict[int, list[Ranking]] = {k: [] for k in ks}
     for first in range(0, len(query_Q), BLOCK):
         rows = slice(first, first + BLOCK)
@@ -151,13 +151,13 @@ def retrieval_metrics(scores: Scores, found: dict[int, Rankings], k: int) -> dic
     Args:
         found: from `rankings`, at 0 and, where pairs were matched, at k.
     """
-    pictures, captions = scores.contrast_BC.shape
-    metrics: dict[str, float] = {"retrieval/pictures": pictures, "retrieval/captions": captions}
+    images, captions = scores.contrast_BC.shape
+    metrics: dict[str, float] = {"retrieval/pictures": images, "retrieval/captions": captions}
     best = "itc_" if scores.match_BC is None else ""
     for name, ranked in {"itc_": found[0], best: found[0 if best else k]}.items():
         metrics |= named(recall_of(ranked.text), f"{name}tr") | named(recall_of(ranked.image), f"{name}ir")
-    own_B = torch.bincount(scores.owner_C, minlength=pictures)
+    own_B = torch.bincount(scores.owner_C, minlength=images)
     metrics |= named(recall_chance(own_B, captions), "tr", "_chance")
-    metrics |= named(recall_chance(torch.ones_like(scores.owner_C), pictures), "ir", "_chance")
+    metrics |= named(recall_chance(torch.ones_like(scores.owner_C), images), "ir", "_chance")
     metrics["score"] = (metrics[f"retrieval/{best}tr_r1"] + metrics[f"retrieval/{best}ir_r1"]) / 2
     return metrics

@@ -22,7 +22,7 @@ class Prediction(TypedDict):
         text: what was asked.
         truth, prediction: in words; truth is "" where it is not published.
         right: 0 to 1, None where the truth is not published.
-        index: rows of the evaluated split whose pictures belong to it: the examples' own, or those that were found.
+        index: rows of the evaluated split whose images belong to it: the examples' own, or those that were found.
         kind: question type, or "".
     """
 

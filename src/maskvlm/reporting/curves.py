@@ -36,9 +36,9 @@ class Curve(NamedTuple):
 
 
 WORDS = (
-    Curve("mlm/accuracy", "right picture", BLUE),
-    Curve("mlm/accuracy_wrong_image", "wrong picture", ORANGE),
-    Curve("mlm/accuracy_no_image", "no picture", GREY),
+    Curve("mlm/accuracy", "right image", BLUE),
+    Curve("mlm/accuracy_wrong_image", "wrong image", ORANGE),
+    Curve("mlm/accuracy_no_image", "no image", GREY),
 )
 PIXELS = (
     Curve("mim/mse", "right caption", BLUE),
@@ -46,9 +46,9 @@ PIXELS = (
     Curve("mim/mse_no_text", "no caption", GREY),
 )
 RECALL = (
-    Curve("retrieval/tr_r1", "captions of a picture", BLUE),
+    Curve("retrieval/tr_r1", "captions of an image", BLUE),
     Curve("retrieval/itc_tr_r1", "(contrast alone)", BLUE, ":"),
-    Curve("retrieval/ir_r1", "picture of a caption", ORANGE),
+    Curve("retrieval/ir_r1", "image of a caption", ORANGE),
     Curve("retrieval/itc_ir_r1", "(contrast alone)", ORANGE, ":"),
 )
 KNOWN = ("train/", "level/", "lr", "mlm/", "mim/", "retrieval/")
@@ -175,7 +175,7 @@ def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) ->
 
 
 def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> None:
-    """Held-out metrics over steps. Retrieval among another number of pictures is another question, so values
+    """Held-out metrics over steps. Retrieval among another number of images is another question, so values
     are joined by a line only where the number is the same; the largest is marked by stars."""
     retrieval = any(line.key.startswith("retrieval/") for line in lines)
     sizes: list[float] = sorted({row["retrieval/pictures"] for row in rows if "retrieval/pictures" in row})
@@ -193,7 +193,7 @@ def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> No
                 *series(part, line.key), linestyle=style, color=line.colour, linewidth=1.5,
                 markerfacecolor=fill, **look,
             )  # fmt: skip
-    among = f", of {sizes[0]:.0f} pictures (stars: {sizes[-1]:.0f})" if split else ""
+    among = f", of {sizes[0]:.0f} images (stars: {sizes[-1]:.0f})" if split else ""
     axes.set_title(f"{title}{among}", fontsize=10, parse_math=False)
     if retrieval:
         axes.set_ylim(bottom=0)

@@ -12,10 +12,10 @@ from rich.text import Text
 KS = (1, 5, 10)
 SIZES = ("retrieval/pictures", "retrieval/captions")
 RETRIEVAL = (
-    ("captions of a picture, contrast alone", "retrieval/itc_tr_r"),
-    ("captions of a picture, re-ranked", "retrieval/tr_r"),
-    ("picture of a caption, contrast alone", "retrieval/itc_ir_r"),
-    ("picture of a caption, re-ranked", "retrieval/ir_r"),
+    ("captions of an image, contrast alone", "retrieval/itc_tr_r"),
+    ("captions of an image, re-ranked", "retrieval/tr_r"),
+    ("image of a caption, contrast alone", "retrieval/itc_ir_r"),
+    ("image of a caption, re-ranked", "retrieval/ir_r"),
 )
 SUMS = (
     ("sum of both ways, contrast alone", "retrieval/itc_rsum"),
@@ -78,7 +78,7 @@ def metrics_table(metrics: Mapping[str, float]) -> Table:
     parts = [
         retrieval_table(metrics),
         sweep_table(metrics),
-        partner_table("Words, with picture", WORDS, metrics),
+        partner_table("Words, with image", WORDS, metrics),
         partner_table("Pixels, with caption", PIXELS, metrics),
         *(table for name in tasks_of(metrics) for table in (task_table(name, metrics), confusion_table(name, metrics))),
         other_table(metrics),
@@ -120,7 +120,7 @@ def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
 
 def sweep_table(metrics: Mapping[str, float]) -> Table | None:
     """R@1 in percent both ways for every number of candidates that matching has ranked again."""
-    table = _table("R@1 in %, candidates re-ranked", ["captions", "pictures"])
+    table = _table("R@1 in %, candidates re-ranked", ["captions", "images"])
     for name in metrics:
         if found := SWEPT.fullmatch(name):
             row = [f"{metrics.get(f'retrieval/{found[1]}_{side}_r1', math.nan):.1f}" for side in ("tr", "ir")]

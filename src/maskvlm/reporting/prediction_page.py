@@ -1,4 +1,4 @@
-"""A page of examples: pictures, what was asked, the truth and the prediction, green where it is right, else red."""
+"""A page of examples: images, what was asked, the truth and the prediction, green where it is right, else red."""
 
 import textwrap
 import warnings
@@ -16,7 +16,7 @@ from maskvlm.data.images import safe_open
 from maskvlm.objectives.task import Prediction
 
 COLUMNS = 3
-PICTURE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
+IMAGE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
 ASKED, SAID = 4, 2  # lines at most: of a question, of the truth and of the prediction each
 DPI, SIZE = 100, 8  # dots an inch, points of the font
 FONTS = [FontProperties(family="monospace", size=SIZE, weight=weight) for weight in ("normal", "bold")]
@@ -25,10 +25,10 @@ GREEN, RED, GREY = "#1a7f37", "#cf222e", "#6e7781"
 
 
 class Shown(NamedTuple):
-    """A prediction with its pictures: encoded bytes, paths or Pillow images; and what each picture is, or nothing."""
+    """A prediction with its images: encoded bytes, paths or Pillow images; and what each image is, or nothing."""
 
     prediction: Prediction
-    pictures: Sequence[Any]
+    images: Sequence[Any]
     labels: Sequence[str] = ()
 
 
@@ -45,11 +45,11 @@ def example_page(shown: Sequence[Shown], path: Path) -> Path:
 
 
 def draw_page(shown: Sequence[Shown]) -> Figure:
-    """Cells of one size, as wide as the example with most pictures needs."""
-    most = max(len(one.pictures) for one in shown)
+    """Cells of one size, as wide as the example with most images needs."""
+    most = max(len(one.images) for one in shown)
     columns = COLUMNS if most == 1 else 2
     rows = -(-len(shown) // columns)
-    cell_width, cell_height = most * (PICTURE + GAP) + TEXT, PICTURE + 2 * GAP
+    cell_width, cell_height = most * (IMAGE + GAP) + TEXT, IMAGE + 2 * GAP
     size = (columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE)
     figure = Figure(figsize=size, dpi=DPI)
     known = [one.prediction["right"] for one in shown if one.prediction["right"] is not None]
@@ -63,23 +63,23 @@ def draw_page(shown: Sequence[Shown]) -> Figure:
 
 
 def draw_cell(ink: "Ink", left: float, top: float, shown: Shown, most: int) -> None:
-    """The pictures side by side, what they are below, the words to their right."""
+    """The images side by side, what they are below, the words to their right."""
     prediction = shown.prediction
     colour = GREY if prediction["right"] is None else GREEN if prediction["right"] >= 0.5 else RED
-    for place, picture in enumerate(shown.pictures):
-        ink.picture(left + place * (PICTURE + GAP), top, picture, prediction["id"], colour)
+    for place, image in enumerate(shown.images):
+        ink.image(left + place * (IMAGE + GAP), top, image, prediction["id"], colour)
     for place, label in enumerate(shown.labels):
-        ink.text(left + place * (PICTURE + GAP), top + PICTURE + GAP / 3, label, GREY)
+        ink.text(left + place * (IMAGE + GAP), top + IMAGE + GAP / 3, label, GREY)
     parts = [(prediction["text"] or " ", ASKED, "black"), (f"said:  {prediction['prediction']}", SAID, colour)]
     if prediction["truth"]:
         parts.insert(1, (f"truth: {prediction['truth']}", SAID, GREY))
     lines = [(line, shade) for words, most_lines, shade in parts for line in ink.wrap(words, TEXT - GAP, most_lines)]
     for number, (line, shade) in enumerate(lines):
-        ink.text(left + most * (PICTURE + GAP), top + number * LINE, line, shade, bold=shade in (GREEN, RED))
+        ink.text(left + most * (IMAGE + GAP), top + number * LINE, line, shade, bold=shade in (GREEN, RED))
 
 
 class Ink:
-    """Text and pictures at places given in inches from the top left."""
+    """Text and images at places given in inches from the top left."""
 
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
@@ -108,9 +108,9 @@ class Ink:
             weight="bold" if bold else "normal", parse_math=False,
         )  # fmt: skip
 
-    def picture(self, left: float, top: float, image: Any, name: str, colour: str) -> None:
+    def image(self, left: float, top: float, image: Any, name: str, colour: str) -> None:
         """Whole, in its own proportions, in a frame of the verdict's colour."""
-        area = (left / self.width, 1 - (top + PICTURE) / self.height, PICTURE / self.width, PICTURE / self.height)
+        area = (left / self.width, 1 - (top + IMAGE) / self.height, IMAGE / self.width, IMAGE / self.height)
         axes = self.figure.add_axes(area)
         pixels = np.asarray(safe_open(image, name))
         axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) <= 128 else "antialiased")

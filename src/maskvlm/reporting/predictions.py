@@ -1,4 +1,4 @@
-"""What an evaluation leaves beside its numbers: every prediction as a line of JSON, a page of pictures with some of
+"""What an evaluation leaves beside its numbers: every prediction as a line of JSON, a page of images with some of
 them, and the evaluation card, which says what was measured, on what, with which weights."""
 
 import json
@@ -73,12 +73,12 @@ def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
 
 
 def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
-    """A picture of pairs, which a task can only call `picture ROW`, is followed by its id in the data set: nobody finds
+    """An image of pairs, which a task can only call `image ROW`, is followed by its id in the data set: nobody finds
     a photo by its place in a split. Examples have an id of their own."""
     places = sorted({place for one in predictions for place in one["index"]})
     if not places or "images" in rows[places[0]]:
         return predictions
-    names = {f"picture {place}": f"picture {place}, {rows[place]['image_id']}" for place in places}
+    names = {f"image {place}": f"image {place}, {rows[place]['image_id']}" for place in places}
 
     def told(one: Prediction) -> Prediction:
         text, truth, said = (names.get(words, words) for words in (one["text"], one["truth"], one["prediction"]))
@@ -88,19 +88,19 @@ def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
 
 
 def shown_with(rows: Any, prediction: Prediction) -> Shown:
-    """With its pictures, of pairs or of examples, as the source hands them out, and what each is where there are two:
+    """With its images, of pairs or of examples, as the source hands them out, and what each is where there are two:
     of an example by their place, of pairs (retrieval) the one that was found, then the true one."""
     found = [rows[place] for place in prediction["index"]]
-    pictures = [picture for row in found for picture in (row["images"] if "images" in row else [row["image"]])]
+    images = [image for row in found for image in (row["images"] if "images" in row else [row["image"]])]
     several = ("left", "right") if found and "images" in found[0] else ("found", "truth")
-    return Shown(prediction, pictures, several if len(pictures) == 2 else ())
+    return Shown(prediction, images, several if len(images) == 2 else ())
 
 
 def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str, Any]:
     """What a reader must know to trust or repeat the numbers beside it."""
     data, backbone, task = trainer.datamodule, pl_module.backbone, pl_module.task  # type: ignore[attr-defined]
     rows, source = data.splits[split], type(data.source)
-    ids = data.picture_ids(split)
+    ids = data.hashed_image_ids(split)
     lineage = pl_module.history
     seen = None if ids is None else overlap(ids, lineage)
     return {
@@ -111,13 +111,13 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
             "settings": source_settings(trainer),
             "sha": rows.fingerprint,
             "rows of the split": len(rows),
-            "pictures of the split": None if ids is None else len(ids),
+            "images of the split": None if ids is None else len(ids),
             "left out or mended": rows_left_out(rows),
             "share measured": share_measured(trainer, split),
         },
         "checkpoint": checkpoint_of(trainer, pl_module),
         "lineage": [step.words() for step in lineage],
-        "pictures of the split seen in training": "unknown" if seen is None else seen,
+        "images of the split seen in training": "unknown" if seen is None else seen,
         "resolution": backbone.image.image_size,
         "text length": backbone.text.text_length,
         "tokenizer": tokenizer_hash(backbone.text.tokenizer),

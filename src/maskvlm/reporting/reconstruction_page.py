@@ -19,7 +19,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.reconstruction import Guesses, Reconstruction, few, reconstruct
 
-PICTURE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words
+IMAGE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words
 POINTS = 7.2  # ten pixels at 100 an inch, where a character takes six: words stand in columns
 SPACE = 0.22  # inches between rows
 LINE, CHARACTER = 0.14, 0.06  # inches a line and a character of DejaVu Sans Mono
@@ -47,9 +47,9 @@ def reconstructions(
 ) -> Path:
     """Draw held-out pairs with what the model fills in.
 
-    Each row: the picture, the picture with patches hidden, filled in with its caption, filled in with a wrong
+    Each row: the image, the image with patches hidden, filled in with its caption, filled in with a wrong
     one; beside it the caption with hidden words shaded, and each hidden word's likeliest fillings with the
-    picture and with a blank one, green where right and red where wrong.
+    image and with a blank one, green where right and red where wrong.
 
     Args:
         backbone, task: in evaluation mode.
@@ -70,32 +70,32 @@ def reconstructions(
 
 def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Figure:
     """One row a pair, as high as its words need."""
-    columns = picture_columns(result)
-    texts = [words_of_row(result, row, tokenizer) for row in range(len(result.picture_BCHW))]
-    heights = [max(PICTURE + 0.2, LINE * len(text)) + SPACE for text in texts]
-    width = 2 * MARGIN + len(columns) * (PICTURE + GAP) + GAP + TEXT
+    columns = image_columns(result)
+    texts = [words_of_row(result, row, tokenizer) for row in range(len(result.image_BCHW))]
+    heights = [max(IMAGE + 0.2, LINE * len(text)) + SPACE for text in texts]
+    width = 2 * MARGIN + len(columns) * (IMAGE + GAP) + GAP + TEXT
     figure = Figure(figsize=(width, sum(heights) + 2 * MARGIN + 2 * LINE))
     top = MARGIN
     for place, (title, _, _) in enumerate(columns):
-        left = MARGIN + place * (PICTURE + GAP)
+        left = MARGIN + place * (IMAGE + GAP)
         write_line(figure, left, top, [Segment(title, bold=True)])
     words = [
         Segment("caption, hidden words shaded", bold=True),
         Segment("  (percentages: the likeliest guesses)"),
     ]
-    write_line(figure, MARGIN + len(columns) * (PICTURE + GAP) + GAP, top, words)
+    write_line(figure, MARGIN + len(columns) * (IMAGE + GAP) + GAP, top, words)
     if result.true_statistics and len(columns) > 2:
         note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
-        write_line(figure, MARGIN + 2 * (PICTURE + GAP), top + LINE, note)
+        write_line(figure, MARGIN + 2 * (IMAGE + GAP), top + LINE, note)
     top += 2 * LINE
     errors = torch.stack([error_B for _, _, error_B in columns if error_B is not None] or [torch.empty(0)])
     for row, (text, height) in enumerate(zip(texts, heights, strict=True)):
         for place, (_, image_BCHW, error_B) in enumerate(columns):
-            left = MARGIN + place * (PICTURE + GAP)
+            left = MARGIN + place * (IMAGE + GAP)
             show(figure, left, top, image_BCHW[row])
             if error_B is not None:
-                write_line(figure, left, top + PICTURE + 0.03, [error_text(error_B[row], errors[:, row])])
-        left = MARGIN + len(columns) * (PICTURE + GAP) + GAP
+                write_line(figure, left, top + IMAGE + 0.03, [error_text(error_B[row], errors[:, row])])
+        left = MARGIN + len(columns) * (IMAGE + GAP) + GAP
         for number, line in enumerate(text):
             write_line(figure, left, top + number * LINE, line)
         top += height
@@ -104,11 +104,11 @@ def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Figure:
     return figure
 
 
-def picture_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | None]]:
-    """Title, pictures and errors of each column."""
-    columns: list[tuple[str, Tensor, Tensor | None]] = [("picture", result.picture_BCHW, None)]
-    if result.pictures is not None:
-        hidden, filled, wrong, error, error_wrong = result.pictures
+def image_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Title, images and errors of each column."""
+    columns: list[tuple[str, Tensor, Tensor | None]] = [("image", result.image_BCHW, None)]
+    if result.images is not None:
+        hidden, filled, wrong, error, error_wrong = result.images
         columns += [("patches hidden", hidden, None), ("with its caption", filled, error)]
         if len(hidden) > 1:  # the wrong caption is the next row's
             columns += [("with a wrong caption", wrong, error_wrong)]
@@ -116,7 +116,7 @@ def picture_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | 
 
 
 def error_text(error: Tensor, errors: Tensor) -> Segment:
-    """The error below a picture, green where it is the smallest of its row."""
+    """The error below an image, green where it is the smallest of its row."""
     shown = {f"{value:.3f}" for value in errors.tolist()}
     best = len(shown) > 1 and bool((error <= errors).all())
     return Segment(f"error {error:.3f}", GREEN if best else GREY, bold=best)
@@ -127,18 +127,18 @@ def error_text(error: Tensor, errors: Tensor) -> Segment:
 
 def words_of_row(result: Reconstruction, row: int, tokenizer: Any) -> list[Line]:
     """The column of words: the caption, the wrong one, and the guesses for each hidden word."""
-    batch, other = result.batch, (row + 1) % len(result.picture_BCHW)
+    batch, other = result.batch, (row + 1) % len(result.image_BCHW)
     hidden: set[int] = set()
     if result.words is not None:
         index_K, hidden_K = result.words.index_BK[row], result.words.hidden_BK[row]
         hidden = set(index_K[hidden_K].tolist())
     lines = wrap(caption_pieces(batch, row, tokenizer, hidden), WRAP)
-    if result.pictures is not None and other != row:
+    if result.images is not None and other != row:
         wrong = [Segment("wrong: ", GREY)]
         wrong += [piece._replace(colour=GREY) for piece in caption_pieces(batch, other, tokenizer, set())]
         lines += wrap(wrong, WRAP)
     if result.words is not None:
-        head = f"{'hidden word':{WORD}}{'with its picture':{SIDE}}without a picture"
+        head = f"{'hidden word':{WORD}}{'with its image':{SIDE}}without an image"
         lines += [[], [Segment(head, GREY)]]
         places = sorted(hidden)
         lines += [guess_line(result, row, place, tokenizer) for place in places[:MOST_WORDS]]
@@ -204,7 +204,7 @@ def cut_line(line: Line, width: int) -> Line:
 
 
 def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> Line:
-    """A hidden word and its likeliest fillings with the picture and without."""
+    """A hidden word and its likeliest fillings with the image and without."""
     assert result.words is not None
     target = int(result.batch.token_CT[row, place])
     position = int((result.words.index_BK[row] == place).nonzero()[0, 0])
@@ -257,9 +257,9 @@ def rule(figure: Figure, top: float) -> None:
 
 
 def show(figure: Figure, left: float, top: float, image_CHW: Tensor) -> None:
-    """A picture of RGB values in [0, 1]: small ones pixel by pixel, large ones smoothed."""
+    """An image of RGB values in [0, 1]: small ones pixel by pixel, large ones smoothed."""
     width, height = figure.get_size_inches()
-    area = (left / width, 1 - (top + PICTURE) / height, PICTURE / width, PICTURE / height)
+    area = (left / width, 1 - (top + IMAGE) / height, IMAGE / width, IMAGE / height)
     axes = figure.add_axes(area)
     axes.set_axis_off()
     pixels: NDArray[np.float32] = image_CHW.permute(1, 2, 0).cpu().numpy()

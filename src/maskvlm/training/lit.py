@@ -126,7 +126,7 @@ class LitModel(L.LightningModule):
         if not len(train):
             what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with make data"
             raise UserError("model.backbone.image.feature_cache", what, todo)
-        rows = len(train) * getattr(self.task, "pictures", 1)  # an example of NLVR has two
+        rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
         follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
         image.tower.keep(repr((*follows, str(self.trainer.precision))), rows)
@@ -251,11 +251,11 @@ class LitModel(L.LightningModule):
         """This run's training data; its ids are hashed once."""
         if self._seen is None:
             kind, source = type(self.task), type(self.data.source)
-            ids = self.data.picture_ids("train")
-            pictures = len(self.data.splits["train"]) if ids is None else len(ids)
+            ids = self.data.hashed_image_ids("train")
+            images = len(self.data.splits["train"]) if ids is None else len(ids)
             task, data = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
             sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
-            self._seen = Seen(task, data, sha, pictures, 0, ids, held_out)
+            self._seen = Seen(task, data, sha, images, 0, ids, held_out)
         return self._seen._replace(steps=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

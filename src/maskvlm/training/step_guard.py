@@ -240,7 +240,7 @@ def aside(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
 
 
 def samples_of(trainer: L.Trainer, rows: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
-    """Which samples these are: position in the training split, id of the picture, origin. A streamed split has no rows
+    """Which samples these are: position in the training split, id of the image, origin. A streamed split has no rows
     by position: there the id is the hash that a batch holds, as 16 hex digits."""
     split = getattr(trainer.datamodule, "splits", {}).get("train")  # type: ignore[attr-defined]
     found = []

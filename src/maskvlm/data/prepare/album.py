@@ -1,22 +1,22 @@
-"""The pictures that the examples of a task may name: files of a folder, or those of a prepared set."""
+"""The images that the examples of a task may name: files of a folder, or those of a prepared set."""
 
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
-from maskvlm.data.files import ImagesByKey, picture_folder, picture_names
+from maskvlm.data.files import ImagesByKey, image_folder, image_names
 from maskvlm.data.prepared.manifest import MANIFEST, read_manifest
 from maskvlm.data.prepared.shards import PreparedShards
 
 
-class PreparedPictures(ImagesByKey):
-    """Pictures of a prepared set by a key, all its splits together; their bytes instead of paths.
+class PreparedImages(ImagesByKey):
+    """Images of a prepared set by a key, all its splits together; their bytes instead of paths.
 
     Args:
         root: the set's folder.
-        name_of: key -> a picture's name in the set.
-        row_of: name -> number of the picture's row.
+        name_of: key -> an image's name in the set.
+        row_of: name -> number of the image's row.
     """
 
     def __init__(self, root: Path, name_of: dict[str, str], row_of: dict[str, int]) -> None:
@@ -25,7 +25,7 @@ class PreparedPictures(ImagesByKey):
         self._shards = all_shards(root)
 
     def image(self, number: int) -> bytes:
-        """A picture, encoded."""
+        """An image, encoded."""
         return bytes(self._shards.value("image", int(self._row_N[number])))
 
 
@@ -37,10 +37,10 @@ def all_shards(root: Path) -> PreparedShards:
 
 
 class Album:
-    """The pictures that the examples of a task may name: a folder of files, or a prepared set.
+    """The images that the examples of a task may name: a folder of files, or a prepared set.
 
     Attributes:
-        names: of all its pictures; in a prepared set relative to the raw folder it was made of.
+        names: of all its images; in a prepared set relative to the raw folder it was made of.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,12 +48,12 @@ class Album:
         self._row_of: dict[str, int] = {}
         if self.prepared:
             self._row_of = {name: row for row, name in reversed([*enumerate(prepared_names(folder))])}
-        self.names = sorted(self._row_of) if self.prepared else picture_names(folder)
+        self.names = sorted(self._row_of) if self.prepared else image_names(folder)
 
-    def pictures(self, name_of: dict[str, str]) -> ImagesByKey:
+    def images(self, name_of: dict[str, str]) -> ImagesByKey:
         """Those of these names, by key."""
         if self.prepared:
-            return PreparedPictures(self.folder, name_of, self._row_of)
+            return PreparedImages(self.folder, name_of, self._row_of)
         return ImagesByKey(self.folder, name_of)
 
 
@@ -61,15 +61,15 @@ def open_album(images: str | Path | None, root: Path) -> Album:
     """What was named, else the root if it is a prepared set, else `images/` in the root or the root itself.
 
     Raises:
-        UserError: there is no such folder, or no picture in it.
+        UserError: there is no such folder, or no image in it.
     """
     if images is None and (root / MANIFEST).is_file():
         return Album(root)
-    return Album(picture_folder(images, root))
+    return Album(image_folder(images, root))
 
 
 def prepared_names(root: Path) -> list[str]:
-    """Of all pictures; where a set of pairs has no names, the ids serve ("flickr 12" -> flickr/12)."""
+    """Of all images; where a set of pairs has no names, the ids serve ("flickr 12" -> flickr/12)."""
     shards = all_shards(root)
     name_N = shards.column("name")
     slashed_N = pc.replace_substring(shards.column("image_id"), " ", "/", max_replacements=1)

@@ -76,7 +76,7 @@ def verify_set(arguments: list[str], allow_import: list[str]) -> int:
     """Compare a prepared set with its manifest; 65 where it is not the same."""
     parser = OptionParser("maskvlm data-check", description="Compare a prepared set with its manifest.")
     parser.add_argument("root", metavar="ROOT", help="its folder")
-    parser.add_argument("--all", action="store_true", help="decode every picture, not a sample")
+    parser.add_argument("--all", action="store_true", help="decode every image, not a sample")
     parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
     given = parser.parse_args(arguments)
     if given.workers < 1:

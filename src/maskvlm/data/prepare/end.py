@@ -72,8 +72,8 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
                         lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             if summary.shards:
                 splits[split] = summary.card()
-    pictures = sum(split["pictures"] for split in splits.values())
-    if not pictures:
+    images = sum(split["pictures"] for split in splits.values())
+    if not images:
         give_up(root, plan, left_out)
     remove_others(root, splits)
     for name, split in splits.items():
@@ -86,10 +86,10 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
         "name": plan.settings.name,
         "title": raw.facts.title,
         "licence": raw.facts.licence,
-        "coverage": coverage(pictures, raw.facts.pictures),
-        "pictures": pictures,
+        "coverage": coverage(images, raw.facts.images),
+        "pictures": images,
         "captions": sum(split["captions"] for split in splits.values()),
-        "published": {"pictures": raw.facts.pictures, "captions": raw.facts.captions},
+        "published": {"pictures": raw.facts.images, "captions": raw.facts.captions},
         "notes": raw.notes,
         "settings": plan.card(),
         "phash": {"column": "phash", "kind": KIND, "bits": 64},
@@ -150,7 +150,7 @@ def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
         root.rmdir()
     told = ", ".join(f"{reason}: {count}" for reason, count in left_out.count.most_common(5))
     first = next(iter(left_out.first.values()))[0]["message"] if left_out.first else "there is no row"
-    what, todo = f"no picture can be used ({told or 'no rows'}; first: {first})", "Check RAW and its folder of pictures"
+    what, todo = f"no image can be used ({told or 'no rows'}; first: {first})", "Check RAW and its folder of images"
     raise UserError(plan.raw, what, todo, ExitCode.BAD_DATA)
 
 
@@ -166,7 +166,7 @@ def remove_others(root: Path, splits: dict[str, Any]) -> None:
 
 
 def copy(file: Path, root: Path) -> str:
-    """An annotation file as it is distributed, beside the pictures; its name."""
+    """An annotation file as it is distributed, beside the images; its name."""
     try:
         with file.open("rb") as source, whole_file(root / file.name) as target:
             shutil.copyfileobj(source, target, 1 << 20)

@@ -1,4 +1,4 @@
-"""A first look at a data set: pictures with their captions, how long those are, what repeats, what is left out."""
+"""A first look at a data set: images with their captions, how long those are, what repeats, what is left out."""
 
 import os
 import random
@@ -14,17 +14,17 @@ import numpy as np
 
 from maskvlm.data.batch import Row
 from maskvlm.data.images import BadImage
-from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_picture, screened
-from maskvlm.data.prepared.manifest import LOOK, PICTURES, cannot_write_set, whole_file
+from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_image, screened
+from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_file
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
 
-SHOWN = 24  # pictures on the sheet
+SHOWN = 24  # images on the sheet
 MOST_ROWS, SAMPLE = 50_000, 300
-"""Of a set that is not prepared: rows read, and pictures of them opened."""
+"""Of a set that is not prepared: rows read, and images of them opened."""
 
 TOP_INCHES, LONGEST_BAR = 3.6, 60
 
@@ -72,7 +72,7 @@ class Captions:
 
 
 class LookReport(NamedTuple):
-    """Lines for people and what the picture is drawn of."""
+    """Lines for people and what the image is drawn of."""
 
     lines: list[str]
     rows: list[Row | UserError]
@@ -95,7 +95,7 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     lines = [f"{manifest['name']}: {manifest['coverage']}", counted(counts, len(captions)), captions.line()]
     lines = lines[: 3 if len(captions) else 2]
     again = card["repeated_looks"]
-    lines.append(f"{again:,} {'picture looks' if again == 1 else 'pictures look'} exactly like another one before")
+    lines.append(f"{again:,} {'image looks' if again == 1 else 'images look'} exactly like another one before")
     lines += manifest["notes"]
     lines += table("left out", manifest["left_out"]) + table("mended", manifest["mended"])
     number = min(SHOWN, len(shards))
@@ -122,11 +122,11 @@ class Stored:
         return Row(image=image, captions=captions, image_id=image_id, origin=origin)
 
 
-def counted(pictures: dict[str, int], captions: int) -> str:
-    """`950 pictures with 1,400 captions (train 900, val 50)`."""
-    parts = ", ".join(f"{name} {count:,}" for name, count in pictures.items())
+def counted(images: dict[str, int], captions: int) -> str:
+    """`950 images with 1,400 captions (train 900, val 50)`."""
+    parts = ", ".join(f"{name} {count:,}" for name, count in images.items())
     told = f" with {captions:,} captions" if captions else ""
-    return f"{sum(pictures.values()):,} pictures{told} ({parts})"
+    return f"{sum(images.values()):,} images{told} ({parts})"
 
 
 def table(name: str, reasons: dict[str, Any]) -> list[str]:
@@ -160,7 +160,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     broken = sample.broken(settings)
     lines = [f"{settings.name}: {more}{rows:,} rows", counted(counts, len(captions)), captions.line()]
     lines += table("would be left out", {reason: {"count": count} for reason, count in reasons.most_common()})
-    title = f"and of {len(sample.rows):,} pictures that were opened"
+    title = f"and of {len(sample.rows):,} images that were opened"
     lines += table(title, {reason: {"count": count} for reason, count in broken.most_common()}) + raw.notes
     shown = sample.shown()
     if not shown:
@@ -176,7 +176,7 @@ def clean(row: RawRow | BadRow) -> list[str] | str:
         return row.reason
     if isinstance(row.image, str) and not os.path.isfile(row.image):
         return "missing"
-    maker = RowMaker(row.split != PICTURES, Settings(""), lambda used: None)
+    maker = RowMaker(row.split != IMAGES, Settings(""), lambda used: None)
     try:
         return maker.clean(row)[0]
     except Unusable as problem:
@@ -199,11 +199,11 @@ class DrawnSample:
             self.rows[place] = row
 
     def broken(self, settings: Settings) -> Counter[str]:
-        """Pictures that cannot be used, by reason."""
+        """Images that cannot be used, by reason."""
         reasons: Counter[str] = Counter()
         for row in self.rows:
             try:
-                prepare_picture(row.image, row.origin, settings)
+                prepare_image(row.image, row.origin, settings)
             except BadImage as bad:
                 reasons[bad.reason] += 1
         return reasons
@@ -227,7 +227,7 @@ class DrawnSample:
 
 
 def draw_look(told: LookReport, path: Path) -> None:
-    """Words and lengths above, pictures below. Raises UserError where the file cannot be written."""
+    """Words and lengths above, images below. Raises UserError where the file cannot be written."""
     from matplotlib.figure import Figure
 
     layout = lay_out(told.rows)

@@ -30,7 +30,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_PLAN = 1_000_000  # bytes
 MOST_BYTES = 64_000_000
-"""Of the pictures of a shard that do not lie in files: it ends there, however few rows it has."""
+"""Of the images of a shard that do not lie in files: it ends there, however few rows it has."""
 
 
 # ------------------------------------------------------------------ the whole
@@ -48,7 +48,7 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
         The manifest.
 
     Raises:
-        UserError: the folder holds something else, cannot be written, or no picture of the set can be used.
+        UserError: the folder holds something else, cannot be written, or no image of the set can be used.
     """
     if (manifest := complete(root, plan)) is not None:
         shutil.rmtree(root / MAKING, ignore_errors=True)
@@ -61,7 +61,7 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
             remove_temporaries(root)
             with (
                 Pool(workers, root, plan.settings) as pool,
-                Stage("preparing", raw.facts.pictures, pool.counts, say) as stage,
+                Stage("preparing", raw.facts.images, pool.counts, say) as stage,
             ):
                 counts = run_jobs(pool, stage, cut_jobs(raw.rows(), plan.rows))
             manifest = finish_set(root, raw, plan, counts, time.monotonic() - started)
@@ -96,7 +96,7 @@ def settle(waiting: set[Future[Any]], stage: Stage) -> set[Future[Any]]:
 
 
 def cut_jobs(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
-    """Jobs of `most` rows of one split each, in the order of the rows; a picture's second row becomes a bad one."""
+    """Jobs of `most` rows of one split each, in the order of the rows; an image's second row becomes a bad one."""
     waiting: dict[str, list[RawRow | BadRow]] = {}
     sizes: Counter[str] = Counter()
     numbers: Counter[str] = Counter()

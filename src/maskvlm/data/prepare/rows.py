@@ -1,4 +1,4 @@
-"""Raw rows -> rows of the prepared form: pictures upright, made small and encoded, captions cleaned."""
+"""Raw rows -> rows of the prepared form: images upright, made small and encoded, captions cleaned."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ class RowMaker:
         try:
             captions, notes = self.clean(row)
             check_caption(row)
-            picture = prepare_picture(row.image, origin, self.settings)
+            image = prepare_image(row.image, origin, self.settings)
         except BadImage as bad:
             self.left_out.append(RowNote(bad.reason, origin, str(bad)))
             return None
@@ -97,16 +97,16 @@ class RowMaker:
             return None
         self.mended += [RowNote(reason, origin, f"{origin}: {message}") for reason, message in notes]
         self.captions += len(captions)
-        self.kept += picture.kept
-        self.digests.append(row_digest(picture.data, captions, row.image_id, row.name))
+        self.kept += image.kept
+        self.digests.append(row_digest(image.data, captions, row.image_id, row.name))
         return {
-            "image": picture.data,
+            "image": image.data,
             "captions": captions,
             "image_id": row.image_id,
             "source": self.settings.name,
             "name": row.name,
             "origin": origin,
-            "phash": picture.phash,
+            "phash": image.phash,
         }
 
     def clean(self, row: RawRow) -> tuple[list[str], list[tuple[str, str]]]:
@@ -132,8 +132,8 @@ class RowMaker:
 
 
 def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
-    """A picture that was there before, in whatever split, and a row of an unknown split become bad rows."""
-    seen: set[int] = set()  # some 60 bytes a picture: 200 MB for three million
+    """An image that was there before, in whatever split, and a row of an unknown split become bad rows."""
+    seen: set[int] = set()  # some 60 bytes an image: 200 MB for three million
     for row in rows:
         if isinstance(row, RawRow) and row.split not in SPLITS:
             message = f"{row.origin}: split '{row.split}' is none of {', '.join(SPLITS)}"
@@ -142,23 +142,23 @@ def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
             known = len(seen)
             seen.add(stable_id(row.image_id))
             if len(seen) == known:
-                message = f"{row.origin}: the picture '{row.image_id}' stands there for the second time"
-                row = BadRow("duplicate picture id", row.origin, message, row.split)
+                message = f"{row.origin}: the image '{row.image_id}' stands there for the second time"
+                row = BadRow("duplicate image id", row.origin, message, row.split)
         yield row
 
 
 # ------------------------------------------------------------------ a row
 
 
-class Picture(NamedTuple):
-    """A picture in the prepared form. kept: its bytes are those it came in."""
+class PreparedImage(NamedTuple):
+    """An image in the prepared form. kept: its bytes are those it came in."""
 
     data: bytes
     phash: int
     kept: bool
 
 
-def prepare_picture(source: bytes | str, name: str, settings: Settings) -> Picture:
+def prepare_image(source: bytes | str, name: str, settings: Settings) -> PreparedImage:
     """Upright RGB as JPEG, its shorter side at most `settings.side` pixels; never enlarged.
 
     A baseline RGB JPEG without metadata that is small enough stays as it is: coding it again could only harm it.
@@ -172,10 +172,10 @@ def prepare_picture(source: bytes | str, name: str, settings: Settings) -> Pictu
     if min(image.size) > settings.side:
         image = shrink(image, settings.side)
     elif is_plain(data := source if isinstance(source, bytes) else Path(source).read_bytes()):
-        return Picture(data, phash(image), True)
+        return PreparedImage(data, phash(image), True)
     encoded = BytesIO()
     image.save(encoded, "JPEG", quality=settings.quality)
-    return Picture(encoded.getvalue(), phash(image), False)
+    return PreparedImage(encoded.getvalue(), phash(image), False)
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:

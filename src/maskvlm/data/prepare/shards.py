@@ -1,4 +1,4 @@
-"""One shard of a prepared set, made by one process: pictures decoded, made small, hashed and encoded, captions cleaned.
+"""One shard of a prepared set, made by one process: images decoded, made small, hashed and encoded, captions cleaned.
 
 A shard is an Arrow stream; beside it a note in `.making/` says what it was made of, so that a run that was killed
 makes no shard twice. What a shard holds depends on its rows and the settings alone.
@@ -18,8 +18,8 @@ from maskvlm.data.files import load_json, opened
 from maskvlm.data.phash import KIND
 from maskvlm.data.prepare.rows import RowMaker, RowNote, Settings
 from maskvlm.data.prepared.manifest import (
+    IMAGES,
     MAKING,
-    PICTURES,
     SCHEMA,
     cannot_write_set,
     sha256_of_part,
@@ -44,7 +44,7 @@ class ShardNote(NamedTuple):
     Attributes:
         key: of settings and raw rows.
         digests: 32 hexadecimal digits a row, of what it holds.
-        kept: pictures that are as they were, byte for byte.
+        kept: images that are as they were, byte for byte.
     """
 
     key: str
@@ -95,7 +95,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
         (root / shard_name(job)).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write_set(root / shard_name(job), error) from error
-    maker = RowMaker(job.split != PICTURES, settings, tick)
+    maker = RowMaker(job.split != IMAGES, settings, tick)
     sink: HashingSink | None = None
     batches = maker.batches(job.rows)
     if (first := next(batches, None)) is not None:
@@ -147,7 +147,7 @@ class HashingSink:
 
 
 def job_key(settings: Settings, job: Job) -> str:
-    """Changes with anything that the shard depends on: settings, libraries, rows, and the files of pictures (by
+    """Changes with anything that the shard depends on: settings, libraries, rows, and the files of images (by
     size and time)."""
     made_by = (FORMAT, KIND, PIL.__version__, features.version("jpg"), SCHEMA.metadata)
     digest = hashlib.sha256(repr((made_by, settings, job.split, job.number)).encode())
@@ -158,7 +158,7 @@ def job_key(settings: Settings, job: Job) -> str:
 
 
 def stamp(image: str | bytes) -> tuple[Any, ...]:
-    """What tells a picture from another one without decoding it."""
+    """What tells an image from another one without decoding it."""
     if isinstance(image, bytes):
         return (len(image), hashlib.sha256(image).hexdigest())
     try:

@@ -261,7 +261,7 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
 
 
 def check_arrow(read: Read, batch: Placed) -> None:
-    """Refuse a batch whose offsets or texts are damaged; pictures are checked when they are decoded."""
+    """Refuse a batch whose offsets or texts are damaged; images are checked when they are decoded."""
     for name, column in batch.columns.items():
         if VALUES[name] != "binary":
             array(read, column, VALUES[name])

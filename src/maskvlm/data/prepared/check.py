@@ -18,7 +18,7 @@ from maskvlm.data.streaming.pool import process_context, watched
 from maskvlm.utils.errors import UserError
 
 SAMPLE = 500
-"""Pictures of a split that are decoded where not all are."""
+"""Images of a split that are decoded where not all are."""
 
 
 class CheckedShard(NamedTuple):
@@ -35,7 +35,7 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
     """What is wrong with a set, one line a fault; nothing where it is whole.
 
     Args:
-        every: decode each picture, not a sample of SAMPLE a split.
+        every: decode each image, not a sample of SAMPLE a split.
         workers: processes, 1 or more.
         say: takes the line that says what is in it.
 
@@ -63,12 +63,12 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
     counts = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
     captions = sum(split["captions"] for split in manifest["splits"].values())
     if not faults:
-        say(f"{root}: as its manifest says ({counts} pictures, {captions:,} captions; {decoded:,} pictures decoded)")
+        say(f"{root}: as its manifest says ({counts} images, {captions:,} captions; {decoded:,} images decoded)")
     return faults
 
 
 def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:
-    """One shard; every `step`-th of its pictures is decoded."""
+    """One shard; every `step`-th of its images is decoded."""
     path, faults, digests, captions, decoded = root / shard["file"], list[str](), list[str](), 0, 0
     try:
         check_below(path, root)
@@ -97,7 +97,8 @@ def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: s
     """What is wrong with the rows of a split as a whole."""
     for name, there in zip(("pictures", "captions"), totals, strict=True):
         if there != split[name]:
-            yield f"{folder}: {there} {name}, the manifest says {split[name]}"
+            told = "images" if name == "pictures" else name
+            yield f"{folder}: {there} {told}, the manifest says {split[name]}"
     if sha256 != split["sha256"]:
         yield f"{folder}: the rows' hash is {sha256[:16]}..., the manifest says {split['sha256'][:16]}..."
 

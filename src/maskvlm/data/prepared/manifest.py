@@ -28,10 +28,10 @@ from maskvlm.utils.disk import sync_folder
 from maskvlm.utils.errors import ExitCode, UserError
 
 MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
-PICTURES = "pictures"
+IMAGES = "pictures"
 """The one split of an annotated set."""
 
-SPLITS = ("train", "val", "test", PICTURES)
+SPLITS = ("train", "val", "test", IMAGES)
 PACKAGES = ("maskvlm", "pillow", "numpy", "pyarrow", "datasets")
 
 VALUES: dict[str, str | list[str]] = {
@@ -185,11 +185,11 @@ def amount(number: int) -> str:
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.3g} M"
 
 
-def coverage(pictures: int, published: int | None) -> str:
-    """`2,013,544 pictures, 68 % of the published 2.95 M`."""
-    words = "1 picture" if pictures == 1 else f"{pictures:,} pictures"
+def coverage(images: int, published: int | None) -> str:
+    """`2,013,544 images, 68 % of the published 2.95 M`."""
+    words = "1 image" if images == 1 else f"{images:,} images"
     if not published:
         return words
-    share = 100 * pictures / published
+    share = 100 * images / published
     told = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
-    return f"{words}, {told if pictures != published else '100'} % of the published {amount(published)}"
+    return f"{words}, {told if images != published else '100'} % of the published {amount(published)}"

@@ -18,7 +18,7 @@ FORMAT = 1
 """Of the prepared form. Raise it when an older reader would misread a new set."""
 
 MOST_BYTES = 200_000_000
-"""Of a manifest: a shard takes 200 bytes, so this is a billion pictures."""
+"""Of a manifest: a shard takes 200 bytes, so this is a billion images."""
 
 MOST = 2**53  # of anything that is counted
 PLAIN = r"(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}"

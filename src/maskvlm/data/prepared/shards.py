@@ -1,4 +1,4 @@
-"""Shards of a prepared set: rows by number, columns without pictures, read from their files in pieces (`arrow.py`)."""
+"""Shards of a prepared set: rows by number, columns without images, read from their files in pieces (`arrow.py`)."""
 
 import os
 from bisect import bisect_right
@@ -67,7 +67,7 @@ class Shard:
     """The rows of one shard.
 
     Raises:
-        UserError: it is no Arrow stream of a prepared set, or is damaged; pictures are checked when they are decoded.
+        UserError: it is no Arrow stream of a prepared set, or is damaged; images are checked when they are decoded.
     """
 
     def __init__(self, source: ShardSource) -> None:

@@ -3,7 +3,7 @@
 Rows are read from the shards' files: neither a large set nor many processes cost memory, and a data worker that is
 handed a split gets the names of files only.
 
-Shapes: N rows, P pictures a row (one).
+Shapes: N rows, P images a row (one).
 """
 
 import copy
@@ -22,7 +22,7 @@ from maskvlm.data.prepared.manifest import SKIPPED, read_manifest
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.raw.lines import one_line, text_lines
 from maskvlm.data.strict_json import parse_json
-from maskvlm.data.subset import first_pictures, row_ids
+from maskvlm.data.subset import first_images, row_ids
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
@@ -74,11 +74,11 @@ class PreparedPairs:
         )
 
     def captions(self, index: int) -> list[str]:
-        """Those of a picture, without reading it."""
+        """Those of an image, without reading it."""
         return list(self._shards.value("captions", self.place(index)))
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its pictures, each once, without reading them."""
+        """Of all its images, each once, without reading them."""
         for image in self.column("image_id"):
             yield image.as_py()
 
@@ -93,7 +93,7 @@ class Prepared(Source):
 
     Args:
         root: its folder.
-        hold_out: where the set has no `val` split, so many training pictures (but at most a twentieth of them), chosen
+        hold_out: where the set has no `val` split, so many training images (but at most a twentieth of them), chosen
             by their ids, are `val` and not trained on. 0: such a set has no `val`.
     """
 
@@ -111,7 +111,7 @@ class Prepared(Source):
         if self.hold_out and name in ("train", "val") and "train" in splits and "val" not in splits:
             return self._parted(PreparedPairs(self.root, "train", splits["train"]), name)
         if name not in splits:
-            there = ", ".join(f"{other} with {splits[other]['pictures']:,} pictures" for other in splits)
+            there = ", ".join(f"{other} with {splits[other]['pictures']:,} images" for other in splits)
             what = f"no split '{name}' (there is {there or 'none'})"
             way = "set data.source.hold_out to take a part of train for it" if name == "val" else "name another split"
             todo = f"Name another set, or {way}"
@@ -123,17 +123,17 @@ class Prepared(Source):
         ids_NP = row_ids(pairs)
         assert ids_NP is not None
         share = min(self.hold_out / len(pairs), 0.05)
-        val_N = first_pictures(ids_NP[:, 0], max(share, 1 / len(pairs)), 0, HOLD_OUT)
+        val_N = first_images(ids_NP[:, 0], max(share, 1 / len(pairs)), 0, HOLD_OUT)
         train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
         hash_N = pairs.column("phash").to_numpy()
         copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
         copies = int(copy_N.sum())
         train_N = train_N if copy_N.all() else train_N[~copy_N]  # where all are alike, nothing else is left
         if not len(train_N):
-            what, todo = "all its pictures would be held out for validation", "Prepare more pictures"
+            what, todo = "all its images would be held out for validation", "Prepare more images"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
         if name == "train" and rank() == 0:
-            told = f"{len(val_N):,} of its {len(pairs):,} pictures are held out of training for it"
+            told = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
             if copies:
                 way = "kept, as all others do" if copies == len(train_N) else "left out"
                 told += f", {copies:,} that look like one of them are {way}"

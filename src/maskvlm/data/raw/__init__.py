@@ -1,4 +1,4 @@
-"""Raw sets by name: each read as it is distributed, into rows of pictures with captions.
+"""Raw sets by name: each read as it is distributed, into rows of images with captions.
 
 `open_raw` is the door; what a row is stands in `base`, which files a set may have in the `open_...` functions.
 """

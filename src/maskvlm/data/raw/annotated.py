@@ -1,6 +1,6 @@
-"""Sets whose examples the tasks read from their own files: here only their pictures, and which files go with them.
+"""Sets whose examples the tasks read from their own files: here only their images, and which files go with them.
 
-Pictures are told by the same rules as in `tasks/*/data.py`, so that an id or a name means the same there.
+Images are told by the same rules as in `tasks/*/data.py`, so that an id or a name means the same there.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from maskvlm.data.files import get, get_name, json_lines, load_json, opened, picture_folder, picture_names
+from maskvlm.data.files import get, get_name, image_folder, image_names, json_lines, load_json, opened
 from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.coco_flickr import no_files
@@ -18,7 +18,7 @@ from maskvlm.data.raw.lines import json_items, one_line
 SPLIT = "pictures"
 DIGITS = 12
 
-# VQA v2 (Goyal et al. 2017) is on COCO's 82,783 + 40,504 + 81,434 pictures; SNLI-VE (Xie et al. 2019) has 29,783 +
+# VQA v2 (Goyal et al. 2017) is on COCO's 82,783 + 40,504 + 81,434 images; SNLI-VE (Xie et al. 2019) has 29,783 +
 # 1,000 + 1,000 of Flickr30k's; DAQUAR (Malinowski and Fritz 2014) has NYU-Depth v2's 1,449. NLVR2 (Suhr et al. 2019)
 # publishes the number of examples (107,292), not of photos.
 VQAV2 = Facts(
@@ -38,21 +38,21 @@ SNLI_VE = Facts(
 
 
 class Wanted(NamedTuple):
-    """Ids of pictures that the examples of a file are about, and which file of the folder each picture is."""
+    """Ids of images that the examples of a file are about, and which file of the folder each image is."""
 
     file: Path
     ids: list[str]
-    pictures: dict[str, str]
+    images: dict[str, str]
 
 
 class Annotated(RawSet):
-    """The pictures that the annotation files speak of, each once, by the names under which tasks look for them.
+    """The images that the annotation files speak of, each once, by the names under which tasks look for them.
 
     `name` is relative to `images/` below the raw folder, or to the raw folder where there is no `images/`.
 
     Args:
         annotations: the set's files.
-        wanted: the files that name pictures, given all names of pictures there are.
+        wanted: the files that name images, given all names of images there are.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class Annotated(RawSet):
         self._wanted = wanted
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """File after file; a picture that is not there is a bad row.
+        """File after file; an image that is not there is a bad row.
 
         Raises:
-            UserError: an annotation file is damaged, or there is no picture at all.
+            UserError: an annotation file is damaged, or there is no image at all.
         """
-        folder = picture_folder(None, self.root, "RAW")
+        folder = image_folder(None, self.root, "RAW")
         left_out: dict[str, list[str]] = {}
-        names, seen, named = picture_names(folder, left_out), set[str](), set[str]()
+        names, seen, named = image_names(folder, left_out), set[str](), set[str]()
         yield from not_looked_at(left_out, folder, SPLIT)
-        for file, ids, pictures in self._wanted(names):
+        for file, ids, images in self._wanted(names):
             for image_id in dict.fromkeys(ids):
-                name, origin = pictures.get(image_id), f"{file.name} ({image_id})"
+                name, origin = images.get(image_id), f"{file.name} ({image_id})"
                 if name is None and image_id not in seen:
-                    yield BadRow("missing picture", origin, f"no picture {image_id!r} in {one_line(folder)}", SPLIT)
+                    yield BadRow("missing image", origin, f"no image {image_id!r} in {one_line(folder)}", SPLIT)
                 elif name is not None and name not in named:
                     named.add(name)
                     yield RawRow(str(folder / name), (), image_id, SPLIT, one_line(name), name)
                 seen.add(image_id)
-        self.notes = [f"{len(names) - len(named):,} pictures in {folder.name}/ are in no example and left out"]
+        self.notes = [f"{len(names) - len(named):,} images in {folder.name}/ are in no example and left out"]
 
 
 # ------------------------------------------------------------------ VQA
@@ -148,13 +148,13 @@ def _open_nlvr(root: Path, facts: Facts) -> RawSet:
         raise no_files(root, "train.json", "dev.json", "test1.json")
 
     def wanted(names: list[str]) -> Iterator[Wanted]:
-        pictures = {f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(names)}
+        images = {f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(names)}
         for file in files:
             ids = []
             for where, _, record in json_lines(file):
                 stem = get_name(record, "identifier", where, "NLVR2").rpartition("-")[0]
                 ids += [f"nlvr2 {stem}-img{side}" for side in (0, 1)]
-            yield Wanted(file, ids, pictures)
+            yield Wanted(file, ids, images)
 
     return Annotated(root, facts, files, wanted)
 
@@ -167,14 +167,14 @@ def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
         raise no_files(root, "snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl")
 
     def wanted(names: list[str]) -> Iterator[Wanted]:
-        pictures: dict[str, str] = {}
+        images: dict[str, str] = {}
         for name in sorted(names, key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
             if number := re.match(r"\d+", PurePosixPath(name).name):
-                pictures.setdefault(f"flickr {number[0]}", name)
+                images.setdefault(f"flickr {number[0]}", name)
         for file in files:
             lines = json_lines(file)
             ids = [f"flickr {get_name(each.record, 'Flickr30K_ID', each.where, 'SNLI-VE')}" for each in lines]
-            yield Wanted(file, ids, pictures)
+            yield Wanted(file, ids, images)
 
     return Annotated(root, SNLI_VE, [*files, *_files(root, "*.csv")], wanted)
 

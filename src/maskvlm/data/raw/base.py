@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 
 class RawRow(NamedTuple):
-    """One picture and all its captions.
+    """One image and all its captions.
 
     Attributes:
         image: path of a file, or the encoded bytes (archives, Parquet, hub).
         captions: as the file has them, not cleaned; () in annotated sets.
         image_id: the same photo has the same id in every set: "coco 458752", "flickr 1000092795", "vg 2343".
-        split: "train", "val" or "test"; "pictures" in annotated sets.
+        split: "train", "val" or "test"; "images" in annotated sets.
         origin: names the row in messages: file:line, `file image 12 (name.jpg)`, shard.tar!000001.jpg.
-        name: in annotated sets the path relative to the raw folder, by which readers of tasks find the picture.
+        name: in annotated sets the path relative to the raw folder, by which readers of tasks find the image.
     """
 
     image: str | bytes
@@ -47,13 +47,13 @@ class Facts(NamedTuple):
 
     Attributes:
         title: its full name.
-        pictures, captions: counts to compare with; None where unknown. Where the set is in the paper's 4-M mix, the
+        images, captions: counts to compare with; None where unknown. Where the set is in the paper's 4-M mix, the
             counts of that mix.
         licence: one line.
     """
 
     title: str
-    pictures: int | None
+    images: int | None
     captions: int | None
     licence: str
 
@@ -67,8 +67,8 @@ class RawSet(ABC):
         path: its folder or file.
         name: the set's, starts the ids.
         facts: its title, published counts, licence.
-        annotations: files to copy beside the pictures (vqav2, nlvr2, snli_ve, daquar, nlvr_pairs).
-        notes: one line each about the set as a whole, complete when all rows were read: how pictures were found,
+        annotations: files to copy beside the images (vqav2, nlvr2, snli_ve, daquar, nlvr_pairs).
+        notes: one line each about the set as a whole, complete when all rows were read: how images were found,
             how many img2dataset asked for and got.
     """
 
@@ -81,7 +81,7 @@ class RawSet(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Good and bad rows in a deterministic order; cheap: files of pictures are not opened here.
+        """Good and bad rows in a deterministic order; cheap: files of images are not opened here.
 
         Raises:
             UserError: the set as a whole cannot be read.

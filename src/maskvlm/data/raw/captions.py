@@ -22,7 +22,7 @@ _MARKUP = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
 
 
 class ImagesByName:
-    """The pictures of a set, anywhere in its folder: as they are named, else by the name alone."""
+    """The images of a set, anywhere in its folder: as they are named, else by the name alone."""
 
     def __init__(self, root: Path) -> None:
         self.root, self._inside = root.absolute(), Inside(root)
@@ -38,18 +38,18 @@ class ImagesByName:
         if self._index is None:
             self._index = PhotoIndex(self.root)
         stem = PurePosixPath(name).stem
-        padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the pictures of 2017 have the number alone
+        padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the images of 2017 have the number alone
         for each in (stem, padded[1]) if padded else (stem,):
             if path := self._index.find(each) or "":
                 return path, None
-        return "", ("missing picture", f"{one_line(name)!r} is nowhere in {one_line(self.root)}")
+        return "", ("missing image", f"{one_line(name)!r} is nowhere in {one_line(self.root)}")
 
 
 class CaptionSet(RawSet):
-    """Rows of one of the forms below, each with the names of its pictures.
+    """Rows of one of the forms below, each with the names of its images.
 
     Args:
-        read: hands out (name of the picture, captions, id, split, origin), or a bad row.
+        read: hands out (name of the image, captions, id, split, origin), or a bad row.
     """
 
     def __init__(self, root: Path, facts: Facts, read: Callable[[], Iterator["Found | BadRow"]]) -> None:
@@ -57,15 +57,15 @@ class CaptionSet(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """In the order of the file."""
-        pictures = ImagesByName(self._root)
+        images = ImagesByName(self._root)
         for found in self._read():
             if isinstance(found, BadRow):
                 yield found
                 continue
             name, captions, image_id, split, origin = found
-            path, problem = pictures.find(name)
+            path, problem = images.find(name)
             if not problem and not captions:
-                problem = ("no caption", "no sentence for this picture")
+                problem = ("no caption", "no sentence for this image")
             if problem:
                 yield BadRow(problem[0], origin, problem[1], split)
             else:
@@ -154,7 +154,7 @@ def official(files: list[Path]) -> Iterator[Found | BadRow]:
 
 
 def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
-    """results_20130124.token, Flickr8k.token.txt: `name.jpg#0`, a tab, a caption; the lines of a picture are merged."""
+    """results_20130124.token, Flickr8k.token.txt: `name.jpg#0`, a tab, a caption; the lines of an image are merged."""
     merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
     for line in text_lines(file):
         origin = f"{file.name}:{line.number}"
@@ -165,7 +165,7 @@ def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow
         elif tab and (bad := merged.add(name, [caption], split_of(name), line.number)):
             yield bad
         elif not tab and line.text.strip():
-            yield BadRow("malformed row", origin, "no tab between picture and caption", "train")
+            yield BadRow("malformed row", origin, "no tab between image and caption", "train")
     yield from _named(merged)
 
 

@@ -10,7 +10,7 @@ from maskvlm.data.raw.base import BadRow, Facts, RawSet
 from maskvlm.data.raw.captions import CaptionSet, Found
 from maskvlm.utils.errors import ExitCode, UserError
 
-# Karpathy's files hold 123,287, 31,014 and 8,000 pictures with (but for a few) five captions each. The first
+# Karpathy's files hold 123,287, 31,014 and 8,000 images with (but for a few) five captions each. The first
 # publication of Flickr30k (Young et al. 2014) has 31,783 photos.
 COCO = Facts(
     *("COCO Captions (Chen et al. 2015)", 123_287, 616_767),

@@ -1,4 +1,4 @@
-"""Parquet files with pictures in them, as img2dataset and the Hugging Face hub have them."""
+"""Parquet files with images in them, as img2dataset and the Hugging Face hub have them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -31,8 +31,8 @@ def _image_column(schema: pa.Schema, columns: dict[str, str]) -> str | None:
     return None
 
 
-def has_pictures(file: Path, columns: dict[str, str]) -> bool:
-    """Whether a Parquet file holds pictures; one that cannot be read counts, so that it is reported."""
+def has_images(file: Path, columns: dict[str, str]) -> bool:
+    """Whether a Parquet file holds images; one that cannot be read counts, so that it is reported."""
     try:
         with opened(file) as stream:
             return _image_column(pq.read_schema(stream), columns) is not None
@@ -53,7 +53,7 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
                 yield KeyedFiles("", "", {}, ("doubled column", f"column {one_line(twice[0])!r} stands there twice"))
                 return
             if image is None:
-                yield KeyedFiles("", "", {}, ("no picture", "no column of pictures"))
+                yield KeyedFiles("", "", {}, ("no image", "no column of images"))
                 return
             for batch in parquet.iter_batches(BATCH):
                 batch.validate(full=True)  # a text that is no UTF-8, an offset that leads out of its column

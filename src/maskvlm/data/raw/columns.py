@@ -1,4 +1,4 @@
-"""Which column of a table is the picture, the caption, the id, the split; rows of one picture become one row."""
+"""Which column of a table is the image, the caption, the id, the split; rows of one image become one row."""
 
 import difflib
 import os
@@ -38,7 +38,7 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
     """Role -> the column's own name; roles without a column are left out.
 
     Raises:
-        UserError: a given column, the picture or the caption is not there; it lists those that are.
+        UserError: a given column, the image or the caption is not there; it lists those that are.
     """
     listed = ", ".join(repr(one_line(name, 40)) for name in there[:30]) or "none"
     for role, name in given.items():
@@ -76,11 +76,11 @@ def split_of_path(path: str) -> str:
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
 def name_problem(name: str) -> str | None:
-    """Why a picture is not to be looked for under this name, or None."""
+    """Why an image is not to be looked for under this name, or None."""
     if name.isascii() and not name.startswith("/") and ".." not in name and "\x00" not in name:
         return None  # what follows takes some 10 us
     path = PurePosixPath(name)
@@ -92,7 +92,7 @@ def name_problem(name: str) -> str | None:
 
 
 class Folder:
-    """Where the pictures of a table lie: relative to the table, or in `images/` beside it.
+    """Where the images of a table lie: relative to the table, or in `images/` beside it.
 
     A name with the whole path is taken too where that is inside; no other file can be named.
     """
@@ -112,7 +112,7 @@ class Folder:
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, inside)):
                 return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
-        return "", ("missing picture", f"{one_line(name)!r} is not in {one_line(self.root)}")
+        return "", ("missing image", f"{one_line(name)!r} is not in {one_line(self.root)}")
 
 
 def leads_out(name: str, root: object) -> tuple[str, str]:
@@ -131,14 +131,14 @@ def not_looked_at(left_out: dict[str, list[str]], root: object, split: str) -> I
 
 
 class Merged:
-    """Rows of a table, merged by picture: the first names id, split and place, each adds its captions.
+    """Rows of a table, merged by image: the first names id, split and place, each adds its captions.
 
-    Keeps path, id, split, place and captions of every picture, and no more.
+    Keeps path, id, split, place and captions of every image, and no more.
 
     Args:
         file: how places are named: `<file>:<place>`.
         prefix: of ids.
-        identity: path of the picture and the table's own id, if any -> its id; by default prefix and own id, else
+        identity: path of the image and the table's own id, if any -> its id; by default prefix and own id, else
             prefix and path.
     """
 
@@ -151,21 +151,21 @@ class Merged:
     def add(
         self, path: str, captions: Iterable[str], split: str, place: int, own: str = "", name: str = ""
     ) -> BadRow | None:
-        """Take in a row; it is bad where its picture is in another split, or its id is another picture's."""
+        """Take in a row; it is bad where its image is in another split, or its id is another image's."""
         if row := self._rows.get(path):
             if row[2] != split:
-                what = f"its picture is in split {row[2]!r} at {self._file}:{row[0]}"
-                return BadRow("picture in two splits", f"{self._file}:{place}", what, split)
+                what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"
+                return BadRow("image in two splits", f"{self._file}:{place}", what, split)
             row.extend(captions)
             return None
         image_id = one_line(self._identity(name or path, own))
         if (other := self._path_of.setdefault(image_id, path)) != path:
-            what = f"id {image_id!r} is that of another picture, at {self._file}:{self._rows[other][0]}"
+            what = f"id {image_id!r} is that of another image, at {self._file}:{self._rows[other][0]}"
             return BadRow("duplicate id", f"{self._file}:{place}", what, split)
         self._rows[path] = [place, image_id, split, *captions]
         return None
 
     def rows(self) -> Iterator[RawRow]:
-        """In the order in which pictures came first."""
+        """In the order in which images came first."""
         for path, (place, image_id, split, *captions) in self._rows.items():
             yield RawRow(path, tuple(captions), image_id, split, f"{self._file}:{place}")

@@ -1,4 +1,4 @@
-"""Own data: pictures named in a csv, tsv or jsonl file, or lying in a folder with their captions beside them."""
+"""Own data: images named in a csv, tsv or jsonl file, or lying in a folder with their captions beside them."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.data.files import load_json, picture_names
+from maskvlm.data.files import image_names, load_json
 from maskvlm.data.opening import Inside, check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
@@ -28,9 +28,9 @@ class FileRow(NamedTuple):
 
 
 class TableSet(RawSet):
-    """Rows of one or several csv, tsv, jsonl or json files; rows of the same picture are one picture's captions.
+    """Rows of one or several csv, tsv, jsonl or json files; rows of the same image are one image's captions.
 
-    Pictures are named relative to their file, or to `images/` beside it. Where no column says the split, the file's
+    Images are named relative to their file, or to `images/` beside it. Where no column says the split, the file's
     name does (`val.csv`), else it is `train`.
 
     Args:
@@ -44,7 +44,7 @@ class TableSet(RawSet):
         self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Of each file first the bad rows, then the pictures in the order in which they came first."""
+        """Of each file first the bad rows, then the images in the order in which they came first."""
         for file in self.files:
             yield from file_rows(file, self.name, self.columns, self.notes)
 
@@ -55,7 +55,7 @@ def file_rows(
     """The rows of one file; `notes` is told which columns were taken.
 
     Raises:
-        UserError: the file cannot be read, or has no column for picture or caption.
+        UserError: the file cannot be read, or has no column for image or caption.
     """
     merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
     for entry in _entries(file, given, notes if notes is not None else []):
@@ -93,7 +93,7 @@ def _listed(columns: dict[str, str]) -> str:
 
 
 def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
-    """Objects need not have the same keys; those of the first that has picture and caption count where one lacks them.
+    """Objects need not have the same keys; those of the first that has image and caption count where one lacks them.
 
     Raises:
         UserError: none of the first PROBE has.
@@ -166,7 +166,7 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     """The row, or (reason, message)."""
     image, own, given = values.get("image"), values.get("id"), values.get("split")
     if not isinstance(image, str) or not image.strip():
-        return "no picture", f"the name of the picture is {short_value(image)}"
+        return "no image", f"the name of the image is {short_value(image)}"
     captions = texts_in(values.get("caption"))
     if captions is None:
         return "no caption", f"the caption is {short_value(values.get('caption'))}"
@@ -190,7 +190,7 @@ def texts_in(value: Any) -> list[str] | None:
 
 
 class FolderSet(RawSet):
-    """Pictures with a text file of the same name beside them, or named in a `metadata.csv` or `metadata.jsonl`.
+    """Images with a text file of the same name beside them, or named in a `metadata.csv` or `metadata.jsonl`.
 
     The metadata file, as Hugging Face's ImageFolder has it, stands in the folder or one above, with a column
     `file_name`. Splits are those that a folder's name says (`train/`, `val/`, `test/`).
@@ -201,7 +201,7 @@ class FolderSet(RawSet):
         self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """First what metadata files name, then the other pictures by name."""
+        """First what metadata files name, then the other images by name."""
         named: set[str] = set()
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
         within = Inside(self.root)
@@ -222,7 +222,7 @@ class FolderSet(RawSet):
                 image_id = one_line(f"{self.name} {own.as_posix()}")
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
         left_out: dict[str, list[str]] = {}
-        for name in picture_names(self.root, left_out):
+        for name in image_names(self.root, left_out):
             path = self.root.absolute() / name
             if str(path) not in named:
                 yield self._with_text(path, name, within)
@@ -273,7 +273,7 @@ def open_jsonl(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 
 
 def open_folder(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Pictures with captions beside them."""
+    """Images with captions beside them."""
     if not Path(raw).is_dir():
-        raise UserError(raw, "not a folder", "Name the folder of the pictures with RAW=", ExitCode.MISSING_INPUT)
+        raise UserError(raw, "not a folder", "Name the folder of the images with RAW=", ExitCode.MISSING_INPUT)
     return FolderSet(Path(raw), name, columns)

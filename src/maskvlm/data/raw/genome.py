@@ -1,4 +1,4 @@
-"""Visual Genome (Krishna et al. 2017, visualgenome.org): phrases about regions of a picture as its captions."""
+"""Visual Genome (Krishna et al. 2017, visualgenome.org): phrases about regions of an image as its captions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,22 +12,22 @@ from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "Visual Genome"
-# The whole set; the paper's 4-M mix is ALBEF's (Li et al. 2021, table of the appendix), with 100 K pictures and 769 K
+# The whole set; the paper's 4-M mix is ALBEF's (Li et al. 2021, table of the appendix), with 100 K images and 769 K
 # phrases of it.
 FACTS = Facts("Visual Genome (Krishna et al. 2017)", 108_077, 5_408_689, "CC BY 4.0; photos are of COCO and YFCC100M")
 
 
 class Genome(RawSet):
-    """region_descriptions.json with image_data.json; pictures are `<image_id>.jpg` in VG_100K, VG_100K_2 or elsewhere.
+    """region_descriptions.json with image_data.json; images are `<image_id>.jpg` in VG_100K, VG_100K_2 or elsewhere.
 
-    A picture that is COCO's, too, has its id there, so that a leak is seen by id. All are for training: the set has
+    An image that is COCO's, too, has its id there, so that a leak is seen by id. All are for training: the set has
     no splits.
     """
 
     facts = FACTS
 
-    def __init__(self, root: Path, regions: Path, pictures: Path) -> None:
-        self.root, self.regions, self.pictures, self.notes = root, regions, pictures, []
+    def __init__(self, root: Path, regions: Path, images: Path) -> None:
+        self.root, self.regions, self.images, self.notes = root, regions, images, []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """In the order of region_descriptions.json."""
@@ -44,21 +44,21 @@ class Genome(RawSet):
                 continue
             path, origin = index.find(str(number)), f"{where} ({number}.jpg)"
             if path is None:
-                yield BadRow("missing picture", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
+                yield BadRow("missing image", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
             elif not phrases:
-                yield BadRow("no caption", origin, "no region of this picture is described", "train")
+                yield BadRow("no caption", origin, "no region of this image is described", "train")
             else:
                 image_id = f"coco {coco[number]}" if number in coco else f"vg {number}"
                 yield RawRow(path, phrases, image_id, "train", origin)
 
     def _coco_ids(self) -> dict[int, int]:
         found: dict[int, int] = {}
-        for position, record in enumerate(json_items(self.pictures)):
-            where = f"{self.pictures} [{position}]"
+        for position, record in enumerate(json_items(self.images)):
+            where = f"{self.images} [{position}]"
             number, coco = get(record, "image_id", int, where, LAYOUT), _number(record.get("coco_id"))
             if coco is not None:
                 found[number] = coco
-        shared = f"{len(found):,} of its pictures are COCO's, too, and have their ids there"
+        shared = f"{len(found):,} of its images are COCO's, too, and have their ids there"
         self.notes = [shared]
         return found
 
@@ -68,13 +68,13 @@ def _number(value: Any) -> int | None:
 
 
 def open_genome(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Both files are needed: without image_data.json nobody could tell which pictures are COCO's."""
+    """Both files are needed: without image_data.json nobody could tell which images are COCO's."""
     root = Path(raw)
-    regions, pictures = find_file(root, "region_descriptions.json"), find_file(root, "image_data.json")
+    regions, images = find_file(root, "region_descriptions.json"), find_file(root, "image_data.json")
     if regions is None:
         raise no_files(root, "region_descriptions.json")
-    if pictures is None:
-        what = "image_data.json is missing: which pictures are also COCO's stands there alone"
+    if images is None:
+        what = "image_data.json is missing: which images are also COCO's stands there alone"
         todo = "Fetch it from visualgenome.org and put it here"
         raise UserError(root, what, todo, ExitCode.MISSING_INPUT)
-    return Genome(root, regions, pictures)
+    return Genome(root, regions, images)

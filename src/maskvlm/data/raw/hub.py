@@ -28,8 +28,8 @@ MOST_CARD = 1_000_000
 class HubSet(RawSet):
     """A set of the hub (`owner/name`, or `owner/name:configuration`), or what `load_dataset` or `save_to_disk` knows.
 
-    The picture column holds images, bytes or paths, the caption column texts or lists of texts; rows with the same id
-    that follow each other are one picture. A column `split` goes before the name of the split.
+    The image column holds images, bytes or paths, the caption column texts or lists of texts; rows with the same id
+    that follow each other are one image. A column `split` goes before the name of the split.
     """
 
     def __init__(self, raw: str, name: str, columns: dict[str, str] | None = None) -> None:
@@ -91,7 +91,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
         return value, None
     if isinstance(value, str) and value.strip():
         return folder.place(value)
-    return "", ("no picture", f"the picture is {short_value(value)}")
+    return "", ("no image", f"the image is {short_value(value)}")
 
 
 def _is_fetched(path: str) -> bool:
@@ -103,7 +103,7 @@ def _is_fetched(path: str) -> bool:
 
 
 def _merged(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
-    """Captions of rows of the same picture that follow each other, under the first of them."""
+    """Captions of rows of the same image that follow each other, under the first of them."""
     held: RawRow | None = None
     for row in rows:
         if isinstance(row, RawRow) and held and (row.image_id, row.split) == (held.image_id, held.split):

@@ -1,8 +1,8 @@
-"""Sets that are lists of addresses (Conceptual Captions, SBU), with the pictures as somebody's script left them.
+"""Sets that are lists of addresses (Conceptual Captions, SBU), with the images as somebody's script left them.
 
-No address is ever fetched. What img2dataset left is read by `shards`; here pictures are found by the names that other
+No address is ever fetched. What img2dataset left is read by `shards`; here images are found by the names that other
 downloaders give them (`photos.SCHEMES`), anywhere below the folder. Which of these names is in use is decided once a
-list, by the first rows: a row's picture found under another scheme might be another row's.
+list, by the first rows: a row's image found under another scheme might be another row's.
 
 Shapes: N rows.
 """
@@ -32,7 +32,7 @@ BY_END = "the end of the address"
 
 
 class Link(NamedTuple):
-    """A row of a list. row: counted from 0; name: of the picture, where the list has one."""
+    """A row of a list. row: counted from 0; name: of the image, where the list has one."""
 
     row: int
     url: str
@@ -51,9 +51,9 @@ class LinkList(NamedTuple):
 
 
 class Links(RawSet):
-    """Rows of one or several lists whose pictures lie below `root`.
+    """Rows of one or several lists whose images lie below `root`.
 
-    Where folders there are named by splits (`training/`, `images_val/`), a list's pictures are looked for in those of
+    Where folders there are named by splits (`training/`, `images_val/`), a list's images are looked for in those of
     its own. A photo at Flickr, COCO or Visual Genome has its id there, others the set's name and the row.
     """
 
@@ -76,8 +76,8 @@ class Links(RawSet):
                     problem = ("ambiguous name", f"several addresses end in {one_line(stem_of(link.url))!r}")
                 elif not problem:
                     path = (index.find(SCHEMES[scheme](link.url, link.row)) or "") if scheme else ""
-                    what = f"no picture for {one_line(link.url)} in {one_line(self.root)}; nothing is downloaded"
-                    problem = None if path else ("missing picture", what)
+                    what = f"no image for {one_line(link.url)} in {one_line(self.root)}; nothing is downloaded"
+                    problem = None if path else ("missing image", what)
                 if problem:
                     yield BadRow(problem[0], link.origin, problem[1], part.split)
                 else:
@@ -85,7 +85,7 @@ class Links(RawSet):
                     yield RawRow(path, (link.caption,), image_id, part.split, link.origin)
 
     def _scheme(self, part: LinkList, index: PhotoIndex) -> tuple[str, set[int]]:
-        """The scheme under which most of the first rows have a picture, "" for none; ends that several rows share."""
+        """The scheme under which most of the first rows have an image, "" for none; ends that several rows share."""
         links = (link for link in part.read() if not link.problem and not link.name)
         first = [*islice(links, PROBE)]
         hits = {
@@ -96,11 +96,11 @@ class Links(RawSet):
             return "", set()
         if best.startswith("the row"):
             best = self._start(best, part, index)
-        self.notes.append(f"{part.file.name}: pictures are named by {best}")
+        self.notes.append(f"{part.file.name}: images are named by {best}")
         return best, _twice(part) if best == BY_END else set()
 
     def _start(self, scheme: str, part: LinkList, index: PhotoIndex) -> str:
-        """Whether rows count from 0 or 1: by the picture that only one of the two can have."""
+        """Whether rows count from 0 or 1: by the image that only one of the two can have."""
         from_0, from_1 = scheme.replace("from 1", "from 0"), scheme.replace("from 0", "from 1")
         rows = sum(1 for _ in part.read())
         if index.find(SCHEMES[from_0]("", 0)) is None and index.find(SCHEMES[from_1]("", rows - 1)) is not None:

@@ -1,4 +1,4 @@
-"""Pictures as downloaders leave them: which photo an address shows, and by which name it lies on disk.
+"""Images as downloaders leave them: which photo an address shows, and by which name it lies on disk.
 
 Shapes: N files.
 """
@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.opening import Walk
 from maskvlm.data.text import stable_id
 
@@ -57,7 +57,7 @@ SCHEMES: dict[str, Callable[[str, int], str]] = {
         for width in (0, 4, 5, 6, 7, 8, 9, 12)
     },
 }
-"""How a picture is called after address and row (from 0), by what the name is: so do the scripts of ViLBERT, of
+"""How an image is called after address and row (from 0), by what the name is: so do the scripts of ViLBERT, of
 LAVIS, of SBU's readers, and ViLT."""
 
 
@@ -73,7 +73,7 @@ class PhotoIndex:
         self._folders: list[str] = []
         self._suffixes: list[str] = []
         hashes, folders, suffixes = array("q"), array("l"), array("l")
-        kinds = PICTURE_SUFFIXES | ({""} if bare else set())
+        kinds = IMAGE_SUFFIXES | ({""} if bare else set())
         for place, files in chain.from_iterable(map(Walk, roots)):
             self._folders.append(place)
             for name in files:

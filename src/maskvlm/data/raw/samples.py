@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.opening import Inside
 from maskvlm.data.raw.archive import members
 from maskvlm.data.raw.columns import leads_out
@@ -14,7 +14,7 @@ TEXTS = (".txt", ".caption", ".text", ".cap")
 
 
 class KeyedFiles(NamedTuple):
-    """The files of one key. kinds: "image", "text", "json" -> bytes, or a path of the picture."""
+    """The files of one key. kinds: "image", "text", "json" -> bytes, or a path of the image."""
 
     key: str
     origin: str
@@ -60,9 +60,9 @@ def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
     for role, kind in (("image", "image"), ("caption", "text")):
         if columns.get(role) and columns[role].lower() == extension.lower():
             return key, kind
-    if columns.get("image") and last in PICTURE_SUFFIXES:
-        return key, None  # another picture of the same key
-    kinds = {".json": "json", **dict.fromkeys(PICTURE_SUFFIXES, "image"), **dict.fromkeys(TEXTS, "text")}
+    if columns.get("image") and last in IMAGE_SUFFIXES:
+        return key, None  # another image of the same key
+    kinds = {".json": "json", **dict.fromkeys(IMAGE_SUFFIXES, "image"), **dict.fromkeys(TEXTS, "text")}
     return key, kinds.get(last)
 
 
@@ -70,9 +70,9 @@ def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
 
 
 def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[KeyedFiles]:
-    """Pictures of a folder with the `.txt` and `.json` beside them; pictures are not opened."""
+    """Images of a folder with the `.txt` and `.json` beside them; images are not opened."""
     inside = Inside(folder)
-    for path in pictures_of(folder):
+    for path in images_of(folder):
         parts: dict[str, Any] = {"image": str(path)}
         problem = None if inside.holds(path) else leads_out(path.name, folder)
         for kind, suffixes in (("text", TEXTS), ("json", (".json",))):
@@ -83,7 +83,7 @@ def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[KeyedFiles]:
         yield KeyedFiles(path.stem, path.name, parts, problem)
 
 
-def pictures_of(folder: Path) -> list[Path]:
-    """The pictures of a folder by name, hidden ones left out."""
-    there = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+def images_of(folder: Path) -> list[Path]:
+    """The images of a folder by name, hidden ones left out."""
+    there = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in there if not path.name.startswith("."))

@@ -8,25 +8,25 @@ from typing import Any
 from maskvlm.data.opening import Inside, Walk
 from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.columnar import has_pictures, parquet_samples
+from maskvlm.data.raw.columnar import has_images, parquet_samples
 from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
 from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import decoded, one_line, read_text
 from maskvlm.data.raw.photos import photo_of
-from maskvlm.data.raw.samples import KeyedFiles, file_samples, pictures_of, tar_samples
+from maskvlm.data.raw.samples import KeyedFiles, file_samples, images_of, tar_samples
 from maskvlm.data.strict_json import flaw, parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 MAX_TEXT_BYTES = 16_000_000
 STATS = "_stats.json"
 READERS = {"tar": tar_samples, "files": file_samples, "parquet": parquet_samples}
-FORMS = "*.tar, *.parquet with a column of pictures, or folders of pictures with .json and .txt beside them"
+FORMS = "*.tar, *.parquet with a column of images, or folders of images with .json and .txt beside them"
 
 
 class WebShards(RawSet):
     """A folder of shards, or one of them.
 
-    The caption is the `.txt` member, else `caption` of the `.json` member. A picture's id is that of the photo where
+    The caption is the `.txt` member, else `caption` of the `.json` member. An image's id is that of the photo where
     its address shows COCO, Flickr or Visual Genome, else the set's name and img2dataset's key, else name, shard and
     key. Splits are those that folders or files are named by. Counts are compared with those in `_stats.json`.
 
@@ -38,7 +38,7 @@ class WebShards(RawSet):
 
     def __init__(self, root: Path, name: str, columns: dict[str, str] | None = None) -> None:
         self.root, self.name, self.columns = root, name, columns or {}
-        self.facts, self.notes = Facts(name, None, None, "that of each picture: addresses are in the .json"), []
+        self.facts, self.notes = Facts(name, None, None, "that of each image: addresses are in the .json"), []
         self._left_out: dict[str, list[str]] = {}
         self._kind, self._shards = find_shards(root, self.columns, self._left_out)
         self._asked = self._got = 0
@@ -51,7 +51,7 @@ class WebShards(RawSet):
             yield from self._rows_of(shard)
         if self._asked:
             share = 100 * self._got / self._asked
-            self.notes = [f"img2dataset asked for {self._asked:,} pictures and got {self._got:,} ({share:.0f} %)"]
+            self.notes = [f"img2dataset asked for {self._asked:,} images and got {self._got:,} ({share:.0f} %)"]
 
     def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
         inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
@@ -75,7 +75,7 @@ class WebShards(RawSet):
         if not problem and "image" not in sample.parts:
             failed = isinstance(status, str) and status != "success"
             problem = (one_line(status, 40).replace("_", " "), one_line(meta.get("error_message"))) if failed else None
-            problem = problem or ("no picture", "no picture of that name")
+            problem = problem or ("no image", "no image of that name")
         captions = problem or self._captions(sample, meta)
         if isinstance(captions, tuple):
             return BadRow(captions[0], origin, captions[1], split)
@@ -115,7 +115,7 @@ class WebShards(RawSet):
         if stats:
             self._asked, self._got = self._asked + asked, self._got + got
         if stats and got != found and not cut:
-            what = f"{file.name} counts {got:,} pictures, {found:,} are there"
+            what = f"{file.name} counts {got:,} images, {found:,} are there"
             yield BadRow("other count than img2dataset's", one_line(inside), what, split)
 
 
@@ -135,13 +135,13 @@ def find_shards(
     for place, names in walk if root.is_dir() else [(str(root.parent), [root.name])]:
         found["tar"] += [Path(place, name) for name in names if TAR.search(name)]
         found["parquet"] += [Path(place, name) for name in names if name.endswith(".parquet")]
-        if any(name.endswith(".json") and not name.endswith(STATS) for name in names) and pictures_of(Path(place)):
+        if any(name.endswith(".json") and not name.endswith(STATS) for name in names) and images_of(Path(place)):
             found["files"].append(Path(place))
     for reason, paths in walk.left_out.items():
         if left_out is not None:
             left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
     if not found["tar"]:
-        found["parquet"] = [path for path in found["parquet"] if has_pictures(path, columns)]
+        found["parquet"] = [path for path in found["parquet"] if has_images(path, columns)]
     for kind, shards in found.items():
         if shards:
             return kind, sorted(shards)

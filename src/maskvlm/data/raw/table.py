@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from maskvlm.data.files import PICTURE_SUFFIXES
+from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.raw.lines import MAX_LINE_BYTES, TextLine, text_lines
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -58,10 +58,10 @@ class RawTable:
 
     def _record(self, line: TextLine) -> TableRecord:
         fields, joined = _split(line.text, self.delimiter), 0
-        size, own_picture = len(line.text), self._has_picture(line.text)
+        size, own_image = len(line.text), self._has_image(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
             size += len(following.text) + 1
-            if following.problem or size > MAX_LINE_BYTES or (own_picture and self._is_row(following.text)):
+            if following.problem or size > MAX_LINE_BYTES or (own_image and self._is_row(following.text)):
                 break
             joined += 1
             if '"' in following.text:  # nothing else can close the field
@@ -87,14 +87,14 @@ class RawTable:
         return self._ahead[index] if index < len(self._ahead) else None
 
     def _is_row(self, text: str) -> bool:
-        """Whether a line within an open quote is more likely a row of its own: complete, with the name of a picture."""
+        """Whether a line within an open quote is more likely a row of its own: complete, with the name of an image."""
         fields = _split(text, self.delimiter)
-        return (isinstance(fields, str) or len(fields) == len(self.columns)) and self._has_picture(text)
+        return (isinstance(fields, str) or len(fields) == len(self.columns)) and self._has_image(text)
 
-    def _has_picture(self, text: str) -> bool:
-        """Whether a field outside of quotes, however they fit, is the name of a picture."""
+    def _has_image(self, text: str) -> bool:
+        """Whether a field outside of quotes, however they fit, is the name of an image."""
         names = (each.strip() for each in text.split(self.delimiter))
-        return any(name[name.rfind(".") :].lower() in PICTURE_SUFFIXES for name in names if "." in name)
+        return any(name[name.rfind(".") :].lower() in IMAGE_SUFFIXES for name in names if "." in name)
 
 
 def _delimiter(file: Path, header: str) -> str:

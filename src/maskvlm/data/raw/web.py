@@ -1,4 +1,4 @@
-"""Opening SBU, CC3M and CC12M: img2dataset's output where there is some, else the lists with pictures beside them."""
+"""Opening SBU, CC3M and CC12M: img2dataset's output where there is some, else the lists with images beside them."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from maskvlm.data.raw.links import LinkList, Links, json_links, text_links, tsv_
 from maskvlm.data.raw.shards import FORMS, WebShards, find_shards
 from maskvlm.utils.errors import UserError
 
-# The paper's mix is the "4 M" of ALBEF (Li et al. 2021, arXiv 2107.07651, appendix): 2.95 M pictures of CC3M and 860 K
+# The paper's mix is the "4 M" of ALBEF (Li et al. 2021, arXiv 2107.07651, appendix): 2.95 M images of CC3M and 860 K
 # of SBU could still be fetched then, of 3,334,173 (3,318,333 + 15,840) and 1,000,000. CC12M is not in it.
 SBU = Facts(
     *("SBU Captions (Ordonez et al. 2011)", 860_000, 860_000),
@@ -18,11 +18,11 @@ SBU = Facts(
 )
 CC3M = Facts(
     *("Conceptual Captions (Sharma et al. 2018)", 2_950_000, 2_950_000),
-    "text free for any purpose, with acknowledgement of Google; pictures belong to their owners",
+    "text free for any purpose, with acknowledgement of Google; images belong to their owners",
 )
 CC12M = Facts(
     *("Conceptual 12M (Changpinyo et al. 2021)", 12_423_374, 12_423_374),
-    "text free for any purpose, with acknowledgement of Google; pictures belong to their owners",
+    "text free for any purpose, with acknowledgement of Google; images belong to their owners",
 )
 URLS, CAPTIONS = "SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt"
 

@@ -20,7 +20,7 @@ OBJECT_WORDS = ("shapes", "objects", "things")
 @dataclass(frozen=True)
 class Style:
     """How a writer puts things. The size words go with the rest of the style, so that a hidden word can be told from
-    the picture and its neighbours. Few words that a picture does not decide: they would cost compute and teach little.
+    the image and its neighbours. Few words that an image does not decide: they would cost compute and teach little.
     """
 
     full: bool  # sentences with articles and prepositions, or notes
@@ -186,7 +186,7 @@ def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
     text = style.listed([f"{style.place(str(m.place))}{verb} {style.noun(m)}" for m in said])
     if len(said) > 1:
         return Caption(text, Statement(tuple(said)))
-    ground = style.ground(rng, scene.background)  # one thing would fit too many pictures
+    ground = style.ground(rng, scene.background)  # one thing would fit too many images
     return Caption(f"{text}{ground}", Statement(tuple(said), background=scene.background))
 
 
@@ -209,7 +209,7 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
 def tell_names(scene: Scene, rng: random.Random) -> Caption:
     """The things by name: colour and shape, and of all of them perhaps size, pattern or both.
 
-    Colours, places and backgrounds of long captions tell a batch's pictures apart without a look at shapes; these not.
+    Colours, places and backgrounds of long captions tell a batch's images apart without a look at shapes; these not.
     """
     style = style_of(scene, rng)
     attributes = choose(rng, ((), ("size",), ("pattern",), ("size", "pattern")))
@@ -231,7 +231,7 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_short(scene: Scene, rng: random.Random, relations: int = 0) -> Caption:
-    """Names, or of several things the places and one attribute: of one thing alone this would fit too many pictures.
+    """Names, or of several things the places and one attribute: of one thing alone this would fit too many images.
 
     Args:
         relations: how often `tell_relations` is in the lot as well, where there are several things.

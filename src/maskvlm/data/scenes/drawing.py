@@ -1,6 +1,6 @@
 """Draws scenes with Pillow, at any size: flat colours, and shapes that fill their cell of the 3x3 grid.
 
-Each shape is drawn once, large, and shrunk to a mask; a picture is then two pastes a thing.
+Each shape is drawn once, large, and shrunk to a mask; an image is then two pastes a thing.
 """
 
 import math
@@ -39,7 +39,7 @@ BACKGROUND_RGB: dict[str, RGB] = {
 DIAMETER = {"large": 14 / 16, "small": 10 / 16}
 # Folds of a curtain, dark and light in turn: no background has folds, no thing is grey.
 FOLD_RGB: tuple[RGB, RGB] = ((85, 85, 85), (185, 185, 185))
-FOLDS = 24  # folds in a picture's width: two pixels each at 48 pixels
+FOLDS = 24  # folds in an image's width: two pixels each at 48 pixels
 SUPERSAMPLE = 8  # masks are drawn this many times larger, then averaged
 
 
@@ -110,9 +110,9 @@ def draw_pattern(pattern: str, side: int, step: float) -> Image.Image:
 
 
 @lru_cache(maxsize=4096)
-def stamp_of(shape: str, size: str, pattern: str, picture_size: int) -> Stamp:
-    """The masks of a kind of thing in pictures of `picture_size` pixels."""
-    cell = picture_size / 3
+def stamp_of(shape: str, size: str, pattern: str, image_size: int) -> Stamp:
+    """The masks of a kind of thing in images of `image_size` pixels."""
+    cell = image_size / 3
     side = max(1, round(DIAMETER[size] * cell))
     outline = draw_shape(shape, side * SUPERSAMPLE)
     if pattern == "plain":
@@ -121,24 +121,24 @@ def stamp_of(shape: str, size: str, pattern: str, picture_size: int) -> Stamp:
     return Stamp(outline.reduce(SUPERSAMPLE), ink.reduce(SUPERSAMPLE))
 
 
-def corner_of(thing: Thing, side: int, picture_size: int) -> tuple[int, int]:
+def corner_of(thing: Thing, side: int, image_size: int) -> tuple[int, int]:
     """Left and top pixel of a thing whose mask is `side` pixels wide."""
-    cell = picture_size / 3
+    cell = image_size / 3
     left = (thing.column + 0.5 + thing.dx / 16) * cell - side / 2
     top = (thing.row + 0.5 + thing.dy / 16) * cell - side / 2
     return math.floor(left + 0.5), math.floor(top + 0.5)
 
 
 def draw_scene(scene: Scene, size: int) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels."""
-    picture = Image.new("RGB", (size, size), BACKGROUND_RGB[scene.background])
+    """The scene as an RGB image of `size` x `size` pixels."""
+    image = Image.new("RGB", (size, size), BACKGROUND_RGB[scene.background])
     for thing in scene.things:
         stamp = stamp_of(thing.shape, thing.size, thing.pattern, size)
         corner = corner_of(thing, stamp.shape.width, size)
-        picture.paste(COLOUR_RGB[thing.colour], corner, stamp.shape)
+        image.paste(COLOUR_RGB[thing.colour], corner, stamp.shape)
         if stamp.ink is not None:
-            picture.paste(ink_of(thing.colour), corner, stamp.ink)
-    return picture
+            image.paste(ink_of(thing.colour), corner, stamp.ink)
+    return image
 
 
 def draw_object_mask(scene: Scene, size: int) -> NDArray[np.bool_]:
@@ -152,7 +152,7 @@ def draw_object_mask(scene: Scene, size: int) -> NDArray[np.bool_]:
 
 @lru_cache(maxsize=256)
 def curtain_of(size: int, line: str) -> Image.Image:
-    """The curtain over a row or column (a key of LINES) of pictures of `size` pixels, mode "RGBA", clear elsewhere."""
+    """The curtain over a row or column (a key of LINES) of images of `size` pixels, mode "RGBA", clear elsewhere."""
     curtain = Image.new("RGBA", (size, size))
     draw = ImageDraw.Draw(curtain)
     row, column = divmod(LINES[line][0], 3)
@@ -167,7 +167,7 @@ def curtain_of(size: int, line: str) -> Image.Image:
 def draw_behind(scene: Scene, size: int, line: str) -> Image.Image:
     """The scene with a curtain over a row or column (a key of LINES): nothing of what stands there can be seen."""
     seen = tuple(thing for thing in scene.things if thing.cell not in LINES[line])  # edges may reach out by a pixel
-    picture = draw_scene(Scene(scene.background, seen), size)
+    image = draw_scene(Scene(scene.background, seen), size)
     curtain = curtain_of(size, line)
-    picture.paste(curtain, (0, 0), curtain)
-    return picture
+    image.paste(curtain, (0, 0), curtain)
+    return image

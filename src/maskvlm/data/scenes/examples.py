@@ -126,13 +126,13 @@ def first_of_split(split: str, make: Callable[[], Scene | None]) -> Scene:
 
 
 class View(NamedTuple):
-    """One picture: a scene, and the line of its grid (a key of LINES) that a curtain covers, or None."""
+    """One image: a scene, and the line of its grid (a key of LINES) that a curtain covers, or None."""
 
     scene: Scene
     curtain: str | None = None
 
     def draw(self, size: int) -> Image.Image:
-        """The picture, RGB, `size` pixels square."""
+        """The image, RGB, `size` pixels square."""
         if self.curtain is None:
             return draw_scene(self.scene, size)
         return draw_behind(self.scene, size, self.curtain)
@@ -161,7 +161,7 @@ class SceneExamples:
         tell: makes the examples; a function of a module, so that data workers can be sent it.
         name: `train`, `val` or `test`; all scenes are of this split.
         count: number of examples.
-        size: width and height of the pictures in pixels.
+        size: width and height of the images in pixels.
         seed: another seed gives other examples.
     """
 
@@ -198,7 +198,7 @@ class SceneExamples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the parameters and of the first examples, pictures included."""
+        """16 hex digits of the parameters and of the first examples, images included."""
         digest = sha256(repr((VERSION, self.task, self.name, self.count, self.size, self.seed)).encode())
         for index in range(min(8, self.count)):
             told = self.told(index)
@@ -214,7 +214,7 @@ class SceneSplits:
     Args:
         task: as in `SceneExamples`, as is `tell`.
         counts: number of examples of `train`, `val` and `test`.
-        size: of the pictures in pixels, at least 12.
+        size: of the images in pixels, at least 12.
         seed: for all three.
         multiple: what the counts must be a multiple of, where examples come in sets.
 

@@ -1,4 +1,4 @@
-"""The built-in world as a data set: pictures and captions made on demand, the same on every machine."""
+"""The built-in world as a data set: images and captions made on demand, the same on every machine."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from maskvlm.utils.errors import UserError, check_least
 
 __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "describes", "vocabulary"]
 
-VERSION = 3  # raise it when the same seed gives other pictures or captions
+VERSION = 3  # raise it when the same seed gives other images or captions
 SHORT = 2  # raise it when the same seed gives other short captions; no evaluation has these
 SMALLEST = 12  # pixels: below, shapes cannot be told apart
 
@@ -26,8 +26,8 @@ class ScenePairs:
 
     Args:
         name: `train`, `val` or `test`.
-        count: number of pictures.
-        size: width and height of the pictures in pixels.
+        count: number of images.
+        size: width and height of the images in pixels.
         seed: another seed gives other scenes; a scene's split is the same under every seed.
         short, relations: captions of few words, added to the five, and what `tell_short` is told.
     """
@@ -45,38 +45,38 @@ class ScenePairs:
             image=draw_scene(scene, self.size),
             captions=[caption.text for caption in self._captions(scene, rng)],
             image_id=scene.id,
-            origin=f"scenes (seed {self.seed}) {self.name} picture {index}",
+            origin=f"scenes (seed {self.seed}) {self.name} image {index}",
         )
 
     def image_ids(self) -> Iterator[str]:
-        """Of all pictures, without drawing them: pictures of which the same can be said share one."""
+        """Of all images, without drawing them: images of which the same can be said share one."""
         return (self.scene(index).id for index in range(self.count))
 
     def scene(self, index: int) -> Scene:
-        """What picture `index` shows. Raises IndexError outside 0 to the length - 1."""
+        """What image `index` shows. Raises IndexError outside 0 to the length - 1."""
         return self._scene(index)[0]
 
     def captions(self, index: int) -> list[Caption]:
-        """The captions of picture `index` with what each claims."""
+        """The captions of image `index` with what each claims."""
         return self._captions(*self._scene(index))
 
     def _captions(self, scene: Scene, rng: random.Random) -> list[Caption]:
         return [*captions_of(scene, rng), *(tell_short(scene, rng, self.relations) for _ in range(self.short))]
 
     def object_mask(self, index: int, size: int | None = None) -> NDArray[np.bool_]:
-        """True on the pixels that show a thing, (size, size); `size` defaults to the pictures' own."""
+        """True on the pixels that show a thing, (size, size); `size` defaults to the images' own."""
         return draw_object_mask(self.scene(index), size or self.size)
 
     def _scene(self, index: int) -> tuple[Scene, random.Random]:
         """The scene, and the generator in the state that its captions go on from."""
         if not 0 <= index < self.count:
-            raise IndexError(f"scenes {self.name}: no picture {index}, there are {self.count}")
+            raise IndexError(f"scenes {self.name}: no image {index}, there are {self.count}")
         rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{index}")
         return scene_of_split(rng, self.name), rng
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the parameters and of the first pictures and captions."""
+        """16 hex digits of the parameters and of the first images and captions."""
         facts = (VERSION, self.name, self.count, self.size, self.seed, *([SHORT, self.short] if self.short else []))
         facts = (*facts, self.relations) if self.short and self.relations else facts
         digest = sha256(repr(facts).encode())
@@ -91,12 +91,12 @@ class Scenes(Source):
     """The built-in world (a `Source`): small scenes with five captions each, nothing to download.
 
     Args:
-        train: number of training pictures.
-        val: number of validation pictures.
-        test: number of test pictures.
-        size: width and height of the pictures in pixels, at least 12.
+        train: number of training images.
+        val: number of validation images.
+        test: number of test images.
+        size: width and height of the images in pixels, at least 12.
         seed: draws other scenes; train, val and test share no scene under any pair of seeds.
-        short: captions of few words, added to the five of every training picture; evaluation has the five.
+        short: captions of few words, added to the five of every training image; evaluation has the five.
         relations: of several things' short captions, how many tell how they stand to each other, for one of names and
             one of places.
     """
@@ -116,7 +116,7 @@ class Scenes(Source):
         check_least(0, {"data.source.short": short, "data.source.relations": relations})
         for name, count in self.counts.items():
             if count < 1:
-                raise UserError(f"scenes.{name}", f"{count} pictures", "Ask for at least one")
+                raise UserError(f"scenes.{name}", f"{count} images", "Ask for at least one")
         if size < SMALLEST:
             raise UserError("scenes.size", f"{size} pixels", f"Ask for at least {SMALLEST}")
 

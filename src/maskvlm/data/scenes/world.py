@@ -1,7 +1,7 @@
 """The built-in world: what a scene is, how one is drawn by lot, and which split it belongs to.
 
 A scene is 1 to 3 things on a coloured ground, each thing in its own cell of a 3x3 grid. All attributes are
-independent of each other, so that nothing about a hidden thing can be guessed from the rest of the picture,
+independent of each other, so that nothing about a hidden thing can be guessed from the rest of the image,
 and everything can be read in a caption. Our choice; the paper has no such world.
 """
 
@@ -84,7 +84,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: the ground and its things, ordered by cell."""
+    """What an image shows: the ground and its things, ordered by cell."""
 
     background: str
     things: tuple[Thing, ...]

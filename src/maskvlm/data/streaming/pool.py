@@ -110,10 +110,10 @@ class Pool:
 
 
 class Stage:
-    """`1,200 of about 113,287  118 pictures/s  3 left out  0:15:50 left`: a bar on a terminal, elsewhere lines.
+    """`1,200 of about 113,287  118 images/s  3 left out  0:15:50 left`: a bar on a terminal, elsewhere lines.
 
     Args:
-        total: pictures to expect, None where unknown.
+        total: images to expect, None where unknown.
         counts: used and left out, as they grow.
         say: takes lines where there is no terminal.
     """
@@ -154,6 +154,6 @@ class Stage:
         (first, before), (last, after) = self.past[0], self.past[-1]
         speed = (after - before) / (last - first) if last > first else 0.0
         expected = f" of about {self.total:,}" if self.total else ""
-        line = f"{used:,}{expected}  {speed:.0f} pictures/s  {left_out:,} left out"
+        line = f"{used:,}{expected}  {speed:.0f} images/s  {left_out:,} left out"
         remaining = (self.total or 0) - used - left_out
         return f"{line}  {timedelta(seconds=round(remaining / speed))} left" if remaining > 0 and speed else line

@@ -1,5 +1,5 @@
 """Rows of shards at any address that fsspec knows, read forward: tar archives in webdataset's layout, Parquet with
-pictures, the Arrow shards of prepared sets. The readers are those that prepare such sets: ids and captions are theirs.
+images, the Arrow shards of prepared sets. The readers are those that prepare such sets: ids and captions are theirs.
 """
 
 import hashlib

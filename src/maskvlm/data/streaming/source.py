@@ -1,5 +1,5 @@
 """Training pairs read from shards as they come, without a copy on this machine: tar archives in webdataset's layout,
-Parquet with pictures, or the Arrow shards of a prepared set, here or at any address that fsspec knows.
+Parquet with images, or the Arrow shards of a prepared set, here or at any address that fsspec knows.
 
 Shards are divided among processes and data workers, put into an order of the epoch and shuffled through a buffer by
 Hugging Face `datasets`; what is in a shard is read by the readers that prepare such sets, so ids and captions are the
@@ -170,7 +170,7 @@ class Stream(Source):
         evaluate: folder of the prepared set that measures: its `val` and `test`.
         streaming: read shards as they come, without a copy here; needs `data.steps`. False: the prepared set,
             on this disk, in one global order.
-        name: of the set; starts the ids of pictures that have no other, as in `make data`.
+        name: of the set; starts the ids of images that have no other, as in `make data`.
         buffer: rows that wait in each data worker, to be drawn in a random order; 0: the order within a shard.
         replay: a run that goes on reads over all that was consumed, to see the same samples as one that was not
             stopped; false starts another order of the shards instead, at once.

@@ -1,6 +1,6 @@
 """Draws what a model of the built-in world does: words filled in, patches filled in from two captions, where it looks.
 
-.venv/bin/python docs/results/inference/pictures.py checkpoints/RUN/last.ckpt docs/results/inference/verbs.png
+.venv/bin/python docs/results/inference/figures.py checkpoints/RUN/last.ckpt docs/results/inference/verbs.png
 """
 
 import random
@@ -39,9 +39,9 @@ def recoloured(scene: Scene, rng: random.Random) -> Scene:
     return Scene(scene.background, (replace(first, colour=choose(rng, others)), *rest))
 
 
-def covered(picture: Image.Image, mask_RC: Any) -> Image.Image:
-    """The picture with its hidden patches grey."""
-    array = np.asarray(picture).copy()
+def covered(image: Image.Image, mask_RC: Any) -> Image.Image:
+    """The image with its hidden patches grey."""
+    array = np.asarray(image).copy()
     side = array.shape[0] // mask_RC.shape[0]
     array[np.kron(mask_RC, np.ones((side, side), bool))] = 128
     return Image.fromarray(array)
@@ -52,25 +52,25 @@ def main(checkpoint: str, out: str) -> None:
     model = MaskVLM.from_pretrained(checkpoint)
     pairs = Scenes(val=500).split("val")
     rows = [index for index in range(500) if len(pairs.scene(index).things) == 2][:3]
-    titles = ("picture", "covered", "filled in from the caption", "the same, another colour said", "where it looks")
+    titles = ("image", "covered", "filled in from the caption", "the same, another colour said", "where it looks")
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(13, 3.2 * len(rows)), layout="constrained")
     for number, index in enumerate(rows):
         scene, rng = pairs.scene(index), random.Random(index)
-        picture = draw_scene(scene, pairs.size)
+        image = draw_scene(scene, pairs.size)
         first = scene.things[0]
         text = told(list(scene.things), scene.background)
         other = recoloured(scene, rng)
         mask = np.zeros(model.grid, bool)
         mask[first.row, first.column] = True
         hidden = text.replace(first.colour, "[MASK]", 1)
-        guesses: Any = model.fill_mask(picture, hidden, 3)[0]
-        looked = model.explain(picture.resize((LARGE, LARGE), Image.Resampling.NEAREST), text, first.shape)
+        guesses: Any = model.fill_mask(image, hidden, 3)[0]
+        looked = model.explain(image.resize((LARGE, LARGE), Image.Resampling.NEAREST), text, first.shape)
         shown = (
-            picture,
-            covered(picture, mask),
-            model.reconstruct(picture, mask, text),
-            model.reconstruct(picture, mask, told(list(other.things), other.background)),
-            looked.picture,
+            image,
+            covered(image, mask),
+            model.reconstruct(image, mask, text),
+            model.reconstruct(image, mask, told(list(other.things), other.background)),
+            looked.image,
         )
         under = (
             f"{hidden}\n" + ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses),

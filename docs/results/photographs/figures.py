@@ -2,7 +2,7 @@
 
 Patches filled in from a true and from another caption, words filled in with the photo and without, where it looks.
 
-.venv/bin/python docs/results/photographs/pictures.py checkpoints/RUN/best.ckpt docs/results/photographs/verbs.jpg
+.venv/bin/python docs/results/photographs/figures.py checkpoints/RUN/best.ckpt docs/results/photographs/verbs.jpg
 """
 
 import sys
@@ -61,12 +61,12 @@ def main(checkpoint: str, out: str) -> None:
             covered(photo, mask),
             model.inpaint(photo, mask, text),
             model.inpaint(photo, mask, told["other"]),
-            model.explain(photo, text, word).picture,
+            model.explain(photo, text, word).image,
         )
         with_photo, without = words(model, photo, hidden), words(model, None, hidden)
         under = (f"{hidden}\n{with_photo}\nwithout photo: {without}", "", text, told["other"], f"for '{word}'")
-        for axis, title, picture, line in zip(axes[number], titles, shown, under, strict=True):
-            axis.imshow(picture)
+        for axis, title, image, line in zip(axes[number], titles, shown, under, strict=True):
+            axis.imshow(image)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_xlabel(line, fontsize=7, wrap=True)

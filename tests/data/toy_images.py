@@ -1,4 +1,4 @@
-"""Encoded pictures of every allowed kind, and what the tests of `safe_open` share."""
+"""Encoded images of every allowed kind, and what the tests of `safe_open` share."""
 
 import struct
 import zlib
