@@ -55,7 +55,7 @@ class Slow:
         self.task, self.backbone, self.batch = task, backbone, batch
         self.owner = batch.owner_C.tolist()
         self.images = batch.valid_B.nonzero().flatten().tolist()
-        self.captions = [c for c, b in enumerate(self.owner) if b in self.images]
+        self.texts_per_image = [c for c, b in enumerate(self.owner) if b in self.images]
         self.image = [backbone.image(image[None])[0] for image in batch.image_BCHW]
         self.text = [self.read(c) for c in range(len(self.owner))]
 
@@ -89,7 +89,7 @@ class Slow:
         return (means[0] + means[1]) / 2
 
     def itm(self) -> Tensor:
-        captions, images = self.task.hard.caption, self.task.hard.image
+        captions, images = self.task.hard.text, self.task.hard.image
         pairs = [(self.owner[c], c, 1) for c in self.captions]
         pairs += [(int(images.index_B[c]), c, 0) for c in self.captions if images.weight_B[c]]
         pairs += [(b, int(captions.index_B[b]), 0) for b in self.images if captions.weight_B[b]]

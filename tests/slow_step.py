@@ -128,8 +128,8 @@ class Slow:
         terms = []
         for i, draw in itertools.product(self.valid, range(self.task.masks_per_text)):
             out = slow_cross(self.backbone.cross_text, self.read(self.draws(i)[draw], i), partner[i])
-            hidden_T = self.task.masks.token.mask_CT[i * self.task.masks_per_text + draw]
-            for place in hidden_T.nonzero().flatten().tolist():
+            masked_T = self.task.masks.token.mask_CT[i * self.task.masks_per_text + draw]
+            for place in masked_T.nonzero().flatten().tolist():
                 logits = self.task.tokens.vocabulary(out[place])
                 terms.append(-logits.log_softmax(0)[self.batch.token_CT[i, place]])
         return torch.stack(terms).mean()

@@ -71,7 +71,7 @@ def made(kind: str, **settings: Any) -> tuple[MaskVLM, Task, dict[str, Any]]:
     return backbone.eval(), task.eval(), {"class_path": path, "init_args": settings}
 
 
-def content_of(backbone: MaskVLM, task: Task, recipe: dict[str, Any] | None) -> dict[str, Any]:
+def content_of(backbone: MaskVLM, task: Task, spec: dict[str, Any] | None) -> dict[str, Any]:
     """What a checkpoint of them holds; without a recipe it is an older one."""
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     state |= {f"task.{name}": value for name, value in task.state_dict().items()}
@@ -83,8 +83,8 @@ def content_of(backbone: MaskVLM, task: Task, recipe: dict[str, Any] | None) -> 
         "lineage": [SEEN.plain()],
         "global_step": 7,
     }
-    if recipe is not None:
-        found["task"] = yaml.safe_dump(recipe)
+    if spec is not None:
+        found["task"] = yaml.safe_dump(spec)
     if getattr(task, "labels", None) is not None:
         found["labels"] = list(task.labels)  # type: ignore[arg-type]
     return found
@@ -92,6 +92,6 @@ def content_of(backbone: MaskVLM, task: Task, recipe: dict[str, Any] | None) -> 
 
 def saved(path: Path, kind: str = "pretrain", **settings: Any) -> tuple[MaskVLM, Task]:
     """Write a checkpoint; returns what it is of."""
-    backbone, task, recipe = made(kind, **settings)
-    checkpoint.save(content_of(backbone, task, recipe), path)
+    backbone, task, spec = made(kind, **settings)
+    checkpoint.save(content_of(backbone, task, spec), path)
     return backbone, task

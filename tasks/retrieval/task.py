@@ -20,7 +20,7 @@ from maskvlm.objectives import losses
 from maskvlm.objectives.cross_batch import PickableRows, columns, cross_pairs, pad_text, with_negatives
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
-from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.losses import Columns
 from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score_gallery
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
@@ -45,9 +45,9 @@ class CaptionContrast(NamedTuple):
 
 
 class Hard(NamedTuple):
-    """caption: one hard caption for each image (B). image: one hard image for each caption (C)."""
+    """text: one hard caption for each image (B). image: one hard image for each caption (C)."""
 
-    caption: Negatives
+    text: Negatives
     image: Negatives
 
 
@@ -94,7 +94,7 @@ class Retrieval(Task):
         self.weights = {"itc": weight_itc, "itm": weight_itm}
         self.contrast_dim, self.temperature = contrast_dim, temperature
         self.rerank_k, self.sweep, self.chunk = rerank_k, sweep, chunk
-        self.blind = Blind() if image_ablation else None
+        self.blind = ImageAblation() if image_ablation else None  # its name in checkpoints
         self.rerank_contrast = rerank_contrast
         self.kept: list[Kept] = []
         self.shown = 1.0  # captions an image in training, for the chance levels
@@ -117,7 +117,7 @@ class Retrieval(Task):
         init_xavier(self.projection)
         self.projection.requires_grad_(bool(self.weights["itc"]))
 
-    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+    def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width, and read what they read there: left random they would cost the
         contrast it has learned."""
         theirs, own = heads.get("projection.image.weight"), self.projection.image
@@ -126,7 +126,7 @@ class Retrieval(Task):
                 what = f"{self.contrast_dim}, but the checkpoint's projections are {len(theirs)} wide"
                 raise UserError("model.task.contrast_dim", what, f"Leave it out, or give {len(theirs)}")
             self.project(own.in_features, len(theirs), mean=theirs.shape[1] == 2 * own.in_features)
-        return super().inherit(heads)
+        return super().warm_start(heads)
 
     # ------------------------------------------------------------------ training
 
@@ -176,7 +176,7 @@ class Retrieval(Task):
     def matching_loss(self, fused_M: Fused, hard: Hard, batch: Batch) -> Tensor:
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
-        weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.caption.weight_B])
+        weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.text.weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
         return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
 
@@ -231,8 +231,8 @@ def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, 
     (image, hard caption)."""
     own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
     image, hard_image = with_negatives(image_BLD, hard.image.index_B)
-    text, hard_text = with_negatives(text_CTD, hard.caption.index_B)
-    attention, _ = with_negatives(batch.attention_CT, hard.caption.index_B)
+    text, hard_text = with_negatives(text_CTD, hard.text.index_B)
+    attention, _ = with_negatives(batch.attention_CT, hard.text.index_B)
     images, texts = [batch.owner_C, hard_image, own_B], [own_C, own_C, hard_text]
     image_side, text_side = PickableRows(image, None), PickableRows(text, attention)
     return Fused(

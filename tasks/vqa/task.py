@@ -70,13 +70,13 @@ class Vqa(Classification):
         self.answer = AnswerDecoder(backbone, self.answer_length)
         backbone.image.mask_token.requires_grad_(False)
 
-    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+    def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """From pre-training, the generative head takes over the token head; its decoder has its weights already."""
         if not self.generates:
-            return super().inherit(heads)
+            return super().warm_start(heads)
         renamed = {f"answer.{name}": value for name, value in heads.items() if name.startswith("tokens.")}
         copied = {name for name in self.state_dict() if name.startswith("answer.decoder.")}
-        return super().inherit({**renamed, **heads}) | copied
+        return super().warm_start({**renamed, **heads}) | copied
 
     # ------------------------------------------------------------------ training
 

@@ -34,5 +34,5 @@ class TextLength(PretrainingLoss):
     def observe(self, heads: Any, step: Step) -> None:
         self.level = self.words(step)[step.batch.valid_B].var(unbiased=False)
 
-    def chance(self, batch_size: int, captions: int) -> float | None:
+    def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         return None if self.level is None else float(torch.as_tensor(self.level))

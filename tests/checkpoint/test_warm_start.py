@@ -12,7 +12,7 @@ from toy_pretrained import BACKBONE, saved
 from toys import SIZE, toy_backbone
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.checkpoint.model_spec import recipe_of
+from maskvlm.checkpoint.model_spec import model_spec_of
 from maskvlm.checkpoint.warm_start import Seen, overlap, part, read_content, read_start
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
@@ -66,7 +66,7 @@ def test_backbone_heads_tokenizer_and_history_are_handed_on(pretrained: Path) ->
     assert torch.equal(start.heads["matching.classify.weight"], content["state_dict"]["task.matching.classify.weight"])
     assert start.labels is None
     ids = sorted({stable_id(name) for name in scenes().split("train").image_ids()})
-    (seen,) = start.lineage
+    (seen,) = start.history
     assert seen.words() == {
         "task": "maskvlm.objectives.pretraining.MaskedPretraining",
         "source": "maskvlm.data.scenes.source.Scenes",
@@ -88,25 +88,25 @@ def test_backbone_heads_tokenizer_and_history_are_handed_on(pretrained: Path) ->
 
 def test_a_fine_tuned_checkpoint_tells_both_parts_of_its_history(tuned: Path) -> None:
     start = read_start(str(tuned))
-    assert [(seen.task.rpartition(".")[2], seen.source.rpartition(".")[2], seen.steps) for seen in start.lineage] == [
+    assert [(seen.task.rpartition(".")[2], seen.source.rpartition(".")[2], seen.steps) for seen in start.history] == [
         ("MaskedPretraining", "Scenes", 2),
         ("Entailment", "Questions", 3),
     ]
-    assert start.lineage[1].images == 16
+    assert start.history[1].images == 16
     assert start.labels == LABELS
 
 
 def test_heads_that_fit_are_taken_over_and_counted(pretrained: Path, tuned: Path) -> None:
     model = LitModel(bare_backbone(tuned), Entailment(LABELS))
     heads = read_start(str(tuned)).heads
-    assert model.inherited == set(heads) == set(model.task.state_dict())
+    assert model.warm_started == set(heads) == set(model.task.state_dict())
     for name, value in model.task.state_dict().items():
         assert torch.equal(value, heads[name])
     assert all(origin.how == "loaded" for origin in model.provenance.tensors.values())
     retrieval = LitModel(bare_backbone(pretrained), Retrieval(rerank_k=3))
-    assert retrieval.inherited == set(retrieval.task.state_dict())
+    assert retrieval.warm_started == set(retrieval.task.state_dict())
     fresh = LitModel(bare_backbone(pretrained), Nlvr(LABELS, images_per_example=1))
-    assert fresh.inherited == set()
+    assert fresh.warm_started == set()
     assert {n for n, o in fresh.provenance.tensors.items() if o.how == "random"} == {
         f"task.{name}" for name in fresh.task.state_dict()
     }
@@ -114,8 +114,8 @@ def test_heads_that_fit_are_taken_over_and_counted(pretrained: Path, tuned: Path
 
 def test_heads_that_decide_among_other_labels_are_not(tuned: Path) -> None:
     """As many labels, so the shapes would fit."""
-    assert LitModel(bare_backbone(tuned), Entailment(("red", "blue", "green"))).inherited == set()
-    assert LitModel(bare_backbone(tuned), Entailment(LABELS)).inherited != set()
+    assert LitModel(bare_backbone(tuned), Entailment(("red", "blue", "green"))).warm_started == set()
+    assert LitModel(bare_backbone(tuned), Entailment(LABELS)).warm_started != set()
 
 
 def test_projections_take_the_width_of_the_checkpoint_and_what_they_read(pretrained: Path) -> None:
@@ -168,7 +168,7 @@ def test_overlap_counts_images_that_any_part_of_the_history_saw() -> None:
 def test_a_source_without_ids_leaves_the_history_unknown(tmp_path: Path) -> None:
     backbone = bare_backbone()
     fit(LitModel(backbone, Entailment(LABELS)), data_for(backbone, Nameless()), tmp_path / "x.ckpt")
-    (seen,) = read_start(str(tmp_path / "x.ckpt")).lineage
+    (seen,) = read_start(str(tmp_path / "x.ckpt")).history
     assert (seen.ids, seen.images, seen.steps) == (None, 16, 2)
 
 
@@ -190,7 +190,7 @@ def test_a_run_that_goes_on_states_its_own_part_once(pretrained: Path, tmp_path:
         model = LitModel(backbone, Entailment(LABELS))
         fit(model, data_for(backbone, Questions(), steps=5), whole, Saving(half), **settings)
         for path, steps in ((half, 2), (whole, 5)):
-            told = [(seen.task.rpartition(".")[2], seen.steps) for seen in read_start(str(path)).lineage]
+            told = [(seen.task.rpartition(".")[2], seen.steps) for seen in read_start(str(path)).history]
             assert told == [("MaskedPretraining", 2), ("Entailment", steps)]
 
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_only_measured_keeps_its_history(pretrained: Path, 
     trainer.validate(model, data_for(backbone, Questions()), ckpt_path=tuned, weights_only=True, verbose=False)
     assert [seen.steps for seen in model.history] == [2, 3]
     trainer.save_checkpoint(tmp_path / "copy.ckpt", weights_only=True)
-    assert [seen.steps for seen in read_start(str(tmp_path / "copy.ckpt")).lineage] == [2, 3]
+    assert [seen.steps for seen in read_start(str(tmp_path / "copy.ckpt")).history] == [2, 3]
 
 
 def test_a_run_that_learned_nothing_has_seen_nothing(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -
         "trainer": {"any": "thing"},
     }
     path = older(tmp_path / "x.ckpt", {}, config)
-    found = recipe_of(read_content(path), path)
+    found = model_spec_of(read_content(path), path)
     args = found.backbone["init_args"]
     assert (args["cross_layers"], args["image"]["init_args"]["name"]) == (2, "vit_tiny_patch16_224")
     assert found.task == {
@@ -245,7 +245,7 @@ def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -
 def test_without_both_it_is_one_line(tmp_path: Path) -> None:
     path = older(tmp_path / "x.ckpt", {})
     with pytest.raises(UserError) as caught:
-        recipe_of(read_content(path), path)
+        model_spec_of(read_content(path), path)
     assert str(caught.value) == (
         f"{path}: does not say which model it is, and there is no config-fit.yaml beside it. "
         "Put that file of its run beside it."
@@ -256,8 +256,8 @@ def test_without_both_it_is_one_line(tmp_path: Path) -> None:
 def test_an_older_checkpoint_has_seen_unknown_data(tmp_path: Path) -> None:
     start = read_start(older(tmp_path / "x.ckpt", {"global_step": 7}))
     assert (start.tokenizer, start.labels) == (None, None)
-    assert [(seen.task, seen.steps, seen.ids) for seen in start.lineage] == [("unknown", 7, None)]
-    assert overlap(torch.tensor([1]), start.lineage) is None
+    assert [(seen.task, seen.steps, seen.ids) for seen in start.history] == [("unknown", 7, None)]
+    assert overlap(torch.tensor([1]), start.history) is None
 
 
 def test_part() -> None:
@@ -291,7 +291,7 @@ def test_labels_that_a_checkpoint_does_not_know_are_named(tuned: Path, tmp_path:
 def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pretrained: Path) -> None:
     with pytest.raises(UserError, match=r"model.task.reads: scores, but the checkpoint holds no "):
         LitModel(bare_backbone(tuned), Entailment(("red", "green", "blue", "grey"), reads="scores"))
-    heads = LitModel(bare_backbone(pretrained), Entailment(LABELS, reads="scores")).inherited
+    heads = LitModel(bare_backbone(pretrained), Entailment(LABELS, reads="scores")).warm_started
     assert {name.partition(".")[0] for name in heads} == {"projection", "matching"}
 
 

@@ -74,7 +74,7 @@ def test_images_are_written(
     for method, made in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
         out = tmp_path / "new" / f"{method}.png"
         (found,) = lines(capsys, method, *asked, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
-        assert found == {"written": str(out), "hidden": 4}
+        assert found == {"written": str(out), "masked": 4}
         wanted: Any = made(one, box_mask("0,0,0.5,0.5", (4, 4)), TEXT)
         assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
     (found,) = lines(capsys, "explain", *asked, one, TEXT, "circle", "--out", tmp_path / "e.png")
@@ -105,7 +105,7 @@ def test_which_patches_a_box_touches() -> None:
         (["fill", "0.png", "a [MASK]"], "no checkpoint is named", ExitCode.USAGE),
         (["fill", "--from", "best.ckpt", "0.png"], "1 inputs. Give IMAGE", ExitCode.USAGE),
         (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
-        (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is hidden", ExitCode.USAGE),
+        (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is masked", ExitCode.USAGE),
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
         (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
@@ -141,7 +141,7 @@ def test_the_earlier_name_of_an_option_works_and_is_told(
     for option in ("--hide", "--mask-ratio"):
         assert main([*words, option, "0.25"]) == 0
         told = capsys.readouterr()
-        hidden.append(json.loads(told.out)["hidden"])
+        hidden.append(json.loads(told.out)["masked"])
         assert ("--hide is called --mask-ratio now" in told.err) == (option == "--hide")
     assert hidden[0] == hidden[1]
 

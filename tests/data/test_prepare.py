@@ -1,6 +1,6 @@
 """Raw rows to a prepared set: what is written, gone on with after a kill, and refused.
 
-How to break the code so that these fail: write a shard without the temporary file (`whole_file` -> open), leave the
+How to break the code so that these fail: write a shard without the temporary file (`whole_set_file` -> open), leave the
 hash out of `there_already`, hand jobs out by worker, hash a split shard by shard, write the manifest first, clean the
 folder before asking what is in it, drop `screened` from `cut`.
 """
@@ -25,7 +25,7 @@ from maskvlm.data.prepare.prepare import cut_jobs, locked, prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepare.shards import HashingSink, Job, make_shard, note_file
 from maskvlm.data.prepared import manifest as manifests
-from maskvlm.data.prepared.manifest import FEATURES, MAKING, SCHEMA, amount, coverage, whole_file
+from maskvlm.data.prepared.manifest import FEATURES, MAKING, SCHEMA, amount, coverage, whole_set_file
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -340,7 +340,7 @@ def test_a_full_disk_is_one_line_and_older_files_stay(tmp_path: Path, monkeypatc
             make_shard(tmp_path, Settings("toy", 48), Job("train", 1, ROWS[3:5]))
 
     def half() -> None:
-        with whole_file(tmp_path / "train" / "data-00000.arrow") as file:
+        with whole_set_file(tmp_path / "train" / "data-00000.arrow") as file:
             file.write(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -389,7 +389,7 @@ def test_a_file_is_forced_to_the_disk_before_it_has_its_name(tmp_path: Path, mon
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(manifests.os, "fsync", lambda handle: (done.append("fsync"), fsync(handle)))
     monkeypatch.setattr(manifests.os, "replace", lambda *names: (done.append("rename"), replace(*names)))
-    with whole_file(tmp_path / "a") as file:
+    with whole_set_file(tmp_path / "a") as file:
         file.write(b"1")
     assert done == ["fsync", "rename", "fsync"]
     assert (tmp_path / "a").read_bytes() == b"1"

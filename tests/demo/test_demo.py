@@ -157,7 +157,7 @@ def test_examples_and_what_is_searched_come_from_the_built_in_world(models: Mode
     model = models.core()
     made = samples(model.image_size, model.grid)
     assert len(made) == 8
-    assert all(np.any(sample.hidden) and sample.text != sample.other for sample in made)
+    assert all(np.any(sample.masked) and sample.text != sample.other for sample in made)
     searched = Searched(model, None)
     assert len(searched.by_text("/etc/passwd")) == len(searched.by_image(noise())) == 8  # a text, not a file
 

@@ -152,8 +152,8 @@ def test_the_photographs_are_examples_as_the_tabs_need_them(grid: tuple[int, int
     found = photo_samples(grid)
     assert {file.name for file in PHOTOS.glob("*.jpg")} == photo_rows().keys()
     for sample in found:
-        assert np.shape(sample.hidden) == grid
-        assert 0 < np.mean(sample.hidden) < 0.9
+        assert np.shape(sample.masked) == grid
+        assert 0 < np.mean(sample.masked) < 0.9
         right, wrong = sample.text.split(), sample.other.split()
         assert len(right) == len(wrong)
         assert 2 <= sum(map(str.__ne__, right, wrong)) <= 4

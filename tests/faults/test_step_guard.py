@@ -20,7 +20,7 @@ from toys import SIZE, toy_backbone
 from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
-from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.reporting.meters import Smoothed
 from maskvlm.training.lit import LitModel
@@ -290,7 +290,7 @@ def test_one_value_does_not_outlast_its_step_in_what_is_shown() -> None:
 
 def test_images_that_are_not_finite_do_not_outlast_their_step_in_the_blind_control() -> None:
     """Its running mean is kept in checkpoints."""
-    blind = Blind()
+    blind = ImageAblation()
     images = torch.randn(4, 3, 8, 8)
     blind(images, Draw(0, 0, "cpu"))
     before = [value.clone() for value in blind.buffers()]

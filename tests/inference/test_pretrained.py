@@ -91,7 +91,7 @@ def test_vectors_and_matches(model: PretrainedMaskVLM, parts: tuple[MaskVLM, Mas
 
 
 @torch.no_grad()
-def test_words_of_hidden_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]) -> None:
+def test_words_of_masked_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]) -> None:
     backbone, task = parts
     image, text = inputs(backbone, IMAGES[:1], ["a red circle on the left"])
     token = text.token_CT.clone()
@@ -111,7 +111,7 @@ def test_words_of_hidden_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, 
 
 
 @torch.no_grad()
-def test_score_is_the_sum_over_words_hidden_one_at_a_time(
+def test_score_is_the_sum_over_words_masked_one_at_a_time(
     model: PretrainedMaskVLM, parts: tuple[MaskVLM, MaskedPretraining]
 ) -> None:
     backbone, task = parts
@@ -195,7 +195,7 @@ def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskV
 
 @torch.no_grad()
 def test_the_most_certain_word_is_written_first(model: PretrainedMaskVLM) -> None:
-    """By hand: one row, three hidden words."""
+    """By hand: one row, three masked words."""
     ((written,),) = unmask.write_captions(model, unmask.look(model, IMAGES[:1]), [3])
     start, end = model.words.ends
     token, mask = torch.tensor([[start, 4, 4, 4, end]]), 4
@@ -300,13 +300,13 @@ def test_every_form_of_an_image_is_the_same_image(model: PretrainedMaskVLM, tmp_
 
 
 @given(st.lists(st.sampled_from(["red", "circle", "[MASK]", "on", "the", "star"]), min_size=1, max_size=12))
-def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
+def test_masked_words_stand_where_they_are_written(words: list[str]) -> None:
     backbone, _, _ = made("pretrain")
     from maskvlm.data.inputs import MarkedTexts
 
     made_words = MarkedTexts(backbone.text.tokenizer, 24)
     if "[MASK]" not in words:
-        with pytest.raises(UserError, match="hidden"):
+        with pytest.raises(UserError, match="masked"):
             made_words.masked(" ".join(words))
         return
     token = made_words.masked(" ".join(words)).tolist()
@@ -329,7 +329,7 @@ def test_hidden_words_stand_where_they_are_written(words: list[str]) -> None:
         (lambda m: m.rank(IMAGES[0], IMAGES), "images on both sides"),
         (lambda m: m.rank("a", TEXTS), "texts on both sides"),
         (lambda m: m.rank(IMAGES[0], []), "nothing on both sides"),
-        (lambda m: m.fill_mask(IMAGES[0], "a red circle"), "no word in it is hidden"),
+        (lambda m: m.fill_mask(IMAGES[0], "a red circle"), "no word in it is masked"),
         (lambda m: m.fill_mask(IMAGES[0], "red " * 40 + "[MASK]"), "beyond the 22 tokens"),
         (lambda m: m.fill_mask(IMAGES[0], "[MASK]", 0), "top_k is 0"),
         (lambda m: m.explain(IMAGES[0], "a red circle", "star"), "'star' is not in the text"),
@@ -363,7 +363,7 @@ def test_saved_and_loaded_is_equal_to_the_bit(model: PretrainedMaskVLM, folder: 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert model.match(IMAGES, TEXTS) == again.match(IMAGES, TEXTS)
     assert tokenizer_hash(again.words.tokenizer) == tokenizer_hash(model.words.tokenizer)
-    (seen,) = again.origin.lineage
+    (seen,) = again.origin.history
     assert seen[:5] == SEEN[:5]
     assert seen.ids is not None
     assert seen.ids.tolist() == [4, 5, 9]
@@ -467,18 +467,18 @@ def test_a_folder_or_file_of_another_kind_is_one_line(folder: Path, path: Path, 
 
 
 def test_a_checkpoint_without_a_task_needs_the_configuration_of_its_run(tmp_path: Path) -> None:
-    backbone, task, recipe = made("pretrain")
+    backbone, task, spec = made("pretrain")
     file = tmp_path / "last.ckpt"
     checkpoint.save(content_of(backbone, task, None), file)
     with pytest.raises(UserError, match="which task"):
         PretrainedMaskVLM.from_pretrained(file)
-    (tmp_path / "config-fit.yaml").write_text(json.dumps({"model": {"backbone": BACKBONE, "task": recipe}}))
+    (tmp_path / "config-fit.yaml").write_text(json.dumps({"model": {"backbone": BACKBONE, "task": spec}}))
     assert PretrainedMaskVLM.from_pretrained(file).match(IMAGES[0], "a") >= 0  # type: ignore[operator]
 
 
 def test_a_checkpoint_with_other_heads_than_it_says_is_refused(tmp_path: Path) -> None:
-    backbone, task, recipe = made("pretrain")
-    content = content_of(backbone, task, recipe)
+    backbone, task, spec = made("pretrain")
+    content = content_of(backbone, task, spec)
     del content["state_dict"]["task.matching.classify.weight"]
     checkpoint.save(content, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="matching"):
@@ -507,7 +507,7 @@ def test_a_name_on_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path) -
 
 def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> None:
     """Of a text encoder out of a folder or the hub its shape is written out, whatever differs from the type's own."""
-    backbone, task, recipe = made("pretrain")
+    backbone, task, spec = made("pretrain")
     place = tmp_path / "text"
     backbone.text.model.save_pretrained(place)
     assert backbone.text.tokenizer is not None
@@ -516,7 +516,7 @@ def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> No
     own["init_args"]["text"]["init_args"] = {"name": str(place), "text_length": 24}
     own["init_args"]["image"]["init_args"]["weights"] = str(tmp_path / "vit.safetensors")
     config = {"model": {"random_init": False, "backbone": own}}
-    content = {**content_of(backbone, task, recipe), "model": portable_yaml(config, backbone.text.config)}
+    content = {**content_of(backbone, task, spec), "model": portable_yaml(config, backbone.text.config)}
     shutil.rmtree(place)
     checkpoint.save(content, tmp_path / "last.ckpt")
     model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")

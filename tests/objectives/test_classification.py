@@ -76,8 +76,8 @@ def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_image_with_
     task = Classification(LABELS, images, reads="scores")
     task.build(backbone)
     task.reseed(Draw(7, 0, "cpu"))
-    inherited = task.inherit(before.state_dict())
-    assert {name.partition(".")[0] for name in inherited} == {"projection", "matching"}
+    warm_started = task.warm_start(before.state_dict())
+    assert {name.partition(".")[0] for name in warm_started} == {"projection", "matching"}
     batch = example_batch(4, images)
     read: list[Any] = []
     task.head.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
@@ -109,7 +109,7 @@ def test_scores_need_the_heads_of_pre_training() -> None:
     with pytest.raises(
         UserError, match=r"model.task.reads: scores, but the checkpoint holds no matching\.classify\.weight"
     ):
-        task.inherit(before.state_dict())
+        task.warm_start(before.state_dict())
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -16,7 +16,7 @@ from maskvlm.model.cross_attention import Context, CrossOutput
 from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
-from maskvlm.objectives.evaluation import EVAL_SEED, Measure, gains, one_caption
+from maskvlm.objectives.evaluation import EVAL_SEED, Measure, gains, one_text
 from maskvlm.objectives.masking import mask_patches, mask_tokens
 from maskvlm.objectives.retrieval_metrics import recall
 from maskvlm.utils.distributed import Draw
@@ -140,7 +140,7 @@ def test_the_gain_of_the_right_partner_is_a_number() -> None:
 
 
 def test_levels_of_knowing_nothing() -> None:
-    """Over the hidden words of all batches together, and the mean colour of each batch."""
+    """Over the masked words of all batches together, and the mean colour of each batch."""
     backbone, task = build(text_mask_ratio=1.0, image_mask_ratio=1.0)
     batch = several()
     text = tokens([[5, 5, 6]] * 8 + [[7]] * 6)
@@ -158,7 +158,7 @@ def test_levels_of_knowing_nothing() -> None:
     assert found["mim/object_l1_chance"] == pytest.approx(error[things].abs().mean().item(), rel=1e-5)
 
 
-def test_nothing_hidden_is_no_number() -> None:
+def test_nothing_masked_is_no_number() -> None:
     backbone, task = build(text_mask_ratio=0.0, image_mask_ratio=0.0)
     found = measured(task, backbone, several(), 4, 3)
     assert math.isnan(found["mlm/nats"])
@@ -251,7 +251,7 @@ def test_a_weight_of_zero_leaves_out_its_metrics(left_out: str) -> None:
         assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
 
 
-def test_without_a_hidden_word_the_score_is_recall_alone() -> None:
+def test_without_a_masked_word_the_score_is_recall_alone() -> None:
     backbone, task = build(text_mask_ratio=0.0)
     found = measured(task, backbone, several(), 4, 3)
     assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
@@ -336,8 +336,8 @@ def test_a_model_that_says_what_its_partner_shows() -> None:
 def test_captions_of_an_image_take_turns() -> None:
     owner_C = torch.tensor([0, 0, 0, 1, 2, 2])
     batch = toy_batch(3)._replace(owner_C=owner_C, index_B=torch.tensor([3, 4, 5]))
-    assert one_caption(batch).tolist() == [0, 3, 5]
-    assert one_caption(batch._replace(index_B=torch.tensor([5, 4, 6]))).tolist() == [2, 3, 4]
+    assert one_text(batch).tolist() == [0, 3, 5]
+    assert one_text(batch._replace(index_B=torch.tensor([5, 4, 6]))).tolist() == [2, 3, 4]
 
 
 def test_nothing_taken_in_gives_nothing() -> None:

@@ -9,7 +9,7 @@ from toys import toy_backbone
 
 from maskvlm.checkpoint.warm_start import read_start
 from maskvlm.objectives.classification import Classification
-from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.distributed import Draw
 from tasks.entailment.task import Entailment
@@ -25,7 +25,7 @@ def images(rows: int, seed: int, places: int = 2) -> torch.Tensor:
 
 
 def test_noise_has_the_statistics_of_all_images_seen_in_training() -> None:
-    blind = Blind()
+    blind = ImageAblation()
     first, second = images(8, 0), images(8, 1) + 4
     for batch in (first, second):
         blind(batch, Draw(0, 0, "cpu"))
@@ -43,13 +43,13 @@ def test_noise_has_the_statistics_of_all_images_seen_in_training() -> None:
 
 
 def test_before_training_it_is_standard_noise() -> None:
-    noise = Blind().eval()(images(16, 0), Draw(0, 0, "cpu"))
+    noise = ImageAblation().eval()(images(16, 0), Draw(0, 0, "cpu"))
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_noise_follows_from_seed_and_index_alone() -> None:
-    blind = Blind().eval()
+    blind = ImageAblation().eval()
     first = blind(images(3, 0), Draw(5, 9, "cpu"))
     assert first.shape == (3, 2, 3, 24, 24)
     assert torch.equal(blind(images(3, 1), Draw(5, 9, "cpu")), first)
@@ -86,7 +86,7 @@ def test_what_a_task_says_does_not_depend_on_the_image(kind: str, blind: bool) -
     for one in (batch, flipped):
         task.reseed(Draw(3, 0, "cpu"))
         if task.blind is not None:
-            task.blind.load_state_dict(Blind().state_dict())
+            task.blind.load_state_dict(ImageAblation().state_dict())
         losses.append(task(backbone, one)[task.name].item())
     assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == blind
 
@@ -96,12 +96,12 @@ def test_statistics_are_kept_with_the_checkpoint(tmp_path: Path) -> None:
     model = LitModel(backbone, Entailment(LABELS, image_ablation=True))
     fit(model, data_for(backbone, Questions(), steps=3), path)
     blind = model.task.blind
-    assert isinstance(blind, Blind)
+    assert isinstance(blind, ImageAblation)
     assert blind.seen == 3
     kept = read_start(str(path)).heads
     assert torch.equal(kept["blind.mean_C"], blind.mean_C)
     again = LitModel(bare_backbone(path), Entailment(LABELS, image_ablation=True)).task.blind
-    assert isinstance(again, Blind)
+    assert isinstance(again, ImageAblation)
     for name, value in blind.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     assert blind.mean_C.abs().min() > 0.01

@@ -1,4 +1,4 @@
-"""Which patches and words are hidden: against written-out NumPy, and what must hold for every input."""
+"""Which patches and words are masked: against written-out NumPy, and what must hold for every input."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def words(
 
 
 def assert_positions(mask: Tensor, found: PatchMask | TokenMask) -> None:
-    """index, weight: each hidden position once with weight 1, the rest visible with weight 0."""
+    """index, weight: each masked position once with weight 1, the rest visible with weight 0."""
     index, weight = (found.index_CK, found.weight_CK) if isinstance(found, TokenMask) else found[1:3]
     for row, places, weights in zip(mask, index, weight, strict=True):
         assert sorted(places[weights == 1].tolist()) == row.nonzero().flatten().tolist()
@@ -105,7 +105,7 @@ def test_patch_masks_for_every_grid(
 
 
 @given(st.integers(1, 12), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**31))
-def test_some_images_are_hidden_as_a_whole(rows: int, ratio: float, seed: int) -> None:
+def test_some_images_are_masked_as_a_whole(rows: int, ratio: float, seed: int) -> None:
     """The others as without; which ones follows from one number each, drawn after those of the blocks."""
     valid_B = torch.arange(rows) != 3
     found = mask_patches(valid_B, (5, 5), 2, ratio, Noise(seed), mask_all=0.4)
@@ -150,9 +150,9 @@ def test_words_are_those_of_the_smallest_random_numbers(whole_word: bool) -> Non
         places = np.arange(1, len(ids[row]) + 1)
         unit_of = (places - 1) // 2 if whole_word else places
         units = np.unique(unit_of)
-        hidden = units[np.argsort(noise_U[units])][: max(1, int(0.4 * len(units) + 0.5))]
+        masked = units[np.argsort(noise_U[units])][: max(1, int(0.4 * len(units) + 0.5))]
         expected = np.zeros(9, dtype=bool)
-        expected[places[np.isin(unit_of, hidden)]] = True
+        expected[places[np.isin(unit_of, masked)]] = True
         np.testing.assert_array_equal(found.mask_CT[row].numpy(), expected)
         shown = np.where(expected, MASK, text["token_CT"][row].numpy())
         np.testing.assert_array_equal(found.token_CT[row].numpy(), shown)
@@ -173,9 +173,9 @@ def test_word_masks_for_every_batch(
         assert (found.token_CT[found.mask_CT] == MASK).all()
     for row, mask_T in enumerate(found.mask_CT):
         units = (text["word_CT"][row] if whole_word else torch.arange(len(mask_T)))[~text["special_CT"][row]]
-        hidden = units[mask_T[~text["special_CT"][row]]]
-        assert len(hidden.unique()) == (count_masked(len(units.unique()), ratio) if len(units) else 0)
-        assert len(hidden) == torch.isin(units, hidden).sum()  # words entire
+        masked = units[mask_T[~text["special_CT"][row]]]
+        assert len(masked.unique()) == (count_masked(len(units.unique()), ratio) if len(units) else 0)
+        assert len(masked) == torch.isin(units, masked).sum()  # words entire
 
 
 @settings(max_examples=30, deadline=None)

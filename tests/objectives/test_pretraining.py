@@ -109,7 +109,7 @@ def test_maskings_of_a_text_are_independent_and_evaluation_has_one() -> None:
     assert len(one.token.token_CT) == 8
 
 
-def test_further_maskings_hide_any_share_and_the_first_and_evaluation_the_fixed_one() -> None:
+def test_further_maskings_mask_any_share_and_the_first_and_evaluation_the_fixed_one() -> None:
     backbone, task = build(masks_per_text=40, text_mask_most=1.0)
     batch, plain = eventful_batch(), build()[1]
     task(backbone, batch)
@@ -241,8 +241,8 @@ def test_a_checkpoint_whose_contrast_reads_something_else_is_refused(reads: str,
     task = build(contrast_reads=reads)[1]
     said = rf"model\.task\.contrast_reads: {reads}, but contrast of the checkpoint reads {theirs}\. Set it to {theirs}"
     with pytest.raises(UserError, match=said):
-        task.inherit(heads)
-    assert task.inherit(task.state_dict()) == set(task.state_dict())
+        task.warm_start(heads)
+    assert task.warm_start(task.state_dict()) == set(task.state_dict())
 
 
 def test_the_first_caption_alone_is_masked_and_matched() -> None:
@@ -480,7 +480,7 @@ def test_batches_without_a_valid_negative(name: str, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_nothing_hidden_and_everything_hidden(ratio: float) -> None:
+def test_nothing_masked_and_everything_masked(ratio: float) -> None:
     backbone, task = build(image_mask_ratio=ratio, text_mask_ratio=ratio)
     terms = task(backbone, eventful_batch())
     sum(terms.values()).backward()

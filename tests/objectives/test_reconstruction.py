@@ -45,8 +45,8 @@ def test_pixels_outside_the_mask_are_exactly_the_image(seed: int, ratio: float) 
     patch = mask_patches(valid_B, (4, 4), 1, ratio, Draw(seed, 0, "cpu").local)
     new_BKP = torch.randn(3, patch.index_BK.shape[1], 3 * PATCH**2, generator=generator)
     pasted_BCHW = paste(image_BCHW, new_BKP, patch.index_BK, patch.weight_BK, PATCH)
-    hidden_B1HW = by_pixel(patch.mask_BN, 4)
-    assert torch.equal(torch.where(hidden_B1HW, image_BCHW, pasted_BCHW), image_BCHW)
+    masked_B1HW = by_pixel(patch.mask_BN, 4)
+    assert torch.equal(torch.where(masked_B1HW, image_BCHW, pasted_BCHW), image_BCHW)
     picked_BKP = pick(patchify(pasted_BCHW, PATCH), patch.index_BK)
     seen_BK = patch.weight_BK > 0
     assert torch.equal(picked_BKP[seen_BK], new_BKP[seen_BK])
@@ -123,12 +123,12 @@ def test_guesses_are_those_of_the_evaluation() -> None:
     task.update(backbone, batch)
     metrics = task.compute(backbone)
     target_BK = batch.token_CT.gather(1, words.index_BK)
-    for guesses, key in ((words.seeing, "mlm/accuracy"), (words.blind, "mlm/accuracy_no_image")):
+    for guesses, key in ((words.with_image, "mlm/accuracy"), (words.without_image, "mlm/accuracy_no_image")):
         right_BK = guesses.token_BKG[..., 0] == target_BK
-        assert 100 * right_BK[words.hidden_BK].float().mean().item() == pytest.approx(metrics[key])
+        assert 100 * right_BK[words.masked_BK].float().mean().item() == pytest.approx(metrics[key])
         assert guesses.token_BKG.shape[2] == 3
         assert (guesses.probability_BKG.diff(dim=-1) <= 0).all()
-    assert not torch.equal(words.seeing.probability_BKG, words.blind.probability_BKG)
+    assert not torch.equal(words.with_image.probability_BKG, words.without_image.probability_BKG)
 
 
 def test_without_an_image_means_the_mean_colour() -> None:
@@ -138,21 +138,21 @@ def test_without_an_image_means_the_mean_colour() -> None:
     blank = reconstruct(backbone, task, batch._replace(image_BCHW=torch.zeros_like(batch.image_BCHW))).words
     assert words is not None
     assert blank is not None
-    torch.testing.assert_close(words.blind.probability_BKG, blank.seeing.probability_BKG)
-    assert torch.equal(words.blind.token_BKG, blank.seeing.token_BKG)
+    torch.testing.assert_close(words.without_image.probability_BKG, blank.with_image.probability_BKG)
+    assert torch.equal(words.without_image.token_BKG, blank.with_image.token_BKG)
 
 
-def test_what_is_seen_stays_and_what_is_hidden_is_grey_or_filled() -> None:
+def test_what_is_seen_stays_and_what_is_masked_is_grey_or_filled() -> None:
     backbone, task = toy()
     batch = toy_batch(4)
     result = reconstruct(backbone, task, batch)
     assert result.images is not None
-    hidden = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
-    assert hidden.patch is not None
-    mask_B1HW = by_pixel(hidden.patch.mask_BN, SIZE // PATCH).expand(-1, 3, -1, -1)
+    masked = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), "cpu").local)
+    assert masked.patch is not None
+    mask_B1HW = by_pixel(masked.patch.mask_BN, SIZE // PATCH).expand(-1, 3, -1, -1)
     for part in result.images[:3]:
         assert torch.equal(part[~mask_B1HW], result.image_BCHW[~mask_B1HW])
-    assert (result.images.hidden_BCHW[mask_B1HW] == 0.5).all()
+    assert (result.images.masked_BCHW[mask_B1HW] == 0.5).all()
     assert not torch.equal(result.images.filled_BCHW, result.images.filled_wrong_BCHW)
 
 

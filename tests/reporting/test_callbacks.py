@@ -65,7 +65,7 @@ def test_both_images_lie_in_the_runs_folder(finished: tuple[Path, list[str]]) ->
 
 
 def test_an_evaluation_on_the_way_says_what_the_partner_is_worth(finished: tuple[Path, list[str]]) -> None:
-    assert finished[1][0].startswith("step 2: Gain of the right partner over a wrong one: hidden words ")
+    assert finished[1][0].startswith("step 2: Gain of the right partner over a wrong one: masked words ")
 
 
 def test_both_images_are_in_tensorboard(finished: tuple[Path, list[str]]) -> None:

@@ -73,7 +73,7 @@ def test_each_loss_has_a_panel_with_its_level() -> None:
     panels = drawn(LOSSES + RATES + SPEED, mim=0.5)
     assert list(panels) == [
         "ITC: contrast",
-        "MIM: hidden pixels",
+        "MIM: masked pixels",
         "learning rate",
         "pairs per second (waiting for data: 3 %)",
     ]
@@ -82,7 +82,7 @@ def test_each_loss_has_a_panel_with_its_level() -> None:
     assert level.get_label() == "knows nothing: 4.16"
     assert level.get_linestyle() == "--"
     assert list(level.get_ydata()) == pytest.approx([4.159] * 50)
-    assert panels["MIM: hidden pixels"].lines[2].get_label() == "knows nothing: 0.500"
+    assert panels["MIM: masked pixels"].lines[2].get_label() == "knows nothing: 0.500"
     assert [line.get_label() for line in panels["learning rate"].lines] == ["encoders", "rest"]
     assert {axes.get_xlim() for axes in panels.values()} == {(0.0, 1.02 * 99)}
 
@@ -111,8 +111,8 @@ def test_held_out_metrics_show_the_right_partner_and_the_wrong_one() -> None:
         "a/b": 1.0,
     }
     panels = drawn([{"step": step, **row} for step in (1, 2)])
-    assert list(panels) == ["hidden words right, %", "squared error of hidden pixels", "a"]
-    words = {line.get_label(): list(line.get_ydata()) for line in panels["hidden words right, %"].lines}
+    assert list(panels) == ["masked words right, %", "squared error of masked pixels", "a"]
+    words = {line.get_label(): list(line.get_ydata()) for line in panels["masked words right, %"].lines}
     assert words["right image"] == [60.0, 60.0]
     assert words["wrong image"] == [50.0, 50.0]
     assert [line.get_label() for line in panels["a"].lines] == ["b"]

@@ -46,8 +46,8 @@ def test_every_metric_stands_in_its_group() -> None:
         "squared, objects       0.2000   0.1600   0.0000    -25.0 %         -",
         "vqa           %",
         "accuracy   12.3",
-        "Gain of the right partner over a wrong one: hidden words +13.9 points right",
-        "(+0.520 nats), hidden pixels +12.2 % less squared error",
+        "Gain of the right partner over a wrong one: masked words +13.9 points right",
+        "(+0.520 nats), masked pixels +12.2 % less squared error",
     ]
 
 

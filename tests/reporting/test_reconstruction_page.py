@@ -35,7 +35,7 @@ def plain(line: list[Segment]) -> str:
     return "".join(segment.text for segment in line)
 
 
-def test_a_caption_is_written_with_its_hidden_words_shaded() -> None:
+def test_a_caption_is_written_with_its_masked_words_shaded() -> None:
     tokenizer = train_tokenizer(["a red circle, left of a blue square."] * 5, 99)
     words = Captioner(tokenizer, 30)(["A red circle, left of a blue square."])
     batch = toy_batch(1)._replace(**words._asdict())
@@ -75,9 +75,9 @@ def test_lines_break_at_spaces_and_long_words_are_cut() -> None:
 
 def test_a_right_guess_is_green_and_a_wrong_first_one_red() -> None:
     batch = toy_batch(1)._replace(**tokens([[7, 8, 9]]))
-    seeing = Guesses(torch.tensor([[[8, 9, 5]]]), torch.tensor([[[0.9, 0.07, 0.03]]]))
-    blind = Guesses(torch.tensor([[[9, 8, 5]]]), torch.tensor([[[0.5, 0.4, 0.1]]]))
-    words = GuessedWords(torch.tensor([[2]]), torch.tensor([[True]]), seeing, blind)
+    with_image = Guesses(torch.tensor([[[8, 9, 5]]]), torch.tensor([[[0.9, 0.07, 0.03]]]))
+    without_image = Guesses(torch.tensor([[[9, 8, 5]]]), torch.tensor([[[0.5, 0.4, 0.1]]]))
+    words = GuessedWords(torch.tensor([[2]]), torch.tensor([[True]]), with_image, without_image)
     line = guess_line(Reconstruction(batch, batch.image_BCHW, None, words), 0, 2, NAMES)
     assert plain(line) == f"{'w8':14}{'w8 90  w9 7  w5 3':{SIDE}}{'w9 50  w8 40  w5 10':{SIDE}}"
     assert [(s.text, s.colour) for s in line[1:] if s.text.strip()] == [

@@ -95,7 +95,7 @@ def test_negatives_are_never_the_same_image_nor_the_same_words_nor_a_hole() -> N
         for c in slow.captions:
             drawn.add((int(task.hard.image.index_B[c]), c))
         for b in slow.images:
-            drawn.add((b, int(task.hard.caption.index_B[b])))
+            drawn.add((b, int(task.hard.text.index_B[b])))
     assert all(slow.negative(b, c) and b != 4 and slow.owner[c] != 4 for b, c in drawn)
     assert len(drawn) > 40
 
@@ -190,7 +190,7 @@ def halfway() -> tuple[MaskVLM, dict[str, Tensor]]:
 def task_of(halfway: tuple[MaskVLM, dict[str, Tensor]], **settings: Any) -> tuple[MaskVLM, Retrieval]:
     task = Retrieval(**{"contrast_dim": 8, "rerank_k": 4, **settings})
     task.build(halfway[0])
-    task.inherit(halfway[1])
+    task.warm_start(halfway[1])
     return halfway[0], task
 
 
@@ -338,7 +338,7 @@ def test_heads_are_those_of_pre_training() -> None:
     _, before = slow_step.build()
     _, task = build()
     names = {name for name, _ in task.named_parameters()}
-    assert task.inherit(before.state_dict()) == names
+    assert task.warm_start(before.state_dict()) == names
     for name in names:
         assert torch.equal(task.state_dict()[name], before.state_dict()[name])
 

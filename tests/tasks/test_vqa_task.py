@@ -199,7 +199,7 @@ def test_the_token_head_comes_from_pre_training() -> None:
     _, before = slow_step.build()
     backbone, task = toy_backbone(), Vqa(LABELS)
     task.build(backbone)
-    taken = task.inherit(before.state_dict())
+    taken = task.warm_start(before.state_dict())
     for end in ("weight", "bias"):
         assert torch.equal(
             task.state_dict()[f"answer.tokens.vocabulary.{end}"], before.state_dict()[f"tokens.vocabulary.{end}"]
@@ -216,12 +216,14 @@ def test_its_own_checkpoint_brings_everything() -> None:
     _, before = build()
     backbone, task = toy_backbone(), Vqa(LABELS)
     task.build(backbone)
-    assert task.inherit({name: value.float() for name, value in before.state_dict().items()}) == set(task.state_dict())
+    assert task.warm_start({name: value.float() for name, value in before.state_dict().items()}) == set(
+        task.state_dict()
+    )
     for name, value in before.state_dict().items():
         assert torch.equal(task.state_dict()[name], value.float()), name
     classes = Vqa(LABELS, head="classify")
     classes.build(backbone)
-    assert classes.inherit(before.state_dict()) == set()  # the other head's are none of its own
+    assert classes.warm_start(before.state_dict()) == set()  # the other head's are none of its own
 
 
 # ---------------------------------------------------------------------- the losses

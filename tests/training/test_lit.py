@@ -279,7 +279,7 @@ def test_what_a_task_gets_for_nothing() -> None:
     before = task.other.weight.clone()
     heads = {f"head.{name}": value for name, value in given.items()}
     heads |= {"other.weight": torch.ones(5, 2), "stranger.weight": torch.ones(1)}
-    assert task.inherit(heads) == {"head.weight", "head.bias"}
+    assert task.warm_start(heads) == {"head.weight", "head.bias"}
     assert torch.equal(task.head.weight, given["weight"])
     assert torch.equal(task.other.weight, before)  # of another shape
     assert (task.card(), task.files(), task.chance_levels(4), task.predictions) == ({}, {}, {}, [])

@@ -40,7 +40,7 @@ def recoloured(scene: Scene, rng: random.Random) -> Scene:
 
 
 def covered(image: Image.Image, mask_RC: Any) -> Image.Image:
-    """The image with its hidden patches grey."""
+    """The image with its masked patches grey."""
     array = np.asarray(image).copy()
     side = array.shape[0] // mask_RC.shape[0]
     array[np.kron(mask_RC, np.ones((side, side), bool))] = 128
@@ -62,8 +62,8 @@ def main(checkpoint: str, out: str) -> None:
         other = recoloured(scene, rng)
         mask = np.zeros(model.grid, bool)
         mask[first.row, first.column] = True
-        hidden = text.replace(first.colour, "[MASK]", 1)
-        guesses: Any = model.fill_mask(image, hidden, 3)[0]
+        masked = text.replace(first.colour, "[MASK]", 1)
+        guesses: Any = model.fill_mask(image, masked, 3)[0]
         looked = model.explain(image.resize((LARGE, LARGE), Image.Resampling.NEAREST), text, first.shape)
         shown = (
             image,
@@ -73,7 +73,7 @@ def main(checkpoint: str, out: str) -> None:
             looked.image,
         )
         under = (
-            f"{hidden}\n" + ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses),
+            f"{masked}\n" + ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses),
             "",
             text,
             told(list(other.things), other.background),

@@ -21,8 +21,8 @@ import maskvlm.demo
 from maskvlm import MaskVLM
 
 PHOTOS = Path(maskvlm.demo.__file__).parent / "photos"
-HIDDEN = {"coffee": "cup", "chelsea": "cat", "astronaut": "woman", "camera": "man", "rocket": "rocket"}
-"""Photo -> the word of its first caption that is hidden, and looked for."""
+MASKED = {"coffee": "cup", "chelsea": "cat", "astronaut": "woman", "camera": "man", "rocket": "rocket"}
+"""Photo -> the word of its first caption that is masked, and looked for."""
 SHOWN = 224  # pixels
 
 
@@ -34,7 +34,7 @@ def boxed(grid: tuple[int, int], box: list[float]) -> Any:
 
 
 def covered(photo: Image.Image, mask_RC: Any) -> Image.Image:
-    """The photo with its hidden patches grey."""
+    """The photo with its masked patches grey."""
     grey = Image.fromarray(mask_RC).resize(photo.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", photo.size, (128, 128, 128)), photo, grey.convert("L"))
 
@@ -54,8 +54,8 @@ def main(checkpoint: str, out: str) -> None:
     figure, axes = plt.subplots(len(facts), len(titles), figsize=(14, 3.3 * len(facts)), layout="constrained")
     for number, (name, told) in enumerate(facts.items()):
         photo = Image.open(PHOTOS / name).convert("RGB").resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
-        text, word = told["captions"][0], HIDDEN[Path(name).stem]
-        hidden, mask = text.replace(word, "[MASK]", 1), boxed(model.grid, told["box"])
+        text, word = told["captions"][0], MASKED[Path(name).stem]
+        masked, mask = text.replace(word, "[MASK]", 1), boxed(model.grid, told["box"])
         shown = (
             photo,
             covered(photo, mask),
@@ -63,8 +63,8 @@ def main(checkpoint: str, out: str) -> None:
             model.inpaint(photo, mask, told["other"]),
             model.explain(photo, text, word).image,
         )
-        with_photo, without = words(model, photo, hidden), words(model, None, hidden)
-        under = (f"{hidden}\n{with_photo}\nwithout photo: {without}", "", text, told["other"], f"for '{word}'")
+        with_photo, without = words(model, photo, masked), words(model, None, masked)
+        under = (f"{masked}\n{with_photo}\nwithout photo: {without}", "", text, told["other"], f"for '{word}'")
         for axis, title, image, line in zip(axes[number], titles, shown, under, strict=True):
             axis.imshow(image)
             axis.set_xticks([])

@@ -1,4 +1,4 @@
-"""Draw how much better hidden pixels are filled in with the right caption than with a wrong one, run by run.
+"""Draw how much better masked pixels are filled in with the right caption than with a wrong one, run by run.
 
 python docs/results/pixel_loss/compare.py OUT.png NAME=RUN_FOLDER NAME=RUN_FOLDER ...
 """
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from maskvlm.reporting.curves import COLOURS, read_rows, series
 
 PANELS = {
-    "mse": "squared error, all hidden pixels",
-    "l1": "absolute error, all hidden pixels",
+    "mse": "squared error, all masked pixels",
+    "l1": "absolute error, all masked pixels",
     "object_mse": "squared error, hidden objects alone",
     "object_l1": "absolute error, hidden objects alone",
 }

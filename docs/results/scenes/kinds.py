@@ -1,4 +1,4 @@
-"""Which hidden words are right, by what they tell: each word of the held-out captions hidden alone, with the image.
+"""Which masked words are right, by what they tell: each word of the held-out captions hidden alone, with the image.
 
 .venv/bin/python docs/results/scenes/kinds.py checkpoints/RUN/last.ckpt [--scenes 500]
 """
@@ -35,10 +35,10 @@ def main() -> None:
     pairs, right = Scenes().split("val"), defaultdict(list)
     for index in range(options.scenes):
         row = pairs[index]
-        hidden = [(text, each) for text in row["captions"] for each in re.finditer("[a-z]+", text)]
-        texts = [f"{text[: each.start()]}{MASK}{text[each.end() :]}" for text, each in hidden]
+        masked = [(text, each) for text in row["captions"] for each in re.finditer("[a-z]+", text)]
+        texts = [f"{text[: each.start()]}{MASK}{text[each.end() :]}" for text, each in masked]
         guessed = model.fill_mask(row["image"], texts, 1)
-        for (text, each), ((guess,),) in zip(hidden, guessed, strict=True):
+        for (text, each), ((guess,),) in zip(masked, guessed, strict=True):
             right[kind_of(each[0], text[each.end() :])].append(guess.word == each[0])
     for kind, values in sorted(right.items(), key=lambda pair: -len(pair[1])):
         print(f"{kind:<12}{100 * sum(values) / len(values):6.1f} % of {len(values)}")

@@ -87,11 +87,11 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
         text = content.get(key, "")
         if type(text) is not str or len(text) > MOST_WORDS:
             raise UserError(f"{path}: {key}", f"expected a text, found {shown(text)}", TODO, ExitCode.BAD_DATA)
-    lineage = content.get("lineage", [])
-    if type(lineage) not in (list, tuple) or len(lineage) > 1000:
-        what = f"expected a list of at most 1,000 entries, found {shown(lineage)}"
+    history = content.get("lineage", [])
+    if type(history) not in (list, tuple) or len(history) > 1000:
+        what = f"expected a list of at most 1,000 entries, found {shown(history)}"
         raise UserError(f"{path}: lineage", what, TODO, ExitCode.BAD_DATA)
-    for number, seen in enumerate(lineage):
+    for number, seen in enumerate(history):
         SEEN.read(seen, f"{path}: lineage[{number}]", TODO)
     return dict(content)
 

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, cast
@@ -25,7 +24,6 @@ from packaging.version import InvalidVersion, Version
 from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content
 from maskvlm.checkpoint.integrity import (
     ANOTHER,
-    SIDE,
     Fact,
     asked_for,
     bad,
@@ -34,7 +32,7 @@ from maskvlm.checkpoint.integrity import (
     stated,
     verify_checkpoint,
 )
-from maskvlm.utils.disk import sync_folder
+from maskvlm.utils.disk import sync_folder, whole_file
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.outputs import cannot_write
 
@@ -58,22 +56,17 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
     for key, value in _walk(content):
         if type(value) not in PLAIN + TENSORS:
             raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
-    temporary = path.with_name(f".{path.name}.tmp")  # one writer a folder, so one name: nothing piles up
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(path, _tensor_bytes(content))
-        fact = _write(content, temporary)
-        # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
-        old = stated(path)
-        _write_side(path, [*old, fact])
-        if previous is not None and path.exists():
-            _rotate(path, previous, old)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with whole_file(path) as temporary:
+            _require_space(path, _tensor_bytes(content))
+            fact = _write(content, temporary)
+            # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
+            old = stated(path)
+            _write_side(path, [*old, fact])
+            if previous is not None and path.exists():
+                _rotate(path, previous, old)
         _write_side(path, [fact])
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
 
 
@@ -120,14 +113,9 @@ class _HashingWriter:
 
 
 def _write_side(path: Path, facts: list[Fact]) -> None:
-    side, temporary = side_file(path), path.with_name(f".{path.name}{SIDE}.tmp")
     lines = [f"# {fact.size} bytes, schema {SCHEMA}\n{fact.sha256}  {path.name}\n" for fact in facts]
-    with temporary.open("w") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, side)
-    sync_folder(path.parent)
+    with whole_file(side_file(path)) as temporary:
+        temporary.write_text("".join(lines))
 
 
 def _require_space(path: Path, need: int) -> None:

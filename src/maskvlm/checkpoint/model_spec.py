@@ -57,7 +57,7 @@ WORDS = ("absolute", "full_attention", "sliding_attention", "p2c", "c2p", "defau
 """Texts that the settings of text encoders may hold, beside names of activations."""
 
 
-class Recipe(NamedTuple):
+class ModelSpec(NamedTuple):
     """class_path and init_args of both; task is None where a checkpoint does not tell it."""
 
     backbone: dict[str, Any]
@@ -80,7 +80,7 @@ def bounds_of(state: Mapping[str, Tensor]) -> Bounds:
 # ---------------------------------------------------------------------- reading
 
 
-def recipe_of(content: Mapping[str, Any], path: str | Path) -> Recipe:
+def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
     """The recipe in a checkpoint's content, or in the `config-fit.yaml` beside an older one.
 
     Raises:
@@ -95,7 +95,7 @@ def recipe_of(content: Mapping[str, Any], path: str | Path) -> Recipe:
     whole = Record({"backbone": Tree()}, {"random_init": Flag()}, ExitCode.REFUSED)
     backbone = whole.read(told["model"], f"{path}: model", TODO)["backbone"]
     found = read_backbone(backbone, f"{path}: model.backbone", bounds)
-    return Recipe(found, None if task is None else read_task(_yaml(task, path, "task"), f"{path}: task"))
+    return ModelSpec(found, None if task is None else read_task(_yaml(task, path, "task"), f"{path}: task"))
 
 
 def _yaml(text: Any, path: str | Path, key: str) -> Any:
@@ -108,7 +108,7 @@ def _yaml(text: Any, path: str | Path, key: str) -> Any:
         raise UserError(error.where, error.what, TODO, code) from error
 
 
-def _beside(file: Path, path: str | Path, bounds: Bounds) -> Recipe:
+def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
     """A checkpoint of the first versions, which says it in another file; that file is as strange as the checkpoint."""
     if not file.is_file():
         what = f"does not say which model it is, and there is no {file.name} beside it"
@@ -119,7 +119,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> Recipe:
     if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
         raise UserError(file, "tells no model", "Put the one of the checkpoint's run there", ExitCode.BAD_DATA)
     backbone = read_backbone(model["backbone"], f"{file}: model.backbone", bounds)
-    return Recipe(backbone, read_task(model["task"], f"{file}: model.task"))
+    return ModelSpec(backbone, read_task(model["task"], f"{file}: model.task"))
 
 
 def read_small(file: Path, most: int = 1_000_000) -> str:
@@ -254,13 +254,13 @@ def read_task(value: Any, where: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- writing
 
 
-def portable(recipe: Recipe, text_config: Any) -> Recipe:
+def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
     """The same recipe without names of folders or hub models: with the shape of the text encoder written out.
 
     Args:
         text_config: the text encoder's Hugging Face configuration.
     """
-    args = dict(recipe.backbone["init_args"])
+    args = dict(spec.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
     image |= {"weights": None, "random_init": True, "feature_cache": None}
     text |= {"tokenizer": None, "random_init": True}
@@ -270,17 +270,17 @@ def portable(recipe: Recipe, text_config: Any) -> Recipe:
         text |= {"name": text_config.model_type, "config": shape, "vocab_size": None}
     args["image"] = {"class_path": args["image"]["class_path"], "init_args": image}
     args["text"] = {"class_path": args["text"]["class_path"], "init_args": text}
-    return recipe._replace(backbone={**recipe.backbone, "init_args": {**args, "start": None}})
+    return spec._replace(backbone={**spec.backbone, "init_args": {**args, "start": None}})
 
 
 def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
     """The part of a composed configuration that a model's weights depend on, for a checkpoint."""
-    return backbone_yaml(portable(Recipe(config["model"]["backbone"], None), text_config))
+    return backbone_yaml(portable(ModelSpec(config["model"]["backbone"], None), text_config))
 
 
-def backbone_yaml(recipe: Recipe) -> str:
+def backbone_yaml(spec: ModelSpec) -> str:
     """As a `-c` file says it."""
-    return yaml.safe_dump({"model": {"random_init": True, "backbone": recipe.backbone}}, sort_keys=False)
+    return yaml.safe_dump({"model": {"random_init": True, "backbone": spec.backbone}}, sort_keys=False)
 
 
 def task_yaml(config: Mapping[str, Any]) -> str:

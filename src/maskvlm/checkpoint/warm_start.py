@@ -71,7 +71,7 @@ class Start(NamedTuple):
     heads: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerFast | None
     labels: tuple[str, ...] | None
-    lineage: tuple[Seen, ...]
+    history: tuple[Seen, ...]
     reference: Tensor | None = None
 
 
@@ -96,10 +96,10 @@ def start_of(content: Mapping[str, Any], path: str) -> Start:
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
     parts = part(state, "backbone."), part(state, "task.")
-    return Start(path, *parts, tokenizer, labels, lineage_of(content), content.get("reference"))
+    return Start(path, *parts, tokenizer, labels, training_history_of(content), content.get("reference"))
 
 
-def lineage_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
+def training_history_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
     """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
     if "lineage" not in content:
         return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
@@ -112,9 +112,9 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def overlap(ids: Tensor, lineage: tuple[Seen, ...]) -> int | None:
+def overlap(ids: Tensor, history: tuple[Seen, ...]) -> int | None:
     """How many of these images the weights have seen; None where a part of their history tells no ids."""
-    if any(seen.ids is None for seen in lineage):
+    if any(seen.ids is None for seen in history):
         return None
-    known = [seen.ids for seen in lineage if seen.ids is not None]
+    known = [seen.ids for seen in history if seen.ids is not None]
     return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0

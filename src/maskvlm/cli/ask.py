@@ -69,7 +69,7 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="where an image is written")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     parser.add_argument("--k", type=int, default=16, help="rank: candidates that matching looks at again")
-    parser.add_argument("--top", type=int, default=5, help="fill: guesses for each hidden word")
+    parser.add_argument("--top", type=int, default=5, help="fill: guesses for each masked word")
     told = "reconstruct, inpaint: share of patches masked by lot (--hide in earlier versions)"
     parser.add_argument("--mask-ratio", "--hide", type=float, default=0.6, help=told)
     parser.add_argument("--box", help="or the patches that this box touches: left,top,right,bottom as shares of 0 to 1")
@@ -157,11 +157,11 @@ def paint(
 ) -> Iterator[Answer]:
     image, text = take(inputs, METHODS[method].form, 2, 2, method)
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
-    yield {"written": save_image(how(image, mask, text), options.out, f"{method}.png"), "hidden": int(mask.sum())}
+    yield {"written": save_image(how(image, mask, text), options.out, f"{method}.png"), "masked": int(mask.sum())}
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """A share of the patches, hidden by lot."""
+    """A share of the patches, masked by lot."""
     if not 0 <= share <= 1:
         raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
     patches = grid[0] * grid[1]
@@ -217,7 +217,7 @@ def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
 
 
 METHODS: dict[str, ShellMethod] = {
-    "fill": ShellMethod(f'IMAGE "a {MASK} on the grass"', "fill in hidden words from the image", ask_fill, "tokens"),
+    "fill": ShellMethod(f'IMAGE "a {MASK} on the grass"', "fill in masked words from the image", ask_fill, "tokens"),
     "match": ShellMethod("IMAGE TEXT ...", "probability that image and text belong together", ask_match, "matching"),
     "rank": ShellMethod(
         "IMAGE TEXT ...  or  TEXT IMAGE ...", "texts or images, the best first", ask_rank, "projection"
@@ -225,6 +225,6 @@ METHODS: dict[str, ShellMethod] = {
     "caption": ShellMethod("IMAGE ...", "write a caption", ask_caption, "tokens"),
     "score": ShellMethod("IMAGE TEXT ...", "pseudo-log-likelihood of texts, nats", ask_score, "tokens"),
     "explain": ShellMethod("IMAGE TEXT WORD", "where the model looks for a word (--out)", ask_explain, "tokens"),
-    "reconstruct": ShellMethod("IMAGE TEXT", "fill in hidden patches from the text (--out)", ask_reconstruct, "pixels"),
+    "reconstruct": ShellMethod("IMAGE TEXT", "fill in masked patches from the text (--out)", ask_reconstruct, "pixels"),
     "inpaint": ShellMethod("IMAGE TEXT", "the same in rounds, the most certain first (--out)", ask_inpaint, "pixels"),
 }

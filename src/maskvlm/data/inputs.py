@@ -26,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Of file names that people give for images."""
 
 MASK = "[MASK]"
-"""How people write a hidden word, whatever the tokenizer calls it."""
+"""How people write a masked word, whatever the tokenizer calls it."""
 
 
 def as_list(given: Any) -> tuple[list[Any], bool]:
@@ -108,7 +108,7 @@ def check_text(given: object) -> str:
 
 
 class MarkedTexts:
-    """Texts to tokens, with hidden words where somebody wrote [MASK].
+    """Texts to tokens, with masked words where somebody wrote [MASK].
 
     Args:
         tokenizer, text_length: of the model.
@@ -126,11 +126,11 @@ class MarkedTexts:
         """Ids of one text with the mask token's where [MASK] (or the tokenizer's own word for it) stands: [T].
 
         Raises:
-            UserError: no word is hidden, or the hidden ones are beyond the model's text length.
+            UserError: no word is masked, or the masked ones are beyond the model's text length.
         """
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
-            raise UserError("text", "no word in it is hidden", f"Write {MASK} in the place of one")
+            raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1
@@ -140,7 +140,7 @@ class MarkedTexts:
         if len(ids) + 2 > self.text_length:
             ids = ids[: self.text_length - 2]
             if ids.count(int(self.tokenizer.mask_token_id)) < len(pieces) - 1:
-                what = f"a hidden word is beyond the {self.text_length - 2} tokens that the model reads"
+                what = f"a masked word is beyond the {self.text_length - 2} tokens that the model reads"
                 raise UserError("text", what, "Shorten it")
         return torch.tensor([start, *ids, end])
 

@@ -41,10 +41,10 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
     which = set(chosen)
     made, end = "", 0
     for number, (word, (start, stop)) in enumerate(zip(parts.words, parts.spans, strict=True)):
-        hidden = number in which or word == MASK
-        made += text[end:start] + (MASK if hidden else word)
+        masked = number in which or word == MASK
+        made += text[end:start] + (MASK if masked else word)
         end = stop
-        if hidden:
+        if masked:
             told.append("" if word == MASK else word)
     return made + text[end:], told
 
@@ -54,13 +54,13 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
     masked, told = covered(text, chosen)
     if not told:
         return note(f"Click a word to cover it, or write {MASK} in the text.")
-    blind: Any = model.fill_mask(None, masked)
-    seeing: Any = model.fill_mask(image, masked) if image is not None else None
+    without_image: Any = model.fill_mask(None, masked)
+    with_image: Any = model.fill_mask(image, masked) if image is not None else None
     parts = [f'<p class="sentence">{escape(masked).replace(MASK, "<b>▮▮▮</b>")}</p>']
     for number, truth in enumerate(told):
         head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
-        sides = [] if seeing is None else [guesses("with the image", seeing[number], truth)]
-        sides.append(guesses("without it", blind[number], truth))
+        sides = [] if with_image is None else [guesses("with the image", with_image[number], truth)]
+        sides.append(guesses("without it", without_image[number], truth))
         parts.append(f'<section><h4>{head}</h4><div class="sides">{"".join(sides)}</div></section>')
     return "".join(parts)
 
@@ -143,18 +143,18 @@ def boxes(size: tuple[int, int], mask: Mask) -> Iterable[tuple[bool, tuple[int, 
     """Each patch: whether it is covered, and its corners in pixels."""
     down, across = size[1] / len(mask), size[0] / len(mask[0])
     for row, line in enumerate(mask):
-        for column, hidden in enumerate(line):
+        for column, masked in enumerate(line):
             left, top = round(column * across), round(row * down)
-            yield hidden, (left, top, round((column + 1) * across) - 1, round((row + 1) * down) - 1)
+            yield masked, (left, top, round((column + 1) * across) - 1, round((row + 1) * down) - 1)
 
 
 def board(model: PretrainedMaskVLM, image: Image.Image, mask: Mask) -> Image.Image:
     """What the model sees, with its patches; covered ones are dark."""
     made = enlarge(model, seen(model, image))
     draw = ImageDraw.Draw(made)
-    for hidden, box in boxes(made.size, mask):
-        draw.rectangle(box, fill=COVER if hidden else None, outline=LINE)
-        if hidden:
+    for masked, box in boxes(made.size, mask):
+        draw.rectangle(box, fill=COVER if masked else None, outline=LINE)
+        if masked:
             left, top, right, bottom = box
             draw.line((left + 3, top + 3, right - 3, bottom - 3), fill=LINE, width=2)
             draw.line((left + 3, bottom - 3, right - 3, top + 3), fill=LINE, width=2)
@@ -168,8 +168,8 @@ def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Seq
     for each in found:
         large = enlarge(model, each)
         draw = ImageDraw.Draw(large)
-        for hidden, box in boxes(large.size, mask):
-            if hidden:
+        for masked, box in boxes(large.size, mask):
+            if masked:
                 draw.rectangle(box, outline=FRAME, width=3)
         made.append(large)
     return made
@@ -184,7 +184,7 @@ def clicked(mask: Mask, index: Any, size: tuple[int, int]) -> Mask:
             raise ValueError(f"{index} is outside")
     except (TypeError, ValueError, OverflowError):
         raise UserError("patches", "that is no place of the image", "Click on the image") from None
-    return [[hidden != ((r, c) == (row, column)) for c, hidden in enumerate(line)] for r, line in enumerate(mask)]
+    return [[masked != ((r, c) == (row, column)) for c, masked in enumerate(line)] for r, line in enumerate(mask)]
 
 
 def by_lot(grid: tuple[int, int], share: float = 0.6) -> Mask:

@@ -50,25 +50,25 @@ def is_drawn(source: str) -> bool:
     return any(re.fullmatch(world, source) for world in DRAWN)
 
 
-def trained_run(path: str, lineage: Sequence[Seen]) -> Trained:
+def trained_run(path: str, history: Sequence[Seen]) -> Trained:
     """What a checkpoint of pre-training tells of itself, and the files beside it.
 
     Args:
         path: of the checkpoint.
         lineage: the data that its weights have seen, first to last.
     """
-    steps = [told_of(seen, name_beside(path, seen) if seen is lineage[-1] else None) for seen in lineage]
+    steps = [told_of(seen, name_beside(path, seen) if seen is history[-1] else None) for seen in history]
     before = [step for step in reversed(steps[:-1]) if step != steps[-1]]
     told = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
     measured, score = score_beside(path)
-    sha = lineage[-1].sha if lineage else ""
+    sha = history[-1].sha if history else ""
     time = Path(path).stat().st_mtime if Path(path).exists() else 0.0
-    return Trained(told, photographs(lineage), sha, measured, score, time)
+    return Trained(told, photographs(history), sha, measured, score, time)
 
 
-def photographs(lineage: Sequence[Seen]) -> float:
+def photographs(history: Sequence[Seen]) -> float:
     """How many different images of these are no drawn scenes; those of sets without ids may be the same ones."""
-    photos = [seen for seen in lineage if not is_drawn(seen.source) and seen.source != UNKNOWN]
+    photos = [seen for seen in history if not is_drawn(seen.source) and seen.source != UNKNOWN]
     if any(not seen.images for seen in photos):
         return math.inf
     ids = [seen.ids for seen in photos if seen.ids is not None]

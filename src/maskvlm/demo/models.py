@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.checkpoint.model_spec import read_small, recipe_of
-from maskvlm.checkpoint.warm_start import lineage_of, read_content
+from maskvlm.checkpoint.model_spec import model_spec_of, read_small
+from maskvlm.checkpoint.warm_start import read_content, training_history_of
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
 from maskvlm.demo.history import WORLDS, Trained, best, trained_run
@@ -94,12 +94,12 @@ def run_of(source: str) -> Run:
         return Run(source, str(task))
     content = read_content(source)
     if task is None:
-        recipe = recipe_of(content, source)
-        if recipe.task is None:
+        spec = model_spec_of(content, source)
+        if spec.task is None:
             todo = "Put the config-fit.yaml of its run beside it"
             raise UserError(source, "does not say which task it was trained for", todo, ExitCode.MISSING_INPUT)
-        task = str(recipe.task["class_path"])
-    return Run(source, task, trained_run(source, lineage_of(content)) if task == PRETRAINING else None)
+        task = str(spec.task["class_path"])
+    return Run(source, task, trained_run(source, training_history_of(content)) if task == PRETRAINING else None)
 
 
 def task_on_card(source: str) -> str | None:

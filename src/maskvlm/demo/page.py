@@ -227,11 +227,11 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
         chosen = chips[worded.chips]["value"]
         drawn = desk_answer(sample, chosen)
         told = {desk.image: sample.image, desk.text: sample.text, painted.other: sample.other, desk.own: True}
-        return {**told, **chips, painted.mask: sample.hidden, compared: texts_of(desk, sample), **drawn}
+        return {**told, **chips, painted.mask: sample.masked, compared: texts_of(desk, sample), **drawn}
 
     def desk_answer(sample: PageSample, chosen: list[int]) -> dict[Any, Any]:
         filled = answers.words_filled(model, sample.image, sample.text, chosen)
-        return {worded.results[0]: filled, **painted.of(sample.image, sample.text, sample.hidden, sample.other)}
+        return {worded.results[0]: filled, **painted.of(sample.image, sample.text, sample.masked, sample.other)}
 
     outputs = [
         desk.image,

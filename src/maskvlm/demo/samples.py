@@ -33,7 +33,7 @@ class PageSample(NamedTuple):
     image: Image.Image
     text: str
     other: str
-    hidden: list[list[bool]]
+    masked: list[list[bool]]
 
 
 class Hit(NamedTuple):
@@ -71,8 +71,8 @@ def samples(size: int, grid: tuple[int, int]) -> list[PageSample]:
         text = pairs[index]["captions"][0]
         down, across = np.arange(rows)[:, None], np.arange(columns)[None]
         row, column = thing.row, thing.column
-        hidden = (down * 3 // rows == row) & (across * 3 // columns == column)
-        found.append(PageSample(enlarged(pairs[index]["image"]), text, otherwise(text), hidden.tolist()))  # type: ignore[arg-type]
+        masked = (down * 3 // rows == row) & (across * 3 // columns == column)
+        found.append(PageSample(enlarged(pairs[index]["image"]), text, otherwise(text), masked.tolist()))  # type: ignore[arg-type]
     return found
 
 
@@ -94,8 +94,8 @@ def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
     found = []
     for name, row in photo_rows().items():
         left, top, right, bottom = row["box"]
-        hidden = (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
-        found.append(PageSample(photo(name), row["captions"][0], row["other"], hidden.tolist()))
+        masked = (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
+        found.append(PageSample(photo(name), row["captions"][0], row["other"], masked.tolist()))
     return found
 
 

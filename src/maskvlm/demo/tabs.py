@@ -63,10 +63,10 @@ class Patches:
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk, self.model = desk, desk.models.core()
-        made = desk.worker.run(self.drawn, first.image, first.text, first.hidden, first.other)
+        made = desk.worker.run(self.drawn, first.image, first.text, first.masked, first.other)
         show: dict[str, Any] = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
         with gr.Tab("Patches", elem_id="patches"):
-            self.mask = gr.State(first.hidden)
+            self.mask = gr.State(first.masked)
             self.other = gr.Textbox(first.other, label="Another text", max_length=intake.MAX_TEXT, elem_id="other")
             titles = {"board": "Click patches to cover them", "left": "From your text", "right": "From the other"}
             images = []

@@ -35,7 +35,7 @@ from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
 Mask = Sequence[Sequence[bool]] | np.ndarray[Any, Any] | Tensor
-"""[rows, columns] of patches, true where one is hidden."""
+"""[rows, columns] of patches, true where one is masked."""
 Map = np.ndarray[Any, np.dtype[np.float32]]
 LENGTHS = range(3, 17)
 """Captions of so many tokens are written, and the best one is given."""
@@ -142,11 +142,11 @@ class Asked(nn.Module):
 
         Args:
             image: None for the text alone (an image of the mean colour).
-            text: with [MASK] where a word is hidden.
+            text: with [MASK] where a word is masked.
             top_k: guesses for each.
 
         Returns:
-            For each hidden word its guesses, the likeliest first.
+            For each masked word its guesses, the likeliest first.
         """
         check_whole("fill_mask", "top_k", top_k, 1)
         parts, single = self._parts(image, text)
@@ -155,7 +155,7 @@ class Asked(nn.Module):
 
     @torch.no_grad()
     def caption(self, image: ImageInput | Sequence[ImageInput], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
-        """A caption written from nothing: all words hidden, then the most certain one filled in again and again.
+        """A caption written from nothing: all words masked, then the most certain one filled in again and again.
 
         Captions of several lengths (in tokens) are written so, and the one that matches the image best is given.
         """
@@ -210,14 +210,14 @@ class Asked(nn.Module):
     def reconstruct(
         self, image: ImageInput | Sequence[ImageInput], mask: Mask | Sequence[Mask], text: str | Sequence[str]
     ) -> Image.Image | list[Image.Image]:
-        """The image with its hidden patches filled in at once, from the rest and the whole text (MIM).
+        """The image with its masked patches filled in at once, from the rest and the whole text (MIM).
 
         Args:
-            mask: [rows, columns] of patches (`model.grid`), true where one is hidden; a list of such for several.
+            mask: [rows, columns] of patches (`model.grid`), true where one is masked; a list of such for several.
 
         Returns:
             At the model's resolution (`model.image_size`). A model that was trained with `pixel_norm` knows patches up
-            to their mean and contrast; those are taken from the image, hidden or not.
+            to their mean and contrast; those are taken from the image, masked or not.
         """
         return self._paint(image, mask, text, None)
 
@@ -288,7 +288,7 @@ class Asked(nn.Module):
     def mask(self, mask: Mask) -> Tensor:
         """One mask over the patches, [N], on the model's device. Raises UserError for another shape."""
         rows, columns = self.grid
-        todo = f"Give [{rows}, {columns}] of true (hidden) and false"
+        todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
             found = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))).bool()
         except (ValueError, TypeError) as error:

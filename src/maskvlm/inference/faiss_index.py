@@ -7,7 +7,6 @@ import errno
 import math
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.inference.vectors import Facts
-from maskvlm.utils.disk import sync_folder
+from maskvlm.utils.disk import whole_file
 from maskvlm.utils.errors import ExitCode, UserError
 
 Array = np.ndarray[Any, Any]
@@ -115,17 +114,10 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
 
 def write_index(index: Any, path: Path) -> None:
     """Its file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        faiss_module().write_index(index, str(temporary))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with whole_file(path) as temporary:
+            faiss_module().write_index(index, str(temporary))
     except (RuntimeError, OSError) as error:  # FAISS has its own, which ends with what the system said
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
         told = "disk full" if full else getattr(error, "strerror", None) or first_line(error)
         todo = "Free some space, or choose another folder; whole files stay"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
 from maskvlm.checkpoint.hf_folder import AGAIN, PROCESSOR, REFERENCE, SEEN, check_links, check_sums
 from maskvlm.checkpoint.hub_client import folder_of_hub
-from maskvlm.checkpoint.model_spec import Recipe
+from maskvlm.checkpoint.model_spec import ModelSpec
 from maskvlm.checkpoint.tokenizer_files import file_text, read_tokenizer
 from maskvlm.checkpoint.warm_start import Start
 from maskvlm.config.plain_schema import Listed, Real, Record, Tree, Whole
@@ -116,13 +116,13 @@ def processor_of(spec: InputSpec) -> MaskVLMProcessor:
     return MaskVLMProcessor(images, tokenizer)
 
 
-def configuration(recipe: Recipe, origin: Start, evaluation: Mapping[str, Any] | None, step: int) -> MaskVLMConfig:
+def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] | None, step: int) -> MaskVLMConfig:
     """The configuration of a model with this recipe (a portable one) and history."""
     return MaskVLMConfig(
-        backbone=recipe.backbone,
-        task=recipe.task,
+        backbone=spec.backbone,
+        task=spec.task,
         labels=None if origin.labels is None else list(origin.labels),
-        lineage=[seen.words() for seen in origin.lineage],
+        lineage=[seen.words() for seen in origin.history],
         evaluation=dict(evaluation) if evaluation else None,
         step=step,
     )
@@ -155,7 +155,7 @@ def _shown(file: Path) -> dict[str, Any]:
 def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
     """Tokenizer, image processing, ids of the images seen, vectors of known ones, model card."""
     processor_of(spec).save_pretrained(folder)
-    ids = {str(n): seen.ids for n, seen in enumerate(origin.lineage) if seen.ids is not None}
+    ids = {str(n): seen.ids for n, seen in enumerate(origin.history) if seen.ids is not None}
     if ids:
         save_file(ids, folder / SEEN)
     if origin.reference is not None:

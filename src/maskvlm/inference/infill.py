@@ -1,10 +1,10 @@
-"""Joint masked modelling put to use: hidden words and patches filled in, whole captions and regions written from
+"""Joint masked modelling put to use: masked words and patches filled in, whole captions and regions written from
 nothing, the most certain part first, and how likely a text is word by word.
 
 The paper trains both conditionals, words given the whole image and patches given the whole text (sec. 3); nothing
-here is trained beyond that. Writing from nothing goes beyond what training hides (30 % of words, 60 % of patches).
+here is trained beyond that. Writing from nothing goes beyond what training masks (30 % of words, 60 % of patches).
 
-Shapes: B rows, T tokens, K hidden positions, V vocabulary, N patches, P values of a patch, L positions, D width.
+Shapes: B rows, T tokens, K masked positions, V vocabulary, N patches, P values of a patch, L positions, D width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from maskvlm.objectives.loaded_model import Model, device_of
 from maskvlm.objectives.reconstruction import denormalise, paste
 from maskvlm.utils.errors import UserError
 
-STEPS = 8  # rounds in which hidden patches are painted
+STEPS = 8  # rounds in which masked patches are painted
 
 
 class Guess(NamedTuple):
-    """A word for a hidden place and its probability."""
+    """A word for a masked place and its probability."""
 
     word: str
     probability: float
@@ -84,7 +84,7 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
-    """For each [MASK] of each text, about its image, the likeliest words; each hidden place by itself."""
+    """For each [MASK] of each text, about its image, the likeliest words; each masked place by itself."""
     head = model.head("tokens", "fill_mask")
     rows = pair_rows(model, *look(model, images), [model.words.masked(text) for text in texts])
     found = []
@@ -115,8 +115,8 @@ class Written(NamedTuple):
 
 
 def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
-    """Of each image a caption of each length in tokens, start and end not counted: all words hidden at first, then
-    the most certain one of the hidden is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
+    """Of each image a caption of each length in tokens, start and end not counted: all words masked at first, then
+    the most certain one of the masked is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
@@ -127,10 +127,10 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
         for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
             now_B = open_B[chosen_B]
-            hidden_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
-            likeliest = forbid(model, head(text_BTD[hidden_BT]).float()).log_softmax(-1).max(-1)
-            value_BT = total_B.new_full(hidden_BT.shape, float("-inf")).masked_scatter(hidden_BT, likeliest.values)
-            word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(hidden_BT, likeliest.indices)
+            masked_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
+            likeliest = forbid(model, head(text_BTD[masked_BT]).float()).log_softmax(-1).max(-1)
+            value_BT = total_B.new_full(masked_BT.shape, float("-inf")).masked_scatter(masked_BT, likeliest.values)
+            word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(masked_BT, likeliest.indices)
             at_B1 = value_BT.argmax(1, keepdim=True)
             rows.token_BT[now_B, at_B1[:, 0]] = word_BT.gather(1, at_B1)[:, 0]
             total_B[now_B] += value_BT.gather(1, at_B1)[:, 0]
@@ -180,7 +180,7 @@ def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[s
 
 
 def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
-    """Predicted values of every patch, [B, N, P], float32, normalised as the images are: of hidden ones from the
+    """Predicted values of every patch, [B, N, P], float32, normalised as the images are: of masked ones from the
     visible ones and the whole text."""
     backbone, task = model.backbone, model.head("pixels", "reconstruct")
     image_BLD = backbone.image(image_BCHW, mask_BN)
@@ -192,7 +192,7 @@ def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor,
 def reconstruct_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], true_statistics: bool
 ) -> Tensor:
-    """Images with their hidden patches filled in at once, normalised [B, 3, H, W].
+    """Images with their masked patches filled in at once, normalised [B, 3, H, W].
 
     Args:
         true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the image.
@@ -210,10 +210,10 @@ def reconstruct_images(
 def inpaint_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int, true_statistics: bool
 ) -> Tensor:
-    """As `reconstruct`, in rounds: of the hidden patches the most certain ones are painted and seen from then on.
+    """As `reconstruct`, in rounds: of the masked patches the most certain ones are painted and seen from then on.
 
     Squared error gives no probability, so a patch counts as certain where three predictions agree, each made with a
-    different quarter of the visible patches hidden, too.
+    different quarter of the visible patches masked, too.
     """
     painted_BCHW, left_BN = image_BCHW.float(), mask_BN.clone()
     tokens = model.tokens(texts)
@@ -221,7 +221,7 @@ def inpaint_images(
     generator = torch.Generator().manual_seed(0)
     size, total_B = model.backbone.image.patch_size, mask_BN.sum(1)
     for step in range(steps):
-        keep_B = (total_B * (steps - 1 - step)) // steps  # hidden patches that remain after this round
+        keep_B = (total_B * (steps - 1 - step)) // steps  # masked patches that remain after this round
         given = painted_BCHW.to(image_BCHW.dtype)
         values_BNP = patches(model, given, left_BN, text_BTD, tokens.attention_CT)
         others = []

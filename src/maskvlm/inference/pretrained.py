@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from maskvlm.checkpoint.hf_folder import write_sums
 from maskvlm.checkpoint.hub_client import folder_of_hub, upload
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import portable, recipe_of
+from maskvlm.checkpoint.model_spec import model_spec_of, portable
 from maskvlm.checkpoint.text_files import quiet
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.data.inputs import ImageInput, as_list
@@ -114,12 +114,10 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
         place = folder_of_hub(str(path), hub)
         content = read_content(place)
-        origin, recipe = start_of(content, str(place)), recipe_of(content, place)
-        backbone, task = build_model(recipe, origin, allow_import)
+        origin, spec = start_of(content, str(place)), model_spec_of(content, place)
+        backbone, task = build_model(spec, origin, allow_import)
         evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
-        config = configuration(
-            portable(recipe, backbone.text.config), origin, evaluation, content.get("global_step", 0)
-        )
+        config = configuration(portable(spec, backbone.text.config), origin, evaluation, content.get("global_step", 0))
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
 

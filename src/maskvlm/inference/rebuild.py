@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import TODO, Recipe, backbone_yaml, recipe_of
+from maskvlm.checkpoint.model_spec import TODO, ModelSpec, backbone_yaml, model_spec_of
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.checkpoint.weights import check_fit
 from maskvlm.config.compose import find_tasks
@@ -55,7 +55,7 @@ SIMPLE: dict[Any, Kind] = {bool: Flag(), int: Whole(-(10**9), 10**9), float: Rea
 Made = TypeVar("Made")
 
 
-def build_model(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> tuple[MaskVLM, Task]:
+def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> tuple[MaskVLM, Task]:
     """Modules with the weights, tokenizer and heads of a checkpoint, in evaluation mode.
 
     Args:
@@ -67,18 +67,18 @@ def build_model(recipe: Recipe, origin: Start, allowed: Iterable[str] = ()) -> t
         UserError: a class or a setting that a checkpoint may not name (77), weights that do not fit, or heads that are
             missing (65).
     """
-    if recipe.task is None:
+    if spec.task is None:
         what = "does not say which task it was trained for"
         raise UserError(origin.path, what, "Put the config-fit.yaml of its run beside it", ExitCode.MISSING_INPUT)
-    kind = task_class(recipe.task["class_path"], origin.path, allowed)
-    args = read_arguments(kind, recipe.task["init_args"], f"{origin.path}: task", allowed)
+    kind = task_class(spec.task["class_path"], origin.path, allowed)
+    args = read_arguments(kind, spec.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
         args["labels"] = list(origin.labels)
-    check_model_size(recipe, origin, lambda: kind(**args))
-    backbone, task = new_backbone(recipe), _made(lambda: kind(**args), origin.path)
+    check_model_size(spec, origin, lambda: kind(**args))
+    backbone, task = new_backbone(spec), _made(lambda: kind(**args), origin.path)
     backbone.take_over(origin)
     task.build(backbone)
-    task.inherit(origin.heads)
+    task.warm_start(origin.heads)
     return backbone.eval(), task.eval()
 
 
@@ -89,12 +89,12 @@ def model_of(path: str) -> str:
         UserError: as `read_content`, `recipe_of` and `check_model_size`.
     """
     content = read_content(path)
-    recipe = recipe_of(content, path)
-    check_model_size(recipe, start_of(content, path))
-    return backbone_yaml(recipe)
+    spec = model_spec_of(content, path)
+    check_model_size(spec, start_of(content, path))
+    return backbone_yaml(spec)
 
 
-def check_model_size(recipe: Recipe, origin: Start, new_task: Any = None) -> None:
+def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> None:
     """Lay the model out without memory, and hold it against the checkpoint's tensors.
 
     Args:
@@ -107,13 +107,13 @@ def check_model_size(recipe: Recipe, origin: Start, new_task: Any = None) -> Non
     """
     count = len(origin.backbone) + len(origin.heads)
     with torch.device("meta"), at_most(count, origin.path):
-        backbone = _made(lambda: new_backbone(recipe), origin.path)
+        backbone = _made(lambda: new_backbone(spec), origin.path)
         check_fit(backbone, origin.backbone, origin.path)
         if new_task is not None:
             task = _made(new_task, origin.path)
             _made(lambda: task.build(backbone), origin.path)
             shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns of values
-            _made(lambda: task.inherit(shapes), origin.path)  # a head may take its width from the checkpoint
+            _made(lambda: task.warm_start(shapes), origin.path)  # a head may take its width from the checkpoint
             _check_heads(task, origin)
 
 
@@ -145,9 +145,9 @@ def at_most(tensors: int, path: str) -> Iterator[None]:
         handle.remove()
 
 
-def new_backbone(recipe: Recipe) -> MaskVLM:
+def new_backbone(spec: ModelSpec) -> MaskVLM:
     """With random weights, by the constructors of this project alone."""
-    args = dict(recipe.backbone["init_args"])
+    args = dict(spec.backbone["init_args"])
     image, text = (args.pop(name)["init_args"] for name in ("image", "text"))
     return MaskVLM(ImageEncoder(**image), TextEncoder(**text), **args)
 

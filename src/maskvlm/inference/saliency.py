@@ -69,19 +69,19 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
 
 
 def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1) -> WordSaliency:
-    """The word is hidden and filled in from the image; where the model looked for it.
+    """The word is masked and filled in from the image; where the model looked for it.
 
     Args:
         block: of the text cross encoder whose attention is shown; the last for -1.
     """
     backbone, head = model.backbone, model.head("tokens", "explain")
     token_T, at_K = word_places(model, text, word)
-    hidden_T = token_T.clone()
-    hidden_T[at_K] = backbone.text.mask_id
-    attention_1T = torch.ones_like(hidden_T, dtype=torch.bool)[None]
+    masked_T = token_T.clone()
+    masked_T[at_K] = backbone.text.mask_id
+    attention_1T = torch.ones_like(masked_T, dtype=torch.bool)[None]
     with torch.enable_grad():
         image_1LD = backbone.image(model.pixels([image])).detach()
-        text_1TD = backbone.text(hidden_T[None], attention_1T).detach()
+        text_1TD = backbone.text(masked_T[None], attention_1T).detach()
         share = trace(backbone.cross_text, text_1TD.requires_grad_(), image_1LD, attention_1T)
         logits_KV = head(share.every_BTD[0, at_K]).float()
         evidence = logits_KV.log_softmax(-1).gather(1, token_T[at_K, None]).sum()

@@ -33,6 +33,7 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.loaded_model import chunks
 from maskvlm.reporting.meters import duration, number
 from maskvlm.training.failure import process_rank
+from maskvlm.utils.disk import whole_file
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -224,17 +225,12 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
 def write_file(path: Path, content: pa.Table | Facts) -> None:
     """A Parquet or JSON file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
     own = f".{process_rank()}" if isinstance(content, dict) else ""  # all processes write the same JSON files
-    temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with whole_file(path, own) as temporary:
             if isinstance(content, dict):
-                file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             else:
-                pq.write_table(content, file, use_dictionary=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+                pq.write_table(content, temporary, use_dictionary=False)
     except OSError as error:
         code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
         todo = "Free some space, or choose another folder; whole files stay"

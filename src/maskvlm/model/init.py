@@ -8,7 +8,7 @@
 | the rest of cross encoders and pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) |
 
 Norms start at weight 1 and bias 0. Xavier follows the width: at width 96 contrast falls about twice as fast as from
-N(0, 0.02), which suits a width of 768, and cross-attention from N(0, 0.02) stays near uniform for long: of hidden
+N(0, 0.02), which suits a width of 768, and cross-attention from N(0, 0.02) stays near uniform for long: of masked
 colour words 55 % instead of 22 % are right after 700 steps of masked words alone. With Xavier in every layer of the
 post-norm cross blocks it is 28 %: they do better near the identity.
 """

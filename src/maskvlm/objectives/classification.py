@@ -16,7 +16,7 @@ from maskvlm.model.heads import Classifier, Matching, Projection, mean_token
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.answers import Judged, Judgements, by_kind, majority, percent
-from maskvlm.objectives.image_ablation import Blind
+from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.loaded_model import Model, chunks
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.task import Task
@@ -99,7 +99,10 @@ class Classification(Task):
             hidden,
             dropout,
         )
-        self.blind, self.reads = Blind() if image_ablation else None, reads
+        self.blind, self.reads = (
+            ImageAblation() if image_ablation else None,
+            reads,
+        )  # `blind` is its name in checkpoints
         self.judgements = Judgements()
 
     def build(self, backbone: MaskVLM) -> None:
@@ -112,14 +115,14 @@ class Classification(Task):
             init_normal(self.matching)
             self.matching.requires_grad_(False)
             self._project(width)
-        backbone.image.mask_token.requires_grad_(False)  # nothing is hidden; DDP would wait for its gradient
+        backbone.image.mask_token.requires_grad_(False)  # nothing is masked; DDP would wait for its gradient
 
     def _project(self, width: int, dim: int = 256, mean: bool = False) -> None:
         self.projection = Projection(width, width, dim, mean=mean)
         init_xavier(self.projection)
         self.projection.requires_grad_(False)
 
-    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+    def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width, and read what they read there."""
         if self.reads == "scores":
             missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
@@ -128,7 +131,7 @@ class Classification(Task):
                 raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
             width, theirs = self.projection.image.in_features, heads["projection.image.weight"]
             self._project(width, len(theirs), mean=theirs.shape[1] == 2 * width)
-        return super().inherit(heads)
+        return super().warm_start(heads)
 
     def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
         logits_BK = self.logits(backbone, batch, self.uniform)

@@ -112,10 +112,10 @@ def one_each(batch: Batch) -> tuple[Batch, Batch]:
     if captions == pairs:
         return batch, batch
     order_C = torch.arange(captions, device=batch.owner_C.device).unflatten(0, (pairs, -1)).T.flatten()
-    return captions_at(batch, order_C[:pairs]), captions_at(batch, order_C)
+    return texts_at(batch, order_C[:pairs]), texts_at(batch, order_C)
 
 
-def captions_at(batch: Batch, index_C: Tensor) -> Batch:
+def texts_at(batch: Batch, index_C: Tensor) -> Batch:
     """The batch with these captions alone, in this order; without their words, which training does not need."""
     return batch._replace(
         token_CT=batch.token_CT[index_C],

@@ -96,7 +96,7 @@ class Measure:
     ) -> None:
         """Masked-pixel error with the caption, another one, and none; one caption an image, in turn."""
         assert masks.patch is not None
-        chosen_B = one_caption(batch)
+        chosen_B = one_text(batch)
         text_BTD, attention_BT = text_CTD[chosen_B], batch.attention_CT[chosen_B]
         empty_BT = batch.special_CT[chosen_B] & attention_BT
         order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
@@ -141,7 +141,7 @@ class Measure:
 
         Chance levels end in `_chance`: an order by lot, word frequencies, the batch's mean colour.
         `score` chooses the best checkpoint: the mean of the two R@1 and, where words are learned, of the accuracy of
-        hidden words. R@1 of a few images alone moves by points from chance, and not at all while contrast stands still.
+        masked words. R@1 of a few images alone moves by points from chance, and not at all while contrast stands still.
         """
         metrics = {}
         shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all
@@ -154,7 +154,7 @@ class Measure:
         gallery = gather_gallery(self.kept)
         if gallery is not None:
             metrics |= self.retrieval(task, backbone, gallery)
-            if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been hidden
+            if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been masked
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
             self.reference = sample_of(gallery.image_BE)
         else:  # no contrast to retrieve with: the masked losses themselves, higher is better
@@ -163,7 +163,7 @@ class Measure:
         return metrics
 
     def word_chance(self) -> dict[str, float]:
-        """Always guessing the most frequent hidden word, and the entropy of the hidden words' frequencies."""
+        """Always guessing the most frequent masked word, and the entropy of the masked words' frequencies."""
         shards: list[Any] = gather_objects([words.cpu() for words in self.masked_words])
         words = [part for shard in shards for part in shard]
         if not any(map(len, words)):
@@ -193,7 +193,7 @@ def gains(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def one_caption(batch: Batch) -> Tensor:
+def one_text(batch: Batch) -> Tensor:
     """Row of one caption for each image: its (index mod count)-th, so that all phrasings are met."""
     count_B = torch.bincount(batch.owner_C, minlength=len(batch.image_BCHW))
     first_B = count_B.cumsum(0) - count_B

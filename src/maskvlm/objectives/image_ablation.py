@@ -1,4 +1,4 @@
-"""The blind control: noise in the place of images, so that what an image adds can be told from guessing."""
+"""Image ablation: noise in the place of images, the control that tells what an image adds from guessing."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from maskvlm.objectives.masking import Uniform
 from maskvlm.utils.distributed import gather
 
 
-class Blind(nn.Module):
+class ImageAblation(nn.Module):
     """Normal noise with the mean and the variance that the training images have in each channel.
 
     The statistics are those of all images seen in training so far: those of one batch, let alone of one image,

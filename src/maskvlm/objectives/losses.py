@@ -113,7 +113,7 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
 
 
 def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
-    """Masked language modelling (MLM): cross-entropy on the hidden tokens; 0 where nothing is hidden."""
+    """Masked language modelling (MLM): cross-entropy on the masked tokens; 0 where nothing is masked."""
     loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")
     return (loss_CK * weight_CK.flatten()).sum() / count.clamp(min=1)
 
@@ -121,7 +121,7 @@ def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count
 def masked_pixel(
     predicted_BKP: Tensor, target_BKP: Tensor, weight_BK: Tensor, count: Tensor, kind: PixelLoss = "l1"
 ) -> Tensor:
-    """Masked image modelling (MIM): mean error over the values of the hidden patches; the paper's is L1."""
+    """Masked image modelling (MIM): mean error over the values of the masked patches; the paper's is L1."""
     error_BKP = pixel_error(predicted_BKP.float(), target_BKP.float(), kind)
     return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
 

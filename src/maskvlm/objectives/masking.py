@@ -19,7 +19,7 @@ Uniform = Callable[..., Tensor]
 
 
 class PatchMask(NamedTuple):
-    """mask_BN: True where a patch is hidden. index_BK, weight_BK: the hidden positions, weight 1, filled up
+    """mask_BN: True where a patch is masked. index_BK, weight_BK: the masked positions, weight 1, filled up
     with visible ones of weight 0, so that the shape is known without asking the device. visible: so many patches at
     most are visible in a row that is masked; None: not known."""
 
@@ -30,7 +30,7 @@ class PatchMask(NamedTuple):
 
 
 class TokenMask(NamedTuple):
-    """token_CT: ids with the hidden ones replaced. mask_CT: True where the loss looks. index_CK, weight_CK as
+    """token_CT: ids with the masked ones replaced. mask_CT: True where the loss looks. index_CK, weight_CK as
     in `PatchMask`."""
 
     token_CT: Tensor
@@ -40,13 +40,13 @@ class TokenMask(NamedTuple):
 
 
 def count_masked(units: int, ratio: float) -> int:
-    """How many of `units` are hidden: nearest whole number, half up, at least one if the ratio is above 0."""
+    """How many of `units` are masked: nearest whole number, half up, at least one if the ratio is above 0."""
     share = np.float32(units) * np.float32(ratio)  # in single precision, as on the device
     return 0 if ratio == 0 else min(units, max(1, int(share + np.float32(0.5))))
 
 
 class Ratio(NamedTuple):
-    """Which share of each caption is hidden. share_C1: [C, 1], 0 to 1. most: the largest there is."""
+    """Which share of each caption is masked. share_C1: [C, 1], 0 to 1. most: the largest there is."""
 
     share_C1: Tensor
     most: float
@@ -60,7 +60,7 @@ class Ratio(NamedTuple):
 def mask_patches(
     valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform, mask_all: float = 0.0
 ) -> PatchMask:
-    """Hide a share of square blocks of patches, uniform over blocks, fresh for each image (paper sec. 3, P).
+    """Mask a share of square blocks of patches, uniform over blocks, fresh for each image (paper sec. 3, P).
 
     Args:
         valid_B: False rows get no mask.
@@ -69,20 +69,20 @@ def mask_patches(
             edge are cut where the grid does not divide.
         ratio: share of blocks, 0 to 1; the count is exact in every image.
         uniform: source of random numbers.
-        mask_all: probability that all of an image is hidden in the place of that share.
+        mask_all: probability that all of an image is masked in the place of that share.
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
-    hidden = count_masked(block_rows * block_cols, ratio)
-    visible = min((block_rows * block_cols - hidden) * block**2, grid[0] * grid[1])
+    count = count_masked(block_rows * block_cols, ratio)
+    visible = min((block_rows * block_cols - count) * block**2, grid[0] * grid[1])
     noise = uniform(valid_B.shape[0], block_rows * block_cols)
     rank = noise.argsort(dim=1).argsort(dim=1)
-    hides = rank < hidden
+    chosen_BU = rank < count
     if mask_all:
-        hides, hidden = hides | (uniform(valid_B.shape[0])[:, None] < mask_all), block_rows * block_cols
-    block_mask = hides.unflatten(1, (block_rows, block_cols))
+        chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < mask_all), block_rows * block_cols
+    block_mask = chosen_BU.unflatten(1, (block_rows, block_cols))
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]
-    return PatchMask(mask_BN, *positions(mask_BN, min(hidden * block**2, mask_BN.shape[1])), visible)
+    return PatchMask(mask_BN, *positions(mask_BN, min(count * block**2, mask_BN.shape[1])), visible)
 
 
 def mask_tokens(
@@ -97,7 +97,7 @@ def mask_tokens(
     whole_word: bool = False,
     keep_and_swap: bool = False,
 ) -> TokenMask:
-    """Hide a share of the real tokens, never specials or padding (paper sec. 3: 30 %, always [MASK]).
+    """Mask a share of the real tokens, never specials or padding (paper sec. 3: 30 %, always [MASK]).
 
     Args:
         token_CT, special_CT, word_CT: as in `Batch`.
@@ -108,7 +108,7 @@ def mask_tokens(
         mask_id: the id of [MASK].
         vocab_size: bound of the random replacements.
         text_length: the longest T there can be.
-        whole_word: hide all pieces of a word together.
+        whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 rule ([MASK], a random token, unchanged) instead of always [MASK].
     """
     rows, length = token_CT.shape
@@ -122,9 +122,9 @@ def mask_tokens(
     if not isinstance(ratio, Ratio):
         ratio = Ratio(torch.full_like(units_C1, ratio, dtype=torch.float), ratio)
     least_C1 = (ratio.share_C1 > 0).float()
-    hidden_C1 = torch.maximum((units_C1 * ratio.share_C1 + 0.5).floor(), least_C1)  # as count_masked
-    hidden_CU = (rank_CU < hidden_C1) & exists_CU
-    mask_CT = torch.cat([hidden_CU, torch.zeros_like(hidden_CU[:, :1])], 1).gather(1, unit_CT)
+    masked_C1 = torch.maximum((units_C1 * ratio.share_C1 + 0.5).floor(), least_C1)  # as count_masked
+    masked_CU = (rank_CU < masked_C1) & exists_CU
+    mask_CT = torch.cat([masked_CU, torch.zeros_like(masked_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)
     if keep_and_swap:
         choice_CT, other_CT = uniform(rows, 2, text_length)[:, :, :length].unbind(1)

@@ -60,12 +60,12 @@ class MaskedPretraining(Task):
     """The paper's four losses in one step: ITC + ITM + MLM + MIM.
 
     Args:
-        image_mask_ratio: share of image blocks hidden (0.6, P).
-        whole_image_share: in training the probability that a masked image is hidden as a whole (0, P). What its visible
+        image_mask_ratio: share of image blocks masked (0.6, P).
+        whole_image_share: in training the probability that a masked image is masked as a whole (0, P). What its visible
             patches tell would else be learned first, and what its caption tells hardly.
-        text_mask_ratio: share of tokens hidden (0.3, P).
-        masks_per_text: maskings of each caption in a step (1, P); each more hides as many words again at little cost.
-        text_mask_most: in training the second and further maskings of a caption hide a share that is drawn between
+        text_mask_ratio: share of tokens masked (0.3, P).
+        masks_per_text: maskings of each caption in a step (1, P); each more masks as many words again at little cost.
+        text_mask_most: in training the second and further maskings of a caption mask a share that is drawn between
             text_mask_ratio and this one (None: text_mask_ratio). With 1 the model also learns to write from nothing,
             as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
         masked_image_share: share of a step's images that are masked (1, P); a masked image costs about as much as a
@@ -84,7 +84,7 @@ class MaskedPretraining(Task):
             token, too, see `heads.Projection`.
         freeze_aligned: the encoders and contrast learn in that first share of the run alone (false, P), their rates run
             down by its end. The other losses then learn on encoders that stand still, and cost less. `image`: the image
-            encoder alone stands still then; the text encoder goes on learning, from hidden words too, and contrast
+            encoder alone stands still then; the text encoder goes on learning, from masked words too, and contrast
             against images that no longer move (as in LiT, Zhai et al. 2022).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
@@ -95,7 +95,7 @@ class MaskedPretraining(Task):
         text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
             keep_and_swap).
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
-        whole_word: hide all pieces of a word together.
+        whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
         pixel_loss: l1 (P), squared or smooth_l1.
         pixel_norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
@@ -204,7 +204,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
         self.queue = Queue(negative_queue) if negative_queue and weight_itm else None
-        self.captions = 1  # of an image in training, for the chance levels
+        self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = Measure(rerank_k, rerank_contrast)
 
     def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
@@ -264,13 +264,13 @@ class MaskedPretraining(Task):
             if not is_reached:
                 part.requires_grad_(False)
 
-    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+    def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         theirs, own = heads.get("projection.image.weight"), self.state_dict().get("projection.image.weight")
         if theirs is not None and own is not None and theirs.shape[1] != own.shape[1]:
             reads = "class_and_mean" if self.contrastive.reads == "class" else "class"
             what = f"{self.contrastive.reads}, but contrast of the checkpoint reads {reads}"
             raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
-        return super().inherit(heads)
+        return super().warm_start(heads)
 
     def see_words(self, count: Callable[[], Tensor]) -> None:
         if self.weights["mlm"] and self.masked_tokens.from_words:
@@ -293,7 +293,7 @@ class MaskedPretraining(Task):
         queue = self.queue if aligned else None
         if world_size() > 1 or queue is not None:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
-        self.captions = len(batch.owner_C) // len(batch.valid_B)
+        self.texts_per_image = len(batch.owner_C) // len(batch.valid_B)
         batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
         # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
         pairs = len(batch.valid_B) if aligned else 1
@@ -443,7 +443,7 @@ class MaskedPretraining(Task):
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss that is computed; of some it is missing until a batch was seen."""
-        levels = {loss.name: loss.chance(batch_size, self.captions) for loss in self.losses}
+        levels = {loss.name: loss.chance(batch_size, self.texts_per_image) for loss in self.losses}
         return {name: level for name, level in levels.items() if level is not None}
 
     def state(self) -> dict[str, Tensor]:

@@ -124,12 +124,12 @@ class PretrainingLoss(ABC):
         share alone."""
         return
 
-    def chance(self, batch_size: int, captions: int) -> float | None:
+    def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """What a model that has learned nothing pays; None: not known (yet).
 
         Args:
             batch_size: images of the global batch.
-            captions: of an image.
+            texts_per_image: captions of an image in a step, 1 or more.
         """
         return None
 
@@ -203,9 +203,9 @@ class ImageTextContrast(PretrainingLoss):
             weight_B, weight_C, shared_count(weight_B.sum()), shared_count(weight_C.sum()),
         )  # fmt: skip
 
-    def chance(self, batch_size: int, captions: int) -> float:
+    def chance(self, batch_size: int, texts_per_image: int) -> float:
         """Log of the number of columns, mean of both directions."""
-        return math.log(max(batch_size, 1)) + math.log(captions) / 2
+        return math.log(max(batch_size, 1)) + math.log(texts_per_image) / 2
 
 
 class ImageTextMatching(PretrainingLoss):
@@ -229,7 +229,7 @@ class ImageTextMatching(PretrainingLoss):
         logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
         return losses.matching(logits_M2, match_M, weight_M, shared_count(weight_M.sum()))
 
-    def chance(self, batch_size: int, captions: int) -> float:
+    def chance(self, batch_size: int, texts_per_image: int) -> float:
         """Entropy of its 1:2 class prior, 0.6365."""
         return math.log(3) - 2 / 3 * math.log(2)
 
@@ -282,7 +282,7 @@ class MaskedTokens(PretrainingLoss):
             self.count_V = torch.zeros(heads.tokens.vocabulary.out_features, device=weight_CK.device)
         self.count_V.mul_(FADE).index_add_(0, target_CK.flatten(), weight_CK.flatten().to(self.count_V))
 
-    def chance(self, batch_size: int, captions: int) -> float | None:
+    def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """Entropy of the masked tokens of the last 10,000 steps or so."""
         if self.count_V is None or not self.count_V.any():
             return None
@@ -343,7 +343,7 @@ class MaskedPixels(PretrainingLoss):
         flat_BKP = colour_P.expand_as(target_BKP)
         self.level = losses.masked_pixel(flat_BKP, target_BKP, patch.weight_BK, patch.weight_BK.sum(), self.kind)
 
-    def chance(self, batch_size: int, captions: int) -> float | None:
+    def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """Error of the mean colour of the latest batch."""
         return None if self.level is None else float(self.level)
 
@@ -397,6 +397,6 @@ class WordsPresent(PretrainingLoss):
         nats_B = -(words_BV @ torch.logit(share_V) + absent) / words_BV.sum(1).clamp(min=1)
         self.level = (nats_B * valid_B).sum() / valid_B.sum().clamp(min=1)
 
-    def chance(self, batch_size: int, captions: int) -> float | None:
+    def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """What word frequencies alone cost on the latest batch."""
         return None if self.level is None else float(self.level)

@@ -1,7 +1,7 @@
-"""What the model fills in: hidden patches with the caption and with a wrong one, hidden words with the
+"""What the model fills in: masked patches with the caption and with a wrong one, masked words with the
 image and without.
 
-Shapes: B images with one caption each, N patches, K hidden positions, P values of a patch, T tokens,
+Shapes: B images with one caption each, N patches, K masked positions, P values of a patch, T tokens,
 D width, G guesses.
 """
 
@@ -14,19 +14,19 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.heads import patchify, pick, unpatchify
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.evaluation import EVAL_SEED, one_caption
+from maskvlm.objectives.evaluation import EVAL_SEED, one_text
 from maskvlm.objectives.masking import PatchMask, TokenMask
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
 
 
 class FilledImages(NamedTuple):
-    """RGB in [0, 1]: the image with hidden patches grey, filled in with its caption, and with a wrong one.
+    """RGB in [0, 1]: the image with masked patches grey, filled in with its caption, and with a wrong one.
 
-    error_B, error_wrong_B: mean squared error of the hidden values, as normalised pixels.
+    error_B, error_wrong_B: mean squared error of the masked values, as normalised pixels.
     """
 
-    hidden_BCHW: Tensor
+    masked_BCHW: Tensor
     filled_BCHW: Tensor
     filled_wrong_BCHW: Tensor
     error_B: Tensor
@@ -34,7 +34,7 @@ class FilledImages(NamedTuple):
 
 
 class Guesses(NamedTuple):
-    """The best G tokens for each hidden position, the likeliest first, and their probabilities."""
+    """The best G tokens for each masked position, the likeliest first, and their probabilities."""
 
     token_BKG: Tensor
     probability_BKG: Tensor
@@ -45,9 +45,9 @@ class GuessedWords(NamedTuple):
     blank one (the mean colour)."""
 
     index_BK: Tensor
-    hidden_BK: Tensor
-    seeing: Guesses
-    blind: Guesses
+    masked_BK: Tensor
+    with_image: Guesses
+    without_image: Guesses
 
 
 class Reconstruction(NamedTuple):
@@ -69,7 +69,7 @@ def few(batch: Batch, count: int) -> Batch:
     size = len(batch.image_BCHW)
     count = min(count, size)
     row = torch.arange(count, device=batch.index_B.device) * size // max(count, 1)
-    caption = one_caption(batch)[row]
+    caption = one_text(batch)[row]
     longest = int(batch.attention_CT[caption].sum(1).max()) if count else 0
     token, attention, special, word = (x_CT[caption, :longest].clone() for x_CT in batch[1:5])
     owner = torch.arange(count, device=row.device)
@@ -79,11 +79,11 @@ def few(batch: Batch, count: int) -> Batch:
 
 @torch.no_grad()
 def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesses: int = 3) -> Reconstruction:
-    """Hide parts of each pair and fill them in.
+    """Mask parts of each pair and fill them in.
 
     Args:
         backbone, task: in evaluation mode.
-        batch: with one caption an image (see `few`); the wrong caption is the next row's. What is hidden
+        batch: with one caption an image (see `few`); the wrong caption is the next row's. What is masked
             depends on its first image's index alone: every checkpoint is asked the same.
         guesses: G, at most the vocabulary.
     """
@@ -97,7 +97,7 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
 
 
 def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> FilledImages:
-    """Hidden patches from the visible ones and the whole caption."""
+    """Masked patches from the visible ones and the whole caption."""
     size, picked = backbone.image.patch_size, (patch.index_BK, patch.weight_BK)
     true_BKP = pick(patchify(batch.image_BCHW, size), patch.index_BK)
     image_BLD = backbone.image(batch.image_BCHW, patch.mask_BN)
@@ -121,7 +121,7 @@ def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch:
 def guess_words(
     backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int
 ) -> GuessedWords:
-    """Hidden words from the rest of the caption and the whole image, or a blank one."""
+    """Masked words from the rest of the caption and the whole image, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
     found = []
     for image_BCHW in (batch.image_BCHW, torch.zeros_like(batch.image_BCHW[:1])):

@@ -88,7 +88,7 @@ class Task(nn.Module, ABC):
         """Metrics over all batches taken in since the last call, then forget them. `score` chooses the best
         checkpoint, higher is better; chance levels end in `_chance` or `_majority`."""
 
-    def inherit(self, heads: Mapping[str, Tensor]) -> set[str]:
+    def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.
 
         Returns:

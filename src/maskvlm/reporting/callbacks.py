@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Report(Callback):
-    """After an evaluation outside training: prints the table of metrics and writes the two images into the
+    """After an evaluation outside training: prints the table of metrics and writes the two figures into the
     run's folder and to TensorBoard. During training it says what was measured in one line.
 
     What cannot be drawn costs a warning, never a finished training. Measuring a checkpoint later leaves the
@@ -78,7 +78,7 @@ class Report(Callback):
             Console().print(metrics_table(getattr(pl_module, "metrics", {})))
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Both images, as far as there is something to draw."""
+        """Both figures, as far as there is something to draw."""
         folder = folder_of(trainer)
         logged = metrics_file(trainer)
         if logged is not None and self.trained:
@@ -107,7 +107,7 @@ def metrics_file(trainer: L.Trainer) -> Path | None:
 
 
 def attempt(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> None:
-    """Draw an image and hand it to TensorBoard; one line says why it could not be."""
+    """Draw a figure and hand it to TensorBoard; one line says why it could not be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(path)

@@ -20,8 +20,8 @@ COLUMNS = 3
 TITLES = {
     "itc": "ITC: contrast",
     "itm": "ITM: matching",
-    "mlm": "MLM: hidden words",
-    "mim": "MIM: hidden pixels",
+    "mlm": "MLM: masked words",
+    "mim": "MIM: masked pixels",
     "words": "Words of the caption from the image",
 }
 
@@ -100,8 +100,8 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
     keys = {key for row in rows for key in row}
     losses = sorted(key for key in keys if key.startswith("train/") and key not in NOT_LOSSES)
     losses.sort(key=lambda key: [*TITLES, key.removeprefix("train/")].index(key.removeprefix("train/")))
-    held_out = [(RECALL, "recall@1, %"), (WORDS, "hidden words right, %")]
-    held_out.append((PIXELS, "squared error of hidden pixels"))
+    held_out = [(RECALL, "recall@1, %"), (WORDS, "masked words right, %")]
+    held_out.append((PIXELS, "squared error of masked pixels"))
     shown = [part for part in held_out if any(line.key in keys for line in part[0])]
     others = sorted({key.split("/")[0] for key in keys if "/" in key and not key.startswith(KNOWN)})
     rates = [key for key in sorted(keys) if key.startswith("lr") and "no decay" not in key]

@@ -208,10 +208,10 @@ def claim_line(metrics: Mapping[str, float]) -> str:
     parts = []
     if "mlm/accuracy_wrong_image" in metrics:
         points, nats = (gain(m.gain, metrics[m.key], metrics[f"{m.key}_wrong_image"]) for m in WORDS)
-        parts.append(f"hidden words {points} points right ({nats} nats)")
+        parts.append(f"masked words {points} points right ({nats} nats)")
     if "mim/mse_wrong_text" in metrics:
         less = gain("%", metrics["mim/mse"], metrics["mim/mse_wrong_text"])
-        parts.append(f"hidden pixels {less} less squared error")
+        parts.append(f"masked pixels {less} less squared error")
     return f"Gain of the right partner over a wrong one: {', '.join(parts)}" if parts else ""
 
 

@@ -101,8 +101,8 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
     data, backbone, task = trainer.datamodule, pl_module.backbone, pl_module.task  # type: ignore[attr-defined]
     rows, source = data.splits[split], type(data.source)
     ids = data.hashed_image_ids(split)
-    lineage = pl_module.history
-    seen = None if ids is None else overlap(ids, lineage)
+    history = pl_module.history
+    seen = None if ids is None else overlap(ids, history)
     return {
         "task": f"{type(task).__module__}.{type(task).__qualname__}",
         "data": {
@@ -116,7 +116,7 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
             "share measured": share_measured(trainer, split),
         },
         "checkpoint": checkpoint_of(trainer, pl_module),
-        "lineage": [step.words() for step in lineage],
+        "lineage": [step.words() for step in history],
         "images of the split seen in training": "unknown" if seen is None else seen,
         "resolution": backbone.image.image_size,
         "text length": backbone.text.text_length,

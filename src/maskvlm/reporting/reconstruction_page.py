@@ -1,4 +1,4 @@
-"""`reconstructions.png`: pairs with parts hidden, and what the model fills in with the right partner or not.
+"""`reconstructions.png`: pairs with parts masked, and what the model fills in with the right partner or not.
 
 Laid out in inches from the top left corner; captions in a fixed-width font, so that words can be shaded.
 """
@@ -24,7 +24,7 @@ POINTS = 7.2  # ten pixels at 100 an inch, where a character takes six: words st
 SPACE = 0.22  # inches between rows
 LINE, CHARACTER = 0.14, 0.06  # inches a line and a character of DejaVu Sans Mono
 WRAP = int(TEXT / CHARACTER)
-WORD, GUESS, SIDE = 14, 9, 36  # characters: the hidden word, a guess, three guesses with their percentages
+WORD, GUESS, SIDE = 14, 9, 36  # characters: the masked word, a guess, three guesses with their percentages
 MOST_WORDS = 8
 CLOSING = set(".,;:!?)%'")  # no space before these
 BLACK, GREY, GREEN, RED, SHADE = "#222222", "#8a8a8a", "#1b8a3a", "#c9302c", "#ffe9a8"
@@ -47,8 +47,8 @@ def reconstructions(
 ) -> Path:
     """Draw held-out pairs with what the model fills in.
 
-    Each row: the image, the image with patches hidden, filled in with its caption, filled in with a wrong
-    one; beside it the caption with hidden words shaded, and each hidden word's likeliest fillings with the
+    Each row: the image, the image with patches masked, filled in with its caption, filled in with a wrong
+    one; beside it the caption with masked words shaded, and each masked word's likeliest fillings with the
     image and with a blank one, green where right and red where wrong.
 
     Args:
@@ -80,7 +80,7 @@ def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Figure:
         left = MARGIN + place * (IMAGE + GAP)
         write_line(figure, left, top, [Segment(title, bold=True)])
     words = [
-        Segment("caption, hidden words shaded", bold=True),
+        Segment("caption, masked words shaded", bold=True),
         Segment("  (percentages: the likeliest guesses)"),
     ]
     write_line(figure, MARGIN + len(columns) * (IMAGE + GAP) + GAP, top, words)
@@ -108,9 +108,9 @@ def image_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | No
     """Title, images and errors of each column."""
     columns: list[tuple[str, Tensor, Tensor | None]] = [("image", result.image_BCHW, None)]
     if result.images is not None:
-        hidden, filled, wrong, error, error_wrong = result.images
-        columns += [("patches hidden", hidden, None), ("with its caption", filled, error)]
-        if len(hidden) > 1:  # the wrong caption is the next row's
+        masked, filled, wrong, error, error_wrong = result.images
+        columns += [("patches masked", masked, None), ("with its caption", filled, error)]
+        if len(masked) > 1:  # the wrong caption is the next row's
             columns += [("with a wrong caption", wrong, error_wrong)]
     return columns
 
@@ -126,29 +126,29 @@ def error_text(error: Tensor, errors: Tensor) -> Segment:
 
 
 def words_of_row(result: Reconstruction, row: int, tokenizer: Any) -> list[Line]:
-    """The column of words: the caption, the wrong one, and the guesses for each hidden word."""
+    """The column of words: the caption, the wrong one, and the guesses for each masked word."""
     batch, other = result.batch, (row + 1) % len(result.image_BCHW)
-    hidden: set[int] = set()
+    masked: set[int] = set()
     if result.words is not None:
-        index_K, hidden_K = result.words.index_BK[row], result.words.hidden_BK[row]
-        hidden = set(index_K[hidden_K].tolist())
-    lines = wrap(caption_pieces(batch, row, tokenizer, hidden), WRAP)
+        index_K, masked_K = result.words.index_BK[row], result.words.masked_BK[row]
+        masked = set(index_K[masked_K].tolist())
+    lines = wrap(caption_pieces(batch, row, tokenizer, masked), WRAP)
     if result.images is not None and other != row:
         wrong = [Segment("wrong: ", GREY)]
         wrong += [piece._replace(colour=GREY) for piece in caption_pieces(batch, other, tokenizer, set())]
         lines += wrap(wrong, WRAP)
     if result.words is not None:
-        head = f"{'hidden word':{WORD}}{'with its image':{SIDE}}without an image"
+        head = f"{'masked word':{WORD}}{'with its image':{SIDE}}without an image"
         lines += [[], [Segment(head, GREY)]]
-        places = sorted(hidden)
+        places = sorted(masked)
         lines += [guess_line(result, row, place, tokenizer) for place in places[:MOST_WORDS]]
         if len(places) > MOST_WORDS:
             lines.append([Segment(f"and {len(places) - MOST_WORDS} more", GREY)])
     return lines
 
 
-def caption_pieces(batch: Batch, row: int, tokenizer: Any, hidden: set[int]) -> list[Segment]:
-    """The caption token by token, with spaces between words; hidden tokens shaded."""
+def caption_pieces(batch: Batch, row: int, tokenizer: Any, masked: set[int]) -> list[Segment]:
+    """The caption token by token, with spaces between words; masked tokens shaded."""
     pieces: list[Segment] = []
     last = -1
     words = batch.word_CT[row].tolist()
@@ -158,7 +158,7 @@ def caption_pieces(batch: Batch, row: int, tokenizer: Any, hidden: set[int]) -> 
         text = piece_text(tokenizer, token)
         if pieces and words[place] != last and text not in CLOSING:
             pieces.append(Segment(" "))
-        pieces.append(Segment(text, shade=place in hidden, bold=place in hidden))
+        pieces.append(Segment(text, shade=place in masked, bold=place in masked))
         last = words[place]
     return pieces
 
@@ -204,12 +204,12 @@ def cut_line(line: Line, width: int) -> Line:
 
 
 def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> Line:
-    """A hidden word and its likeliest fillings with the image and without."""
+    """A masked word and its likeliest fillings with the image and without."""
     assert result.words is not None
     target = int(result.batch.token_CT[row, place])
     position = int((result.words.index_BK[row] == place).nonzero()[0, 0])
     line = [Segment(f"{shorten(piece_text(tokenizer, target), WORD - 2):{WORD}}", bold=True)]
-    for guesses in (result.words.seeing, result.words.blind):
+    for guesses in (result.words.with_image, result.words.without_image):
         line += guess_segments(guesses, row, position, target, tokenizer)
     return line
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskvlm.checkpoint.provenance import Origin, Provenance
-from maskvlm.checkpoint.warm_start import Seen, lineage_of
+from maskvlm.checkpoint.warm_start import Seen, training_history_of
 from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
@@ -85,24 +85,24 @@ class LitModel(L.LightningModule):
         self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
         task.build(backbone)
-        self.inherited = self._inherit()
+        self.warm_started = self._warm_start()
 
-    def _inherit(self) -> set[str]:
+    def _warm_start(self) -> set[str]:
         """Heads of the checkpoint that the backbone starts from, unless they decide among other labels."""
         origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
         if origin is None:
             return set()
         if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
-            return self.task.inherit({})
+            return self.task.warm_start({})
         self.backbone.origin = origin._replace(heads={})
-        return self.task.inherit(origin.heads)
+        return self.task.warm_start(origin.heads)
 
     @property
     def provenance(self) -> Provenance:
         """Where every tensor comes from, heads included."""
         own = self.task.state_dict()
         source = self.backbone.origin.path if self.backbone.origin else ""
-        heads = Provenance({name: Origin("loaded", tuple(own[name].shape), source) for name in self.inherited})
+        heads = Provenance({name: Origin("loaded", tuple(own[name].shape), source) for name in self.warm_started})
         return (self.backbone.provenance.under("backbone") | heads.under("task")).complete(self)
 
     def setup(self, stage: str) -> None:
@@ -139,7 +139,7 @@ class LitModel(L.LightningModule):
     on_test_start = on_validation_start
 
     def _check_heads(self, path: str) -> None:
-        missing = [name for name, _ in self.task.named_parameters() if name not in self.inherited]
+        missing = [name for name, _ in self.task.named_parameters() if name not in self.warm_started]
         if not missing:
             return
         theirs, name = self.backbone.origin and self.backbone.origin.labels, type(self.task).__name__
@@ -235,17 +235,17 @@ class LitModel(L.LightningModule):
         return getattr(getattr(self.task, "measure", None), "reference", None)
 
     @property
-    def lineage(self) -> tuple[Seen, ...]:
+    def history_before(self) -> tuple[Seen, ...]:
         """The data that the weights had seen before this run; where it trains nothing, what a checkpoint tells."""
         if self._loaded is not None:
             return self._loaded
-        return self.backbone.origin.lineage if self.backbone.origin else ()
+        return self.backbone.origin.history if self.backbone.origin else ()
 
     @property
     def history(self) -> tuple[Seen, ...]:
         """The data that the weights have seen by now."""
         learned = self.trained and self.trainer.global_step > 0
-        return (*self.lineage, self._seen_here()) if learned else self.lineage
+        return (*self.history_before, self._seen_here()) if learned else self.history_before
 
     def _seen_here(self) -> Seen:
         """This run's training data; its ids are hashed once."""
@@ -273,7 +273,7 @@ class LitModel(L.LightningModule):
         measure = getattr(self.task, "measure", None)
         if measure is not None and checkpoint.get("reference") is not None:
             measure.reference = checkpoint["reference"]  # until the next evaluation
-        told = lineage_of(checkpoint)
+        told = training_history_of(checkpoint)
         if self.trained and told and told[-1][:3] == self._seen_here()[:3]:
             told = told[:-1]  # a run that goes on states its own part anew
         self._loaded = told

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.training.attempts import forget
+from maskvlm.utils.disk import whole_file
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.outputs import cannot_write
 
@@ -63,11 +64,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """As `write_json`, any text. Raises UserError (73, or 74 for a full disk)."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise cannot_write(error, path) or error from error
 

@@ -1,19 +1,51 @@
-"""Folders: what makes a file survive a power failure, and which files lead out of one."""
+"""Files and folders: a file that is written whole or not at all, and which files lead out of a folder."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maskvlm.utils.errors import ExitCode, UserError
 
 
+@contextmanager
+def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
+    """Where to write a file so that it appears under its name complete and on the disk, or not at all.
+
+    Whatever is raised within leaves the file that was there before. The folder is made where it is missing.
+
+    Args:
+        path: of the file.
+        writer: sets several processes apart that may write the same file at once; one of them is the last.
+
+    Yields:
+        A path beside it, of a file that is not there yet or is left over from a writer that was killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}{writer}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames in it permanent, and in their order, where the system can."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_inside(file: Path) -> None:

@@ -22,7 +22,7 @@ from maskvlm.data.prepared.manifest import (
     coverage,
     sha256_of_part,
     tool_versions,
-    whole_file,
+    whole_set_file,
     write_dataset_files,
     write_set_json,
 )
@@ -59,7 +59,7 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
     """The files that make one set of the shards; the manifest is the last of them."""
     splits: dict[str, Any] = {}
     left_out, mended = Reasons(), Reasons()
-    with whole_file(root / SKIPPED) as lines:
+    with whole_set_file(root / SKIPPED) as lines:
         for split in [name for name in SPLITS if counts[name]]:
             notes = (read_note(note_file(root, split, number)) for number in range(counts[split]))
             summary = Summary()
@@ -168,7 +168,7 @@ def remove_others(root: Path, splits: dict[str, Any]) -> None:
 def copy(file: Path, root: Path) -> str:
     """An annotation file as it is distributed, beside the images; its name."""
     try:
-        with file.open("rb") as source, whole_file(root / file.name) as target:
+        with file.open("rb") as source, whole_set_file(root / file.name) as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except OSError as error:
         raise UserError(file, f"cannot be read ({error.strerror})", "Check the file", ExitCode.IO_ERROR) from error

@@ -15,7 +15,7 @@ import numpy as np
 from maskvlm.data.batch import Row
 from maskvlm.data.images import BadImage
 from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_image, screened
-from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_file
+from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_set_file
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
@@ -248,7 +248,7 @@ def draw_look(told: LookReport, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write_set(path, error) from error
-    with whole_file(path) as file:
+    with whole_set_file(path) as file:
         file.write(image.getbuffer())
 
 

@@ -23,7 +23,7 @@ from maskvlm.data.prepared.manifest import (
     SCHEMA,
     cannot_write_set,
     sha256_of_part,
-    whole_file,
+    whole_set_file,
     write_set_json,
 )
 from maskvlm.data.prepared.manifest_schema import FORMAT
@@ -99,7 +99,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
     sink: HashingSink | None = None
     batches = maker.batches(job.rows)
     if (first := next(batches, None)) is not None:
-        with whole_file(root / shard_name(job)) as file:
+        with whole_set_file(root / shard_name(job)) as file:
             sink = HashingSink(file)
             with pa.ipc.new_stream(pa.PythonFile(sink, "w"), SCHEMA) as stream:
                 stream.write_batch(first)

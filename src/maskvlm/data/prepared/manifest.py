@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,7 @@ from PIL import features
 from maskvlm.data.opening import check_below, content_of, opened
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.text import clean_caption
-from maskvlm.utils.disk import sync_folder
+from maskvlm.utils.disk import whole_file
 from maskvlm.utils.errors import ExitCode, UserError
 
 MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
@@ -61,26 +61,16 @@ SCHEMA = pa.schema(
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_set_file(path: Path) -> Iterator[IO[bytes]]:
     """A new file that appears under its name complete and on the disk, or not at all.
 
     Raises:
         UserError: the disk is full (74) or the folder cannot be written (73); what was there before is whole.
     """
     check_set_path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name[:100]}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        with whole_file(path, f".{os.getpid()}") as temporary, temporary.open("wb") as file:
+            yield file
     except OSError as error:
         raise cannot_write_set(path, error) from error
 
@@ -118,8 +108,8 @@ def cannot_write_set(path: Path, error: OSError) -> UserError:
 
 
 def write_set_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """As `whole_file`, plain data."""
-    with whole_file(path) as file:
+    """As `whole_set_file`, plain data."""
+    with whole_set_file(path) as file:
         file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 

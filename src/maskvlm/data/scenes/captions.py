@@ -19,7 +19,7 @@ OBJECT_WORDS = ("shapes", "objects", "things")
 
 @dataclass(frozen=True)
 class Style:
-    """How a writer puts things. The size words go with the rest of the style, so that a hidden word can be told from
+    """How a writer puts things. The size words go with the rest of the style, so that a masked word can be told from
     the image and its neighbours. Few words that an image does not decide: they would cost compute and teach little.
     """
 
@@ -220,7 +220,7 @@ def tell_names(scene: Scene, rng: random.Random) -> Caption:
 def tell_spots(scene: Scene, rng: random.Random) -> Caption:
     """Each place, and one attribute of what is there, the same of all things.
 
-    A hidden word of long captions can be told from the rest of the thing's attributes; here only from its place.
+    A masked word of long captions can be told from the rest of the thing's attributes; here only from its place.
     """
     style = style_of(scene, rng)
     attribute = choose(rng, ("shape", "colour", "size", "pattern"))
