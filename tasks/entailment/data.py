@@ -47,7 +47,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 NO_LABEL = "-"  # the annotators did not agree
 CORRECTED = "label corrected"
 LAYOUT = "SNLI-VE"
-TODO = "Prepare the set (make data SET=snli_ve RAW=..), or set data.source.root to the folder of its files"
+TODO = "Prepare the set (maskvlm data snli_ve FOLDER), or set data.source.root to the folder of its files"
 
 
 class SnliVe(ExampleSource):
@@ -56,7 +56,7 @@ class SnliVe(ExampleSource):
     Pairs with the label `-` are left out of every split and counted, as the data set's authors do.
 
     Args:
-        root: folder of the files as distributed, or of the set that `make data` made of them.
+        root: folder of the files as distributed, or of the set that `maskvlm data` made of them.
         train, val, test: their names; None where there is none.
         images: folder of Flickr30k's (or Flickr8k's) images, found by the photo's number that starts their names, or
             of that set prepared; by default the root's own, `images/` in it, or the root.

@@ -5,7 +5,7 @@ from types import MappingProxyType
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import Classification, decide
 from maskvlm.objectives.methods import Method
 
@@ -22,9 +22,9 @@ class Entailment(Classification):
         }
     )
 
-    def more(self, judged: list[Judged]) -> dict[str, float]:
+    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
         """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: examples."""
-        known = [one for one in judged if one.truth]
+        known = [one for one in scored if one.truth]
         if not known:
             return {}
         column = {label: number for number, label in enumerate(self.labels)}

@@ -23,7 +23,7 @@ VERSION = 1
 
 LABELS = ("False", "True")
 LAYOUT = "NLVR2"
-TODO = "Prepare the set (make data SET=nlvr2 RAW=..), or set data.source.root to the folder of its files"
+TODO = "Prepare the set (maskvlm data nlvr2 FOLDER), or set data.source.root to the folder of its files"
 
 
 class Nlvr2(ExampleSource):
@@ -34,7 +34,7 @@ class Nlvr2(ExampleSource):
     named by the identifier without the pair, as eval/metrics.py has it for consistency.
 
     Args:
-        root: folder of the files as distributed, or of the set that `make data` made of them.
+        root: folder of the files as distributed, or of the set that `maskvlm data` made of them.
         train, val, test: their names; None where there is none.
         images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.
         cache: where the tables are kept; by default with those of Hugging Face datasets.

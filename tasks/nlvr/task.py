@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import Classification, Reads, decide
 from maskvlm.objectives.methods import Method
 
@@ -28,26 +28,26 @@ class Nlvr(Classification):
         told = f"whether a sentence is true of {images_per_example} images"
         self.methods = {"compare": Method(decide, images_per_example, "sentence", told)}
 
-    def more(self, judged: list[Judged]) -> dict[str, float]:
-        return {"consistency": consistency(judged), "consistency_chance": consistency_chance(judged)}
+    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+        return {"consistency": consistency(scored), "consistency_chance": consistency_chance(scored)}
 
 
-def groups_of(judged: list[Judged]) -> list[list[Judged]]:
+def groups_of(scored: list[ScoredExample]) -> list[list[ScoredExample]]:
     """Examples with a known truth by sentence."""
-    found: dict[str, list[Judged]] = {}
-    for one in judged:
-        if one.right is not None:
+    found: dict[str, list[ScoredExample]] = {}
+    for one in scored:
+        if one.correct is not None:
             found.setdefault(one.example["group"] or one.example["id"], []).append(one)
     return list(found.values())
 
 
-def consistency(judged: list[Judged]) -> float:
-    """Percent of sentences that are judged right with every pair of images they are shown with (NLVR2's)."""
-    right = [all(one.right == 1 for one in group) for group in groups_of(judged)]
-    return 100 * sum(right) / len(right) if right else float("nan")
+def consistency(scored: list[ScoredExample]) -> float:
+    """Percent of sentences that are answered correctly with every pair of images they are shown with (NLVR2's)."""
+    correct = [all(one.correct == 1 for one in group) for group in groups_of(scored)]
+    return 100 * sum(correct) / len(correct) if correct else float("nan")
 
 
-def consistency_chance(judged: list[Judged]) -> float:
+def consistency_chance(scored: list[ScoredExample]) -> float:
     """Consistency of answers by lot."""
-    level = [0.5 ** len(group) for group in groups_of(judged)]
+    level = [0.5 ** len(group) for group in groups_of(scored)]
     return 100 * sum(level) / len(level) if level else float("nan")

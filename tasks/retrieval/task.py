@@ -149,6 +149,7 @@ class Retrieval(Task):
         return terms
 
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
+        """Contrast vectors of this process's batch and of the global one, and which belong together."""
         if self.training:
             self.projection.bound()
         image_BE = self.projection.embed_image(image_BLD)
@@ -158,6 +159,7 @@ class Retrieval(Task):
         )
 
     def contrastive_loss(self, contrast: CaptionContrast, batch: Batch) -> Tensor:
+        """ITC over all captions of an image: see `losses.soft_contrastive`."""
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
         counts = shared_count(weight_B.sum()), shared_count(weight_C.sum())
@@ -174,6 +176,7 @@ class Retrieval(Task):
         return Hard(*drawn)
 
     def matching_loss(self, fused_M: Fused, hard: Hard, batch: Batch) -> Tensor:
+        """ITM: of M fused pairs the first C belong together, the others are hard negatives."""
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
         weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.text.weight_B])

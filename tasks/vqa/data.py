@@ -48,7 +48,7 @@ VERSION = 2
 
 LAYOUT = "VQA v2"
 DIGITS = 12  # how wide the number in the name of a COCO image is
-TODO = "Prepare the set (make data SET=vqav2 RAW=..), or set data.source.root to the folder of its files"
+TODO = "Prepare the set (maskvlm data vqav2 FOLDER), or set data.source.root to the folder of its files"
 VOCABULARY_TODO = "Lower data.source.min_count, or set data.source.answers"
 
 
@@ -60,7 +60,7 @@ class VqaV2(ExampleSource):
     the answers of the vocabulary.
 
     Args:
-        root: folder of the files as distributed, or of the set that `make data` made of them.
+        root: folder of the files as distributed, or of the set that `maskvlm data` made of them.
         train: parts to train on; with val's the model trains on all answers that are published.
         val, test: parts to evaluate on; None where there is none. Without annotations, `test` has no answers.
         images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.

@@ -134,4 +134,5 @@ def as_table(measured: VqaAccuracy) -> Table:
 
 
 def cells(mean: Mean) -> tuple[str, str]:
+    """Percent with two digits, as VQA is reported, and the number of questions."""
     return f"{mean.percent:.2f}", f"{mean.questions:,}"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import EVAL_SEED, Classification, Decision, decide, likeliest
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
@@ -109,9 +109,11 @@ class Vqa(Classification):
     def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
         if not self.generates:
             return super().update(backbone, batch)
-        said = self.answers(backbone, batch)
-        right = [self.right(word, example["answers"]) for word, example in zip(said, batch.examples, strict=True)]
-        self.judgements.add(batch, said, right)
+        predicted = self.answers(backbone, batch)
+        correct = [
+            self.correct(word, example["answers"]) for word, example in zip(predicted, batch.examples, strict=True)
+        ]
+        self.scored.add(batch, predicted, correct)
 
     def answers(self, backbone: MaskVLM, batch: ExampleBatch) -> list[str]:
         """The generative head's answer to each question."""
@@ -137,11 +139,11 @@ class Vqa(Classification):
         question = self.read(backbone, batch, Draw(EVAL_SEED, 0, device).local)
         token_KS, attention_KS = (part.to(device) for part in self.vocabulary(backbone))
         if self.decode == "free":
-            said = self.answers(backbone, batch)
-            token_AS, attention_AS = (part.to(device) for part in self.spell(backbone, said))
+            predicted = self.answers(backbone, batch)
+            token_AS, attention_AS = (part.to(device) for part in self.spell(backbone, predicted))
             own = torch.arange(rows, device=device)
             likelihood = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, own).exp().tolist()
-            return [Decision(word, p, {word: p}) for word, p in zip(said, likelihood, strict=True)]
+            return [Decision(word, p, {word: p}) for word, p in zip(predicted, likelihood, strict=True)]
         found = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
         chosen_BM, likelihood_BM = found
         probability_BK = likelihood_BM.new_zeros(rows, len(self.labels)).scatter(1, chosen_BM, likelihood_BM.exp())
@@ -175,14 +177,14 @@ class Vqa(Classification):
             }
         return self.table
 
-    def right(self, prediction: str, answers: list[str]) -> float | None:
+    def correct(self, prediction: str, answers: list[str]) -> float | None:
         """The official accuracy (`metric.py`)."""
         return accuracy(prediction, answers) if answers else None
 
-    def more(self, judged: list[Judged]) -> dict[str, float]:
+    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
         """`accuracy_prior`: of the most frequent answer to everything. `accuracy_ceiling`: of choosing the best answer
         that the vocabulary has."""
-        known = [one for one in judged if one.example["answers"]]
+        known = [one for one in scored if one.example["answers"]]
         if not known:
             return {}
         usual = Counter(one.truth for one in known).most_common(1)[0][0]

@@ -274,7 +274,7 @@ def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str
 def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:
     asked = torch.cuda.device_count() + 3
     said = fails("--trainer.accelerator", "gpu", "--trainer.devices", str(asked), code=ExitCode.UNAVAILABLE)
-    assert f"trainer.devices: found {asked - 3} of {asked} GPUs. Use WHERE=cpu" in said
+    assert f"trainer.devices: found {asked - 3} of {asked} GPUs. Use where=cpu" in said
 
 
 def typo(name: str, draw: random.Random) -> str:

@@ -69,6 +69,22 @@ def test_bash_completes(words: tuple[str, ...], offered: list[str]) -> None:
     assert complete(*words) == offered
 
 
+def test_bash_completes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "best.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    found = [f"checkpoints/{name}/best.ckpt" for name in ("first", "second")]
+    assert sorted(complete("maskvlm", "finetune", "vqa", "from", "=")) == found
+
+
+def test_help_of_a_method_that_tasks_may_bring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["answer", "--help"]) == 0
+    assert "maskvlm answer --from CHECKPOINT" in capsys.readouterr().out
+    assert main(["captoin", "--help"]) == 2
+    assert "did you mean caption?" in capsys.readouterr().err
+
+
 def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`from=` is `--from` to a method, too."""
     for given in (["from=no.ckpt"], ["--from", "no.ckpt"]):

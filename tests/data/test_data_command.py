@@ -58,6 +58,13 @@ def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest
     assert maskvlm(["data-check", str(tmp_path / "sets" / "mine"), "--workers", "1"]) == 0
 
 
+def test_a_name_that_is_a_word_of_its_own_is_told(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["csv", str(pairs), "--out", str(tmp_path / "coco"), "--workers", "1", *COLUMNS], []) == 0
+    assert "note: data=coco is a word of its own: conf/data/coco.yaml holds for this set" in capsys.readouterr().out
+
+
 def test_the_folder_of_sets_is_named_by_the_environment(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +77,7 @@ def test_the_folder_of_sets_is_named_by_the_environment(
     ("arguments", "said"),
     [
         (["cocoo", "x"], "SET: there is no set 'cocoo'. Did you mean coco?"),
-        (["coco", "/no/such"], "RAW=/no/such: there is no such file or folder"),
+        (["coco", "/no/such"], "/no/such: there is no such file or folder"),
         (["csv", "RAW", "--side", "4"], "--side: 4 is not from 8 to 10000"),
         (["csv", "RAW", "--quality", "101"], "--quality: 101 is not from 1 to 100"),
         (["csv", "RAW", "--side", "big"], "maskvlm data: argument --side: invalid int value"),

@@ -106,7 +106,7 @@ def test_a_set_that_is_not_there_is_one_line_with_the_command(root: Path) -> Non
         mixed(root, coco=1.0, sbu=1.0, cc3m=1.0)
     said = str(raised.value)
     assert "no prepared data set sbu, cc3m" in said
-    assert "make data SET=sbu RAW=<its folder>; make data SET=cc3m RAW=" in said
+    assert "maskvlm data sbu <its folder>; maskvlm data cc3m " in said
     assert "\n" not in said
     assert raised.value.code == ExitCode.MISSING_INPUT
 

@@ -140,14 +140,14 @@ def test_a_set_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     assert str(error).startswith(f"{tmp_path / 'coco'}: no such folder of a prepared set. Make it with `make data SET=")
     assert error.code == ExitCode.MISSING_INPUT
     (tmp_path / "coco").mkdir()
-    assert "coco/manifest.json: no prepared set here. Make it with `make data SET=coco RAW=...`" in str(
+    assert "coco/manifest.json: no prepared set here. Make it with `maskvlm data coco FOLDER`" in str(
         error_of(tmp_path / "coco")
     )
 
 
 def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / MAKING).mkdir()
-    assert "this prepared set is unfinished. Run the same `make data` again" in str(error_of(tmp_path))
+    assert "this prepared set is unfinished. Run the same `maskvlm data` again" in str(error_of(tmp_path))
 
 
 def test_a_split_that_is_not_there_lists_those_that_are(toy: Path) -> None:

@@ -30,7 +30,7 @@ from maskvlm.data.text import Captioner, tokenizer_from_json, tokenizer_hash, tr
 from maskvlm.data.transforms import eval_transform
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.encoders import TextEncoder
-from maskvlm.objectives.answers import Judgements
+from maskvlm.objectives.answers import ScoredExamples
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.scenes import SceneHypotheses
 from tasks.vqa.data import VqaV2
@@ -230,7 +230,7 @@ def test_what_an_evaluation_keeps_of_an_example_holds_no_image() -> None:
     data, collate, kept = (
         EvalExamples(split, eval_transform(spec), 24),
         CollateExamples(captioner, source),
-        Judgements(),
+        ScoredExamples(),
     )
     for first in range(0, 12, 4):
         batch = collate([data[index] for index in range(first, first + 4)])

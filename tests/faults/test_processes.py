@@ -188,7 +188,7 @@ def test_fewer_cards_than_asked_for(forks: Forks, tmp_path: Path, build: Build) 
     child = forks.start(words, tmp_path / "log.txt", build=build)
     assert child.wait(30) == ExitCode.UNAVAILABLE
     assert child.said("error: ")[0].startswith("error: trainer.devices: found ")
-    assert child.said("error: ")[0].endswith("of 999 GPUs. Use WHERE=cpu (--trainer.accelerator cpu) or fewer devices.")
+    assert child.said("error: ")[0].endswith("of 999 GPUs. Use where=cpu (--trainer.accelerator cpu) or fewer devices.")
 
 
 # ---------------------------------------------------------------------- what is judged, without processes

@@ -25,7 +25,7 @@ from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.reporting.meters import Smoothed
 from maskvlm.training.lit import LitModel
 from maskvlm.training.run_record import RunRecord
-from maskvlm.training.step_guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, StepGuard, Window, judged, median
+from maskvlm.training.step_guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, StepGuard, Window, median, verdict_of
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -106,7 +106,7 @@ def fit(
     return shas, guard
 
 
-@pytest.mark.guard("maskvlm.training.step_guard:judged", gives="args[0].new_zeros(())")
+@pytest.mark.guard("maskvlm.training.step_guard:verdict_of", gives="args[0].new_zeros(())")
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
@@ -198,6 +198,13 @@ def test_too_many_in_a_row_end_the_run(build: Build, tmp_path: Path) -> None:
     assert [one["step"] for one in listed] == [3, 4, 6, 7, 8]
 
 
+def test_a_run_whose_steps_were_all_skipped_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="all 2 steps were skipped: nothing was learned") as caught:
+        fit(tmp_path, Poisoned({0, 1}, factor=NAN), steps=2)
+    assert caught.value.code == ExitCode.BAD_DATA
+    fit(tmp_path / "one", Poisoned({0}, factor=NAN), steps=2)  # one step taught something
+
+
 def test_an_overflowing_temperature_is_bounded_and_a_lost_one_ends_the_run(tmp_path: Path) -> None:
     """`log_scale` of 1e4 would be exp(1e4); back within its bounds, it costs no step."""
     model = Poisoned(set())
@@ -219,7 +226,7 @@ def limits(losses: list[float]) -> tuple[Window, list[int]]:
     window, verdicts = Window(), []
     for loss in losses:
         value = torch.tensor(loss)
-        verdict = judged(value, torch.tensor(1.0), window.limit(value.device))
+        verdict = verdict_of(value, torch.tensor(1.0), window.limit(value.device))
         window.take(value, verdict)
         verdicts.append(int(verdict))
     return window, verdicts
@@ -235,7 +242,7 @@ def test_what_is_a_spike() -> None:
     assert set(limits(noise)[1]) == {0}
     assert limits([5.0, *[NAN] * 200, *[5.0] * LEAST, 5e9])[1][-1] == SPIKE  # what is not finite takes no part
     assert limits([-5.0] * 20 + [-4.0, 1e6])[1][-2:] == [0, SPIKE]
-    assert int(judged(torch.tensor(1.0), torch.tensor(INF), torch.tensor(NAN))) == GRADIENT
+    assert int(verdict_of(torch.tensor(1.0), torch.tensor(INF), torch.tensor(NAN))) == GRADIENT
 
 
 @given(st.lists(st.floats(width=32), max_size=30))
@@ -251,7 +258,7 @@ def test_a_verdict_never_asks_the_device() -> None:
     """Tensors without data stand for a device that would be waited for."""
     window = Window()
     loss = torch.empty((), device="meta")
-    window.take(loss, judged(loss, loss, window.limit(loss.device)))
+    window.take(loss, verdict_of(loss, loss, window.limit(loss.device)))
 
 
 def test_a_run_that_goes_on_judges_as_before() -> None:

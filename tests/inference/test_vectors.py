@@ -1,6 +1,7 @@
 """Vectors of a data set: the model's own, whole files, the same whoever makes them and however often he is stopped."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_a_kill_while_a_file_is_written_leaves_none_of_its_name(
     def half(table: pa.Table, file: Any, **more: Any) -> None:
         plain(table, file, **more)
         if "row" in table.column_names and table["row"][0].as_py() == 4 and "path" in table.column_names:
-            file.truncate(100)
+            os.truncate(file, 100)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(vectors.pq, "write_table", half)

@@ -13,7 +13,7 @@ from toys import WIDTH, toy_backbone
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.model.features import FrozenTower
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import Classification, meet
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
@@ -216,7 +216,7 @@ def test_measured_by_hand() -> None:
 def test_right_is_the_first_answer_word_for_word() -> None:
     task = Classification(LABELS)
     cases: list[tuple[str, list[str]]] = [("red", ["red"]), ("red", ["Red"]), ("red", ["blue", "red"]), ("red", [])]
-    assert [task.right(*case) for case in cases] == [1.0, 0.0, 0.0, None] == [same(*case) for case in cases]
+    assert [task.correct(*case) for case in cases] == [1.0, 0.0, 0.0, None] == [same(*case) for case in cases]
 
 
 def test_levels_card_and_settings() -> None:
@@ -260,8 +260,8 @@ def test_more_is_named_after_the_task() -> None:
     class More(Classification):
         name = "more"
 
-        def more(self, judged: list[Judged]) -> dict[str, float]:
-            return {"seen": float(len(judged))}
+        def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+            return {"seen": float(len(scored))}
 
     backbone, task = toy_backbone(), More(LABELS)
     task.build(backbone)

@@ -186,6 +186,30 @@ def test_a_masking_gives_a_mask(settings: dict[str, Any], said: str) -> None:
         task(backbone, eventful_batch())
 
 
+class NoWords(LastWords):
+    """Masks nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"image_masking": Middle(margin=9)}, "model.task: Middle: masks no patch of the first batch"),
+        ({"text_masking": NoWords()}, "model.task: NoWords: masks no token of the first batch"),
+    ],
+)
+def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[str, Any], said: str) -> None:
+    backbone, task = build(**settings)
+    with pytest.raises(UserError, match=re.escape(said)):
+        task(backbone, eventful_batch())
+    backbone, task = build(image_masking=Middle(margin=9), weight_mim=0.0)  # no loss asks for it
+    task(backbone, eventful_batch())
+    backbone, task = build(image_mask_ratio=0.0, text_mask_ratio=0.0)  # somebody's wish
+    task(backbone, eventful_batch())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

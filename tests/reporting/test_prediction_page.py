@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
 from maskvlm.objectives.task import Prediction
-from maskvlm.reporting.prediction_page import GAP, GREEN, GREY, RED, TEXT, Ink, Shown, draw_page, example_page
+from maskvlm.reporting.page import GREEN, GREY, RED, Page
+from maskvlm.reporting.prediction_page import GAP, SIZE, TEXT, Shown, draw_page, example_page
 
 
 def shown(images: int = 1, **changes: Any) -> Shown:
@@ -32,19 +32,19 @@ def shown(images: int = 1, **changes: Any) -> Shown:
 
 
 def words(*cells: Shown) -> list[str]:
-    return [text.get_text() for text in draw_page(cells).texts]
+    return [text.get_text() for text in draw_page(cells).figure.texts]
 
 
 def frames(*cells: Shown) -> list[Any]:
-    return [axes.patches[0].get_edgecolor()[:3] for axes in draw_page(cells).axes]
+    return [axes.patches[0].get_edgecolor()[:3] for axes in draw_page(cells).figure.axes]
 
 
 def test_words_of_a_cell() -> None:
     assert words(shown()) == [
         "Some predictions, at even distances through the split; 0 of these 1 right",
-        "what is it", "truth: cat", "said:  dog",
+        "what is it", "truth:     cat", "predicted: dog",
     ]  # fmt: skip
-    assert words(shown(truth="", right=None))[1:] == ["what is it", "said:  dog"]
+    assert words(shown(truth="", right=None))[1:] == ["what is it", "predicted: dog"]
     assert words(shown(right=1.0), shown(right=0.3), shown(right=None))[0].endswith("; 1.3 of these 2 right")
     assert words(shown(right=None))[0].endswith("through the split")
 
@@ -54,7 +54,7 @@ def test_a_long_question_ends_in_dots_and_nothing_is_a_formula() -> None:
     assert len(found) == 1 + 4 + 2
     assert found[4].endswith("…")
     assert all(len(line) <= 38 for line in found[1:])
-    page = draw_page([shown(text="$x_1$ costs $5")])
+    page = draw_page([shown(text="$x_1$ costs $5")]).figure
     assert page.texts[1].get_text() == "$x_1$ costs $5"
     assert not page.texts[1].get_parse_math()
 
@@ -65,7 +65,7 @@ LONG = "how many of the men in blue shirts stand with their bicycles on the left
 def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
     found = words(shown(truth=LONG * 2, prediction="word " * 40))[2:]
     assert [line.endswith("…") for line in found] == [False, True, False, True]
-    assert words(shown(truth="a b c"))[2] == "truth: a b c"
+    assert words(shown(truth="a b c"))[2] == "truth:     a b c"
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -73,7 +73,7 @@ def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_no_text_is_wider_than_its_column(text: str, images: int) -> None:
     """As it is drawn, in pixels: the letters of a small font take whole ones."""
-    page = draw_page([shown(images, text=text, truth=text, prediction=text) for _ in range(4)])
+    page = draw_page([shown(images, text=text, truth=text, prediction=text) for _ in range(4)]).figure
     renderer = FigureCanvasAgg(page).get_renderer()
     edge = page.get_size_inches()[0] * page.dpi
     boxes = [axes.get_window_extent(renderer) for axes in page.axes]
@@ -87,17 +87,17 @@ def test_no_text_is_wider_than_its_column(text: str, images: int) -> None:
 @given(st.text(max_size=150), st.integers(1, 4))
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_words_of_any_script_are_wrapped_within_the_column(text: str, most: int) -> None:
-    ink = Ink(Figure(dpi=100))
-    lines = ink.wrap(text, TEXT - GAP, most)
+    page = Page(6, 5, SIZE)
+    lines = page.wrap(text, TEXT - GAP, most)
     assert len(lines) <= most
-    assert all(ink.inches(line) <= TEXT - GAP for line in lines)
+    assert all(page.inches(line) <= TEXT - GAP for line in lines)
     if not (lines and lines[-1].endswith("…")):
         assert "".join("".join(lines).split()) == "".join(text.split())
 
 
 def test_images_of_different_parts_are_labelled() -> None:
     cell = shown(2)._replace(labels=("found", "truth"))
-    page = draw_page([cell, shown(2)])
+    page = draw_page([cell, shown(2)]).figure
     labels = {text.get_text(): text for text in page.texts if text.get_text() in ("found", "truth")}
     assert list(labels) == ["found", "truth"]
     for text, axes in zip(labels.values(), page.axes, strict=False):  # below its own image
@@ -116,7 +116,7 @@ def test_colours_are_the_verdict() -> None:
     ("images", "cells", "columns", "rows"), [(1, 1, 3, 1), (1, 7, 3, 3), (2, 3, 2, 2), (3, 4, 2, 2)]
 )
 def test_the_page_is_as_large_as_its_cells_need(images: int, cells: int, columns: int, rows: int) -> None:
-    page = draw_page([shown(images) for _ in range(cells)])
+    page = draw_page([shown(images) for _ in range(cells)]).figure
     width, height = page.get_size_inches()
     assert width == pytest.approx(columns * (images * 1.37 + 2.6) + 0.4)
     assert height == pytest.approx(rows * 1.49 + 0.7)

@@ -12,12 +12,9 @@ from toys import tokens, toy_batch
 
 from maskvlm.data.text import Captioner, train_tokenizer
 from maskvlm.objectives.reconstruction import GuessedWords, Guesses, Reconstruction, few, reconstruct
+from maskvlm.reporting.page import GREEN, GREY, RED, Segment
 from maskvlm.reporting.reconstruction_page import (
-    GREEN,
-    GREY,
-    RED,
     SIDE,
-    Segment,
     caption_pieces,
     draw_reconstruction,
     error_text,
@@ -97,7 +94,7 @@ def test_the_smaller_error_of_a_row_is_green() -> None:
 def test_true_statistics_are_admitted() -> None:
     for normalised in (False, True):
         backbone, task = toy(pixel_norm=normalised)
-        figure = draw_reconstruction(reconstruct(backbone, task, toy_batch(2)), NAMES)
+        figure = draw_reconstruction(reconstruct(backbone, task, toy_batch(2)), NAMES).figure
         assert any("true mean" in text.get_text() for text in figure.texts) == normalised
 
 
@@ -112,7 +109,7 @@ def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp
     width, height = Image.open(path).size
     assert width == 1256
     assert 3 * 164 < height < 3 * 240
-    assert len(draw_reconstruction(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).axes) == 12
+    assert len(draw_reconstruction(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).figure.axes) == 12
 
 
 def test_one_image_has_no_wrong_caption(tmp_path: Path) -> None:

@@ -7,20 +7,20 @@ import torch
 from toy_examples import example, example_batch
 from toys import WIDTH, toy_backbone
 
-from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.answers import ScoredExample
 from tasks.nlvr.task import Nlvr, consistency, consistency_chance, groups_of
 
 LABELS = ("True", "False")
 
 
-def judged(*rows: tuple[str, float | None]) -> list[Judged]:
+def scored(*rows: tuple[str, float | None]) -> list[ScoredExample]:
     """Examples by (group, right)."""
-    return [Judged(n, example(n, group=group), "", right) for n, (group, right) in enumerate(rows)]
+    return [ScoredExample(n, example(n, group=group), "", right) for n, (group, right) in enumerate(rows)]
 
 
 def test_consistency_by_hand() -> None:
     """Sentence a: all three right. b: one of two. c: its one is wrong. Two examples without a group stand alone."""
-    rows = judged(
+    rows = scored(
         ("a", 1.0), ("b", 1.0), ("a", 1.0), ("c", 0.0), ("b", 0.0), ("a", 1.0), ("", 1.0), ("", 0.0), ("a", None),
     )  # fmt: skip
     assert sorted(len(group) for group in groups_of(rows)) == [1, 1, 1, 2, 3]
@@ -30,7 +30,7 @@ def test_consistency_by_hand() -> None:
 
 
 def test_where_no_truth_is_published_nothing_is_said() -> None:
-    for rows in ([], judged(("a", None), ("", None))):
+    for rows in ([], scored(("a", None), ("", None))):
         assert math.isnan(consistency(rows))
         assert math.isnan(consistency_chance(rows))
 

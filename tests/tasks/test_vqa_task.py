@@ -18,7 +18,7 @@ from toys import CLS, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_attention, to
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.data.text import train_tokenizer
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.answers import Judged
+from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.task import Prediction
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
@@ -342,15 +342,15 @@ def test_metrics_by_hand() -> None:
     """Official accuracy: of ten people, 2 said `red` (0.6 on average over the subsets of nine), 8 said `blue`."""
     task = Vqa(("red", "green"))
     people = ["red"] * 2 + ["blue"] * 8
-    assert task.right("red", people) == pytest.approx(0.6)
-    assert task.right("blue", people) == 1.0
-    assert task.right("cat", people) == 0.0
-    assert task.right("red", []) is None
+    assert task.correct("red", people) == pytest.approx(0.6)
+    assert task.correct("blue", people) == 1.0
+    assert task.correct("cat", people) == 0.0
+    assert task.correct("red", []) is None
     rows = [
-        Judged(0, example(0, answers=people), "red", 0.6),
-        Judged(1, example(1, answers=["green"] * 10), "red", 0.0),
-        Judged(2, example(2, answers=["blue"] * 10), "green", 0.0),
-        Judged(3, example(3, answers=[]), "green", None),
+        ScoredExample(0, example(0, answers=people), "red", 0.6),
+        ScoredExample(1, example(1, answers=["green"] * 10), "red", 0.0),
+        ScoredExample(2, example(2, answers=["blue"] * 10), "green", 0.0),
+        ScoredExample(3, example(3, answers=[]), "green", None),
     ]
     found = task.more(rows)
     assert found["accuracy_prior"] == pytest.approx(100 * (1 + 0 + 1) / 3)  # always `blue`

@@ -130,10 +130,12 @@ def sha256_of(path: Path) -> str:
 
 
 def side_file(path: Path) -> Path:
+    """Where the hash of a checkpoint stands: `last.ckpt.sha256`."""
     return path.with_name(path.name + SIDE)
 
 
 def bad(where: object, what: str, todo: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
+    """The error for a file that is not what it should be (65 unless told otherwise)."""
     return UserError(where, what, todo, code)
 
 

@@ -30,6 +30,7 @@ class Origin(NamedTuple):
 
     @property
     def parameters(self) -> int:
+        """How many numbers the tensor holds."""
         count = 1
         for size in self.shape:
             count *= size

@@ -33,7 +33,9 @@ NAMED = 3
 class Loadable(Protocol):
     """An encoder that knows where its pretrained weights are."""
 
-    def load_pretrained(self) -> Provenance: ...
+    def load_pretrained(self) -> Provenance:
+        """Load them; says of each tensor where it comes from."""
+        ...
 
 
 def load_pretrained(image: Loadable, text: Loadable) -> Provenance:

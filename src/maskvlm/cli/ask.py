@@ -101,18 +101,21 @@ def take(inputs: list[str], form: str, least: int, most: int | None, method: str
 
 
 def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """The likeliest words of each [MASK]."""
     image, text = take(inputs, METHODS["fill"].form, 2, 2, "fill")
     for guesses in model.fill_mask(image, text, options.top):
         yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
 
 
 def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Probability of each text."""
     image, *texts = take(inputs, METHODS["match"].form, 2, None, "match")
     for text, probability in zip(texts, model.match(image, texts), strict=True):  # type: ignore[arg-type]
         yield {"match": probability, "text": text}
 
 
 def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """What was given, the best first."""
     query, *candidates = take(inputs, METHODS["rank"].form, 2, None, "rank")
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
@@ -121,6 +124,7 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
 
 
 def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """A caption of each image."""
     images = take(inputs, METHODS["caption"].form, 1, None, "caption")
     for image in images:
         told = {"caption": model.caption(image)}
@@ -128,12 +132,14 @@ def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Nats of each text."""
     image, *texts = take(inputs, METHODS["score"].form, 2, None, "score")
     for text, value in zip(texts, model.score(image, texts), strict=True):  # type: ignore[arg-type]
         yield {"score": value, "text": text}
 
 
 def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Where the heat map was written, and which patches weigh most."""
     image, text, word = take(inputs, METHODS["explain"].form, 3, 3, "explain")
     found: Any = model.explain(image, text, word)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
@@ -145,16 +151,19 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
 
 
 def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Where the image was written; all patches at once."""
     yield from paint(model.reconstruct, model, inputs, options, "reconstruct")
 
 
 def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Where the image was written; patches in rounds."""
     yield from paint(model.inpaint, model, inputs, options, "inpaint")
 
 
 def paint(
     how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace, method: str
 ) -> Iterator[Answer]:
+    """Mask patches by the options, fill them in by `how`, and write the image."""
     image, text = take(inputs, METHODS[method].form, 2, 2, method)
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
     yield {"written": save_image(how(image, mask, text), options.out, f"{method}.png"), "masked": int(mask.sum())}

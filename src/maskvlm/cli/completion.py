@@ -32,7 +32,8 @@ complete -o default -F _maskvlm maskvlm"""
 
 def main(arguments: list[str], allowed: list[str]) -> str:
     """The script."""
-    values = [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
+    values = ['      from) among="$(compgen -G "checkpoints/*/best.ckpt")" ;;']
+    values += [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
     words = [
         f'      {command.name}) among="{" ".join([*named, *(f"{name}=" for name in command.words)])}" ;;'
         for command in REGISTRY

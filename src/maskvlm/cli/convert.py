@@ -28,6 +28,6 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         content.pop("evaluation", None)
         # What Lightning looks for in a file: epoch and version; optimiser and loops are not there to be restored.
         checkpoint.save({"epoch": 0, "pytorch-lightning_version": L.__version__, **content}, target)
-        return f"{target}: {len(content['state_dict'])} tensors; fine-tune it: make finetune TASK=... FROM={target}"
+        return f"{target}: {len(content['state_dict'])} tensors; fine-tune it: maskvlm finetune ... from={target}"
     PretrainedMaskVLM.from_pretrained(source, allow_import=allowed).save_pretrained(target)
-    return f"{target}: MaskVLM.from_pretrained('{target}'), or FROM={target} to fine-tune"
+    return f"{target}: MaskVLM.from_pretrained('{target}'), or from={target} to fine-tune"

@@ -294,7 +294,7 @@ def check_cards(trainer: Namespace) -> None:
     found, asked = torch.cuda.device_count(), trainer.devices
     wanted = len(asked) if isinstance(asked, list) else int(asked) if str(asked).lstrip("-").isdigit() else 1
     if found < max(1, wanted):
-        todo = "Use WHERE=cpu (--trainer.accelerator cpu) or fewer devices"
+        todo = "Use where=cpu (--trainer.accelerator cpu) or fewer devices"
         what = f"found {found} of {max(1, wanted)} GPUs"
         raise UserError("trainer.devices", what, todo, ExitCode.UNAVAILABLE)
 

@@ -123,12 +123,23 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
         raise UserError(name, "no such command", ELSEWHERE[name])
     if not any(word == "--from" or word.startswith("--from=") for word in arguments):
         near = nearest(name, COMMANDS, 0.5)
+        if {"-h", "--help"} & {*arguments} and not nearest(name, COMMANDS, 0.7):
+            return show_method_help(name)
         what = "no such command" + (f" (did you mean {near}?)" if near else "")
         todo = f"There are: {', '.join(COMMANDS)}; methods of tasks need from=CHECKPOINT"
         raise UserError(cut(name), what, todo)
     from maskvlm.cli.ask import main as answer
 
     return answer(arguments, allowed)
+
+
+def show_method_help(method: str) -> int:
+    """Of a method that a task may bring."""
+    from maskvlm.cli.ask import method_parser
+
+    print("A method of the task that the checkpoint was fine-tuned on, if that has one.")
+    print(method_parser(method).format_help())
+    return 0
 
 
 def stopped_early(stopped: Stopped) -> int:

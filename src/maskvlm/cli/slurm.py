@@ -88,7 +88,7 @@ def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[st
     devices, workers = settings.trainer.devices, settings.data.init_args.get("workers") or 0
     if not str(devices).isdigit():
         what = f"a batch job needs a number of devices a node, not {devices}"
-        raise UserError("trainer.devices", what, "Choose WHERE=slurm4x8 or give --trainer.devices 8")
+        raise UserError("trainer.devices", what, "Choose where=slurm4x8 or give --trainer.devices 8")
     allow = [word for name in allowed for word in ("--allow-import", name)]
     return SCRIPT.format(
         name=Path(settings.run).name,

@@ -80,6 +80,7 @@ class CommandWords(NamedTuple):
     options: list[str]
 
     def get(self, name: str, default: str = "") -> str:
+        """The value of a word; `default` where it is left out."""
         return self.given.get(name, default)
 
 
@@ -289,7 +290,7 @@ def finetune_command(words: CommandWords) -> Composed:
 
 
 def evaluate_command(words: CommandWords) -> Composed:
-    """`evaluate vqa from=... split=test`; without a task what pre-training is judged by is measured."""
+    """`evaluate vqa from=... split=test`; without a task what pre-training is measured by."""
     task, data = "".join(words.places), words.get("data", "scenes")
     command = {"val": "validate", "test": "test"}[split(words)]
     if not task and words.get("from") in ("", "random"):
@@ -310,6 +311,7 @@ def submit_command(words: CommandWords) -> Composed:
 
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
+    """With a task `finetune`, without one `pretrain`."""
     return finetune_command(words) if words.places else pretrain_command(words)
 
 

@@ -136,7 +136,8 @@ def _plain_type(text: str) -> str:
 
 def _missing(match: re.Match[str], _: MessageContext) -> UserError:
     keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match["keys"])
-    return UserError("configuration", f"nothing sets {keys}", "Give the files with -c, or use the Makefile")
+    todo = "Give the files with -c" if "model." in keys else "Give it a value under init_args, where its class is named"
+    return UserError("configuration", f"nothing sets {keys}", todo)
 
 
 def _no_argument(match: re.Match[str], _: MessageContext) -> UserError:

@@ -109,6 +109,7 @@ def check_yaml(text: str, where: str) -> yaml.Node | None:
 
 
 def at_line(where: str, mark: yaml.Mark | None) -> str:
+    """`FILE:LINE`, lines counted from 1."""
     return f"{where}:{mark.line + 1}" if mark else where
 
 

@@ -82,7 +82,9 @@ class Pairs(Protocol):
     """
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Another text for another content; no path or date is in it."""
+        ...
 
     def __len__(self) -> int: ...
 

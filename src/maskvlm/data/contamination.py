@@ -103,7 +103,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     if id_NP is None:
         what = "this data set does not tell its images' ids without opening them"
-        raise UserError("data.held_out", what, "Prepare the data (make data), or leave data.held_out empty")
+        raise UserError("data.held_out", what, "Prepare the data (maskvlm data), or leave data.held_out empty")
     found = find_leaks(id_NP, hash_N, [held_out(place) for place in places])
     count, names = sum(map(len, found.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"

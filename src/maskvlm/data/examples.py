@@ -44,10 +44,14 @@ class Examples(Protocol):
     """One split: examples by index. `skipped`: reason -> places of the rows that were left out or mended."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Another text for another content; no path or date is in it."""
+        ...
 
     @property
-    def skipped(self) -> dict[str, list[str]]: ...
+    def skipped(self) -> dict[str, list[str]]:
+        """Reason -> places of the rows that were left out or mended."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -144,7 +144,7 @@ class Mix(Source):
         wanted = [*self.sets] if name == "train" else [self.evaluate]
         absent = [each for each in wanted if not (self.root / each / "manifest.json").is_file()]
         if absent:
-            commands = "; ".join(f"make data SET={each} RAW=<its folder>" for each in absent)
+            commands = "; ".join(f"maskvlm data {each} <its folder>" for each in absent)
             what = f"there is no prepared data set {', '.join(absent)}"
             raise UserError(self.root, what, f"Prepare it ({commands}), or set DATA_ROOT", ExitCode.MISSING_INPUT)
         if name != "train":

@@ -159,7 +159,7 @@ def fraction_of(pairs: Any, fraction: float, seed: int) -> Any:
     ids_NP = row_ids(pairs)
     if ids_NP is None:
         what = "this data set does not tell its images' ids without opening them"
-        raise UserError("data.fraction", what, "Set it to 1, or prepare the data (make data)")
+        raise UserError("data.fraction", what, "Set it to 1, or prepare the data (maskvlm data)")
     row_N = first_images(ids_NP[:, 0], fraction, seed, FRACTION)
     if not len(row_N):
         what = f"{fraction} of {len(np.unique(ids_NP[:, 0]))} images is none"

@@ -57,6 +57,7 @@ class Board:
         self.shared_WN = torch.zeros(workers, BYTES, dtype=torch.uint8).share_memory_()
 
     def write(self, worker: int, at: At) -> None:
+        """A worker says where it is; a longer text is cut."""
         row = HEAD.pack(*at[:4]) + at.told.encode(errors="replace")[: BYTES - HEAD.size - 1] + b"\0"
         self.shared_WN[worker].numpy()[: len(row)] = np.frombuffer(row, np.uint8)
 
@@ -266,6 +267,6 @@ def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
         return what, f"{FEWER}, or give the job more memory"
     if killed_by == "Bus error":
         what = f"met a bus error at {where}: {SHARED} is full, or a file became shorter while it was read"
-        return what, f"Check the data (make data-check). {LARGER}"
+        return what, f"Check the data (maskvlm data-check). {LARGER}"
     how = f"was ended ({killed_by.lower()})" if killed_by else "ended by itself"
     return f"{how} at {where}", "Look at this sample; data.workers 0 reads it in the main process"

@@ -31,6 +31,7 @@ class SplitText(NamedTuple):
 
 
 def taken_apart(text: str) -> SplitText:
+    """Words with what belongs to them, such as an apostrophe; [MASK] is one."""
     found = list(_WORD.finditer(text))
     return SplitText(text, [each.group() for each in found], [each.span() for each in found])
 
@@ -66,6 +67,7 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
 
 
 def guesses(title: str, found: Sequence[Guess], truth: str) -> str:
+    """Half of a word's answer: the likeliest words with their shares."""
     rows = [(each.word, each.probability, each.word == truth.lower()) for each in found]
     return f'<div class="side"><h5>{escape(title)}</h5>{bars(rows)}</div>'
 
@@ -84,10 +86,12 @@ def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
 
 
 def note(line: str) -> str:
+    """A line that informs, as HTML."""
     return f'<p class="note">{marked(line)}</p>'
 
 
 def problem(line: str) -> str:
+    """A mistake of the visitor, as HTML that screen readers announce."""
     return f'<p class="problem" role="alert">{marked(line)}</p>'
 
 
@@ -195,4 +199,5 @@ def by_lot(grid: tuple[int, int], share: float = 0.6) -> Mask:
 
 
 def empty(grid: tuple[int, int]) -> Mask:
+    """A mask of no patch."""
     return [[False] * grid[1] for _ in range(grid[0])]

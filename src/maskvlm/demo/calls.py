@@ -125,10 +125,12 @@ class Calls:
 
 
 def no_question() -> Refused:
+    """The refusal of a call that the page does not make."""
     return Refused(400, "That is no question of this page.")
 
 
 def not_ours() -> Refused:
+    """The refusal of an image that was not uploaded here."""
     return Refused(403, "An image must be uploaded: addresses and paths are not opened.")
 
 

@@ -77,6 +77,7 @@ def photographs(history: Sequence[Seen]) -> float:
 
 
 def told_of(seen: Seen, name: str | None) -> str:
+    """One entry of a training history in words: the data and how many images."""
     if seen.source == UNKNOWN:
         return "data that it does not name"
     if is_drawn(seen.source):

@@ -141,12 +141,13 @@ class Models:
         return run.trained.photographs if run is not None and run.trained is not None else 0
 
     def load(self, run: Run) -> PretrainedMaskVLM:
+        """The model of a run, on the page's device."""
         return PretrainedMaskVLM.from_pretrained(run.path, device=self.device, allow_import=self.allowed)
 
     def core(self) -> PretrainedMaskVLM:
         """Of pre-training. Raises UserError: there is none."""
         if self.pretrained is None:
-            todo = "Run `make pretrain`, then `make demo` again"
+            todo = "Run `maskvlm pretrain`, then `maskvlm demo` again"
             raise UserError("model", "no checkpoint of pre-training is here", todo, ExitCode.MISSING_INPUT)
         return self.pretrained
 

@@ -36,6 +36,7 @@ def head_of(scope: Scope) -> Head:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by name or by address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -43,6 +44,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
+    """Whether a host is an address, not a name."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:
@@ -117,4 +119,5 @@ def check_media_type(scope: Scope, head: Head, wanted: str) -> None:
 
 
 def header_text(head: Head, name: bytes) -> str:
+    """The value of a header; "" where there is none."""
     return head.get(name, b"").decode("latin-1")

@@ -135,14 +135,16 @@ def about(models: Models) -> str:
             told += f", trained on {trained.told}"
         told += "."
         return answers.note(told) + "".join(map(answers.problem, lines))
-    todo = "No checkpoint of pre-training is here. Run `make pretrain` (15 minutes on two cores), then `make demo`."
+    todo = "No checkpoint of pre-training is here. Run `maskvlm pretrain` (15 minutes on two cores), "
+    todo += "then `maskvlm demo`."
     return "".join(map(answers.problem, [todo, *lines]))
 
 
 def no_task(models: Models) -> str:
+    """What the tab of fine-tuned tasks says where there is none."""
     source = models.found.pretrained.path if models.found.pretrained else "checkpoints/RUN/best.ckpt"
     name = "/".join(Path(source).parts[-3:])
-    return f"No fine-tuned checkpoint is here. Run `make finetune TASK=vqa FROM={name}`, then `make demo` again."
+    return f"No fine-tuned checkpoint is here. Run `maskvlm finetune vqa from={name}`, then `maskvlm demo` again."
 
 
 def inputs_column(desk: Desk) -> None:

@@ -153,6 +153,7 @@ class Searched:
         return self.nearest(self.model.encode_image(image), k)
 
     def nearest(self, vector_E: Tensor, k: int) -> list[Hit]:
+        """The k images whose vectors are nearest to this one, [E], of unit length."""
         if self.index is None:
             similarity_N = self.vector_NE @ vector_E
             order = similarity_N.argsort(descending=True)[:k].tolist()

@@ -35,7 +35,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument(
         "--from", dest="sources", nargs="+", default=[], help="checkpoints; else the best and newest here"
     )
-    parser.add_argument("--index", type=Path, help="a folder to search; the newest that `make index` made, if left out")
+    parser.add_argument("--index", type=Path, help="a folder to search; if left out the newest of `maskvlm index`")
     parser.add_argument("--images", type=Path, help="where the index's images lie: a folder, or a prepared set")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in: nobody is asked who he is")
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
@@ -43,7 +43,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise UserError(
-            "demo", "gradio is not installed", "Run `make demo`, or pip install -e .[demo]", ExitCode.UNAVAILABLE
+            "demo", "gradio is not installed", "Run `make demo`, or pip install maskvlm[demo]", ExitCode.UNAVAILABLE
         )
     os.environ.update(QUIET)
     listener = listen(options.host, options.port)

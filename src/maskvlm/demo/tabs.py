@@ -116,6 +116,7 @@ class Patches:
             desk.on(trigger, self.answer, inputs, self.results)
 
     def with_mask(self, path: str, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
+        """All of the tab for another mask."""
         return {self.mask: mask, **self.answer(path, text, mask, other)}
 
     def answer(self, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
@@ -125,9 +126,11 @@ class Patches:
         )
 
     def of(self, image: Any, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
+        """The tab's images for an image that is open."""
         return dict(zip(self.results, self.drawn(image, text, mask, other), strict=True))
 
     def drawn(self, image: Any, text: str, mask: answers.Mask, other: str) -> list[Any]:
+        """The image with masked patches covered, and filled in from each text; None where nothing is masked."""
         if not any(map(any, mask)):
             return [answers.board(self.model, image, mask), None, None]
         return [answers.board(self.model, image, mask), *answers.painted(self.model, image, mask, (text, other))]
@@ -167,7 +170,7 @@ def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool
             gr.HTML(answers.problem(line))
         told = f"In {searched.told}."
         if not indexed:
-            told += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `make demo`."
+            told += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `maskvlm demo`."
         gr.HTML(answers.note(told))
         query = gr.Textbox(searched.query, label="What to look for", max_length=intake.MAX_TEXT, elem_id="query")
         with gr.Row():

@@ -21,9 +21,11 @@ class Plain:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write a text without its control characters; returns its length."""
         return self.stream.write(escaped(text))
 
     def writelines(self, lines: Any) -> None:
+        """Each by `write`."""
         for line in lines:
             self.write(line)
 

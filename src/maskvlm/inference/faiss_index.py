@@ -62,6 +62,7 @@ def trained_index(kind: IndexKind, vector_NE: Array) -> Any:
 
 
 def turn(index: Any, knob: str | None, value: int | None) -> None:
+    """Set the knob by which an index trades speed for recall; flat ones have none."""
     if knob is not None:
         faiss_module().ParameterSpace().set_index_parameter(index, knob, value)
 

@@ -48,6 +48,7 @@ class ImagePart(nn.Module):
         self.encoder, self.projection = backbone.image, projection
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """pixel_values: [B, 3, H, W], normalised."""
         image_BLD = self.encoder(pixel_values)
         return (image_BLD,) if self.projection is None else (image_BLD, self.projection.embed_image(image_BLD))
 
@@ -60,6 +61,7 @@ class TextPart(nn.Module):
         self.encoder, self.projection = backbone.text, projection
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """input_ids, attention_mask: [B, T], int64."""
         attention_BT = attention_mask.bool()
         text_BTD = self.encoder(input_ids, attention_BT)
         if self.projection is None:
@@ -76,6 +78,7 @@ class FusionPart(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         # With the backbone itself in here a .pt2 file would hold the encoders' weights, too.
+        """Features of both sides to what the class's docstring lists."""
         fused = Backbone.fuse(self, image_features, text_features, attention_mask.bool())  # type: ignore[arg-type]
         if self.matching is None:
             return (fused.joined_MX,)

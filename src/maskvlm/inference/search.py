@@ -112,7 +112,7 @@ class SearchIndex:
             raise UserError(
                 place,
                 f"holds no {ABOUT}",
-                "Make one: make index FROM=checkpoints/RUN/best.ckpt",
+                "Make one: maskvlm index from=checkpoints/RUN/best.ckpt",
                 ExitCode.MISSING_INPUT,
             )
         file = place / ABOUT

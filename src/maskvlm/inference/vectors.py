@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +35,7 @@ from maskvlm.training.failure import process_rank
 from maskvlm.utils.disk import whole_file
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.status_bar import StatusBar
 
 FACTS, BAD = "vectors.json", "bad_samples.json"
 SHARD = 4096  # images
@@ -132,7 +132,7 @@ def embed(
             write_file(file_of(folder, part, count, "captions"), captions_table(model, good, width))
         table = table_of(good, KEPT, torch.cat(vectors))
         write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
-    line.bar.stop()
+    line.bar.close()
     return close(folder, pairs, count)
 
 
@@ -144,6 +144,7 @@ def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]], width
 
 
 def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) -> pa.Table:
+    """Rows of these kinds with a column of their vectors, [N, E], float32."""
     flat = pa.array(vector_XE.numpy().reshape(-1), pa.float32())
     vectors = pa.FixedSizeListArray.from_arrays(flat, vector_XE.shape[1])
     return pa.Table.from_pylist(rows, kinds).append_column("vector", vectors)
@@ -155,25 +156,23 @@ class EmbedProgress:
     def __init__(self, total: int, process: Process) -> None:
         self.total, self.done, self.started, self.told = total, 0, time.monotonic(), time.monotonic()
         self.name = "embedding" + (f", process {process[0]} of {process[1]}" if process[1] > 1 else "")
-        self.terminal = Console().is_terminal and process[0] == 0
-        columns = (TextColumn(self.name), BarColumn(16), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, auto_refresh=False, disable=not self.terminal)
-        self.task = self.bar.add_task("", total=total)
-        self.bar.start()
+        self.bar = StatusBar(self.name, total, Console(), process[0] == 0)
 
     def advance(self, images: int) -> None:
+        """So many more images are done."""
         self.done, now = self.done + images, time.monotonic()
-        if now - self.told < (0.2 if self.terminal else 30.0) and self.done < self.total:
+        if now - self.told < (0.2 if self.bar.drawn else 30.0) and self.done < self.total:
             return
         self.told, speed = now, self.done / max(now - self.started, 1e-9)
         left = duration((self.total - self.done) / speed)
         told = f"{self.done}/{self.total}  {number(speed)} images/s  {left} left"
-        self.bar.update(self.task, completed=self.done, description=told, refresh=True)
-        if not self.terminal:
+        self.bar.show(self.done, told, now=True)
+        if not self.bar.drawn:
             print(f"{self.name}  {told}", flush=True)
 
 
 def file_of(folder: Path, part: int, count: int, kind: str = "pictures") -> Path:
+    """Where shard `part` of `count` lies; kind: "pictures" or "captions"."""
     return folder / f"{kind}-{part:05}-of-{count:05}.parquet"
 
 
@@ -201,21 +200,35 @@ def facts_of(folder: Path) -> Facts:
         raise UserError(path, f"damaged ({error!r})", "Embed into another folder", ExitCode.BAD_DATA) from error
 
 
+def shards_there(folder: Path, count: int) -> list[Path]:
+    """Of `count` shards of images those that are written."""
+    paths = [file_of(folder, part, count) for part in range(count)]
+    return [path for path in paths if path.exists()]
+
+
+def bad_rows_of(shards: Iterable[Path]) -> dict[str, list[str]]:
+    """What these shards could not embed: reason -> messages."""
+    listed: dict[str, list[str]] = {}
+    for path in shards:
+        for reason, message in json.loads((pq.read_schema(path).metadata or {}).get(b"bad", b"[]")):
+            listed.setdefault(reason, []).append(message)
+    return listed
+
+
 def close(folder: Path, pairs: Pairs, count: int) -> str:
     """Lists in `bad_samples.json` what is left out of the shards that are there, whoever made them; returns a line."""
     left_out = {reason: list(places) for reason, places in getattr(pairs, "skipped", {}).items() if places}
-    listed: dict[str, list[str]] = {}
-    there: list[Path] = []
-    # Who writes last must have seen all: whoever has written looks again for shards that came in the meantime.
-    while there != (there := [path for part in range(count) if (path := file_of(folder, part, count)).exists()]):
-        listed = {}
-        for path in there:
-            for reason, message in json.loads((pq.read_schema(path).metadata or {}).get(b"bad", b"[]")):
-                listed.setdefault(reason, []).append(message)
+    there = shards_there(folder, count)
+    while True:
+        listed = bad_rows_of(there)
         if listed or left_out:
             counts = {reason: len(messages) for reason, messages in listed.items()}
             content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
             write_file(folder / BAD, content)
+        # Who writes last must have seen all: whoever has written looks again for shards that came in the meantime.
+        before, there = there, shards_there(folder, count)
+        if there == before:
+            break
     told = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
     line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} images in all"
     line += f"; left out or mended ({', '.join(told)}): listed in {folder / BAD}" if told else ""

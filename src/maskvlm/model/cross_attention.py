@@ -55,12 +55,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, context_USD: Tensor) -> KeyValue:
+        """Keys and values of the other side, [B, heads, L, D / heads] each."""
         key, value = self.key_value(context_USD).chunk(2, dim=-1)
         return KeyValue(self._split(key), self._split(value))
 
     def forward(
         self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None, position_LD: Tensor | None = None
     ) -> Tensor:
+        """Queries [B, T, D] on keys and values of L positions; returns [B, T, D]."""
         asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
         mixed = scaled_dot_product_attention(self._split(self.query(asking_BLD)), *context, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -82,6 +82,7 @@ class Matching(nn.Module):
         self.classify = nn.Linear(width, 2)
 
     def forward(self, fused_MD: Tensor) -> Tensor:
+        """Fused vectors [M, D] to logits [M, 2]: no match, match."""
         return self.classify(fused_MD)
 
 
@@ -107,6 +108,7 @@ class Classifier(nn.Module):
         return self.layers[-1]  # type: ignore[return-value]
 
     def forward(self, fused_BD: Tensor) -> Tensor:
+        """[B, width] to logits [B, labels]."""
         return self.layers(fused_BD)
 
 
@@ -142,6 +144,7 @@ class TokenHead(nn.Module):
         self.vocabulary.bias.copy_(share_V.log())
 
     def forward(self, text_CKD: Tensor) -> Tensor:
+        """[C, K, D] to logits over the vocabulary, [C, K, V]."""
         return self.vocabulary(text_CKD)
 
 
@@ -158,6 +161,7 @@ class WordDetector(nn.Module):
         nn.init.constant_(self.words.bias, -4.0)
 
     def forward(self, image_BLD: Tensor) -> Tensor:
+        """[B, L, D] to logits [B, L, V]."""
         return self.words(image_BLD)
 
 

@@ -15,7 +15,7 @@ from maskvlm.data.examples import ExampleBatch, asked
 from maskvlm.model.heads import Classifier, Matching, Projection, mean_token
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
-from maskvlm.objectives.answers import Judged, Judgements, by_kind, majority, percent
+from maskvlm.objectives.answers import ScoredExample, ScoredExamples, by_kind, majority, percent
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.loaded_model import Model, chunks
 from maskvlm.objectives.masking import Uniform
@@ -103,7 +103,7 @@ class Classification(Task):
             ImageAblation() if image_ablation else None,
             reads,
         )  # `blind` is its name in checkpoints
-        self.judgements = Judgements()
+        self.scored = ScoredExamples()
 
     def build(self, backbone: MaskVLM) -> None:
         width = backbone.width
@@ -170,9 +170,11 @@ class Classification(Task):
     def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
         draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.image_BPCHW.device)
         best = self.logits(backbone, batch, draw.local).argmax(1).tolist()
-        said = [self.labels[number] for number in best]
-        right = [self.right(word, example["answers"]) for word, example in zip(said, batch.examples, strict=True)]
-        self.judgements.add(batch, said, right)
+        predicted = [self.labels[number] for number in best]
+        correct = [
+            self.correct(word, example["answers"]) for word, example in zip(predicted, batch.examples, strict=True)
+        ]
+        self.scored.add(batch, predicted, correct)
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[Decision]:
         """The labels of examples whose truth nobody knows."""
@@ -183,23 +185,23 @@ class Classification(Task):
         """Of each label."""
         return logits_BK.softmax(1)
 
-    def right(self, prediction: str, answers: list[str]) -> float | None:
+    def correct(self, prediction: str, answers: list[str]) -> float | None:
         """1 where the prediction is the answer, else 0; None without one."""
         return float(prediction == answers[0]) if answers else None
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
-        judged = self.judgements.all()
-        self.predictions = [one.line for one in judged]
-        metrics = {f"{self.name}/accuracy": percent(judged)}
-        metrics[f"{self.name}/accuracy_majority"] = majority(judged, self.right)
-        for kind, part in by_kind(judged).items():
+        scored = self.scored.all()
+        self.predictions = [one.line for one in scored]
+        metrics = {f"{self.name}/accuracy": percent(scored)}
+        metrics[f"{self.name}/accuracy_majority"] = majority(scored, self.correct)
+        for kind, part in by_kind(scored).items():
             metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
-            metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.right)
-        metrics |= {f"{self.name}/{key}": value for key, value in self.more(judged).items()}
-        metrics[f"{self.name}/examples"] = float(len(judged))
+            metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.correct)
+        metrics |= {f"{self.name}/{key}": value for key, value in self.more(scored).items()}
+        metrics[f"{self.name}/examples"] = float(len(scored))
         return metrics | {"score": metrics[f"{self.name}/accuracy"]}
 
-    def more(self, judged: list[Judged]) -> dict[str, float]:
+    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
         """Further metrics of the task, without its prefix."""
         return {}
 

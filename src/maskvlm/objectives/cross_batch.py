@@ -27,7 +27,7 @@ class Masks(NamedTuple):
 
 class Encoded(NamedTuple):
     """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked
-    `draws` times the rows follow each other. other_CTD: the further captions of the images, where they have several.
+    `masks_per_text` times the rows follow each other. other_CTD: the further captions of the images that have several.
     """
 
     image_BLD: Tensor
@@ -35,12 +35,12 @@ class Encoded(NamedTuple):
     masked_image_BLD: Tensor | None
     masked_text_BTD: Tensor | None
     other_CTD: Tensor | None = None
-    draws: int = 1
+    masks_per_text: int = 1
 
     @property
-    def first_draw_BTD(self) -> Tensor | None:
+    def first_masked_BTD(self) -> Tensor | None:
         """Of each text one masking."""
-        return None if self.masked_text_BTD is None else self.masked_text_BTD[:: self.draws]
+        return None if self.masked_text_BTD is None else self.masked_text_BTD[:: self.masks_per_text]
 
 
 class Crossed(NamedTuple):
@@ -135,6 +135,7 @@ class PickableRows(NamedTuple):
     attention_UL: Tensor | None
 
     def pick(self, index: Tensor) -> "PickableRows":
+        """The rows of these numbers, in that order."""
         return PickableRows(
             self.rows_ULD.index_select(0, index),
             None if self.attention_UL is None else self.attention_UL[index],
@@ -240,7 +241,7 @@ def cross_all(
     masked_image = encoded.masked_image_BLD if reconstructs[0] else None
     masked_text = encoded.masked_text_BTD if reconstructs[1] else None
     masked = 0 if masked_image is None else len(masked_image)
-    seen_text, seen_image = (encoded.first_draw_BTD, encoded.masked_image_BLD) if mask_both else (None, None)
+    seen_text, seen_image = (encoded.first_masked_BTD, encoded.masked_image_BLD) if mask_both else (None, None)
     if not matching_trains:
         image, text = image.detach(), text.detach()
         if not mask_both:

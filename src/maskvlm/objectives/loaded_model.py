@@ -20,7 +20,9 @@ class Model(Protocol):
     batch_size: int
 
     @property
-    def words(self) -> MarkedTexts: ...
+    def words(self) -> MarkedTexts:
+        """Texts to tokens and back."""
+        ...
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
         """Normalised [B, 3, H, W] on the model's device, in its precision."""

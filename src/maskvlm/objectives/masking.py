@@ -150,12 +150,12 @@ class Vocabulary(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts to be masked, as in `Batch`; each stands `draws` times in a row, to be masked so many times."""
+    """Texts to be masked, as in `Batch`; each stands `masks_per_text` times in a row, to be masked so many times."""
 
     token_CT: Tensor
     special_CT: Tensor
     word_CT: Tensor
-    draws: int = 1
+    masks_per_text: int = 1
 
 
 class ImageMasking(ABC):
@@ -239,14 +239,14 @@ class RandomTokens(TextMasking):
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
         return mask_tokens(
-            *texts[:3], self._share(len(texts.token_CT), texts.draws, uniform), uniform,
+            *texts[:3], self._share(len(texts.token_CT), texts.masks_per_text, uniform), uniform,
             vocabulary.mask_id, vocabulary.size, vocabulary.length, self.whole_word, self.keep_and_swap,
         )  # fmt: skip
 
-    def _share(self, rows: int, draws: int, uniform: Uniform) -> float | Ratio:
-        """Of each row: the first of `draws` maskings has that of evaluation."""
-        if draws == 1 or self.most == self.ratio:
+    def _share(self, rows: int, masks_per_text: int, uniform: Uniform) -> float | Ratio:
+        """Of each row: the first of `masks_per_text` maskings has that of evaluation."""
+        if masks_per_text == 1 or self.most == self.ratio:
             return self.ratio
         drawn_C = uniform(rows)
-        first_C = torch.arange(rows, device=drawn_C.device) % draws == 0
+        first_C = torch.arange(rows, device=drawn_C.device) % masks_per_text == 0
         return Ratio.drawn(self.ratio, self.most, drawn_C.masked_fill(first_C, 0.0))

@@ -204,6 +204,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
         self.queue = Queue(negative_queue) if negative_queue and weight_itm else None
+        self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = Measure(rerank_k, rerank_contrast)
 
@@ -359,19 +360,24 @@ class MaskedPretraining(Task):
             pairs: of the first so many pairs; None: of all.
         """
         texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs
-        draws, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
+        masks_per_text, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
             valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
             check_mask(self.image_masking, patch, PatchMask)
+            if training and not self.masked_before:
+                check_masks_some(self.image_masking, patch.mask_BN, valid_B.any(), "patch")
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
-            token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(draws, 0) for part in parts)
-            rows = Texts(token_CT, special_CT, word_CT, draws)
+            token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(masks_per_text, 0) for part in parts)
+            rows = Texts(token_CT, special_CT, word_CT, masks_per_text)
             text = backbone.text
             token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
             check_mask(self.text_masking, token, TokenMask)
+            if training and not self.masked_before:
+                check_masks_some(self.text_masking, token.mask_CT, (~special_CT).any(), "token")
+        self.masked_before |= training
         return Masks(patch, token)
 
     def some_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
@@ -466,6 +472,14 @@ def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type) ->
     if not isinstance(mask, kind):
         where = f"model.task: {type(masking).__name__}"
         raise UserError(where, f"gave a {type(mask).__name__}", f"Return a masking.{kind.__name__}")
+
+
+def check_masks_some(masking: ImageMasking | TextMasking, mask: Tensor, could: Tensor, what: str) -> None:
+    """Raises UserError where a masking of somebody else's masked nothing of a batch that has something to mask. The
+    host waits for the device, so this is not for every step. A ratio of 0 is somebody's wish."""
+    if not isinstance(masking, RandomBlocks | RandomTokens) and bool(could) and not bool(mask.any()):
+        where = f"model.task: {type(masking).__name__}"
+        raise UserError(where, f"masks no {what} of the first batch", "Check its rule; its loss would learn nothing")
 
 
 def scalar(loss: PretrainingLoss, value: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Step(NamedTuple):
         contrast: unit vectors; where no loss makes a contrast space, all alike.
         negatives: a hard text for each image and a hard image for each text; None without matching.
         crossed: what the cross encoders gave.
-        draws: maskings of each text.
+        masks_per_text: maskings of each text.
         mask_both: each side is reconstructed from the masked other one.
         still: contrast has learned before and is only told now.
     """
@@ -70,7 +70,7 @@ class Step(NamedTuple):
     contrast: Contrast
     negatives: tuple[Negatives, Negatives] | None
     crossed: Crossed
-    draws: int
+    masks_per_text: int
     mask_both: bool
     still: bool
 
@@ -272,8 +272,8 @@ class MaskedTokens(PretrainingLoss):
         """Masked positions, the ids that stood there, and 1.0 where there is one, [C, K] each."""
         token = step.masks.token
         assert token is not None
-        texts = len(token.token_CT) // step.draws
-        target_CK = step.batch.token_CT[:texts].repeat_interleave(step.draws, 0).gather(1, token.index_CK)
+        texts = len(token.token_CT) // step.masks_per_text
+        target_CK = step.batch.token_CT[:texts].repeat_interleave(step.masks_per_text, 0).gather(1, token.index_CK)
         return token.index_CK, target_CK, token.weight_CK
 
     def observe(self, heads: Any, step: Step) -> None:
@@ -316,7 +316,7 @@ class MaskedPixels(PretrainingLoss):
     def __call__(self, heads: Any, step: Step) -> Tensor:
         patch, first = step.masks.patch, self._images(step)
         assert patch is not None
-        masked = step.encoded.first_draw_BTD if step.mask_both else None
+        masked = step.encoded.first_masked_BTD if step.mask_both else None
         seen_BTD = step.encoded.text_BTD if masked is None else masked
         attention_BT = step.batch.attention_CT[:first]
         predicted_BKP = heads.pixels(step.crossed.image_BLD, seen_BTD[:first], attention_BT, patch.index_BK)

@@ -94,15 +94,18 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
+        """Count anew."""
         self.waited = self.worked = 0.0
         self.pairs = 0
 
     def batch_starts(self) -> None:
+        """A batch has arrived."""
         self.began = self.now()
         if self.ended is not None:
             self.waited += self.began - self.ended
 
     def batch_ends(self, pairs: int) -> None:
+        """Its step is done. pairs: in it, of all processes."""
         self.ended = self.now()
         if self.began is not None:
             self.worked += self.ended - self.began

@@ -14,8 +14,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Column
 
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.pretraining_losses import (
@@ -27,6 +25,7 @@ from maskvlm.objectives.pretraining_losses import (
     WordsPresent,
 )
 from maskvlm.reporting.meters import Clock, Left, Losses, Readings, StepSpeed, duration, number, reading_interval
+from maskvlm.utils.status_bar import StatusBar
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +60,7 @@ class TrainingProgress(ProgressBar):
         self.seconds = seconds
         self.console = Console()
         self.enabled = True
-        self.bar: Progress | None = None
-        self.line: TaskID | None = None
+        self.bar: StatusBar | None = None
         self.losses, self.clock, self.left = Losses(), Clock(), Left()
         self.step, self.total, self.status, self.printed = 0, math.inf, "", -math.inf
         self.alone = False  # evaluating outside a training run
@@ -177,31 +175,17 @@ class TrainingProgress(ProgressBar):
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def _open(self, description: str, total: float | None) -> None:
+    def _open(self, name: str, total: float | None) -> None:
         if self.enabled and self.console.is_terminal:
-            # Drawn from the hooks: a thread that redraws would take time from two busy cores.
-            self.bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(16),
-                TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
-                console=self.console,
-                auto_refresh=False,
-            )
-            self.line = self.bar.add_task(description, total=total, status="")
-            self.bar.start()
-            self.drawn = time.monotonic()
+            self.bar = StatusBar(name, total, self.console)
 
-    def _show(self, description: str, done: int | None, status: str) -> None:
-        if self.bar is not None and self.line is not None:
-            self.bar.update(self.line, description=description, completed=done, status=status)
-            if time.monotonic() - self.drawn > 0.2 or done is None:
-                self.bar.refresh()
-                self.drawn = time.monotonic()
+    def _show(self, name: str, done: int | None, words: str) -> None:
+        if self.bar is not None:
+            self.bar.show(done, words, name, now=done is None)
 
     def _close(self) -> None:
         if self.bar is not None:
-            self.bar.refresh()
-            self.bar.stop()
+            self.bar.close()
             self.bar = None
 
 

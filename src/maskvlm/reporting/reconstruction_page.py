@@ -1,23 +1,19 @@
 """`reconstructions.png`: pairs with parts masked, and what the model fills in with the right partner or not.
 
-Laid out in inches from the top left corner; captions in a fixed-width font, so that words can be shaded.
+Captions are in a fixed-width font, so that words can be shaded.
 """
 
-import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 from torch import Tensor
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.reconstruction import Guesses, Reconstruction, few, reconstruct
+from maskvlm.reporting.page import GREEN, GREY, RED, Line, Page, Segment
 
 IMAGE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words
 POINTS = 7.2  # ten pixels at 100 an inch, where a character takes six: words stand in columns
@@ -27,19 +23,6 @@ WRAP = int(TEXT / CHARACTER)
 WORD, GUESS, SIDE = 14, 9, 36  # characters: the masked word, a guess, three guesses with their percentages
 MOST_WORDS = 8
 CLOSING = set(".,;:!?)%'")  # no space before these
-BLACK, GREY, GREEN, RED, SHADE = "#222222", "#8a8a8a", "#1b8a3a", "#c9302c", "#ffe9a8"
-
-
-class Segment(NamedTuple):
-    """Some characters of a line."""
-
-    text: str
-    colour: str = BLACK
-    shade: bool = False
-    bold: bool = False
-
-
-Line = list[Segment]
 
 
 def reconstructions(
@@ -61,47 +44,43 @@ def reconstructions(
     Returns:
         `path`.
     """
-    figure = draw_reconstruction(reconstruct(backbone, task, few(batch, count)), tokenizer)
-    with warnings.catch_warnings():  # scripts that the font lacks are drawn as boxes
-        warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(path, format="png", dpi=100)
-    return path
+    return draw_reconstruction(reconstruct(backbone, task, few(batch, count)), tokenizer).save(path)
 
 
-def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Figure:
+def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Page:
     """One row a pair, as high as its words need."""
     columns = image_columns(result)
     texts = [words_of_row(result, row, tokenizer) for row in range(len(result.image_BCHW))]
     heights = [max(IMAGE + 0.2, LINE * len(text)) + SPACE for text in texts]
     width = 2 * MARGIN + len(columns) * (IMAGE + GAP) + GAP + TEXT
-    figure = Figure(figsize=(width, sum(heights) + 2 * MARGIN + 2 * LINE))
+    page = Page(width, sum(heights) + 2 * MARGIN + 2 * LINE, POINTS)
     top = MARGIN
     for place, (title, _, _) in enumerate(columns):
         left = MARGIN + place * (IMAGE + GAP)
-        write_line(figure, left, top, [Segment(title, bold=True)])
+        page.line(left, top, [Segment(title, bold=True)])
     words = [
         Segment("caption, masked words shaded", bold=True),
         Segment("  (percentages: the likeliest guesses)"),
     ]
-    write_line(figure, MARGIN + len(columns) * (IMAGE + GAP) + GAP, top, words)
+    page.line(MARGIN + len(columns) * (IMAGE + GAP) + GAP, top, words)
     if result.true_statistics and len(columns) > 2:
         note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
-        write_line(figure, MARGIN + 2 * (IMAGE + GAP), top + LINE, note)
+        page.line(MARGIN + 2 * (IMAGE + GAP), top + LINE, note)
     top += 2 * LINE
     errors = torch.stack([error_B for _, _, error_B in columns if error_B is not None] or [torch.empty(0)])
     for row, (text, height) in enumerate(zip(texts, heights, strict=True)):
         for place, (_, image_BCHW, error_B) in enumerate(columns):
             left = MARGIN + place * (IMAGE + GAP)
-            show(figure, left, top, image_BCHW[row])
+            page.image(left, top, IMAGE, image_BCHW[row].permute(1, 2, 0).cpu().numpy())
             if error_B is not None:
-                write_line(figure, left, top + IMAGE + 0.03, [error_text(error_B[row], errors[:, row])])
+                page.line(left, top + IMAGE + 0.03, [error_text(error_B[row], errors[:, row])])
         left = MARGIN + len(columns) * (IMAGE + GAP) + GAP
         for number, line in enumerate(text):
-            write_line(figure, left, top + number * LINE, line)
+            page.line(left, top + number * LINE, line)
         top += height
         if row + 1 < len(texts):
-            rule(figure, top - SPACE / 2)
-    return figure
+            page.rule(MARGIN, width - MARGIN, top - SPACE / 2)
+    return page
 
 
 def image_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | None]]:
@@ -230,37 +209,5 @@ def guess_segments(guesses: Guesses, row: int, position: int, target: int, token
 
 
 def shorten(text: str, most: int) -> str:
+    """At most so many characters; dots say that there were more."""
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-# ---------------------------------------------------------------------- ink
-
-
-def write_line(figure: Figure, left: float, top: float, line: Line) -> None:
-    """One line of fixed-width text, as it is: a dollar sign starts no formula."""
-    width, height = figure.get_size_inches()
-    for segment in line:
-        if segment.text.strip():
-            box = {"facecolor": SHADE, "edgecolor": "none", "pad": 0.6} if segment.shade else None
-            figure.text(
-                left / width, 1 - top / height, segment.text, va="top", fontsize=POINTS, family="monospace",
-                color=segment.colour, weight="bold" if segment.bold else "normal", bbox=box, parse_math=False,
-            )  # fmt: skip
-        left += CHARACTER * len(segment.text)
-
-
-def rule(figure: Figure, top: float) -> None:
-    """A pale line from margin to margin."""
-    width, height = figure.get_size_inches()
-    across, down = (MARGIN / width, 1 - MARGIN / width), 1 - top / height
-    figure.add_artist(Line2D(across, (down, down), color="#d8d8d8", linewidth=0.6))
-
-
-def show(figure: Figure, left: float, top: float, image_CHW: Tensor) -> None:
-    """An image of RGB values in [0, 1]: small ones pixel by pixel, large ones smoothed."""
-    width, height = figure.get_size_inches()
-    area = (left / width, 1 - (top + IMAGE) / height, IMAGE / width, IMAGE / height)
-    axes = figure.add_axes(area)
-    axes.set_axis_off()
-    pixels: NDArray[np.float32] = image_CHW.permute(1, 2, 0).cpu().numpy()
-    axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) <= 128 else "antialiased")

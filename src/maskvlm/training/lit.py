@@ -27,7 +27,9 @@ from maskvlm.utils.errors import ExitCode, UserError, check_least
 class StepJudge(Protocol):
     """What looks at a step before it is made (`step_guard.StepGuard`)."""
 
-    def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None: ...
+    def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None:
+        """Let the coming update pass, or make it change nothing; see `step_guard.StepGuard.judge`."""
+        ...
 
 
 class LitModel(L.LightningModule):
@@ -124,7 +126,7 @@ class LitModel(L.LightningModule):
             raise UserError("model.backbone.image.feature_cache", what, todo)
         train = self.data.splits["train"]
         if not len(train):
-            what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with make data"
+            what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with maskvlm data"
             raise UserError("model.backbone.image.feature_cache", what, todo)
         rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
@@ -150,10 +152,11 @@ class LitModel(L.LightningModule):
             todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
             raise UserError(path, what, todo, ExitCode.BAD_DATA)
         what = f"holds no heads of {name} ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
-        raise UserError(path, what, "Fine-tune it first: make finetune TASK=... FROM=this file", ExitCode.BAD_DATA)
+        raise UserError(path, what, "Fine-tune it first: maskvlm finetune ... from=this file", ExitCode.BAD_DATA)
 
     @property
     def data(self) -> PairData:
+        """The data module of the trainer."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

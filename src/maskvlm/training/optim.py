@@ -28,6 +28,9 @@ def parameter_groups(
     With `layer_decay` below 1 each block of an encoder learns at that share of the rate of the block above it; what
     lies below the first block (patches, words, positions) at that share of the first block's, the last norm at the full
     rate (ELECTRA's rule, which BEiT and MAE fine-tune by). An adapter behind an encoder is new: it learns as the rest.
+    timm's `param_groups_layer_decay` has one rate for one model and asks that for its blocks, which text encoders of
+    transformers do not tell.
+
     Parameters of `late` and of `stopping` have groups of their own, marked so for `schedule`.
 
     Not decayed (C): biases, norms, class and mask tokens, positions, word embeddings and the temperature, that is, what

@@ -99,6 +99,7 @@ class Peers:
     # ------------------------------------------------------------------ records
 
     def path(self, rank: int) -> Path:
+        """Of the record of a process."""
         return self.folder / FOLDER / f"rank-{rank}"
 
     def write(self, code: int | None = None, because: int | None = None, why: str = "") -> None:
@@ -212,11 +213,13 @@ class Peers:
         return self.lost(first[0], 0.0, what)
 
     def lost(self, record: PeerRecord, grace: float, what: str) -> Lost:
+        """The verdict on a process: what happened, and how the run goes on."""
         last = self.folder / "last.ckpt"
         goes_on = f"The same command goes on from {last}" if last.is_file() else "Start the same command again"
         return Lost(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
 
     def everyone(self) -> range:
+        """The ranks of all processes."""
         return range(self.world)
 
     def blame(self, timed_out: bool) -> Lost:
@@ -235,6 +238,7 @@ class Peers:
 
 
 def name(record: PeerRecord) -> str:
+    """A process as messages call it: rank, host and process number."""
     return f"rank {record.rank} ({record.host}, process {record.pid})"
 
 

@@ -32,7 +32,7 @@ FREE = (
 rounding of sums."""
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 RECORD = "config-fit.yaml"
-CHOOSE = "Choose another folder (--folder; RUN= with make)"
+CHOOSE = "Choose another folder (--folder, or run=)"
 
 
 def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | None:

@@ -75,7 +75,7 @@ def median(values_W: Tensor) -> tuple[Tensor, Tensor]:
     return sorted_W.gather(0, ((count - 1) // 2).clamp(min=0)[None])[0], count
 
 
-def judged(loss: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
+def verdict_of(loss: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
     """Why a step must not be made, as a place in REASONS; 0 where it may. All are single numbers on one device."""
     spike = torch.where(loss > limit, SPIKE, 0)
     return torch.where(loss.isfinite(), torch.where(norm.isfinite(), spike, GRADIENT), LOSS)
@@ -168,7 +168,7 @@ class StepGuard(Callback):
         loss = shared_count(torch.stack(self.losses).sum())
         norm = torch.zeros_like(loss) if scaled else norm.to(loss)
         limit = self.window.limit(loss.device)
-        verdict = judged(loss, norm, limit)
+        verdict = verdict_of(loss, norm, limit)
         self.window.take(loss, verdict)
         if not scaled:
             optimizer.found_inf = (verdict > 0).float()  # type: ignore[attr-defined]
@@ -186,6 +186,9 @@ class StepGuard(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.settle(0)
         pl_module.guard = None  # type: ignore[assignment]
+        if self.steps and self.steps == trainer.global_step:
+            what = f"all {self.steps} steps were skipped: nothing was learned"
+            raise UserError(folder_of(trainer), what, self._todo, ExitCode.BAD_DATA)
 
     # ------------------------------------------------------------------ afterwards
 
@@ -219,13 +222,14 @@ class StepGuard(Callback):
             print(f"warning: {told}", file=sys.stderr, flush=True)
         self._check_row(reason, verdict.step)
 
+    _todo = "Look at the samples in bad_samples.json; lower model.lr, or go on --from an earlier checkpoint"
+
     def _check_row(self, reason: str, step: int) -> None:
         if self.in_a_row < self.stop_after:
             return
         assert self.trainer is not None
         what = f"{self.in_a_row} steps in a row were skipped up to step {step}, the last as {reason}"
-        todo = "Look at the samples in bad_samples.json; lower model.lr, or go on --from an earlier checkpoint"
-        raise UserError(folder_of(self.trainer), what, todo, ExitCode.BAD_DATA)
+        raise UserError(folder_of(self.trainer), what, self._todo, ExitCode.BAD_DATA)
 
 
 def aside(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:

@@ -75,6 +75,9 @@ class Absent:
 def check_least(least: float, values: Mapping[str, float | None]) -> None:
     """Refuse numbers below `least`; None passes.
 
+    jsonargparse's PositiveInt and its like would say the same in signatures, but only options are held against them:
+    a module that Python or a checkpoint's model spec builds would take any number.
+
     Args:
         least: the smallest value allowed.
         values: by configuration key.

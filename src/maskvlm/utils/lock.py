@@ -218,5 +218,5 @@ def who(holder: Holder | None) -> str:
 def taken(folder: Path, holder: Holder | None) -> UserError:
     """The refusal."""
     named = "" if holder is None else f" ({who(holder)})"
-    todo = "Wait for it, or choose another folder (--folder; RUN= with make)"
+    todo = "Wait for it, or choose another folder (--folder, or run=)"
     return UserError(folder, f"another process trains here{named}", todo, ExitCode.CANNOT_CREATE)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.compose import choices
 from maskvlm.data.prepare.end import ROWS, Plan
 from maskvlm.data.prepare.look import look_at_raw
 from maskvlm.data.prepare.prepare import complete, prepare
@@ -68,6 +69,8 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     if left_out:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
         print(f"left out: {left_out:,} rows ({reasons}), listed in {root / SKIPPED}")
+    if settings.name != given.set and settings.name in choices("data"):
+        print(f"note: data={settings.name} is a word of its own: conf/data/{settings.name}.yaml holds for this set")
     print(f"look at {root / LOOK}")
     return ExitCode.DONE
 
@@ -97,7 +100,7 @@ def check_raw(raw: str) -> None:
         check_set_path(Path(raw).expanduser())
     except UserError as error:
         what, todo = "there is no such file or folder", "Name the set's folder or file"
-        raise UserError(f"RAW={error.where}", what, todo, ExitCode.MISSING_INPUT) from error
+        raise UserError(error.where, what, todo, ExitCode.MISSING_INPUT) from error
 
 
 def check_places(name: str, raw: str, root: Path) -> str:

@@ -113,6 +113,7 @@ class Reasons:
         self.first: dict[str, list[dict[str, str]]] = {}
 
     def add(self, entry: RowNote) -> None:
+        """Count a row under its reason; the first ones are listed by name."""
         self.count[entry.reason] += 1
         if len(shown := self.first.setdefault(entry.reason, [])) < EXAMPLES:
             shown.append({"origin": entry.origin, "message": entry.message})
@@ -131,6 +132,7 @@ class Summary:
         self.totals: Counter[str] = Counter()
 
     def add(self, made: ShardNote) -> None:
+        """One more shard, in the order of the rows."""
         self.sha256.update(made.digests.encode())
         self.totals.update(pictures=made.rows, captions=made.captions, kept=made.kept, bytes=made.bytes)
         if made.file:
@@ -138,6 +140,7 @@ class Summary:
             self.shards.append(part)
 
     def card(self) -> dict[str, Any]:
+        """What the manifest tells of the split."""
         return {**self.totals, "sha256": self.sha256.hexdigest(), "shards": self.shards}
 
 

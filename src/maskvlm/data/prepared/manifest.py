@@ -141,10 +141,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         if (root / MAKING).is_dir():
-            todo = "Run the same `make data` again: it goes on where it stopped"
+            todo = "Run the same `maskvlm data` again: it goes on where it stopped"
             raise UserError(root, "this prepared set is unfinished", todo, ExitCode.MISSING_INPUT)
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
-        todo = f"Make it with `make data SET={root.name} RAW=...` (DATA_ROOT= is the folder that holds the sets)"
+        todo = f"Make it with `maskvlm data {root.name} FOLDER` (DATA_ROOT is the folder that holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
     check_below(path, root)
     return checked_manifest(content_of(path, MOST_BYTES), path)
@@ -163,7 +163,7 @@ def tool_versions() -> dict[str, str | None]:
 
 def sha256_of_part(path: Path) -> str:
     """Of a file's bytes. Raises UserError where it cannot be read."""
-    with opened(path, "Run `make data` again, or fetch the file") as stream:
+    with opened(path, "Run `maskvlm data` again, or fetch the file") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -89,7 +89,7 @@ class PreparedPairs:
 
 
 class Prepared(Source):
-    """A set that `make data` has made (a `Source`).
+    """A set that `maskvlm data` has made (a `Source`).
 
     Args:
         root: its folder.

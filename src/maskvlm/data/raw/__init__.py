@@ -112,13 +112,12 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     if columns and (wrong := [role for role in columns if role not in ROLES]):
         raise UserError("columns", f"there is no role {wrong[0]!r}", f"Roles are {', '.join(ROLES)}")
     if columns and name not in WITH_COLUMNS:
-        raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take SET=csv")
+        raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take csv")
     path = Path(raw).expanduser()
     check_file_or_folder(path)
     if not raw.strip() or (name != "hf" and not os.path.exists(path)):
-        where = f"RAW={raw}"
-        todo = "Set RAW to the folder or file of the set as it was downloaded"
-        raise UserError(where, "there is no such file or folder", todo, ExitCode.MISSING_INPUT)
+        todo = "Name the folder or file of the set as it was downloaded"
+        raise UserError(raw or "data", "there is no such file or folder", todo, ExitCode.MISSING_INPUT)
     if kind is not None:
         return kind(str(path), as_name or name)
     return SETS[name](raw if name == "hf" else str(path), as_name or name, columns or {})

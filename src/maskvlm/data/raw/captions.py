@@ -176,7 +176,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
     image, caption = ("filename", "raw") if "raw" in table.columns else ("image_name", "comment")
     if missing := [name for name in (image, caption) if name not in table.columns]:
         what = f"no column {missing[0]!r} (there are {', '.join(map(repr, table.columns))})"
-        raise UserError(file, one_line(what), "Fetch it again, or use SET=csv", ExitCode.BAD_DATA)
+        raise UserError(file, one_line(what), "Fetch it again, or prepare it as csv", ExitCode.BAD_DATA)
     for record in table.records():
         values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
         problem = record.problem

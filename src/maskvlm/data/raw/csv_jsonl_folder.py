@@ -252,11 +252,11 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
     if path.is_file():
         return TableSet([path], name, columns)
     if not path.is_dir():
-        raise UserError(raw, "no file and no folder", "Name the file with RAW=", ExitCode.MISSING_INPUT)
+        raise UserError(raw, "no file and no folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
     if not files:
         what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"
-        raise UserError(raw, what, "Name the file itself with RAW=", ExitCode.MISSING_INPUT)
+        raise UserError(raw, what, "Name the file itself", ExitCode.MISSING_INPUT)
     for file in files:
         check_below(file, path)
     return TableSet(files, name, columns)
@@ -275,5 +275,5 @@ def open_jsonl(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 def open_folder(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     """Images with captions beside them."""
     if not Path(raw).is_dir():
-        raise UserError(raw, "not a folder", "Name the folder of the images with RAW=", ExitCode.MISSING_INPUT)
+        raise UserError(raw, "not a folder", "Name the folder of the images", ExitCode.MISSING_INPUT)
     return FolderSet(Path(raw), name, columns)

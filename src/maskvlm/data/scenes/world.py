@@ -61,10 +61,12 @@ class Thing:
 
     @property
     def row(self) -> int:
+        """Of the grid, 0 at the top."""
         return self.cell // 3
 
     @property
     def column(self) -> int:
+        """Of the grid, 0 at the left."""
         return self.cell % 3
 
     @property

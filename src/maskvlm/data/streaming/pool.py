@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from maskvlm.data.prepare.shards import Job, PreparationStopped, Settings, ShardNote, make_shard
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.status_bar import StatusBar
 
 TOLD_EVERY = 30.0  # seconds between lines where there is no terminal
 WINDOW = 30.0  # seconds that the speed is of
@@ -122,17 +122,13 @@ class Stage:
         self.name, self.total, self.counts, self.say = name, total, counts, say
         self.told = time.monotonic()
         self.past: deque[tuple[float, int]] = deque([(self.told, 0)])
-        terminal = Console(stderr=True)
-        columns = (TextColumn(name), BarColumn(16), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=terminal, auto_refresh=False, disable=not terminal.is_terminal)
-        self.task = self.bar.add_task("", total=total)
+        self.bar = StatusBar(name, total, Console(stderr=True))
 
     def __enter__(self) -> "Stage":
-        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.bar.close()
 
     def show(self) -> None:
         """Tell how far it is, if it is time."""
@@ -142,8 +138,8 @@ class Stage:
             self.past.append((now, used + left_out))
         while now - self.past[0][0] > WINDOW and len(self.past) > 2:
             self.past.popleft()
-        if not self.bar.disable:
-            self.bar.update(self.task, completed=used + left_out, description=self.line(), refresh=True)
+        if self.bar.drawn:
+            self.bar.show(used + left_out, self.line())
         elif now - self.told >= TOLD_EVERY:
             self.told = now
             self.say(f"{self.name}  {self.line()}")

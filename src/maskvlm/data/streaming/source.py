@@ -170,7 +170,7 @@ class Stream(Source):
         evaluate: folder of the prepared set that measures: its `val` and `test`.
         streaming: read shards as they come, without a copy here; needs `data.steps`. False: the prepared set,
             on this disk, in one global order.
-        name: of the set; starts the ids of images that have no other, as in `make data`.
+        name: of the set; starts the ids of images that have no other, as in `maskvlm data`.
         buffer: rows that wait in each data worker, to be drawn in a random order; 0: the order within a shard.
         replay: a run that goes on reads over all that was consumed, to see the same samples as one that was not
             stopped; false starts another order of the shards instead, at once.
@@ -200,7 +200,7 @@ class Stream(Source):
         if self.streaming:
             return StreamedPairs(list_shards(self.root), self.name, self.buffer, self.replay)
         if not isinstance(self.root, str) or "*" in self.root or self.root.endswith(ENDINGS):
-            todo = "Prepare it (make data SET=webdataset RAW=its folder) and name the set's folder, or stream it"
+            todo = "Prepare it (maskvlm data webdataset FOLDER) and name the set's folder, or stream it"
             what = f"{self.root} is no prepared set, and no other can be read from this disk"
             raise UserError("data.source.root", what, todo)
         return Prepared(self.root).split(name)

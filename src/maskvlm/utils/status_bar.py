@@ -1,0 +1,52 @@
+"""One line of progress on a terminal: of training, of a preparation, of an embedding."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+REDRAW = 0.2  # seconds
+
+
+class StatusBar:
+    """What is done, a bar, and words that say how it goes. Nothing is drawn where there is no terminal: who works there
+    prints a plain line now and then.
+
+    It is redrawn when it is told something, not by a thread, which would take time from two busy cores.
+
+    Args:
+        name: what is done.
+        total: what `done` reaches in the end; None where unknown.
+        console: where it is drawn.
+        shown: False draws nothing on a terminal either.
+
+    Attributes:
+        drawn: whether there is anything to see.
+    """
+
+    def __init__(self, name: str, total: float | None, console: Console, shown: bool = True) -> None:
+        self.drawn = shown and console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(16),
+            TextColumn("{task.fields[words]}", markup=False, table_column=Column(overflow="fold")),
+            console=console,
+            auto_refresh=False,
+            disable=not self.drawn,
+        )
+        self._task = self._progress.add_task(name, total=total, words="")
+        self._progress.start()
+        self._at = time.monotonic()
+
+    def show(self, done: float | None, words: str, name: str | None = None, now: bool = False) -> None:
+        """Tell how far it is. done: None leaves the bar as it is. now: draw it even if it was just drawn."""
+        self._progress.update(self._task, description=name, completed=done, words=words)
+        if now or time.monotonic() - self._at > REDRAW:
+            self._progress.refresh()
+            self._at = time.monotonic()
+
+    def close(self) -> None:
+        """Draw it for the last time."""
+        self._progress.refresh()
+        self._progress.stop()
