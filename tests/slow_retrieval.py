@@ -55,7 +55,7 @@ class Slow:
         self.task, self.backbone, self.batch = task, backbone, batch
         self.owner = batch.owner_C.tolist()
         self.images = batch.valid_B.nonzero().flatten().tolist()
-        self.texts_per_image = [c for c, b in enumerate(self.owner) if b in self.images]
+        self.captions = [c for c, b in enumerate(self.owner) if b in self.images]
         self.image = [backbone.image(image[None])[0] for image in batch.image_BCHW]
         self.text = [self.read(c) for c in range(len(self.owner))]
 

@@ -230,11 +230,12 @@ def test_the_order_of_writing_survives_power_loss(saved: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "replace", replace)
     save(content(), saved)
     side = ["sync .last.ckpt.sha256.tmp", "name last.ckpt.sha256", "sync run"]
-    assert trace == ["sync .last.ckpt.tmp", *side, "name last.ckpt", "sync run", *side]
+    named = ["sync .last.ckpt.tmp", "name last.ckpt", "sync run"]
+    assert trace == ["sync .last.ckpt.tmp", *side, *named, *side]
     trace.clear()
     save(content(), saved, saved.with_name("previous.ckpt"))  # the old file keeps a name, and is stated, all the time
     moved = ["name previous.ckpt", "sync run", *(line.replace("last", "previous") for line in side)]
-    assert trace == ["sync .last.ckpt.tmp", *side, *moved, "name last.ckpt", "sync run", *side]
+    assert trace == ["sync .last.ckpt.tmp", *side, *moved, *named, *side]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(saved: Path) -> None:

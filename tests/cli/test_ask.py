@@ -166,7 +166,7 @@ def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert ours["global_step"] == theirs["global_step"] == 7
         first = PretrainedMaskVLM.from_pretrained(back).state_dict()
         assert first.keys() == PretrainedMaskVLM.from_pretrained(folder).state_dict().keys()
-    assert "FROM=" in capsys.readouterr().out
+    assert "from=" in capsys.readouterr().out
     with pytest.raises(UserError, match="is there already"):
         convert([str(place / "best.ckpt"), str(tmp_path / "best")])
 

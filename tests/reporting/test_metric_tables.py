@@ -33,14 +33,14 @@ def lines(metrics: dict[str, float], width: int = 80) -> list[str]:
 
 def test_every_metric_stands_in_its_group() -> None:
     assert lines(RECALL | WORDS | PIXELS | {"vqa/accuracy": 12.3456, "score": 9.0}) == [
-        "Recall in %                              R@1    R@5   R@10",
+        "Recall in %                             R@1    R@5   R@10",
         "captions of an image, contrast alone    1.0    5.0   10.0",
         "captions of an image, re-ranked        11.0   15.0   20.0",
-        "image of a caption, contrast alone    21.0   25.0   30.0",
-        "image of a caption, re-ranked         31.0   35.0   40.0",
+        "image of a caption, contrast alone     21.0   25.0   30.0",
+        "image of a caption, re-ranked          31.0   35.0   40.0",
         "Words, with image   right   wrong    none   vs wrong   vs none",
-        "accuracy, %            63.1    49.2    48.9      +13.9     +14.2",
-        "loss, nats            1.200   1.720   1.800     +0.520    +0.600",
+        "accuracy, %          63.1    49.2    48.9      +13.9     +14.2",
+        "loss, nats          1.200   1.720   1.800     +0.520    +0.600",
         "Pixels, with caption    right    wrong     none   vs wrong   vs none",
         "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %",
         "squared, objects       0.2000   0.1600   0.0000    -25.0 %         -",
@@ -54,9 +54,9 @@ def test_every_metric_stands_in_its_group() -> None:
 def test_chance_levels_stand_beside_what_was_measured() -> None:
     found = lines(RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5})
     assert found[0] == "Recall in % (500 images, 2500 captions)    R@1    R@5   R@10"
-    assert found[3] == found[6] == "by chance                                  0.2    1.0    2.0"
-    assert "accuracy, %            63.1    49.2    48.9      +13.9     +14.2      9.1" in found
-    assert "loss, nats            1.200   1.720   1.800     +0.520    +0.600" in found
+    assert found[3] == found[6] == "by chance                                0.2    1.0    2.0"
+    assert "accuracy, %          63.1    49.2    48.9      +13.9     +14.2      9.1" in found
+    assert "loss, nats          1.200   1.720   1.800     +0.520    +0.600" in found
     assert "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %   0.5000" in found
     assert not any("…" in line for line in found)
 
@@ -126,13 +126,13 @@ def test_sums_and_the_sweep_of_retrieval() -> None:
         metrics |= {f"retrieval/{name}_tr_r1": 50.0 + number, f"retrieval/{name}_ir_r1": 40.0 + number}
     metrics |= {"retrieval/itc_rsum": 412.34, "retrieval/rsum": 523.0}
     assert lines(metrics)[5:] == [
-        "sum of both ways, contrast alone                      412.3",
-        "sum of both ways, re-ranked                           523.0",
+        "sum of both ways, contrast alone                     412.3",
+        "sum of both ways, re-ranked                          523.0",
         "R@1 in %, candidates re-ranked   captions   images",
-        "0                                    50.0       40.0",
-        "1                                    51.0       41.0",
-        "16                                   52.0       42.0",
-        "all                                  53.0       43.0",
+        "0                                    50.0     40.0",
+        "1                                    51.0     41.0",
+        "16                                   52.0     42.0",
+        "all                                  53.0     43.0",
     ]
 
 

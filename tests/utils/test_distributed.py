@@ -73,7 +73,7 @@ def queue_step(settings: dict[str, Any]) -> dict[str, Any]:
 
 def example_step(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     """As `train_step`, of a downstream task: six examples with one to three answers; one could not be read."""
-    images = settings.get("pictures", 1)
+    images = settings.get("images_per_example", 1)
     batch = toy_examples.example_batch(6, images, holes=(4,))
     answers = batch.answers._replace(weight_A=batch.answers.weight_A.double())
     batch = batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double(), answers=answers)
@@ -98,7 +98,7 @@ def backward(step: Step, batch: Any) -> dict[str, Any]:
 
 def judge(examples: int) -> dict[str, Any]:
     """Metrics and predictions of a downstream task over batches of three examples, dealt out whole."""
-    backbone, task = toy_examples.build("classes", images=2)
+    backbone, task = toy_examples.build("classes", images_per_example=2)
     batch = toy_examples.example_batch(8, 2)
     for first in range(0, examples, 3)[rank() :: world_size()]:
         task.update(backbone, toy_examples.take_examples(batch, first, min(first + 3, examples)))
@@ -222,7 +222,7 @@ def test_losses_and_gradients_of_retrieval_are_those_of_one_process(pair: Pair, 
     ("kind", "settings"),
     [
         ("classes", {}),
-        ("classes", {"pictures": 2}),
+        ("classes", {"images_per_example": 2}),
         ("classes", {"image_ablation": True}),
         ("generate", {}),
         ("classify", {}),

@@ -57,6 +57,7 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
         if type(value) not in PLAIN + TENSORS:
             raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             _require_space(path, _tensor_bytes(content))
             fact = _write(content, temporary)

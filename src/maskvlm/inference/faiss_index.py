@@ -116,6 +116,7 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
 def write_index(index: Any, path: Path) -> None:
     """Its file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             faiss_module().write_index(index, str(temporary))
     except (RuntimeError, OSError) as error:  # FAISS has its own, which ends with what the system said

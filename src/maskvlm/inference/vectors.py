@@ -207,7 +207,7 @@ def shards_there(folder: Path, count: int) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def bad_rows_of(shards: Iterable[Path]) -> dict[str, list[str]]:
+def rows_left_out(shards: Iterable[Path]) -> dict[str, list[str]]:
     """What these shards could not embed: reason -> messages."""
     listed: dict[str, list[str]] = {}
     for path in shards:
@@ -221,7 +221,7 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
     left_out = {reason: list(places) for reason, places in getattr(pairs, "skipped", {}).items() if places}
     there = shards_there(folder, count)
     while True:
-        listed = bad_rows_of(there)
+        listed = rows_left_out(there)
         if listed or left_out:
             counts = {reason: len(messages) for reason, messages in listed.items()}
             content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
@@ -240,6 +240,7 @@ def write_file(path: Path, content: pa.Table | Facts) -> None:
     """A Parquet or JSON file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
     own = f".{process_rank()}" if isinstance(content, dict) else ""  # all processes write the same JSON files
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, own) as temporary:
             if isinstance(content, dict):
                 temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 KS = (1, 5, 10)
-SIZES = ("retrieval/pictures", "retrieval/captions")
+SIZES = {"retrieval/pictures": "images", "retrieval/captions": "captions"}
 RETRIEVAL = (
     ("captions of an image, contrast alone", "retrieval/itc_tr_r"),
     ("captions of an image, re-ranked", "retrieval/tr_r"),
@@ -102,7 +102,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
     """Recall in percent, by contrast alone and re-ranked, with what a random order reaches."""
-    sizes = [f"{metrics[key]:.0f} {key.split('/')[1]}" for key in SIZES if key in metrics]
+    sizes = [f"{metrics[key]:.0f} {name}" for key, name in SIZES.items() if key in metrics]
     among = f" ({', '.join(sizes)})" if sizes else ""
     table = _table(f"Recall in %{among}", [f"R@{k}" for k in KS])
     for direction in ("tr", "ir"):

@@ -12,16 +12,15 @@ from maskvlm.utils.errors import ExitCode, UserError
 def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     """Where to write a file so that it appears under its name complete and on the disk, or not at all.
 
-    Whatever is raised within leaves the file that was there before. The folder is made where it is missing.
+    Whatever is raised within leaves the file that was there before.
 
     Args:
-        path: of the file.
+        path: of the file, in a folder that is there.
         writer: sets several processes apart that may write the same file at once; one of them is the last.
 
     Yields:
         A path beside it, of a file that is not there yet or is left over from a writer that was killed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:100]}{writer}.tmp")
     try:
         yield temporary
