@@ -207,7 +207,7 @@ def shards_there(folder: Path, count: int) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def rows_left_out(shards: Iterable[Path]) -> dict[str, list[str]]:
+def rows_not_embedded(shards: Iterable[Path]) -> dict[str, list[str]]:
     """What these shards could not embed: reason -> messages."""
     listed: dict[str, list[str]] = {}
     for path in shards:
@@ -221,7 +221,7 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
     left_out = {reason: list(places) for reason, places in getattr(pairs, "skipped", {}).items() if places}
     there = shards_there(folder, count)
     while True:
-        listed = rows_left_out(there)
+        listed = rows_not_embedded(there)
         if listed or left_out:
             counts = {reason: len(messages) for reason, messages in listed.items()}
             content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
