@@ -1,17 +1,16 @@
-"""The house rules that no linter knows: which way imports point, what no file may contain."""
+"""The house rules that no linter knows: which way imports point, what a name means."""
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-TEXTS = [*SOURCES, *sorted((ROOT / "conf").rglob("*.yaml")), *sorted((ROOT / "tasks").rglob("*.*"))]
 ORDER = (
     "utils", "config", "data", "checkpoint", "model", "objectives", "training", "reporting", "inference", "cli", "demo",
 )  # fmt: skip
@@ -97,27 +96,20 @@ def test_one_name_means_one_thing() -> None:
     assert {name: files for name, files in homes.items() if len(files) > 1 and name != "main"} == {}
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r"weights_only\s*=\s*False",  # runs code out of a file
-        r"LOAD_TRUNCATED_IMAGES\s*=\s*True",  # half grey images without a word
-        r"MAX_IMAGE_PIXELS\s*=\s*None",  # bombs
-        r"[\"' (](/home/|/Users/|/root/|/data/|/mnt/|/scratch/)",  # somebody's own machine
-        r"\byaml\.(load|unsafe_load|full_load)\(",
-        r"\beval\(|\bexec\(|pickle\.loads?\(",
-        r"\bprint\(.*#.*debug|breakpoint\(\)",
-    ],
-)
-def test_no_file_contains(pattern: str) -> None:
-    guilty = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in TEXTS
-        if path.is_file() and path.suffix in (".py", ".yaml")
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(pattern, line) and "\\." not in line and ".eval()" not in line
-    ]
-    assert guilty == []
+def test_pillows_protections_stay_as_they_are() -> None:
+    """Switched off by anybody, half images would pass without a word, and bombs."""
+    code = (
+        "import importlib, pkgutil, maskvlm.data as data, maskvlm.inference as inference\n"
+        "from PIL import Image, ImageFile\n"
+        "for package in (data, inference):\n"
+        "    for each in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(each.name)\n"
+        "print(ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": "src"}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", str(Image.MAX_IMAGE_PIXELS)], done.stderr
 
 
 def test_what_the_project_promises_is_there() -> None:
