@@ -38,7 +38,7 @@ from rich.progress import track
 from maskvlm.checkpoint.io import load
 from maskvlm.cli.main import main
 from maskvlm.data.module import PairData
-from maskvlm.training.resume import KeepState
+from maskvlm.training.checkpointing import KeepState
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, MEASURED = 40, 4, 16
@@ -69,7 +69,7 @@ trainer:
   - {class_path: maskvlm.training.step_guard.StepGuard}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
     init_args: {dirpath: "{run}", filename: best, enable_version_counter: false, monitor: score, mode: max}
-  - {class_path: maskvlm.training.resume.KeepState, init_args: {folder: "{run}", steps: STEPS, minutes: 10}}
+  - {class_path: maskvlm.training.checkpointing.KeepState, init_args: {folder: "{run}", steps: STEPS, minutes: 10}}
 """
 
 

@@ -40,7 +40,7 @@ trainer:
   logger: [{class_path: maskvlm.training.csv_log.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
   callbacks:
   - {class_path: maskvlm.training.run_record.RunRecord}
-  - {class_path: maskvlm.training.resume.KeepState, init_args: {folder: "{run}", steps: 4, minutes: 10}}
+  - {class_path: maskvlm.training.checkpointing.KeepState, init_args: {folder: "{run}", steps: 4, minutes: 10}}
 """
 PAIR = ("--trainer.devices=2", "--trainer.strategy=ddp")
 

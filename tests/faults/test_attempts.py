@@ -14,7 +14,7 @@ from guards import Build
 from maskvlm.checkpoint.io import save
 from maskvlm.training import attempts
 from maskvlm.training.attempts import NAME, Attempt, Failures, attempted, failures
-from maskvlm.training.run_state import newest_of
+from maskvlm.training.resume import newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
 
@@ -72,7 +72,7 @@ def test_four_are_the_most(build: Build, tmp_path: Path) -> None:
     assert newest_of(folder, SAME, told.append) == str(folder / "last.ckpt")
 
 
-@pytest.mark.guard("maskvlm.training.run_state:whole", gives="False")
+@pytest.mark.guard("maskvlm.training.resume:whole", gives="False")
 def test_after_two_the_checkpoint_before_is_taken(build: Build, tmp_path: Path) -> None:
     told: list[str] = []
     assert newest_of(run_that_died(tmp_path, 1), SAME, told.append) == str(tmp_path / "last.ckpt")

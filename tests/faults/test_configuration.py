@@ -16,7 +16,7 @@ from maskvlm.cli.main import main
 from maskvlm.config.given import fill_environment, read_config_file
 from maskvlm.config.safe_yaml import MOST_LEVELS, NotPlain, read_yaml
 from maskvlm.training.failure import user_line
-from maskvlm.training.run_state import newest_of
+from maskvlm.training.resume import newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from maskvlm.reporting.curves import curves
 from maskvlm.training.csv_log import Writer
 from maskvlm.training.run_record import write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
-from maskvlm.utils.outputs import cannot_write, writing
+from maskvlm.utils.write_errors import cannot_write, writing
 
 
 def full(path: Path) -> Path:
@@ -47,7 +47,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.guard("maskvlm.utils.outputs:cannot_write")
+@pytest.mark.guard("maskvlm.utils.write_errors:cannot_write")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_line(writer: str, build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full takes no byte. TensorBoard's thread dies of it; its traceback is not printed."""
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_line(writer: str, build: Build, tmp_path: Path, caps
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.guard("maskvlm.utils.outputs:cannot_write")
+@pytest.mark.guard("maskvlm.utils.write_errors:cannot_write")
 def test_a_table_that_cannot_grow_is_one_line(build: Build, tmp_path: Path) -> None:
     """At a real limit on the size of a file."""
     log = Writer(str(tmp_path))
@@ -77,7 +77,7 @@ def test_a_table_that_cannot_grow_is_one_line(build: Build, tmp_path: Path) -> N
     assert caught.value.where == str(tmp_path)
 
 
-@pytest.mark.guard("maskvlm.utils.outputs:is_output_error", gives="False")
+@pytest.mark.guard("maskvlm.utils.write_errors:is_output_error", gives="False")
 def test_a_thread_that_cannot_write_prints_no_traceback(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     told: list[BaseException | None] = []
     before, threading.excepthook = threading.excepthook, lambda args: told.append(args.exc_value)

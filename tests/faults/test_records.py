@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskvlm.training.csv_log import Writer, rows_in
+from maskvlm.training.resume import differences, finished, recorded
 from maskvlm.training.run_record import earlier, finish_run, read_json
-from maskvlm.training.run_state import differences, finished, recorded
 from maskvlm.utils.errors import ExitCode, UserError
 
 DAMAGED = [b"", b"\xff{[", b"[]", b"null", b"[" * 5000, b'{"finished": 3}', b'{"finished": {"step": 1e999}}']
@@ -42,7 +42,7 @@ def test_parts_before_that_are_no_list_are_left_out(tmp_path: Path) -> None:
     assert earlier(tmp_path) == {"earlier": [{"processes": 1}]}
 
 
-@pytest.mark.guard("maskvlm.training.run_state:recorded", gives="{}")
+@pytest.mark.guard("maskvlm.training.resume:recorded", gives="{}")
 def test_settings_that_unfold_without_end_are_one_line(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "config-fit.yaml"
     path.write_text(

@@ -348,7 +348,7 @@ def test_files_for_people_may_be_gone_or_changed(hub: Path) -> None:
     refused(hub, ExitCode.MISSING_INPUT)
 
 
-@pytest.mark.guard("maskvlm.utils.disk:check_inside")
+@pytest.mark.guard("maskvlm.utils.whole_files:check_inside")
 @pytest.mark.parametrize("name", ["config.json", "special_tokens_map.json", "model.safetensors"])
 def test_a_link_out_of_the_folder_is_not_followed(build: Build, hub: Path, tmp_path: Path, name: str) -> None:
     (hub / "checksums.json").unlink()
@@ -540,7 +540,7 @@ def test_an_encoder_is_not_larger_than_its_weights(build: Build, encoder: Path, 
     assert largest() < 2048**2
 
 
-@pytest.mark.guard("maskvlm.utils.disk:check_inside")
+@pytest.mark.guard("maskvlm.utils.whole_files:check_inside")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_link_out_of_an_encoders_folder_is_not_followed(
     build: Build, encoder: Path, tmp_path: Path, name: str

@@ -23,7 +23,7 @@ from maskvlm.checkpoint.io import load, save
 from maskvlm.cli.main import main, stopped_early
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.training.csv_log import Writer, rows_in
-from maskvlm.training.run_state import differences, newest_of
+from maskvlm.training.resume import differences, newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished, Stopped, requeue
 from maskvlm.utils.signals import SIGNALS, Caught

@@ -18,8 +18,8 @@ from maskvlm.checkpoint.weights import check_file
 from maskvlm.config.plain_schema import Entries, Listed, OneOf, Record, Text, Tree, Whole, maybe
 from maskvlm.data.files import load_json
 from maskvlm.data.text import tokenizer_json
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import check_inside
 
 CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"

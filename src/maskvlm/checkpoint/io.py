@@ -32,9 +32,9 @@ from maskvlm.checkpoint.integrity import (
     stated,
     verify_checkpoint,
 )
-from maskvlm.utils.disk import sync_folder, whole_file
 from maskvlm.utils.errors import ExitCode, UserError
-from maskvlm.utils.outputs import cannot_write
+from maskvlm.utils.whole_files import sync_folder, whole_file
+from maskvlm.utils.write_errors import cannot_write
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 

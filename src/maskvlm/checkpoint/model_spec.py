@@ -33,8 +33,8 @@ from maskvlm.config.plain_schema import (
 )
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.opening import content_of
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import check_inside
 
 BACKBONE, IMAGE, TEXT = (
     "maskvlm.model.maskvlm.MaskVLM",

@@ -17,8 +17,8 @@ from maskvlm.config.plain_schema import Text
 from maskvlm.data.files import load_json
 from maskvlm.data.opening import content_of
 from maskvlm.data.text import MOST_TOKENS, ROLES, plain_backend
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import check_inside
 
 TOKENIZER, NAMED = "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
 FILES = (TOKENIZER, *NAMED, "vocab.txt", "vocab.json", "merges.txt")

@@ -21,8 +21,8 @@ from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.tokenizer_files import file_text
 from maskvlm.config.plain_schema import shown
 from maskvlm.data.files import load_json
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import check_inside
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which training programs store weights beside other things; averaged ones first, as timm does."""

@@ -25,17 +25,17 @@ from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, o
 from maskvlm.config.safe_yaml import cut
 from maskvlm.inference.rebuild import model_of
 from maskvlm.training.attempts import attempted
+from maskvlm.training.checkpointing import LAST, check_finite
 from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lit import LitModel
 from maskvlm.training.precision import alone, cpu_precision
-from maskvlm.training.resume import LAST, check_finite
+from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run
-from maskvlm.training.run_state import may_go_on, newest_of
 from maskvlm.training.watch import watch
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
-from maskvlm.utils.outputs import writing
 from maskvlm.utils.signals import CAUGHT
+from maskvlm.utils.write_errors import writing
 
 COMMANDS = ("fit", "validate", "test")
 AnyCommand = TypeVar("AnyCommand", bound="LightningCommand")

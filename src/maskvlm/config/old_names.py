@@ -17,10 +17,11 @@ MOVED = {
     "maskvlm.pretrain": "maskvlm.objectives.pretraining",
     "maskvlm.progress": "maskvlm.reporting.progress",
     "maskvlm.report": "maskvlm.reporting.callbacks",
-    "maskvlm.resume": "maskvlm.training.resume",
+    "maskvlm.resume": "maskvlm.training.checkpointing",
     "maskvlm.run": "maskvlm.training.run_record",
     "maskvlm.runlog": "maskvlm.training.csv_log",
     "maskvlm.task": "maskvlm.objectives.task",
+    "maskvlm.training.resume": "maskvlm.training.checkpointing",
     "maskvlm.watch": "maskvlm.training.watch",
 }
 """Module of an earlier version -> where its classes are now."""

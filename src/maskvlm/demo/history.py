@@ -16,8 +16,8 @@ import torch
 from maskvlm.checkpoint.model_spec import read_small
 from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.config.safe_yaml import read_yaml
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import UserError
+from maskvlm.utils.whole_files import check_inside
 
 WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
 """Sources of tasks that draw what they show."""

@@ -15,8 +15,8 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import class_of, read_arguments
 from maskvlm.objectives.loaded_model import Model
 from maskvlm.objectives.methods import Method
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import check_inside
 
 PRETRAINING = "maskvlm.objectives.pretraining.MaskedPretraining"
 WEIGHTS = ("best.ckpt", "last.ckpt")

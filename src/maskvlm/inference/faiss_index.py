@@ -14,8 +14,8 @@ import numpy as np
 
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.inference.vectors import Facts
-from maskvlm.utils.disk import whole_file
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import whole_file
 
 Array = np.ndarray[Any, Any]
 FLAT_UP_TO = 50_000  # vectors: comparing with all of them takes milliseconds and misses none

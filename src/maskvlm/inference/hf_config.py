@@ -20,8 +20,8 @@ from maskvlm.config.plain_schema import Listed, Real, Record, Tree, Whole
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.files import load_json
 from maskvlm.training.run_record import write_text
-from maskvlm.utils.disk import check_inside
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import check_inside
 
 BICUBIC = 3  # Pillow's number
 

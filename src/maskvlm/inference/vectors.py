@@ -33,10 +33,10 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.loaded_model import chunks
 from maskvlm.reporting.meters import duration, number
 from maskvlm.training.failure import process_rank
-from maskvlm.utils.disk import whole_file
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.status_bar import StatusBar
+from maskvlm.utils.whole_files import whole_file
 
 FACTS, BAD = "vectors.json", "bad_samples.json"
 SHARD = 4096  # images

@@ -1,4 +1,4 @@
-"""The losses and the hard negatives: tensors in, scalar out, no parameters, no logging.
+"""Formulas of the losses: tensors in, scalar out, no parameters, no logging.
 
 Shapes: B rows of this process, G rows of all processes (C and H: captions, where images have several), D width,
 K masked positions, V vocabulary, P values of a patch. Weights are 0 or 1; a sum is divided by `count`, which the

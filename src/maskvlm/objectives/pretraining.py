@@ -74,7 +74,7 @@ class MaskedPretraining(Task):
             The other three, with the cross encoders, set in after that, on encoders that speak of the same things
             (ALBEF's "align before fuse", here in time).
         negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
-            see `negatives.Queue`. It takes the memory of as many encoded pairs.
+            see `negative_queue.Queue`. It takes the memory of as many encoded pairs.
         matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). Where
             contrast has few pairs to learn from, the encoders keep more of what it taught them without.
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its

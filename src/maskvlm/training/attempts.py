@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
-from maskvlm.utils.outputs import cannot_write
+from maskvlm.utils.write_errors import cannot_write
 
 NAME = "attempts.json"
 BEFORE, MOST = 2, 4

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from maskvlm.training.peers import blamed
 from maskvlm.utils.errors import ExitCode, UserError
-from maskvlm.utils.outputs import cannot_write
+from maskvlm.utils.write_errors import cannot_write
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
 EARLIER: list[tuple[str, int]] = []  # what stood there when this process started: of an earlier job

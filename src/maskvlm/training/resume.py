@@ -1,187 +1,161 @@
-"""A run that dies goes on: its state is kept now and then, and when the system asks it to end.
+"""Where a run goes on: finds the checkpoint of its folder (`newest_of`), and tells whether the folder is new,
+interrupted or finished, and whether the command is the same one."""
 
-The same command goes on from the newest whole checkpoint and arrives at the same losses and weights, bit for bit on a
-CPU, as a run that never died: the position in the data is the number of batches consumed (`data/sampler.py`), random
-numbers follow from (seed, batch) alone (`lit.py`), and an evaluation that was due or under way is made again.
-"""
-
-import signal
-import time
-import warnings
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
+from maskvlm.config.given import config_text
+from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.training.attempts import BEFORE, check_attempts
+from maskvlm.training.run_record import read_json
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import Finished
 
-from maskvlm.training.attempts import Attempt
-from maskvlm.training.csv_log import RunLog
-from maskvlm.training.lightning_private import (
-    batches_that_stepped,
-    count_last_step,
-    evaluate_now,
-    evaluation_is_due,
-    is_accumulating,
-    log_this_step,
-    replace_signal_handlers,
+FREE = (
+    "run",
+    "ckpt_path",
+    "verbose",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.profiler",
+    "trainer.enable_progress_bar",
+    "trainer.callbacks[StepGuard]",
+    "data.init_args.workers",
+    "patience",
 )
-from maskvlm.training.run_state import LAST, PREVIOUS
-from maskvlm.utils.errors import UserError, check_least
-from maskvlm.utils.launch import Stopped
-from maskvlm.utils.lock import HELD
-from maskvlm.utils.signals import CAUGHT, Agreement
-
-GO_ON, SAVE, STOP = 0, 1, 2  # wishes of a process; the largest is followed by all
+"""What may differ when a run goes on: on what it runs, and when it gives up. Losses stay what they are but for the
+rounding of sums."""
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+RECORD = "config-fit.yaml"
+CHOOSE = "Choose another folder (--folder, or run=)"
 
 
-class KeepState(Checkpoint):
-    """Keeps `last.ckpt` and the one before it, `previous.ckpt`: a process or a file that is lost costs minutes.
-
-    Written every so many steps or minutes, before and after each evaluation along the way, and when the process gets
-    SIGTERM, SIGUSR1 or Ctrl-C: then it ends as `Stopped`. Between two steps all processes agree on what to do.
+def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | None:
+    """The checkpoint that a run in this folder goes on from; None where it begins.
 
     Args:
-        folder: the run's folder.
-        steps: of the optimiser, between two checkpoints; None for no such rule.
-        minutes: the same by the clock of the first process.
-    """
-
-    def __init__(self, folder: str, steps: int | None = 500, minutes: float | None = 10.0) -> None:
-        check_least(1, {"trainer.callbacks.steps": steps})
-        check_least(0, {"trainer.callbacks.minutes": minutes})
-        self.folder, self.steps, self.minutes = Path(folder), steps, minutes
-        self.unmeasured = False  # an evaluation is due at this step and not yet made
-        self.saved_at = time.monotonic()
-        self.agree = lambda wish: wish
-        self.shared_batches = 0
-        self.attempt: Attempt | None = None
-
-    # ------------------------------------------------------------------ what a checkpoint tells
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"unmeasured": self.unmeasured}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.unmeasured = bool(state_dict["unmeasured"])
-
-    # ------------------------------------------------------------------ start
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        replace_signal_handlers(trainer, CAUGHT.install)
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.agree, self.saved_at = Agreement(), time.monotonic()
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.attempt = Attempt(self.folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
-                logger.forget(batches_that_stepped(trainer), self.unmeasured)
-        if trainer.ckpt_path and trainer.is_global_zero:
-            print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
-        if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
-            evaluate_now(trainer)
-        if trainer.ckpt_path and trainer.fit_loop.done:
-            count_last_step(trainer)
-
-    # ------------------------------------------------------------------ between two steps
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.attempt is not None:
-            self.attempt.note(trainer.global_step + 1)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.attempt is not None:
-            self.attempt.close()
-            self.attempt = None
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.fast_dev_run or is_accumulating(trainer):  # type: ignore[attr-defined]
-            return
-        self.unmeasured = evaluation_is_due(trainer)
-        agreed = self.agree(self._wish(trainer))
-        if agreed or self.unmeasured or (self.steps and trainer.global_step % self.steps == 0):
-            self.save(trainer)
-        if agreed == STOP:
-            raise self._stopped(trainer)
-
-    def _wish(self, trainer: L.Trainer) -> int:
-        HELD.check()
-        if CAUGHT.count:
-            return STOP
-        late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
-        return SAVE if late and trainer.is_global_zero else GO_ON
-
-    def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`.
-
-        The row of this step is logged first: a run that goes on from here does not make the step again.
-
-        Raises:
-            UserError: a weight is not a number any more; the files stay what they were.
-        """
-        check_finite(trainer, self.folder)
-        if trainer.state.fn == TrainerFn.FITTING and trainer.training:
-            log_this_step(trainer)
-        trainer.save_checkpoint(self.folder / LAST, storage_options=self.folder / PREVIOUS)
-        self.saved_at = time.monotonic()
-
-    def _stopped(self, trainer: L.Trainer) -> Stopped:
-        signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
-        name, path = signal.Signals(signum).name, self.folder / LAST
-        text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: the same command goes on from there"
-        return Stopped(text, signum)
-
-    # ------------------------------------------------------------------ evaluation
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Processes measure different numbers of batches: they can agree only while all have one.
-        self.shared_batches = -self.agree(-int(sum(trainer.num_val_batches)))
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """The checkpoint was written before the evaluation began."""
-        if batch_idx < self.shared_batches and self.agree(STOP if CAUGHT.count else GO_ON) == STOP:
-            raise self._stopped(trainer)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.unmeasured = False
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save(trainer)
-
-
-def check_finite(trainer: L.Trainer, folder: Path) -> None:
-    """Before weights are written: stop a training that has lost them.
+        folder: of the run.
+        composed: its configuration as YAML.
+        warn: told of newer checkpoints that are damaged.
 
     Raises:
-        UserError: some are infinite or not numbers.
+        Finished: the run has come to its end.
+        UserError: the folder holds another run (73), every checkpoint in it is damaged (77), or the run died too often
+            in the same step (77).
     """
-    named = list(trainer.lightning_module.named_parameters())
-    finite_N = torch.stack([value.detach().isfinite().all() for _, value in named])
-    if not bool(finite_N.all()):  # one look at the device, however many tensors
-        lost = [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]
-        what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
-        todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"
-        raise UserError(folder, f"the training has diverged: {what}", todo)
+    if not may_go_on(folder, composed):
+        return None
+    failed = check_attempts(folder)
+    found = newest_valid(folder, warn)
+    if failed.times >= BEFORE and found is not None and found.name == LAST and whole(folder / PREVIOUS):
+        found = folder / PREVIOUS
+        warn(f"{folder}: died {failed.times} times in step {failed.step}; going on from {PREVIOUS}, the one before")
+    return None if found is None else str(found)
+
+
+def may_go_on(folder: Path, composed: str) -> bool:
+    """Whether the folder holds this very run, unfinished; False where it holds none. Touches nothing.
+
+    Raises: see `newest_of`.
+    """
+    record = folder / RECORD
+    if not record.exists() and not any(folder.glob("*.ckpt")):
+        return False
+    if not record.exists():
+        what = f"holds checkpoints and no {RECORD}: it is no run of this project"
+        raise UserError(folder, what, CHOOSE, ExitCode.CANNOT_CREATE)
+    changed = differences(recorded(record), read_yaml(composed, "configuration"))
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        what = f"already holds a run with other settings ({'; '.join(changed[:3])}{more})"
+        todo = f"{CHOOSE}, repeat the run's own command, or go on with these settings by --ckpt_path last"
+        raise UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
+    end = finished(folder)
+    if end is not None:
+        raise Finished(f"{folder}: finished at step {end}; another RUN begins anew")
+    return True
+
+
+def recorded(record: Path) -> dict[str, Any]:
+    """The configuration that a run was started with.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged (65).
+    """
+    try:
+        content = read_yaml(config_text(str(record)), str(record))
+        if isinstance(content, dict):
+            return content
+        why = "it holds no `key: value` lines"
+    except UserError as error:
+        why = error.what
+    todo = "Restore it, or go on without it, with the same settings: --ckpt_path last writes it anew"
+    raise UserError(record, f"damaged ({why})", todo, ExitCode.BAD_DATA)
+
+
+def whole(path: Path) -> bool:
+    """Whether a checkpoint is there and not damaged."""
+    try:
+        verify_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def finished(folder: Path) -> int | None:
+    """The step that a run in this folder ended with; None where it has not ended."""
+    try:
+        return int(read_json(folder / "versions.json")["finished"]["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def differences(was: Any, now: Any) -> list[str]:
+    """Keys of a composed configuration that differ, with both values, but for those of FREE, and options that did not
+    exist when the run began and have their default now."""
+    before, after = dict(_leaves(was)), dict(_leaves(now))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    changed = [key for key in keys if not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE)]
+    changed = [key for key in changed if not _is_new(key, before, after)]
+    return [f"{key.replace('init_args.', '')} was {before.get(key)}, is {after.get(key)}" for key in changed]
+
+
+def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """An option of the same class that an older version did not know, left at its default."""
+    parent, _, name = key.rpartition(".init_args.")
+    path = before.get(f"{parent}.class_path")
+    same = bool(parent) and path is not None and path == after.get(f"{parent}.class_path")
+    if not parent and key.startswith("model."):  # of the LightningModule, which no configuration names
+        name, path, same = key.removeprefix("model."), "maskvlm.training.lit.LitModel", True
+    if key in before or path is None or not same:
+        return False
+    module, _, kind = path.rpartition(".")
+    found = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
+    option = inspect.signature(found).parameters.get(name) if inspect.isclass(found) else None
+    default = option.default if option is not None else inspect.Parameter.empty
+    return bool((list(default) if isinstance(default, tuple) else default) == after[key])
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list) and value:
+        for name, part in _named(value):
+            yield from _leaves(part, f"{key}[{name}]")
+    else:
+        yield key, value
+
+
+def _named(parts: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of a list by their class, where each has one of its own: one more of them then moves no other."""
+    paths = [part.get("class_path") if isinstance(part, dict) else None for part in parts]
+    names = [str(path).rpartition(".")[2] for path in paths]
+    by_class = None not in paths and len({*names}) == len(names)
+    yield from ((names[place] if by_class else str(place), part) for place, part in enumerate(parts))

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.training.attempts import forget
-from maskvlm.utils.disk import whole_file
 from maskvlm.utils.distributed import cores
-from maskvlm.utils.outputs import cannot_write
+from maskvlm.utils.whole_files import whole_file
+from maskvlm.utils.write_errors import cannot_write
 
 BAD = "bad_samples.json"
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
-from maskvlm.utils.outputs import cannot_write
+from maskvlm.utils.write_errors import cannot_write
 
 NAME = "run.lock"
 BEAT = 5.0  # seconds between two signs of life

@@ -24,8 +24,8 @@ from PIL import features
 from maskvlm.data.opening import check_below, content_of, opened
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.text import clean_caption
-from maskvlm.utils.disk import whole_file
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import whole_file
 
 MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
 IMAGES = "pictures"

@@ -1,0 +1,187 @@
+"""Writes a run's checkpoints, now and then and when the system asks it to end; `resume.py` finds them again.
+
+The same command goes on from the newest whole checkpoint and arrives at the same losses and weights, bit for bit on a
+CPU, as a run that never died: the position in the data is the number of batches consumed (`data/sampler.py`), random
+numbers follow from (seed, batch) alone (`lit.py`), and an evaluation that was due or under way is made again.
+"""
+
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from maskvlm.training.attempts import Attempt
+from maskvlm.training.csv_log import RunLog
+from maskvlm.training.lightning_private import (
+    batches_that_stepped,
+    count_last_step,
+    evaluate_now,
+    evaluation_is_due,
+    is_accumulating,
+    log_this_step,
+    replace_signal_handlers,
+)
+from maskvlm.training.resume import LAST, PREVIOUS
+from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.launch import Stopped
+from maskvlm.utils.lock import HELD
+from maskvlm.utils.signals import CAUGHT, Agreement
+
+GO_ON, SAVE, STOP = 0, 1, 2  # wishes of a process; the largest is followed by all
+
+
+class KeepState(Checkpoint):
+    """Keeps `last.ckpt` and the one before it, `previous.ckpt`: a process or a file that is lost costs minutes.
+
+    Written every so many steps or minutes, before and after each evaluation along the way, and when the process gets
+    SIGTERM, SIGUSR1 or Ctrl-C: then it ends as `Stopped`. Between two steps all processes agree on what to do.
+
+    Args:
+        folder: the run's folder.
+        steps: of the optimiser, between two checkpoints; None for no such rule.
+        minutes: the same by the clock of the first process.
+    """
+
+    def __init__(self, folder: str, steps: int | None = 500, minutes: float | None = 10.0) -> None:
+        check_least(1, {"trainer.callbacks.steps": steps})
+        check_least(0, {"trainer.callbacks.minutes": minutes})
+        self.folder, self.steps, self.minutes = Path(folder), steps, minutes
+        self.unmeasured = False  # an evaluation is due at this step and not yet made
+        self.saved_at = time.monotonic()
+        self.agree = lambda wish: wish
+        self.shared_batches = 0
+        self.attempt: Attempt | None = None
+
+    # ------------------------------------------------------------------ what a checkpoint tells
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unmeasured": self.unmeasured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unmeasured = bool(state_dict["unmeasured"])
+
+    # ------------------------------------------------------------------ start
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        replace_signal_handlers(trainer, CAUGHT.install)
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.agree, self.saved_at = Agreement(), time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.attempt = Attempt(self.folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
+                logger.forget(batches_that_stepped(trainer), self.unmeasured)
+        if trainer.ckpt_path and trainer.is_global_zero:
+            print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
+        if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
+            evaluate_now(trainer)
+        if trainer.ckpt_path and trainer.fit_loop.done:
+            count_last_step(trainer)
+
+    # ------------------------------------------------------------------ between two steps
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.attempt is not None:
+            self.attempt.note(trainer.global_step + 1)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.attempt is not None:
+            self.attempt.close()
+            self.attempt = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fast_dev_run or is_accumulating(trainer):  # type: ignore[attr-defined]
+            return
+        self.unmeasured = evaluation_is_due(trainer)
+        agreed = self.agree(self._wish(trainer))
+        if agreed or self.unmeasured or (self.steps and trainer.global_step % self.steps == 0):
+            self.save(trainer)
+        if agreed == STOP:
+            raise self._stopped(trainer)
+
+    def _wish(self, trainer: L.Trainer) -> int:
+        HELD.check()
+        if CAUGHT.count:
+            return STOP
+        late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        return SAVE if late and trainer.is_global_zero else GO_ON
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`.
+
+        The row of this step is logged first: a run that goes on from here does not make the step again.
+
+        Raises:
+            UserError: a weight is not a number any more; the files stay what they were.
+        """
+        check_finite(trainer, self.folder)
+        if trainer.state.fn == TrainerFn.FITTING and trainer.training:
+            log_this_step(trainer)
+        trainer.save_checkpoint(self.folder / LAST, storage_options=self.folder / PREVIOUS)
+        self.saved_at = time.monotonic()
+
+    def _stopped(self, trainer: L.Trainer) -> Stopped:
+        signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
+        name, path = signal.Signals(signum).name, self.folder / LAST
+        text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: the same command goes on from there"
+        return Stopped(text, signum)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Processes measure different numbers of batches: they can agree only while all have one.
+        self.shared_batches = -self.agree(-int(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The checkpoint was written before the evaluation began."""
+        if batch_idx < self.shared_batches and self.agree(STOP if CAUGHT.count else GO_ON) == STOP:
+            raise self._stopped(trainer)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.unmeasured = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save(trainer)
+
+
+def check_finite(trainer: L.Trainer, folder: Path) -> None:
+    """Before weights are written: stop a training that has lost them.
+
+    Raises:
+        UserError: some are infinite or not numbers.
+    """
+    named = list(trainer.lightning_module.named_parameters())
+    finite_N = torch.stack([value.detach().isfinite().all() for _, value in named])
+    if not bool(finite_N.all()):  # one look at the device, however many tensors
+        lost = [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]
+        what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
+        todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"
+        raise UserError(folder, f"the training has diverged: {what}", todo)
