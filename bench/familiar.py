@@ -21,7 +21,7 @@ from maskvlm import MaskVLM
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
-from maskvlm.objectives.novelty import is_far, nearness, range_of, sample_of
+from maskvlm.objectives.novelty import fit_range, is_far, max_cosine, sample_of
 from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
@@ -59,13 +59,13 @@ def main() -> None:
     asked |= {place: model.encode_image(images(place, options.most)) for place in options.asked}
     asked |= {kind: model.encode_image(made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
     for share in SHARES:
-        known = range_of(sample_of(known_NE[::2]), share)
+        known = fit_range(sample_of(known_NE[::2]), share)
         if known is None:
             raise UserError("--known", f"{len(known_NE)} images are too few", "Name a folder with 100 or more")
         print(f"\n{100 * share:g} % of the sample below {known.least:.3f}")
         for name, vector_NE in asked.items():
             far = 100 * float(is_far(vector_NE, known).float().mean())
-            median = float(nearness(vector_NE, known).median())
+            median = float(max_cosine(vector_NE, known).median())
             print(f"  {name[-40:]:40} {far:5.1f} % far of {len(vector_NE):4}, median {median:.3f}")
 
 

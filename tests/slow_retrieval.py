@@ -11,15 +11,15 @@ from toys import slow_cross, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.utils.distributed import Draw
-from tasks.retrieval.task import Hard, Retrieval
+from tasks.retrieval.task import HardNegatives, Retrieval
 
 
 class Recorded(Retrieval):
     """Keeps the negatives of its last step."""
 
-    hard: Hard
+    hard: HardNegatives
 
-    def negatives(self, *args: Any) -> Hard:
+    def negatives(self, *args: Any) -> HardNegatives:
         self.hard = super().negatives(*args)
         return self.hard
 
@@ -35,7 +35,7 @@ def build(**settings: Any) -> tuple[MaskVLM, Recorded]:
             nn.init.normal_(parameter, std=0.4)
         elif name != "projection.log_scale":
             parameter.data += 0.2 * torch.randn_like(parameter)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     return backbone, task
 
 

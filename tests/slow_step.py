@@ -42,7 +42,7 @@ def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Re
             nn.init.normal_(parameter, std=0.4)
         elif name != "projection.log_scale":
             parameter.data += 0.2 * torch.randn_like(parameter)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     return backbone, task
 
 

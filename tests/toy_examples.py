@@ -155,7 +155,7 @@ def build(kind: str, **settings: Any) -> tuple[MaskVLM, Task]:
     task = Classification(LABELS, **settings) if kind == "classes" else Vqa(LABELS, head, **settings)
     task.build(backbone)
     matters(backbone, task)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     return backbone, task
 
 

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from maskvlm.objectives.answers import ScoredExample
-from maskvlm.objectives.classification import Classification, decide
+from maskvlm.objectives.classification import Classification, predict_labels
 from maskvlm.objectives.methods import Method
 
 
@@ -17,12 +17,12 @@ class Entailment(Classification):
     methods = MappingProxyType(
         {
             "entail": Method(
-                decide, 1, "hypothesis", "whether an image shows that a hypothesis is true, false, or neither"
+                predict_labels, 1, "hypothesis", "whether an image shows that a hypothesis is true, false, or neither"
             )
         }
     )
 
-    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+    def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
         """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: examples."""
         known = [one for one in scored if one.truth]
         if not known:

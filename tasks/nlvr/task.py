@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from maskvlm.objectives.answers import ScoredExample
-from maskvlm.objectives.classification import Classification, Reads, decide
+from maskvlm.objectives.classification import Classification, Reads, predict_labels
 from maskvlm.objectives.methods import Method
 
 
@@ -26,9 +26,9 @@ class Nlvr(Classification):
     ) -> None:
         super().__init__(labels, images_per_example, hidden, dropout, image_ablation, reads)
         told = f"whether a sentence is true of {images_per_example} images"
-        self.methods = {"compare": Method(decide, images_per_example, "sentence", told)}
+        self.methods = {"compare": Method(predict_labels, images_per_example, "sentence", told)}
 
-    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+    def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
         return {"consistency": consistency(scored), "consistency_chance": consistency_chance(scored)}
 
 

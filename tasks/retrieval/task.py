@@ -17,12 +17,12 @@ from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import losses
-from maskvlm.objectives.cross_batch import PickableRows, columns, cross_pairs, pad_text, with_negatives
+from maskvlm.objectives.cross_batch import RowPool, contrast_targets, cross_pairs, pad_text, with_negatives
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.image_ablation import ImageAblation
-from maskvlm.objectives.losses import Columns
-from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score_gallery
+from maskvlm.objectives.losses import ContrastTargets
+from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.objectives.task import Prediction, Task
 from maskvlm.utils.distributed import Draw, gather, shared_count, world_size
@@ -32,7 +32,7 @@ from maskvlm.utils.errors import UserError, check_least
 class CaptionContrast(NamedTuple):
     """Cosines times the scale of this process's rows with the columns of all processes, and what the columns are.
 
-    image_BE ... text_HE: unit vectors. image_sees: columns [B, H] of images; text_sees: columns [C, G] of captions.
+    image_BE ... text_HE: unit vectors. image_targets: [B, H] of images; text_targets: [C, G] of captions.
     """
 
     image_BE: Tensor
@@ -40,11 +40,11 @@ class CaptionContrast(NamedTuple):
     image_GE: Tensor
     text_HE: Tensor
     scale: Tensor
-    image_sees: Columns
-    text_sees: Columns
+    image_targets: ContrastTargets
+    text_targets: ContrastTargets
 
 
-class Hard(NamedTuple):
+class HardNegatives(NamedTuple):
     """text: one hard caption for each image (B). image: one hard image for each caption (C)."""
 
     text: Negatives
@@ -64,7 +64,7 @@ class Retrieval(Task):
         chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
         image_ablation: the control: noise in the place of every image.
         rerank_contrast: how much the contrast's logit counts beside the log-odds of matching (0: matching alone, C;
-            1: see `rerank.score`).
+            1: see `rerank.score_gallery`).
 
     Raises:
         UserError: a negative weight, both weights 0, a size below 1; projections of another width are inherited.
@@ -96,7 +96,7 @@ class Retrieval(Task):
         self.rerank_k, self.sweep, self.chunk = rerank_k, sweep, chunk
         self.blind = ImageAblation() if image_ablation else None  # its name in checkpoints
         self.rerank_contrast = rerank_contrast
-        self.kept: list[Kept] = []
+        self.kept: list[EncodedBatch] = []
         self.shown = 1.0  # captions an image in training, for the chance levels
         self.measured: dict[str, Any] = {}
 
@@ -151,11 +151,11 @@ class Retrieval(Task):
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
         """Contrast vectors of this process's batch and of the global one, and which belong together."""
         if self.training:
-            self.projection.bound()
+            self.projection.clamp_temperature()
         image_BE = self.projection.embed_image(image_BLD)
         text_CE = self.projection.embed_text(text_CTD, batch.attention_CT)
         return CaptionContrast(
-            image_BE, text_CE, gather(image_BE), gather(text_CE), self.projection.scale, *columns(batch)
+            image_BE, text_CE, gather(image_BE), gather(text_CE), self.projection.logit_scale, *contrast_targets(batch)
         )
 
     def contrastive_loss(self, contrast: CaptionContrast, batch: Batch) -> Tensor:
@@ -166,16 +166,16 @@ class Retrieval(Task):
         return losses.soft_contrastive(*contrast, weight_B, weight_C, *counts)
 
     @torch.no_grad()
-    def negatives(self, contrast: CaptionContrast) -> Hard:
+    def negatives(self, contrast: CaptionContrast) -> HardNegatives:
         """Out of the global batch; never of the same image, the same words, or what could not be read."""
-        image, text, image_all, text_all, scale, image_sees, text_sees = contrast
+        image, text, image_all, text_all, scale, image_targets, text_targets = contrast
         drawn = []
-        for query, key, (positive, excluded) in ((image, text_all, image_sees), (text, image_all, text_sees)):
+        for query, key, (positive, excluded) in ((image, text_all, image_targets), (text, image_all, text_targets)):
             logits = losses.similarity(query, key, scale)
             drawn.append(draw_hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
-        return Hard(*drawn)
+        return HardNegatives(*drawn)
 
-    def matching_loss(self, fused_M: Fused, hard: Hard, batch: Batch) -> Tensor:
+    def matching_loss(self, fused_M: Fused, hard: HardNegatives, batch: Batch) -> Tensor:
         """ITM: of M fused pairs the first C belong together, the others are hard negatives."""
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
@@ -199,7 +199,7 @@ class Retrieval(Task):
         if self.blind is not None:
             image = self.blind(image, Draw(EVAL_SEED, int(batch.index_B[0]), image.device).local)
         image_BLD, text_CTD = backbone.image(image), backbone.text(batch.token_CT, batch.attention_CT)
-        self.kept.append(keep(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
+        self.kept.append(offload(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
 
     @torch.no_grad()
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
@@ -212,9 +212,9 @@ class Retrieval(Task):
         matched = bool(self.weights["itm"])
         most = max(len(gallery.owner_C), len(gallery.index_B))
         k, head = min(self.rerank_k, most) if matched else 0, self.matching if matched else None
-        added = self.rerank_contrast * float(self.projection.scale)
+        added = self.rerank_contrast * float(self.projection.logit_scale)
         scores = score_gallery(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
-        swept = steps(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
+        swept = sweep_ks(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
         found = rankings(scores, sorted({0, k, *swept.values()}))
         self.predictions = predictions(gallery, found[k])
         self.measured = {"rerank_k": k, "captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
@@ -229,7 +229,7 @@ class Retrieval(Task):
         return {"rerank_k": k, "sweep": self.sweep, "blind": self.blind is not None, **self.measured}
 
 
-def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: Hard) -> Fused:
+def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: HardNegatives) -> Fused:
     """One pass of each cross encoder over M = 2C + B pairs: (image, its caption), (hard image, caption),
     (image, hard caption)."""
     own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
@@ -237,14 +237,14 @@ def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, 
     text, hard_text = with_negatives(text_CTD, hard.text.index_B)
     attention, _ = with_negatives(batch.attention_CT, hard.text.index_B)
     images, texts = [batch.owner_C, hard_image, own_B], [own_C, own_C, hard_text]
-    image_side, text_side = PickableRows(image, None), PickableRows(text, attention)
+    image_side, text_side = RowPool(image, None), RowPool(text, attention)
     return Fused(
-        cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).first_BD,
-        cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).first_BD,
+        cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).cls_BD,
+        cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).cls_BD,
     )
 
 
-def steps(largest: int) -> dict[str, int]:
+def sweep_ks(largest: int) -> dict[str, int]:
     """Name -> k of the sweep: 0, 1, 2, 4, ... and all, which is `largest`."""
     powers = [2**n for n in range(largest.bit_length()) if 2**n < largest]
     return {f"k{k}": k for k in [0, *powers]} | {"k_all": largest}

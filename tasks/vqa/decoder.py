@@ -51,9 +51,9 @@ class AnswerDecoder(nn.Module):
 
     def read(self, backbone: MaskVLM, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Question:
         """Image and question, whole, through both cross encoders and the fusion block."""
-        image = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).every_RLD
-        text = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), attention_BT).every_RLD
-        fused_BTD = self.fusion(text, self.fusion.context(image), attention_BT).every_RLD
+        image = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).full_RLD
+        text = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), attention_BT).full_RLD
+        fused_BTD = self.fusion(text, self.fusion.context(image), attention_BT).full_RLD
         return Question(self.decoder.context(fused_BTD, attention_BT))
 
     def forward(self, backbone: MaskVLM, question: Question, token_AS: Tensor, owner_A: Tensor) -> Tensor:

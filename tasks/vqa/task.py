@@ -18,7 +18,7 @@ from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.answers import ScoredExample
-from maskvlm.objectives.classification import EVAL_SEED, Classification, Decision, decide, likeliest
+from maskvlm.objectives.classification import EVAL_SEED, Classification, LabelPrediction, predict_labels, top_labels
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.utils.distributed import Draw, shared_count
@@ -41,7 +41,9 @@ class Vqa(Classification):
     """
 
     name = "vqa"
-    methods = MappingProxyType({"answer": Method(decide, 1, "question", "the answer to a question about an image")})
+    methods = MappingProxyType(
+        {"answer": Method(predict_labels, 1, "question", "the answer to a question about an image")}
+    )
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class Vqa(Classification):
         written_BS = self.answer.write(backbone, question, rows, start, end, forbidden)
         return [self.words(row, end, tokenizer) for row in written_BS.tolist()]
 
-    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[Decision]:
+    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
         """Answers of the vocabulary with their probability; of free decoding what was written, with its own."""
         if not self.generates:
             return super().decisions(backbone, batch)
@@ -143,14 +145,14 @@ class Vqa(Classification):
             token_AS, attention_AS = (part.to(device) for part in self.spell(backbone, predicted))
             own = torch.arange(rows, device=device)
             likelihood = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, own).exp().tolist()
-            return [Decision(word, p, {word: p}) for word, p in zip(predicted, likelihood, strict=True)]
+            return [LabelPrediction(word, p, {word: p}) for word, p in zip(predicted, likelihood, strict=True)]
         found = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
         chosen_BM, likelihood_BM = found
         probability_BK = likelihood_BM.new_zeros(rows, len(self.labels)).scatter(1, chosen_BM, likelihood_BM.exp())
-        return likeliest(probability_BK, self.labels)
+        return top_labels(probability_BK, self.labels)
 
     def probability(self, logits_BK: Tensor) -> Tensor:
-        """Each answer is a question of its own."""
+        """Independent probability of each answer (sigmoid), [B, K]."""
         return logits_BK.sigmoid()
 
     def spell(self, backbone: MaskVLM, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -181,7 +183,7 @@ class Vqa(Classification):
         """The official accuracy (`metric.py`)."""
         return accuracy(prediction, answers) if answers else None
 
-    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+    def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
         """`accuracy_prior`: of the most frequent answer to everything. `accuracy_ceiling`: of choosing the best answer
         that the vocabulary has."""
         known = [one for one in scored if one.example["answers"]]

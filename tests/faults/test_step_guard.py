@@ -22,10 +22,10 @@ from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.reporting.meters import Smoothed
+from maskvlm.reporting.meters import RunningMeans
 from maskvlm.training.lit import LitModel
 from maskvlm.training.run_record import RunRecord
-from maskvlm.training.step_guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, StepGuard, Window, median, verdict_of
+from maskvlm.training.step_guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, LossWindow, StepGuard, median, verdict_of
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -221,9 +221,9 @@ def test_an_overflowing_temperature_is_bounded_and_a_lost_one_ends_the_run(tmp_p
 # ------------------------------------------------------------------ the window
 
 
-def limits(losses: list[float]) -> tuple[Window, list[int]]:
+def limits(losses: list[float]) -> tuple[LossWindow, list[int]]:
     """The window after these losses of healthy gradients, and the verdict on each."""
-    window, verdicts = Window(), []
+    window, verdicts = LossWindow(), []
     for loss in losses:
         value = torch.tensor(loss)
         verdict = verdict_of(value, torch.tensor(1.0), window.limit(value.device))
@@ -256,14 +256,14 @@ def test_the_median_leaves_out_what_is_no_number(values: list[float]) -> None:
 
 def test_a_verdict_never_asks_the_device() -> None:
     """Tensors without data stand for a device that would be waited for."""
-    window = Window()
+    window = LossWindow()
     loss = torch.empty((), device="meta")
     window.take(loss, verdict_of(loss, loss, window.limit(loss.device)))
 
 
 def test_a_run_that_goes_on_judges_as_before() -> None:
     window, _ = limits([3.0, NAN, *[2.0 + step / 7 for step in range(WINDOW)]])
-    again = Window()
+    again = LossWindow()
     again.load_state_dict(copy.deepcopy(window.state_dict()))
     for loss in (1.5, NAN, 7.25):
         value = torch.tensor(loss)
@@ -289,7 +289,7 @@ def test_terms_that_join_the_loss_are_no_spike(tmp_path: Path) -> None:
 
 
 def test_one_value_does_not_outlast_its_step_in_what_is_shown() -> None:
-    shown = Smoothed(0.9)
+    shown = RunningMeans(0.9)
     for value in (2.0, NAN, 2.0, INF):
         shown.take({"a": value})
     assert shown.read() == {"a": pytest.approx(2.0)}

@@ -98,7 +98,7 @@ def test_words_of_masked_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, 
     token[0, 2], token[0, 6] = backbone.text.mask_id, backbone.text.mask_id
     context = backbone.cross_text.context(backbone.image(image))
     text_BTD = backbone.text(token, text.attention_CT)
-    crossed = backbone.cross_text(text_BTD, context, text.attention_CT).every_RLD
+    crossed = backbone.cross_text(text_BTD, context, text.attention_CT).full_RLD
     probability_KV = task.tokens(crossed[0, [2, 6]])
     probability_KV[:, [0, 2, 3, 4, 1]] = float("-inf")  # no special token is a word
     top = probability_KV.softmax(1).topk(4)
@@ -121,7 +121,7 @@ def test_score_is_the_sum_over_words_masked_one_at_a_time(
         token = text.token_CT.clone()
         token[0, place] = backbone.text.mask_id
         context = backbone.cross_text.context(backbone.image(image))
-        crossed = backbone.cross_text(backbone.text(token, text.attention_CT), context, text.attention_CT).every_RLD
+        crossed = backbone.cross_text(backbone.text(token, text.attention_CT), context, text.attention_CT).full_RLD
         total += float(task.tokens(crossed)[0, place].log_softmax(0)[text.token_CT[0, place]])
     assert model.score(IMAGES[0], TEXTS[0]) == pytest.approx(total, abs=1e-4)
 
@@ -166,7 +166,7 @@ def test_kept_attention_changes_nothing(parts: tuple[MaskVLM, MaskedPretraining]
     image, text = inputs(backbone, IMAGES, TEXTS)
     image_BLD, text_BTD = backbone.image(image), backbone.text(text.token_CT, text.attention_CT)
     traced = trace(backbone.cross_text, text_BTD, image_BLD, text.attention_CT)
-    wanted = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), text.attention_CT).every_RLD
+    wanted = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), text.attention_CT).full_RLD
     torch.testing.assert_close(traced.every_BTD, wanted, atol=1e-5, rtol=1e-5)
     assert [tuple(p.shape) for p in traced.probabilities] == [(3, 2, text.token_CT.shape[1], 17)] * 2
     torch.testing.assert_close(traced.probabilities[0].sum(-1), torch.ones(3, 2, text.token_CT.shape[1]))
@@ -275,7 +275,7 @@ def test_ranking_by_both_where_the_task_does(
     found: Any = model.rank(IMAGES[0], TEXTS, k=3)
     cosine_C = model.encode_text(TEXTS) @ model.encode_image(IMAGES[0])
     match_C = torch.tensor([model.match(IMAGES[0], text) for text in TEXTS])
-    score_C = match_C.logit() + share * model.task.projection.scale.item() * cosine_C
+    score_C = match_C.logit() + share * model.task.projection.logit_scale.item() * cosine_C
     assert [one.place for one in found] == score_C.argsort(descending=True).tolist()
     for one in found:
         assert one.match == pytest.approx(float(match_C[one.place]), abs=1e-5)
@@ -558,10 +558,10 @@ def test_a_task_brings_its_method(
         assert set(single.likeliest) == set(LABELS)
     if kind in ("nlvr", "entailment"):
         image, text = inputs(backbone, columns[0], [TEXTS[0]])
-        from maskvlm.objectives.classification import meet
+        from maskvlm.objectives.classification import encode_and_fuse
 
         with torch.no_grad():
-            met = meet(backbone, image[None], text.token_CT, text.attention_CT)
+            met = encode_and_fuse(backbone, image[None], text.token_CT, text.attention_CT)
             wanted = task.head(met.fused_BX).softmax(1)[0]  # type: ignore[operator]
         close([single.likeliest[label] for label in LABELS], wanted)
     with pytest.raises(UserError, match=f"{method}: 1 inputs"):

@@ -64,9 +64,9 @@ def test_an_encoder_that_knows_places_gives_each_block_the_same_ones(every: int 
     hidden = x
     for block, key_value in zip(encoder.blocks, context.blocks, strict=True):
         hidden = block(hidden, None, key_value, None, position_LD=encoder.pos_embed[0])
-    found = encoder(x, context, every=every)
-    torch.testing.assert_close(found.every_RLD, hidden[: 3 if every is None else every], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found.first_BD, hidden[:, 0], atol=1e-6, rtol=1e-5)
+    found = encoder(x, context, num_full=every)
+    torch.testing.assert_close(found.full_RLD, hidden[: 3 if every is None else every], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.cls_BD, hidden[:, 0], atol=1e-6, rtol=1e-5)
     plain = CrossEncoder(WIDTH, OTHER, layers=2, heads=HEADS)
     assert set(encoder.state_dict()) - set(plain.state_dict()) == {"pos_embed"}
 
@@ -81,7 +81,7 @@ def test_all_pairs_at_once_equal_each_pair_alone_without_padding(encoder: CrossE
     lengths, others = [6, 3, 1], [4, 2, 5]
     x_BLD, context_BSD = noise(3, 6, WIDTH), noise(3, 5, OTHER, seed=1)
     context = encoder.context(context_BSD, padding(others, 5))
-    found = encoder(x_BLD, context, padding(lengths, 6)).every_RLD
+    found = encoder(x_BLD, context, padding(lengths, 6)).full_RLD
     for row, (length, other) in enumerate(zip(lengths, others, strict=True)):
         expected = slow_cross(encoder, x_BLD[row, :length], context_BSD[row, :other])
         torch.testing.assert_close(found[row, :length], expected, atol=1e-5, rtol=1e-5)
@@ -94,20 +94,20 @@ def test_skipping_positions_in_the_last_block_is_exact(encoder: CrossEncoder, ev
     full = encoder(x_BLD, context, attention_BL)
     found = encoder(x_BLD, context, attention_BL, every)
     rows = 4 if every is None else every
-    torch.testing.assert_close(found.every_RLD, full.every_RLD[:rows], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.first_BD, full.every_RLD[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.full_RLD, full.full_RLD[:rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.cls_BD, full.full_RLD[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("every", [0, 2, None])
 def test_a_context_by_index_equals_the_rows_gathered_beforehand(encoder: CrossEncoder, every: int | None) -> None:
     x_BLD, context_USD = noise(5, 6, WIDTH), noise(3, 4, OTHER, seed=1)
     attention_US, index_B = padding([4, 1, 2], 4), torch.tensor([2, 0, 0, 1, 2])
-    by_index = encoder(x_BLD, encoder.context(context_USD, attention_US, index_B), every=every)
-    gathered = encoder(x_BLD, encoder.context(context_USD[index_B], attention_US[index_B]), every=every)
+    by_index = encoder(x_BLD, encoder.context(context_USD, attention_US, index_B), num_full=every)
+    gathered = encoder(x_BLD, encoder.context(context_USD[index_B], attention_US[index_B]), num_full=every)
     torch.testing.assert_close(by_index, gathered, atol=1e-6, rtol=1e-6)
-    unpadded = encoder(x_BLD, encoder.context(context_USD, None, index_B), every=every)
+    unpadded = encoder(x_BLD, encoder.context(context_USD, None, index_B), num_full=every)
     torch.testing.assert_close(
-        unpadded, encoder(x_BLD, encoder.context(context_USD[index_B]), every=every), atol=1e-6, rtol=1e-6
+        unpadded, encoder(x_BLD, encoder.context(context_USD[index_B]), num_full=every), atol=1e-6, rtol=1e-6
     )
 
 
@@ -128,8 +128,8 @@ def test_what_stands_at_padding_changes_nothing(encoder: CrossEncoder, every: in
     x_BLD, context_BSD = x_BLD.clone(), context_BSD.clone()
     x_BLD[~lengths], context_BSD[~others] = 1e4, -1e4
     dirty = encoder(x_BLD, encoder.context(context_BSD, others), lengths, every)
-    assert torch.equal(dirty.first_BD, clean.first_BD)
-    assert torch.equal(dirty.every_RLD[lengths[:every]], clean.every_RLD[lengths[:every]])
+    assert torch.equal(dirty.cls_BD, clean.cls_BD)
+    assert torch.equal(dirty.full_RLD[lengths[:every]], clean.full_RLD[lengths[:every]])
 
 
 def test_recomputing_activations_gives_the_same_gradients() -> None:
@@ -139,8 +139,8 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
         x_BLD, other = noise(4, 6, WIDTH).requires_grad_(), noise(3, 5, OTHER, seed=1).requires_grad_()
         context = encoder.context(other, padding([5, 2, 3], 5), torch.tensor([0, 1, 2, 0]))
         torch.manual_seed(1)  # of dropout
-        out = encoder(x_BLD, context, padding([6, 3, 1, 5], 6), every=2)
-        (out.every_RLD.square().sum() + out.first_BD.sum()).backward()
+        out = encoder(x_BLD, context, padding([6, 3, 1, 5], 6), num_full=2)
+        (out.full_RLD.square().sum() + out.cls_BD.sum()).backward()
         return [part.grad for part in (x_BLD, other, *encoder.parameters())]
 
     calls: list[int] = []
@@ -159,10 +159,10 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
 def test_no_pair_at_all(encoder: CrossEncoder) -> None:
     nobody = torch.zeros(0, dtype=torch.long)
     out = encoder(noise(0, 6, WIDTH), encoder.context(noise(3, 5, OTHER), None, nobody))
-    assert (out.every_RLD.shape[0], out.first_BD.shape) == (0, (0, WIDTH))
+    assert (out.full_RLD.shape[0], out.cls_BD.shape) == (0, (0, WIDTH))
 
 
 def test_every_parameter_is_used(encoder: CrossEncoder) -> None:
     """Also where only class tokens leave the last block; distributed training waits for each gradient."""
-    encoder(noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), every=0).first_BD.square().sum().backward()
+    encoder(noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), num_full=0).cls_BD.square().sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())

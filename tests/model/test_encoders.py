@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
-from maskvlm.model.encoders import MANY, ImageEncoder, TextEncoder, standing_still
+from maskvlm.model.encoders import MANY, ImageEncoder, TextEncoder, encoders_frozen
 from maskvlm.utils.errors import UserError
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -220,7 +220,7 @@ def test_an_encoder_that_stands_still_gives_the_same_and_learns_nothing(left_out
     text.set_tokenizer(train_tokenizer(CAPTIONS, 50))
     token_BT, attention_BT = torch.randint(5, 50, (3, 7)), torch.ones(3, 7, dtype=torch.bool)
     expected = image(images(3), ragged_mask()), text(token_BT, attention_BT)
-    with standing_still((image, text), True):
+    with encoders_frozen((image, text), True):
         still = image(images(3), ragged_mask()), text(token_BT, attention_BT)
     for one, other in zip(still, expected, strict=True):
         torch.testing.assert_close(one, other)

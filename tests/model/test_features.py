@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskvlm.model.encoders import ImageEncoder
-from maskvlm.model.features import KeptFeatures
+from maskvlm.model.features import FeatureCache
 from maskvlm.utils.errors import UserError
 
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 14, "init_values": 0.5}
@@ -140,7 +140,7 @@ def test_other_data_weights_or_blocks_have_a_file_of_their_own(tmp_path: Path) -
 
 
 def test_a_row_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
-    kept = KeptFeatures(tmp_path, "x", 3, (1, 2))
+    kept = FeatureCache(tmp_path, "x", 3, (1, 2))
     assert kept.get(torch.tensor([-1, 2]), lambda at: torch.full((len(at), 1, 2), 5.0)).tolist() == [[[5, 5]], [[5, 5]]]
     assert kept.there_R.tolist() == [0, 0, 1]
     assert kept.get(torch.tensor([2, -1]), lambda at: torch.full((len(at), 1, 2), 7.0)).tolist() == [[[5, 5]], [[7, 7]]]
@@ -149,7 +149,7 @@ def test_a_row_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
 @given(st.lists(st.lists(st.integers(-1, 5), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_any_order_of_rows(tmp_path_factory: pytest.TempPathFactory, batches: list[list[int]]) -> None:
     """Each row is computed once, and read as it was computed."""
-    kept = KeptFeatures(tmp_path_factory.mktemp("kept"), "x", 6, (2, 3))
+    kept = FeatureCache(tmp_path_factory.mktemp("kept"), "x", 6, (2, 3))
     made: list[int] = []
     for batch in batches:
         rows = torch.tensor(batch)
@@ -187,15 +187,15 @@ def test_features_of_what_is_not_frozen_are_not_kept(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"features of 1,000,000,000,000 images need \d+\.\d GB, the disk has "):
-        KeptFeatures(tmp_path, "x", 10**12, (197, 768))
+        FeatureCache(tmp_path, "x", 10**12, (197, 768))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_of_another_size(tmp_path: Path) -> None:
-    KeptFeatures(tmp_path, "x", 3, (1, 2))
+    FeatureCache(tmp_path, "x", 3, (1, 2))
     (tmp_path / "x.float32").write_bytes(b"12345")
     with pytest.raises(UserError, match=r"x\.float32: has 5 bytes, expected 24\. Remove it"):
-        KeptFeatures(tmp_path, "x", 3, (1, 2))
+        FeatureCache(tmp_path, "x", 3, (1, 2))
 
 
 def test_a_copy_keeps_its_own_tower() -> None:

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from toys import slow_cross
 
 from maskvlm.model.cross_attention import CrossEncoder
-from maskvlm.model.heads import Classifier, Matching, PixelDecoder, Projection, TokenHead, patchify, pick, unpatchify
+from maskvlm.model.heads import (
+    Classifier,
+    Matching,
+    PixelDecoder,
+    Projection,
+    TokenHead,
+    gather_positions,
+    patchify,
+    unpatchify,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -41,7 +50,7 @@ def test_unpatchify_is_the_inverse() -> None:
 
 def test_pick() -> None:
     x_BLD = torch.arange(12).view(2, 3, 2)
-    assert pick(x_BLD, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
+    assert gather_positions(x_BLD, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -66,11 +75,11 @@ def test_projection_gives_unit_vectors_of_the_class_tokens_and_of_the_mean(mean:
 
 def test_temperature_starts_where_told_and_keeps_its_bounds() -> None:
     head = Projection(8, 8, temperature=0.07)
-    assert head.scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
-    assert Projection(8, 8).scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert head.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert Projection(8, 8).logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
     for log_scale, scale in ((math.log(5e3), 1000.0), (90.0, 1000.0), (-3.0, 2.0)):
         nn.init.constant_(head.log_scale, log_scale)
-        assert head.scale.item() == pytest.approx(scale, rel=1e-5)
+        assert head.logit_scale.item() == pytest.approx(scale, rel=1e-5)
 
 
 def test_matching_and_token_head_are_one_linear_layer_each() -> None:
@@ -100,9 +109,9 @@ def test_a_temperature_that_overshoots_returns() -> None:
     head = Projection(4, 4, 2)
     with torch.no_grad():
         head.log_scale.fill_(9.0)
-    head.bound()
-    assert head.scale.item() == pytest.approx(1000.0)
-    head.scale.backward()
+    head.clamp_temperature()
+    assert head.logit_scale.item() == pytest.approx(1000.0)
+    head.logit_scale.backward()
     assert head.log_scale.grad is not None
     assert head.log_scale.grad.item() > 0
 

@@ -11,10 +11,10 @@ from toy_examples import LABELS, example_batch, matters, take_examples
 from toys import WIDTH, toy_backbone
 
 from maskvlm.data.examples import ExampleBatch
-from maskvlm.model.features import FrozenTower
+from maskvlm.model.features import FrozenBlocks
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.answers import ScoredExample
-from maskvlm.objectives.classification import Classification, meet
+from maskvlm.objectives.classification import Classification, encode_and_fuse
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
@@ -25,7 +25,7 @@ def build(images: int = 1, **settings: Any) -> tuple[MaskVLM, Classification]:
     backbone, task = toy_backbone(), Classification(LABELS, images, **settings)
     task.build(backbone)
     matters(backbone, task)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     return backbone.double(), task.double()
 
 
@@ -39,7 +39,7 @@ def test_several_images_are_single_ones_side_by_side(images: int) -> None:
     """Each example and image by itself, its text without padding, through the backbone's own parts."""
     backbone, task = build(images)
     batch = noise(4, images)
-    fused_BX = meet(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT).fused_BX
+    fused_BX = encode_and_fuse(backbone, batch.image_BPCHW, batch.token_BT, batch.attention_BT).fused_BX
     assert fused_BX.shape == (4, images * 3 * WIDTH)
     for row in range(4):
         token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
@@ -75,7 +75,7 @@ def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_image_with_
     backbone, before = pretrained(dim=dim, contrast_reads=reads)
     task = Classification(LABELS, images, reads="scores")
     task.build(backbone)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     warm_started = task.warm_start(before.state_dict())
     assert {name.partition(".")[0] for name in warm_started} == {"projection", "matching"}
     batch = example_batch(4, images)
@@ -92,7 +92,7 @@ def test_a_head_may_read_the_text_and_what_pre_training_says_of_each_image_with_
             before.projection.embed_image(image_BLD) * before.projection.embed_text(text_BTD, batch.attention_BT)
         ).sum(1)
         p_B = before.matching(fused.product_MD).softmax(1)[:, 1]
-        parts += [torch.stack([cosine_B * before.projection.scale, p_B.logit()], 1)]
+        parts += [torch.stack([cosine_B * before.projection.logit_scale, p_B.logit()], 1)]
     torch.testing.assert_close(read[0], torch.cat(parts, 1), atol=1e-4, rtol=1e-4)
     task(backbone, batch)["classification"].backward()
     assert {name.partition(".")[0] for name, parameter in task.named_parameters() if parameter.grad is not None} == {
@@ -117,10 +117,10 @@ def test_kept_features_are_those_of_each_image(images: int, tmp_path: Path) -> N
     """Read from the disk at the second look, for every image of every example; a hole and noise are not kept."""
     backbone, task = toy_backbone().train(), Classification(LABELS, images)
     task.build(backbone)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     batch = example_batch(4, images, holes=(2,))
     expected_BK = task.logits(backbone, batch, task.uniform)
-    backbone.image.tower = FrozenTower(backbone.image.vit, 1, str(tmp_path))
+    backbone.image.tower = FrozenBlocks(backbone.image.vit, 1, str(tmp_path))
     backbone.image.tower.keep("data", 4 * images)
     kept = backbone.image.tower.kept
     assert kept is not None
@@ -134,7 +134,7 @@ def test_kept_features_are_those_of_each_image(images: int, tmp_path: Path) -> N
     blind = Classification(LABELS, images, image_ablation=True)
     blind.build(backbone)
     blind.head.load_state_dict(task.head.state_dict())
-    blind.reseed(Draw(7, 0, "cpu"))
+    blind.set_uniform(Draw(7, 0, "cpu"))
     assert not torch.allclose(blind.logits(backbone, batch, blind.uniform)[whole], expected_BK[whole])
 
 
@@ -260,7 +260,7 @@ def test_more_is_named_after_the_task() -> None:
     class More(Classification):
         name = "more"
 
-        def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+        def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
             return {"seen": float(len(scored))}
 
     backbone, task = toy_backbone(), More(LABELS)

@@ -16,7 +16,7 @@ from maskvlm.model.cross_attention import Context, CrossOutput
 from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
-from maskvlm.objectives.evaluation import EVAL_SEED, Measure, gains, one_text
+from maskvlm.objectives.evaluation import EVAL_SEED, PretrainingMetrics, gains, one_text
 from maskvlm.objectives.masking import mask_patches, mask_tokens
 from maskvlm.objectives.retrieval_metrics import recall
 from maskvlm.utils.distributed import Draw
@@ -32,7 +32,7 @@ def several() -> Batch:
 
 
 def measured(task: Recorded, backbone: MaskVLM, batch: Batch, *sizes: int) -> dict[str, float]:
-    measure = Measure(4)
+    measure = PretrainingMetrics(4)
     first = 0
     for size in sizes:
         rows = torch.arange(first, first + size)
@@ -218,7 +218,7 @@ def test_every_checkpoint_is_asked_the_same() -> None:
     backbone, task = build()
     once = measured(task, backbone, several(), 7)
     torch.manual_seed(99)
-    task.reseed(Draw(1, 1, "cpu"))
+    task.set_uniform(Draw(1, 1, "cpu"))
     assert measured(task, backbone, several(), 7) == once
     moved = several()._replace(index_B=torch.arange(IMAGES) + 20)
     assert measured(task, backbone, moved, 7)["mlm/nats"] != once["mlm/nats"]
@@ -314,7 +314,7 @@ def telling_world() -> tuple[Any, Any, Batch]:
 
 def test_a_model_that_says_what_its_partner_shows() -> None:
     task, backbone, batch = telling_world()
-    measure = Measure(4)
+    measure = PretrainingMetrics(4)
     measure.update(task, backbone, batch)
     found = measure.compute(task, backbone)
     assert (found["mlm/accuracy"], found["mlm/accuracy_wrong_image"], found["mlm/accuracy_no_image"]) == (
@@ -342,7 +342,7 @@ def test_captions_of_an_image_take_turns() -> None:
 
 def test_nothing_taken_in_gives_nothing() -> None:
     backbone, task = build()
-    assert set(Measure(4).compute(task, backbone)) <= {"score"}
-    empty = Measure(4)
+    assert set(PretrainingMetrics(4).compute(task, backbone)) <= {"score"}
+    empty = PretrainingMetrics(4)
     empty.add("mlm/nats", torch.zeros(2, 0), torch.zeros(2, 0))
     assert math.isnan(empty.compute(task, backbone)["mlm/nats"])

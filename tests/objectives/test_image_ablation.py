@@ -78,13 +78,13 @@ def test_what_a_task_says_does_not_depend_on_the_image(kind: str, blind: bool) -
     other = batch._replace(image_BPCHW=torch.randn_like(batch.image_BPCHW))
     heard = []
     for one in (batch, other):
-        task.reseed(Draw(3, 0, "cpu"))
+        task.set_uniform(Draw(3, 0, "cpu"))
         heard.append(task(backbone, one)[task.name])
     assert torch.equal(heard[0], heard[1]) == blind
     task.train()
     flipped, losses = batch._replace(image_BPCHW=batch.image_BPCHW.flip(0)), []
     for one in (batch, flipped):
-        task.reseed(Draw(3, 0, "cpu"))
+        task.set_uniform(Draw(3, 0, "cpu"))
         if task.blind is not None:
             task.blind.load_state_dict(ImageAblation().state_dict())
         losses.append(task(backbone, one)[task.name].item())

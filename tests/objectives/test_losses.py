@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from maskvlm.objectives.hard_negatives import draw_hard_negatives
 from maskvlm.objectives.losses import (
-    Columns,
+    ContrastTargets,
     contrastive,
     masked_pixel,
     masked_token,
@@ -107,7 +107,9 @@ def test_contrast_keeps_single_precision_under_autocast() -> None:
 # ---------------------------------------------------------------------- contrast with several captions
 
 
-def soft_inputs(owner: list[int], images: int, weight_B: Tensor, **excluded: Tensor) -> dict[str, Tensor | Columns]:
+def soft_inputs(
+    owner: list[int], images: int, weight_B: Tensor, **excluded: Tensor
+) -> dict[str, Tensor | ContrastTargets]:
     """Captions in the given order; unread images and their captions are no columns."""
     owner_C = torch.tensor(owner)
     image_BD, text_CD = (F.normalize(noise(n, 8, seed=n), dim=1) for n in (images, len(owner)))
@@ -115,7 +117,7 @@ def soft_inputs(owner: list[int], images: int, weight_B: Tensor, **excluded: Ten
     unread_B, weight_C = weight_B == 0, weight_B[owner_C]
     not_BC = excluded.get("image", torch.zeros_like(own_BC)) | (weight_C == 0)
     not_CB = excluded.get("text", torch.zeros_like(own_BC.T)) | unread_B
-    sees = {"image_sees": Columns(own_BC, not_BC), "text_sees": Columns(own_BC.T, not_CB)}
+    sees = {"image_targets": ContrastTargets(own_BC, not_BC), "text_targets": ContrastTargets(own_BC.T, not_CB)}
     counts = {"count_B": weight_B.sum(), "count_C": weight_C.sum()}
     vectors = {"image_BD": image_BD, "text_CD": text_CD, "image_GD": image_BD, "text_HD": text_CD}
     return {**vectors, "scale": torch.tensor(1 / 0.07), **sees, "weight_B": weight_B, "weight_C": weight_C, **counts}
@@ -147,7 +149,7 @@ def test_soft_contrast_is_contrast_where_each_image_has_one_caption() -> None:
     for rows in (slice(0, 6), slice(2, 6)):
         part = {name: inputs[name][rows] for name in ("image_BD", "text_BD", "own_B", "excluded_BG", "weight_B")}
         expected = contrastive(**{**inputs, **part})
-        sees = Columns(torch.eye(6, dtype=torch.bool)[rows], excluded_BG[rows])
+        sees = ContrastTargets(torch.eye(6, dtype=torch.bool)[rows], excluded_BG[rows])
         found = soft_contrastive(
             part["image_BD"], part["text_BD"], inputs["image_GD"], inputs["text_GD"], inputs["scale"],
             sees, sees, part["weight_B"], part["weight_B"], inputs["count"], inputs["count"],
@@ -159,11 +161,11 @@ def test_soft_cross_entropy_leaves_out_excluded_columns() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0, 9.0], [5.0, 1.0, 1.0, 1.0]], requires_grad=True)
     positive = torch.tensor([[True, True, False, True], [True, False, False, False]])
     excluded = torch.tensor([[False, False, False, True], [True, True, True, True]])
-    loss_B = soft_cross_entropy(logits, Columns(positive, excluded))
+    loss_B = soft_cross_entropy(logits, ContrastTargets(positive, excluded))
     expected = torch.logsumexp(torch.tensor([1.0, 2.0, 3.0]), 0) - 1.5
     torch.testing.assert_close(loss_B, torch.stack([expected, torch.tensor(0.0)]))  # nothing to find: no loss
     with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
-        soft_cross_entropy(logits, Columns(positive, excluded)).sum().backward()
+        soft_cross_entropy(logits, ContrastTargets(positive, excluded)).sum().backward()
     assert logits.grad is not None
     share = torch.softmax(torch.tensor([1.0, 2.0, 3.0]), 0) - torch.tensor([0.5, 0.5, 0.0])
     torch.testing.assert_close(logits.grad, torch.stack([F.pad(share, (0, 1)), torch.zeros(4)]))
@@ -213,7 +215,7 @@ TERMS = {
         x,
         x,
         torch.tensor(10.0),
-        *[Columns(torch.eye(4).bool(), w[None].expand(4, 4) == 0)] * 2,
+        *[ContrastTargets(torch.eye(4).bool(), w[None].expand(4, 4) == 0)] * 2,
         w,
         w,
         w.sum(),

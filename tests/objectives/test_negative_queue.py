@@ -10,7 +10,7 @@ from toys import LENGTH, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.cross_batch import Contrast, Encoded, cross_all, pad_text
 from maskvlm.objectives.hard_negatives import Negatives
-from maskvlm.objectives.negative_queue import Queue
+from maskvlm.objectives.negative_queue import NegativeQueue
 from maskvlm.training.resumable import restore
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import ExitCode, UserError
@@ -37,7 +37,7 @@ def whole(seed: int, rows: int = 8) -> Batch:
 
 @pytest.mark.parametrize("size", [1, 8, 11, 40])
 def test_the_latest_pairs_are_kept_without_gradient(size: int) -> None:
-    queue, seen = Queue(size), []
+    queue, seen = NegativeQueue(size), []
     for step in range(4):
         batch = whole(step)
         encoded, contrast = encoded_of(batch, step)
@@ -50,13 +50,13 @@ def test_the_latest_pairs_are_kept_without_gradient(size: int) -> None:
 
 
 def test_the_same_image_the_same_words_and_what_could_not_be_read_are_no_negatives() -> None:
-    queue, before, now = Queue(20), pad_text(eventful_batch(), LENGTH, 1), whole(3)
+    queue, before, now = NegativeQueue(20), pad_text(eventful_batch(), LENGTH, 1), whole(3)
     now = now._replace(image_id_B=now.image_id_B.clone(), text_id_C=now.text_id_C.clone())
     now.image_id_B[2], now.text_id_C[5] = before.image_id_B[6], before.text_id_C[2]
-    assert queue.widen(encoded_of(now, 1)[1], now).excluded_BG.shape == (8, 8)  # nothing is kept yet
+    assert queue.append_to(encoded_of(now, 1)[1], now).excluded_BG.shape == (8, 8)  # nothing is kept yet
     queue.push(before, *encoded_of(before, 0))
     contrast = encoded_of(now, 1)[1]
-    wide = queue.widen(contrast, now)
+    wide = queue.append_to(contrast, now)
     assert torch.equal(wide.text_GE, torch.cat([contrast.text_GE, queue.pairs.text_QE]))  # type: ignore[union-attr]
     assert torch.equal(wide.image_GE, torch.cat([contrast.image_GE, queue.pairs.image_QE]))  # type: ignore[union-attr]
     for row in range(8):
@@ -94,11 +94,11 @@ def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -
 
 def test_a_step_draws_from_earlier_ones_once_all_losses_count() -> None:
     backbone, task = build(negative_queue=24, contrast_first=0.5)
-    task.done = 0.4
+    task.run_progress = 0.4
     task(backbone, whole(0))
     assert task.queue is not None
     assert task.queue.pairs is None
-    task.done, drawn = 0.6, []
+    task.run_progress, drawn = 0.6, []
     for step in range(12):
         terms = task(backbone, whole(step))
         assert all(term.isfinite() for term in terms.values())
@@ -132,7 +132,7 @@ def test_a_step_that_overflowed_does_not_spoil_those_after_it(part: str) -> None
 def test_a_checkpoint_holds_no_more_than_the_queue() -> None:
     backbone, task = build(negative_queue=3)
     task(backbone, whole(0))
-    for value in task.state().values():
+    for value in task.resume_state().values():
         assert value.untyped_storage().nbytes() == value.nbytes
 
 
@@ -144,18 +144,18 @@ def test_without_matching_nothing_is_kept() -> None:
 
 def test_a_checkpoint_brings_it_back() -> None:
     backbone, task = build(negative_queue=12)
-    assert task.state() == {}
+    assert task.resume_state() == {}
     for step in range(2):
         task(backbone, whole(step))
-    state = task.state()
+    state = task.resume_state()
     _, again = build(backbone, negative_queue=12)
     again.load_state_dict(task.state_dict())
-    again.go_on(state)
+    again.load_resume_state(state)
     for one in (task, again):
-        one.reseed(Draw(1, 5, "cpu"))
+        one.set_uniform(Draw(1, 5, "cpu"))
     expected, found = task(backbone, whole(4)), again(backbone, whole(4))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    build()[1].go_on(state)  # a run without one has no use for it
+    build()[1].load_resume_state(state)  # a run without one has no use for it
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_a_checkpoint_brings_it_back() -> None:
 def test_a_damaged_one_is_refused(change: Any, message: str) -> None:
     backbone, task = build(negative_queue=12)
     task(backbone, whole(0))
-    state = task.state()
+    state = task.resume_state()
     change(state)
     with pytest.raises(ValueError, match=message):
-        build(negative_queue=12)[1].go_on(state)
+        build(negative_queue=12)[1].load_resume_state(state)
     with pytest.raises(UserError, match=r"last\.ckpt: task_state: .*another checkpoint") as error:
         restore(build(negative_queue=12)[1], state, "last.ckpt")
     assert error.value.code == ExitCode.BAD_DATA

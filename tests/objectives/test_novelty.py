@@ -17,11 +17,11 @@ from maskvlm.objectives.novelty import (
     LEAST,
     MOST,
     FarFromTraining,
-    Range,
+    KnownRange,
     far_line,
+    fit_range,
     is_far,
-    nearness,
-    range_of,
+    max_cosine,
     sample_of,
 )
 from maskvlm.utils.errors import ExitCode, UserError
@@ -39,8 +39,8 @@ def clusters(count: int, seed: int, width: int = 32, spread: float = 0.15) -> to
     return unit(centre_CE[chosen_N] + spread * torch.randn(count, width, generator=generator))
 
 
-def known(count: int = 2000) -> Range:
-    found = range_of(sample_of(clusters(count, 0)))
+def known(count: int = 2000) -> KnownRange:
+    found = fit_range(sample_of(clusters(count, 0)))
     assert found is not None
     return found
 
@@ -59,7 +59,7 @@ def test_a_share_of_the_sample_is_below_the_threshold() -> None:
     """Each is compared with the others, not with itself: else everything would be below."""
     sample_NE = sample_of(clusters(400, 3))
     for share in (0.01, 0.1, 0.5):
-        found = range_of(sample_NE, share)
+        found = fit_range(sample_NE, share)
         assert found is not None
         cosine_NN = found.vector_NE @ found.vector_NE.T - 2 * torch.eye(400)
         below = (cosine_NN.max(1).values < found.least).float().mean()
@@ -78,14 +78,14 @@ def test_a_sample_is_small_and_spread_over_the_split() -> None:
 
 
 def test_too_few_images_tell_nothing() -> None:
-    assert range_of(sample_of(clusters(LEAST - 1, 0))) is None
-    assert range_of(sample_of(clusters(LEAST, 0))) is not None
+    assert fit_range(sample_of(clusters(LEAST - 1, 0))) is None
+    assert fit_range(sample_of(clusters(LEAST, 0))) is not None
 
 
 def test_nearness_is_the_highest_cosine() -> None:
-    found = Range(torch.eye(3), 0.7)
+    found = KnownRange(torch.eye(3), 0.7)
     vector_BE = unit(torch.tensor([[1.0, 0, 0], [1, 1, 1], [-1, 0, -1]]))
-    assert nearness(vector_BE, found).tolist() == pytest.approx([1, 3**-0.5, 0], abs=1e-6)
+    assert max_cosine(vector_BE, found).tolist() == pytest.approx([1, 3**-0.5, 0], abs=1e-6)
     assert is_far(vector_BE, found).tolist() == [False, True, True]
     assert "0.58, 99 % of them have 0.70 or more" in far_line(0.577, found)
 

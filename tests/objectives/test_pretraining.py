@@ -15,7 +15,7 @@ from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.cross_batch import Contrast, one_each, pad_text
+from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, pad_text
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.pretraining_losses import WordsPresent
 from maskvlm.utils.distributed import Draw
@@ -145,7 +145,7 @@ def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
 
 def losses_of(batch: Batch, order: list[int] | None = None, **settings: Any) -> list[float]:
     backbone, task = build(**settings)
-    task.reseed(Table(order))
+    task.set_uniform(Table(order))
     with torch.no_grad():
         return [float(term) for term in task(backbone, batch).values()]
 
@@ -200,7 +200,7 @@ def slow_positives(task: MaskedPretraining, backbone: MaskVLM, batch: Batch) -> 
         image = task.projection.embed_image(backbone.image(batch.image_BCHW)).double().numpy()
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
         text = task.projection.embed_text(text_CTD, batch.attention_CT).double().numpy()
-        scale = float(task.projection.scale)
+        scale = float(task.projection.logit_scale)
     owner, words = batch.owner_C.tolist(), batch.text_id_C.tolist()
     shows, valid = [batch.image_id_B[b].item() for b in range(len(image))], batch.valid_B.tolist()
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_whose_contrast_reads_something_else_is_refused(reads: str,
 
 def test_the_first_caption_alone_is_masked_and_matched() -> None:
     batch = with_captions()
-    first, every = one_each(batch)
+    first, every = first_and_all_captions(batch)
     assert first.owner_C.tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(first.token_CT, batch.token_CT[::3])
     assert every.owner_C.tolist() == [0, 1, 2, 3, 4] * 3
@@ -287,7 +287,7 @@ def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(setti
     batch = eventful_batch()
     backbone, task = build(contrast_first=0.5, **settings)
     alone, only = build(weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0)
-    task.done = 0.49
+    task.run_progress = 0.49
     terms = task(backbone, batch)
     assert list(terms) == ["itc"]
     assert task.masks.patch is not None
@@ -309,8 +309,8 @@ def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(setti
 def test_after_that_all_losses_are_those_of_a_step_without() -> None:
     batch = eventful_batch()
     backbone, task = build(contrast_first=0.5)
-    task.reseed(Table())
-    task.done = 0.5
+    task.set_uniform(Table())
+    task.run_progress = 0.5
     with torch.no_grad():
         assert [float(term) for term in task(backbone, batch).values()] == losses_of(batch)
 
@@ -344,9 +344,9 @@ def test_what_is_aligned_may_stand_still(
     found = {}
     for still in (False, freeze):
         backbone, task = build(contrast_first=0.5, freeze_aligned=still, **settings)
-        task.done = 0.5
+        task.run_progress = 0.5
         batch = pad_text(toy_batch(8, captions=captions), LENGTH, 1)
-        task.reseed(Draw(7, 0, "cpu"))
+        task.set_uniform(Draw(7, 0, "cpu"))
         terms = task(backbone, batch)
         total(task, terms).backward()
         found[still] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
@@ -375,10 +375,10 @@ def test_what_is_aligned_may_stand_still(
 def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: float, seen: int | None) -> None:
     """Half of 16 patches, others in each image and in each step."""
     backbone, task = build(contrast_patches=0.5, **settings)
-    task.done, calls, encode = done, [], backbone.image.forward
+    task.run_progress, calls, encode = done, [], backbone.image.forward
     backbone.image.forward = lambda *args: calls.append(args[4]) or encode(*args)  # type: ignore[method-assign, func-returns-value]
     for step in range(2):
-        task.reseed(Draw(7, step, "cpu"))
+        task.set_uniform(Draw(7, step, "cpu"))
         task(backbone, eventful_batch())
     if seen is None:
         assert calls == [None, None]
@@ -411,7 +411,7 @@ def test_until_then_contrast_learns_as_without() -> None:
     terms, grads = [], []
     for still in (False, True):
         backbone, task = build(contrast_first=0.5, freeze_aligned=still)
-        task.done = 0.4
+        task.run_progress = 0.4
         terms.append(task(backbone, eventful_batch())["itc"])
         terms[-1].backward()
         grads.append(gradients(backbone, task))
@@ -436,7 +436,7 @@ def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
     some, all_of_them = losses_of(batch, masked_image_share=0.5), losses_of(batch)
     assert some[:3] == pytest.approx(all_of_them[:3], rel=1e-5)
     backbone, task = build(masked_image_share=0.5)
-    task.reseed(Table())
+    task.set_uniform(Table())
     task(backbone, batch)
     assert task.masks.patch is not None
     assert len(task.masks.patch.mask_BN) == 4
@@ -508,7 +508,7 @@ def test_a_step_never_asks_the_device(monkeypatch: pytest.MonkeyPatch, settings:
     backbone, task = build(**settings)
     backbone.to("meta")
     task.to("meta")
-    task.reseed(lambda *shape: torch.empty(shape, device="meta"))
+    task.set_uniform(lambda *shape: torch.empty(shape, device="meta"))
     batch = Batch(*(part.to("meta") if isinstance(part, Tensor) else part for part in eventful_batch()))
     sum(task(backbone, batch).values()).backward()
 
@@ -520,7 +520,7 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu() -> None:
     backbone.cuda()
     task.cuda()
     table = Table()
-    task.reseed(lambda *shape: table(*shape).cuda())
+    task.set_uniform(lambda *shape: table(*shape).cuda())
     batch = Batch(*(part.cuda() if isinstance(part, Tensor) else part for part in eventful_batch()))
     found = [term.item() for term in task(backbone, batch).values()]
     assert found == pytest.approx(expected, rel=1e-3)
@@ -596,14 +596,14 @@ def test_the_token_head_starts_from_the_words() -> None:
     torch.testing.assert_close(task.tokens.vocabulary.weight, words_VD - words_VD.mean(0))
     count_V = torch.zeros(VOCAB - 5, dtype=torch.long)
     count_V[7], count_V[9] = 30, 10
-    task.see_words(lambda: count_V)
+    task.use_token_counts(lambda: count_V)
     share_V = task.tokens.vocabulary.bias.exp()
     assert share_V.sum().item() == pytest.approx(1, rel=1e-5)
     assert (share_V[7] / share_V[9]).item() == pytest.approx(31 / 11, rel=1e-5)
     assert (share_V[9] / share_V[VOCAB - 1]).item() == pytest.approx(11, rel=1e-5)
     plain = MaskedPretraining(mask_block=16)
     plain.build(backbone)
-    plain.see_words(lambda: pytest.fail("the texts are not read for nothing"))
+    plain.use_token_counts(lambda: pytest.fail("the texts are not read for nothing"))
     assert not plain.tokens.vocabulary.bias.any()
     wider = MaskVLM(toy_backbone().image, toy_backbone(width=32).text, 2, 2, width=16)
     with pytest.raises(UserError, match="tokens_from_words: words are 32 wide, the token head reads 16"):
@@ -654,7 +654,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
         backbone, task = build(matching_trains_encoders=trains, mask_both=mask_both, negative_queue=8, **wanted)
         with torch.no_grad():
             task(backbone, pad_text(eventful_batch(), LENGTH, 1))  # fills the queue
-        task.reseed(Draw(7, 0, "cpu"))
+        task.set_uniform(Draw(7, 0, "cpu"))
         terms = task(backbone, pad_text(eventful_batch(), LENGTH, 1))
         for name, term in terms.items():
             backbone.zero_grad()
@@ -733,7 +733,7 @@ def test_eight_pairs_are_learned_by_heart() -> None:
     optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=0.0)
     recent = []
     for step in range(150):
-        task.reseed(Draw(0, step, "cpu"))
+        task.set_uniform(Draw(0, step, "cpu"))
         terms = task(backbone, batch)
         optimizer.zero_grad()
         sum(terms.values()).backward()

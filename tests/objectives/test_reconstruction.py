@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import PATCH, SIZE, toy_backbone, toy_batch
 
-from maskvlm.model.heads import patchify, pick
+from maskvlm.model.heads import gather_positions, patchify
 from maskvlm.model.init import init_xavier
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.masking import mask_patches
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import denormalise, few, paste, reconstruct, to_rgb
+from maskvlm.objectives.reconstruction import denormalise, paste, reconstruct, subsample, to_rgb
 from maskvlm.utils.distributed import Draw
 
 
@@ -47,7 +47,7 @@ def test_pixels_outside_the_mask_are_exactly_the_image(seed: int, ratio: float) 
     pasted_BCHW = paste(image_BCHW, new_BKP, patch.index_BK, patch.weight_BK, PATCH)
     masked_B1HW = by_pixel(patch.mask_BN, 4)
     assert torch.equal(torch.where(masked_B1HW, image_BCHW, pasted_BCHW), image_BCHW)
-    picked_BKP = pick(patchify(pasted_BCHW, PATCH), patch.index_BK)
+    picked_BKP = gather_positions(patchify(pasted_BCHW, PATCH), patch.index_BK)
     seen_BK = patch.weight_BK > 0
     assert torch.equal(picked_BKP[seen_BK], new_BKP[seen_BK])
 
@@ -66,7 +66,7 @@ def test_normalised_patches_are_brought_back_by_their_own_statistics() -> None:
     image_BCHW = torch.randn(2, 3, SIZE, SIZE) * 3 + 1
     index_BK = torch.tensor([[0, 5], [3, 15]])
     target_BKP = task.pixel_target(image_BCHW, index_BK)
-    true_BKP = pick(patchify(image_BCHW, PATCH), index_BK)
+    true_BKP = gather_positions(patchify(image_BCHW, PATCH), index_BK)
     torch.testing.assert_close(denormalise(target_BKP, true_BKP), true_BKP)
 
 
@@ -84,7 +84,7 @@ def test_rgb_undoes_the_normalisation_and_cuts() -> None:
 
 def test_few_are_spread_over_the_batch_with_one_caption_each() -> None:
     batch = toy_batch(10, captions=3)
-    chosen = few(batch, 4)
+    chosen = subsample(batch, 4)
     assert chosen.index_B.tolist() == [0, 2, 5, 7]
     assert torch.equal(chosen.image_BCHW, batch.image_BCHW[[0, 2, 5, 7]])
     rows = [0, 3 * 2 + 2, 3 * 5 + 2, 3 * 7 + 1]  # caption (index mod 3)
@@ -97,7 +97,7 @@ def test_few_are_spread_over_the_batch_with_one_caption_each() -> None:
 
 
 def test_few_takes_all_where_there_are_not_enough() -> None:
-    assert few(toy_batch(3), 12).index_B.tolist() == [0, 1, 2]
+    assert subsample(toy_batch(3), 12).index_B.tolist() == [0, 1, 2]
 
 
 # ---------------------------------------------------------------------- filling in

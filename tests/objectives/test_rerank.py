@@ -13,7 +13,15 @@ from toys import slow_cross, take, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.rerank import Gallery, Kept, gather_gallery, in_rounds, keep, match_pairs, score_gallery
+from maskvlm.objectives.rerank import (
+    EncodedBatch,
+    Gallery,
+    gather_gallery,
+    in_rounds,
+    match_pairs,
+    offload,
+    score_gallery,
+)
 from maskvlm.objectives.retrieval_metrics import Rankings, candidates, ranking, rankings
 
 IMAGES, CAPTIONS = 5, 3
@@ -28,9 +36,9 @@ class World(NamedTuple):
 
 
 @torch.no_grad()
-def kept(backbone: MaskVLM, projection: Projection, batch: Batch, matched: bool = True) -> Kept:
+def kept(backbone: MaskVLM, projection: Projection, batch: Batch, matched: bool = True) -> EncodedBatch:
     text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
-    return keep(projection, batch, backbone.image(batch.image_BCHW), text_CTD, matched)
+    return offload(projection, batch, backbone.image(batch.image_BCHW), text_CTD, matched)
 
 
 def gallery_of(backbone: MaskVLM, projection: Projection, batch: Batch, *sizes: int) -> Gallery:

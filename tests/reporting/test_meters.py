@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import toy_batch
 
-from maskvlm.reporting.meters import Clock, Left, Losses, Smoothed, StepSpeed, duration, number
+from maskvlm.reporting.meters import LossMeter, RunningMeans, StepSpeed, ThroughputMeter, TimeLeft, duration, number
 
 
 class Ticks:
@@ -22,7 +22,7 @@ class Ticks:
 
 
 def test_smoothed_starts_without_bias_and_forgets() -> None:
-    smoothed = Smoothed(0.5)
+    smoothed = RunningMeans(0.5)
     assert smoothed.read() == {}
     smoothed.take({"itc": torch.tensor(4.0), "itm": 1.0})
     assert smoothed.read() == {"itc": 4.0, "itm": 1.0}
@@ -31,7 +31,7 @@ def test_smoothed_starts_without_bias_and_forgets() -> None:
 
 
 def test_smoothed_starts_anew_when_a_name_comes() -> None:
-    smoothed = Smoothed(0.5)
+    smoothed = RunningMeans(0.5)
     smoothed.take({"itc": 4.0})
     smoothed.take({"itc": 1.0, "mlm": 2.0})
     assert smoothed.read() == {"itc": 1.0, "mlm": 2.0}
@@ -53,7 +53,7 @@ def test_losses_are_the_terms_alone_and_levels_are_asked_for_the_global_batch() 
         asked.append(pairs)
         return {"itc": math.log(pairs)}
 
-    losses = Losses()
+    losses = LossMeter()
     losses.take(trainer)
     readings = losses.read(trainer, SimpleNamespace(task=SimpleNamespace(chance_levels=chance_levels)), toy_batch(6))  # type: ignore[arg-type]
     assert readings.losses == {"itc": 2.0}
@@ -63,14 +63,14 @@ def test_losses_are_the_terms_alone_and_levels_are_asked_for_the_global_batch() 
 
 def test_a_module_without_a_task_has_no_levels() -> None:
     trainer: Any = SimpleNamespace(callback_metrics={"train/vqa": torch.tensor(2.0)}, world_size=1)
-    losses = Losses()
+    losses = LossMeter()
     losses.take(trainer)
     assert losses.read(trainer, SimpleNamespace(), toy_batch(2)) == ({"vqa": 2.0}, {})  # type: ignore[arg-type]
 
 
 def test_the_clock_tells_waiting_from_working_and_starts_anew() -> None:
     now = Ticks()
-    clock = Clock(now)
+    clock = ThroughputMeter(now)
     for start, end in ((10.0, 13.0), (14.0, 16.0)):  # the wait before the first batch is not known
         now.time = start
         clock.batch_starts()
@@ -82,7 +82,7 @@ def test_the_clock_tells_waiting_from_working_and_starts_anew() -> None:
 
 def test_the_clock_leaves_out_what_interrupts_training() -> None:
     now = Ticks()
-    clock = Clock(now)
+    clock = ThroughputMeter(now)
     now.time = 1.0
     clock.batch_starts()
     now.time = 2.0
@@ -97,7 +97,7 @@ def test_the_clock_leaves_out_what_interrupts_training() -> None:
 
 def test_time_left_follows_the_pace_since_the_first_step() -> None:
     now = Ticks()
-    left = Left(now)
+    left = TimeLeft(now)
     now.time = 60.0  # a minute of compiling
     assert left.seconds(1, 101) is None
     now.time = 80.0
@@ -109,7 +109,7 @@ def test_time_left_follows_the_pace_since_the_first_step() -> None:
 def test_time_left_follows_the_latest_kind_of_steps() -> None:
     """Ten steps of a second, then ten of five."""
     now = Ticks()
-    left = Left(now)
+    left = TimeLeft(now)
     assert left.seconds(0, 40, ("itc",)) is None
     now.time = 10.0
     assert left.seconds(10, 40, ("itc",)) == 30.0

@@ -11,7 +11,7 @@ from PIL import Image
 from toys import tokens, toy_batch
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.objectives.reconstruction import GuessedWords, Guesses, Reconstruction, few, reconstruct
+from maskvlm.objectives.reconstruction import GuessedWords, Guesses, Reconstruction, reconstruct, subsample
 from maskvlm.reporting.page import GREEN, GREY, RED, Segment
 from maskvlm.reporting.reconstruction_page import (
     SIDE,
@@ -109,7 +109,7 @@ def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp
     width, height = Image.open(path).size
     assert width == 1256
     assert 3 * 164 < height < 3 * 240
-    assert len(draw_reconstruction(reconstruct(backbone, task, few(toy_batch(6), 3)), NAMES).figure.axes) == 12
+    assert len(draw_reconstruction(reconstruct(backbone, task, subsample(toy_batch(6), 3)), NAMES).figure.axes) == 12
 
 
 def test_one_image_has_no_wrong_caption(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def scored(rows: list[tuple[str, str]]) -> list[ScoredExample]:
 
 def test_by_hand() -> None:
     e, n, c = LABELS
-    found = Entailment(LABELS).more(scored([(e, e), (e, n), (e, e), (e, c), (n, n), ("", c)]))
+    found = Entailment(LABELS).extra_metrics(scored([(e, e), (e, n), (e, e), (e, c), (n, n), ("", c)]))
     assert found[f"recall/{e}"] == 50
     assert found[f"recall/{e}_chance"] == 100 / 3
     assert found[f"recall/{n}"] == 100
@@ -34,12 +34,12 @@ def test_by_hand() -> None:
     assert {name: value for name, value in counts.items() if value} == {
         f"{e}_as_{e}": 2, f"{e}_as_{n}": 1, f"{e}_as_{c}": 1, f"{n}_as_{n}": 1,
     }  # fmt: skip
-    assert Entailment(LABELS).more(scored([("", e)])) == {}
+    assert Entailment(LABELS).extra_metrics(scored([("", e)])) == {}
 
 
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=30))
 def test_against_torchmetrics(rows: list[tuple[str, str]]) -> None:
-    found = Entailment(LABELS).more(scored(rows))
+    found = Entailment(LABELS).extra_metrics(scored(rows))
     truth, said = (torch.tensor([LABELS.index(row[side]) for row in rows]) for side in (0, 1))
     counts = ConfusionMatrix(task="multiclass", num_classes=3)(said, truth)
     recall = Recall(task="multiclass", num_classes=3, average=None)(said, truth)

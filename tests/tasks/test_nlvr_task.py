@@ -26,7 +26,10 @@ def test_consistency_by_hand() -> None:
     assert sorted(len(group) for group in groups_of(rows)) == [1, 1, 1, 2, 3]
     assert consistency(rows) == 100 * 2 / 5
     assert consistency_chance(rows) == pytest.approx(100 * (1 / 8 + 1 / 4 + 3 / 2) / 5)
-    assert Nlvr(LABELS).more(rows) == {"consistency": consistency(rows), "consistency_chance": consistency_chance(rows)}
+    assert Nlvr(LABELS).extra_metrics(rows) == {
+        "consistency": consistency(rows),
+        "consistency_chance": consistency_chance(rows),
+    }
 
 
 def test_where_no_truth_is_published_nothing_is_said() -> None:
@@ -40,7 +43,7 @@ def test_two_images_unless_told_otherwise() -> None:
     backbone, task = toy_backbone(), Nlvr(LABELS, images_per_example=3)
     task.build(backbone)
     assert task.head.layers[0].in_features == 3 * 3 * WIDTH
-    task.reseed(torch.rand)
+    task.set_uniform(torch.rand)
     batch = example_batch(2, 3)._replace(target_BK=torch.eye(2))
     assert task.logits(backbone, batch, torch.rand).shape == (2, 2)
     assert set(task(backbone, batch)) == {"nlvr"}

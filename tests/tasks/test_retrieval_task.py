@@ -13,12 +13,12 @@ from toys import take, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.losses import Columns
+from maskvlm.objectives.losses import ContrastTargets
 from maskvlm.objectives.rerank import gather_gallery, score_gallery
 from maskvlm.objectives.retrieval_metrics import ranking, recall_of
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
-from tasks.retrieval.task import Retrieval, columns, steps
+from tasks.retrieval.task import Retrieval, contrast_targets, sweep_ks
 
 IMAGES = 7
 
@@ -89,7 +89,7 @@ def test_negatives_are_never_the_same_image_nor_the_same_words_nor_a_hole() -> N
     slow = Slow(task, backbone, batch)
     drawn: set[tuple[int, int]] = set()
     for step in range(30):
-        task.reseed(Draw(1, step, "cpu"))
+        task.set_uniform(Draw(1, step, "cpu"))
         with torch.no_grad():
             task(backbone, batch)
         for c in slow.captions:
@@ -108,7 +108,7 @@ def test_the_order_of_captions_does_not_matter() -> None:
     mixed = batch._replace(**{name: getattr(batch, name)[order] for name in names})
     backbone, task = build(weight_itm=0.0)
     torch.testing.assert_close(task(backbone, mixed)["itc"], task(backbone, batch)["itc"])
-    found, expected = columns(mixed), columns(batch)
+    found, expected = contrast_targets(mixed), contrast_targets(batch)
     assert torch.equal(found[0].excluded_BG, expected[0].excluded_BG[:, order])
     assert torch.equal(found[1].excluded_BG, expected[1].excluded_BG[order])
 
@@ -120,11 +120,11 @@ def test_columns_written_out() -> None:
     batch = batch._replace(
         image_id_B=torch.tensor([7, 7, 8, 9]), text_id_C=text_id_C, valid_B=torch.tensor([True, True, True, False])
     )
-    image, text = columns(batch)
-    flags = {name: [[int(x) for x in row] for row in getattr(image, name)] for name in Columns._fields}
+    image, text = contrast_targets(batch)
+    flags = {name: [[int(x) for x in row] for row in getattr(image, name)] for name in ContrastTargets._fields}
     assert flags["positive_BG"][:3] == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0]]
     assert flags["excluded_BG"][:3] == [[0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0, 1, 1]]
-    flags = {name: [[int(x) for x in row] for row in getattr(text, name)] for name in Columns._fields}
+    flags = {name: [[int(x) for x in row] for row in getattr(text, name)] for name in ContrastTargets._fields}
     assert flags["positive_BG"][:6] == [[1, 1, 0, 0]] * 4 + [[0, 0, 1, 0]] * 2
     assert flags["excluded_BG"][:6] == [[0, 0, 0, 1]] * 3 + [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
 
@@ -165,7 +165,7 @@ def trained(batch: Batch, steps: int) -> tuple[MaskVLM, Retrieval]:
     task.build(backbone)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *task.parameters()], lr=3e-3)
     for step in range(steps):
-        task.reseed(Draw(0, step, "cpu"))
+        task.set_uniform(Draw(0, step, "cpu"))
         optimizer.zero_grad()
         sum(task(backbone, batch).values()).backward()
         optimizer.step()
@@ -225,9 +225,9 @@ def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[st
 
 def test_a_sweep_gives_every_k_that_could_be_chosen(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
     names = ["k0", "k1", "k2", "k4", "k8", "k_all"]
-    assert steps(14) == dict(zip(names, [0, 1, 2, 4, 8, 14], strict=True))
-    assert steps(8) == {"k0": 0, "k1": 1, "k2": 2, "k4": 4, "k_all": 8}
-    assert steps(1) == {"k0": 0, "k_all": 1}
+    assert sweep_ks(14) == dict(zip(names, [0, 1, 2, 4, 8, 14], strict=True))
+    assert sweep_ks(8) == {"k0": 0, "k1": 1, "k2": 2, "k4": 4, "k_all": 8}
+    assert sweep_ks(1) == {"k0": 0, "k_all": 1}
     key = "matching.classify.weight"  # turned round, so that the more is matched the less is found
     halfway = (halfway[0], halfway[1] | {key: -halfway[1][key]})
     backbone, task = task_of(halfway, sweep=True)
@@ -321,13 +321,13 @@ def test_the_blind_control_does_not_see_the_images() -> None:
         task.train()
         terms: list[Tensor] = []
         for one in (batch, other):
-            task.reseed(Draw(7, 0, "cpu"))
+            task.set_uniform(Draw(7, 0, "cpu"))
             terms.append(torch.stack(list(task(backbone, one).values())))
         assert torch.allclose(terms[0], terms[1], rtol=1e-3) == blind  # statistics of the same images, summed twice
         before = measured(task, backbone, batch, 4, 3)
         assert (measured(task, backbone, other, 4, 3) == before) == blind
         torch.manual_seed(3)
-        task.reseed(Draw(9, 9, "cpu"))
+        task.set_uniform(Draw(9, 9, "cpu"))
         assert measured(task, backbone, batch, 4, 3) == before  # evaluation asks every checkpoint the same
 
 

@@ -33,7 +33,7 @@ def build(labels: Any = LABELS, **settings: Any) -> tuple[MaskVLM, Vqa]:
     backbone, task = toy_backbone(), Vqa(labels, **settings)
     task.build(backbone)
     matters(backbone, task)
-    task.reseed(Draw(7, 0, "cpu"))
+    task.set_uniform(Draw(7, 0, "cpu"))
     return backbone.double(), task.double()
 
 
@@ -352,10 +352,10 @@ def test_metrics_by_hand() -> None:
         ScoredExample(2, example(2, answers=["blue"] * 10), "green", 0.0),
         ScoredExample(3, example(3, answers=[]), "green", None),
     ]
-    found = task.more(rows)
+    found = task.extra_metrics(rows)
     assert found["accuracy_prior"] == pytest.approx(100 * (1 + 0 + 1) / 3)  # always `blue`
     assert found["accuracy_ceiling"] == pytest.approx(100 * (0.6 + 1 + 0) / 3)  # `blue` is not in the vocabulary
-    assert task.more(rows[3:]) == {}
+    assert task.extra_metrics(rows[3:]) == {}
 
 
 def said(name: str, answer: str) -> Prediction:

@@ -130,8 +130,8 @@ def test_masks_and_negatives_follow_from_seed_and_step() -> None:
     class Task(MaskedPretraining):
         seeds: ClassVar[list[int]] = []
 
-        def reseed(self, uniform: Any) -> None:
-            super().reseed(uniform)
+        def set_uniform(self, uniform: Any) -> None:
+            super().set_uniform(uniform)
             self.seeds.append(uniform.generator.initial_seed())
 
     backbone = toy_backbone(length=24, vocab=150)

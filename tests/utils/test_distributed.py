@@ -23,7 +23,7 @@ from toys import take, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.cross_batch import pad_text
-from maskvlm.objectives.evaluation import Measure
+from maskvlm.objectives.evaluation import PretrainingMetrics
 from maskvlm.objectives.rerank import in_rounds
 from maskvlm.utils.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
 
@@ -108,7 +108,7 @@ def judge(examples: int) -> dict[str, Any]:
 def evaluate(images: int) -> dict[str, float]:
     """Metrics over batches of three images with two captions each, dealt out whole."""
     backbone, task = build()
-    measure = Measure(4)
+    measure = PretrainingMetrics(4)
     for first in range(0, images, 3)[rank() :: world_size()]:
         measure.update(task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, images))))
     return measure.compute(task, backbone)

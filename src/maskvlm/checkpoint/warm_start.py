@@ -62,7 +62,7 @@ class Start(NamedTuple):
         backbone, heads: tensors, by their names within the backbone and within the task.
         tokenizer: None where it holds none.
         labels: what its head decides among; None before a downstream task.
-        lineage: the data its weights have seen, first to last.
+        history: the data its weights have seen, first to last.
         reference: contrast vectors of validation images (`novelty.sample_of`); None where it holds none.
     """
 

@@ -88,7 +88,7 @@ def match(model: Model, image_features: Sequence[Tensor], text_features: Sequenc
 def contrast_counts(model: Model) -> float:
     """What a cosine is multiplied by before it is added to log-odds of a match (see `rerank.score`); 0: not at all."""
     share = float(getattr(model.task, "rerank_contrast", 0.0))
-    return share * float(model.head("projection", "rank").scale) if share else 0.0
+    return share * float(model.head("projection", "rank").logit_scale) if share else 0.0
 
 
 def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:

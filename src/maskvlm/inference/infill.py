@@ -80,7 +80,7 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
         used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many images
         text_BTD = backbone.text(part.token_BT, part.attention_BT)
         context = backbone.cross_text.context(part.image_XLD[used_X], None, own_B)
-        yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).every_RLD
+        yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).full_RLD
 
 
 def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
@@ -184,7 +184,7 @@ def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor,
     visible ones and the whole text."""
     backbone, task = model.backbone, model.head("pixels", "reconstruct")
     image_BLD = backbone.image(image_BCHW, mask_BN)
-    crossed_BLD = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).every_RLD
+    crossed_BLD = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).full_RLD
     every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
     return task(crossed_BLD, text_BTD, attention_BT, every_BN).float()
 

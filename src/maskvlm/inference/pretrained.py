@@ -41,7 +41,7 @@ from maskvlm.inference.hf_config import (
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import chunks
-from maskvlm.objectives.novelty import FarFromTraining, Range, far_line, nearness, range_of
+from maskvlm.objectives.novelty import FarFromTraining, KnownRange, far_line, fit_range, max_cosine
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -145,7 +145,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         if self.known is None:
             return [None] * len(image_BCHW)
         known, projection = self.known, self.head("projection", "far")
-        near_B = nearness(projection.embed_image(self.backbone.image(image_BCHW)), known).tolist()
+        near_B = max_cosine(projection.embed_image(self.backbone.image(image_BCHW)), known).tolist()
         return [far_line(near, known) if near < known.least else None for near in near_B]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
@@ -227,7 +227,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return [*super().__dir__(), *self.task.methods]
 
 
-def known_of(task: Task, origin: Start) -> Range | None:
+def known_of(task: Task, origin: Start) -> KnownRange | None:
     """What a model knows, by its checkpoint. Raises UserError: the vectors do not fit its contrast head (65)."""
     projection = getattr(task, "projection", None)
     if projection is None or origin.reference is None:
@@ -236,7 +236,7 @@ def known_of(task: Task, origin: Start) -> Range | None:
     if width != its:
         what = f"vectors of width {width}, its contrast head has {its}"
         raise UserError(f"{origin.path}: reference", what, "Get the checkpoint again", ExitCode.BAD_DATA)
-    return range_of(origin.reference)
+    return fit_range(origin.reference)
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values, [B, H, S, D/H] each; computed once where many queries meet one context."""
+    """Projected keys and values, [U, H, S, D/H] each ([B, ...] after `rows`); computed once for all pairs that share
+    a context row."""
 
     key: Tensor
     value: Tensor
@@ -38,10 +39,10 @@ class Context(NamedTuple):
 
 
 class CrossOutput(NamedTuple):
-    """every_RLD: all positions of the first R pairs. first_BD: the first position (class token) of all."""
+    """full_RLD: all positions of the first R pairs. cls_BD: the first position (class token) of all."""
 
-    every_RLD: Tensor
-    first_BD: Tensor
+    full_RLD: Tensor
+    cls_BD: Tensor
 
 
 class Attention(nn.Module):
@@ -55,14 +56,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, context_USD: Tensor) -> KeyValue:
-        """Keys and values of the other side, [B, heads, L, D / heads] each."""
+        """Keys and values of the context, [U, H, S, D / H] each."""
         key, value = self.key_value(context_USD).chunk(2, dim=-1)
         return KeyValue(self._split(key), self._split(value))
 
     def forward(
         self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None, position_LD: Tensor | None = None
     ) -> Tensor:
-        """Queries [B, T, D] on keys and values of L positions; returns [B, T, D]."""
+        """Attend from the queries [B, L, D] to S keys and values, [B, L, D]. mask: bool, broadcast to [B, H, L, S],
+        True where a query may attend. position_LD: added to the queries alone."""
         asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
         mixed = scaled_dot_product_attention(self._split(self.query(asking_BLD)), *context, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
@@ -146,7 +148,7 @@ class CrossEncoder(nn.Module):
         x_BLD: Tensor,
         context: Context,
         attention_BL: Tensor | None = None,
-        every: int | None = None,
+        num_full: int | None = None,
     ) -> CrossOutput:
         """Run all pairs in one pass.
 
@@ -154,10 +156,10 @@ class CrossEncoder(nn.Module):
             x_BLD: the querying side, one row a pair.
             context: from `context`.
             attention_BL: padding mask of the querying side.
-            every: the last block gives all positions of the first `every` pairs only (None: of all pairs);
+            num_full: the last block gives all positions of the first `num_full` pairs only (None: of all pairs);
                 of the others just the first position, which is all that matching reads.
         """
-        every = x_BLD.shape[0] if every is None else every
+        num_full = x_BLD.shape[0] if num_full is None else num_full
         self_mask = None if attention_BL is None else attention_BL[:, None, None, :]
         all_rows = slice(None)
         place_LD = None if self.pos_embed is None else self.pos_embed[0]
@@ -166,13 +168,13 @@ class CrossEncoder(nn.Module):
             x_BLD = self._run(block, x_BLD, self_mask, key_value.rows(context.index_B), mask, False, place_LD)
         last = context.blocks[-1].rows(context.index_B)
         parts = []
-        for rows, first_only in ((slice(0, every), False), (slice(every, None), True)):
+        for rows, first_only in ((slice(0, num_full), False), (slice(num_full, None), True)):
             mask = None if self_mask is None else self_mask[rows]
             picked = KeyValue(last.key[rows], last.value[rows])
             if x_BLD[rows].shape[0]:
                 args = (x_BLD[rows], mask, picked, context.mask(rows), first_only, place_LD)
                 parts.append(self._run(self.blocks[-1], *args))
-        whole = parts[0] if every else x_BLD[:0]
+        whole = parts[0] if num_full else x_BLD[:0]
         return CrossOutput(whole, torch.cat([part[:, 0] for part in parts or [x_BLD]]))
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:

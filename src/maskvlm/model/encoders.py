@@ -28,7 +28,7 @@ from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.checkpoint.text_files import ANY_SIZE, is_type, read_text_config, read_text_state
 from maskvlm.checkpoint.weights import load_state
 from maskvlm.data.text import tokenizer_hash
-from maskvlm.model.features import Frozen, FrozenTower, KeptFeatures
+from maskvlm.model.features import FeatureCache, Frozen, FrozenBlocks
 from maskvlm.model.hf_text import (
     build_text_encoder,
     check_positions,
@@ -52,11 +52,11 @@ MANY, GROUPS = 16, 4  # from so many texts on, a CPU takes them in so many group
 
 
 class Encoder(nn.Module):
-    """What the two have in common: whether their weights are in place, and the width that they give.
+    """Base of both encoders: the check that weights are loaded, and the output width.
 
     Attributes:
         width: D.
-        still: nothing is learned now; for a part of a run, see `standing_still`.
+        still: nothing is learned now; for a part of a run, see `encoders_frozen`.
     """
 
     width: int
@@ -86,8 +86,8 @@ class Encoder(nn.Module):
 
 
 @contextmanager
-def standing_still(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
-    """In which, if `on`, nothing of these encoders is learned; they give the same features."""
+def encoders_frozen(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
+    """Context in which, if `on`, these encoders run without gradient; their features are unchanged."""
     encoders = list(encoders)
     for encoder in encoders:
         encoder.still = on
@@ -117,10 +117,11 @@ class ImageEncoder(Encoder):
         drop_path: rate of stochastic depth.
         checkpointing: recompute activations in the backward pass.
         frozen: the first so many blocks, and patches and positions before them, are not trained; `all`: the whole ViT.
-            A mask token in the ViT is not trained then: it is what the ViT makes of a patch of the mean colour.
-        masked_patches: what the ViT sees of masked patches. token: the mask token in their places (P). left_out:
-            nothing; it sees the others alone, and behind it the mask token stands in their places (MAE's way, He et al.
-            2022): the more is masked, the cheaper. Where they are is told by `query_positions` alone.
+            The mask token is then fixed to the patch embedding of a mean-colour patch, unless masked_patches is
+            left_out.
+        masked_patches: token: masked patches enter the ViT as the mask token (P). left_out: the ViT runs on the
+            visible patches only, and mask tokens are inserted after it (MAE, He et al. 2022); cheaper the more is
+            masked. Inserted tokens have no position unless `query_positions` is set.
         feature_cache: a folder where outputs of the frozen blocks are kept: each training image passes through them
             once; only without augmentation.
 
@@ -131,7 +132,7 @@ class ImageEncoder(Encoder):
 
     Raises:
         UserError: no such model, no class token, an image_size that does not hold whole patches, weights beside
-            random_init, a ViT of whose patches none can be left out, or as `FrozenTower`.
+            random_init, a ViT of whose patches none can be left out, or as `FrozenBlocks`.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class ImageEncoder(Encoder):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.vit.set_grad_checkpointing(checkpointing)
-        self.tower, self.feature_cache = FrozenTower(self.vit, frozen, feature_cache), feature_cache
+        self.tower, self.feature_cache = FrozenBlocks(self.vit, frozen, feature_cache), feature_cache
         self.left_out = masked_patches == "left_out"
         if self.left_out:
             self.check_plain("model.backbone.image.masked_patches", "Set it to token")
@@ -234,8 +235,8 @@ class ImageEncoder(Encoder):
         return features_BLD
 
     def _of_visible(self, image_BCHW: Tensor, mask_BN: Tensor, visible: int | None) -> Tensor:
-        """Features of the visible patches, which the ViT sees alone, among mask tokens. Rows with fewer of them than
-        others are filled up with masked ones, which nothing looks at."""
+        """Run the ViT on the visible patches only and insert mask tokens at the masked positions, [B, 1 + N, D]. Rows
+        with fewer visible patches are padded with masked ones, which attention ignores."""
         if visible is None:
             visible = int((~mask_BN).sum(1).max())
         seen_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
@@ -294,10 +295,10 @@ class ImageEncoder(Encoder):
                 hidden_BLD = self.vit.forward_features(image_BCHW)
         return self._own_positions(hidden_BLD)
 
-    def _kept_for(self, row_W: Tensor | None) -> KeptFeatures | None:
+    def _kept_for(self, row_W: Tensor | None) -> FeatureCache | None:
         return self.tower.kept if self.training and row_W is not None else None
 
-    def _with_kept(self, kept: KeptFeatures, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
+    def _with_kept(self, kept: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
         """The same, with what the frozen blocks give for the first W images read from the disk."""
         whole = len(row_W)
         lower = [kept.get(row_W, lambda at_M: self.tower.lower(image_BCHW[:whole][at_M]))]
@@ -308,7 +309,7 @@ class ImageEncoder(Encoder):
 
     @torch.no_grad()
     def _take_mean_colour(self) -> None:
-        """A frozen ViT cannot learn what a mask token means; a patch of the mean colour it knows."""
+        """Set the mask token to the embedding of a mean-colour patch: a frozen ViT cannot learn a new token."""
         blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
         self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
 

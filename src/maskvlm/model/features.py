@@ -21,7 +21,7 @@ Frozen = int | Literal["all"]
 AFTER = ("norm", "fc_norm")  # what follows the last block
 
 
-class FrozenTower:
+class FrozenBlocks:
     """The part of a timm ViT that is not trained: patches, positions and the first blocks, or all of it.
 
     Args:
@@ -43,7 +43,7 @@ class FrozenTower:
             raise UserError("model.backbone.image.frozen", what, todo)
         self.vit, self.whole, self.folder = vit, frozen == "all", folder
         self.blocks: int = depth if frozen == "all" else frozen
-        self.kept: KeptFeatures | None = None
+        self.kept: FeatureCache | None = None
         if folder is not None and (frozen == 0 or type(vit) is not VisionTransformer):
             what = "features can be kept only of a plain ViT with frozen blocks"
             raise UserError(
@@ -78,7 +78,7 @@ class FrozenTower:
         return features_BLD
 
     def upper(self, hidden_BLD: Tensor) -> Tensor:
-        """From there to the final features."""
+        """Run the trained blocks and the last norm on the output of `lower`, [B, L, D]."""
         features_BLD: Tensor = hidden_BLD if self.whole else self.vit.norm(self.vit.blocks[self.blocks :](hidden_BLD))
         return features_BLD
 
@@ -86,12 +86,12 @@ class FrozenTower:
         """Keep features from now on, if a folder was named; the weights are in place.
 
         Args:
-            follows: what they follow from beside the frozen weights: the training split's fingerprint, how its images
-                are prepared, the precision. Another text means other files.
+            follows: what the features depend on besides the frozen weights: split fingerprint, image preparation,
+                precision. It is part of the file name, so another value uses other files.
             rows: of the training split.
 
         Raises:
-            UserError: as `KeptFeatures`.
+            UserError: as `FeatureCache`.
         """
         if self.folder is None or self.kept is not None:
             return
@@ -101,15 +101,15 @@ class FrozenTower:
                 digest.update(value.cpu().contiguous().numpy().tobytes())
         length = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
         name = f"{digest.hexdigest()[:24]}-{self.blocks}{'-norm' if self.whole else ''}"
-        self.kept = KeptFeatures(self.folder, name, rows, (length, self.vit.embed_dim))
+        self.kept = FeatureCache(self.folder, name, rows, (length, self.vit.embed_dim))
 
 
-class KeptFeatures:
-    """One row [L, D] for each row of the training split, in float32, filled in as the images come by.
+class FeatureCache:
+    """One row [L, D] for each row of the training split, in float32, written when an image is first seen.
 
     Two files: `NAME.float32` has the rows, `NAME.there` one byte a row that says whether it was written. Both are
-    mapped, so that memory holds what is in use, and processes of one machine share them. Who meets a row that is not
-    there computes and writes it; two who do so write the same.
+    mapped, so that memory holds what is in use, and processes of one machine share them. A process that misses a row
+    computes and writes it; two that do so write the same values.
 
     Args:
         folder: made where it is missing.
@@ -145,7 +145,8 @@ class KeptFeatures:
         """The features of these rows, [B, L, D], float32, on the device of `rows_B`.
 
         Args:
-            rows_B: of the data set; the same one may come twice. -1: of none, computed and not kept.
+            rows_B: int64, row in the training split in [0, R); the same one may come twice. -1: computed and not
+                stored.
             compute: gives the features [M, L, D] of the rows that are missing, by their places [M] in `rows_B`.
         """
         row_B = rows_B.cpu().numpy()
@@ -155,6 +156,7 @@ class KeptFeatures:
             fresh_MLD = compute(torch.from_numpy(missing_M).to(rows_B.device)).float().cpu()
             found_BLD[missing_M] = fresh_MLD
             known = row_B[missing_M] >= 0
+            # The row before its mark: a process that finds the mark reads a row that is written.
             self.row_RLD[row_B[missing_M][known]] = fresh_MLD.numpy()[known]
             self.there_R[row_B[missing_M][known]] = 1
         return found_BLD.to(rows_B.device)

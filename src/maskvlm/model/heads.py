@@ -21,6 +21,7 @@ class Projection(nn.Module):
             for sentences has its meaning there (Sentence-BERT, Reimers and Gurevych 2019).
     """
 
+    # Temperatures of 0.5 and 0.001.
     LOG_BOUNDS = (math.log(2.0), math.log(1000.0))
 
     def __init__(
@@ -33,26 +34,26 @@ class Projection(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @property
-    def scale(self) -> Tensor:
+    def logit_scale(self) -> Tensor:
         """1 / temperature, in [2, 1000]."""
         return self.log_scale.float().clamp(*self.LOG_BOUNDS).exp()
 
     @torch.no_grad()
-    def bound(self) -> None:
-        """Put the parameter itself back within its bounds before a step: outside them it has no gradient, and would
-        never return (ALBEF does the same)."""
+    def clamp_temperature(self) -> None:
+        """Clamp the parameter itself before a step: `logit_scale` clamps too, so outside the bounds the gradient is 0
+        and it would stay there (ALBEF does the same)."""
         self.log_scale.clamp_(*self.LOG_BOUNDS)
 
     def embed_image(self, image_BLD: Tensor, seen_BV: Tensor | None = None) -> Tensor:
         """Unit vector of an image, [B, dim].
 
         Args:
-            image_BLD: the class token, then the patches.
-            seen_BV: numbers of the patches whose mean is read; None: all.
+            image_BLD: the class token, then the patches.             seen_BV: int64 in [0, N), counted without the
+                class token: the patches whose mean is read; None: all.
         """
         read_BX = image_BLD[:, 0]
         if self.mean:
-            patch_BND = image_BLD[:, 1:] if seen_BV is None else pick(image_BLD[:, 1:], seen_BV)
+            patch_BND = image_BLD[:, 1:] if seen_BV is None else gather_positions(image_BLD[:, 1:], seen_BV)
             read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
         return F.normalize(self.image(read_BX).float(), dim=-1)
 
@@ -64,11 +65,11 @@ class Projection(nn.Module):
         """
         read_BX = text_BTD[:, 0]
         if self.mean:
-            read_BX = torch.cat([read_BX, mean_token(text_BTD, attention_BT)], 1)
+            read_BX = torch.cat([read_BX, masked_mean(text_BTD, attention_BT)], 1)
         return F.normalize(self.text(read_BX).float(), dim=-1)
 
 
-def mean_token(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
+def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
     """Mean over what is no padding, [B, D]."""
     there_BT1 = attention_BT[..., None]
     return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
@@ -120,7 +121,7 @@ class TokenHead(nn.Module):
         self.vocabulary = nn.Linear(width, vocab_size)
 
     @torch.no_grad()
-    def start_from(self, words_VD: Tensor) -> None:
+    def init_from_embeddings(self, words_VD: Tensor) -> None:
         """Start from word embeddings: words that mean alike have rows alike from the first step on.
 
         Raises:
@@ -130,10 +131,10 @@ class TokenHead(nn.Module):
             what = f"words are {words_VD.shape[1]} wide, the token head reads {self.vocabulary.in_features}"
             todo = "Leave it out, or give both encoders one width"
             raise UserError("model.task.tokens_from_words", what, todo)
-        self.vocabulary.weight.copy_(words_VD - words_VD.mean(0))  # what all have in common tells no word
+        self.vocabulary.weight.copy_(words_VD - words_VD.mean(0))  # the mean embedding adds the same to every logit
 
     @torch.no_grad()
-    def expect(self, count_V: Tensor) -> None:
+    def init_bias_from_counts(self, count_V: Tensor) -> None:
         """Start from the frequencies of words: the bias is the log of each one's share, with one occurrence more.
 
         Args:
@@ -182,18 +183,20 @@ class PixelDecoder(nn.Module):
         self.pixels = nn.Linear(width, values)
 
     def forward(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor, index_BK: Tensor) -> Tensor:
-        """Predicted values [B, K, P] of the patches at `index_BK` (patches are counted without the class token)."""
-        decoded_BLD = self.blocks(image_BLD, self.blocks.context(text_BTD, attention_BT)).every_RLD
-        return self.pixels(pick(decoded_BLD, index_BK + 1))
+        """Predicted values [B, K, P] of the patches at `index_BK`, int64 in [0, N), counted without the class token.
+        Values are normalised pixels, or normalised in each patch where the task says `pixel_norm`."""
+        decoded_BLD = self.blocks(image_BLD, self.blocks.context(text_BTD, attention_BT)).full_RLD
+        return self.pixels(gather_positions(decoded_BLD, index_BK + 1))
 
 
-def pick(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
+def gather_positions(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
     """The positions `index_BK` of each row, [B, K, D]."""
     return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
 
 
 def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
-    """Pixels of each patch, [B, N, patch * patch * 3], row by row, channel last."""
+    """Pixels of each patch, [B, N, patch * patch * 3]: patches row by row, values in the order row, column, channel.
+    patch: side in pixels, which divides H and W."""
     rows = image_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C r p c q
     return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 

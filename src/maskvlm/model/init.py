@@ -2,7 +2,8 @@
 
 | part | linear layers |
 | --- | --- |
-| encoders with `random_init`, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
+| encoders with `random_init`, adapters behind encoders, contrast projections, word detector, classification head |
+Xavier uniform, bias 0 (MAE's rule) |
 | positions of an image encoder with `random_init` | 2-D sine and cosine, learned from there (MAE's start) |
 | cross-attention in cross encoders and pixel decoder | Xavier uniform, bias 0 |
 | the rest of cross encoders and pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) |

@@ -125,6 +125,6 @@ class MaskVLM(nn.Module):
 
     def fuse(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Fused:
         """Class tokens of row-by-row pairs (image, caption) after both cross encoders."""
-        image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), every=0)
-        text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, every=0)
-        return Fused(image.first_BD, text.first_BD)
+        image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), num_full=0)
+        text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, num_full=0)
+        return Fused(image.cls_BD, text.cls_BD)

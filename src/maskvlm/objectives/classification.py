@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskvlm.data.examples import ExampleBatch, asked
-from maskvlm.model.heads import Classifier, Matching, Projection, mean_token
+from maskvlm.model.heads import Classifier, Matching, Projection, masked_mean
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.answers import ScoredExample, ScoredExamples, by_kind, majority, percent
@@ -29,15 +29,15 @@ SCORING = ("projection.", "matching.")  # heads of pre-training
 Reads = Literal["fused", "scores"]
 
 
-class Decision(NamedTuple):
+class LabelPrediction(NamedTuple):
     """The label, its probability, and the likeliest labels, itself included, with theirs."""
 
     answer: str
     probability: float
-    likeliest: dict[str, float]
+    top_labels: dict[str, float]
 
 
-class Met(NamedTuple):
+class FusedExamples(NamedTuple):
     """Images and texts, and what is fused of them. X = B * P: the images of an example follow each other."""
 
     image_XLD: Tensor
@@ -54,8 +54,8 @@ class Met(NamedTuple):
 class Classification(Task):
     """Fused vectors of the images with the text, concatenated, through two linear layers (paper sec. 4; R).
 
-    A fused vector is the two class tokens and their product (C). Matching has the product alone, which says how well
-    text and image agree; where that is to mean different things under different texts, the text is needed, too.
+    A fused vector is the two class tokens and their product (C). The matching head reads the product alone, which
+    measures agreement of image and text. A label can depend on the text itself, so the class tokens are read too.
 
     Args:
         labels: what to decide among; linked from the data, not set by hand.
@@ -144,7 +144,7 @@ class Classification(Task):
         return F.cross_entropy(logits_BK, target_BK, reduction="none")
 
     def logits(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Tensor:
-        """What speaks for each label, [B, K]."""
+        """Logits of the labels, [B, K]."""
         image = batch.image_BPCHW
         if image.shape[1] != self.images_per_example:
             what = f"the data has {image.shape[1]} images an example, the task is set to {self.images_per_example}"
@@ -152,18 +152,18 @@ class Classification(Task):
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
-        met = meet(backbone, image, batch.token_BT, batch.attention_BT, row_B)
+        met = encode_and_fuse(backbone, image, batch.token_BT, batch.attention_BT, row_B)
         return self.head(met.fused_BX if self.reads == "fused" else self.scores(met))
 
-    def scores(self, met: Met) -> Tensor:
+    def scores(self, met: FusedExamples) -> Tensor:
         """The text's class token and mean token, then two numbers of each image, [B, 2 * D + 2 * P]."""
         text_BTD, attention_BT = met.text_BTD, met.attention_BT
-        mean_BD = mean_token(text_BTD, attention_BT)
+        mean_BD = masked_mean(text_BTD, attention_BT)
         image_XE = self.projection.embed_image(met.image_XLD)
         text_BE = self.projection.embed_text(text_BTD, attention_BT)
         cosine_BP = (image_XE.unflatten(0, (len(text_BE), -1)) * text_BE[:, None]).sum(2)
         unlike_X, like_X = self.matching(met.fused_X.product_MD).float().unbind(1)
-        scores_BP2 = torch.stack([cosine_BP * self.projection.scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
+        scores_BP2 = torch.stack([cosine_BP * self.projection.logit_scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
         return torch.cat([text_BTD[:, 0], mean_BD, scores_BP2.flatten(1)], 1)
 
     @torch.no_grad()
@@ -176,10 +176,10 @@ class Classification(Task):
         ]
         self.scored.add(batch, predicted, correct)
 
-    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[Decision]:
+    def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
         """The labels of examples whose truth nobody knows."""
         draw = Draw(EVAL_SEED, 0, batch.image_BPCHW.device)
-        return likeliest(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
+        return top_labels(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
 
     def probability(self, logits_BK: Tensor) -> Tensor:
         """Of each label."""
@@ -197,11 +197,11 @@ class Classification(Task):
         for kind, part in by_kind(scored).items():
             metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
             metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.correct)
-        metrics |= {f"{self.name}/{key}": value for key, value in self.more(scored).items()}
+        metrics |= {f"{self.name}/{key}": value for key, value in self.extra_metrics(scored).items()}
         metrics[f"{self.name}/examples"] = float(len(scored))
         return metrics | {"score": metrics[f"{self.name}/accuracy"]}
 
-    def more(self, scored: list[ScoredExample]) -> dict[str, float]:
+    def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
         """Further metrics of the task, without its prefix."""
         return {}
 
@@ -218,17 +218,17 @@ class Classification(Task):
         return {self.name: float(torch.tensor(float(len(self.labels))).log())}
 
 
-def likeliest(probability_BK: Tensor, labels: Sequence[str]) -> list[Decision]:
+def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPrediction]:
     """The decision of each row."""
     top = probability_BK.topk(min(SHOWN, probability_BK.shape[1]))
     rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     named = [{labels[k]: p for k, p in zip(ks, ps, strict=True)} for ks, ps in rows]
-    return [Decision(*next(iter(each.items())), each) for each in named]
+    return [LabelPrediction(*next(iter(each.items())), each) for each in named]
 
 
-def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[Decision]:
+def predict_labels(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[LabelPrediction]:
     """A `Method`: what the task says of each example, its images followed by its text."""
-    found: list[Decision] = []
+    found: list[LabelPrediction] = []
     for part in chunks(examples, model.batch_size):
         image_BPCHW = torch.stack([model.pixels(example[:-1]) for example in part])
         text = model.tokens([example[-1] for example in part])
@@ -236,9 +236,9 @@ def decide(task: Classification, model: Model, examples: list[tuple[Any, ...]]) 
     return found
 
 
-def meet(
+def encode_and_fuse(
     backbone: MaskVLM, image_BPCHW: Tensor, token_BT: Tensor, attention_BT: Tensor, row_B: Tensor | None = None
-) -> Met:
+) -> FusedExamples:
     """One pass of each image with the same text.
 
     Args:
@@ -252,4 +252,4 @@ def meet(
     image_XLD = backbone.image(image_BPCHW.flatten(0, 1), None, row_X)
     text_BTD = backbone.text(token_BT, attention_BT)
     text_XTD, attention_XT = (part.repeat_interleave(images, 0) for part in (text_BTD, attention_BT))
-    return Met(image_XLD, text_BTD, attention_BT, backbone.fuse(image_XLD, text_XTD, attention_XT))
+    return FusedExamples(image_XLD, text_BTD, attention_BT, backbone.fuse(image_XLD, text_XTD, attention_XT))

@@ -13,7 +13,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import CrossEncoder, CrossOutput
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.hard_negatives import Negatives
-from maskvlm.objectives.losses import Columns
+from maskvlm.objectives.losses import ContrastTargets
 from maskvlm.objectives.masking import PatchMask, TokenMask
 from maskvlm.utils.distributed import gather, rank, world_size
 
@@ -26,8 +26,8 @@ class Masks(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; of texts that are masked
-    `masks_per_text` times the rows follow each other. other_CTD: the further captions of the images that have several.
+    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; the `masks_per_text` masked rows
+    of a text are adjacent. other_CTD: the further captions of the images that have several.
     """
 
     image_BLD: Tensor
@@ -52,7 +52,9 @@ class Crossed(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Unit vectors of this process and of all, and which columns are no negatives of which rows."""
+    """Unit vectors of this process's pairs and of all processes' (and of a queue, behind them). scale: 1 /
+    temperature. own_B: int64 column of each row's partner. excluded_BG: bool, True where a column is no negative; the
+    own one is none."""
 
     image_BE: Tensor
     text_BE: Tensor
@@ -64,7 +66,8 @@ class Contrast(NamedTuple):
 
 
 def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
-    """The vectors of all processes; the same image, the same words and unread rows are no negatives."""
+    """Gather the unit vectors of all processes and exclude as negatives the same image, the same text and invalid
+    rows."""
     own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
     same_BG = batch.image_id_B[:, None] == gather(batch.image_id_B)
     same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
@@ -86,9 +89,9 @@ class QueuedPairs(NamedTuple):
     valid_Q: Tensor
 
 
-def columns(batch: Batch) -> tuple[Columns, Columns]:
-    """What images [B, H] and captions [C, G] see of the whole batch: the same image is to be found; the same
-    words of another image, and what could not be read, are neither found nor negatives."""
+def contrast_targets(batch: Batch) -> tuple[ContrastTargets, ContrastTargets]:
+    """Targets of ITC over the global batch, for images [B, H] and for captions [C, G]. Columns of the same image are
+    positive. Columns of another image with the same caption and invalid ones are excluded."""
     owner_C = batch.owner_C + rank() * len(batch.valid_B)
     owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
     valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
@@ -98,12 +101,12 @@ def columns(batch: Batch) -> tuple[Columns, Columns]:
     own_BH = batch.image_id_B[:, None] == image_G[owner_H]
     own_CG = batch.image_id_B[batch.owner_C][:, None] == image_G
     return (
-        Columns(own_BH, (says_BH & ~own_BH) | ~valid_G[owner_H]),
-        Columns(own_CG, (says_CG & ~own_CG) | ~valid_G),
+        ContrastTargets(own_BH, (says_BH & ~own_BH) | ~valid_G[owner_H]),
+        ContrastTargets(own_CG, (says_CG & ~own_CG) | ~valid_G),
     )
 
 
-def one_each(batch: Batch) -> tuple[Batch, Batch]:
+def first_and_all_captions(batch: Batch) -> tuple[Batch, Batch]:
     """A training batch with the first caption of each image alone, and with all captions, those first ones in front.
 
     In training every image comes with as many captions, which follow each other.
@@ -112,10 +115,10 @@ def one_each(batch: Batch) -> tuple[Batch, Batch]:
     if captions == pairs:
         return batch, batch
     order_C = torch.arange(captions, device=batch.owner_C.device).unflatten(0, (pairs, -1)).T.flatten()
-    return texts_at(batch, order_C[:pairs]), texts_at(batch, order_C)
+    return select_captions(batch, order_C[:pairs]), select_captions(batch, order_C)
 
 
-def texts_at(batch: Batch, index_C: Tensor) -> Batch:
+def select_captions(batch: Batch, index_C: Tensor) -> Batch:
     """The batch with these captions alone, in this order; without their words, which training does not need."""
     return batch._replace(
         token_CT=batch.token_CT[index_C],
@@ -128,15 +131,15 @@ def texts_at(batch: Batch, index_C: Tensor) -> Batch:
     )
 
 
-class PickableRows(NamedTuple):
+class RowPool(NamedTuple):
     """Rows of one modality that pairs can pick, and their padding mask."""
 
     rows_ULD: Tensor
     attention_UL: Tensor | None
 
-    def pick(self, index: Tensor) -> "PickableRows":
+    def pick(self, index: Tensor) -> "RowPool":
         """The rows of these numbers, in that order."""
-        return PickableRows(
+        return RowPool(
             self.rows_ULD.index_select(0, index),
             None if self.attention_UL is None else self.attention_UL[index],
         )
@@ -161,8 +164,8 @@ def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = N
 def cross_pairs(
     encoder: CrossEncoder,
     masked_BLD: Tensor | None,
-    own: PickableRows,
-    other: PickableRows,
+    own: RowPool,
+    other: RowPool,
     seen_BLD: Tensor | None,
     rows: list[Tensor],
     sees: list[Tensor],
@@ -171,24 +174,26 @@ def cross_pairs(
     """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
 
     Args:
-        masked_BLD: masked rows, one or more of each whole row.
-        own, other: whole rows of the two modalities. rows, sees: which of them meet in each matching pair.
-        seen_BLD: what masked rows see of the other modality, one row a pair; None: its whole rows.
-        pairs: of masked rows, how many whole rows they are of, the first ones.
+        masked_BLD: masked rows, the same number for each of the first `pairs` whole rows.         own, other: whole
+            rows of the two modalities.         rows, sees: for each matching pair the row in `own` and in `other`.
+            seen_BLD: what the masked rows attend to, one row a pair; None: the whole rows of `other`.         pairs:
+            how many whole rows the masked rows belong to.
     """
     if masked_BLD is None and not rows:  # no loss reads this side
         return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])
     first = 0 if masked_BLD is None else len(masked_BLD)
+    # The same number of masked rows for each of the `pairs` whole rows, adjacent.
     of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
     partners = of_pair
     if first and seen_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
         partners = partners + len(other.rows_ULD)
-        other = PickableRows(torch.cat([other.rows_ULD, seen_BLD]), mask)
+        other = RowPool(torch.cat([other.rows_ULD, seen_BLD]), mask)
     picked = own.pick(torch.cat([of_pair, *rows]))
+    # For masked rows only the padding mask of the picked rows is used; their features come from masked_BLD.
     query_BLD = picked.rows_ULD if masked_BLD is None else torch.cat([masked_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
-    return encoder(query_BLD, context, picked.attention_UL, every=first)
+    return encoder(query_BLD, context, picked.attention_UL, num_full=first)
 
 
 def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:
@@ -243,11 +248,13 @@ def cross_all(
     masked = 0 if masked_image is None else len(masked_image)
     seen_text, seen_image = (encoded.first_masked_BTD, encoded.masked_image_BLD) if mask_both else (None, None)
     if not matching_trains:
+        # Detach what matching reads; MLM and MIM must still train the encoders, so their masked rows attend to the
+        # others.
         image, text = image.detach(), text.detach()
         if not mask_both:
             seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
-    image_side, text_side = PickableRows(image, None), PickableRows(text, attention)
+    image_side, text_side = RowPool(image, None), RowPool(text, attention)
     image_out = cross_pairs(backbone.cross_image, masked_image, image_side, text_side, seen_text, images, texts, masked)
     text_out = cross_pairs(backbone.cross_text, masked_text, text_side, image_side, seen_image, texts, images, pairs)
-    fused = Fused(image_out.first_BD[len(image_out.every_RLD) :], text_out.first_BD[len(text_out.every_RLD) :])
-    return Crossed(image_out.every_RLD, text_out.every_RLD, fused)
+    fused = Fused(image_out.cls_BD[len(image_out.full_RLD) :], text_out.cls_BD[len(text_out.full_RLD) :])
+    return Crossed(image_out.full_RLD, text_out.full_RLD, fused)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import Context
-from maskvlm.model.heads import patchify, pick
+from maskvlm.model.heads import gather_positions, patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.losses import pixel_error
 from maskvlm.objectives.novelty import sample_of
-from maskvlm.objectives.rerank import CHUNK, Gallery, Kept, gather_gallery, keep, score_gallery
+from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
 from maskvlm.utils.distributed import Draw, gather_objects
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EVAL_SEED = 20230501
 
 
-class Measure:
+class PretrainingMetrics:
     """Takes in evaluation batches and computes the metrics of an epoch.
 
     The wrong partner is the next row's in the batch; a batch of one image has none. "None" is an image of
@@ -38,7 +38,7 @@ class Measure:
 
     Args:
         rerank_k: candidates a query that matching looks at again.
-        contrast: share of contrast's logit beside the log-odds of matching, see `rerank.score`.
+        contrast: share of contrast's logit beside the log-odds of matching, see `rerank.score_gallery`.
         chunk: pairs at once in the cross encoders when it does.
 
     Attributes:
@@ -46,14 +46,14 @@ class Measure:
     """
 
     def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
-        self.rerank_k, self.share, self.chunk = rerank_k, contrast, chunk
+        self.rerank_k, self.itc_weight, self.chunk = rerank_k, contrast, chunk
         self.reference: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget all batches."""
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        self.kept: list[Kept] = []
+        self.kept: list[EncodedBatch] = []
         self.masked_words: list[Tensor] = []
 
     @torch.no_grad()
@@ -64,13 +64,13 @@ class Measure:
         image_BLD = backbone.image(batch.image_BCHW)
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
         if task.weights["mlm"]:
-            self.words(task, backbone, batch, masks, image_BLD)
+            self.update_mlm(task, backbone, batch, masks, image_BLD)
         if task.weights["mim"]:
-            self.patches(task, backbone, batch, masks, text_CTD)
+            self.update_mim(task, backbone, batch, masks, text_CTD)
         if task.weights["itc"]:
-            self.kept.append(keep(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
+            self.kept.append(offload(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
 
-    def words(
+    def update_mlm(
         self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, image_BLD: Tensor
     ) -> None:
         """Masked-word accuracy (percent) and nats with the image, another one, and none."""
@@ -87,28 +87,31 @@ class Measure:
             if rows == 1 and name == "_wrong_image":
                 continue
             crossed = backbone.cross_text(masked_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
-            logits_CKV = task.tokens(pick(crossed.every_RLD, masks.token.index_CK)).float()
+            logits_CKV = task.tokens(gather_positions(crossed.full_RLD, masks.token.index_CK)).float()
             nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
             self.add(f"mlm/accuracy{name}", 100.0 * (logits_CKV.argmax(-1) == target_CK), weight_CK)
             self.add(f"mlm/nats{name}", nats_CK, weight_CK)
 
-    def patches(
+    def update_mim(
         self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, text_CTD: Tensor
     ) -> None:
         """Masked-pixel error with the caption, another one, and none; one caption an image, in turn."""
         assert masks.patch is not None
         chosen_B = one_text(batch)
         text_BTD, attention_BT = text_CTD[chosen_B], batch.attention_CT[chosen_B]
+        # "None" is the caption without words: its start and end token moved together to the front, so that they have
+        # the first positions.
         empty_BT = batch.special_CT[chosen_B] & attention_BT
         order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
         masked_BLD = backbone.image(batch.image_BCHW, masks.patch.mask_BN, None, masks.patch.visible)
         target_BKP = task.pixel_target(batch.image_BCHW, masks.patch.index_BK)
+        # Chance: the mean colour of the batch's patch values, for each channel.
         level = target_BKP.unflatten(-1, (-1, 3)).mean((0, 1, 2)).repeat(target_BKP.shape[-1] // 3)
         weight_BK, objects_BKP = masks.patch.weight_BK, None
         if batch.foreground_BHW is not None:
             objects_BCHW = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
-            inside_BKP = pick(patchify(objects_BCHW, backbone.image.patch_size), masks.patch.index_BK)
+            inside_BKP = gather_positions(patchify(objects_BCHW, backbone.image.patch_size), masks.patch.index_BK)
             objects_BKP = inside_BKP * weight_BK[..., None]
         self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, weight_BK, objects_BKP)
         partners = (
@@ -119,7 +122,7 @@ class Measure:
         for name, words_BTD, mask_BT in partners:
             if len(words_BTD) == 1 and name == "_wrong_text":
                 continue
-            out_BLD = backbone.cross_image(masked_BLD, backbone.cross_image.context(words_BTD, mask_BT)).every_RLD
+            out_BLD = backbone.cross_image(masked_BLD, backbone.cross_image.context(words_BTD, mask_BT)).full_RLD
             predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, masks.patch.index_BK)
             self.pixel_errors(name, predicted_BKP.float(), target_BKP, weight_BK, objects_BKP)
 
@@ -159,6 +162,7 @@ class Measure:
         if gallery is not None:
             metrics |= self.retrieval(task, backbone, gallery)
             if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been masked
+                # `score` is the mean of the two R@1 so far: the mean of three has it twice.
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
             self.reference = sample_of(gallery.image_BE)
         else:  # no contrast to retrieve with: the masked losses themselves, higher is better
@@ -179,7 +183,7 @@ class Measure:
     def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
         matched = bool(task.weights["itm"])
-        head, added = task.matching if matched else None, self.share * float(task.projection.scale)
+        head, added = task.matching if matched else None, self.itc_weight * float(task.projection.logit_scale)
         scores = score_gallery(backbone, head, gallery, self.rerank_k, self.chunk, added)
         return retrieval_metrics(scores, rankings(scores, [0, self.rerank_k] if matched else [0]), self.rerank_k)
 

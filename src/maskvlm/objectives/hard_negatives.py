@@ -1,4 +1,4 @@
-"""Hard negatives: for each row a wrong partner that contrast finds alike, drawn in proportion to exp(logit).
+"""Hard negatives: a wrong partner for each row, drawn with probability proportional to exp(ITC logit).
 
 Shapes: B rows of this process, G rows of all processes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Negatives(NamedTuple):
-    """index_B: column of the drawn negative. weight_B: 0.0 where the row has no valid negative."""
+    """index_B: int64 in [0, G), the drawn negative. weight_B: 0.0 where the row has no valid negative, else 1.0."""
 
     index_B: Tensor
     weight_B: Tensor
@@ -21,9 +21,10 @@ def draw_hard_negatives(logits_BG: Tensor, excluded_BG: Tensor, uniform_BG: Tens
 
     Gumbel-max over all rows at once: no division that could be 0/0, no probabilities that could overflow, no
     copy to the host. Works in float32 whatever the precision of the logits; a NaN counts as a logit of 0.
-    A row in which everything is excluded gets index 0 and weight 0.
+    A row in which everything is excluded gets index 0 and weight 0. excluded_BG: bool. uniform_BG: in [0, 1).
     """
     logits = torch.nan_to_num(logits_BG.detach().float(), nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
+    # 1 - 1e-6 is still below 1 in float32; at 1 the Gumbel noise would be infinite.
     gumbel = -torch.log(-torch.log(uniform_BG.float().clamp(1e-9, 1 - 1e-6)))
     score = (logits + gumbel).masked_fill(excluded_BG, float("-inf"))
     index_B = score.argmax(dim=1)

@@ -30,9 +30,9 @@ def contrastive(
     Args:
         image_BD, text_BD: unit vectors of this process's pairs; image_GD, text_GD: of all processes.
         scale: 1 / temperature.
-        own_B: column of each row's partner.
-        excluded_BG: True where a column shows the same image or says the same: not a negative.
-        weight_B, count: see the top.
+        own_B: int64 in [0, G), the column of each row's partner.         excluded_BG: bool, False at own_B; True
+            where a column shows the same image, has the same text or is invalid.         weight_B, count: see the
+            top.      Returns:         Nats per pair.
     """
     terms = []
     for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
@@ -41,9 +41,9 @@ def contrastive(
     return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
 
 
-class Columns(NamedTuple):
-    """What each row of a similarity sees. positive: the same image, what is to be found. excluded: neither to be
-    found nor a negative."""
+class ContrastTargets(NamedTuple):
+    """Targets of the rows of a similarity, bool. positive: the same image. excluded: neither positive nor a
+    negative."""
 
     positive_BG: Tensor
     excluded_BG: Tensor
@@ -55,8 +55,8 @@ def soft_contrastive(
     image_GD: Tensor,
     text_HD: Tensor,
     scale: Tensor,
-    image_sees: Columns,
-    text_sees: Columns,
+    image_targets: ContrastTargets,
+    text_targets: ContrastTargets,
     weight_B: Tensor,
     weight_C: Tensor,
     count_B: Tensor,
@@ -68,19 +68,20 @@ def soft_contrastive(
     Args:
         image_BD, text_CD: unit vectors of this process; image_GD, text_HD: of all processes.
         scale: 1 / temperature.
-        image_sees, text_sees: columns [B, H] of images and [C, G] of captions.
-        weight_B, weight_C, count_B, count_C: of images and of captions, see the top.
+        image_targets, text_targets: [B, H] of images and [C, G] of captions.
+        weight_B, weight_C, count_B, count_C: of images and of captions, see the top.      Returns:         Nats per
+            query.
     """
-    loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_sees)
-    loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_sees)
+    loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_targets)
+    loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_targets)
     image, text = (loss_B * weight_B).sum() / count_B.clamp(min=1), (loss_C * weight_C).sum() / count_C.clamp(min=1)
     return (image + text) / 2
 
 
-def soft_cross_entropy(logits_BG: Tensor, columns: Columns) -> Tensor:
+def soft_cross_entropy(logits_BG: Tensor, columns: ContrastTargets) -> Tensor:
     """Cross-entropy [B] with the target spread equally over the positive columns; a row without any gives 0.
 
-    torch's own takes such targets too, but excluded columns, of -inf x 0, would make it NaN.
+    F.cross_entropy also takes soft targets, but excluded columns would give -inf * 0 = NaN.
     """
     target_BG = columns.positive_BG & ~columns.excluded_BG
     excluded_BG = columns.excluded_BG & target_BG.any(1, keepdim=True)  # a row of -inf alone has no softmax
@@ -95,7 +96,7 @@ def similarity(query_BD: Tensor, key_GD: Tensor, scale: Tensor) -> Tensor:
 
 
 def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor) -> Tensor:
-    """Image-text matching (ITM): two-class cross-entropy over positives and hard negatives."""
+    """Image-text matching (ITM): two-class cross-entropy over positives and hard negatives, in nats per pair."""
     loss_M = F.cross_entropy(logits_M2.float(), match_M.long(), reduction="none")
     return (loss_M * weight_M).sum() / count.clamp(min=1)
 
@@ -104,16 +105,17 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
     """Which words a caption has, from the image alone: a word is there where any position shows it.
 
     Noisy-or over positions, p = 1 - prod(1 - p_l), as Fang et al. 2015 (From captions to visual concepts and back)
-    detect words in regions; binary cross-entropy summed over the vocabulary, for each word that the caption has.
+    detect words in regions; binary cross-entropy summed over the vocabulary, in nats per token that the caption has.
     """
     absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
+    # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf.
     present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-6)))
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
     return (loss_B * weight_B).sum() / count.clamp(min=1)
 
 
 def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
-    """Masked language modelling (MLM): cross-entropy on the masked tokens; 0 where nothing is masked."""
+    """Masked language modelling (MLM): cross-entropy in nats per masked token; 0 where nothing is masked."""
     loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")
     return (loss_CK * weight_CK.flatten()).sum() / count.clamp(min=1)
 
@@ -121,7 +123,8 @@ def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count
 def masked_pixel(
     predicted_BKP: Tensor, target_BKP: Tensor, weight_BK: Tensor, count: Tensor, kind: PixelLoss = "l1"
 ) -> Tensor:
-    """Masked image modelling (MIM): mean error over the values of the masked patches; the paper's is L1."""
+    """Masked image modelling (MIM): mean error per normalised pixel value of the masked patches; the paper's is
+    L1."""
     error_BKP = pixel_error(predicted_BKP.float(), target_BKP.float(), kind)
     return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
 

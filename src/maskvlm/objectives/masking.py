@@ -15,13 +15,14 @@ from torch import Tensor
 from maskvlm.utils.errors import UserError
 
 Uniform = Callable[..., Tensor]
-"""`uniform(rows, ...)`: float numbers in [0, 1) of that shape, on the device of the batch."""
+"""`uniform(rows, ...)`: float32 in [0, 1) of that shape, on the device of the batch. It draws for the global batch
+and returns the rows of this process (`distributed.Draw`)."""
 
 
 class PatchMask(NamedTuple):
-    """mask_BN: True where a patch is masked. index_BK, weight_BK: the masked positions, weight 1, filled up
-    with visible ones of weight 0, so that the shape is known without asking the device. visible: so many patches at
-    most are visible in a row that is masked; None: not known."""
+    """mask_BN: bool, True where a patch is masked. index_BK: int64 patch numbers, row by row from the top left.
+    weight_BK: 1.0 masked, 0.0 visible; these fill up, so that the shape is known without asking the device. visible:
+    at most so many patches are visible in a row that is masked; None: not known."""
 
     mask_BN: Tensor
     index_BK: Tensor
@@ -30,7 +31,8 @@ class PatchMask(NamedTuple):
 
 
 class TokenMask(NamedTuple):
-    """token_CT: ids with the masked ones replaced. mask_CT: True where the loss looks. index_CK, weight_CK as
+    """token_CT: int64 ids with the masked ones replaced. mask_CT: bool, True where the loss looks. index_CK,
+    weight_CK as
     in `PatchMask`."""
 
     token_CT: Tensor
@@ -73,6 +75,7 @@ def mask_patches(
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
     count = count_masked(block_rows * block_cols, ratio)
+    # Before whole images are added, which only have fewer visible patches. Edge blocks are cut, so it is a bound.
     visible = min((block_rows * block_cols - count) * block**2, grid[0] * grid[1])
     noise = uniform(valid_B.shape[0], block_rows * block_cols)
     rank = noise.argsort(dim=1).argsort(dim=1)
@@ -116,6 +119,7 @@ def mask_tokens(
     unit_CT = torch.where(special_CT, length, unit_CT)  # specials share one unit that is then cut off
     exists_CU = torch.zeros(rows, length + 1, dtype=torch.bool, device=token_CT.device)
     exists_CU = exists_CU.scatter(1, unit_CT, True)[:, :length]
+    # 2.0 sorts what does not exist behind every draw in [0, 1).
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
     units_C1 = exists_CU.sum(1, keepdim=True)

@@ -13,11 +13,11 @@ from maskvlm.data.batch import Batch
 from maskvlm.objectives.cross_batch import Contrast, Encoded, QueuedPairs
 
 
-class Queue:
+class NegativeQueue:
     """The latest `size` pairs of this process's earlier steps, among which hard negatives are found, too.
 
-    A batch of a few dozen pairs hardly holds a negative that is as hard as the best candidates of a gallery, which
-    matching is to re-rank (MoCo's queue, He et al. 2020; here of features, for the cross encoders). A checkpoint holds
+    A batch of a few dozen pairs rarely has negatives as hard as the top candidates that matching re-ranks (MoCo's
+    queue, He et al. 2020; here of features, for the cross encoders). A checkpoint holds
     that of the first process.
     """
 
@@ -31,14 +31,14 @@ class Queue:
             encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
             batch.image_id_B, batch.text_id_C, batch.valid_B,
         )  # fmt: skip
-        new = QueuedPairs(*(part.detach()[-self.size :] for part in finite_alone(new)))
+        new = QueuedPairs(*(part.detach()[-self.size :] for part in invalidate_nonfinite(new)))
         old = self.pairs
         self.pairs = (
             new if old is None else QueuedPairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
         )
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, by the names of `QueuedPairs`; copies, as a file holds all that a view is of."""
+        """For a checkpoint, by the names of `QueuedPairs`; copies, because saving a view writes its whole storage."""
         return {} if self.pairs is None else {name: part.clone() for name, part in self.pairs._asdict().items()}
 
     def restore(self, state: Mapping[str, Tensor], positions: int, length: int, width: int, dim: int) -> None:
@@ -63,9 +63,9 @@ class Queue:
             if value.shape != (rows, *size) or given != kind or not 0 < rows <= self.size:
                 want = f"{[f'1 to {self.size}', *size]} of {kind}".replace("'", "")
                 raise ValueError(f"{name} is {list(value.shape)} of {value.dtype}, expected {want}")
-        self.pairs = finite_alone(QueuedPairs(**{name: value.clone() for name, value in state.items()}))
+        self.pairs = invalidate_nonfinite(QueuedPairs(**{name: value.clone() for name, value in state.items()}))
 
-    def widen(self, contrast: Contrast, batch: Batch) -> Contrast:
+    def append_to(self, contrast: Contrast, batch: Batch) -> Contrast:
         """The vectors of all processes, and then those of the queue."""
         if self.pairs is None:
             return contrast
@@ -80,9 +80,9 @@ class Queue:
         )
 
 
-def finite_alone(pairs: QueuedPairs) -> QueuedPairs:
-    """The pairs, of which those that hold a number that is not finite are never drawn: a step that overflowed is left
-    out by the guard, and its features must not spoil the steps after it."""
+def invalidate_nonfinite(pairs: QueuedPairs) -> QueuedPairs:
+    """Mark pairs with non-finite features invalid, so that they are never drawn: the step guard skips the step that
+    overflowed, but its features would stay in the queue."""
     numbers = (pairs.image_QLD, pairs.text_QTD, pairs.image_QE, pairs.text_QE)
     finite_Q = torch.stack([part.isfinite().flatten(1).all(1) for part in numbers]).all(0)
     return pairs._replace(valid_Q=pairs.valid_Q & finite_Q)

@@ -23,7 +23,7 @@ class FarFromTraining(UserWarning):
     """An image is unlike those that the model was trained on."""
 
 
-class Range(NamedTuple):
+class KnownRange(NamedTuple):
     """What a model knows.
 
     Attributes:
@@ -41,7 +41,7 @@ def sample_of(vector_NE: Tensor, most: int = MOST) -> Tensor:
     return vector_NE.detach().cpu()[place_N].half()
 
 
-def range_of(sample_NE: Tensor, share: float = FAR) -> Range | None:
+def fit_range(sample_NE: Tensor, share: float = FAR) -> KnownRange | None:
     """The range of a sample; None where it has fewer than LEAST images.
 
     Args:
@@ -53,10 +53,10 @@ def range_of(sample_NE: Tensor, share: float = FAR) -> Range | None:
     vector_NE = torch.nn.functional.normalize(sample_NE.float(), dim=1)
     cosine_NN = vector_NE @ vector_NE.T
     cosine_NN.fill_diagonal_(-1.0)
-    return Range(vector_NE, float(cosine_NN.max(1).values.quantile(share)))
+    return KnownRange(vector_NE, float(cosine_NN.max(1).values.quantile(share)))
 
 
-def nearness(vector_BE: Tensor, known: Range) -> Tensor:
+def max_cosine(vector_BE: Tensor, known: KnownRange) -> Tensor:
     """The highest cosine of each image to those of the sample, [B], float32.
 
     Args:
@@ -65,12 +65,12 @@ def nearness(vector_BE: Tensor, known: Range) -> Tensor:
     return (vector_BE.float().cpu() @ known.vector_NE.T).max(1).values
 
 
-def is_far(vector_BE: Tensor, known: Range) -> Tensor:
+def is_far(vector_BE: Tensor, known: KnownRange) -> Tensor:
     """Of each image whether it is below the range, [B]."""
-    return nearness(vector_BE, known) < known.least
+    return max_cosine(vector_BE, known) < known.least
 
 
-def far_line(near: float, known: Range) -> str:
+def far_line(near: float, known: KnownRange) -> str:
     """The line for people."""
     return (
         "this image is unlike those that the model was trained on: its nearest similarity to them is "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.data.batch import Batch
-from maskvlm.model.encoders import standing_still
+from maskvlm.model.encoders import encoders_frozen
 from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
 from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
@@ -21,11 +21,11 @@ from maskvlm.objectives.cross_batch import (
     Encoded,
     Masks,
     cross_all,
+    first_and_all_captions,
     gather_contrast,
-    one_each,
     pad_text,
 )
-from maskvlm.objectives.evaluation import Measure
+from maskvlm.objectives.evaluation import PretrainingMetrics
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.losses import PixelLoss, similarity
 from maskvlm.objectives.masking import (
@@ -39,7 +39,7 @@ from maskvlm.objectives.masking import (
     Uniform,
     Vocabulary,
 )
-from maskvlm.objectives.negative_queue import Queue
+from maskvlm.objectives.negative_queue import NegativeQueue
 from maskvlm.objectives.pretraining_losses import (
     ImageTextContrast,
     ImageTextMatching,
@@ -51,7 +51,7 @@ from maskvlm.objectives.pretraining_losses import (
     WordsPresent,
     needed,
 )
-from maskvlm.objectives.task import Late, Task
+from maskvlm.objectives.task import Task, TrainingPhases
 from maskvlm.utils.distributed import world_size
 from maskvlm.utils.errors import UserError, check_least
 
@@ -61,8 +61,8 @@ class MaskedPretraining(Task):
 
     Args:
         image_mask_ratio: share of image blocks masked (0.6, P).
-        whole_image_share: in training the probability that a masked image is masked as a whole (0, P). What its visible
-            patches tell would else be learned first, and what its caption tells hardly.
+        whole_image_share: in training the probability that a masked image is masked as a whole (0, P). Otherwise the
+            model learns to fill in from the visible patches first and hardly uses the caption.
         text_mask_ratio: share of tokens masked (0.3, P).
         masks_per_text: maskings of each caption in a step (1, P); each more masks as many words again at little cost.
         text_mask_most: in training the second and further maskings of a caption mask a share that is drawn between
@@ -70,22 +70,21 @@ class MaskedPretraining(Task):
             as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
         masked_image_share: share of a step's images that are masked (1, P); a masked image costs about as much as a
             whole one.
-        contrast_first: share of the run in which contrast alone is learned (0, P); a step costs less than half then.
-            The other three, with the cross encoders, set in after that, on encoders that speak of the same things
-            (ALBEF's "align before fuse", here in time).
+        contrast_first: share of the run's steps, 0 to below 1, that train ITC alone (0, P); such a step costs less
+            than half. The other losses and the cross encoders are trained after it, on aligned encoders (ALBEF's
+            "align before fuse", here in time).
         negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
             see `negative_queue.Queue`. It takes the memory of as many encoded pairs.
-        matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). Where
-            contrast has few pairs to learn from, the encoders keep more of what it taught them without.
+        matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). With
+            few pairs to learn from, false keeps more of what ITC taught the encoders.
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
             encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
             2023).
         contrast_reads: `class`: contrast reads the two class tokens (P). `class_and_mean`: the mean patch and the mean
             token, too, see `heads.Projection`.
-        freeze_aligned: the encoders and contrast learn in that first share of the run alone (false, P), their rates run
-            down by its end. The other losses then learn on encoders that stand still, and cost less. `image`: the image
-            encoder alone stands still then; the text encoder goes on learning, from masked words too, and contrast
-            against images that no longer move (as in LiT, Zhai et al. 2022).
+        freeze_aligned: true: both encoders and the contrast projections are frozen after the ITC-only phase (false,
+            P); their learning rates end with it, and later steps cost less. `image`: only the image encoder is
+            frozen; the text encoder and ITC go on learning against fixed image features (LiT, Zhai et al. 2022).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
@@ -103,10 +102,10 @@ class MaskedPretraining(Task):
         contrast_dim: width of the contrast space (256, C).
         temperature: start value of the contrast temperature (0.07, C).
         rerank_k: candidates re-scored by matching when retrieval is measured (C; ALBEF: 128 to 256).
-        rerank_contrast: how much the contrast's logit counts beside the log-odds of matching when they are
-            (0: matching alone, C; 1: see `rerank.score`).
-        tokens_from_words: the token head starts from what is known of words, in the place of N(0, 0.02) and 0: its
-            weights from the text encoder's word embeddings, its bias from how frequent each is in the captions.
+        rerank_contrast: weight of the ITC logit that is added to the matching log-odds in re-ranking (0: matching
+            alone, C; 1: see `rerank.score_gallery`).
+        tokens_from_words: initialise the token head from the text encoder's token embeddings (weights) and the
+            captions' token frequencies (bias) instead of N(0, 0.02) and 0.
 
     Raises:
         UserError: a ratio outside [0, 1], a negative weight, all weights 0, a block that is no multiple of
@@ -203,14 +202,14 @@ class MaskedPretraining(Task):
             todo = "Set it to true, or give another loss a weight"
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
-        self.queue = Queue(negative_queue) if negative_queue and weight_itm else None
+        self.queue = NegativeQueue(negative_queue) if negative_queue and weight_itm else None
         self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
-        self.measure = Measure(rerank_k, rerank_contrast)
+        self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
 
     def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
-        """The losses of weight above 0 in the order of building: the paper's four begin from the same random numbers
-        whatever comes beside them."""
+        """The losses of weight above 0, the paper's first: their heads then get the same random initial values with
+        or without further losses."""
         self.weights = {loss.name: loss.weight for loss in (*paper, *more)}
         if len(self.weights) < len(paper) + len(more):
             names = [loss.name for loss in (*paper, *more)]
@@ -224,7 +223,8 @@ class MaskedPretraining(Task):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What a step must compute; a masked side that the other one is reconstructed from, too."""
+        """What the losses of this step read. With `mask_both` the masked inputs of the other modality are added in
+        `mask` and in `_freeze_unused`."""
         return needed(self.losses)
 
     def build(self, backbone: MaskVLM) -> None:
@@ -236,11 +236,14 @@ class MaskedPretraining(Task):
         paper, more = self.losses[: self.of_paper], self.losses[self.of_paper :]
         self._add_heads(paper, backbone)
         init_normal(self)
+        # MLM before ITC, as in earlier versions; only ITC's heads draw random numbers here.
         for loss in reversed(paper):
-            loss.start(self, backbone)
+            loss.init_heads(self, backbone)
+        # Heads of further losses come after init_normal: the paper's heads draw the same random numbers with or
+        # without them, and theirs keep their own initialisation.
         self._add_heads(more, backbone)
         for loss in more:
-            loss.start(self, backbone)
+            loss.init_heads(self, backbone)
         self._freeze_unused(backbone)
 
     def _add_heads(self, parts: Sequence[PretrainingLoss], backbone: MaskVLM) -> None:
@@ -273,12 +276,12 @@ class MaskedPretraining(Task):
             raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
         return super().warm_start(heads)
 
-    def see_words(self, count: Callable[[], Tensor]) -> None:
+    def use_token_counts(self, count: Callable[[], Tensor]) -> None:
         if self.weights["mlm"] and self.masked_tokens.from_words:
-            self.tokens.expect(count())
+            self.tokens.init_bias_from_counts(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
-        aligned = self.done >= self.contrast_first
+        aligned = self.run_progress >= self.contrast_first
         step = self.step(backbone, batch, aligned)
         terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
         if self.training and aligned:
@@ -286,6 +289,7 @@ class MaskedPretraining(Task):
                 for loss in self.losses:
                     loss.observe(self, step)
         if not aligned:
+            # Times 0: unused losses stay in the graph, so that every parameter has a gradient (DDP, FSDP).
             return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
 
@@ -295,23 +299,34 @@ class MaskedPretraining(Task):
         if world_size() > 1 or queue is not None:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         self.texts_per_image = len(batch.owner_C) // len(batch.valid_B)
-        batch, every = one_each(batch)  # one caption an image is masked and matched, all are for contrast
-        # One pair at first, whose terms count for nothing: every parameter has a gradient, as DDP and FSDP ask for.
+        # One caption an image is masked and matched; contrast has all.
+        batch, all_captions = first_and_all_captions(batch)
+        # In the ITC-only phase one pair is masked and matched with weight 0: DDP and FSDP need a gradient for every
+        # parameter.
         pairs = len(batch.valid_B) if aligned else 1
         masks = self.mask(backbone, batch, self.uniform, True, pairs)
         still = aligned and self.freeze_aligned is True
         stand = [backbone.image, *([backbone.text] if still else [])]
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
-        with standing_still(stand, aligned and bool(self.freeze_aligned)):
+        with encoders_frozen(stand, aligned and bool(self.freeze_aligned)):
             some_BV = self.some_patches(backbone, batch) if alone else None
-            encoded = self.encode(backbone, every, masks, some_BV)
+            encoded = self.encode(backbone, all_captions, masks, some_BV)
         contrast = self.contrast(batch, encoded, some_BV)
-        negatives = self.negatives(contrast if queue is None else queue.widen(contrast, batch), pairs)
+        negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
         crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
         return Step(
-            batch, every, masks, encoded, contrast, negatives, crossed, self.masks_per_text, self.mask_both, still
+            batch,
+            all_captions,
+            masks,
+            encoded,
+            contrast,
+            negatives,
+            crossed,
+            self.masks_per_text,
+            self.mask_both,
+            still,
         )
 
     def cross(
@@ -321,7 +336,7 @@ class MaskedPretraining(Task):
         attention_CT: Tensor,
         negatives: tuple[Negatives, Negatives] | None,
         pairs: int,
-        queue: Queue | None,
+        queue: NegativeQueue | None,
     ) -> Crossed:
         """One pass of each cross encoder."""
         if not self.needs & {Need.PAIRS, Need.MASKED_IMAGE, Need.MASKED_TEXT}:
@@ -334,10 +349,10 @@ class MaskedPretraining(Task):
             self.matching_trains_encoders,
         )  # fmt: skip
 
-    def late(self, backbone: MaskVLM) -> Late:
+    def late(self, backbone: MaskVLM) -> TrainingPhases:
         """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT."""
         if not self.contrast_first:
-            return Late()
+            return TrainingPhases()
         first = (backbone.image, backbone.text, self.projection)
         early = {id(parameter) for module in first for parameter in module.parameters()}
         if backbone.image.left_out:
@@ -346,7 +361,7 @@ class MaskedPretraining(Task):
         waiting = [parameter for parameter in every if id(parameter) not in early]
         stop = {True: first, "image": first[:1], False: ()}[self.freeze_aligned]
         stopping = [parameter for module in stop for parameter in module.parameters() if id(parameter) in early]
-        return Late(self.contrast_first, waiting, stopping)
+        return TrainingPhases(self.contrast_first, waiting, stopping)
 
     def mask(
         self, backbone: MaskVLM, batch: Batch, uniform: Uniform, training: bool = False, pairs: int | None = None
@@ -421,9 +436,9 @@ class MaskedPretraining(Task):
         """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
         if self.weights["itc"]:
             if self.training:
-                self.projection.bound()
+                self.projection.clamp_temperature()
             image = self.projection.embed_image(encoded.image_BLD, some_BV)
-            text, scale = self.projection.embed_text(encoded.text_BTD, batch.attention_CT), self.projection.scale
+            text, scale = self.projection.embed_text(encoded.text_BTD, batch.attention_CT), self.projection.logit_scale
         else:
             image = text = torch.zeros_like(encoded.image_BLD[:, 0]).float()
             scale = torch.ones((), device=image.device)
@@ -452,11 +467,11 @@ class MaskedPretraining(Task):
         levels = {loss.name: loss.chance(batch_size, self.texts_per_image) for loss in self.losses}
         return {name: level for name, level in levels.items() if level is not None}
 
-    def state(self) -> dict[str, Tensor]:
+    def resume_state(self) -> dict[str, Tensor]:
         """The queue of negatives, once it holds some."""
         return {} if self.queue is None else self.queue.state()
 
-    def go_on(self, state: Mapping[str, Tensor]) -> None:
+    def load_resume_state(self, state: Mapping[str, Tensor]) -> None:
         if self.queue is not None:
             self.queue.restore(state, *self.kept_sizes)
 
@@ -475,8 +490,8 @@ def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type) ->
 
 
 def check_masks_some(masking: ImageMasking | TextMasking, mask: Tensor, could: Tensor, what: str) -> None:
-    """Raises UserError where a masking of somebody else's masked nothing of a batch that has something to mask. The
-    host waits for the device, so this is not for every step. A ratio of 0 is somebody's wish."""
+    """Raises UserError where a plug-in masking masks nothing of a batch that could be masked. It synchronises host
+    and device, so only the first step calls it. The built-in maskings are exempt: their ratio may be 0."""
     if not isinstance(masking, RandomBlocks | RandomTokens) and bool(could) and not bool(mask.any()):
         where = f"model.task: {type(masking).__name__}"
         raise UserError(where, f"masks no {what} of the first batch", "Check its rule; its loss would learn nothing")

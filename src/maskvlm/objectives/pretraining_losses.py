@@ -21,21 +21,22 @@ from maskvlm.model.heads import (
     Projection,
     TokenHead,
     WordDetector,
+    gather_positions,
     normalise_patches,
     patchify,
-    pick,
 )
 from maskvlm.model.init import init_xavier
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives import losses
-from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, columns
+from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, contrast_targets
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.losses import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
 from maskvlm.utils.errors import UserError, check_least
 
 FADE = 0.9999
-"""Counts of words fade by this in each step: they follow the data, and no frequent word reaches 2^24 in float32."""
+"""Decay of the token counts per step: they follow the data, and a count never reaches 2^24, where float32 stops
+counting."""
 
 
 class Need(Enum):
@@ -52,10 +53,10 @@ class Step(NamedTuple):
     """What a training step computed.
 
     Attributes:
-        batch: with one caption an image, the one that is masked and matched. every: with all captions.
+        batch: with one caption an image, the one that is masked and matched. all_captions: with all captions.
         masks: of images and of texts; None where no loss needs them.
         encoded: features of whole and masked inputs.
-        contrast: unit vectors; where no loss makes a contrast space, all alike.
+        contrast: unit vectors; all zero where weight_itc is 0.
         negatives: a hard text for each image and a hard image for each text; None without matching.
         crossed: what the cross encoders gave.
         masks_per_text: maskings of each text.
@@ -64,7 +65,7 @@ class Step(NamedTuple):
     """
 
     batch: Batch
-    every: Batch
+    all_captions: Batch
     masks: Masks
     encoded: Encoded
     contrast: Contrast
@@ -72,7 +73,7 @@ class Step(NamedTuple):
     crossed: Crossed
     masks_per_text: int
     mask_both: bool
-    still: bool
+    itc_frozen: bool
 
 
 class PretrainingLoss(ABC):
@@ -107,8 +108,9 @@ class PretrainingLoss(ABC):
         """Its heads by name, built to fit the backbone. The task holds them; checkpoints have them by these names."""
         return {}
 
-    def start(self, heads: Any, backbone: MaskVLM) -> None:
-        """Start values of its heads that are not N(0, 0.02)."""
+    def init_heads(self, heads: Any, backbone: MaskVLM) -> None:
+        """Initialise its heads beyond the default. The paper's four losses have N(0, 0.02) at this point; heads of
+        any other loss still have what `build` gave them."""
         return
 
     @abstractmethod
@@ -173,33 +175,36 @@ class ImageTextContrast(PretrainingLoss):
         mean = self.reads == "class_and_mean"
         return {"projection": Projection(backbone.width, backbone.width, self.width, self.temperature, mean)}
 
-    def start(self, heads: Any, backbone: MaskVLM) -> None:
+    def init_heads(self, heads: Any, backbone: MaskVLM) -> None:
         init_xavier(heads.projection)
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         def loss() -> Tensor:
             if step.encoded.other_CTD is None:
                 return self.of_pairs(step.contrast, step.batch.valid_B)
-            return self.of_several(heads, step.contrast, step.encoded.other_CTD, step.every)
+            return self.of_several(heads, step.contrast, step.encoded.other_CTD, step.all_captions)
 
-        return without_gradient(loss) if step.still else loss()
+        return without_gradient(loss) if step.itc_frozen else loss()
 
     def of_pairs(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
-        """Of images with one caption each."""
+        """ITC of images with one caption each."""
+        # The own column is excluded as a negative but must stay here: it is the target, and -inf there would make the
+        # loss infinite.
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
         return losses.contrastive(
             contrast.image_BE, contrast.text_BE, contrast.image_GE, contrast.text_GE, contrast.scale,
             contrast.own_B, contrast.excluded_BG & ~own_BG, valid_B.float(), shared_count(valid_B.float().sum()),
         )  # fmt: skip
 
-    def of_several(self, heads: Any, contrast: Contrast, other_CTD: Tensor, every: Batch) -> Tensor:
-        """Over all captions of the images, each of which is to be found; `every` has them in that order."""
-        other_CT = every.attention_CT[len(contrast.text_BE) :]
+    def of_several(self, heads: Any, contrast: Contrast, other_CTD: Tensor, all_captions: Batch) -> Tensor:
+        """ITC over all captions of the images, each of which is a positive; `all_captions` has them in that order."""
+        other_CT = all_captions.attention_CT[len(contrast.text_BE) :]
         text_CE = torch.cat([contrast.text_BE, heads.projection.embed_text(other_CTD, other_CT)])
-        weight_B = every.valid_B.float()
-        weight_C = weight_B[every.owner_C]
+        weight_B = all_captions.valid_B.float()
+        weight_C = weight_B[all_captions.owner_C]
         return losses.soft_contrastive(
-            contrast.image_BE, text_CE, contrast.image_GE, gather(text_CE), contrast.scale, *columns(every),
+            contrast.image_BE, text_CE, contrast.image_GE, gather(text_CE), contrast.scale,
+            *contrast_targets(all_captions),
             weight_B, weight_C, shared_count(weight_B.sum()), shared_count(weight_C.sum()),
         )  # fmt: skip
 
@@ -255,14 +260,14 @@ class MaskedTokens(PretrainingLoss):
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
         return {"tokens": TokenHead(backbone.width, backbone.text.vocab_size)}
 
-    def start(self, heads: Any, backbone: MaskVLM) -> None:
+    def init_heads(self, heads: Any, backbone: MaskVLM) -> None:
         if self.from_words:
-            heads.tokens.start_from(backbone.text.word_embeddings)
+            heads.tokens.init_from_embeddings(backbone.text.word_embeddings)
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         index_CK, target_CK, weight_CK = self._masked(step)
         count = shared_count(weight_CK.sum())
-        read_CKD = pick(step.crossed.text_BTD, index_CK)
+        read_CKD = gather_positions(step.crossed.text_BTD, index_CK)
         if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
@@ -332,7 +337,7 @@ class MaskedPixels(PretrainingLoss):
 
     def target(self, image_BCHW: Tensor, index_BK: Tensor) -> Tensor:
         """Values of the patches at `index_BK`, [B, K, P]; normalised patch by patch if so configured."""
-        target_BKP = pick(patchify(image_BCHW, self.patch_size), index_BK)
+        target_BKP = gather_positions(patchify(image_BCHW, self.patch_size), index_BK)
         return normalise_patches(target_BKP) if self.norm else target_BKP
 
     def observe(self, heads: Any, step: Step) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import Context
-from maskvlm.model.heads import patchify, pick, unpatchify
+from maskvlm.model.heads import gather_positions, patchify, unpatchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.evaluation import EVAL_SEED, one_text
 from maskvlm.objectives.masking import PatchMask, TokenMask
@@ -41,7 +41,7 @@ class Guesses(NamedTuple):
 
 
 class GuessedWords(NamedTuple):
-    """index_BK: positions, where hidden_BK is True; the others fill up. Guesses with the image and with a
+    """index_BK: positions, masked where masked_BK is True; the others are padding. Guesses with the image and with a
     blank one (the mean colour)."""
 
     index_BK: Tensor
@@ -64,7 +64,7 @@ class Reconstruction(NamedTuple):
     true_statistics: bool = False
 
 
-def few(batch: Batch, count: int) -> Batch:
+def subsample(batch: Batch, count: int) -> Batch:
     """At most `count` images, spread evenly over the batch, with one caption each, cut to the longest."""
     size = len(batch.image_BCHW)
     count = min(count, size)
@@ -99,14 +99,14 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
 def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> FilledImages:
     """Masked patches from the visible ones and the whole caption."""
     size, picked = backbone.image.patch_size, (patch.index_BK, patch.weight_BK)
-    true_BKP = pick(patchify(batch.image_BCHW, size), patch.index_BK)
+    true_BKP = gather_positions(patchify(batch.image_BCHW, size), patch.index_BK)
     image_BLD = backbone.image(batch.image_BCHW, patch.mask_BN)
     text_BTD = backbone.text(batch.token_CT, batch.attention_CT)
     images, errors = [], []
     for shift in (0, -1):
         words_BTD, attention_BT = text_BTD.roll(shift, 0), batch.attention_CT.roll(shift, 0)
         context = backbone.cross_image.context(words_BTD, attention_BT)
-        crossed_BLD = backbone.cross_image(image_BLD, context).every_RLD
+        crossed_BLD = backbone.cross_image(image_BLD, context).full_RLD
         values_BKP = task.pixels(crossed_BLD, words_BTD, attention_BT, patch.index_BK).float()
         values_BKP = denormalise(values_BKP, true_BKP) if task.masked_pixels.norm else values_BKP
         filled_BCHW = paste(batch.image_BCHW, values_BKP, *picked, size)
@@ -128,8 +128,8 @@ def guess_words(
         context = backbone.cross_text.context(backbone.image(image_BCHW))
         row_B = torch.arange(len(masked_BTD), device=masked_BTD.device) % len(image_BCHW)
         context = Context(context.blocks, None, row_B)
-        crossed_BTD = backbone.cross_text(masked_BTD, context, batch.attention_CT).every_RLD
-        logits_BKV = task.tokens(pick(crossed_BTD, token.index_CK)).float()
+        crossed_BTD = backbone.cross_text(masked_BTD, context, batch.attention_CT).full_RLD
+        logits_BKV = task.tokens(gather_positions(crossed_BTD, token.index_CK)).float()
         top = logits_BKV.softmax(-1).topk(min(guesses, logits_BKV.shape[-1]))
         found.append(Guesses(top.indices, top.values))
     return GuessedWords(token.index_CK, token.weight_CK > 0, *found)
@@ -142,7 +142,7 @@ def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Te
     """
     grid = image_BCHW.shape[2] // size, image_BCHW.shape[3] // size
     every_BNP = patchify(image_BCHW, size)
-    new_BKP = torch.where(weight_BK[..., None] > 0, patch_BKP.to(every_BNP), pick(every_BNP, index_BK))
+    new_BKP = torch.where(weight_BK[..., None] > 0, patch_BKP.to(every_BNP), gather_positions(every_BNP, index_BK))
     place_BKP = index_BK[..., None].expand_as(new_BKP)
     return unpatchify(every_BNP.scatter(1, place_BKP, new_BKP), grid, size)
 

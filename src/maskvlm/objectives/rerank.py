@@ -27,7 +27,7 @@ CHUNK = 256  # pairs in one pass of the cross encoders: 0.45 GB a float32 activa
 Item = TypeVar("Item")
 
 
-class Public(NamedTuple):
+class SharedFeatures(NamedTuple):
     """What all processes need of an evaluation batch. index_B, owner_C: places in the split, owner_C of the image."""
 
     index_B: Tensor
@@ -39,10 +39,10 @@ class Public(NamedTuple):
     texts: tuple[str, ...]
 
 
-class Kept(NamedTuple):
+class EncodedBatch(NamedTuple):
     """An evaluation batch, encoded, in host memory; image_BLD never leaves the process."""
 
-    public: Public
+    public: SharedFeatures
     image_BLD: Tensor
 
 
@@ -68,7 +68,7 @@ class Gallery(NamedTuple):
     tiles: dict[int, Tensor]
 
 
-def keep(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, matched: bool) -> Kept:
+def offload(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, matched: bool) -> EncodedBatch:
     """Take an encoded batch to host memory: features in the run's precision, unit vectors in float32.
 
     Args:
@@ -77,7 +77,7 @@ def keep(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: Tens
     kind = image_BLD.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image_BLD.dtype
     positions = slice(None if matched else 0)
-    public = Public(
+    public = SharedFeatures(
         _host(batch.index_B),
         _host(projection.embed_image(image_BLD)),
         _host(projection.embed_text(text_CTD, batch.attention_CT)),
@@ -86,7 +86,7 @@ def keep(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: Tens
         _host(batch.index_B[batch.owner_C]),
         batch.texts or ("",) * len(batch.owner_C),
     )
-    return Kept(public, _host(image_BLD[:, positions], precision))
+    return EncodedBatch(public, _host(image_BLD[:, positions], precision))
 
 
 def _host(x: Tensor, precision: torch.dtype | None = None) -> Tensor:
@@ -104,7 +104,7 @@ def in_rounds(own: Iterable[Item], count: int) -> Iterator[Item]:
         yield from (item for item in items if item is not None)
 
 
-def gather_gallery(kept: list[Kept]) -> Gallery | None:
+def gather_gallery(kept: list[EncodedBatch]) -> Gallery | None:
     """One gallery out of the batches of all processes, in the order of the split; None where nothing was kept."""
     parts = sorted(in_rounds((part.public for part in kept), len(kept)), key=lambda part: int(part.index_B[0]))
     if not parts:
@@ -179,7 +179,7 @@ def match_tile(
     image_PLD = gallery.tiles[first].to(weight)
     seen = backbone.cross_text.context(image_PLD)
     text_M, image_M = wanted_PC.T.nonzero(as_tuple=True)
-    odds_PC = torch.full(wanted_PC.shape, torch.nan)
+    log_odds_PC = torch.full(wanted_PC.shape, torch.nan)
     for start in range(0, len(text_M), chunk):
         text_m, image_m = text_M[start : start + chunk], image_M[start : start + chunk]
         row_U, at_m = text_m.unique(return_inverse=True)
@@ -190,9 +190,9 @@ def match_tile(
         context = backbone.cross_image.context(text_UTD, attention_UT, at_m)
         there = Context(seen.blocks, None, picked_m)
         fused = Fused(
-            backbone.cross_image(image_PLD[picked_m], context, every=0).first_BD,
-            backbone.cross_text(text_UTD[at_m], there, attention_UT[at_m], every=0).first_BD,
+            backbone.cross_image(image_PLD[picked_m], context, num_full=0).cls_BD,
+            backbone.cross_text(text_UTD[at_m], there, attention_UT[at_m], num_full=0).cls_BD,
         )
         logits_m2 = head(fused.product_MD).float()
-        odds_PC[image_m, text_m] = (logits_m2[:, 1] - logits_m2[:, 0]).cpu()
-    return odds_PC
+        log_odds_PC[image_m, text_m] = (logits_m2[:, 1] - logits_m2[:, 0]).cpu()
+    return log_odds_PC

@@ -21,7 +21,7 @@ class Scores(NamedTuple):
     Attributes:
         contrast_BC: cosine.
         match_BC: log-odds of a match, NaN where the pair was not scored; None where no pair was. What contrast adds to
-            them (see `rerank.score`) is in them.
+            them (see `rerank.score_gallery`) is in them.
         owner_C: row of each caption's image.
     """
 
@@ -50,7 +50,7 @@ def contrast_scores(image_BE: Tensor, text_CE: Tensor) -> Tensor:
         return image_BE.float() @ text_CE.float().T
 
 
-def top_places(score_QG: Tensor, k: int) -> Tensor:
+def topk_ranks(score_QG: Tensor, k: int) -> Tensor:
     """Place of the k best items of each query, from 0; G for all others."""
     total = score_QG.shape[1]
     best_QK = score_QG.topk(min(k, total), dim=1).indices
@@ -63,11 +63,11 @@ def candidates(contrast_BC: Tensor, k: int) -> Tensor:
     wanted_BC = torch.zeros(contrast_BC.shape, dtype=torch.bool)
     for score_QG, wanted_QG in ((contrast_BC, wanted_BC), (contrast_BC.T, wanted_BC.T)):
         for score_qG, wanted_qG in zip(score_QG.split(BLOCK), wanted_QG.split(BLOCK), strict=True):
-            wanted_qG |= top_places(score_qG.contiguous(), k) < k
+            wanted_qG |= topk_ranks(score_qG.contiguous(), k) < k
     return wanted_BC
 
 
-def blend(contrast_QG: Tensor, match_QG: Tensor, place_QG: Tensor, k: int) -> Tensor:
+def rerank_scores(contrast_QG: Tensor, match_QG: Tensor, place_QG: Tensor, k: int) -> Tensor:
     """Scores that put each query's k best by contrast first, in the order of matching; the others follow by contrast.
 
     Cosines lie in [-1, 1], so the log-odds are lifted above 1; in float64, where lifting rounds nothing that
@@ -110,11 +110,11 @@ def _rankings(
     for first in range(0, len(query_Q), BLOCK):
         rows = slice(first, first + BLOCK)
         contrast_qG, relevant_qG = contrast_QG[rows].contiguous(), query_Q[rows, None] == item_G
-        place_qG = top_places(contrast_qG, max(ks))
+        place_qG = topk_ranks(contrast_qG, max(ks))
         for k in ks:
             score_qG = contrast_qG
             if k and match_QG is not None:
-                score_qG = blend(contrast_qG, match_QG[rows], place_qG, k)
+                score_qG = rerank_scores(contrast_qG, match_QG[rows], place_qG, k)
             parts[k].append(ranking(score_qG, relevant_qG))
     return {k: Ranking(*(torch.cat(column) for column in zip(*found, strict=True))) for k, found in parts.items()}
 

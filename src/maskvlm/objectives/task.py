@@ -35,7 +35,7 @@ class Prediction(TypedDict):
     kind: str
 
 
-class Late(NamedTuple):
+class TrainingPhases(NamedTuple):
     """Parameters that learn only after a share of the run: their learning rate rises from there.
 
     stopping: those that learn only until then; their learning rate has run down by then. All others learn throughout.
@@ -57,11 +57,11 @@ class Task(nn.Module, ABC):
         methods: what a loaded model can be asked through this task, by name.
         predictions: of the last evaluation, complete in every process; empty where a task makes none.
         causes: of each loss term, what it means that it stays at its chance level, and where to look.
-        done: share of the run's steps that were made before the current one; 1 outside a run.
+        run_progress: share of the run's steps that were made before the current one; 1 outside a run.
     """
 
     uniform: Uniform
-    done: float = 1.0
+    run_progress: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
     methods: Mapping[str, Method] = MappingProxyType({})
     causes: Mapping[str, str] = MappingProxyType({})
@@ -77,7 +77,8 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:
-        """Named loss terms of one training batch; LitModel logs them as they are and sums them by `weights`."""
+        """Named loss terms of one training batch, scalars, each a mean over the global batch; LitModel logs them as
+        they are and sums them by `weights`."""
 
     @abstractmethod
     def update(self, backbone: "MaskVLM", batch: Any) -> None:
@@ -85,7 +86,8 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, backbone: "MaskVLM") -> dict[str, float]:
-        """Metrics over all batches taken in since the last call, then forget them. `score` chooses the best
+        """Metrics over all batches taken in since the last call, then forget them: accuracies and recalls in percent,
+        losses in nats. `score` chooses the best
         checkpoint, higher is better; chance levels end in `_chance` or `_majority`."""
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
@@ -99,11 +101,11 @@ class Task(nn.Module, ABC):
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
 
-    def late(self, backbone: "MaskVLM") -> Late:
+    def late(self, backbone: "MaskVLM") -> TrainingPhases:
         """Which parameters learn in which part of the run; by default all in all of it."""
-        return Late()
+        return TrainingPhases()
 
-    def see_words(self, count: Callable[[], Tensor]) -> None:
+    def use_token_counts(self, count: Callable[[], Tensor]) -> None:
         """Called before the first step of a training. `count` gives how often each token stands in some of its texts,
         [entries of the tokenizer]; it reads them when it is called."""
         return
@@ -112,12 +114,12 @@ class Task(nn.Module, ABC):
         """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""
         return {}
 
-    def state(self) -> dict[str, Tensor]:
+    def resume_state(self) -> dict[str, Tensor]:
         """What a run needs, beside weights, to go on as if it had not stopped; kept in its checkpoints."""
         return {}
 
-    def go_on(self, state: Mapping[str, Tensor]) -> None:
-        """Take a checkpoint's `state` back. Raises ValueError, whose text says what is wrong with it."""
+    def load_resume_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `resume_state` gave. Raises ValueError, whose text says what is wrong with it."""
         return
 
     def files(self) -> dict[str, str]:
@@ -125,9 +127,9 @@ class Task(nn.Module, ABC):
         return {}
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
-        """Chance level of each loss term: what a model pays that has learned nothing."""
+        """Chance level of each loss term, in its unit. batch_size: images of the global batch."""
         return {}
 
-    def reseed(self, uniform: Uniform) -> None:
+    def set_uniform(self, uniform: Uniform) -> None:
         """Take the random numbers of the coming step; LitModel derives them from (seed, step)."""
         self.uniform = uniform

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import few
+from maskvlm.objectives.reconstruction import subsample
 from maskvlm.reporting.curves import curves
 from maskvlm.reporting.metric_tables import claim_line, metrics_table, score_line
 from maskvlm.reporting.reconstruction_page import reconstructions
@@ -56,7 +56,7 @@ class Report(Callback):
         """Keep the first pairs: they are decoded and on the device."""
         pretrains = isinstance(getattr(pl_module, "task", None), MaskedPretraining)
         if pretrains and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
-            self.batch = few(batch, self.count)
+            self.batch = subsample(batch, self.count)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
@@ -82,7 +82,7 @@ class Report(Callback):
         folder = folder_of(trainer)
         logged = metrics_file(trainer)
         if logged is not None and self.trained:
-            attempt(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
+            try_drawing(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
         task, batch = getattr(pl_module, "task", None), self.batch
         if isinstance(task, MaskedPretraining) and batch is not None:
             backbone: Any = pl_module.backbone
@@ -92,7 +92,7 @@ class Report(Callback):
                     reconstructions(backbone, task, batch, backbone.text.tokenizer, path, self.count)
 
             name = "reconstructions.png" if self.trained else "reconstructions-validate.png"
-            attempt(trainer, folder / name, fill)
+            try_drawing(trainer, folder / name, fill)
         self.batch = None
 
 
@@ -106,7 +106,7 @@ def metrics_file(trainer: L.Trainer) -> Path | None:
     return None
 
 
-def attempt(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> None:
+def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> None:
     """Draw a figure and hand it to TensorBoard; one line says why it could not be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ class Panels:
 
 
 def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) -> None:
-    """A loss: each logged value pale, their running mean, and the level of a model that knows nothing."""
+    """A loss: each logged value pale, their running mean, and the chance level."""
     steps, values = series(rows, f"train/{name}")
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(values, len(values) // 25), color=BLUE, linewidth=1.6)

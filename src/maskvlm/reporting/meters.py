@@ -15,7 +15,7 @@ NOT_LOSSES = {"train/loss", "train/pairs_per_second", "train/data_wait"}
 """What stands under `train/` beside the terms of the task."""
 
 
-class Smoothed:
+class RunningMeans:
     """Running means in which recent values weigh more, kept where the values are.
 
     Args:
@@ -35,6 +35,7 @@ class Smoothed:
             value = torch.as_tensor(value).detach().float()
             before = self.sums[name].to(value.device)
             # One value that is not finite must not outlast its step: it counts as the mean so far.
+            # (weight - 1) / decay is the weight before this value.
             mean = before / ((self.weight - 1) / self.decay if self.weight > 1 else 1)
             self.sums[name] = self.decay * before + torch.where(value.isfinite(), value, mean)
 
@@ -53,11 +54,11 @@ class Readings(NamedTuple):
     levels: dict[str, float]
 
 
-class Losses:
+class LossMeter:
     """Follows the terms that the module logs as `train/<name>`, and the task's levels."""
 
     def __init__(self, decay: float = 0.97) -> None:
-        self.losses, self.levels = Smoothed(decay), Smoothed(0.8)
+        self.losses, self.levels = RunningMeans(decay), RunningMeans(0.8)
 
     def take(self, trainer: L.Trainer) -> None:
         """The terms of this step, without waiting for the device."""
@@ -79,7 +80,7 @@ class StepSpeed(NamedTuple):
     data_wait: float
 
 
-class Clock:
+class ThroughputMeter:
     """Where the time of training goes. What is neither a step nor waiting for a batch (validation, writing a
     checkpoint) is left out.
 
@@ -123,10 +124,9 @@ class Clock:
         return speed
 
 
-class Left:
-    """Time left, from the pace since the first step that was seen: that one compiles and fills caches. Unlike
-    the speed it counts the evaluations on the way. Where steps become of another kind, they cost something else, and
-    the pace is that since then."""
+class TimeLeft:
+    """Time left, from the pace since the first step seen, which is excluded because it compiles and fills caches.
+    Evaluations on the way count. The pace starts anew when `kind` changes, because such steps cost something else."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now

@@ -15,9 +15,17 @@ from maskvlm.checkpoint.integrity import sha256_of, stated
 from maskvlm.checkpoint.warm_start import overlap
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.objectives.task import Prediction
-from maskvlm.reporting.callbacks import attempt, say
+from maskvlm.reporting.callbacks import say, try_drawing
 from maskvlm.reporting.prediction_page import Shown, example_page
-from maskvlm.training.run_record import SaveConfig, folder_of, name_end, rows_left_out, versions, write_json, write_text
+from maskvlm.training.run_record import (
+    SaveConfig,
+    file_suffix,
+    folder_of,
+    rows_left_out,
+    versions,
+    write_json,
+    write_text,
+)
 
 
 class Predictions(Callback):
@@ -46,7 +54,7 @@ class Predictions(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, task, data = folder_of(trainer), pl_module.task, trainer.datamodule  # type: ignore[attr-defined]
-        end = name_end(folder, split, self.trained)
+        end = file_suffix(folder, split, self.trained)
         write_json(folder / f"card{end}.json", evaluation_card(trainer, pl_module, split))
         if not task.predictions:  # type: ignore[union-attr]
             return
@@ -55,7 +63,7 @@ class Predictions(Callback):
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
         say(f"wrote {folder / f'predictions{end}.jsonl'}")
         shown = [shown_with(data.splits[split], one) for one in spread(predictions, self.count)]
-        attempt(trainer, folder / f"examples{end}.png", lambda path: example_page(shown, path))
+        try_drawing(trainer, folder / f"examples{end}.png", lambda path: example_page(shown, path))
         for name, text in task.files().items():  # type: ignore[union-attr, operator]
             write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
             say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")

@@ -24,13 +24,22 @@ from maskvlm.objectives.pretraining_losses import (
     PretrainingLoss,
     WordsPresent,
 )
-from maskvlm.reporting.meters import Clock, Left, Losses, Readings, StepSpeed, duration, number, reading_interval
+from maskvlm.reporting.meters import (
+    LossMeter,
+    Readings,
+    StepSpeed,
+    ThroughputMeter,
+    TimeLeft,
+    duration,
+    number,
+    reading_interval,
+)
 from maskvlm.utils.status_bar import StatusBar
 
 log = logging.getLogger(__name__)
 
 KNOWN = (ImageTextContrast, ImageTextMatching, MaskedTokens, MaskedPixels, WordsPresent)
-CAUSES = {loss.name: loss.cause for loss in KNOWN}
+STUCK_HINTS = {loss.name: loss.cause for loss in KNOWN}
 """What sitting at the level means, and where to look."""
 
 
@@ -61,7 +70,7 @@ class TrainingProgress(ProgressBar):
         self.console = Console()
         self.enabled = True
         self.bar: StatusBar | None = None
-        self.losses, self.clock, self.left = Losses(), Clock(), Left()
+        self.losses, self.clock, self.left = LossMeter(), ThroughputMeter(), TimeLeft()
         self.step, self.total, self.status, self.printed = 0, math.inf, "", -math.inf
         self.alone = False  # evaluating outside a training run
 
@@ -77,7 +86,7 @@ class TrainingProgress(ProgressBar):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.losses, self.clock, self.left = Losses(), Clock(), Left()
+        self.losses, self.clock, self.left = LossMeter(), ThroughputMeter(), TimeLeft()
         self.total = float(trainer.estimated_stepping_batches)
         self.step, self.status, self.printed = trainer.global_step, "", -math.inf
         self._open(self._step_of, None if math.isinf(self.total) else self.total)
@@ -206,7 +215,7 @@ class StuckLoss(Callback):
 
     def __init__(self, share: float = 0.98, patience: float = 0.25, warmup: float | None = None) -> None:
         self.share, self.patience, self.warmup = share, patience, warmup
-        self.losses = Losses()
+        self.losses = LossMeter()
         self.since: dict[str, int] = {}
         self.told: set[str] = set()
         self.step = -1
@@ -228,7 +237,7 @@ class StuckLoss(Callback):
                 causes = getattr(getattr(pl_module, "task", None), "causes", {})
                 self.look(step, patience, self.losses.read(trainer, pl_module, batch), causes)
 
-    def look(self, step: int, patience: float, readings: Readings, causes: Mapping[str, str] = CAUSES) -> None:
+    def look(self, step: int, patience: float, readings: Readings, causes: Mapping[str, str] = STUCK_HINTS) -> None:
         """Follow which losses sit at their level, and warn of those that have sat there for long enough.
 
         Args:
@@ -240,7 +249,7 @@ class StuckLoss(Callback):
                 self.since.pop(name, None)
             elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
                 self.told.add(name)
-                cause = causes.get(name, CAUSES.get(name, PretrainingLoss.cause))
+                cause = causes.get(name, STUCK_HINTS.get(name, PretrainingLoss.cause))
                 log.warning("%s", stuck_line(name, loss, level, self.since[name], step, cause))
 
 

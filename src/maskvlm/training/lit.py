@@ -114,7 +114,8 @@ class LitModel(L.LightningModule):
             self.backbone.text.set_tokenizer(tokenizer)
         if stage == "fit":
             if self.backbone.origin is None:
-                self.task.see_words(self.data.token_counts)
+                # A warm start takes the checkpoint's token head; counts would overwrite its bias.
+                self.task.use_token_counts(self.data.token_counts)
             if self.backbone.image.feature_cache is not None:
                 self._keep_features()
 
@@ -197,8 +198,9 @@ class LitModel(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.
         torch.manual_seed(mix(self.seed, batch_idx, rank()))
-        self.task.reseed(Draw(self.seed, batch_idx, self.device))
-        self.task.done = self.trainer.global_step / max(1, self.data.total_steps)
+        # batch_idx counts through the whole run: the trainer makes one epoch of it (conf/base.yaml, data/sampler.py).
+        self.task.set_uniform(Draw(self.seed, batch_idx, self.device))
+        self.task.run_progress = self.trainer.global_step / max(1, self.data.total_steps)
         terms = self.task(self.backbone, batch)
         self.terms = tuple(terms)
         loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
@@ -229,7 +231,7 @@ class LitModel(L.LightningModule):
         checkpoint["lineage"] = [seen.plain() for seen in self.history]
         if self.reference is not None:
             checkpoint["reference"] = self.reference
-        if state := self.task.state():
+        if state := self.task.resume_state():
             checkpoint["task_state"] = state
 
     @property

@@ -54,7 +54,7 @@ class PeerRecord(NamedTuple):
     why: str = ""
 
 
-class Lost(UserError):
+class LostProcess(UserError):
     """Another process of this run is gone: `where` is who, `what` is how.
 
     Args:
@@ -89,7 +89,7 @@ class Peers:
         self.writes = True
         self.lock = threading.Lock()
         self.leaving, self.left = threading.Event(), threading.Event()  # the main thread knows why it ends; it has said
-        self.verdict: Lost | None = None
+        self.verdict: LostProcess | None = None
         folder.joinpath(FOLDER).mkdir(parents=True, exist_ok=True)
 
     def move(self, step: int, phase: int, at: str) -> None:
@@ -171,7 +171,7 @@ class Peers:
                 silent = 0 if record.beat != was.beat else silent + counts
                 self.seen[rank] = (record, silent, 0 if record.place != was.place else still + counts)
 
-    def judge(self, silent: float, still: float, every: float = BEAT) -> Lost | None:
+    def judge(self, silent: float, still: float, every: float = BEAT) -> LostProcess | None:
         """Who of those looked at is lost, if any. silent, still: see `Peers`; every: seconds between two looks."""
         found = [
             found
@@ -181,7 +181,7 @@ class Peers:
         found.sort(key=lambda each: each[0])
         return found[0][1] if found else self._behind(still, every)
 
-    def _one(self, record: PeerRecord, quiet: float, silent: float) -> tuple[int, Lost] | None:
+    def _one(self, record: PeerRecord, quiet: float, silent: float) -> tuple[int, LostProcess] | None:
         """Verdict on one process, the surest first."""
         who = name(record)
         if record.rank == self.rank:
@@ -190,7 +190,7 @@ class Peers:
             if record.code in WELL:
                 return None
             first = record.rank if record.because is None else record.because
-            return 0, Lost(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
+            return 0, LostProcess(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
         if record.where == machine_id() and not alive(record.pid):
             now = self.read(record.rank)  # it may have ended well, or said why, before it was gone
             if now is None or now.code is not None:
@@ -201,7 +201,7 @@ class Peers:
             return 2, self.lost(record, 0.0, f"has shown no sign of life for {quiet:.0f} s (last seen {record.at})")
         return None
 
-    def _behind(self, still: float, every: float) -> Lost | None:
+    def _behind(self, still: float, every: float) -> LostProcess | None:
         """A process that lives, and does not come to where others wait for it."""
         if len(self.seen) < self.world:
             return None
@@ -212,17 +212,17 @@ class Peers:
         what = f"stands still {first[0].at}, and others wait for it"
         return self.lost(first[0], 0.0, what)
 
-    def lost(self, record: PeerRecord, grace: float, what: str) -> Lost:
+    def lost(self, record: PeerRecord, grace: float, what: str) -> LostProcess:
         """The verdict on a process: what happened, and how the run goes on."""
         last = self.folder / "last.ckpt"
         goes_on = f"The same command goes on from {last}" if last.is_file() else "Start the same command again"
-        return Lost(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
+        return LostProcess(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
 
     def everyone(self) -> range:
         """The ranks of all processes."""
         return range(self.world)
 
-    def blame(self, timed_out: bool) -> Lost:
+    def blame(self, timed_out: bool) -> LostProcess:
         """A connection broke, or timed out: who was it? Looks at all others for at most `WITHIN` seconds."""
         every, until = 0.2, time.monotonic() + WITHIN
         still = AFTER_A_BREAK if timed_out else math.inf
@@ -233,7 +233,7 @@ class Peers:
                 return lost
             if time.monotonic() > until:
                 what = "the connection between the processes broke, and none of them is known to be lost"
-                return Lost(None, "processes", what, "Look at the network, and start the same command again", 69)
+                return LostProcess(None, "processes", what, "Look at the network, and start the same command again", 69)
             time.sleep(every)
 
 
@@ -274,10 +274,10 @@ def end_frozen(record: PeerRecord | None) -> None:
 CURRENT: list[Peers] = []  # of the run that this process takes part in; none where it is alone
 
 
-def blamed(error: BaseException) -> Lost | None:
+def blamed(error: BaseException) -> LostProcess | None:
     """Whom a broken connection to other processes is to be blamed on; None of any other error."""
     if isinstance(error, UserError) or not CURRENT:
-        return error if isinstance(error, Lost) else None
+        return error if isinstance(error, LostProcess) else None
     CURRENT[0].leaving.set()
     said = f"{type(error).__name__} {error}"
     if not isinstance(error, RuntimeError) or "DataLoader" in said or not BROKEN.search(said):

@@ -96,7 +96,7 @@ def restore(task: Task, state: Any, where: str) -> None:
     if not known:
         raise _unfit(where, "task_state", f"expected tensors by name, found {shown(state)}")
     try:
-        task.go_on(state)
+        task.load_resume_state(state)
     except ValueError as error:
         raise _unfit(f"{where}: task_state", "", str(error)) from None
 

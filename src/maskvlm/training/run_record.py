@@ -163,7 +163,7 @@ class RunRecord(L.Callback):
         if "skipped_steps" in rows:
             counts["steps skipped"] = rows["skipped_steps"]["count"]
         if trainer.is_global_zero and counts and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            tell_left_out(folder_of(trainer) / BAD, f"{rows['samples']} read", counts, rows)
+            report_skipped(folder_of(trainer) / BAD, f"{rows['samples']} read", counts, rows)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
@@ -180,18 +180,18 @@ class RunRecord(L.Callback):
         if self.trained or rows is None or trial or not trainer.is_global_zero:
             return
         folder, counts = folder_of(trainer), rows_left_out(rows)
-        path = folder / f"bad_samples{name_end(folder, split, trained=False)}.json"
+        path = folder / f"bad_samples{file_suffix(folder, split, trained=False)}.json"
         path.unlink(missing_ok=True)  # of an earlier evaluation here
         if counts:
             listed = {"samples": len(rows), "problems": {}, "examples": {}, "left_out": {split: rows.skipped}}
-            tell_left_out(path, f"{split}, {len(rows)} rows", counts, listed)
+            report_skipped(path, f"{split}, {len(rows)} rows", counts, listed)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = getattr(pl_module, "metrics", {})
         trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.is_global_zero and metrics and not trial:
             stage = "fit" if self.trained or trainer.state.fn is None else trainer.state.fn.value
-            end = name_end(folder_of(trainer), stage, trained=stage == "fit")
+            end = file_suffix(folder_of(trainer), stage, trained=stage == "fit")
             step = getattr(pl_module, "measured_step", None)
             step = trainer.global_step if step is None else step
             write_json(folder_of(trainer) / f"metrics{end}.json", {"step": step} | metrics)
@@ -213,7 +213,7 @@ def is_training_run(folder: Path) -> bool:
     return (folder / "config-fit.yaml").exists()
 
 
-def name_end(folder: Path, split: str, trained: bool) -> str:
+def file_suffix(folder: Path, split: str, trained: bool) -> str:
     """What the names of an evaluation's files end in: nothing where they are the folder's own, `-val` or the like where
     they would replace those of the training that the folder belongs to. trained: in this very process."""
     return f"-{split}" if is_training_run(folder) and not trained else ""
@@ -234,7 +234,7 @@ def bad_rows_of(trainer: L.Trainer) -> dict[str, Any]:
     return rows
 
 
-def tell_bad_rows(trainer: L.Trainer) -> Path:
+def write_bad_samples(trainer: L.Trainer) -> Path:
     """Write `bad_samples.json` in the middle of a training; returns where it is. All processes call it."""
     rows, path = bad_rows_of(trainer), folder_of(trainer) / BAD
     if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -242,7 +242,7 @@ def tell_bad_rows(trainer: L.Trainer) -> Path:
     return path
 
 
-def tell_left_out(path: Path, of: str, counts: Mapping[str, int], listed: dict[str, Any]) -> None:
+def report_skipped(path: Path, of: str, counts: Mapping[str, int], listed: dict[str, Any]) -> None:
     """One line on the standard output, and which samples they are in `path`."""
     write_json(path, listed)
     told = ", ".join(f"{reason}: {count}" for reason, count in counts.items())

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskvlm.training.run_record import folder_of, tell_bad_rows
+from maskvlm.training.run_record import folder_of, write_bad_samples
 from maskvlm.utils.distributed import gather_objects, shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
@@ -34,7 +34,7 @@ LOSS, GRADIENT, SPIKE = 1, 2, 3
 SAMPLES = "skipped_steps"  # the key in bad_samples.json
 
 
-class Window:
+class LossWindow:
     """The latest losses, on their device. Those of skipped steps are left out.
 
     A loss shoots up when it lies above the median by more than FAR standard deviations and by more than the first
@@ -100,7 +100,7 @@ class StepGuard(Callback):
     def __init__(self, stop_after: int = 10) -> None:
         check_least(1, {"trainer.callbacks.stop_after": stop_after})
         self.stop_after = stop_after
-        self.window = Window()
+        self.window = LossWindow()
         self.in_a_row, self.steps, self.listed = 0, 0, 0
         self.skipped: list[dict[str, Any]] = []
         self.pending: deque[Verdict] = deque()
@@ -151,7 +151,7 @@ class StepGuard(Callback):
         term joins it, earlier sums say nothing of it."""
         terms = getattr(pl_module, "terms", None)
         if self.terms is not None and terms != self.terms:
-            self.window = Window()
+            self.window = LossWindow()
         self.terms = terms
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.losses.append(loss.detach().float() / (scaler.get_scale() if scaler is not None else 1.0))
@@ -162,8 +162,8 @@ class StepGuard(Callback):
         Args:
             optimizer: a fused one, or any where gradients are scaled.
             norm: of all gradients, averaged over processes.
-            scaled: in float16 the gradients were scaled. Their overflow is the scaler's own affair, and as it makes the
-                host wait anyway, the host decides.
+            scaled: True in float16: the GradScaler handles gradient overflow, and because it synchronises with the
+                device anyway, the skip is decided on the host.
         """
         loss = shared_count(torch.stack(self.losses).sum())
         norm = torch.zeros_like(loss) if scaled else norm.to(loss)
@@ -174,7 +174,7 @@ class StepGuard(Callback):
             optimizer.found_inf = (verdict > 0).float()  # type: ignore[attr-defined]
         elif int(verdict) > 0:
             optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left as it is
-        facts, ready = aside(torch.stack([verdict.float(), loss, limit]))
+        facts, ready = copy_to_host(torch.stack([verdict.float(), loss, limit]))
         self.pending.append(Verdict(self.step, facts, ready, self.rows))
         self.losses, self.rows = [], []
 
@@ -216,7 +216,7 @@ class StepGuard(Callback):
         self.listed += len(listed)
         if listed:
             self.skipped.append({"step": verdict.step, "reason": told, "samples": listed})
-        path = tell_bad_rows(trainer)
+        path = write_bad_samples(trainer)
         if trainer.is_global_zero:
             told = f"step {verdict.step} skipped: {told}; {len(samples)} samples, listed in {path}"
             print(f"warning: {told}", file=sys.stderr, flush=True)
@@ -232,7 +232,7 @@ class StepGuard(Callback):
         raise UserError(folder_of(self.trainer), what, self._todo, ExitCode.BAD_DATA)
 
 
-def aside(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
+def copy_to_host(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
     """A copy where the host can read it, and what waits for it. What follows on the device is not waited for."""
     if facts.device.type != "cuda":
         return facts, lambda: None

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import Strategy
 
 from maskvlm.training import peers
 from maskvlm.training.failure import EARLIER, failed_first, report
-from maskvlm.training.peers import BEAT, CURRENT, GRACE, Lost, Peers
+from maskvlm.training.peers import BEAT, CURRENT, GRACE, LostProcess, Peers
 from maskvlm.utils.errors import ExitCode, UserError
 
 PART_OF_TIMEOUT = 0.9  # of the process group's own: then torch would end the run, without a name
@@ -51,7 +51,7 @@ class Watcher(threading.Thread):
                 end(self.own, lost)
 
 
-def end(own: Peers, lost: Lost) -> None:
+def end(own: Peers, lost: LostProcess) -> None:
     """End this process, whatever its main thread waits for."""
     dump_stacks(own.folder / f"stacks-rank{own.rank}.txt")
     own.verdict = lost
@@ -169,7 +169,9 @@ def wait_for_others(folder: Path, met: threading.Event) -> None:
         now = failed_first(folder)
         if now[0] and now not in EARLIER:
             _, _, code = now[0].partition(" ")
-            lost = Lost(None, "processes", "another process failed", "See its line", int(code or ExitCode.UNAVAILABLE))
+            lost = LostProcess(
+                None, "processes", "another process failed", "See its line", int(code or ExitCode.UNAVAILABLE)
+            )
             os._exit(report(lost, folder))
 
 
