@@ -279,7 +279,7 @@ def refused(start: Path, task: Any, tmp_path: Path, source: Any) -> UserError:
 def test_heads_that_a_checkpoint_lacks_are_named(pretrained: Path, tmp_path: Path) -> None:
     error = refused(pretrained, Entailment(LABELS), tmp_path, Questions())
     assert f"{pretrained}: holds no heads of Entailment (head.layers.0.weight, head.layers.0.bias, " in str(error)
-    assert "Fine-tune it first: make finetune" in error.todo
+    assert "Fine-tune it first: maskvlm finetune" in error.todo
 
 
 def test_labels_that_a_checkpoint_does_not_know_are_named(tuned: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def error_of(root: Path, split: str = "train") -> UserError:
 
 def test_a_set_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     error = error_of(tmp_path / "coco")
-    assert str(error).startswith(f"{tmp_path / 'coco'}: no such folder of a prepared set. Make it with `make data SET=")
+    assert str(error).startswith(f"{tmp_path / 'coco'}: no such folder of a prepared set. Make it with `maskvlm data ")
     assert error.code == ExitCode.MISSING_INPUT
     (tmp_path / "coco").mkdir()
     assert "coco/manifest.json: no prepared set here. Make it with `maskvlm data coco FOLDER`" in str(

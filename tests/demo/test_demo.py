@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_of_each_task_is_found(place: Path, models: Models
 
 
 def test_without_a_checkpoint_it_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="make pretrain"):
+    with pytest.raises(UserError, match="maskvlm pretrain"):
         Models(find_models(tmp_path)).core()
 
 
@@ -390,7 +390,7 @@ def test_nothing_was_written_elsewhere(asker: Asker, server: Server) -> None:
 def test_the_page_says_what_to_run(tmp_path: Path, root: Path) -> None:
     for server in served(tmp_path, root):
         shown = json.dumps(httpx.get(f"{server.base}/config", timeout=60).json())
-        assert "make pretrain" in shown
+        assert "maskvlm pretrain" in shown
 
 
 # ---------------------------------------------------------------------- a browser

@@ -225,7 +225,7 @@ def test_training_skips_a_pair_without_its_image(snli: Any) -> None:
 
 
 def test_missing_files_and_splits_are_named(snli: Any, tmp_path: Path) -> None:
-    todo = r"Prepare the set \(make data SET=snli_ve RAW=\.\.\), or set data\.source\.root to the folder"
+    todo = r"Prepare the set \(maskvlm data snli_ve FOLDER\), or set data\.source\.root to the folder"
     with pytest.raises(UserError, match=rf"snli_ve_test\.jsonl: no such file\. {todo}") as caught:
         snli([row()]).split("test")
     assert caught.value.code == ExitCode.MISSING_INPUT

@@ -132,11 +132,11 @@ def test_an_empty_sentence_is_skipped_in_training_and_a_mended_one_counted(nlvr:
 
 def test_missing_files_and_splits_are_named(nlvr: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"test1\.json: no such file\. Prepare the set \(make data SET=nlvr2 RAW=\.\.\), or set "
+        UserError, match=r"test1\.json: no such file\. Prepare the set \(maskvlm data nlvr2 FOLDER\), or set "
     ) as caught:
         nlvr([row()]).split("test")
     assert caught.value.code == ExitCode.MISSING_INPUT
-    with pytest.raises(UserError, match=r"/no/dev\.json: no such file \(there is no folder .*/no\)\. .*make data"):
+    with pytest.raises(UserError, match=r"/no/dev\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"):
         Nlvr2(str(tmp_path / "no")).split("val")
     with pytest.raises(UserError, match=r"data\.source\.test: no file is named for this split"):
         nlvr([row()], test=None).split("test")

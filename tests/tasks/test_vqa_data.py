@@ -251,13 +251,13 @@ def test_images_that_no_question_names_are_no_matter_but_none_is_an_error(source
 def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
     write(tmp_path, PART, [question()], None, 9)
     for split, options in (("train", {}), ("val", {"val": PART})):
-        todo = r"Prepare the set \(make data SET=vqav2 RAW=\.\.\), or set data\.source\.root"
+        todo = r"Prepare the set \(maskvlm data vqav2 FOLDER\), or set data\.source\.root"
         with pytest.raises(UserError, match=rf"{ANNOTATIONS}: no such file\. {todo}") as caught:
             source(**options).split(split)
         assert caught.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"mscoco_val2014_questions\.json: no such file"):
         source().split("val")
-    with pytest.raises(UserError, match=r"_questions\.json: no such file \(there is no folder .*/no\)\. .*make data"):
+    with pytest.raises(UserError, match=r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"):
         VqaV2(str(tmp_path / "no")).split("val")
     with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
         source(val=None).split("val")
