@@ -101,7 +101,7 @@ def unlike(one: Thing, other: Thing) -> bool:
 
 
 def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
-    """A curtain over a line by lot, and one or two things beside it; an image in which every class is possible."""
+    """A curtain over a random line, and one or two things beside it; an image in which every class is possible."""
     curtain = choose(rng, tuple(LINES))
     free = [cell for cell in EVERYWHERE if cell not in LINES[curtain]]
 
@@ -119,7 +119,7 @@ def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ..
     return View(first_of_split(split, make_pair if kind in ("relation", "two") else make), curtain)
 
 
-# ---- hypotheses of any class, by lot -----------------------------------------------------------------------
+# ---- random hypotheses of any class -----------------------------------------------------------------------
 def said_of(rng: random.Random, thing: Thing, names: tuple[str, ...], taken: Sequence[str] = ()) -> Traits:
     """What the thing is like, or nearly that."""
     traits = traits_of(thing, names)

@@ -69,7 +69,7 @@ LOTS = lots_of(KINDS, SHARES)
 
 
 class Pair(NamedTuple):
-    """What each image must show: the things' traits (more may be drawn by lot), and its background or None."""
+    """What each image must show: the things' traits (more may be drawn at random), and its background or None."""
 
     left: list[Traits]
     right: list[Traits]

@@ -48,6 +48,6 @@ def consistency(scored: list[ScoredExample]) -> float:
 
 
 def consistency_chance(scored: list[ScoredExample]) -> float:
-    """Consistency of answers by lot."""
+    """Consistency of random answers."""
     level = [0.5 ** len(group) for group in groups_of(scored)]
     return 100 * sum(level) / len(level) if level else float("nan")

@@ -72,7 +72,7 @@ def only(traits: Traits, scene: Scene) -> bool:
 
 
 def company(rng: random.Random, said: Traits, most: int = 2) -> list[Traits]:
-    """Up to `most` more things, each one by lot or nearly what was said."""
+    """Up to `most` more things, each one random or nearly what was said."""
     number = choose(rng, range(most + 1))
     return [near_miss(rng, said) if rng.random() < 0.5 else {} for _ in range(number)]
 

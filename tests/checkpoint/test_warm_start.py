@@ -112,6 +112,18 @@ def test_heads_that_fit_are_taken_over_and_counted(pretrained: Path, tuned: Path
     }
 
 
+def test_heads_of_losses_that_the_run_does_not_have_are_named(
+    pretrained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"mask_block": 16, "decoder_layers": 1, "contrast_dim": 8, "rerank_k": 3}
+    settings |= {"contrast_reads": "class_and_mean"}
+    LitModel(bare_backbone(pretrained), MaskedPretraining(**settings))
+    LitModel(bare_backbone(pretrained), Retrieval(rerank_k=3))  # another task has heads of its own
+    assert caplog.text == ""
+    LitModel(bare_backbone(pretrained), MaskedPretraining(**settings, weight_mlm=0.0, weight_itm=0.0))
+    assert "heads of the checkpoint that this run has no use for: matching, tokens; list their losses" in caplog.text
+
+
 def test_heads_that_decide_among_other_labels_are_not(tuned: Path) -> None:
     """As many labels, so the shapes would fit."""
     assert LitModel(bare_backbone(tuned), Entailment(("red", "blue", "green"))).warm_started == set()

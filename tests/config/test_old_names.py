@@ -49,7 +49,7 @@ def test_whole_files_and_single_classes() -> None:
     whole = read_yaml(WHOLE, "x")
     assert whole["model"]["task"] == {
         "class_path": "maskvlm.objectives.pretraining.MaskedPretraining",
-        "init_args": {"masks_per_text": 2, "masked_image_share": 0.5, "whole_image_share": 0.25},
+        "init_args": {"masks_per_text": 2, "masked_image_share": 0.5, "fully_masked_share": 0.25},
     }
     assert whole["model"]["backbone"]["init_args"]["image"] == {"init_args": {"feature_cache": "x"}}
     assert whole["data"] == {"init_args": {"contamination": "drop"}}
@@ -65,8 +65,8 @@ def test_a_command_and_a_file_may_say_them_and_are_told_so(
     (tmp_path / "mine.yaml").write_text("model:\n  task:\n    init_args:\n      image_mask_all: 0.25\n")
     words = ["--model.task.text_draws", "3", "--model.task.image_draws=0.5", "-c", str(tmp_path / "mine.yaml")]
     settings = run_command(Parsed, ["fit", *stack(WHERE="cpu"), *words]).settings.model.task.init_args
-    assert (settings.masks_per_text, settings.masked_image_share, settings.whole_image_share) == (3, 0.5, 0.25)
+    assert (settings.masks_per_text, settings.masked_image_share, settings.fully_masked_share) == (3, 0.5, 0.25)
     told = capsys.readouterr().err
     assert "--model.task.text_draws: model.task.text_draws is called model.task.masks_per_text now" in told
-    assert f"{tmp_path}/mine.yaml:4: model.task.image_mask_all is called model.task.whole_image_share now" in told
+    assert f"{tmp_path}/mine.yaml:4: model.task.image_mask_all is called model.task.fully_masked_share now" in told
     assert len(told.splitlines()) == 3

@@ -108,7 +108,7 @@ def test_patch_masks_for_every_grid(
 def test_some_images_are_masked_as_a_whole(rows: int, ratio: float, seed: int) -> None:
     """The others as without; which ones follows from one number each, drawn after those of the blocks."""
     valid_B = torch.arange(rows) != 3
-    found = mask_patches(valid_B, (5, 5), 2, ratio, Noise(seed), mask_all=0.4)
+    found = mask_patches(valid_B, (5, 5), 2, ratio, Noise(seed), fully_masked=0.4)
     noise = Noise(seed)
     usual = mask_patches(valid_B, (5, 5), 2, ratio, noise)
     whole_B = (noise(rows) < 0.4) & valid_B

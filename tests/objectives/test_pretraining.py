@@ -446,7 +446,7 @@ def test_a_share_of_the_images_is_masked_and_the_rest_as_before() -> None:
 
 
 def test_some_of_them_as_a_whole_in_training_alone() -> None:
-    backbone, task = build(whole_image_share=1.0)
+    backbone, task = build(fully_masked_share=1.0)
     task(backbone, eventful_batch())
     assert task.masks.patch is not None
     assert torch.equal(task.masks.patch.mask_BN.all(1), eventful_batch().valid_B)
@@ -679,7 +679,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
     ("settings", "message"),
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
-        ({"whole_image_share": -0.1}, "model.task.whole_image_share: -0.1"),
+        ({"fully_masked_share": -0.1}, "model.task.fully_masked_share: -0.1"),
         ({"contrast_patches": 0.0}, "model.task.contrast_patches: 0.0 is no share above 0"),
         ({"masks_per_text": 0}, "model.task.masks_per_text: 0"),
         ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),

@@ -257,7 +257,8 @@ def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
         assert caught.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"mscoco_val2014_questions\.json: no such file"):
         source().split("val")
-    with pytest.raises(UserError, match=r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"):
+    said = r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"
+    with pytest.raises(UserError, match=said):
         VqaV2(str(tmp_path / "no")).split("val")
     with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
         source(val=None).split("val")

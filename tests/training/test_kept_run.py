@@ -103,7 +103,7 @@ def test_a_run_whose_aligned_encoders_stand_still(
         "model.task.contrast_first": 0.5,
         "model.task.freeze_aligned": freeze,
         "model.task.contrast_patches": 0.5,
-        "model.task.whole_image_share": 0.5,
+        "model.task.fully_masked_share": 0.5,
         "model.task.image_mask_ratio": 0.6,
         "model.backbone.image.masked_patches": "left_out",
         "model.backbone.query_positions": True,

@@ -70,7 +70,7 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     parser.add_argument("--k", type=int, default=16, help="rank: candidates that matching looks at again")
     parser.add_argument("--top", type=int, default=5, help="fill: guesses for each masked word")
-    told = "reconstruct, inpaint: share of patches masked by lot (--hide in earlier versions)"
+    told = "reconstruct, inpaint: share of patches masked at random (--hide in earlier versions)"
     parser.add_argument("--mask-ratio", "--hide", type=float, default=0.6, help=told)
     parser.add_argument("--box", help="or the patches that this box touches: left,top,right,bottom as shares of 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of that lot")
@@ -170,7 +170,7 @@ def paint(
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """A share of the patches, masked by lot."""
+    """A share of the patches, masked at random."""
     if not 0 <= share <= 1:
         raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
     patches = grid[0] * grid[1]

@@ -31,7 +31,8 @@ OPTIONS = {
     "model.task": {
         "text_draws": "masks_per_text",
         "image_draws": "masked_image_share",
-        "image_mask_all": "whole_image_share",
+        "image_mask_all": "fully_masked_share",
+        "whole_image_share": "fully_masked_share",
         "blind": "image_ablation",
         "pictures": "images_per_example",
     },

@@ -77,7 +77,7 @@ class Patches:
                         images.append(gr.Image(image, label=title, elem_id=name, **show))
             self.board, self.left, self.right = images
             with gr.Row():
-                lot = gr.Button("Cover six in ten by lot", size="sm")
+                lot = gr.Button("Cover six in ten at random", size="sm")
                 clear = gr.Button("Uncover all", size="sm", elem_id="uncover")
         self.results = [self.board, self.left, self.right]
         inputs, outputs = [desk.image, desk.text, self.mask, self.other], [self.mask, *self.results]

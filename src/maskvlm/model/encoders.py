@@ -75,7 +75,7 @@ class Encoder(nn.Module):
             raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
 
     def _learned(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` gives, without gradient while the encoder stands still."""
+        """What `compute` gives, without gradient while the encoder is frozen."""
         return without_gradient(compute) if self.still else compute()
 
     def adapt(self, width: int) -> None:

@@ -1,1 +1,5 @@
-"""What is learned and how it is measured: tasks, masking, losses."""
+"""What is learned and how it is measured: tasks, masking, losses.
+
+Behind a value (P) says that the paper states it, (R) that its readers report it, (C) that it is the field's convention,
+where neither is known.
+"""

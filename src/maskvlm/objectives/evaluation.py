@@ -146,9 +146,9 @@ class PretrainingMetrics:
     def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
         """All metrics; percent, nats, or error of normalised pixel values.
 
-        Chance levels end in `_chance`: an order by lot, word frequencies, the batch's mean colour.
+        Chance levels end in `_chance`: a random order, word frequencies, the batch's mean colour.
         `score` chooses the best checkpoint: the mean of the two R@1 and, where words are learned, of the accuracy of
-        masked words. R@1 of a few images alone moves by points from chance, and not at all while contrast stands still.
+        masked words. R@1 of a few images alone moves by points from chance, and not at all while contrast is frozen.
         """
         metrics = {}
         shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all

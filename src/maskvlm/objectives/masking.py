@@ -60,7 +60,7 @@ class Ratio(NamedTuple):
 
 
 def mask_patches(
-    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform, mask_all: float = 0.0
+    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform, fully_masked: float = 0.0
 ) -> PatchMask:
     """Mask a share of square blocks of patches, uniform over blocks, fresh for each image (paper sec. 3, P).
 
@@ -71,7 +71,7 @@ def mask_patches(
             edge are cut where the grid does not divide.
         ratio: share of blocks, 0 to 1; the count is exact in every image.
         uniform: source of random numbers.
-        mask_all: probability that all of an image is masked in the place of that share.
+        fully_masked: probability that all of an image is masked in the place of that share.
     """
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
     count = count_masked(block_rows * block_cols, ratio)
@@ -80,8 +80,8 @@ def mask_patches(
     noise = uniform(valid_B.shape[0], block_rows * block_cols)
     rank = noise.argsort(dim=1).argsort(dim=1)
     chosen_BU = rank < count
-    if mask_all:
-        chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < mask_all), block_rows * block_cols
+    if fully_masked:
+        chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < fully_masked), block_rows * block_cols
     block_mask = chosen_BU.unflatten(1, (block_rows, block_cols))
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]

@@ -61,7 +61,7 @@ class MaskedPretraining(Task):
 
     Args:
         image_mask_ratio: share of image blocks masked (0.6, P).
-        whole_image_share: in training the probability that a masked image is masked as a whole (0, P). Otherwise the
+        fully_masked_share: in training the probability that a masked image is masked as a whole (0, P). Otherwise the
             model learns to fill in from the visible patches first and hardly uses the caption.
         text_mask_ratio: share of tokens masked (0.3, P).
         masks_per_text: maskings of each caption in a step (1, P); each more masks as many words again at little cost.
@@ -90,7 +90,7 @@ class MaskedPretraining(Task):
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
         losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
         image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block and
-            whole_image_share).
+            fully_masked_share).
         text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
             keep_and_swap).
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
@@ -145,7 +145,7 @@ class MaskedPretraining(Task):
         negative_queue: int = 0,
         matching_trains_encoders: bool = True,
         freeze_aligned: bool | Literal["image"] = False,
-        whole_image_share: float = 0.0,
+        fully_masked_share: float = 0.0,
         contrast_patches: float = 1.0,
         contrast_reads: Literal["class", "class_and_mean"] = "class",
         losses: Sequence[PretrainingLoss] = (),
@@ -154,7 +154,7 @@ class MaskedPretraining(Task):
     ) -> None:
         super().__init__()
         _check_shares(
-            image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, whole_image_share=whole_image_share
+            image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, fully_masked_share=fully_masked_share
         )
         check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
@@ -163,7 +163,7 @@ class MaskedPretraining(Task):
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
         self.losses = self._order(paper, [WordsPresent(weight_words), *losses])
-        self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, whole_image_share)
+        self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
         self.mask_both, self.masks_per_text = mask_both, masks_per_text
         if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):

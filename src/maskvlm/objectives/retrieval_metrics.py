@@ -130,7 +130,7 @@ def recall_of(found: Ranking, ks: Sequence[int] = KS) -> dict[int, float]:
 
 
 def recall_chance(relevant_Q: Tensor, total: int, ks: Sequence[int] = KS) -> dict[int, float]:
-    """Recall@k in percent of an order by lot: at least one of a query's relevant items among k drawn of `total`."""
+    """Recall@k in percent of a random order: at least one of a query's relevant items among k drawn of `total`."""
     levels = {}
     for k in ks:
         drawn = torch.arange(min(k, total))

@@ -1,5 +1,6 @@
 """The only LightningModule: it sums and logs the task's losses, and knows none of them."""
 
+import logging
 import math
 from typing import Any, Protocol
 
@@ -22,6 +23,13 @@ from maskvlm.training.optim import build_adamw, parameter_groups, schedule
 from maskvlm.training.resumable import check_resumable, restore
 from maskvlm.utils.distributed import Draw, mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
+
+log = logging.getLogger(__name__)
+
+
+def class_path(kind: type) -> str:
+    """As a configuration names a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class StepJudge(Protocol):
@@ -97,6 +105,13 @@ class LitModel(L.LightningModule):
         if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
             return self.task.warm_start({})
         self.backbone.origin = origin._replace(heads={})
+        same_task = bool(origin.history) and origin.history[-1].task == class_path(type(self.task))
+        unused = {name.partition(".")[0] for name in origin.heads} - {name for name, _ in self.task.named_children()}
+        if same_task and unused and rank() == 0:
+            todo = "list their losses (model.task.losses) to train on with them"
+            log.warning(
+                "%s", f"note: heads of the checkpoint that this run has no use for: {', '.join(sorted(unused))}; {todo}"
+            )
         return self.task.warm_start(origin.heads)
 
     @property
@@ -258,7 +273,7 @@ class LitModel(L.LightningModule):
             kind, source = type(self.task), type(self.data.source)
             ids = self.data.hashed_image_ids("train")
             images = len(self.data.splits["train"]) if ids is None else len(ids)
-            task, data = (f"{k.__module__}.{k.__qualname__}" for k in (kind, source))
+            task, data = class_path(kind), class_path(source)
             sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
             self._seen = Seen(task, data, sha, images, 0, ids, held_out)
         return self._seen._replace(steps=self.trainer.global_step)

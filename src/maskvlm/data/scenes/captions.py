@@ -69,7 +69,7 @@ NOTES = Style(
 
 
 def style_of(scene: Scene, rng: random.Random) -> Style:
-    """Either, by lot; notes where there is much to tell, since length costs compute."""
+    """Either, at random; notes where there is much to tell, since length costs compute."""
     drawn = choose(rng, (SENTENCES, NOTES))
     return NOTES if len(scene.things) > 2 else drawn
 

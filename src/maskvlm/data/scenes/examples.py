@@ -1,6 +1,6 @@
 """Downstream examples of the built-in world: what the tasks' question makers share.
 
-A maker decides kind and answer by lot first and then looks for scenes that bear them out, so that no word of a text
+A maker decides kind and answer at random first and then looks for scenes that bear them out, so that no word of a text
 tells its answer. Texts use the captions' words as far as they go: these are whole tokens of a tokenizer that was
 trained on captions, other words are spelt in pieces (x and z not even that).
 """
@@ -58,7 +58,7 @@ def a_noun(traits: Traits) -> str:
 
 
 def traits_by_lot(rng: random.Random, names: Collection[str]) -> Traits:
-    """A value by lot for each of the named attributes."""
+    """A random value for each of the named attributes."""
     return {name: choose(rng, ATTRIBUTES[name]) for name in names}
 
 
@@ -78,7 +78,7 @@ def lots_of(kinds: Sequence[str], shares: dict[str, int]) -> dict[str, tuple[str
 
 
 def near_miss(rng: random.Random, traits: Traits, taken: Collection[str] = ()) -> Traits:
-    """The same but for one of the attributes said, by lot; never one of the `taken` values."""
+    """The same but for one of the attributes said, at random; never one of the `taken` values."""
     name = choose(rng, tuple(traits))
     others = [value for value in ATTRIBUTES[name] if value != traits[name] and value not in taken]
     return {**traits, name: choose(rng, others)}
@@ -93,7 +93,7 @@ def strangers(rng: random.Random, names: Collection[str], taken: Collection[str]
 
 
 def thing_like(rng: random.Random, cell: int, traits: Traits) -> Thing:
-    """A thing by lot that the traits fit."""
+    """A random thing that the traits fit."""
     full = traits_by_lot(rng, [name for name in ATTRIBUTES if name not in traits]) | traits
     shifts = range(-JITTER[full["size"]], JITTER[full["size"]] + 1)
     return Thing(cell=cell, dx=choose(rng, shifts), dy=choose(rng, shifts), **full)
@@ -105,12 +105,12 @@ def traits_of(thing: Thing, names: Collection[str]) -> Traits:
 
 
 def scene_of(rng: random.Random, things: Collection[Thing], background: str | None = None) -> Scene:
-    """A scene of these things, in any order; the background by lot unless it is given."""
+    """A scene of these things, in any order; the background at random unless it is given."""
     return Scene(background or choose(rng, BACKGROUNDS), tuple(sorted(things, key=lambda thing: thing.cell)))
 
 
 def scene_like(rng: random.Random, things: Collection[Traits], background: str | None = None) -> Scene:
-    """A scene of as many things as there are traits, each at a place by lot; the background as in `scene_of`."""
+    """A scene of as many things as there are traits, each at a random place; the background as in `scene_of`."""
     cells = shuffled(rng, range(9))
     made = [thing_like(rng, cell, traits) for cell, traits in zip(cells, things, strict=False)]
     return scene_of(rng, made, background)

@@ -1,4 +1,4 @@
-"""The built-in world: what a scene is, how one is drawn by lot, and which split it belongs to.
+"""The built-in world: what a scene is, how one is drawn at random, and which split it belongs to.
 
 A scene is 1 to 3 things on a coloured ground, each thing in its own cell of a 3x3 grid. All attributes are
 independent of each other, so that nothing about a hidden thing can be guessed from the rest of the image,
@@ -119,13 +119,13 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene by lot, of any split."""
+    """A random scene, of any split."""
     cells = sorted(shuffled(rng, range(9))[: choose(rng, COUNTS)])
     return Scene(choose(rng, BACKGROUNDS), tuple(random_thing(rng, cell) for cell in cells))
 
 
 def random_thing(rng: random.Random, cell: int) -> Thing:
-    """A thing by lot, for the given cell."""
+    """A random thing, for the given cell."""
     size = choose(rng, SIZES)
     shifts = range(-JITTER[size], JITTER[size] + 1)
     return Thing(
@@ -140,7 +140,7 @@ def random_thing(rng: random.Random, cell: int) -> Thing:
 
 
 def scene_of_split(rng: random.Random, split: str) -> Scene:
-    """The first scene by lot that belongs to the split."""
+    """The first random scene that belongs to the split."""
     while True:
         scene = random_scene(rng)
         if scene.split == split:
