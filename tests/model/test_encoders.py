@@ -179,7 +179,7 @@ def test_trained_blocks_may_see_some_patches_of_whole_images(
     """What is frozen sees all of them; masked images behind are as without."""
     folder = str(tmp_path) if kept else None
     encoder = image_encoder(masked_patches=masked, frozen=frozen, feature_cache=folder).train()
-    encoder.tower.keep("here", 3)
+    encoder.frozen_blocks.open_cache("here", 3)
     mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
     some_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit
     for _ in range(2):  # computed, then read where it is kept

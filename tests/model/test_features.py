@@ -57,7 +57,7 @@ def test_a_frozen_tower_has_no_dropout() -> None:
     encoder = tower("all", drop_path=0.5).train()
     assert torch.equal(encoder(images()), encoder(images()))
     half = tower(1, drop_path=0.5).train()
-    assert torch.equal(half.tower.lower(images()), half.tower.lower(images()))
+    assert torch.equal(half.frozen_blocks.forward_frozen(images()), half.frozen_blocks.forward_frozen(images()))
     assert not torch.equal(half(images()), half(images()))
 
 
@@ -85,7 +85,7 @@ def test_a_mask_token_that_cannot_learn_is_a_patch_of_the_mean_colour(tmp_path: 
 def test_kept_features_equal_fresh_ones(frozen: Any, tmp_path: Path) -> None:
     """Whole images out of the file and masked ones afresh, in one pass; in values and in gradients."""
     keeps, fresh = tower(frozen, tmp_path).train(), tower(frozen).train()
-    keeps.tower.keep("data", 10)
+    keeps.frozen_blocks.open_cache("data", 10)
     rows = torch.tensor([7, 2, 9, 2])
     image = images()[torch.tensor([0, 1, 2, 1])]
     mask_BN = torch.rand(4, 16, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -106,12 +106,12 @@ def test_kept_features_equal_fresh_ones(frozen: Any, tmp_path: Path) -> None:
 
 def test_what_was_kept_is_read_and_not_made_again(tmp_path: Path) -> None:
     encoder = tower("all", tmp_path).train()
-    encoder.tower.keep("data", 10)
+    encoder.frozen_blocks.open_cache("data", 10)
     first = encoder(images(), None, torch.arange(4))
     again = encoder(torch.zeros_like(images()), None, torch.arange(4))  # the images are not looked at
     assert torch.equal(first, again)
     later = tower("all", tmp_path).train()
-    later.tower.keep("data", 10)
+    later.frozen_blocks.open_cache("data", 10)
     assert torch.equal(later(torch.zeros_like(images()), None, torch.arange(4)), first)
     assert not torch.equal(encoder.eval()(torch.zeros_like(images()), None, torch.arange(4)), first)  # as evaluation
 
@@ -128,21 +128,21 @@ def test_other_data_weights_or_blocks_have_a_file_of_their_own(tmp_path: Path) -
     ):
         encoder = tower(frozen, tmp_path)
         encoder.vit.patch_embed.proj.bias.data += change
-        encoder.tower.keep(data, 10)
-        assert encoder.tower.kept is not None
-        names.add(encoder.tower.kept.file)
+        encoder.frozen_blocks.open_cache(data, 10)
+        assert encoder.frozen_blocks.cache is not None
+        names.add(encoder.frozen_blocks.cache.file)
     assert len(names) == 6
     above = tower(2, tmp_path)
     above.vit.norm.bias.data += 1.0  # not of the frozen part
-    above.tower.keep("a", 10)
-    assert above.tower.kept is not None
-    assert above.tower.kept.file in names
+    above.frozen_blocks.open_cache("a", 10)
+    assert above.frozen_blocks.cache is not None
+    assert above.frozen_blocks.cache.file in names
 
 
 def test_a_row_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
     kept = FeatureCache(tmp_path, "x", 3, (1, 2))
     assert kept.get(torch.tensor([-1, 2]), lambda at: torch.full((len(at), 1, 2), 5.0)).tolist() == [[[5, 5]], [[5, 5]]]
-    assert kept.there_R.tolist() == [0, 0, 1]
+    assert kept.written_R.tolist() == [0, 0, 1]
     assert kept.get(torch.tensor([2, -1]), lambda at: torch.full((len(at), 1, 2), 7.0)).tolist() == [[[5, 5]], [[7, 7]]]
 
 
@@ -202,6 +202,6 @@ def test_a_copy_keeps_its_own_tower() -> None:
     encoder = tower(2)
     other = copy.deepcopy(encoder)
     other.vit.norm.bias.data += 1.0
-    hidden = other.tower.lower(images())
-    assert not torch.equal(other.tower.upper(hidden), encoder.tower.upper(hidden))
+    hidden = other.frozen_blocks.forward_frozen(images())
+    assert not torch.equal(other.frozen_blocks.forward_trained(hidden), encoder.frozen_blocks.forward_trained(hidden))
     assert np.isfinite(hidden.numpy()).all()

@@ -120,14 +120,14 @@ def test_kept_features_are_those_of_each_image(images: int, tmp_path: Path) -> N
     task.set_uniform(Draw(7, 0, "cpu"))
     batch = example_batch(4, images, holes=(2,))
     expected_BK = task.logits(backbone, batch, task.uniform)
-    backbone.image.tower = FrozenBlocks(backbone.image.vit, 1, str(tmp_path))
-    backbone.image.tower.keep("data", 4 * images)
-    kept = backbone.image.tower.kept
+    backbone.image.frozen_blocks = FrozenBlocks(backbone.image.vit, 1, str(tmp_path))
+    backbone.image.frozen_blocks.open_cache("data", 4 * images)
+    kept = backbone.image.frozen_blocks.cache
     assert kept is not None
     for _ in range(2):
         torch.testing.assert_close(task.logits(backbone, batch, task.uniform), expected_BK)
     whole = [0, 1, 3]
-    assert kept.there_R.reshape(4, images).all(1).nonzero()[0].tolist() == whole
+    assert kept.written_R.reshape(4, images).all(1).nonzero()[0].tolist() == whole
     blank = batch._replace(image_BPCHW=torch.zeros_like(batch.image_BPCHW))
     found_BK = task.logits(backbone, blank, task.uniform)  # what is kept is read, the images are not looked at
     torch.testing.assert_close(found_BK[whole], expected_BK[whole])

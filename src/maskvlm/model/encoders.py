@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
     Attributes:
         width: D.
-        still: nothing is learned now; for a part of a run, see `encoders_frozen`.
+        detached: nothing is learned now; for a part of a run, see `encoders_frozen`.
     """
 
     width: int
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         self.random_init = random_init
         self.ready = random_init
         self.adapter: nn.Module = nn.Identity()
-        self.still = False
+        self.detached = False
         self.register_load_state_dict_post_hook(_mark_ready)
 
     def _check_ready(self) -> None:
@@ -74,9 +74,9 @@ class Encoder(nn.Module):
             what = f"the weights of {type(self).__name__} are not loaded"
             raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
 
-    def _learned(self, compute: Callable[[], Tensor]) -> Tensor:
+    def _detached_if_frozen(self, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, without gradient while the encoder is frozen."""
-        return without_gradient(compute) if self.still else compute()
+        return without_gradient(compute) if self.detached else compute()
 
     def adapt(self, width: int) -> None:
         """Give features of this width from now on, by one linear layer where the encoder has another."""
@@ -90,12 +90,12 @@ def encoders_frozen(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
     """Context in which, if `on`, these encoders run without gradient; their features are unchanged."""
     encoders = list(encoders)
     for encoder in encoders:
-        encoder.still = on
+        encoder.detached = on
     try:
         yield
     finally:
         for encoder in encoders:
-            encoder.still = False
+            encoder.detached = False
 
 
 def _mark_ready(module: nn.Module, _: Any) -> None:
@@ -128,7 +128,8 @@ class ImageEncoder(Encoder):
     Attributes:
         width: D. grid: patches down and across. num_patches: N. patch_size: side of a patch in pixels.
         mean, std: of the normalised input, by channel, for RGB in [0, 1].
-        vit: the timm model. mask_token: the learnable token, [1, 1, D]. tower: the frozen part of the ViT.
+        vit: the timm model. mask_token: the learnable token, [1, 1, D].
+        frozen_blocks: the part of the ViT that is not trained.
 
     Raises:
         UserError: no such model, no class token, an image_size that does not hold whole patches, weights beside
@@ -169,11 +170,11 @@ class ImageEncoder(Encoder):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.vit.set_grad_checkpointing(checkpointing)
-        self.tower, self.feature_cache = FrozenBlocks(self.vit, frozen, feature_cache), feature_cache
+        self.frozen_blocks, self.feature_cache = FrozenBlocks(self.vit, frozen, feature_cache), feature_cache
         self.left_out = masked_patches == "left_out"
         if self.left_out:
             self.check_plain("model.backbone.image.masked_patches", "Set it to token")
-        self.mask_token.requires_grad_(self.left_out or not self.tower)
+        self.mask_token.requires_grad_(self.left_out or not self.frozen_blocks)
 
     def check_plain(self, where: str, todo: str) -> None:
         """Raises UserError where patches cannot be left out, as where positions are told block by block."""
@@ -217,24 +218,24 @@ class ImageEncoder(Encoder):
             return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
         whole, parts = 0 if row_W is None else len(row_W), []
         if some_WV is not None:
-            features_WLD = self._adapted(lambda: self._trained_see_some(image_BCHW[:whole], row_W, some_WV))
-            parts.append(self._among_mask_tokens(features_WLD, some_WV))
+            features_WLD = self._adapted(lambda: self._forward_subset(image_BCHW[:whole], row_W, some_WV))
+            parts.append(self._insert_mask_tokens(features_WLD, some_WV))
         elif whole:
             parts.append(self._adapted(lambda: self._features(image_BCHW[:whole], None, row_W)))
         if whole < len(image_BCHW):
             image_BCHW, mask_BN = image_BCHW[whole:], None if mask_BN is None else mask_BN[whole:]
             if mask_BN is not None and self.left_out:
-                parts.append(self._of_visible(image_BCHW, mask_BN, visible))
+                parts.append(self._forward_visible(image_BCHW, mask_BN, visible))
             else:
                 parts.append(self._adapted(lambda: self._features(image_BCHW, mask_BN, None)))
         return torch.cat([part.to(parts[0].dtype) for part in parts])
 
     def _adapted(self, compute: Callable[[], Tensor]) -> Tensor:
         """Features of the width that is wanted, [B, L, D], from what `compute` makes by the ViT."""
-        features_BLD: Tensor = self.adapter(self._learned(compute))
+        features_BLD: Tensor = self.adapter(self._detached_if_frozen(compute))
         return features_BLD
 
-    def _of_visible(self, image_BCHW: Tensor, mask_BN: Tensor, visible: int | None) -> Tensor:
+    def _forward_visible(self, image_BCHW: Tensor, mask_BN: Tensor, visible: int | None) -> Tensor:
         """Run the ViT on the visible patches only and insert mask tokens at the masked positions, [B, 1 + N, D]. Rows
         with fewer visible patches are padded with masked ones, which attention ignores."""
         if visible is None:
@@ -242,9 +243,9 @@ class ImageEncoder(Encoder):
         seen_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
         there_BV = ~mask_BN.gather(1, seen_BV)
         features_BLD = self._adapted(lambda: self._some_patches(image_BCHW, seen_BV, there_BV))
-        return self._among_mask_tokens(features_BLD, seen_BV, there_BV)
+        return self._insert_mask_tokens(features_BLD, seen_BV, there_BV)
 
-    def _among_mask_tokens(self, features_BLD: Tensor, seen_BV: Tensor, there_BV: Tensor | None = None) -> Tensor:
+    def _insert_mask_tokens(self, features_BLD: Tensor, seen_BV: Tensor, there_BV: Tensor | None = None) -> Tensor:
         """Class token and patches `seen_BV` (where they are `there_BV`) at their places, [B, 1 + N, D], the mask token
         at the others."""
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
@@ -255,15 +256,15 @@ class ImageEncoder(Encoder):
         every_BND = every_BND.scatter(1, seen_BV[..., None].expand_as(known_BVD), known_BVD)
         return torch.cat([features_BLD[:, :1], every_BND], 1)
 
-    def _trained_see_some(self, image_BCHW: Tensor, row_B: Tensor | None, some_BV: Tensor) -> Tensor:
+    def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, some_BV: Tensor) -> Tensor:
         """As `_features` of whole images, of which the frozen blocks see all patches and the others some."""
-        kept = self._kept_for(row_B)
+        kept = self._cache_for(row_B)
         hidden_BLD = (
-            self.tower.lower(image_BCHW)
+            self.frozen_blocks.forward_frozen(image_BCHW)
             if kept is None or row_B is None
-            else kept.get(row_B, lambda at_M: self.tower.lower(image_BCHW[at_M]))
+            else kept.get(row_B, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[at_M]))
         )
-        return self._own_positions(self.tower.upper(self._with_prefix(hidden_BLD, some_BV)))
+        return self._drop_extra_prefix(self.frozen_blocks.forward_trained(self._with_prefix(hidden_BLD, some_BV)))
 
     def _with_prefix(self, hidden_BLD: Tensor, index_BV: Tensor) -> Tensor:
         """The prefix tokens and these patches."""
@@ -279,36 +280,36 @@ class ImageEncoder(Encoder):
         added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
         for block in vit.blocks:
             hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])
-        return self._own_positions(vit.norm(hidden_BLD))
+        return self._drop_extra_prefix(vit.norm(hidden_BLD))
 
-    def _own_positions(self, hidden_BLD: Tensor) -> Tensor:
+    def _drop_extra_prefix(self, hidden_BLD: Tensor) -> Tensor:
         """Without prefix tokens other than the class token."""
         first = self.vit.num_prefix_tokens
         return hidden_BLD if first == 1 else torch.cat([hidden_BLD[:, :1], hidden_BLD[:, first:]], 1)
 
     def _features(self, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor | None) -> Tensor:
-        kept = self._kept_for(row_W)
+        kept = self._cache_for(row_W)
         if kept is not None and row_W is not None:
-            hidden_BLD = self._with_kept(kept, image_BCHW, mask_BN, row_W)
+            hidden_BLD = self._features_cached(kept, image_BCHW, mask_BN, row_W)
         else:
             with self._masked(mask_BN):
                 hidden_BLD = self.vit.forward_features(image_BCHW)
-        return self._own_positions(hidden_BLD)
+        return self._drop_extra_prefix(hidden_BLD)
 
-    def _kept_for(self, row_W: Tensor | None) -> FeatureCache | None:
-        return self.tower.kept if self.training and row_W is not None else None
+    def _cache_for(self, row_W: Tensor | None) -> FeatureCache | None:
+        return self.frozen_blocks.cache if self.training and row_W is not None else None
 
-    def _with_kept(self, kept: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
+    def _features_cached(self, kept: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
         """The same, with what the frozen blocks give for the first W images read from the disk."""
         whole = len(row_W)
-        lower = [kept.get(row_W, lambda at_M: self.tower.lower(image_BCHW[:whole][at_M]))]
+        lower = [kept.get(row_W, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[:whole][at_M]))]
         if whole < len(image_BCHW):
             with self._masked(None if mask_BN is None else mask_BN[whole:]):
-                lower.append(self.tower.lower(image_BCHW[whole:]).float())
-        return self.tower.upper(torch.cat(lower))
+                lower.append(self.frozen_blocks.forward_frozen(image_BCHW[whole:]).float())
+        return self.frozen_blocks.forward_trained(torch.cat(lower))
 
     @torch.no_grad()
-    def _take_mean_colour(self) -> None:
+    def _set_mask_token_to_mean_colour(self) -> None:
         """Set the mask token to the embedding of a mean-colour patch: a frozen ViT cannot learn a new token."""
         blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
         self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
@@ -343,8 +344,8 @@ class ImageEncoder(Encoder):
         stored, state = read_vit_state(self.name, self.weights, self.vit)
         was = {name: value.shape for name, value in stored.tensors.items()}
         loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
-        if self.tower and not self.left_out:
-            self._take_mean_colour()
+        if self.frozen_blocks and not self.left_out:
+            self._set_mask_token_to_mean_colour()
         self.ready = True
         return loaded.under("vit")
 
@@ -441,7 +442,7 @@ class TextEncoder(Encoder):
             text_BTD: values at padding mean nothing.
         """
         self._check_ready()
-        features_BTD: Tensor = self.adapter(self._learned(lambda: self._features(token_BT, attention_BT)))
+        features_BTD: Tensor = self.adapter(self._detached_if_frozen(lambda: self._features(token_BT, attention_BT)))
         return features_BTD
 
     def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:

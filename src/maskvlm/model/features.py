@@ -1,4 +1,4 @@
-"""A frozen image tower: its first blocks are not trained, and what they give can be kept on disk.
+"""Frozen blocks of an image encoder: the first ones are not trained, and what they give can be kept on disk.
 
 Shapes: B rows, W whole images among them, L positions, D width, R rows of the data set.
 """
@@ -41,48 +41,50 @@ class FrozenBlocks:
         if frozen != "all" and not 0 <= frozen <= depth:
             what, todo = f"{frozen} frozen blocks, but the ViT has {depth}", f"Give a number from 0 to {depth}, or all"
             raise UserError("model.backbone.image.frozen", what, todo)
-        self.vit, self.whole, self.folder = vit, frozen == "all", folder
+        self.vit, self.all_frozen, self.folder = vit, frozen == "all", folder
         self.blocks: int = depth if frozen == "all" else frozen
-        self.kept: FeatureCache | None = None
+        self.cache: FeatureCache | None = None
         if folder is not None and (frozen == 0 or type(vit) is not VisionTransformer):
             what = "features can be kept only of a plain ViT with frozen blocks"
             raise UserError(
                 "model.backbone.image.feature_cache", what, "Set model.backbone.image.frozen, or leave it out"
             )
         for name, parameter in vit.named_parameters():
-            if self.holds(name):
+            if self.is_frozen(name):
                 parameter.requires_grad_(False)
         for name, part in vit.named_modules():
-            if self.holds(name) and isinstance(part, nn.Dropout):
+            if self.is_frozen(name) and isinstance(part, nn.Dropout):
                 part.p = 0.0
-            elif self.holds(name) and isinstance(part, DropPath):
+            elif self.is_frozen(name) and isinstance(part, DropPath):
                 part.drop_prob = 0.0
 
     def __bool__(self) -> bool:
         """Whether anything is frozen."""
-        return self.whole or self.blocks > 0
+        return self.all_frozen or self.blocks > 0
 
-    def holds(self, name: str) -> bool:
+    def is_frozen(self, name: str) -> bool:
         """Whether a tensor of the ViT, or a module in it, belongs to the frozen part."""
         part, _, rest = name.partition(".")
         above = int(rest.partition(".")[0] or self.blocks) >= self.blocks if part == "blocks" else part in AFTER
-        return self.whole or (self.blocks > 0 and not above)
+        return self.all_frozen or (self.blocks > 0 and not above)
 
-    def lower(self, image_BCHW: Tensor) -> Tensor:
+    def forward_frozen(self, image_BCHW: Tensor) -> Tensor:
         """What leaves the frozen part, [B, L, D]; where nothing is frozen, what enters the first block."""
         vit = self.vit
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self):
             hidden_BLD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image_BCHW))))
             hidden_BLD = vit.blocks[: self.blocks](hidden_BLD)
-            features_BLD: Tensor = vit.norm(hidden_BLD) if self.whole else hidden_BLD
+            features_BLD: Tensor = vit.norm(hidden_BLD) if self.all_frozen else hidden_BLD
         return features_BLD
 
-    def upper(self, hidden_BLD: Tensor) -> Tensor:
-        """Run the trained blocks and the last norm on the output of `lower`, [B, L, D]."""
-        features_BLD: Tensor = hidden_BLD if self.whole else self.vit.norm(self.vit.blocks[self.blocks :](hidden_BLD))
+    def forward_trained(self, hidden_BLD: Tensor) -> Tensor:
+        """Run the trained blocks and the last norm on the output of `forward_frozen`, [B, L, D]."""
+        features_BLD: Tensor = (
+            hidden_BLD if self.all_frozen else self.vit.norm(self.vit.blocks[self.blocks :](hidden_BLD))
+        )
         return features_BLD
 
-    def keep(self, follows: str, rows: int) -> None:
+    def open_cache(self, follows: str, rows: int) -> None:
         """Keep features from now on, if a folder was named; the weights are in place.
 
         Args:
@@ -93,15 +95,15 @@ class FrozenBlocks:
         Raises:
             UserError: as `FeatureCache`.
         """
-        if self.folder is None or self.kept is not None:
+        if self.folder is None or self.cache is not None:
             return
         digest = hashlib.sha256(follows.encode())
         for name, value in self.vit.state_dict().items():
-            if self.holds(name):
+            if self.is_frozen(name):
                 digest.update(value.cpu().contiguous().numpy().tobytes())
         length = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
-        name = f"{digest.hexdigest()[:24]}-{self.blocks}{'-norm' if self.whole else ''}"
-        self.kept = FeatureCache(self.folder, name, rows, (length, self.vit.embed_dim))
+        name = f"{digest.hexdigest()[:24]}-{self.blocks}{'-norm' if self.all_frozen else ''}"
+        self.cache = FeatureCache(self.folder, name, rows, (length, self.vit.embed_dim))
 
 
 class FeatureCache:
@@ -138,8 +140,8 @@ class FeatureCache:
             if path.stat().st_size != size:
                 what = f"has {path.stat().st_size:,} bytes, expected {size:,}"
                 raise UserError(path, what, "Remove it: it is made anew", ExitCode.BAD_DATA)
-        self.row_RLD = np.memmap(self.file, np.float32, "r+", shape=(rows, *shape))
-        self.there_R = np.memmap(self.mark, np.uint8, "r+", shape=(rows,))
+        self.features_RLD = np.memmap(self.file, np.float32, "r+", shape=(rows, *shape))
+        self.written_R = np.memmap(self.mark, np.uint8, "r+", shape=(rows,))
 
     def get(self, rows_B: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """The features of these rows, [B, L, D], float32, on the device of `rows_B`.
@@ -150,13 +152,13 @@ class FeatureCache:
             compute: gives the features [M, L, D] of the rows that are missing, by their places [M] in `rows_B`.
         """
         row_B = rows_B.cpu().numpy()
-        found_BLD = torch.from_numpy(self.row_RLD[row_B])
-        missing_M = np.flatnonzero((self.there_R[row_B] == 0) | (row_B < 0))
+        found_BLD = torch.from_numpy(self.features_RLD[row_B])
+        missing_M = np.flatnonzero((self.written_R[row_B] == 0) | (row_B < 0))
         if len(missing_M):
             fresh_MLD = compute(torch.from_numpy(missing_M).to(rows_B.device)).float().cpu()
             found_BLD[missing_M] = fresh_MLD
             known = row_B[missing_M] >= 0
             # The row before its mark: a process that finds the mark reads a row that is written.
-            self.row_RLD[row_B[missing_M][known]] = fresh_MLD.numpy()[known]
-            self.there_R[row_B[missing_M][known]] = 1
+            self.features_RLD[row_B[missing_M][known]] = fresh_MLD.numpy()[known]
+            self.written_R[row_B[missing_M][known]] = 1
         return found_BLD.to(rows_B.device)

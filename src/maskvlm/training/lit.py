@@ -132,10 +132,10 @@ class LitModel(L.LightningModule):
                 # A warm start takes the checkpoint's token head; counts would overwrite its bias.
                 self.task.use_token_counts(self.data.token_counts)
             if self.backbone.image.feature_cache is not None:
-                self._keep_features()
+                self._open_feature_cache()
 
-    def _keep_features(self) -> None:
-        """Of the frozen part of the image tower; only where each image always looks the same."""
+    def _open_feature_cache(self) -> None:
+        """Of the frozen part of the image encoder; only where each image always looks the same."""
         if self.data.augments:
             what = "an image that is augmented looks different each time, so that its features cannot be kept"
             todo = "Set data.augment false, or model.backbone.image.feature_cache null"
@@ -147,7 +147,7 @@ class LitModel(L.LightningModule):
         rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
         follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
-        image.tower.keep(repr((*follows, str(self.trainer.precision))), rows)
+        image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
 
     def on_validation_start(self) -> None:
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
