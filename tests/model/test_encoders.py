@@ -181,13 +181,13 @@ def test_trained_blocks_may_see_some_patches_of_whole_images(
     encoder = image_encoder(masked_patches=masked, frozen=frozen, feature_cache=folder).train()
     encoder.frozen_blocks.open_cache("here", 3)
     mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
-    some_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit
+    subset_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit
     for _ in range(2):  # computed, then read where it is kept
-        found_BLD = encoder(images(5), mask_BN, row_W, None, some_WV)
+        found_BLD = encoder(images(5), mask_BN, row_W, None, subset_WV)
     torch.testing.assert_close(found_BLD[2:], encoder(images(5), mask_BN, row_W)[2:], atol=1e-5, rtol=0)
     with torch.no_grad():
         lower_WLD = vit.blocks[:frozen](vit.norm_pre(vit._pos_embed(vit.patch_embed(images(5)[:2]))))
-        for found_LD, lower_LD, some_V in zip(found_BLD, lower_WLD, some_WV, strict=False):
+        for found_LD, lower_LD, some_V in zip(found_BLD, lower_WLD, subset_WV, strict=False):
             seen_1LD = torch.cat([lower_LD[:1], lower_LD[1:][some_V]])[None]
             out_LD = vit.norm(vit.blocks[frozen:](seen_1LD))[0]
             expected_LD = encoder.mask_token[0].repeat(17, 1)

@@ -59,12 +59,12 @@ def test_projection_gives_unit_vectors_of_the_class_tokens_and_of_the_mean(mean:
     head = Projection(8, 6, dim=5, mean=mean)
     image_BLD, text_BTD = noise(3, 4, 8), noise(3, 7, 6)
     there_BT = torch.arange(7) < torch.tensor([[7], [2], [4]])
-    seen_BV = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    subset_BV = torch.tensor([[2, 0], [1, 2], [0, 1]])
     mean_text = torch.stack([row[:length].mean(0) for row, length in zip(text_BTD, (7, 2, 4), strict=True)])
-    some = torch.stack([row[1:][index].mean(0) for row, index in zip(image_BLD, seen_BV, strict=True)])
+    some = torch.stack([row[1:][index].mean(0) for row, index in zip(image_BLD, subset_BV, strict=True)])
     for found, layer, x, mean_BD in (
         (head.embed_image(image_BLD), head.image, image_BLD, image_BLD[:, 1:].mean(1)),
-        (head.embed_image(image_BLD, seen_BV), head.image, image_BLD, some),
+        (head.embed_image(image_BLD, subset_BV), head.image, image_BLD, some),
         (head.embed_text(text_BTD, there_BT), head.text, text_BTD, mean_text),
     ):
         read = torch.cat([x[:, 0], mean_BD], 1) if mean else x[:, 0]

@@ -383,8 +383,8 @@ def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: floa
     if seen is None:
         assert calls == [None, None]
         return
-    assert [some_BV.shape for some_BV in calls] == [(8, seen)] * 2
-    drawn = {tuple(sorted(row)) for some_BV in calls for row in some_BV.tolist()}
+    assert [subset_BV.shape for subset_BV in calls] == [(8, seen)] * 2
+    drawn = {tuple(sorted(row)) for subset_BV in calls for row in subset_BV.tolist()}
     assert all(len(set(row)) == seen and set(row) <= set(range(16)) for row in drawn)
     assert len(drawn) > 12
 

@@ -176,12 +176,12 @@ def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCapt
         assert caplog.records == []
         stuck.look(50, 20, Readings({"new": 1.1}, {"new": 1.0}))
         stuck.look(60, 20, Readings({"new": 1.1}, {"new": 1.0}))
-    said = stuck_line("new", 1.1, 1.0, 30, 50, PretrainingLoss.cause)
+    said = stuck_line("new", 1.1, 1.0, 30, 50, PretrainingLoss.stuck_hint)
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_the_warning_of_an_unknown_loss_is_one_line_too() -> None:
-    assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.cause) == (
+    assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.stuck_hint) == (
         "warning: vqa sits at 8.05 since step 300 (now step 600); its chance level is 8.05, "
         "what is paid without any knowledge; look at the learning rate and the data"
     )

@@ -193,7 +193,7 @@ class ImageEncoder(Encoder):
         mask_BN: Tensor | None = None,
         row_W: Tensor | None = None,
         visible: int | None = None,
-        some_WV: Tensor | None = None,
+        subset_WV: Tensor | None = None,
     ) -> Tensor:
         """Features of every position after the final norm.
 
@@ -207,19 +207,19 @@ class ImageEncoder(Encoder):
             row_W: where the first W images, which are whole, stand in the training split: what the frozen blocks give
                 for them may be kept. None: for no image.
             visible: most patches that are visible in any of the other images, if known; else the device is asked.
-            some_WV: of the first W images, which patches the blocks that are trained see, by their numbers; the mask
+            subset_WV: of the first W images, which patches the blocks that are trained see, by their numbers; the mask
                 token stands in the places of the others. None: all.
 
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
         """
         self._check_ready()
-        if some_WV is None and (mask_BN is None or not self.left_out):
+        if subset_WV is None and (mask_BN is None or not self.left_out):
             return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
         whole, parts = 0 if row_W is None else len(row_W), []
-        if some_WV is not None:
-            features_WLD = self._adapted(lambda: self._forward_subset(image_BCHW[:whole], row_W, some_WV))
-            parts.append(self._insert_mask_tokens(features_WLD, some_WV))
+        if subset_WV is not None:
+            features_WLD = self._adapted(lambda: self._forward_subset(image_BCHW[:whole], row_W, subset_WV))
+            parts.append(self._insert_mask_tokens(features_WLD, subset_WV))
         elif whole:
             parts.append(self._adapted(lambda: self._features(image_BCHW[:whole], None, row_W)))
         if whole < len(image_BCHW):
@@ -240,23 +240,25 @@ class ImageEncoder(Encoder):
         with fewer visible patches are padded with masked ones, which attention ignores."""
         if visible is None:
             visible = int((~mask_BN).sum(1).max())
-        seen_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
-        there_BV = ~mask_BN.gather(1, seen_BV)
-        features_BLD = self._adapted(lambda: self._some_patches(image_BCHW, seen_BV, there_BV))
-        return self._insert_mask_tokens(features_BLD, seen_BV, there_BV)
+        visible_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
+        is_visible_BV = ~mask_BN.gather(1, visible_BV)
+        features_BLD = self._adapted(lambda: self._forward_patches(image_BCHW, visible_BV, is_visible_BV))
+        return self._insert_mask_tokens(features_BLD, visible_BV, is_visible_BV)
 
-    def _insert_mask_tokens(self, features_BLD: Tensor, seen_BV: Tensor, there_BV: Tensor | None = None) -> Tensor:
-        """Class token and patches `seen_BV` (where they are `there_BV`) at their places, [B, 1 + N, D], the mask token
-        at the others."""
+    def _insert_mask_tokens(
+        self, features_BLD: Tensor, visible_BV: Tensor, is_visible_BV: Tensor | None = None
+    ) -> Tensor:
+        """Class token and the patches `visible_BV` at their places, [B, 1 + N, D], the mask token at the others and where
+        `is_visible_BV` is False."""
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
         known_BVD = features_BLD[:, 1:]
-        if there_BV is not None:
-            known_BVD = torch.where(there_BV[..., None], known_BVD, token_D)
-        every_BND = token_D.expand(len(seen_BV), self.num_patches, -1)
-        every_BND = every_BND.scatter(1, seen_BV[..., None].expand_as(known_BVD), known_BVD)
+        if is_visible_BV is not None:
+            known_BVD = torch.where(is_visible_BV[..., None], known_BVD, token_D)
+        every_BND = token_D.expand(len(visible_BV), self.num_patches, -1)
+        every_BND = every_BND.scatter(1, visible_BV[..., None].expand_as(known_BVD), known_BVD)
         return torch.cat([features_BLD[:, :1], every_BND], 1)
 
-    def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, some_BV: Tensor) -> Tensor:
+    def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, subset_BV: Tensor) -> Tensor:
         """As `_features` of whole images, of which the frozen blocks see all patches and the others some."""
         kept = self._cache_for(row_B)
         hidden_BLD = (
@@ -264,7 +266,7 @@ class ImageEncoder(Encoder):
             if kept is None or row_B is None
             else kept.get(row_B, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[at_M]))
         )
-        return self._drop_extra_prefix(self.frozen_blocks.forward_trained(self._with_prefix(hidden_BLD, some_BV)))
+        return self._drop_extra_prefix(self.frozen_blocks.forward_trained(self._with_prefix(hidden_BLD, subset_BV)))
 
     def _with_prefix(self, hidden_BLD: Tensor, index_BV: Tensor) -> Tensor:
         """The prefix tokens and these patches."""
@@ -272,11 +274,12 @@ class ImageEncoder(Encoder):
         index_BVD = index_BV[..., None].expand(-1, -1, patch_BND.shape[-1])
         return torch.cat([prefix_BLD, patch_BND.gather(1, index_BVD)], 1)
 
-    def _some_patches(self, image_BCHW: Tensor, seen_BV: Tensor, there_BV: Tensor) -> Tensor:
-        """Features of the class token and of the patches `seen_BV` (where they are `there_BV`), [B, 1 + V, own D]."""
+    def _forward_patches(self, image_BCHW: Tensor, visible_BV: Tensor, is_visible_BV: Tensor) -> Tensor:
+        """Features of the class token and of the patches `visible_BV`, [B, 1 + V, own D]; attention ignores those where
+        `is_visible_BV` is False."""
         vit = self.vit
-        hidden_BLD = vit.norm_pre(self._with_prefix(vit._pos_embed(vit.patch_embed(image_BCHW)), seen_BV))
-        looks_BL = torch.cat([there_BV.new_ones(len(there_BV), vit.num_prefix_tokens), there_BV], 1)
+        hidden_BLD = vit.norm_pre(self._with_prefix(vit._pos_embed(vit.patch_embed(image_BCHW)), visible_BV))
+        looks_BL = torch.cat([is_visible_BV.new_ones(len(is_visible_BV), vit.num_prefix_tokens), is_visible_BV], 1)
         added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
         for block in vit.blocks:
             hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])

@@ -44,16 +44,16 @@ class Projection(nn.Module):
         and it would stay there (ALBEF does the same)."""
         self.log_scale.clamp_(*self.LOG_BOUNDS)
 
-    def embed_image(self, image_BLD: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+    def embed_image(self, image_BLD: Tensor, subset_BV: Tensor | None = None) -> Tensor:
         """Unit vector of an image, [B, dim].
 
         Args:
-            image_BLD: the class token, then the patches.             seen_BV: int64 in [0, N), counted without the
-                class token: the patches whose mean is read; None: all.
+            image_BLD: the class token, then the patches.
+            subset_BV: int64 in [0, N), counted without the class token: the patches whose mean is read; None: all.
         """
         read_BX = image_BLD[:, 0]
         if self.mean:
-            patch_BND = image_BLD[:, 1:] if seen_BV is None else gather_positions(image_BLD[:, 1:], seen_BV)
+            patch_BND = image_BLD[:, 1:] if subset_BV is None else gather_positions(image_BLD[:, 1:], subset_BV)
             read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
         return F.normalize(self.image(read_BX).float(), dim=-1)
 

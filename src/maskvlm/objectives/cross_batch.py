@@ -174,10 +174,11 @@ def cross_pairs(
     """Masked rows (all positions) and then matching pairs (class tokens) through one cross encoder.
 
     Args:
-        masked_BLD: masked rows, the same number for each of the first `pairs` whole rows.         own, other: whole
-            rows of the two modalities.         rows, sees: for each matching pair the row in `own` and in `other`.
-            seen_BLD: what the masked rows attend to, one row a pair; None: the whole rows of `other`.         pairs:
-            how many whole rows the masked rows belong to.
+        masked_BLD: masked rows, the same number for each of the first `pairs` whole rows.
+        own, other: whole rows of the two modalities.
+        rows, sees: for each matching pair the row in `own` and in `other`.
+        seen_BLD: what the masked rows attend to, one row a pair; None: the whole rows of `other`.
+        pairs: how many whole rows the masked rows belong to.
     """
     if masked_BLD is None and not rows:  # no loss reads this side
         return CrossOutput(own.rows_ULD[:0], own.rows_ULD[:0, 0])

@@ -30,9 +30,12 @@ def contrastive(
     Args:
         image_BD, text_BD: unit vectors of this process's pairs; image_GD, text_GD: of all processes.
         scale: 1 / temperature.
-        own_B: int64 in [0, G), the column of each row's partner.         excluded_BG: bool, False at own_B; True
-            where a column shows the same image, has the same text or is invalid.         weight_B, count: see the
-            top.      Returns:         Nats per pair.
+        own_B: int64 in [0, G), the column of each row's partner.
+        excluded_BG: bool, False at own_B; True where a column shows the same image, has the same text or is invalid.
+        weight_B, count: see the top.
+
+    Returns:
+        Nats per pair.
     """
     terms = []
     for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
@@ -69,8 +72,10 @@ def soft_contrastive(
         image_BD, text_CD: unit vectors of this process; image_GD, text_HD: of all processes.
         scale: 1 / temperature.
         image_targets, text_targets: [B, H] of images and [C, G] of captions.
-        weight_B, weight_C, count_B, count_C: of images and of captions, see the top.      Returns:         Nats per
-            query.
+        weight_B, weight_C, count_B, count_C: of images and of captions, see the top.
+
+    Returns:
+        Nats per query.
     """
     loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_targets)
     loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_targets)

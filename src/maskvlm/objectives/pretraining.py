@@ -217,7 +217,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.losses", f"two losses are called {twice}", "Give one another name")
         if not any(self.weights.values()):
             raise UserError("model.task", "all loss weights are 0", "give at least one weight above 0")
-        self.causes = {loss.name: loss.cause for loss in (*paper, *more)}
+        self.stuck_hints = {loss.name: loss.stuck_hint for loss in (*paper, *more)}
         self.of_paper = sum(loss.weight > 0 for loss in paper)
         return [loss for loss in (*paper, *more) if loss.weight]
 
@@ -309,9 +309,9 @@ class MaskedPretraining(Task):
         stand = [backbone.image, *([backbone.text] if still else [])]
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
         with encoders_frozen(stand, aligned and bool(self.freeze_aligned)):
-            some_BV = self.some_patches(backbone, batch) if alone else None
-            encoded = self.encode(backbone, all_captions, masks, some_BV)
-        contrast = self.contrast(batch, encoded, some_BV)
+            subset_BV = self.sample_patches(backbone, batch) if alone else None
+            encoded = self.encode(backbone, all_captions, masks, subset_BV)
+        contrast = self.contrast(batch, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
         crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
         if queue is not None and self.training:
@@ -395,7 +395,7 @@ class MaskedPretraining(Task):
         self.masked_before |= training
         return Masks(patch, token)
 
-    def some_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
+    def sample_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
         """Numbers of the patches that contrast sees of each image, [B, V]; None: all."""
         patches = backbone.image.num_patches
         if self.contrast_patches == 1:
@@ -403,9 +403,9 @@ class MaskedPretraining(Task):
         noise_BN = self.uniform(len(batch.valid_B), patches)
         return noise_BN.argsort(dim=1)[:, : max(1, round(self.contrast_patches * patches))]
 
-    def encode(self, backbone: MaskVLM, batch: Batch, masks: Masks, some_BV: Tensor | None = None) -> Encoded:
+    def encode(self, backbone: MaskVLM, batch: Batch, masks: Masks, subset_BV: Tensor | None = None) -> Encoded:
         """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
-        images, first those that are masked and matched; `some_BV`: what is seen of the whole images."""
+        images, first those that are masked and matched; `subset_BV`: what is seen of the whole images."""
         image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
         pairs, captions = len(image), len(token)
         if masks.patch is not None:
@@ -417,7 +417,7 @@ class MaskedPretraining(Task):
             masked = attention[: len(masks.token.token_CT) // self.masks_per_text]
             attention = torch.cat([attention, masked.repeat_interleave(self.masks_per_text, 0)])
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        whole, masked_image = backbone.image(image, mask, row_B, visible, some_BV).tensor_split([pairs])
+        whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
         if self.needs == {Need.IMAGE}:
             every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
         else:
@@ -432,12 +432,12 @@ class MaskedPretraining(Task):
             self.masks_per_text,
         )
 
-    def contrast(self, batch: Batch, encoded: Encoded, some_BV: Tensor | None = None) -> Contrast:
+    def contrast(self, batch: Batch, encoded: Encoded, subset_BV: Tensor | None = None) -> Contrast:
         """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
         if self.weights["itc"]:
             if self.training:
                 self.projection.clamp_temperature()
-            image = self.projection.embed_image(encoded.image_BLD, some_BV)
+            image = self.projection.embed_image(encoded.image_BLD, subset_BV)
             text, scale = self.projection.embed_text(encoded.text_BTD, batch.attention_CT), self.projection.logit_scale
         else:
             image = text = torch.zeros_like(encoded.image_BLD[:, 0]).float()

@@ -85,12 +85,12 @@ class PretrainingLoss(ABC):
     Attributes:
         name: of the term in logs, `train/NAME`, and of its chance level, `level/NAME`.
         needs: what a step must compute for it. What no loss needs is not computed, and its parameters are frozen.
-        cause: what to look at where the loss stays at its chance level, for the warning that says so.
+        stuck_hint: what to look at where the loss stays at its chance level, for the warning that says so.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
-    cause: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
+    stuck_hint: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
         where = f"model.task.losses: {type(self).__name__}"
@@ -154,7 +154,7 @@ class ImageTextContrast(PretrainingLoss):
     """
 
     name, needs = "itc", frozenset({Need.IMAGE, Need.TEXT})
-    cause = (
+    stuck_hint = (
         "the log of the batch: no pair is told from another; lower the learning rate or warm up longer, "
         "look for mispaired data"
     )
@@ -217,7 +217,7 @@ class ImageTextMatching(PretrainingLoss):
     """ITM: whether image and text belong together, for each pair and two hard negatives (paper sec. 3)."""
 
     name, needs = "itm", frozenset({Need.PAIRS})
-    cause = (
+    stuck_hint = (
         "its class prior: no match is told from a mismatch; let itc learn first, warm up longer or lower "
         "the learning rate, look for mispaired data"
     )
@@ -247,7 +247,7 @@ class MaskedTokens(PretrainingLoss):
     """
 
     name, needs = "mlm", frozenset({Need.MASKED_TEXT})
-    cause = (
+    stuck_hint = (
         "the words' frequencies: neither image nor sentence is used; look at the learning rate and the "
         "tokenizer's unknown words"
     )
@@ -305,7 +305,7 @@ class MaskedPixels(PretrainingLoss):
     """
 
     name, needs = "mim", frozenset({Need.MASKED_IMAGE})
-    cause = "the mean colour: nothing is drawn; look at the learning rate and the pixel loss"
+    stuck_hint = "the mean colour: nothing is drawn; look at the learning rate and the pixel loss"
 
     def __init__(self, weight: float = 1.0, kind: PixelLoss = "l1", norm: bool = False, layers: int = 3) -> None:
         super().__init__(weight)
@@ -361,7 +361,7 @@ class WordsPresent(PretrainingLoss):
     in for pretrained weights where the image encoder starts from nothing."""
 
     name, needs = "words", frozenset({Need.IMAGE})
-    cause = (
+    stuck_hint = (
         "the words' frequencies: no image is told from another; look at the learning rate of the image encoder and its "
         "warm-up"
     )

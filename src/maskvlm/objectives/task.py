@@ -56,7 +56,7 @@ class Task(nn.Module, ABC):
         weights: weight of each loss term in the sum, 1 where it has none.
         methods: what a loaded model can be asked through this task, by name.
         predictions: of the last evaluation, complete in every process; empty where a task makes none.
-        causes: of each loss term, what it means that it stays at its chance level, and where to look.
+        stuck_hints: of each loss term, what it means that it stays at its chance level, and where to look.
         run_progress: share of the run's steps that were made before the current one; 1 outside a run.
     """
 
@@ -64,7 +64,7 @@ class Task(nn.Module, ABC):
     run_progress: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
     methods: Mapping[str, Method] = MappingProxyType({})
-    causes: Mapping[str, str] = MappingProxyType({})
+    stuck_hints: Mapping[str, str] = MappingProxyType({})
     predictions: list[Prediction]
 
     def __init__(self) -> None:

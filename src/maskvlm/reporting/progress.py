@@ -39,7 +39,7 @@ from maskvlm.utils.status_bar import StatusBar
 log = logging.getLogger(__name__)
 
 KNOWN = (ImageTextContrast, ImageTextMatching, MaskedTokens, MaskedPixels, WordsPresent)
-STUCK_HINTS = {loss.name: loss.cause for loss in KNOWN}
+STUCK_HINTS = {loss.name: loss.stuck_hint for loss in KNOWN}
 """What sitting at the level means, and where to look."""
 
 
@@ -234,14 +234,14 @@ class StuckLoss(Callback):
             if step > steps_of(warmup, total):
                 patience = steps_of(self.patience, total)
                 patience = max(patience, LEAST_PATIENCE) if self.patience < 1 else patience
-                causes = getattr(getattr(pl_module, "task", None), "causes", {})
-                self.look(step, patience, self.losses.read(trainer, pl_module, batch), causes)
+                hints = getattr(getattr(pl_module, "task", None), "stuck_hints", {})
+                self.look(step, patience, self.losses.read(trainer, pl_module, batch), hints)
 
-    def look(self, step: int, patience: float, readings: Readings, causes: Mapping[str, str] = STUCK_HINTS) -> None:
+    def look(self, step: int, patience: float, readings: Readings, hints: Mapping[str, str] = STUCK_HINTS) -> None:
         """Follow which losses sit at their level, and warn of those that have sat there for long enough.
 
         Args:
-            causes: what it means of each loss, and where to look.
+            hints: what it means of each loss, and where to look.
         """
         for name, loss in readings.losses.items():
             level = readings.levels.get(name, 0.0)
@@ -249,15 +249,15 @@ class StuckLoss(Callback):
                 self.since.pop(name, None)
             elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
                 self.told.add(name)
-                cause = causes.get(name, STUCK_HINTS.get(name, PretrainingLoss.cause))
-                log.warning("%s", stuck_line(name, loss, level, self.since[name], step, cause))
+                hint = hints.get(name, STUCK_HINTS.get(name, PretrainingLoss.stuck_hint))
+                log.warning("%s", stuck_line(name, loss, level, self.since[name], step, hint))
 
 
-def stuck_line(name: str, loss: float, level: float, since: int, step: int, cause: str) -> str:
+def stuck_line(name: str, loss: float, level: float, since: int, step: int, hint: str) -> str:
     """The warning, in one line."""
     return (
         f"warning: {name} sits at {number(loss)} since step {since} (now step {step}); "
-        f"its chance level is {number(level)}, {cause}"
+        f"its chance level is {number(level)}, {hint}"
     )
 
 
