@@ -248,8 +248,8 @@ class ImageEncoder(Encoder):
     def _insert_mask_tokens(
         self, features_BLD: Tensor, visible_BV: Tensor, is_visible_BV: Tensor | None = None
     ) -> Tensor:
-        """Class token and the patches `visible_BV` at their places, [B, 1 + N, D], the mask token at the others and where
-        `is_visible_BV` is False."""
+        """Class token and the patches `visible_BV` at their places, [B, 1 + N, D]; the mask token at the others, and
+        where `is_visible_BV` is False."""
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
         known_BVD = features_BLD[:, 1:]
         if is_visible_BV is not None:
