@@ -121,7 +121,10 @@ def test_heads_of_losses_that_the_run_does_not_have_are_named(
     LitModel(bare_backbone(pretrained), Retrieval(rerank_k=3))  # another task has heads of its own
     assert caplog.text == ""
     LitModel(bare_backbone(pretrained), MaskedPretraining(**settings, weight_mlm=0.0, weight_itm=0.0))
-    assert "heads of the checkpoint that this run has no use for: matching, tokens; list their losses" in caplog.text
+    assert (
+        "heads of the checkpoint that this run has no use for: matching, tokens; give their losses a weight"
+        in caplog.text
+    )
 
 
 def test_heads_that_decide_among_other_labels_are_not(tuned: Path) -> None:

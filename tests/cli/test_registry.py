@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
 from maskvlm.cli.main import common, main
@@ -147,3 +148,12 @@ def test_the_version_is_told_installed_or_not(
 def test_a_word_that_is_no_command_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["answr", "x.png"]) == 2
     assert capsys.readouterr().err.startswith("error: answr: no such command. There are: pretrain, ")
+
+
+@pytest.mark.parametrize("words", ["--model.backbone.image.feature_cache null", "--model.backbone.text.tokenizer=null"])
+def test_null_is_no_text(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an option of a class within a class, where a text fits, too: a folder called None would be made."""
+    assert main(["config", *words.split()]) == 0
+    backbone = yaml.safe_load(capsys.readouterr().out)["model"]["backbone"]["init_args"]
+    assert backbone["image"]["init_args"]["feature_cache"] is None
+    assert backbone["text"]["init_args"]["tokenizer"] is None

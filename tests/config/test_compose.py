@@ -36,6 +36,13 @@ def test_pretraining_is_a_stack_of_files_and_then_the_options() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("words", ["split=train", "--split train"])
+def test_training_images_are_searched_under_their_own_name(words: str) -> None:
+    found = composed(f"index data=flickr8k from=x.ckpt {words}")
+    assert found[:7] == ["index", "--from", "x.ckpt", "--split", "train", "--out", "checkpoints/index-flickr8k-train"]
+    assert found.count("--split") == 1
+
+
 def test_without_a_word_the_built_in_world_is_learned() -> None:
     assert composed("pretrain")[:2] == ["fit", "--folder"]
     assert composed("pretrain") == composed("pretrain model=tiny data=scenes where=auto run=when")
@@ -116,7 +123,7 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("data csv x name=..", "name=..: is no name of a set"),
         ("data-check", "name=: is no name of a set"),
         ("index", "from=: no checkpoint is named"),
-        ("index from=x split=train", "split=train: no such split"),
+        ("index from=x split=dev", "split=dev: no such split"),
         ("pretrain encoders=nowhere", "encoders=nowhere: has no folder of image weights"),
         *((f"{name} run={run}", f"run={run}: is no folder name") for name in ("pretrain", "config")
           for run in ("", "../x", "/tmp/x", ".", "a/../../x")),

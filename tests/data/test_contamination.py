@@ -106,7 +106,7 @@ def test_leaks_are_refused_with_counts_and_ids(root: Path) -> None:
     assert "3 of 13 training rows show held-out images (by id and look)" in said
     assert "coco/test, same id: 1; coco/test, same look: 2; first coco 30, vg 31, vg 32" in said
     assert "\n" not in said
-    assert "data.leaks to drop" in said
+    assert "data.contamination to drop" in said
 
 
 def test_leaks_are_dropped_with_counts_and_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +183,7 @@ def test_the_history_of_weights_tells_what_was_left_out(root: Path) -> None:
 
 
 def test_a_mix_with_leaks_is_refused_unless_told_otherwise(root: Path) -> None:
-    with pytest.raises(UserError, match=r"Set data\.leaks to drop"):
+    with pytest.raises(UserError, match=r"Set data\.contamination to drop"):
         ready(root)
 
 

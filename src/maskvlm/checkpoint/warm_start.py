@@ -1,6 +1,6 @@
 """Where a run starts from: an earlier run's checkpoint, its backbone, its heads, its tokenizer and its history.
 
-`checkpoint.py` reads and verifies the file; here is what the parts of it mean.
+`io.py` reads and verifies the file; here is what the parts of it mean.
 """
 
 from collections.abc import Mapping

@@ -140,7 +140,7 @@ USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
 {commands}
 TASK.TOOL and methods of tasks
   vqa.score, vqa.vocabulary ...  a task's own tool with its own options
-  answer, true, entails ...      what a fine-tuned model answers: METHOD --from CHECKPOINT IMAGE "TEXT"
+  answer, compare, entail        what a fine-tuned model answers: METHOD --from CHECKPOINT IMAGE "TEXT"
 
 Options of every command
   --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
@@ -165,7 +165,7 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "data": ("the data set", lambda: [*choices("data"), *prepared()], "scenes"),
     "where": ("the machine", lambda: choices("where"), "auto"),
     "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),
-    "from": ("the checkpoint to start from, a folder of the hub's format, or random", list, ""),
+    "from": ("the checkpoint to start from, or a folder of the hub's format; finetune: also random", list, ""),
     "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
     "split": ("what is measured", lambda: SPLITS, "val"),
     "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),

@@ -31,7 +31,9 @@ complete -o default -F _maskvlm maskvlm"""
 
 
 def main(arguments: list[str], allowed: list[str]) -> str:
-    """The script."""
+    """The script, or how to use it."""
+    if {"-h", "--help"} & {*arguments}:
+        return SCRIPT.partition("\n")[0].removeprefix("# ").format()
     values = ['      from) among="$(compgen -G "checkpoints/*/best.ckpt")" ;;']
     values += [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
     words = [

@@ -17,6 +17,8 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     Raises:
         UserError: not two names, or the second is there already (73); as `from_pretrained`.
     """
+    if {"-h", "--help"} & {*arguments}:
+        return "maskvlm convert CHECKPOINT FOLDER    to the hub's format\nmaskvlm convert FOLDER FILE.ckpt     and back"
     if len(arguments) != 2:
         todo = "Give a checkpoint and a folder (or a folder and a file.ckpt): convert checkpoints/RUN/best.ckpt model"
         raise UserError("convert", f"{len(arguments)} names", todo)

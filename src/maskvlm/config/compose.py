@@ -330,7 +330,13 @@ def index_command(words: CommandWords) -> Composed:
     """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
     if not words.get("from"):
         raise no_start()
-    part, data = split(words), words.get("data", "scenes")
+    options = list(words.options)
+    if "--split" in options[:-1]:
+        at = options.index("--split")
+        words = words._replace(
+            given={"split": options[at + 1], **words.given}, options=options[:at] + options[at + 2 :]
+        )
+    part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
     stack = pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
     out = f"checkpoints/index-{data}-{part}"
     return ["index", "--from", words.get("from"), "--split", part, "--out", out, *stack, *words.options]
@@ -367,9 +373,9 @@ def set_name(words: CommandWords, otherwise: str) -> str:
     return name
 
 
-def split(words: CommandWords) -> str:
-    """The split that a command measures."""
+def split(words: CommandWords, among: Sequence[str] = SPLITS) -> str:
+    """The split that a command measures, or makes searchable; also by `--split`."""
     found = words.get("split", "val")
-    if found not in SPLITS:
-        raise UserError(f"split={found}", "no such split", f"There are: {', '.join(SPLITS)}")
+    if found not in among:
+        raise UserError(f"split={found}", "no such split", f"There are: {', '.join(among)}")
     return found

@@ -91,7 +91,7 @@ def _nearest(key: str, here: set[str], anywhere: set[str]) -> str | None:
 
 def _some(names: set[str]) -> str:
     shown = sorted(name for name in names if not name.endswith(".help"))
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more (make config)" if len(shown) > 12 else "")
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more (maskvlm config)" if len(shown) > 12 else "")
 
 
 def _denied(match: re.Match[str], context: MessageContext) -> UserError:

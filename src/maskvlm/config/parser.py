@@ -4,13 +4,13 @@ named in files, and a calm console."""
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from maskvlm.config.allowed import Verdicts
-from maskvlm.config.given import KeyPlace, check_words, config_files, fill_environment, given_places
+from maskvlm.config.given import KeyPlace, check_words, config_files, fill_environment, given_places, options
 from maskvlm.config.old_names import current, current_key
 from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
@@ -40,7 +40,13 @@ class Complaint(Exception):
 
 
 class CommandParser(LightningArgumentParser):
-    """Raises Complaint where the original prints fifty lines of usage."""
+    """Raises Complaint where the original prints fifty lines of usage.
+
+    Attributes:
+        nulls: see `keep_nulls`.
+    """
+
+    nulls: ClassVar[list[str]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # --trainer.max_step is a mistake; texts inside of values are read by our reader, too
@@ -67,6 +73,11 @@ class CommandParser(LightningArgumentParser):
         """As `add_argument`."""
         super().add_subclass_arguments(*args, **kwargs)
         forget_files(self)
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        """As YAML, also for --print_config."""
+        keep_nulls(cfg)
+        return super().dump(cfg, *args, **kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -167,13 +178,34 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         word if word in config_files(arguments) else _current_word(fill_environment(word, "command line"))
         for word in arguments
     ]
+    CommandParser.nulls = nulls_of(words[1:])
     try:
         found = parser.parse_args(words)
+        keep_nulls(found[found.subcommand])
         check_written_numbers(found[found.subcommand])
         check_seed(found[found.subcommand].seed_everything)
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
     return found
+
+
+def nulls_of(words: list[str]) -> list[str]:
+    """Keys that the command line ends up setting to null."""
+    last = {option.key: option.value for option in options(words)}
+    return [key for key, value in last.items() if value in ("null", "~")]
+
+
+def keep_nulls(settings: Namespace) -> None:
+    """`--key null` as null. jsonargparse hands on an option of a class within a class as text, so where a text fits
+    it becomes "None": a folder of that name, for one."""
+    for key in CommandParser.nulls:
+        place: Any = settings
+        *parents, name = key.split(".")
+        for part in parents:
+            place = place.get(part) if isinstance(place, Namespace) else None
+            place = place.init_args if isinstance(place, Namespace) and "init_args" in place else place
+        if isinstance(place, Namespace) and place.get(name) == "None":
+            place[name] = None
 
 
 def _current_word(word: str) -> str:

@@ -97,7 +97,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
             images' ids.
     """
     if leaks not in ("refuse", "drop"):
-        raise UserError("data.leaks", f"'{leaks}' is no way to deal with them", "Give refuse or drop")
+        raise UserError("data.contamination", f"'{leaks}' is no way to deal with them", "Give refuse or drop")
     if not places:
         return pairs
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
@@ -114,7 +114,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     told = f"{count} of {len(pairs)} training rows show held-out images ({by}): {counts}"
     if leaks == "refuse":
         first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*found.values()])[:3])
-        todo = "Set data.leaks to drop, which leaves them out, or take another data set"
+        todo = "Set data.contamination to drop, which leaves them out, or take another data set"
         raise UserError("data.held_out", f"{told}; first {first}", todo, ExitCode.BAD_DATA)
     if count == len(pairs):
         raise UserError("data.held_out", f"{told}; nothing is left", "Train on another data set", ExitCode.BAD_DATA)

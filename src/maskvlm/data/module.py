@@ -83,7 +83,7 @@ class PairData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if (steps is None) == (epochs is None):
-            todo = "Set exactly one of the two, the other to null"
+            todo = "Set exactly one of the two, the other to null, such as --data.epochs null --data.steps 500"
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:

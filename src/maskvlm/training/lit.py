@@ -108,7 +108,7 @@ class LitModel(L.LightningModule):
         same_task = bool(origin.history) and origin.history[-1].task == class_path(type(self.task))
         unused = {name.partition(".")[0] for name in origin.heads} - {name for name, _ in self.task.named_children()}
         if same_task and unused and rank() == 0:
-            todo = "list their losses (model.task.losses) to train on with them"
+            todo = "give their losses a weight, or list them (model.task.losses), to train on with them"
             log.warning(
                 "%s", f"note: heads of the checkpoint that this run has no use for: {', '.join(sorted(unused))}; {todo}"
             )
@@ -168,7 +168,8 @@ class LitModel(L.LightningModule):
             todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
             raise UserError(path, what, todo, ExitCode.BAD_DATA)
         what = f"holds no heads of {name} ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
-        raise UserError(path, what, "Fine-tune it first: maskvlm finetune ... from=this file", ExitCode.BAD_DATA)
+        todo = "Fine-tune it first: maskvlm finetune ... from=this file; or name the task that it was fine-tuned on"
+        raise UserError(path, what, todo, ExitCode.BAD_DATA)
 
     @property
     def data(self) -> PairData:
