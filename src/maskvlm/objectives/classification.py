@@ -34,7 +34,7 @@ class LabelPrediction(NamedTuple):
 
     answer: str
     probability: float
-    top_labels: dict[str, float]
+    likeliest: dict[str, float]
 
 
 class FusedExamples(NamedTuple):
