@@ -204,6 +204,12 @@ def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[s
     backbone, task = build(**settings)
     with pytest.raises(UserError, match=re.escape(said)):
         task(backbone, eventful_batch())
+    backbone, task = build(**settings, contrast_first=0.5)
+    task.run_progress = 0.0  # one pair alone is masked, of which a sound masking may mask nothing
+    task(backbone, eventful_batch())
+    task.run_progress = 0.5
+    with pytest.raises(UserError, match=re.escape(said)):
+        task(backbone, eventful_batch())
     backbone, task = build(image_masking=Middle(margin=9), weight_mim=0.0)  # no loss asks for it
     task(backbone, eventful_batch())
     backbone, task = build(image_mask_ratio=0.0, text_mask_ratio=0.0)  # somebody's wish

@@ -115,7 +115,12 @@ def test_a_task_of_a_package_that_nobody_allowed_is_not_imported(
 
 @pytest.mark.parametrize(
     "name",
-    ["maskvlm.utils.launch.requeue", "maskvlm.objectives.pretraining.PretrainingMetrics", "tasks.vqa.score.main", "os.system"],
+    [
+        "maskvlm.utils.launch.requeue",
+        "maskvlm.objectives.pretraining.PretrainingMetrics",
+        "tasks.vqa.score.main",
+        "os.system",
+    ],
 )
 def test_what_is_no_task_is_refused(tmp_path: Path, name: str) -> None:
     refused(with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path=name), "task"), ExitCode.REFUSED)

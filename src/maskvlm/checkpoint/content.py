@@ -63,7 +63,7 @@ TOLD: dict[str, Kind] = {
     "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
     "pytorch-lightning_version": Text(100), "reference": maybe(Vectors()),
 }  # fmt: skip
-"""What is read of a checkpoint beside its tensors, its recipe (see `model_spec.py`), its tokenizer and its lineage."""
+"""What is read of a checkpoint beside its tensors, its model spec (`model_spec.py`), its tokenizer and its lineage."""
 
 
 def check_content(content: Any, path: str | Path) -> dict[str, Any]:

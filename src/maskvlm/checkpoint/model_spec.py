@@ -81,7 +81,7 @@ def bounds_of(state: Mapping[str, Tensor]) -> Bounds:
 
 
 def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
-    """The recipe in a checkpoint's content, or in the `config-fit.yaml` beside an older one.
+    """The model spec in a checkpoint's content, or in the `config-fit.yaml` beside an older one.
 
     Raises:
         UserError: neither says which model it is (66), or it is not what the schema allows (77).
@@ -255,7 +255,7 @@ def read_task(value: Any, where: str) -> dict[str, Any]:
 
 
 def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
-    """The same recipe without names of folders or hub models: with the shape of the text encoder written out.
+    """The same model spec without names of folders or hub models: with the shape of the text encoder written out.
 
     Args:
         text_config: the text encoder's Hugging Face configuration.

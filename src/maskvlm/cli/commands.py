@@ -167,7 +167,7 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),
     "from": ("the checkpoint to start from, or a folder of the hub's format; finetune: also random", list, ""),
     "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
-    "split": ("what is measured", lambda: SPLITS, "val"),
+    "split": ("what is measured; index: what is searched, also train", lambda: SPLITS, "val"),
     "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),
     "name": ("of the prepared set", list, "as the set"),
 }

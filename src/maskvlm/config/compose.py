@@ -330,12 +330,9 @@ def index_command(words: CommandWords) -> Composed:
     """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
     if not words.get("from"):
         raise no_start()
-    options = list(words.options)
-    if "--split" in options[:-1]:
-        at = options.index("--split")
-        words = words._replace(
-            given={"split": options[at + 1], **words.given}, options=options[:at] + options[at + 2 :]
-        )
+    if any(option.partition("=")[0] == "--split" for option in words.options):
+        # The folder is named after the split: an option after it would write one split under another one's name.
+        raise UserError("index: --split", "is a word of this command", "Write split=train, split=val or split=test")
     part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
     stack = pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
     out = f"checkpoints/index-{data}-{part}"
@@ -374,7 +371,7 @@ def set_name(words: CommandWords, otherwise: str) -> str:
 
 
 def split(words: CommandWords, among: Sequence[str] = SPLITS) -> str:
-    """The split that a command measures, or makes searchable; also by `--split`."""
+    """The split that a command measures, or makes searchable."""
     found = words.get("split", "val")
     if found not in among:
         raise UserError(f"split={found}", "no such split", f"There are: {', '.join(among)}")

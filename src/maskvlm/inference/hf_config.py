@@ -117,7 +117,7 @@ def processor_of(spec: InputSpec) -> MaskVLMProcessor:
 
 
 def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] | None, step: int) -> MaskVLMConfig:
-    """The configuration of a model with this recipe (a portable one) and history."""
+    """The configuration of a model with this spec (a portable one) and history."""
     return MaskVLMConfig(
         backbone=spec.backbone,
         task=spec.task,

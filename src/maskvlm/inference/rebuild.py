@@ -1,6 +1,6 @@
-"""Modules out of a checkpoint's recipe and tensors.
+"""Modules out of a checkpoint's model spec and tensors.
 
-The recipe is somebody else's data (see `model_spec.py`). The model is first laid out without memory, on torch's meta
+The spec is somebody else's data (see `model_spec.py`). The model is first laid out without memory, on torch's meta
 device, and compared with the tensors, name by name and shape by shape: what does not fit them is never allocated.
 """
 
@@ -59,7 +59,7 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     """Modules with the weights, tokenizer and heads of a checkpoint, in evaluation mode.
 
     Args:
-        recipe: of the checkpoint.
+        spec: of the checkpoint.
         origin: its tensors.
         allowed: packages beside this project's that its task may come from.
 
@@ -98,7 +98,7 @@ def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> No
     """Lay the model out without memory, and hold it against the checkpoint's tensors.
 
     Args:
-        recipe: of the checkpoint.
+        spec: of the checkpoint.
         origin: its tensors.
         new_task: makes its task; None where only the backbone is wanted.
 

@@ -204,11 +204,11 @@ class ImageEncoder(Encoder):
         Args:
             image_BCHW: normalised RGB, H = W = image_size.
             mask_BN: True on masked patches, row by row from the top left.
-            row_W: where the first W images, which are whole, stand in the training split: what the frozen blocks give
-                for them may be kept. None: for no image.
-            visible: most patches that are visible in any of the other images, if known; else the device is asked.
-            subset_WV: of the first W images, which patches the blocks that are trained see, by their numbers; the mask
-                token stands in the places of the others. None: all.
+            row_W: rows in the training split of the first W images, which are unmasked; what the frozen blocks give
+                for them may be cached (-1: not cached). None: W = 0.
+            visible: upper bound on the visible patches of the remaining images; None reads it from the device.
+            subset_WV: for the first W images the numbers of the patches that the trained blocks see; the other positions
+                get the mask token. None: all.
 
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.

@@ -2,16 +2,16 @@
 
 | part | linear layers |
 | --- | --- |
-| encoders with `random_init`, adapters behind encoders, contrast projections, word detector, classification head |
-Xavier uniform, bias 0 (MAE's rule) |
+| encoders with `random_init`, adapters behind them, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
+| classification head; word detector, but for its bias | Xavier uniform, bias 0 |
 | positions of an image encoder with `random_init` | 2-D sine and cosine, learned from there (MAE's start) |
 | cross-attention in cross encoders and pixel decoder | Xavier uniform, bias 0 |
-| the rest of cross encoders and pixel decoder, other heads | N(0, 0.02), bias 0 (C, BERT's rule) |
+| the rest of cross encoders and pixel decoder; other heads | N(0, 0.02), bias 0 (C, BERT's rule) |
 
 Norms start at weight 1 and bias 0. Xavier follows the width: at width 96 contrast falls about twice as fast as from
-N(0, 0.02), which suits a width of 768, and cross-attention from N(0, 0.02) stays near uniform for long: of masked
-colour words 55 % instead of 22 % are right after 700 steps of masked words alone. With Xavier in every layer of the
-post-norm cross blocks it is 28 %: they do better near the identity.
+N(0, 0.02), which suits a width of 768, and cross-attention from N(0, 0.02) stays near uniform for long: with
+Xavier 55 % instead of 22 % of masked colour words are right after 700 steps of masked words alone. With Xavier in every
+layer of the post-norm cross blocks it is 28 %: they do better near the identity.
 """
 
 import torch

@@ -32,8 +32,7 @@ class PatchMask(NamedTuple):
 
 class TokenMask(NamedTuple):
     """token_CT: int64 ids with the masked ones replaced. mask_CT: bool, True where the loss looks. index_CK,
-    weight_CK as
-    in `PatchMask`."""
+    weight_CK as in `PatchMask`."""
 
     token_CT: Tensor
     mask_CT: Tensor

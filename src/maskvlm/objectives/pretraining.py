@@ -74,7 +74,7 @@ class MaskedPretraining(Task):
             than half. The other losses and the cross encoders are trained after it, on aligned encoders (ALBEF's
             "align before fuse", here in time).
         negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
-            see `negative_queue.Queue`. It takes the memory of as many encoded pairs.
+            see `negative_queue.NegativeQueue`. It takes the memory of as many encoded pairs.
         matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). With
             few pairs to learn from, false keeps more of what ITC taught the encoders.
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
@@ -375,13 +375,15 @@ class MaskedPretraining(Task):
             pairs: of the first so many pairs; None: of all.
         """
         texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs
+        # Of a single pair, as in the ITC-only phase, a sound masking may mask nothing.
+        first = training and pairs > 1 and not self.masked_before
         masks_per_text, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
             valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
             check_mask(self.image_masking, patch, PatchMask)
-            if training and not self.masked_before:
+            if first:
                 check_masks_some(self.image_masking, patch.mask_BN, valid_B.any(), "patch")
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
@@ -390,9 +392,9 @@ class MaskedPretraining(Task):
             text = backbone.text
             token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
             check_mask(self.text_masking, token, TokenMask)
-            if training and not self.masked_before:
+            if first:
                 check_masks_some(self.text_masking, token.mask_CT, (~special_CT).any(), "token")
-        self.masked_before |= training
+        self.masked_before |= first
         return Masks(patch, token)
 
     def sample_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:

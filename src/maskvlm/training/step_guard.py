@@ -31,6 +31,7 @@ LATE = 4  # steps between a GPU's verdict and our reading it
 MOST_LISTED = 1000
 REASONS = ("", "its loss is not finite", "a gradient is not finite", "its loss shot up")
 LOSS, GRADIENT, SPIKE = 1, 2, 3
+HOW_ON = "Look at the samples in bad_samples.json; lower model.lr, or go on --from an earlier checkpoint"
 SAMPLES = "skipped_steps"  # the key in bad_samples.json
 
 
@@ -188,7 +189,7 @@ class StepGuard(Callback):
         pl_module.guard = None  # type: ignore[assignment]
         if self.steps and self.steps == trainer.global_step:
             what = f"all {self.steps} steps were skipped: nothing was learned"
-            raise UserError(folder_of(trainer), what, self._todo, ExitCode.BAD_DATA)
+            raise UserError(folder_of(trainer), what, HOW_ON, ExitCode.BAD_DATA)
 
     # ------------------------------------------------------------------ afterwards
 
@@ -222,14 +223,12 @@ class StepGuard(Callback):
             print(f"warning: {told}", file=sys.stderr, flush=True)
         self._check_row(reason, verdict.step)
 
-    _todo = "Look at the samples in bad_samples.json; lower model.lr, or go on --from an earlier checkpoint"
-
     def _check_row(self, reason: str, step: int) -> None:
         if self.in_a_row < self.stop_after:
             return
         assert self.trainer is not None
         what = f"{self.in_a_row} steps in a row were skipped up to step {step}, the last as {reason}"
-        raise UserError(folder_of(self.trainer), what, self._todo, ExitCode.BAD_DATA)
+        raise UserError(folder_of(self.trainer), what, HOW_ON, ExitCode.BAD_DATA)
 
 
 def copy_to_host(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:

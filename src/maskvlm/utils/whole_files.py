@@ -12,7 +12,8 @@ from maskvlm.utils.errors import ExitCode, UserError
 def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     """Where to write a file so that it appears under its name complete and on the disk, or not at all.
 
-    Whatever is raised within leaves the file that was there before.
+    Whatever is raised within leaves the file that was there before. The name beside it is always the same one, so that
+    what killed writers leave does not pile up.
 
     Args:
         path: of the file, in a folder that is there.
@@ -24,7 +25,8 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     temporary = path.with_name(f".{path.name[:100]}{writer}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -36,15 +38,11 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
 def sync_folder(folder: Path) -> None:
     """Make the renames in it permanent, and in their order, where the system can."""
     if os.name == "posix":
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_inside(file: Path) -> None:
