@@ -1,5 +1,6 @@
 """Names of earlier versions: class paths and options, in files, in commands and in checkpoints."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def test_a_key_is_renamed_where_it_stands_and_nowhere_else() -> None:
     assert current_key("model.backbone.init_args.image.init_args.kept_features").endswith(
         "image.init_args.feature_cache"
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "now"), [("pictures", "images_per_example"), ("whole_image_share", "fully_masked_share")]
+)
+def test_options_of_tasks_by_their_earlier_names(old: str, now: str) -> None:
+    assert current_key(f"model.task.init_args.{old}") == f"model.task.init_args.{now}"
+
+
+def test_a_callback_by_its_earlier_module() -> None:
+    for old in ("maskvlm.resume.KeepState", "maskvlm.training.resume.KeepState"):
+        module, _, name = current(old).rpartition(".")
+        assert getattr(importlib.import_module(module), name).__name__ == "KeepState"
 
 
 def test_a_new_name_is_no_old_one() -> None:

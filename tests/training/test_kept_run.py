@@ -111,6 +111,7 @@ def test_a_run_whose_aligned_encoders_stand_still(
         "model.warmup": 0,
     }
     losses = fit("run", **settings)
+    assert not Path("None").exists()  # null is no folder
     assert [len(losses[loss]) for loss in LOSSES] == [6] * 4
     assert [value == value for value in losses["itm"]] == [False] * 3 + [True] * 3
     learned = [{name for name, value in now.items() if not value.equal(was[name])} for was, now in pairwise(seen)]

@@ -207,8 +207,8 @@ class ImageEncoder(Encoder):
             row_W: rows in the training split of the first W images, which are unmasked; what the frozen blocks give
                 for them may be cached (-1: not cached). None: W = 0.
             visible: upper bound on the visible patches of the remaining images; None reads it from the device.
-            subset_WV: for the first W images the numbers of the patches that the trained blocks see; the other positions
-                get the mask token. None: all.
+            subset_WV: for the first W images the numbers of the patches that the trained blocks see; the other
+                positions get the mask token. None: all.
 
         Returns:
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
