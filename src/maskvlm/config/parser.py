@@ -76,8 +76,9 @@ class CommandParser(LightningArgumentParser):
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """As YAML, also for --print_config."""
-        keep_nulls(cfg)
-        return super().dump(cfg, *args, **kwargs)
+        shown = cfg.clone()
+        keep_nulls(shown)
+        return super().dump(shown, *args, **kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         try:
