@@ -35,6 +35,7 @@ class Context(NamedTuple):
         if self.attention_US is None:
             return None
         picked = self.attention_US if self.index_B is None else self.attention_US[self.index_B]
+        # (B, S) -> (B, 1, 1, S): the same for all heads and queries.
         return picked[rows, None, None, :]
 
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
 
     def keys_values(self, context_USD: Tensor) -> KeyValue:
         """Keys and values of the context, [U, H, S, D / H] each."""
+        # (U, S, context width) -> (U, S, 2D) -> two of (U, S, D)
         key, value = self.key_value(context_USD).chunk(2, dim=-1)
         return KeyValue(self._split(key), self._split(value))
 
@@ -67,10 +69,11 @@ class Attention(nn.Module):
         True where a query may attend. position_LD: added to the queries alone."""
         asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
         mixed = scaled_dot_product_attention(self._split(self.query(asking_BLD)), *context, attn_mask=mask)
+        # (B, H, L, D/H) -> (B, L, D)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D/H)
 
 
 class CrossBlock(nn.Module):
@@ -97,9 +100,11 @@ class CrossBlock(nn.Module):
 
         position_LD: added to what queries are made of, in both attentions.
         """
+        # Keys and values of all positions, also where only the first position asks.
         own = self.self_attention.keys_values(x_BLD)
         x = x_BLD[:, :1] if first_only else x_BLD
         place = position_LD[:1] if first_only and position_LD is not None else position_LD
+        # Post-norm (R): each sum is normalised.
         x = self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
         x = self.norms[1](x + self.dropout(self.cross_attention(x, context, context_mask, place)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
@@ -133,6 +138,7 @@ class CrossEncoder(nn.Module):
         self.checkpointing = checkpointing
         self.grid, self.pos_embed = grid, None
         if grid is not None:
+            # (1, 1 + N, D); MaskVLM fills it with sine and cosine.
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
         self.blocks = nn.ModuleList(CrossBlock(width, context_width, heads, dropout) for _ in range(layers))
 
@@ -140,6 +146,7 @@ class CrossEncoder(nn.Module):
         self, context_USD: Tensor, attention_US: Tensor | None = None, index_B: Tensor | None = None
     ) -> Context:
         """Project the other side once; `index_B` names its row for each pair (None: row by row)."""
+        # Each block has projections of its own: one KeyValue a block.
         attentions: list[Attention] = [block.cross_attention for block in self.blocks]  # type: ignore[misc]
         return Context([each.keys_values(context_USD) for each in attentions], attention_US, index_B)
 
@@ -160,12 +167,15 @@ class CrossEncoder(nn.Module):
                 of the others just the first position, which is all that matching reads.
         """
         num_full = x_BLD.shape[0] if num_full is None else num_full
+        # (B, L) -> (B, 1, 1, L)
         self_mask = None if attention_BL is None else attention_BL[:, None, None, :]
         all_rows = slice(None)
         place_LD = None if self.pos_embed is None else self.pos_embed[0]
+        # All blocks but the last: every position of every pair.
         for block, key_value in zip(self.blocks[:-1], context.blocks[:-1], strict=True):
             mask = context.mask(all_rows)
             x_BLD = self._run(block, x_BLD, self_mask, key_value.rows(context.index_B), mask, False, place_LD)
+        # The last block in two parts: all positions of the first `num_full` pairs, the first position of the others.
         last = context.blocks[-1].rows(context.index_B)
         parts = []
         for rows, first_only in ((slice(0, num_full), False), (slice(num_full, None), True)):
@@ -174,10 +184,12 @@ class CrossEncoder(nn.Module):
             if x_BLD[rows].shape[0]:
                 args = (x_BLD[rows], mask, picked, context.mask(rows), first_only, place_LD)
                 parts.append(self._run(self.blocks[-1], *args))
+        # (num_full, L, D) and (B, D); a batch without pairs leaves `parts` empty.
         whole = parts[0] if num_full else x_BLD[:0]
         return CrossOutput(whole, torch.cat([part[:, 0] for part in parts or [x_BLD]]))
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.checkpointing and self.training:
+            # The reentrant kind does not see tensors inside a tuple, so KeyValue would get no gradient.
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

@@ -158,6 +158,7 @@ class ImageEncoder(Encoder):
         check_vit(
             self.config, "model.backbone.image.config", ANY_SIZE, "Set what it knows: a checkpoint holds nothing else"
         )
+        # Pooling by the class token keeps the last norm in `vit.norm`; timm moves it behind an average.
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
         self.vit = create_vit(name, settings | self.config)
         self.width = self.vit.embed_dim
@@ -165,8 +166,10 @@ class ImageEncoder(Encoder):
         self.num_patches: int = self.vit.patch_embed.num_patches
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self._check_size()
+        # `model` is no key of NORMALISATIONS: then the weights' own mean and deviation are taken.
         facts = self.vit.pretrained_cfg
         self.mean, self.std = NORMALISATIONS.get(normalisation, (tuple(facts["mean"]), tuple(facts["std"])))
+        # (1, 1, D) of the ViT itself, before any adapter.
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.vit.set_grad_checkpointing(checkpointing)
@@ -174,6 +177,7 @@ class ImageEncoder(Encoder):
         self.left_out = masked_patches == "left_out"
         if self.left_out:
             self.check_plain("model.backbone.image.masked_patches", "Set it to token")
+        # In front of frozen blocks the token is fixed; behind the ViT it is learned, frozen blocks or not.
         self.mask_token.requires_grad_(self.left_out or not self.frozen_blocks)
 
     def check_plain(self, where: str, todo: str) -> None:
@@ -214,8 +218,10 @@ class ImageEncoder(Encoder):
             image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
         """
         self._check_ready()
+        # The paper's way: whole and masked images in one pass.
         if subset_WV is None and (mask_BN is None or not self.left_out):
             return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
+        # Else the two kinds have sequences of different length: two passes, whole images first, as they came.
         whole, parts = 0 if row_W is None else len(row_W), []
         if subset_WV is not None:
             features_WLD = self._adapted(lambda: self._forward_subset(image_BCHW[:whole], row_W, subset_WV))
@@ -228,6 +234,7 @@ class ImageEncoder(Encoder):
                 parts.append(self._forward_visible(image_BCHW, mask_BN, visible))
             else:
                 parts.append(self._adapted(lambda: self._features(image_BCHW, mask_BN, None)))
+        # The dtypes can differ: cached features are float32.
         return torch.cat([part.to(parts[0].dtype) for part in parts])
 
     def _adapted(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -239,7 +246,9 @@ class ImageEncoder(Encoder):
         """Run the ViT on the visible patches only and insert mask tokens at the masked positions, [B, 1 + N, D]. Rows
         with fewer visible patches are padded with masked ones, which attention ignores."""
         if visible is None:
+            # This waits for the device; a masking that gives its bound avoids it.
             visible = int((~mask_BN).sum(1).max())
+        # (B, N) -> (B, V): the visible patches first, in their order, then masked ones where a row has fewer.
         visible_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
         is_visible_BV = ~mask_BN.gather(1, visible_BV)
         features_BLD = self._adapted(lambda: self._forward_patches(image_BCHW, visible_BV, is_visible_BV))
@@ -250,16 +259,20 @@ class ImageEncoder(Encoder):
     ) -> Tensor:
         """Class token and the patches `visible_BV` at their places, [B, 1 + N, D]; the mask token at the others, and
         where `is_visible_BV` is False."""
+        # The token has the ViT's width, the features have the adapter's.
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
+        # (B, 1 + V, D) -> (B, V, D)
         known_BVD = features_BLD[:, 1:]
         if is_visible_BV is not None:
             known_BVD = torch.where(is_visible_BV[..., None], known_BVD, token_D)
         every_BND = token_D.expand(len(visible_BV), self.num_patches, -1)
+        # (B, V, D) -> (B, N, D): known patches at their places, the token in all others.
         every_BND = every_BND.scatter(1, visible_BV[..., None].expand_as(known_BVD), known_BVD)
         return torch.cat([features_BLD[:, :1], every_BND], 1)
 
     def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, subset_BV: Tensor) -> Tensor:
         """As `_features` of whole images, of which the frozen blocks see all patches and the others some."""
+        # A cached row holds the frozen blocks' output for all patches: each step can pick others from it.
         kept = self._cache_for(row_B)
         hidden_BLD = (
             self.frozen_blocks.forward_frozen(image_BCHW)
@@ -270,6 +283,7 @@ class ImageEncoder(Encoder):
 
     def _with_prefix(self, hidden_BLD: Tensor, index_BV: Tensor) -> Tensor:
         """The prefix tokens and these patches."""
+        # (B, L, D) -> (B, prefix, D) and (B, N, D)
         prefix_BLD, patch_BND = hidden_BLD.tensor_split([self.vit.num_prefix_tokens], 1)
         index_BVD = index_BV[..., None].expand(-1, -1, patch_BND.shape[-1])
         return torch.cat([prefix_BLD, patch_BND.gather(1, index_BVD)], 1)
@@ -278,9 +292,13 @@ class ImageEncoder(Encoder):
         """Features of the class token and of the patches `visible_BV`, [B, 1 + V, own D]; attention ignores those where
         `is_visible_BV` is False."""
         vit = self.vit
+        # As timm's forward_features; patches are left out after they got their positions.
         hidden_BLD = vit.norm_pre(self._with_prefix(vit._pos_embed(vit.patch_embed(image_BCHW)), visible_BV))
+        # Prefix tokens are always seen: no row of the mask is all -inf, whose softmax would be NaN.
         looks_BL = torch.cat([is_visible_BV.new_ones(len(is_visible_BV), vit.num_prefix_tokens), is_visible_BV], 1)
+        # Added to the attention logits: (B, 1, 1, L), the same for all heads and queries.
         added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
+        # One by one: `blocks` is a Sequential, which cannot hand a mask on.
         for block in vit.blocks:
             hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])
         return self._drop_extra_prefix(vit.norm(hidden_BLD))
@@ -295,11 +313,13 @@ class ImageEncoder(Encoder):
         if kept is not None and row_W is not None:
             hidden_BLD = self._features_cached(kept, image_BCHW, mask_BN, row_W)
         else:
+            # timm's own forward: it fits every ViT, and checkpoints activations where that is set.
             with self._masked(mask_BN):
                 hidden_BLD = self.vit.forward_features(image_BCHW)
         return self._drop_extra_prefix(hidden_BLD)
 
     def _cache_for(self, row_W: Tensor | None) -> FeatureCache | None:
+        # In evaluation the rows are those of another split.
         return self.frozen_blocks.cache if self.training and row_W is not None else None
 
     def _features_cached(self, kept: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
@@ -307,6 +327,7 @@ class ImageEncoder(Encoder):
         whole = len(row_W)
         lower = [kept.get(row_W, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[:whole][at_M]))]
         if whole < len(image_BCHW):
+            # Masked images differ in each step: computed anew, and in float32 as the cached ones are.
             with self._masked(None if mask_BN is None else mask_BN[whole:]):
                 lower.append(self.frozen_blocks.forward_frozen(image_BCHW[whole:]).float())
         return self.frozen_blocks.forward_trained(torch.cat(lower))
@@ -314,6 +335,7 @@ class ImageEncoder(Encoder):
     @torch.no_grad()
     def _set_mask_token_to_mean_colour(self) -> None:
         """Set the mask token to the embedding of a mean-colour patch: a frozen ViT cannot learn a new token."""
+        # Normalised pixels of the mean colour are 0.
         blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
         self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
 
@@ -329,6 +351,7 @@ class ImageEncoder(Encoder):
             mask = mask_BN.view(*patch.shape[:-1], 1)  # [B, N, 1], or [B, rows, columns, 1] in some ViTs
             return torch.where(mask, self.mask_token.view(-1).to(patch.dtype), patch)
 
+        # Removed also where the pass fails: the next pass may have no mask.
         hook = self.vit.patch_embed.register_forward_hook(put_mask_token)
         try:
             yield
@@ -345,8 +368,10 @@ class ImageEncoder(Encoder):
         if self.random_init:
             return Provenance()
         stored, state = read_vit_state(self.name, self.weights, self.vit)
+        # The shapes on disk: timm's conversion has resampled positions already, and the report is to say so.
         was = {name: value.shape for name, value in stored.tensors.items()}
         loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
+        # After the weights: the token follows from the loaded patch embedding.
         if self.frozen_blocks and not self.left_out:
             self._set_mask_token_to_mean_colour()
         self.ready = True
@@ -394,11 +419,13 @@ class TextEncoder(Encoder):
         settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
         self.config = read_text_config(name, random_init, settings)
         if random_init:
+            # Before the model is built: its config must have a row for each entry and each position.
             own = random_tokenizer(name, tokenizer)
             fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
         self.model = build_text_encoder(self.config, checkpointing)
         self.width = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
+        # Now, because a position out of range fails only at the first text that long.
         check_positions(self.model, text_length)
         if random_init and own is not None:
             self.set_tokenizer(own)
@@ -458,14 +485,19 @@ class TextEncoder(Encoder):
     def _by_length(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         """The same in groups of like length, each padded to its own longest text: captions are half as long as the
         longest of a batch, and a CPU pays for every position."""
+        # The last attended position of each text, from 1. At least 1, so that no group is cut to no position.
         place_T = torch.arange(1, token_BT.shape[1] + 1, device=token_BT.device)
         length_B = (attention_BT * place_T).amax(1).clamp(min=1)
+        # Sorted by length, then cut into groups of equal size.
         groups, parts = length_B.argsort().chunk(GROUPS), []
         for row_G in groups:
+            # This would synchronise a GPU; only a CPU comes here.
             longest = int(length_B[row_G].max())
             token_GT, attention_GT = token_BT[row_G, :longest], attention_BT[row_G, :longest]
             hidden_GTD = self.model(input_ids=token_GT, attention_mask=attention_GT).last_hidden_state
+            # (G, longest, D) -> (G, T, D): zeros at padding, whose features mean nothing.
             parts.append(nn.functional.pad(hidden_GTD, (0, 0, 0, token_BT.shape[1] - longest)))
+        # Back to the order of the batch: argsort of a permutation is its inverse.
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def load_pretrained(self) -> Provenance:

@@ -44,6 +44,7 @@ class FrozenBlocks:
         self.vit, self.all_frozen, self.folder = vit, frozen == "all", folder
         self.blocks: int = depth if frozen == "all" else frozen
         self.cache: FeatureCache | None = None
+        # Not isinstance: a subclass may hand positions to each block, and cannot be cut between two of them.
         if folder is not None and (frozen == 0 or type(vit) is not VisionTransformer):
             what = "features can be kept only of a plain ViT with frozen blocks"
             raise UserError(
@@ -52,6 +53,7 @@ class FrozenBlocks:
         for name, parameter in vit.named_parameters():
             if self.is_frozen(name):
                 parameter.requires_grad_(False)
+        # No randomness in the frozen part: one image must give the same features each time.
         for name, part in vit.named_modules():
             if self.is_frozen(name) and isinstance(part, nn.Dropout):
                 part.p = 0.0
@@ -65,12 +67,14 @@ class FrozenBlocks:
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of the ViT, or a module in it, belongs to the frozen part."""
         part, _, rest = name.partition(".")
+        # `blocks.7.attn` goes by its number. The container `blocks` itself has none and counts as trained.
         above = int(rest.partition(".")[0] or self.blocks) >= self.blocks if part == "blocks" else part in AFTER
         return self.all_frozen or (self.blocks > 0 and not above)
 
     def forward_frozen(self, image_BCHW: Tensor) -> Tensor:
         """What leaves the frozen part, [B, L, D]; where nothing is frozen, what enters the first block."""
         vit = self.vit
+        # As timm's forward_features, up to the cut; no graph is kept of frozen blocks.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self):
             hidden_BLD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image_BCHW))))
             hidden_BLD = vit.blocks[: self.blocks](hidden_BLD)
@@ -98,6 +102,7 @@ class FrozenBlocks:
         if self.folder is None or self.cache is not None:
             return
         digest = hashlib.sha256(follows.encode())
+        # Other frozen weights give another file name, so features never meet the wrong weights.
         for name, value in self.vit.state_dict().items():
             if self.is_frozen(name):
                 digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -128,18 +133,21 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.mark = folder / f"{name}.float32", folder / f"{name}.there"
         sizes = {self.file: 4 * rows * shape[0] * shape[1], self.mark: rows}
+        # Asked beforehand: the files have holes, so a full disk would show only in the middle of a run.
         wanted, free = sum(size for path, size in sizes.items() if not path.exists()), shutil.disk_usage(folder).free
         if wanted > free:
             what = f"features of {rows:,} images need {wanted / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
             todo = "Name a folder on a larger disk, or set model.backbone.image.feature_cache to null"
             raise UserError(folder, what, todo, ExitCode.IO_ERROR)
         for path, size in sizes.items():
+            # Appending never empties the file: another process may have made it.
             with path.open("ab") as made:
                 if made.tell() == 0:
                     made.truncate(size)  # a file with a hole: it takes room on the disk as rows are written
             if path.stat().st_size != size:
                 what = f"has {path.stat().st_size:,} bytes, expected {size:,}"
                 raise UserError(path, what, "Remove it: it is made anew", ExitCode.BAD_DATA)
+        # (R, L, D) and (R,)
         self.features_RLD = np.memmap(self.file, np.float32, "r+", shape=(rows, *shape))
         self.written_R = np.memmap(self.mark, np.uint8, "r+", shape=(rows,))
 
@@ -152,11 +160,13 @@ class FeatureCache:
             compute: gives the features [M, L, D] of the rows that are missing, by their places [M] in `rows_B`.
         """
         row_B = rows_B.cpu().numpy()
+        # A copy, since the index is an array. Row -1 reads the last row here and is computed below.
         found_BLD = torch.from_numpy(self.features_RLD[row_B])
         missing_M = np.flatnonzero((self.written_R[row_B] == 0) | (row_B < 0))
         if len(missing_M):
             fresh_MLD = compute(torch.from_numpy(missing_M).to(rows_B.device)).float().cpu()
             found_BLD[missing_M] = fresh_MLD
+            # Row -1 has no place in the file.
             known = row_B[missing_M] >= 0
             # The row before its mark: a process that finds the mark reads a row that is written.
             self.features_RLD[row_B[missing_M][known]] = fresh_MLD.numpy()[known]

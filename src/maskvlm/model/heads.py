@@ -31,6 +31,7 @@ class Projection(nn.Module):
         self.mean = mean
         self.image = nn.Linear((1 + mean) * image_width, dim)
         self.text = nn.Linear((1 + mean) * text_width, dim)
+        # The log is learned: the scale is then positive, and steps change it by a factor.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @property
@@ -54,7 +55,9 @@ class Projection(nn.Module):
         read_BX = image_BLD[:, 0]
         if self.mean:
             patch_BND = image_BLD[:, 1:] if subset_BV is None else gather_positions(image_BLD[:, 1:], subset_BV)
+            # (B, D) -> (B, 2D)
             read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
+        # The norm is taken in float32, also under autocast.
         return F.normalize(self.image(read_BX).float(), dim=-1)
 
     def embed_text(self, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
@@ -71,6 +74,7 @@ class Projection(nn.Module):
 
 def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
     """Mean over what is no padding, [B, D]."""
+    # The sum is never 0: even an empty text has its start and end token.
     there_BT1 = attention_BT[..., None]
     return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
 
@@ -140,7 +144,9 @@ class TokenHead(nn.Module):
         Args:
             count_V: of the tokenizer's entries, of which there may be fewer than rows of the head.
         """
+        # Rows beyond the tokenizer's entries count as never seen.
         count_V = nn.functional.pad(count_V, (0, len(self.vocabulary.bias) - len(count_V)))
+        # One occurrence more, so that no log is -inf.
         share_V = (count_V + 1).double() / (count_V + 1).sum()
         self.vocabulary.bias.copy_(share_V.log())
 
@@ -159,6 +165,7 @@ class WordDetector(nn.Module):
         super().__init__()
         self.words = nn.Linear(width, vocab_size)
         nn.init.xavier_uniform_(self.words.weight)
+        # sigmoid(-4) = 0.018
         nn.init.constant_(self.words.bias, -4.0)
 
     def forward(self, image_BLD: Tensor) -> Tensor:
@@ -186,11 +193,13 @@ class PixelDecoder(nn.Module):
         """Predicted values [B, K, P] of the patches at `index_BK`, int64 in [0, N), counted without the class token.
         Values are normalised pixels, or normalised in each patch where the task says `pixel_norm`."""
         decoded_BLD = self.blocks(image_BLD, self.blocks.context(text_BTD, attention_BT)).full_RLD
+        # + 1: position 0 is the class token. (B, L, D) -> (B, K, D) -> (B, K, P)
         return self.pixels(gather_positions(decoded_BLD, index_BK + 1))
 
 
 def gather_positions(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
     """The positions `index_BK` of each row, [B, K, D]."""
+    # (B, K) -> (B, K, D): gather wants an index for each value.
     return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
 
 
@@ -198,16 +207,19 @@ def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     """Pixels of each patch, [B, N, patch * patch * 3]: patches row by row, values in the order row, column, channel.
     patch: side in pixels, which divides H and W."""
     rows = image_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C r p c q
+    # (B, r, c, p, q, C) -> (B, N, P), N = r * c and P = p * q * C
     return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patch_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify`: [B, 3, H, W]."""
     blocks = patch_BNP.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # B r c p q C
+    # (B, C, r, p, c, q) -> (B, C, H, W)
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def normalise_patches(patch_BKP: Tensor) -> Tensor:
     """Each patch with mean 0 and variance 1 over its values (MAE's targets)."""
     mean, var = patch_BKP.mean(-1, keepdim=True), patch_BKP.var(-1, keepdim=True)
+    # The small number keeps a patch of one colour finite.
     return (patch_BKP - mean) / (var + 1e-6).sqrt()

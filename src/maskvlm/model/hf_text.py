@@ -51,6 +51,7 @@ def pretrained_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFas
     Raises:
         UserError: there is none, or the weights were trained with another one.
     """
+    # Beside another tokenizer the model's own is only compared: read from a folder, not fetched from the hub.
     own = read_text_tokenizer(name) if other is None or is_folder(name) else None
     tokenizer = own if other is None else read_text_tokenizer(other)
     if tokenizer is None:
@@ -107,6 +108,7 @@ def check_positions(model: Any, text_length: int) -> None:
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     if table is None:
         return
+    # RoBERTa's positions begin behind the padding id.
     first = 0 if table.padding_idx is None else table.padding_idx + 1
     if text_length > table.num_embeddings - first:
         what = f"{text_length} tokens, but the model has {table.num_embeddings - first} positions"

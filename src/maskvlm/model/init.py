@@ -25,6 +25,7 @@ def init_normal(module: nn.Module, std: float = 0.02) -> None:
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
         _rest(part)
+    # Second: the loop above has reached these layers, too.
     for name, part in module.named_modules():
         if name.endswith("cross_attention"):
             init_xavier(part)
@@ -34,6 +35,7 @@ def init_xavier(module: nn.Module) -> None:
     """Linear layers and the patch embedding, which is one too, Xavier uniform; biases 0, norms 1 and 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
+            # As a matrix (D, 3 * p * p): of a convolution PyTorch would count D * p * p outputs instead of D.
             nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
         _rest(part)
 
@@ -45,7 +47,9 @@ def init_positions(position_1LD: nn.Parameter, grid: tuple[int, int]) -> None:
     Wavelengths from 2 pi patches to 2 pi times the grid's side: with the usual 10,000 nearly all dimensions are
     constant over a small grid, and the features hardly say where they are. Of mean square 1, as text features are.
     """
+    # (N, D): the sines of row and column, then the cosines.
     table_ND = build_sincos2d_pos_embed(list(grid), dim=position_1LD.shape[-1], temperature=max(grid))
+    # At the end, behind prefix tokens. The root of 2: sine and cosine have mean square 1/2.
     position_1LD.zero_()[0, -len(table_ND) :] = 2**0.5 * table_ND
 
 

@@ -81,18 +81,22 @@ class MaskVLM(nn.Module):
         self.image, self.text = image, text
         self.width, self.cross_heads = width, cross_heads
         self.dropout, self.checkpointing = dropout, checkpointing
+        # Only patches have places on a grid: texts know theirs from the text encoder.
         self.cross_image = self.new_cross(cross_layers, image.grid if query_positions else None)
         self.cross_text = self.new_cross(cross_layers)
+        # Initialise what no checkpoint brings; `init.py` has the table.
         for encoder in (image, text):
             if encoder.random_init:
                 init_xavier(encoder)
             encoder.adapt(width)
+        # init_xavier does not reach positions, which are a bare parameter.
         if image.random_init and image.vit.pos_embed is not None:
             init_positions(image.vit.pos_embed, image.grid)
         for part in (self.cross_image, self.cross_text):
             init_normal(part)
         if self.cross_image.pos_embed is not None:
             init_positions(self.cross_image.pos_embed, image.grid)
+        # Weights last: they replace what was initialised above.
         self.origin: Start | None = None if start is None else read_start(start)
         self.provenance = load_pretrained(image, text) if self.origin is None else self.take_over(self.origin)
 
@@ -102,6 +106,7 @@ class MaskVLM(nn.Module):
             try:
                 self.text.set_tokenizer(origin.tokenizer)
             except UserError as error:
+                # The checkpoint is at fault here, not an option.
                 raise UserError(origin.path, f"tokenizer: {error.what}", error.todo, ExitCode.BAD_DATA) from error
         provenance = load_state(self, origin.backbone, origin.path)
         self.origin = origin._replace(backbone={})  # its tensors are not needed twice
@@ -121,10 +126,12 @@ class MaskVLM(nn.Module):
 
     def new_cross(self, layers: int, grid: tuple[int, int] | None = None) -> CrossEncoder:
         """Cross-attention blocks that fit this backbone and share its settings; for heads that need some, too."""
+        # Both sides have this width: `Encoder.adapt` has seen to it.
         return CrossEncoder(self.width, self.width, layers, self.cross_heads, self.dropout, self.checkpointing, grid)
 
     def fuse(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Fused:
         """Class tokens of row-by-row pairs (image, caption) after both cross encoders."""
+        # num_full=0: the last block computes class tokens alone, (B, D) of each side.
         image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), num_full=0)
         text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, num_full=0)
         return Fused(image.cls_BD, text.cls_BD)

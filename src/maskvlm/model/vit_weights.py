@@ -36,9 +36,11 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         raise UserError(f"{WHERE}.name", f"timm has no model {name}", todo)
     try:
         vit = timm.create_model(name, num_classes=0, **settings)
+    # timm checks settings by asserts, too.
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         todo = "Mend its config, or choose a ViT with a class token such as vit_base_patch16_224"
         raise UserError(WHERE, f"{name} cannot be built ({first_line(error)})", todo) from error
+    # A PatchEmbed is one convolution; timm's hybrids have a CNN in its place.
     if getattr(vit, "cls_token", None) is None or not isinstance(vit.patch_embed, PatchEmbed):
         what = f"{name} is no ViT with plain patches and a class token"
         raise UserError(f"{WHERE}.name", what, "Choose one such as vit_base_patch16_224")
@@ -67,6 +69,7 @@ def _named(name: str, facts: dict[str, Any]) -> Path:
 
 def _convert(state: State, vit: Any) -> dict[str, Tensor]:
     """timm's own conversion: from CLIP, DINOv2, DeiT III and others; positions and patches of other sizes."""
+    # timm has it in the module that defines the class.
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state.tensors
