@@ -71,6 +71,7 @@ def majority(scored: Iterable[ScoredExample], correct: Callable[[str, list[str]]
     known = [one for one in scored if one.example["answers"]]
     if not known:
         return float("nan")
+    # The most frequent truth of each type, among the very examples that are scored.
     counts: dict[str, Counter[str]] = {}
     for one in known:
         counts.setdefault(one.example["kind"], Counter())[one.truth] += 1

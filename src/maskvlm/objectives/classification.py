@@ -111,6 +111,7 @@ class Classification(Task):
         self.head = Classifier(read, self.hidden or width, len(self.labels), self.dropout)
         init_xavier(self.head)
         if self.reads == "scores":
+            # Heads of pre-training are read and not trained; `warm_start` fills them.
             self.matching = Matching(width)
             init_normal(self.matching)
             self.matching.requires_grad_(False)
@@ -129,6 +130,7 @@ class Classification(Task):
             if missing:
                 what = f"scores, but the checkpoint holds no {missing[0]}"
                 raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
+            # Contrast that reads the mean patch, too, has an input twice as wide.
             width, theirs = self.projection.image.in_features, heads["projection.image.weight"]
             self._project(width, len(theirs), mean=theirs.shape[1] == 2 * width)
         return super().warm_start(heads)
@@ -149,8 +151,10 @@ class Classification(Task):
         if image.shape[1] != self.images_per_example:
             what = f"the data has {image.shape[1]} images an example, the task is set to {self.images_per_example}"
             raise UserError("model.task.images_per_example", what, f"Set it to {image.shape[1]}")
+        # An unreadable image is blank: its features must not be cached under its row.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
+            # The noise differs in each step: nothing to cache.
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
         met = encode_and_fuse(backbone, image, batch.token_BT, batch.attention_BT, row_B)
         return self.head(met.fused_BX if self.reads == "fused" else self.scores(met))
@@ -158,11 +162,14 @@ class Classification(Task):
     def scores(self, met: FusedExamples) -> Tensor:
         """The text's class token and mean token, then two numbers of each image, [B, 2 * D + 2 * P]."""
         text_BTD, attention_BT = met.text_BTD, met.attention_BT
+        # text_BTD is the text encoder's output: the words alone, nothing of an image in them.
         mean_BD = masked_mean(text_BTD, attention_BT)
         image_XE = self.projection.embed_image(met.image_XLD)
         text_BE = self.projection.embed_text(text_BTD, attention_BT)
+        # (B * P, E) -> (B, P, E), times (B, 1, E), summed over E -> (B, P)
         cosine_BP = (image_XE.unflatten(0, (len(text_BE), -1)) * text_BE[:, None]).sum(2)
         unlike_X, like_X = self.matching(met.fused_X.product_MD).float().unbind(1)
+        # Contrast's logit and matching's log-odds of each image.
         scores_BP2 = torch.stack([cosine_BP * self.projection.logit_scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
         return torch.cat([text_BTD[:, 0], mean_BD, scores_BP2.flatten(1)], 1)
 
@@ -178,6 +185,7 @@ class Classification(Task):
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
         """The labels of examples whose truth nobody knows."""
+        # Random numbers are asked for by the image ablation alone.
         draw = Draw(EVAL_SEED, 0, batch.image_BPCHW.device)
         return top_labels(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
 
@@ -247,8 +255,10 @@ def encode_and_fuse(
     images = image_BPCHW.shape[1]
     row_X = None
     if row_B is not None:
+        # Each image of an example has a row of its own in the cache.
         row_BP = row_B[:, None] * images + torch.arange(images, device=row_B.device)
         row_X = row_BP.masked_fill(row_B[:, None] < 0, -1).flatten()
+    # (B, P, 3, H, W) -> (X, 3, H, W); each text is encoded once and then repeated for its P images.
     image_XLD = backbone.image(image_BPCHW.flatten(0, 1), None, row_X)
     text_BTD = backbone.text(token_BT, attention_BT)
     text_XTD, attention_XT = (part.repeat_interleave(images, 0) for part in (text_BTD, attention_BT))

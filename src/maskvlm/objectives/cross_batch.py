@@ -68,6 +68,7 @@ class Contrast(NamedTuple):
 def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
     """Gather the unit vectors of all processes and exclude as negatives the same image, the same text and invalid
     rows."""
+    # Processes hold equally many rows, gathered in the order of their ranks.
     own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
     same_BG = batch.image_id_B[:, None] == gather(batch.image_id_B)
     same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
@@ -92,12 +93,15 @@ class QueuedPairs(NamedTuple):
 def contrast_targets(batch: Batch) -> tuple[ContrastTargets, ContrastTargets]:
     """Targets of ITC over the global batch, for images [B, H] and for captions [C, G]. Columns of the same image are
     positive. Columns of another image with the same caption and invalid ones are excluded."""
+    # owner_C counts this process's images; behind the gather it must count all.
     owner_C = batch.owner_C + rank() * len(batch.valid_B)
     owner_H, image_G, text_H = gather(owner_C), gather(batch.image_id_B), gather(batch.text_id_C)
     valid_G = gather(batch.valid_B.to(torch.uint8)).bool()
+    # (C, H): two captions say the same. Added up over the captions of an image: (B, H) and (C, G).
     same_CH = (batch.text_id_C[:, None] == text_H).float()
     says_BH = same_CH.new_zeros(len(batch.valid_B), len(text_H)).index_add(0, batch.owner_C, same_CH) > 0
     says_CG = same_CH.new_zeros(len(batch.text_id_C), len(image_G)).index_add(1, owner_H, same_CH) > 0
+    # By id, not by place: the same image may stand in the batch twice.
     own_BH = batch.image_id_B[:, None] == image_G[owner_H]
     own_CG = batch.image_id_B[batch.owner_C][:, None] == image_G
     return (
@@ -114,6 +118,7 @@ def first_and_all_captions(batch: Batch) -> tuple[Batch, Batch]:
     pairs, captions = len(batch.valid_B), len(batch.owner_C)
     if captions == pairs:
         return batch, batch
+    # (B * m) -> (B, m) -> (m, B): all first captions, then all second ones, ...
     order_C = torch.arange(captions, device=batch.owner_C.device).unflatten(0, (pairs, -1)).T.flatten()
     return select_captions(batch, order_C[:pairs]), select_captions(batch, order_C)
 
@@ -156,6 +161,7 @@ def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = N
     """
     if world_size() == 1 and kept_QLD is None:
         return own_BLD, index_M
+    # The own rows stay in front, where all other row numbers look for them.
     every_BLD = gather(own_BLD)
     fetched_MLD = (every_BLD if kept_QLD is None else torch.cat([every_BLD, kept_QLD.to(every_BLD.dtype)]))[index_M]
     return torch.cat([own_BLD, fetched_MLD]), torch.arange(len(index_M), device=index_M.device) + len(own_BLD)
@@ -185,6 +191,7 @@ def cross_pairs(
     first = 0 if masked_BLD is None else len(masked_BLD)
     # The same number of masked rows for each of the `pairs` whole rows, adjacent.
     of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
+    # Masked rows look at the whole row of their pair, or at `seen_BLD`, which is then put behind the others.
     partners = of_pair
     if first and seen_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
@@ -194,6 +201,7 @@ def cross_pairs(
     # For masked rows only the padding mask of the picked rows is used; their features come from masked_BLD.
     query_BLD = picked.rows_ULD if masked_BLD is None else torch.cat([masked_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
+    # All positions of the masked rows, class tokens of the matching pairs.
     return encoder(query_BLD, context, picked.attention_UL, num_full=first)
 
 
@@ -235,6 +243,7 @@ def cross_all(
         kept: the queue that negatives were drawn from, too: their places follow the global batch's.
         matching_trains: whether the matching pairs' gradient reaches the encoders.
     """
+    # Rows that matching can pick: own ones and negatives, with their numbers for each kind of pair.
     image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
     images, texts = [], []
     if found is not None:
@@ -244,6 +253,7 @@ def cross_all(
         text, hard_text = with_negatives(text, found[0].index_B, queued[1])
         attention, _ = with_negatives(attention, found[0].index_B, queued[2])
         images, texts = [own, own, hard_image], [own, hard_text, own]
+    # What is reconstructed, and from what: None means the whole rows of the other side.
     masked_image = encoded.masked_image_BLD if reconstructs[0] else None
     masked_text = encoded.masked_text_BTD if reconstructs[1] else None
     masked = 0 if masked_image is None else len(masked_image)
@@ -254,8 +264,10 @@ def cross_all(
         image, text = image.detach(), text.detach()
         if not mask_both:
             seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
+    # The two run in parallel: each reads the other encoder's output, not the other cross encoder's.
     image_side, text_side = RowPool(image, None), RowPool(text, attention)
     image_out = cross_pairs(backbone.cross_image, masked_image, image_side, text_side, seen_text, images, texts, masked)
     text_out = cross_pairs(backbone.cross_text, masked_text, text_side, image_side, seen_image, texts, images, pairs)
+    # Class tokens of the masked rows stand first and are of no use to matching.
     fused = Fused(image_out.cls_BD[len(image_out.full_RLD) :], text_out.cls_BD[len(text_out.full_RLD) :])
     return Crossed(image_out.full_RLD, text_out.full_RLD, fused)

@@ -78,6 +78,7 @@ class PretrainingMetrics:
         owner, rows = batch.owner_C, len(image_BLD)
         masked_CTD = backbone.text(masks.token.token_CT, batch.attention_CT)
         blank_1LD = backbone.image(torch.zeros_like(batch.image_BCHW[:1]))
+        # Row B, behind the images, is the blank one: keys and values are projected once for all three partners.
         context = backbone.cross_text.context(torch.cat([image_BLD, blank_1LD]))
         target_CK = batch.token_CT.gather(1, masks.token.index_CK)
         weight_CK = masks.token.weight_CK
@@ -88,6 +89,7 @@ class PretrainingMetrics:
                 continue
             crossed = backbone.cross_text(masked_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
             logits_CKV = task.tokens(gather_positions(crossed.full_RLD, masks.token.index_CK)).float()
+            # (C, K, V) -> (C, V, K): cross_entropy wants classes on the second axis.
             nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
             self.add(f"mlm/accuracy{name}", 100.0 * (logits_CKV.argmax(-1) == target_CK), weight_CK)
             self.add(f"mlm/nats{name}", nats_CK, weight_CK)
@@ -104,6 +106,7 @@ class PretrainingMetrics:
         empty_BT = batch.special_CT[chosen_B] & attention_BT
         order_BT = empty_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         empty_BTD = backbone.text(batch.token_CT[chosen_B].gather(1, order_BT), empty_BT.gather(1, order_BT))
+        # Masked images and targets are the same for all three captions.
         masked_BLD = backbone.image(batch.image_BCHW, masks.patch.mask_BN, None, masks.patch.visible)
         target_BKP = task.pixel_target(batch.image_BCHW, masks.patch.index_BK)
         # Chance: the mean colour of the batch's patch values, for each channel.
@@ -111,6 +114,7 @@ class PretrainingMetrics:
         weight_BK, objects_BKP = masks.patch.weight_BK, None
         if batch.foreground_BHW is not None:
             objects_BCHW = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
+            # 1.0 at each pixel value of a masked patch that shows an object.
             inside_BKP = gather_positions(patchify(objects_BCHW, backbone.image.patch_size), masks.patch.index_BK)
             objects_BKP = inside_BKP * weight_BK[..., None]
         self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, weight_BK, objects_BKP)
@@ -122,6 +126,7 @@ class PretrainingMetrics:
         for name, words_BTD, mask_BT in partners:
             if len(words_BTD) == 1 and name == "_wrong_text":
                 continue
+            # The way of training: cross encoder, then decoder, both on the same text.
             out_BLD = backbone.cross_image(masked_BLD, backbone.cross_image.context(words_BTD, mask_BT)).full_RLD
             predicted_BKP = task.pixels(out_BLD, words_BTD, mask_BT, masks.patch.index_BK)
             self.pixel_errors(name, predicted_BKP.float(), target_BKP, weight_BK, objects_BKP)
@@ -204,5 +209,6 @@ def gains(metrics: Mapping[str, float]) -> dict[str, float]:
 def one_text(batch: Batch) -> Tensor:
     """Row of one caption for each image: its (index mod count)-th, so that all phrasings are met."""
     count_B = torch.bincount(batch.owner_C, minlength=len(batch.image_BCHW))
+    # Captions stand in the order of their images.
     first_B = count_B.cumsum(0) - count_B
     return first_B + batch.index_B % count_B.clamp(min=1)

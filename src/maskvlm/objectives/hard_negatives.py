@@ -26,6 +26,7 @@ def draw_hard_negatives(logits_BG: Tensor, excluded_BG: Tensor, uniform_BG: Tens
     logits = torch.nan_to_num(logits_BG.detach().float(), nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
     # 1 - 1e-6 is still below 1 in float32; at 1 the Gumbel noise would be infinite.
     gumbel = -torch.log(-torch.log(uniform_BG.float().clamp(1e-9, 1 - 1e-6)))
+    # The argmax of logit + Gumbel noise is a draw from softmax(logit); -inf is never drawn.
     score = (logits + gumbel).masked_fill(excluded_BG, float("-inf"))
     index_B = score.argmax(dim=1)
     return Negatives(index_B, (~excluded_BG).any(dim=1).float())

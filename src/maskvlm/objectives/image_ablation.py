@@ -31,14 +31,17 @@ class ImageAblation(nn.Module):
             self._take(image)
         first, second = uniform(len(image), *image.shape[1:]), uniform(len(image), *image.shape[1:])
         noise = (-2 * first.clamp(min=1e-7).log()).sqrt() * (2 * torch.pi * second).cos()  # Box-Muller
+        # Rounding can make the variance of one colour slightly negative.
         mean, std = self.mean_C, (self.square_C - self.mean_C.square()).clamp(min=0).sqrt()
         return (noise * std[:, None, None] + mean[:, None, None]).to(image)
 
     @torch.no_grad()
     def _take(self, image: Tensor) -> None:
+        # (rows, ..., 3, H, W) -> (3, all pixels of this process)
         channels = image.detach().float().flatten(0, -4).transpose(0, 1).flatten(1)
         mean_C, square_C = gather(torch.stack([channels.mean(1), channels.square().mean(1)])[None]).mean(0)
         known = square_C.isfinite().all()  # images that are not finite must not outlast their step
         self.seen += known
+        # Running means over steps. Processes hold equally many images, so the mean of their means is that of all.
         self.mean_C += torch.where(known, (mean_C - self.mean_C) / self.seen, 0.0)
         self.square_C += torch.where(known, (square_C - self.square_C) / self.seen, 0.0)

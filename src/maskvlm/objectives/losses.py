@@ -37,10 +37,12 @@ def contrastive(
     Returns:
         Nats per pair.
     """
+    # An image among all texts, then a text among all images.
     terms = []
     for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
         logits_BG = similarity(query_BD, key_GD, scale).masked_fill(excluded_BG, float("-inf"))
         terms.append((F.cross_entropy(logits_BG, own_B, reduction="none") * weight_B).sum())
+    # Without a valid row the sum is 0: divided by 1, not by 0.
     return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
 
 
@@ -77,6 +79,7 @@ def soft_contrastive(
     Returns:
         Nats per query.
     """
+    # (B, H) and (C, G)
     loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_targets)
     loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_targets)
     image, text = (loss_B * weight_B).sum() / count_B.clamp(min=1), (loss_C * weight_C).sum() / count_C.clamp(min=1)
@@ -112,15 +115,18 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
     Noisy-or over positions, p = 1 - prod(1 - p_l), as Fang et al. 2015 (From captions to visual concepts and back)
     detect words in regions; binary cross-entropy summed over the vocabulary, in nats per token that the caption has.
     """
+    # log(1 - sigmoid(x)) = -softplus(x), and of independent positions the logs add up: (B, L, V) -> (B, V).
     absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
     # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf.
     present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-6)))
+    # Per token of the caption, so that long captions do not weigh more.
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
     return (loss_B * weight_B).sum() / count.clamp(min=1)
 
 
 def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
     """Masked language modelling (MLM): cross-entropy in nats per masked token; 0 where nothing is masked."""
+    # (C, K, V) -> (C * K, V)
     loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")
     return (loss_CK * weight_CK.flatten()).sum() / count.clamp(min=1)
 

@@ -72,16 +72,20 @@ def mask_patches(
         uniform: source of random numbers.
         fully_masked: probability that all of an image is masked in the place of that share.
     """
+    # Rounded up: blocks of the last row and column may be cut.
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
     count = count_masked(block_rows * block_cols, ratio)
     # Before whole images are added, which only have fewer visible patches. Edge blocks are cut, so it is a bound.
     visible = min((block_rows * block_cols - count) * block**2, grid[0] * grid[1])
     noise = uniform(valid_B.shape[0], block_rows * block_cols)
+    # argsort twice: each block's place in random order. The first `count` places are exactly so many blocks.
     rank = noise.argsort(dim=1).argsort(dim=1)
     chosen_BU = rank < count
+    # Drawn only where wanted, so that all other draws stay the same without it.
     if fully_masked:
         chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < fully_masked), block_rows * block_cols
     block_mask = chosen_BU.unflatten(1, (block_rows, block_cols))
+    # (B, block rows, block columns) -> (B, rows, columns) of patches
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
     mask_BN = mask.flatten(1) & valid_B[:, None]
     return PatchMask(mask_BN, *positions(mask_BN, min(count * block**2, mask_BN.shape[1])), visible)
@@ -113,26 +117,33 @@ def mask_tokens(
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 rule ([MASK], a random token, unchanged) instead of always [MASK].
     """
+    # What is drawn are units: words, or single tokens. unit_CT has the number of each token's unit.
     rows, length = token_CT.shape
     unit_CT = word_CT if whole_word else torch.arange(length, device=token_CT.device).expand(rows, length)
     unit_CT = torch.where(special_CT, length, unit_CT)  # specials share one unit that is then cut off
     exists_CU = torch.zeros(rows, length + 1, dtype=torch.bool, device=token_CT.device)
+    # (C, T) -> (C, U), U = T: which units a text has; the column that specials share is cut off.
     exists_CU = exists_CU.scatter(1, unit_CT, True)[:, :length]
     # 2.0 sorts what does not exist behind every draw in [0, 1).
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
+    # As for patches: each unit's place in random order.
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
     units_C1 = exists_CU.sum(1, keepdim=True)
     if not isinstance(ratio, Ratio):
         ratio = Ratio(torch.full_like(units_C1, ratio, dtype=torch.float), ratio)
+    # How many units of each text are masked, and which.
     least_C1 = (ratio.share_C1 > 0).float()
     masked_C1 = torch.maximum((units_C1 * ratio.share_C1 + 0.5).floor(), least_C1)  # as count_masked
     masked_CU = (rank_CU < masked_C1) & exists_CU
+    # (C, U) -> (C, T): units back to tokens; the column of the specials is never masked.
     mask_CT = torch.cat([masked_CU, torch.zeros_like(masked_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)
     if keep_and_swap:
+        # Of the masked tokens 80 % show [MASK], 10 % a random token and 10 % themselves.
         choice_CT, other_CT = uniform(rows, 2, text_length)[:, :, :length].unbind(1)
         shown_CT = torch.where(choice_CT < 0.9, shown_CT, token_CT)
         shown_CT = torch.where((choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), shown_CT)
+    # A word of many pieces can exceed the share of tokens: with whole words any number may be masked.
     most = length if whole_word else count_masked(length, ratio.most)
     return TokenMask(torch.where(mask_CT, shown_CT, token_CT), mask_CT, *positions(mask_CT, most))
 
@@ -140,6 +151,7 @@ def mask_tokens(
 def positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """A mask [B, N] as `PatchMask` and `TokenMask` have it, [B, most] both: the positions of each row's True entries,
     filled up with others, and 1.0 where it is True."""
+    # (B, N) -> (B, most): a shape that does not depend on what the device holds.
     index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return index, mask.gather(1, index).float()
 
@@ -251,5 +263,6 @@ class RandomTokens(TextMasking):
         if masks_per_text == 1 or self.most == self.ratio:
             return self.ratio
         drawn_C = uniform(rows)
+        # Drawn for all rows; a draw of 0 stands for the lower share.
         first_C = torch.arange(rows, device=drawn_C.device) % masks_per_text == 0
         return Ratio.drawn(self.ratio, self.most, drawn_C.masked_fill(first_C, 0.0))

@@ -31,8 +31,10 @@ class NegativeQueue:
             encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
             batch.image_id_B, batch.text_id_C, batch.valid_B,
         )  # fmt: skip
+        # Without the graph, which would keep each step's activations alive.
         new = QueuedPairs(*(part.detach()[-self.size :] for part in invalidate_nonfinite(new)))
         old = self.pairs
+        # The newest last; the oldest fall off the front.
         self.pairs = (
             new if old is None else QueuedPairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
         )
@@ -50,8 +52,10 @@ class NegativeQueue:
         Raises:
             ValueError: a tensor is missing or of another form.
         """
+        # One entry a field of QueuedPairs, in order: shape without the rows, and kind of number.
         sizes = ((positions, width), (length, width), (length,), (dim,), (dim,), (), (), ())
         kinds = ("float", "float", "bool", "float", "float", "int", "int", "bool")
+        # A checkpoint is data of others: every tensor is checked before one is taken.
         if set(state) != set(QueuedPairs._fields):
             raise ValueError(
                 f"expected the tensors {', '.join(QueuedPairs._fields)}, found {len(state)}, some of other names"
@@ -73,6 +77,7 @@ class NegativeQueue:
             *(part.to(contrast.scale.device) for part in self.pairs)
         )  # a checkpoint's: the CPU
         same_BQ = (batch.image_id_B[:, None] == kept.image_id_Q) | (batch.text_id_C[:, None] == kept.text_id_Q)
+        # Columns of the queue stand behind those of the batch, so own_B stays right.
         return contrast._replace(
             image_GE=torch.cat([contrast.image_GE, kept.image_QE]),
             text_GE=torch.cat([contrast.text_GE, kept.text_QE]),

@@ -50,8 +50,10 @@ def fit_range(sample_NE: Tensor, share: float = FAR) -> KnownRange | None:
     """
     if len(sample_NE) < LEAST:
         return None
+    # float16 has changed their lengths a little.
     vector_NE = torch.nn.functional.normalize(sample_NE.float(), dim=1)
     cosine_NN = vector_NE @ vector_NE.T
+    # No image counts as its own neighbour.
     cosine_NN.fill_diagonal_(-1.0)
     return KnownRange(vector_NE, float(cosine_NN.max(1).values.quantile(share)))
 

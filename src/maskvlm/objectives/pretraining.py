@@ -158,14 +158,17 @@ class MaskedPretraining(Task):
         )
         check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
+        # The losses and what they need to know.
         self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
         self.losses = self._order(paper, [WordsPresent(weight_words), *losses])
+        # How inputs are masked: a given class makes the settings of the built-in one idle.
         self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
         self.mask_both, self.masks_per_text = mask_both, masks_per_text
+        # Settings that depend on each other; an error names the one to change.
         if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):
             what = (
                 f"{masked_image_share} is no share above 0"
@@ -231,6 +234,7 @@ class MaskedPretraining(Task):
         if self.contrast_patches < 1:
             backbone.image.check_plain("model.task.contrast_patches", "Set it to 1")
         width, length = backbone.width, backbone.text.text_length
+        # L, T, D, E: what a checkpoint's queue must fit.
         self.kept_sizes = (1 + math.prod(backbone.image.grid), length, width, self.contrastive.width)
         self.image_masking.check(backbone.image.patch_size)
         paper, more = self.losses[: self.of_paper], self.losses[self.of_paper :]
@@ -249,6 +253,7 @@ class MaskedPretraining(Task):
     def _add_heads(self, parts: Sequence[PretrainingLoss], backbone: MaskVLM) -> None:
         for loss in parts:
             for name, head in loss.build(backbone).items():
+                # add_module would silently replace a head of the same name.
                 if hasattr(self, name):
                     raise UserError(f"model.task.losses: {loss.name}", f"its head {name} is there already", "Rename it")
                 self.add_module(name, head)
@@ -281,6 +286,7 @@ class MaskedPretraining(Task):
             self.tokens.init_bias_from_counts(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
+        # False in the phase that trains ITC alone.
         aligned = self.run_progress >= self.contrast_first
         step = self.step(backbone, batch, aligned)
         terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
@@ -295,6 +301,7 @@ class MaskedPretraining(Task):
 
     def step(self, backbone: MaskVLM, batch: Batch, aligned: bool) -> Step:
         """Everything that the losses read. `aligned`: contrast alone has been learned for long enough."""
+        # Rows of other processes and of the queue are put beside the own ones: all texts need one length.
         queue = self.queue if aligned else None
         if world_size() > 1 or queue is not None:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
@@ -305,15 +312,19 @@ class MaskedPretraining(Task):
         # parameter.
         pairs = len(batch.valid_B) if aligned else 1
         masks = self.mask(backbone, batch, self.uniform, True, pairs)
+        # `image` freezes one encoder; ITC still learns the other. True freezes both, and ITC is only logged.
         still = aligned and self.freeze_aligned is True
         stand = [backbone.image, *([backbone.text] if still else [])]
+        # Contrast alone can do with some of the patches; the other losses read all positions.
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
         with encoders_frozen(stand, aligned and bool(self.freeze_aligned)):
             subset_BV = self.sample_patches(backbone, batch) if alone else None
             encoded = self.encode(backbone, all_captions, masks, subset_BV)
+        # Contrast before negatives, which are drawn by its similarities; these before the pairs that are crossed.
         contrast = self.contrast(batch, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
         crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
+        # After the draw: this step's pairs are among its candidates already.
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
         return Step(
@@ -340,6 +351,7 @@ class MaskedPretraining(Task):
     ) -> Crossed:
         """One pass of each cross encoder."""
         if not self.needs & {Need.PAIRS, Need.MASKED_IMAGE, Need.MASKED_TEXT}:
+            # No loss reads the cross encoders: tensors of 0 rows.
             none_D = encoded.image_BLD[:0, 0]
             return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
         reconstructs = (Need.MASKED_IMAGE in self.needs, Need.MASKED_TEXT in self.needs)
@@ -354,6 +366,7 @@ class MaskedPretraining(Task):
         if not self.contrast_first:
             return TrainingPhases()
         first = (backbone.image, backbone.text, self.projection)
+        # By id: == between tensors compares their values.
         early = {id(parameter) for module in first for parameter in module.parameters()}
         if backbone.image.left_out:
             early.remove(id(backbone.image.mask_token))
@@ -374,12 +387,14 @@ class MaskedPretraining(Task):
                 the images; else one of each.
             pairs: of the first so many pairs; None: of all.
         """
+        # In evaluation there are more texts than images: None takes all of both.
         texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs
         # Of a single pair, as in the ITC-only phase, a sound masking may mask nothing.
         first = training and pairs > 1 and not self.masked_before
         masks_per_text, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
+            # The first images of the batch, which is in random order in training.
             valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
             check_mask(self.image_masking, patch, PatchMask)
@@ -387,6 +402,7 @@ class MaskedPretraining(Task):
                 check_masks_some(self.image_masking, patch.mask_BN, valid_B.any(), "patch")
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
+            # (C, T) -> (C * masks_per_text, T), the maskings of a text side by side.
             token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(masks_per_text, 0) for part in parts)
             rows = Texts(token_CT, special_CT, word_CT, masks_per_text)
             text = backbone.text
@@ -403,6 +419,7 @@ class MaskedPretraining(Task):
         if self.contrast_patches == 1:
             return None
         noise_BN = self.uniform(len(batch.valid_B), patches)
+        # The first V of a random order of the N patches: none comes twice.
         return noise_BN.argsort(dim=1)[:, : max(1, round(self.contrast_patches * patches))]
 
     def encode(self, backbone: MaskVLM, batch: Batch, masks: Masks, subset_BV: Tensor | None = None) -> Encoded:
@@ -410,20 +427,24 @@ class MaskedPretraining(Task):
         images, first those that are masked and matched; `subset_BV`: what is seen of the whole images."""
         image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
         pairs, captions = len(image), len(token)
+        # Whole images, then masked ones, in one batch; of the whole ones no patch is masked.
         if masks.patch is not None:
             masked_BN, visible = masks.patch.mask_BN, masks.patch.visible
             image = torch.cat([image, image[: len(masked_BN)]])
             mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
+        # All captions, then masked ones, each with the padding mask of its caption.
         if masks.token is not None:
             token = torch.cat([token, masks.token.token_CT])
             masked = attention[: len(masks.token.token_CT) // self.masks_per_text]
             attention = torch.cat([attention, masked.repeat_interleave(self.masks_per_text, 0)])
+        # An unreadable image is blank: its features must not be cached under its row.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
         if self.needs == {Need.IMAGE}:
             every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
         else:
             every_CTD = backbone.text(token, attention)
+        # (all rows, T, D) -> first captions (B), further captions, masked captions
         text, other, masked = every_CTD.tensor_split([pairs, captions])
         return Encoded(
             whole,
@@ -453,10 +474,12 @@ class MaskedPretraining(Task):
             return None
         image, text, image_all, text_all, scale, _, excluded = contrast
         with torch.no_grad():
+            # One exclusion serves both directions: whether two pairs share image or text does not depend on the side.
             drawn = [
                 draw_hard_negatives(similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
                 for pair in ((image, text_all), (text, image_all))
             ]
+        # Drawn for the whole batch and then cut: the random numbers do not depend on `pairs`.
         first = [Negatives(index_B[:pairs], weight_B[:pairs]) for index_B, weight_B in drawn]
         return first[0], first[1]
 

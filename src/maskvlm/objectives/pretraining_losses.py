@@ -93,6 +93,7 @@ class PretrainingLoss(ABC):
     stuck_hint: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
+        # A class of another package comes here, too: a mistake in it is to end in one line.
         where = f"model.task.losses: {type(self).__name__}"
         if not isinstance(getattr(self, "name", None), str) or not self.name.isidentifier():
             raise UserError(where, "has no name", "Give its class a `name` of letters, digits and _")
@@ -184,6 +185,7 @@ class ImageTextContrast(PretrainingLoss):
                 return self.of_pairs(step.contrast, step.batch.valid_B)
             return self.of_several(heads, step.contrast, step.encoded.other_CTD, step.all_captions)
 
+        # Frozen: the value is logged, nothing is learned from it.
         return without_gradient(loss) if step.itc_frozen else loss()
 
     def of_pairs(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
@@ -198,6 +200,7 @@ class ImageTextContrast(PretrainingLoss):
 
     def of_several(self, heads: Any, contrast: Contrast, other_CTD: Tensor, all_captions: Batch) -> Tensor:
         """ITC over all captions of the images, each of which is a positive; `all_captions` has them in that order."""
+        # The first captions have their vectors already; the further ones stand behind them in `all_captions`.
         other_CT = all_captions.attention_CT[len(contrast.text_BE) :]
         text_CE = torch.cat([contrast.text_BE, heads.projection.embed_text(other_CTD, other_CT)])
         weight_B = all_captions.valid_B.float()
@@ -210,6 +213,7 @@ class ImageTextContrast(PretrainingLoss):
 
     def chance(self, batch_size: int, texts_per_image: int) -> float:
         """Log of the number of columns, mean of both directions."""
+        # (log(B * m) + log(B)) / 2 with m captions an image
         return math.log(max(batch_size, 1)) + math.log(texts_per_image) / 2
 
 
@@ -227,8 +231,10 @@ class ImageTextMatching(PretrainingLoss):
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         assert step.negatives is not None
+        # The order of `cross_all`: true pairs, hard texts, hard images.
         texts, images = step.negatives
         valid = step.batch.valid_B[: len(texts.weight_B)].float()
+        # A row without a possible negative counts with its true pair alone.
         weight_M = torch.cat([valid, valid * texts.weight_B, valid * images.weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
         logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
@@ -267,8 +273,10 @@ class MaskedTokens(PretrainingLoss):
     def __call__(self, heads: Any, step: Step) -> Tensor:
         index_CK, target_CK, weight_CK = self._masked(step)
         count = shared_count(weight_CK.sum())
+        # (C, T, D) -> (C, K, D): the head gives V numbers for each position, so it gets the masked ones alone.
         read_CKD = gather_positions(step.crossed.text_BTD, index_CK)
         if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
+            # (C, K, ...) -> (masked, 1, ...)
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
         return losses.masked_token(heads.tokens(read_CKD), target_CK, weight_CK, count)
@@ -277,6 +285,7 @@ class MaskedTokens(PretrainingLoss):
         """Masked positions, the ids that stood there, and 1.0 where there is one, [C, K] each."""
         token = step.masks.token
         assert token is not None
+        # The captions as they were, each as often as it was masked.
         texts = len(token.token_CT) // step.masks_per_text
         target_CK = step.batch.token_CT[:texts].repeat_interleave(step.masks_per_text, 0).gather(1, token.index_CK)
         return token.index_CK, target_CK, token.weight_CK
@@ -285,6 +294,7 @@ class MaskedTokens(PretrainingLoss):
         _, target_CK, weight_CK = self._masked(step)
         if self.count_V is None:
             self.count_V = torch.zeros(heads.tokens.vocabulary.out_features, device=weight_CK.device)
+        # Places that only fill up have weight 0 and count nothing.
         self.count_V.mul_(FADE).index_add_(0, target_CK.flatten(), weight_CK.flatten().to(self.count_V))
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
@@ -321,6 +331,7 @@ class MaskedPixels(PretrainingLoss):
     def __call__(self, heads: Any, step: Step) -> Tensor:
         patch, first = step.masks.patch, self._images(step)
         assert patch is not None
+        # The decoder reads the text encoder's output (C).
         masked = step.encoded.first_masked_BTD if step.mask_both else None
         seen_BTD = step.encoded.text_BTD if masked is None else masked
         attention_BT = step.batch.attention_CT[:first]
@@ -344,6 +355,7 @@ class MaskedPixels(PretrainingLoss):
         patch = step.masks.patch
         assert patch is not None
         target_BKP = self.target(step.batch.image_BCHW[: self._images(step)], patch.index_BK)
+        # (P,) -> (pixels, 3) -> (3,) -> (P,): the last axis of a patch is the channel.
         colour_P = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
         flat_BKP = colour_P.expand_as(target_BKP)
         self.level = losses.masked_pixel(flat_BKP, target_BKP, patch.weight_BK, patch.weight_BK.sum(), self.kind)
@@ -386,6 +398,7 @@ class WordsPresent(PretrainingLoss):
         """1.0 where a word is in the caption, [B, V]; special tokens are no words."""
         words_BV = batch.image_BCHW.new_zeros(len(batch.token_CT), vocabulary, dtype=torch.float)
         words_BV = words_BV.scatter(1, batch.token_CT, 1.0)
+        # Only the specials that stand in this batch, padding included; no other was set above.
         special_V = torch.zeros_like(words_BV[0]).index_fill(0, batch.token_CT[batch.special_CT], 1.0)
         return words_BV * (1 - special_V)
 
@@ -395,8 +408,10 @@ class WordsPresent(PretrainingLoss):
         if self.count_V is None:
             self.count_V = torch.zeros_like(words_BV[0])
         self.count_V.mul_(FADE).add_((words_BV * valid_B[:, None]).sum(0))
+        # The same decay for both, so that the share is a mean over the same steps.
         self.seen = FADE * self.seen + valid_B.sum()
         share_V = (self.count_V / self.seen.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
+        # Sum of w log p + (1 - w) log(1 - p) over words = w logit(p) + log(1 - p).
         absent = torch.log1p(-share_V).sum()
         # Knowing how frequent each word is, and nothing of the image: as `losses.words_present`.
         nats_B = -(words_BV @ torch.logit(share_V) + absent) / words_BV.sum(1).clamp(min=1)

@@ -71,6 +71,7 @@ def subsample(batch: Batch, count: int) -> Batch:
     row = torch.arange(count, device=batch.index_B.device) * size // max(count, 1)
     caption = one_text(batch)[row]
     longest = int(batch.attention_CT[caption].sum(1).max()) if count else 0
+    # Fields 1 to 4 of Batch, which have a row a caption.
     token, attention, special, word = (x_CT[caption, :longest].clone() for x_CT in batch[1:5])
     owner = torch.arange(count, device=row.device)
     images = (batch.image_id_B[row], batch.text_id_C[caption], batch.valid_B[row], batch.index_B[row])
@@ -103,6 +104,7 @@ def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch:
     image_BLD = backbone.image(batch.image_BCHW, patch.mask_BN)
     text_BTD = backbone.text(batch.token_CT, batch.attention_CT)
     images, errors = [], []
+    # 0: each image's own caption. -1: the next row's.
     for shift in (0, -1):
         words_BTD, attention_BT = text_BTD.roll(shift, 0), batch.attention_CT.roll(shift, 0)
         context = backbone.cross_image.context(words_BTD, attention_BT)
@@ -111,6 +113,7 @@ def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch:
         values_BKP = denormalise(values_BKP, true_BKP) if task.masked_pixels.norm else values_BKP
         filled_BCHW = paste(batch.image_BCHW, values_BKP, *picked, size)
         images.append(to_rgb(backbone, filled_BCHW))
+        # (B, K), 0 where a place only fills up; then the mean over the masked patches of each image.
         error_BK = (values_BKP - true_BKP).square().mean(-1) * patch.weight_BK
         errors.append(error_BK.sum(1) / patch.weight_BK.sum(1).clamp(min=1))
     rgb_BCHW = to_rgb(backbone, batch.image_BCHW)
@@ -124,8 +127,10 @@ def guess_words(
     """Masked words from the rest of the caption and the whole image, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
     found = []
+    # The images, then one blank image for all texts.
     for image_BCHW in (batch.image_BCHW, torch.zeros_like(batch.image_BCHW[:1])):
         context = backbone.cross_text.context(backbone.image(image_BCHW))
+        # Row of the image that each text looks at: its own, or always the blank one.
         row_B = torch.arange(len(masked_BTD), device=masked_BTD.device) % len(image_BCHW)
         context = Context(context.blocks, None, row_B)
         crossed_BTD = backbone.cross_text(masked_BTD, context, batch.attention_CT).full_RLD
@@ -142,6 +147,7 @@ def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Te
     """
     grid = image_BCHW.shape[2] // size, image_BCHW.shape[3] // size
     every_BNP = patchify(image_BCHW, size)
+    # Places that only fill up are written, too: with the pixels that stand there.
     new_BKP = torch.where(weight_BK[..., None] > 0, patch_BKP.to(every_BNP), gather_positions(every_BNP, index_BK))
     place_BKP = index_BK[..., None].expand_as(new_BKP)
     return unpatchify(every_BNP.scatter(1, place_BKP, new_BKP), grid, size)
@@ -155,5 +161,6 @@ def denormalise(values_BKP: Tensor, true_BKP: Tensor) -> Tensor:
 
 def to_rgb(backbone: MaskVLM, image_BCHW: Tensor) -> Tensor:
     """Normalised pixels back to RGB in [0, 1], float32; what lies outside is cut."""
+    # (3,) -> (3, 1, 1)
     mean, std = (torch.tensor(x, device=image_BCHW.device)[:, None, None] for x in backbone.input_spec[1:3])
     return (image_BCHW.float() * std + mean).clamp(0, 1)

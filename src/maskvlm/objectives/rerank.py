@@ -74,8 +74,10 @@ def offload(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: T
     Args:
         matched: whether pairs will be matched; if not, only the unit vectors are kept.
     """
+    # Under autocast in its dtype, which takes half the memory.
     kind = image_BLD.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image_BLD.dtype
+    # slice(0) leaves [B, 0, D]: no features, but the axes that the gallery expects.
     positions = slice(None if matched else 0)
     public = SharedFeatures(
         _host(batch.index_B),
@@ -83,6 +85,7 @@ def offload(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: T
         _host(projection.embed_text(text_CTD, batch.attention_CT)),
         _host(text_CTD[:, positions], precision),
         _host(batch.attention_CT[:, positions]),
+        # By place in the split: a row of this batch means nothing to other processes.
         _host(batch.index_B[batch.owner_C]),
         batch.texts or ("",) * len(batch.owner_C),
     )
@@ -98,6 +101,7 @@ def in_rounds(own: Iterable[Item], count: int) -> Iterator[Item]:
     """The `count` items of each process, in rounds of one item of each: NCCL takes objects through the device's
     memory, and no process runs ahead of the others by more than an item."""
     left = iter(own)
+    # All processes take part in every round, also with nothing left to give: a gather waits for all.
     counts: list[Any] = gather_objects(count)
     for _ in range(max(counts)):
         items: list[Any] = gather_objects(next(left, None))
@@ -106,10 +110,12 @@ def in_rounds(own: Iterable[Item], count: int) -> Iterator[Item]:
 
 def gather_gallery(kept: list[EncodedBatch]) -> Gallery | None:
     """One gallery out of the batches of all processes, in the order of the split; None where nothing was kept."""
+    # In the order of the split, whoever encoded what.
     parts = sorted(in_rounds((part.public for part in kept), len(kept)), key=lambda part: int(part.index_B[0]))
     if not parts:
         return None
     index_B = torch.cat([part.index_B for part in parts])
+    # Place in the split -> row of the gallery.
     row = torch.full((int(index_B.max()) + 1,), -1)
     row[index_B] = torch.arange(len(index_B))
     return Gallery(
@@ -157,6 +163,7 @@ def score_gallery(
 @torch.no_grad()
 def match_pairs(backbone: MaskVLM, head: Matching, gallery: Gallery, wanted_BC: Tensor, chunk: int = CHUNK) -> Tensor:
     """Log-odds of a match of the wanted pairs, [B, C], float32; NaN elsewhere. Each process scores its own tiles."""
+    # A generator: each tile is scored when its round comes.
     own = (
         (first, match_tile(backbone, head, gallery, first, wanted_BC[first : first + len(tile)], chunk))
         for first, tile in gallery.tiles.items()
@@ -177,12 +184,16 @@ def match_tile(
     """
     weight = next(backbone.parameters())
     image_PLD = gallery.tiles[first].to(weight)
+    # Images' keys and values, once for all captions.
     seen = backbone.cross_text.context(image_PLD)
+    # Transposed, so that the pairs of a caption follow each other.
     text_M, image_M = wanted_PC.T.nonzero(as_tuple=True)
     log_odds_PC = torch.full(wanted_PC.shape, torch.nan)
     for start in range(0, len(text_M), chunk):
         text_m, image_m = text_M[start : start + chunk], image_M[start : start + chunk]
+        # The U captions of this chunk, and the place of each pair's caption among them.
         row_U, at_m = text_m.unique(return_inverse=True)
+        # Cut to the longest of the chunk: the gallery is padded to the longest of all.
         length = int(gallery.attention_CT[row_U].sum(1).max())
         attention_UT = gallery.attention_CT[row_U, :length].to(weight.device)
         text_UTD = gallery.text_CTD[row_U, :length].to(weight)
@@ -193,6 +204,7 @@ def match_tile(
             backbone.cross_image(image_PLD[picked_m], context, num_full=0).cls_BD,
             backbone.cross_text(text_UTD[at_m], there, attention_UT[at_m], num_full=0).cls_BD,
         )
+        # (m, 2): no match, match. Their difference is log p - log(1 - p).
         logits_m2 = head(fused.product_MD).float()
         log_odds_PC[image_m, text_m] = (logits_m2[:, 1] - logits_m2[:, 0]).cpu()
     return log_odds_PC

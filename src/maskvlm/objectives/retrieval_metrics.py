@@ -54,6 +54,7 @@ def topk_ranks(score_QG: Tensor, k: int) -> Tensor:
     """Place of the k best items of each query, from 0; G for all others."""
     total = score_QG.shape[1]
     best_QK = score_QG.topk(min(k, total), dim=1).indices
+    # (Q, k) -> (Q, G): 0, 1, 2, ... at the best items.
     place_QK = torch.arange(best_QK.shape[1]).expand_as(best_QK)
     return torch.full(score_QG.shape, total).scatter(1, best_QK, place_QK)
 
@@ -61,6 +62,7 @@ def topk_ranks(score_QG: Tensor, k: int) -> Tensor:
 def candidates(contrast_BC: Tensor, k: int) -> Tensor:
     """Pairs worth a second look, [B, C]: a caption among an image's k best, or an image among a caption's."""
     wanted_BC = torch.zeros(contrast_BC.shape, dtype=torch.bool)
+    # Both directions write into one matrix: the second looks at it transposed, without a copy.
     for score_QG, wanted_QG in ((contrast_BC, wanted_BC), (contrast_BC.T, wanted_BC.T)):
         for score_qG, wanted_qG in zip(score_QG.split(BLOCK), wanted_QG.split(BLOCK), strict=True):
             wanted_qG |= topk_ranks(score_qG.contiguous(), k) < k
@@ -74,6 +76,7 @@ def rerank_scores(contrast_QG: Tensor, match_QG: Tensor, place_QG: Tensor, k: in
     float32 told apart.
     """
     top_QG = place_QG < k
+    # The lowest finite log-odds among the k best become 2.
     least_Q1 = match_QG.masked_fill(~(top_QG & match_QG.isfinite()), torch.inf).amin(1, keepdim=True)
     return torch.where(top_QG, match_QG.double() - least_Q1 + 2, contrast_QG.double())
 
@@ -86,6 +89,7 @@ def ranking(score_QG: Tensor, relevant_QG: Tensor) -> Ranking:
     without relevant item is beyond any gallery.
     """
     score_QG = score_QG.masked_fill(score_QG.isnan(), -torch.inf)
+    # The best relevant item and the best irrelevant one of each query.
     good_Q, good_at_Q = score_QG.masked_fill(~relevant_QG, -torch.inf).max(1)
     bad_at_Q = score_QG.masked_fill(relevant_QG, -torch.inf).argmax(1)
     rank_Q = ((score_QG >= good_Q[:, None]) & ~relevant_QG).sum(1)
@@ -109,10 +113,13 @@ def _rankings(
     parts: dict[int, list[Ranking]] = {k: [] for k in ks}
     for first in range(0, len(query_Q), BLOCK):
         rows = slice(first, first + BLOCK)
+        # The matrix of captions is a transposed view: a block is copied to be read row by row.
         contrast_qG, relevant_qG = contrast_QG[rows].contiguous(), query_Q[rows, None] == item_G
+        # Once for the largest k: the smaller ones are its first places.
         place_qG = topk_ranks(contrast_qG, max(ks))
         for k in ks:
             score_qG = contrast_qG
+            # k = 0 is contrast alone.
             if k and match_QG is not None:
                 score_qG = rerank_scores(contrast_qG, match_QG[rows], place_qG, k)
             parts[k].append(ranking(score_qG, relevant_qG))
@@ -134,6 +141,7 @@ def recall_chance(relevant_Q: Tensor, total: int, ks: Sequence[int] = KS) -> dic
     levels = {}
     for k in ks:
         drawn = torch.arange(min(k, total))
+        # None of k items is relevant, drawn without putting back: product of (total - relevant - i) / (total - i).
         missed_Q = ((total - relevant_Q[:, None] - drawn).clamp(min=0).double() / (total - drawn)).prod(1)
         levels[k] = 100 * (1 - missed_Q).mean().item()
     return levels
@@ -153,6 +161,7 @@ def retrieval_metrics(scores: Scores, found: dict[int, Rankings], k: int) -> dic
     """
     images, captions = scores.contrast_BC.shape
     metrics: dict[str, float] = {"retrieval/pictures": images, "retrieval/captions": captions}
+    # Without matching there are only the names `itc_`, and `score` is theirs.
     best = "itc_" if scores.match_BC is None else ""
     for name, ranked in {"itc_": found[0], best: found[0 if best else k]}.items():
         metrics |= named(recall_of(ranked.text), f"{name}tr") | named(recall_of(ranked.image), f"{name}ir")

@@ -98,6 +98,7 @@ class Task(nn.Module, ABC):
         """
         own = self.state_dict()
         fitting = {n: value for n, value in heads.items() if n in own and own[n].shape == value.shape}
+        # Not strict: what does not fit keeps what `build` gave it.
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
 
