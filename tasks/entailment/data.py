@@ -98,6 +98,7 @@ class SnliVe(ExampleSource):
         origin = RowOrigin(self.root / file, "{file}:{place}")
         check_below(origin.file, self.root)
         digest = digest_of(origin.file, todo=TODO) + digest_of(*self.corrected, todo="Correct data.source.corrected")
+        # Half of each digest: the file's and the corrections'.
         key = f"snli-ve-{EXAMPLE_VERSION}.{VERSION}-{digest[:32]}-{digest[64:96]}"
         table = cached_table(
             key, self.cache, EXAMPLE_COLUMNS, lambda: parse_entailment(origin, read_labels(self.corrected))
@@ -123,6 +124,7 @@ class SnliVe(ExampleSource):
         """Where two files have the same number, the one that is named by it alone."""
         album = open_album(self.images, self.root)
         named: dict[str, str] = {}
+        # False sorts before True: names of digits alone come first, and setdefault keeps the first.
         for name in sorted(album.names, key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
             if number := re.match(r"\d+", PurePosixPath(name).name):
                 named.setdefault(f"flickr {number[0]}", name)
@@ -137,6 +139,7 @@ def parse_entailment(origin: RowOrigin, corrected: dict[str, str]) -> ParsedColu
         old = get_label(record, "gold_label", (*LABELS, NO_LABEL), where, LAYOUT)
         label = corrected.get(pair, old)
         if label != old:
+            # Counted before pairs without a label are left out: a correction may say `-`, too.
             rows.note(CORRECTED, number)
         if label == NO_LABEL:
             rows.note("no gold label", number)
@@ -190,6 +193,7 @@ def csv_rows(file: Path) -> Iterator[JsonLine]:
         if problem:
             what = f"not comma-separated text ({problem[0]}: {problem[1]})"
             raise UserError(where, what, "Mend this line, or fetch the file again", ExitCode.BAD_DATA)
+        # A quote that is closed too late swallows the rows in between, which the format allows.
         if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
             what = "a quoted field goes on over what looks like another row"
             raise UserError(where, what, "Close the quote, or put the field on one line", ExitCode.BAD_DATA)

@@ -79,6 +79,7 @@ def verdict(claim: Hypothesis, view: View) -> str:
     ghosts = [replace(GHOST, cell=cell, dx=0, dy=0, **said) for cell in hidden for said in claim.said]
     certain, possible = is_so(claim, seen), is_so(claim, (*seen, *ghosts))
     if claim.denied:
+        # "There is none": certain where one is impossible, possible where one is not certain.
         certain, possible = not possible, not certain
     return "entailment" if certain else "neutral" if possible else "contradiction"
 
@@ -103,6 +104,7 @@ def unlike(one: Thing, other: Thing) -> bool:
 def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
     """A curtain over a random line, and one or two things beside it; an image in which every class is possible."""
     curtain = choose(rng, tuple(LINES))
+    # All things stand beside the curtain; what it hides is left open.
     free = [cell for cell in EVERYWHERE if cell not in LINES[curtain]]
 
     def make_pair() -> Scene | None:
@@ -113,6 +115,7 @@ def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ..
     def make() -> Scene:
         cells = shuffled(rng, free)[: choose(rng, (1, 2))]
         first = thing_like(rng, cells[0], {})
+        # Half of the second things are nearly the first.
         like = near_miss(rng, traits_of(first, names)) if rng.random() < 0.5 else {}
         return scene_of(rng, [first, *(thing_like(rng, cell, like) for cell in cells[1:])])
 
@@ -134,6 +137,7 @@ def cell_of(rng: random.Random, thing: Thing) -> int:
 def two_of(rng: random.Random, view: View, names: tuple[str, ...]) -> tuple[list[Thing], tuple[Traits, Traits]]:
     """The two things of a scene in any order, and what is said of them: unlike each other, too."""
     one, other = shuffled(rng, view.scene.things)
+    # What is said of one thing never fits the other by accident: colours and shapes are kept apart.
     first = said_of(rng, one, names, (other.colour, other.shape))
     return [one, other], (first, said_of(rng, other, names, (first["colour"], first["shape"])))
 

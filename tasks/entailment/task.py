@@ -30,6 +30,7 @@ class Entailment(Classification):
         column = {label: number for number, label in enumerate(self.labels)}
         truth_N = torch.tensor([column[one.truth] for one in known])
         said_N = torch.tensor([column[one.prediction] for one in known])
+        # Rows are truths, columns predictions.
         count_KK = multiclass_confusion_matrix(said_N, truth_N, len(self.labels))
         found: dict[str, float] = {}
         for row, label in zip(count_KK.tolist(), self.labels, strict=True):

@@ -73,6 +73,7 @@ class Nlvr2(ExampleSource):
 
     def _images(self) -> ImagesByKey:
         album = open_album(self.images, self.root)
+        # Found by name in any folder. Backwards: of two files of one name the first one stays.
         return album.images({f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(album.names)})
 
 
@@ -89,9 +90,11 @@ def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
         rows.add(
             place=number,
             id=identifier,
+            # Left, right; an image's name has no sentence in it, as sentences share images.
             images=[f"nlvr2 {split}-{images}-{pair}-img{side}" for side in (0, 1)],
             text=get(record, "sentence", str, where, LAYOUT),
             answers=[get_label(record, "label", LABELS, where, LAYOUT)],
+            # All pairs of one sentence.
             group=f"{split}-{images}-{sentence}",
         )
     return rows.made()

@@ -94,8 +94,10 @@ class Slot(NamedTuple):
 def slot_of(rng: random.Random, role: str, said: Traits, taken: frozenset[str] = frozenset()) -> Slot:
     """The mentioned thing, or a near miss of it, in each image, as the role says (see ROLES)."""
     near = near_miss(rng, said, taken)
+    # Every picture shows the thing or its near miss: that nothing stands there cannot give a role away.
     left = said if role in ("same", "left") else near
     right = said if role in ("same", "right") else near
+    # Others must not look like either of the two.
     return Slot(left, right, taken | {traits[name] for traits in (said, near) for name in ("colour", "shape")})
 
 
@@ -107,6 +109,7 @@ def say_thing(rng: random.Random, kind: str) -> Sentence:
     def make(rng: random.Random, truth: bool) -> Pair:
         role = choose(rng, ROLES[kind][truth])
         main = slot_of(rng, role, said)
+        # One of the two is alike in both pictures and the other is not, whatever the role.
         other_role = "same" if role in ("left", "right") else "left"
         other = slot_of(rng, other_role, strangers(rng, names, main.taken), main.taken)
         return filled(rng, main, other)
@@ -145,12 +148,15 @@ def say_background(rng: random.Random, kind: str) -> Sentence:
     form, said = choose(rng, tuple(GROUNDS)), choose(rng, BACKGROUNDS)
 
     def make(rng: random.Random, truth: bool) -> Pair:
+        # Two backgrounds: `first` is the one that the sentence names, where it names one.
         named = form in ("both", "one")
         first, second = shuffled(rng, BACKGROUNDS)[:2]
         if named:
             first, second = said, choose(rng, [name for name in BACKGROUNDS if name != said])
+        # "both" and "same" are true of equal backgrounds, "one" and "differ" of different ones.
         equal = (form in ("both", "same")) == truth
         if equal:
+            # "only one" is false in two ways: both pictures are on it, or none is.
             all_wrong = named and not truth and rng.random() < 0.5
             grounds = (second, second) if all_wrong else (first, first)
         else:
@@ -166,6 +172,7 @@ def say_count(rng: random.Random, kind: str) -> Sentence:
 
     def make(rng: random.Random, truth: bool) -> Pair:
         total = said if truth else choose(rng, BESIDE[said])
+        # So that each picture has 1 to 3 things.
         left = choose(rng, range(max(1, total - 3), min(3, total - 1) + 1))
         return Pair([{}] * left, [{}] * (total - left))
 
@@ -188,10 +195,12 @@ def scene_view(rng: random.Random, split: str, things: list[Traits], ground: str
 def tell_comparison(key: str, split: str, index: int) -> PlannedExample:
     """Pair `index % 4` of sentence `index // 4`; see `Tell`. Ids as NLVR2's, split-set-pair-sentence."""
     number, place = divmod(index, PAIRS)
+    # From the number alone: the four pairs of a sentence make it anew and find the same words.
     rng = random.Random(f"{key}-{number}")
     kind = choose(rng, LOTS[split])
     sentence = SAY[kind](rng, kind)
     truth = shuffled(rng, (True, True, False, False))[place]
+    # The pair's own: drawn apart from the sentence and from the other three.
     rng = random.Random(f"{key}-{number}-{place}")
     pair = sentence.make(rng, truth)
     grounds = pair.grounds or (None, None)

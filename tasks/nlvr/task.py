@@ -37,6 +37,7 @@ def groups_of(scored: list[ScoredExample]) -> list[list[ScoredExample]]:
     found: dict[str, list[ScoredExample]] = {}
     for one in scored:
         if one.correct is not None:
+            # An example without a group stands alone.
             found.setdefault(one.example["group"] or one.example["id"], []).append(one)
     return list(found.values())
 

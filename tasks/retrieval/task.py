@@ -103,6 +103,7 @@ class Retrieval(Task):
     def build(self, backbone: MaskVLM) -> None:
         """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen: DDP would wait for
         its gradient for ever."""
+        # Also without ITC: contrast picks the candidates that matching looks at.
         self.project(backbone.width, self.contrast_dim or 256)
         if self.weights["itm"]:
             self.matching = Matching(backbone.width)
@@ -120,6 +121,7 @@ class Retrieval(Task):
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width, and read what they read there: left random they would cost the
         contrast it has learned."""
+        # The weight is [E, D], or [E, 2D] where contrast reads the mean patch, too.
         theirs, own = heads.get("projection.image.weight"), self.projection.image
         if theirs is not None and theirs.shape != own.weight.shape:
             if self.contrast_dim is not None and len(theirs) != own.out_features:
@@ -131,14 +133,17 @@ class Retrieval(Task):
     # ------------------------------------------------------------------ training
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
+        # Texts are gathered, and a gather needs one shape in all processes.
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         self.shown = len(batch.owner_C) / len(batch.valid_B)
         if self.blind is not None:
             batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
+        # Noise differs in each step and unreadable images are blank: neither may be cached.
         row_B = None if self.blind is not None else batch.index_B.masked_fill(~batch.valid_B, -1)
         image_BLD = backbone.image(batch.image_BCHW, None, row_B)
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
+        # ITC and ITM read the same features: each encoder has run once.
         contrast = self.contrast(batch, image_BLD, text_CTD)
         terms = {}
         if self.weights["itc"]:
@@ -170,6 +175,7 @@ class Retrieval(Task):
         """Out of the global batch; never of the same image, the same words, or what could not be read."""
         image, text, image_all, text_all, scale, image_targets, text_targets = contrast
         drawn = []
+        # A hard text for each image, (B, H), then a hard image for each text, (C, G).
         for query, key, (positive, excluded) in ((image, text_all, image_targets), (text, image_all, text_targets)):
             logits = losses.similarity(query, key, scale)
             drawn.append(draw_hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
@@ -179,6 +185,7 @@ class Retrieval(Task):
         """ITM: of M fused pairs the first C belong together, the others are hard negatives."""
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
+        # The order of `cross`: true pairs (C), hard images (C), hard texts (B).
         weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.text.weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
         return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
@@ -186,6 +193,7 @@ class Retrieval(Task):
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
         of its class prior, m of 2m + 1 pairs with m captions an image (0.6365 for one)."""
+        # Of M = 2C + B pairs C belong together, C = m * B.
         share = self.shown / (2 * self.shown + 1)
         itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2
         itm = -share * math.log(share) - (1 - share) * math.log(1 - share)
@@ -197,6 +205,7 @@ class Retrieval(Task):
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
         image = batch.image_BCHW
         if self.blind is not None:
+            # From the batch's place in the split alone: every checkpoint sees the same noise.
             image = self.blind(image, Draw(EVAL_SEED, int(batch.index_B[0]), image.device).local)
         image_BLD, text_CTD = backbone.image(image), backbone.text(batch.token_CT, batch.attention_CT)
         self.kept.append(offload(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
@@ -205,20 +214,24 @@ class Retrieval(Task):
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         """Recall@1/5/10 in percent, their sum (`rsum`), by contrast alone (`itc_`) and re-ranked; `k<k>_` and
         `k_all_` with the sweep."""
+        # Gather what all processes encoded, and forget the own share.
         gallery, self.kept = gather_gallery(self.kept), []
         self.predictions = []
         if gallery is None:
             return {}
         matched = bool(self.weights["itm"])
+        # k beyond the larger side is all of it; without matching k is 0.
         most = max(len(gallery.owner_C), len(gallery.index_B))
         k, head = min(self.rerank_k, most) if matched else 0, self.matching if matched else None
         added = self.rerank_contrast * float(self.projection.logit_scale)
         scores = score_gallery(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
+        # Every pair has been matched where there is a sweep, so that each k only orders anew.
         swept = sweep_ks(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
         found = rankings(scores, sorted({0, k, *swept.values()}))
         self.predictions = predictions(gallery, found[k])
         self.measured = {"rerank_k": k, "captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
         metrics = retrieval_metrics(scores, found, k) | rsum(found[0], "itc_") | (rsum(found[k], "") if k else {})
+        # At each k of the sweep R@1 alone, both ways.
         for name, at in swept.items():
             metrics |= named(recall_of(found[at].text, [1]), f"{name}_tr")
             metrics |= named(recall_of(found[at].image, [1]), f"{name}_ir")
@@ -232,10 +245,12 @@ class Retrieval(Task):
 def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: HardNegatives) -> Fused:
     """One pass of each cross encoder over M = 2C + B pairs: (image, its caption), (hard image, caption),
     (image, hard caption)."""
+    # Rows that pairs can pick: own ones, and behind them negatives of other processes.
     own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
     image, hard_image = with_negatives(image_BLD, hard.image.index_B)
     text, hard_text = with_negatives(text_CTD, hard.text.index_B)
     attention, _ = with_negatives(batch.attention_CT, hard.text.index_B)
+    # The same M pairs on both sides, in this order.
     images, texts = [batch.owner_C, hard_image, own_B], [own_C, own_C, hard_text]
     image_side, text_side = RowPool(image, None), RowPool(text, attention)
     return Fused(
@@ -263,6 +278,7 @@ def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
     """
     owner, images = gallery.owner_C.tolist(), [f"image {index}" for index in gallery.index_B.tolist()]
     captions = [text or f"caption {row}" for row, text in enumerate(gallery.texts)]
+    # Backwards, so that the first caption of an image is the one that stays.
     first = {image: captions[row] for row, image in reversed(list(enumerate(owner)))}
     lines = []
     for row, (at, right) in enumerate(_firsts(found.image)):

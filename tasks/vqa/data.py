@@ -85,6 +85,7 @@ class VqaV2(ExampleSource):
         max_missing: float = 0.01,
     ) -> None:
         self.root, self.images, self.answers = Path(root).expanduser(), images, answers
+        # A single name is a list of one, not of its letters.
         listed = [train] if isinstance(train, str) else [*train]
         self.parts = {"train": listed, "val": [val] if val else [], "test": [test] if test else []}
         self.visual_genome = Path(visual_genome).expanduser() if visual_genome else None
@@ -97,8 +98,10 @@ class VqaV2(ExampleSource):
             return read_vocabulary(self.answers)
         tables = [self._table(part, answered=True) for part in self.parts["train"]]
         for part, table in zip(self.parts["train"], tables, strict=True):
+            # From the table, so that a cached one is checked as well.
             ids, majorities = (table.rows.data.column(name).to_pylist() for name in ("id", "majority"))
             check_majorities(ids, majorities, self._annotations(part))
+        # Table names follow from file contents: the kept vocabulary is found again only for the same ones.
         key = hashed("vqa-answers", self.min_count, *(table.name for table in tables))
         kept = cached_table(key, self.cache, {"answer": "string"}, lambda: self._vocabulary(tables))
         return tuple(kept.rows.data.column("answer").to_pylist())
@@ -124,9 +127,11 @@ class VqaV2(ExampleSource):
             raise UserError(f"data.source.{name}", "no part is named for this split", "Name one")
         tables, absent = [], Absent()
         for part in parts:
+            # Missing files of all parts are told in one error.
             with absent.noted():
                 tables.append(self._table(part, answered=name != "test"))
         absent.check()
+        # Once for all parts: it lists every image of the folder.
         album = open_album(self.images, self.root)
         chosen = []
         for part, table in zip(parts, tables, strict=True):
@@ -158,6 +163,7 @@ class VqaV2(ExampleSource):
         for file in (origin.file, annotations):
             check_below(file, self.root)
         files = [origin.file, annotations] if answered or annotations.is_file() else [origin.file]
+        # With the part's family, which its image ids begin with.
         key = f"vqa-{EXAMPLE_VERSION}.{VERSION}-{part.split('_')[0]}-{digest_of(*files, todo=TODO)[:32]}"
         columns = {**EXAMPLE_COLUMNS, "majority": "string"}
         return cached_table(key, self.cache, columns, lambda: parse_vqa(origin, part, files[1] if files[1:] else None))
@@ -167,6 +173,7 @@ class VqaV2(ExampleSource):
         key = f"vqa-genome-{EXAMPLE_VERSION}.{VERSION}-{digest_of(file, todo='Correct data.source.visual_genome')[:32]}"
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin))
         album = Album(file.parent)
+        # Backwards: of two files of one name the first one stays.
         stems = {f"vg {PurePosixPath(name).stem}": name for name in reversed(album.names)}
         return self._choose(table, origin, "train", album.images(stems), None)  # an addition may be empty
 
@@ -191,9 +198,11 @@ class VqaV2(ExampleSource):
     def _look_up(self, table: Table) -> list[bool]:
         """Each different answer is looked up once: ten people to a question give few different ones."""
         answers_N = table.rows.data.column("answers").combine_chunks()
+        # All answers one after the other, the different ones among them, and which of these are in the vocabulary.
         flat = pc.list_flatten(answers_N)
         different = pc.unique(flat)
         inside = pa.array([bool(self.targets([answer])) for answer in different.to_pylist()], pa.bool_())
+        # Back to all answers, and then to the rows that they belong to.
         hit = pc.take(inside, pc.index_in(flat, value_set=different))
         known_N = np.zeros(len(answers_N), bool)
         known_N[pc.list_parent_indices(answers_N).filter(hit).to_numpy()] = True
@@ -211,6 +220,7 @@ class Joined:
         for each in lists:
             for reason, places in each.skipped.items():
                 self.skipped.setdefault(reason, []).extend(places)
+        # Each part was checked alone; here they meet.
         counted = pc.value_counts(self.column("id"))
         if twice := counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist():
             shown = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
@@ -222,6 +232,7 @@ class Joined:
         return self._end[-1]
 
     def __getitem__(self, index: int, /) -> Example:
+        # The range brings list rules: numbers below 0 count from the end, others outside are an IndexError.
         position = range(len(self))[index]
         number = bisect_right(self._end, position)
         return self.lists[number][position - self._end[number]]  # counted from its end
@@ -257,6 +268,7 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
         where = origin.full(place)
         number = get(record, "question_id", int, where, LAYOUT)
         image = get(record, "image_id", int, where, LAYOUT)
+        # Without annotations a question has no answers; with them it must have its own.
         given = answered.get(number) or Annotation(number, [], "", "", "", "")
         if annotations and number not in answered:
             what = f"question {number} has no annotation in {annotations}"
@@ -271,6 +283,7 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
             kind=given.question_type,
             majority=given.majority,
         )
+    # And the other way round: an annotation without a question means files of two parts.
     for each in answered.values():
         if str(each.question_id) not in rows:
             what = f"question {each.question_id} is not in {origin.file}"
@@ -290,9 +303,11 @@ def numbered(names: list[str], part: str) -> dict[str, str]:
     Where any file has COCO's twelve digits, only those count: Visual Genome's `9.jpg` in the same tree is another
     image. Of several files with one number the one with most of the part's words in its path is taken.
     """
+    # (digits at the end of the name, name) of all files that have some.
     found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
     padded = [each for each in found if len(each[0]) == DIGITS]
     words = set(part.split("_"))
+    # The best fit first: setdefault then keeps it.
     best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
     chosen: dict[str, str] = {}
     for number, name in best:

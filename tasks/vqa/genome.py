@@ -10,6 +10,7 @@ LAYOUT = "Visual Genome"
 
 def parse_genome(origin: RowOrigin) -> ParsedColumns:
     """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1."""
+    # `place` counts questions through the whole file, as errors name them.
     rows, place = TableRows(origin, "qa_id"), 0
     with opened(origin.file) as stream:
         document = load_json(stream.read(), origin.file)

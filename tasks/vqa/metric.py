@@ -99,6 +99,7 @@ def credit(matches: int, people: int) -> float:
     if people == 1:
         return float(matches)
     need = min(FULL, people - 1)
+    # Who gave the answer leaves one match fewer behind; who did not leaves all.
     left_out = matches * min(matches - 1, need) + (people - matches) * min(matches, need)
     return left_out / (people * need)
 

@@ -79,8 +79,10 @@ def company(rng: random.Random, said: Traits, most: int = 2) -> list[Traits]:
 
 def ask_attribute(rng: random.Random, kind: str, answer: str) -> Query:
     """What colour, shape, pattern or size the one thing of the said traits has."""
+    # What is asked for is never said.
     basis = {"colour": ("shape",), "shape": ("colour",)}.get(kind, ("colour", "shape"))
     more = () if rng.random() < 0.5 else (choose(rng, [name for name in ("size", "pattern") if name != kind]),)
+    # One in four names a place instead of a thing.
     if kind in ("colour", "shape") and rng.random() < 0.25:
         return ask_at_place(rng, kind, answer)
     said = traits_by_lot(rng, (*more, *basis))
@@ -93,6 +95,7 @@ def ask_attribute(rng: random.Random, kind: str, answer: str) -> Query:
 
     def make() -> Scene | None:
         scene = scene_like(rng, [said | {kind: answer}, *company(rng, said)])
+        # None where the company fits the words, too: a question must mean one thing.
         return scene if only(said, scene) else None
 
     return Query(text, make)
@@ -118,6 +121,7 @@ def ask_place(rng: random.Random, kind: str, answer: str) -> Query:
     def make() -> Scene | None:
         scene = scene_like(rng, [said, *company(rng, said)])
         found = [thing for thing in scene.things if fits(said, thing)]
+        # The place was drawn with the scene, so most tries fail: first_of_split goes on trying.
         return scene if len(found) == 1 and found[0].place == answer else None
 
     return Query(f"where is the {noun(said)}", make)
@@ -137,6 +141,7 @@ def ask_count(rng: random.Random, kind: str, answer: str) -> Query:
     number = NUMBERS.index(answer)
 
     def make() -> Scene | None:
+        # Always three things: how many there are in all tells nothing of the answer.
         things = [said] * number + [near_miss(rng, said) for _ in range(3 - number)]
         return scene_like(rng, things)
 
@@ -148,6 +153,7 @@ def ask_existence(rng: random.Random, kind: str, answer: str) -> Query:
     said = traits_by_lot(rng, names_by_lot(rng))
 
     def make() -> Scene | None:
+        # The company is like what stands there, with either answer.
         first = said if answer == "yes" else near_miss(rng, said)
         scene = scene_like(rng, [first, *company(rng, first)])
         return scene if any(fits(said, thing) for thing in scene.things) == (answer == "yes") else None
@@ -169,6 +175,7 @@ def ask_relation(rng: random.Random, kind: str, answer: str) -> Query:
         scene = scene_like(rng, [first, second, *company(rng, first, most=1)])
         if not (only(first, scene) and only(second, scene)):
             return None
+        # Each is the only one of its kind here, so the first that fits is it.
         one, other = (next(thing for thing in scene.things if fits(said, thing)) for said in (first, second))
         return scene if one.relates(true, other) else None
 
@@ -187,6 +194,7 @@ ASK: dict[str, Callable[[random.Random, str, str], Query]] = {
 
 def tell_question(key: str, split: str, index: int) -> PlannedExample:
     """Question `index`; see `Tell`."""
+    # A generator for each example: any worker makes it alike. Python hashes a text seed the same in every process.
     rng = random.Random(f"{key}-{index}")
     kind = choose(rng, tuple(ANSWERS))
     answer = choose(rng, ANSWERS[kind])

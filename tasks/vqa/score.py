@@ -45,7 +45,9 @@ def score_answers(results: Path, annotations: Path, questions: Path | None = Non
     asked = list(read_annotations(annotations))
     if not asked:
         raise UserError(annotations, "no annotations", "Take the complete file", ExitCode.BAD_DATA)
+    # A dict for its order: errors name the first question of the file.
     known = dict.fromkeys(annotation.question_id for annotation in asked)
+    # All three files must speak of the same questions: a missing answer is an error and no 0.
     if questions is not None:
         compare(read_questions(questions), questions, known, annotations, "annotation")
     given = read_results(results)

@@ -76,7 +76,9 @@ class Vqa(Classification):
         """From pre-training, the generative head takes over the token head; its decoder has its weights already."""
         if not self.generates:
             return super().warm_start(heads)
+        # The token head goes by `tokens.` in pre-training; a checkpoint of VQA has its own name, which wins.
         renamed = {f"answer.{name}": value for name, value in heads.items() if name.startswith("tokens.")}
+        # The decoder was copied from the text cross encoder when it was built: the report is not to call it random.
         copied = {name for name in self.state_dict() if name.startswith("answer.decoder.")}
         return super().warm_start({**renamed, **heads}) | copied
 
@@ -89,6 +91,7 @@ class Vqa(Classification):
         token_AS, attention_AS, owner_A, weight_A = shortened(batch.answers, self.answer_length)
         likelihood_A = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, owner_A)
         valid_B = batch.valid_B.float()
+        # Weights of a question's answers add up to 1, so that each question counts alike.
         share_A = weight_A / torch.zeros_like(valid_B).index_add(0, owner_A, weight_A)[owner_A].clamp(min=1e-6)
         loss = -(likelihood_A * share_A * valid_B[owner_A]).sum()
         return {self.name: loss / shared_count(valid_B.sum()).clamp(min=1)}
@@ -99,6 +102,7 @@ class Vqa(Classification):
 
     def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Question:
         """Images and questions through the encoders, the cross encoders and the fusion block."""
+        # (B, 1, 3, H, W) -> (B, 3, H, W); unreadable images and noise are not cached (-1).
         image_BCHW, row_B = batch.image_BPCHW[:, 0], batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
             image_BCHW, row_B = self.blind(image_BCHW, uniform), row_B.new_full(row_B.shape, -1)
@@ -128,7 +132,9 @@ class Vqa(Classification):
             best_B = self.answer.rank(backbone, question, token_KS, attention_KS, rows, self.candidates)
             return [self.labels[number] for number in best_B.tolist()]
         tokenizer: Any = backbone.text.tokenizer
+        # Every label begins and ends with them: read from the first.
         start, end = (int(token_KS[0, place]) for place in (0, int(attention_KS[0].sum()) - 1))
+        # The end token ends the answer; no other special token belongs in one.
         forbidden = [token for token in tokenizer.all_special_ids if token != end]
         written_BS = self.answer.write(backbone, question, rows, start, end, forbidden)
         return [self.words(row, end, tokenizer) for row in written_BS.tolist()]
@@ -148,6 +154,7 @@ class Vqa(Classification):
             return [LabelPrediction(word, p, {word: p}) for word, p in zip(predicted, likelihood, strict=True)]
         found = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
         chosen_BM, likelihood_BM = found
+        # (B, M) -> (B, K): candidates that were not compared get 0.
         probability_BK = likelihood_BM.new_zeros(rows, len(self.labels)).scatter(1, chosen_BM, likelihood_BM.exp())
         return top_labels(probability_BK, self.labels)
 
@@ -162,6 +169,7 @@ class Vqa(Classification):
 
     def words(self, tokens: list[int], end: int, tokenizer: Any) -> str:
         """The label with these tokens, or else the tokens as text: a tokenizer need not give back a label's spaces."""
+        # Without start token, and up to the end token if there is one.
         inner = tokens[1 : tokens.index(end, 1)] if end in tokens[1:] else tokens[1:]
         assert self.table is not None
         label = self.spelt.get(tuple(inner))
@@ -190,6 +198,7 @@ class Vqa(Classification):
         if not known:
             return {}
         usual = Counter(one.truth for one in known).most_common(1)[0][0]
+        # Ceiling: the best that the vocabulary allows. Prior: one answer to all questions.
         labels, given = set(self.labels), [one.example["answers"] for one in known]
         best = [max((accuracy(one, answers) for one in {*answers} & labels), default=0.0) for answers in given]
         prior = [accuracy(usual, answers) for answers in given]
@@ -212,6 +221,7 @@ class Vqa(Classification):
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Classes: one answer is true, all as likely. Generated ones have no such level: their length varies."""
         others = len(self.labels) - 1
+        # K sigmoids at 1 / K, one of them true: log K + (K - 1) log(K / (K - 1)).
         return {} if self.generates else {self.name: math.log1p(others) + others * math.log1p(1 / max(1, others))}
 
 

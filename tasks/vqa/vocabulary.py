@@ -87,6 +87,7 @@ def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".json":
+        # Lines are counted from 1 as in editors, positions in JSON from 0.
         return _unique(enumerate(_lines(path), 1), path, ":")
     entries = read_json_file(path)
     if isinstance(entries, dict):
@@ -110,6 +111,7 @@ def _by_index(entries: dict[str, Any], path: Path) -> list[str]:
     """Answers in the order of their indices, which say which output of a trained head each one has."""
     answers: dict[int, str] = {}
     for answer, index in entries.items():
+        # bool is an int to Python. A branch without `continue` ends in the error below.
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(entries):
             what = f"index {index!r} of {answer!r} is not one of 0 to {len(entries) - 1}"
         elif index in answers:
@@ -221,6 +223,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.out.suffix.lower() != ".json":
         raise UserError("--out", f"'{options.out}' does not end in .json", "Name a .json file")
+    # A generator: one file of annotations is in memory at a time.
     answers = build_vocabulary(_majorities(options.annotations), options.min_count)
     if not answers:
         what = f"no answer is shared by {options.min_count} questions"
