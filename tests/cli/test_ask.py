@@ -108,8 +108,9 @@ def test_which_patches_a_box_touches() -> None:
         (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is masked", ExitCode.USAGE),
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
         (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
-        (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
+        (["match", "--from", "best.ckpt", "a dog", "0.png"], "match: 'a dog' is no file, and 0.png", ExitCode.USAGE),
         (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
+        (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
         (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 image and a question", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"], "7.0 is no share", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
@@ -144,6 +145,15 @@ def test_the_earlier_name_of_an_option_works_and_is_told(
         hidden.append(json.loads(told.out)["masked"])
         assert ("--hide is called --mask-ratio now" in told.err) == (option == "--hide")
     assert hidden[0] == hidden[1]
+
+
+def test_a_fine_tuned_checkpoint_is_measured_by_its_task(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(["evaluate", "from=vqa.ckpt"]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert said == "error: vqa.ckpt: was fine-tuned as Vqa. Name its task: evaluate vqa.\n"
 
 
 def test_help_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
 from maskvlm.cli.main import common, main
-from maskvlm.config.compose import choices, tasks
+from maskvlm.config.compose import choices, sets_of, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +45,17 @@ def test_help_of_a_command_lists_what_there_is(capsys: pytest.CaptureFixture[str
     assert told.strip() == help_of(COMMANDS["finetune"])
 
 
+def test_help_of_a_task_has_the_data_sets_of_that_task(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not those of pre-training, which it would refuse."""
+    assert main(["finetune", "vqa", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"of vqa: {' '.join(sets_of('vqa'))}" in told
+    assert "of nlvr" not in told
+    assert "coco" not in told
+    assert "of nlvr" in help_of(COMMANDS["finetune"])
+    assert "coco" in help_of(COMMANDS["evaluate"])  # which measures pre-training, too
+
+
 def complete(*words: str) -> list[str]:
     """What bash offers for the last of these words, as it takes them apart."""
     from maskvlm.cli.completion import main as script
@@ -63,6 +74,8 @@ def complete(*words: str) -> list[str]:
         (("maskvlm", "pretrain", "model", "=", "ti"), ["tiny"]),
         (("maskvlm", "evaluate", "split", "="), ["val", "test"]),
         (("maskvlm", "finetune", "v"), ["vqa"]),
+        (("maskvlm", "finetune", "vqa", "data", "=", "d"), ["daquar"]),
+        (("maskvlm", "pretrain", "data", "=", "flickr"), ["flickr30k", "flickr8k"]),
         (("maskvlm", "caption", "x"), []),
     ],
 )
@@ -77,6 +90,14 @@ def test_bash_completes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     found = [f"checkpoints/{name}/best.ckpt" for name in ("first", "second")]
     assert sorted(complete("maskvlm", "finetune", "vqa", "from", "=")) == found
+
+
+def test_bash_completes_sets_that_were_prepared_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").touch()
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    assert complete("maskvlm", "pretrain", "data", "=", "mi") == ["mine"]
+    assert complete("maskvlm", "data-check", "name", "=") == ["mine"]
 
 
 def test_help_of_a_method_that_tasks_may_bring(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,14 @@ def test_training_images_are_searched_under_their_own_name() -> None:
             composed(f"index data=flickr8k from=x.ckpt {words}")
 
 
+def test_vectors_of_a_set_by_its_name() -> None:
+    found = composed("embed data=flickr8k from=x.ckpt split=train --no-captions")
+    assert found[:5] == ["embed", "--from", "x.ckpt", "--split", "train"]
+    assert "conf/data/flickr8k.yaml" in found
+    assert found[-1] == "--no-captions"
+    assert "--split" not in composed("embed from=x.ckpt")
+
+
 def test_without_a_word_the_built_in_world_is_learned() -> None:
     assert composed("pretrain")[:2] == ["fit", "--folder"]
     assert composed("pretrain") == composed("pretrain model=tiny data=scenes where=auto run=when")
@@ -67,7 +75,8 @@ def test_all_of_a_split_is_measured(split: str, command: str) -> None:
 def test_without_a_task_pretraining_is_measured() -> None:
     found = composed("evaluate model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
     fitted = composed("pretrain model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
-    assert found == ["validate", *fitted[1:], "--trainer.limit_val_batches", "1.0"]
+    own = ["--task_from", "a/b.ckpt"]
+    assert found == ["validate", *fitted[1:], *own, "--trainer.limit_val_batches", "1.0"]
 
 
 def test_the_control_begins_with_random_weights_of_the_model() -> None:
@@ -124,6 +133,8 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("data csv x name=..", "name=..: is no name of a set"),
         ("data-check", "name=: is no name of a set"),
         ("index", "from=: no checkpoint is named"),
+        ("embed", "from=: no checkpoint is named"),
+        ("data-check", "data-check: no set is named. Give one of those prepared in "),
         ("index from=x split=dev", "split=dev: no such split"),
         ("pretrain encoders=nowhere", "encoders=nowhere: has no folder of image weights"),
         *((f"{name} run={run}", f"run={run}: is no folder name") for name in ("pretrain", "config")

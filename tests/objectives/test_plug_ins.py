@@ -75,6 +75,22 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     with pytest.raises(UserError, match="which is no pretraining loss of this project") as refused:
         PretrainedMaskVLM.from_pretrained(path)
     assert refused.value.code == ExitCode.REFUSED
+    # Measured as it was trained, without the file that named them; a training from it says what it leaves behind.
+    own = ["--allow-import", "acme", *SHORT.split()]
+    files = [
+        word for pair in zip(*[iter(stack(WHERE="cpu"))] * 2, strict=True) if "model/" not in pair[1] for word in pair
+    ]
+    measure = ["validate", "--run", str(tmp_path / "measured"), "--from", str(path), *files, "--task_from", str(path)]
+    assert main(measure) == ExitCode.REFUSED
+    assert main([*measure, *own]) == 0
+    composed = yaml.safe_load((tmp_path / "measured" / "config-validate.yaml").read_text())["model"]["task"]
+    assert composed["init_args"]["image_masking"]["class_path"] == "acme.masks.Middle"
+    capsys.readouterr()
+    assert main(["fit", "--run", str(tmp_path / "more"), "--from", str(path), *files, *own]) == 0
+    said = capsys.readouterr().err.splitlines()
+    left = [line for line in said if "--task_from CHECKPOINT takes the checkpoint's whole task" in line]
+    assert len(left) == 3
+    assert left[0].startswith("warning: model.task.image_masking: the default; the checkpoint's was acme.masks.Middle")
 
 
 def test_a_loss_is_one_term_more_and_changes_no_other() -> None:

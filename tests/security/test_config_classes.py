@@ -14,7 +14,7 @@ from guards import Build
 from jsonargparse import _common
 
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
-from maskvlm.cli.slurm import source
+from maskvlm.cli.preview import source
 from maskvlm.config.allowed import LISTED, Verdicts, typed_names
 from maskvlm.config.given import given_places
 from maskvlm.config.parser import GROUPS, MODE, CommandParser, check_given

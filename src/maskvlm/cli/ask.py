@@ -18,6 +18,7 @@ from PIL import Image
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.given import nearest
+from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import MASK
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.novelty import FarFromTraining
@@ -45,6 +46,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         raise UserError(
             method, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name"
         )
+    check_image_first(method, options.inputs)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     known = METHODS.get(method) or task_method(model, method)
     with warnings.catch_warnings():
@@ -95,6 +97,21 @@ def take(inputs: list[str], form: str, least: int, most: int | None, method: str
     if len(inputs) < least or (most is not None and len(inputs) > most):
         raise UserError(method, f"{len(inputs)} inputs", f"Give {form}")
     return inputs
+
+
+def check_image_first(method: str, inputs: list[str]) -> None:
+    """Whether a text stands where an image belongs, and an image after it.
+
+    Raises:
+        UserError: it does.
+    """
+    known = METHODS.get(method)
+    if known is None or "TEXT IMAGE" in known.form or not inputs or Path(inputs[0]).is_file():
+        return
+    image = next((each for each in inputs[1:] if Path(each).is_file()), None)
+    if image is not None:
+        what = f"'{cut(inputs[0])}' is no file, and {image} after it is one"
+        raise UserError(method, what, "Give the image before the text")
 
 
 # ---------------------------------------------------------------------- the core's methods

@@ -57,7 +57,7 @@ class Command(NamedTuple):
     @property
     def has_own_options(self) -> bool:
         """Whether its target has a help of its own; others take the keys of `fit`."""
-        return bool(self.target) and not self.target.startswith(("maskvlm.cli.slurm:", "maskvlm.cli.bench:"))
+        return bool(self.target) and self.name not in ("submit", "preview", "bench")
 
     def run(self, arguments: list[str], allowed: list[str]) -> int | str:
         """Import what it needs, and do it."""
@@ -103,7 +103,7 @@ REGISTRY = (
         ("name",), ("SET",), compose.data_check_command,
     ),
     Command(
-        "preview", DATA, "write a contact sheet of images with their texts", "maskvlm.cli.slurm:preview", LOOK,
+        "preview", DATA, "write a contact sheet of images with their texts", "maskvlm.cli.preview:preview", LOOK,
         compose=compose.preview_command,
     ),
     _method("fill", "fill in masked words from the image"),
@@ -115,7 +115,10 @@ REGISTRY = (
     _method("reconstruct", "paint masked patches from the text"),
     _method("inpaint", "the same in rounds, the most certain patches first"),
     Command("demo", ASK, "a page to try a model in, on this machine alone", "maskvlm.demo.serve:main"),
-    Command("embed", SEARCH, "write the vectors of a data set as Parquet", "maskvlm.cli.embed:main"),
+    Command(
+        "embed", SEARCH, "write the vectors of a data set as Parquet", "maskvlm.cli.embed:main",
+        (*LOOK, "from", "split"), compose=compose.embed_command,
+    ),
     Command(
         "index", SEARCH, "make the images of a data set searchable", "maskvlm.cli.search:make",
         (*LOOK, "from", "split"), compose=compose.index_command,
@@ -161,13 +164,17 @@ def overview() -> str:
 
 
 WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
-    "model": ("its size and encoders", lambda: choices("model"), "tiny"),
+    "model": (
+        "its size and encoders; with from= the recipe alone, the model is the checkpoint's",
+        lambda: choices("model"),
+        "tiny",
+    ),
     "data": ("the data set", lambda: [*choices("data"), *prepared()], "scenes"),
     "where": ("the machine", lambda: choices("where"), "auto"),
     "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),
     "from": ("the checkpoint to start from, or a folder of the hub's format; finetune: also random", list, ""),
     "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
-    "split": ("what is measured; index: what is searched, also train", lambda: SPLITS, "val"),
+    "split": ("what is measured; index, embed: also train", lambda: SPLITS, "val"),
     "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),
     "name": ("of the prepared set", list, "as the set"),
 }
@@ -177,14 +184,24 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
 KEYS = "`maskvlm fit --help` lists all keys; they win over all files. Files of your own come on top: -c FILE.yaml"
 
 
-def help_of(command: Command) -> str:
-    """What a command takes, with the choices that there are."""
+def help_of(command: Command, places: Sequence[str] = ()) -> str:
+    """What a command takes, with the choices that there are.
+
+    Args:
+        places: words without a name that were given before --help: a task has data sets of its own.
+    """
     lines = [f"{command.usage} [--key value ...]", f"  {command.told}", ""]
     if any("TASK" in place for place in command.places):
         lines.append(f"  TASK      {' '.join(tasks())}, or package.task of an installed package")
+    own_sets = [task for task in tasks() if any("TASK" in place for place in command.places)]
     for name in command.words:
         told, among, otherwise = WORDS[name]
         can_be = f": {' '.join(among())}" if among() else ""
+        if name == "data" and command.places == ("TASK",):
+            can_be = ""  # those of pre-training are not a task's
         lines.append(f"  {name + '=':<9} {told}{can_be}{f' (if left out: {otherwise})' if otherwise else ''}")
+        if name == "data":
+            asked = [task for task in own_sets if task in places] or own_sets
+            lines += [f"            of {task}: {' '.join(compose.sets_of(task))}" for task in asked]
     keys = [] if command.has_own_options and command.name != "index" else ["", KEYS]
     return "\n".join([*lines, *keys])

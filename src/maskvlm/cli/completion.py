@@ -1,7 +1,13 @@
 """`maskvlm completion`: what completes commands, words and their values in bash and zsh."""
 
 from maskvlm.cli.commands import REGISTRY, WORDS
-from maskvlm.config.compose import tasks
+from maskvlm.config.compose import choices, sets_of, tasks
+
+PREPARED = (
+    '$(compgen -G "${DATA_ROOT:-data}/*/manifest.json" | while read -r file; do file="${file%/*}"; '
+    'echo "${file##*/}"; done)'
+)
+"""In the shell: names of the prepared sets."""
 
 SCRIPT = """# eval "$(maskvlm completion)" in ~/.bashrc; in ~/.zshrc after `autoload -U +X bashcompinit && bashcompinit`
 _maskvlm() {{
@@ -16,6 +22,9 @@ _maskvlm() {{
   if [ -n "$name" ]; then
     case "$name" in
 {values}
+    esac
+    case "$name:${{COMP_WORDS[1]}}:${{COMP_WORDS[2]}}" in
+{sets}
     esac
   elif [ "$COMP_CWORD" = 1 ]; then
     among="{commands}"
@@ -34,12 +43,19 @@ def main(arguments: list[str], allowed: list[str]) -> str:
     """The script, or how to use it."""
     if {"-h", "--help"} & {*arguments}:
         return SCRIPT.partition("\n")[0].removeprefix("# ").format()
-    values = ['      from) among="$(compgen -G "checkpoints/*/best.ckpt")" ;;']
-    values += [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
+    values = [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
+    values += ['      from) among="$(compgen -G "checkpoints/*/best.ckpt")" ;;']
+    trained = [command.name for command in REGISTRY if any("TASK" in place for place in command.places)]
+    sets = [
+        f'      {"|".join(f"data:{name}:{task}" for name in trained)}) among="{" ".join(sets_of(task))}" ;;'
+        for task in tasks()
+    ]
+    # Prepared sets are looked for at the time, not when this script was printed.
+    sets += [f'      data:*) among="{" ".join(choices("data"))} {PREPARED}" ;;', f'      name:*) among="{PREPARED}" ;;']
     words = [
         f'      {command.name}) among="{" ".join([*named, *(f"{name}=" for name in command.words)])}" ;;'
         for command in REGISTRY
         if (named := tasks() if any("TASK" in place for place in command.places) else []) or command.words
     ]
     commands = " ".join(command.name for command in REGISTRY)
-    return SCRIPT.format(values="\n".join(values), commands=commands, words="\n".join(words))
+    return SCRIPT.format(values="\n".join(values), sets="\n".join(sets), commands=commands, words="\n".join(words))

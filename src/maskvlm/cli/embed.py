@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from maskvlm.cli.lightning import Parsed, run_command
-from maskvlm.cli.slurm import source
+from maskvlm.cli.preview import source
 from maskvlm.config.arguments import OptionParser
 from maskvlm.data.batch import Source
 from maskvlm.inference.pretrained import PretrainedMaskVLM

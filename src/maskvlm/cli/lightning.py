@@ -4,6 +4,7 @@
 Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
@@ -18,12 +19,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from maskvlm.checkpoint.integrity import newest_valid
-from maskvlm.checkpoint.model_spec import portable_yaml, task_yaml
+from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
 from maskvlm.config.given import options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
 from maskvlm.config.safe_yaml import cut
-from maskvlm.inference.rebuild import model_of
+from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of
 from maskvlm.training.attempts import attempted
 from maskvlm.training.checkpointing import LAST, check_finite
 from maskvlm.training.failure import FIRST, process_rank
@@ -46,10 +47,11 @@ class LightningCommand(LightningCLI):
 
     Args:
         arguments: the subcommand and its options.
+        start: what the checkpoint of --from says of itself.
     """
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
+    def __init__(self, arguments: list[str], start: ModelSpec | None = None) -> None:
+        self.arguments, self.start = arguments, start
         super().__init__(
             LitModel,
             L.LightningDataModule,
@@ -88,6 +90,8 @@ class LightningCommand(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parsed(parser, self.arguments)
         for line in old_names_given(self.arguments):
+            warn(line)
+        for line in parts_left_behind(self.start, self.settings.model.task):
             warn(line)
         set_length(self.settings, {option.key for option in options(self.arguments)})
 
@@ -128,21 +132,20 @@ class LightningCommand(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
-        self.written = self.config
-        self.config = self.written.clone()
         settings = self.settings
+        portable = settings.clone()
+        self.save_config_kwargs = {"portable": portable}
         settings.trainer = fill_in(settings.trainer, settings.run)
         settings.trainer.default_root_dir = settings.run
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
-        written = self.written[self.subcommand].as_dict()
+        written = portable.as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
         self.model.task_yaml = task_yaml(written)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """bf16 wherever the GPU has it, and on a CPU where that is faster (`precision.py`), unless told otherwise."""
-        self.config = self.written
         trainer = self.settings.trainer
         if trainer.precision is None:
             kwargs.setdefault("precision", self._precision(trainer))
@@ -333,8 +336,8 @@ def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterab
     """
     check_given(arguments, allowed)
     try:
-        with with_model(arguments) as whole:
-            return command(whole)
+        with with_start(arguments, allowed) as (whole, start):
+            return command(whole, start)
     except Complaint as complaint:  # explained by what the user gave: the checkpoint's file is gone by now
         raise explain_message(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
 
@@ -346,13 +349,52 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 
 @contextmanager
-def with_model(arguments: list[str]) -> Iterator[list[str]]:
-    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides."""
+def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[list[str], ModelSpec | None]]:
+    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides, and
+    with the pre-training task of `--task_from CHECKPOINT` as a file in that option's place.
+
+    Yields:
+        the arguments, and what the checkpoint of --from says of itself.
+    """
     starts = [option.value for option in options(arguments) if option.key == "from"]
-    if not starts or starts[-1] in ("", "null"):
-        yield arguments
-        return
+    whole = list(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.yaml"
-        file.write_text(model_of(starts[-1]), encoding="utf-8")
-        yield [arguments[0], "-c", str(file), *arguments[1:]]
+        start = None if not starts or starts[-1] in ("", "null") else checked_spec_of(starts[-1])
+        if "--task_from" in whole[:-1]:
+            at = whole.index("--task_from")
+            asked = whole[at + 1]
+            told = start if start is not None and asked == starts[-1] else checked_spec_of(asked)
+            task = pretraining_task_of(told, asked, allowed)
+            # JSON: a class path or a text such as "no" comes back as it was written
+            whole[at : at + 2] = ["-c", _file_of(Path(folder, "task.yaml"), json.dumps({"model": {"task": task}}))]
+        if start is not None:
+            whole[1:1] = ["-c", _file_of(Path(folder, "model.yaml"), backbone_yaml(start))]
+        yield whole, start
+
+
+def _file_of(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]:
+    """A line for each part of the pre-training that made a checkpoint which a run from it does not take over.
+
+    Args:
+        start: what the checkpoint says of itself.
+        task: class_path and init_args of the run's task.
+    """
+    before = {} if start is None or start.task is None else start.task["init_args"]
+    if start is None or start.task is None or start.task["class_path"] != task.get("class_path"):
+        return
+    now = task.init_args.as_dict()
+    for name in ("image_masking", "text_masking", "losses"):
+        was, here = (_class_paths(told.get(name)) for told in (before, now))
+        if was != here:
+            todo = "--task_from CHECKPOINT takes the checkpoint's whole task"
+            yield f"model.task.{name}: {here or 'the default'}; the checkpoint's was {was or 'the default'} ({todo})"
+
+
+def _class_paths(part: Any) -> str:
+    each = part if isinstance(part, list | tuple) else [part]
+    return ", ".join(str(one["class_path"]) for one in each if isinstance(one, dict) and "class_path" in one)

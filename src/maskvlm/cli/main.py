@@ -47,7 +47,7 @@ def end_of(argv: list[str] | None) -> int:
         if name in COMMANDS:
             command = COMMANDS[name]
             if command.words and {"-h", "--help"} & {*rest}:
-                print(help_of(command), flush=True)
+                print(help_of(command, rest), flush=True)
                 if not command.has_own_options:
                     return 0
                 print("\nIts options, and what the words stand for:", flush=True)

@@ -1,4 +1,4 @@
-"""The small commands beside fit, validate and test: a look at the data, and a job for the cluster."""
+"""`maskvlm submit`: a run as a SLURM job."""
 
 import os
 import shlex
@@ -7,16 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
 from maskvlm.cli.lightning import Parsed, run_command
-from maskvlm.config.arguments import OptionParser as Arguments
-from maskvlm.config.parser import MODE, CommandParser
-from maskvlm.data.batch import Source
-from maskvlm.data.examples import ExampleSource
-from maskvlm.data.preview import contact_sheet
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -47,23 +41,6 @@ def surroundings() -> dict[str, str]:
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
     found |= {name: os.environ.get(name, "") for name in PLACES}
     return {name: value for name, value in found.items() if value}
-
-
-def preview(arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """Write a contact sheet of the training images with their captions (--out); returns what was done."""
-    parser = Arguments("maskvlm preview", add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("checkpoints") / "preview.png")
-    options, rest = parser.parse_known_args(arguments)
-    pairs = source(run_command(Parsed, ["fit", *rest], allowed).settings).split("train")
-    contact_sheet(pairs, options.out)
-    return f"{options.out}: {len(pairs)} training images, some of them shown with their captions"
-
-
-def source(settings: Namespace) -> Any:
-    """The configured data set's reader, without model or trainer."""
-    parser = CommandParser(parser_mode=MODE)
-    parser.add_subclass_arguments((Source, ExampleSource), "source")
-    return parser.instantiate(parser.parse_object({"source": settings.data.init_args.source})).source
 
 
 def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:

@@ -8,11 +8,12 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
 from maskvlm.config.given import options
-from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.utils.errors import UserError
 
 OWN = ("maskvlm", "tasks")
@@ -56,7 +57,7 @@ LIGHTNING = {
 BackboneFinetuning), what sends to an address (WandbLogger and others), what reads checkpoints in its own way."""
 LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-NO_CLASSES = ("run", "from", "ckpt_path", "out", "allow-import")  # options whose values are names of files
+NO_CLASSES = ("run", "from", "task_from", "ckpt_path", "out", "allow-import")  # options whose values are names of files
 
 
 class Verdicts(dict[str, bool]):
@@ -93,6 +94,7 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
     if root == "jsonargparse" or not PATH.fullmatch(path):
         return False
     if any(path == name or path.startswith(f"{name}.") for name in allowed):
+        _find(path, True)  # a mistake in its file is told with its place; the parser would say "does not fit"
         return True
     if path in typed and root not in sys.stdlib_module_names:
         return True
@@ -119,15 +121,23 @@ def _find(path: str, load: bool) -> Any:
     if load and module:
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # of something that the module needs
+        except Exception as error:
+            absent = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+            if absent is None or not f"{module}.".startswith(f"{absent}."):
+                what = f"cannot be imported ({type(error).__name__}: {cut(str(error), 200)})"
+                raise UserError(path, what, f"Mend {_place_of(error)}") from error
             # `module.Class.method` is found, too, and is no class
             outer = _find(module, True) if "." in module else _Missing
             return _Missing if outer is _Missing else getattr(outer, name, _Missing)
-        except Exception as error:
-            raise UserError(path, f"cannot be imported ({type(error).__name__}: {error})", "Mend its file") from error
     return getattr(sys.modules.get(module, _Missing), name, _Missing)
+
+
+def _place_of(error: Exception) -> str:
+    """`file:line` of the last line that ran, or of the one that is no Python."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "its file"
 
 
 def typed_names(arguments: list[str]) -> set[str]:

@@ -201,9 +201,8 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     """The stack of a task, from a checkpoint; `from=random` is the control: the model with random weights."""
     folder = task_folder(task)
     data, start = words.get("data", "scenes"), words.get("from")
-    sets = sorted({"scenes", *(path.stem for path in folder.glob("*.yaml") if path.stem != "conf")})
-    if data not in sets:
-        raise UserError(f"data={data}", f"no such data set of {task}", f"There are: {', '.join(sets)}")
+    if data not in sets_of(task):
+        raise UserError(f"data={data}", f"no such data set of {task}", f"There are: {', '.join(sets_of(task))}")
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
     if not start:
         raise no_start()
@@ -212,6 +211,11 @@ def downstream(task: str, words: CommandWords) -> list[str]:
         first = ["--model.random_init", "true", *files([chosen("model", words.get("model", "tiny"))])]
     stack = files([*there("base", "finetune"), file, chosen("where", words.get("where", "auto"))])
     return [*first, *stack, *(["--allow-import", task.partition(".")[0]] if "." in task else [])]
+
+
+def sets_of(task: str) -> list[str]:
+    """Names of the data sets that a task has a file for; `scenes` is its conf.yaml. Raises as `task_folder`."""
+    return sorted({"scenes", *(path.stem for path in task_folder(task).glob("*.yaml") if path.stem != "conf")})
 
 
 def no_start() -> UserError:
@@ -296,7 +300,8 @@ def evaluate_command(words: CommandWords) -> Composed:
     if not task and words.get("from") in ("", "random"):
         raise no_start()
     run = run_options(words, f"evaluate-{task or 'pretraining'}-{data}")
-    stack = downstream(task, words) if task else pretraining(words)
+    # Losses and masking are the checkpoint's own: by others it would be measured for what it never learned.
+    stack = downstream(task, words) if task else [*pretraining(words), "--task_from", words.get("from")]
     return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
 
 
@@ -334,9 +339,21 @@ def index_command(words: CommandWords) -> Composed:
         # The folder is named after the split: an option after it would write one split under another one's name.
         raise UserError("index: --split", "is a word of this command", "Write split=train, split=val or split=test")
     part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
-    stack = pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
     out = f"checkpoints/index-{data}-{part}"
-    return ["index", "--from", words.get("from"), "--split", part, "--out", out, *stack, *words.options]
+    return ["index", "--from", words.get("from"), "--split", part, "--out", out, *data_alone(words), *words.options]
+
+
+def embed_command(words: CommandWords) -> Composed:
+    """`embed data=coco from=checkpoints/RUN/best.ckpt split=train`: the vectors of a split."""
+    if not words.get("from"):
+        raise no_start()
+    part = ["--split", split(words, ("train", *SPLITS))] if "split" in words.given else []
+    return ["embed", "--from", words.get("from"), *part, *data_alone(words), *words.options]
+
+
+def data_alone(words: CommandWords) -> list[str]:
+    """The stack of pre-training for a command that takes its data: the checkpoint is an option of the command's own."""
+    return pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
 
 
 def data_command(words: CommandWords) -> Composed:
@@ -356,6 +373,9 @@ def data_command(words: CommandWords) -> Composed:
 def data_check_command(words: CommandWords) -> Composed:
     """`data-check flickr8k`: a set in DATA_ROOT by its name, or a folder."""
     named = words.get("name") or "".join(words.places)
+    if not named:
+        own = ", ".join(prepared()) or "none"
+        raise UserError("data-check", "no set is named", f"Give one of those prepared in {data_root()} ({own})")
     folder = Path(named) if "/" in named else data_root() / set_name(words, named)
     return ["data-check", str(folder), *words.options]
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import TODO, ModelSpec, backbone_yaml, model_spec_of
+from maskvlm.checkpoint.model_spec import TODO, ModelSpec, model_spec_of
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.checkpoint.weights import check_fit
 from maskvlm.config.compose import find_tasks
@@ -42,6 +42,7 @@ from maskvlm.config.plain_schema import (
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.masking import ImageMasking, TextMasking
+from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.pretraining_losses import PretrainingLoss
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
@@ -82,16 +83,37 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     return backbone.eval(), task.eval()
 
 
-def model_of(path: str) -> str:
-    """The backbone that a checkpoint was made with, checked, as YAML of a `-c` file; nothing else of it is told.
+def checked_spec_of(path: str) -> ModelSpec:
+    """The model spec of a checkpoint, whose backbone is checked against its tensors.
 
     Raises:
-        UserError: as `read_content`, `recipe_of` and `check_model_size`.
+        UserError: as `read_content`, `model_spec_of` and `check_model_size`.
     """
     content = read_content(path)
     spec = model_spec_of(content, path)
     check_model_size(spec, start_of(content, path))
-    return backbone_yaml(spec)
+    return spec
+
+
+def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
+    """class_path and init_args of the pre-training task that a checkpoint was made with.
+
+    Args:
+        path: of the checkpoint, for errors.
+        allowed: packages beside this project's that the task and its parts may come from.
+
+    Raises:
+        UserError: the checkpoint tells no task (66), or that of a downstream task (2); a class or a setting that a
+            checkpoint may not name (77).
+    """
+    if spec.task is None:
+        raise UserError(path, "does not say how it was pre-trained", "Name the recipe's files", ExitCode.MISSING_INPUT)
+    kind = task_class(spec.task["class_path"], path, allowed)
+    if not issubclass(kind, MaskedPretraining):
+        name = kind.__module__.removesuffix(".task").removeprefix("tasks.")
+        raise UserError(path, f"was fine-tuned as {kind.__name__}", f"Name its task: evaluate {name}")
+    read_arguments(kind, spec.task["init_args"], f"{path}: task", allowed)
+    return spec.task
 
 
 def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> None:

@@ -198,10 +198,16 @@ class RunRecord(L.Callback):
 
 
 class SaveConfig(SaveConfigCallback):
-    """The composed configuration, defaults written out, a file a stage: `fit -c config-fit.yaml` repeats."""
+    """The composed configuration, defaults written out, a file a stage: `fit -c config-fit.yaml` repeats.
 
-    def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
-        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+    Args:
+        parser: of the subcommand.
+        config: with the run's folder filled in.
+        portable: the same with `{run}` in its place; this is saved. None: `config`.
+    """
+
+    def __init__(self, parser: Any, config: Any, portable: Any = None, **kwargs: Any) -> None:
+        super().__init__(parser, config if portable is None else portable, save_to_log_dir=False, **kwargs)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
