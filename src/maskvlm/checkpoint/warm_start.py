@@ -82,6 +82,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
         UserError: as `checkpoint.load`, `hf_folder.read_folder` and `folder_of_hub`.
     """
     place = folder_of_hub(str(path))
+    # A file has passed the schema within `checkpoint.load`.
     return check_content(folder.read_folder(place), place) if place.is_dir() else checkpoint.load(place)
 
 
@@ -116,5 +117,6 @@ def overlap(ids: Tensor, history: tuple[Seen, ...]) -> int | None:
     """How many of these images the weights have seen; None where a part of their history tells no ids."""
     if any(seen.ids is None for seen in history):
         return None
+    # Without any history nothing was seen.
     known = [seen.ids for seen in history if seen.ids is not None]
     return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0
