@@ -77,6 +77,7 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
         what = f"holds {shown(content)} without state_dict: bare weights, not a run's checkpoint"
         todo = "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
+    # Before the schema itself, which a later format need not fit.
     written = content.get("schema", 0)
     if type(written) is int and written > SCHEMA:
         what = f"was written in format {shown(written)}, this version reads up to {SCHEMA}"
@@ -126,6 +127,7 @@ def check_parts(content: Any, path: str | Path) -> None:
             type(name) in (str, int, float, bool, type(None), tuple) for name in value
         ):
             raise UserError(f"{path}: {key[1:]}", "a key that is no text and no number", TODO, ExitCode.BAD_DATA)
+        # All parts are counted: so is this one.
         if ready:
             sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
             if sizes[id(value)] > MOST_PARTS:

@@ -60,6 +60,7 @@ def read_folder(path: Path) -> dict[str, Any]:
     # Hashes of image ids lie beside the texts of the lineage, by the entry's number.
     ids = load_file(seen) if seen.is_file() else {}
     lineage = config.get("lineage") or []
+    # By the keys of a checkpoint file, so that one schema holds for both.
     content = {
         "state_dict": load_file(path / WEIGHTS),
         "model": _yaml({"model": {"random_init": True, "backbone": config["backbone"]}}),
@@ -107,6 +108,7 @@ def check_sums(path: Path) -> None:
     file = path / SUMS
     if not file.is_file():
         return
+    # The list itself is a stranger's, too.
     sums = load_json(file_text(file).encode(), file)
     if not SUM.fits(sums):
         raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)

@@ -130,6 +130,7 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
     if path.exists() or not is_repository(name):
         return path
     repo, _, revision = name.partition("@")
+    # Settings of `from_pretrained` that the client takes as they are.
     known = {key: value for key, value in (settings or {}).items() if key in ("revision", "token", "cache_dir")}
     only = bool((settings or {}).get("local_files_only"))
 

@@ -80,6 +80,7 @@ def _check_kind(path: Path, facts: list[Fact]) -> None:
     text = head.lstrip().lower()
     if head.startswith(ZIP):
         return
+    # What follows is no archive: a message for each kind that people take for one.
     if ZIP.startswith(head):  # the first few bytes of one, or none
         raise bad(path, f"truncated ({len(head)} of {facts[-1].size if facts else 'unknown'} bytes)", ANOTHER)
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):

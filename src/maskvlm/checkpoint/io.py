@@ -161,6 +161,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         UserError: not there (66), damaged or another kind of file (65), it would run code or has no end (77).
     """
+    # Whole first, then plain types, then the schema: each relies on the one before.
     verify_checkpoint(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
@@ -207,6 +208,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Lightning asks for what a callback's state in a checkpoint names: a way out of the run's folder is none."""
+        # ModelCheckpoint removes its earlier best, whose path it has from the checkpoint that a run went on from.
         if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
             return
         Path(path).unlink(missing_ok=True)

@@ -116,6 +116,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
         what = f"does not say which model it is, and there is no {file.name} beside it"
         raise UserError(path, what, "Put that file of its run beside it", ExitCode.MISSING_INPUT)
     check_inside(file)
+    # Of a whole run's configuration two parts are read.
     config = read_yaml(read_small(file), str(file))
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
@@ -139,6 +140,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     share = Real(0, 1)
     # The backbone itself; then either encoder; then what is built of them.
     args = _class(value, where, BACKBONE)
+    # Every option of the classes, with its range; those that name files, or weights to fetch, must be null.
     also: dict[str, Kind] = {
         "cross_layers": layers,
         "cross_heads": side,
@@ -267,6 +269,7 @@ def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
     Args:
         text_config: the text encoder's Hugging Face configuration.
     """
+    # Paths out, shapes in: a checkpoint is whole on another machine.
     args = dict(spec.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
     image |= {"weights": None, "random_init": True, "feature_cache": None}

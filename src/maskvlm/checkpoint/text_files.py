@@ -102,12 +102,14 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
     # What the type itself has is checked in full; of everything else numbers are taken.
     known = CONFIG_MAPPING[kind]().to_dict().keys() - NOT_READ
     kept = {key: told[key] for key in told.keys() & known}
+    # Models of other kinds are refused by `_check_config`, which names them.
     if kind_is_read(kind):
         try:
             check_text_config(kind, kept, str(file), ANY_SIZE)
         except UserError as error:
             raise UserError(error.where, error.what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
     others = {k: v for k, v in told.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ}
+    # Settings are keyword arguments of the library's class.
     plain = {key: value for key, value in others.items() if key.isidentifier() and not key.startswith("_")}
     plain.pop("trust_remote_code", None)
     return for_type(kind, plain | kept | settings, name)
@@ -210,6 +212,7 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
     except Exception as error:  # each model of the library has its own
         what = f"its weights cannot be read ({first_line(error)})"
         raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+    # The model's own start values must not pass for the file's.
     state = dict(model.state_dict())
     for key in info["missing_keys"]:
         state.pop(key, None)

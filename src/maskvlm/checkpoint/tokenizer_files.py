@@ -48,6 +48,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         raise UserError(folder, what, todo, ExitCode.BAD_DATA)
     else:
         return None
+    # Before the library writes it out, number by number.
     check_token_ids(backend, folder)
     return tokenizer_of(backend, *named_in(folder), folder)
 
@@ -131,6 +132,7 @@ def tokenizer_of(
     named |= {role: token for role, token in roles.items() if role in ROLES and token in there}
     # As AddedToken where there is one: it says whether the space before it belongs to it.
     special = {role: added.get(token, token) for role, token in named.items()}
+    # What the vocabulary lacks would be added to it, and has no embedding.
     extra = [added.get(token, token) for token in more if token in there and token not in named.values()]
     return made(lambda: PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special), where)
 

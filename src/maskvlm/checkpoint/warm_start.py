@@ -93,6 +93,7 @@ def read_start(path: str) -> Start:
 
 def start_of(content: Mapping[str, Any], path: str) -> Start:
     """What the content of a checkpoint means; `path` is named in errors."""
+    # `backbone.` and `task.` are the module's two parts (`lit.py`).
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
@@ -104,6 +105,7 @@ def training_history_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
     """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
     if "lineage" not in content:
         return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
+    # Class paths of earlier releases are read as today's.
     known = (Seen.of(seen) for seen in content["lineage"])
     return tuple(seen._replace(task=current(seen.task), source=current(seen.source)) for seen in known)
 

@@ -84,6 +84,7 @@ def read_state(path: str | Path) -> State:
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     # Without the prefixes that DDP and torch.compile put before names.
     tensors = clean_state_dict(content[key] if key else content)
+    # Optimiser states and settings lie beside weights in some files.
     odd = [f"{k} is of type {type(v).__name__}" for k, v in tensors.items() if not isinstance(v, Tensor)]
     if odd or not tensors:
         what = f"holds no plain weights ({odd[0] if odd else 'it is empty'})"
@@ -201,6 +202,7 @@ def load_state(
     check_fit(model, fitted, source, new)
     check_finite_weights(fitted, source)
     model.load_state_dict(fitted, strict=False)
+    # Shapes as they were in the file, for the report.
     before = {name: tuple(value.shape) for name, value in wanted.items()}
     before |= {name: tuple(shape) for name, shape in (was or {}).items() if name in before}
     return Provenance({name: _origin(tuple(v.shape), before[name], source) for name, v in fitted.items()})
@@ -241,6 +243,7 @@ def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...] = ()) -> None:
     """Raise UserError (65) unless names and shapes are the model's; it may be on the meta device."""
+    # All misfits at once, counted by kind: a wrong size shows in many tensors.
     own = model.state_dict()
     reshaped = [
         f"{name} {list(state[name].shape)} -> {list(value.shape)}"
