@@ -72,14 +72,17 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is not (65), or was written in a later format (65).
     """
+    # Is it a checkpoint at all, and one that this version can read?
     if type(content) not in (dict, OrderedDict) or "state_dict" not in content:
         what = f"holds {shown(content)} without state_dict: bare weights, not a run's checkpoint"
         todo = "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
+    # Before the schema itself, which a later format need not fit.
     written = content.get("schema", 0)
     if type(written) is int and written > SCHEMA:
         what = f"was written in format {shown(written)}, this version reads up to {SCHEMA}"
         raise UserError(path, what, "Update the project", ExitCode.BAD_DATA)
+    # Bounded before anything walks through it; then key by key.
     check_parts(content, path)
     check_state(content["state_dict"], path)
     Record({}, TOLD).read({key: content[key] for key in TOLD if key in content}, str(path), TODO)
@@ -104,10 +107,13 @@ def check_parts(content: Any, path: str | Path) -> None:
     Raises:
         UserError: a value of another type, too many, or a container that holds itself (65).
     """
+    # By `id`, which stays that of one object while `content` holds them all. A container is met twice: first its parts
+    # are put on the list, then, when they are counted, it is.
     sizes: dict[int, int] = {}
     todo: list[tuple[Any, str, bool]] = [(content, "", False)]
     while todo:
         value, key, ready = todo.pop()
+        # A pickle can give attributes to these. torch's own `state_dict` has one, `_metadata`.
         if isinstance(value, Tensor | OrderedDict) and (getattr(value, "__dict__", {}).keys() - {"_metadata"}):
             what = f"{type(value).__name__} with attributes of its own"
             raise UserError(f"{path}: {key[1:]}", what, TODO, ExitCode.REFUSED)
@@ -115,11 +121,13 @@ def check_parts(content: Any, path: str | Path) -> None:
             if problem := _problem(value):
                 raise UserError(f"{path}: {key[1:]}", problem, TODO, ExitCode.BAD_DATA)
             continue
+        # Names of entries are looked at here, their values as parts.
         parts = list(value.values()) if isinstance(value, dict) else list(value)
         if isinstance(value, dict) and not all(
             type(name) in (str, int, float, bool, type(None), tuple) for name in value
         ):
             raise UserError(f"{path}: {key[1:]}", "a key that is no text and no number", TODO, ExitCode.BAD_DATA)
+        # All parts are counted: so is this one.
         if ready:
             sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
             if sizes[id(value)] > MOST_PARTS:
@@ -150,6 +158,7 @@ def problem_of(tensor: Tensor) -> str | None:
         return f"expected a tensor, found a {type(tensor).__name__}"
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized or tensor.is_nested:
         return f"expected plain numbers, found a tensor of layout {tensor.layout} on {tensor.device.type}"
+    # With a stride of 0 four bytes show as a terabyte, and a copy of it would have that size.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"a tensor of {tensor.numel():,} numbers over {tensor.untyped_storage().nbytes():,} bytes"
     return None

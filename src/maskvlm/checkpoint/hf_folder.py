@@ -53,11 +53,14 @@ def read_folder(path: Path) -> dict[str, Any]:
         if not (path / name).is_file():
             raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
     seen, reference = path / SEEN, path / REFERENCE
+    # A file that was cut short is told as such, before its sum is called wrong.
     for file in (path / WEIGHTS, *(file for file in (seen, reference) if file.is_file())):
         check_file(file)
     check_sums(path)
+    # Hashes of image ids lie beside the texts of the lineage, by the entry's number.
     ids = load_file(seen) if seen.is_file() else {}
     lineage = config.get("lineage") or []
+    # By the keys of a checkpoint file, so that one schema holds for both.
     content = {
         "state_dict": load_file(path / WEIGHTS),
         "model": _yaml({"model": {"random_init": True, "backbone": config["backbone"]}}),
@@ -66,6 +69,7 @@ def read_folder(path: Path) -> dict[str, Any]:
         "evaluation": config.get("evaluation"),
         "reference": load_file(reference).get("vectors") if reference.is_file() else None,
     }
+    # Entries that are no mappings were left out above.
     if len(content["lineage"]) < len(lineage):
         raise UserError(path / CONFIG, "an entry of its lineage is no mapping", AGAIN, ExitCode.BAD_DATA)
     if config.get("task"):
@@ -104,16 +108,19 @@ def check_sums(path: Path) -> None:
     file = path / SUMS
     if not file.is_file():
         return
+    # The list itself is a stranger's, too.
     sums = load_json(file_text(file).encode(), file)
     if not SUM.fits(sums):
         raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)
     every = sums.keys() - {WEIGHTS, SEEN}  # the first versions knew these two alone
     for name in READ:
+        # `lexists`, as a link that leads nowhere is there, too.
         there = os.path.lexists(path / name)
         if name not in sums:
             if there and every:
                 raise UserError(path / name, f"is none of the files that {SUMS} knows", AGAIN, ExitCode.BAD_DATA)
         elif not (path / name).is_file():
+            # Who copies a folder may leave these behind.
             if name in FOR_PEOPLE:
                 continue
             raise UserError(path / name, f"is missing, and {SUMS} knows it", AGAIN, ExitCode.BAD_DATA)

@@ -80,6 +80,7 @@ def from_cache_or_hub(name: str, fetch: Callable[[bool], T], where: str = "model
     try:
         return fetch(False)
     except Exception as error:
+        # Libraries wrap the client's errors in their own.
         chain = list(_chain(error))
         if any(isinstance(e, RepositoryNotFoundError | RevisionNotFoundError) for e in chain):
             what = f"the hub has no {name}, or does not show it to you"
@@ -106,6 +107,7 @@ def hub_weights(name: str, repository: str, filename: str | None = None) -> Path
             try:
                 return Path(hf_hub_download(repo, candidate, local_files_only=local, **places))
             except EntryNotFoundError as error:
+                # Of a file that the repository lacks the next name is tried.
                 if isinstance(error, LocalEntryNotFoundError) and not local:
                     raise  # the connection broke
         raise FileNotFoundError(f"{repo} holds none of {', '.join(WEIGHT_FILES)}")
@@ -124,9 +126,11 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
         UserError: neither a path nor a repository, or the hub cannot be reached (66).
     """
     path = Path(name).expanduser()
+    # A path that is there wins over a repository of that name.
     if path.exists() or not is_repository(name):
         return path
     repo, _, revision = name.partition("@")
+    # Settings of `from_pretrained` that the client takes as they are.
     known = {key: value for key, value in (settings or {}).items() if key in ("revision", "token", "cache_dir")}
     only = bool((settings or {}).get("local_files_only"))
 

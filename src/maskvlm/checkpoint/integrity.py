@@ -37,8 +37,10 @@ def verify_checkpoint(path: str | Path) -> None:
     if path.is_dir():
         todo = f"Name a file in it, such as {path / 'last.ckpt'}"
         raise bad(path, "is a folder", todo, ExitCode.MISSING_INPUT)
+    # The cheap questions first: kind and size, then the hash of the whole file, then the archive.
     facts, size = stated(path), path.stat().st_size
     _check_kind(path, facts)
+    # Two contents are stated where a save was interrupted at its rename.
     if facts and all(size < fact.size for fact in facts):
         raise bad(path, f"truncated ({size} of {facts[-1].size} bytes)", ANOTHER)
     if facts and sha256_of(path) not in {fact.sha256 for fact in facts}:
@@ -78,15 +80,18 @@ def _check_kind(path: Path, facts: list[Fact]) -> None:
     text = head.lstrip().lower()
     if head.startswith(ZIP):
         return
+    # What follows is no archive: a message for each kind that people take for one.
     if ZIP.startswith(head):  # the first few bytes of one, or none
         raise bad(path, f"truncated ({len(head)} of {facts[-1].size if facts else 'unknown'} bytes)", ANOTHER)
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise bad(path, "is an HTML page, not a checkpoint", "Download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise bad(path, "is a Git LFS pointer, not a checkpoint", "Fetch it with `git lfs pull`")
+    # safetensors: 8 bytes that say how long the header is, then the header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         what = "is a safetensors file: bare weights, not a run's checkpoint"
         raise bad(path, what, "Give it as an encoder's `weights`")
+    # The first instruction of a pickle since protocol 2.
     if head.startswith(b"\x80"):
         what = "is a bare pickle, which could run code on loading"
         raise bad(path, what, "Save its tensors with safetensors or torch.save", ExitCode.REFUSED)
@@ -98,8 +103,10 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+            # Members that share their bytes unfold to any size.
             if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
                 raise zipfile.BadZipFile("its members are larger than the file: they overlap")
+            # Reads every member; a compressed one could unfold without end.
             broken = archive.testzip() if stored else None
     except Exception as error:  # zipfile has no exception of its own for most of what a flipped bit can do
         raise bad(path, f"truncated or damaged ({first_line(error)})", ANOTHER) from error
@@ -115,6 +122,7 @@ def _check_archive(path: Path) -> None:
 def stated(path: Path) -> list[Fact]:
     """What the `.sha256` beside a checkpoint accepts; empty where there is none or it is unreadable."""
     try:
+        # Two lines for each content, as `_write_side` has them: size, then hash and name.
         lines = content_of(side_file(path), 10_000).decode().splitlines()
         sizes = [int(line.split()[1]) for line in lines if line.startswith("#")]
         hashes = [line.split()[0] for line in lines if not line.startswith("#")]

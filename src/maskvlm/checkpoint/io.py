@@ -54,11 +54,13 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
     path = Path(path)
     content = {**content, "schema": SCHEMA}
     for key, value in _walk(content):
+        # `type`, not isinstance: numpy's float64 is a float, and is pickled as itself.
         if type(value) not in PLAIN + TENSORS:
             raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
+            # Before the first byte: a disk that is too small is known now.
             _require_space(path, _tensor_bytes(content))
             fact = _write(content, temporary)
             # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
@@ -66,6 +68,7 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
             _write_side(path, [*old, fact])
             if previous is not None and path.exists():
                 _rotate(path, previous, old)
+        # From here on the old content is no longer accepted.
         _write_side(path, [fact])
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -73,6 +76,7 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
 
 def _rotate(path: Path, previous: Path, facts: list[Fact]) -> None:
     """A file without its `.sha256` is held against the checksums inside it: no instant leaves a whole file in doubt."""
+    # The `.sha256` first, as it is of the file that is about to be replaced.
     side_file(previous).unlink(missing_ok=True)
     os.replace(path, previous)
     sync_folder(path.parent)
@@ -84,6 +88,7 @@ def _write(content: Mapping[str, Any], path: Path) -> Fact:
     with path.open("wb") as file:
         tee = _HashingWriter(file)
         try:
+            # To a stream torch only writes, from first to last, so that the hash of what passes is that of the file.
             torch.save(content, cast(IO[bytes], tee))
         except RuntimeError as error:  # torch hides the writer's OSError behind its own
             raise tee.error or error from error
@@ -121,6 +126,7 @@ def _write_side(path: Path, facts: list[Fact]) -> None:
 
 def _require_space(path: Path, need: int) -> None:
     free = shutil.disk_usage(path.parent).free
+    # Tensors alone are counted: the rest of a checkpoint is small.
     if need > free:
         raise OSError(errno.ENOSPC, f"{need} bytes needed, {free} free")
 
@@ -135,6 +141,7 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested plain containers; a container of any other type is itself a leaf."""
     if type(value) in (dict, OrderedDict):
         for name, part in value.items():
+            # The name is a leaf, too: it is pickled like a value.
             yield f"{key}.{name}".lstrip("."), name
             yield from _walk(part, f"{key}.{name}".lstrip("."))
     elif type(value) in (list, tuple, set):
@@ -154,6 +161,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         UserError: not there (66), damaged or another kind of file (65), it would run code or has no end (77).
     """
+    # Whole first, then plain types, then the schema: each relies on the one before.
     verify_checkpoint(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
@@ -174,6 +182,7 @@ def check_version(content: Mapping[str, Any], path: str | Path) -> None:
     """
     written = content.get("pytorch-lightning_version", "")
     try:
+        # A later patch release counts as the same.
         later = Version(written).release[:2] > Version(L.__version__).release[:2]
     except InvalidVersion as error:
         what = f"tells no version of Lightning ({written!r})"
@@ -199,6 +208,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Lightning asks for what a callback's state in a checkpoint names: a way out of the run's folder is none."""
+        # ModelCheckpoint removes its earlier best, whose path it has from the checkpoint that a run went on from.
         if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
             return
         Path(path).unlink(missing_ok=True)

@@ -89,6 +89,7 @@ def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
     bounds = bounds_of(content["state_dict"])
     model, task = content.get("model"), content.get("task")
     beside = Path(path).parent / "config-fit.yaml"
+    # Without its task a model spec is half of one: the file beside it tells both.
     if model is None or (task is None and beside.is_file()):
         return _beside(beside, path, bounds)
     told = Record({"model": Tree()}, code=ExitCode.REFUSED).read(_yaml(model, path, "model"), f"{path}: model", TODO)
@@ -104,6 +105,7 @@ def _yaml(text: Any, path: str | Path, key: str) -> Any:
     try:
         return read_yaml(text, f"{path}: {key}")
     except UserError as error:
+        # The reader takes YAML for a user's own, where a mistake is one of usage.
         code = ExitCode.BAD_DATA if error.code == ExitCode.USAGE else error.code
         raise UserError(error.where, error.what, TODO, code) from error
 
@@ -114,6 +116,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
         what = f"does not say which model it is, and there is no {file.name} beside it"
         raise UserError(path, what, "Put that file of its run beside it", ExitCode.MISSING_INPUT)
     check_inside(file)
+    # Of a whole run's configuration two parts are read.
     config = read_yaml(read_small(file), str(file))
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
@@ -135,7 +138,9 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     """class_path and init_args of a backbone, checked. Raises UserError (77)."""
     side, layers = Whole(1, bounds.side), Whole(1, bounds.tensors)
     share = Real(0, 1)
+    # The backbone itself; then either encoder; then what is built of them.
     args = _class(value, where, BACKBONE)
+    # Every option of the classes, with its range; those that name files, or weights to fetch, must be null.
     also: dict[str, Kind] = {
         "cross_layers": layers,
         "cross_heads": side,
@@ -165,6 +170,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     Record({"name": told.pop("name")}, told, ExitCode.REFUSED).read(text, f"{where}.text", TODO)
     kept = check_text_config(text["name"], text.get("config") or {}, f"{where}.text", bounds)
     made = {name: part for name, part in args.items() if name not in ("image", "text", "start")}
+    # Random, as the checkpoint's tensors follow: nothing is looked for, in a file or on the hub.
     made["image"] = {"class_path": IMAGE, "init_args": image | {"weights": None, "random_init": True}}
     made["text"] = {"class_path": TEXT, "init_args": text | {"tokenizer": None, "random_init": True, "config": kept}}
     return {"class_path": BACKBONE, "init_args": made | {"start": None}}
@@ -210,6 +216,7 @@ def check_text_config(name: str, settings: Any, where: str, bounds: Bounds, todo
     if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING or name in FETCH_CODE:
         what = f"expected a type of text encoder such as bert, found {shown(name)}"
         raise UserError(f"{where}.name", what, TODO, ExitCode.REFUSED)
+    # Of each setting its default is allowed, whatever it is.
     defaults = {key: value for key, value in kind().to_dict().items() if key not in NOT_READ}
     read = (
         {key: value for key, value in settings.items() if key not in NOT_READ} if type(settings) is dict else settings
@@ -225,9 +232,11 @@ def _like(key: str, default: Any, bounds: Bounds) -> Kind:
     """What a setting may be that has this default."""
     word = OneOf((*WORDS, *ACT2FN.keys()))
     number = AnyOf((Whole(-1, bounds.side), Real(-1e6, 1e6)))
+    # Before int, as True is one.
     if isinstance(default, bool):
         return maybe(Flag())
     if isinstance(default, int):
+        # A layer has a tensor at least, a width is the side of one.
         return maybe(Whole(0, bounds.tensors) if "layer" in key or "group" in key else Whole(-1000, bounds.side))
     if isinstance(default, float):
         return maybe(Real(-1e6, 1e6))
@@ -260,10 +269,12 @@ def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
     Args:
         text_config: the text encoder's Hugging Face configuration.
     """
+    # Paths out, shapes in: a checkpoint is whole on another machine.
     args = dict(spec.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
     image |= {"weights": None, "random_init": True, "feature_cache": None}
     text |= {"tokenizer": None, "random_init": True}
+    # A folder's or a hub model's name, of which another machine knows nothing.
     if text.get("name", "") not in CONFIG_MAPPING:
         known = type(text_config)().to_dict().keys() - NOT_READ
         shape = {key: value for key, value in text_config.to_dict().items() if key in known}

@@ -34,9 +34,11 @@ def check_pickle(path: Path) -> None:
             return
         if info.file_size > MOST_BYTES:
             raise UserError(path, f"its index has {info.file_size:,} bytes", TODO, ExitCode.REFUSED)
+        # Stored, not compressed, so that its size is what it says (`integrity.py`).
         content = archive.read(info)
     try:
         problem = _walk(content)
+    # Damaged, or a stack that does not work out: torch refuses it.
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, AttributeError, TypeError):
         return
     if problem:
@@ -48,6 +50,7 @@ def _walk(content: bytes) -> str | None:
     stack: list[int | None] = []
     memo: dict[Any, int | None] = {}
 
+    # What was put on the stack since the latest mark.
     def to_mark() -> list[int]:
         found: list[int] = []
         while (top := stack.pop()) is not None:
@@ -58,6 +61,7 @@ def _walk(content: bytes) -> str | None:
         name = code.name
         if name in LEAVES:
             stack.append(0)
+        # "module name", in one text.
         elif name == "GLOBAL":
             if value in REFUSED:
                 return f"asks for a {value.split()[1]}, which no checkpoint holds"
@@ -70,6 +74,7 @@ def _walk(content: bytes) -> str | None:
             if depth > DEEPEST:
                 return f"holds tuples nested more than {DEEPEST} deep"
             stack.append(depth)
+        # A call: whatever it makes counts as a leaf.
         elif name in TAKE:
             del stack[-TAKE[name] :]
             stack.append(0)
@@ -82,6 +87,7 @@ def _walk(content: bytes) -> str | None:
             stack.append(0)
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]
+        # Numbered in the order of their noting.
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):

@@ -54,6 +54,7 @@ class Provenance:
     def complete(self, model: nn.Module) -> "Provenance":
         """One origin for every tensor of `model`, in its order: random where nothing was loaded."""
         state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        # A name that the model lacks is our mistake: of a file's names `check_fit` has told the user.
         strange = sorted(self.tensors.keys() - state.keys())
         assert not strange, f"loaded, but not in the model: {strange[:3]}"
         return Provenance({n: self.tensors.get(n, Origin("random", shape)) for n, shape in state.items()})
@@ -84,6 +85,7 @@ class Provenance:
             for how in HOW:
                 found = [origin.parameters for origin in tensors.values() if origin.how == how]
                 counts.setdefault(part, {})[how] = {"tensors": len(found), "parameters": sum(found)}
+        # Empty fields are left out: most tensors have no other shape.
         origins = {name: {k: v for k, v in o._asdict().items() if v} for name, o in self.tensors.items()}
         Path(path).write_text(json.dumps({"parts": counts, "tensors": origins}, indent=1) + "\n")
 

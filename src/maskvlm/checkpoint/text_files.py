@@ -59,6 +59,7 @@ def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> 
     Raises:
         UserError: no such model, a setting it does not have, no masked language model.
     """
+    # From what is at hand to what must be fetched: a type, a folder, a well-known shape, the hub.
     if random_init and is_type(name):
         config = for_type(name, settings, WHERE)
     elif is_folder(name):
@@ -89,6 +90,7 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
     if not file.is_file():
         todo = "Name a folder with config.json, weights and tokenizer, as save_pretrained writes it"
         raise UserError(name, f"its configuration cannot be read (there is no {CONFIG})", todo, ExitCode.BAD_DATA)
+    # Read as plain data: nothing that it names is looked for.
     told = load_json(tokenizer_files.file_text(file).encode(), file)
     kind = told.get("model_type") if isinstance(told, dict) and Tree().fits(told) else None
     if not isinstance(kind, str) or not is_type(kind):
@@ -97,14 +99,17 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
             raise UserError(name, what, "Choose a model that needs none", ExitCode.REFUSED)
         what = f"its configuration cannot be read ({shown(kind)} is no type of model that is known here)"
         raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA)
+    # What the type itself has is checked in full; of everything else numbers are taken.
     known = CONFIG_MAPPING[kind]().to_dict().keys() - NOT_READ
     kept = {key: told[key] for key in told.keys() & known}
+    # Models of other kinds are refused by `_check_config`, which names them.
     if kind_is_read(kind):
         try:
             check_text_config(kind, kept, str(file), ANY_SIZE)
         except UserError as error:
             raise UserError(error.where, error.what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
     others = {k: v for k, v in told.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ}
+    # Settings are keyword arguments of the library's class.
     plain = {key: value for key, value in others.items() if key.isidentifier() and not key.startswith("_")}
     plain.pop("trust_remote_code", None)
     return for_type(kind, plain | kept | settings, name)
@@ -127,10 +132,12 @@ def check_memory(config: PreTrainedConfig, folder: Path) -> None:
     """
     there = weight_bytes(folder)
     try:
+        # Shapes without memory.
         with torch.device("meta"):
             numbers = sum(value.numel() for value in AutoModel.from_config(config).parameters())
     except Exception as error:  # settings that contradict each other: each model has its own error
         raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
+    # A number takes a byte at least.
     if there and numbers > there + 10_000_000:
         what = f"its configuration asks for {numbers:,} numbers, its weights are {there:,} bytes"
         raise UserError(folder / CONFIG, what, "Get the folder again", ExitCode.REFUSED)
@@ -196,6 +203,7 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
     stored = read_state(folder)
     try:
         with quiet():
+            # The library renames what its earlier versions wrote. It gets tensors and no path: nothing is fetched.
             kind: Any = MODEL_MAPPING[type(config)]
             model, info = kind.from_pretrained(
                 None, config=config, state_dict=dict(stored.tensors), output_loading_info=True,
@@ -204,13 +212,16 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
     except Exception as error:  # each model of the library has its own
         what = f"its weights cannot be read ({first_line(error)})"
         raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+    # The model's own start values must not pass for the file's.
     state = dict(model.state_dict())
     for key in info["missing_keys"]:
         state.pop(key, None)
     parts = {key.partition(".")[0] for key in state}
     for key in info["unexpected_keys"]:
         key = key.removeprefix(f"{model.base_model_prefix}.")
+        # Of a part that the model has; heads, which it lacks as a whole, are left out.
         if key.partition(".")[0] in parts:
+            # On the meta device a tensor has a shape and no memory; `check_fit` needs no more.
             state[key] = torch.empty(0, device="meta")
     for key, theirs, _ in info["mismatched_keys"]:
         state[key] = torch.empty(theirs, device="meta")
@@ -231,6 +242,7 @@ def _fetched(name: str, files: tuple[str, ...], kind: str, where: str = WHERE, t
     """
 
     def fetch(local: bool) -> Path:
+        # The client returns a folder also where no file in it matches.
         folder = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=local))
         if not any(True for pattern in files for _ in folder.glob(pattern)) and kind != "weights":
             raise FileNotFoundError(f"{name} holds none of {', '.join(files)}")

@@ -35,6 +35,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     Raises:
         UserError: a file is damaged or of a kind that needs another library (65).
     """
+    # From what says most to what says least.
     if (folder / TOKENIZER).is_file():
         backend = backend_of(file_text(folder / TOKENIZER), folder / TOKENIZER)
     elif (folder / "vocab.txt").is_file():
@@ -47,6 +48,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         raise UserError(folder, what, todo, ExitCode.BAD_DATA)
     else:
         return None
+    # Before the library writes it out, number by number.
     check_token_ids(backend, folder)
     return tokenizer_of(backend, *named_in(folder), folder)
 
@@ -85,6 +87,7 @@ def made(make: Any, where: object) -> Any:
         return make()
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
+    # A panic of the library's Rust code is no Exception.
     except BaseException as error:
         what = f"the tokenizer cannot be read ({first_line(error)})"
         raise UserError(where, what, TODO, ExitCode.BAD_DATA) from None
@@ -101,6 +104,7 @@ def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
             raise UserError(file, "holds no mapping", TODO, ExitCode.BAD_DATA)
         for role in ROLES:
             if (token := _token(content.get(role))) is not None:
+                # The first file that names a role counts.
                 roles.setdefault(role, token)
         for key in ("extra_special_tokens", "additional_special_tokens"):
             listed = content.get(key)
@@ -111,6 +115,7 @@ def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _token(value: Any) -> str | None:
+    # A token is a text, or a mapping with the text as `content`.
     text = value.get("content") if isinstance(value, dict) else value
     return text if Text(200).fits(text) else None
 
@@ -121,10 +126,13 @@ def tokenizer_of(
     """A tokenizer with its roles, by name or, where a file says nothing, by the usual names. Raises UserError (65)."""
     there = backend.get_vocab()
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    # The two families that models trained by masking words come from.
     usual = ROBERTA if "<mask>" in there and "[MASK]" not in there else BERT
     named = {f"{role}_token": token for role, token in usual.items() if token in there}
     named |= {role: token for role, token in roles.items() if role in ROLES and token in there}
+    # As AddedToken where there is one: it says whether the space before it belongs to it.
     special = {role: added.get(token, token) for role, token in named.items()}
+    # What the vocabulary lacks would be added to it, and has no embedding.
     extra = [added.get(token, token) for token in more if token in there and token not in named.values()]
     return made(lambda: PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special), where)
 
@@ -132,6 +140,7 @@ def tokenizer_of(
 def wordpiece(folder: Path) -> Tokenizer:
     """BERT's, of a `vocab.txt`: a word a line, its number the line's."""
     words = file_text(folder / "vocab.txt").split("\n")
+    # A blank line keeps its number.
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
     lower = "do_lower_case" not in named_in(folder)[0]
     backend = made(lambda: Tokenizer(models.WordPiece(vocab, unk_token=BERT["unk"])), folder)
@@ -157,6 +166,7 @@ def byte_level(folder: Path) -> Tokenizer:
         ends = ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"])
         backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
     plain = [token for token in dict.fromkeys(ROBERTA.values()) if token in vocab and token != "<mask>"]
+    # RoBERTa's mask takes the space before it.
     mask = [AddedToken("<mask>", lstrip=True, special=True)] if "<mask>" in vocab else []
     backend.add_special_tokens([*plain, *mask])
     return backend

@@ -82,6 +82,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
         UserError: as `checkpoint.load`, `hf_folder.read_folder` and `folder_of_hub`.
     """
     place = folder_of_hub(str(path))
+    # A file has passed the schema within `checkpoint.load`.
     return check_content(folder.read_folder(place), place) if place.is_dir() else checkpoint.load(place)
 
 
@@ -92,6 +93,7 @@ def read_start(path: str) -> Start:
 
 def start_of(content: Mapping[str, Any], path: str) -> Start:
     """What the content of a checkpoint means; `path` is named in errors."""
+    # `backbone.` and `task.` are the module's two parts (`lit.py`).
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
@@ -103,6 +105,7 @@ def training_history_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
     """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
     if "lineage" not in content:
         return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
+    # Class paths of earlier releases are read as today's.
     known = (Seen.of(seen) for seen in content["lineage"])
     return tuple(seen._replace(task=current(seen.task), source=current(seen.source)) for seen in known)
 
@@ -116,5 +119,6 @@ def overlap(ids: Tensor, history: tuple[Seen, ...]) -> int | None:
     """How many of these images the weights have seen; None where a part of their history tells no ids."""
     if any(seen.ids is None for seen in history):
         return None
+    # Without any history nothing was seen.
     known = [seen.ids for seen in history if seen.ids is not None]
     return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0

@@ -82,7 +82,9 @@ def read_state(path: str | Path) -> State:
     path = find_weights(path)
     content = _read(path)
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    # Without the prefixes that DDP and torch.compile put before names.
     tensors = clean_state_dict(content[key] if key else content)
+    # Optimiser states and settings lie beside weights in some files.
     odd = [f"{k} is of type {type(v).__name__}" for k, v in tensors.items() if not isinstance(v, Tensor)]
     if odd or not tensors:
         what = f"holds no plain weights ({odd[0] if odd else 'it is empty'})"
@@ -97,6 +99,7 @@ def _read_parts(folder: Path, index: Path) -> State:
     if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
         raise UserError(index, "names no files of weights", "Get the file again", ExitCode.BAD_DATA)
     names = sorted(set(parts.values()))
+    # Only files of weights in this very folder.
     if strange := [
         name for name in names if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")
     ]:
@@ -131,6 +134,7 @@ def find_weights(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     check_file(path)
+    # By now the file is whole: held against its hash, its archive's checksums or its header.
     if is_safetensors(path):
         return dict(load_file(path))
     try:
@@ -150,6 +154,7 @@ def check_file(path: Path) -> None:
     if not is_safetensors(path):
         return verify_checkpoint(path)
     try:
+        # Opening holds the header against the size of the file; no tensor is read.
         safe_open(path, "pt").keys()
     except SafetensorError as error:
         what = f"truncated or damaged ({first_line(error)})"
@@ -193,9 +198,11 @@ def load_state(
     """
     wanted = {name: value for name, value in state.items() if not (unused and name.startswith(unused))}
     fitted = resize_positions(wanted, model) if resize else wanted
+    # All is checked before the first value changes. Not strict, as those of `new` may be missing.
     check_fit(model, fitted, source, new)
     check_finite_weights(fitted, source)
     model.load_state_dict(fitted, strict=False)
+    # Shapes as they were in the file, for the report.
     before = {name: tuple(value.shape) for name, value in wanted.items()}
     before |= {name: tuple(shape) for name, shape in (was or {}).items() if name in before}
     return Provenance({name: _origin(tuple(v.shape), before[name], source) for name, v in fitted.items()})
@@ -213,11 +220,13 @@ def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """
     resized = dict(state)
     for name, part in model.named_modules():
+        # [1, prefix + N, D] -> [1, prefix + N of the model's grid, D]; the prefix is class and register tokens.
         key = f"{name}.pos_embed".lstrip(".")
         ours, theirs = getattr(part, "pos_embed", None), state.get(key)
         size = part.patch_embed.grid_size if hasattr(part, "patch_embed") else getattr(part, "grid", None)
         if not isinstance(ours, Tensor) or theirs is None or size is None:
             continue
+        # timm: with `no_embed_class` patches alone have positions.
         prefix = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 1)
         if ours.shape != theirs.shape and _is_square(theirs, ours, prefix):
             resized[key] = resample_abs_pos_embed(theirs, size, num_prefix_tokens=prefix)
@@ -227,12 +236,14 @@ def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str,
 def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
     if theirs.dim() != 3 or theirs.shape[-1] != ours.shape[-1] or theirs.shape[1] <= prefix:
         return False
+    # timm takes the old grid for a square.
     positions = theirs.shape[1] - int(prefix)
     return bool(round(positions**0.5) ** 2 == positions)
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...] = ()) -> None:
     """Raise UserError (65) unless names and shapes are the model's; it may be on the meta device."""
+    # All misfits at once, counted by kind: a wrong size shows in many tensors.
     own = model.state_dict()
     reshaped = [
         f"{name} {list(state[name].shape)} -> {list(value.shape)}"
@@ -267,6 +278,7 @@ def _count(names: Iterable[str], kind: str) -> str:
 
 
 def _advice(reshaped: list[str], others: list[str]) -> str:
+    # The usual causes by what alone does not fit: resolution, then vocabulary.
     if reshaped and not others and all("pos_embed" in text for text in reshaped):
         return "Set image_size to the one it was trained with, or allow resizing"
     if reshaped and not others and all("word_embeddings" in text for text in reshaped):

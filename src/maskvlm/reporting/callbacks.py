@@ -62,8 +62,10 @@ class Report(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         metrics = getattr(pl_module, "metrics", {})
+        # In a training one line at each evaluation, and figures now and then; outside of one the whole table.
         if trainer.state.fn == TrainerFn.FITTING:
             self.evaluations += 1
+            # Pre-training has a claim, a downstream task a score.
             if told := claim_line(metrics) or score_line(metrics):
                 say(f"step {trainer.global_step}: {told}")
             if not self.every or self.evaluations % self.every:
@@ -80,6 +82,7 @@ class Report(Callback):
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Both figures, as far as there is something to draw."""
         folder = folder_of(trainer)
+        # Curves are of a training; of a checkpoint that is measured there are none.
         logged = metrics_file(trainer)
         if logged is not None and self.trained:
             try_drawing(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
@@ -88,6 +91,7 @@ class Report(Callback):
             backbone: Any = pl_module.backbone
 
             def fill(path: Path) -> None:
+                # In the precision of an evaluation, which Lightning sets for steps alone.
                 with trainer.precision_plugin.val_step_context():
                     reconstructions(backbone, task, batch, backbone.text.tokenizer, path, self.count)
 

@@ -62,6 +62,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 def series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one name."""
+    # A value that is not finite has no place on an axis.
     pairs = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -71,6 +72,7 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     there is at the end."""
     means = []
     for place in range(len(values)):
+        # As many values on either side, but at the end.
         near = min(reach, place)
         window = values[place - near : place + near + 1]
         means.append(sum(window) / len(window))
@@ -98,12 +100,14 @@ def curves(source: Path | Rows, path: Path, levels: Mapping[str, float] | None =
 def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Figure:
     """One panel for each loss, each group of held-out metrics, the learning rates, and the speed."""
     keys = {key for row in rows for key in row}
+    # The known ones in the order of TITLES, the others after them by name.
     losses = sorted(key for key in keys if key.startswith("train/") and key not in NOT_LOSSES)
     losses.sort(key=lambda key: [*TITLES, key.removeprefix("train/")].index(key.removeprefix("train/")))
     held_out = [(RECALL, "recall@1, %"), (WORDS, "masked words right, %")]
     held_out.append((PIXELS, "squared error of masked pixels"))
     shown = [part for part in held_out if any(line.key in keys for line in part[0])]
     others = sorted({key.split("/")[0] for key in keys if "/" in key and not key.startswith(KNOWN)})
+    # A group without decay has the rate of its twin.
     rates = [key for key in sorted(keys) if key.startswith("lr") and "no decay" not in key]
     speed = "train/pairs_per_second" in keys
     count = len(losses) + len(shown) + len(others) + bool(rates) + speed
@@ -120,6 +124,7 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
         draw_rates(next(panels), rows, rates)
     if speed:
         draw_speed(next(panels), rows)
+    # One range of steps for all panels.
     last = max((row["step"] for row in rows), default=1)
     for axes in figure.axes:
         axes.set_xlim(0, 1.02 * max(last, 1))
@@ -163,6 +168,7 @@ def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) ->
     if not level and name in levels and steps:
         level_steps, level = [steps[0], steps[-1]], [levels[name]] * 2
     if level:
+        # A level may change with the batch, as that of masked pixels does.
         level = smooth(level, len(level) // 6)
         label = f"knows nothing: {number(level[-1])}"
         axes.plot(level_steps, level, color="black", linestyle="--", linewidth=1, label=label)
@@ -171,6 +177,7 @@ def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) ->
     settled = values[len(values) // 20 :]  # the first steps may stand far above all that follows
     if settled:
         low, top = min(*settled, *level, settled[0]), max(*settled, *level, settled[0])
+        # More room above, for the legend.
         axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.25 * (top - low or 1))
 
 
@@ -179,14 +186,17 @@ def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> No
     are joined by a line only where the number is the same; the largest is marked by stars."""
     retrieval = any(line.key.startswith("retrieval/") for line in lines)
     sizes: list[float] = sorted({row["retrieval/pictures"] for row in rows if "retrieval/pictures" in row})
+    # Evaluations on the way may be of fewer images than the last one.
     split = retrieval and len(sizes) > 1
     for line in lines:
         for size in sizes if split else [None]:
             part = [row for row in rows if size is None or row.get("retrieval/pictures") == size]
             star = size is not None and size == sizes[-1]
+            # Stars have no label of their own: a line is in the legend once.
             look: dict[str, Any] = (
                 {"marker": "*", "markersize": 9} if star else {"marker": "o", "markersize": 3.5, "label": line.label}
             )
+            # One point makes no line.
             style = line.style if len(series(part, line.key)[0]) > 1 else "none"
             fill = line.colour if line.style == "-" else "white"
             axes.plot(
@@ -207,6 +217,7 @@ def draw_rates(axes: Axes, rows: Rows, keys: Sequence[str]) -> None:
     drawn: list[list[float]] = []
     for key in keys:
         steps, values = series(rows, key)
+        # Groups of one rate would hide each other.
         if values not in drawn:
             axes.plot(
                 steps,

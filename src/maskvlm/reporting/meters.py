@@ -30,6 +30,7 @@ class RunningMeans:
         """One value of each name; names that come or go start anew."""
         if values.keys() != self.sums.keys():
             self.weight, self.sums = 0.0, {name: torch.zeros(()) for name in values}
+        # 1 + decay + decay^2 + ...: what the sums are divided by.
         self.weight = self.decay * self.weight + 1
         for name, value in values.items():
             value = torch.as_tensor(value).detach().float()
@@ -43,6 +44,7 @@ class RunningMeans:
         """The means so far, copied to the host in one go."""
         if not self.sums:
             return {}
+        # One copy for all names: each copy waits for the device.
         means = torch.stack(list(self.sums.values())) / self.weight
         return dict(zip(self.sums, means.tolist(), strict=True))
 
@@ -58,10 +60,12 @@ class LossMeter:
     """Follows the terms that the module logs as `train/<name>`, and the task's levels."""
 
     def __init__(self, decay: float = 0.97) -> None:
+        # Levels come at each reading, losses at each step: the shorter memory covers about as many steps, or more.
         self.losses, self.levels = RunningMeans(decay), RunningMeans(0.8)
 
     def take(self, trainer: L.Trainer) -> None:
         """The terms of this step, without waiting for the device."""
+        # Tensors where the step has left them.
         logged = trainer.callback_metrics
         names = [name for name in logged if name.startswith("train/") and name not in NOT_LOSSES]
         self.losses.take({name.removeprefix("train/"): logged[name] for name in names})
@@ -69,6 +73,7 @@ class LossMeter:
     def read(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> Readings:
         """Waits for the device. The level of contrast is that of the pairs that meet in one pass."""
         task = getattr(pl_module, "task", None)
+        # Other processes have as many pairs in a pass.
         self.levels.take(task.chance_levels(len(batch.valid_B) * trainer.world_size) if task else {})
         return Readings(self.losses.read(), self.levels.read())
 
@@ -102,6 +107,7 @@ class ThroughputMeter:
     def batch_starts(self) -> None:
         """A batch has arrived."""
         self.began = self.now()
+        # Not after an interruption: what came between was no waiting.
         if self.ended is not None:
             self.waited += self.began - self.ended
 
@@ -138,6 +144,7 @@ class TimeLeft:
         if self.first is None or kind != self.kind:
             self.first, self.kind = (self.now(), step), kind
         began, first = self.first
+        # Nothing is known after one step, nor of a run without an end.
         if step == first or math.isinf(total):
             return None
         return (self.now() - began) / (step - first) * max(0.0, total - step)
@@ -150,11 +157,13 @@ def reading_interval(trainer: L.Trainer) -> int:
 
 def number(value: float) -> str:
     """Three digits: 4.16, 0.637, 0.0985, 123."""
+    # `#` keeps zeros at the end (4.10), and a point after 123.
     return f"{value:#.3g}".rstrip(".")
 
 
 def duration(seconds: float) -> str:
     """45 s is 0:45, one hour and five minutes 1:05:00, more than a day 2 d 03:00."""
+    # Rounded once, before it is split: 59.6 s are 1:00.
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 24:

@@ -105,6 +105,7 @@ def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
     sizes = [f"{metrics[key]:.0f} {name}" for key, name in SIZES.items() if key in metrics]
     among = f" ({', '.join(sizes)})" if sizes else ""
     table = _table(f"Recall in %{among}", [f"R@{k}" for k in KS])
+    # tr: texts for an image; ir: images for a text. Each way is followed by its chance level.
     for direction in ("tr", "ir"):
         for name, key in RETRIEVAL:
             if key.endswith(f"{direction}_r") and f"{key}1" in metrics:
@@ -124,6 +125,7 @@ def sweep_table(metrics: Mapping[str, float]) -> Table | None:
     for name in metrics:
         if found := SWEPT.fullmatch(name):
             row = [f"{metrics.get(f'retrieval/{found[1]}_{side}_r1', math.nan):.1f}" for side in ("tr", "ir")]
+            # Each number of candidates is in two names: a row at the first of them.
             if found[2] == "tr":
                 table.add_row(found[1].removeprefix("k").removeprefix("_"), *row)
     return table if table.rows else None
@@ -149,7 +151,9 @@ def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
     levels = any(name + end in metrics for name in names for end in LEVELS)
     table = _table(f"{task}{among}", ["%", "chance level"] if levels else ["%"])
     for name in names:
+        # The majority where there is one, else chance.
         known = [f"{metrics[name + end]:.1f} ({end[1:]})" for end in LEVELS if name + end in metrics]
+        # accuracy/KIND stands indented below the accuracy of all.
         label = name.split("/", 1)[1].replace("accuracy/", "  ", 1).replace("recall/", "recall, ", 1)
         cells = [f"{metrics[name]:.1f}", *([known[0] if known else ""] * levels)]
         table.add_row(Text(label.replace("accuracy_", "accuracy, ", 1)), *cells)
@@ -159,6 +163,7 @@ def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
 def confusion_table(task: str, metrics: Mapping[str, float]) -> Table | None:
     """How often each class was taken for which: a row a truth, a column an answer."""
     start = f"{task}/confusion/"
+    # The labels by the diagonal, where each is taken for itself: a label may hold `_as_`.
     right = (re.fullmatch(rf"{re.escape(start)}(.+)_as_\1", name) for name in metrics)
     labels = [found[1] for found in right if found]
     table = _table("truth, and what was said", labels)
@@ -179,14 +184,17 @@ def partner_table(title: str, measured: Sequence[Measured], metrics: Mapping[str
         wrong, none = f"{m.key}_wrong_{m.partner}", f"{m.key}_no_{m.partner}"
         values = [metrics.get(key, math.nan) for key in (m.key, wrong, none)]
         cells = ["-" if math.isnan(value) else f"{value:.{m.digits}f}" for value in values]
+        # Against the wrong partner, and against none.
         cells += [gain(m.gain, values[0], other) for other in values[1:]]
         chance = metrics.get(f"{m.key}_chance")
+        # True counts as one cell, False as none: there may be no such column.
         table.add_row(m.name, *cells, *(["" if chance is None else f"{chance:.{m.digits}f}"] * chances))
     return table if table.rows else None
 
 
 def other_table(metrics: Mapping[str, float]) -> Table | None:
     """What no group above knows, by name."""
+    # What the tables above have shown; the rest is listed as it is.
     known = {f"{key}{k}{end}" for _, key in RETRIEVAL for k in KS for end in ("", "_chance")}
     known |= {*SIZES, *(key for _, key in SUMS), "score"}  # the score repeats what another group shows
     known |= {name for name in metrics if SWEPT.fullmatch(name)}
@@ -220,6 +228,7 @@ def score_line(metrics: Mapping[str, float]) -> str:
     names = [name for name in metrics if name.count("/") == 1 and name.endswith("/accuracy")]
     if not names:
         return f"score {metrics['score']:.1f}" if "score" in metrics else ""
+    # A share of right answers says nothing without what the most frequent answer reaches.
     level = metrics.get(f"{names[0]}_majority", math.nan)
     known = "" if math.isnan(level) else f" (majority {level:.1f})"
     return f"accuracy {metrics[names[0]]:.1f}{known}"

@@ -48,6 +48,7 @@ class Page:
     """
 
     def __init__(self, width: float, height: float, points: float) -> None:
+        # Without pyplot, which keeps every figure. The renderer measures words before anything is drawn.
         self.figure = Figure(figsize=(width, height), dpi=DPI)
         self.width, self.height, self.points = width, height, points
         self._fonts = [FontProperties(family="monospace", size=points, weight=each) for each in ("normal", "bold")]
@@ -64,12 +65,14 @@ class Page:
         """One line of segments, each as it is: a dollar sign starts no formula."""
         for segment in line:
             if segment.text.strip():
+                # matplotlib counts from the bottom left, in shares of the page.
                 box = {"facecolor": SHADE, "edgecolor": "none", "pad": 0.6} if segment.shade else None
                 self.figure.text(
                     left / self.width, 1 - top / self.height, segment.text, va="top", fontsize=self.points,
                     family="monospace", color=segment.colour, weight="bold" if segment.bold else "normal", bbox=box,
                     parse_math=False,
                 )  # fmt: skip
+            # The font has one width for all characters, so that nothing is measured here.
             left += self.character * len(segment.text)
 
     def inches(self, words: str) -> float:
@@ -81,6 +84,7 @@ class Page:
 
     def wrap(self, words: str, width: float, most: int) -> list[str]:
         """At most so many lines, none wider than `width` inches; dots say that there is more."""
+        # Broken by letters, then held against the inches that they take; with each round there are fewer.
         letters = int(width / self.inches("m"))
         while True:
             lines = textwrap.wrap(words, letters, max_lines=most, placeholder=MORE)
@@ -96,9 +100,11 @@ class Page:
         axes = self.figure.add_axes(area)
         axes.set_axis_off()
         pixels = np.asarray(pixels)
+        # Of small images the pixels themselves are looked at.
         axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) <= 128 else "antialiased")
         if frame:
             around = Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=frame, linewidth=3)
+            # Half of its line lies outside the image's own area.
             around.set_clip_on(False)
             axes.add_patch(around)
 

@@ -35,10 +35,12 @@ def draw_page(shown: Sequence[Shown]) -> Page:
     """Cells of one size, as wide as the example with most images needs."""
     most = max(len(one.images) for one in shown)
     columns = COLUMNS if most == 1 else 2
+    # Rounded up.
     rows = -(-len(shown) // columns)
     cell_width, cell_height = most * (IMAGE + GAP) + TEXT, IMAGE + 2 * GAP
     size = (columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE)
     page = Page(*size, SIZE)
+    # Of a test split the truth may not be published.
     known = [one.prediction["right"] for one in shown if one.prediction["right"] is not None]
     right = f"; {sum(known):.3g} of these {len(known)} right" if known else ""
     title = f"Some predictions, at even distances through the split{right}"
@@ -52,11 +54,13 @@ def draw_page(shown: Sequence[Shown]) -> Page:
 def draw_cell(page: Page, left: float, top: float, shown: Shown, most: int) -> None:
     """The images side by side, what they are below, the words to their right."""
     prediction = shown.prediction
+    # `right` may be a share (VQA): from one half on it counts as right.
     colour = GREY if prediction["right"] is None else GREEN if prediction["right"] >= 0.5 else RED
     for place, image in enumerate(shown.images):
         page.image(left + place * (IMAGE + GAP), top, IMAGE, safe_open(image, prediction["id"]), colour)
     for place, label in enumerate(shown.labels):
         page.line(left + place * (IMAGE + GAP), top + IMAGE + GAP / 3, [Segment(label, GREY)])
+    # What was asked, the truth where it is known, what was said.
     parts = [(prediction["text"] or " ", ASKED, BLACK), (f"predicted: {prediction['prediction']}", SAID, colour)]
     if prediction["truth"]:
         parts.insert(1, (f"truth:     {prediction['truth']}", SAID, GREY))

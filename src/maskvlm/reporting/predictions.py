@@ -54,10 +54,12 @@ class Predictions(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, task, data = folder_of(trainer), pl_module.task, trainer.datamodule  # type: ignore[attr-defined]
+        # The card is written for every task, predictions where a task makes some.
         end = file_suffix(folder, split, self.trained)
         write_json(folder / f"card{end}.json", evaluation_card(trainer, pl_module, split))
         if not task.predictions:  # type: ignore[union-attr]
             return
+        # By now they are those of all processes.
         predictions = with_ids(task.predictions, data.splits[split])  # type: ignore[arg-type, union-attr]
         lines = (json.dumps(json_ready(one), ensure_ascii=False) for one in predictions)
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -84,6 +86,7 @@ def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
     """An image of pairs, which a task can only call `image ROW`, is followed by its id in the data set: nobody finds
     a photo by its place in a split. Examples have an id of their own."""
     places = sorted({place for one in predictions for place in one["index"]})
+    # Rows with `images` are examples, those with `image` pairs.
     if not places or "images" in rows[places[0]]:
         return predictions
     names = {f"image {place}": f"image {place}, {rows[place]['image_id']}" for place in places}
@@ -100,6 +103,7 @@ def shown_with(rows: Any, prediction: Prediction) -> Shown:
     of an example by their place, of pairs (retrieval) the one that was found, then the true one."""
     found = [rows[place] for place in prediction["index"]]
     images = [image for row in found for image in (row["images"] if "images" in row else [row["image"]])]
+    # An example of NLVR has two images; of retrieval these are two rows.
     several = ("left", "right") if found and "images" in found[0] else ("found", "truth")
     return Shown(prediction, images, several if len(images) == 2 else ())
 
@@ -108,6 +112,7 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
     """What a reader must know to trust or repeat the numbers beside it."""
     data, backbone, task = trainer.datamodule, pl_module.backbone, pl_module.task  # type: ignore[attr-defined]
     rows, source = data.splits[split], type(data.source)
+    # None where the source cannot tell its images without opening them.
     ids = data.hashed_image_ids(split)
     history = pl_module.history
     seen = None if ids is None else overlap(ids, history)
@@ -142,6 +147,7 @@ def source_settings(trainer: L.Trainer) -> dict[str, Any] | None:
     saved = next((one for one in trainer.callbacks if isinstance(one, SaveConfig)), None)  # type: ignore[attr-defined]
     if saved is None:
         return None
+    # By way of JSON, so that paths and the like become text.
     given = saved.config.data.init_args.source.get("init_args")
     settings: dict[str, Any] = json.loads(json.dumps(given.as_dict() if given else {}, default=str))
     return settings
@@ -151,6 +157,7 @@ def share_measured(trainer: L.Trainer, split: str) -> float:
     """Below 1 where trainer.limit_val_batches (or limit_test_batches) cut the evaluation short."""
     counts = trainer.num_test_batches if split == "test" else trainer.num_val_batches
     loaders = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
+    # Batches of this process, in all and as limited.
     total = len(loaders) if loaders is not None else 0
     return round(float(sum(counts)) / total, 4) if total else 1.0
 
@@ -162,6 +169,7 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     name = None if path is None else f"{Path(path).parent.name}/{Path(path).name}"
     trained = getattr(trainer, "global_step", 0)
     sha = None if path is None else hash_of(Path(path))
+    # The weights that were measured are in no file that was named: what is known is where they began.
     if trained and trainer.ckpt_path is None:
         return {"started from": name, "sha256 of that": sha, "measured after steps": trained}
     return {"file": name, "sha256": sha, "steps trained here": trained}
@@ -173,5 +181,6 @@ def hash_of(path: Path) -> str | None:
     facts = stated(path)
     if facts:
         return facts[-1].sha256
+    # A folder of the hub's format.
     path = path / WEIGHTS if path.is_dir() else path
     return sha256_of(path) if path.is_file() else None

@@ -87,8 +87,10 @@ class TrainingProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.losses, self.clock, self.left = LossMeter(), ThroughputMeter(), TimeLeft()
+        # The loaders are made by now, which asking for it would do.
         self.total = float(trainer.estimated_stepping_batches)
         self.step, self.status, self.printed = trainer.global_step, "", -math.inf
+        # A run without an end has no bar to fill.
         self._open(self._step_of, None if math.isinf(self.total) else self.total)
 
     def on_train_batch_start(
@@ -115,6 +117,7 @@ class TrainingProgress(ProgressBar):
     def _tell(self, pl_module: L.LightningModule, readings: Readings, speed: StepSpeed, left: float | None) -> None:
         logged = {f"level/{name}": level for name, level in readings.levels.items()}
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
+        # Only the first process comes here: nobody else logs, or waits.
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
         self.status = status_line(readings, speed, left)
         if self._plain and (time.monotonic() - self.printed >= self.seconds or self.step == self.total):
@@ -185,6 +188,7 @@ class TrainingProgress(ProgressBar):
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _open(self, name: str, total: float | None) -> None:
+        # Elsewhere lines are printed, and a bar would fill a log file.
         if self.enabled and self.console.is_terminal:
             self.bar = StatusBar(name, total, self.console)
 
@@ -227,10 +231,12 @@ class StuckLoss(Callback):
             return
         self.losses.take(trainer)
         step = trainer.global_step
+        # Not at every pass of an accumulated step.
         if step != self.step and step % reading_interval(trainer) == 0:
             self.step = step
             total = float(trainer.estimated_stepping_batches)
             warmup = getattr(pl_module, "warmup", 0) if self.warmup is None else self.warmup
+            # During warm-up little is learned: a loss at its level tells nothing.
             if step > steps_of(warmup, total):
                 patience = steps_of(self.patience, total)
                 patience = max(patience, LEAST_PATIENCE) if self.patience < 1 else patience
@@ -245,6 +251,7 @@ class StuckLoss(Callback):
         """
         for name, loss in readings.losses.items():
             level = readings.levels.get(name, 0.0)
+            # Below its level once, and it is counted anew.
             if level <= 0 or loss < self.share * level:
                 self.since.pop(name, None)
             elif step - self.since.setdefault(name, step) >= patience and name not in self.told:

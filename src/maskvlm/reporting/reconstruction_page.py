@@ -49,12 +49,14 @@ def reconstructions(
 
 def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Page:
     """One row a pair, as high as its words need."""
+    # Sizes first, as a page is made in one size.
     columns = image_columns(result)
     texts = [words_of_row(result, row, tokenizer) for row in range(len(result.image_BCHW))]
     heights = [max(IMAGE + 0.2, LINE * len(text)) + SPACE for text in texts]
     width = 2 * MARGIN + len(columns) * (IMAGE + GAP) + GAP + TEXT
     page = Page(width, sum(heights) + 2 * MARGIN + 2 * LINE, POINTS)
     top = MARGIN
+    # The headings.
     for place, (title, _, _) in enumerate(columns):
         left = MARGIN + place * (IMAGE + GAP)
         page.line(left, top, [Segment(title, bold=True)])
@@ -63,14 +65,17 @@ def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Page:
         Segment("  (percentages: the likeliest guesses)"),
     ]
     page.line(MARGIN + len(columns) * (IMAGE + GAP) + GAP, top, words)
+    # What is filled in has been helped: a reader must know.
     if result.true_statistics and len(columns) > 2:
         note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
         page.line(MARGIN + 2 * (IMAGE + GAP), top + LINE, note)
     top += 2 * LINE
+    # [columns with an error, B]
     errors = torch.stack([error_B for _, _, error_B in columns if error_B is not None] or [torch.empty(0)])
     for row, (text, height) in enumerate(zip(texts, heights, strict=True)):
         for place, (_, image_BCHW, error_B) in enumerate(columns):
             left = MARGIN + place * (IMAGE + GAP)
+            # [C, H, W] -> [H, W, C]
             page.image(left, top, IMAGE, image_BCHW[row].permute(1, 2, 0).cpu().numpy())
             if error_B is not None:
                 page.line(left, top + IMAGE + 0.03, [error_text(error_B[row], errors[:, row])])
@@ -106,9 +111,11 @@ def error_text(error: Tensor, errors: Tensor) -> Segment:
 
 def words_of_row(result: Reconstruction, row: int, tokenizer: Any) -> list[Line]:
     """The column of words: the caption, the wrong one, and the guesses for each masked word."""
+    # The wrong caption is the next row's, as `reconstruct` rolls them; the last row has the first one's.
     batch, other = result.batch, (row + 1) % len(result.image_BCHW)
     masked: set[int] = set()
     if result.words is not None:
+        # K places, of which those that are not masked are padding.
         index_K, masked_K = result.words.index_BK[row], result.words.masked_BK[row]
         masked = set(index_K[masked_K].tolist())
     lines = wrap(caption_pieces(batch, row, tokenizer, masked), WRAP)
@@ -132,9 +139,11 @@ def caption_pieces(batch: Batch, row: int, tokenizer: Any, masked: set[int]) -> 
     last = -1
     words = batch.word_CT[row].tolist()
     for place, token in enumerate(batch.token_CT[row].tolist()):
+        # Start, end and padding.
         if words[place] < 0:
             continue
         text = piece_text(tokenizer, token)
+        # A space where a word begins, not between its tokens.
         if pieces and words[place] != last and text not in CLOSING:
             pieces.append(Segment(" "))
         pieces.append(Segment(text, shade=place in masked, bold=place in masked))
@@ -157,9 +166,11 @@ def wrap(pieces: list[Segment], width: int) -> list[Line]:
         if used and used + length > width:
             lines.append([])
             used = 0
+            # No line begins with a space.
             word = word[1:] if word[0].text == " " else word
         lines[-1] += word
         used += sum(len(piece.text) for piece in word)
+    # A line can be too long only where one word is.
     return [cut_line(line, width) for line in lines]
 
 
@@ -186,6 +197,7 @@ def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> 
     """A masked word and its likeliest fillings with the image and without."""
     assert result.words is not None
     target = int(result.batch.token_CT[row, place])
+    # Place in the text, of T -> place among the masked, of K.
     position = int((result.words.index_BK[row] == place).nonzero()[0, 0])
     line = [Segment(f"{shorten(piece_text(tokenizer, target), WORD - 2):{WORD}}", bold=True)]
     for guesses in (result.words.with_image, result.words.without_image):
@@ -205,6 +217,7 @@ def guess_segments(guesses: Guesses, row: int, position: int, target: int, token
         text = f"{shorten(piece_text(tokenizer, token), GUESS)} {100 * share:.0f}"
         segments += [Segment(text, colour, bold=number == 0), Segment("  ")]
         used += len(text) + 2
+    # As wide as the heading, so that the guesses without an image begin below theirs.
     return [*segments, Segment(" " * max(0, SIDE - used))]
 
 

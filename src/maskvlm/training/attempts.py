@@ -20,6 +20,7 @@ NAME = "attempts.json"
 BEFORE, MOST = 2, 4
 """After so many failures in one step a run goes on from the checkpoint before; after so many not at all."""
 SIZE = 100  # bytes
+# Device, folder and disk: the same step may pass elsewhere.
 NOT_THE_RUNS = (ExitCode.UNAVAILABLE, ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
 
 
@@ -42,6 +43,7 @@ def failures(folder: Path) -> Failures:
         return Failures()
     if step is None:  # died before its first step: that says nothing new
         return Failures(before, times or 0)
+    # Counted by the next start, as a process that is killed writes nothing.
     return Failures(step, (times or 0) + 1 if step == before else 1)
 
 
@@ -73,6 +75,7 @@ class Attempt:
         self.handle = -1
         with suppress(OSError):
             self.handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        # At once: a run that dies before its first step leaves the earlier failures as they are.
         self.note(None)
         with suppress(OSError):  # after the note: of a damaged file nothing stays
             os.truncate(folder / NAME, SIZE)
@@ -82,6 +85,7 @@ class Attempt:
         if self.handle >= 0:
             facts = {"failed_in": self.before.step, "times": self.before.times, "step": step}
             with suppress(OSError):
+                # As many bytes each time: a full disk has room. No fsync: the note outlives its process, as it must.
                 os.pwrite(self.handle, json.dumps(facts).ljust(SIZE - 1).encode() + b"\n", 0)
 
     def close(self) -> None:
@@ -108,4 +112,5 @@ def counts(error: BaseException) -> bool:
         return cannot_write(error) is None
     if isinstance(error, UserError):
         return error.code not in NOT_THE_RUNS
+    # Ctrl-C and a plain exit are no Exceptions.
     return isinstance(error, Exception) and not isinstance(error, Stopped)

@@ -76,16 +76,19 @@ class KeepState(Checkpoint):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # By now the process group exists; before, and in an evaluation alone, a process agrees with itself.
         self.agree, self.saved_at = Agreement(), time.monotonic()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.attempt = Attempt(self.folder)
         for logger in trainer.loggers:
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
+                # Rows after the checkpoint will be logged again.
                 logger.forget(batches_that_stepped(trainer), self.unmeasured)
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
         if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
             evaluate_now(trainer)
+        # No step is left: the end of the run is logged under the last one.
         if trainer.ckpt_path and trainer.fit_loop.done:
             count_last_step(trainer)
 
@@ -95,6 +98,7 @@ class KeepState(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.attempt is not None:
+            # Before the step: one that kills the process is on record.
             self.attempt.note(trainer.global_step + 1)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -108,9 +112,12 @@ class KeepState(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
+        # Between two passes of one step no checkpoint is whole: gradients are not in it.
         if trainer.fast_dev_run or is_accumulating(trainer):  # type: ignore[attr-defined]
             return
+        # Known before the checkpoint is written, which holds it.
         self.unmeasured = evaluation_is_due(trainer)
+        # In every step of every process: where one leaves it out, the others wait for it.
         agreed = self.agree(self._wish(trainer))
         if agreed or self.unmeasured or (self.steps and trainer.global_step % self.steps == 0):
             self.save(trainer)
@@ -121,6 +128,7 @@ class KeepState(Checkpoint):
         HELD.check()
         if CAUGHT.count:
             return STOP
+        # The first process's clock counts for all.
         late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         return SAVE if late and trainer.is_global_zero else GO_ON
 
@@ -148,6 +156,7 @@ class KeepState(Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Processes measure different numbers of batches: they can agree only while all have one.
+        # The least over all, by the largest of the negatives.
         self.shared_batches = -self.agree(-int(sum(trainer.num_val_batches)))
 
     def on_validation_batch_end(
@@ -168,6 +177,7 @@ class KeepState(Checkpoint):
             self.unmeasured = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Checkpoint callbacks come last, in the configuration's order: the best checkpoint is written by now.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
 

@@ -57,6 +57,7 @@ class Writer(ExperimentWriter):
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         """As the base class; the same row of the same step a second time is dropped."""
         super().log_metrics(metrics_dict, step)
+        # KeepState has a step's row logged before it saves; Lightning logs it again after.
         known = self.metrics[-2:-1] or self.rows[-1:]
         if known and _plain(known[0]) == _plain(self.metrics[-1]):
             self.metrics.pop()
@@ -67,6 +68,7 @@ class Writer(ExperimentWriter):
             return
         new, self.metrics = self.metrics, []
         self.rows += new
+        # A new column changes the header, so all rows are written anew.
         keys = sorted({*self.metrics_keys, *set().union(*new)})
         if keys != self.metrics_keys or not self.path.is_file():
             self.metrics_keys = keys
@@ -96,6 +98,7 @@ def rows_in(content: bytes) -> list[Row]:
         lines.pop()
     rows = csv.DictReader(line.replace("\0", "") for line in lines if len(line) < LONGEST)
     try:
+        # DictReader fills a short row with None, and keeps what a long row has more under the key None.
         return [{key: value for key, value in row.items() if key and value} for row in rows if None not in row.values()]
     except csv.Error:  # a damaged table costs its rows, not the run
         return []
@@ -106,6 +109,7 @@ def _keeps(row: Row, step: int, unmeasured: bool) -> bool:
         at = int(float(row.get("step", 0)))
     except (ValueError, OverflowError):  # a damaged row
         return False
+    # The step's training row was logged before the checkpoint was written; its evaluation may be still to come.
     return at < step or (at == step and not (unmeasured and any(_measured(key) for key in row)))
 
 

@@ -53,6 +53,7 @@ def report(error: BaseException, folder: Path | None = None, debug: bool = False
 
 def user_line(error: BaseException) -> ErrorLine | None:
     """The line for what a user can mend; None for a bug."""
+    # torch raises a worker's error anew, with its traceback as the text: no cause, no attributes.
     if worker := _from_worker(str(error)):
         return worker
     if lost := _worker_lost(str(error)):
@@ -69,6 +70,7 @@ def user_line(error: BaseException) -> ErrorLine | None:
         )
     if isinstance(error, OSError) and (told := cannot_write(error)):
         return ErrorLine(_one_line(str(told)), told.code)
+    # By name: neither Lightning nor torch is imported for a command that needs none.
     if name == "MisconfigurationException":
         return ErrorLine(f"trainer: {text}", ExitCode.USAGE)
     if isinstance(error, MemoryError):
@@ -82,6 +84,7 @@ def user_line(error: BaseException) -> ErrorLine | None:
 
 def _from_worker(text: str) -> ErrorLine | None:
     """A mistake found in a data worker arrives as the text of its traceback: the last line names it."""
+    # Subclasses too: a traceback names the class itself.
     for kind in (UserError, *_all_subclasses(UserError)):
         found = re.findall(rf"^{re.escape(kind.__module__)}\.{kind.__qualname__}: (.+)$", text, re.MULTILINE)
         if found:
@@ -107,6 +110,7 @@ def _all_subclasses(kind: type) -> list[type]:
 def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     text = f"{type(error).__name__}: {error}"
     if "\nOriginal Traceback" in text:  # of a data worker; what matters comes last
+        # Lines of a traceback are indented: what follows the last of them is the error.
         text = re.split(r"^ .*$", text.rstrip(), flags=re.MULTILINE)[-1]
     text = _one_line(text)[:300].rstrip(".")
     name = f"crash-rank{process_rank()}.txt" if process_rank() else "crash.txt"
@@ -127,6 +131,7 @@ def _of_others(error: BaseException) -> str:
     user's: file and line; "" for none."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
+    # This project, its tasks, Python and what is installed. The deepest frame outside of them counts.
     ours = Path(__file__).resolve().parents[1]
     mine = [ours, ours.parents[1] / "tasks", Path(sys.prefix), Path(sys.base_prefix)]
     found = ""
@@ -150,6 +155,7 @@ def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
     if not several or folder is None or not folder.is_dir():
         return rank
     try:
+        # "x" fails where the file is there, for all processes but one.
         with (folder / FIRST).open("x") as file:
             file.write(f"{rank} {int(code)}\n")
         return rank

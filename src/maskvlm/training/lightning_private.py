@@ -11,6 +11,7 @@ import lightning as L
 def replace_signal_handlers(trainer: L.Trainer, install: Callable[[], None]) -> None:
     """Handlers in the place of Lightning's own, which speak to other processes and save within the handler."""
     trainer._signal_connector.register_signal_handlers = install  # type: ignore[method-assign]
+    # Of several processes Lightning asks before every batch: a broadcast, and a wait for the device.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
@@ -37,6 +38,7 @@ def evaluation_is_due(trainer: L.Trainer) -> bool:
 
 def evaluate_now(trainer: L.Trainer) -> None:
     """Make an evaluation before the first step, as if it followed the last one."""
+    # As the loop's own `on_advance_end` does it; begun anew, as what a task has counted is in no checkpoint.
     loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     first = results._first_loop_iter
     trainer.validating, loop.restarting = True, False

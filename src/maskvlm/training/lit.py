@@ -94,6 +94,7 @@ class LitModel(L.LightningModule):
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
+        # The heads must exist before those of a checkpoint are taken over.
         task.build(backbone)
         self.warm_started = self._warm_start()
 
@@ -103,8 +104,11 @@ class LitModel(L.LightningModule):
         if origin is None:
             return set()
         if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
+            # Asked all the same: a task may refuse to start without heads.
             return self.task.warm_start({})
+        # The module keeps no second copy of the heads' tensors.
         self.backbone.origin = origin._replace(heads={})
+        # A note where a loss of the same task has been left out, not where another task leaves them behind.
         same_task = bool(origin.history) and origin.history[-1].task == class_path(type(self.task))
         unused = {name.partition(".")[0] for name in origin.heads} - {name for name, _ in self.task.named_children()}
         if same_task and unused and rank() == 0:
@@ -146,6 +150,7 @@ class LitModel(L.LightningModule):
             raise UserError("model.backbone.image.feature_cache", what, todo)
         rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
+        # What features depend on beside the frozen weights, which the cache adds itself.
         follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
         image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
 
@@ -181,7 +186,10 @@ class LitModel(L.LightningModule):
         rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
         share, late, stopping = self.task.late(self.backbone)
         groups = parameter_groups(self.backbone, encoders, self.task, *rates, late, stopping)
+        # The guard's flag is read by fused kernels alone. In float16 Lightning unscales gradients before they are
+        # clipped, which it does not do for a fused optimiser.
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
+        # Not Lightning's `estimated_stepping_batches`, which makes the loaders in order to count.
         total = self.data.total_steps
         scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -203,8 +211,10 @@ class LitModel(L.LightningModule):
         by_norm = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
         limit = gradient_clip_val or 0.0
         if limit > 0 and by_norm:
+            # The norm before clipping. Where it is not finite the gradients are spoilt: a guard skips the step.
             norm = nn.utils.clip_grad_norm_(parameters, limit)
         elif self.guard is not None:
+            # Before clipping by value, which would hide an infinite gradient.
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if limit > 0 and not by_norm:
             nn.utils.clip_grad_value_(parameters, limit)
@@ -220,6 +230,7 @@ class LitModel(L.LightningModule):
         terms = self.task(self.backbone, batch)
         self.terms = tuple(terms)
         loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        # Logged without their weights, so that each can be held against its chance level.
         logged = {f"train/{name}": term.detach() for name, term in terms.items()}
         self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))
         return loss
@@ -230,12 +241,14 @@ class LitModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
             self.metrics = self.task.compute(self.backbone)
+        # Every process has the numbers of all: nothing is left to average.
         self.log_dict(self.metrics, sync_dist=False)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # What a reader of this one file needs beside the tensors: tokenizer, model spec, labels, training history.
         if self.backbone.text.tokenizer is not None:
             checkpoint["tokenizer"] = tokenizer_json(self.backbone.text.tokenizer)
         if self.model_yaml is not None:
@@ -289,6 +302,7 @@ class LitModel(L.LightningModule):
                 restore(self.task, checkpoint["task_state"], str(self.trainer.ckpt_path))
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
+        # Without a trainer the property `trainer` raises.
         if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self.measured_step = checkpoint.get("global_step")
         measure = getattr(self.task, "measure", None)

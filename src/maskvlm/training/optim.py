@@ -39,14 +39,17 @@ def parameter_groups(
     below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
     rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
     marks = {id(parameter): "late" for parameter in late} | {id(parameter): "stopping" for parameter in stopping}
+    # In the order of their first parameters: the state in a checkpoint is matched by place.
     groups: dict[tuple[str, bool, str | None], list[nn.Parameter]] = {}
     for module in (backbone, heads):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
+                # Class, mask and register tokens; positions; embeddings of words, positions and types.
                 decayed = parameter.ndim >= 2 and not name.endswith(("token", "pos_embed", "embeddings.weight"))
                 cross = module is backbone and lr_cross is not None
                 kind = "cross" if cross else "rest"
                 if id(parameter) in below:
+                    # Without layer decay all blocks share a group.
                     number = below[id(parameter)] if layer_decay < 1 else 0
                     kind = f"encoders, {number} from the top" if number else "encoders"
                     rates[kind] = lr_encoders * layer_decay**number
@@ -63,6 +66,7 @@ def parameter_groups(
     ]
 
 
+# timm: blocks.N; BERT and RoBERTa: layer.N; ModernBERT: layers.N.
 BLOCK = re.compile(r"\.(?:blocks|layers?|h)\.(\d+)\.")
 
 
@@ -70,6 +74,7 @@ def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     """Each parameter of an encoder, without its adapter, with how many blocks lie above: 0 in the last block and in the
     norm after it, as many as there are blocks below the first one."""
     names = [(f".{name}", parameter) for name, parameter in encoder.named_parameters() if "adapter." not in name]
+    # Names come in the order in which the model was built: what stands before the first block lies below all of them.
     first = next((at for at, (name, _) in enumerate(names) if BLOCK.search(name)), len(names))
     depth = 1 + max((int(found[1]) for name, _ in names if (found := BLOCK.search(name))), default=-1)
     for at, (name, parameter) in enumerate(names):
@@ -115,6 +120,7 @@ def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: 
         first = start if group.get("late") else 0
         end = start if group.get("stopping") else None
         steps = (total if end is None else end) - first
+        # LambdaLR multiplies a group's own peak, so that one lowest rate is another factor for each.
         floor = min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0
         of_step = warmup_cosine(steps, int(warmup if warmup >= 1 else warmup * steps), floor)
         return lambda step: of_step(step - first) if first <= step and (end is None or step < end) else 0.0

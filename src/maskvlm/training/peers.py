@@ -109,6 +109,7 @@ class Peers:
                 return  # this process has ended, or is about to: its last record stays
             self.beats += 1
             mine = (self.token, self.rank, socket.gethostname(), machine_id(), os.getpid(), self.beats)
+            # A record that is cut is no JSON: readers take it for none.
             row = json.dumps(PeerRecord(*mine, self.place, self.at, code, because, why[:400]))
             try:
                 file = os.open(self.path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -130,6 +131,7 @@ class Peers:
         except (OSError, ValueError, TypeError, RecursionError):
             return None
         numbers = (record.rank, record.pid, record.beat, step, phase)
+        # Of an earlier start, of another process, or damaged.
         if record.token != self.token or record.rank != rank or not all(type(number) is int for number in numbers):
             return None
         return record._replace(place=(step, phase)) if record.pid > 1 else None  # 0 and -1 mean whole groups
@@ -189,6 +191,7 @@ class Peers:
         if record.code is not None:
             if record.code in WELL:
                 return None
+            # Who ends for the sake of another is not to blame.
             first = record.rank if record.because is None else record.because
             return 0, LostProcess(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
         if record.where == machine_id() and not alive(record.pid):
@@ -203,6 +206,7 @@ class Peers:
 
     def _behind(self, still: float, every: float) -> LostProcess | None:
         """A process that lives, and does not come to where others wait for it."""
+        # Told only by who sees all: the one that is waited for may be the one without a record.
         if len(self.seen) < self.world:
             return None
         first = min(self.seen.values(), key=lambda each: each[0].place)
@@ -225,7 +229,9 @@ class Peers:
     def blame(self, timed_out: bool) -> LostProcess:
         """A connection broke, or timed out: who was it? Looks at all others for at most `WITHIN` seconds."""
         every, until = 0.2, time.monotonic() + WITHIN
+        # A connection breaks where a process is gone, and times out where one stands still.
         still = AFTER_A_BREAK if timed_out else math.inf
+        # The watch has counted looks of another interval.
         self.seen = {}
         while True:
             self.look(self.everyone())
@@ -259,6 +265,7 @@ def alive(pid: int) -> bool:
     except PermissionError:
         return True
     try:
+        # pid (name) state ...: the name may hold spaces and brackets, so the last bracket counts.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return True
@@ -268,6 +275,7 @@ def alive(pid: int) -> bool:
 def end_frozen(record: PeerRecord | None) -> None:
     """A process that is frozen does not see that the run is over."""
     if record is not None and record.where == machine_id() and alive(record.pid) and record.pid != os.getpid():
+        # A stopped process takes no other signal before it goes on.
         os.kill(record.pid, signal.SIGKILL)
 
 
@@ -278,8 +286,10 @@ def blamed(error: BaseException) -> LostProcess | None:
     """Whom a broken connection to other processes is to be blamed on; None of any other error."""
     if isinstance(error, UserError) or not CURRENT:
         return error if isinstance(error, LostProcess) else None
+    # The watch must not end the process while its main thread finds out why.
     CURRENT[0].leaving.set()
     said = f"{type(error).__name__} {error}"
+    # A data worker that is late is no other process of the run.
     if not isinstance(error, RuntimeError) or "DataLoader" in said or not BROKEN.search(said):
         return None
     CURRENT[0].verdict = CURRENT[0].blame(bool(re.search("timed out|timeout", said.lower())))
@@ -292,6 +302,7 @@ def leave(code: int) -> None:
         return
     peers = CURRENT.pop()
     peers.leaving.set()
+    # From now on the watch writes nothing over the last record.
     peers.left.set()
     if code in WELL:
         peers.remove()

@@ -35,11 +35,13 @@ def cpu_precision(block: nn.Module, positions: int, width: int, folder: Path) ->
         positions: L. width: D.
         folder: of the run.
     """
+    # RunRecord notes it there. Another rounding from the middle of a run on would change its losses.
     began = read_json(folder / "versions.json").get("precision")
     if began is not None:
         return "bf16-mixed" if began == "bf16-mixed" else None
     if width < NARROW or not in_hardware():
         return None
+    # So many images that the trial is the same size at any resolution: [rows, L, D].
     rows = max(2, POSITIONS // positions)
     x_BLD = torch.randn(rows, positions, width, generator=torch.Generator().manual_seed(0))
     single, half = (fastest(lambda kind=kind: trial(block, x_BLD, kind)) for kind in (None, torch.bfloat16))  # type: ignore[misc]

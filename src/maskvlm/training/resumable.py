@@ -29,6 +29,7 @@ def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: O
     Raises:
         UserError: a part is missing or of another form; names it (65).
     """
+    # What this run would save now: loops, schedule, position in the data, callbacks.
     data = trainer.datamodule  # type: ignore[attr-defined]
     wanted: dict[str, Any] = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}, "epoch": 0, "global_step": 0}
     wanted["lr_schedulers"] = [scheduler.state_dict()]
@@ -57,11 +58,13 @@ def check_like(wanted: Any, found: Any, where: str) -> None:
                 raise _unfit(where, str(key), "is missing")
             check_like(part, found[key], f"{where}.{key}")
     elif isinstance(wanted, list):
+        # A list that is empty now says nothing of its length.
         if not isinstance(found, list) or (wanted and len(found) != len(wanted)):
             raise _unfit(where, "", f"expected a list of {len(wanted)}, found {shown(found)}")
         for number, part in enumerate(wanted):
             check_like(part, found[number], f"{where}[{number}]")
     elif isinstance(wanted, bool | int | str):
+        # `type`, as True is an int. A count is not negative, unless the run's own is.
         if type(found) is not type(wanted) or (type(found) is int and found < min(0, int(wanted))):
             raise _unfit(where, "", f"expected a value such as {shown(wanted)}, found {shown(found)}")
     elif isinstance(wanted, float) and type(found) not in (int, float):
@@ -79,6 +82,7 @@ def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
         [{key: part for key, part in group.items() if key != "params"} for group in own], groups, f"{place}.groups"
     )
     assert isinstance(groups, list)
+    # Parameters are numbered through all groups: the k-th number is that of the optimiser's k-th parameter.
     numbers = [number for group in groups for number in (group.get("params") or ())]
     sizes = [[len(group["params"]) for group in own], [len(group.get("params") or ()) for group in groups]]
     if sizes[0] != sizes[1] or not isinstance(state, dict) or not set(state) <= set(numbers):
@@ -86,6 +90,7 @@ def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
     shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
     for number, shape in zip(numbers, shapes, strict=True):
         for name, value in (state.get(number) or {}).items():
+            # Moments have their parameter's shape, the count of steps none.
             if not isinstance(value, Tensor) or value.shape not in (shape, ()):
                 raise _unfit(place, f"state[{number}].{name}", f"expected a tensor {list(shape)}, found {_size(value)}")
 

@@ -51,8 +51,10 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | 
     """
     if not may_go_on(folder, composed):
         return None
+    # Asked first: to verify a large checkpoint takes seconds.
     failed = check_attempts(folder)
     found = newest_valid(folder, warn)
+    # The newest checkpoint itself may be what every attempt dies of.
     if failed.times >= BEFORE and found is not None and found.name == LAST and whole(folder / PREVIOUS):
         found = folder / PREVIOUS
         warn(f"{folder}: died {failed.times} times in step {failed.step}; going on from {PREVIOUS}, the one before")
@@ -70,6 +72,7 @@ def may_go_on(folder: Path, composed: str) -> bool:
     if not record.exists():
         what = f"holds checkpoints and no {RECORD}: it is no run of this project"
         raise UserError(folder, what, CHOOSE, ExitCode.CANNOT_CREATE)
+    # The same settings, but for those of FREE?
     changed = differences(recorded(record), read_yaml(composed, "configuration"))
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -121,6 +124,7 @@ def differences(was: Any, now: Any) -> list[str]:
     exist when the run began and have their default now."""
     before, after = dict(_leaves(was)), dict(_leaves(now))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    # A free key covers what lies below it: `trainer.strategy.init_args.timeout`, `callbacks[StepGuard].init_args`.
     changed = [key for key in keys if not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE)]
     changed = [key for key in changed if not _is_new(key, before, after)]
     return [f"{key.replace('init_args.', '')} was {before.get(key)}, is {after.get(key)}" for key in changed]
@@ -128,6 +132,7 @@ def differences(was: Any, now: Any) -> list[str]:
 
 def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     """An option of the same class that an older version did not know, left at its default."""
+    # The class that takes the option, as the configuration names it at both times.
     parent, _, name = key.rpartition(".init_args.")
     path = before.get(f"{parent}.class_path")
     same = bool(parent) and path is not None and path == after.get(f"{parent}.class_path")
@@ -139,6 +144,7 @@ def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     found = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
     option = inspect.signature(found).parameters.get(name) if inspect.isclass(found) else None
     default = option.default if option is not None else inspect.Parameter.empty
+    # YAML has no tuples.
     return bool((list(default) if isinstance(default, tuple) else default) == after[key])
 
 

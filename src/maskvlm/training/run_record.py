@@ -87,6 +87,7 @@ def versions() -> dict[str, Any]:
 
 def earlier(folder: Path) -> dict[str, Any]:
     """`earlier`: of a run that goes on, what it was made of before: command, commit, machine and start of each part."""
+    # `setup` asks before it replaces the file.
     before = read_json(folder / "versions.json")
     if "processes" not in before:  # a run that begins has only claimed the folder
         return {}
@@ -106,6 +107,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
+    # One such line a core, all alike.
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
@@ -121,6 +123,7 @@ def _commit() -> str | None:
     """The commit of the code that runs, with a + where files differ from it; None outside a repository."""
     try:
         folder = Path(__file__).parent
+        # `--exclude=*` leaves out tags: always the hash.
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -156,6 +159,7 @@ class RunRecord(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say and list which samples were left out, mended or cut."""
+        # Outside of the question for the first process: counts are gathered from all.
         rows = bad_rows_of(trainer)
         counts = dict(rows.get("problems", {}))
         for split, reasons in rows.get("left_out", {}).items():
@@ -207,10 +211,12 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def __init__(self, parser: Any, config: Any, portable: Any = None, **kwargs: Any) -> None:
+        # Lightning's own way refuses a folder that holds a configuration, as that of a run which goes on does.
         super().__init__(parser, config if portable is None else portable, save_to_log_dir=False, **kwargs)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
+        # As text a stage is `TrainerFn.FITTING`, its value is `fit`.
         write_text(folder_of(trainer) / f"config-{getattr(stage, 'value', stage)}.yaml", text)
 
 
@@ -235,6 +241,7 @@ def bad_rows_of(trainer: L.Trainer) -> dict[str, Any]:
     are added up."""
     bad_rows = getattr(trainer.datamodule, "bad_rows", None)  # type: ignore[attr-defined]
     rows: dict[str, Any] = bad_rows() if bad_rows else {"samples": 0}
+    # StepGuard has them; of the other callbacks none.
     for callback in getattr(trainer, "callbacks", []):
         rows |= getattr(callback, "skipped_steps", {})
     return rows

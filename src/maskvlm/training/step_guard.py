@@ -51,13 +51,17 @@ class LossWindow:
         """The largest healthy loss; not a number while fewer than LEAST are known."""
         if self.losses_W.device != device:
             self.losses_W, self.first = self.losses_W.to(device), self.first.to(device)
+        # [W] -> single numbers, which stay on the device.
         middle, count = median(self.losses_W)
         spread, _ = median((self.losses_W - middle).abs())
         self.first = torch.where(self.first.isnan() & (count >= LEAST), middle.abs(), self.first)
+        # 1.4826 turns the median distance into a standard deviation (of a normal distribution). `maximum` hands on NaN:
+        # while there is no first loss, nothing lies above the limit.
         return middle + torch.maximum(FAR * 1.4826 * spread, self.first)
 
     def take(self, loss: Tensor, verdict: Tensor) -> None:
         """Note the loss of a step that was made; a skipped one takes a place and says nothing."""
+        # A ring: the oldest loss gives way.
         self.losses_W[self.place % WINDOW] = torch.where(verdict == 0, loss, float("nan"))
         self.place += 1
 
@@ -143,6 +147,7 @@ class StepGuard(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # A pair has one image, an example P of them.
         ids = batch.image_id_B if hasattr(batch, "image_id_B") else batch.image_id_BP
         self.rows.append((batch.index_B, ids))
         self.step = trainer.global_step + 1
@@ -166,12 +171,15 @@ class StepGuard(Callback):
             scaled: True in float16: the GradScaler handles gradient overflow, and because it synchronises with the
                 device anyway, the skip is decided on the host.
         """
+        # Shares of accumulated passes add up to the loss of the step, then processes are averaged.
         loss = shared_count(torch.stack(self.losses).sum())
         norm = torch.zeros_like(loss) if scaled else norm.to(loss)
+        # The limit first: a loss is not held against a window that holds it.
         limit = self.window.limit(loss.device)
         verdict = verdict_of(loss, norm, limit)
         self.window.take(loss, verdict)
         if not scaled:
+            # torch's fused AdamW reads this attribute: 1 leaves weights, moments and its count of steps as they are.
             optimizer.found_inf = (verdict > 0).float()  # type: ignore[attr-defined]
         elif int(verdict) > 0:
             optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left as it is
@@ -201,6 +209,7 @@ class StepGuard(Callback):
         """
         while len(self.pending) > late:
             verdict = self.pending.popleft()
+            # Of a GPU the copy is as old as `late` steps, so that hardly anything is waited for.
             verdict.ready()
             reason, loss, limit = verdict.facts.tolist()
             self.in_a_row = self.in_a_row + 1 if reason else 0
@@ -211,12 +220,14 @@ class StepGuard(Callback):
         trainer = self.trainer
         assert trainer is not None
         told = f"{reason} ({loss:.3g}" + (f", healthy up to {limit:.3g})" if reason == REASONS[SPIKE] else ")")
+        # A collective: all processes read this verdict at the same time.
         samples = [one for part in gather_objects(samples_of(trainer, verdict.rows)) for one in part]  # type: ignore[attr-defined]
         self.steps += 1
         listed = samples[: max(0, MOST_LISTED - self.listed)]
         self.listed += len(listed)
         if listed:
             self.skipped.append({"step": verdict.step, "reason": told, "samples": listed})
+        # Now, not at the end of the run, which it may not reach.
         path = write_bad_samples(trainer)
         if trainer.is_global_zero:
             told = f"step {verdict.step} skipped: {told}; {len(samples)} samples, listed in {path}"
@@ -235,6 +246,7 @@ def copy_to_host(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
     """A copy where the host can read it, and what waits for it. What follows on the device is not waited for."""
     if facts.device.type != "cuda":
         return facts, lambda: None
+    # Into pinned memory alone a copy runs beside the host; the event tells when it is whole.
     copy = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
     copy.copy_(facts, non_blocking=True)
     event = torch.cuda.Event()
@@ -248,6 +260,7 @@ def samples_of(trainer: L.Trainer, rows: list[tuple[Tensor, Tensor]]) -> list[di
     split = getattr(trainer.datamodule, "splits", {}).get("train")  # type: ignore[attr-defined]
     found = []
     for index_B, ids in rows:
+        # [B] or [B, P] -> the first image of each. A hash is signed in a tensor and unsigned as hex digits.
         for index, hashed in zip(index_B.tolist(), ids.reshape(len(ids), -1)[:, 0].tolist(), strict=True):
             row: Any = {}
             with suppress(Exception):  # the row itself may be what is wrong, or cannot be asked for

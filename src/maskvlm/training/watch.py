@@ -38,6 +38,7 @@ class Watcher(threading.Thread):
     def __init__(self, own: Peers) -> None:
         super().__init__(daemon=True, name="watch")
         self.own = own
+        # Not all pairs: N processes read some 2 N records a second.
         self.ranks = own.everyone() if own.rank == 0 else range(1)
 
     def run(self) -> None:
@@ -55,10 +56,12 @@ def end(own: Peers, lost: LostProcess) -> None:
     """End this process, whatever its main thread waits for."""
     dump_stacks(own.folder / f"stacks-rank{own.rank}.txt")
     own.verdict = lost
+    # Said before anything is ended: the first process to fail tells the cause.
     code = report(lost, own.folder)
     if lost.rank is not None:
         peers.end_frozen(own.read(lost.rank))
     peers.leave(code)
+    # `sys.exit` would end this thread alone.
     os._exit(code)
 
 
@@ -124,9 +127,11 @@ def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
             raise port_taken(error) or error from None
         finally:
             meeting.set()
+        # Once: a trainer that has trained may measure afterwards, and meets again.
         if trainer.world_size > 1 and not CURRENT:
             begin(trainer, folder, silent or peers.SILENT)
 
+    # In this call the processes meet; Lightning has no hook around it.
     strategy.setup_environment = meet_and_watch  # type: ignore[method-assign]
     subprocess_script._ChildProcessObserver._terminate_all = child_ended  # type: ignore[assignment, method-assign]
 
@@ -157,6 +162,7 @@ def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
     still = PART_OF_TIMEOUT * timeout.total_seconds()
     own = Peers(folder, token, trainer.global_rank, trainer.world_size, silent, still)
     if own.rank == 0:
+        # Others may have written by now: those of this token stay.
         own.clear()
     own.write()
     CURRENT[:] = [own]
@@ -167,6 +173,7 @@ def wait_for_others(folder: Path, met: threading.Event) -> None:
     """Before the processes have met: one that fails, or failed before this one was here, is not waited for."""
     while not met.wait(BEAT):
         now = failed_first(folder)
+        # Text and time: an earlier job may have ended with the same words.
         if now[0] and now not in EARLIER:
             _, _, code = now[0].partition(" ")
             lost = LostProcess(
@@ -188,6 +195,7 @@ def child_ended(observer: subprocess_script._ChildProcessObserver) -> None:
     """A process that Lightning started has failed: leave this one the time to say why; Lightning kills it at once."""
     met = threading.Event()
     met.wait(peers.WITHIN + GRACE)
+    # A negative code is the signal that ended a process.
     codes = [child.returncode for child in observer._child_processes if child.returncode]
     for child in observer._child_processes:
         child.send_signal(observer._termination_signal)

@@ -26,12 +26,14 @@ def gather(x_B: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x_B
+    # Whole numbers have no gradient.
     if not x_B.is_floating_point():
         parts = [torch.empty_like(x_B) for _ in range(world_size())]
         dist.all_gather(parts, x_B.contiguous())
-        return torch.cat(parts)
+        return torch.cat(parts)  # world x [B, ...] -> [world * B, ...]
     from torch.distributed.nn.functional import all_gather
 
+    # Backwards, each process gets the sum over all processes of the gradients for its rows.
     return torch.cat(all_gather(x_B.contiguous()))
 
 
@@ -43,6 +45,7 @@ def shared_count(count: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return count
+    # all_reduce writes into its argument, and the count is still the caller's.
     total = count.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
@@ -83,6 +86,7 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(mix(seed, step))
 
     def __call__(self, rows: int, *shape: int) -> Tensor:
+        # Every process draws for all, so that their generators stay at the same place. [world * B, ...] -> [B, ...]
         return self.local(rows * world_size(), *shape)[rank() * rows : (rank() + 1) * rows]
 
     def local(self, rows: int, *shape: int) -> Tensor:
@@ -92,6 +96,7 @@ class Draw:
 
 def mix(*values: int) -> int:
     """One 63-bit seed from several whole numbers (splitmix64 steps: near seeds give unrelated streams)."""
+    # Python's numbers have no end: the mask keeps each product within 64 bits.
     state, mask = 0, 2**64 - 1
     for value in values:
         state = ((state ^ (value & mask)) + 0x9E3779B97F4A7C15) & mask

@@ -65,8 +65,10 @@ class Absent:
         if not self.found:
             return
         first = self.found[0]
+        # Each once, in the order of their finding.
         others = dict.fromkeys(f"{error.where}: {error.what}" for error in self.found)
         del others[f"{first.where}: {first.what}"]
+        # The line names nine more at most.
         more = f"; and {len(others) - 9} more" if len(others) > 9 else ""
         what = "; also missing: ".join([first.what, *([" | ".join([*others][:9]) + more] if others else [])])
         raise UserError(first.where, what, first.todo, first.code)
@@ -86,5 +88,6 @@ def check_least(least: float, values: Mapping[str, float | None]) -> None:
         UserError: names the key, the value and the bound.
     """
     for key, value in values.items():
+        # Not `value < least`, which is false of NaN.
         if value is not None and not value >= least:
             raise UserError(key, f"{value} is too small", f"Give {least} or more")

@@ -27,6 +27,7 @@ def leave_after_parent(seconds: float = 30.0) -> None:
 
     Lightning kills the first process when one that it started ends with another status than 0.
     """
+    # A process whose parent has ended gets another one, so that the number changes.
     parent, until = os.getppid(), time.monotonic() + seconds
     while os.getppid() == parent and time.monotonic() < until:
         time.sleep(0.02)
@@ -37,6 +38,7 @@ def requeue() -> str | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
+    # A task of an array is named by the array and its place in it.
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:

@@ -32,6 +32,7 @@ BEAT = 5.0  # seconds between two signs of life
 WATCH = 20.0  # how long a statement of another machine is watched: four beats, and a network file system's delay
 PATIENCE = 2.0  # a process that was killed has held its lock for at most so long
 SIZE = 512  # bytes of a statement
+# What `flock` answers where the file system has no locks.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
@@ -53,6 +54,7 @@ class RunLock:
         self.me: Holder | None = None
         self.rival: Holder | None = None
         self._end = threading.Event()
+        # A child shares the open file, and with it the lock, which would outlive this process.
         os.register_at_fork(after_in_child=self._leave_behind)
 
     def take(self, folder: Path, warn: Callable[[str], object] = print) -> None:
@@ -78,6 +80,7 @@ class RunLock:
             raise
 
     def _take(self, folder: Path, handle: int, warn: Callable[[str], object]) -> None:
+        # First line: the kernel's lock.
         locked, until = flock(handle), time.monotonic() + PATIENCE
         while locked is False and time.monotonic() < until and not _alive(holder_of(handle)):
             time.sleep(0.05)  # the holder has just been killed, or has not yet said who it is
@@ -85,6 +88,8 @@ class RunLock:
         said = holder_of(handle)
         if locked is False:
             raise taken(folder, said)
+        # Second line: the statement. Of holders of this boot the kernel has judged, unless there are no locks;
+        # all others are watched. A statement that was copied with its folder names the inode of another file.
         inode = os.fstat(handle).st_ino
         if said is not None and said.inode == inode and (said.boot != boot() or locked is None):
             if beats(folder / NAME, said):
@@ -100,6 +105,7 @@ class RunLock:
         while not end.wait(BEAT) and self.me is not None:
             try:
                 said = read_holder(self.folder / NAME)
+                # All but the beat.
                 if said is not None and said[:4] != self.me[:4]:
                     self.rival = said
                     return
@@ -124,6 +130,7 @@ class RunLock:
         self._end.set()
         if self.rival is None:
             with suppress(OSError):
+                # Emptied, not removed: who has it open would lock a file that nobody else finds.
                 os.ftruncate(self.handle, 0)
         self._leave_behind()
 
@@ -163,6 +170,7 @@ def holder_of(handle: int) -> Holder | None:
         holder = Holder(str(said["host"])[:100], int(said["pid"]), str(said["boot"]), said["inode"], said["beat"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
+    # `os.kill` takes 0 and negative numbers for groups of processes.
     return holder if 0 < holder.pid < 2**31 else None
 
 
@@ -194,10 +202,11 @@ def _alive(holder: Holder | None) -> bool:
     if holder is None or holder.boot != boot():
         return holder is not None
     try:
+        # Signal 0 is not sent: it only asks whether the process is there.
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # it is there, and another user's
         return True
     return True
 

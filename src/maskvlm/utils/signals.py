@@ -39,14 +39,17 @@ class Caught:
     def restore(self) -> None:
         """As it was before `install`."""
         for signum, handler in self._before.items():
+            # None stands for a handler that C code has set, which Python cannot set again.
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         impatient = signum == self.last == signal.SIGINT
         self.last, self.count = signum, self.count + 1
+        # A second Ctrl-C in a row: its user is at the terminal, and does not wait for the end of the step.
         if impatient:
             raise KeyboardInterrupt
+        # Whoever asks so often does not wait for the end of the step: the system's own action ends the process.
         if self.count >= PATIENCE:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -60,6 +63,7 @@ class Agreement:
 
     def __init__(self) -> None:
         on_cpu = world_size() == 1 or "gloo" in dist.get_backend()
+        # NCCL exchanges tensors on devices alone. To make a group is collective: all processes come here together.
         self.group = None if on_cpu else dist.new_group(backend="gloo")
 
     def __call__(self, wish: int) -> int:

@@ -28,6 +28,7 @@ class StatusBar:
     def __init__(self, name: str, total: float | None, console: Console, shown: bool = True) -> None:
         self.drawn = shown and console.is_terminal
         self._progress = Progress(
+            # Names may hold square brackets, which rich would take for styles.
             TextColumn("{task.description}", markup=False),
             BarColumn(16),
             TextColumn("{task.fields[words]}", markup=False, table_column=Column(overflow="fold")),

@@ -22,9 +22,11 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     Yields:
         A path beside it, of a file that is not there yet or is left over from a writer that was killed.
     """
+    # Cut, as file systems allow 255 bytes for a name.
     temporary = path.with_name(f".{path.name[:100]}{writer}.tmp")
     try:
         yield temporary
+        # The contents must be on the disk before the name is. fsync is for the file, whichever handle wrote it.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -32,6 +34,7 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    # The rename itself lies in the folder.
     sync_folder(path.parent)
 
 
@@ -54,6 +57,7 @@ def check_inside(file: Path) -> None:
         UserError: it is a link to somewhere else (77).
     """
     folder, target = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
+    # models--OWNER--NAME/snapshots/COMMIT/FILE is a link to models--OWNER--NAME/blobs/HASH.
     contents = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
     if not (target.is_relative_to(folder) or target.is_relative_to(contents)):
         what = "is a link that leads out of its folder"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from maskvlm.utils.errors import ExitCode, UserError
 
+# Full: the disk, a quota, or the largest file allowed (`ulimit -f`).
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
@@ -51,11 +52,13 @@ def writing(folder: object = None) -> Iterator[None]:
     Raises:
         UserError: see `cannot_write`.
     """
+    # An error of a thread that writes is printed by this hook, and told again in the main thread.
     before = threading.excepthook
     threading.excepthook = lambda args: None if is_output_error(args.exc_value) else before(args)
     try:
         yield
     except OSError as error:
+        # A failed `open` names its file, a failed `write` none.
         raise cannot_write(error, None if error.filename else folder) or error from error
     finally:
         threading.excepthook = before
