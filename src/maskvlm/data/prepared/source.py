@@ -51,8 +51,10 @@ class PreparedPairs:
 
     def only(self, row_N: np.ndarray) -> "PreparedPairs":
         """Some of its rows, as a split of its own."""
+        # shallow: both share the shards and their open files
         part = copy.copy(self)
         part.row_N, part._length = row_N, len(row_N)
+        # little-endian on every machine
         part.fingerprint = hashlib.sha256(self.fingerprint.encode() + row_N.astype("<i8").tobytes()).hexdigest()[:16]
         return part
 
@@ -61,6 +63,7 @@ class PreparedPairs:
 
     def place(self, index: int) -> int:
         """The row's number in the stored split. Raises IndexError."""
+        # also from the end, and IndexError outside
         number = range(self._length)[index]
         return number if self.row_N is None else int(self.row_N[number])
 
@@ -108,6 +111,7 @@ class Prepared(Source):
             UserError: there is no finished set, it has no such split, or a shard is not as it was.
         """
         splits = read_manifest(self.root)["splits"]
+        # both parts follow from the ids alone, so `train` and `val` never overlap
         if self.hold_out and name in ("train", "val") and "train" in splits and "val" not in splits:
             return self._parted(PreparedPairs(self.root, "train", splits["train"]), name)
         if name not in splits:
@@ -123,8 +127,10 @@ class Prepared(Source):
         ids_NP = row_ids(pairs)
         assert ids_NP is not None
         share = min(self.hold_out / len(pairs), 0.05)
+        # at least one image; seed 0: the same ones in every run
         val_N = first_images(ids_NP[:, 0], max(share, 1 / len(pairs)), 0, HOLD_OUT)
         train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
+        # (N,)
         hash_N = pairs.column("phash").to_numpy()
         copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
         copies = int(copy_N.sum())
@@ -132,6 +138,7 @@ class Prepared(Source):
         if not len(train_N):
             what, todo = "all its images would be held out for validation", "Prepare more images"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
+        # told once, though both splits come here
         if name == "train" and rank() == 0:
             told = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
             if copies:
