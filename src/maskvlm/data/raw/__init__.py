@@ -104,6 +104,7 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     Raises:
         UserError: there is no such set or role, RAW is not there, or none of the set's files is in it.
     """
+    # a dot makes it the path of a class; no set of ours has one
     kind = reader_of(name) if "." in name else None
     if kind is None and name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)

@@ -55,9 +55,12 @@ class HubSet(RawSet):
         columns = find_columns(data.column_names, self.columns, where)
         image = columns["image"]
         if isinstance(data.features[image], datasets.Image):
+            # bytes or path as they are: only `safe_open` decodes images
             data = data.cast_column(image, datasets.Image(decode=False))
+        # other columns may be large, and are not read
         data = data.select_columns(sorted(set(columns.values())))
         folder = Folder(Path(self.raw) if Path(self.raw).is_dir() else Path())
+        # one batch of encoded images in memory
         for start in range(0, len(data), BATCH):
             batch = data[start : start + BATCH]
             for offset in range(len(batch[image])):
