@@ -71,10 +71,12 @@ class Verdicts(dict[str, bool]):
     """
 
     def __init__(self, arguments: list[str], allowed: Iterable[str] = ()) -> None:
+        # what a copy as a plain dict would hold: everything is denied
         super().__init__({"*": False})
         self.typed, self.allowed = typed_names(arguments), set(allowed)
 
     def __contains__(self, path: object) -> bool:
+        # so the parser asks about the whole path first, and about no package of it
         return True
 
     def __getitem__(self, path: str) -> bool:
@@ -89,23 +91,31 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
         typed: what the user typed: paths, or bare names of classes.
         allowed: packages, modules or classes that the user trusts.
     """
+    # the parser's own classes would read files
     root = path.partition(".")[0]
     if root == "jsonargparse" or not PATH.fullmatch(path):
         return False
+    # --allow-import: the name and what lies under it
     if any(path == name or path.startswith(f"{name}.") for name in allowed):
         return True
+    # typed: the whole path; nothing of the standard library, which holds `os.system`
     if path in typed and root not in sys.stdlib_module_names:
         return True
+    # only our own packages are imported to look: importing a stranger's runs its code
     found = _find(path, root in OWN)
     if found is _Missing:
         return root in OWN  # the parser says what is missing; nothing of it can be imported
+    # functions are called with the file's arguments: none is allowed
     if not inspect.isclass(found):
         return False
+    # base classes by their names, so that torch and Lightning need not be imported here
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in found.__mro__}
     if f"{found.__module__}.{found.__qualname__}" in KINDS:
         return True
+    # by where the class was made, not by the path it was found under: modules of ours also hold imported ones
     if found.__module__.partition(".")[0] in OWN or found.__qualname__ in typed:
         return bool(kinds & KINDS)
+    # the same class may be named by another path: it is compared itself
     return any(found is _find(name, False) for name in LISTED | typed | allowed)
 
 
@@ -127,6 +137,7 @@ def _find(path: str, load: bool) -> Any:
             return _Missing if outer is _Missing else getattr(outer, name, _Missing)
         except Exception as error:
             raise UserError(path, f"cannot be imported ({type(error).__name__}: {error})", "Mend its file") from error
+    # no import: what is not loaded is not there
     return getattr(sys.modules.get(module, _Missing), name, _Missing)
 
 
@@ -138,6 +149,7 @@ def typed_names(arguments: list[str]) -> set[str]:
             continue
         if PATH.fullmatch(option.value):
             names.add(option.value)
+        # a mapping or list typed as YAML or JSON: class paths may stand in it
         elif option.value[0] in "{[":
             try:
                 names |= set(_texts(read_yaml(option.value, option.where)))
