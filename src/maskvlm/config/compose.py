@@ -239,6 +239,7 @@ def task_folder(task: str) -> Path:
     Raises:
         UserError: there is no such task.
     """
+    # a plug-in of this project: nothing of it need be imported to find its files
     if task in tasks():
         return home() / "tasks" / task
     if "." in task:
@@ -248,6 +249,7 @@ def task_folder(task: str) -> Path:
             spec = importlib.util.find_spec(task)
         except (ImportError, ValueError):
             spec = None
+        # a namespace package has no file
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
     known = ", ".join(tasks()) or "none yet"
@@ -281,6 +283,7 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
 
 def moment() -> str:
     """One for all processes of a job: the time of day would differ between them."""
+    # SLURM starts each process anew, so none inherits what another one sets
     return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
 
 

@@ -194,8 +194,10 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     try:
         found = parser.parse_args(words)
         keep_nulls(found[found.subcommand])
+        # after parsing: texts have become numbers only now
         check_written_numbers(found[found.subcommand])
         check_seed(found[found.subcommand].seed_everything)
+    # an integer that no float holds
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
     return found

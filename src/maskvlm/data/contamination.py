@@ -62,6 +62,7 @@ def held_out(place: str) -> HeldOut:
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     assert id_NP is not None
     assert hash_N is not None
+    # of several images a row all count: (M, P) -> (M',)
     return HeldOut(split_name(place), np.unique(id_NP), np.unique(hash_N))
 
 
@@ -82,6 +83,7 @@ def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str,
             else:
                 hit_N = np.zeros(len(free_N), bool) if hash_N is None else near(hash_N, split.hash_M)
             found[f"{split.name}, {way}"] = np.flatnonzero(free_N & hit_N)
+            # a row is told once, by the first split and way that find it
             free_N &= ~hit_N
     return {name: row_N for name, row_N in found.items() if len(row_N)}
 
@@ -124,6 +126,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
         raise UserError("data.held_out", f"{told}; nothing is left", "Train on another data set", ExitCode.BAD_DATA)
     _tell(f"{told}; left out")
     kept_N = np.ones(len(pairs), bool)
+    # row numbers of all splits and ways, (found rows,)
     kept_N[np.concatenate([*found.values()])] = False
     listed = {f"in {name}": [pairs[int(row)]["origin"] for row in row_N] for name, row_N in found.items()}
     # the held-out splits go into the fingerprint: other ones leave out other rows

@@ -105,6 +105,7 @@ class ExampleBatch(NamedTuple):
     """
 
     image_BPCHW: Tensor
+    # these four in the order of `CaptionTokens`, which is unpacked here
     token_BT: Tensor
     attention_BT: Tensor
     special_BT: Tensor
@@ -124,6 +125,7 @@ def asked(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
     number_B = torch.arange(rows, device=image_BPCHW.device)
     # empty tensors on the same device as the images: no answer, A = 0
     none = number_B[:0]
+    # (0, 0) tokens, (0,) owners and weights
     nothing = AnswerTokens(none.new_zeros(0, 0), none.new_zeros(0, 0).bool(), none, image_BPCHW.new_zeros(0))
     # K = 0 labels
     target_BK, valid_B = image_BPCHW.new_zeros(rows, 0), torch.ones_like(number_B, dtype=torch.bool)

@@ -41,6 +41,7 @@ def digest_of(*files: Path, todo: str = TODO) -> str:
     cannot be read; of those that are missing, all are named."""
     digests, absent = [], Absent()
     for file in files:
+        # the digest is of the content in pieces: a file may be larger than memory
         with absent.noted(), opened(file, todo) as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     absent.check()
@@ -58,6 +59,7 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
         # "-sig" drops a byte order mark
         return parse_json(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
+        # an empty file has a message of its own
         if line is None and not error.doc.strip():
             raise UserError(file, "empty file", todo, ExitCode.BAD_DATA) from error
         where, what = f"{file}:{line or error.lineno}", f"not JSON (column {error.colno}: {error.msg})"
@@ -77,6 +79,7 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
             where = f"{file}:{number}"
             if problem:
                 raise UserError(where, f"{problem[0]} ({problem[1]})", "Mend this line", ExitCode.BAD_DATA)
+            # a line of white space is none
             if content.strip():
                 record = load_json(content, file, number)
                 if not isinstance(record, dict):
@@ -128,6 +131,7 @@ def get_name(record: Any, key: str, where: str, layout: str) -> str:
 def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layout: str) -> str:
     """One of the classes, in any case; also true and false where they are classes."""
     value = get(record, key, object, where, layout)
+    # true and false of JSON are "true" and "false" by this
     given = str(value).strip().lower() if isinstance(value, str | bool | int | float) else type(value).__name__
     for name in classes:
         if given == name.lower() and isinstance(value, str | bool):
@@ -186,6 +190,7 @@ def image_folder(images: str | Path | None, root: Path, key: str = "data.source.
     """
     beside = root / "images"
     folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
+    # only this one was not named by the user
     if folder is beside:
         check_below(folder, root)
     if not folder.is_dir():

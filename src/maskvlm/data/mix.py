@@ -155,6 +155,7 @@ class Mix(Source):
             commands = "; ".join(f"maskvlm data {each} <its folder>" for each in absent)
             what = f"there is no prepared data set {', '.join(absent)}"
             raise UserError(self.root, what, f"Prepare it ({commands}), or set DATA_ROOT", ExitCode.MISSING_INPUT)
+        # numbers of evaluation are of one set, never of a mix
         if name != "train":
             return Prepared(str(self.root / self.evaluate)).split(name)
         pairs = MixedPairs({each: Prepared(str(self.root / each)).split(name) for each in wanted}, self.sets, self.seed)

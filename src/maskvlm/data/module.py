@@ -100,8 +100,8 @@ class PairData(L.LightningDataModule):
         self.held_out, self.contamination = held_out or [], contamination
         # in the order of `train_transform`'s arguments after `spec`
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
-        # how many samples could not be read, and which, by reason
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
+        # samples of this process that could not be read: how many, and which, by reason
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.seen = 0
@@ -154,7 +154,6 @@ class PairData(L.LightningDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
-        # what stands here depends on the stages that were set up
         card: dict[str, Any] = {
             name: {"sha": pairs.fingerprint, "pictures": len(pairs) or None} for name, pairs in self.splits.items()
         }
@@ -227,7 +226,7 @@ class PairData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         share = self.share
         check_share(self.batch_size, self.accumulate, world_size())
-        # Lightning counts a batch of the loader a pass; `accumulate` passes make one optimiser step
+        # a batch of the loader is a pass; `accumulate` passes make one optimiser step
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment)
         # streamed: the shards give the order

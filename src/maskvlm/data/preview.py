@@ -49,6 +49,7 @@ def read_row(pairs: Pairs, index: int) -> Row | UserError:
     try:
         row = pairs[index]
         return Row(
+            # opened here, so that what cannot be read becomes a cell of the sheet
             image=safe_open(row["image"], row["origin"]),
             captions=row["captions"],
             image_id=row["image_id"],

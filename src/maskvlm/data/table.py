@@ -69,6 +69,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
     folder = parent / name
     # the name holds a digest of all inputs: what is there under it is never stale
     if not folder.is_dir():
+        # the files are parsed once for all runs
         made = make()
         try:
             _write(made, columns, folder)
@@ -76,6 +77,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
             what = f"the cache cannot be written ({error.strerror or error})"
             raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
     try:
+        # maps the file: all processes share its pages
         rows = datasets.Dataset.load_from_disk(folder / "table")
         return Table(name, rows, json.loads((folder / "notes.json").read_text()))
     except Exception as error:

@@ -103,6 +103,7 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
     }
     # draws what the manifest says so far
     manifest["look"] = look_at_prepared(root, manifest)
+    # after the image is drawn: its sum is among these
     manifest["files"] = {name: sha256_of_part(root / name) for name in (SKIPPED, LOOK, *annotations)}
     manifest["versions"] = tool_versions()
     # time and versions stand in the manifest alone: shards of the same rows are the same bytes
@@ -153,6 +154,7 @@ class Summary:
 
 def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
     """Nothing can be used: leave nothing behind, and say why."""
+    # a later attempt must not take the folder for another set
     for name in (*SPLITS, MAKING):
         shutil.rmtree(root / name, ignore_errors=True)
     (root / SKIPPED).unlink(missing_ok=True)

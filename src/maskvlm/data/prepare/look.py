@@ -156,6 +156,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     for row in islice(every, MOST_ROWS):
         rows += 1
         usable = clean(row)
+        # a reason; captions are a list
         if isinstance(usable, str):
             reasons[usable] += 1
             continue

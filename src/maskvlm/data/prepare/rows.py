@@ -102,7 +102,9 @@ class RowMaker:
         self.mended += [RowNote(reason, origin, f"{origin}: {message}") for reason, message in notes]
         self.captions += len(captions)
         self.kept += image.kept
+        # of the row as it is stored, so that `data-check` finds the same
         self.digests.append(row_digest(image.data, captions, row.image_id, row.name))
+        # the columns of `manifest.SCHEMA`
         return {
             "image": image.data,
             "captions": captions,

@@ -172,7 +172,7 @@ def stamp(image: str | bytes) -> tuple[Any, ...]:
         status = os.stat(image)
     except (OSError, ValueError):
         return (image,)
-    # not its content: reading every image again would take as long as a new start
+    # size and time stand for the content: no image is read for it
     return (image, status.st_size, status.st_mtime_ns)
 
 

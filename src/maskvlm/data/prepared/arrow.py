@@ -266,6 +266,7 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
     offsets, values = (pa.py_buffer(read(*piece)) for piece in (column.offsets, column.values))
     try:
         if kind == "uint64":
+            # the first buffer tells which values are null: None, as all are there
             made = pa.Array.from_buffers(pa.uint64(), column.rows, [None, values])
         elif column.inner is not None:
             inner = array(read, column.inner, kind[0])

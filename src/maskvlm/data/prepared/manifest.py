@@ -53,6 +53,7 @@ FEATURES = {
 
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.string()) if isinstance(kind, list) else getattr(pa, kind)()) for name, kind in VALUES.items()],
+    # the key under which `datasets` looks for its own types
     {"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 
@@ -186,5 +187,6 @@ def coverage(images: int, published: int | None) -> str:
     if not published:
         return words
     share = 100 * images / published
+    # two digits below 10 %
     told = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
     return f"{words}, {told if images != published else '100'} % of the published {amount(published)}"

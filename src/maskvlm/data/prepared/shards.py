@@ -149,6 +149,7 @@ class PreparedShards:
         if self._parts is None:
             parts: list[ShardBatch] = []
             for each in self.shards:
+                # opening a shard checks it; done by each process for itself
                 shard = read_shard(self.root / each["file"], keep=len(self.shards) <= KEPT)
                 if len(shard) != each["rows"]:
                     raise damaged(self.root / each["file"], f"has {len(shard)} rows, the manifest says {each['rows']}")
@@ -164,6 +165,7 @@ class PreparedShards:
         # the first batch that ends beyond the row
         number = bisect_right(self._ends, index)
         shard, batch = parts[number]
+        # the row within its batch
         return shard.value(batch, name, index - self._ends[number] + batch.rows)
 
     def chunks(self, name: str) -> Iterator[pa.Array]:

@@ -158,12 +158,14 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
 
     def add(reason: str, origin: str) -> None:
         origins = listed.setdefault(reason, [])
+        # bounded: skipped.jsonl may have millions of lines
         if len(origins) < MOST_LISTED:
             origins.append(origin)
         else:
             more[reason] += 1
 
     try:
+        # as the file may come from a stranger, each line is checked by itself
         for number, text, problem in text_lines(path):
             entry = skipped_entry(text) if not problem else None
             if entry is None:
@@ -172,6 +174,7 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
                 add(one_line(entry["reason"]), one_line(entry["origin"]))
     except UserError as error:
         add(UNREADABLE, str(error))
+    # a last entry tells of those that are not listed
     for reason, count in more.items():
         listed[reason].append(f"and {count:,} more, in {path}")
     return listed

@@ -110,14 +110,18 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
         for file in questions:
             with opened(file) as stream:
                 document = load_json(stream.read(), file)
+            # each file of questions is of a split, which tells the folder of its images
             found = get(document, "questions", list, str(file), "VQA v2")
+            # v2_OpenEnded_mscoco_train2014_questions.json -> mscoco_train2014
             part = re.sub(r"^v2_OpenEnded_|_?questions\.json$", "", file.name) or str(document.get("data_type"))
+            # what the ids begin with
             family = "coco" if part.split("_")[0] == "mscoco" else part.split("_")[0]
             places = ((f"{file} questions[{place}]", each) for place, each in enumerate(found))
             # the same ids as in `tasks/vqa/data.py`
             ids = [f"{family} {get(each, 'image_id', int, where, 'VQA v2')}" for where, each in places]
             yield Wanted(file, ids, _numbered(names, part, family))
         for file in genome:
+            # Visual Genome's questions: a list, too large to be read at once
             ids = [f"vg {get(each, 'id', int, str(file), 'Visual Genome')}" for each in json_items(file)]
             yield Wanted(file, ids, {f"vg {PurePosixPath(name).stem}": name for name in reversed(names)})
 
@@ -161,6 +165,7 @@ def _open_nlvr(root: Path, facts: Facts) -> RawSet:
             for where, _, record in json_lines(file):
                 # dev-850-0-0 -> dev-850-0: the last number is the sentence's
                 stem = get_name(record, "identifier", where, "NLVR2").rpartition("-")[0]
+                # left and right photo
                 ids += [f"nlvr2 {stem}-img{side}" for side in (0, 1)]
             yield Wanted(file, ids, images)
 

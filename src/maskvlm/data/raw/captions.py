@@ -115,6 +115,7 @@ def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) 
     split = split_named(get(image, "split", str, origin, KARPATHY))
     if split is None:
         return BadRow("unknown split", origin, f"split {one_line(image['split'], 40)!r}", "train")
+    # COCO's own number where there is one; a whole number may be 0
     own = next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name)
     return name, captions, photos.get(name) or one_line(f"{prefix} {own}"), split, origin
 
@@ -188,6 +189,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
         problem = record.problem
         # `raw` holds a JSON list, `comment` one caption a row
         captions = [] if problem else _list(values[caption]) if caption == "raw" else [values[caption]]
+        # the table's own split, else that of lists beside it
         split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
         if captions is None:
             problem = ("malformed row", "the captions are no JSON list of texts")
@@ -222,6 +224,7 @@ def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | B
         if problem:
             yield BadRow(problem[0], origin, problem[1], split_of(name))
         else:
+            # [/EN#3/people a man] -> a man
             captions = [_MARKUP.sub(r"\1", line) for line in text.splitlines() if line.strip()]
             yield name, captions, flickr_id(name), split_of(name), origin
 
@@ -232,6 +235,7 @@ def split_lists(folder: Path) -> Callable[[str], str]:
     kinds = {"val": "val", "dev": "val", "test": "test"}
     for file in sorted(folder.glob("*.txt")):
         word = re.fullmatch(r"(?:flickr_?\d+k[_.])?(val|dev|test)(?:images)?\.txt", file.name, re.I)
+        # only files whose whole name says a split
         if word:
             check_below(file, folder)
             for line in text_lines(file):

@@ -87,6 +87,7 @@ def _open_flickr(root: Path, forms: Forms) -> RawSet:
     folder = root if root.is_dir() else root.parent
     # the first form that is there, Karpathy's before all others
     for name, (facts, read) in forms.items():
+        # `sentences` is a folder, all others are files
         file = root / name if (root / name).is_dir() else find_file(root, name)
         if file:
             check_below(file, folder)

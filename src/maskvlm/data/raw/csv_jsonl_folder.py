@@ -81,6 +81,7 @@ def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Fi
         return
     table = RawTable(file)
     columns = find_columns(table.columns, given, file)
+    # told once: a wrong guess of a column would otherwise go unnoticed
     if (left := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
         note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(left))}"
     ) not in notes:
@@ -136,6 +137,7 @@ def _columns(keys: tuple[str, ...], given: dict[str, str], file: Path) -> dict[s
 def _json(file: Path) -> Iterator[FileRow]:
     """Lines, or the items of one list; values by their own keys."""
     if file.suffix.lower() == ".json":
+        # one list: items are counted from 0, lines below from 1
         for place, record in enumerate(json_items(file)):
             yield _entry(place, record)
         return
@@ -146,6 +148,7 @@ def _json(file: Path) -> Iterator[FileRow]:
             try:
                 record = load_json(line.text.encode(), file, line.number)
             except UserError as error:
+                # one damaged line does not end the file
                 yield FileRow(line.number, {}, ("not JSON", error.what))
                 continue
             yield _entry(line.number, record)
@@ -176,6 +179,7 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     captions = texts_in(values.get("caption"))
     if captions is None:
         return "no caption", f"the caption is {short_value(values.get('caption'))}"
+    # a split that is given must be one; an empty one is train
     split = default if given is None else split_named(given)
     if split is None:
         return "unknown split", f"{short_value(given)} is none of train, val and test"
@@ -210,6 +214,7 @@ class FolderSet(RawSet):
     def rows(self) -> Iterator[RawRow | BadRow]:
         """First what metadata files name, then the other images by name."""
         named: set[str] = set()
+        # a metadata file may stand in any folder below
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
         within = Inside(self.root)
         for file in sorted(tables):
@@ -229,8 +234,10 @@ class FolderSet(RawSet):
                 own = Path(str(row.image)).relative_to(self.root.absolute())
                 split = split_of_path(own.parent.as_posix())
                 image_id = one_line(f"{self.name} {own.as_posix()}")
+                # a folder's name goes before the table's column
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
         left_out: dict[str, list[str]] = {}
+        # images that no table names
         for name in image_names(self.root, left_out):
             path = self.root.absolute() / name
             if str(path) not in named:
@@ -262,6 +269,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         return TableSet([path], name, columns)
     if not path.is_dir():
         raise UserError(raw, "no file and no folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
+    # of one folder, not below it
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
     if not files:
         what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"

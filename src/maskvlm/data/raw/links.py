@@ -142,6 +142,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
     first: int | None = None
     row = -1
     for line in text_lines(file):
+        # a blank line is no row: images may be named by the row
         if not line.text and not line.problem:
             continue
         row, origin, fields = row + 1, f"{file.name}:{line.number}", line.text.split("\t")
@@ -152,6 +153,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
         if problem:
             yield Link(row, "", "", origin, problem=problem)
             continue
+        # until a row has an address, all are bad: nobody can tell the columns apart
         if first is None:
             first = next((n for n in (0, 1) if "://" in fields[n][:12]), None)
         if first is None or "://" not in fields[first]:

@@ -81,10 +81,12 @@ class WebShards(RawSet):
             problem = (one_line(status, 40).replace("_", " "), one_line(meta.get("error_message"))) if failed else None
             problem = problem or ("no image", "no image of that name")
         captions = problem or self._captions(sample, meta)
+        # (reason, message); captions are a list
         if isinstance(captions, tuple):
             return BadRow(captions[0], origin, captions[1], split)
         # a column before the names of files and folders
         named = split_named(meta[self.columns["split"]]) if self.columns.get("split") in meta else None
+        # img2dataset's own number, else shard and member
         key = meta.get(self.columns.get("id", "key"))
         own = str(key) if isinstance(key, str | int) else f"{_stem(shard)}/{sample.key}"
         split = named or split
@@ -113,6 +115,7 @@ class WebShards(RawSet):
         text, problem = read_text(file) if there else ("", ("absent", ""))
         try:
             stats = {} if problem else parse_json(text)
+            # without a file of statistics nothing is compared
             asked, got = (stats.get(key, found) for key in ("count", "successes"))
             if not all(type(number) is int and 0 <= number < 2**53 for number in (asked, got)):
                 raise TypeError("no numbers")

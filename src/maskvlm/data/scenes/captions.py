@@ -32,6 +32,7 @@ class Style:
     def noun(self, said: "Mention") -> str:
         """ "a small striped red circle", as far as the mention goes."""
         size = self.sizes[said.size] if said.size else None
+        # in the order in which English puts them
         words = [word for word in (size, said.pattern, said.colour, said.shape or "thing") if word]
         # by the first word that is said: "an orange circle", "a small orange circle"
         article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
@@ -176,6 +177,7 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
 def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
     """The background, then each thing's colour, shape and place; of one thing alone its size or pattern, too."""
     style = style_of(scene, rng)
+    # one thing alone would fit too many images without it
     more = () if len(scene.things) > 1 else (choose(rng, ("size", "pattern")),)
     said = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
     things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])

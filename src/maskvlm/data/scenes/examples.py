@@ -115,6 +115,7 @@ def scene_of(rng: random.Random, things: Collection[Thing], background: str | No
 
 def scene_like(rng: random.Random, things: Collection[Traits], background: str | None = None) -> Scene:
     """A scene of as many things as there are traits, each at a random place; the background as in `scene_of`."""
+    # nine cells for fewer things: the rest is not used
     cells = shuffled(rng, range(9))
     made = [thing_like(rng, cell, traits) for cell, traits in zip(cells, things, strict=False)]
     return scene_of(rng, made, background)
@@ -194,6 +195,7 @@ class SceneExamples:
         """Example `index` with its scenes. Raises IndexError outside 0 to the length - 1."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.task} {self.name}: no example {index}, there are {self.count}")
+        # split and seed are in the key, so no two splits draw the same
         return self.tell(f"{self.task}-{VERSION}-{self.seed}-{self.name}", self.name, index)
 
     def image_ids(self) -> Iterator[str]:
@@ -208,6 +210,7 @@ class SceneExamples:
         # the content, too: it changes with the code of `tell`
         for index in range(min(8, self.count)):
             told = self.told(index)
+            # the plan holds the text, the answer and the scenes
             digest.update(repr(told).encode())
             for view in told.views:
                 digest.update(view.draw(self.size).tobytes())
@@ -232,6 +235,7 @@ class SceneSplits:
         self.task, self.tell, self.counts, self.size, self.seed = task, tell, counts, size, seed
         check_least(1, {f"{task}.{name}": count for name, count in counts.items()})
         check_least(SMALLEST, {f"{task}.size": size})
+        # a set that is cut through would not be balanced
         for name, count in counts.items():
             if count % multiple:
                 todo = f"Ask for a multiple of {multiple}: examples come in sets of {multiple}"

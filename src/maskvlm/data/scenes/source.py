@@ -128,7 +128,7 @@ class Scenes(Source):
         """The pairs of `train`, `val` or `test`; another name is a UserError."""
         if name not in self.counts:
             raise UserError("scenes", f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
+        # evaluation has no short captions: numbers stay comparable whatever training is shown
         return ScenePairs(
-            # evaluation has no short captions: numbers stay comparable whatever training is shown
             name, self.counts[name], self.size, self.seed, *((self.short, self.relations) if name == "train" else ())
         )

@@ -109,8 +109,8 @@ class StreamLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        # torch takes batches from its workers in turn, from worker 0 on, so reading begins at a multiple of the workers;
-        # what lies between it and the start was consumed
+        # torch takes batches from its workers in turn, from worker 0 on: reading begins at a multiple of the workers,
+        # and what lies between it and the start was consumed
         for _ in range(self.dataset.start % max(1, self.num_workers)):
             next(batches)
         return batches
