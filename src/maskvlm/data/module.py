@@ -101,7 +101,7 @@ class PairData(L.LightningDataModule):
         # in the order of `train_transform`'s arguments after `spec`
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
-        # samples of this process that could not be read: how many, and which, by reason
+        # samples that could not be read or had to be mended: how many, and which, by reason
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.seen = 0

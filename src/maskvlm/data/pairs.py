@@ -103,7 +103,7 @@ class TrainPairs(Dataset[Sample]):
         return Sample(
             # normalised floats: zero is the mean colour
             image_CHW=torch.zeros(3, self.image_size, self.image_size),
-            # as many captions as any sample, so that shapes stay the same in all processes
+            # as many captions as any sample, so that C is the same in all processes
             captions=[""] * self.captions,
             # an id of its own: a hole shows the same image as no other row
             image_id=f"hole {index}",

@@ -98,6 +98,5 @@ def size_for_all(count: int, most: int, world: int) -> int:
     if count < world:
         what = f"{count} images are fewer than the {world} processes that measure them"
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
-    # at least `world` batches: count
-    # size >= world
+    # no larger than count / world, so that there are at least `world` batches
     return min(most, count // world)

@@ -130,7 +130,7 @@ class TrainTransform:
         # mirrored, "on the left" would be untrue
         if self.flip and not (self.caption_aware and names_side(caption)):
             image = self._mirror(image)
-        # shears, shifts and rotations alone where a colour is named
+        # no operation that changes colours where one is named
         keep_colour = not self.colour or (self.caption_aware and names_colour(caption))
         changed: Image.Image = self._geometric(image) if keep_colour else self._any(image)
         return changed

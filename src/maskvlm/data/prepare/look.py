@@ -206,7 +206,7 @@ class DrawnSample:
         self._seen += 1
         if len(self.rows) < SAMPLE:
             self.rows.append(row)
-        # reservoir sampling: the n-th row stays with chance SAMPLE / n
+        # reservoir sampling: the n-th row is taken with chance SAMPLE / n
         elif (place := self._random.randrange(self._seen)) < SAMPLE:
             self.rows[place] = row
 
