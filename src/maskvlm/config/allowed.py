@@ -91,7 +91,6 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
         typed: what the user typed: paths, or bare names of classes.
         allowed: packages, modules or classes that the user trusts.
     """
-    # the parser's own classes would read files
     root = path.partition(".")[0]
     if root == "jsonargparse" or not PATH.fullmatch(path):
         return False

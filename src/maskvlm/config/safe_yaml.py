@@ -205,7 +205,7 @@ def _scalar(node: yaml.ScalarNode, where: str) -> Any:
         value = None if len(text) > MOST_SHOWN else yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, OverflowError):  # such as 0b_
         raise NotPlain(place, f"{cut(text)} is no number", "Put it in quotes if it is a text") from None
-    # 1e999 is read as infinite; .inf was meant
+    # 1e999 is read as infinity, which only .inf may say
     infinite = isinstance(value, float) and abs(value) == float("inf") and "inf" not in text.lower()
     if len(text) > MOST_SHOWN or infinite or (isinstance(value, int) and abs(value) > LARGEST):
         raise NotPlain(place, f"the number {cut(text)} is out of range", "Give one that fits 64 bits")
