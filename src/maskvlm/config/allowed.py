@@ -72,10 +72,12 @@ class Verdicts(dict[str, bool]):
     """
 
     def __init__(self, arguments: list[str], allowed: Iterable[str] = ()) -> None:
+        # what a copy as a plain dict would hold: everything is denied
         super().__init__({"*": False})
         self.typed, self.allowed = typed_names(arguments), set(allowed)
 
     def __contains__(self, path: object) -> bool:
+        # so the parser asks about the whole path first, and about no package of it
         return True
 
     def __getitem__(self, path: str) -> bool:
@@ -93,21 +95,28 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
     root = path.partition(".")[0]
     if root == "jsonargparse" or not PATH.fullmatch(path):
         return False
+    # --allow-import: the name and what lies under it
     if any(path == name or path.startswith(f"{name}.") for name in allowed):
         _find(path, True)  # a mistake in its file is told with its place; the parser would say "does not fit"
         return True
+    # typed: the whole path; nothing of the standard library, which holds `os.system`
     if path in typed and root not in sys.stdlib_module_names:
         return True
+    # only our own packages are imported to look: importing a stranger's runs its code
     found = _find(path, root in OWN)
     if found is _Missing:
         return root in OWN  # the parser says what is missing; nothing of it can be imported
+    # functions are called with the file's arguments: none is allowed
     if not inspect.isclass(found):
         return False
+    # base classes by their names, so that torch and Lightning need not be imported here
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in found.__mro__}
     if f"{found.__module__}.{found.__qualname__}" in KINDS:
         return True
+    # by where the class was made, not by the path it was found under: modules of ours also hold imported ones
     if found.__module__.partition(".")[0] in OWN or found.__qualname__ in typed:
         return bool(kinds & KINDS)
+    # the same class may be named by another path: it is compared itself
     return any(found is _find(name, False) for name in LISTED | typed | allowed)
 
 
@@ -129,6 +138,7 @@ def _find(path: str, load: bool) -> Any:
             # `module.Class.method` is found, too, and is no class
             outer = _find(module, True) if "." in module else _Missing
             return _Missing if outer is _Missing else getattr(outer, name, _Missing)
+    # no import: what is not loaded is not there
     return getattr(sys.modules.get(module, _Missing), name, _Missing)
 
 
@@ -148,6 +158,7 @@ def typed_names(arguments: list[str]) -> set[str]:
             continue
         if PATH.fullmatch(option.value):
             names.add(option.value)
+        # a mapping or list typed as YAML or JSON: class paths may stand in it
         elif option.value[0] in "{[":
             try:
                 names |= set(_texts(read_yaml(option.value, option.where)))

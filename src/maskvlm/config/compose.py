@@ -28,11 +28,13 @@ RUN_NAME = "MASKVLM_RUN_NAME"
 def own_home() -> Path:
     """The folder of this project that holds conf/ and tasks/: the clone of this package, or the package."""
     package = Path(__file__).resolve().parents[1]
+    # src/maskvlm -> the clone; a wheel brings its own copy of conf/ and tasks/
     return package.parents[1] if _has_both(package.parents[1]) else package / PACKAGED
 
 
 def home() -> Path:
     """The folder whose conf/ and tasks/ a command for training or data takes: the working directory, or `own_home`."""
+    # `base.yaml` and tasks/ together: a folder that only happens to have a conf/ does not count
     return Path() if _has_both(Path()) else own_home()
 
 
@@ -49,6 +51,7 @@ def find_tasks(here: bool = False) -> None:
     """
     folder = str((home() if here else own_home()).resolve())
     if folder not in sys.path:
+        # first: an installed package named `tasks` must not win
         sys.path.insert(0, folder)
 
 
@@ -63,6 +66,7 @@ def find_packages(names: Iterable[str]) -> None:
     roots = {name.partition(".")[0] for name in names} - {""}
     named = any((here / root).is_dir() or (here / f"{root}.py").is_file() for root in roots)
     if named and not {"", str(here)} & {*sys.path}:
+        # last: a file in the working directory must not stand in for an installed package
         sys.path.append(str(here))
 
 
@@ -94,8 +98,10 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
     Raises:
         UserError: a name that it does not know, one given twice, or more words without a name (2).
     """
+    # words end where the options begin
     first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     before, options = list(arguments[:first]), list(arguments[first:])
+    # `--from X` means the stack of `from=X`, which has no model/ file; at the end it has no value
     if "from" in names and "--from" in options[:-1]:
         at = options.index("--from")
         before.append(f"from={options[at + 1]}")
@@ -189,8 +195,10 @@ def pretraining(words: CommandWords) -> list[str]:
     data, options = data_files(words.get("data", "scenes"))
     where = chosen("where", words.get("where", "auto"))
     architecture, start = chosen("model", model), words.get("from")
+    # what exists of these: a model need not have a recipe of its own
     recipe = there("pretrain", f"pretrain-{model}")
     if start:
+        # Without model/MODEL: the architecture is the checkpoint's. The files for continued training win over `where`.
         continued = there("continue", f"continue-{model}")
         return ["--from", start, *files([*there("base"), *recipe, *data, where, *continued]), *options]
     stack = files([*there("base"), architecture, *recipe, *data, where])
@@ -208,13 +216,16 @@ def downstream(task: str, words: CommandWords) -> list[str]:
         raise no_start()
     first = ["--from", start]
     if start == "random":
+        # no checkpoint gives the model, so a file must
         first = ["--model.random_init", "true", *files([chosen("model", words.get("model", "tiny"))])]
     stack = files([*there("base", "finetune"), file, chosen("where", words.get("where", "auto"))])
+    # who types a package's task trusts the package
     return [*first, *stack, *(["--allow-import", task.partition(".")[0]] if "." in task else [])]
 
 
 def sets_of(task: str) -> list[str]:
-    """Names of the data sets that a task has a file for; `scenes` is its conf.yaml. Raises as `task_folder`."""
+    """Names of the data sets that a task has a file for. Raises as `task_folder`."""
+    # conf.yaml is the task on the built-in world; each other file is a data set
     return sorted({"scenes", *(path.stem for path in task_folder(task).glob("*.yaml") if path.stem != "conf")})
 
 
@@ -232,14 +243,17 @@ def task_folder(task: str) -> Path:
     Raises:
         UserError: there is no such task.
     """
+    # a plug-in of this project: nothing of it need be imported to find its files
     if task in tasks():
         return home() / "tasks" / task
     if "." in task:
         find_packages([task])
         try:
+            # finds the file without running it
             spec = importlib.util.find_spec(task)
         except (ImportError, ValueError):
             spec = None
+        # a namespace package has no file
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
     known = ", ".join(tasks()) or "none yet"
@@ -253,14 +267,18 @@ def task_folder(task: str) -> Path:
 def run_options(words: CommandWords, kind: str) -> list[str]:
     """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
     name = words.given.get("run")
+    # names alone, of `--run=x` as well
     options = {word.partition("=")[0] for word in words.options}
     if name is not None and options & {"--run", "--folder"}:
         raise UserError(f"run={name}", "the folder is also given as an option", "Keep one of them")
+    # torchrun's processes do not share an environment that one of them could set
     if name is None and "TORCHELASTIC_RUN_ID" in os.environ:
         what = "torchrun starts several processes, which need one folder"
         raise UserError("run=", what, "Name it: run=first; it is made under checkpoints/")
     if name is None:
+        # processes that this one starts inherit it: all write into one folder
         name = os.environ.setdefault(RUN_NAME, f"{kind}-{moment()}")
+    # the name is one folder below checkpoints/, and nothing else
     elif not name or name in (".", "..") or "/" in name or len(name.split()) != 1:
         todo = "Give one word such as run=first; it is made under checkpoints/"
         raise UserError(f"run={name}", "is no folder name", todo)
@@ -269,6 +287,7 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
 
 def moment() -> str:
     """One for all processes of a job: the time of day would differ between them."""
+    # SLURM starts each process anew, so none inherits what another one sets
     return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
 
 
@@ -296,12 +315,14 @@ def finetune_command(words: CommandWords) -> Composed:
 def evaluate_command(words: CommandWords) -> Composed:
     """`evaluate vqa from=... split=test`; without a task what pre-training is measured by."""
     task, data = "".join(words.places), words.get("data", "scenes")
+    # Lightning's names of the two
     command = {"val": "validate", "test": "test"}[split(words)]
     if not task and words.get("from") in ("", "random"):
         raise no_start()
     run = run_options(words, f"evaluate-{task or 'pretraining'}-{data}")
     # Losses and masking are the checkpoint's own: by others it would be measured for what it never learned.
     stack = downstream(task, words) if task else [*pretraining(words), "--task_from", words.get("from")]
+    # after the files, which may validate on a part; before the options, which win
     return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
 
 
@@ -312,6 +333,7 @@ def config_command(words: CommandWords) -> Composed:
 
 def submit_command(words: CommandWords) -> Composed:
     """`submit [TASK] ... where=slurm4x8`: the SLURM batch script of the same."""
+    # without "fit"
     return ["submit", *pretrain_or_finetune(words)[1:]]
 
 
@@ -358,6 +380,7 @@ def data_alone(words: CommandWords) -> list[str]:
 
 def data_command(words: CommandWords) -> Composed:
     """`data flickr8k raw=/where/it/was/downloaded name=mine`."""
+    # the second place may be named: raw=
     found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
     if len(found) != 2:
         what = "no set is named" if not words.places else f"{len(found) - 1} folders or files are named"
@@ -372,6 +395,7 @@ def data_command(words: CommandWords) -> Composed:
 
 def data_check_command(words: CommandWords) -> Composed:
     """`data-check flickr8k`: a set in DATA_ROOT by its name, or a folder."""
+    # at most one place
     named = words.get("name") or "".join(words.places)
     if not named:
         own = ", ".join(prepared()) or "none"

@@ -39,6 +39,7 @@ def read_config_file(name: str) -> yaml.MappingNode | None:
     Raises:
         UserError: with file and line, whatever is wrong with the file or its YAML; a key such as `__path__` (77).
     """
+    # nodes rather than values: they know their lines
     root = check_yaml(config_text(name), name)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")
@@ -57,8 +58,10 @@ def config_text(name: str) -> str:
     try:
         kind = path.stat()
     except (OSError, ValueError) as error:
+        # a file that is called nearly so
         near = nearest(str(path), [str(other) for other in _beside(path)], 0.5)
         what = "no such configuration file" + (f" (did you mean {near}?)" if near else "")
+        # ValueError has no errno: a null byte in the name
         if getattr(error, "errno", errno.ENOENT) not in (errno.ENOENT, errno.ENOTDIR):
             what = f"cannot be read ({cut(str(getattr(error, 'strerror', error)))})"
         raise UserError(
@@ -74,6 +77,7 @@ def config_text(name: str) -> str:
         what = f"{kind.st_size} bytes are no configuration file"
         raise UserError(name, what, f"Keep it under {MOST_BYTES} bytes", ExitCode.REFUSED)
     try:
+        # "-sig" drops a byte order mark
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(name, f"not UTF-8 text (byte {error.start})", "Save it as UTF-8") from None
@@ -96,6 +100,7 @@ def check_names(node: yaml.Node, where: str) -> None:
     """No keys that the parser would take for its own notes on a value; the path of a class is a text."""
     if isinstance(node, yaml.MappingNode):
         for key, part in node.value:
+            # jsonargparse keeps its notes beside the values, such as `__path__`: a file could forge them
             if any(name.startswith("__") for name in key.value.split(".")):
                 what = f"the key {cut(key.value)} is not for files"
                 raise UserError(at_line(where, key.start_mark), what, "Remove it", ExitCode.REFUSED)
@@ -126,6 +131,7 @@ def config_files(arguments: list[str]) -> list[str]:
     files = []
     for index, word in enumerate(arguments):
         if word in ("-c", "--config"):
+            # "" for a -c at the end: there is no such file
             files.append(arguments[index + 1] if index + 1 < len(arguments) else "")
         elif word.startswith(("-c=", "--config=")):
             files.append(word.partition("=")[2])
@@ -140,6 +146,7 @@ def given_places(arguments: list[str]) -> list[KeyPlace]:
         if root is not None:
             found += _keys(root, name, "")
     for place in found:
+        # only files are held to this: what the user types is his own word
         if place.key.rpartition(".")[2] in OUTPUTS and "://" in place.value:
             what, todo = f"{cut(place.value)} is an address", "Name a folder here, or type the option"
             raise UserError(f"{place.where}: {place.key}", what, todo, ExitCode.REFUSED)
@@ -151,8 +158,10 @@ def options(arguments: list[str]) -> list[KeyPlace]:
     found = []
     for index, word in enumerate(arguments):
         if word.startswith("--") and word != "--config":
+            # both forms: `--key=value` and `--key value`
             option, equals, value = word.partition("=")
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            # `--trainer.callbacks+` appends to a list: the same key
             key = _flat(option[2:].rstrip("+"))
             found.append(KeyPlace(option, OTHER_NAMES.get(key, key), value if equals else following))
     return found
@@ -163,10 +172,12 @@ def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[KeyPlace]:
         for key, value in node.value:
             dotted = _flat(f"{parent}.{key.value}".strip(".").rstrip("+"))
             text = value.value if isinstance(value, yaml.ScalarNode) else ""
+            # marks count lines from 0
             yield KeyPlace(f"{name}:{key.start_mark.line + 1}", dotted, text)
             yield from _keys(value, name, dotted)
     elif isinstance(node, yaml.SequenceNode):
         for part in node.value:
+            # items of a list stand under the list's own key
             yield from _keys(part, name, parent)
 
 
@@ -178,6 +189,7 @@ def find_place(key: str, found: list[KeyPlace], value: str | None = None) -> Key
     """The last place that gives `key` (or a longer key that ends with it), preferably with that value."""
     key = _flat(key)
     fits = [place for place in found if place.key == key or place.key.endswith("." + key)]
+    # of several places that give the key, the one whose value the message names
     exact = [place for place in fits if value is not None and place.value == value]
     candidates = exact or fits
     return candidates[-1] if candidates else None
@@ -185,6 +197,7 @@ def find_place(key: str, found: list[KeyPlace], value: str | None = None) -> Key
 
 def nearest(word: str, names: Iterable[str], least: float) -> str | None:
     """The name most like `word`; None where none is alike by `least` (0 to 1), or the word is too long to be one."""
+    # difflib takes the square of the length
     near = [] if len(word) > 2 * MOST_SHOWN else difflib.get_close_matches(word, names, 1, least)
     return near[0] if near else None
 
@@ -203,15 +216,18 @@ def fill_environment(value: Any, where: str, nested: int = 0) -> Any:
         return [fill_environment(part, where) for part in value]
     if not isinstance(value, str) or "${" not in value:
         return value
+    # `done` is never searched again: what a variable holds stays a text
     done, start = "", value.find("${")
     while start >= 0:
         end = _closing(value, start)
+        # the variable's name, and whether a default follows
         name = re.match(r"\$\{oc\.env:([A-Za-z_]\w*)[,}]", value[start:])
         if name is None or end < 0 or nested > MOST_NESTED:
             what = f"{cut(value)} asks for more than an environment variable"
             raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
         found = os.environ.get(name[1])
         if found is None and value[start + name.end() - 1] == ",":
+            # the default is between the comma and the closing brace
             found = fill_environment(value[start + name.end() : end], where, nested + 1)
         if found is None:
             todo = "Set it, or give a default: ${oc.env:NAME,default}"
@@ -226,6 +242,7 @@ def fill_environment(value: Any, where: str, nested: int = 0) -> Any:
 def _closing(text: str, start: int) -> int:
     """Where the brace that opens first after `start` closes; -1 where it does not."""
     depth = 0
+    # braces nest: ${oc.env:A,${oc.env:B,c}}
     for brace in re.finditer(r"[{}]", text[start:]):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:

@@ -47,12 +47,14 @@ CLASSES = {"maskvlm.model.encoders.ImageEncoder": "model.backbone.image", "maskv
 def current(path: str) -> str:
     """The class path by which a class is known now; any other text as it is."""
     module, _, name = path.rpartition(".")
+    # the module must fit whole: `maskvlm.model` is an old one, `maskvlm.model.heads` is not
     return f"{MOVED[module]}.{name}" if module in MOVED else path
 
 
 def current_key(key: str) -> str:
     """A dotted key as it is now: `model.task.init_args.text_draws` -> `model.task.init_args.masks_per_text`."""
     parent, _, last = key.rpartition(".")
+    # `init_args` stands between the keys where a class is named, and tells nothing
     place = ".".join(part for part in parent.split(".") if part != "init_args")
     new = OPTIONS.get(place, {}).get(last, last)
     return f"{parent}.{new}" if parent else new
@@ -70,10 +72,14 @@ def renamed(value: Any, place: str = "") -> Any:
         return value
     path = value.get("class_path")
     if isinstance(path, str):
+        # a copy: the caller's value stays as it is
         value = {**value, "class_path": current(path)}
+        # a class below a key has its options under that key
         place = place or _place_of(value["class_path"])
+    # keys of a file may be numbers, too
     keys = {key: current_key(f"{place}.{key}").rpartition(".")[2] if isinstance(key, str) else key for key in value}
     return {
+        # what `init_args` holds are options of the same place
         keys[key]: renamed(part, place if key == "init_args" else f"{place}.{key}".strip("."))
         for key, part in value.items()
     }

@@ -23,6 +23,7 @@ def explain_message(message: str, known: Iterable[str], siblings: Iterable[str],
     found = given_places(arguments)
     context = MessageContext(set(known), set(siblings), found)
     message = short_message(message)
+    # the first pattern that fits, see the order there
     for pattern, answer in _ANSWERS:
         match = re.search(pattern, message, re.DOTALL)
         if match:
@@ -34,6 +35,7 @@ def short_message(message: str) -> str:
     """The message without the middle of long lines, and of many: a value of a megabyte stands in it several times."""
     lines = message.splitlines()
     if len(lines) > MOST_LINES:
+        # what is wrong stands at the beginning or at the end
         lines = [*lines[: MOST_LINES // 2], "...", *lines[-MOST_LINES // 2 :]]
     # One member of a union takes the class and says what is wrong in it; that the others do not take it tells nothing.
     taken = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
@@ -68,6 +70,7 @@ def _unknown(match: re.Match[str], context: MessageContext) -> UserError:
     place = find_place(key, context.found) or KeyPlace("configuration", key, "")
     if todo := ELSEWHERE.get(key.partition(".")[0]):
         return UserError(_where(place), "no key of this command", todo)
+    # neighbours of the key: the arguments of its class, else all keys of the command
     parent = place.key.rpartition(".")[0]
     here = {f"{parent}.{name}" for name in context.siblings} or context.known
     given = {other.key for other in context.found if other.key != place.key}
@@ -82,10 +85,13 @@ def _nearest(key: str, here: set[str], anywhere: set[str]) -> str | None:
     """The known key most like `key`: a neighbour, the same name elsewhere, or one that looks alike."""
     parent, _, last = key.rpartition(".")
     neighbours = {name.rpartition(".")[2]: name for name in here if name.rpartition(".")[0] == parent}
+    # a slip of the fingers
     if near := nearest(last, neighbours, 0.6):
         return neighbours[near]
+    # the right name under the wrong parent; the shortest key is the likeliest
     if same := sorted((name for name in anywhere if name.rpartition(".")[2] == last), key=len):
         return same[0]
+    # whole keys are long and alike, hence the higher bound
     return nearest(key, anywhere, 0.75)
 
 
@@ -113,9 +119,11 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
     text = match["text"]
     given = re.search(r"(?:Got value|Given value): (.*)", text)
     value = given[1].strip() if given else None
+    # the value tells which of several places is meant
     place = find_place(match["key"], context.found, value) or KeyPlace("configuration", match["key"], value or "")
     if value and len(value) > MOST_WIDE // 2:
         value = place.value or value  # the whole of it
+    # two forms of the parser: a union lists its members, a plain type stands in a sentence
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
     if types is None and "Subclass types expect" in text:
         return UserError(_where(place), f"{cut(value or place.value)} does not fit", "Give the path of a class")
@@ -131,10 +139,12 @@ def _plain_type(text: str) -> str:
     words = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "true or false"}
     words |= {"NoneType": "null", "tuple": "a list of fixed length", "list": "a list", "dict": "a mapping"}
     text = re.sub(r"\w+(?![\w.\[])", lambda m: words.get(m[0], m[0]), text)
+    # a.b.Name -> Name
     return re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.(\w+)", r"\1", text)
 
 
 def _missing(match: re.Match[str], _: MessageContext) -> UserError:
+    # without the command's name, which files do not have
     keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match["keys"])
     todo = "Give the files with -c" if "model." in keys else "Give it a value under init_args, where its class is named"
     return UserError("configuration", f"nothing sets {keys}", todo)

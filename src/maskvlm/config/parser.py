@@ -71,11 +71,13 @@ class CommandParser(LightningArgumentParser):
 
     def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
         """As `add_argument`."""
+        # it has no such setting: the files are forgotten afterwards
         super().add_subclass_arguments(*args, **kwargs)
         forget_files(self)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """As YAML, also for --print_config."""
+        # the configuration itself stays as parsed
         shown = cfg.clone()
         keep_nulls(shown)
         return super().dump(shown, *args, **kwargs)
@@ -85,6 +87,7 @@ class CommandParser(LightningArgumentParser):
             super().validate(*args, **kwargs)
         except KeyError as error:  # the innermost parser knows the names that were possible here
             if getattr(self, "_inner_parser", False) and not hasattr(error, "siblings"):
+                # carried by the exception itself: `error` of the outer parser finds it there
                 error.siblings = option_names(self)  # type: ignore[attr-defined]
             raise
 
@@ -93,10 +96,12 @@ class CommandParser(LightningArgumentParser):
             getattr(self, "_inner_parser", False) and not self.exit_on_error
         ):  # caught and tried otherwise by the outer one
             super().error(message, ex)
+        # a UserError on the way has a better message than the parser's
         causes = list(chain(ex))
         for cause in causes:
             if isinstance(cause, UserError):
                 raise cause
+        # the subcommand's parser knows its options, the outermost only the commands
         command = next((c.subcommand_parser for c in causes if hasattr(c, "subcommand_parser")), self)
         siblings = next((c.siblings for c in causes if hasattr(c, "siblings")), ())
         raise Complaint(message, option_names(command), siblings) from ex
@@ -110,6 +115,7 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
 def forget_files(parser: CommandParser) -> None:
     """The same for arguments that are there already; those of a class have no setting for it."""
     for action in parser._actions:
+        # private to jsonargparse, as the setting is missing
         if hasattr(action, "_enable_path"):
             action._enable_path = False
 
@@ -118,6 +124,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and what led to it, the first cause last."""
     while error is not None:
         yield error
+        # `raise ... from`, else what was being handled
         error = error.__cause__ or error.__context__
 
 
@@ -136,6 +143,7 @@ def load_text(text: str, path: str | None = None) -> Any:
     """
     if path is not None:
         return fill_environment(read_yaml(text, path), path)
+    # of an option, or a text inside of a value: variables have been filled in by now
     value = read_yaml(text, "configuration")
     if isinstance(value, dict) and value and all(part is None for part in value.values()):
         words = set(text.strip(" {}").replace(" ", "").split(","))
@@ -146,7 +154,9 @@ def load_text(text: str, path: str | None = None) -> Any:
 
 def check_given(arguments: list[str], allowed: Iterable[str] = ()) -> None:
     """What holds for every command: which classes may be named, and a calm console."""
+    # NotPlain alone tells the parser to take the text as it is; other errors pass through it
     set_loader("maskvlm", load_text, (NotPlain,))
+    # switches the check on; whom it asks is replaced below, where jsonargparse has no setting
     set_parsing_settings(import_path_denylist=["*"])
     build_typed_values_alone()
     _common.parsing_settings["import_path_verdicts"] = Verdicts(arguments, allowed)
@@ -176,6 +186,7 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     for place in given_places(arguments[1:]):
         check_group(place)
     words = [
+        # names of files stay as they are; the texts inside of files are filled in by `load_text`
         word if word in config_files(arguments) else _current_word(fill_environment(word, "command line"))
         for word in arguments
     ]
@@ -183,8 +194,10 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     try:
         found = parser.parse_args(words)
         keep_nulls(found[found.subcommand])
+        # after parsing: texts have become numbers only now
         check_written_numbers(found[found.subcommand])
         check_seed(found[found.subcommand].seed_everything)
+    # an integer that no float holds
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
     return found
@@ -192,6 +205,7 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
 
 def nulls_of(words: list[str]) -> list[str]:
     """Keys that the command line ends up setting to null."""
+    # of options given twice the last one wins
     last = {option.key: option.value for option in options(words)}
     return [key for key, value in last.items() if value in ("null", "~")]
 
@@ -204,6 +218,7 @@ def keep_nulls(settings: Namespace) -> None:
         *parents, name = key.split(".")
         for part in parents:
             place = place.get(part) if isinstance(place, Namespace) else None
+            # keys leave out `init_args`
             place = place.init_args if isinstance(place, Namespace) and "init_args" in place else place
         if isinstance(place, Namespace) and place.get(name) == "None":
             place[name] = None
@@ -226,8 +241,10 @@ def old_names_given(arguments: list[str]) -> Iterator[str]:
 
 def check_group(place: KeyPlace) -> None:
     """No text where keys belong, and no file that names another: the parser would read either."""
+    # options are named by themselves, files by file:line
     if place.key == "config" and not place.where.startswith("-"):
         raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
+    # a mapping typed as one value is fine
     if place.key in GROUPS and place.value and not isinstance(_keys(place.value), dict):
         where = place.where if place.where.startswith("-") else f"{place.where}: {place.key}"
         raise UserError(where, f"{cut(place.value)} does not fit", "Give keys of it, and files with -c")

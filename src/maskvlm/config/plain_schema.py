@@ -48,6 +48,7 @@ class Whole:
         return f"a whole number from {self.least:,} to {self.most:,}"
 
     def fits(self, value: Any) -> bool:
+        # `type`: true is an int for isinstance
         return type(value) is int and self.least <= value <= self.most
 
 
@@ -80,6 +81,7 @@ class Text:
     def fits(self, value: Any) -> bool:
         if type(value) is not str or len(value) > self.most:
             return False
+        # no control characters: texts of strangers reach terminals
         return value.isprintable() and (self.pattern is None or re.fullmatch(self.pattern, value) is not None)
 
 
@@ -94,6 +96,7 @@ class OneOf:
         return f"one of {shown}, ..." if len(self.values) > 8 else f"one of {shown}" if self.values[1:] else shown
 
     def fits(self, value: Any) -> bool:
+        # the type, too: 1 == True == 1.0
         return any(type(value) is type(one) and value == one for one in self.values)
 
 
@@ -123,6 +126,7 @@ class Listed:
 
     def fits(self, value: Any) -> bool:
         right = type(value) in (list, tuple) and self.least <= len(value) <= self.most
+        # the length first: a list of millions is not looked through
         return right and all(self.kind.fits(part) for part in value)
 
 
@@ -153,6 +157,7 @@ class Tree:
         return f"at most {self.most:,} plain values, nested at most {self.depth} deep"
 
     def fits(self, value: Any) -> bool:
+        # a walk without recursion, in bounded steps
         left, todo = self.most, [(value, self.depth)]
         while todo:
             one, depth = todo.pop()
@@ -228,10 +233,12 @@ class Record:
 def shown(value: Any) -> str:
     """A value of anybody's for a message: short, one line, nothing a terminal obeys, however large it is."""
     if isinstance(value, str):
+        # cut first: `repr` of a large value would be built whole
         text = repr(value[:SHOWN])
     elif value is None or isinstance(value, bool | float):
         text = repr(value)
     elif isinstance(value, int):
+        # Python refuses to print numbers of thousands of digits
         text = repr(value) if abs(value) < 10**40 else f"a number of {value.bit_length():,} bits"
     else:
         size = f" of {len(value):,}" if isinstance(value, dict | list | tuple) else ""

@@ -24,11 +24,13 @@ class PlainLoader(yaml.SafeLoader):
     levels = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # counted while the text is parsed: no tree of more than that is ever built
         self.levels, self.nodes = self.levels + 1, self.nodes + 1
         if self.levels > MOST_LEVELS or self.nodes > MOST_NODES:
             what = "nested too deeply" if self.levels > MOST_LEVELS else f"more than {MOST_NODES} values"
             raise TooMuch(None, None, what, self.peek_event().start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
+        # not put back where it raises: the loader is used once
         self.levels -= 1
         return node
 
@@ -42,10 +44,12 @@ class TooMuch(yaml.MarkedYAMLError):
 
 
 PlainLoader.yaml_implicit_resolvers = {
+    # by the first character of a text: the kinds that it may be
     first: [(tag, shape) for tag, shape in every if tag not in (TAG + "timestamp", TAG + "float")]
     for first, every in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 PlainLoader.add_implicit_resolver(
+    # YAML 1.1 wants a dot and a sign of the exponent: 1e-3 and 1.0e3 would be texts
     TAG + "float",
     re.compile(
         r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -100,9 +104,11 @@ def check_yaml(text: str, where: str) -> yaml.Node | None:
         raise NotPlain(at_line(where, error.problem_mark), what, "Mend the line, or put the value in quotes") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
+        # a character that no YAML may hold: its position is in characters, not lines
         raise NotPlain(f"{where}:{line}", f"not YAML ({error.reason})", "Save it as UTF-8 text") from None
     except (ValueError, OverflowError):  # of an escape such as \UFFFFFFFF, or of a version with thousands of digits
         raise NotPlain(where, "not YAML (a number in it is out of range)", "Write plain values") from None
+    # nothing has been built yet: only nodes with tags and texts
     if root is not None:
         _unfold(root, where, {})
     return root
@@ -115,6 +121,7 @@ def at_line(where: str, mark: yaml.Mark | None) -> str:
 
 def cut(text: str, most: int = MOST_SHOWN) -> str:
     """A value for a message: one line, its beginning if it is long, no character that moves a terminal's cursor."""
+    # twice the length first: a value may be a megabyte
     shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
     return shown if len(shown) <= most and len(text) <= 2 * most else f"{shown[:most]}... ({len(text)} characters)"
 
@@ -130,13 +137,16 @@ def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> U
     """Each node is visited once: an alias bomb costs no more than its text. None marks the nodes being visited."""
     place = at_line(where, node.start_mark)
     _check_tag(node, where)
+    # an alias is the very node that it names
     if id(node) in known:
         found = known[id(node)]
         if found is None:
             raise UserError(place, "an alias to the value it is in", "Write the value out", ExitCode.REFUSED)
         return found
+    # until its parts are visited: meeting it again means that it holds itself
     known[id(node)] = None
     parts: list[yaml.Node] = []
+    # scalars have no parts
     if isinstance(node, yaml.ScalarNode):
         _scalar(node, where)
     elif node.tag != TAG + ("map" if isinstance(node, yaml.MappingNode) else "seq"):
@@ -146,7 +156,9 @@ def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> U
         parts = [part for pair in node.value for part in pair]
     else:
         parts = node.value
+    # recursion is bounded: the loader refuses deep nesting
     inner = [_unfold(part, where, known) for part in parts]
+    # an alias counts as much as what it stands for
     size = Unfolded(1 + sum(part.nodes for part in inner), 1 + max((part.levels for part in inner), default=0))
     if size.nodes > MOST_NODES or size.levels > MOST_LEVELS:
         raise UserError(place, "aliases that multiply into a huge value", "Write it out", ExitCode.REFUSED)
@@ -159,6 +171,7 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
     for key, _ in node.value:
         _check_tag(key, where)
         name = _scalar(key, where) if isinstance(key, yaml.ScalarNode) else None
+        # `type`: true as a key is an int for isinstance
         if not isinstance(name, str) and type(name) is not int:
             shown = cut(key.value) if isinstance(key, yaml.ScalarNode) else f"that is a {key.id}"
             raise NotPlain(at_line(where, key.start_mark), f"the key {shown} is no text", "Quote it")
@@ -182,14 +195,17 @@ def _scalar(node: yaml.ScalarNode, where: str) -> Any:
         if yaml.reader.Reader.NON_PRINTABLE.search(text):
             raise NotPlain(place, f"the text {cut(text)} holds a control character", "Write plain text")
         return text
+    # what the text would be without a tag; !!float 1 is fine
     found = SHAPES.resolve(yaml.ScalarNode, text, (True, False))
     if found != node.tag and (found, node.tag) != (TAG + "int", TAG + "float"):
         what = f"{cut(text)} is not what its tag {node.tag.removeprefix(TAG)} says"
         raise NotPlain(place, what, "Leave the tag out")
     try:
+        # long numbers are refused unread: turning them into an int takes the square of their length
         value = None if len(text) > MOST_SHOWN else yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, OverflowError):  # such as 0b_
         raise NotPlain(place, f"{cut(text)} is no number", "Put it in quotes if it is a text") from None
+    # 1e999 is read as infinity, which only .inf may say
     infinite = isinstance(value, float) and abs(value) == float("inf") and "inf" not in text.lower()
     if len(text) > MOST_SHOWN or infinite or (isinstance(value, int) and abs(value) > LARGEST):
         raise NotPlain(place, f"the number {cut(text)} is out of range", "Give one that fits 64 bits")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 
+# A NamedTuple: jsonargparse cannot link a dataclass to a required argument.
 class InputSpec(NamedTuple):
     """Facts about inputs that the encoders know and the data module needs; no YAML repeats them.
 
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     """
 
     image_BCHW: Tensor
+    # these four in the order of `CaptionTokens`, which is unpacked here
     token_CT: Tensor
     attention_CT: Tensor
     special_CT: Tensor

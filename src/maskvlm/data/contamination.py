@@ -62,6 +62,7 @@ def held_out(place: str) -> HeldOut:
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     assert id_NP is not None
     assert hash_N is not None
+    # of several images a row all count: (M, P) -> (M',)
     return HeldOut(split_name(place), np.unique(id_NP), np.unique(hash_N))
 
 
@@ -71,15 +72,18 @@ def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str,
     Args:
         id_NP, hash_N: of the training rows (`row_ids`, `row_hashes`); without hashes ids alone are compared.
     """
+    # rows that no split and no way has found yet
     free_N = np.ones(len(id_NP), bool)
     found = {}
     for way in WAYS:
         for split in held:
             if way == "same id":
+                # (N, P) -> (N,): one held-out image of a row is enough
                 hit_N = np.isin(id_NP, split.id_M).any(1)
             else:
                 hit_N = np.zeros(len(free_N), bool) if hash_N is None else near(hash_N, split.hash_M)
             found[f"{split.name}, {way}"] = np.flatnonzero(free_N & hit_N)
+            # a row is told once, by the first split and way that find it
             free_N &= ~hit_N
     return {name: row_N for name, row_N in found.items() if len(row_N)}
 
@@ -107,11 +111,13 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     found = find_leaks(id_NP, hash_N, [held_out(place) for place in places])
     count, names = sum(map(len, found.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
+    # told also then: that the search took place is worth knowing
     if not found:
         _tell(f"no training image is held out ({by}: {names})")
         return pairs
     counts = "; ".join(f"{name}: {len(row_N)}" for name, row_N in found.items())
     told = f"{count} of {len(pairs)} training rows show held-out images ({by}): {counts}"
+    # three rows by name, so that somebody can look at them
     if leaks == "refuse":
         first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*found.values()])[:3])
         todo = "Set data.contamination to drop, which leaves them out, or take another data set"
@@ -120,8 +126,10 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
         raise UserError("data.held_out", f"{told}; nothing is left", "Train on another data set", ExitCode.BAD_DATA)
     _tell(f"{told}; left out")
     kept_N = np.ones(len(pairs), bool)
+    # row numbers of all splits and ways, (found rows,)
     kept_N[np.concatenate([*found.values()])] = False
     listed = {f"in {name}": [pairs[int(row)]["origin"] for row in row_N] for name, row_N in found.items()}
+    # the held-out splits go into the fingerprint: other ones leave out other rows
     return Chosen(pairs, np.flatnonzero(kept_N), f"without {sorted(places)}", listed)
 
 

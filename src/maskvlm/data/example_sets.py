@@ -33,6 +33,7 @@ class ExampleSample(TypedDict):
 def opened_images(example: Example) -> Iterator[Image.Image]:
     """The example's images, decoded. Raises BadImage, which names the file (or, where it is none, the image's id)
     besides the row: a row of several images tells neither which of them it is nor in which folder."""
+    # a generator: the transform takes each image before the next one is decoded
     for image, id in zip(example["images"], example["image_ids"], strict=True):
         try:
             yield safe_open(image, example["origin"])
@@ -57,6 +58,8 @@ class TrainExamples(Dataset[ExampleSample]):
         at(example["origin"])
         text, note = clean_caption(example["text"])
         problem, valid = (f"caption {note}", example["origin"]) if note else None, True
+        # seeded by the sample, so that its place in the run or its worker does not matter
+        # `devices=[]`: the states of GPUs are not saved, as nothing here draws from them
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, pick.epoch, pick.row))
             try:
@@ -65,7 +68,9 @@ class TrainExamples(Dataset[ExampleSample]):
                 images = [self.transform(image, text) for image in opened_images(example)]
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size)
+                # one bad image makes a hole of the whole example: a text about the rest may be untrue
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
+        # P images of (3, H, W) -> (P, 3, H, W)
         image_PCHW = torch.stack(images)
         return ExampleSample(image_PCHW=image_PCHW, example=example, index=pick.row, valid=valid, problem=problem)
 
@@ -105,13 +110,17 @@ class CollateExamples:
         targets = [self.source.targets(example["answers"]) for example in examples]
         ids = [[stable_id(name) for name in example["image_ids"]] for example in examples]
         return ExampleBatch(
+            # (B, P, 3, H, W): all examples of a source have as many images
             torch.stack([sample["image_PCHW"] for sample in samples]),
+            # token_BT, attention_BT, special_BT, word_BT
             *self.captioner([example["text"] for example in examples]),
             self.dense(targets, examples),
             torch.tensor([sample["valid"] for sample in samples]),
             torch.tensor([sample["index"] for sample in samples]),
+            # (B, P)
             torch.tensor(ids),
             self.answers(targets),
+            # without images: each would be handed from worker to main process a second time
             tuple(Example(**{**example, "images": []}) for example in examples),
             tuple(sample["problem"] for sample in samples if sample["problem"]),
         )
@@ -119,6 +128,7 @@ class CollateExamples:
     def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:
         """Weights of all labels, [B, K]."""
         target_BK = torch.zeros(len(targets), len(self.column))
+        # labels that are not listed stay 0; an example without any label is a row of zeros
         for row, (target, example) in enumerate(zip(targets, examples, strict=True)):
             for label, weight in target.items():
                 if label not in self.column:
@@ -130,7 +140,9 @@ class CollateExamples:
 
     def answers(self, targets: list[dict[str, float]]) -> AnswerTokens:
         """The target answers of all examples, one after the other."""
+        # A answers of all examples; an example has none, one or several
         flat = [(row, label, weight) for row, target in enumerate(targets) for label, weight in target.items()]
+        # (A, T)
         tokens = self.captioner([label for _, label, _ in flat])
         owner_A = torch.tensor([row for row, _, _ in flat], dtype=torch.long)
         weight_A = torch.tensor([weight for _, _, weight in flat], dtype=torch.float)

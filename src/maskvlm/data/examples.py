@@ -76,6 +76,7 @@ class ExampleSource(ABC):
 
     def targets(self, answers: list[str]) -> dict[str, float]:
         """Label -> weight in the loss, 0 to 1. One label is the rule; VQA's ten answers make several."""
+        # an example without an answer has no target: {}
         return dict.fromkeys(answers[:1], 1.0)
 
 
@@ -104,6 +105,7 @@ class ExampleBatch(NamedTuple):
     """
 
     image_BPCHW: Tensor
+    # these four in the order of `CaptionTokens`, which is unpacked here
     token_BT: Tensor
     attention_BT: Tensor
     special_BT: Tensor
@@ -121,8 +123,12 @@ def asked(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
     """Questions of somebody who wants answers: no targets, ids of nothing."""
     rows, images = image_BPCHW.shape[:2]
     number_B = torch.arange(rows, device=image_BPCHW.device)
+    # empty tensors on the same device as the images: no answer, A = 0
     none = number_B[:0]
+    # (0, 0) tokens, (0,) owners and weights
     nothing = AnswerTokens(none.new_zeros(0, 0), none.new_zeros(0, 0).bool(), none, image_BPCHW.new_zeros(0))
+    # K = 0 labels
     target_BK, valid_B = image_BPCHW.new_zeros(rows, 0), torch.ones_like(number_B, dtype=torch.bool)
+    # all images of a question share its number
     ids_BP = number_B[:, None].expand(rows, images)
     return ExampleBatch(image_BPCHW, *text, target_BK, valid_B, number_B, ids_BP, nothing, ())

@@ -41,9 +41,11 @@ def digest_of(*files: Path, todo: str = TODO) -> str:
     cannot be read; of those that are missing, all are named."""
     digests, absent = [], Absent()
     for file in files:
+        # the digest is of the content in pieces: a file may be larger than memory
         with absent.noted(), opened(file, todo) as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     absent.check()
+    # of the digests: the same bytes cut into other files are another set
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
@@ -54,8 +56,10 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
     """The document in `content`, or in the file's line of that number; errors name file and line."""
     todo, place = "Fetch it again", file if line is None else f"{file}:{line}"
     try:
+        # "-sig" drops a byte order mark
         return parse_json(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
+        # an empty file has a message of its own
         if line is None and not error.doc.strip():
             raise UserError(file, "empty file", todo, ExitCode.BAD_DATA) from error
         where, what = f"{file}:{line or error.lineno}", f"not JSON (column {error.colno}: {error.msg})"
@@ -75,6 +79,7 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
             where = f"{file}:{number}"
             if problem:
                 raise UserError(where, f"{problem[0]} ({problem[1]})", "Mend this line", ExitCode.BAD_DATA)
+            # a line of white space is none
             if content.strip():
                 record = load_json(content, file, number)
                 if not isinstance(record, dict):
@@ -100,6 +105,7 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
         what = f"'{key}': {record[key]}"
     elif key not in record:
         what = f"key '{key}' is missing"
+    # true is an int for Python
     elif not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
         what = f"'{key}' is {type(record[key]).__name__} instead of {kind.__name__}"
     else:
@@ -125,6 +131,7 @@ def get_name(record: Any, key: str, where: str, layout: str) -> str:
 def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layout: str) -> str:
     """One of the classes, in any case; also true and false where they are classes."""
     value = get(record, key, object, where, layout)
+    # true and false of JSON are "true" and "false" by this
     given = str(value).strip().lower() if isinstance(value, str | bool | int | float) else type(value).__name__
     for name in classes:
         if given == name.lower() and isinstance(value, str | bool):
@@ -163,6 +170,7 @@ class ImagesByKey:
 
     def find(self, key_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Numbers for `path` and `image`, -1 where there is no such image."""
+        # (N,) keys -> (N,) numbers; null where the key is not there
         return pc.index_in(key_N, value_set=self._key_N).fill_null(-1).to_numpy().astype(np.int32)
 
     def path(self, number: int) -> str:
@@ -182,6 +190,7 @@ def image_folder(images: str | Path | None, root: Path, key: str = "data.source.
     """
     beside = root / "images"
     folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
+    # only this one was not named by the user
     if folder is beside:
         check_below(folder, root)
     if not folder.is_dir():
@@ -204,8 +213,10 @@ def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> l
     for place, files in walk:
         inside = Path(place).relative_to(folder)
         fitting = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        # with / on every system: names are compared with those in files
         names += [(inside / name).as_posix() for name in fitting]
     for reason, paths in walk.left_out.items():
+        # "": a folder, whose images nobody sees
         fitting = (path for path in paths if os.path.splitext(path)[1].lower() in {*IMAGE_SUFFIXES, ""})
         if left_out is not None:
             left_out[reason] = [*fitting]
@@ -226,6 +237,7 @@ def check_missing(
         max_missing: the share of training rows that may lack an image; in evaluation none may.
         rows: what is counted, `images` or `examples`; an example lacks at least one of its images.
     """
+    # Fewer rows in evaluation would be another measurement.
     most = max_missing * total if split == "train" else 0
     if len(absent) <= most and len(absent) < total:
         return

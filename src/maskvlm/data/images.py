@@ -124,9 +124,11 @@ def _strict_pillow() -> Iterator[None]:
 
 def _open(source: bytes | str | Path, name: str) -> Image.Image:
     """Read the header; pixels stay encoded."""
+    # the whole file: the checks below look at all bytes, and Pillow reads no file by itself
     data = source if isinstance(source, bytes) else _read(Path(source), name)
     _check_bytes(data, name)
     try:
+        # only these plugins see the bytes, whatever the file's name says
         return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         reason = _kind(data)
@@ -136,12 +138,14 @@ def _open(source: bytes | str | Path, name: str) -> Image.Image:
 
 def _read(path: Path, name: str) -> bytes:
     try:
+        # before it is opened: reading a pipe would wait for ever
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise BadImage(name, "missing", f"{path} is not a file")
         if status.st_size > MAX_FILE_BYTES:
             raise BadImage(name, "bomb", f"a file of {status.st_size:,} bytes")
         return path.read_bytes()
+    # ValueError: a null byte in the name; BadImage is one, too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         if isinstance(error, BadImage):
             raise
@@ -152,10 +156,13 @@ def _read(path: Path, name: str) -> bytes:
 
 def _check_bytes(data: bytes, name: str) -> None:
     """What Pillow overlooks, or would find out only after much work."""
+    # nothing, or a file of zeros, as a full disk leaves it
     if not data.strip(b"\x00"):
         raise BadImage(name, "empty", f"{len(data)} bytes")
+    # JPEG: each scan begins with FF DA, and each is decoded over the whole image
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage(name, "bomb", f"more than {MAX_SCANS} scans")
+    # WebP: its header tells how many bytes follow
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") > len(data) - 8:
         raise BadImage(name, "truncated", f"{len(data)} bytes")
     if data.startswith(b"\x89PNG"):
@@ -164,12 +171,14 @@ def _check_bytes(data: bytes, name: str) -> None:
 
 def _check_png(data: bytes, name: str) -> None:
     """Pillow neither checks the checksums of pixel data nor asks for the end marker."""
+    # after the signature: chunks of length, kind, content and checksum (4 + 4 + length + 4 bytes)
     position = 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data):
             break
+        # the checksum is of kind and content
         if kind == b"IDAT" and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
             raise BadImage(name, "crc", "a block of pixels fails its checksum")
         if kind == b"IEND":
@@ -180,11 +189,13 @@ def _check_png(data: bytes, name: str) -> None:
 
 def _kind(data: bytes) -> str:
     """The reason for a file that none of the allowed formats knows, by what it starts with."""
+    # the tables of starts are in lower case for this
     head = data[:512].lstrip().lower()
     if b"<html" in head or head.startswith(b"<!doctype html"):
         return "not an image (text/html)"
     if b"<svg" in head:
         return "format not allowed (image/svg+xml)"
+    # the first four bytes are the size of a box
     if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1"):
         return "format not allowed (image/heif)"
     for start, kind in _OTHER_FORMATS.items():
@@ -193,6 +204,7 @@ def _kind(data: bytes) -> str:
     for start, kind in _NOT_IMAGES.items():
         if head.startswith(start):
             return f"not an image ({kind})"
+    # an allowed format whose header Pillow could not read
     if data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM")):
         return "corrupt"
     return "not an image (unknown)"
@@ -207,15 +219,18 @@ def _reason(error: Exception) -> str:
 
 def _decode(image: Image.Image, name: str, least: int | None, given: bool) -> Image.Image:
     """Check the size in the header, decode, turn upright, make RGB; an image that was given stays as it is."""
+    # the header alone has been read; no pixel is decoded yet
     _check_size(*image.size, name)
     if least is not None:
         image.draft(None, (least, least))  # does nothing but to JPEG
+    # after `draft`, which makes it smaller
     size = image.size
     image.load()
     if image.size != size:
         raise BadImage(name, "corrupt", f"{image.size} pixels instead of {size} in the header")
     plain = image.mode == "RGB" and not given and not image.has_transparency_data
     rgb = image._new(image.im) if plain else _to_rgb(image, name)  # without the reader that opened it
+    # the orientation is read from the EXIF bytes in `info`
     rgb.info = dict(image.info)
     _turn_upright(rgb)
     rgb.info = {}
@@ -223,6 +238,7 @@ def _decode(image: Image.Image, name: str, least: int | None, given: bool) -> Im
 
 
 def _check_size(width: int, height: int, name: str) -> None:
+    # the first reason that holds is the one told
     shorter, longer = sorted((width, height))
     broken = {
         "bomb": width * height > MAX_PIXELS,
@@ -241,9 +257,11 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    # Pillow's own `convert` would clip these modes at 255
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, name)
     if image.has_transparency_data:
+        # converted plainly, a transparent pixel would show the colour that lies hidden in it
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
@@ -255,8 +273,10 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     if not np.isfinite(values_HW).all():
         raise BadImage(name, "not finite", "a pixel is infinite or not a number")
     least, greatest = float(values_HW.min()), float(values_HW.max())
+    # the first usual range that holds all values, else the image's own
     usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     low, high = next(((0.0, top) for top in usual if least >= 0 and greatest <= top), (least, greatest))
+    # `or 1`: an image of one value, where the range is empty
     grey_HW = np.rint((values_HW - low) * (255 / (high - low or 1))).astype(np.uint8)
     if isinstance(key := image.info.get("transparency"), int):
         grey_HW[values_HW == key] = 255

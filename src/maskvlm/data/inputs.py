@@ -50,6 +50,7 @@ def open_image(given: ImageInput, name: str = "image") -> Image.Image:
     """
     if isinstance(given, Tensor | np.ndarray):
         return Image.fromarray(_eight_bits(given, name))
+    # a path names itself in errors
     if isinstance(given, str | Path):
         given, name = str(given), str(given)
     if isinstance(given, bytearray | memoryview):
@@ -58,6 +59,7 @@ def open_image(given: ImageInput, name: str = "image") -> Image.Image:
         raise UserError(name, "a file that is open as text", "Open it with 'rb'")
     if isinstance(given, IOBase):  # an open file, or BytesIO
         given = given.read()
+    # everything else has become one of these by now
     if not isinstance(given, str | bytes | Image.Image):
         todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
         raise UserError(name, f"{type(given).__name__} is no image", todo)
@@ -66,18 +68,23 @@ def open_image(given: ImageInput, name: str = "image") -> Image.Image:
 
 def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     is_tensor = isinstance(given, Tensor)
+    # `float`: numpy has no bfloat16
     array = given.detach().float().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     integers = not given.is_floating_point() if isinstance(given, Tensor) else array.dtype.kind in "iub"
     shape, wanted = list(array.shape), "[3, H, W]" if is_tensor else "[H, W, 3]"
     if array.ndim == 2:
+        # (H, W) -> (H, W, 3)
         array = np.repeat(array[..., None], 3, 2)
     elif is_tensor and array.ndim == 3:
+        # (3, H, W) -> (H, W, 3)
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] not in (1, 3):
         kind = "tensor" if is_tensor else "array"
         raise UserError(name, f"{kind} of shape {shape}", f"Give {wanted} or [H, W]")
+    # (H, W, 1) -> (H, W, 3)
     array = np.repeat(array, 3, 2) if array.shape[2] == 1 else array
     top = 255 if integers else 1
+    # refuses normalised floats, which have negative values: they would come out as noise
     if not np.isfinite(array).all() or array.size == 0 or array.min() < 0 or array.max() > top:
         what = f"numbers from {array.min(initial=0):.3g} to {array.max(initial=0):.3g}"
         raise UserError(name, what, "Give 8-bit integers from 0 to 255, or floats from 0 to 1; not normalised")
@@ -128,6 +135,7 @@ class MarkedTexts:
         Raises:
             UserError: no word is masked, or the masked ones are beyond the model's text length.
         """
+        # the text between the masked words: one piece more than there are masks
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
             raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
@@ -139,6 +147,7 @@ class MarkedTexts:
         start, end = self.ends
         if len(ids) + 2 > self.text_length:
             ids = ids[: self.text_length - 2]
+            # a mask that is cut off would be left unanswered without a word
             if ids.count(int(self.tokenizer.mask_token_id)) < len(pieces) - 1:
                 what = f"a masked word is beyond the {self.text_length - 2} tokens that the model reads"
                 raise UserError("text", what, "Shorten it")
@@ -147,6 +156,7 @@ class MarkedTexts:
     @property
     def ends(self) -> tuple[int, int]:
         """Ids of the start and the end token."""
+        # read off a tokenized text: some tokenizers call them cls and sep, others bos and eos
         token = self.captioner(["a"]).token_CT[0].tolist()
         return token[0], token[-1]
 

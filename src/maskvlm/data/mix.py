@@ -45,6 +45,7 @@ class MixedPairs:
         for name, pairs in parts.items():
             for reason, places in pairs.skipped.items():
                 self.skipped.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
+        # the order of the parts counts: it numbers the rows
         identity = [(name, weights[name], pairs.fingerprint) for name, pairs in parts.items()]
         self.fingerprint = hashlib.sha256(repr((seed, identity)).encode()).hexdigest()[:16]
 
@@ -54,6 +55,7 @@ class MixedPairs:
     def __getitem__(self, index: int, /) -> Row:
         part, row = self.place(index)
         found = self.parts[part][row]
+        # the row is a fresh dictionary of its part, so it may be changed
         found["origin"] = f"{self.names[part]}: {found['origin']}"
         return found
 
@@ -61,6 +63,7 @@ class MixedPairs:
         """Number of the part, and the row in it. Raises IndexError outside 0 to the length - 1."""
         if not 0 <= index < len(self):
             raise IndexError(f"no row {index} in a mix of {len(self)}")
+        # the first part that ends beyond the index
         part = bisect_right(self.ends, index)
         return part, int(self.rows[part][index - self.ends[part]])  # counted from its end
 
@@ -75,12 +78,14 @@ class MixedPairs:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of all rows, such as image_id or phash, in their order."""
+        # as often as a row is shown, so the column has the mix's length
         taken = [pairs.column(name).take(rows) for pairs, rows in zip(self.parts, self.rows, strict=True)]
         return pa.chunked_array([chunk for column in taken for chunk in column.chunks], taken[0].type)
 
     def row_ids(self) -> Ids:
         """63-bit hash of each row's image's id, (N, 1)."""
         parts = zip(self.ids, self.rows, strict=True)
+        # (N,) -> (N, 1): one image a row
         return np.concatenate([ids[rows] for ids, rows in parts])[:, None]
 
     def image_ids(self) -> Iterator[str]:
@@ -90,6 +95,7 @@ class MixedPairs:
 
     def shared(self) -> dict[tuple[str, str], int]:
         """How many images two sets of the mix share, by their ids; without the pairs of sets that share none."""
+        # a weight may show an image several times: it counts once
         different = [np.unique(ids[rows]) for ids, rows in zip(self.ids, self.rows, strict=True)]
         both = {
             (self.names[one], self.names[other]): len(np.intersect1d(different[one], different[other], True))
@@ -106,6 +112,7 @@ def _ids(pairs: "PreparedPairs") -> Ids:
 
 def _weighted(ids_N: Ids, weight: float, seed: int) -> NDArray[np.int64]:
     """All rows as often as the weight's whole part says; for the rest of it, those of the first images."""
+    # 1.5 -> once all rows, and half of the images again
     often, rest = divmod(weight, 1)
     more = [first_images(ids_N, rest, seed, WEIGHT)] if rest else []
     return np.concatenate([*[np.arange(len(ids_N))] * int(often), *more])
@@ -142,11 +149,13 @@ class Mix(Source):
         from maskvlm.data.prepared.source import Prepared
 
         wanted = [*self.sets] if name == "train" else [self.evaluate]
+        # all that are missing, so that one error names them
         absent = [each for each in wanted if not (self.root / each / "manifest.json").is_file()]
         if absent:
             commands = "; ".join(f"maskvlm data {each} <its folder>" for each in absent)
             what = f"there is no prepared data set {', '.join(absent)}"
             raise UserError(self.root, what, f"Prepare it ({commands}), or set DATA_ROOT", ExitCode.MISSING_INPUT)
+        # numbers of evaluation are of one set, never of a mix
         if name != "train":
             return Prepared(str(self.root / self.evaluate)).split(name)
         pairs = MixedPairs({each: Prepared(str(self.root / each)).split(name) for each in wanted}, self.sets, self.seed)

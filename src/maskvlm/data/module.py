@@ -98,8 +98,10 @@ class PairData(L.LightningDataModule):
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
         self.captions, self.fraction, self.max_unknown = captions, fraction, max_unknown
         self.held_out, self.contamination = held_out or [], contamination
+        # in the order of `train_transform`'s arguments after `spec`
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
+        # samples that could not be read or had to be mended: how many, and which, by reason
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.seen = 0
@@ -120,15 +122,19 @@ class PairData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         needed = ["test" if stage == "test" else "val"]
+        # without a tokenizer, evaluation needs the training captions, too: one is trained on them
         needed += ["train"] if stage == "fit" or self.tokenizer is None else []
         absent, found = Absent(), {}
         for name in needed:
+            # the files that are missing of all splits are told in one error
             with absent.noted():
                 found[name] = self.source.split(name)
         absent.check()
         if "train" in found:
+            # leaks go first: the fraction is of the images that may be trained on
             pairs = without_leaks(found["train"], self.held_out, self.contamination)
             found["train"] = fraction_of(pairs, self.fraction, self.seed)
+        # the splits of another stage stay
         self.splits |= found
         if self.tokenizer is None:
             # Deterministic, so every process arrives at the same tokenizer without a word between them.
@@ -143,7 +149,7 @@ class PairData(L.LightningDataModule):
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
         texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
-        tokens = captioner([clean_caption(text)[0] for text in texts(self.splits["train"], most)])
+        tokens = captioner([clean_caption(text)[0] for text in texts(self.splits["train"], most)])  # token_CT: (C, T)
         return torch.bincount(tokens.token_CT[~tokens.special_CT], minlength=len(self.tokenizer))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -153,6 +159,7 @@ class PairData(L.LightningDataModule):
         }
         if self.tokenizer is not None:
             card["tokenizer"] = tokenizer_hash(self.tokenizer)
+        # keys are sorted: the order in which the splits were set up must not change the hash
         card["sha"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
         return card
 
@@ -160,6 +167,7 @@ class PairData(L.LightningDataModule):
         """64-bit hashes of a split's image ids, sorted, each once; None where its source cannot tell them without
         opening the images."""
         ids = hashed_image_ids(self.splits[split])
+        # the hashes have 63 bits, so they fit the signed integers of torch
         return None if ids is None else torch.from_numpy(ids.astype("int64"))
 
     def left_out(self) -> dict[str, int] | None:
@@ -172,6 +180,7 @@ class PairData(L.LightningDataModule):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
+        # a streamed split tells 0 as its length
         if not len(self.splits["train"]):
             what = "the length of a streamed set is not known, so its passes cannot be counted"
             raise UserError("data.epochs", what, "Set data.steps instead, and data.epochs to null")
@@ -186,6 +195,8 @@ class PairData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and what could not be read so far; all processes call it."""
+        # The run is one Lightning epoch, so the epoch's count of batches is the position in the data.
+        # `processed` rather than `completed`, which counts a batch only after the callbacks that may save.
         progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
         rows = self.bad_rows() | {"left_out": None}  # the reader finds it again
         batches: int = progress.current.processed if progress else 0  # type: ignore[attr-defined]
@@ -194,12 +205,14 @@ class PairData(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stands. Raises UserError where batches have another size now, or hold other data."""
+        # evaluation starts from the beginning of its own split, whatever was trained on
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         if state_dict["data"] != (data := self.splits["train"].fingerprint):
             what = f"the training data ({data}) are not those that the checkpoint was trained on ({state_dict['data']})"
             todo = "Restore them, or start a new run --from this checkpoint"
             raise UserError("data", what, todo, ExitCode.BAD_DATA)
+        # the position is counted in passes, so it means nothing in passes of another size
         if state_dict["share"] != self.share:
             what = f"a pass has {self.share} pairs, in the checkpoint {state_dict['share']}"
             todo = "Go on with the same batch_size and accumulate, or start a new run --from this checkpoint"
@@ -213,14 +226,17 @@ class PairData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         share = self.share
         check_share(self.batch_size, self.accumulate, world_size())
+        # a batch of the loader is a pass; `accumulate` passes make one optimiser step
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment)
+        # streamed: the shards give the order
         if hasattr(pairs, "stream"):
             reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
             part = ProcessShare(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
             waits = {} if not self.start else {"timeout": 0}  # reading over what was consumed takes its time
             return self._loader(samples, part.size, samples.loader, batch_size=part.size, **waits)
+        # by row number: one global order, dealt out among the processes
         order = FlatOrder(len(pairs), self.seed)
         sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
@@ -242,6 +258,7 @@ class PairData(L.LightningDataModule):
         `eval_batch_size` suffice for."""
         size, whole = size_for_all(len(pairs), self.eval_batch_size, world_size()), range(len(pairs))
         batches = [list(whole[first : first + size]) for first in whole[::size]]
+        # dealt out in turn, whole batches
         mine = batches[rank() :: world_size()]
         kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
         return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), size, batch_sampler=mine)
@@ -255,6 +272,7 @@ class PairData(L.LightningDataModule):
         collate: Callable[..., Any] = Collate(captioner, ToTensor(self.spec))
         if isinstance(self.source, ExampleSource):
             collate = CollateExamples(captioner, self.source)
+        # 4 bytes a float, 3 colours
         if workers := self._readers():
             check_shared(4 * 3 * self.spec.image_size**2 * size, workers, getattr(self.trainer, "num_devices", 1))
         return noted_loader(kind, data, collate, workers, pin_memory=self._on_gpu(), **kwargs)
@@ -273,13 +291,16 @@ class PairData(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not getattr(self.trainer, "training", True):
             return batch
+        # only training counts: evaluation raises for a sample that it cannot read
         self.seen += len(batch.valid_B)
         for reason, message in batch.problems:
             self.problems[reason] += 1
             listed = self.examples.setdefault(reason, [])
             if len(listed) < MOST_LISTED and message not in listed:  # a bad row comes back every epoch
                 listed.append(message)
+        # a reason "caption ..." is a caption that was mended: its sample is used
         unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
+        # of fewer samples a share says little: one bad row at the start would end the run
         if batch.problems and self.seen >= 1000 and unread > self.max_bad_fraction * self.seen:
             what = f"{unread} of {self.seen} samples could not be read, first: {batch.problems[0][1]}"
             todo = "mend the data or raise data.max_bad_fraction"
@@ -291,6 +312,7 @@ class PairData(L.LightningDataModule):
         what the reader left out."""
         left_out = {name: dict(getattr(pairs, "skipped", {})) for name, pairs in self.splits.items()}
         counts: Counter[str] = Counter()
+        # collective: every process must come here, and gather in the same order
         for part in gather_objects(self.problems):
             counts.update(part)  # type: ignore[call-overload]
         samples = sum(gather_objects(self.seen))  # type: ignore[arg-type]

@@ -43,6 +43,7 @@ def opened(file: Path, todo: str = TODO) -> Iterator[BufferedReader]:
     if "\x00" in str(file):
         raise UserError(repr(str(file)), "no file has a null byte in its name", todo, ExitCode.MISSING_INPUT)
     try:
+        # asked of the open file, not of its name: between two looks at a name the file may be exchanged
         with open(file, "rb", opener=_at_once) as stream:
             check_plain(file, os.fstat(stream.fileno()).st_mode)
             yield stream
@@ -97,11 +98,13 @@ def byte_lines(stream: BufferedReader) -> Iterator[ByteLine]:
     A CR within a line is a problem of that line: it is either the end of a line of another kind, which would join two
     rows, or no part of a text; line numbers stay those of the file.
     """
+    # what the file's lines end with
     head = stream.read(_HEAD)
     stream.seek(0)
     ends: tuple[bytes, ...] = (b"\n",)
     read = stream.readline
     if b"\r" in head and b"\n" not in head:
+        # only the text layer of Python ends lines at a lone CR
         ends, text = (b"\n", b"\r"), TextIOWrapper(stream, "latin-1", newline="")  # of latin-1, bytes stay bytes
 
         def read(most: int | None = -1, /) -> bytes:
@@ -110,6 +113,7 @@ def byte_lines(stream: BufferedReader) -> Iterator[ByteLine]:
     number = 0
     while line := read(MAX_LINE_BYTES):
         number += 1
+        # the rest of the line is passed over piece by piece
         if len(line) == MAX_LINE_BYTES and not line.endswith(ends):
             while (rest := read(MAX_LINE_BYTES)) and not rest.endswith(ends):
                 pass
@@ -132,17 +136,20 @@ class Inside:
 
     def __init__(self, root: Path) -> None:
         self.root = os.path.realpath(root)
+        # by folder: a set has a million files in a few folders
         self._within = cache(self._inside)
 
     def holds(self, path: str | Path) -> bool:
         """Whether the path, links followed, lies within the folder."""
         folder, name = os.path.split(path)
+        # a file that is no link lies where its folder does
         if name in ("", ".", "..") or os.path.islink(path):
             return self._inside(str(path))
         return self._within(folder)
 
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)
+        # with a slash at the end: /data does not hold /database
         return real == self.root or real.startswith(os.path.join(self.root, ""))
 
 
@@ -161,6 +168,7 @@ class Walk:
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         """Each folder with the names of its files. Raises UserError (74) where one cannot be listed."""
         self.left_out.clear()
+        # folders by device and inode: the same under whatever name
         seen: set[tuple[int, int]] = set()
         for place, folders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
             status = os.stat(place)
@@ -168,6 +176,7 @@ class Walk:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
+            # in place: `os.walk` goes on into what is left in this list
             folders[:] = self._kept(place, folders)
             yield place, self._kept(place, files)
 
@@ -175,6 +184,7 @@ class Walk:
         kept = []
         for name in sorted(name for name in names if not name.startswith(".")):
             path = os.path.join(place, name)
+            # Python gives bytes of a name that are no UTF-8 as lone surrogates
             reason = "name is not text" if _SURROGATES.search(name) else "" if self._inside.holds(path) else LEADS_OUT
             if reason:
                 self.left_out.setdefault(reason, []).append(os.path.relpath(path, self.root))

@@ -53,6 +53,7 @@ class TrainPairs(Dataset[Sample]):
     def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int, captions: int = 1) -> None:
         self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
         self.captions = captions
+        # plain resizing has neither: it wants the whole image, and makes the tensor itself
         self.least: int | None = getattr(transform, "least", None)
         self.augment: Callable[[Image.Image, str], Image.Image] | None = getattr(transform, "augment", None)
 
@@ -73,13 +74,17 @@ class TrainPairs(Dataset[Sample]):
 
     def _read(self, row: Row, pick: Pick) -> Sample:
         there = row["captions"]
+        # Each epoch goes on where the last one ended in the list of captions.
+        # The row is added so that images begin at different places of it.
         first = pick.epoch * self.captions + pick.row
         shown = [clean_caption(there[(first + n) % len(there)] if there else "") for n in range(self.captions)]
         captions, note = [text for text, _ in shown], next((note for _, note in shown if note), None)
         if not all(captions):
             return self.hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
         try:
+            # the augmentation looks for colours and sides in all captions that are shown
             image, text = safe_open(row["image"], row["origin"], self.least), " ".join(captions)
+            # bytes where possible: a quarter to hand on, and `Collate` normalises them while it copies
             image_CHW = self.transform(image, text) if self.augment is None else as_bytes(self.augment(image, text))
         except BadImage as problem:
             return self.hole(pick.row, (problem.reason, str(problem)))
@@ -96,8 +101,11 @@ class TrainPairs(Dataset[Sample]):
     def hole(self, index: int, problem: tuple[str, str]) -> Sample:
         """Keeps the place of a row that cannot be used."""
         return Sample(
+            # normalised floats: zero is the mean colour
             image_CHW=torch.zeros(3, self.image_size, self.image_size),
+            # as many captions as any sample, so that C is the same in all processes
             captions=[""] * self.captions,
+            # an id of its own: a hole shows the same image as no other row
             image_id=f"hole {index}",
             index=index,
             valid=False,
@@ -108,6 +116,7 @@ class TrainPairs(Dataset[Sample]):
 
 def as_bytes(image: Image.Image) -> Tensor:
     """An RGB image as bytes, (3, H, W), a quarter of its floats."""
+    # (H, W, 3) -> (3, H, W), a view
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -123,9 +132,11 @@ class EvalPairs(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = self.pairs[index]
         at(row["origin"], row["image_id"])
+        # here an empty caption is left out, not shown: it could be retrieved by nobody
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         if not captions:
             raise UserError(row["origin"], "no caption with words", "Mend or remove the row", ExitCode.BAD_DATA)
+        # only the built-in world knows where its objects are
         object_mask = getattr(self.pairs, "object_mask", None)
         return Sample(
             image_CHW=self.transform(safe_open(row["image"], row["origin"])),
@@ -150,17 +161,22 @@ class Collate:
         self.captioner, self.normalise = captioner, normalise
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
+        # C captions, those of an image one after the other
         captions = [caption for sample in samples for caption in sample["captions"]]
         counts = torch.tensor([len(sample["captions"]) for sample in samples])
+        # B masks of (H, W), or none
         grounds = [sample["foreground"] for sample in samples if sample["foreground"] is not None]
         return Batch(
             self.image_batch([sample["image_CHW"] for sample in samples]),
+            # token_CT, attention_CT, special_CT, word_CT
             *self.captioner(captions),
+            # owner_C: [0, 0, 1, 1, ...]
             torch.arange(len(samples)).repeat_interleave(counts),
             torch.tensor([stable_id(sample["image_id"]) for sample in samples]),
             torch.tensor([caption_id(caption) for caption in captions]),
             torch.tensor([sample["valid"] for sample in samples]),
             torch.tensor([sample["index"] for sample in samples]),
+            # (B, H, W), only where every image has one
             torch.from_numpy(np.stack(grounds)) if len(grounds) == len(samples) else None,
             tuple(sample["problem"] for sample in samples if sample["problem"]),
             tuple(captions),
@@ -170,6 +186,7 @@ class Collate:
         """The images of a batch as floats; in a data worker written where the main process reads them (as torch's
         own collation does), which saves 0.5 ms of 2.2 an image of 224 pixels."""
         size = (len(images), *images[0].shape)
+        # 4 bytes a float; outside of a worker there is nobody to share with
         shared = torch.UntypedStorage._new_shared(4 * math.prod(size)) if get_worker_info() else None
         image_BCHW = torch.empty(size) if shared is None else torch.empty(0).set_(shared).view(size)
         for place, image_CHW in zip(image_BCHW, images, strict=True):
@@ -177,5 +194,6 @@ class Collate:
                 assert self.normalise is not None
                 self.normalise.fill(place, image_CHW.numpy())
             else:
+                # floats: a hole, or an image that the transform made a tensor of
                 place.copy_(image_CHW)
         return image_BCHW

@@ -32,6 +32,7 @@ def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
     count = min(count, len(pairs))
     if count < 1:
         raise UserError("preview", "no images to show", "Check the data set and the count")
+    # evenly spread, always the same
     indices = [number * len(pairs) // count for number in range(count)]
     figure = draw_sheet([read_row(pairs, index) for index in indices])
     try:
@@ -48,6 +49,7 @@ def read_row(pairs: Pairs, index: int) -> Row | UserError:
     try:
         row = pairs[index]
         return Row(
+            # opened here, so that what cannot be read becomes a cell of the sheet
             image=safe_open(row["image"], row["origin"]),
             captions=row["captions"],
             image_id=row["image_id"],
@@ -71,6 +73,7 @@ def wrapped(captions: list[str]) -> list[str]:
 def draw_sheet(rows: list[Row | UserError]) -> Figure:
     """The sheet, as high as its longest captions need."""
     layout = lay_out(rows)
+    # not pyplot, which would keep the figure and may ask for a display
     figure = Figure(figsize=layout.inches, layout="constrained")
     fill_sheet(figure, rows, layout)
     return figure
@@ -89,6 +92,7 @@ def lay_out(rows: list[Row | UserError]) -> Layout:
     counts = [0 if isinstance(row, UserError) else len(wrapped(row["captions"])) for row in rows]
     columns = min(COLUMNS, len(rows))
     heights = []
+    # a row of images, then a row of captions below it
     for first in range(0, len(rows), columns):
         heights += [IMAGE_INCHES, LINE_INCHES * (max(counts[first : first + columns]) + 2)]
     return Layout(columns, heights, (columns * CAPTION_INCHES, sum(heights)))
@@ -113,6 +117,7 @@ def draw_image(axes: Axes, row: Row | UserError) -> None:
         return
     image = row["image"]
     assert not isinstance(image, bytes | str)
+    # an id may hold dollar signs, which would start a formula
     axes.set_title(row["image_id"], fontsize=8, parse_math=False)
     axes.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
 

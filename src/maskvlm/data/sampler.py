@@ -35,8 +35,11 @@ class FlatOrder:
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> Pick:
+        # one endless sequence of positions: epoch 0, then epoch 1, ...
         epoch, place = divmod(position, self.size)
+        # One permutation is kept: positions are asked for in rising order, so each is drawn once.
         if epoch != self._epoch:
+            # its own generator: the global one must not depend on how far the order was read
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
             self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator).numpy()
         return Pick(int(self._permutation[place]), epoch)
@@ -68,6 +71,7 @@ class FlatBatchSampler(Sampler[list[Pick]]):
     def __iter__(self) -> Iterator[list[Pick]]:
         share = self.batch_size // self.world
         for step in range(self.start, self.steps):
+            # position of this process's first sample in the flat order
             first = step * self.batch_size + self.rank * share
             yield [self.order[position] for position in range(first, first + share)]
 
@@ -94,4 +98,5 @@ def size_for_all(count: int, most: int, world: int) -> int:
     if count < world:
         what = f"{count} images are fewer than the {world} processes that measure them"
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
+    # no larger than count / world, so that there are at least `world` batches
     return min(most, count // world)

@@ -23,6 +23,7 @@ def parse_json(text: str) -> Any:
         ValueError: it is no JSON (`json.JSONDecodeError`), or a number has thousands of digits.
         RecursionError: nested deeper than DEPTH.
     """
+    # by itself the decoder raises RecursionError only much deeper
     return checked(_DECODER.decode(text))
 
 
@@ -34,6 +35,7 @@ def parse_first(text: str, position: int) -> tuple[Any, int]:
 
 def checked(value: Any) -> Any:
     """The value. Raises RecursionError where it is nested deeper than DEPTH."""
+    # level by level, without recursion
     level = [value]
     for _ in range(DEPTH):
         level = [
@@ -62,6 +64,7 @@ def json_kind(value: Any) -> str:
 def each_key_once(pairs: list[tuple[str, Any]]) -> Any:
     """The object of these keys and values."""
     found = dict(pairs)
+    # the same length: no key came twice
     if len(found) == len(pairs):
         return found
     twice = Counter(name for name, _ in pairs).most_common(1)[0][0]

@@ -39,6 +39,7 @@ class Chosen:
         self.pairs, self.row_N = pairs, row_N
         self.skipped = {**getattr(pairs, "skipped", {}), **left_out}
         identity = hashlib.sha256(f"{how} {pairs.fingerprint}".encode())
+        # little-endian on every machine
         identity.update(row_N.astype("<i8").tobytes())
         self.fingerprint = identity.hexdigest()[:16]
 
@@ -68,10 +69,12 @@ def hash_of_photo(image_id: str) -> int:
 def row_ids(pairs: Any) -> Ids | None:
     """Hashes (`hash_of_photo`) of the ids of each row's images, (N, P); None where they cannot be told without
     opening the images."""
+    # (whole rows, P) -> (rows chosen, P)
     if isinstance(pairs, Chosen):
         whole = row_ids(pairs.pairs)
         return None if whole is None else whole[pairs.row_N]
     if hasattr(pairs, "row_ids"):
+        # a mix
         own: Ids = pairs.row_ids()
         return own
     for name in ("image_id", "images"):  # of pairs, of examples
@@ -108,7 +111,9 @@ def _column(pairs: Any, name: str) -> pa.ChunkedArray | None:
 
 def _texts(ids: pa.ChunkedArray) -> Iterator[str]:
     for chunk in ids.chunks:
+        # examples have a list of P ids a row: N lists -> N * P ids
         flat = pc.list_flatten(chunk) if pa.types.is_list(chunk.type) else chunk
+        # a part at a time: millions of Python texts at once would cost gigabytes
         for first in range(0, len(flat), PART):
             yield from flat.slice(first, PART).to_pylist()
 
@@ -116,6 +121,7 @@ def _texts(ids: pa.ChunkedArray) -> Iterator[str]:
 def _hashed(texts: Iterable[str], rows: int) -> Ids | None:
     """(N, P), or None where not every row has as many: some splits name each image once for all its rows."""
     ids = np.fromiter(map(hash_of_photo, texts), np.uint64)
+    # (N * P,) -> (N, P)
     return ids.reshape(rows, -1) if rows and len(ids) and len(ids) % rows == 0 else None
 
 
@@ -127,6 +133,7 @@ def lots(ids_N: Ids, seed: int, purpose: int) -> Ids:
         seed: another seed, another order.
         purpose: FRACTION or WEIGHT, orders that know nothing of each other.
     """
+    # Each step can be undone, so different ids keep different lots. Overflow wraps, as it should.
     lot_N = ids_N ^ np.uint64(mix(seed, purpose))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64: one to one
         lot_N = (lot_N ^ (lot_N >> np.uint64(shift))) * np.uint64(factor)
@@ -136,8 +143,10 @@ def lots(ids_N: Ids, seed: int, purpose: int) -> Ids:
 def first_images(ids_N: Ids, share: float, seed: int, purpose: int) -> NDArray[np.int64]:
     """Rows of the first round(share * images) images in the order of their lots; all rows of an image, or none."""
     lot_N = lots(ids_N, seed, purpose)
+    # sorted, each image once
     different = np.unique(lot_N)
     count = round(share * len(different))
+    # up to the lot of the last image taken: a larger share has a larger bound, so it holds the smaller one
     return np.flatnonzero(lot_N <= different[count - 1]) if count else np.empty(0, np.int64)
 
 

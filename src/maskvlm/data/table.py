@@ -67,7 +67,9 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
 
     parent = Path(cache).expanduser() if cache else Path(datasets.config.HF_DATASETS_CACHE) / "maskvlm"
     folder = parent / name
+    # the name holds a digest of all inputs: what is there under it is never stale
     if not folder.is_dir():
+        # the files are parsed once for all runs
         made = make()
         try:
             _write(made, columns, folder)
@@ -75,6 +77,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
             what = f"the cache cannot be written ({error.strerror or error})"
             raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
     try:
+        # maps the file: all processes share its pages
         rows = datasets.Dataset.load_from_disk(folder / "table")
         return Table(name, rows, json.loads((folder / "notes.json").read_text()))
     except Exception as error:
@@ -92,7 +95,9 @@ def _write(made: ParsedColumns, columns: Columns, folder: Path) -> None:
     }
     features = datasets.Features(kinds)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside its place: a rename is one step only within a file system
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
+        # `features` gives the order of the columns
         new, values = Path(work) / folder.name, {name: made.columns[name] for name in features}
         datasets.Dataset.from_dict(values, features).save_to_disk(new / "table")
         (new / "notes.json").write_text(json.dumps(made.notes))
@@ -172,6 +177,7 @@ class TableRows:
         **more: str,
     ) -> None:
         """Append a row. Raises UserError where the id was there before."""
+        # a place stands for a row, so the same id at another place is a second row
         if (first := self._place_of.setdefault(id, place)) != place:
             what = f"{self.id_key} '{id}' stands there twice, first at {self.origin.short(first)}"
             raise UserError(self.origin.full(place), what, "Keep one of the two rows", ExitCode.BAD_DATA)
@@ -213,6 +219,7 @@ class TableExamples:
     ) -> None:
         self.row_N, self.skipped = row_N, dict[str, list[str]]()
         self._rows, self._number_NP, self._images, self._origin = table.rows, number_NP, images, origin
+        # the table's name holds the digest of its content
         identity = f"{EXAMPLE_VERSION} {table.name}".encode() + row_N.astype(np.int64).tobytes()
         self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
 
@@ -222,6 +229,7 @@ class TableExamples:
     def __getitem__(self, index: int, /) -> Example:
         row = self._rows[int(self.row_N[index])]
         return Example(
+            # `_number_NP` goes by rows chosen, `row_N` leads into the table
             images=[self._images.image(number) for number in self._number_NP[index]],
             image_ids=row["images"],
             text=row["text"],
@@ -262,6 +270,7 @@ def choose_rows(
     Raises:
         UserError: nothing is left, too many images are absent, or evaluation would have to leave a row out.
     """
+    # all (N,) of the whole table
     empty_N = np.asarray(table.rows.data.column("text").to_numpy()) == ""
     place_N = table.rows.data.column("place").to_numpy()
     if split != "train" and empty_N.any():
@@ -269,11 +278,14 @@ def choose_rows(
         raise UserError(where, "the text is empty", todo, ExitCode.BAD_DATA)
     skipped = {reason: places for reason, places in table.notes.items() if places}
     kept_N = np.ones(len(empty_N), bool)
+    # a row counts under the first reason that it is left out for
     for reason, out_N in {"empty text": empty_N, **(drop or {})}.items():
         skipped[reason] = place_N[kept_N & out_N].tolist()
         kept_N &= ~out_N
     images_N = table.rows.data.column("images")
+    # N lists of P ids -> (N * P,) numbers -> (N, P)
     number_NP = images.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)  # -1: absent
+    # one absent image makes an example useless
     absent_N = kept_N & (number_NP < 0).any(1)
     if absent_N.any():
         skipped["missing image"] = place_N[absent_N].tolist()
@@ -285,12 +297,14 @@ def choose_rows(
         todo = if_dropped if any(skipped[reason] for reason in drop or {}) else "Take the complete file"
         raise UserError(origin.file, f"no example is left ({reasons})", todo, ExitCode.BAD_DATA)
     examples = TableExamples(table, row_N, number_NP[row_N], images, origin)
+    # row numbers become places that people can look up
     examples.skipped = {reason: [*map(origin.short, places)] for reason, places in skipped.items() if places}
     return examples
 
 
 def _absent(table: Table, absent_N: np.ndarray, number_NP: np.ndarray) -> list[str]:
     """The first absent image of each of these rows."""
+    # (N,): which image of a row is the first absent one; 0 where none is
     first_N = (number_NP < 0).argmax(1)
     images = table.rows.data.column("images").filter(pa.array(absent_N)).to_pylist()
     return [each[first] for each, first in zip(images, first_N[absent_N], strict=True)]

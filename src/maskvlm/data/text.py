@@ -59,6 +59,7 @@ def clean_caption(text: str) -> tuple[str, str | None]:
         "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters
         dropped, zero-width joiners and terminal escapes too); None where nothing but white space changed.
     """
+    # the fast way, which most captions take: in printable ASCII nothing is to be composed or dropped
     if text.isascii() and text.isprintable() and len(text) <= MAX_CAPTION_BYTES:
         text = " ".join(text.split())
         return text, None if text else "empty"
@@ -66,15 +67,19 @@ def clean_caption(text: str) -> tuple[str, str | None]:
     if len(text) > MAX_CAPTION_BYTES:  # a character is at least a byte; composing a huge text can be slow
         text = text[:MAX_CAPTION_BYTES]
         notes.add("cut")
+    # a whole pair becomes its character, a lone half U+FFFD
     if _SURROGATES.search(text):
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         notes.add("surrogate")
     folded = " ".join(text.split())
+    # white space is folded first: line ends and tabs are control characters, too
     printable = _drop_controls(folded)
     if printable != folded:
         notes.add("control")
+    # folded once more: where a character was dropped two spaces may meet
     text = " ".join(unicodedata.normalize("NFC", printable).split())
     if len(text.encode()) > MAX_CAPTION_BYTES:
+        # "ignore" drops the character that the cut goes through
         text = text.encode()[:MAX_CAPTION_BYTES].decode(errors="ignore").rstrip()
         notes.add("cut")
     if not text:
@@ -83,6 +88,7 @@ def clean_caption(text: str) -> tuple[str, str | None]:
 
 
 def _drop_controls(text: str) -> str:
+    # whole sequences first: without its first character the rest of one is printable
     text = _TERMINAL_ESCAPE.sub("", text)
     return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
 
@@ -90,6 +96,7 @@ def _drop_controls(text: str) -> str:
 def stable_id(text: str) -> int:
     """63-bit hash that is the same in every process and on every machine; fits a signed int64."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    # one bit less, so that it fits torch's signed 64 bits
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -117,16 +124,20 @@ class Captioner:
             raise UserError("tokenizer", f"{kind} is not a fast tokenizer", "Take one with a tokenizer.json")
         if tokenizer.pad_token_id is None:
             raise UserError("tokenizer", "it has no padding token", "Take a tokenizer of a BERT-like model")
+        # False: of a single text, not of a pair
         if text_length <= backend.num_special_tokens_to_add(False):
             raise UserError("text_length", f"{text_length} leaves no room for a word", "Set it to 3 or more")
         self.tokenizer, self.text_length = tokenizer, text_length
+        # a copy: padding and cutting are set on the object itself
         self._backend = Tokenizer.from_str(backend.to_str())
         self._backend.no_padding()
         self._backend.enable_truncation(text_length)
         self._backend.encode_special_tokens = True  # the name misleads: special tokens as plain text
         self._pad = int(tokenizer.pad_token_id)
+        # the unknown token may stand for words, all other special ones are never a text's
         self._forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else self._pad
+        # -1 equals no id: a tokenizer without an unknown token knows every word
         self.unknown: int = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
     def __reduce__(self) -> tuple[type["Captioner"], tuple[PreTrainedTokenizerFast, int]]:
@@ -143,10 +154,12 @@ class Captioner:
         longest = max((len(encoding) for encoding in encodings), default=0)
         for encoding in encodings:
             encoding.pad(longest, pad_id=self._pad)
+        # (C, T), also where there is no caption: a tensor of an empty list has one axis
         shape = (len(encodings), longest)
         token_CT = torch.tensor([e.ids for e in encodings]).long().view(shape)
         special_CT = torch.tensor([e.special_tokens_mask for e in encodings]).bool().view(shape)
         attention_CT = torch.tensor([e.attention_mask for e in encodings]).bool().view(shape)
+        # None on start, end and padding
         words = [[-1 if word is None else word for word in e.word_ids] for e in encodings]
         word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
         return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
@@ -155,6 +168,7 @@ class Captioner:
         """Ids of a piece of a text, without start and end token; a space before its first word counts."""
         encoding = self._backend.encode(text)
         ids = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not special]
+        # as `_plain`
         return [self._unknown if i in self._forbidden else i for i in ids]
 
     def _plain(self, token_CT: Tensor, special_CT: Tensor) -> Tensor:
@@ -169,6 +183,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     The same captions give the same tokenizer, whatever their order and the number of threads: the library
     numbers the pieces of its alphabet in the order of a hash table, so they are numbered here beforehand.
     """
+    # a list: the texts are read twice, for the alphabet and by the trainer
     texts = [clean_caption(caption)[0] for caption in captions]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -176,7 +191,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     first, inner = _alphabet(tokenizer, texts, max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
+        # special tokens are numbered in the order in which they are given
         special_tokens=[*SPECIAL_TOKENS, *first, *inner],
+        # no other characters than those counted in `_alphabet`
         initial_alphabet=first,
         limit_alphabet=len(first),
         show_progress=False,
@@ -192,8 +209,10 @@ def _alphabet(tokenizer: Tokenizer, texts: list[str], limit: int) -> tuple[list[
         text = tokenizer.normalizer.normalize_str(text)
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
     counts: Counter[str] = Counter()
+    # each different word is taken apart once, however often it stands there
     for word, count in words.items():
         counts.update({character: times * count for character, times in Counter(word).items()})
+    # the character itself breaks ties, so the order of the captions has no influence
     first = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:limit])
     inner = {character for word in words for character in word[1:]}
     return first, [f"##{character}" for character in first if character in inner]
@@ -203,6 +222,7 @@ def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFas
     """The alphabet was handed over as special tokens: build a tokenizer where only the five are."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+    # ids as in SPECIAL_TOKENS
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -211,10 +231,12 @@ def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFas
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
     """A fast tokenizer as plain text, to be stored in a checkpoint; padding and cutting are left out."""
+    # a copy, as in `Captioner`
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    # special tokens without a role
     extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
     content = {
         "special": dict(sorted(special.items())),
@@ -238,6 +260,7 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
         if max(backend.get_vocab().values(), default=0) >= MOST_TOKENS:  # it is written number by number, token or not
             raise ValueError("numbers of tokens without end")
         added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        # the token object with its own settings (how it takes spaces), not the text alone
         special = {name: added[token] for name, token in content["special"].items()}
         extra = [added[token] for token in content["extra"]]
         backend.encode("a b")  # rules that name what is not there panic only now
@@ -259,6 +282,7 @@ def plain_backend(content: Any) -> Tokenizer:
     """
     if not isinstance(content, dict):
         raise ValueError("expected a mapping")
+    # a walk without recursion: the mapping may be nested as deep as its writer likes
     rules, growth, todo = (
         0,
         1,
@@ -267,8 +291,10 @@ def plain_backend(content: Any) -> Tokenizer:
     while todo:
         one = todo.pop()
         if isinstance(one, dict):
+            # each rule is an object with a type
             rules += "type" in one
             for key in ("content", "prepend", "replacement"):
+                # rules run one after the other, so their growths multiply
                 growth *= max(1, len(one[key])) if isinstance(one.get(key), str) else 1
             if rules > MOST_RULES or growth > MOST_GROWTH:
                 raise ValueError("its rules make long texts of short ones")

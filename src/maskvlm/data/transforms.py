@@ -50,6 +50,7 @@ class RandAugment(v2.RandAugment):
     def _apply_image_or_video_transform(
         self, image: Any, transform_id: str, magnitude: float, interpolation: Any, fill: Any
     ) -> Any:
+        # torchvision itself cuts the distance to a whole number
         if transform_id in ("TranslateX", "TranslateY"):
             interpolation = v2.InterpolationMode.NEAREST
         return super()._apply_image_or_video_transform(image, transform_id, magnitude, interpolation, fill)
@@ -71,10 +72,13 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         left, top, width, height = (params[name] for name in ("left", "top", "width", "height"))
+        # left, top, right, bottom
         crop = inpt.crop((left, top, left + width, top + height))
         pixels = torch.frombuffer(bytearray(crop.tobytes("raw", "RGBX")), dtype=torch.uint8)  # four bands are faster
+        # (H*W*4,) -> (1, 4, H, W), a view in channels-last memory
         image_BCHW = pixels.view(1, height, width, 4).permute(0, 3, 1, 2)
         image_BCHW = interpolate(image_BCHW, self.size, mode="bicubic", antialias=True)
+        # (1, 4, H, W) -> (H, W, 4); reading as RGBX drops the fourth band
         pixels_HWC = image_BCHW[0].permute(1, 2, 0).contiguous().numpy()
         return Image.frombytes("RGB", (self.size[1], self.size[0]), pixels_HWC.tobytes(), "raw", "RGBX")
 
@@ -113,6 +117,7 @@ class TrainTransform:
         self._mirror = v2.RandomHorizontalFlip()
         self._any, self._geometric = _randaugment(spec, randaugment)
         self._tensor = ToTensor(spec)
+        # of a square image of that side, the smallest crop at 3:4 is image_size wide
         self.least = math.ceil(spec.image_size / math.sqrt(crop_scale[0] * SQUAREST))
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
@@ -122,8 +127,10 @@ class TrainTransform:
     def augment(self, image: Image.Image, caption: str) -> Image.Image:
         """All but the last step: an image of image_size x image_size."""
         image = self._crop(image)
+        # mirrored, "on the left" would be untrue
         if self.flip and not (self.caption_aware and names_side(caption)):
             image = self._mirror(image)
+        # no operation that changes colours where one is named
         keep_colour = not self.colour or (self.caption_aware and names_colour(caption))
         changed: Image.Image = self._geometric(image) if keep_colour else self._any(image)
         return changed
@@ -134,6 +141,7 @@ def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.T
     if setting is None:
         return v2.Identity(), v2.Identity()
     number, magnitude = setting
+    # zero once it is normalised
     fill = [round(255 * mean) for mean in spec.mean]
     settings: dict[str, Any] = {"num_ops": number, "magnitude": magnitude, "fill": fill}
     settings["interpolation"] = v2.InterpolationMode.BILINEAR
@@ -149,10 +157,12 @@ class ToTensor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         pixels_HWC = np.asarray(image)
+        # (H, W, 3) -> (3, H, W)
         return self.fill(torch.empty(3, *pixels_HWC.shape[:2]), pixels_HWC.transpose(2, 0, 1))
 
     def fill(self, image_CHW: Tensor, pixels_CHW: NDArray[np.uint8]) -> Tensor:
         """Write the normalised values of 8-bit pixels into a tensor."""
+        # the array shares the tensor's memory
         np.multiply(pixels_CHW, np.float32(1 / 255), out=image_CHW.numpy())
         return image_CHW.sub_(self._mean_C11).div_(self._std_C11)
 
@@ -182,6 +192,7 @@ def train_transform(
     augment: bool = True,
 ) -> Callable[..., Tensor]:
     """What training applies: `TrainTransform`, or only the resizing where `augment` is false."""
+    # the same image every time
     if not augment:
         return EvalTransform(spec)
     return TrainTransform(spec, crop_scale, randaugment, colour, flip, caption_aware)

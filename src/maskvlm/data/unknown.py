@@ -42,6 +42,7 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
         yield "", [*islice(split.first_captions(MOST_ROWS), 10 * MOST_ROWS)]
         return
     for index in range(0, len(split), max(1, math.ceil(len(split) / MOST_ROWS))):
+        # down to the stored split, which knows its sets and has captions without images
         pairs, row = split, index
         while isinstance(pairs, Chosen):
             pairs, row = pairs.pairs, int(pairs.row_N[row])
@@ -60,8 +61,10 @@ def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, i
     unknown: Counter[str] = Counter()
     for name, texts in by_source(split):
         tokens = captioner(texts)
+        # (C, T)
         unknown_CT = (tokens.token_CT == captioner.unknown) & ~tokens.special_CT
         for word_T, missing_T in zip(tokens.word_CT, unknown_CT, strict=True):
+            # words, not tokens: a word that is not known may be one token or several
             words[name] += len(word_T[word_T >= 0].unique())
             unknown[name] += len(word_T[missing_T].unique())
     return {name: (unknown[name] / count, count) for name, count in words.items() if count}

@@ -31,6 +31,7 @@ SHARED = "/dev/shm"  # where torch keeps what workers hand over
 NO_SPACE = "unable to allocate shared memory"  # torch's words
 FEWER = "Lower data.workers or data.batch_size"
 LARGER = f"{FEWER}, or make {SHARED} larger (docker run --shm-size 8g or --ipc host)"
+# pid, state, sample and time of an `At`, 32 bytes
 HEAD = struct.Struct("=qqqd")
 BYTES = 512  # of one worker
 IDLE, READS, ENDS = 0, 1, 2
@@ -54,10 +55,12 @@ class Board:
     """What each of a loader's workers says of itself, in memory that they share with the main process."""
 
     def __init__(self, workers: int) -> None:
+        # (workers, BYTES); no lock: each worker writes its own row, and a torn note is only told
         self.shared_WN = torch.zeros(workers, BYTES, dtype=torch.uint8).share_memory_()
 
     def write(self, worker: int, at: At) -> None:
         """A worker says where it is; a longer text is cut."""
+        # the null byte ends the text: an older, longer one may lie behind it
         row = HEAD.pack(*at[:4]) + at.told.encode(errors="replace")[: BYTES - HEAD.size - 1] + b"\0"
         self.shared_WN[worker].numpy()[: len(row)] = np.frombuffer(row, np.uint8)
 
@@ -96,10 +99,13 @@ class Begin:
 
     def __init__(self, workers: int) -> None:
         self.board = Board(workers)
+        # bounded: a process may make loaders without end
         BOARDS[:] = [*BOARDS[-7:], self.board]
 
     def __call__(self, worker: int) -> None:
+        # also makes the worker ignore SIGTERM and Ctrl-C: the main process decides
         end_with_parent(worker)
+        # the board's memory is shared, so what is written here the main process reads
         NOTE.board, NOTE.worker = self.board, worker
         NOTE(IDLE, -1)
         # Python drops a batch that cannot be handed over, and the main process would wait for it.
@@ -117,6 +123,7 @@ def cannot_hand_over(error: Exception, thing: object) -> None:
     """In a worker whose finished batch does not reach the main process: say why, and end."""
     full = NO_SPACE in str(error)
     NOTE(ENDS, NOTE.now.sample, f"{SHARED} is full" if full else f"it could not hand over a batch: {error}")
+    # at once: this runs in the queue's own thread, where an exception would end nothing else
     os._exit(int(ExitCode.IO_ERROR))
 
 
@@ -133,6 +140,7 @@ class Noted(Dataset[Any]):
         return len(self.data)  # type: ignore[arg-type]
 
     def __getitem__(self, pick: Any) -> Any:
+        # training picks by (row, epoch), evaluation by number
         NOTE(READS, getattr(pick, "row", pick))
         with naming():
             return self.data[pick]
@@ -143,6 +151,7 @@ class NotedStream(IterableDataset[Any]):
 
     def __init__(self, data: Any) -> None:
         self.data = data
+        # `StreamLoader` reads them of its data set
         self.batches, self.start = data.batches, data.start
 
     def __iter__(self) -> Iterator[Any]:
@@ -150,6 +159,7 @@ class NotedStream(IterableDataset[Any]):
         while True:
             NOTE(READS, -1)
             with naming():
+                # not `for`: reading the next sample must be inside of `naming`
                 sample = next(samples, None)
             if sample is None:
                 return
@@ -165,6 +175,7 @@ class Collated:
     def __call__(self, samples: Any) -> Any:
         with naming():
             batch = self.collate(samples)
+        # the sample stays in the note: what happens next happened after it
         NOTE(IDLE, NOTE.now.sample, NOTE.now.told)
         return batch
 
@@ -177,6 +188,7 @@ def naming() -> Iterator[None]:
     except Exception as error:
         if lack := no_memory(error):
             raise lack from None
+        # a note, not another exception: its type decides about the exit status
         error.add_note(f"while reading {NOTE.now}")
         raise
 
@@ -197,6 +209,7 @@ def noted_loader(
     """A loader whose workers say what they are at, and that waits for a batch no longer than `PATIENCE`."""
     noted = NotedStream(data) if isinstance(data, IterableDataset) else Noted(data)
     if workers:
+        # without workers torch refuses a timeout; `settings` of the caller win
         settings = {"timeout": PATIENCE, "worker_init_fn": Begin(workers)} | settings
     return kind(noted, collate_fn=Collated(collate), num_workers=workers, **settings)
 
@@ -207,6 +220,7 @@ def noted_loader(
 @atexit.register
 def end_workers() -> None:
     """At the end of this process: those that hang would be waited for, and do not heed SIGTERM (`signals.py`)."""
+    # pids that workers wrote themselves: no child of another kind is killed
     if pids := {at.pid for board in BOARDS for at in board.read()}:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever else ends now
     for child in multiprocessing.active_children():
@@ -227,6 +241,7 @@ def check_shared(batch: int, workers: int, processes: int = 1) -> None:
     """
     if not os.path.isdir(SHARED):
         return  # macOS and Windows have no such folder
+    # each worker prepares AHEAD batches, and one is in use
     room, needed = os.statvfs(SHARED), (AHEAD * workers + 1) * batch * processes
     free = room.f_bavail * room.f_frsize
     if free < needed:
@@ -243,11 +258,13 @@ def lost_worker(text: str) -> UserError | None:
     died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited)", text)
     if died:
         pids = {int(pid) for pid in died[1].split(",")}
+        # the board outlives its worker: its last note is still there
         fallen = [at for board in BOARDS for at in board.read() if at.pid in pids]
         return UserError(f"data worker (process {died[1]})", *cause_of(died[2], fallen), ExitCode.IO_ERROR)
     late = re.search(r"DataLoader timed out after (\d+)", text)
     if late:
         now = time.monotonic()
+        # the one that has been at its sample longest first
         slow = sorted((at for board in BOARDS for at in board.read() if at.state == READS), key=lambda at: at.since)
         each = [f"process {at.pid} has been at {at} for {now - at.since:.0f} s" for at in slow[:3]]
         what = f"no batch came within {late[1]} s; {'; '.join(each) or 'none of them reads'}"
@@ -260,11 +277,13 @@ def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
     """What happened to workers, and what to do."""
     where = ", ".join(map(str, fallen)) or "an unknown sample"
     causes = [at.told for at in fallen if at.state == ENDS]
+    # the worker said itself why it ends (`cannot_hand_over`)
     if causes:
         return f"{causes[0]} (after sample {fallen[0].sample})", LARGER
     if killed_by == "Killed":
         what = f"was killed at {where}: by somebody, or by the system as memory ran out"
         return what, f"{FEWER}, or give the job more memory"
+    # SIGBUS: a page of mapped memory that no file or space stands behind
     if killed_by == "Bus error":
         what = f"met a bus error at {where}: {SHARED} is full, or a file became shorter while it was read"
         return what, f"Check the data (maskvlm data-check). {LARGER}"

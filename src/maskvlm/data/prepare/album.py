@@ -21,6 +21,7 @@ class PreparedImages(ImagesByKey):
 
     def __init__(self, root: Path, name_of: dict[str, str], row_of: dict[str, int]) -> None:
         super().__init__(root, name_of)
+        # (keys,): the key's number -> row of the set
         self._row_N = np.array([row_of[name] for name in name_of.values()], np.int64)
         self._shards = all_shards(root)
 
@@ -47,6 +48,7 @@ class Album:
         self.folder, self.prepared = folder, (folder / MANIFEST).is_file()
         self._row_of: dict[str, int] = {}
         if self.prepared:
+            # reversed: of equal names the first row stays
             self._row_of = {name: row for row, name in reversed([*enumerate(prepared_names(folder))])}
         self.names = sorted(self._row_of) if self.prepared else image_names(folder)
 
@@ -72,5 +74,6 @@ def prepared_names(root: Path) -> list[str]:
     """Of all images; where a set of pairs has no names, the ids serve ("flickr 12" -> flickr/12)."""
     shards = all_shards(root)
     name_N = shards.column("name")
+    # as a path, so that both kinds of names can be looked for in the same way
     slashed_N = pc.replace_substring(shards.column("image_id"), " ", "/", max_replacements=1)
     return list(pc.if_else(pc.equal(name_N, ""), slashed_N, name_N).to_pylist())

@@ -32,20 +32,24 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=ROWS, help="of a shard (%(default)s)")
     parser.add_argument("--look", action="store_true", help=f"only draw {LOOK}, prepare nothing")
     given = parser.parse_args(arguments)
+    # 8: the smallest side of an image that is used
     bounds = [("--side", given.side, 8, 10_000), ("--quality", given.quality, 1, 100)]
     bounds += [("--workers", given.workers, 1, 1024), ("--rows", given.rows, 1, 1_000_000)]
     for option, value, low, high in bounds:
         if not low <= value <= high:
             raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
     root = Path(given.out or Path(os.environ.get("DATA_ROOT") or "data") / given.set).expanduser()
+    # all names are checked before anything is read or written
     check_set_path(root)
     check_raw(given.raw)
     place = check_places(given.set, given.raw, root)
     columns = named_columns(given.columns)
+    # the folder's name becomes the set's, which stands in messages and ids
     if clean_caption(root.resolve().name)[0] != root.resolve().name:
         raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
     settings = Settings(root.resolve().name, given.side, given.quality)
     plan = Plan(given.set, place, settings, columns, given.rows)
+    # a name that is neither must come to `open_raw`, which says so
     known = given.set in SETS or "." in given.set
     if known and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
         print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
@@ -59,6 +63,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         manifest = prepare(raw, plan, root, given.workers)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on where {root} stands", file=sys.stderr)
+        # 128 + SIGINT, as shells have it
         return 130
     left_out = sum(entry["count"] for entry in manifest["left_out"].values())
     splits = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
@@ -69,6 +74,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     if left_out:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
         print(f"left out: {left_out:,} rows ({reasons}), listed in {root / SKIPPED}")
+    # data=NAME would mean the file of that name, not this set
     if settings.name != given.set and settings.name in choices("data"):
         print(f"note: data={settings.name} is a word of its own: conf/data/{settings.name}.yaml holds for this set")
     print(f"look at {root / LOOK}")
@@ -114,8 +120,10 @@ def check_places(name: str, raw: str, root: Path) -> str:
         return raw  # a name on the hub, or what `open_raw` will say
     source, target = source.resolve(), root.resolve()
     todo = "Give the prepared set another folder (NAME= or DATA_ROOT=)"
+    # the making of a set may delete in its folder
     if source == target or target in source.parents:
         raise UserError(raw, f"RAW lies in the folder that is to be made, {root}", todo, ExitCode.REFUSED)
+    # only this reader walks through all that lies in RAW
     if name == "folder" and source in target.parents:
         what = f"the folder that is to be made, {root}, lies in RAW and would be read as a part of it"
         raise UserError(raw, what, todo, ExitCode.REFUSED)

@@ -61,19 +61,23 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
     left_out, mended = Reasons(), Reasons()
     with whole_set_file(root / SKIPPED) as lines:
         for split in [name for name in SPLITS if counts[name]]:
+            # one at a time, so that memory holds one note
             notes = (read_note(note_file(root, split, number)) for number in range(counts[split]))
             summary = Summary()
             for made in notes:
+                # in the order of the rows: the split's hash depends on it
                 summary.add(made)
                 for entries, reasons, out in ((made.left_out, left_out, True), (made.mended, mended, False)):
                     for entry in entries:
                         reasons.add(entry)
+                        # skipped.jsonl has each row, the manifest counts and a few
                         line = {"split": split, "left_out": out, **entry._asdict()}
                         lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             if summary.shards:
                 splits[split] = summary.card()
     images = sum(split["pictures"] for split in splits.values())
     if not images:
+        # raises
         give_up(root, plan, left_out)
     remove_others(root, splits)
     for name, split in splits.items():
@@ -97,10 +101,14 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
         "mended": mended.card(),
         "splits": splits,
     }
+    # draws what the manifest says so far
     manifest["look"] = look_at_prepared(root, manifest)
+    # after the image is drawn: its sum is among these
     manifest["files"] = {name: sha256_of_part(root / name) for name in (SKIPPED, LOOK, *annotations)}
     manifest["versions"] = tool_versions()
+    # time and versions stand in the manifest alone: shards of the same rows are the same bytes
     manifest["made"] = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(seconds, 1)}
+    # last: it says that all else is complete
     write_set_json(root / MANIFEST, manifest)
     return manifest
 
@@ -146,6 +154,7 @@ class Summary:
 
 def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
     """Nothing can be used: leave nothing behind, and say why."""
+    # a later attempt must not take the folder for another set
     for name in (*SPLITS, MAKING):
         shutil.rmtree(root / name, ignore_errors=True)
     (root / SKIPPED).unlink(missing_ok=True)
@@ -159,6 +168,7 @@ def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
 
 def remove_others(root: Path, splits: dict[str, Any]) -> None:
     """Shards that an earlier run made of rows that are not there any more."""
+    # raw files may have changed between two runs of an unfinished set
     listed = {shard["file"] for split in splits.values() for shard in split["shards"]}
     for name in SPLITS:
         for file in (root / name).glob("data-*.arrow"):

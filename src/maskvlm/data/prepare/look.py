@@ -40,6 +40,7 @@ class Captions:
         """Cleaned captions."""
         told = [*captions]
         self.words.update(len(caption.split()) for caption in told)
+        # 8 bytes a caption, in place of its text
         self._ids.append(np.fromiter((stable_id(caption.lower()) for caption in told), np.int64, len(told)))
 
     def __len__(self) -> int:
@@ -58,6 +59,7 @@ class Captions:
     def percentiles(self, *shares: float) -> list[int]:
         """Words that so many percent of the captions have at most; 0 where there is no caption."""
         lengths = sorted(self.words)
+        # captions of at most so many words
         upto = np.cumsum([self.words[length] for length in lengths])
         return [lengths[int(np.searchsorted(upto, share / 100 * upto[-1]))] if lengths else 0 for share in shares]
 
@@ -86,19 +88,23 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Draw `first-look.png`; what was counted, for the manifest."""
     shards = PreparedShards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
     captions = Captions()
+    # batch by batch: no image is read, and captions are not kept
     for chunk in shards.chunks("captions"):
         captions.add(chunk.flatten().to_pylist())
     hash_N = shards.column("phash").to_numpy()
+    # 0: images of one colour, of which nothing is known
     told_N = hash_N[hash_N != 0]
     card = {**captions.card(), "repeated_looks": len(told_N) - len(np.unique(told_N))}
     counts = {name: split["pictures"] for name, split in manifest["splits"].items()}
     lines = [f"{manifest['name']}: {manifest['coverage']}", counted(counts, len(captions)), captions.line()]
+    # annotated sets have no captions to tell of
     lines = lines[: 3 if len(captions) else 2]
     again = card["repeated_looks"]
     lines.append(f"{again:,} {'image looks' if again == 1 else 'images look'} exactly like another one before")
     lines += manifest["notes"]
     lines += table("left out", manifest["left_out"]) + table("mended", manifest["mended"])
     number = min(SHOWN, len(shards))
+    # evenly spread over all splits
     rows = [read_row(Stored(shards), place * len(shards) // number) for place in range(number)]
     draw_look(LookReport(lines, rows, captions.words), root / LOOK)
     return card
@@ -146,9 +152,11 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     captions, reasons, counts = Captions(), Counter[str](), Counter[str]()
     sample = DrawnSample()
     rows = 0
+    # what can be told without opening images, of many rows
     for row in islice(every, MOST_ROWS):
         rows += 1
         usable = clean(row)
+        # a reason; captions are a list
         if isinstance(usable, str):
             reasons[usable] += 1
             continue
@@ -156,7 +164,9 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
         counts[row.split] += 1
         captions.add(usable)
         sample.add(row)
+    # one row more than was looked at: the set goes on
     more = "the first " if next(every, None) is not None else ""
+    # what opening them tells, of few
     broken = sample.broken(settings)
     lines = [f"{settings.name}: {more}{rows:,} rows", counted(counts, len(captions)), captions.line()]
     lines += table("would be left out", {reason: {"count": count} for reason, count in reasons.most_common()})
@@ -176,6 +186,7 @@ def clean(row: RawRow | BadRow) -> list[str] | str:
         return row.reason
     if isinstance(row.image, str) and not os.path.isfile(row.image):
         return "missing"
+    # only its `clean` is used, which needs no settings
     maker = RowMaker(row.split != IMAGES, Settings(""), lambda used: None)
     try:
         return maker.clean(row)[0]
@@ -195,6 +206,7 @@ class DrawnSample:
         self._seen += 1
         if len(self.rows) < SAMPLE:
             self.rows.append(row)
+        # reservoir sampling: the n-th row is taken with chance SAMPLE / n
         elif (place := self._random.randrange(self._seen)) < SAMPLE:
             self.rows[place] = row
 
@@ -243,6 +255,7 @@ def draw_look(told: LookReport, path: Path) -> None:
     image = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese, no emoji: boxes
+        # into memory first: the file is then written whole or not at all
         figure.savefig(image, format="png", dpi=100)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,10 +50,12 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
     Raises:
         UserError: the folder holds something else, cannot be written, or no image of the set can be used.
     """
+    # the manifest is there, so `.making` is only what a killed run did not clear away
     if (manifest := complete(root, plan)) is not None:
         shutil.rmtree(root / MAKING, ignore_errors=True)
         say(f"{root}: already prepared, {manifest['coverage']}")
         return manifest
+    # `.making` must be there before the lock, which lies in it
     claim_set(root, plan)
     started = time.monotonic()
     try:
@@ -63,6 +65,7 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
                 Pool(workers, root, plan.settings) as pool,
                 Stage("preparing", raw.facts.images, pool.counts, say) as stage,
             ):
+                # rows are read lazily, by this process alone
                 counts = run_jobs(pool, stage, cut_jobs(raw.rows(), plan.rows))
             manifest = finish_set(root, raw, plan, counts, time.monotonic() - started)
     except OSError as error:  # readers of raw files have told theirs
@@ -79,6 +82,7 @@ def run_jobs(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
         counts[job.split] += 1
         (pool.root / job.split).mkdir(exist_ok=True)
         waiting.add(pool.submit(job))
+        # reading waits here, so that rows with bytes do not pile up in memory
         while len(waiting) > pool.workers:  # one each, and one more that is read meanwhile
             waiting = settle(waiting, stage)
     while waiting:
@@ -90,6 +94,7 @@ def settle(waiting: set[Future[Any]], stage: Stage) -> set[Future[Any]]:
     """Those that are still to come; raises what went wrong with one."""
     done, left = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
     for each in done:
+        # raises what the process raised
         each.result()
     stage.show()
     return left
@@ -100,14 +105,18 @@ def cut_jobs(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
     waiting: dict[str, list[RawRow | BadRow]] = {}
     sizes: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
+    # in one process: only here all rows are seen in their order
     for row in screened(rows):
+        # a bad row of an unknown split is listed with train
         split = row.split if row.split in SPLITS else SPLITS[0]
         waiting.setdefault(split, []).append(row)
+        # only bytes are sent to a process; of files it opens them itself
         sizes[split] += len(row.image) if isinstance(row, RawRow) and isinstance(row.image, bytes) else 0
         if len(waiting[split]) >= most or sizes[split] >= MOST_BYTES:
             yield Job(split, numbers[split], waiting.pop(split))
             numbers[split] += 1
             sizes[split] = 0
+    # the last, shorter shard of each split
     for split in [name for name in SPLITS if name in waiting]:
         yield Job(split, numbers[split], waiting[split])
 
@@ -130,6 +139,7 @@ def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
 
 def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None:
     """Refuse to touch what was made otherwise."""
+    # through json, as what was stored: tuples are lists there
     asked = json.loads(json.dumps(plan.card()))
     if other := [name for name in asked if there.get(name) != asked[name]]:
         told = ", ".join(f"{name} {there.get(name)!r} instead of {asked[name]!r}" for name in other)
@@ -146,6 +156,7 @@ def claim_set(root: Path, plan: Plan) -> None:
                 check_same(root, read_plan(file, root), plan, "an unfinished set")
             write_set_json(file, plan.card())
             return
+        # a first look may lie there already
         if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
             todo = "Name another one (NAME=, DATA_ROOT=); it is made"
             raise UserError(root, "holds other files than a prepared set", todo, ExitCode.CANNOT_CREATE)
@@ -174,8 +185,10 @@ def locked(root: Path) -> Iterator[None]:
     except ImportError:  # not on Windows
         yield
         return
+    # the lock is on the open file; the file itself stays and means nothing
     with (root / MAKING / "lock").open("w") as file:
         try:
+            # NB: refuse at once rather than wait for the other run
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             todo = "Wait for it, or stop it first"
@@ -188,5 +201,6 @@ def locked(root: Path) -> Iterator[None]:
 def remove_temporaries(root: Path) -> None:
     """What a killed run has left half written."""
     for folder in (root, *(root / name for name in (*SPLITS, MAKING))):
+        # safe under the lock: nobody else writes here
         for file in folder.glob(".*.tmp"):
             file.unlink(missing_ok=True)

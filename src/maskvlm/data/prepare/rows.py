@@ -68,12 +68,14 @@ class RowMaker:
         """Of at most BATCH rows; none where no row can be used."""
         waiting: list[dict[str, Any]] = []
         for row in rows:
+            # None is counted, but takes no place in the batch
             used = self.take(row)
             if used is not None:
                 waiting.append(used)
             if len(waiting) == BATCH:
                 yield pa.RecordBatch.from_pylist(waiting, SCHEMA)
                 waiting = []
+            # may raise to stop
             self.tick(used is not None)
         if waiting:
             yield pa.RecordBatch.from_pylist(waiting, SCHEMA)
@@ -85,6 +87,7 @@ class RowMaker:
             return None
         origin = clean_line(row.origin)
         try:
+            # captions before the image: they cost far less to refuse
             captions, notes = self.clean(row)
             check_caption(row)
             image = prepare_image(row.image, origin, self.settings)
@@ -95,10 +98,13 @@ class RowMaker:
             reason, message = problem.args
             self.left_out.append(RowNote(reason, origin, f"{origin}: {message}"))
             return None
+        # only of rows that are used: what was mended in others does not matter
         self.mended += [RowNote(reason, origin, f"{origin}: {message}") for reason, message in notes]
         self.captions += len(captions)
         self.kept += image.kept
+        # of the row as it is stored, so that `data-check` finds the same
         self.digests.append(row_digest(image.data, captions, row.image_id, row.name))
+        # the columns of `manifest.SCHEMA`
         return {
             "image": image.data,
             "captions": captions,
@@ -127,6 +133,7 @@ class RowMaker:
                 captions.append(caption)
         if self.captioned and not captions:
             reasons = [reason for reason, _ in notes]
+            # the most frequent reason stands for the row
             raise Unusable(max(reasons, key=reasons.count) if reasons else "no caption", "no caption is left")
         return captions, notes
 
@@ -139,6 +146,7 @@ def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
             message = f"{row.origin}: split '{row.split}' is none of {', '.join(SPLITS)}"
             row = BadRow("unknown split", row.origin, message, SPLITS[0])
         elif isinstance(row, RawRow):
+            # the set grows only by an id that is new
             known = len(seen)
             seen.add(stable_id(row.image_id))
             if len(seen) == known:
@@ -168,11 +176,13 @@ def prepare_image(source: bytes | str, name: str, settings: Settings) -> Prepare
     Raises:
         BadImage: as `safe_open`.
     """
+    # twice the side stays for `shrink`, whose interpolation is better than libjpeg's
     image = safe_open(source, name, least=2 * settings.side)
     if min(image.size) > settings.side:
         image = shrink(image, settings.side)
     elif is_plain(data := source if isinstance(source, bytes) else Path(source).read_bytes()):
         return PreparedImage(data, phash(image), True)
+    # a new JPEG of the pixels alone carries no metadata
     encoded = BytesIO()
     image.save(encoded, "JPEG", quality=settings.quality)
     return PreparedImage(encoded.getvalue(), phash(image), False)
@@ -182,11 +192,13 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
     """To that shorter side, by bicubic interpolation over all pixels (antialiased)."""
     shorter = min(image.size)
     width, height = (max(1, round(length * side / shorter)) for length in image.size)
+    # reducing_gap: first shrunk by a whole factor to three times the size or more, which is faster
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def is_plain(data: bytes) -> bool:
     """Whether it is a baseline RGB JPEG that carries nothing besides."""
+    # marks of beginning and end: nothing lies behind the image
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return False
     with Image.open(BytesIO(data), formats=["JPEG"]) as image:
@@ -209,6 +221,7 @@ def row_digest(image: bytes, captions: list[str], image_id: str, name: str) -> s
     """128 bits of all that a row holds but where it came from; 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (image, image_id.encode(), name.encode(), *(caption.encode() for caption in captions)):
+        # with its length, so that parts cannot run into each other: "ab", "c" is not "a", "bc"
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.hexdigest()

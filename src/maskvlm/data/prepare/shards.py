@@ -88,19 +88,23 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
     """
     note, key = note_file(root, job.split, job.number), job_key(settings, job)
     if (made := there_already(root, note, key)) is not None:
+        # the bar moves on as if they had been made
         for used in (True,) * made.rows + (False,) * len(made.left_out):
             tick(used)
         return made
     try:
+        # an old shard without its note must not stay beside a new note that knows no shard
         (root / shard_name(job)).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write_set(root / shard_name(job), error) from error
     maker = RowMaker(job.split != IMAGES, settings, tick)
     sink: HashingSink | None = None
     batches = maker.batches(job.rows)
+    # no file where no row can be used
     if (first := next(batches, None)) is not None:
         with whole_set_file(root / shard_name(job)) as file:
             sink = HashingSink(file)
+            # a batch at a time, so that memory holds one batch, not a shard
             with pa.ipc.new_stream(pa.PythonFile(sink, "w"), SCHEMA) as stream:
                 stream.write_batch(first)
                 for batch in batches:
@@ -117,6 +121,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
         left_out=maker.left_out,
         mended=maker.mended,
     )
+    # after the shard: a note vouches for a shard that is complete
     write_set_json(note, made._asdict(), indent=None)
     return made
 
@@ -149,10 +154,12 @@ class HashingSink:
 def job_key(settings: Settings, job: Job) -> str:
     """Changes with anything that the shard depends on: settings, libraries, rows, and the files of images (by
     size and time)."""
+    # other versions of these may give other bytes
     made_by = (FORMAT, KIND, PIL.__version__, features.version("jpg"), SCHEMA.metadata)
     digest = hashlib.sha256(repr((made_by, settings, job.split, job.number)).encode())
     for row in job.rows:
         image = stamp(row.image) if isinstance(row, RawRow) else None
+        # the image stands first in a `RawRow`: its stamp is in its place
         digest.update(repr((image, row[1:] if isinstance(row, RawRow) else row)).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
@@ -165,6 +172,7 @@ def stamp(image: str | bytes) -> tuple[Any, ...]:
         status = os.stat(image)
     except (OSError, ValueError):
         return (image,)
+    # size and time stand for the content: no image is read for it
     return (image, status.st_size, status.st_mtime_ns)
 
 
@@ -173,6 +181,7 @@ def read_note(note: Path) -> ShardNote:
     with opened(note) as stream:
         content = load_json(stream.read(), note)
     for name in ("left_out", "mended"):
+        # json made lists of the tuples
         content[name] = [RowNote(*entry) for entry in content[name]]
     return ShardNote(**content)
 
@@ -184,10 +193,12 @@ def there_already(root: Path, note: Path, key: str) -> ShardNote | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     split, _, number = note.stem.rpartition("-")
+    # the note may come from a stranger: it names no other file than its own shard
     if made.key != key or made.file not in ("", f"{split}/data-{number}.arrow"):
         return None
     shard = root / made.file
     if made.file and not (
+        # cheapest check first
         shard.is_file() and shard.stat().st_size == made.bytes and sha256_of_part(shard) == made.sha256
     ):
         return None

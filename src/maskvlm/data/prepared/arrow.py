@@ -72,6 +72,7 @@ def batches(read: Read, size: int) -> Iterator[Placed]:
     Raises:
         Damaged: it is no such stream, has other columns, is cut short, or a number in it leads out of it.
     """
+    # a stream: a frame with the columns, a frame a batch, a frame that ends it
     position, first = 0, True
     while position < size:
         meta, body = frame(read, position, size)
@@ -80,9 +81,11 @@ def batches(read: Read, size: int) -> Iterator[Placed]:
                 raise Damaged(f"{size - body:,} bytes follow its end" if not first else "it has no columns")
             return
         kind, header, length = message(meta)
+        # the values must be there before anybody reads a place in them
         if body + length > size:
             raise Damaged("cut short")
         if first:
+            # Arrow parses only this: from memory, and no values
             check_schema(read(position, body - position), kind)
         elif kind != _BATCH:
             raise Damaged(f"a frame of kind {kind}")
@@ -96,6 +99,7 @@ def frame(read: Read, position: int, size: int) -> tuple[bytes, int]:
     """The frame at a position, b"" for the one that ends the stream, and where it ends."""
     if position + 8 > size:
         raise Damaged("cut short")
+    # the mark, the length of what follows; length 0 ends the stream
     mark, length = struct.unpack("<II", read(position, 8))
     end = position + 8 + length
     if mark != _CONTINUES or length > MOST_META or end > size:
@@ -105,6 +109,7 @@ def frame(read: Read, position: int, size: int) -> tuple[bytes, int]:
 
 def message(meta: bytes) -> tuple[int, int, int]:
     """Kind of a frame, where its table is, and how many bytes of values follow."""
+    # where the table `Message` begins; its fields 1 to 3 are kind, header and length
     root = read_number(meta, "<I", 0)
     kind_at, header_at, length_at = (field(meta, root, index) for index in (1, 2, 3))
     length = read_number(meta, "<q", length_at) if length_at else 0
@@ -138,7 +143,9 @@ def read_number(meta: bytes, kind: str, position: int) -> int:
 
 def field(meta: bytes, table: int, index: int) -> int:
     """Where a table's field is; 0 where it has none."""
+    # the list of places lies at a signed distance before the table
     places = table - read_number(meta, "<i", table)
+    # the list begins with its own size and the table's, 2 bytes each
     at = 4 + 2 * index
     if at + 2 > read_number(meta, "<H", places):
         return 0
@@ -157,6 +164,7 @@ def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
     if not at:
         return []
     at = follow(meta, at)
+    # a list begins with its number of entries; a pair has 16 bytes
     count = read_number(meta, "<I", at)
     if at + 4 + 16 * count > len(meta):
         raise Damaged("a list that leads out of its frame")
@@ -171,13 +179,16 @@ def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
 
 def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
     """Where the columns of a batch lie, whose values are the `length` bytes from `body` on."""
+    # fields of `RecordBatch`: length, nodes, buffers, compression
     at, packed = field(meta, header, 0), field(meta, header, 3)
     rows = read_number(meta, "<q", at) if at else 0
     if packed or rows < 0:
         raise Damaged("packed values" if packed else "a batch of less than no rows")
+    # nodes: (rows, nulls) a column; buffers: (offset, size); both in the order of the columns
     nodes, buffers = iter(pairs(meta, header, 1)), iter(pairs(meta, header, 2))
 
     def count(expected: int | None) -> int:
+        # (-1, 0): the list is too short
         found, nulls = next(nodes, (-1, 0))
         if found < 0 or nulls or expected not in (None, found):
             raise Damaged("a column of another length than its batch, or with empty values")
@@ -193,14 +204,18 @@ def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
         found = count(expected)
         piece(0)  # which values there are: all of them
         if kind == "uint64":
+            # plain numbers have no offsets
             return Column(found, Piece(body, 0), piece(8 * found))
+        # n values have n + 1 offsets of 4 bytes
         offsets = piece(4 * (found + 1) if found else 0)
         if kind == "list":
             return Column(found, offsets, Piece(body, 0), column("string", None))
         return Column(found, offsets, piece(0))
 
+    # VALUES is in the order of the schema, which has been checked
     kinds = {name: "list" if isinstance(kind, list) else kind for name, kind in VALUES.items()}
     columns = {name: column(kind, rows) for name, kind in kinds.items()}
+    # what is left over belongs to no column
     if next(nodes, None) or next(buffers, None):
         raise Damaged("more columns than it names")
     return Placed(rows, columns)
@@ -219,6 +234,7 @@ def value(read: Read, column: Column, kind: Any, row: int) -> Any:
         return content if kind == "binary" else read_text_field(content)
     if start == end:
         return []
+    # a list of texts in two reads: their offsets, and the bytes of all of them
     ends = numbers(read, column.inner, start, end - start)
     content = read(column.inner.values.offset + ends[0], ends[-1] - ends[0])
     return [read_text_field(content[low - ends[0] : high - ends[0]]) for low, high in pairwise(ends)]
@@ -229,7 +245,9 @@ def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]
     found = struct.unpack(
         "<2i" if count == 1 else f"<{count + 1}i", read(column.offsets.offset + 4 * row, 4 * count + 4)
     )
+    # offsets of a list count texts, all others bytes
     most = column.values.size if column.inner is None else column.inner.rows
+    # rising and within the column: every value in between is, too
     if found[0] < 0 or found[-1] > most or found != tuple(sorted(found)):
         raise Damaged("a value that leads out of its column")
     return found
@@ -248,12 +266,14 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
     offsets, values = (pa.py_buffer(read(*piece)) for piece in (column.offsets, column.values))
     try:
         if kind == "uint64":
+            # the first buffer tells which values are null: None, as all are there
             made = pa.Array.from_buffers(pa.uint64(), column.rows, [None, values])
         elif column.inner is not None:
             inner = array(read, column.inner, kind[0])
             made = pa.Array.from_buffers(pa.list_(pa.string()), column.rows, [None, offsets], children=[inner])
         else:
             made = pa.Array.from_buffers(getattr(pa, kind)(), column.rows, [None, offsets, values])
+        # offsets, and that texts are UTF-8
         made.validate(full=True)
     except (pa.ArrowException, ValueError, UnicodeDecodeError) as error:
         raise Damaged(" ".join(str(error).split())[:100]) from error
@@ -266,4 +286,5 @@ def check_arrow(read: Read, batch: Placed) -> None:
         if VALUES[name] != "binary":
             array(read, column, VALUES[name])
         elif column.rows:
+            # images: their offsets alone, as their bytes are nearly all of the shard
             numbers(read, column, 0, column.rows)

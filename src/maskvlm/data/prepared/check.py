@@ -46,16 +46,21 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
     faults = [*other_files(root, manifest)]
     decoded = 0
     context = process_context()
+    # starts no process before it is used
     with ProcessPoolExecutor(workers, context, watched) as pool:
+        # both keep the order of the shards, on which the split's hash depends
         spread: Callable[..., Iterator[CheckedShard]] = pool.map if workers > 1 else map
         for name, split in manifest["splits"].items():
+            # rounded up; 1 for a split without images
             step = 1 if every else -(-split["pictures"] // SAMPLE) or 1
             digest, totals, unread = hashlib.sha256(), [0, 0], False
             for found in spread(partial(check_shard, root, step), split["shards"]):
                 faults += found.faults
+                # the hash of the split is over the rows' digests, whatever shards they lie in
                 digest.update(found.digests.encode())
                 totals = [totals[0] + found.rows, totals[1] + found.captions]
                 decoded += found.decoded
+                # a shard that could not be read has no digests
                 unread |= not found.digests
             if not unread:  # else it has its own line
                 faults += check_rows(root / name, split, totals, digest.hexdigest())
@@ -73,9 +78,11 @@ def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:
     try:
         check_below(path, root)
         check_shard_size(path, shard["bytes"])
+        # other bytes: what is in them need not be parsed
         if (there := sha256_of_part(path)) != shard["sha256"]:
             told = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
             return CheckedShard([told], "", 0, 0, 0)
+        # one open file for all its rows
         shard_rows = read_shard(path, keep=True)
         if len(shard_rows) != shard["rows"]:
             faults.append(f"{path}: {len(shard_rows)} rows, the manifest says {shard['rows']}")

@@ -53,6 +53,7 @@ FEATURES = {
 
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.string()) if isinstance(kind, list) else getattr(pa, kind)()) for name, kind in VALUES.items()],
+    # the key under which `datasets` looks for its own types
     {"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 
@@ -69,6 +70,7 @@ def whole_set_file(path: Path) -> Iterator[IO[bytes]]:
     """
     check_set_path(path)
     try:
+        # a temporary name of this process, then one rename
         with whole_file(path, f".{os.getpid()}") as temporary, temporary.open("wb") as file:
             yield file
     except OSError as error:
@@ -83,6 +85,7 @@ def check_set_path(path: Path) -> None:
     """
     try:
         str(path).encode()
+        # asks the file system, which alone knows how long a name may be
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -100,6 +103,7 @@ def plain_name(path: Path) -> str:
 
 def cannot_write_set(path: Path, error: OSError) -> UserError:
     """What stands in the way of an output, as the user's error."""
+    # the disk is full, or the user's share of it
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
     code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
@@ -115,6 +119,7 @@ def write_set_json(path: Path, content: Any, indent: int | None = 2) -> None:
 
 def write_dataset_files(folder: Path, files: list[str], fingerprint: str, licence: str) -> None:
     """What `datasets.load_from_disk` reads of a split besides its shards."""
+    # the names that `Dataset.save_to_disk` writes
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": fingerprint,
@@ -140,6 +145,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     path = root / MANIFEST
     if not path.is_file():
+        # the manifest is written last, `.making` is removed after it
         if (root / MAKING).is_dir():
             todo = "Run the same `maskvlm data` again: it goes on where it stopped"
             raise UserError(root, "this prepared set is unfinished", todo, ExitCode.MISSING_INPUT)
@@ -181,5 +187,6 @@ def coverage(images: int, published: int | None) -> str:
     if not published:
         return words
     share = 100 * images / published
+    # two digits below 10 %
     told = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
     return f"{words}, {told if images != published else '100'} % of the published {amount(published)}"

@@ -34,6 +34,7 @@ Kind = Callable[[Any, str], Any]
 
 def count(value: Any, where: str) -> int:
     """A number of things."""
+    # `type`: true is an int for isinstance
     if type(value) is not int or not 0 <= value <= MOST:
         raise Wrong(f"{where} is {_told(value)} instead of a number from 0 to 2^53")
     return value
@@ -90,9 +91,11 @@ def keys_of(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> K
     def kind(value: Any, where: str) -> dict[str, Any]:
         if type(value) is not dict:
             raise Wrong(f"{where} is {_told(value)} instead of an object")
+        # keys at the top are named without the document
         inner = {name: f"{where}.{name}" if where != DOCUMENT else name for name in (*needed, *optional)}
         if absent := [name for name in needed if name not in value]:
             raise Wrong(f"key '{inner[absent[0]]}' is missing")
+        # a new object: keys that are not named here do not come along
         found = {name: of(value[name], inner[name]) for name, of in needed.items()}
         for name, (of, default) in optional.items():
             found[name] = of(value[name], inner[name]) if value.get(name) is not None else default
@@ -174,6 +177,7 @@ def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
     """
     document = load_json(content, path)
     told = document.get("format") if isinstance(document, dict) else None
+    # before the schema: a newer form may have other keys, and that should be the message
     if type(told) is int and told != FORMAT:
         what = f"is of format {str(told)[:20]}, not of {FORMAT}"
         raise UserError(path, what, "Read it with the version that made it", ExitCode.BAD_DATA)

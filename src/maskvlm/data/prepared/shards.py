@@ -31,6 +31,7 @@ class ShardSource:
         if self._content is not None:
             found = self._content[offset : offset + size]
         elif self._file is not None:
+            # pread has no position of its own: processes may share the open file
             found = self._pread(self._file.fileno(), size, offset)
         else:
             with self._opened() as file:
@@ -42,6 +43,7 @@ class ShardSource:
     def _pread(self, file: int, size: int, offset: int) -> bytes:
         try:
             found = os.pread(file, size, offset)
+            # one call gives at most 2 GB, and may give less; b"" is the end of the file
             while found and len(found) < size and (more := os.pread(file, size - len(found), offset + len(found))):
                 found += more
             return found
@@ -59,6 +61,7 @@ class ShardSource:
     def _opened(self) -> Iterator[int]:
         with opened(self.path) as stream:
             if self._keep and self._file is None:
+                # a second handle, which stays open when `opened` closes its own
                 self._file = open(os.dup(stream.fileno()), "rb", buffering=0)  # noqa: SIM115  closed with this
             yield stream.fileno()
 
@@ -73,6 +76,7 @@ class Shard:
     def __init__(self, source: ShardSource) -> None:
         self._source = source
         try:
+            # the places of all values, checked once
             self.batches: list[Placed] = [*batches(source.read, source.size())]
             for batch in self.batches:
                 check_arrow(source.read, batch)
@@ -128,11 +132,13 @@ class PreparedShards:
         self.root, self.shards = root, shards
         for shard in shards:
             check_below(root / shard["file"], root)
+            # cheap, for each shard at once: a cut file is told before training starts
             check_shard_size(root / shard["file"], shard["bytes"])
         self._parts: list[ShardBatch] | None = None
         self._ends: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
+        # open files cannot be pickled: a data worker opens its own
         return {"root": self.root, "shards": self.shards, "_parts": None, "_ends": []}
 
     def __len__(self) -> int:
@@ -143,19 +149,23 @@ class PreparedShards:
         if self._parts is None:
             parts: list[ShardBatch] = []
             for each in self.shards:
+                # opening a shard checks it; done by each process for itself
                 shard = read_shard(self.root / each["file"], keep=len(self.shards) <= KEPT)
                 if len(shard) != each["rows"]:
                     raise damaged(self.root / each["file"], f"has {len(shard)} rows, the manifest says {each['rows']}")
                 parts += [ShardBatch(shard, batch) for batch in shard.batches]
             self._ends = [*accumulate(part.batch.rows for part in parts)]
+            # last: a failure on the way leaves nothing half made
             self._parts = parts
         return self._parts
 
     def value(self, name: str, index: int) -> Any:
         """Of a column in a row, counted from 0."""
         parts = self.parts()
+        # the first batch that ends beyond the row
         number = bisect_right(self._ends, index)
         shard, batch = parts[number]
+        # the row within its batch
         return shard.value(batch, name, index - self._ends[number] + batch.rows)
 
     def chunks(self, name: str) -> Iterator[pa.Array]:

@@ -51,8 +51,10 @@ class PreparedPairs:
 
     def only(self, row_N: np.ndarray) -> "PreparedPairs":
         """Some of its rows, as a split of its own."""
+        # shallow: both share the shards and their open files
         part = copy.copy(self)
         part.row_N, part._length = row_N, len(row_N)
+        # little-endian on every machine
         part.fingerprint = hashlib.sha256(self.fingerprint.encode() + row_N.astype("<i8").tobytes()).hexdigest()[:16]
         return part
 
@@ -61,6 +63,7 @@ class PreparedPairs:
 
     def place(self, index: int) -> int:
         """The row's number in the stored split. Raises IndexError."""
+        # also from the end, and IndexError outside
         number = range(self._length)[index]
         return number if self.row_N is None else int(self.row_N[number])
 
@@ -108,6 +111,7 @@ class Prepared(Source):
             UserError: there is no finished set, it has no such split, or a shard is not as it was.
         """
         splits = read_manifest(self.root)["splits"]
+        # both parts follow from the ids alone, so `train` and `val` never overlap
         if self.hold_out and name in ("train", "val") and "train" in splits and "val" not in splits:
             return self._parted(PreparedPairs(self.root, "train", splits["train"]), name)
         if name not in splits:
@@ -123,8 +127,10 @@ class Prepared(Source):
         ids_NP = row_ids(pairs)
         assert ids_NP is not None
         share = min(self.hold_out / len(pairs), 0.05)
+        # at least one image; seed 0: the same ones in every run
         val_N = first_images(ids_NP[:, 0], max(share, 1 / len(pairs)), 0, HOLD_OUT)
         train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
+        # (N,)
         hash_N = pairs.column("phash").to_numpy()
         copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
         copies = int(copy_N.sum())
@@ -132,6 +138,7 @@ class Prepared(Source):
         if not len(train_N):
             what, todo = "all its images would be held out for validation", "Prepare more images"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
+        # told once, though both splits come here
         if name == "train" and rank() == 0:
             told = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
             if copies:
@@ -151,12 +158,14 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
 
     def add(reason: str, origin: str) -> None:
         origins = listed.setdefault(reason, [])
+        # bounded: skipped.jsonl may have millions of lines
         if len(origins) < MOST_LISTED:
             origins.append(origin)
         else:
             more[reason] += 1
 
     try:
+        # as the file may come from a stranger, each line is checked by itself
         for number, text, problem in text_lines(path):
             entry = skipped_entry(text) if not problem else None
             if entry is None:
@@ -165,6 +174,7 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
                 add(one_line(entry["reason"]), one_line(entry["origin"]))
     except UserError as error:
         add(UNREADABLE, str(error))
+    # a last entry tells of those that are not listed
     for reason, count in more.items():
         listed[reason].append(f"and {count:,} more, in {path}")
     return listed

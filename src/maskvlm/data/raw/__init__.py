@@ -104,17 +104,20 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     Raises:
         UserError: there is no such set or role, RAW is not there, or none of the set's files is in it.
     """
+    # a dot makes it the path of a class; no set of ours has one
     kind = reader_of(name) if "." in name else None
     if kind is None and name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)
         todo = f"Did you mean {near[0]}? " if near else ""
         raise UserError("SET", f"there is no set {name!r}", f"{todo}Take one of {', '.join(SETS)}")
+    # names are checked before the files are looked at
     if columns and (wrong := [role for role in columns if role not in ROLES]):
         raise UserError("columns", f"there is no role {wrong[0]!r}", f"Roles are {', '.join(ROLES)}")
     if columns and name not in WITH_COLUMNS:
         raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take csv")
     path = Path(raw).expanduser()
     check_file_or_folder(path)
+    # of hf it may be a name on the hub
     if not raw.strip() or (name != "hf" and not os.path.exists(path)):
         todo = "Name the folder or file of the set as it was downloaded"
         raise UserError(raw or "data", "there is no such file or folder", todo, ExitCode.MISSING_INPUT)

@@ -67,15 +67,18 @@ class Annotated(RawSet):
         Raises:
             UserError: an annotation file is damaged, or there is no image at all.
         """
+        # RAW is what the user gave, so it is what the error names
         folder = image_folder(None, self.root, "RAW")
         left_out: dict[str, list[str]] = {}
         names, seen, named = image_names(folder, left_out), set[str](), set[str]()
         yield from not_looked_at(left_out, folder, SPLIT)
         for file, ids, images in self._wanted(names):
+            # each once, in the order of the file
             for image_id in dict.fromkeys(ids):
                 name, origin = images.get(image_id), f"{file.name} ({image_id})"
                 if name is None and image_id not in seen:
                     yield BadRow("missing image", origin, f"no image {image_id!r} in {one_line(folder)}", SPLIT)
+                # two ids may be the same file, in which case its first id stays
                 elif name is not None and name not in named:
                     named.add(name)
                     yield RawRow(str(folder / name), (), image_id, SPLIT, one_line(name), name)
@@ -107,13 +110,18 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
         for file in questions:
             with opened(file) as stream:
                 document = load_json(stream.read(), file)
+            # each file of questions is of a split, which tells the folder of its images
             found = get(document, "questions", list, str(file), "VQA v2")
+            # v2_OpenEnded_mscoco_train2014_questions.json -> mscoco_train2014
             part = re.sub(r"^v2_OpenEnded_|_?questions\.json$", "", file.name) or str(document.get("data_type"))
+            # what the ids begin with
             family = "coco" if part.split("_")[0] == "mscoco" else part.split("_")[0]
             places = ((f"{file} questions[{place}]", each) for place, each in enumerate(found))
+            # the same ids as in `tasks/vqa/data.py`
             ids = [f"{family} {get(each, 'image_id', int, where, 'VQA v2')}" for where, each in places]
             yield Wanted(file, ids, _numbered(names, part, family))
         for file in genome:
+            # Visual Genome's questions: a list, too large to be read at once
             ids = [f"vg {get(each, 'id', int, str(file), 'Visual Genome')}" for each in json_items(file)]
             yield Wanted(file, ids, {f"vg {PurePosixPath(name).stem}": name for name in reversed(names)})
 
@@ -123,9 +131,12 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
 def _numbered(names: list[str], part: str, family: str) -> dict[str, str]:
     """By the number that ends a name: as `numbered` in `tasks/vqa/data.py` has it."""
     found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
+    # COCO's names have twelve digits; where some do, all others are passed over
     padded = [each for each in found if len(each[0]) == DIGITS]
     words = set(part.split("_"))
+    # names that share words with the file's part first: val2014/ for mscoco_val2014
     best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
+    # reversed: of names with the same number the best one stays
     return {f"{family} {int(number)}": name for number, name in reversed(best)}
 
 
@@ -152,7 +163,9 @@ def _open_nlvr(root: Path, facts: Facts) -> RawSet:
         for file in files:
             ids = []
             for where, _, record in json_lines(file):
+                # dev-850-0-0 -> dev-850-0: the last number is the sentence's
                 stem = get_name(record, "identifier", where, "NLVR2").rpartition("-")[0]
+                # left and right photo
                 ids += [f"nlvr2 {stem}-img{side}" for side in (0, 1)]
             yield Wanted(file, ids, images)
 
@@ -168,6 +181,7 @@ def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 
     def wanted(names: list[str]) -> Iterator[Wanted]:
         images: dict[str, str] = {}
+        # plain numbers first: Flickr30k's own names
         for name in sorted(names, key=lambda name: (not PurePosixPath(name).stem.isdigit(), name)):
             if number := re.match(r"\d+", PurePosixPath(name).name):
                 images.setdefault(f"flickr {number[0]}", name)
@@ -193,6 +207,7 @@ def _with_key(root: Path, key: str) -> list[Path]:
     found = []
     for file in files:
         with opened(file) as stream:
+            # without parsing: the reader of the task does that
             if f'"{key}"'.encode() in stream.readline(100_000):
                 found.append(file)
     return found

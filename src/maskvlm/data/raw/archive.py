@@ -42,14 +42,17 @@ class Unpacked(io.RawIOBase):
         while True:
             packed = b""
             if self._unpacker.eof:
+                # a stream is over: what follows may be zeros, the next stream, or what a new unpacker refuses
                 packed = self._unpacker.unused_data
                 while not packed.strip(b"\x00") and (more := self._stream.read(CHUNK)):
                     packed = more
                 if not (packed := packed.lstrip(b"\x00")):
                     return 0
                 self._unpacker = self._new()
+            # within a stream the file may not end
             elif self._unpacker.needs_input and not (packed := self._stream.read(CHUNK)):
                 raise EOFError("unexpected end")
+            # at most a buffer of content, however much the bytes would unpack to
             if content := self._unpacker.decompress(packed, len(buffer)):
                 buffer[: len(content)] = content
                 return len(content)
@@ -83,8 +86,10 @@ class Forward:
         self.last = b""
 
     def read(self, size: int = -1) -> bytes:
+        # tarfile asks for as much as a header claims
         if not 0 <= size <= MAX_FILE_BYTES + BLOCK:
             raise tarfile.ReadError("a header that claims too much")
+        # first what `rest` has read too far
         self.last, self._returned = self._returned[:size], self._returned[size:]
         while len(self.last) < size and (more := self._stream.read(size - len(self.last))):
             self.last += more
@@ -97,6 +102,7 @@ class Forward:
     def seek(self, position: int, whence: int = 0) -> int:
         if whence != 0 or position < self._position:
             raise tarfile.ReadError("a header that leads backwards")
+        # a packed stream cannot jump: it is read over piece by piece
         while self._position < position and (self._packed or self._returned):
             if not self.read(min(CHUNK, position - self._position)):
                 return self._position
@@ -111,7 +117,9 @@ class Forward:
             if self._position - start > MAX_FILE_BYTES:
                 raise tarfile.ReadError(f"more than {MAX_FILE_BYTES:,} zeros after the end marker")
             if chunk.strip(b"\x00"):
+                # whole blocks of zeros: the next header begins with a block
                 skipped = (len(chunk) - len(chunk.lstrip(b"\x00"))) // BLOCK * BLOCK
+                # given back, for the archive that may follow
                 self._returned = chunk[skipped:] + self._returned
                 self._position -= len(chunk) - skipped
                 return self._position, chunk[skipped : skipped + BLOCK]
@@ -166,6 +174,7 @@ def _unpacked(stream: IO[bytes]) -> Iterator[Member]:
 
 def joined(source: Forward, packed: bool) -> Iterator[Member]:
     """The members of an archive, and of those that follow it."""
+    # tarfile stops alike at the end mark, at a cut and at a header that it cannot read: the last block tells which
     while (yield from _members(source, packed)):
         if len(source.last) < BLOCK:
             yield Member("", b"", ("truncated archive", "it ends without an end marker; what is before it was read"))
@@ -178,6 +187,7 @@ def joined(source: Forward, packed: bool) -> Iterator[Member]:
         if not block:
             return
         try:
+            # only to see whether another archive begins here
             tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError:
             what = f"{source.count(MAX_FILE_BYTES)} that are no archive follow its end, from byte {position:,} on"
@@ -188,13 +198,16 @@ def joined(source: Forward, packed: bool) -> Iterator[Member]:
 def _members(source: Forward, packed: bool) -> Generator[Member, None, bool]:
     """Those of one archive; false where the rest is not to be read."""
     file: Any = source  # tarfile asks for no more than it has
+    # "r:": not packed; unpacking has been done in `Forward`'s stream
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (header := tar.next()) is not None:
             vars(tar)["members"] = []  # it keeps them all
             base = header.name.rpartition("/")[2]
+            # going on would unpack it
             if packed and header.size > MAX_FILE_BYTES:
                 yield Member(one_line(header.name) or NAMELESS, b"", ("bomb", f"a file of {header.size:,} bytes"))
                 return False
+            # ".." is no hidden file but a name that leads out, which `_member` tells
             if not header.isdir() and (not base.startswith(".") or base == ".."):
                 yield _member(tar, header)
     return True
@@ -208,5 +221,6 @@ def _member(tar: tarfile.TarFile, header: tarfile.TarInfo) -> Member:
         return Member(name, b"", ("not a plain file", "a link, a device or a file with holes"))
     if header.size > MAX_FILE_BYTES:
         return Member(name, b"", ("bomb", f"a file of {header.size:,} bytes"))
+    # a file object within the archive; nothing is written
     stream = tar.extractfile(header)
     return Member(name, stream.read() if stream else b"")  # raises where the archive ends within it

@@ -73,6 +73,7 @@ class RawSet(ABC):
     """
 
     facts: Facts
+    # values of the class: a reader assigns lists of its own, and does not append to these
     annotations: list[Path] = []
     notes: list[str] = []
 

@@ -32,10 +32,12 @@ class ImagesByName:
         """The path, or (reason, message)."""
         if problem := name_problem(name):
             return "", ("unsafe name", f"{one_line(name)!r}: {problem}")
+        # as it is named, which costs no walk through the folder
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, name)):
                 return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
         if self._index is None:
+            # made when it is first needed
             self._index = PhotoIndex(self.root)
         stem = PurePosixPath(name).stem
         padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the images of 2017 have the number alone
@@ -96,6 +98,7 @@ def karpathy(file: Path, prefix: str) -> Iterator[Found | BadRow]:
     for position, image in enumerate(images):
         origin = f"{file.name} image {position}"
         try:
+            # one malformed row is left out and counted, the rest of the file is read
             yield _karpathy_row(image, origin, prefix, photos)
         except UserError as error:
             split = image.get("split") if isinstance(image, dict) else None
@@ -112,6 +115,7 @@ def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) 
     split = split_named(get(image, "split", str, origin, KARPATHY))
     if split is None:
         return BadRow("unknown split", origin, f"split {one_line(image['split'], 40)!r}", "train")
+    # COCO's own number where there is one; a whole number may be 0
     own = next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name)
     return name, captions, photos.get(name) or one_line(f"{prefix} {own}"), split, origin
 
@@ -130,6 +134,7 @@ def official(files: list[Path]) -> Iterator[Found | BadRow]:
         with opened(file) as stream:
             document = load_json(stream.read(), file)
         split = "train" if "train" in file.stem else "val"
+        # captions first: the file lists them apart from the images, in any order
         captions: dict[Any, list[str]] = {}
         for position, record in enumerate(get(document, "annotations", list, str(file), layout)):
             where = f"{file.name} annotations[{position}]"
@@ -145,6 +150,7 @@ def official(files: list[Path]) -> Iterator[Found | BadRow]:
             except UserError as error:
                 yield BadRow("malformed row", where, error.what, split)
                 continue
+            # captions_train2014.json -> train2014/, where COCO's archives put the images
             folder = file.stem.removeprefix("captions_")
             origin = f"{file.name} image {position} ({one_line(name)})"
             yield f"{folder}/{name}", captions.get(number, []), f"coco {number}", split, origin
@@ -159,6 +165,7 @@ def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow
     for line in text_lines(file):
         origin = f"{file.name}:{line.number}"
         name, tab, caption = line.text.partition("\t")
+        # name.jpg#0: the number of the caption
         name = name.rpartition("#")[0] or name
         if line.problem:
             yield BadRow(line.problem[0], origin, line.problem[1], "train")
@@ -180,7 +187,9 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadR
     for record in table.records():
         values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
         problem = record.problem
+        # `raw` holds a JSON list, `comment` one caption a row
         captions = [] if problem else _list(values[caption]) if caption == "raw" else [values[caption]]
+        # the table's own split, else that of lists beside it
         split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
         if captions is None:
             problem = ("malformed row", "the captions are no JSON list of texts")
@@ -215,6 +224,7 @@ def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | B
         if problem:
             yield BadRow(problem[0], origin, problem[1], split_of(name))
         else:
+            # [/EN#3/people a man] -> a man
             captions = [_MARKUP.sub(r"\1", line) for line in text.splitlines() if line.strip()]
             yield name, captions, flickr_id(name), split_of(name), origin
 
@@ -225,6 +235,7 @@ def split_lists(folder: Path) -> Callable[[str], str]:
     kinds = {"val": "val", "dev": "val", "test": "test"}
     for file in sorted(folder.glob("*.txt")):
         word = re.fullmatch(r"(?:flickr_?\d+k[_.])?(val|dev|test)(?:images)?\.txt", file.name, re.I)
+        # only files whose whole name says a split
         if word:
             check_below(file, folder)
             for line in text_lines(file):
@@ -240,8 +251,10 @@ def flickr_ids(name: Any, images: list[Any]) -> dict[str, str]:
     """
     if not str(name).lower().startswith("flickr"):
         return {}
+    # malformed rows are told elsewhere
     named = [image for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str)]
     starts = [re.match(r"\d+", PurePosixPath(image["filename"]).name) for image in named]
+    # a number that starts several names is no photo's number
     count = Counter(start[0] for start in starts if start)
     pairs = zip(named, starts, strict=True)
     return {_path_of(image): f"flickr {start[0]}" for image, start in pairs if start and count[start[0]] == 1}

@@ -51,6 +51,7 @@ def open_coco(raw: str, name: str, columns: dict[str, str]) -> RawSet:
         return CaptionSet(folder, COCO, lambda: captions.karpathy(file, "coco"))
     for year in ("2014", "2017"):
         files = [find_file(root, f"captions_{part}{year}.json") for part in ("train", "val")]
+        # one of the two parts is enough
         if there := [file for file in files if file]:
             return CaptionSet(folder, COCO, lambda: captions.official(there))
     raise no_files(root, "dataset_coco.json", "annotations/captions_{train,val}{2014,2017}.json")
@@ -84,7 +85,9 @@ def _karpathy(file: Path, _: Callable[[str], str]) -> Iterator[Found | BadRow]:
 
 def _open_flickr(root: Path, forms: Forms) -> RawSet:
     folder = root if root.is_dir() else root.parent
+    # the first form that is there, Karpathy's before all others
     for name, (facts, read) in forms.items():
+        # `sentences` is a folder, all others are files
         file = root / name if (root / name).is_dir() else find_file(root, name)
         if file:
             check_below(file, folder)

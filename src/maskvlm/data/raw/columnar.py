@@ -26,6 +26,7 @@ def _image_column(schema: pa.Schema, columns: dict[str, str]) -> str | None:
             kind = schema.field(name).type
             if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
                 return name
+            # -1: no such field
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 return name
     return None
@@ -35,6 +36,7 @@ def has_images(file: Path, columns: dict[str, str]) -> bool:
     """Whether a Parquet file holds images; one that cannot be read counts, so that it is reported."""
     try:
         with opened(file) as stream:
+            # the footer alone is read
             return _image_column(pq.read_schema(stream), columns) is not None
     except (UserError, OSError, ValueError, pa.ArrowException):
         return True
@@ -49,12 +51,14 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
             parquet = stack.enter_context(pq.ParquetFile(stream))
             names = parquet.schema_arrow.names
             image = _image_column(parquet.schema_arrow, columns)
+            # a dictionary of the row would hold one of the two
             if twice := [name for name in names if names.count(name) > 1]:
                 yield KeyedFiles("", "", {}, ("doubled column", f"column {one_line(twice[0])!r} stands there twice"))
                 return
             if image is None:
                 yield KeyedFiles("", "", {}, ("no image", "no column of images"))
                 return
+            # a few rows at a time: a row group may hold gigabytes of images
             for batch in parquet.iter_batches(BATCH):
                 batch.validate(full=True)  # a text that is no UTF-8, an offset that leads out of its column
                 for record in batch.to_pylist():
@@ -67,6 +71,7 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
 
 
 def _sample(record: dict[str, Any], image: str, row: int) -> KeyedFiles:
+    # what is left are the row's own facts
     content = record.pop(image)
     if isinstance(content, dict):
         content = content.get("bytes")

@@ -46,7 +46,9 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
             near = difflib.get_close_matches(name, there, 1)
             todo = f"Take {near[0]!r}" if near else f"Name the column of the {role} as it is in the file"
             raise UserError(where, f"no column {name!r} (there are {listed})", todo, ExitCode.BAD_DATA)
+    # reversed: of names that are alike the first column stays
     folded = {_folded(name): name for name in reversed(there)}
+    # what the user named goes before what is guessed
     found = dict(given)
     for role, names in ROLES.items():
         fitting = [folded[each] for each in names if each in folded]
@@ -66,6 +68,7 @@ def _folded(name: str) -> str:
 
 def split_named(value: object) -> str | None:
     """ "training" -> "train", also of "train2014" and "train[:10%]"; None where it names none."""
+    # letters alone: "train2014" and "train[:10%]" begin with their split
     name = re.match(r"[a-z]*", str(value if value is not None else "").strip().lower())
     return SPLITS.get(name[0]) if name and (name[0] or not str(value or "").strip()) else None
 
@@ -73,6 +76,7 @@ def split_named(value: object) -> str | None:
 def split_of_path(path: str) -> str:
     """The split that a word of a relative path names, the last such word; "train" where none does."""
     words = [word for word in re.split(r"[^a-z]+", path.lower()) if word]
+    # the last one: the file's own name goes before its folders'
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
 
 
@@ -81,6 +85,7 @@ def split_of_path(path: str) -> str:
 
 def name_problem(name: str) -> str | None:
     """Why an image is not to be looked for under this name, or None."""
+    # the fast way, for nearly all names
     if name.isascii() and not name.startswith("/") and ".." not in name and "\x00" not in name:
         return None  # what follows takes some 10 us
     path = PurePosixPath(name)
@@ -104,8 +109,10 @@ class Folder:
     def place(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The path of an existing file, or (reason, message)."""
         inside = name
+        # the path as given, and with its links followed
         for root in (self.root, self._real):
             if name.startswith(f"{root}/") and ".." not in PurePosixPath(name).parts:
+                # a whole path within the folder, made relative to it
                 inside = name[len(str(root)) + 1 :]
         if problem := name_problem(inside):
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}")
@@ -152,6 +159,7 @@ class Merged:
         self, path: str, captions: Iterable[str], split: str, place: int, own: str = "", name: str = ""
     ) -> BadRow | None:
         """Take in a row; it is bad where its image is in another split, or its id is another image's."""
+        # the image was there: its captions are added
         if row := self._rows.get(path):
             if row[2] != split:
                 what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"

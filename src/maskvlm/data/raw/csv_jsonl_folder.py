@@ -57,12 +57,14 @@ def file_rows(
     Raises:
         UserError: the file cannot be read, or has no column for image or caption.
     """
+    # rows wait until the whole file is read: those of an image may stand anywhere in it
     merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
     for entry in _entries(file, given, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
         found = entry.problem or _values(entry.values, default)
         if isinstance(found, Values):
             path, problem = folder.place(found.image)
+            # the image's path is its identity: two names may lead to it
             bad = merged.add(path, found.captions, found.split, entry.place, found.id, found.image) if path else None
             if problem:
                 bad = BadRow(problem[0], origin, problem[1], found.split)
@@ -79,10 +81,12 @@ def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Fi
         return
     table = RawTable(file)
     columns = find_columns(table.columns, given, file)
+    # told once: a wrong guess of a column would otherwise go unnoticed
     if (left := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
         note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(left))}"
     ) not in notes:
         notes.append(note)
+    # of two columns with the same name the first
     at = {role: table.columns.index(name) for role, name in columns.items()}
     for number, fields, problem in table.records():
         yield FileRow(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
@@ -100,6 +104,7 @@ def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
     """
     usual: dict[str, str] = {}
     wrong: UserError | None = None
+    # first pass: which keys are usual; the second one reads
     for entry in islice(_json(file), PROBE):
         if not entry.problem and not usual:
             try:
@@ -108,6 +113,7 @@ def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
                 wrong = wrong or error
     if wrong and not usual:
         raise wrong
+    # columns are found once for each set of keys, not once a row
     known: dict[tuple[str, ...], dict[str, str]] = {}
     for entry in _json(file):
         if entry.problem:
@@ -115,6 +121,7 @@ def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
             continue
         keys = tuple(entry.values)
         if keys not in known:
+            # bounded: in a hostile file each row has keys of its own
             known = known if len(known) < PROBE else {}
             known[keys] = _columns(keys, given, file) or usual
         yield FileRow(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
@@ -130,6 +137,7 @@ def _columns(keys: tuple[str, ...], given: dict[str, str], file: Path) -> dict[s
 def _json(file: Path) -> Iterator[FileRow]:
     """Lines, or the items of one list; values by their own keys."""
     if file.suffix.lower() == ".json":
+        # one list: items are counted from 0, lines below from 1
         for place, record in enumerate(json_items(file)):
             yield _entry(place, record)
         return
@@ -140,6 +148,7 @@ def _json(file: Path) -> Iterator[FileRow]:
             try:
                 record = load_json(line.text.encode(), file, line.number)
             except UserError as error:
+                # one damaged line does not end the file
                 yield FileRow(line.number, {}, ("not JSON", error.what))
                 continue
             yield _entry(line.number, record)
@@ -170,9 +179,11 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     captions = texts_in(values.get("caption"))
     if captions is None:
         return "no caption", f"the caption is {short_value(values.get('caption'))}"
+    # a split that is given must be one; an empty one is train
     split = default if given is None else split_named(given)
     if split is None:
         return "unknown split", f"{short_value(given)} is none of train, val and test"
+    # true is an int for Python
     named = isinstance(own, str | int) and not isinstance(own, bool)
     return Values(image.strip(), captions, split, str(own).strip() if named else "")
 
@@ -203,6 +214,7 @@ class FolderSet(RawSet):
     def rows(self) -> Iterator[RawRow | BadRow]:
         """First what metadata files name, then the other images by name."""
         named: set[str] = set()
+        # a metadata file may stand in any folder below
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
         within = Inside(self.root)
         for file in sorted(tables):
@@ -211,17 +223,21 @@ class FolderSet(RawSet):
                 yield BadRow(reason, one_line(file.relative_to(self.root)), what, "train")
                 continue
             inside = file.parent.relative_to(self.root).as_posix()
+            # `file_name` is ImageFolder's column, unless another one was given
             for row in file_rows(file, self.name, {"image": "file_name", **self.columns}):
                 row = row._replace(origin=one_line(f"{inside}/{row.origin}" if inside != "." else row.origin))
                 if isinstance(row, BadRow):
                     yield row
                     continue
                 named.add(str(row.image))
+                # ids are relative to RAW, so that two metadata files may use the same names
                 own = Path(str(row.image)).relative_to(self.root.absolute())
                 split = split_of_path(own.parent.as_posix())
                 image_id = one_line(f"{self.name} {own.as_posix()}")
+                # a folder's name goes before the table's column
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
         left_out: dict[str, list[str]] = {}
+        # images that no table names
         for name in image_names(self.root, left_out):
             path = self.root.absolute() / name
             if str(path) not in named:
@@ -253,6 +269,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         return TableSet([path], name, columns)
     if not path.is_dir():
         raise UserError(raw, "no file and no folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
+    # of one folder, not below it
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
     if not files:
         what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"

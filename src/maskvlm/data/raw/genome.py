@@ -42,12 +42,14 @@ class Genome(RawSet):
             except UserError as error:
                 yield BadRow("malformed row", where, error.what, "train")
                 continue
+            # by the number alone: the images lie in two folders
             path, origin = index.find(str(number)), f"{where} ({number}.jpg)"
             if path is None:
                 yield BadRow("missing image", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
             elif not phrases:
                 yield BadRow("no caption", origin, "no region of this image is described", "train")
             else:
+                # COCO's id, so that its test images are found among these
                 image_id = f"coco {coco[number]}" if number in coco else f"vg {number}"
                 yield RawRow(path, phrases, image_id, "train", origin)
 

@@ -55,9 +55,12 @@ class HubSet(RawSet):
         columns = find_columns(data.column_names, self.columns, where)
         image = columns["image"]
         if isinstance(data.features[image], datasets.Image):
+            # bytes or path as they are: only `safe_open` decodes images
             data = data.cast_column(image, datasets.Image(decode=False))
+        # other columns may be large, and are not read
         data = data.select_columns(sorted(set(columns.values())))
         folder = Folder(Path(self.raw) if Path(self.raw).is_dir() else Path())
+        # one batch of encoded images in memory
         for start in range(0, len(data), BATCH):
             batch = data[start : start + BATCH]
             for offset in range(len(batch[image])):
@@ -85,6 +88,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
     if isinstance(value, dict):
         path = value.get("path")
         value = value.get("bytes") if value.get("bytes") is not None else path
+        # the library may have unpacked the image into its cache, outside of the folder
         if isinstance(value, str) and _is_fetched(value):
             return value, None
     if isinstance(value, bytes):
@@ -106,6 +110,7 @@ def _merged(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
     """Captions of rows of the same image that follow each other, under the first of them."""
     held: RawRow | None = None
     for row in rows:
+        # the held row may still get captions, so it is handed out when the next image comes
         if isinstance(row, RawRow) and held and (row.image_id, row.split) == (held.image_id, held.split):
             held = held._replace(captions=held.captions + row.captions)
             continue
@@ -124,9 +129,11 @@ def _load(raw: str) -> "dict[str, Dataset]":
 
     local = Path(raw).expanduser()
     check_local(local)
+    # a path may hold a colon
     name, _, configuration = (raw, "", "") if local.exists() else raw.partition(":")
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            # what `save_to_disk` wrote
             found = datasets.load_from_disk(str(local))
         else:
             found = datasets.load_dataset(str(local) if local.exists() else name, configuration or None)
@@ -165,6 +172,7 @@ def check_local(folder: Path) -> None:
     for name in CARDS:
         if folder.is_dir() and (folder / name).is_file():
             check_card(folder / name)
+    # complete only now, as the walk is over
     for paths in walk.left_out.values():
         what = f"{one_line(paths[0])!r} leads out of this folder, or is not text"
         raise UserError(folder, what, "Copy there what it leads to", ExitCode.REFUSED)
@@ -177,6 +185,7 @@ def check_card(file: Path) -> None:
         UserError: it names an address or a file outside of the folder, or cannot be read and speaks of files (77).
     """
     text = content_of(file, MOST_CARD).decode("utf-8", "replace")
+    # the YAML at the top of a README.md; the other kind of card is YAML throughout
     head = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
     told = head[1] if head else "" if file.suffix == ".md" else text
     what, todo = "its settings cannot be read, and speak of files", "Remove them from the file, or take the data alone"
@@ -187,7 +196,9 @@ def check_card(file: Path) -> None:
             raise UserError(file, what, todo, ExitCode.REFUSED) from None
         return
     if file.suffix == ".md":
+        # of a README, only `configs` names files; addresses elsewhere in it are text
         settings = settings.get("configs") if isinstance(settings, dict) else None
+    # "::" chains file systems in fsspec: zip://a::https://b
     for one in _strings([settings]):
         if "::" in one or "://" in one or one.startswith(("/", "~")) or ".." in one.split("/"):
             what = f"names {short_value(one)}, which is not in this folder"

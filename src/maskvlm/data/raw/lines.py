@@ -37,12 +37,14 @@ def text_lines(file: Path) -> Iterator[TextLine]:
         for number, content, problem in byte_lines(stream):
             if number == 1 and content.startswith(UTF16):
                 raise UserError(file, "UTF-16 text", "Save it as UTF-8", ExitCode.BAD_DATA)
+            # a byte order mark would become a part of the first column's name
             content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
             yield TextLine(number, "", problem) if problem else TextLine(number, *decoded(content))
 
 
 def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
     """UTF-8 text, or "" and (reason, message)."""
+    # null bytes are valid UTF-8, but ASCII text in UTF-16 has one every second byte
     if b"\x00" in content:
         return "", ("null bytes", f"byte {content.index(0)} is null: the file is damaged, or UTF-16")
     try:
@@ -67,26 +69,32 @@ def json_items(file: Path) -> Iterator[Any]:
         UserError: the file cannot be read, is no list, or is damaged; the items before the damage were handed out.
     """
     with opened(file) as stream:
+        # text, so that a piece never ends within a character
         reader = TextIOWrapper(stream, encoding="utf-8-sig")
         text, position = _read(reader, file, CHUNK).lstrip(), 1
         if not text.startswith("["):
             raise _damaged(file, "a list in [ ] is needed")
         while True:
+            # commas count as space: one too many harms nobody
             while text[position : position + 1] in (" ", "\n", "\r", "\t", ","):
                 position += 1
             if text.startswith("]", position):
                 if (text[position + 1 :] + _read(reader, file, CHUNK)).strip():
                     raise _damaged(file, "something follows the list")
                 return
+            # `end` is the end of the text where the item may go on in the next piece
             item, end = _item(text, position, file)
+            # a number at the very end of a piece might go on, so an item is taken only if more follows
             if end < len(text):
                 yield item
                 position = end
                 continue
             left = len(text) - position
+            # at least doubles what is held, so that a long item is not parsed again for each megabyte
             more = _read(reader, file, max(CHUNK, left)) if left < MAX_LINE_BYTES else ""
             if not more:
                 raise _damaged(file, "not JSON, or cut short")
+            # what was handed out is dropped
             text, position = text[position:] + more, 0
 
 
@@ -113,6 +121,7 @@ def _damaged(file: Path, what: str) -> UserError:
 
 def one_line(text: object, most: int = 200) -> str:
     """For messages and ids: one line, printable, encodable."""
+    # cut before cleaning: the text may be a megabyte
     cleaned = clean_caption(str(text)[: most * 2])[0][:most]
     return cleaned if cleaned.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in cleaned)
 

@@ -65,13 +65,16 @@ class Links(RawSet):
         self.notes = []
         named = ImagesByName(self.root)
         for part in self.parts:
+            # bare: some scripts save images without an extension
             index = PhotoIndex(*_folders(self.root, part.split), bare=True)
             scheme, twice = self._scheme(part, index)
             prefix = self.name if part.split == "train" else f"{self.name} {part.split}"
             for link in part.read():
                 path, problem = "", link.problem
                 if not problem and link.name:
+                    # the list itself names the image
                     path, problem = named.find(link.name)
+                # one file, several rows: nobody can tell whose image it is
                 elif not problem and scheme == BY_END and stable_id(stem_of(link.url)) in twice:
                     problem = ("ambiguous name", f"several addresses end in {one_line(stem_of(link.url))!r}")
                 elif not problem:
@@ -81,16 +84,19 @@ class Links(RawSet):
                 if problem:
                     yield BadRow(problem[0], link.origin, problem[1], part.split)
                 else:
+                    # nine digits, so that ids sort by row
                     image_id = photo_of(link.url) or one_line(f"{prefix} {link.row:09d}")
                     yield RawRow(path, (link.caption,), image_id, part.split, link.origin)
 
     def _scheme(self, part: LinkList, index: PhotoIndex) -> tuple[str, set[int]]:
         """The scheme under which most of the first rows have an image, "" for none; ends that several rows share."""
         links = (link for link in part.read() if not link.problem and not link.name)
+        # a sample of rows, tried under every scheme
         first = [*islice(links, PROBE)]
         hits = {
             name: sum(index.find(of(link.url, link.row)) is not None for link in first) for name, of in SCHEMES.items()
         }
+        # of equal ones the first in SCHEMES
         best = max(hits, key=hits.__getitem__)
         if not hits[best]:
             return "", set()
@@ -102,6 +108,7 @@ class Links(RawSet):
     def _start(self, scheme: str, part: LinkList, index: PhotoIndex) -> str:
         """Whether rows count from 0 or 1: by the image that only one of the two can have."""
         from_0, from_1 = scheme.replace("from 1", "from 0"), scheme.replace("from 0", "from 1")
+        # counted from 0 there is an image 0, counted from 1 an image `rows`
         rows = sum(1 for _ in part.read())
         if index.find(SCHEMES[from_0]("", 0)) is None and index.find(SCHEMES[from_1]("", rows - 1)) is not None:
             return from_1
@@ -110,6 +117,7 @@ class Links(RawSet):
 
 def _twice(part: LinkList) -> set[int]:
     """Hashes of the ends of addresses that several different rows have."""
+    # hashes: 8 bytes a row
     ends = array("q", (stable_id(stem_of(link.url)) for link in part.read() if not link.problem))
     value_N, count_N = np.unique(np.array(ends, np.int64), return_counts=True)
     return set(value_N[count_N > 1].tolist())
@@ -120,6 +128,7 @@ def _folders(root: Path, split: str) -> list[Path]:
     places = [path for folder in (root, root / "images") if folder.is_dir() for path in sorted(folder.iterdir())]
     words = {path: [word for word in re.split(r"[^a-z]+", path.name.lower()) if word] for path in places}
     inside = Inside(root)
+    # a linked folder that leads out is not looked into
     own = (path for path in places if path.is_dir() and inside.holds(path))
     named = [path for path in own if any(SPLITS.get(word) == split for word in words[path])]
     return named or [root]
@@ -133,6 +142,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
     first: int | None = None
     row = -1
     for line in text_lines(file):
+        # a blank line is no row: images may be named by the row
         if not line.text and not line.problem:
             continue
         row, origin, fields = row + 1, f"{file.name}:{line.number}", line.text.split("\t")
@@ -143,6 +153,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
         if problem:
             yield Link(row, "", "", origin, problem=problem)
             continue
+        # until a row has an address, all are bad: nobody can tell the columns apart
         if first is None:
             first = next((n for n in (0, 1) if "://" in fields[n][:12]), None)
         if first is None or "://" not in fields[first]:
@@ -155,6 +166,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
 
 def text_links(urls: Path, captions: Path) -> Iterator[Link]:
     """SBU_captioned_photo_dataset_urls.txt and _captions.txt, line by line."""
+    # zip_longest: lists of different lengths are told, not cut
     for row, (url, caption) in enumerate(zip_longest(text_lines(urls), text_lines(captions))):
         origin, line = f"{urls.name}:{row + 1}", url if caption is None or (url and url.problem) else caption
         problem = line.problem if line else None
@@ -166,6 +178,7 @@ def text_links(urls: Path, captions: Path) -> Iterator[Link]:
 def json_links(file: Path) -> Iterator[Link]:
     """A list of objects with `caption`, and `image` or `url`; or SBU's object of lists `image_urls` and `captions`."""
     with opened(file) as stream:
+        # an object of two lists, or a list of objects: the first sign tells
         lists = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
         stream.seek(0)
         document = load_json(stream.read(), file) if lists else None
@@ -181,6 +194,7 @@ def json_links(file: Path) -> Iterator[Link]:
     for row, record in enumerate(records):
         values = record if isinstance(record, dict) else {}
         url, name, caption = (values.get(key, "") for key in ("url", "image", "caption"))
+        # an address or a name is enough to find the image
         whole = all(isinstance(value, str) for value in (url, name, caption)) and (url or name)
         wrong = flaw(record) or "an object with 'caption' and 'image' or 'url' belongs here"
         problem = None if whole and not flaw(record) else ("malformed row", wrong)

@@ -72,6 +72,7 @@ class PhotoIndex:
     def __init__(self, *roots: Path, bare: bool = False) -> None:
         self._folders: list[str] = []
         self._suffixes: list[str] = []
+        # plain numbers: millions of names as Python texts would take gigabytes
         hashes, folders, suffixes = array("q"), array("l"), array("l")
         kinds = IMAGE_SUFFIXES | ({""} if bare else set())
         for place, files in chain.from_iterable(map(Walk, roots)):
@@ -79,8 +80,10 @@ class PhotoIndex:
             for name in files:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in kinds:
+                    # a handful: .jpg, .JPG, .png ...
                     if suffix not in self._suffixes:
                         self._suffixes.append(suffix)
+                    # the name itself is not kept: who asks for it knows it
                     hashes.append(stable_id(stem))
                     folders.append(len(self._folders) - 1)
                     suffixes.append(self._suffixes.index(suffix))
@@ -95,6 +98,7 @@ class PhotoIndex:
 
     def find(self, stem: str) -> str | None:
         """The path of the first file of that name."""
+        # 63 bits: of a few million names hardly any two share one
         wanted = stable_id(stem)
         number = int(np.searchsorted(self._hash_N, wanted))
         if number == len(self) or self._hash_N[number] != wanted:

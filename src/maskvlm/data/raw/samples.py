@@ -29,7 +29,9 @@ def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Ke
     """The members of an archive by key: the name up to its first dot, as webdataset has it. One key at a time."""
     group: KeyedFiles | None = None
     for member in members(shard):
+        # the archive itself is at fault: the key that it was cut in may lack a file
         if not member.name:
+            # whole enough to be used
             if group and "image" in group.parts and group.parts.keys() & {"text", "json"}:
                 yield group  # else it is what was cut
             yield KeyedFiles("", "", {}, member.problem)
@@ -39,13 +41,16 @@ def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Ke
             if member.problem:
                 yield KeyedFiles(member.name, member.name, {}, member.problem)
             continue
+        # webdataset's rule: the files of a key follow each other; a second file of the same kind begins another sample
         if group is None or group.key != key or kind in group.parts:
             if group:
                 yield group
             group = KeyedFiles(key, member.name, {})
         if kind == "image" and "image" not in group.parts:
+            # a sample is named after its image
             group = group._replace(origin=member.name)
         if member.problem:
+            # the first problem is told
             group = group._replace(problem=group.problem or member.problem)
         group.parts[kind] = member.content
     if group:
@@ -55,6 +60,7 @@ def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Ke
 def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
     """Key and kind of a member; None where it is of no use."""
     folder, _, base = name.rpartition("/")
+    # at the first dot of the name, not of its folders
     stem, _, extension = base.partition(".")
     key, last = (f"{folder}/{stem}" if folder else stem), f".{extension.lower().rsplit('.', 1)[-1]}"
     for role, kind in (("image", "image"), ("caption", "text")):
@@ -74,6 +80,7 @@ def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[KeyedFiles]:
     inside = Inside(folder)
     for path in images_of(folder):
         parts: dict[str, Any] = {"image": str(path)}
+        # a link may lead to any file of this machine
         problem = None if inside.holds(path) else leads_out(path.name, folder)
         for kind, suffixes in (("text", TEXTS), ("json", (".json",))):
             beside = next((path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()), None)

@@ -56,10 +56,13 @@ class WebShards(RawSet):
     def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
         inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
         split, found, cut = split_of_path(inside), 0, False
+        # of one shard: keys of all shards would not fit into memory
         seen: set[str] = set()
+        # one sample at a time; the problem of a whole shard has no key
         for sample in READERS[self._kind](shard, self.columns):
             origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
             row = self._row(sample, shard, origin, split)
+            # images that were downloaded, usable or not: compared with img2dataset's count
             found += isinstance(row, RawRow) or "image" in sample.parts
             if sample.key and sample.key in seen:
                 row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} stands there twice", split)
@@ -74,21 +77,27 @@ class WebShards(RawSet):
         status = meta.get("status")
         if not problem and "image" not in sample.parts:
             failed = isinstance(status, str) and status != "success"
+            # img2dataset writes a row for an image that it could not fetch
             problem = (one_line(status, 40).replace("_", " "), one_line(meta.get("error_message"))) if failed else None
             problem = problem or ("no image", "no image of that name")
         captions = problem or self._captions(sample, meta)
+        # (reason, message); captions are a list
         if isinstance(captions, tuple):
             return BadRow(captions[0], origin, captions[1], split)
+        # a column before the names of files and folders
         named = split_named(meta[self.columns["split"]]) if self.columns.get("split") in meta else None
+        # img2dataset's own number, else shard and member
         key = meta.get(self.columns.get("id", "key"))
         own = str(key) if isinstance(key, str | int) else f"{_stem(shard)}/{sample.key}"
         split = named or split
         prefix = self.name if split == "train" else f"{self.name} {split}"  # keys count from 0 in each download
+        # the photo's own id first, so that leaks are seen by id
         image_id = photo_of(meta.get("url")) or f"{prefix} {own}"
         return RawRow(sample.parts["image"], tuple(captions), one_line(image_id), split, origin)
 
     def _captions(self, sample: KeyedFiles, meta: dict[str, Any]) -> list[str] | tuple[str, str]:
         wanted = self.columns.get("caption")
+        # the `.txt`, unless another key was asked for and is there
         if "text" in sample.parts and (wanted is None or wanted not in meta):
             if len(sample.parts["text"]) > MAX_TEXT_BYTES:
                 return "bomb", f"a caption of {len(sample.parts['text']):,} bytes"
@@ -106,6 +115,7 @@ class WebShards(RawSet):
         text, problem = read_text(file) if there else ("", ("absent", ""))
         try:
             stats = {} if problem else parse_json(text)
+            # without a file of statistics nothing is compared
             asked, got = (stats.get(key, found) for key in ("count", "successes"))
             if not all(type(number) is int and 0 <= number < 2**53 for number in (asked, got)):
                 raise TypeError("no numbers")
@@ -114,6 +124,7 @@ class WebShards(RawSet):
             return
         if stats:
             self._asked, self._got = self._asked + asked, self._got + got
+        # of a shard that is cut short this has been told
         if stats and got != found and not cut:
             what = f"{file.name} counts {got:,} images, {found:,} are there"
             yield BadRow("other count than img2dataset's", one_line(inside), what, split)
@@ -135,13 +146,16 @@ def find_shards(
     for place, names in walk if root.is_dir() else [(str(root.parent), [root.name])]:
         found["tar"] += [Path(place, name) for name in names if TAR.search(name)]
         found["parquet"] += [Path(place, name) for name in names if name.endswith(".parquet")]
+        # a folder of images counts as one shard
         if any(name.endswith(".json") and not name.endswith(STATS) for name in names) and images_of(Path(place)):
             found["files"].append(Path(place))
     for reason, paths in walk.left_out.items():
         if left_out is not None:
             left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
+    # beside tars, img2dataset writes Parquet of the addresses, without images
     if not found["tar"]:
         found["parquet"] = [path for path in found["parquet"] if has_images(path, columns)]
+    # the first kind that is there: tar, parquet, files
     for kind, shards in found.items():
         if shards:
             return kind, sorted(shards)
@@ -154,6 +168,7 @@ def _stem(shard: Path) -> str:
 
 def _meta(sample: KeyedFiles) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """The `.json` member as an object, empty where there is none, and what is wrong with it."""
+    # of Parquet it is an object already
     content = sample.parts.get("json", {})
     if isinstance(content, dict):
         return content, None

@@ -35,7 +35,9 @@ class RawTable:
     def __init__(self, file: Path, delimiter: str | None = None) -> None:
         self.file = file
         self._lines = text_lines(file)
+        # lines that were looked at, but not taken
         self._ahead: deque[TextLine] = deque()
+        # the first line that is not blank
         header = next((line for line in self._lines if line.text.strip() or line.problem), None)
         if header is None:
             raise UserError(file, "empty file", "Fetch it again", ExitCode.BAD_DATA)
@@ -58,15 +60,18 @@ class RawTable:
 
     def _record(self, line: TextLine) -> TableRecord:
         fields, joined = _split(line.text, self.delimiter), 0
+        # a row that has its image by now does not go on into the next image's row
         size, own_image = len(line.text), self._has_image(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
             size += len(following.text) + 1
             if following.problem or size > MAX_LINE_BYTES or (own_image and self._is_row(following.text)):
                 break
             joined += 1
+            # joined anew only then, or a long field would cost the square of its lines
             if '"' in following.text:  # nothing else can close the field
                 text = "\n".join([line.text, *(self._ahead[n].text for n in range(joined))])
                 fields = _split(text, self.delimiter)
+        # the lines looked at stay in `_ahead`: each is read as a row of its own
         if isinstance(fields, str) or (joined and len(fields) != len(self.columns)):
             opened = fields == OPEN or joined
             reason = "quote left open" if opened else "quotes do not fit"
@@ -100,14 +105,17 @@ class RawTable:
 def _delimiter(file: Path, header: str) -> str:
     if file.suffix.lower() in (".tsv", ".tab"):
         return "\t"
+    # of equal counts the first of DELIMITERS
     counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
     return max(counts, key=counts.__getitem__)
 
 
 def _split(text: str, delimiter: str) -> list[str] | str:
     """The fields of a row; OPEN where a quote is, WRONG where quotes do not fit together otherwise."""
+    # the fast way, for nearly all rows
     if '"' not in text:
         return text.split(delimiter)
+    # a setting of the whole process: put back below
     limit = csv.field_size_limit(MAX_LINE_BYTES + MAX_JOINED)
     try:
         rows = [*csv.reader([text], delimiter=delimiter, strict=True)]

@@ -55,6 +55,7 @@ def _open_tsv(root: Path, name: str, columns: dict[str, str], facts: Facts, list
     if shards := _shards(root, name, columns, facts):
         return shards
     folder = root if root.is_dir() else root.parent
+    # "report": what downloaders write about their work
     files = [root] if root.is_file() else sorted(file for file in root.glob("*.tsv") if "report" not in file.name)
     if files:
         for file in files:
@@ -64,10 +65,12 @@ def _open_tsv(root: Path, name: str, columns: dict[str, str], facts: Facts, list
 
 
 def _shards(root: Path, name: str, columns: dict[str, str], facts: Facts) -> RawSet | None:
+    # a list was named: shards beside it are not asked for
     if root.is_file() and root.suffix in (".tsv", ".json", ".txt"):
         return None
     try:
         find_shards(root, columns)
+    # no shards: the lists are tried
     except UserError:
         return None
     shards = WebShards(root, name, columns)

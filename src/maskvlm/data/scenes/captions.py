@@ -32,7 +32,9 @@ class Style:
     def noun(self, said: "Mention") -> str:
         """ "a small striped red circle", as far as the mention goes."""
         size = self.sizes[said.size] if said.size else None
+        # in the order in which English puts them
         words = [word for word in (size, said.pattern, said.colour, said.shape or "thing") if word]
+        # by the first word that is said: "an orange circle", "a small orange circle"
         article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
         return " ".join((*article, *words))
 
@@ -70,6 +72,7 @@ NOTES = Style(
 
 def style_of(scene: Scene, rng: random.Random) -> Style:
     """Either, at random; notes where there is much to tell, since length costs compute."""
+    # drawn in any case, and passed over where there are three things
     drawn = choose(rng, (SENTENCES, NOTES))
     return NOTES if len(scene.things) > 2 else drawn
 
@@ -129,6 +132,7 @@ def describes(statement: Statement, scene: Scene) -> bool:
     return any(
         all(mention.fits(thing) for mention, thing in zip(statement.mentions, things, strict=True))
         and all(things[first].relates(name, things[second]) for first, name, second in statement.relations)
+        # every way to take different things for the mentions, at most 3! = 6
         for things in permutations(scene.things, len(statement.mentions))
     )
 
@@ -141,6 +145,7 @@ def mention(thing: Thing, *attributes: str) -> Mention:
 def tell_all(scene: Scene, rng: random.Random) -> Caption:
     """Every thing with every attribute and its place, and the background."""
     style = style_of(scene, rng)
+    # in random order: the order of a text must not tell the places
     said = [mention(thing, "size", "pattern", "place") for thing in shuffled(rng, scene.things)]
     things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
     text = f"{things}{style.ground(rng, scene.background)}"
@@ -156,10 +161,12 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
         said = [mention(things[0], "size", "pattern")]
         text = f"{style.noun(said[0])} alone{style.ground(rng, scene.background)}"
         return Caption(text, Statement(tuple(said), background=scene.background, count=1))
+    # keeps the text short
     attributes = ("size", "pattern") if len(things) == 2 else (choose(rng, ("size", "pattern")),)
     said = [mention(thing, *attributes) for thing in things]
     relations = []
     for number, thing in enumerate(things[1:], start=1):
+        # never empty: two things differ in row or column; both hold on a diagonal
         true = [name for name in world.RELATIONS if things[0].relates(name, thing)]
         relations.append(Relation(0, choose(rng, true), number))
     others = style.listed([f"{style.relations[r.name]} {style.noun(said[r.second])}" for r in relations])
@@ -170,6 +177,7 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
 def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
     """The background, then each thing's colour, shape and place; of one thing alone its size or pattern, too."""
     style = style_of(scene, rng)
+    # one thing alone would fit too many images without it
     more = () if len(scene.things) > 1 else (choose(rng, ("size", "pattern")),)
     said = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
     things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
@@ -194,6 +202,7 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
     """At most two things in full, or that there is one only, or how many there are, and their colours and shapes."""
     style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
+    # One or two things in full, else the count and all names.
     if len(things) <= 2 or rng.random() < 0.5:
         said = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
         text = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
@@ -236,6 +245,7 @@ def tell_short(scene: Scene, rng: random.Random, relations: int = 0) -> Caption:
     Args:
         relations: how often `tell_relations` is in the lot as well, where there are several things.
     """
+    # one entry a share: `relations` of them beside one of each other kind
     several = (tell_names, tell_spots, *[tell_relations] * relations)
     return choose(rng, several if len(scene.things) > 1 else (tell_names,))(scene, rng)
 
@@ -251,6 +261,7 @@ def captions_of(scene: Scene, rng: random.Random) -> list[Caption]:
 def vocabulary() -> list[str]:
     """Every word that a caption can use, sorted."""
     styles = (SENTENCES, NOTES)
+    # the words that stand in the frames of the functions above
     frames = [*OBJECT_WORDS, "thing a alone an and is at in on only the"]
     frames += [frame for style in styles for frame in (*style.grounds, *style.grounds_first)]
     counts = [COUNT_WORDS[count] for count in set(world.COUNTS) if count > 2]  # see tell_part

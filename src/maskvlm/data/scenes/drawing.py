@@ -52,6 +52,7 @@ class Stamp(NamedTuple):
 
 def ink_of(colour: str) -> RGB:
     """Colour of stripes and dots: the object's own colour, far darker where it is light and vice versa."""
+    # 70 % of the way to black or white
     target = 0 if colour in LIGHT_COLOURS else 255
     red, green, blue = (round(0.3 * value + 0.7 * target) for value in COLOUR_RGB[colour])
     return red, green, blue
@@ -70,11 +71,13 @@ def corners_of(shape: str) -> list[tuple[float, float]]:
         return [(low, 0), (high, 0), (high, low), (1, low), (1, high), (high, high), (high, 1), (low, 1),
                 (low, high), (0, high), (0, low), (low, low)]  # fmt: skip
     if shape == "star":
+        # ten corners, outer and inner in turn, from the top clockwise
         radii = [0.53 if corner % 2 == 0 else 0.22 for corner in range(10)]
         turns = [math.pi * corner / 5 for corner in range(10)]
         return [(0.5 + r * math.sin(t), 0.54 - r * math.cos(t)) for r, t in zip(radii, turns, strict=True)]
     assert shape == "heart", shape
     turns = [2 * math.pi * step / 60 for step in range(60)]
+    # the usual heart curve: x = 16 sin^3 t, scaled to the unit square
     heights = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
     return [(0.5 + math.sin(t) ** 3 / 2, 0.42 - y / 30) for t, y in zip(turns, heights, strict=True)]
 
@@ -89,6 +92,7 @@ def draw_shape(shape: str, side: int) -> Image.Image:
             hole = 0.25 * side
             draw.ellipse((hole, hole, side - 1 - hole, side - 1 - hole), fill=0)
     else:
+        # from [0, 1] to pixels
         draw.polygon([(x * (side - 1), y * (side - 1)) for x, y in corners_of(shape)], fill=255)
     return mask
 
@@ -97,10 +101,12 @@ def draw_pattern(pattern: str, side: int, step: float) -> Image.Image:
     """Stripes or dots that repeat every `step` pixels, centred, mode "L", `side` pixels square."""
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
+    # more rows than fit: those outside are cut off
     reach = math.ceil(side / step) + 1
     for row in range(-reach, reach + 1):
         y = side / 2 + row * step
         if pattern == "striped":
+            # half ink, half gap; Pillow's coordinates include the last pixel, hence - 1
             draw.rectangle((0, y - step / 4, side, y + step / 4 - 1), fill=255)
             continue
         for column in range(-reach, reach + 1):
@@ -113,10 +119,12 @@ def draw_pattern(pattern: str, side: int, step: float) -> Image.Image:
 def stamp_of(shape: str, size: str, pattern: str, image_size: int) -> Stamp:
     """The masks of a kind of thing in images of `image_size` pixels."""
     cell = image_size / 3
+    # in pixels of the image
     side = max(1, round(DIAMETER[size] * cell))
     outline = draw_shape(shape, side * SUPERSAMPLE)
     if pattern == "plain":
         return Stamp(outline.reduce(SUPERSAMPLE), None)
+    # the pattern where the shape is, nothing elsewhere
     ink = ImageChops.darker(outline, draw_pattern(pattern, side * SUPERSAMPLE, cell * SUPERSAMPLE / 4))
     return Stamp(outline.reduce(SUPERSAMPLE), ink.reduce(SUPERSAMPLE))
 
@@ -124,8 +132,10 @@ def stamp_of(shape: str, size: str, pattern: str, image_size: int) -> Stamp:
 def corner_of(thing: Thing, side: int, image_size: int) -> tuple[int, int]:
     """Left and top pixel of a thing whose mask is `side` pixels wide."""
     cell = image_size / 3
+    # centre of the cell, moved by sixteenths of it, minus half of the mask
     left = (thing.column + 0.5 + thing.dx / 16) * cell - side / 2
     top = (thing.row + 0.5 + thing.dy / 16) * cell - side / 2
+    # `round` takes halves to even numbers: neighbours would be a pixel nearer or farther
     return math.floor(left + 0.5), math.floor(top + 0.5)
 
 
@@ -155,6 +165,7 @@ def curtain_of(size: int, line: str) -> Image.Image:
     """The curtain over a row or column (a key of LINES) of images of `size` pixels, mode "RGBA", clear elsewhere."""
     curtain = Image.new("RGBA", (size, size))
     draw = ImageDraw.Draw(curtain)
+    # the first cell of the line
     row, column = divmod(LINES[line][0], 3)
     rows, columns = (3, 1) if line.endswith("column") else (1, 3)
     top, bottom = round(row * size / 3), round((row + rows) * size / 3) - 1

@@ -80,12 +80,14 @@ def lots_of(kinds: Sequence[str], shares: dict[str, int]) -> dict[str, tuple[str
 def near_miss(rng: random.Random, traits: Traits, taken: Collection[str] = ()) -> Traits:
     """The same but for one of the attributes said, at random; never one of the `taken` values."""
     name = choose(rng, tuple(traits))
+    # the value itself would be no miss
     others = [value for value in ATTRIBUTES[name] if value != traits[name] and value not in taken]
     return {**traits, name: choose(rng, others)}
 
 
 def strangers(rng: random.Random, names: Collection[str], taken: Collection[str]) -> Traits:
     """Traits whose colour and shape are none of the `taken` values."""
+    # drawn until it fits: colours and shapes are eight each, and few are taken
     while True:
         traits = traits_by_lot(rng, names)
         if traits["colour"] not in taken and traits["shape"] not in taken:
@@ -94,6 +96,7 @@ def strangers(rng: random.Random, names: Collection[str], taken: Collection[str]
 
 def thing_like(rng: random.Random, cell: int, traits: Traits) -> Thing:
     """A random thing that the traits fit."""
+    # what is not said of it is random, so that nothing else tells it apart
     full = traits_by_lot(rng, [name for name in ATTRIBUTES if name not in traits]) | traits
     shifts = range(-JITTER[full["size"]], JITTER[full["size"]] + 1)
     return Thing(cell=cell, dx=choose(rng, shifts), dy=choose(rng, shifts), **full)
@@ -106,11 +109,13 @@ def traits_of(thing: Thing, names: Collection[str]) -> Traits:
 
 def scene_of(rng: random.Random, things: Collection[Thing], background: str | None = None) -> Scene:
     """A scene of these things, in any order; the background at random unless it is given."""
+    # by cell, as `Scene` wants them
     return Scene(background or choose(rng, BACKGROUNDS), tuple(sorted(things, key=lambda thing: thing.cell)))
 
 
 def scene_like(rng: random.Random, things: Collection[Traits], background: str | None = None) -> Scene:
     """A scene of as many things as there are traits, each at a random place; the background as in `scene_of`."""
+    # nine cells for fewer things: the rest is not used
     cells = shuffled(rng, range(9))
     made = [thing_like(rng, cell, traits) for cell, traits in zip(cells, things, strict=False)]
     return scene_of(rng, made, background)
@@ -118,6 +123,7 @@ def scene_like(rng: random.Random, things: Collection[Traits], background: str |
 
 def first_of_split(split: str, make: Callable[[], Scene | None]) -> Scene:
     """The first scene made that belongs to the split; `make` gives None where the lot fell on an unfit scene."""
+    # splits are told by content, so a scene can only be drawn again until it falls into this one
     for _ in range(TRIES):
         scene = make()
         if scene is not None and scene.split == split:
@@ -189,6 +195,7 @@ class SceneExamples:
         """Example `index` with its scenes. Raises IndexError outside 0 to the length - 1."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.task} {self.name}: no example {index}, there are {self.count}")
+        # split and seed are in the key, so no two splits draw the same
         return self.tell(f"{self.task}-{VERSION}-{self.seed}-{self.name}", self.name, index)
 
     def image_ids(self) -> Iterator[str]:
@@ -200,8 +207,10 @@ class SceneExamples:
     def fingerprint(self) -> str:
         """16 hex digits of the parameters and of the first examples, images included."""
         digest = sha256(repr((VERSION, self.task, self.name, self.count, self.size, self.seed)).encode())
+        # the content, too: it changes with the code of `tell`
         for index in range(min(8, self.count)):
             told = self.told(index)
+            # the plan holds the text, the answer and the scenes
             digest.update(repr(told).encode())
             for view in told.views:
                 digest.update(view.draw(self.size).tobytes())
@@ -226,6 +235,7 @@ class SceneSplits:
         self.task, self.tell, self.counts, self.size, self.seed = task, tell, counts, size, seed
         check_least(1, {f"{task}.{name}": count for name, count in counts.items()})
         check_least(SMALLEST, {f"{task}.size": size})
+        # a set that is cut through would not be balanced
         for name, count in counts.items():
             if count % multiple:
                 todo = f"Ask for a multiple of {multiple}: examples come in sets of {multiple}"

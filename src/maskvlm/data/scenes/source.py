@@ -71,15 +71,19 @@ class ScenePairs:
         """The scene, and the generator in the state that its captions go on from."""
         if not 0 <= index < self.count:
             raise IndexError(f"scenes {self.name}: no image {index}, there are {self.count}")
+        # A generator for each image, seeded by a text: Python hashes it by SHA-512,
+        # so row n is the same in every process and needs none of the rows before it.
         rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{index}")
         return scene_of_split(rng, self.name), rng
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the parameters and of the first images and captions."""
+        # Settings that are off stay out, so that fingerprints without them stay the same.
         facts = (VERSION, self.name, self.count, self.size, self.seed, *([SHORT, self.short] if self.short else []))
         facts = (*facts, self.relations) if self.short and self.relations else facts
         digest = sha256(repr(facts).encode())
+        # the content, too: another version of Pillow may draw other pixels
         for index in range(min(4, self.count)):
             row = self[index]
             digest.update(repr(row["captions"]).encode())
@@ -124,6 +128,7 @@ class Scenes(Source):
         """The pairs of `train`, `val` or `test`; another name is a UserError."""
         if name not in self.counts:
             raise UserError("scenes", f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
+        # evaluation has no short captions: numbers stay comparable whatever training is shown
         return ScenePairs(
             name, self.counts[name], self.size, self.seed, *((self.short, self.relations) if name == "train" else ())
         )

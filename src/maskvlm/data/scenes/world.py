@@ -35,11 +35,13 @@ Choice = TypeVar("Choice")
 
 def choose(rng: random.Random, options: Sequence[Choice]) -> Choice:
     """One option, uniformly. Uses `random()` alone: Python promises only its sequence to later versions."""
+    # random() is below 1, so the place is always one of the options
     return options[int(rng.random() * len(options))]
 
 
 def shuffled(rng: random.Random, options: Sequence[Choice]) -> list[Choice]:
     """The options in random order, by `random()` alone, as in `choose`."""
+    # the place breaks ties
     lots = sorted((rng.random(), place) for place in range(len(options)))
     return [options[place] for _, place in lots]
 
@@ -103,6 +105,7 @@ class Scene:
     @property
     def key(self) -> str:
         """All that can be said of the scene, without the jitter: equal keys mean the same scene."""
+        # things are ordered by cell, so each scene has one text
         things = (f"{t.cell} {t.size} {t.pattern} {t.colour} {t.shape}" for t in self.things)
         return "; ".join((self.background, *things))
 
@@ -114,12 +117,14 @@ class Scene:
     @property
     def split(self) -> str:
         """The only split that may hold this scene, whatever the seed: 8 in 10 train, 1 val, 1 test."""
+        # By content, not by lot: no scene can be in two splits. 256 is no multiple of 10, so the shares are near 8:1:1.
         digit = sha256(self.key.encode()).digest()[0] % 10
         return "val" if digit == 8 else "test" if digit == 9 else "train"
 
 
 def random_scene(rng: random.Random) -> Scene:
     """A random scene, of any split."""
+    # the order of the draws decides which scene a seed gives (`VERSION` in source.py)
     cells = sorted(shuffled(rng, range(9))[: choose(rng, COUNTS)])
     return Scene(choose(rng, BACKGROUNDS), tuple(random_thing(rng, cell) for cell in cells))
 
@@ -141,6 +146,7 @@ def random_thing(rng: random.Random, cell: int) -> Thing:
 
 def scene_of_split(rng: random.Random, split: str) -> Scene:
     """The first random scene that belongs to the split."""
+    # val and test take about one try in ten
     while True:
         scene = random_scene(rng)
         if scene.split == split:

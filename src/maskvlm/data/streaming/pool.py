@@ -32,17 +32,20 @@ def process_context() -> Any:
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
+        # the server imports once; each process is forked from it with the imports done
         context.set_forkserver_preload(["maskvlm.data.prepare.shards"])
     return context
 
 
 # ------------------------------------------------------------------ in the processes
 
+# what `at_work` sets once a process, rather than with every job
 _AT_WORK: dict[str, Any] = {}
 
 
 def watched() -> None:
     """First thing in each process: it leaves Ctrl-C to the first process, and ends when that does."""
+    # Ctrl-C reaches all processes of a terminal; the first one stops the others by `stop`
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -66,8 +69,10 @@ def work(job: Job) -> int:
 
     def tick(used: bool) -> None:
         if stop.is_set():
+            # leaves `whole_set_file`, which removes the half-written shard
             raise PreparationStopped
         with counts.get_lock():
+            # place 0: used, place 1: left out
             counts[not used] += 1
 
     made: ShardNote = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
@@ -87,6 +92,7 @@ class Pool:
     def __init__(self, workers: int, root: Path, settings: Settings) -> None:
         context = process_context()
         self.workers, self.root = workers, root
+        # shared memory, handed over once when a process starts
         self.counts, self._stop = context.Array("q", 2), context.Event()
         self._pool = ProcessPoolExecutor(workers, context, at_work, (root, settings, self.counts, self._stop))
 
@@ -94,6 +100,7 @@ class Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # processes stop at their next row; waiting for them, so that nothing is written later
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
@@ -134,6 +141,7 @@ class Stage:
         """Tell how far it is, if it is time."""
         now = time.monotonic()
         used, left_out = self.counts[:]
+        # the past of WINDOW seconds, in steps of half a second; two entries stay for the speed
         if now - self.past[-1][0] >= 0.5:
             self.past.append((now, used + left_out))
         while now - self.past[0][0] > WINDOW and len(self.past) > 2:

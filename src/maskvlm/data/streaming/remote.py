@@ -33,13 +33,16 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for place in [root] if isinstance(root, str) else root:
         try:
+            # path: the place without its protocol
             files, path = fsspec.core.url_to_fs(place)
             if not path.endswith(ENDINGS):
+                # a folder: of a prepared set its train split, else all shards in it
                 path = f"{path.rstrip('/')}/train/*.arrow" if files.isfile(f"{path}/{MANIFEST}") else f"{path}/*"
             for name, facts in files.glob(path, detail=True).items():
                 if name.endswith(ENDINGS) and facts["type"] == "file":
                     if facts.get("islink") and path != name:  # a link that the user did not name
                         check_below(Path(name), Path(path.partition("*")[0]).parent)
+                    # some servers tell no size
                     found[files.unstrip_protocol(name)] = facts["size"] or 0
         except UserError:
             raise
@@ -51,6 +54,7 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     if not found:
         what = "no shard here (.tar, .parquet or .arrow)"
         raise UserError(root, what, "Correct data.source.root", ExitCode.MISSING_INPUT)
+    # every process must arrive at the same list
     return dict(sorted(found.items()))
 
 
@@ -67,6 +71,7 @@ def sums_in(folder: str) -> dict[str, str]:
     files, path = fsspec.core.url_to_fs(f"{root}/{MANIFEST}")
     if not files.isfile(path):
         return {}
+    # before it is read into memory
     if (files.size(path) or 0) > MOST_BYTES:
         raise UserError(path, f"more than {MOST_BYTES:,} bytes", "Fetch it again", ExitCode.BAD_DATA)
     with files.open(path, "rb") as stream:
@@ -90,6 +95,7 @@ class Streamed(WebShards):
             with fsspec.open(self.address, "rb") as stream:
                 if inside.suffix == ".arrow":
                     sums = sums_in(self.address.rpartition("/")[0])
+                    # whole: a prepared shard is small, and its sum is of all its bytes
                     yield from arrow_rows(stream.read(), inside.name, sums.get(inside.name))
                     return
                 read = parquet_samples if inside.suffix == ".parquet" else tar_samples
@@ -97,6 +103,7 @@ class Streamed(WebShards):
                     origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
                     yield self._row(sample, inside, origin, "train")
         except UserError as error:
+            # a bad row, not an error: one lost shard of thousands must not end a run of days
             yield BadRow("unreadable shard", one_line(inside), error.what, "train")
         except Exception as error:  # file systems raise what their libraries do
             yield BadRow("unreadable shard", one_line(inside), f"{type(error).__name__}: {one_line(error)}", "train")
@@ -122,5 +129,6 @@ def read_shards(shards: list[str], name: str) -> Iterator[dict[str, Any]]:
         for row in Streamed(shard, name).rows():
             if isinstance(row, BadRow):
                 yield {"origin": row.origin, "problem": (row.reason, f"{row.origin}: {row.message}")}
+            # rows of other splits among the shards are not trained on
             elif row.split == "train":
                 yield {"origin": row.origin, "problem": None, "row": row}

@@ -39,6 +39,7 @@ class StreamedPairs:
 
     def __init__(self, shards: dict[str, int], name: str, buffer: int, replay: bool) -> None:
         self.shards, self.name, self.buffer, self.replay = [*shards], name, buffer, replay
+        # names and sizes without the folder: the same set may lie elsewhere; its content is not read
         facts = sorted((address.rsplit("/", 1)[-1], size) for address, size in shards.items())
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -50,11 +51,13 @@ class StreamedPairs:
         import datasets
         from datasets.distributed import split_dataset_by_node
 
+        # a list in `gen_kwargs` is what the library divides: each item is a shard
         rows = datasets.IterableDataset.from_generator(
             read_shards, gen_kwargs={"shards": self.shards, "name": self.name}
         )
         # One shard at a time feeds the buffer: with ten, as is the default, reading takes twice as long.
         rows = rows.shuffle(seed=seed, buffer_size=max(1, self.buffer), max_buffer_input_shards=1)
+        # after the shuffle: all processes shuffle shards alike, and each takes its part
         return split_dataset_by_node(rows, part.rank, part.world)
 
     def stream(self, reader: TrainPairs, part: ProcessShare, batches: int, start: int, workers: int) -> "StreamSamples":
@@ -63,8 +66,10 @@ class StreamedPairs:
         Raises:
             UserError: there are too few shards for every data worker to have one.
         """
+        # a data worker without a shard would give no batch
         check_shards(len(self.shards), part.world, max(1, workers))
         if rank() == 0:
+            # the library then lets each process read all and keep every n-th row
             if len(self.shards) % part.world:
                 print(f"every process reads all {len(self.shards)} shards: no multiple of {part.world} processes")
             if start and self.replay:
@@ -78,6 +83,7 @@ class StreamedPairs:
     def first_captions(self, most: int) -> Iterator[str]:
         """Of the first rows, shard by shard in the order of their names: the same for all processes."""
         for found in read_shards(self.shards, self.name):
+            # `most` counts images
             if most <= 0:
                 return
             if found["problem"] is None:
@@ -103,6 +109,8 @@ class StreamLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
+        # torch takes batches from its workers in turn, from worker 0 on: reading begins at a multiple of the workers,
+        # and what lies between it and the start was consumed
         for _ in range(self.dataset.start % max(1, self.num_workers)):
             next(batches)
         return batches
@@ -131,13 +139,17 @@ class StreamSamples(IterableDataset[Sample]):
         self.loader = StreamLoader
 
     def __iter__(self) -> Iterator[Sample]:
+        # this runs once in each data worker
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # without replay the start is a part of the seed, so that the first rows are not shown again
         rows = self._rows(mix(self.reader.seed, *([] if self.pairs.replay or not self.start else [self.start])))
         first = self.start - self.start % workers  # worker 0 makes the first batch after a start, as it made batch 0
+        # rows of the batches before `first` that this worker made: numbers worker, worker + workers, ...
         if self.pairs.replay:
             for _ in range(len(range(worker, first, workers)) * self.part.size):
                 next(rows)
+        # and those that it is to make
         for _ in range(len(range(first + worker, self.batches, workers)) * self.part.size):
             yield self._sample(*next(rows))
 
@@ -148,11 +160,13 @@ class StreamSamples(IterableDataset[Sample]):
             for row in self.pairs.epoch(mix(seed, epoch), self.part):
                 empty = False
                 yield row, epoch
+            # the next pass would be empty, too: without this the loop would never end
             if empty:
                 where, what = self.pairs.shards[0], "a data worker found nothing to train on in its part of the shards"
                 raise UserError(where, what, "Check the shards, or use fewer data workers", ExitCode.BAD_DATA)
 
     def _sample(self, found: dict[str, Any], epoch: int) -> Sample:
+        # a stream has no row numbers: the hash of the origin seeds the augmentation
         pick = Pick(stable_id(found["origin"]), epoch)
         if found["problem"]:
             return self.reader.hole(pick.row, found["problem"])
@@ -195,6 +209,7 @@ class Stream(Source):
         Raises:
             UserError: no shard is found, or what is not prepared is to be read from this disk.
         """
+        # evaluation needs a length, and every row once
         if name != "train":
             return Prepared(self.evaluate).split(name)
         if self.streaming:
