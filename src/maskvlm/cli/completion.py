@@ -34,8 +34,10 @@ def main(arguments: list[str], allowed: list[str]) -> str:
     """The script, or how to use it."""
     if {"-h", "--help"} & {*arguments}:
         return SCRIPT.partition("\n")[0].removeprefix("# ").format()
+    # Checkpoints are looked for by the shell at each completion; the other values are fixed now.
     values = ['      from) among="$(compgen -G "checkpoints/*/best.ckpt")" ;;']
     values += [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
+    # Commands with nothing to complete after them have no line.
     words = [
         f'      {command.name}) among="{" ".join([*named, *(f"{name}=" for name in command.words)])}" ;;'
         for command in REGISTRY

@@ -106,6 +106,7 @@ class LightningCommand(LightningCLI):
         check_cards(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
+        # An evaluation with --from measures the model that it starts from; any other names a checkpoint.
         if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
             settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:
@@ -115,6 +116,7 @@ class LightningCommand(LightningCLI):
 
     def _stand(self, settings: Namespace, folder: Path) -> None:
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
+        # Every process looks, which touches nothing; the first alone takes the lock.
         named = settings.ckpt_path is not None
         composed = self._parser("fit").dump(settings, skip_none=False)
         if not named:
@@ -122,6 +124,7 @@ class LightningCommand(LightningCLI):
         if process_rank() == 0:
             HELD.take(folder, warn)
         if not named:
+            # Looked at again under the lock: somebody may have trained here in between.
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
                 claim_folder(folder)
@@ -136,12 +139,14 @@ class LightningCommand(LightningCLI):
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
+        # The model is there now, and states what a checkpoint will hold: settings alone, no path of this machine.
         written = self.written[self.subcommand].as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
         self.model.task_yaml = task_yaml(written)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """bf16 wherever the GPU has it, and on a CPU where that is faster (`precision.py`), unless told otherwise."""
+        # Lightning saves `config`, which must keep `{run}`; what it builds of was filled in above.
         self.config = self.written
         trainer = self.settings.trainer
         if trainer.precision is None:
@@ -158,6 +163,7 @@ class LightningCommand(LightningCLI):
     def _precision(self, trainer: Namespace) -> str | None:
         """None: single precision. Of several processes on CPUs each would find its own: there it stays at that."""
         if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            # A card that only emulates bf16 does not have it.
             return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
         one = str(trainer.devices) in ("1", "auto") and trainer.num_nodes == 1 and alone()
         if trainer.accelerator not in ("auto", "cpu") or not one:
@@ -180,6 +186,7 @@ class LightningCommand(LightningCLI):
         best weights are measured."""
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.trainer.default_root_dir)
+            # Weights that are not finite must not become the last checkpoint.
             check_finite(self.trainer, folder)
             self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
@@ -188,6 +195,7 @@ class LightningCommand(LightningCLI):
             if best is not None:
                 warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             finish_run(Path(self.trainer.default_root_dir), self.trainer.global_step)
 
@@ -210,6 +218,7 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     Raises:
         UserError: two of them are given, or a number of passes below 1.
     """
+    # The same length in the data's keys and in the trainer's.
     beside = [key for key in ("data.steps", "data.epochs") if key in typed]
     length = [key for key in ("trainer.max_steps", "trainer.max_epochs") if key in typed]
     if beside and length:
@@ -227,12 +236,14 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
         data.steps, data.epochs = trainer.max_steps, None
     elif passes != 1:
         data.steps, data.epochs = None, float(passes)
+    # Lightning sees one epoch; `data` ends it. Its own count of epochs is wrong once a run has resumed twice.
     trainer.max_steps, trainer.max_epochs = -1, 1
 
 
 def best_of(trainer: L.Trainer) -> str | None:
     """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    # A run that ended at its full length is measured with its last weights, whatever the best ones are.
     stopped = any(isinstance(each, EarlyStopping) and each.wait_count >= each.patience for each in callbacks)
     keeper = next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path), None)
     return keeper.best_model_path if stopped and keeper is not None else None
@@ -309,6 +320,7 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
         if command == "fit":
             return None
         raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
+    # Lightning would open an address by fsspec, and fetch what is there.
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":
@@ -354,5 +366,6 @@ def with_model(arguments: list[str]) -> Iterator[list[str]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.yaml"
+        # Of all that the checkpoint says only its backbone comes through, checked.
         file.write_text(model_of(starts[-1]), encoding="utf-8")
         yield [arguments[0], "-c", str(file), *arguments[1:]]
