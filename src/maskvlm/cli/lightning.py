@@ -139,7 +139,7 @@ class LightningCommand(LightningCLI):
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
-        # The model is there now, and states what a checkpoint will hold: settings alone, no path of this machine.
+        # Of the built model, as its text encoder's shape goes into what a checkpoint will say.
         written = self.written[self.subcommand].as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
         self.model.task_yaml = task_yaml(written)
