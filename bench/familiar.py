@@ -35,6 +35,7 @@ def images(place: str, most: int) -> list[Any]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(place, "holds no image", "Name a folder of images, or scenes, or photos")
+    # With a seed of its own: the same files at every call.
     chosen = np.random.default_rng(0).permutation(len(files))[:most]
     return [files[number] for number in chosen]
 
@@ -42,6 +43,7 @@ def images(place: str, most: int) -> list[Any]:
 def made(kind: str, count: int, side: int) -> list[Image.Image]:
     """Noise, or plain colours."""
     rng = np.random.default_rng(0)
+    # Noise in every pixel; a plain colour is a single pixel made large.
     shape = (count, side, side, 3) if kind == "noise" else (count, 1, 1, 3)
     return [Image.fromarray(each).resize((side, side)) for each in rng.integers(0, 256, shape, dtype=np.uint8)]
 
@@ -55,6 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
     known_NE = model.encode_image(images(options.known, options.most))
+    # Odd places are asked, even ones are the sample: no image is compared with itself.
     asked = {f"{options.known}, others": known_NE[1::2]}
     asked |= {place: model.encode_image(images(place, options.most)) for place in options.asked}
     asked |= {kind: model.encode_image(made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}

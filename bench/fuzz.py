@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Before torch and transformers are imported: one thread a process, and no connection to the hub.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("src", ".", "tests", "tests/security")]
@@ -88,6 +89,7 @@ class Kinds:
             opened = safe_open(data, name)
         except BadImage as error:
             return error.reason if "\n" not in str(error) else "several lines"
+        # Whatever passes must be as the model reads it.
         assert opened.mode == "RGB"
         return "ok"
 
@@ -122,6 +124,7 @@ class Kinds:
         import model_mutators
 
         path = self.folder / "x.ckpt"
+        # Two in five are bytes changed anywhere; the others are edits of what the file means.
         if rng.random() < 0.4:
             path.write_bytes(model_mutators.raw(self.bytes, rng))
             return self.model(path, written=True)
@@ -146,6 +149,7 @@ class Kinds:
             write_sums(whole)
         shutil.rmtree(made, ignore_errors=True)
         model_mutators.folder(whole, made, rng, str(self.mark))
+        # Without the sums nobody can tell which content was written.
         return self.model(made, written=(made / "checksums.json").exists())
 
     def model(self, source: Path, written: bool) -> str:
@@ -154,6 +158,7 @@ class Kinds:
 
         model = PretrainedMaskVLM.from_pretrained(source)
         state = model.state_dict()
+        # A name that is gone is no wrong value; one that is there must hold what was written.
         if written and any(not torch.equal(value, state[name]) for name, value in self.good.items() if name in state):
             raise Silent("other weights")
         if written and model.backbone.cross_image.blocks[0].self_attention.heads != 2:
@@ -187,8 +192,10 @@ class Kinds:
         whole["trainer"] = {key: whole["trainer"][key] for key in kept}
         self.text = yaml.safe_dump({key: whole[key] for key in ("seed_everything", "model", "data", "run", "trainer")})
         self.keys = sorted(option_names(parsed._subcommand_parsers["fit"]))
+        # A module of nobody's that leaves a mark as soon as it is imported.
         (self.folder / f"{FOREIGN}.py").write_text(f"open({str(self.mark)!r}, 'w')\nclass Run: ...\n")
         sys.path.insert(0, str(self.folder))
+        # From here on relative paths of mutants end in the scratch folder.
         os.chdir(self.folder)
 
     start_line = start_config
@@ -211,6 +218,7 @@ class Kinds:
         try:
             run_command(Parsed, arguments)
         except SystemExit as end:
+            # A help or a printed configuration ends so.
             if end.code not in (0, None):
                 raise
         return "ok"
@@ -231,6 +239,7 @@ def limited() -> Iterator[None]:
 
 def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False) -> tuple[str, str]:
     """What came of a mutant: ok, a reason, an exit status; or traceback, hang, silent, marker, with a line."""
+    # A pure function of these three, so that --only finds the same mutant.
     rng = random.Random(f"{kind} {seed} {number}")
     make: Callable[[random.Random], str] = getattr(kinds, "folder_" if kind == "folder" else kind)
     began = time.monotonic()
@@ -251,6 +260,7 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
         if show and told is None:
             traceback.print_exc()
         found = ("traceback", repr(error)[:300]) if told is None else (f"exit {int(told.code)}", "")
+    # A library may swallow the alarm's exception: the clock tells.
     if time.monotonic() - began > LIMIT + 1 and found[0] != "hang":
         found = "hang", f"{time.monotonic() - began:.0f} s"
     if kinds.mark.exists():
@@ -261,6 +271,7 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
 
 def worker(kind: str, seed: int, numbers: range, place: Path) -> None:
     """In a process of its own: the outcomes of some mutants, a line each, written as they come."""
+    # A mutant that asks for endless memory ends with MemoryError, not with the machine.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -286,6 +297,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
         for kind, count in options.counts.items()
         for first in range(0, count, 100)
     ]
+    # Kinds are mixed, as their speeds differ and the time left follows from the mean.
     random.Random(0).shuffle(parts)
     found: dict[str, Counter[str]] = {kind: Counter() for kind in options.counts}
     running: dict[int, tuple[str, range, float]] = {}
@@ -300,6 +312,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
                 os._exit(0)
             running[child] = kind, numbers, time.monotonic()
         child, status = os.waitpid(-1, os.WNOHANG)
+        # What a library does in C is not ended by the alarm.
         late = [
             pid for pid, (_, numbers, start) in running.items() if time.monotonic() - start > len(numbers) * LIMIT + 60
         ]
@@ -347,6 +360,7 @@ def main() -> int:
             getattr(kinds, f"start_{kind}")()
             print(*outcome(kinds, kind, options.seed, int(number), show=True))
             return 0
+        # Imported once, before the processes are forked.
         import maskvlm.cli.lightning
         import maskvlm.data.raw
         import maskvlm.inference.pretrained  # noqa: F401

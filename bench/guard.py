@@ -41,6 +41,7 @@ class Alternating(StepGuard):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         self.began, self.spent = time.perf_counter(), 0.0
         module.guard = self if index % 2 else None  # type: ignore[assignment]
+        # What the guard left there in the step before.
         trainer.optimizers[0].found_inf = None  # type: ignore[attr-defined]
         if index % 2:
             self.clocked("on_train_batch_start", trainer, module, batch, index)
@@ -69,6 +70,7 @@ class Timed(LightningCommand):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        # In the place of the recipe's own guard.
         kept = [each for each in trainer.callbacks if not isinstance(each, StepGuard)]  # type: ignore[attr-defined]
         type(self).guard = Alternating()
         trainer.callbacks = [type(self).guard, *kept]  # type: ignore[attr-defined]

@@ -86,6 +86,7 @@ class Result(NamedTuple):
 
 def command(folder: Path, workers: int, more: tuple[str, ...] = ()) -> list[str]:
     """The arguments of the small training."""
+    # Written once; `{run}` in it is filled in by the command.
     kept = folder.parent / "kept.yaml"
     if not kept.exists():
         kept.write_text(KEPT.replace("STEPS", str(EVERY)))
@@ -101,16 +102,19 @@ def fork(arguments: list[str], broken: str = "", env: dict[str, str] | None = No
         return child
     try:
         sys.stdout.flush()
+        # The child's own output goes to its log; the parent keeps its terminal.
         out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.environ.update(env or {})
+        # Threads do not survive a fork; with one none is started.
         torch.set_num_threads(1)
         with breaking(broken):
             code = main(arguments)
     except BaseException as error:
         print(repr(error))
         code = 99
+    # Not sys.exit: what the parent has registered for its end must not run here.
     os._exit(code)
 
 
@@ -145,9 +149,11 @@ def result(folder: Path) -> Result:
     content = load(folder / "last.ckpt")
     assert content["global_step"] == STEPS, content["global_step"]
     moments = {f"{n}.{k}": v for n, each in content["optimizer_states"][0]["state"].items() for k, v in each.items()}
+    # Rows of nothing but volatile values are left out.
     return Result([row for row in log if row.keys() - {"step", "epoch"}], content["state_dict"], moments)
 
 
+# These depend on the clock.
 VOLATILE = ("train/pairs_per_second", "train/data_wait")
 
 
@@ -180,6 +186,7 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    # The run that is never killed comes first: its length says when to strike.
     status = wait(fork(command(folder / "whole", workers)))
     assert status == 0, f"the run without kills ended with {status}"
     duration, whole = time.monotonic() - began, result(folder / "whole")
@@ -187,9 +194,11 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
     wrong: list[str] = []
     for number in track(range(10**6), description=f"killing ({workers} workers)", disable=not sys.stdout.isatty()):
         run, survived = folder / f"run{number}", 0
+        # Started again until it is done, however often it is struck.
         while True:
             child = fork(command(run, workers), broken, log=folder / f"run{number}.txt")
             if counts["SIGKILL"] + counts["SIGTERM"] < kills:
+                # As many of one kind as of the other, in turn.
                 kind = signal.SIGKILL if counts["SIGKILL"] <= counts["SIGTERM"] else signal.SIGTERM
                 began_writing = strike(child, kind, run, duration, chance)
                 if began_writing is not None:
@@ -200,6 +209,7 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
             if status == 0:
                 break
             counts[f"exit {status}"] += 1
+            # 75: stopped by SIGTERM with a checkpoint; all but that and the signals themselves is wrong.
             if status not in (-signal.SIGKILL, -signal.SIGTERM, 75):
                 wrong.append(f"run{number}: ended with {status}: {(folder / f'run{number}.txt').read_text()[-500:]}")
                 break
@@ -207,6 +217,7 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
         counts["most kills of one run"] = max(counts["most kills of one run"], survived)
         if status == 0 and (found := differences(whole, result(run))):
             wrong.append(f"run{number}: {'; '.join(found)}")
+        # A run that was right leaves nothing; one that was wrong stays to be looked at.
         if not wrong or not wrong[-1].startswith(f"run{number}:"):
             shutil.rmtree(run)
         if counts["SIGKILL"] + counts["SIGTERM"] >= kills:
@@ -224,6 +235,7 @@ def strike(child: int, kind: signal.Signals, run: Path, duration: float, chance:
     until = time.monotonic() + chance.uniform(0.2, 0.75) * duration
     wanted = chance.random() < 0.4
     while time.monotonic() < until or wanted:
+        # WNOWAIT looks without taking the status, which `wait` wants later.
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return None
         if wanted and writing(run, born) and chance.random() < 0.5:
@@ -258,6 +270,7 @@ def term_pairs(folder: Path, trials: int, seed: int) -> dict[str, Any]:
         more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.steps=9999", "--trainer.val_check_interval=24")
         logs = [folder / f"pair{number}-{rank}.txt" for rank in (0, 1)]
         children = [fork(command(run, 0, more), env=elastic(rank, port), log=logs[rank]) for rank in (0, 1)]
+        # The first checkpoint says that both train; one that comes after the signal is looked for below.
         until = time.monotonic() + 120
         while not (run / "last.ckpt").exists() and time.monotonic() < until:
             time.sleep(0.05)
@@ -297,6 +310,7 @@ def elastic(rank: int, port: int) -> dict[str, str]:
 
 def free_port() -> int:
     with socket.socket() as probe:
+        # As long as the socket is open nobody else gets the port; then there is a short while in which somebody could.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 

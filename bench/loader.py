@@ -96,6 +96,7 @@ class Given(RawSet):
 
     def rows(self) -> Iterator[RawRow]:
         for number, file in enumerate(self.files):
+            # Every fortieth image stands in both splits, as an evaluation split is needed, too.
             for split in ("train", "val")[: 1 + (number % 40 == 0)]:
                 yield RawRow(str(file), (caption(number),), f"{split} {number}", split, file.name)
 
@@ -110,11 +111,12 @@ def make(work: Path, images: str | None, count: int) -> None:
         (work / name).mkdir()
     for number, jpeg in enumerate(jpegs(images, count)):
         (work / "folder" / f"{number:06}.jpg").write_bytes(jpeg)
-    each = -(-count // SHARDS)
+    each = -(-count // SHARDS)  # rounded up
     for shard in range(SHARDS):
         with tarfile.open(work / "tars" / f"{shard:05}.tar", "w") as archive:
             for number in range(shard * each, min(count, (shard + 1) * each)):
                 jpeg = (work / "folder" / f"{number:06}.jpg").read_bytes()
+                # A file and its caption have one name: webdataset makes a sample of them.
                 for ending, content in (("jpg", jpeg), ("txt", caption(number).encode())):
                     member = tarfile.TarInfo(f"{number:06}.{ending}")
                     member.size = len(content)
@@ -218,12 +220,14 @@ def cpu_seconds(processes: list[int]) -> float:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
+        # Fields 14 and 15 of `stat`, utime and stime, counted behind the name, which may hold spaces.
         total += (int(fields[11]) + int(fields[12])) / TICKS
     return total
 
 
 def timed(name: str, work: Path, options: argparse.Namespace, workers: int) -> tuple[float, float]:
     """Images a second, and milliseconds of all processes an image, after the first batches."""
+    # Each worker makes two batches ahead, which are not timed.
     warm = 2 * workers + 2
     batches = iter(loader(name, work, options, workers, warm + options.batches + 2 * workers))
     for _ in range(warm):
@@ -242,6 +246,7 @@ def speed(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(options.rounds):
         for workers in options.workers:
+            # Each loader is first, second ... in turn, so that none always meets a cold cache.
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 found.setdefault((name, workers), []).append(timed(name, work, options, workers))
     rows = []

@@ -33,14 +33,17 @@ def trial(folder: Path, late: float) -> tuple[list[int], str]:
     time.sleep(late)
     children = (first, fork(arguments, log=logs[1]))
     codes = [wait(child) for child in children]
+    # In either order: the later one may have been the quicker.
     if sorted(codes) != [0, 73]:
         return codes, f"exits {codes}: {logs[codes.index(max(codes))].read_text()[-300:]}"
     trained = codes.index(0)
+    # Of the one refused a single line, which names the process that trains.
     said = logs[1 - trained].read_text()
     told = f"error: {folder}: another process trains here (process {children[trained]} on "
     if said.count("\n") != 1 or not said.startswith(told):
         return codes, f"the one refused said {said[-300:]!r}"
     with (folder / "metrics.csv").open(newline="") as file:
+        # Each step once and in order: two trainings in one file would show here.
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
     if steps != [*range(STEPS)]:
         return codes, f"metrics.csv has {len(steps)} rows of {STEPS} steps"

@@ -59,8 +59,10 @@ def trial(folder: Path, kind: str, patience: float, chance: random.Random, more:
     run, port, whom, flag = folder / "run", free_port(), chance.randrange(2), folder / "flag"
     words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.steps=9999", "--trainer.val_check_interval=24")
     logs = [folder / f"rank{rank}.txt" for rank in (0, 1)]
+    # Patched before the fork, so that both processes have it.
     with raising(flag):
         started = [fork(command(run, 0, (*words, *more)), env=elastic(rank, port), log=logs[rank]) for rank in (0, 1)]
+    # Only from the first checkpoint on must the newest one be whole.
     until = time.monotonic() + LIMIT
     while not (run / "last.ckpt").exists() and time.monotonic() < until:
         time.sleep(0.02)
@@ -86,6 +88,7 @@ def ends(started: list[int], began: float) -> tuple[tuple[int | None, int | None
                 codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     seconds = time.monotonic() - began
+    # What hangs is ended here.
     for child in started:
         if child not in codes:
             os.kill(child, signal.SIGKILL)
@@ -105,16 +108,20 @@ def wrong(
     logs: list[Path],
 ) -> list[str]:
     """What is not as it should be."""
+    # 69: a process was lost; 70: a bug; 75: stopped with a checkpoint.
     expected = {"killed": (-9, 69), "stop": (-9, 69), "raises": (70, 70)}.get(kind, (75, 75))
     found, said = [], "".join(log.read_text(errors="replace") for log in logs)
+    # Whom it struck comes first in `expected`.
     if codes != (expected if whom == 0 else expected[::-1]):
         found.append(f"exits {codes}")
     most = patience + 5 if kind == "stop" else 15.0
     if seconds > most:
         found.append(f"{seconds:.1f} s, more than {most:.0f}")
     causes = {"killed": f"rank {whom} (", "stop": f"rank {whom} (", "raises": TORCH[1]}
+    # The cause is told once, by one process; the other points to it.
     if kind in causes and (said.count("error: ") != 1 or causes[kind] not in said):
         found.append(f"the cause is told {said.count('error: ')} times")
+    # A bug is named so only where one was raised.
     if kind != "raises" and "This is a bug" in said:
         found.append("it is called a bug")
     try:
@@ -135,6 +142,7 @@ def left_over() -> list[int]:
     until = time.monotonic() + 1.0
     while True:
         try:
+            # Adopted processes that have ended are taken first; with no child left there is none.
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:

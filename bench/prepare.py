@@ -90,10 +90,12 @@ class Clock(threading.Thread):
 
     @staticmethod
     def now(ready: list[int] | None = None) -> dict[int, float]:
+        # A group number finds the workers' own children, too.
         found, group = {}, os.getpgid(0)
         for place in Path("/proc").iterdir():
             if place.name.isdigit():
                 try:
+                    # Behind the name: state, then among others group (5), utime and stime (14 and 15).
                     fields = (place / "stat").read_text().rpartition(")")[2].split()
                 except OSError:
                     continue
@@ -122,6 +124,7 @@ class Clock(threading.Thread):
     def busy(self, wall: float, workers: int) -> tuple[float, float]:
         times = np.array(self.past)
         start = times[0, 0]
+        # Processes come and go at both ends: the middle 80 % are the steady part.
         inside = times[(times[:, 0] > start + 0.1 * wall) & (times[:, 0] < start + 0.9 * wall)]
         (first, before, _), (last, after, _) = inside[0], inside[-1]
         return float((after - before) / (last - first) / workers), float(inside[:, 2].mean() / workers)
@@ -164,6 +167,7 @@ def main() -> None:
         print("                  wall s  images/s  cpu ms  busy  ready")
         results = {}
         for turn in range(1, options.turns + 1):
+            # Spawned processes import everything anew: a first call is made before the clock starts.
             with get_context("spawn").Pool(options.workers) as pool:
                 pool.map(bare, [paths[:1]] * options.workers, 1)  # imports
 

@@ -34,8 +34,10 @@ def vectors(kind: str, count: int, width: int, seed: int, side: float) -> Array:
     rng = np.random.default_rng(seed)
     x_NE = rng.standard_normal((count, width), dtype=np.float32)
     if kind == "clustered":
+        # Variance falls along the directions, as 1 / place.
         spread_E = np.arange(1, width + 1, dtype=np.float32) ** -0.5
         spread_E /= np.linalg.norm(spread_E)
+        # The centres are the same for vectors and queries, whatever the seed.
         centre_CE = np.random.default_rng(0).standard_normal((20_000, width), dtype=np.float32) * spread_E
         weight_C = np.arange(1, len(centre_CE) + 1) ** -0.7
         x_NE *= 0.7 * spread_E
@@ -60,8 +62,10 @@ def main() -> None:
     print("data       index                  setting           build s   cpu s  tune s  recall@10  ", end="")
     print("median ms  p95 ms  cpu ms    MB  load", flush=True)
     for data in options.data:
+        # Vectors are moved one way and queries the other, as images and texts lie apart.
         vector_NE = vectors(data, options.count, options.width, 1, 0.7)
         query_QE = vectors(data, 1_500, options.width, 2, -0.7)
+        # Tuned with some, asked others: recall is not that of the queries that chose the setting.
         tune_QE, ask_QE = query_QE[:500], query_QE[500:]
         exact_QK = faiss.knn(ask_QE, vector_NE, 10, faiss.METRIC_INNER_PRODUCT)[1]
         for name in options.kinds:
@@ -82,11 +86,13 @@ def main() -> None:
             value, _ = tune(index, kind, vector_NE, tune_QE, RECALL)
             tuned = time.perf_counter() - start - built
             found_QK = index.search(ask_QE, 10)[1]
+            # By position: equal vectors hardly occur here.
             both = zip(found_QK.tolist(), exact_QK.tolist(), strict=True)
             recall = np.mean([len(set(found) & set(exact)) / 10 for found, exact in both])
             alone_QE, cpu_then = ask_QE if name != "flat" else ask_QE[:100], time.process_time()
             times = milliseconds(index, alone_QE)
             each = 1000 * (time.process_time() - cpu_then) / len(alone_QE)
+            # Written into a counter, as the size on disk is all that is wanted.
             size: list[int] = []
             faiss.write_index(index, faiss.PyCallbackIOWriter(lambda part, size=size: size.append(len(part))))
             setting = f"{kind.knob} {value}" if kind.knob else ""

@@ -8,6 +8,7 @@ Once MaskVLM is imported, transformers' AutoModel, AutoConfig and AutoProcessor 
 
 from typing import TYPE_CHECKING
 
+# For type checkers alone; at run time `__getattr__` below imports it.
 if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM as MaskVLM
 

@@ -40,6 +40,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """Ask; arguments begin with the method."""
     method, parser = arguments[0], method_parser(arguments[0])
     options = parser.parse_args(arguments[1:])
+    # The parser takes both names for one option, so only the words tell which was typed.
     if any(word.partition("=")[0] == "--hide" for word in arguments):
         print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
     if options.source is None:
@@ -48,6 +49,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         )
     check_image_first(method, options.inputs)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
+    # What a task brings is known only once its checkpoint is loaded.
     known = METHODS.get(method) or task_method(model, method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FarFromTraining)  # Python would show a place in the code with it
@@ -87,6 +89,7 @@ def answer_line(answer: Answer) -> str:
             return f"{value:.3f}"
         if isinstance(value, dict):
             return "  ".join(f"{key} {word(each)}" for key, each in value.items())
+        # Words and names may be anybody's: nothing that a terminal obeys is printed.
         return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
 
     return "  ".join(word(value) for value in answer.values() if value is not None)
@@ -159,6 +162,7 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     """Where the heat map was written, and which patches weigh most."""
     image, text, word = take(inputs, METHODS["explain"].form, 3, 3, "explain")
     found: Any = model.explain(image, text, word)
+    # Place in the flat map -> (row, column)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
     yield {"written": save_image(found.image, options.out, "explain.png")} | (
         {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
@@ -191,6 +195,7 @@ def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, 
     if not 0 <= share <= 1:
         raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
     patches = grid[0] * grid[1]
+    # A generator of its own: the same patches whatever else has drawn numbers.
     chosen = random.Random(seed).sample(range(patches), round(share * patches))
     return np.isin(np.arange(patches), chosen).reshape(grid)
 
@@ -203,6 +208,7 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
         raise UserError("--box", f"'{box}' is no box", "Give left,top,right,bottom such as 0.2,0.2,0.7,0.7") from None
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise UserError("--box", f"{box} is outside of the image or empty", "Give shares of 0 to 1, left before right")
+    # (rows, 1) and (1, columns); a patch that only shares an edge with the box is not touched.
     rows, columns = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
     down = (rows + 1 > top * grid[0]) & (rows < bottom * grid[0])
     across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
@@ -225,6 +231,7 @@ def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
     """The method that the model's task brings. Raises UserError, which lists those there are."""
     found = model.task.methods.get(method)
     if found is None:
+        # The core's methods for which this checkpoint has the head, then the task's own.
         core = [name for name, known in METHODS.items() if getattr(model.task, known.head, None) is not None]
         known = ", ".join([*core, *model.task.methods])
         near = nearest(method, COMMANDS, 0.6)

@@ -49,6 +49,7 @@ class Stopwatch(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Not a `with` block, as it spans two hooks. Counting slows a step down: the first one is not timed.
         if batch_idx == 0:
             self.counter.__enter__()
 
@@ -58,6 +59,7 @@ class Stopwatch(L.Callback):
         if batch_idx == 0:
             self.counter.__exit__(None, None, None)
             self.flops = self.counter.get_total_flops()
+        # Kernels are queued: without this the clock would stop before they have run.
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         if batch_idx + 1 == WARMUP:
@@ -86,6 +88,7 @@ def measured(device: torch.device, precision: str, pairs: int, seconds: float, f
 class Bench(LightningCommand):
     """A few steps of fit: no evaluation, no folder, no checkpoint."""
 
+    # Not the base class's, which takes the folder and its lock.
     def before_instantiate_classes(self) -> None:
         trainer, data = self.settings.trainer, self.settings.data.init_args
         check_cards(trainer)

@@ -52,6 +52,7 @@ class Command(NamedTuple):
         """A stack begins with conf/base.yaml; other files come on top of the one that words stand for."""
         options = {word.partition("=")[0] for word in arguments}
         stack = any(Path(file).name == "base.yaml" for file in config_files(list(arguments)))
+        # `--vectors` needs no data, and so no stack.
         return stack or bool(options & {"-h", "--help", "--vectors"})
 
     @property
@@ -61,6 +62,7 @@ class Command(NamedTuple):
 
     def run(self, arguments: list[str], allowed: list[str]) -> int | str:
         """Import what it needs, and do it."""
+        # Only now, so that help and mistakes cost no import of torch.
         module, _, function = self.target.partition(":")
         target: Callable[[list[str], list[str]], int | str] = getattr(importlib.import_module(module), function)
         return target([self.name, *arguments] if self.named else arguments, allowed)

@@ -50,8 +50,9 @@ def main(arguments: list[str], allowed: list[str]) -> str:
         f'      {"|".join(f"data:{name}:{task}" for name in trained)}) among="{" ".join(sets_of(task))}" ;;'
         for task in tasks()
     ]
-    # Prepared sets are looked for at the time, not when this script was printed.
+    # Checkpoints and prepared sets are looked for by the shell at each completion; the other values are fixed now.
     sets += [f'      data:*) among="{" ".join(choices("data"))} {PREPARED}" ;;', f'      name:*) among="{PREPARED}" ;;']
+    # Commands with nothing to complete after them have no line.
     words = [
         f'      {command.name}) among="{" ".join([*named, *(f"{name}=" for name in command.words)])}" ;;'
         for command in REGISTRY

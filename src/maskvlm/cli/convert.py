@@ -27,6 +27,7 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         raise UserError(target, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
     if target.suffix == ".ckpt":
         content = read_content(source)
+        # A folder carries its card and metrics; a checkpoint has them in files beside it.
         content.pop("evaluation", None)
         # What Lightning looks for in a file: epoch and version; optimiser and loops are not there to be restored.
         checkpoint.save({"epoch": 0, "pytorch-lightning_version": L.__version__, **content}, target)

@@ -46,6 +46,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     if options.source is None:
         raise UserError("embed", "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt or a hub name")
     check_least(1, {"shard": options.shard})
+    # Parsed as `fit` would read them; nothing is built yet.
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     reader, chosen = source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):
@@ -53,10 +54,12 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
         raise UserError("data.source", f"{chosen.class_path} has no captions of images", todo)
     pairs = reader.split(options.split)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    # Where there are more processes than GPUs, some share one.
     device = options.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
+    # What index.json can hold: paths and other values become texts.
     told = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
     return embed(model, pairs, folder, told, options.shard, options.captions, process)
 

@@ -110,6 +110,7 @@ class LightningCommand(LightningCLI):
         check_cards(settings.trainer)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
+        # An evaluation with --from measures the model that it starts from; any other names a checkpoint.
         if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
             settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:
@@ -119,6 +120,7 @@ class LightningCommand(LightningCLI):
 
     def _stand(self, settings: Namespace, folder: Path) -> None:
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
+        # Every process looks, which touches nothing; the first alone takes the lock.
         named = settings.ckpt_path is not None
         composed = self._parser("fit").dump(settings, skip_none=False)
         if not named:
@@ -126,6 +128,7 @@ class LightningCommand(LightningCLI):
         if process_rank() == 0:
             HELD.take(folder, warn)
         if not named:
+            # Looked at again under the lock: somebody may have trained here in between.
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
                 claim_folder(folder)
@@ -140,6 +143,7 @@ class LightningCommand(LightningCLI):
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
         super().instantiate_classes()
+        # Of the built model, as its text encoder's shape goes into what a checkpoint will say.
         written = portable.as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
         self.model.task_yaml = task_yaml(written)
@@ -161,6 +165,7 @@ class LightningCommand(LightningCLI):
     def _precision(self, trainer: Namespace) -> str | None:
         """None: single precision. Of several processes on CPUs each would find its own: there it stays at that."""
         if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            # A card that only emulates bf16 does not have it.
             return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
         one = str(trainer.devices) in ("1", "auto") and trainer.num_nodes == 1 and alone()
         if trainer.accelerator not in ("auto", "cpu") or not one:
@@ -183,6 +188,7 @@ class LightningCommand(LightningCLI):
         best weights are measured."""
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.trainer.default_root_dir)
+            # Weights that are not finite must not become the last checkpoint.
             check_finite(self.trainer, folder)
             self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
@@ -191,6 +197,7 @@ class LightningCommand(LightningCLI):
             if best is not None:
                 warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             finish_run(Path(self.trainer.default_root_dir), self.trainer.global_step)
 
@@ -213,6 +220,7 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     Raises:
         UserError: two of them are given, or a number of passes below 1.
     """
+    # The same length in the data's keys and in the trainer's.
     beside = [key for key in ("data.steps", "data.epochs") if key in typed]
     length = [key for key in ("trainer.max_steps", "trainer.max_epochs") if key in typed]
     if beside and length:
@@ -230,12 +238,14 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
         data.steps, data.epochs = trainer.max_steps, None
     elif passes != 1:
         data.steps, data.epochs = None, float(passes)
+    # Lightning sees one epoch; `data` ends it. Its own count of epochs is wrong once a run has resumed twice.
     trainer.max_steps, trainer.max_epochs = -1, 1
 
 
 def best_of(trainer: L.Trainer) -> str | None:
     """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    # A run that ended at its full length is measured with its last weights, whatever the best ones are.
     stopped = any(isinstance(each, EarlyStopping) and each.wait_count >= each.patience for each in callbacks)
     keeper = next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path), None)
     return keeper.best_model_path if stopped and keeper is not None else None
@@ -312,6 +322,7 @@ def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None
         if command == "fit":
             return None
         raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
+    # Lightning would open an address by fsspec, and fetch what is there.
     if "://" in asked:
         raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
     if asked == "last":
@@ -368,6 +379,7 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
             # JSON: a class path or a text such as "no" comes back as it was written
             whole[at : at + 2] = ["-c", _file_of(Path(folder, "task.yaml"), json.dumps({"model": {"task": task}}))]
         if start is not None:
+            # Of all that the checkpoint says only its backbone comes through, checked.
             whole[1:1] = ["-c", _file_of(Path(folder, "model.yaml"), backbone_yaml(start))]
         yield whole, start
 

@@ -27,6 +27,7 @@ CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*")
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (see `errors.ExitCode`)."""
     code = end_of(argv)
+    # Tells the other processes of the run, where there are some, how this one ends.
     leave(code)
     return code
 
@@ -51,14 +52,19 @@ def end_of(argv: list[str] | None) -> int:
                 if not command.has_own_options:
                     return 0
                 print("\nIts options, and what the words stand for:", flush=True)
+            # Words become files and options, among which may be common ones again.
             also, arguments = common(command.full(rest))
             name, rest = arguments[0], arguments[1:]
             given_places(rest)  # files that are there and are plain YAML
+            # Read before this job can write it: what stands there is of an earlier one.
             EARLIER[:] = [failed_first(run_folder(arguments))]
             allowed = [*options.allow_import, *also.allow_import]
+            # Tasks of the working directory only to train and for data: a model's folder may be a stranger's.
             find_tasks(command.group in (LEARN, DATA, LIGHTNING) or "tasks" in allowed)
+            # Of the working directory only packages that the command line itself names.
             find_packages([*allowed, *filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))])
             done = COMMANDS[name].run(rest, allowed)
+        # TASK.TOOL; a path has a slash.
         elif "." in name and "/" not in name:
             done = tool(name)(rest)
         else:
@@ -76,6 +82,7 @@ def end_of(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         return interrupted(run_folder(arguments) if arguments[:1] == ["fit"] else None)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        # Python flushes stdout once more at its end, which would fail again; 141 is what shells say of SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SystemExit as end:
@@ -97,6 +104,7 @@ def version() -> str:
 def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options of every command, and what remains. `from=X` is `--from X` to a command that takes no words: the first
     word of that form, where no option says it."""
+    # No abbreviations: a command's own option may begin like one of these.
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     front.add_argument("--debug", action="store_true")
     front.add_argument("--allow-import", action="append", default=[])
@@ -146,8 +154,10 @@ def stopped_early(stopped: Stopped) -> int:
     """A training that a signal ended, with a checkpoint: 75 asks whoever started it to start it again."""
     if process_rank() == 0:
         print(stopped.text, file=sys.stderr, flush=True)
+        # SLURM sends USR1 before the time limit (`--signal` in the batch script).
         if stopped.signum == signal.SIGUSR1 and (told := requeue()):
             print(told, file=sys.stderr, flush=True)
+    # Neither torchrun nor SLURM started it, so Lightning did.
     elif not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ):
         leave_after_parent()
     return 130 if stopped.signum == signal.SIGINT else int(ExitCode.REQUEUE)
@@ -168,6 +178,7 @@ def tool(name: str) -> Callable[[list[str]], int]:
     """The `main` of `tasks/TASK/TOOL.py`."""
     task, _, module = name.partition(".")
     own, here = tools_of(own_home()), tools_of(home())
+    # A tool of this project is not replaced by one of the same name in the working directory.
     find_tasks(name not in own)
     found = sorted(own | here)
     if name not in found:
@@ -186,10 +197,12 @@ def tools_of(folder: Path) -> set[str]:
 
 def has_main(path: Path) -> bool:
     """Whether a file of a task is a tool."""
+    # By its text, as importing it would run it.
     return "\ndef main(" in path.read_text(encoding="utf-8")
 
 
 def run_folder(arguments: list[str]) -> Path | None:
     """The value of --folder (--run), for the traceback of a bug."""
+    # The last one counts, as with all options.
     given = [option.value for option in settings(arguments) if option.key == "run"]
     return Path(given[-1]) if given else None

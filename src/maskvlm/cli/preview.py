@@ -18,6 +18,7 @@ def preview(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """Write a contact sheet of the training images with their captions (--out); returns what was done."""
     parser = OptionParser("maskvlm preview", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("checkpoints") / "preview.png")
+    # Only options of its own are taken out; the rest configures the data.
     options, rest = parser.parse_known_args(arguments)
     pairs = source(run_command(Parsed, ["fit", *rest], allowed).settings).split("train")
     contact_sheet(pairs, options.out)

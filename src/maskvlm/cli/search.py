@@ -22,6 +22,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and recall")
     parser.add_argument("--recall", type=float, default=RECALL, help="share of the 10 nearest to be found")
     options, rest = parser.parse_known_args(arguments)
+    # Told before hours of embedding, if FAISS is not installed.
     faiss_module()
     if process_of(os.environ)[1] > 1:
         raise UserError("index", "several processes", "`embed` with them, then `index --vectors FOLDER` with one")
@@ -32,6 +33,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
     about = index_folder(vectors, options.out, options.kind, options.recall)
     told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; recall@10 {recall_at_10} "
+    # A flat index has no knob and no value.
     told = (told + "with {queries} {asked}; {median_ms} ms a query").format(**about).replace(" None", "")
     low = "; the recall asked for is not reached: --kind flat misses nothing"
     print(f"{options.out}: {told}{low if about['recall_at_10'] < options.recall else ''}", flush=True)
@@ -50,6 +52,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     options = parser.parse_args(arguments)
+    # A misspelt file name would be searched for as a text.
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)

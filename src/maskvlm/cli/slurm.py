@@ -37,6 +37,7 @@ PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the enviro
 
 def surroundings() -> dict[str, str]:
     """Environment variables that the job needs as this command has them."""
+    # The job changes to this folder, so a relative path finds a clone's package.
     paths = [*(["src"] if Path("src/maskvlm").is_dir() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
     found |= {name: os.environ.get(name, "") for name in PLACES}
@@ -71,9 +72,11 @@ def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[st
         name=Path(settings.run).name,
         nodes=settings.trainer.num_nodes,
         devices=devices,
+        # Two beside the data workers, for the training itself.
         cpus=workers + 2,
         folder=settings.run,
         places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings().items()),
         here=shlex.quote(str(Path.cwd())),
+        # This very Python: the job's own PATH may lead to another one.
         command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
     )

@@ -43,6 +43,7 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
     made, end = "", 0
     for number, (word, (start, stop)) in enumerate(zip(parts.words, parts.spans, strict=True)):
         masked = number in which or word == MASK
+        # What stands between the words is kept as it is.
         made += text[end:start] + (MASK if masked else word)
         end = stop
         if masked:
@@ -56,7 +57,9 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
     if not told:
         return note(f"Click a word to cover it, or write {MASK} in the text.")
     without_image: Any = model.fill_mask(None, masked)
+    # Without an image both would be the same.
     with_image: Any = model.fill_mask(image, masked) if image is not None else None
+    # Escaped first; [MASK] holds no character that escaping changes.
     parts = [f'<p class="sentence">{escape(masked).replace(MASK, "<b>▮▮▮</b>")}</p>']
     for number, truth in enumerate(told):
         head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
@@ -97,6 +100,7 @@ def problem(line: str) -> str:
 
 def marked(line: str) -> str:
     """Escaped; what stands in backquotes is a command."""
+    # Escaping leaves backquotes alone, so what is between them is escaped by now.
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(line))
 
 
@@ -119,6 +123,7 @@ def captioned(model: PretrainedMaskVLM, image: ImageInput) -> str:
 
 def decided(answer: Any) -> str:
     """What a task says: its answer, and the shares of what it chose among."""
+    # After the answer itself comes its probability, or the shares of all that it was chosen from.
     first, *others = answer
     shares = next((each for each in others if isinstance(each, dict)), None)
     if shares is None:
@@ -149,6 +154,7 @@ def boxes(size: tuple[int, int], mask: Mask) -> Iterable[tuple[bool, tuple[int, 
     for row, line in enumerate(mask):
         for column, masked in enumerate(line):
             left, top = round(column * across), round(row * down)
+            # Pillow draws up to the second corner and includes it.
             yield masked, (left, top, round((column + 1) * across) - 1, round((row + 1) * down) - 1)
 
 
@@ -167,9 +173,11 @@ def board(model: PretrainedMaskVLM, image: Image.Image, mask: Mask) -> Image.Ima
 
 def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Sequence[str]) -> list[Image.Image]:
     """The covered patches filled in from each of the texts, framed."""
+    # All texts in one batch, with the same image and mask.
     found: Any = model.reconstruct([image] * len(texts), [mask] * len(texts), list(texts))
     made = []
     for each in found:
+        # Enlarged afterwards, so that the visitor sees the model's own pixels.
         large = enlarge(model, each)
         draw = ImageDraw.Draw(large)
         for masked, box in boxes(large.size, mask):
@@ -181,6 +189,7 @@ def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Seq
 
 def clicked(mask: Mask, index: Any, size: tuple[int, int]) -> Mask:
     """The mask with the patch at a point of the board turned over. Raises UserError: no point of it."""
+    # The place comes from a browser: anything may stand there.
     try:
         across, down = (float(each) for each in index)
         row, column = math.floor(down / size[1] * len(mask)), math.floor(across / size[0] * len(mask[0]))

@@ -99,6 +99,7 @@ class Calls:
 
     def __init__(self, blocks: gr.Blocks, folder: Path) -> None:
         self.blocks, self.folder = blocks, folder.resolve()
+        # What each function of the page takes, found at the start: a component without a rule stops it there.
         self.taken = {number: [takes(each) for each in function.inputs] for number, function in blocks.fns.items()}
 
     def understood(self, body: bytes, host: str) -> bytes:
@@ -112,6 +113,7 @@ class Calls:
         if taken is None or len(taken) != len(call.data):
             raise no_question()
         content = call.model_dump()
+        # Built anew of what was understood: nothing else of the body reaches Gradio.
         content["data"] = [self.value(adapter, each, host) for adapter, each in zip(taken, call.data, strict=True)]
         return json.dumps(content).encode()
 
@@ -120,7 +122,9 @@ class Calls:
         given = check_shape(adapter, given)
         if not isinstance(given, File):
             return given
+        # A check of the shape alone does not say whose file it is.
         check_upload(given, self.folder, host)
+        # The path alone goes on: what else was said of the file is dropped.
         return {"path": given.path, "meta": {"_type": "gradio.FileData"}}
 
 
@@ -153,6 +157,7 @@ def is_of_page(path: str, folder: Path) -> bool:
     """Whether a path is, letter for letter, that of an image that was uploaded to this page or made by it."""
     place = Path(path)
     try:
+        # Letter for letter and without links: any other spelling might be read as another file behind this door.
         is_shelved = place.is_relative_to(folder) and SHELF.fullmatch(str(place.relative_to(folder))) is not None
         return is_shelved and str(place) == path and place.resolve() == place
     except (OSError, RuntimeError, ValueError):
@@ -165,5 +170,6 @@ def is_address_of(url: str, path: str, host: str) -> bool:
         parts = urlsplit(url)
     except ValueError:
         return False
+    # The same path as that of the file, and nothing beside it that another reader might follow.
     own = is_own(f"{parts.scheme}://{parts.netloc}", host)
     return own and unquote(parts.path) == FILE + path and not parts.query and not parts.fragment

@@ -62,8 +62,10 @@ class Guard:
         self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Start and end of the server, no visitor.
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
+        # The page uses no websocket; 1008 says that policy forbids it.
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         try:
@@ -78,10 +80,12 @@ class Guard:
 
     def check(self, scope: Scope) -> Head:
         """Returns the headers. Raises Refused by origin, method, path, query, stated size and kind."""
+        # All of this by the head alone, before a byte of the body is read.
         head = head_of(scope)
         check_host(head, self.served)
         check_origin(scope, head)
         check_url(scope, self.calls)
+        # What is stated can only refuse early; what arrives is counted (`counted_body`).
         stated = head.get(b"content-length", b"0")
         if not stated.isdigit():
             raise Refused(400, "The header content-length is wrong.")
@@ -94,6 +98,7 @@ class Guard:
         path = scope["path"]
         if scope["method"] == "POST":
             receive = counted_body(receive, most_of(scope))
+        # Gradio never sees an upload.
         if path == UPLOAD:
             kept = await self.shelf.put(scope, receive)
             return await reply(send, 200, b"application/json", json.dumps([kept]).encode())
@@ -102,9 +107,11 @@ class Guard:
         if path == JOIN:
             await self.shelf.check_room()  # for the images of the answer
             body = self.calls.understood(await whole(receive), head[b"host"].decode("latin-1"))
+            # The body is another one now, and so is its length.
             head, receive = head | {b"content-length": str(len(body)).encode()}, replayed(body, receive)
         passed = [(name, value) for name, value in head.items() if name in PASSED]
         staying = path.startswith(STAYING)
+        # Nothing is awaited in between, so nobody else takes the place that was free.
         check_open(self.open + staying)
         self.open += staying
         try:
@@ -128,8 +135,10 @@ def check_url(scope: Scope, calls: Calls) -> None:
             raise Refused(403, "That file is not of this page.")
     else:
         allowed = GET.get(path, set())
+        # Names may hold dots, but none leads upwards.
         if path not in GET and (BELOW.fullmatch(path) is None or ".." in path):
             raise Refused(404, "There is no such page.")
+    # Blank values stay: what Gradio would see is judged.
     asked = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     names = [name for name, _ in asked]
     if len(set(names)) < len(names) or not allowed.issuperset(names) or not all(VALUE.fullmatch(v) for _, v in asked):
@@ -160,6 +169,7 @@ def counted_body(receive: Receive, most: int) -> Receive:
 
     async def counted() -> Message:
         nonlocal size, more
+        # After the body only the end of the connection is waited for, as long as the answer takes.
         message = await (in_time(receive, deadline) if more else receive())
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
         check_head_size(size, most)
@@ -206,6 +216,7 @@ def with_headers(send: Send, is_file: bool) -> Send:
     async def send_with(message: Message) -> None:
         if message["type"] == "http.response.start":
             kept = [(name.lower(), value) for name, value in message.get("headers", [])]
+            # Gradio lets other origins in by a rule of its own: its headers for that are dropped.
             kept = [(n, v) for n, v in kept if n not in more and not n.startswith(b"access-control-")]
             message["headers"] = [*kept, *more.items()]
         await send(message)
@@ -219,6 +230,7 @@ async def refuse(scope: Scope, send: Send, refused: Refused) -> None:
         body, kind = json.dumps({"detail": refused.line}).encode(), b"application/json"
     else:
         body, kind = refused.line.encode(), b"text/plain; charset=utf-8"
+    # The rest of a refused body is not read, so this connection ends.
     await reply(send, refused.status, kind, body, (b"connection", b"close"))
 
 

@@ -58,6 +58,7 @@ def trained_run(path: str, history: Sequence[Seen]) -> Trained:
         lineage: the data that its weights have seen, first to last.
     """
     steps = [told_of(seen, name_beside(path, seen) if seen is history[-1] else None) for seen in history]
+    # What came before, the latest first.
     before = [step for step in reversed(steps[:-1]) if step != steps[-1]]
     told = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
     measured, score = score_beside(path)
@@ -69,10 +70,12 @@ def trained_run(path: str, history: Sequence[Seen]) -> Trained:
 def photographs(history: Sequence[Seen]) -> float:
     """How many different images of these are no drawn scenes; those of sets without ids may be the same ones."""
     photos = [seen for seen in history if not is_drawn(seen.source) and seen.source != UNKNOWN]
+    # One set of which nobody knows the size counts for more than any other.
     if any(not seen.images for seen in photos):
         return math.inf
     ids = [seen.ids for seen in photos if seen.ids is not None]
     different = len(torch.cat(ids).unique()) if ids else 0
+    # Sets without ids may hold the same images: together they are at least as many as the largest.
     return max([different, *(seen.images for seen in photos)])
 
 
@@ -95,6 +98,7 @@ def best(runs: Sequence[Trained]) -> int:
     most = max(runs, key=lambda run: (run.photographs, run.time))
     data = (most.photographs, most.sha)
     same = [place for place, run in enumerate(runs) if (run.photographs, run.sha) == data]
+    # Among fewer images the right one is found more easily, so the number comes before the score.
     return max(same, key=lambda place: (runs[place].measured, runs[place].score, runs[place].time))
 
 
@@ -108,6 +112,7 @@ def name_beside(path: str, seen: Seen) -> str | None:
         check_inside(file)
         source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
         settings = source.get("init_args") or {}
+        # Of another run than the checkpoint's it is not believed.
         if source["class_path"] != seen.source:
             return None
         return name_of(settings)
@@ -123,6 +128,7 @@ def name_of(settings: Any) -> str | None:
     if isinstance(root, list):
         root = root[0] if root else None
     parts = [part for part in re.split(r"[/\\]", str(root or file or "")) if part]
+    # Of a file its folder is the name.
     if not root:
         parts = parts[:-1]
     plain = [part for part in parts if "*" not in part]

@@ -38,8 +38,10 @@ class Worker:
         try:
             return future.result(self.seconds)
         except TimeoutError:
+            # Then the function itself has raised it.
             if future.done():
                 raise
+            # Takes it back where it still waits; one that runs goes on to its end.
             future.cancel()
             what, todo = f"no answer within {self.seconds:g} seconds", "Try again, with less at once"
             raise UserError("model", what, todo, ExitCode.UNAVAILABLE) from None
@@ -59,6 +61,7 @@ class Opener:
         if not file.is_file():
             raise UserError(name, "is here no more", "Drop it in again", ExitCode.MISSING_INPUT)
         data = file.read_bytes()
+        # By content: the same image uploaded twice lies at two paths.
         key = hashlib.sha256(data).digest()
         if key not in self.known:
             opened = safe_open(data, name)
@@ -83,6 +86,7 @@ def lines_of(given: object) -> list[str]:
     """Texts, one a line. Raises UserError."""
     if not isinstance(given, str):
         raise UserError("texts", "are no texts", "Write some")
+    # Bounded as a whole first, before it is taken apart.
     if len(given) > MAX_LINES * MAX_TEXT:
         todo = f"Write at most {MAX_LINES} lines of at most {MAX_TEXT:,}"
         raise UserError("texts", f"{len(given):,} characters", todo)

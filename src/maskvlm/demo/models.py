@@ -64,14 +64,17 @@ def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
     named = bool(found)
     if not named:
         there = [path for path in map(weights_in, folder.glob("*/")) if path is not None]
+        # Oldest first, so that the newest of a task is the one that `last` keeps.
         for path in sorted(there, key=lambda path: path.stat().st_mtime):
             try:
                 found.append(run_of(str(path)))
             except UserError as error:
+                # Damaged ones do not keep the page from starting: they are told on it.
                 problems.append(str(error))
     last = {run.task: run for run in found}
     pretrained = last.pop(PRETRAINING, None)
     candidates = [(run, run.trained) for run in found if run.trained is not None]
+    # Where checkpoints are named, the last one counts for pre-training, too.
     if candidates and not named:
         pretrained = candidates[best([each for _, each in candidates])][0]
     return FoundModels(pretrained, sorted(last.values(), key=lambda run: run.title), problems)
@@ -90,6 +93,7 @@ def run_of(source: str) -> Run:
             is loaded.
     """
     task = task_on_card(source)
+    # With a card a fine-tuned checkpoint need not be read before somebody asks it.
     if task not in (None, PRETRAINING):
         return Run(source, str(task))
     content = read_content(source)
@@ -153,6 +157,7 @@ class Models:
 
     def task(self, run: Run) -> Loaded:
         """Raises UserError: it cannot be loaded."""
+        # Loaded at the first question, and kept.
         if run.task not in self.tasks:
             model = self.load(run)
             method = next(iter(model.task.methods.values()), MATCH)  # retrieval has the core's methods alone
@@ -168,6 +173,7 @@ class Models:
         try:
             check_inside(file)
             source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
+            # Sources that draw what they show (WORLDS), or those of packages that the user allows.
             kind = class_of(str(source["class_path"]), str(file), ExampleSource, WORLDS, self.allowed)  # type: ignore[type-abstract]
             args = read_arguments(kind, source.get("init_args") or {}, str(file))
             return kind(**args).split("val")

@@ -31,6 +31,7 @@ def head_of(scope: Scope) -> Head:
     for name, value in scope["headers"]:
         if name in found and name in SINGLE:
             raise Refused(400, f"The header {name.decode('latin-1')} must not be repeated.")
+        # A header that is allowed to come twice keeps its last value.
         found[name] = value
     return found
 
@@ -64,10 +65,12 @@ def check_host(head: Head, served: str) -> None:
     if found is None:
         raise Refused(400, "The header host is missing or wrong.")
     name = found[1] or found[2]
+    # Names of this machine itself cannot be rebound by a stranger's DNS.
     if is_loopback(name):
         return
     if is_loopback(served):
         raise Refused(421, "This page answers to 127.0.0.1 and localhost only.")
+    # By address: no name, so nothing to rebind. By name: the one it was started with, or the machine's own.
     if not is_address(name) and name not in {served.lower(), socket.gethostname().lower()}:
         raise Refused(421, "This page has another name. Open it by its address, or start it with --host NAME.")
 
@@ -83,8 +86,11 @@ def check_origin(scope: Scope, head: Head) -> None:
     """
     host, origin, site = header_text(head, b"host"), head.get(b"origin"), header_text(head, b"sec-fetch-site")
     own = origin is None or is_own(header_text(head, b"origin"), host)
+    # A link elsewhere may open the page; only what its script asks for must come from itself.
     if not is_entry(scope, head):
+        # "none": typed or bookmarked; "": a program, or a browser that does not say.
         own = own and site in ("", "same-origin", "none")
+        # A browser that sends neither of the two may send this.
         if origin is None and not site and b"referer" in head:
             own = own and is_own("{0.scheme}://{0.netloc}".format(urlsplit(header_text(head, b"referer"))), host)
     if not own:
@@ -94,6 +100,7 @@ def check_origin(scope: Scope, head: Head) -> None:
 def is_entry(scope: Scope, head: Head) -> bool:
     """Whether a browser opens the page in a tab; not in a frame, and not by a script."""
     is_page = scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
+    # A frame has another destination, a script another mode.
     mode, destination = header_text(head, b"sec-fetch-mode"), header_text(head, b"sec-fetch-dest")
     return is_page and mode in ("", "navigate") and destination in ("", "document")
 
@@ -103,6 +110,7 @@ def is_own(origin: str, host: str) -> bool:
     found = _ORIGIN.fullmatch(origin.lower())
     if found is None:
         return False
+    # The default port may be left out on either side.
     port = DEFAULT_PORT[found[1]]
     return found[2].removesuffix(port) == host.lower().removesuffix(port)
 

@@ -47,6 +47,7 @@ class Desk:
         self.photos = models.photographs > 0
         if models.pretrained is not None:
             size, grid = models.pretrained.image_size, models.pretrained.grid
+            # Images are decoded and drawn on the worker's thread alone.
             self.samples = worker.run(photo_samples, grid) if self.photos else worker.run(samples, size, grid)
 
     def asked(self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]) -> Callable[..., dict[Any, Any]]:
@@ -61,9 +62,11 @@ class Desk:
             try:
                 return {self.status: "", **self.worker.run(function, *inputs)}
             except UserError as error:
+                # What a bad image advises is meant for data sets, too; here there is no row.
                 line = str(error).replace(" or drop its row", "") if isinstance(error, BadImage) else str(error)
                 return {**clear, self.status: answers.problem(" ".join(line.split())[:400])}
             except Exception as error:
+                # The traceback is for the terminal: a visitor sees the kind of error alone.
                 traceback.print_exc(file=sys.stderr)
                 what = f"{type(error).__name__}. This is a bug; the terminal has its traceback."
                 return {**clear, self.status: answers.problem(what)}
@@ -83,6 +86,7 @@ class Desk:
             self.asked(function, clear or {}),
             inputs,
             [self.status, *outputs],
+            # One question of all tabs at a time: they share the model.
             concurrency_limit=1,
             concurrency_id="model",
             show_progress="minimal",
@@ -99,6 +103,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
         images: where its images lie, as the user says.
     """
     desk = Desk(models, worker)
+    # delete_cache: once a minute Gradio removes files that are older than KEPT_SECONDS.
     with gr.Blocks(
         title="MaskVLM", analytics_enabled=False, delete_cache=(60, shelf.KEPT_SECONDS), fill_width=True
     ) as blocks:
@@ -116,6 +121,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
                 if not models.found.tasks:
                     with gr.Tab("Tasks"):
                         gr.HTML(answers.note(no_task(models)))
+    # api_open: else a question could go past the queue.
     blocks.queue(max_size=intake.QUEUE, default_concurrency_limit=1, api_open=False)
     blocks.state_session_capacity = SESSIONS
     blocks.has_launched = (
@@ -165,6 +171,7 @@ def inputs_column(desk: Desk) -> None:
         elem_id="text",
         visible=bool(desk.samples),
     )
+    # Until somebody uploads an image: an example of a task may take the place of the page's own.
     desk.own = gr.State(True)
     desk.image.upload(lambda: False, None, desk.own, api_visibility="private")
     desk.status = gr.HTML("", elem_id="status")
@@ -195,12 +202,15 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     compared = match_and_caption(desk, first)
     line = None
     try:
+        # Not by `worker.run`: encoding the images may take longer than an answer may.
         searched = desk.worker.pool.submit(Searched, model, index, images, desk.photos).result()
     except UserError as error:
+        # The tab tells what is wrong with an index, and searches what the page brings along.
         line = str(error)
         searched = desk.worker.pool.submit(Searched, model, None, None, desk.photos).result()
     search_tab(desk, searched, line, index is not None)
 
+    # Image and text concern both tabs, so one question answers for both.
     def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
         return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
 
@@ -214,11 +224,13 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     desk.on(desk.image.change, another, inputs, [desk.strange, *results], {**nothing, desk.strange: ""})
 
     def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
+        # The box was left without a change.
         if text == known:
             return {}
         chips, kept = worded.offered(text), list[int]()
         return {**chips, **all_anew(path, text, kept, mask, other)}
 
+    # In the order of `retold`'s arguments.
     with_known = [*inputs[:3], worded.known, *inputs[3:]]
     for trigger in (desk.text.blur, desk.text.submit):
         desk.on(trigger, retold, with_known, [worded.chips, worded.known, *results])

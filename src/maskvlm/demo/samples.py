@@ -45,7 +45,7 @@ class Hit(NamedTuple):
 
 def enlarged(image: Image.Image) -> Image.Image:
     """A small image in large pixels: scaled down for the model it is what it was."""
-    times = max(1, -(-SHOWN // image.width))
+    times = max(1, -(-SHOWN // image.width))  # rounded up
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
@@ -56,6 +56,7 @@ def otherwise(text: str) -> str:
         plain = word.strip(",.:")
         for known in (COLOURS, SHAPES):
             if plain in known:
+                # Half the list further on, so never the same word.
                 word = word.replace(plain, known[(known.index(plain) + len(known) // 2) % len(known)])
         found.append(word)
     return " ".join(found)
@@ -71,6 +72,7 @@ def samples(size: int, grid: tuple[int, int]) -> list[PageSample]:
         text = pairs[index]["captions"][0]
         down, across = np.arange(rows)[:, None], np.arange(columns)[None]
         row, column = thing.row, thing.column
+        # A scene has 3 x 3 places; the patches of one place are masked.
         masked = (down * 3 // rows == row) & (across * 3 // columns == column)
         found.append(PageSample(enlarged(pairs[index]["image"]), text, otherwise(text), masked.tolist()))  # type: ignore[arg-type]
     return found
@@ -90,6 +92,7 @@ def photo(name: str) -> Image.Image:
 def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
     """The photographs, with their first captions; hidden is what has its middle in the box."""
     rows, columns = grid
+    # Middles of patches as shares of the image: (rows, 1) and (1, columns)
     down, across = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns)[None] + 0.5) / columns
     found = []
     for name, row in photo_rows().items():
@@ -121,6 +124,7 @@ class Searched:
             from maskvlm.inference.vectors import identity
 
             self.index = SearchIndex.load(folder, images)
+            # A query of these weights cannot be compared with vectors of others.
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: maskvlm index")
@@ -143,9 +147,11 @@ class Searched:
     def by_text(self, text: str, k: int = 8) -> list[Hit]:
         """The nearest images of a text, and of these the ones that match it best. It is never taken for the name of a
         file."""
+        # Contrast finds three times as many as are shown, matching chooses among them.
         near = self.nearest(self.model.encode_text(text), 3 * k)
         likely: Any = self.model.match([hit.image for hit in near], text)
         order = sorted(zip(near, likely, strict=True), key=lambda pair: -pair[1])[:k]
+        # The match takes the place of the cosine in front of the caption.
         return [hit._replace(told=f"{100 * share:.0f} %  {hit.told.partition('  ')[2]}") for hit, share in order]
 
     def by_image(self, image: ImageInput, k: int = 8) -> list[Hit]:
@@ -166,6 +172,7 @@ class Searched:
         from maskvlm.inference.search import SearchResult
 
         (cosine_K,), (position_K,) = self.index.search(vector_E.cpu(), k)
+        # -1 stands, last of all, where the index found fewer than k.
         rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()
         found = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
         return [

@@ -45,6 +45,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         raise UserError(
             "demo", "gradio is not installed", "Run `make demo`, or pip install maskvlm[demo]", ExitCode.UNAVAILABLE
         )
+    # Before Gradio is imported, which is further down.
     os.environ.update(QUIET)
     listener = listen(options.host, options.port)
     with listener, own_folder() as folder:
@@ -58,6 +59,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         made = socket.socket(family)
+        # Else the port is refused for a while after an earlier page has ended.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen(128)
@@ -72,6 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
 def own_folder() -> Iterator[Path]:
     """A temporary folder for all that is uploaded and shown; every temporary file of this process lies in it."""
     with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as made:
+        # Resolved, since paths are compared letter for letter later.
         before, name = tempfile.tempdir, str(Path(made).resolve())
         os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = name
         try:
@@ -94,6 +97,7 @@ def run_page(options: Any, allowed: list[str], listener: socket.socket, folder: 
 
 def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     """The page in its guard. Raises UserError."""
+    # Gradio comes with these imports; QUIET is set by now.
     from maskvlm.demo.calls import Calls
     from maskvlm.demo.guard import Guard
     from maskvlm.demo.intake import Worker
@@ -105,6 +109,7 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     models = Models(found, options.device, allowed)
     index = options.index
     if index is None:
+        # The newest of `maskvlm index`.
         made = sorted(Path("checkpoints").glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
         index = made[-1].parent if made else None
     blocks = page(models, Worker(), index, options.images)
@@ -127,7 +132,9 @@ def server_of(app: Any) -> Any:
         log_level="warning",
         use_colors=False,
         server_header=False,
+        # X-Forwarded-For would let a visitor choose his own address.
         proxy_headers=False,
+        # Twice as many as pages may stay in touch (`guard.MAX_OPEN`): the others are for questions.
         limit_concurrency=200,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=2,
@@ -145,6 +152,7 @@ def application(blocks: Any) -> Any:
 
     plain = ("system-ui", "sans-serif")  # no font is fetched
     theme = gr.themes.Default(font=plain, font_mono=("ui-monospace", "monospace"), primary_hue="teal")
+    # FastAPI's own pages are left out.
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer,

@@ -47,13 +47,16 @@ class Shelf:
             await self.check_room()
             try:
                 async with Request(scope, receive).form(max_files=1, max_fields=0) as form:
+                    # Exactly one file and no other field; the name that it was given is not read.
                     (file,) = form.getlist("files")
                     path = await asyncio.to_thread(self.write, file.file)  # type: ignore[union-attr]
             except (MultiPartException, HTTPException, ValueError, AttributeError):
                 raise Refused(400, "That is no upload of one file.") from None
             except OSError as error:
                 raise Refused(507, f"The image cannot be kept here ({error.strerror}).") from None
+            # Gradio removes what stands in this set once it is old.
             self.known.add(path)
+            # Counted on from the last look at the folder.
             self.held = (self.held[0] + 1, self.held[1] + Path(path).stat().st_size)
         return path
 
@@ -65,6 +68,7 @@ class Shelf:
         ending = next((name for start, name in KINDS.items() if head.startswith(start)), "bin")
         file.seek(0)
         try:
+            # A place of its own for each file: x forbids writing over one.
             with (place / f"image.{ending}").open("xb") as made:
                 shutil.copyfileobj(file, made)
         except OSError:

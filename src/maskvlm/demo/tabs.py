@@ -34,6 +34,7 @@ class WordsTab:
             )
             filled = desk.worker.run(answers.words_filled, self.model, first.image, first.text, chosen)
             self.result = gr.HTML(filled, elem_id="words")
+            # The text that the buttons were made of.
             self.known = gr.State(first.text)
         self.results = [self.result]
         inputs = [desk.image, desk.text, self.chips]
@@ -54,6 +55,7 @@ class WordsTab:
 
     def telling(self, sample: PageSample) -> list[int]:
         """The words that the wrong caption has otherwise: the image tells them."""
+        # Both captions have as many words (`PageSample`), so they are compared place by place.
         right, wrong = (answers.taken_apart(text).words for text in (sample.text, sample.other))
         return [number for number, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1]][:2]
 
@@ -85,8 +87,10 @@ class Patches:
         def turned(path: str, text: str, mask: answers.Mask, other: str, place: Any) -> dict[Any, Any]:
             image = desk.open(path)
             size = answers.enlarge(self.model, answers.seen(self.model, image)).size
+            # Turned at the place of the click on the enlarged image.
             return self.with_mask(path, text, answers.clicked(mask, place, size), other)
 
+        # Gradio hands the place in for the annotation `gr.SelectData`, which `desk.on` would hide.
         def pressed(path: str, text: str, mask: answers.Mask, other: str, event: gr.SelectData) -> dict[Any, Any]:
             return safely(path, text, mask, other, event.index)
 
@@ -158,6 +162,7 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
 
     desk.on(button.click, matched, [desk.image, texts], [likely], {likely: ""})
     desk.on(write.click, captioned, [desk.image], [written], {written: ""})
+    # Answers about another image must not stay.
     stale = {likely: "", written: ""}
     desk.image.change(lambda: stale, None, list(stale), api_visibility="private")
     return texts
@@ -198,6 +203,7 @@ def upload_image(**settings: Any) -> gr.Image:
     Not a subclass: Gradio would write an interface file beside this one.
     """
     made = gr.Image(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
+    # On this one object: see the docstring.
     vars(made)["preprocess"] = lambda given: None if given is None else given.path
     return made
 
@@ -216,6 +222,7 @@ def task(desk: "Desk", run: Run) -> None:
         places: list[gr.Column] = []
         more: list[Any] = []
         with gr.Row():
+            # As many as the largest task may need; those of this one are shown when its model is known.
             for number in range(2, MOST_IMAGES + 1):
                 with gr.Column(min_width=200, visible=False) as place:
                     more.append(upload_image(label=f"Image {number}", height=220, elem_id=f"{name}-image-{number}"))
@@ -231,6 +238,7 @@ def task(desk: "Desk", run: Run) -> None:
     def shown(loaded: Loaded) -> dict[Any, Any]:
         if loaded.method.images > MOST_IMAGES:
             raise UserError(run.shown, f"takes {loaded.method.images} images", "Ask it in the shell")
+        # The image on the left is the first; boxes beyond the task's number stay hidden.
         updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(places, 1)}
         label, line = loaded.method.text.capitalize(), f"{run.shown}: {loaded.method.told}."
         return {told: answers.note(line), text: gr.update(label=label), **updates, started: True}
@@ -239,12 +247,14 @@ def task(desk: "Desk", run: Run) -> None:
         if loaded.examples is None:
             return {another: gr.update(visible=False)}
         example = loaded.examples[random.randrange(min(len(loaded.examples), 500))]
+        # The first image goes to the desk, the others to boxes of this tab.
         first, *others = [enlarged(open_image(each, "example")) for each in example["images"]]
         filled = dict(zip(more, others, strict=False))
         said = ", ".join(dict.fromkeys(example["answers"]))
         label = gr.update(value=example["text"], label=loaded.method.text.capitalize())
         return {desk.image: first, **filled, text: label, truth: (said, digest(first)), answer: ""}
 
+    # The first click on the tab loads the model; later ones change nothing.
     def opening(begun: bool, own: bool) -> dict[Any, Any]:
         if begun:
             return {}
@@ -258,6 +268,7 @@ def task(desk: "Desk", run: Run) -> None:
         *paths, words, said = others
         loaded = desk.models.task(run)
         images = [desk.open(path)]
+        # Boxes that are hidden may still hold images of an example before.
         images += [desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
         example = (*images, intake.checked_text(words, loaded.method.text))
         with torch.no_grad():

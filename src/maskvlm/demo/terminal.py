@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+# Controls but tab and line end, then characters without width, of direction, and line ends of Unicode.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 def escaped(text: str) -> str:
     """A text without what would move the cursor, colour, hide, reverse, or ring: each such character by its number."""
-    return _HIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _HIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)  # ascii() without its quotes
 
 
 class Plain:

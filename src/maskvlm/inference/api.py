@@ -92,7 +92,9 @@ class Asked(nn.Module):
         """
         (shown, one_image), (words, one_text) = as_list(images), as_list(texts)
         pairs = embed.pair_up(len(shown), len(words))
+        # A missing head is told before anything is encoded.
         self.head("matching", "match")
+        # Each image and text is encoded once, however many pairs it is in; the cross encoders run for each pair.
         image, text = embed.image_features(self, shown), embed.text_features(self, words)
         found = embed.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
         return found[0] if one_image and one_text else found
@@ -120,8 +122,10 @@ class Asked(nn.Module):
             raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of images")
         gallery = list(cast(Any, candidates))
         check_whole("rank", "k", k, 0)
+        # The first of each side decides what that side is.
         images = bool(queries) and is_image(queries[0])
         if not queries or not gallery or images == is_image(gallery[0]):
+            # A misspelt file name looks like a text: that is told first.
             check_absent([*queries, *gallery])
             kinds = ("images" if images else "texts") if queries and gallery else "nothing"
             raise UserError("rank", f"{kinds} on both sides", "Give an image and texts, or a text and images")
@@ -159,6 +163,7 @@ class Asked(nn.Module):
 
         Captions of several lengths (in tokens) are written so, and the one that matches the image best is given.
         """
+        # The start and the end token take two places.
         longest = self.backbone.text.text_length - 2
         lengths = lengths if isinstance(lengths, Iterable) else [lengths]
         for length in lengths:
@@ -194,13 +199,16 @@ class Asked(nn.Module):
         words, one_word = as_list(word)
         if len(words) != len(rows) and 1 not in (len(words), len(rows)):
             raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
+        # A single pair is asked about every word, a single word about every pair.
         size = max(len(rows), len(words)) if rows and words else 0
         rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
+        # A pair at a time: each word needs a backward pass of its own.
         found = [self._explained(open_image(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
         return found[0] if single and one_word else found
 
     def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
         looked = attend.explain_word(self, image, text, word)
+        # (N,) -> (rows, columns)
         attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
         return Explained(attention, gradcam, attend.overlay(image, gradcam))
 
@@ -236,6 +244,7 @@ class Asked(nn.Module):
 
     def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
         given, single = as_list(image)
+        # Of two dimensions it is one mask, for all images.
         masks = [mask] if single or np.ndim(mask) == 2 else list(mask)
         texts, _ = as_list(text)
         if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
@@ -244,13 +253,16 @@ class Asked(nn.Module):
         if not given:
             return []
         image_BCHW = self.pixels(given)
+        # (1, N) or (B, N) -> (B, N)
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
+        # Trained with `pixel_norm`, the pixel head predicts patches without their mean and contrast.
         true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
             painted_BCHW = unmask.reconstruct_images(self, image_BCHW, mask_BN, words, true_statistics)
         else:
             painted_BCHW = unmask.inpaint_images(self, image_BCHW, mask_BN, words, steps, true_statistics)
+        # Pillow takes bytes, colours last: (B, 3, H, W) -> (B, H, W, 3)
         rgb_BHWC = (to_rgb(self.backbone, painted_BCHW) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         found = [Image.fromarray(each) for each in rgb_BHWC]
         return found[0] if single else found
@@ -290,6 +302,7 @@ class Asked(nn.Module):
         rows, columns = self.grid
         todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
+            # The copy matters: torch refuses negative strides (a flipped mask) and warns of read-only arrays.
             found = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))).bool()
         except (ValueError, TypeError) as error:
             raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
@@ -309,6 +322,7 @@ class Asked(nn.Module):
     def _parts(self, image: Any, text: Any) -> tuple[list[tuple[list[Any], list[str]]], bool]:
         """Images with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
         (images, one_image), (texts, one_text) = as_list(image), as_list(text)
+        # Paired first and cut into parts then, so that a single image or text is repeated.
         pairs = [(images[i], check_text(texts[t])) for i, t in embed.pair_up(len(images), len(texts))]
         parts = [([i for i, _ in part], [t for _, t in part]) for part in embed.chunks(pairs, self.batch_size)]
         return parts, one_image and one_text

@@ -50,6 +50,7 @@ def texts_encoded(model: Model, texts: Sequence[str]) -> Iterator[tuple[Tensor, 
 
 def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
     """[T, D] of each text."""
+    # Padding is on the right: the first `length` positions are the text.
     lengths = attention_CT.sum(1).tolist()
     return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
 
@@ -57,6 +58,7 @@ def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
 def encode_image(model: Model, images: Sequence[Any]) -> EncodedSide:
     """Features and unit vector of each image."""
     projection: Projection = model.head("projection", "encode_image")
+    # The empty first part makes torch.cat work where there is nothing to encode.
     features, vectors = [], [no_vectors(projection)]
     for part in chunks(images, model.batch_size):
         image_BLD = model.backbone.image(model.pixels(part))
@@ -77,6 +79,7 @@ def encode_text(model: Model, texts: Sequence[str]) -> EncodedSide:
 
 def no_vectors(projection: Projection) -> Tensor:
     """The unit vectors of no images or texts, [0, E]."""
+    # float32 in any precision of the model, as `Projection` gives its unit vectors.
     return projection.text.weight.new_zeros(0, projection.text.out_features, dtype=torch.float32)
 
 
@@ -98,11 +101,14 @@ def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequ
     for image, text in zip(
         chunks(image_features, model.batch_size), chunks(text_features, model.batch_size), strict=True
     ):
+        # Texts were encoded in other batches: padded anew to the longest of these, [T, D] each -> (M, T, D).
         text_MTD = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)
         length_M = torch.tensor([len(text_TD) for text_TD in text], device=text_MTD.device)
+        # (M, 1) against (T,) -> (M, T), true on tokens
         attention_MT = torch.arange(text_MTD.shape[1], device=text_MTD.device) < length_M[:, None]
         fused = model.backbone.fuse(torch.stack(list(image)), text_MTD, attention_MT)
         logits_M2 = head(fused.product_MD).float()
+        # The softmax of both logits is the sigmoid of their difference.
         found.append(logits_M2[:, 1] - logits_M2[:, 0])
     return torch.cat(found) if found else torch.zeros(0)
 
@@ -118,6 +124,7 @@ def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
         what = f"{images} images and {texts} texts do not make pairs"
         raise UserError("match", what, "Give one of a kind, or as many of both")
     count = max(images, texts) if images and texts else 0
+    # A side of a single image or text stays at its row 0.
     return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(count)]
 
 
@@ -131,15 +138,18 @@ def rank_candidates(
         images: whether the queries are images.
     """
     similarity_QG = queries.vector_XE @ gallery.vector_XE.T
+    # Stable: of equal cosines the earlier candidate comes first.
     order_QG = similarity_QG.argsort(dim=1, descending=True, stable=True)
     every = []
     for row, order_G in enumerate(order_QG.tolist()):
         found, cosine, first = order_G[:k], similarity_QG[row].tolist(), []
         if found:
+            # `log_odds` takes images first, whichever side asks.
             sides = [queries.features[row]] * len(found), [gallery.features[g] for g in found]
             odds_K = log_odds(model, *(sides if images else sides[::-1])).cpu()
             score_K = odds_K + contrast_counts(model) * similarity_QG[row, found].cpu()
             best = score_K.argsort(descending=True, stable=True).tolist()
+            # The probability that is told is of matching alone; only the order may count the cosine, too.
             first = [Ranked(found[at], cosine[found[at]], float(odds_K[at].sigmoid())) for at in best]
         every.append(first + [Ranked(g, cosine[g], None) for g in order_G[k:]])
     return every

@@ -32,11 +32,14 @@ class IndexKind(NamedTuple):
 
 def kinds(count: int, width: int) -> dict[str, IndexKind]:
     """What there is for so many vectors of this width; bench/search.py measures them."""
+    # About 2 * sqrt(N) lists, as a power of two; each holds sqrt(N) / 2 vectors on average.
     lists = 2 ** max(0, round(math.log2(2 * math.sqrt(count))))
+    # Steps are 2, 3, 4, 6, 8, 12 ...: each 1.3 to 1.5 times the one before.
     pieces, steps = width // 2 if width % 2 == 0 else width, [n * 2**power for power in range(15) for n in (2, 3)]
     return {
         "flat": IndexKind("Flat"),
         "ivf": IndexKind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
+        # 4 bits for each piece of two dimensions; RFlat re-scores k * k_factor_rf candidates with whole vectors.
         "pq": IndexKind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
         "hnsw": IndexKind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
     }
@@ -56,6 +59,7 @@ def trained_index(kind: IndexKind, vector_NE: Array) -> Any:
     """An empty index that knows how vectors like these are spread."""
     faiss, (count, width) = faiss_module(), vector_NE.shape
     index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
+    # 50 vectors a list: k-means in FAISS warns below 39, and more costs time.
     most = 50 * faiss.extract_index_ivf(index).nlist if kind.knob == "nprobe" else 65_536
     index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
     return index
@@ -71,10 +75,11 @@ def tune(index: Any, kind: IndexKind, vector_NE: Array, query_QE: Array, least: 
     """Turn the knob up until enough of the 10 nearest of these queries are found; returns its value and the recall.
     What is as near as the tenth counts as found: vectors may be equal."""
     faiss, k, value, recall = faiss_module(), min(10, len(vector_NE)), None, 0.0
-    tenth_Q1 = faiss.knn(query_QE, vector_NE, k, faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
+    tenth_Q1 = faiss.knn(query_QE, vector_NE, k, faiss.METRIC_INNER_PRODUCT)[0][:, -1:]  # exact: (Q, 1)
     for value in kind.values or (None,):
         turn(index, kind.knob, value)
         similarity_QK, position_QK = index.search(query_QE, k)
+        # 1e-5 is room for rounding: the index and the exact search may add up in another order.
         recall = float(((similarity_QK >= tenth_Q1 - 1e-5) & (position_QK >= 0)).mean())
         if recall >= least:
             break
@@ -105,6 +110,7 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
         value, recall = tune(index, kind, vector_NE, query_QE, least)
         about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
         about |= {"recall_at_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
+        # By recall: where no kind finds enough, the best one is taken.
         made[recall] = index, about
         if recall >= least:
             break

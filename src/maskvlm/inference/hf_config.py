@@ -77,6 +77,7 @@ class MaskVLMProcessor(ProcessorMixin):
     Images come out as evaluation prepares them (bicubic by Pillow, the whole image).
     """
 
+    # transformers finds the parts of a processor by the names of these arguments.
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **more: Any) -> None:
         super().__init__(image_processor, tokenizer, **more)
 
@@ -88,11 +89,13 @@ class MaskVLMProcessor(ProcessorMixin):
             UserError: as `hf_folder.read_folder`; only size, mean and deviation of images are read, and the tokenizer.
         """
         place = folder_of_hub(str(path), hub)
+        # Links and sums before anything is parsed.
         check_links(place)
         check_sums(place)
         file = place / PROCESSOR
         told = load_json(file_text(file).encode(), file)
         images = told.get("image_processor") if isinstance(told, dict) else None
+        # Other settings, such as another way of resizing, are not taken over. What is no mapping the schema refuses.
         read = {key: images[key] for key in IMAGES.needed if key in images} if isinstance(images, dict) else images
         kept = IMAGES.read(read, str(file), AGAIN)
         tokenizer: Any = read_tokenizer(place)
@@ -100,6 +103,7 @@ class MaskVLMProcessor(ProcessorMixin):
             raise UserError(place, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
         named = place / "tokenizer_config.json"
         length = load_json(file_text(named).encode(), named).get("model_max_length") if named.is_file() else None
+        # A tokenizer without a limit has 1e30 there, which does not fit.
         if Whole(1, 100_000).fits(length):
             tokenizer.model_max_length = length
         return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **kept), tokenizer)
@@ -112,6 +116,7 @@ def processor_of(spec: InputSpec) -> MaskVLMProcessor:
         size=side, resample=BICUBIC, image_mean=list(spec.mean), image_std=list(spec.std), do_convert_rgb=True
     )
     tokenizer: Any = spec.tokenizer
+    # `truncation=True` then cuts where training did.
     tokenizer.model_max_length = spec.text_length
     return MaskVLMProcessor(images, tokenizer)
 
@@ -155,6 +160,7 @@ def _shown(file: Path) -> dict[str, Any]:
 def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
     """Tokenizer, image processing, ids of the images seen, vectors of known ones, model card."""
     processor_of(spec).save_pretrained(folder)
+    # By place in the history: an entry without ids leaves its number out.
     ids = {str(n): seen.ids for n, seen in enumerate(origin.history) if seen.ids is not None}
     if ids:
         save_file(ids, folder / SEEN)
@@ -167,6 +173,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec) -> str:
     """The hub's `README.md`: what it is, what it has seen, how it was measured, how to use it."""
     task = str((config.task or {}).get("class_path", "unknown"))
     lines = [
+        # What is between the dashes the hub reads as YAML.
         "---",
         "library_name: maskvlm",
         "license: apache-2.0",
@@ -223,8 +230,10 @@ def _evaluation(config: MaskVLMConfig) -> list[str]:
         return ["None came with this checkpoint."]
     card, step = found.get("card", {}), metrics.get("step")
     where = [f"- {key}: {card[key]}" for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)]
+    # metrics.json is of the run's last weights; those of best.ckpt may be of an earlier step.
     if step is not None and step != config.step:
         where.append(f"- measured at step {step:,} of the same run; these weights are of step {config.step:,}")
+    # A level stands in its metric's row, not in a row of its own.
     ends = ("_chance", "_majority")
     rows = []
     for key, value in metrics.items():

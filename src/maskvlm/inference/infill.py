@@ -39,9 +39,11 @@ class SeenImages(NamedTuple):
 
 def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
     """Features of the different ones of these images; of the mean colour for None."""
+    # By identity: an image that is given with several texts is encoded once.
     each = {id(image): image for image in images}
     order = {known: number for number, known in enumerate(each)}
     size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
+    # Zeros are the mean colour, as pixels are normalised.
     pixels_XCHW = weight.new_zeros(len(each), 3, size, size)
     given = [number for number, image in enumerate(each.values()) if image is not None]
     if given:
@@ -67,6 +69,7 @@ def pair_rows(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Se
     device = device_of(model)
     token_BT = pad_sequence(list(texts), batch_first=True, padding_value=model.backbone.text.pad_id).to(device)
     length_B1 = torch.tensor([[len(text)] for text in texts], device=device)
+    # (B, 1) against (T,) -> (B, T), true on tokens
     attention_BT = torch.arange(token_BT.shape[1], device=device) < length_B1
     return PairRows(image_XLD, torch.tensor(image_B, device=device), token_BT, attention_BT)
 
@@ -79,6 +82,7 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
         part = rows.only(chosen_B)
         used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many images
         text_BTD = backbone.text(part.token_BT, part.attention_BT)
+        # Keys and values once an image; own_B is the row of each text's image among them.
         context = backbone.cross_text.context(part.image_XLD[used_X], None, own_B)
         yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).full_RLD
 
@@ -90,6 +94,7 @@ def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], 
     found = []
     for chosen_B, text_BTD in text_cross(model, rows):
         for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
+            # Masked positions alone reach the head: (T, D) -> (K, D) -> (K, V).
             logits_KV = forbid(model, head(text_TD[token_T == model.backbone.text.mask_id]).float())
             top = logits_KV.softmax(-1).topk(min(top_k, logits_KV.shape[1]))
             found.append(
@@ -103,6 +108,7 @@ def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], 
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
     """Start, end, padding and mask token are no words."""
+    # A tokenizer may know special tokens that the head has no logit for.
     special = [i for i in model.words.tokenizer.all_special_ids if i < logits_KV.shape[-1]]
     return logits_KV.index_fill(-1, torch.tensor(special, device=logits_KV.device), float("-inf"))
 
@@ -119,16 +125,19 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
     the most certain one of the masked is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
+    # A row for each length of each image, all of them in one batch.
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
     which = [number for number in looked.which for _ in lengths]
     rows = pair_rows(model, looked.image_XLD, which, blank * len(looked.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
+    # A round writes one token in every row that has a masked one left; short captions are done first.
     for _ in range(max(lengths)):
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
         for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
             now_B = open_B[chosen_B]
             masked_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
             likeliest = forbid(model, head(text_BTD[masked_BT]).float()).log_softmax(-1).max(-1)
+            # (masked,) -> (B, T); -inf where nothing is masked, so that argmax finds a masked place.
             value_BT = total_B.new_full(masked_BT.shape, float("-inf")).masked_scatter(masked_BT, likeliest.values)
             word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(masked_BT, likeliest.indices)
             at_B1 = value_BT.argmax(1, keepdim=True)
@@ -145,11 +154,13 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
     """Of captions of these lengths those that match their images best; without a matching head the most certain."""
     looked = look(model, images)
+    # Tokens can decode to an empty text; one is kept only where there is no other.
     written = [[one for one in each if one.text] or each[:1] for each in write_captions(model, looked, lengths)]
     if getattr(model.task, "matching", None) is None:
         return [max(each, key=lambda one: one.certainty).text for each in written]
     pairs = [(row, one.text) for row, each in zip(looked.which, written, strict=True) for one in each]
     texts = embed.text_features(model, [text for _, text in pairs])
+    # One probability a pair, used up in the order of `pairs` by the last line.
     likely = iter(embed.match(model, [looked.image_XLD[row] for row, _ in pairs], texts).tolist())
     return [max(((next(likely), one.text) for one in each), key=lambda pair: pair[0])[1] for each in written]
 
@@ -161,15 +172,17 @@ def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[s
     inner = [len(token_T) - 2 for token_T in whole]
     if not all(inner):
         raise UserError("text", f"'{texts[inner.index(0)]}' holds nothing that the tokenizer knows", "Write words")
+    # A row for each token of each text: that token is masked there, all others are visible.
     text_B = [number for number, words in enumerate(inner) for _ in range(words)]
     place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
     image_XLD, which = look(model, images)
     rows = pair_rows(model, image_XLD, [which[number] for number in text_B], [whole[number] for number in text_B])
     row_B = torch.arange(len(place_B), device=place_B.device)
-    target_B = rows.token_BT[row_B, place_B]
+    target_B = rows.token_BT[row_B, place_B]  # read before it is masked
     rows.token_BT[row_B, place_B] = mask
     found = []
     for chosen_B, text_BTD in text_cross(model, rows):
+        # One position a row: (B, T, D) -> (B, D)
         hidden_BD = text_BTD[torch.arange(len(chosen_B), device=place_B.device), place_B[chosen_B]]
         log_p_BV = head(hidden_BD).float().log_softmax(-1)
         found.append(log_p_BV.gather(1, target_B[chosen_B, None])[:, 0])
@@ -185,6 +198,7 @@ def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor,
     backbone, task = model.backbone, model.head("pixels", "reconstruct")
     image_BLD = backbone.image(image_BCHW, mask_BN)
     crossed_BLD = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).full_RLD
+    # Every patch is predicted, visible ones too; `paste` takes the masked ones.
     every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
     return task(crossed_BLD, text_BTD, attention_BT, every_BN).float()
 
@@ -204,6 +218,7 @@ def reconstruct_images(
     if true_statistics:
         values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
     every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
+    # Pasted in float32: predictions are not rounded to the model's precision.
     return paste(image_BCHW.float(), values_BNP, every_BN, mask_BN.float(), size)
 
 
@@ -218,6 +233,7 @@ def inpaint_images(
     painted_BCHW, left_BN = image_BCHW.float(), mask_BN.clone()
     tokens = model.tokens(texts)
     text_BTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
+    # Drawn on the CPU: the same masks on every device.
     generator = torch.Generator().manual_seed(0)
     size, total_B = model.backbone.image.patch_size, mask_BN.sum(1)
     for step in range(steps):
@@ -228,10 +244,13 @@ def inpaint_images(
         for _ in range(3):
             more_BN = torch.rand(mask_BN.shape, generator=generator).to(mask_BN.device) < 0.25
             others.append(patches(model, given, left_BN | more_BN, text_BTD, tokens.attention_CT))
+        # Variance of the predictions, (3, B, N, P) -> (B, N); -1 sorts visible patches behind all masked ones.
         doubt_BN = torch.stack(others).var(0).mean(-1).masked_fill(~left_BN, -1.0)
+        # argsort of argsort is the place of each patch in that order.
         rank_BN = doubt_BN.argsort(dim=1, descending=True).argsort(dim=1)  # the most doubtful first
         stay_BN = left_BN & (rank_BN < keep_B[:, None])
         now_BN = left_BN & ~stay_BN
+        # Mean and contrast are those of the given image, not of what is painted so far.
         if true_statistics:
             values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
         every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)

@@ -77,8 +77,9 @@ class FusionPart(nn.Module):
         self.cross_image, self.cross_text, self.matching = backbone.cross_image, backbone.cross_text, matching
 
     def forward(self, image_features: Tensor, text_features: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        # With the backbone itself in here a .pt2 file would hold the encoders' weights, too.
         """Features of both sides to what the class's docstring lists."""
+        # `fuse` reads nothing but the two cross encoders, which are here by the same names.
+        # With the backbone itself in here a .pt2 file would hold the encoders' weights, too.
         fused = Backbone.fuse(self, image_features, text_features, attention_mask.bool())  # type: ignore[arg-type]
         if self.matching is None:
             return (fused.joined_MX,)
@@ -110,6 +111,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
     words: Shapes = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
     seen: Shapes = {"image_features": ["batch", 1 + image.num_patches, backbone.width]}
     read: Shapes = {"text_features": ["batch", "length", backbone.width]}
+    # Copied before the unit vectors are added below: the scorer reads features alone.
     pair = seen | read | {"attention_mask": words["attention_mask"]}
     fused: Shapes = {"fused": ["batch", 3 * backbone.width]}
     fused |= {} if matching is None else {"match": ["batch"]}
@@ -117,6 +119,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
         seen |= {"image_embeds": ["batch", projection.image.out_features]}
         read |= {"text_embeds": ["batch", projection.text.out_features]}
     return [
+        # A new wrapper is in train mode, whatever the modules within it are in.
         ExportPart("image_encoder", ImagePart(backbone, projection).eval(), pixels, seen),
         ExportPart("text_encoder", TextPart(backbone, projection).eval(), words, read),
         ExportPart("fusion_scorer", FusionPart(backbone, matching).eval(), pair, fused),
@@ -192,6 +195,7 @@ def export(
     near = next(parent for parent in folder.absolute().parents if parent.exists())  # a rename crosses no file system
     try:
         with TemporaryDirectory(prefix=".export-", dir=near) as temporary:
+            # A folder within, since the temporary one is removed at the end.
             made = Path(temporary) / "made"
             made.mkdir()
             report = {
@@ -207,8 +211,10 @@ def export(
             write_json(made / "export.json", report)
             processor_of(model.backbone.input_spec).save_pretrained(made)
             folder.parent.mkdir(parents=True, exist_ok=True)
+            # Takes the place of an empty folder, never of one that holds something.
             os.replace(made, folder)
     except OSError as error:
+        # 28 and 122: ENOSPC and EDQUOT, a full disk.
         code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
         raise UserError(folder, f"cannot be written ({first_line(error)})", "Choose another folder", code) from error
     return report
@@ -222,6 +228,7 @@ def write_part(
     try:
         save_program(part, [inputs[0][name] for name in part.inputs], longest, path, kind, opset)
         found = difference(path, part, inputs)
+    # `export` tells a full disk from a model that cannot be traced.
     except OSError:
         raise
     except Exception as error:  # each library has its own, and there are encoders that they cannot follow
@@ -237,6 +244,7 @@ def save_program(
     part: ExportPart, example: Sequence[Tensor], longest: int, path: Path, kind: Format, opset: int
 ) -> None:
     """Trace one part on an example and write it; of more than 2 GB, ONNX's weights lie in a second file."""
+    # Batch and length stay free in the file; all other sizes are constants.
     dims = {"batch": torch.export.Dim("batch"), "length": torch.export.Dim("length", max=longest)}
     vary = {name: {n: dims[d] for n, d in enumerate(shape) if d in dims} for name, shape in part.inputs.items()}
     with warnings.catch_warnings():
@@ -270,6 +278,7 @@ def random_inputs(model: PretrainedMaskVLM, batch: int, length: int) -> dict[str
     token_BT[~attention_BT] = text.pad_id
     pixels_BCHW = torch.randn(batch, 3, image.image_size, image.image_size, generator=generator)
     words = {"input_ids": token_BT, "attention_mask": attention_BT.long()}
+    # What the encoders give, not noise: the scorer is measured on values that it will see.
     features = {"image_features": image(pixels_BCHW), "text_features": text(token_BT, attention_BT)}
     return {"pixel_values": pixels_BCHW} | words | features
 
@@ -289,6 +298,7 @@ def difference(path: Path, part: ExportPart, inputs: Sequence[Mapping[str, Tenso
 def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
     """A file, ready to be run; None for ONNX without onnxruntime."""
     if path.suffix == SUFFIX["torch"]:
+        # Written a moment ago by this process: a stranger's .pt2 file can run code as it is loaded.
         loaded: Any = torch.export.load(path).module()
         return lambda given: loaded(*given)
     if find_spec("onnxruntime") is None:

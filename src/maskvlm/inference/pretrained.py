@@ -81,6 +81,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         self.backbone, self.task, self.origin = backbone, task, origin
         self.known = known_of(task, origin)
         self.told_far: str | None = None
+        # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -108,16 +109,20 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             UserError: not there (66), damaged or of another kind (65), it would run code (77), no such device (69) or
                 precision.
         """
+        # transformers' own names for device and dtype are understood, too.
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
         device, dtype = usable_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
         if not str(path).strip():
             raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
         place = folder_of_hub(str(path), hub)
+        # Content, then the spec that it states, then modules: each step refuses what the one before let through.
         content = read_content(place)
         origin, spec = start_of(content, str(place)), model_spec_of(content, place)
         backbone, task = build_model(spec, origin, allow_import)
+        # A folder brings its card and metrics along; those of a checkpoint lie beside the file.
         evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
         config = configuration(portable(spec, backbone.text.config), origin, evaluation, content.get("global_step", 0))
+        # The modules hold the tensors by now: what is kept of the origin is its history.
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
 
@@ -158,9 +163,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             raise UserError(folder, "is a file", "Name a folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_beside(folder, cast(MaskVLMConfig, self.config), self.origin, self.backbone.input_spec)
+        # These go to `upload` alone: transformers would upload before the sums are written.
         to_hub = {name: more.pop(name) for name in TO_HUB if name in more}
         with quiet():
             super().save_pretrained(folder, **more)
+        # Last, as the sums are of all other files in the folder.
         write_sums(folder)
         if push_to_hub:
             message = to_hub.pop("commit_message", None) or MESSAGE
@@ -201,6 +208,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             text_BTD = self.backbone.text(input_ids, attention.bool())
             out.text_embeds = projection.embed_text(text_BTD, attention.bool()) if projection else None
+        # As many images as texts are pairs; of other numbers unit vectors alone are given.
         if image_BLD is not None and text_BTD is not None and len(image_BLD) == len(text_BTD):
             fused = self.backbone.fuse(image_BLD, text_BTD, attention.bool())
             out.fused = fused.joined_MX
@@ -214,6 +222,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            # Through __dict__: `self.task` would end here again while there is no task yet.
             task = self.__dict__.get("_modules", {}).get("task")
             if task is None:
                 raise
@@ -251,6 +260,7 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
         return []
     if any(len(rows) not in (1, size) for rows, _ in lists):
         raise UserError(name, f"lists of {', '.join(str(len(rows)) for rows, _ in lists)}", "Give lists of one length")
+    # A single image or text goes with every row of the others.
     columns = [rows * (size if len(rows) == 1 else 1) for rows, _ in lists]
     with torch.no_grad():
         answers = method.run(model.task, model, list(zip(*columns, strict=True)))
@@ -262,6 +272,7 @@ def usable_device(device: str | torch.device | None) -> torch.device | None:
     if device is None or device == "auto":
         return None
     try:
+        # torch.device alone accepts "cuda" where there is none; an empty tensor must find it.
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # the second: built without CUDA
         what, todo = f"cannot be used here ({first_line(error)})", "Give cpu, or cuda where there is a GPU"
@@ -282,6 +293,7 @@ def register() -> None:
     """Make transformers' Auto classes know this model."""
     AutoConfig.register(MaskVLMConfig.model_type, MaskVLMConfig, exist_ok=True)
     AutoModel.register(MaskVLMConfig, PretrainedMaskVLM, exist_ok=True)
+    # Under both names the same class, as torchvision's resizing differs from Pillow's.
     names: dict[str, type] = {"pil": MaskVLMImageProcessor, "torchvision": MaskVLMImageProcessor}
     AutoImageProcessor.register(MaskVLMConfig, image_processor_classes=names, exist_ok=True)
     AutoProcessor.register(MaskVLMConfig, MaskVLMProcessor, exist_ok=True)

@@ -75,8 +75,10 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     args = read_arguments(kind, spec.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
         args["labels"] = list(origin.labels)
+    # Laid out without memory first: what does not fit is refused before anything large is allocated.
     check_model_size(spec, origin, lambda: kind(**args))
     backbone, task = new_backbone(spec), _made(lambda: kind(**args), origin.path)
+    # Tokenizer and backbone first: `build` and `warm_start` of a task may read them.
     backbone.take_over(origin)
     task.build(backbone)
     task.warm_start(origin.heads)
@@ -132,6 +134,7 @@ def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> No
         backbone = _made(lambda: new_backbone(spec), origin.path)
         check_fit(backbone, origin.backbone, origin.path)
         if new_task is not None:
+            # `build` must come before `warm_start`, as in `build_model`; tensors on meta have shapes and no values.
             task = _made(new_task, origin.path)
             _made(lambda: task.build(backbone), origin.path)
             shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns of values
@@ -169,6 +172,7 @@ def at_most(tensors: int, path: str) -> Iterator[None]:
 
 def new_backbone(spec: ModelSpec) -> MaskVLM:
     """With random weights, by the constructors of this project alone."""
+    # The constructors are named here: a spec's class paths never choose what is called.
     args = dict(spec.backbone["init_args"])
     image, text = (args.pop(name)["init_args"] for name in ("image", "text"))
     return MaskVLM(ImageEncoder(**image), TextEncoder(**text), **args)
@@ -213,6 +217,7 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
     module, _, last = name.rpartition(".")
     package = name.partition(".")[0]
     trusted = [allowed] if isinstance(allowed, str) else allowed
+    # A name allows the package and all below it, or the one class that it spells out.
     is_trusted = any(name == each or name.startswith(f"{each}.") for each in trusted)
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base.__name__).lower()  # PretrainingLoss -> pretraining loss
     if not (any(re.fullmatch(pattern, name) for pattern in ours) or is_trusted):
@@ -222,6 +227,7 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
     if package == "tasks" and importlib.util.find_spec("tasks") is None:
         find_tasks()
     try:
+        # Importing runs the module, so only names that passed the check above come so far.
         found = getattr(importlib.import_module(module), last)
     except (ImportError, AttributeError, ValueError) as error:
         todo = "Install the package that it comes from, or run the command where tasks/ is"
@@ -243,11 +249,14 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
         UserError: a setting that it does not have, or of another type (77).
     """
     hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    # Labels come with the checkpoint's tensors (`build_model`), not with its settings.
     names = [name for name in inspect.signature(kind).parameters if name != "labels"]
     parts = {name: base for name in names if (base := kind_of_part(hints.get(name))) is not None}
+    # Settings of any other type have no kind here, so that naming one is refused.
     kinds: dict[str, Kind] = {name: maybe(Tree()) for name in parts}
     kinds |= {n: found for n in names if n not in parts and (found := kind_of_hint(hints.get(n))) is not None}
     read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
+    # Parts are made last, of mappings that have passed the schema.
     for name, base in parts.items():
         told = read.get(name)
         if isinstance(told, list):
@@ -279,6 +288,7 @@ def kind_of_hint(hint: Any) -> Kind | None:
     if origin is Literal:
         return OneOf(args)
     parts = [found for arg in args if arg is not Ellipsis and (found := kind_of_hint(arg)) is not None]
+    # One of the types of a union must be plain; all the types of a container must be.
     if origin in (typing.Union, types.UnionType):
         return AnyOf(tuple(parts)) if parts else None
     if len(parts) < len([arg for arg in args if arg is not Ellipsis]) or not parts:

@@ -39,11 +39,13 @@ def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_B
     for block in encoder.blocks:
         own: Attention = block.self_attention  # type: ignore[assignment]
         other: Attention = block.cross_attention  # type: ignore[assignment]
+        # The steps of CrossBlock.forward: no dropout in evaluation, and g_txt has no query positions.
         x_BTD = block.norms[0](x_BTD + own(x_BTD, own.keys_values(x_BTD), mask))  # type: ignore[index, operator]
         query, (key, value) = other._split(other.query(x_BTD)), other.keys_values(context_BLD)
+        # (B, H, T, D / H) and (B, H, D / H, L) -> (B, H, T, L); no mask, as an image has no padding.
         share_BHTL = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
         kept.append(share_BHTL)
-        mixed = other.out((share_BHTL @ value).transpose(1, 2).flatten(2))
+        mixed = other.out((share_BHTL @ value).transpose(1, 2).flatten(2))  # (B, H, T, D / H) -> (B, T, D)
         x_BTD = block.norms[1](x_BTD + mixed)  # type: ignore[index, operator]
         x_BTD = block.norms[2](x_BTD + block.feed_forward(x_BTD))  # type: ignore[index, operator]
     return Traced(x_BTD, kept)
@@ -82,12 +84,15 @@ def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1
     with torch.enable_grad():
         image_1LD = backbone.image(model.pixels([image])).detach()
         text_1TD = backbone.text(masked_T[None], attention_1T).detach()
+        # The graph begins at the text's features: the encoders need no gradient.
         share = trace(backbone.cross_text, text_1TD.requires_grad_(), image_1LD, attention_1T)
         logits_KV = head(share.every_BTD[0, at_K]).float()
+        # log p of all tokens of the word; Grad-CAM weighs each attention share by its slope.
         evidence = logits_KV.log_softmax(-1).gather(1, token_T[at_K, None]).sum()
         (slope,) = torch.autograd.grad(evidence, share.probabilities[block])
     chosen_HKL = share.probabilities[block].detach()[0][:, at_K].float()
     cam_HKL = chosen_HKL * slope[0][:, at_K].float().clamp(min=0)
+    # Mean over heads and tokens, and without the class token: (H, K, L) -> (N,)
     return WordSaliency(*(_shared(map_HKL.mean((0, 1))[1:]) for map_HKL in (chosen_HKL, cam_HKL)))
 
 
@@ -101,7 +106,7 @@ def overlay(image: Image.Image, map_RC: Any) -> Image.Image:
     top = float(map_RC.max())
     level = (np.asarray(map_RC, dtype=np.float32) / top if top else np.zeros_like(map_RC)).astype(np.float32)
     grown = Image.fromarray(level).resize(image.size, Image.Resampling.BICUBIC)
-    share_HW1 = np.clip(np.asarray(grown), 0, 1)[..., None]
+    share_HW1 = np.clip(np.asarray(grown), 0, 1)[..., None]  # bicubic overshoots
     warm_HWC = colormaps["inferno"](share_HW1[..., 0])[..., :3] * 255
     base_HWC = np.asarray(image, dtype=np.float32)
     mixed_HWC = base_HWC * (1 - 0.7 * share_HW1) + warm_HWC * 0.7 * share_HW1

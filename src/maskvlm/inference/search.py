@@ -55,6 +55,7 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     vector_NE = np.concatenate([vector_NE for _, vector_NE in images])
     if not len(vector_NE):
         raise UserError(vectors, "holds no image that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
+    # Captions are what an index will be asked with; without them its own vectors must do.
     query_NE = np.concatenate(captions) if sum(map(len, captions)) else vector_NE
     chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
     index, about = build_index(vector_NE, query_NE[chosen], name, least)
@@ -63,6 +64,7 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     write_index(index, out / VECTORS)
     about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
     about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
+    # Last, with the sums of both files: a run that breaks off leaves no index.
     write_file(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})
     return about
 
@@ -71,6 +73,7 @@ def read_vectors(path: Path, width: int) -> tuple[pa.Table, Array]:
     """A shard and its vectors, [N, E]. Raises UserError (65)."""
     try:
         table = pq.read_table(path)
+        # Lists of E numbers are one flat array in Arrow: (N * E,) -> (N, E)
         return table, table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, width)
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         todo = "Start the same `embed` again; if the file is there, delete it first"
@@ -120,6 +123,7 @@ class SearchIndex:
         about: Facts = {key: told[key] for key in TOLD.needed if key in told} if isinstance(told, dict) else told
         TOLD.read(about, str(file), "Make it again")
         try:
+            # Sums come first: FAISS reads its file in C++, and trusts it.
             if any(sha256_of(place / name) != about["sha256"].get(name) for name in (VECTORS, IDS)):
                 raise ValueError(f"a file is not the one that {ABOUT} knows")
             index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
@@ -134,6 +138,7 @@ class SearchIndex:
         """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
         fewer in the lists it looked at."""
         check_least(1, {"k": k})
+        # FAISS takes rows of float32 that lie one after another.
         query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
         if query_QE.shape[1] != self.index.d:
             what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"
@@ -155,6 +160,7 @@ class SearchIndex:
                 what = f"{IDS} names rows that the data set does not have"
                 raise UserError("search", what, "Index it again", ExitCode.BAD_DATA)
             return [pairs[each.row]["image"] for each in found]
+        # Links are followed on both sides, so that none leads out unseen.
         root = os.path.realpath(self.images)
         for each in found:
             if each.path is None or not Path(os.path.realpath(each.path)).is_relative_to(root):
@@ -169,6 +175,7 @@ class SearchIndex:
         """The split of the data set that was indexed; raises as `images`."""
         told = self.about["source"] or {}
         name, args = current(str(told.get("class_path"))), told.get("init_args") or {}
+        # Where the data lie says the user alone (`images`), never the index.
         plain = {key: value for key, value in args.items() if key != "root"} if isinstance(args, dict) else {}
         where = f"{ABOUT}: source"
         made: Source
@@ -199,6 +206,7 @@ def search_index(
     rerank: these ordered by their match (ITM): a text's with the images themselves, an image's with their captions,
     of which the best counts. Raises UserError: the index was not made with this model (65).
     """
+    # That hashes all weights, so a model that has passed is remembered.
     if model is not index.model and identity(model) != index.about["weights"]:
         todo = f"Give {index.about['checkpoint']}, or make the index again"
         raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
@@ -207,6 +215,7 @@ def search_index(
     vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
     rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
+    # FAISS puts -1 last: the first cosines are those of the rows that are left.
     found = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
     if not rerank:
         return found
@@ -218,6 +227,7 @@ def search_index(
     counts = contrast_counts(model)
     if not counts:
         return sorted(matched, key=lambda each: -(each.match or 0))
+    # 1e-6 keeps the log-odds of 0 and 1 finite.
     odds_K = torch.tensor([each.match or 0.0 for each in matched]).logit(1e-6)
     score_K = odds_K + counts * torch.tensor([each.similarity for each in matched])
     return [matched[at] for at in score_K.argsort(descending=True, stable=True).tolist()]

@@ -57,6 +57,7 @@ def identity(model: PretrainedMaskVLM) -> str:
     digest = hashlib.sha256(repr(facts).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # As bytes, since numpy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -108,9 +109,11 @@ def embed(
     width, count = projection.image.out_features, math.ceil(len(pairs) / shard)
     facts = {"weights": identity(model), "data": pairs.fingerprint, "pictures": len(pairs), "shard": shard}
     claim_vectors(folder, {**facts, "width": width, "captions": captions, "shards": count, **told})
+    # What this process has to do: its own shards, without those that are there.
     mine = [part for part in range(count)[process[0] :: process[1]] if not file_of(folder, part, count).exists()]
     ranges = [range(part * shard, min((part + 1) * shard, len(pairs))) for part in mine]
     batches = [[list(rows) for rows in chunks(whole, model.batch_size)] for whole in ranges]
+    # One loader for all shards: its workers read on across their ends. On a CPU the model needs the cores.
     loader = DataLoader(
         RowsToEmbed(pairs, model),
         batch_sampler=[rows for part in batches for rows in part],
@@ -119,6 +122,7 @@ def embed(
     )
     line, reading = EmbedProgress(sum(map(len, ranges)), process), iter(loader)
     for part, parts in zip(mine, batches, strict=True):
+        # The empty first part is for a shard of which no image could be read.
         good, bad, vectors = [], [], [torch.zeros(0, width)]
         for _ in parts:
             rows = next(reading)
@@ -131,6 +135,7 @@ def embed(
             line.advance(len(rows))
         if captions:  # first: a shard counts as done when its images are there
             write_file(file_of(folder, part, count, "captions"), captions_table(model, good, width))
+        # What failed is kept in the shard itself, where whichever process ends last finds it.
         table = table_of(good, KEPT, torch.cat(vectors))
         write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
     line.bar.close()
@@ -146,6 +151,7 @@ def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]], width
 
 def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) -> pa.Table:
     """Rows of these kinds with a column of their vectors, [N, E], float32."""
+    # Arrow's lists of a fixed size are one flat array: (N, E) -> (N * E,)
     flat = pa.array(vector_XE.numpy().reshape(-1), pa.float32())
     vectors = pa.FixedSizeListArray.from_arrays(flat, vector_XE.shape[1])
     return pa.Table.from_pylist(rows, kinds).append_column("vector", vectors)
@@ -245,8 +251,10 @@ def write_file(path: Path, content: pa.Table | Facts) -> None:
             if isinstance(content, dict):
                 temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             else:
+                # Vectors hardly repeat: a dictionary of them would save nothing.
                 pq.write_table(content, temporary, use_dictionary=False)
     except OSError as error:
+        # 28 and 122: ENOSPC and EDQUOT, a full disk.
         code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
         todo = "Free some space, or choose another folder; whole files stay"
         raise UserError(path, f"cannot be written ({error.strerror})", todo, code) from error
