@@ -131,7 +131,6 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("data coco x y", "data: y: no such word"),
         ("data csv x name=a/b", "name=a/b: is no name of a set"),
         ("data csv x name=..", "name=..: is no name of a set"),
-        ("data-check", "name=: is no name of a set"),
         ("index", "from=: no checkpoint is named"),
         ("embed", "from=: no checkpoint is named"),
         ("data-check", "data-check: no set is named. Give one of those prepared in "),
