@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from toy_pairs import COLOURS, SPEC, png, square
 
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.data import module
+from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData
 from maskvlm.data.streaming.remote import list_shards, read_shards
 from maskvlm.data.streaming.source import Stream
@@ -71,8 +73,10 @@ def numbers(data: PairData) -> list[list[int]]:
     return [[int(text.removeprefix("number ") or -1) for text in batch.texts] for batch in data.train_dataloader()]
 
 
-def ready(root: Any, start: int = 0, buffer: int = 8, replay: bool = True, **settings: Any) -> PairData:
-    source = Stream(root, "nowhere", buffer=buffer, replay=replay)
+def ready(
+    root: Any, start: int = 0, buffer: int = 8, replay: bool = True, held_out: str = "nowhere", **settings: Any
+) -> PairData:
+    source = Stream(root, held_out, buffer=buffer, replay=replay)
     data = PairData(source, SPEC, **{"batch_size": 4, "steps": 6, "augment": False, **settings})
     data.splits["train"] = source.split("train")
     data.tokenizer = module.train_tokenizer(module.some_captions(data.splits["train"]), 120)
@@ -196,8 +200,50 @@ def test_a_run_that_goes_on_sees_what_the_other_would_have(tmp_path: Path, buffe
     for start in (1, 2, 5, 8):
         loader = ready(root, start, **settings).train_dataloader()
         rest = [batch.image_BCHW for batch in loader]
-        assert len(loader) == len(rest) == 9 - start
+        assert len(loader) == 9  # of the whole run, see the next test
+        assert len(rest) == 9 - start
         assert all(torch.equal(one, other) for one, other in zip(rest, whole[start:], strict=True))
+
+
+class Texts(L.LightningModule):
+    """Notes what it is trained on, and saves after some steps."""
+
+    def __init__(self, save: Path, after: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.save, self.after, self.seen = save, after, [[""]][:0]
+
+    def training_step(self, batch: Batch, number: int) -> torch.Tensor:
+        self.seen.append(list(batch.texts))
+        return self.weight.sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, number: int) -> None:
+        if self.trainer.global_step == self.after:
+            self.trainer.save_checkpoint(self.save)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("after", [2, 7])
+def test_a_run_that_goes_on_ends_where_the_other_would_have(tmp_path: Path, after: int) -> None:
+    """Lightning holds the loader's length against the batches of the whole run: with the length of what is left, a run
+    that was stopped before its half would end early."""
+    root, saved = tars(tmp_path / "shards"), tmp_path / "a.ckpt"
+    held_out = str(make(tmp_path, "toy", [raw(number, "val") for number in range(4)]))
+
+    def trained(**more: Any) -> list[list[str]]:
+        model = Texts(saved, after)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+        trainer = L.Trainer(
+            accelerator="cpu", **quiet, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False
+        )
+        trainer.fit(model, datamodule=ready(root, steps=9, held_out=held_out), **more)
+        return model.seen
+
+    whole = trained()
+    assert len(whole) == 9
+    assert trained(ckpt_path=saved, weights_only=False) == whole[after:]
 
 
 def test_without_replay_the_order_is_another_and_that_is_said(tmp_path: Path, capsys: Any) -> None:

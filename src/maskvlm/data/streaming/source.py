@@ -100,12 +100,14 @@ def check_shards(shards: int, processes: int, workers: int) -> None:
 
 
 class StreamLoader(DataLoader[Sample]):
-    """A loader that knows its length, and passes over what lies between a multiple of its workers and the start."""
+    """A loader that knows the length of the whole run, and passes over what lies between a multiple of its workers and
+    the start."""
 
     dataset: "StreamSamples"
 
     def __len__(self) -> int:
-        return self.dataset.batches - self.dataset.start
+        # as `FlatBatchSampler`: Lightning holds it against the batches of the whole run, and ends there
+        return self.dataset.batches
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
