@@ -198,7 +198,10 @@ def test_a_set_is_a_folder_of_the_data_root(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_options_name_a_checkpoint_as_words_do() -> None:
-    assert composed("finetune vqa --from a.ckpt run=x".replace(" run=x", "")) == composed("finetune vqa from=a.ckpt")
+    for given in ("--from a.ckpt", "--from=a.ckpt"):
+        assert composed(f"finetune vqa {given} --model.lr 1") == composed("finetune vqa from=a.ckpt --model.lr 1")
+    with pytest.raises(UserError, match="from is given twice"):
+        composed("finetune vqa from=a.ckpt --from=b.ckpt")
     stack = "index --from a.ckpt -c conf/base.yaml"
     assert composed(stack) == stack.split()
 

@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     Attributes:
         task, source: class paths. sha: the data's fingerprint.
         images: different ones. steps: of the optimiser.
-        ids: 64-bit hashes of the images' ids, sorted; None where the source cannot tell them.
+        ids: 63-bit hashes of the images' ids, sorted; None where the source cannot tell them.
         held_out: evaluation split that it was compared with, by id and look -> rows left out as they show its images;
             None where there was none.
     """

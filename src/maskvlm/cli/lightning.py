@@ -338,7 +338,7 @@ def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterab
     """Run one command.
 
     Args:
-        command: what is done with them: Command, or Parsed to check only.
+        command: what is done with them: LightningCommand, or Parsed to check only.
         arguments: the subcommand and its options.
         allowed: further packages that class paths in files may come from.
 

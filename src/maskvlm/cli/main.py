@@ -202,7 +202,7 @@ def has_main(path: Path) -> bool:
 
 
 def run_folder(arguments: list[str]) -> Path | None:
-    """The value of --folder (--run), for the traceback of a bug."""
+    """The value of --folder (--run); None where it is not given."""
     # The last one counts, as with all options.
     given = [option.value for option in settings(arguments) if option.key == "run"]
     return Path(given[-1]) if given else None

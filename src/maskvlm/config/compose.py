@@ -76,7 +76,8 @@ class CommandWords(NamedTuple):
     Attributes:
         places: words without a name, such as a task.
         given: value by name.
-        options: everything from the first word that begins with a dash, without `--from X`, which is `from=X`.
+        options: everything from the first word that begins with a dash, without `--from X` and `--from=X`, which are
+            `from=X`.
     """
 
     places: list[str]
@@ -101,11 +102,14 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
     # words end where the options begin
     first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     before, options = list(arguments[:first]), list(arguments[first:])
-    # `--from X` means the stack of `from=X`, which has no model/ file; at the end it has no value
-    if "from" in names and "--from" in options[:-1]:
-        at = options.index("--from")
-        before.append(f"from={options[at + 1]}")
-        del options[at : at + 2]
+    # `--from X` and `--from=X` mean the stack of `from=X`, which has no model/ file
+    if "from" in names:
+        before += [f"from={word.removeprefix('--from=')}" for word in options if word.startswith("--from=")]
+        options = [word for word in options if not word.startswith("--from=")]
+        if "--from" in options[:-1]:  # at the end it has no value
+            at = options.index("--from")
+            before.append(f"from={options[at + 1]}")
+            del options[at : at + 2]
     words = CommandWords([], {}, options)
     for word in before:
         name, equals, value = word.partition("=")

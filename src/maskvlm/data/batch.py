@@ -37,8 +37,8 @@ class Batch(NamedTuple):
         special_CT: True on start, end and padding: never masked.
         word_CT: index of the word a token belongs to, -1 on specials; for whole-word masking.
         owner_C: row of the caption's image in image_BCHW.
-        image_id_B: 64-bit hash of the image's id; rows with the same id show the same image.
-        text_id_C: 64-bit hash of the cleaned caption; rows with the same id say the same.
+        image_id_B: 63-bit hash of the image's id; rows with the same id show the same image.
+        text_id_C: 63-bit hash of the cleaned caption; rows with the same id say the same.
         valid_B: False where the sample could not be read: a hole that keeps its place, blank, with weight 0.
         index_B: the sample's position in the data set.
         foreground_BHW: True on pixels of objects, where the source knows them; for evaluation.

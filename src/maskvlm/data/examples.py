@@ -98,7 +98,7 @@ class ExampleBatch(NamedTuple):
         target_BK: weight of each label.
         valid_B: False where an image could not be read: a blank row that keeps its place, with weight 0.
         index_B: position in the split.
-        image_id_BP: 64-bit hashes.
+        image_id_BP: 63-bit hashes.
         answers: the target answers as text.
         examples: the examples as the source gave them, without their images.
         problems: (reason, message) of what could not be read or had to be mended.

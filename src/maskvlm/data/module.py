@@ -164,7 +164,7 @@ class PairData(L.LightningDataModule):
         return card
 
     def hashed_image_ids(self, split: str) -> Tensor | None:
-        """64-bit hashes of a split's image ids, sorted, each once; None where its source cannot tell them without
+        """63-bit hashes of a split's image ids, sorted, each once; None where its source cannot tell them without
         opening the images."""
         ids = hashed_image_ids(self.splits[split])
         # the hashes have 63 bits, so they fit the signed integers of torch

@@ -28,7 +28,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_first(text: str, position: int) -> tuple[Any, int]:
-    """The value that begins at a position, and where it ends. Raises as `parse`."""
+    """The value that begins at a position, and where it ends. Raises as `parse_json`."""
     value, end = _DECODER.raw_decode(text, position)
     return checked(value), end
 

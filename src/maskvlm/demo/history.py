@@ -55,7 +55,7 @@ def trained_run(path: str, history: Sequence[Seen]) -> Trained:
 
     Args:
         path: of the checkpoint.
-        lineage: the data that its weights have seen, first to last.
+        history: the data that its weights have seen, first to last.
     """
     steps = [told_of(seen, name_beside(path, seen) if seen is history[-1] else None) for seen in history]
     # What came before, the latest first.

@@ -128,7 +128,7 @@ class Models:
     """What is found, loaded: pre-training at once, a task when it is first asked.
 
     Args:
-        found: by `find`.
+        found: by `find_models`.
         device: None for the CPU.
         allowed: packages beside this project's that tasks may come from.
     """

@@ -27,7 +27,7 @@ class PageSample(NamedTuple):
     """A scene or a photograph: its image, a caption, one of as many words that is wrong in some, and which patches
     hold its first thing.
 
-    hidden: [rows, columns].
+    masked: [rows, columns].
     """
 
     image: Image.Image
@@ -90,7 +90,7 @@ def photo(name: str) -> Image.Image:
 
 
 def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
-    """The photographs, with their first captions; hidden is what has its middle in the box."""
+    """The photographs, with their first captions; masked is what has its middle in the box."""
     rows, columns = grid
     # Middles of patches as shares of the image: (rows, 1) and (1, columns)
     down, across = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns)[None] + 0.5) / columns

@@ -16,7 +16,7 @@ def escaped(text: str) -> str:
 
 
 class Plain:
-    """A stream of which all that is written is `shown`."""
+    """A stream of which all that is written is `escaped`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

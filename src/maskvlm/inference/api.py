@@ -24,9 +24,7 @@ from maskvlm.data.inputs import (
 )
 from maskvlm.data.text import CaptionTokens
 from maskvlm.data.transforms import eval_transform
-from maskvlm.inference import embeddings as embed
-from maskvlm.inference import infill as unmask
-from maskvlm.inference import saliency as attend
+from maskvlm.inference import embeddings, infill, saliency
 from maskvlm.inference.embeddings import Ranked
 from maskvlm.inference.infill import STEPS, Guess
 from maskvlm.model.maskvlm import MaskVLM
@@ -71,14 +69,14 @@ class Asked(nn.Module):
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
         """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32."""
         given, single = as_list(images)
-        vector_BE = embed.encode_image(self, given).vector_XE
+        vector_BE = embeddings.encode_image(self, given).vector_XE
         return vector_BE[0] if single else vector_BE
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32."""
         given, single = as_list(texts)
-        vector_CE = embed.encode_text(self, given).vector_XE
+        vector_CE = embeddings.encode_text(self, given).vector_XE
         return vector_CE[0] if single else vector_CE
 
     @torch.no_grad()
@@ -91,12 +89,12 @@ class Asked(nn.Module):
             UserError: two lists of different lengths, or a checkpoint without this head.
         """
         (shown, one_image), (words, one_text) = as_list(images), as_list(texts)
-        pairs = embed.pair_up(len(shown), len(words))
+        pairs = embeddings.pair_up(len(shown), len(words))
         # A missing head is told before anything is encoded.
         self.head("matching", "match")
         # Each image and text is encoded once, however many pairs it is in; the cross encoders run for each pair.
-        image, text = embed.image_features(self, shown), embed.text_features(self, words)
-        found = embed.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
+        image, text = embeddings.image_features(self, shown), embeddings.text_features(self, words)
+        found = embeddings.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
         return found[0] if one_image and one_text else found
 
     @torch.no_grad()
@@ -130,10 +128,10 @@ class Asked(nn.Module):
             kinds = ("images" if images else "texts") if queries and gallery else "nothing"
             raise UserError("rank", f"{kinds} on both sides", "Give an image and texts, or a text and images")
         if images:
-            sides = embed.encode_image(self, queries), embed.encode_text(self, gallery)
+            sides = embeddings.encode_image(self, queries), embeddings.encode_text(self, gallery)
         else:
-            sides = embed.encode_text(self, queries), embed.encode_image(self, gallery)
-        found = embed.rank_candidates(self, *sides, min(k, len(gallery)), images)
+            sides = embeddings.encode_text(self, queries), embeddings.encode_image(self, gallery)
+        found = embeddings.rank_candidates(self, *sides, min(k, len(gallery)), images)
         return found[0] if single else found
 
     # ------------------------------------------------------------------ words
@@ -154,7 +152,7 @@ class Asked(nn.Module):
         """
         check_whole("fill_mask", "top_k", top_k, 1)
         parts, single = self._parts(image, text)
-        found = [one for images, texts in parts for one in unmask.fill_mask(self, images, texts, top_k)]
+        found = [one for images, texts in parts for one in infill.fill_mask(self, images, texts, top_k)]
         return found[0] if single else found
 
     @torch.no_grad()
@@ -172,8 +170,8 @@ class Asked(nn.Module):
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
         given, single = as_list(image)
-        parts = embed.chunks(given, self.batch_size)
-        found = [one for part in parts for one in unmask.best_captions(self, part, sizes)]
+        parts = embeddings.chunks(given, self.batch_size)
+        found = [one for part in parts for one in infill.best_captions(self, part, sizes)]
         return found[0] if single else found
 
     @torch.no_grad()
@@ -183,7 +181,7 @@ class Asked(nn.Module):
         """Pseudo-log-likelihood of a text given the image: the sum of log p(word | other words, image) over its
         words, in nats; higher is likelier. It compares texts of one length, such as one with two words swapped."""
         parts, single = self._parts(image, text)
-        found = [float(one_T.sum()) for part in parts for one_T in unmask.log_likelihood(self, *part)]
+        found = [float(one_T.sum()) for part in parts for one_T in infill.log_likelihood(self, *part)]
         return found[0] if single else found
 
     def explain(
@@ -207,10 +205,10 @@ class Asked(nn.Module):
         return found[0] if single and one_word else found
 
     def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
-        looked = attend.explain_word(self, image, text, word)
+        looked = saliency.explain_word(self, image, text, word)
         # (N,) -> (rows, columns)
         attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
-        return Explained(attention, gradcam, attend.overlay(image, gradcam))
+        return Explained(attention, gradcam, saliency.overlay(image, gradcam))
 
     # ------------------------------------------------------------------ images
 
@@ -259,9 +257,9 @@ class Asked(nn.Module):
         # Trained with `pixel_norm`, the pixel head predicts patches without their mean and contrast.
         true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
-            painted_BCHW = unmask.reconstruct_images(self, image_BCHW, mask_BN, words, true_statistics)
+            painted_BCHW = infill.reconstruct_images(self, image_BCHW, mask_BN, words, true_statistics)
         else:
-            painted_BCHW = unmask.inpaint_images(self, image_BCHW, mask_BN, words, steps, true_statistics)
+            painted_BCHW = infill.inpaint_images(self, image_BCHW, mask_BN, words, steps, true_statistics)
         # Pillow takes bytes, colours last: (B, 3, H, W) -> (B, H, W, 3)
         rgb_BHWC = (to_rgb(self.backbone, painted_BCHW) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         found = [Image.fromarray(each) for each in rgb_BHWC]
@@ -323,6 +321,6 @@ class Asked(nn.Module):
         """Images with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
         (images, one_image), (texts, one_text) = as_list(image), as_list(text)
         # Paired first and cut into parts then, so that a single image or text is repeated.
-        pairs = [(images[i], check_text(texts[t])) for i, t in embed.pair_up(len(images), len(texts))]
-        parts = [([i for i, _ in part], [t for _, t in part]) for part in embed.chunks(pairs, self.batch_size)]
+        pairs = [(images[i], check_text(texts[t])) for i, t in embeddings.pair_up(len(images), len(texts))]
+        parts = [([i for i, _ in part], [t for _, t in part]) for part in embeddings.chunks(pairs, self.batch_size)]
         return parts, one_image and one_text

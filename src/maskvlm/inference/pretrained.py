@@ -218,7 +218,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """Verbs of the task: `model.answer(image, question)`."""
+        """Methods of the task: `model.answer(image, question)`."""
         try:
             return super().__getattr__(name)
         except AttributeError:

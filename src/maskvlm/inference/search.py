@@ -172,7 +172,7 @@ class SearchIndex:
         return [Path(str(each.path)) for each in found]
 
     def pairs(self, found: list[SearchResult]) -> Pairs:
-        """The split of the data set that was indexed; raises as `images`."""
+        """The split of the data set that was indexed; raises as `open_images`."""
         told = self.about["source"] or {}
         name, args = current(str(told.get("class_path"))), told.get("init_args") or {}
         # Where the data lie says the user alone (`images`), never the index.

@@ -17,8 +17,7 @@ class NegativeQueue:
     """The latest `size` pairs of this process's earlier steps, among which hard negatives are found, too.
 
     A batch of a few dozen pairs rarely has negatives as hard as the top candidates that matching re-ranks (MoCo's
-    queue, He et al. 2020; here of features, for the cross encoders). A checkpoint
-    holds that of the first process.
+    queue, He et al. 2020; here of features, for the cross encoders). A checkpoint holds that of the first process.
     """
 
     def __init__(self, size: int) -> None:

@@ -61,7 +61,7 @@ class Step(NamedTuple):
         crossed: what the cross encoders gave.
         masks_per_text: maskings of each text.
         mask_both: each side is reconstructed from the masked other one.
-        still: contrast has learned before and is only told now.
+        itc_frozen: contrast has learned before and is only told now.
     """
 
     batch: Batch

@@ -84,7 +84,7 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
 
     Args:
         backbone, task: in evaluation mode.
-        batch: with one caption an image (see `few`); the wrong caption is the next row's. What is masked
+        batch: with one caption an image (see `subsample`); the wrong caption is the next row's. What is masked
             depends on its first image's index alone: every checkpoint is asked the same.
         guesses: G, at most the vocabulary.
     """

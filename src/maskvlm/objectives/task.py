@@ -87,8 +87,8 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def compute(self, backbone: "MaskVLM") -> dict[str, float]:
         """Metrics over all batches taken in since the last call, then forget them: accuracies and recalls in percent,
-        losses in nats. `score` chooses the best
-        checkpoint, higher is better; chance levels end in `_chance` or `_majority`."""
+        losses in nats. `score` chooses the best checkpoint, higher is better; chance levels end in `_chance` or
+        `_majority`."""
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.

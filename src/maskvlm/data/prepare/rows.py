@@ -89,7 +89,7 @@ class RowMaker:
         try:
             # captions before the image: they cost far less to refuse
             captions, notes = self.clean(row)
-            check_caption(row)
+            check_names_of_row(row)
             image = prepare_image(row.image, origin, self.settings)
         except BadImage as bad:
             self.left_out.append(RowNote(bad.reason, origin, str(bad)))
@@ -205,7 +205,7 @@ def is_plain(data: bytes) -> bool:
         return image.mode == "RGB" and not EXTRAS & image.info.keys()
 
 
-def check_caption(row: RawRow) -> None:
+def check_names_of_row(row: RawRow) -> None:
     """Names that no text file could hold (bytes that are no UTF-8) cannot be columns."""
     for text in (row.image_id, row.name):
         if text.encode("utf-8", "ignore").decode() != text:

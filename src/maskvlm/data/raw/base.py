@@ -13,7 +13,7 @@ class RawRow(NamedTuple):
         image: path of a file, or the encoded bytes (archives, Parquet, hub).
         captions: as the file has them, not cleaned; () in annotated sets.
         image_id: the same photo has the same id in every set: "coco 458752", "flickr 1000092795", "vg 2343".
-        split: "train", "val" or "test"; "images" in annotated sets.
+        split: "train", "val" or "test"; "pictures" in annotated sets.
         origin: names the row in messages: file:line, `file image 12 (name.jpg)`, shard.tar!000001.jpg.
         name: in annotated sets the path relative to the raw folder, by which readers of tasks find the image.
     """
