@@ -1,11 +1,11 @@
-r"""Fine-tunes tasks from a checkpoint, from random weights and blind, several seeds each, and prints the table.
+r"""Fine-tunes tasks from a checkpoint, from random weights and with the image ablated, several seeds each, and prints the table.
 
-With `pretrained` and `blind` a second table says what the image is worth: the difference of the seeds' means, paired
+With `pretrained` and `ablated` a second table says what the image is worth: the difference of the seeds' means, paired
 by example, with its 95 % interval (1.96 standard errors over the examples).
 
     .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt
-    DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained blind \
-        --model small --prefix real --blind-seeds 0 1 2
+    DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained ablated \
+        --model small --prefix real --ablated-seeds 0 1 2
 
 A run that is already there is read, not repeated.
 """
@@ -28,7 +28,7 @@ KEYS = {
     "entailment": ("entailment/accuracy",),
 }
 LEVELS = ("_majority", "_chance")
-WAYS = {"pretrained": "", "random": "", "blind": "--model.task.image_ablation true"}
+WAYS = {"pretrained": "", "random": "", "ablated": "--model.task.image_ablation true"}
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(KEYS), help="task, or task:DATA")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--blind-seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--ablated-seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--args", default="", help="options of every run")
     parser.add_argument("--model", default="tiny", help="MODEL of the random start")
     parser.add_argument("--prefix", default="study", help="the runs are checkpoints/PREFIX-...")
@@ -76,13 +76,13 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def worth(full: list[Run], blind: list[Run]) -> str:
+def worth(full: list[Run], ablated: list[Run]) -> str:
     """What the image adds, in points: mean of all seeds and its interval, then seed by seed."""
     examples = sorted(full[0].right)
-    with_N, without_N = (np.array([[each.right[key] for key in examples] for each in runs]) for runs in (full, blind))
+    with_N, without_N = (np.array([[each.right[key] for key in examples] for each in runs]) for runs in (full, ablated))
     difference_N = 100 * (with_N.mean(0) - without_N.mean(0))
     mean, error = difference_N.mean(), difference_N.std(ddof=1) / len(examples) ** 0.5
-    by_seed = 100 * (with_N.mean(1) - without_N.mean(1)) if len(full) == len(blind) else np.array([])
+    by_seed = 100 * (with_N.mean(1) - without_N.mean(1)) if len(full) == len(ablated) else np.array([])
     interval = f"{mean - 1.96 * error:+.1f} to {mean + 1.96 * error:+.1f}"
     return f"{mean:+.1f} ({interval}) | {', '.join(f'{seed:+.1f}' for seed in by_seed)}"
 
@@ -93,15 +93,15 @@ def main() -> None:
     print(f"| | level | {' | '.join(options.ways)} |\n|---|---|{'---|' * len(options.ways)}", flush=True)
     worths = []
     for task in options.tasks:
-        seeds = {way: options.blind_seeds if way == "blind" else options.seeds for way in options.ways}
+        seeds = {way: options.ablated_seeds if way == "ablated" else options.seeds for way in options.ways}
         found = {way: [run(task, way, seed, options) for seed in seeds[way]] for way in options.ways}
         for key in KEYS[task.partition(":")[0]]:
             some = next(iter(found.values()))[0].metrics
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
             cells = [cell([each.metrics[key] for each in runs]) for runs in found.values()]
             print(f"| {key} | {'' if level is None else f'{level:.1f}'} | {' | '.join(cells)} |", flush=True)
-        if {"pretrained", "blind"} <= found.keys() and not task.startswith("retrieval"):
-            worths.append(f"| {task} | {worth(found['pretrained'], found['blind'])} |")
+        if {"pretrained", "ablated"} <= found.keys() and not task.startswith("retrieval"):
+            worths.append(f"| {task} | {worth(found['pretrained'], found['ablated'])} |")
     if worths:
         print("\n| | what the image adds, points (95 %) | seed by seed |\n|---|---|---|", *worths, sep="\n")
 
