@@ -1,4 +1,5 @@
-r"""Fine-tunes tasks from a checkpoint, from random weights and with the image ablated, several seeds each, and prints the table.
+r"""Fine-tunes tasks from a checkpoint, from random weights and with the image ablated, several seeds each, and prints
+the table.
 
 With `pretrained` and `ablated` a second table says what the image is worth: the difference of the seeds' means, paired
 by example, with its 95 % interval (1.96 standard errors over the examples).
