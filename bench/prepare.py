@@ -26,7 +26,7 @@ from PIL import Image
 
 from maskvlm.data.files import image_names
 from maskvlm.data.images import safe_open
-from maskvlm.data.prepare.end import Plan
+from maskvlm.data.prepare.finish import Plan
 from maskvlm.data.prepare.prepare import prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet

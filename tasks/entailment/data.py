@@ -21,9 +21,9 @@ from maskvlm.data.files import (
     get_name,
     json_lines,
 )
-from maskvlm.data.opening import check_below
-from maskvlm.data.prepare.album import open_album
+from maskvlm.data.prepare.example_images import open_album
 from maskvlm.data.raw.table import RawTable as CommaTable
+from maskvlm.data.safe_open import check_below
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,

@@ -4,8 +4,8 @@ from pathlib import Path, PurePosixPath
 
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import ImagesByKey, digest_of, get, get_label, get_name, json_lines
-from maskvlm.data.opening import check_below
-from maskvlm.data.prepare.album import open_album
+from maskvlm.data.prepare.example_images import open_album
+from maskvlm.data.safe_open import check_below
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,

@@ -16,12 +16,12 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
-from maskvlm.objectives import losses
+from maskvlm.objectives import loss_functions as formulas
 from maskvlm.objectives.cross_batch import RowPool, contrast_targets, cross_pairs, pad_text, with_negatives
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.image_ablation import ImageAblation
-from maskvlm.objectives.losses import ContrastTargets
+from maskvlm.objectives.loss_functions import ContrastTargets
 from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.objectives.task import Prediction, Task
@@ -164,11 +164,11 @@ class Retrieval(Task):
         )
 
     def contrastive_loss(self, contrast: CaptionContrast, batch: Batch) -> Tensor:
-        """ITC over all captions of an image: see `losses.soft_contrastive`."""
+        """ITC over all captions of an image: see `formulas.soft_contrastive`."""
         weight_B = batch.valid_B.float()
         weight_C = weight_B[batch.owner_C]
         counts = shared_count(weight_B.sum()), shared_count(weight_C.sum())
-        return losses.soft_contrastive(*contrast, weight_B, weight_C, *counts)
+        return formulas.soft_contrastive(*contrast, weight_B, weight_C, *counts)
 
     @torch.no_grad()
     def negatives(self, contrast: CaptionContrast) -> HardNegatives:
@@ -177,7 +177,7 @@ class Retrieval(Task):
         drawn = []
         # A hard text for each image, (B, H), then a hard image for each text, (C, G).
         for query, key, (positive, excluded) in ((image, text_all, image_targets), (text, image_all, text_targets)):
-            logits = losses.similarity(query, key, scale)
+            logits = formulas.similarity(query, key, scale)
             drawn.append(draw_hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
         return HardNegatives(*drawn)
 
@@ -188,7 +188,7 @@ class Retrieval(Task):
         # The order of `cross`: true pairs (C), hard images (C), hard texts (B).
         weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.text.weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
-        return losses.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
+        return formulas.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from maskvlm.data.examples import Example, ExampleSource
 from maskvlm.data.files import ImagesByKey, digest_of, get, load_json, opened
-from maskvlm.data.opening import check_below
-from maskvlm.data.prepare.album import Album, open_album
+from maskvlm.data.prepare.example_images import Album, open_album
+from maskvlm.data.safe_open import check_below
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
     EXAMPLE_VERSION,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from toy_raw import Toy, make, photo, plan, row
 
 from maskvlm.data.phash import phash
-from maskvlm.data.prepare.album import PreparedImages, open_album
+from maskvlm.data.prepare.example_images import PreparedImages, open_album
 from maskvlm.data.prepare.prepare import prepare
 from maskvlm.data.prepare.rows import Settings, prepare_image
 from maskvlm.data.prepared.manifest import MAKING

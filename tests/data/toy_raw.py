@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maskvlm.data.prepare.end import Plan
+from maskvlm.data.prepare.finish import Plan
 from maskvlm.data.prepare.prepare import prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet

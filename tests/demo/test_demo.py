@@ -22,7 +22,7 @@ from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, noise
 from toy_pretrained import saved
 
 from maskvlm.demo import answers
-from maskvlm.demo.intake import MAX_LINES, MAX_TEXT, Opener, Worker, checked_text, lines_of
+from maskvlm.demo.input_limits import MAX_LINES, MAX_TEXT, Opener, Worker, checked_text, lines_of
 from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main

@@ -163,7 +163,7 @@ def test_the_photographs_are_examples_as_the_tabs_need_them(grid: tuple[int, int
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
 @pytest.mark.parametrize(("seen", "photos"), [([DRAWN, PHOTOGRAPHS], True), ([DRAWN], False)])
 def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, seen: list[Seen], photos: bool) -> None:
-    from maskvlm.demo.intake import Worker
+    from maskvlm.demo.input_limits import Worker
     from maskvlm.demo.page import page
 
     run(tmp_path / "run", seen, 2.0, name="flickr<b>8k" if photos else "")

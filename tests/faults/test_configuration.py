@@ -13,7 +13,7 @@ from guards import Build
 
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.cli.main import main
-from maskvlm.config.given import fill_environment, read_config_file
+from maskvlm.config.given_options import fill_environment, read_config_file
 from maskvlm.config.safe_yaml import MOST_LEVELS, NotPlain, read_yaml
 from maskvlm.training.failure import user_line
 from maskvlm.training.resume import newest_of
@@ -234,7 +234,7 @@ def test_a_word_of_a_megabyte_is_no_command(capsys: pytest.CaptureFixture[str]) 
 
 
 # Row 33 is held by tests/security/test_config_classes.py. Files that are none:
-@pytest.mark.guard("maskvlm.config.given:check_plain_file")
+@pytest.mark.guard("maskvlm.config.given_options:check_plain_file")
 def test_a_pipe_a_device_and_a_folder_are_no_configuration(build: Build, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -271,7 +271,7 @@ def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
         assert len(str(caught.value)) < 700
 
 
-@pytest.mark.guard("maskvlm.config.given:check_names")
+@pytest.mark.guard("maskvlm.config.given_options:check_names")
 def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_path: Path) -> None:
     for number, text in enumerate(("__path__: x", "a:\n  - {b.__class__: 1}", "model: {class_path: [x]}")):
         (tmp_path / f"{number}.yaml").write_text(text)
@@ -280,7 +280,7 @@ def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_pat
 
 
 # What the environment brings in.
-@pytest.mark.guard("maskvlm.config.given:fill_environment", gives="args[0]")
+@pytest.mark.guard("maskvlm.config.given_options:fill_environment", gives="args[0]")
 @pytest.mark.parametrize(
     "text",
     [
@@ -323,7 +323,7 @@ def test_the_environment_sets_no_key(
     assert run_command(Parsed, words).settings == before
 
 
-@pytest.mark.guard("maskvlm.config.given:check_words")
+@pytest.mark.guard("maskvlm.config.given_options:check_words")
 def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable[..., UserError]) -> None:
     assert fails("--run", "\udcff").what == "is no plain UTF-8 text"
     assert fails("--run", "a\x1b[2J").what == "is no plain UTF-8 text"

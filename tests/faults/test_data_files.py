@@ -39,7 +39,7 @@ def line(capsys: Captured) -> str:
 # ------------------------------------------------------------------ pipes, sockets, devices
 
 
-@pytest.mark.guard("maskvlm.data.opening:check_plain")
+@pytest.mark.guard("maskvlm.data.safe_open:check_plain")
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_that_is_no_file_is_one_line(name: str, tmp_path: Path, capsys: Captured, build: Build) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -83,7 +83,7 @@ def test_a_pipe_in_the_place_of_any_file_of_a_set_is_not_waited_for(toy: str, tm
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.guard("maskvlm.data.opening:check_plain")
+@pytest.mark.guard("maskvlm.data.safe_open:check_plain")
 def test_no_file_of_a_task_is_a_pipe(tmp_path: Path, build: Build) -> None:
     os.mkfifo(tmp_path / "a.json")
     reads = (
@@ -147,7 +147,7 @@ LINKED: list[tuple[str, dict[str, str]]] = [
 ]
 
 
-@pytest.mark.guard("maskvlm.data.opening:Inside.holds", gives="True")
+@pytest.mark.guard("maskvlm.data.safe_open:Inside.holds", gives="True")
 @pytest.mark.parametrize(("toy", "links"), LINKED, ids=[f"{toy} {next(iter(links))}" for toy, links in LINKED])
 def test_what_a_link_leads_to_outside_is_no_row(
     toy: str, links: dict[str, str], tmp_path: Path, outside: Path, build: Build
@@ -164,7 +164,7 @@ def test_what_a_link_leads_to_outside_is_no_row(
             assert isinstance(row.image, bytes) or str(outside) not in os.path.realpath(row.image)
 
 
-@pytest.mark.guard("maskvlm.data.opening:Inside.holds", gives="True")
+@pytest.mark.guard("maskvlm.data.safe_open:Inside.holds", gives="True")
 @pytest.mark.parametrize(
     ("toy", "name"),
     [
@@ -187,7 +187,7 @@ def test_a_list_that_lies_outside_is_refused(toy: str, name: str, tmp_path: Path
     assert raised.value.code == ExitCode.REFUSED
 
 
-@pytest.mark.guard("maskvlm.data.opening:Inside.holds", gives="True")
+@pytest.mark.guard("maskvlm.data.safe_open:Inside.holds", gives="True")
 def test_tasks_and_prepared_sets_follow_no_link_outside(tmp_path: Path, build: Build) -> None:
     for toy, name, source in (
         ("nlvr2", "dev.json", lambda raw: Nlvr2(raw, cache=raw)),

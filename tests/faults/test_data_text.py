@@ -28,7 +28,7 @@ def rows(name: str, raw: Path) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 @pytest.mark.guard(
-    "maskvlm.data.opening:byte_lines",
+    "maskvlm.data.safe_open:byte_lines",
     gives="((number, line.strip(), None) for number, line in enumerate(args[0], 1))",
 )
 @pytest.mark.parametrize("toy", ["flickr8k token", "csv", "jsonl", "cc3m", "cc12m"])

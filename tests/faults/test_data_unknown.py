@@ -8,7 +8,7 @@ from guards import Build
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.data.unknown import check_unknown, unknown_shares
+from maskvlm.data.unknown_words import check_unknown, unknown_shares
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENGLISH, ARABIC = "a red dog in the snow", "كلب أحمر في الثلج"
@@ -46,7 +46,7 @@ def test_the_share_is_of_words_by_source(captioner: Captioner) -> None:
     assert unknown_shares(split, captioner) == {"coco": (0.0, 18), "mine": (5 / 11, 11)}
 
 
-@pytest.mark.guard("maskvlm.data.unknown:check_unknown")
+@pytest.mark.guard("maskvlm.data.unknown_words:check_unknown")
 def test_it_is_told_and_stops_above_the_bound(
     captioner: Captioner, capsys: pytest.CaptureFixture[str], build: Build
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from forks import PAIR, Child, Forks, elastic, small
 from guards import Build
 
-from maskvlm.training import peers, watch
+from maskvlm.training import peers, process_watch
 from maskvlm.training.failure import FIRST, failed_first
 from maskvlm.training.peers import Peers, blamed
 from maskvlm.utils.errors import ExitCode
@@ -73,7 +73,7 @@ def one_is_killed(forks: Forks, tmp_path: Path, build: Build, whom: int) -> None
     assert said[0].endswith(f"The same command goes on from {tmp_path / 'run' / 'last.ckpt'}.")
 
 
-@pytest.mark.guard("maskvlm.training.watch:watch")
+@pytest.mark.guard("maskvlm.training.process_watch:watch")
 def test_a_process_that_is_frozen_is_named_and_ended(forks: Forks, tmp_path: Path, build: Build) -> None:
     one_is_frozen(forks, tmp_path, build, 1)
 
@@ -139,7 +139,7 @@ def test_a_main_thread_that_stands_still_is_named(forks: Forks, tmp_path: Path) 
     assert "in <lambda>" in (tmp_path / "run" / "stacks-rank1.txt").read_text()
 
 
-@pytest.mark.guard("maskvlm.training.watch:port_taken")
+@pytest.mark.guard("maskvlm.training.process_watch:port_taken")
 def test_a_port_that_is_taken(forks: Forks, tmp_path: Path, build: Build) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -164,20 +164,20 @@ def test_who_meets_late_hears_of_a_process_that_failed_before(
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(watch, "BEAT", 0.01)
+    monkeypatch.setattr(process_watch, "BEAT", 0.01)
     monkeypatch.setattr("os._exit", end)
     monkeypatch.setenv("RANK", "1")
     if left:
         (tmp_path / FIRST).write_text(left)
         os.utime(tmp_path / FIRST, (1e9, 1e9))
-    monkeypatch.setattr(watch, "EARLIER", [failed_first(tmp_path)])  # as this process starts
+    monkeypatch.setattr(process_watch, "EARLIER", [failed_first(tmp_path)])  # as this process starts
     met = threading.Event()
     threading.Timer(0.3, met.set).start()
-    watch.wait_for_others(tmp_path, met)  # until all have met: nobody has failed
+    process_watch.wait_for_others(tmp_path, met)  # until all have met: nobody has failed
     met.clear()
     (tmp_path / FIRST).write_text("0 69\n")  # the same words as the earlier job's
     with pytest.raises(Ended) as ended:
-        watch.wait_for_others(tmp_path, met)
+        process_watch.wait_for_others(tmp_path, met)
     assert ended.value.args == (ExitCode.UNAVAILABLE,)
     assert capsys.readouterr().err == "[rank 1] see rank 0\n"
 

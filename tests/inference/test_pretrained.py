@@ -30,7 +30,7 @@ from maskvlm.inference.saliency import trace
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.masking import PatchMask
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import fill_images, to_rgb
+from maskvlm.objectives.reconstructed_examples import fill_images, to_rgb
 from maskvlm.utils.errors import ExitCode, UserError
 
 TEXTS = ["a red circle on the left", "two things", "a small striped green star at the top left on white"]

@@ -11,7 +11,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.objectives.cross_batch import Contrast, Encoded, cross_all, pad_text
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.negative_queue import NegativeQueue
-from maskvlm.training.resumable import restore
+from maskvlm.training.resume_check import restore
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -11,7 +11,7 @@ from PIL import Image
 from toys import tokens, toy_batch
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.objectives.reconstruction import GuessedWords, Guesses, Reconstruction, reconstruct, subsample
+from maskvlm.objectives.reconstructed_examples import GuessedWords, Guesses, Reconstruction, reconstruct, subsample
 from maskvlm.reporting.page import GREEN, GREY, RED, Segment
 from maskvlm.reporting.reconstruction_page import (
     SIDE,

@@ -15,8 +15,8 @@ from jsonargparse import _common
 
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.cli.preview import source
-from maskvlm.config.allowed import LISTED, Verdicts, typed_names
-from maskvlm.config.given import given_places
+from maskvlm.config.allowed_classes import LISTED, Verdicts, typed_names
+from maskvlm.config.given_options import given_places
 from maskvlm.config.parser import GROUPS, MODE, CommandParser, check_given
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.utils.errors import ExitCode, UserError
@@ -77,7 +77,7 @@ def hook(spec: Any) -> dict[str, Any]:
     return {"trainer": {"strategy": strategy}}
 
 
-@pytest.mark.guard("maskvlm.config.allowed:may_name", gives="True")
+@pytest.mark.guard("maskvlm.config.allowed_classes:may_name", gives="True")
 def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any], tmp_path: Path) -> None:
     """D3: the file of the attack on commit 89274c0, as it was."""
     spec = {"class_path": HOOK, "init_args": {"command": f"touch {tmp_path / 'mark'}"}}
@@ -107,7 +107,7 @@ def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any]
         {"model": {"task": {"class_path": "maskvlm.cli.lightning.warn"}}},
         {"model": {"task": {"class_path": "maskvlm.cli.lightning.LightningCommand"}}},
         {"model": {"task": {"class_path": "maskvlm.objectives.pretraining.MaskedPretraining.forward"}}},
-        {"model": {"task": {"class_path": "maskvlm.config.given.os.system"}}},
+        {"model": {"task": {"class_path": "maskvlm.config.given_options.os.system"}}},
         {"model": {"task": {"class_path": "maskvlm.config.parser.LightningArgumentParser"}}},
         {"model": {"task": "tasks.vqa.score.main"}},
         {"model": {"task": {"class_path": "torch.nn.Identity"}}},
@@ -160,7 +160,7 @@ PLACES: list[Callable[[str], Any]] = [
 ]
 
 
-@pytest.mark.guard("maskvlm.config.allowed:may_name", gives="True")
+@pytest.mark.guard("maskvlm.config.allowed_classes:may_name", gives="True")
 def test_nothing_is_imported_before_it_is_allowed(
     build: Build, fit: Callable[..., Any], foreign: SimpleNamespace
 ) -> None:

@@ -21,7 +21,7 @@ from guards import Build
 from mutators import any_bytes, columns
 from PIL import Image
 
-from maskvlm.data.prepare.end import Plan, finish_set
+from maskvlm.data.prepare.finish import Plan, finish_set
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepare.shards import Job, make_shard
 from maskvlm.data.prepared.manifest import MAKING, MANIFEST, SCHEMA, SKIPPED

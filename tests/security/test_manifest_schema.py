@@ -122,7 +122,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(watch)
 
 
-@pytest.mark.guard("maskvlm.data.opening:Inside.holds", gives="True")
+@pytest.mark.guard("maskvlm.data.safe_open:Inside.holds", gives="True")
 @pytest.mark.parametrize("what", ["shard", "folder", "manifest", "file"])
 def test_no_link_of_a_set_is_followed_outside(what: str, tmp_path: Path, build: Build) -> None:
     """Real links, and every file that is opened is watched."""

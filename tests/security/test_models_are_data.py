@@ -33,7 +33,7 @@ from maskvlm.checkpoint.weights import read_state
 from maskvlm.inference.hf_config import MaskVLMProcessor
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
-from maskvlm.training.resumable import check_optimizer
+from maskvlm.training.resume_check import check_optimizer
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,7 +290,7 @@ def without(held: dict[str, Any], *keys: str) -> None:
     del held[keys[-1]]
 
 
-@pytest.mark.guard("maskvlm.training.resumable:check_resumable")
+@pytest.mark.guard("maskvlm.training.resume_check:check_resumable")
 @pytest.mark.parametrize("change", [
     lambda held: without(held, "loops"), lambda held: without(held, "PairData"),
     lambda held: without(held, "PairData", "batches"), lambda held: held.update(optimizer_states=[]),

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_page import GOOD, JSON, Live, encoded, httpx, live, noise
 
-from maskvlm.demo import guard, shelf, wire
-from maskvlm.demo.origin import check_host, is_own
+from maskvlm.demo import connection_timeouts, request_limits, upload_store
 from maskvlm.demo.refusal import Refused
+from maskvlm.demo.request_origin import check_host, is_own
 from maskvlm.demo.terminal import printable
 
 JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
@@ -85,7 +85,7 @@ def filled(head: dict[str, str], page: Live) -> dict[str, str]:
     return {name: value.replace("PORT", str(page.port)) for name, value in head.items()}
 
 
-@pytest.mark.guard("maskvlm.demo.origin:check_origin")
+@pytest.mark.guard("maskvlm.demo.request_origin:check_origin")
 @pytest.mark.parametrize("head", ELSEWHERE, ids=str)
 def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str]) -> None:
     """By any door: questions, uploads, images, answers, settings, preflights."""
@@ -135,7 +135,7 @@ def raw(page: Live, request: bytes) -> bytes:
         return talk.recv(65536)
 
 
-@pytest.mark.guard("maskvlm.demo.origin:head_of", gives="dict(args[0]['headers'])")
+@pytest.mark.guard("maskvlm.demo.request_origin:head_of", gives="dict(args[0]['headers'])")
 def test_a_header_that_counts_stands_there_once(page: Live, build: Build) -> None:
     own, other = b"origin: http://127.0.0.1:%d\r\n" % page.port, b"origin: http://evil.example\r\n"
     for double in (other + own, own + other, b"host: evil.example\r\n", b"sec-fetch-site: none\r\n" * 2):
@@ -166,7 +166,7 @@ NAMES = {
 }
 
 
-@pytest.mark.guard("maskvlm.demo.origin:check_host")
+@pytest.mark.guard("maskvlm.demo.request_origin:check_host")
 def test_a_name_that_may_have_been_rebound_is_refused(page: Live, build: Build) -> None:
     for (served, host), fine in NAMES.items():
         try:
@@ -177,7 +177,7 @@ def test_a_name_that_may_have_been_rebound_is_refused(page: Live, build: Build) 
     assert refusal(page.asker.client.get("/", headers={"host": f"evil.example:{page.port}"})) == 421
 
 
-@pytest.mark.guard("maskvlm.demo.origin:check_media_type")
+@pytest.mark.guard("maskvlm.demo.request_origin:check_media_type")
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "text/plain; application/json", ""]
 )
@@ -187,7 +187,7 @@ def test_a_question_is_json_and_an_upload_a_form(page: Live, build: Build, kind:
     assert refusal(client.post(UPLOAD, content=question, headers=JSON)) == 415
 
 
-@pytest.mark.guard("maskvlm.demo.guard:with_headers", gives="args[0]")
+@pytest.mark.guard("maskvlm.demo.request_limits:with_headers", gives="args[0]")
 def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Build) -> None:
     image = page.asker.image(encoded(noise(), "JPEG") + SCRIPT.encode(), "a.html")["path"]
     for path in ("/", "/config", f"/gradio_api/file={image}", "/nothing"):
@@ -206,7 +206,7 @@ def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Bui
 # ---------------------------------------------------------------------- what is asked
 
 
-@pytest.mark.guard("maskvlm.demo.guard:check_url")
+@pytest.mark.guard("maskvlm.demo.request_limits:check_url")
 @pytest.mark.parametrize(
     "path",
     [
@@ -313,7 +313,7 @@ def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
     return [*made, url, secret, path, 5, True, [], [own], {"image": own}, {"value": own, "__type__": "update"}]
 
 
-@pytest.mark.guard("maskvlm.demo.calls:check_upload")
+@pytest.mark.guard("maskvlm.demo.request_schema:check_upload")
 def test_an_image_is_an_upload_of_this_page_and_nothing_else(page: Live, build: Build, bait: tuple[str, str]) -> None:
     url, secret = bait
     own = page.asker.image(GOOD)
@@ -336,7 +336,7 @@ def test_an_image_is_an_upload_of_this_page_and_nothing_else(page: Live, build: 
     assert "%" in page.asker.ask("match", image=shown, texts=TEXT)
 
 
-@pytest.mark.guard("maskvlm.demo.calls:check_shape", gives="args[1]")
+@pytest.mark.guard("maskvlm.demo.request_schema:check_shape", gives="args[1]")
 def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build, bait: tuple[str, str]) -> None:
     url, secret = bait
     own = page.asker.image(GOOD)
@@ -429,7 +429,7 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
     """It checks nothing where it is mounted, unless it is told that it was launched."""
     secret = tmp_path / "secret.png"
     secret.write_bytes(GOOD)
-    with without("maskvlm.demo.calls:check_upload"):
+    with without("maskvlm.demo.request_schema:check_upload"):
         told = page.asker.ask("match", image={"path": str(secret), "meta": {"_type": "gradio.FileData"}}, texts=TEXT)
     assert '"success": false' in told
     assert "%" not in told
@@ -438,7 +438,7 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
 # ---------------------------------------------------------------------- how much, and how long
 
 
-@pytest.mark.guard("maskvlm.demo.guard:check_head_size")
+@pytest.mark.guard("maskvlm.demo.request_limits:check_head_size")
 def test_a_body_of_500_megabytes_is_cut_off(page: Live, build: Build) -> None:
     """It may say so beforehand or not."""
     before, sent = page.kept, 0
@@ -460,9 +460,9 @@ def test_a_body_of_500_megabytes_is_cut_off(page: Live, build: Build) -> None:
     assert refusal(page.asker.client.post(JOIN, content=b" " * 2**19, headers=JSON)) == 413
 
 
-@pytest.mark.guard("maskvlm.demo.guard:in_time", gives="args[0]()")
+@pytest.mark.guard("maskvlm.demo.request_limits:in_time", gives="args[0]()")
 def test_a_slow_body_is_given_up(page: Live, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(request_limits, "BODY_SECONDS", 0.3)
     before, start = page.kept, time.monotonic()
     for path, kind in ((JOIN, "application/json"), (UPLOAD, "multipart/form-data; boundary=x")):
         with socket.create_connection(("127.0.0.1", page.port), timeout=2) as talk:
@@ -473,10 +473,10 @@ def test_a_slow_body_is_given_up(page: Live, build: Build, monkeypatch: pytest.M
     assert page.kept == before
 
 
-@pytest.mark.guard("maskvlm.demo.wire:Hurried.watch")
+@pytest.mark.guard("maskvlm.demo.connection_timeouts:Hurried.watch")
 def test_a_head_that_never_ends_is_given_up(page: Live, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else 200 such connections keep all others out."""
-    monkeypatch.setattr(wire, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(connection_timeouts, "HEAD_SECONDS", 0.4)
     first = b"GET /robots.txt HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
     for begun in (b"", b"GET / HT", first + b"GET / HTTP/1.1\r\nx: "):
         with socket.create_connection(("127.0.0.1", page.port), timeout=2) as talk:
@@ -501,9 +501,9 @@ def ends(talk: socket.socket, seconds: float, drip: bool) -> bool:
     return False
 
 
-@pytest.mark.guard("maskvlm.demo.wire:Hurried.pause_writing")
+@pytest.mark.guard("maskvlm.demo.connection_timeouts:Hurried.pause_writing")
 def test_an_answer_that_is_not_read_is_given_up(page: Live, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(connection_timeouts, "READ_SECONDS", 0.3)
     connections = page.server.server_state.connections
     before = set(connections)
     with socket.socket() as talk:
@@ -521,11 +521,11 @@ def until(true: Callable[[], bool], seconds: float = 5) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.guard("maskvlm.demo.guard:check_open")
+@pytest.mark.guard("maskvlm.demo.request_limits:check_open")
 def test_pages_that_stay_in_touch_leave_room_for_questions(
     page: Live, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "MAX_OPEN", 3)
+    monkeypatch.setattr(request_limits, "MAX_OPEN", 3)
     talks = [socket.create_connection(("127.0.0.1", page.port), timeout=5) for _ in range(5)]
     told = []
     for talk in talks:
@@ -537,13 +537,13 @@ def test_pages_that_stay_in_touch_leave_room_for_questions(
     until(lambda: page.guard.open == 0)
 
 
-@pytest.mark.guard("maskvlm.demo.shelf:Shelf.check_room", gives="__import__('asyncio').sleep(0)")
+@pytest.mark.guard("maskvlm.demo.upload_store:Shelf.check_room", gives="__import__('asyncio').sleep(0)")
 def test_a_hundred_uploads_at_once_find_room_or_are_told(
     page: Live, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number, size = shelf.held(page.folder)
+    number, size = upload_store.held(page.folder)
     data = encoded(noise(1, 180))
-    monkeypatch.setattr(shelf, "MAX_KEPT", size + 10 * len(data))
+    monkeypatch.setattr(upload_store, "MAX_KEPT", size + 10 * len(data))
     before = page.kept
     with ThreadPoolExecutor(100) as pool:
         replies = list(
@@ -553,7 +553,7 @@ def test_a_hundred_uploads_at_once_find_room_or_are_told(
         codes = [each.status_code for each in replies]
         assert set(codes) == {200, 503}
         assert {refusal(each) for each in replies if each.status_code == 503} == {503}
-        assert codes.count(200) == len(page.kept - before) <= 11 + shelf.AT_ONCE
+        assert codes.count(200) == len(page.kept - before) <= 11 + upload_store.AT_ONCE
         assert refusal(page.asker.join("write", "click")[1]) == 503
     finally:
         for path in page.kept - before:
@@ -561,7 +561,7 @@ def test_a_hundred_uploads_at_once_find_room_or_are_told(
     monkeypatch.undo()
     time.sleep(1.1)  # it is counted once a second
     assert "belongs" in page.asker.ask("write").lower()
-    assert shelf.held(page.folder)[0] <= number + 5
+    assert upload_store.held(page.folder)[0] <= number + 5
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x.png", "a.html", "..", "\x1b[2J", "x" * 3000, "\u202egnp.exe", ""])
@@ -625,8 +625,8 @@ def test_uploads_are_removed_and_their_places_too(page: Live, monkeypatch: pytes
     delete_files_created_by_app(page.guard.calls.blocks, 0)
     assert not path.exists()
     assert path.parent.exists()
-    monkeypatch.setattr(shelf, "KEPT_SECONDS", -1)
-    shelf.held(page.folder)
+    monkeypatch.setattr(upload_store, "KEPT_SECONDS", -1)
+    upload_store.held(page.folder)
     assert not path.parent.exists()
     assert any(page.folder.iterdir())  # the page's own images stay
     assert page.asker.client.get("/").status_code == 200
@@ -638,7 +638,7 @@ def test_a_full_disk_is_one_line(page: Live, monkeypatch: pytest.MonkeyPatch) ->
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shelf.shutil, "copyfileobj", full)
+    monkeypatch.setattr(upload_store.shutil, "copyfileobj", full)
     reply = page.asker.upload(GOOD)
     assert (refusal(reply), "No space left" in reply.text) == (507, True)
     assert page.kept == before

@@ -104,7 +104,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.guard("maskvlm.demo.origin:check_origin")
+@pytest.mark.guard("maskvlm.demo.request_origin:check_origin")
 def test_a_hostile_page_cannot_ask_upload_read_or_frame(page: Live, browser: Any, elsewhere: str, build: Build) -> None:
     before, start = (page.kept, page.asked), len(page.answers)
     question = page.asker.question("match", texts="a red circle")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from maskvlm.data.example_sets import opened_images
 from maskvlm.data.images import safe_open
-from maskvlm.data.prepare.end import Plan
+from maskvlm.data.prepare.finish import Plan
 from maskvlm.data.prepare.prepare import prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw import open_raw

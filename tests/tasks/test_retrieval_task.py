@@ -13,7 +13,7 @@ from toys import take, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.losses import ContrastTargets
+from maskvlm.objectives.loss_functions import ContrastTargets
 from maskvlm.objectives.rerank import gather_gallery, score_gallery
 from maskvlm.objectives.retrieval_metrics import ranking, recall_of
 from maskvlm.utils.distributed import Draw

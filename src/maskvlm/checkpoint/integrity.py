@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.checkpoint.pickles import check_pickle
-from maskvlm.data.opening import content_of
+from maskvlm.data.safe_open import content_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 SIDE = ".sha256"

@@ -32,7 +32,7 @@ from maskvlm.config.plain_schema import (
     shown,
 )
 from maskvlm.config.safe_yaml import read_yaml
-from maskvlm.data.opening import content_of
+from maskvlm.data.safe_open import content_of
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.config.plain_schema import Text
 from maskvlm.data.files import load_json
-from maskvlm.data.opening import content_of
+from maskvlm.data.safe_open import content_of
 from maskvlm.data.text import MOST_TOKENS, ROLES, plain_backend
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside

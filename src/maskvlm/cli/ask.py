@@ -17,7 +17,7 @@ from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.config.arguments import OptionParser
-from maskvlm.config.given import nearest
+from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import MASK
 from maskvlm.inference.pretrained import PretrainedMaskVLM

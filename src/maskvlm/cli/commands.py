@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from maskvlm.config import compose
 from maskvlm.config.compose import SPLITS, TRAINING, CommandWords, Composed, choices, prepared, read_words, tasks
-from maskvlm.config.given import config_files
+from maskvlm.config.given_options import config_files
 
 LEARN, DATA, ASK, SEARCH, KEEP = "Learn and measure", "Data", "Ask a model", "Find images", "Checkpoints"
 LIGHTNING, SHELL = "Lightning's own, with files (-c FILE.yaml)", "Shell"

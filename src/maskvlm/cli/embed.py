@@ -1,4 +1,4 @@
-"""`maskvlm embed`: the vectors of a data set's images and captions (`inference/vectors.py`)."""
+"""`maskvlm embed`: the vectors of a data set's images and captions (`inference/vector_files.py`)."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from maskvlm.cli.preview import source
 from maskvlm.config.arguments import OptionParser
 from maskvlm.data.batch import Source
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.inference.vectors import SHARD, Process, embed
+from maskvlm.inference.vector_files import SHARD, Process, embed
 from maskvlm.utils.errors import UserError, check_least
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
-from maskvlm.config.given import options
+from maskvlm.config.given_options import options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
 from maskvlm.config.safe_yaml import cut
@@ -30,9 +30,9 @@ from maskvlm.training.checkpointing import LAST, check_finite
 from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lit import LitModel
 from maskvlm.training.precision import alone, cpu_precision
+from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run
-from maskvlm.training.watch import watch
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.signals import CAUGHT

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, help_of, overview
 from maskvlm.config.compose import find_packages, find_tasks, home, own_home
-from maskvlm.config.given import given_places, nearest
-from maskvlm.config.given import options as settings
+from maskvlm.config.given_options import given_places, nearest
+from maskvlm.config.given_options import options as settings
 from maskvlm.config.safe_yaml import cut
 from maskvlm.training.failure import EARLIER, failed_first, process_rank, report
 from maskvlm.training.peers import leave

@@ -11,7 +11,7 @@ from maskvlm.data.inputs import check_absent
 from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.search import ABOUT, SearchIndex, index_folder, search_index
-from maskvlm.inference.vectors import Facts
+from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import UserError
 
 

@@ -22,7 +22,8 @@ MOVED = {
     "maskvlm.runlog": "maskvlm.training.csv_log",
     "maskvlm.task": "maskvlm.objectives.task",
     "maskvlm.training.resume": "maskvlm.training.checkpointing",
-    "maskvlm.watch": "maskvlm.training.watch",
+    "maskvlm.training.watch": "maskvlm.training.process_watch",
+    "maskvlm.watch": "maskvlm.training.process_watch",
 }
 """Module of an earlier version -> where its classes are now."""
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from maskvlm.config.given import KeyPlace, find_place, given_places, nearest
+from maskvlm.config.given_options import KeyPlace, find_place, given_places, nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NoReturn
 from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from maskvlm.config.allowed import Verdicts
-from maskvlm.config.given import KeyPlace, check_words, config_files, fill_environment, given_places, options
+from maskvlm.config.allowed_classes import Verdicts
+from maskvlm.config.given_options import KeyPlace, check_words, config_files, fill_environment, given_places, options
 from maskvlm.config.old_names import current, current_key
 from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maskvlm.data.opening import TODO, Walk, byte_lines, check_below, opened
+from maskvlm.data.safe_open import TODO, Walk, byte_lines, check_below, opened
 from maskvlm.data.strict_json import BadJson, json_kind, parse_json
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import Absent, ExitCode, UserError

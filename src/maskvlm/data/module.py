@@ -23,7 +23,7 @@ from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_
 from maskvlm.data.subset import fraction_of, hashed_image_ids
 from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
-from maskvlm.data.unknown import check_unknown, some_captions, some_texts
+from maskvlm.data.unknown_words import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.utils.distributed import cores, gather_objects, rank, world_size
 from maskvlm.utils.errors import Absent, ExitCode, UserError, check_least

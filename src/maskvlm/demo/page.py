@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import MASK
-from maskvlm.demo import answers, intake, shelf
+from maskvlm.demo import answers, input_limits, upload_store
 from maskvlm.demo.models import Models
 from maskvlm.demo.samples import PageSample, Searched, photo_samples, samples
 from maskvlm.demo.tabs import Patches, WordsTab, match_and_caption, search_tab, task, upload_image
@@ -41,8 +41,8 @@ class Desk:
     examples: gr.Dataset
     own: gr.State
 
-    def __init__(self, models: Models, worker: intake.Worker) -> None:
-        self.models, self.worker, self.open = models, worker, intake.Opener()
+    def __init__(self, models: Models, worker: input_limits.Worker) -> None:
+        self.models, self.worker, self.open = models, worker, input_limits.Opener()
         self.samples: list[PageSample] = []
         self.photos = models.photographs > 0
         if models.pretrained is not None:
@@ -94,7 +94,7 @@ class Desk:
         )
 
 
-def page(models: Models, worker: intake.Worker, index: Path | None, images: Path | None = None) -> gr.Blocks:
+def page(models: Models, worker: input_limits.Worker, index: Path | None, images: Path | None = None) -> gr.Blocks:
     """The whole page.
 
     Args:
@@ -105,7 +105,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
     desk = Desk(models, worker)
     # delete_cache: once a minute Gradio removes files that are older than KEPT_SECONDS.
     with gr.Blocks(
-        title="MaskVLM", analytics_enabled=False, delete_cache=(60, shelf.KEPT_SECONDS), fill_width=True
+        title="MaskVLM", analytics_enabled=False, delete_cache=(60, upload_store.KEPT_SECONDS), fill_width=True
     ) as blocks:
         gr.HTML(INTRO + about(models), elem_id="intro")
         if models.pretrained is None and not models.found.tasks:
@@ -122,7 +122,7 @@ def page(models: Models, worker: intake.Worker, index: Path | None, images: Path
                     with gr.Tab("Tasks"):
                         gr.HTML(answers.note(no_task(models)))
     # api_open: else a question could go past the queue.
-    blocks.queue(max_size=intake.QUEUE, default_concurrency_limit=1, api_open=False)
+    blocks.queue(max_size=input_limits.QUEUE, default_concurrency_limit=1, api_open=False)
     blocks.state_session_capacity = SESSIONS
     blocks.has_launched = (
         True  # else Gradio does not check at all which files a call names: it is mounted, not launched
@@ -165,7 +165,7 @@ def inputs_column(desk: Desk) -> None:
     desk.text = gr.Textbox(
         value=first.text if first else "",
         label=f"Text (write {MASK} or click words in the first tab to cover them)",
-        max_length=intake.MAX_TEXT,
+        max_length=input_limits.MAX_TEXT,
         lines=2,
         max_lines=3,
         elem_id="text",

@@ -121,7 +121,7 @@ class Searched:
         self.model, self.index, self.query = model, None, "a red circle"
         if folder is not None:
             from maskvlm.inference.search import SearchIndex  # brings the command line along; most pages do without
-            from maskvlm.inference.vectors import identity
+            from maskvlm.inference.vector_files import identity
 
             self.index = SearchIndex.load(folder, images)
             # A query of these weights cannot be compared with vectors of others.

@@ -98,12 +98,12 @@ def run_page(options: Any, allowed: list[str], listener: socket.socket, folder: 
 def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     """The page in its guard. Raises UserError."""
     # Gradio comes with these imports; QUIET is set by now.
-    from maskvlm.demo.calls import Calls
-    from maskvlm.demo.guard import Guard
-    from maskvlm.demo.intake import Worker
+    from maskvlm.demo.input_limits import Worker
     from maskvlm.demo.models import Models, find_models
     from maskvlm.demo.page import page
-    from maskvlm.demo.shelf import Shelf
+    from maskvlm.demo.request_limits import Guard
+    from maskvlm.demo.request_schema import Calls
+    from maskvlm.demo.upload_store import Shelf
 
     found = find_models(Path("checkpoints"), options.sources)
     models = Models(found, options.device, allowed)
@@ -123,7 +123,7 @@ def server_of(app: Any) -> Any:
     """A server that gives no visitor more time, room or belief than he needs."""
     import uvicorn
 
-    from maskvlm.demo.wire import Hurried
+    from maskvlm.demo.connection_timeouts import Hurried
 
     config = uvicorn.Config(
         app,
@@ -147,8 +147,8 @@ def application(blocks: Any) -> Any:
     import fastapi
     import gradio as gr
 
-    from maskvlm.demo.guard import MAX_UPLOAD
     from maskvlm.demo.page import CSS
+    from maskvlm.demo.request_limits import MAX_UPLOAD
 
     plain = ("system-ui", "sans-serif")  # no font is fetched
     theme = gr.themes.Default(font=plain, font_mono=("ui-monospace", "monospace"), primary_hue="teal")

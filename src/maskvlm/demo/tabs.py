@@ -8,7 +8,7 @@ import gradio as gr
 import torch
 
 from maskvlm.data.inputs import open_image
-from maskvlm.demo import answers, intake
+from maskvlm.demo import answers, input_limits
 from maskvlm.demo.models import Loaded, Run
 from maskvlm.demo.samples import PageSample, Searched, enlarged
 from maskvlm.utils.errors import UserError
@@ -42,13 +42,13 @@ class WordsTab:
 
     def answer(self, path: str | None, text: str, chosen: list[int]) -> dict[Any, Any]:
         """Raises UserError, but not for want of an image: words are guessed without one, too."""
-        text = intake.checked_text(text)
+        text = input_limits.checked_text(text)
         image = self.desk.open(path) if path else None
         return {self.result: answers.words_filled(self.model, image, text, [int(each) for each in chosen or []])}
 
     def offered(self, text: str, sample: PageSample | None = None) -> dict[Any, Any]:
         """The words of a new text."""
-        parts = answers.taken_apart(intake.checked_text(text))
+        parts = answers.taken_apart(input_limits.checked_text(text))
         choices = [(word, number) for number, word in enumerate(parts.words)]
         value = self.telling(sample) if sample else []
         return {self.chips: gr.update(choices=choices, value=value), self.known: text}
@@ -69,7 +69,9 @@ class Patches:
         show: dict[str, Any] = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
         with gr.Tab("Patches", elem_id="patches"):
             self.mask = gr.State(first.masked)
-            self.other = gr.Textbox(first.other, label="Another text", max_length=intake.MAX_TEXT, elem_id="other")
+            self.other = gr.Textbox(
+                first.other, label="Another text", max_length=input_limits.MAX_TEXT, elem_id="other"
+            )
             titles = {"board": "Click patches to cover them", "left": "From your text", "right": "From the other"}
             images = []
             with gr.Row(elem_classes="three"):
@@ -126,7 +128,10 @@ class Patches:
     def answer(self, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """Raises UserError."""
         return self.of(
-            self.desk.open(path), intake.checked_text(text), mask, intake.checked_text(other, "another text")
+            self.desk.open(path),
+            input_limits.checked_text(text),
+            mask,
+            input_limits.checked_text(other, "another text"),
         )
 
     def of(self, image: Any, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
@@ -145,7 +150,7 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
     model = desk.models.core()
     others = [sample.text for sample in desk.samples[1:3]]
     with gr.Tab("Match"):
-        label = f"Texts, one a line (at most {intake.MAX_LINES})"
+        label = f"Texts, one a line (at most {input_limits.MAX_LINES})"
         texts = gr.Textbox("\n".join([first.text, first.other, *others]), label=label, lines=4, elem_id="texts")
         button = gr.Button("Which belong to the image?", variant="primary", elem_id="match")
         likely = gr.HTML("", elem_id="matches")
@@ -154,7 +159,7 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
         written = gr.HTML("", elem_id="caption")
 
     def matched(path: str | None, lines: str) -> dict[Any, Any]:
-        given = intake.lines_of(lines)
+        given = input_limits.lines_of(lines)
         return {likely: answers.matches(model, desk.open(path), given)}
 
     def captioned(path: str | None) -> dict[Any, Any]:
@@ -177,7 +182,7 @@ def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool
         if not indexed:
             told += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `maskvlm demo`."
         gr.HTML(answers.note(told))
-        query = gr.Textbox(searched.query, label="What to look for", max_length=intake.MAX_TEXT, elem_id="query")
+        query = gr.Textbox(searched.query, label="What to look for", max_length=input_limits.MAX_TEXT, elem_id="query")
         with gr.Row():
             by_text = gr.Button("Find by the text", variant="primary", elem_id="find")
             by_image = gr.Button("Find by the image", elem_id="find-like")
@@ -187,7 +192,7 @@ def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool
         )  # fmt: skip
 
     def texted(text: str) -> dict[Any, Any]:
-        return {found: [tuple(hit) for hit in searched.by_text(intake.checked_text(text))]}
+        return {found: [tuple(hit) for hit in searched.by_text(input_limits.checked_text(text))]}
 
     def imaged(path: str | None) -> dict[Any, Any]:
         return {found: [tuple(hit) for hit in searched.by_image(desk.open(path))]}
@@ -227,7 +232,7 @@ def task(desk: "Desk", run: Run) -> None:
                 with gr.Column(min_width=200, visible=False) as place:
                     more.append(upload_image(label=f"Image {number}", height=220, elem_id=f"{name}-image-{number}"))
                 places.append(place)
-        text = gr.Textbox("", label="Text", max_length=intake.MAX_TEXT, elem_id=f"{name}-text")
+        text = gr.Textbox("", label="Text", max_length=input_limits.MAX_TEXT, elem_id=f"{name}-text")
         with gr.Row():
             ask = gr.Button("Answer", variant="primary", elem_id=f"{name}-ask")
             another = gr.Button("Another example", elem_id=f"{name}-example")
@@ -270,7 +275,7 @@ def task(desk: "Desk", run: Run) -> None:
         images = [desk.open(path)]
         # Boxes that are hidden may still hold images of an example before.
         images += [desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
-        example = (*images, intake.checked_text(words, loaded.method.text))
+        example = (*images, input_limits.checked_text(words, loaded.method.text))
         with torch.no_grad():
             (found,) = loaded.method.run(loaded.model.task, loaded.model, [example])
         own = said[0] and said[1] == digest(images[0])  # other tabs change the image, too

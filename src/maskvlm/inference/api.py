@@ -28,7 +28,7 @@ from maskvlm.inference import embeddings, infill, saliency
 from maskvlm.inference.embeddings import Ranked
 from maskvlm.inference.infill import STEPS, Guess
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.reconstruction import to_rgb
+from maskvlm.objectives.reconstructed_examples import to_rgb
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 

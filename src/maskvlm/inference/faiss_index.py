@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.inference.vectors import Facts
+from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import whole_file
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from maskvlm.inference import embeddings as embed
 from maskvlm.model.heads import patchify
 from maskvlm.objectives.loaded_model import Model, device_of
-from maskvlm.objectives.reconstruction import denormalise, paste
+from maskvlm.objectives.reconstructed_examples import denormalise, paste
 from maskvlm.utils.errors import UserError
 
 STEPS = 8  # rounds in which masked patches are painted

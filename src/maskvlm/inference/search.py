@@ -32,7 +32,7 @@ from maskvlm.inference.embeddings import contrast_counts
 from maskvlm.inference.faiss_index import RECALL, Array, build_index, faiss_module, kinds, turn, write_index
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import read_arguments
-from maskvlm.inference.vectors import KEPT, Facts, facts_of, file_of, identity, write_file
+from maskvlm.inference.vector_files import KEPT, Facts, facts_of, file_of, identity, write_file
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"

@@ -13,7 +13,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.cross_attention import CrossEncoder, CrossOutput
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.hard_negatives import Negatives
-from maskvlm.objectives.losses import ContrastTargets
+from maskvlm.objectives.loss_functions import ContrastTargets
 from maskvlm.objectives.masking import PatchMask, TokenMask
 from maskvlm.utils.distributed import gather, rank, world_size
 

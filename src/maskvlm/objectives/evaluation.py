@@ -17,7 +17,7 @@ from maskvlm.model.cross_attention import Context
 from maskvlm.model.heads import gather_positions, patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
-from maskvlm.objectives.losses import pixel_error
+from maskvlm.objectives.loss_functions import pixel_error
 from maskvlm.objectives.novelty import sample_of
 from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics

@@ -27,7 +27,7 @@ from maskvlm.objectives.cross_batch import (
 )
 from maskvlm.objectives.evaluation import PretrainingMetrics
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
-from maskvlm.objectives.losses import PixelLoss, similarity
+from maskvlm.objectives.loss_functions import PixelLoss, similarity
 from maskvlm.objectives.masking import (
     ImageMasking,
     PatchMask,

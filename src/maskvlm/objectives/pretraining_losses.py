@@ -1,8 +1,8 @@
 """The losses of pre-training as parts: each says its name, its heads, what it needs, its value and its chance level.
 A loss of your own is a class of `PretrainingLoss` and a line of YAML under `model.task.losses`.
 
-The formulas are in `losses.py`. Shapes: B pairs of this process, C captions, L image positions, T tokens, K masked
-positions, M matching pairs, P values of a patch, V vocabulary, D width.
+The formulas are in `formulas.py`. Shapes: B pairs of this process, C captions, L image positions, T tokens,
+K masked positions, M matching pairs, P values of a patch, V vocabulary, D width.
 """
 
 import math
@@ -27,10 +27,10 @@ from maskvlm.model.heads import (
 )
 from maskvlm.model.init import init_xavier
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives import losses
+from maskvlm.objectives import loss_functions as formulas
 from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, contrast_targets
 from maskvlm.objectives.hard_negatives import Negatives
-from maskvlm.objectives.losses import PixelLoss
+from maskvlm.objectives.loss_functions import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
 from maskvlm.utils.errors import UserError, check_least
 
@@ -193,7 +193,7 @@ class ImageTextContrast(PretrainingLoss):
         # The own column is excluded as a negative but must stay here: it is the target, and -inf there would make the
         # loss infinite.
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
-        return losses.contrastive(
+        return formulas.contrastive(
             contrast.image_BE, contrast.text_BE, contrast.image_GE, contrast.text_GE, contrast.scale,
             contrast.own_B, contrast.excluded_BG & ~own_BG, valid_B.float(), shared_count(valid_B.float().sum()),
         )  # fmt: skip
@@ -205,7 +205,7 @@ class ImageTextContrast(PretrainingLoss):
         text_CE = torch.cat([contrast.text_BE, heads.projection.embed_text(other_CTD, other_CT)])
         weight_B = all_captions.valid_B.float()
         weight_C = weight_B[all_captions.owner_C]
-        return losses.soft_contrastive(
+        return formulas.soft_contrastive(
             contrast.image_BE, text_CE, contrast.image_GE, gather(text_CE), contrast.scale,
             *contrast_targets(all_captions),
             weight_B, weight_C, shared_count(weight_B.sum()), shared_count(weight_C.sum()),
@@ -238,7 +238,7 @@ class ImageTextMatching(PretrainingLoss):
         weight_M = torch.cat([valid, valid * texts.weight_B, valid * images.weight_B])
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
         logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
-        return losses.matching(logits_M2, match_M, weight_M, shared_count(weight_M.sum()))
+        return formulas.matching(logits_M2, match_M, weight_M, shared_count(weight_M.sum()))
 
     def chance(self, batch_size: int, texts_per_image: int) -> float:
         """Entropy of its 1:2 class prior, 0.6365."""
@@ -279,7 +279,7 @@ class MaskedTokens(PretrainingLoss):
             # (C, K, ...) -> (masked, 1, ...)
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
-        return losses.masked_token(heads.tokens(read_CKD), target_CK, weight_CK, count)
+        return formulas.masked_token(heads.tokens(read_CKD), target_CK, weight_CK, count)
 
     def _masked(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Masked positions, the ids that stood there, and 1.0 where there is one, [C, K] each."""
@@ -338,7 +338,7 @@ class MaskedPixels(PretrainingLoss):
         predicted_BKP = heads.pixels(step.crossed.image_BLD, seen_BTD[:first], attention_BT, patch.index_BK)
         target_BKP = self.target(step.batch.image_BCHW[:first], patch.index_BK)
         count = shared_count(patch.weight_BK.sum())
-        return losses.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.kind)
+        return formulas.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.kind)
 
     @staticmethod
     def _images(step: Step) -> int:
@@ -358,7 +358,7 @@ class MaskedPixels(PretrainingLoss):
         # (P,) -> (pixels, 3) -> (3,) -> (P,): the last axis of a patch is the channel.
         colour_P = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
         flat_BKP = colour_P.expand_as(target_BKP)
-        self.level = losses.masked_pixel(flat_BKP, target_BKP, patch.weight_BK, patch.weight_BK.sum(), self.kind)
+        self.level = formulas.masked_pixel(flat_BKP, target_BKP, patch.weight_BK, patch.weight_BK.sum(), self.kind)
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """Error of the mean colour of the latest batch."""
@@ -391,7 +391,7 @@ class WordsPresent(PretrainingLoss):
         logits_BLV = heads.detector(step.encoded.image_BLD)
         valid_B = step.batch.valid_B.float()
         words_BV = self.words(step.batch, logits_BLV.shape[-1])
-        return losses.words_present(logits_BLV, words_BV, valid_B, shared_count(valid_B.sum()))
+        return formulas.words_present(logits_BLV, words_BV, valid_B, shared_count(valid_B.sum()))
 
     @staticmethod
     def words(batch: Batch, vocabulary: int) -> Tensor:
@@ -413,7 +413,7 @@ class WordsPresent(PretrainingLoss):
         share_V = (self.count_V / self.seen.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
         # Sum of w log p + (1 - w) log(1 - p) over words = w logit(p) + log(1 - p).
         absent = torch.log1p(-share_V).sum()
-        # Knowing how frequent each word is, and nothing of the image: as `losses.words_present`.
+        # Knowing how frequent each word is, and nothing of the image: as `formulas.words_present`.
         nats_B = -(words_BV @ torch.logit(share_V) + absent) / words_BV.sum(1).clamp(min=1)
         self.level = (nats_B * valid_B).sum() / valid_B.sum().clamp(min=1)
 

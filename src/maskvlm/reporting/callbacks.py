@@ -15,7 +15,7 @@ from rich.console import Console
 
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import subsample
+from maskvlm.objectives.reconstructed_examples import subsample
 from maskvlm.reporting.curves import curves
 from maskvlm.reporting.metric_tables import claim_line, metrics_table, score_line
 from maskvlm.reporting.reconstruction_page import reconstructions

@@ -12,7 +12,7 @@ from torch import Tensor
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import Guesses, Reconstruction, reconstruct, subsample
+from maskvlm.objectives.reconstructed_examples import Guesses, Reconstruction, reconstruct, subsample
 from maskvlm.reporting.page import GREEN, GREY, RED, Line, Page, Segment
 
 IMAGE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words

@@ -20,7 +20,7 @@ from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
-from maskvlm.training.resumable import check_resumable, restore
+from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.utils.distributed import Draw, mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
-from maskvlm.config.given import config_text
+from maskvlm.config.given_options import config_text
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.training.attempts import BEFORE, check_attempts
 from maskvlm.training.run_record import read_json

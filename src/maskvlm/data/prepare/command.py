@@ -6,8 +6,8 @@ from pathlib import Path
 
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import choices
-from maskvlm.data.prepare.end import ROWS, Plan
-from maskvlm.data.prepare.look import look_at_raw
+from maskvlm.data.prepare.finish import ROWS, Plan
+from maskvlm.data.prepare.first_look import look_at_raw
 from maskvlm.data.prepare.prepare import complete, prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepared.check import check_set

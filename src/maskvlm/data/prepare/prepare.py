@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.data.files import load_json, not_an_object
-from maskvlm.data.opening import content_of
-from maskvlm.data.prepare.end import Plan, finish_set
+from maskvlm.data.prepare.finish import Plan, finish_set
 from maskvlm.data.prepare.rows import screened
 from maskvlm.data.prepare.shards import Job
 from maskvlm.data.prepared.manifest import (
@@ -25,6 +24,7 @@ from maskvlm.data.prepared.manifest import (
     write_set_json,
 )
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
+from maskvlm.data.safe_open import content_of
 from maskvlm.data.streaming.pool import Pool, Stage
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.files import load_json
 from maskvlm.data.images import BadImage, safe_open
-from maskvlm.data.opening import check_below, content_of
 from maskvlm.data.prepare.rows import row_digest
 from maskvlm.data.prepared.manifest import read_manifest, sha256_of_part
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES
 from maskvlm.data.prepared.shards import check_shard_size, read_shard
+from maskvlm.data.safe_open import check_below, content_of
 from maskvlm.data.streaming.pool import process_context, watched
 from maskvlm.utils.errors import UserError
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from maskvlm.data.opening import check_below, opened, special
 from maskvlm.data.prepared.arrow import Damaged, Placed, array, batches, check_arrow, value
 from maskvlm.data.prepared.manifest import SCHEMA, VALUES
+from maskvlm.data.safe_open import check_below, opened, special
 from maskvlm.utils.errors import ExitCode, UserError
 
 KEPT = 128

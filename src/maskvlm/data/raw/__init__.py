@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from maskvlm.data.opening import check_plain
 from maskvlm.data.raw import annotated, coco_flickr, genome, web
 from maskvlm.data.raw.annotated import open_daquar, open_nlvr2, open_nlvr_pairs, open_snli_ve, open_vqav2
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
@@ -20,6 +19,7 @@ from maskvlm.data.raw.genome import open_genome
 from maskvlm.data.raw.hub import open_hub
 from maskvlm.data.raw.shards import open_webdataset
 from maskvlm.data.raw.web import open_cc3m, open_cc12m, open_sbu
+from maskvlm.data.safe_open import check_plain
 from maskvlm.utils.errors import ExitCode, UserError
 
 __all__ = ["FACTS", "SETS", "BadRow", "Facts", "RawRow", "RawSet", "open_raw"]

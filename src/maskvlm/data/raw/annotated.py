@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from maskvlm.data.files import get, get_name, image_folder, image_names, json_lines, load_json, opened
-from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.coco_flickr import no_files
 from maskvlm.data.raw.columns import not_looked_at
 from maskvlm.data.raw.lines import json_items, one_line
+from maskvlm.data.safe_open import check_below
 
 SPLIT = "pictures"
 DIGITS = 12

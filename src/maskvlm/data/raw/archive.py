@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from maskvlm.data.images import MAX_FILE_BYTES
-from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import name_problem
 from maskvlm.data.raw.lines import one_line
+from maskvlm.data.safe_open import opened
 from maskvlm.utils.errors import UserError
 
 TAR = re.compile(r"\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.I)

@@ -8,12 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maskvlm.data.files import get, load_json, opened
-from maskvlm.data.opening import Inside, check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Merged, leads_out, name_problem, split_named
 from maskvlm.data.raw.lines import one_line, read_text, text_lines
 from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.data.raw.table import RawTable
+from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from maskvlm.data.opening import check_below
 from maskvlm.data.raw import captions
 from maskvlm.data.raw.base import BadRow, Facts, RawSet
 from maskvlm.data.raw.captions import CaptionSet, Found
+from maskvlm.data.safe_open import check_below
 from maskvlm.utils.errors import ExitCode, UserError
 
 # Karpathy's files hold 123,287, 31,014 and 8,000 images with (but for a few) five captions each. The first

@@ -8,10 +8,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskvlm.data.opening import opened
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.raw.samples import KeyedFiles
+from maskvlm.data.safe_open import opened
 from maskvlm.utils.errors import UserError
 
 BATCH = 32

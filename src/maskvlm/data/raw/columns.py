@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from maskvlm.data.opening import LEADS_OUT, Inside
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line
+from maskvlm.data.safe_open import LEADS_OUT, Inside
 from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 

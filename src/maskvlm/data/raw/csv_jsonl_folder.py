@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvlm.data.files import image_names, load_json
-from maskvlm.data.opening import Inside, check_below
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
 from maskvlm.data.raw.lines import json_items, one_line, read_text, short_value, text_lines
 from maskvlm.data.raw.table import RawTable
+from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from maskvlm.config.safe_yaml import read_yaml
-from maskvlm.data.opening import Walk, check_plain, content_of
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
 from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import one_line, short_value
+from maskvlm.data.safe_open import Walk, check_plain, content_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from maskvlm.data.files import IMAGE_SUFFIXES
-from maskvlm.data.opening import Walk
+from maskvlm.data.safe_open import Walk
 from maskvlm.data.text import stable_id
 
 _PHOTOS = {  # the same photo has the same id in every set, so that leaks are seen by id

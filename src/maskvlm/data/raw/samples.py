@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from maskvlm.data.files import IMAGE_SUFFIXES
-from maskvlm.data.opening import Inside
 from maskvlm.data.raw.archive import members
 from maskvlm.data.raw.columns import leads_out
 from maskvlm.data.raw.lines import read_text
+from maskvlm.data.safe_open import Inside
 
 TEXTS = (".txt", ".caption", ".text", ".cap")
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskvlm.data.opening import Inside, Walk
 from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columnar import has_images, parquet_samples
@@ -14,6 +13,7 @@ from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import decoded, one_line, read_text
 from maskvlm.data.raw.photos import photo_of
 from maskvlm.data.raw.samples import KeyedFiles, file_samples, images_of, tar_samples
+from maskvlm.data.safe_open import Inside, Walk
 from maskvlm.data.strict_json import flaw, parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 

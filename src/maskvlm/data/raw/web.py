@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from maskvlm.data.opening import check_below
 from maskvlm.data.raw.base import Facts, RawSet
 from maskvlm.data.raw.coco_flickr import find_file, no_files
 from maskvlm.data.raw.links import LinkList, Links, json_links, text_links, tsv_parts
 from maskvlm.data.raw.shards import FORMS, WebShards, find_shards
+from maskvlm.data.safe_open import check_below
 from maskvlm.utils.errors import UserError
 
 # The paper's mix is the "4 M" of ALBEF (Li et al. 2021, arXiv 2107.07651, appendix): 2.95 M images of CC3M and 860 K

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from maskvlm.data.opening import check_below
 from maskvlm.data.prepared.manifest import MANIFEST
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.prepared.shards import Shard, ShardSource, damaged
@@ -17,6 +16,7 @@ from maskvlm.data.raw.columnar import parquet_samples
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.raw.samples import tar_samples
 from maskvlm.data.raw.shards import WebShards
+from maskvlm.data.safe_open import check_below
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".parquet", ".arrow")

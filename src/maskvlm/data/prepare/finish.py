@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvlm.data.phash import KIND
-from maskvlm.data.prepare.look import look_at_prepared
+from maskvlm.data.prepare.first_look import look_at_prepared
 from maskvlm.data.prepare.rows import RowNote, Settings
 from maskvlm.data.prepare.shards import ShardNote, note_file, read_note
 from maskvlm.data.prepared.manifest import (

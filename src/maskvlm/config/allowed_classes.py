@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from maskvlm.config.given import options
+from maskvlm.config.given_options import options
 from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.utils.errors import UserError
 

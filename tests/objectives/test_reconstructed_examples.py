@@ -14,7 +14,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.masking import mask_patches
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.reconstruction import denormalise, paste, reconstruct, subsample, to_rgb
+from maskvlm.objectives.reconstructed_examples import denormalise, paste, reconstruct, subsample, to_rgb
 from maskvlm.utils.distributed import Draw
 
 

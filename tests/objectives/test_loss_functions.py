@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskvlm.objectives.hard_negatives import draw_hard_negatives
-from maskvlm.objectives.losses import (
+from maskvlm.objectives.loss_functions import (
     ContrastTargets,
     contrastive,
     masked_pixel,

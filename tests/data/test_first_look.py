@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from toy_raw import Toy, encoded, make, photo, row
 
-from maskvlm.data.prepare import look
-from maskvlm.data.prepare.look import Captions, DrawnSample, look_at_raw
+from maskvlm.data.prepare import first_look
+from maskvlm.data.prepare.first_look import Captions, DrawnSample, look_at_raw
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.raw.base import BadRow
 from maskvlm.utils.errors import ExitCode, UserError
@@ -53,7 +53,7 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
 
 
 def test_of_a_long_set_the_first_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(look, "MOST_ROWS", 5)
+    monkeypatch.setattr(first_look, "MOST_ROWS", 5)
     lines = look_at_raw(Toy([row(number) for number in range(9)]), SETTINGS, tmp_path / "a.png")
     assert lines[0] == "mine: the first 5 rows"
 
@@ -67,7 +67,7 @@ def test_nothing_to_look_at_says_why(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_spread_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(look, "SAMPLE", 20)
+    monkeypatch.setattr(first_look, "SAMPLE", 20)
     taken = []
     for _ in range(2):
         sample = DrawnSample()

@@ -13,11 +13,11 @@ from urllib.parse import unquote, urlsplit
 import gradio as gr
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from maskvlm.demo.origin import is_own
 from maskvlm.demo.refusal import Refused
+from maskvlm.demo.request_origin import is_own
 
 FILE = "/gradio_api/file="
-MAX_TEXT = 2**16  # characters of one text; what a model is asked is bounded in `intake`, with a line that says so
+MAX_TEXT = 2**16  # characters of one text; what a model is asked is bounded in `input_limits`, with a line that says so
 WORDS = 10_000  # that can be chosen
 SHELF = re.compile(r"[0-9a-f]{64}/[\w.-]{1,255}")
 """Where in the folder an image of the page lies."""
@@ -86,7 +86,7 @@ def takes(component: Any) -> TypeAdapter[Any]:
             return TypeAdapter(Annotated[int, Field(ge=0, lt=len(component.samples))])
         case gr.State():  # it stays here
             return TypeAdapter(None)
-    raise TypeError(f"what may a {type(component).__name__} be given? Say so in maskvlm.demo.calls")
+    raise TypeError(f"what may a {type(component).__name__} be given? Say so in maskvlm.demo.request_schema")
 
 
 class Calls:

@@ -1,8 +1,8 @@
 """What the page takes from strangers, and what not.
 
-Every request passes `Guard` before Gradio sees it: only from the page itself (`origin`), only the paths that the page
-needs, bodies of bounded size and time, questions of a closed schema (`calls`), files that we name ourselves (`shelf`).
-Whatever is refused is refused in one line.
+Every request passes `Guard` before Gradio sees it: only from the page itself (`request_origin`), only the paths that
+the page needs, bodies of bounded size and time, questions of a closed schema (`request_schema`), files that we name
+ourselves (`upload_store`). Whatever is refused is refused in one line.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect
 
-from maskvlm.demo.calls import FILE, Calls, is_of_page
-from maskvlm.demo.origin import PASSED, Head, check_host, check_media_type, check_origin, head_of
 from maskvlm.demo.refusal import App, Message, Receive, Refused, Scope, Send
-from maskvlm.demo.shelf import Shelf
+from maskvlm.demo.request_origin import PASSED, Head, check_host, check_media_type, check_origin, head_of
+from maskvlm.demo.request_schema import FILE, Calls, is_of_page
+from maskvlm.demo.upload_store import Shelf
 
 MAX_UPLOAD = 12 * 2**20  # bytes of a request that brings a file
 MAX_BODY = 256 * 2**10  # bytes of any other

@@ -19,9 +19,9 @@ from toys import PATCH, SIZE, WIDTH
 from maskvlm.cli.embed import main, process_of
 from maskvlm.data.batch import Row
 from maskvlm.data.scenes.source import Scenes
-from maskvlm.inference import vectors
+from maskvlm.inference import vector_files
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.inference.vectors import embed, identity
+from maskvlm.inference.vector_files import embed, identity
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.errors import ExitCode, UserError
@@ -173,7 +173,7 @@ def test_a_kill_while_a_file_is_written_leaves_none_of_its_name(
     model: PretrainedMaskVLM, photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(model, photos, tmp_path / "whole")
-    plain = vectors.pq.write_table
+    plain = vector_files.pq.write_table
 
     def half(table: pa.Table, file: Any, **more: Any) -> None:
         plain(table, file, **more)
@@ -181,11 +181,11 @@ def test_a_kill_while_a_file_is_written_leaves_none_of_its_name(
             os.truncate(file, 100)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(vectors.pq, "write_table", half)
+    monkeypatch.setattr(vector_files.pq, "write_table", half)
     with pytest.raises(KeyboardInterrupt):
         start(model, photos, tmp_path / "killed")
     assert "pictures-00001-of-00003.parquet" not in content(tmp_path / "killed")
-    monkeypatch.setattr(vectors.pq, "write_table", plain)
+    monkeypatch.setattr(vector_files.pq, "write_table", plain)
     start(model, photos, tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
