@@ -140,6 +140,15 @@ def masked_pixel(
     return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
 
 
+def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:
+    """What a model draws that knows nothing: the mean colour of the masked patches as values of a patch, [P]; zeros
+    where nothing is masked."""
+    # (B, K, P) -> (B, K, pixels, 3): the last axis of a patch is the channel.
+    colour_BK3 = target_BKP.float().unflatten(-1, (-1, 3)).mean(2)
+    colour_3 = (colour_BK3 * weight_BK[..., None]).sum((0, 1)) / weight_BK.sum().clamp(min=1)
+    return colour_3.repeat(target_BKP.shape[-1] // 3)
+
+
 def pixel_error(predicted: Tensor, target: Tensor, kind: PixelLoss) -> Tensor:
     """Error of each value: |d|, d^2, or |d| that turns into d^2 / 2 below 1."""
     if kind == "l1":
