@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,6 +151,26 @@ def test_what_takes_too_long_is_given_up() -> None:
         worker.run(lambda: 1)  # it waits behind the other
     time.sleep(0.5)
     assert worker.run(lambda: 1) == 1
+
+
+def test_what_ends_just_after_its_time_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when somebody looks whether it has; what runs out of time by itself says so."""
+
+    class Late(Future[int]):
+        def done(self) -> bool:
+            self.set_result(1)
+            return True
+
+    worker = Worker(0.01)
+    monkeypatch.setattr(worker.pool, "submit", lambda _: Late())
+    with pytest.raises(UserError, match="no answer within"):
+        worker.run(lambda: 1)
+
+    def own() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        Worker(60).run(own)
 
 
 def test_examples_and_what_is_searched_come_from_the_built_in_world(models: Models) -> None:
