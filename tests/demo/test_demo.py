@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, noise
+from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, live, noise
 from toy_pretrained import saved
 
 from maskvlm.demo import answers
@@ -411,6 +411,43 @@ def test_the_page_says_what_to_run(tmp_path: Path, root: Path) -> None:
     for server in served(tmp_path, root):
         shown = json.dumps(httpx.get(f"{server.base}/config", timeout=60).json())
         assert "maskvlm pretrain" in shown
+
+
+@needs_gradio
+def test_an_example_is_answered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page's script asks: the click, then the change of the image that the click has set, in one session."""
+    asked, both = list[str](), ["words_filled", "painted"]
+    with live(tmp_path) as page:
+        asker = page.asker
+        for name in both:
+            # As the function itself, and noted.
+            real = getattr(answers, name)
+            monkeypatch.setattr(answers, name, lambda *x, name=name, real=real: (asked.append(name), real(*x))[1])
+
+        def tell(part: str, event: str, given: dict[int, Any]) -> dict[int, Any]:
+            """What the components get. Several listen to an image: this is the one that takes the text, too."""
+            asked.clear()
+            target = [asker.ids[part], event]
+            listen = [each for each in asker.config["dependencies"] if target in each["targets"]]
+            known = max(listen, key=lambda each: len(each["inputs"]))
+            values = {each: asker.parts[each].get("value") for each in known["inputs"]} | given
+            data = [values[each] for each in known["inputs"]]
+            body = {"fn_index": known["id"], "session_hash": "one", "data": data}
+            asker.client.post("/gradio_api/queue/join", json=body).raise_for_status()
+            return dict(zip(known["outputs"], json.loads(asker.answer("one"))["output"]["data"], strict=True))
+
+        image, strange, words = (asker.ids[name] for name in ("image", "strange", "words"))
+        clicked = tell("examples", "click", {asker.ids["examples"]: 1})
+        assert asked == both
+        told = tell("image", "change", {image: clicked[image]})
+        assert asked == []
+        assert told[strange] == ""
+        assert "sentence" not in str(told[words])  # left as it is
+        # An image of the visitor's, also after it was taken away.
+        own = asker.image(GOOD)
+        for given, expected in ((own, both), (None, ["words_filled"]), (own, both), (clicked[image], both)):
+            tell("image", "change", {image: given})
+            assert asked == expected
 
 
 # ---------------------------------------------------------------------- a browser
