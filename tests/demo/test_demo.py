@@ -26,6 +26,7 @@ from maskvlm.demo.intake import MAX_LINES, MAX_TEXT, Opener, Worker, checked_tex
 from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main
+from maskvlm.inference.infill import Guess
 from maskvlm.utils.errors import ExitCode, UserError
 
 TEXT = "a red circle on the left"
@@ -104,6 +105,15 @@ def test_what_is_shown_equals_what_the_model_says(models: Models) -> None:
     wanted: Any = model.reconstruct(image, mask, TEXT)
     assert one.getpixel((48, 48)) == wanted.getpixel((4, 4)) != other.getpixel((48, 48))
     assert sum(map(sum, answers.by_lot(model.grid))) == round(0.6 * model.grid[0] * model.grid[1])
+
+
+def test_the_covered_word_is_marked_whatever_its_case() -> None:
+    """A tokenizer such as RoBERTa's keeps capitals, one such as BERT's does not."""
+    for word, truth in (("London", "London"), ("london", "London"), ("London", "london")):
+        shown = answers.guesses("with the image", [Guess(word, 0.5), Guess("Paris", 0.2)], truth)
+        assert f"{word} ✓" in shown
+        assert shown.count("✓") == 1
+    assert "✓" not in answers.guesses("with the image", [Guess("London", 0.5)], "")  # [MASK] stood in the text
 
 
 def test_every_word_is_escaped(models: Models) -> None:
