@@ -52,6 +52,7 @@ CAPTIONS = (
     "Children play with a toy in front of a house while a woman watches them .",
     "A boy jumps off a low wall .",
 )
+TENTHS = 10  # memory is looked at after each of them
 SEEDS = count()
 TICKS = os.sysconf("SC_CLK_TCK")
 Loader = DataLoader[Any]
@@ -274,14 +275,14 @@ def resident(processes: list[int]) -> dict[str, float]:
 
 
 def memory(name: str, work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """At ten points of the way through `--memory` samples, with two data workers."""
+    """At each tenth of the way through `--memory` samples, with two data workers, which end with the last batches."""
     count = options.memory // options.batch
     batches = iter(loader(name, work, options, 2, count))
     pids = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]
     rows = []
     for number in range(1, count - 4):
         next(batches)
-        if number % (count // 10) == 0:
+        if number % (count // TENTHS) == 0:
             rows.append({"loader": name, "samples": number * options.batch, **resident(pids)})
     del batches  # and its workers, which share pages with those of the next
     gc.collect()
@@ -310,6 +311,8 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help="measure what so many samples leave in memory, instead of the speed")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     options = parser.parse_args()
+    if options.memory is not None and options.memory < TENTHS * options.batch:
+        parser.error(f"--memory: give {TENTHS * options.batch} samples or more, {TENTHS} batches")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         make(Path(work), options.images, options.count)

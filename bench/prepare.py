@@ -141,7 +141,7 @@ def photos(folder: str | None, target: Path, size: int) -> list[str]:
         else:
             image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         scale = size / max(image.size)
-        large = image.resize((round(image.width * scale), round(image.height * scale * 0.75)), Image.Resampling.BICUBIC)
+        large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         path = target / f"{number:06}.jpg"
         large.save(path, quality=90)
         paths.append(str(path))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.heads import TokenHead
-from maskvlm.model.init import init_normal
+from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import MaskVLM
 
 
@@ -31,7 +31,8 @@ class AnswerDecoder(nn.Module):
 
     The fusion block queries with the text cross encoder's output and looks at the image cross encoder's. The decoder
     has the text cross encoder's shape and starts from its weights; its words enter through the text encoder's word
-    embeddings with positions of their own (C: the paper does not say).
+    embeddings with positions of their own (C: the paper does not say). Embeddings of another width than the backbone's
+    get a linear layer behind them.
 
     Args:
         backbone: fits the widths; its text cross encoder is copied.
@@ -48,6 +49,13 @@ class AnswerDecoder(nn.Module):
         init_normal(self)
         # init_normal does not reach a bare parameter.
         nn.init.trunc_normal_(self.position_SD, std=0.02)
+        # Not the adapter behind the text encoder: some encoders (ELECTRA, ALBERT) have embeddings narrower than their
+        # features.
+        self.words: nn.Module = nn.Identity()
+        if (own := backbone.text.word_embeddings.shape[1]) != backbone.width:
+            self.words = nn.Linear(own, backbone.width)
+            # As other adapters: words keep their size beside the positions, whatever the widths are.
+            init_xavier(self.words)
         # Over the random values: tasks are built when the backbone has its checkpoint's weights.
         self.decoder.load_state_dict(backbone.cross_text.state_dict())
 
@@ -61,7 +69,7 @@ class AnswerDecoder(nn.Module):
 
     def forward(self, backbone: MaskVLM, question: Question, token_AS: Tensor, owner_A: Tensor) -> Tensor:
         """Logits of each next token, [A, S, V]; a position sees itself and what stands before it."""
-        embedded_ASD = backbone.text.model.get_input_embeddings()(token_AS)
+        embedded_ASD = self.words(backbone.text.model.get_input_embeddings()(token_AS))
         x_ASD = self.norm(embedded_ASD + self.position_SD[: token_AS.shape[1]])
         steps = token_AS.shape[1]
         # True where a position may look. Padding of an answer stands behind its tokens, so no token sees it.

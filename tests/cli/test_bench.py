@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from maskvlm.cli import bench
 from maskvlm.cli.main import main
@@ -22,3 +24,18 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     assert main(["bench", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), "--data.batch_size=8"]) == 0
     assert " pairs/s, " in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(done.append("read") or len(done))))
+    monkeypatch.setattr(bench, "measured", lambda *told: told)
+    watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
+    trainer, module = SimpleNamespace(world_size=1, precision="32-true"), SimpleNamespace(device=torch.device("cuda"))
+    for step in range(bench.STEPS + 2):
+        watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
+        done.append("step")
+        watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
+    expected = ["step"] * bench.WARMUP + ["wait", "read"] + ["step"] * (bench.STEPS - bench.WARMUP) + ["wait", "read"]
+    assert done == [*expected, "step", "step"]

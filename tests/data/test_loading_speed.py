@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from toy_pairs import Rows, row
 from transformers import PreTrainedTokenizerFast
 
+from bench import loader
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.module import PairData
@@ -163,3 +164,19 @@ def test_the_benchmark_measures_every_loader(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [entry["loader"] for entry in rows] == loaders
     assert all(entry["images_per_second"] > 0 for entry in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_needs_ten_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of fewer there is no tenth."""
+    monkeypatch.setattr(loader, "make", lambda *_: None)
+    monkeypatch.setattr(loader, "loader", lambda *given: iter(range(given[-1])))
+    for batches in (1, 5, 6, 9):
+        monkeypatch.setattr(sys, "argv", ["loader.py", "--batch", "4", "--memory", str(4 * batches)])
+        with pytest.raises(SystemExit) as caught:
+            loader.main()
+        assert caught.value.code == 2
+        assert "--memory: give 40 samples or more" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--batch", "4", "--memory", "40", "--loaders", "folder"])
+    loader.main()
+    assert "Pss_Anon" in capsys.readouterr().out

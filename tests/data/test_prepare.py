@@ -19,8 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from toy_raw import Toy, encoded, files_of, make, many, photo, plan, row
 
+from bench import prepare as benchmark
 from maskvlm.data.prepare.prepare import cut_jobs, locked, prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepare.shards import HashingSink, Job, make_shard, note_file
@@ -408,3 +410,21 @@ def test_an_attempt_that_made_nothing_binds_nobody(tmp_path: Path) -> None:
     (root / MAKING).mkdir(parents=True)
     (root / MAKING / "plan.json").write_text(json.dumps(plan(side=32).card()))
     assert make(root, [row(number) for number in range(3)])["pictures"] == 3
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 100), (26, 64)), ((100, 40), (64, 26)), ((30, 30), (64, 64))])
+def test_the_benchmarks_photos_keep_their_shape(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    (tmp_path / "raw").mkdir()
+    Image.new("RGB", size).save(tmp_path / "raw" / "a.png")
+    (path,) = benchmark.photos(str(tmp_path / "raw"), tmp_path, 64)
+    assert Image.open(path).size == expected
+
+
+def test_the_benchmarks_own_photos_are_of_four_to_three(tmp_path: Path) -> None:
+    paths = benchmark.photos(None, tmp_path, 64)
+    assert {Image.open(path).size for path in paths} == {(64, 48)}

@@ -11,14 +11,14 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, noise
+from live_page import CHROMIUM, FLAGS, GOOD, JSON, Asker, encoded, httpx, live, noise
 from toy_pretrained import saved
 
 from maskvlm.demo import answers
@@ -26,6 +26,7 @@ from maskvlm.demo.input_limits import MAX_LINES, MAX_TEXT, Opener, Worker, check
 from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import Searched, otherwise, samples
 from maskvlm.demo.serve import listen, main
+from maskvlm.inference.infill import Guess
 from maskvlm.utils.errors import ExitCode, UserError
 
 TEXT = "a red circle on the left"
@@ -106,6 +107,15 @@ def test_what_is_shown_equals_what_the_model_says(models: Models) -> None:
     assert sum(map(sum, answers.by_lot(model.grid))) == round(0.6 * model.grid[0] * model.grid[1])
 
 
+def test_the_covered_word_is_marked_whatever_its_case() -> None:
+    """A tokenizer such as RoBERTa's keeps capitals, one such as BERT's does not."""
+    for word, truth in (("London", "London"), ("london", "London"), ("London", "london")):
+        shown = answers.guesses("with the image", [Guess(word, 0.5), Guess("Paris", 0.2)], truth)
+        assert f"{word} ✓" in shown
+        assert shown.count("✓") == 1
+    assert "✓" not in answers.guesses("with the image", [Guess("London", 0.5)], "")  # [MASK] stood in the text
+
+
 def test_every_word_is_escaped(models: Models) -> None:
     model, image = models.core(), noise()
     for shown in (
@@ -151,6 +161,26 @@ def test_what_takes_too_long_is_given_up() -> None:
         worker.run(lambda: 1)  # it waits behind the other
     time.sleep(0.5)
     assert worker.run(lambda: 1) == 1
+
+
+def test_what_ends_just_after_its_time_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when somebody looks whether it has; what runs out of time by itself says so."""
+
+    class Late(Future[int]):
+        def done(self) -> bool:
+            self.set_result(1)
+            return True
+
+    worker = Worker(0.01)
+    monkeypatch.setattr(worker.pool, "submit", lambda _: Late())
+    with pytest.raises(UserError, match="no answer within"):
+        worker.run(lambda: 1)
+
+    def own() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        Worker(60).run(own)
 
 
 def test_examples_and_what_is_searched_come_from_the_built_in_world(models: Models) -> None:
@@ -391,6 +421,43 @@ def test_the_page_says_what_to_run(tmp_path: Path, root: Path) -> None:
     for server in served(tmp_path, root):
         shown = json.dumps(httpx.get(f"{server.base}/config", timeout=60).json())
         assert "maskvlm pretrain" in shown
+
+
+@needs_gradio
+def test_an_example_is_answered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page's script asks: the click, then the change of the image that the click has set, in one session."""
+    asked, both = list[str](), ["words_filled", "painted"]
+    with live(tmp_path) as page:
+        asker = page.asker
+        for name in both:
+            # As the function itself, and noted.
+            real = getattr(answers, name)
+            monkeypatch.setattr(answers, name, lambda *x, name=name, real=real: (asked.append(name), real(*x))[1])
+
+        def tell(part: str, event: str, given: dict[int, Any]) -> dict[int, Any]:
+            """What the components get. Several listen to an image: this is the one that takes the text, too."""
+            asked.clear()
+            target = [asker.ids[part], event]
+            listen = [each for each in asker.config["dependencies"] if target in each["targets"]]
+            known = max(listen, key=lambda each: len(each["inputs"]))
+            values = {each: asker.parts[each].get("value") for each in known["inputs"]} | given
+            data = [values[each] for each in known["inputs"]]
+            body = {"fn_index": known["id"], "session_hash": "one", "data": data}
+            asker.client.post("/gradio_api/queue/join", json=body).raise_for_status()
+            return dict(zip(known["outputs"], json.loads(asker.answer("one"))["output"]["data"], strict=True))
+
+        image, strange, words = (asker.ids[name] for name in ("image", "strange", "words"))
+        clicked = tell("examples", "click", {asker.ids["examples"]: 1})
+        assert asked == both
+        told = tell("image", "change", {image: clicked[image]})
+        assert asked == []
+        assert told[strange] == ""
+        assert "sentence" not in str(told[words])  # left as it is
+        # An image of the visitor's, also after it was taken away.
+        own = asker.image(GOOD)
+        for given, expected in ((own, both), (None, ["words_filled"]), (own, both), (clicked[image], both)):
+            tell("image", "change", {image: given})
+            assert asked == expected
 
 
 # ---------------------------------------------------------------------- a browser

@@ -276,6 +276,33 @@ def test_checkpointing_changes_nothing_but_memory(kind: str) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("path", ["left out", "subset", "frozen subset", "kept"])
+def test_checkpointing_reaches_blocks_that_timm_does_not_run(path: str, tmp_path: Path) -> None:
+    """With stochastic depth: what is recomputed drops the same branches."""
+    masked = "left_out" if path == "left out" else "token"
+    grads = []
+    for checkpointing in (False, True):
+        folder = str(tmp_path / str(checkpointing)) if path == "kept" else None
+        settings: dict[str, Any] = {"frozen": int(path in ("frozen subset", "kept")), "feature_cache": folder}
+        encoder = image_encoder(masked_patches=masked, drop_path=0.5, checkpointing=checkpointing, **settings).train()
+        encoder.frozen_blocks.open_cache("here", 3)
+        inputs: tuple[Any, ...] = (images(3), ragged_mask())
+        if path != "left out":
+            subset_WV = None if path == "kept" else torch.tensor([[3, 0, 15], [9, 2, 4], [1, 5, 6]])
+            inputs = (images(3), None, torch.arange(3), None, subset_WV)
+        passes: list[int] = []
+        for number, block in enumerate(encoder.vit.blocks):
+            block.attn.register_forward_pre_hook(lambda *_, passes=passes, number=number: passes.append(number))
+        torch.manual_seed(1)
+        encoder(*inputs).square().mean().backward()
+        # Nothing of a frozen block is kept for the backward pass, so nothing is recomputed.
+        assert passes.count(0) == 1 + (checkpointing and not settings["frozen"])
+        assert passes.count(1) == 1 + checkpointing
+        grads.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    torch.testing.assert_close(grads[0], grads[1])
+
+
 def test_a_copy_masks_with_its_own_token() -> None:
     encoder = image_encoder()
     twin = copy.deepcopy(encoder)

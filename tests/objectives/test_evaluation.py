@@ -158,6 +158,22 @@ def test_levels_of_knowing_nothing() -> None:
     assert found["mim/object_l1_chance"] == pytest.approx(error[things].abs().mean().item(), rel=1e-5)
 
 
+def test_the_level_of_pixels_leaves_out_what_is_not_masked() -> None:
+    """An image that could not be read, zeros all over, and places that fill up: blocks of 24 px do not divide 32."""
+    backbone, task = build(mask_block=24)
+    valid_B = torch.arange(IMAGES) != 2
+    batch = several()
+    batch = batch._replace(valid_B=valid_B, image_BCHW=(batch.image_BCHW + 2) * valid_B[:, None, None, None])
+    found = measured(task, backbone, batch, IMAGES)
+    patch = Slow(task, backbone, batch).masks.patch
+    assert patch is not None
+    assert not patch.weight_BK[valid_B].all()
+    masked = patchify(batch.image_BCHW, PATCH)[patch.mask_BN].view(-1, 3)
+    error = masked - masked.mean(0)
+    assert found["mim/l1_chance"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
+    assert found["mim/mse_chance"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+
+
 def test_nothing_masked_is_no_number() -> None:
     backbone, task = build(text_mask_ratio=0.0, image_mask_ratio=0.0)
     found = measured(task, backbone, several(), 4, 3)

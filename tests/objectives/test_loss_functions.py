@@ -18,6 +18,7 @@ from maskvlm.objectives.loss_functions import (
     masked_pixel,
     masked_token,
     matching,
+    mean_colour,
     pixel_error,
     soft_contrastive,
     soft_cross_entropy,
@@ -199,6 +200,14 @@ def test_masked_pixel() -> None:
         found = masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum(), kind)  # type: ignore[arg-type]
         assert found.item() == pytest.approx(error.mean(), rel=1e-6)
     assert masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum()).item() == pytest.approx(np.abs(d).mean())
+
+
+def test_the_mean_colour_is_that_of_masked_patches() -> None:
+    target_BKP = noise(2, 3, 12)
+    weight_BK = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    colour = target_BKP[weight_BK.bool()].view(-1, 3).mean(0)  # of each channel over all pixels
+    torch.testing.assert_close(mean_colour(target_BKP, weight_BK), colour.repeat(4))
+    assert mean_colour(target_BKP, torch.zeros(2, 3)).tolist() == [0.0] * 12
 
 
 def test_pixel_error_keeps_the_shape() -> None:

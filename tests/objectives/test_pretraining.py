@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
+from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, pad_text
 from maskvlm.objectives.pretraining import MaskedPretraining
@@ -625,6 +626,20 @@ def test_levels_of_a_model_that_has_learned_nothing() -> None:
     task.eval()
     task(backbone, toy_batch(4))
     assert task.chance_levels(64) == levels  # evaluation leaves them alone
+
+
+def test_the_level_of_pixels_leaves_out_what_is_not_masked() -> None:
+    """An image that could not be read, zeros all over, and places that fill up: blocks of 24 px do not divide 32."""
+    backbone, task = build(mask_block=24)
+    batch = toy_batch(4, holes=(1,))
+    batch = batch._replace(image_BCHW=batch.image_BCHW + 2 * batch.valid_B[:, None, None, None])
+    task(backbone, batch)
+    patch = task.masks.patch
+    assert patch is not None
+    assert not patch.weight_BK[batch.valid_B].all()
+    masked = patchify(batch.image_BCHW, PATCH)[patch.mask_BN].view(-1, 3)
+    error = masked - masked.mean(0)
+    assert task.chance_levels(64)["mim"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
 
 
 def test_the_level_of_the_words_present_is_what_their_frequencies_cost() -> None:

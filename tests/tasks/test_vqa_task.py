@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from toy_examples import LABELS, example, example_batch, matters, take_examples
-from toys import CLS, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_attention, toy_backbone
+from toys import CLS, LENGTH, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_attention, toy_backbone
 
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.data.text import train_tokenizer
+from maskvlm.model.encoders import TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.task import Prediction
@@ -56,7 +57,7 @@ def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, sai
     image = slow_cross(backbone.cross_image, image_LD, text_TD)
     text = slow_cross(backbone.cross_text, text_TD, image_LD)
     fused_TD = slow_cross(head.fusion, text, image)
-    words = backbone.text.model.get_input_embeddings()(torch.tensor(said))
+    words = head.words(backbone.text.model.get_input_embeddings()(torch.tensor(said)))
     x = head.norm(words + head.position_SD[: len(said)])
     for number in range(len(head.decoder.blocks)):
         x = causal_block(head.decoder.blocks[number], x, fused_TD)
@@ -103,6 +104,33 @@ def test_likelihood_is_that_of_a_loop_over_tokens() -> None:
         for at in range(1, len(whole)):
             total += slow_logits(backbone, task, batch, row, whole[:at]).log_softmax(0)[whole[at]].item()
         assert found.item() == pytest.approx(total, rel=1e-6)  # summed in single precision
+
+
+@pytest.mark.parametrize(("kind", "width"), [("bert", 24), ("electra", WIDTH), ("electra", 8)])
+def test_word_embeddings_may_have_another_width_than_the_backbone(kind: str, width: int) -> None:
+    """BERT's are as wide as its features, ELECTRA's may be narrower."""
+    narrow = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    narrow |= {"embedding_size": 8} if kind == "electra" else {}
+    text = TextEncoder(kind, LENGTH, random_init=True, vocab_size=VOCAB, config=narrow)
+    backbone = MaskVLM(toy_backbone().image, text, cross_layers=2, cross_heads=2, width=width).double().eval()
+    task = Vqa(LABELS)
+    task.build(backbone)
+    matters(backbone, task.double())
+    task.set_uniform(Draw(7, 0, "cpu"))
+    batch, answer, owner = noise(1), [7, 9, 11], torch.tensor([0])
+    question, made = asked(backbone, task, batch), tokens([answer])
+    found_1 = task.answer.log_likelihood(backbone, question, made["token_CT"], made["attention_CT"], owner)
+    whole, total = [CLS, *answer, SEP], 0.0
+    for at in range(1, len(whole)):
+        total += slow_logits(backbone, task, batch, 0, whole[:at]).log_softmax(0)[whole[at]].item()
+    assert found_1.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_without_a_difference_in_width_the_decoder_has_no_layer_for_it() -> None:
+    """Checkpoints from before there was one load."""
+    _, task = build()
+    parts = {name.partition(".")[0] for name in task.answer.state_dict()}
+    assert parts == {"fusion", "decoder", "position_SD", "norm", "tokens"}
 
 
 def likelihoods(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Tensor:

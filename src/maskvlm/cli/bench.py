@@ -59,8 +59,9 @@ class Stopwatch(L.Callback):
         if batch_idx == 0:
             self.counter.__exit__(None, None, None)
             self.flops = self.counter.get_total_flops()
-        # Kernels are queued: without this the clock would stop before they have run.
-        if pl_module.device.type == "cuda":
+        # Kernels are queued: without this the clock would be read before they have run. At no other step, as training
+        # does not wait after each.
+        if batch_idx + 1 in (WARMUP, STEPS) and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         if batch_idx + 1 == WARMUP:
             self.started = time.perf_counter()

@@ -71,7 +71,8 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
 
 def guesses(title: str, found: Sequence[Guess], truth: str) -> str:
     """Half of a word's answer: the likeliest words with their shares."""
-    rows = [(each.word, each.probability, each.word == truth.lower()) for each in found]
+    # Whatever the case: some tokenizers keep it, others do not.
+    rows = [(each.word, each.probability, each.word.lower() == truth.lower()) for each in found]
     return f'<div class="side"><h5>{escape(title)}</h5>{bars(rows)}</div>'
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,16 +35,14 @@ class Worker:
     def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Raises UserError: no answer in time; and whatever the function raises."""
         future = self.pool.submit(function, *arguments)
-        try:
-            return future.result(self.seconds)
-        except TimeoutError:
-            # Then the function itself has raised it.
-            if future.done():
-                raise
+        # Not by `result(seconds)`: its TimeoutError may as well be the function's own.
+        done, _ = wait([future], self.seconds)
+        if not done:
             # Takes it back where it still waits; one that runs goes on to its end.
             future.cancel()
             what, todo = f"no answer within {self.seconds:g} seconds", "Try again, with less at once"
-            raise UserError("model", what, todo, ExitCode.UNAVAILABLE) from None
+            raise UserError("model", what, todo, ExitCode.UNAVAILABLE)
+        return future.result()
 
 
 class Opener:

@@ -14,7 +14,7 @@ from maskvlm.data.inputs import MASK
 from maskvlm.demo import answers, input_limits, upload_store
 from maskvlm.demo.models import Models
 from maskvlm.demo.samples import PageSample, Searched, photo_samples, samples
-from maskvlm.demo.tabs import Patches, WordsTab, match_and_caption, search_tab, task, upload_image
+from maskvlm.demo.tabs import Patches, WordsTab, digest, match_and_caption, search_tab, task, upload_image
 from maskvlm.utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")
@@ -29,8 +29,8 @@ class Desk:
     """What all tabs share.
 
     Attributes:
-        image, text, status, examples: components. own: whether the image is one of the page's. strange: whether it
-            is unlike the training data.
+        image, text, status, examples: components. own: whether the image is one of the page's. shown: digest of the
+            image that the tabs' answers are about. strange: whether it is unlike the training data.
         samples: what the examples show. photos: whether they are photographs, as the model was trained on some.
     """
 
@@ -40,6 +40,7 @@ class Desk:
     strange: gr.HTML
     examples: gr.Dataset
     own: gr.State
+    shown: gr.State
 
     def __init__(self, models: Models, worker: input_limits.Worker) -> None:
         self.models, self.worker, self.open = models, worker, input_limits.Opener()
@@ -174,6 +175,7 @@ def inputs_column(desk: Desk) -> None:
     # Until somebody uploads an image: an example of a task may take the place of the page's own.
     desk.own = gr.State(True)
     desk.image.upload(lambda: False, None, desk.own, api_visibility="private")
+    desk.shown = gr.State(digest(first.image) if first else "")
     desk.status = gr.HTML("", elem_id="status")
     desk.strange = gr.HTML(desk.worker.run(strange, desk.models, first.image) if first else "", elem_id="strange")
     if desk.samples:
@@ -214,14 +216,20 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
         return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
 
-    def another(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
-        told = strange(desk.models, desk.open(path)) if path else ""
-        return {desk.strange: told, **all_anew(path, text, chosen, mask, other)}
+    def another(
+        path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str, shown: str
+    ) -> dict[Any, Any]:
+        image = desk.open(path) if path else None
+        told, now = {desk.strange: strange(desk.models, image) if image else ""}, digest(image) if image else ""
+        # Gradio tells of an image that `exemplary` has set, too: its answers are there already.
+        if now and now == shown:
+            return told
+        return {**told, desk.shown: now, **all_anew(path, text, chosen, mask, other)}
 
     inputs = [desk.image, desk.text, worded.chips, painted.mask, painted.other]
     results = [*worded.results, *painted.results]
-    nothing = dict.fromkeys(results)
-    desk.on(desk.image.change, another, inputs, [desk.strange, *results], {**nothing, desk.strange: ""})
+    nothing = {**dict.fromkeys(results), desk.strange: "", desk.shown: ""}
+    desk.on(desk.image.change, another, [*inputs, desk.shown], [desk.strange, desk.shown, *results], nothing)
 
     def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
         # The box was left without a change.
@@ -241,6 +249,7 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
         chosen = chips[worded.chips]["value"]
         drawn = desk_answer(sample, chosen)
         told = {desk.image: sample.image, desk.text: sample.text, painted.other: sample.other, desk.own: True}
+        told[desk.shown] = digest(sample.image)
         return {**told, **chips, painted.mask: sample.masked, compared: texts_of(desk, sample), **drawn}
 
     def desk_answer(sample: PageSample, chosen: list[int]) -> dict[Any, Any]:
@@ -250,6 +259,7 @@ def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
     outputs = [
         desk.image,
         desk.own,
+        desk.shown,
         desk.text,
         worded.chips,
         worded.known,

@@ -28,7 +28,7 @@ from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.checkpoint.text_files import ANY_SIZE, is_type, read_text_config, read_text_state
 from maskvlm.checkpoint.weights import load_state
 from maskvlm.data.text import tokenizer_hash
-from maskvlm.model.features import FeatureCache, Frozen, FrozenBlocks
+from maskvlm.model.features import FeatureCache, Frozen, FrozenBlocks, run_blocks
 from maskvlm.model.hf_text import (
     build_text_encoder,
     check_positions,
@@ -298,9 +298,7 @@ class ImageEncoder(Encoder):
         looks_BL = torch.cat([is_visible_BV.new_ones(len(is_visible_BV), vit.num_prefix_tokens), is_visible_BV], 1)
         # Added to the attention logits: (B, 1, 1, L), the same for all heads and queries.
         added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
-        # One by one: `blocks` is a Sequential, which cannot hand a mask on.
-        for block in vit.blocks:
-            hidden_BLD = block(hidden_BLD, attn_mask=added_BL[:, None, None])
+        hidden_BLD = run_blocks(vit, 0, hidden_BLD, attn_mask=added_BL[:, None, None])
         return self._drop_extra_prefix(vit.norm(hidden_BLD))
 
     def _drop_extra_prefix(self, hidden_BLD: Tensor) -> Tensor:

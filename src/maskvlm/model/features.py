@@ -14,6 +14,7 @@ import torch
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -83,9 +84,9 @@ class FrozenBlocks:
 
     def forward_trained(self, hidden_BLD: Tensor) -> Tensor:
         """Run the trained blocks and the last norm on the output of `forward_frozen`, [B, L, D]."""
-        features_BLD: Tensor = (
-            hidden_BLD if self.all_frozen else self.vit.norm(self.vit.blocks[self.blocks :](hidden_BLD))
-        )
+        if self.all_frozen:
+            return hidden_BLD
+        features_BLD: Tensor = self.vit.norm(run_blocks(self.vit, self.blocks, hidden_BLD))
         return features_BLD
 
     def open_cache(self, follows: str, rows: int) -> None:
@@ -109,6 +110,19 @@ class FrozenBlocks:
         length = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
         name = f"{digest.hexdigest()[:24]}-{self.blocks}{'-norm' if self.all_frozen else ''}"
         self.cache = FeatureCache(self.folder, name, rows, (length, self.vit.embed_dim))
+
+
+def run_blocks(vit: Any, first: int, hidden_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """The blocks of a plain ViT from number `first` on, [B, L, D]; where the ViT is set so, activations are recomputed
+    in the backward pass. attn_mask: added to the attention logits of every block."""
+    # One by one: `blocks` is a Sequential, which cannot hand a mask on.
+    for block in vit.blocks[first:]:
+        # As timm's forward_features, which however does not recompute where there is a mask.
+        if vit.grad_checkpointing:
+            hidden_BLD = checkpoint(block, hidden_BLD, use_reentrant=False, attn_mask=attn_mask)
+        else:
+            hidden_BLD = block(hidden_BLD, attn_mask=attn_mask)
+    return hidden_BLD
 
 
 class FeatureCache:

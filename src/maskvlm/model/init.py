@@ -2,7 +2,7 @@
 
 | part | linear layers |
 | --- | --- |
-| encoders with `random_init`, adapters behind them, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
+| encoders with `random_init`, adapters, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
 | classification head; word detector, but for its bias | Xavier uniform, bias 0 |
 | positions of an image encoder with `random_init` | 2-D sine and cosine, learned from there (MAE's start) |
 | cross-attention in cross encoders and pixel decoder | Xavier uniform, bias 0 |

@@ -17,7 +17,7 @@ from maskvlm.model.cross_attention import Context
 from maskvlm.model.heads import gather_positions, patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
-from maskvlm.objectives.loss_functions import pixel_error
+from maskvlm.objectives.loss_functions import mean_colour, pixel_error
 from maskvlm.objectives.novelty import sample_of
 from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
@@ -109,15 +109,14 @@ class PretrainingMetrics:
         # Masked images and targets are the same for all three captions.
         masked_BLD = backbone.image(batch.image_BCHW, masks.patch.mask_BN, None, masks.patch.visible)
         target_BKP = task.pixel_target(batch.image_BCHW, masks.patch.index_BK)
-        # Chance: the mean colour of the batch's patch values, for each channel.
-        level = target_BKP.unflatten(-1, (-1, 3)).mean((0, 1, 2)).repeat(target_BKP.shape[-1] // 3)
         weight_BK, objects_BKP = masks.patch.weight_BK, None
         if batch.foreground_BHW is not None:
             objects_BCHW = batch.foreground_BHW[:, None].expand(-1, 3, -1, -1).float()
             # 1.0 at each pixel value of a masked patch that shows an object.
             inside_BKP = gather_positions(patchify(objects_BCHW, backbone.image.patch_size), masks.patch.index_BK)
             objects_BKP = inside_BKP * weight_BK[..., None]
-        self.pixel_errors("_chance", level.expand_as(target_BKP), target_BKP, weight_BK, objects_BKP)
+        level_BKP = mean_colour(target_BKP, weight_BK).expand_as(target_BKP)
+        self.pixel_errors("_chance", level_BKP, target_BKP, weight_BK, objects_BKP)
         partners = (
             ("", text_BTD, attention_BT),
             ("_wrong_text", text_BTD.roll(-1, 0), attention_BT.roll(-1, 0)),
@@ -151,7 +150,7 @@ class PretrainingMetrics:
     def compute(self, task: "MaskedPretraining", backbone: MaskVLM) -> dict[str, float]:
         """All metrics; percent, nats, or error of normalised pixel values.
 
-        Chance levels end in `_chance`: a random order, word frequencies, the batch's mean colour.
+        Chance levels end in `_chance`: a random order, word frequencies, the mean colour of a batch's masked patches.
         `score` chooses the best checkpoint: the mean of the two R@1 and, where words are learned, of the accuracy of
         masked words. R@1 of a few images alone moves by points from chance, and not at all while contrast is frozen.
         """

@@ -113,13 +113,14 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
     """Which words a caption has, from the image alone: a word is there where any position shows it.
 
     Noisy-or over positions, p = 1 - prod(1 - p_l), as Fang et al. 2015 (From captions to visual concepts and back)
-    detect words in regions; binary cross-entropy summed over the vocabulary, in nats per token that the caption has.
+    detect words in regions; binary cross-entropy summed over the vocabulary, in nats per token that the caption has,
+    counted once where it stands there several times.
     """
     # log(1 - sigmoid(x)) = -softplus(x), and of independent positions the logs add up: (B, L, V) -> (B, V).
     absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
     # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf.
     present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-6)))
-    # Per token of the caption, so that long captions do not weigh more.
+    # Per different token (words_BV has a 1 for each), so that captions of many words do not weigh more.
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
     return (loss_B * weight_B).sum() / count.clamp(min=1)
 
@@ -138,6 +139,15 @@ def masked_pixel(
     L1."""
     error_BKP = pixel_error(predicted_BKP.float(), target_BKP.float(), kind)
     return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
+
+
+def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:
+    """What a model draws that knows nothing: the mean colour of the masked patches as values of a patch, [P]; zeros
+    where nothing is masked."""
+    # (B, K, P) -> (B, K, pixels, 3): the last axis of a patch is the channel.
+    colour_BK3 = target_BKP.float().unflatten(-1, (-1, 3)).mean(2)
+    colour_3 = (colour_BK3 * weight_BK[..., None]).sum((0, 1)) / weight_BK.sum().clamp(min=1)
+    return colour_3.repeat(target_BKP.shape[-1] // 3)
 
 
 def pixel_error(predicted: Tensor, target: Tensor, kind: PixelLoss) -> Tensor:

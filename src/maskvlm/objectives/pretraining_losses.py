@@ -355,13 +355,11 @@ class MaskedPixels(PretrainingLoss):
         patch = step.masks.patch
         assert patch is not None
         target_BKP = self.target(step.batch.image_BCHW[: self._images(step)], patch.index_BK)
-        # (P,) -> (pixels, 3) -> (3,) -> (P,): the last axis of a patch is the channel.
-        colour_P = target_BKP.mean((0, 1)).unflatten(0, (-1, 3)).mean(0).repeat(target_BKP.shape[-1] // 3)
-        flat_BKP = colour_P.expand_as(target_BKP)
+        flat_BKP = formulas.mean_colour(target_BKP, patch.weight_BK).expand_as(target_BKP)
         self.level = formulas.masked_pixel(flat_BKP, target_BKP, patch.weight_BK, patch.weight_BK.sum(), self.kind)
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
-        """Error of the mean colour of the latest batch."""
+        """Error of the mean colour of the masked patches of the latest batch."""
         return None if self.level is None else float(self.level)
 
 
