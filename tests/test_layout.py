@@ -12,7 +12,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 ORDER = (
-    "utils", "config", "data", "checkpoint", "model", "objectives", "training", "reporting", "inference", "cli", "demo",
+    "utils", "config", "data", "checkpoint", "model", "objectives", "training", "reporting", "study", "inference",
+    "cli", "demo",
 )  # fmt: skip
 """Each package may import those before it."""
 

@@ -130,7 +130,7 @@ def test_the_batch_script_runs_under_srun(tmp_path: Path) -> None:
     srun.write_text(SRUN.format(python=sys.executable, port=port))
     srun.chmod(0o755)
     words = small(folder, *SHORT)[1:]
-    script = batch_script(run_command(Parsed, ["fit", *words]).settings, words)
+    script = batch_script(run_command(Parsed, ["fit", *words]).settings, ["fit", *words])
     more = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
     command = ["bash", "-c", script.replace("export PYTHONPATH=src\n", "")]
     done = subprocess.run(command, env=environment() | more, cwd=ROOT, capture_output=True, text=True, timeout=120)

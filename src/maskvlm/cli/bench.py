@@ -1,5 +1,6 @@
 """How fast a configuration trains here: pairs per second, share of the device's peak, memory."""
 
+import json
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ STEPS = 25
 
 
 class BenchSpeed(NamedTuple):
-    """Of one process. Operations are counted in the forward and backward pass as they are carried out, so
+    """Of one process. Operations are counted in the forward and backward pass of a step as they are carried out, so
     recomputed activations count too."""
 
     device: str
     precision: str
     pairs_per_second: float
     milliseconds: float
+    flops: int
     flops_per_second: float
     peak_flops: float | None
     memory_gib: float | None
@@ -80,6 +82,7 @@ def measured(device: torch.device, precision: str, pairs: int, seconds: float, f
         precision,
         pairs / seconds,
         1000 * seconds,
+        flops,
         flops / seconds,
         get_available_flops(device, kind) if cuda else None,
         torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None,
@@ -107,6 +110,9 @@ class Bench(LightningCommand):
 
 
 def bench(arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """Time a few training steps of a configuration; returns the line that says how fast they were."""
-    command = run_command(Bench, ["fit", *arguments], allowed)
-    return str(command.stopwatch.speed) if process_rank() == 0 else ""
+    """Time a few training steps of a configuration; returns the line that says how fast they were, or JSON (--json)."""
+    words = [word for word in arguments if word != "--json"]
+    speed = run_command(Bench, ["fit", *words], allowed).stopwatch.speed
+    if process_rank() != 0 or speed is None:
+        return ""
+    return json.dumps(speed._asdict()) if words != arguments else str(speed)

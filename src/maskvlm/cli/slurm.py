@@ -21,7 +21,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --gpus-per-node={devices}
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --output={folder}/slurm-%j.out
-#SBATCH --open-mode=append
+#SBATCH --open-mode=append{array}
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
 # Two minutes before the time limit it saves, and is queued again.
@@ -51,8 +51,34 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         UserError: sbatch refused it (69).
     """
     settings = run_command(Parsed, ["fit", *arguments], allowed).settings
-    path = Path(settings.run) / "job.sh"
-    write_text(path, batch_script(settings, arguments, allowed))
+    return hand_over(Path(settings.run) / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
+
+
+def submit_array(folder: Path, run: list[str], words: list[str], count: int, at_once: int, allowed: list[str]) -> str:
+    """The same for many runs that need one kind of machine, as an array.
+
+    Args:
+        folder: where the script is written.
+        run: the subcommand and options of one of them, which tell the machine.
+        words: of the command of every task, which is followed by the task's number from 0.
+        count: tasks. at_once: of these, at most so many at the same time.
+
+    Raises:
+        UserError: as `submit`.
+    """
+    settings = run_command(Parsed, run, allowed).settings
+    settings.run = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return hand_over(folder / "job.sh", batch_script(settings, words, allowed, f"0-{count - 1}%{at_once}"))
+
+
+def hand_over(path: Path, script: str) -> str:
+    """Write a batch script, and give it to sbatch where there is one; returns what was done.
+
+    Raises:
+        UserError: sbatch refused it (69).
+    """
+    write_text(path, script)
     if shutil.which("sbatch") is None:
         return f"{path}: written; there is no sbatch here, submit it where there is: sbatch {path}"
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
@@ -61,12 +87,20 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     return f"{path}: {done.stdout.strip()}"
 
 
-def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """One task a GPU, as Lightning expects it under srun."""
+def batch_script(
+    settings: Namespace, arguments: list[str], allowed: Iterable[str] = (), array: str | None = None
+) -> str:
+    """One task a GPU, as Lightning expects it under srun.
+
+    Args:
+        arguments: of `python -m maskvlm`.
+        array: of sbatch: the numbers of its tasks, each of which is handed to the command last.
+    """
     devices, workers = settings.trainer.devices, settings.data.init_args.get("workers") or 0
     if not str(devices).isdigit():
         what = f"a batch job needs a number of devices a node, not {devices}"
         raise UserError("trainer.devices", what, "Choose where=slurm4x8 or give --trainer.devices 8")
+    task = ' --run "$SLURM_ARRAY_TASK_ID"' if array else ""
     allow = [word for name in allowed for word in ("--allow-import", name)]
     return SCRIPT.format(
         name=Path(settings.run).name,
@@ -75,8 +109,9 @@ def batch_script(settings: Namespace, arguments: list[str], allowed: Iterable[st
         # Two beside the data workers, for the training itself.
         cpus=workers + 2,
         folder=settings.run,
+        array=f"\n#SBATCH --array={array}" if array else "",
         places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings().items()),
         here=shlex.quote(str(Path.cwd())),
         # This very Python: the job's own PATH may lead to another one.
-        command=shlex.join([sys.executable, "-m", "maskvlm", "fit", *arguments, *allow]),
+        command=shlex.join([sys.executable, "-m", "maskvlm", *arguments, *allow]) + task,
     )

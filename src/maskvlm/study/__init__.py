@@ -1,0 +1,1 @@
+"""Studies: many runs that differ in little, and what they say of a claim."""

@@ -1,0 +1,119 @@
+"""What a study's runs say: means with intervals, differences paired by seed, a verdict on each claim."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from maskvlm.study.plan import Comparison, Metric, Plan, Question
+from maskvlm.study.runs import Run
+
+CONFIDENCE = 0.95
+Verdict = Literal["holds", "does not hold", "undecided"]
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval by Student's t; the interval is not a number for fewer than two values.
+
+    Attributes:
+        values: how many there were.
+    """
+
+    mean: float
+    low: float
+    high: float
+    values: int
+
+
+class Compared(NamedTuple):
+    """A comparison: what `better` is ahead by, paired by seed, in the metric's unit."""
+
+    comparison: Comparison
+    ahead: Interval
+    by_seed: tuple[float, ...]
+    verdict: Verdict
+
+
+class Answer(NamedTuple):
+    """A question with all its comparisons."""
+
+    question: Question
+    compared: tuple[Compared, ...]
+    verdict: Verdict
+
+
+def frame_of(plan: Plan, runs: Sequence[Run]) -> pd.DataFrame:
+    """One row for each finished run: what it was, what it took, every metric of its metrics.json, and the study's."""
+    rows = []
+    for run in runs:
+        if not run.finished:
+            continue
+        content = (run.folder / "metrics.json").read_bytes()
+        metrics = json.loads(content)
+        facts = {
+            "run": run.name, "cell": run.cell.name, "arm": run.cell.arm, "fraction": run.cell.fraction,
+            "seed": run.seed, "hours": (run.seconds or float("nan")) / 3600,
+            "metrics_sha256": hashlib.sha256(content).hexdigest(),
+        }  # fmt: skip
+        rows.append(facts | {name: metric.of(metrics) for name, metric in plan.metrics.items()} | metrics)
+    return pd.DataFrame(rows)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of independent values, such as one for each seed."""
+    given = np.asarray(values, float)
+    mean = float(given.mean()) if len(given) else float("nan")
+    if len(given) < 2:
+        return Interval(mean, float("nan"), float("nan"), len(given))
+    error = stats.sem(given)
+    if error == 0:  # scipy's interval of no spread is not a number
+        return Interval(mean, mean, mean, len(given))
+    low, high = stats.t.interval(CONFIDENCE, len(given) - 1, loc=mean, scale=error)
+    return Interval(mean, float(low), float(high), len(given))
+
+
+def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[float]":
+    """Of the runs of a cell: seed -> value."""
+    if frame.empty:
+        return pd.Series(dtype=float)
+    found = frame[frame["cell"] == cell].set_index("seed")[metric.name]
+    return found.dropna().astype(float)
+
+
+def lead(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> "pd.Series[float]":
+    """Seed -> how far `better` is ahead, over the seeds that both have."""
+    better, than = (values_of(frame, cell, metric) for cell in comparison)
+    ahead = (better - than).dropna()
+    return -ahead if metric.lower else ahead
+
+
+def answer(frame: pd.DataFrame, question: Question) -> Answer:
+    """What the runs that are there say of a claim."""
+    compared = []
+    for comparison in question.comparisons:
+        ahead = lead(frame, comparison, question.metric)
+        if question.more_than is not None:
+            ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
+        found = interval(ahead.tolist())
+        compared.append(Compared(comparison, found, tuple(ahead), verdict_of(found, question.by)))
+    verdicts = {each.verdict for each in compared}
+    # all have to hold; one that does not decides
+    every: Verdict = "holds" if verdicts == {"holds"} else "undecided"
+    return Answer(question, tuple(compared), "does not hold" if "does not hold" in verdicts else every)
+
+
+def verdict_of(ahead: Interval, by: float) -> Verdict:
+    """holds: the whole interval is above `by`; does not hold: it is below; undecided: it has both, or there is none."""
+    if ahead.low > by:
+        return "holds"
+    return "does not hold" if ahead.high < by else "undecided"
+
+
+def root_of(plan: Plan) -> Path:
+    """Where a study's runs lie."""
+    return Path("checkpoints") / plan.name

@@ -1,0 +1,61 @@
+"""How many steps cost as many operations as those of another arm."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskvlm.study.plan import Cell, Plan
+from maskvlm.training.run_record import write_json
+from maskvlm.utils.errors import ExitCode, UserError
+
+FLOPS = "flops.json"
+STEPS = "data.steps"
+
+
+def steps_of(plan: Plan, cell: Cell, folder: Path) -> int | None:
+    """The number of steps of a cell that is given another arm's operations; None for one whose options say it.
+
+    Args:
+        folder: of the study; what was counted is kept there.
+
+    Raises:
+        UserError: the other arm does not say its steps (2), or its operations could not be counted.
+    """
+    if not cell.flops_of:
+        return None
+    other = next((one for one in plan.cells if one.arm == cell.flops_of and not one.flops_of), None)
+    asked = dict(other.options).get(STEPS) if other is not None else None
+    if other is None or asked is None:
+        todo = f"Give it {STEPS}, and a place in the grid without flops_of"
+        raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
+    return max(1, round(int(asked) * flops_of(plan, other, folder) / flops_of(plan, cell, folder)))
+
+
+def flops_of(plan: Plan, cell: Cell, folder: Path) -> int:
+    """Operations of one training step of a cell, counted by `maskvlm bench` once and kept.
+
+    Raises:
+        UserError: the bench did not end well.
+    """
+    path = folder / FLOPS
+    known: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+    options = [word for key, value in cell.options if key != STEPS for word in (f"--{key}", value)]
+    words = [word for word in plan.run[1:] if not word.startswith("from=")]
+    key = json.dumps([*words, *options])
+    if key not in known:
+        known[key] = _counted([*words, *options])
+        write_json(path, known)
+    return known[key]
+
+
+def _counted(words: Sequence[str]) -> int:
+    command = [sys.executable, "-m", "maskvlm", "bench", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError("maskvlm bench", last, f"Mend {' '.join(words)}", ExitCode(2))
+    flops: int = json.loads(done.stdout.strip().splitlines()[-1])["flops"]
+    return flops

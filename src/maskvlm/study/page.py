@@ -1,0 +1,179 @@
+"""A study's page: verdicts, a table of all cells, a plot for each question; all of it computed from the runs.
+
+`runs.csv` beside it has every run with its metrics and the SHA-256 of the metrics.json that they are from.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from maskvlm.reporting.curves import BLUE, GREY, ORANGE
+from maskvlm.study.analysis import Answer, Interval, answer, frame_of, interval, values_of
+from maskvlm.study.plan import Metric, Plan
+from maskvlm.study.runs import Run
+from maskvlm.training.run_record import write_text
+from maskvlm.utils.whole_files import whole_file
+
+PAGE, RUNS = "README.md", "runs.csv"
+COLOUR = {"holds": BLUE, "does not hold": ORANGE, "undecided": GREY}
+
+
+def write_page(plan: Plan, runs: Sequence[Run], folder: Path, command: str) -> Path:
+    """Write the page, its plots and `runs.csv` from the runs that are finished.
+
+    Args:
+        folder: where to, made where needed.
+        command: what makes the study, for the page.
+
+    Returns:
+        the page.
+
+    Raises:
+        UserError: it cannot be written (73, or 74 for a full disk).
+    """
+    frame = frame_of(plan, runs)
+    answers = [answer(frame, question) for question in plan.questions]
+    write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n"))
+    for number, each in enumerate(answers, 1):
+        with whole_file(folder / plot_name(number)) as temporary:
+            figure_of(plan, frame, each).savefig(temporary, dpi=110, format="png")
+    write_text(folder / PAGE, text_of(plan, runs, frame, answers, command))
+    return folder / PAGE
+
+
+def plot_name(number: int) -> str:
+    """Of the plot of a question, counted from 1."""
+    return f"question-{number}.png"
+
+
+# ---------------------------------------------------------------------- text
+
+
+def text_of(plan: Plan, runs: Sequence[Run], frame: pd.DataFrame, answers: Sequence[Answer], command: str) -> str:
+    """The page in Markdown."""
+    hours = frame["hours"].sum() if len(frame) else 0.0
+    seeds = sorted({run.seed for run in runs})
+    lines = [
+        f"# {plan.title}", "", *([plan.about.strip(), ""] if plan.about.strip() else []),
+        f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(plan.cells)} cells, seeds "
+        f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs). The command of every run begins "
+        f"`maskvlm {' '.join(plan.run)}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
+        "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
+        "interval says so.",
+        "",
+    ]  # fmt: skip
+    if answers:
+        lines += ["## Claims", "", "| | claim | ahead by | verdict |", "|---|---|---|---|"]
+        for number, each in enumerate(answers, 1):
+            ahead = "<br>".join(_ahead(one.ahead, each.question.metric) for one in each.compared)
+            lines.append(f"| {number} | {_cell(each.question.claim)} | {ahead} | {each.verdict} |")
+        lines.append("")
+    lines += ["## Cells", "", *table_of(plan, frame), ""]
+    for number, each in enumerate(answers, 1):
+        lines += [f"## {number}. {each.question.claim}", "", *_answered(plan, each), ""]
+        lines += [f"![{_cell(each.question.claim)}]({plot_name(number)})", ""]
+    return "\n".join(lines)
+
+
+def table_of(plan: Plan, frame: pd.DataFrame) -> list[str]:
+    """Each cell with the means of the plan's columns and half the width of their intervals."""
+    metrics = [plan.metrics[name] for name in plan.columns]
+    lines = [f"| | seeds | hours a run | {' | '.join(_cell(f'{m.name}, {m.unit}') for m in metrics)} |"]
+    lines.append(f"|---|---|---|{'---|' * len(metrics)}")
+    for cell in plan.cells:
+        rows = frame[frame["cell"] == cell.name] if len(frame) else frame
+        hours = f"{rows['hours'].mean():.2f}" if len(rows) and rows["hours"].notna().any() else ""
+        told = [_mean(interval(values_of(frame, cell.name, metric).tolist()), metric) for metric in metrics]
+        lines.append(f"| {_cell(plan.told(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
+    return lines
+
+
+def _answered(plan: Plan, each: Answer) -> list[str]:
+    question = each.question
+    unit = question.metric.unit
+    asked = f"`{question.metric.name}` in {unit}" + (", less is better" if question.metric.lower else "")
+    least = f", by more than {question.by:g} {unit}" if question.by else ""
+    lines = [f"**{each.verdict}**. Judged by {asked}{least}{f' ({question.source})' if question.source else ''}."]
+    if question.more_than is not None:
+        better, than = (plan.told(plan.cell(name)) for name in question.more_than)
+        lines.append(f"Ahead by more than {better} is ahead of {than}.")
+    lines += ["", "| better | than | ahead by | seed by seed |", "|---|---|---|---|"]
+    for one in each.compared:
+        better, than = (_cell(plan.told(plan.cell(name))) for name in one.comparison)
+        seeds = ", ".join(f"{value:+.3g}" for value in one.by_seed)
+        lines.append(f"| {better} | {than} | {_ahead(one.ahead, question.metric)} | {seeds} |")
+    return lines
+
+
+def _ahead(found: Interval, metric: Metric) -> str:
+    if found.values == 0:
+        return "not run"
+    if math.isnan(found.low):
+        return f"{found.mean:+.3g} {metric.unit} (one seed)"
+    return f"{found.mean:+.3g} {metric.unit} ({found.low:+.3g} to {found.high:+.3g}, {found.values} seeds)"
+
+
+def _mean(found: Interval, metric: Metric) -> str:
+    if found.values == 0:
+        return ""
+    digits = 1 if metric.unit == "points" else 3
+    half = "" if math.isnan(found.low) else f" ± {(found.high - found.low) / 2:.{digits}f}"
+    return f"{found.mean:.{digits}f}{half}"
+
+
+def _cell(text: str) -> str:
+    """As a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+# ---------------------------------------------------------------------- plots
+
+
+def figure_of(plan: Plan, frame: pd.DataFrame, each: Answer) -> Figure:
+    """Left what every cell of a question reached, seed by seed with mean and interval; right the differences."""
+    question = each.question
+    pairs = [one.comparison for one in each.compared] + ([question.more_than] if question.more_than else [])
+    cells = list(dict.fromkeys(name for pair in pairs for name in pair))
+    height = 1.2 + 0.42 * max(len(cells), len(each.compared))
+    figure = Figure(figsize=(10, height), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels(left, plan, frame, cells, question.metric)
+    differences(right, plan, each)
+    return figure
+
+
+def levels(axes: Axes, plan: Plan, frame: pd.DataFrame, cells: Sequence[str], metric: Metric) -> None:
+    """Every run a dot; mean and interval a bar."""
+    for place, name in enumerate(cells):
+        values = values_of(frame, name, metric).tolist()
+        axes.plot(values, [place] * len(values), "o", color=GREY, alpha=0.5, markersize=4)
+        if values:
+            _bar(axes, interval(values), place, BLUE)
+    axes.set_yticks(range(len(cells)), [plan.told(plan.cell(name)) for name in cells], fontsize=8)
+    axes.set_ylim(len(cells) - 0.5, -0.5)
+    axes.set_xlabel(f"{metric.name}, {metric.unit}", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def differences(axes: Axes, plan: Plan, each: Answer) -> None:
+    """Each comparison's lead with its interval, beside what it has to exceed."""
+    axes.axvline(each.question.by, color="black", linewidth=0.8)
+    for place, one in enumerate(each.compared):
+        axes.plot(one.by_seed, [place] * len(one.by_seed), "o", color=GREY, alpha=0.5, markersize=4)
+        if one.ahead.values:
+            _bar(axes, one.ahead, place, COLOUR[one.verdict])
+    than = [plan.told(plan.cell(one.comparison.than)) for one in each.compared]
+    axes.set_yticks(range(len(than)), [f"ahead of {name}" for name in than], fontsize=8)
+    axes.set_ylim(len(than) - 0.5, -0.5)
+    axes.set_xlabel(f"ahead by, {each.question.metric.unit} (95 %)", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _bar(axes: Axes, found: Interval, place: int, colour: str) -> None:
+    if not math.isnan(found.low):
+        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
+    axes.plot([found.mean], [place], "D", color=colour, markersize=6)

@@ -1,0 +1,263 @@
+"""A study's YAML file: which runs it is made of, and what is asked of them.
+
+```yaml
+name: claims                                 # the runs are checkpoints/claims/...
+title: What the paper claims
+run: pretrain model=tiny data=scenes         # the command of every run
+options: {data.steps: 2400}                  # of every run
+seeds: 5                                     # 0 to 4, or a list
+arms:
+  contrast: {told: contrast alone, options: {model.task.weight_itm: 0}}
+  all: {told: all four losses}
+grid:                                        # which arms on what
+- {arms: [contrast, all]}
+- {arms: [contrast, all], fraction: 0.25}    # of the training images
+- {arms: [contrast], flops_of: all}          # as many steps as cost the operations of `all`
+metrics:
+  R@1: {mean: [retrieval/tr_r1, retrieval/ir_r1]}
+  words: {mean: [mlm/nats_no_image], minus: [mlm/nats]}
+questions:
+- claim: All four losses beat contrast alone.
+  better: all
+  than: [contrast, contrast@flops-of-all]
+  metric: R@1
+```
+
+A `cell` is an arm on a part of the data with a number of steps: `all`, `all@0.25`, `contrast@flops-of-all`. It is run
+once for each seed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.config.given_options import fill_environment, read_config_file
+from maskvlm.config.plain_schema import AnyOf, Entries, Listed, Real, Record, Text, Tree, Whole, maybe
+from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.utils.errors import ExitCode, UserError
+
+NAME = Text(60, r"[a-z0-9]+([._+-][a-z0-9]+)*")
+CELL = Text(200, r"[a-z0-9._+-]+(@[a-z0-9._+-]+)*")
+SENTENCE = Text(500)
+SEEDS = AnyOf((Whole(1, 1000), Listed(Whole(0, 2**32 - 1), 1000, 1)))
+OPTIONS = maybe(Entries(Tree()))
+METRIC_NAMES = Listed(Text(100), 20, 1)
+SCHEMA = Record(
+    {"name": NAME, "run": Text(1000), "arms": Tree(), "metrics": Tree(), "questions": Listed(Tree(), 200, 0)},
+    {
+        "title": SENTENCE, "about": Text(5000), "options": OPTIONS, "seeds": SEEDS,
+        "grid": Listed(Tree(), 200, 1), "columns": Listed(SENTENCE, 50),
+    },
+    ExitCode.USAGE,
+)  # fmt: skip
+ARM = Record({}, {"told": SENTENCE, "options": OPTIONS}, ExitCode.USAGE)
+BLOCK = Record(
+    {"arms": Listed(NAME, 200, 1)},
+    {"fraction": Real(0, 1), "flops_of": NAME, "options": OPTIONS, "seeds": SEEDS},
+    ExitCode.USAGE,
+)
+METRIC = Record({"mean": METRIC_NAMES}, {"minus": METRIC_NAMES, "lower": Tree(), "unit": Text(40)}, ExitCode.USAGE)
+SIDE = AnyOf((CELL, Listed(CELL, 20, 1)))
+QUESTION = Record(
+    {"claim": SENTENCE, "better": CELL, "than": SIDE, "metric": SENTENCE},
+    {"source": SENTENCE, "by": Real(), "more_than": Tree()},
+    ExitCode.USAGE,
+)
+PAIR = Record({"better": CELL, "than": CELL}, {}, ExitCode.USAGE)
+TODO = "See docs/studies.md"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run: the mean of some of its metrics, less the mean of others.
+
+    Attributes:
+        mean, minus: keys of metrics.json.
+        unit: such as "points" or "nats".
+        lower: whether less is better.
+    """
+
+    name: str
+    mean: tuple[str, ...]
+    minus: tuple[str, ...] = ()
+    unit: str = "points"
+    lower: bool = False
+
+    def of(self, metrics: Mapping[str, float]) -> float:
+        """Its value; not a number where the run does not measure it, as a run without that head."""
+        if any(metrics.get(key) is None for key in (*self.mean, *self.minus)):
+            return float("nan")
+        value = sum(metrics[key] for key in self.mean) / len(self.mean)
+        return value - (sum(metrics[key] for key in self.minus) / len(self.minus) if self.minus else 0.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What differs between runs, but for the seed.
+
+    Attributes:
+        arm: its name. fraction: of the training images.
+        flops_of: the arm whose operations it may spend; "" where the options say how many steps.
+        options: key -> value, of the study, then the block, then the arm: the last one wins.
+        seeds: of its runs.
+    """
+
+    arm: str
+    fraction: float
+    flops_of: str
+    options: tuple[tuple[str, str], ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """`all`, `all@0.25`, `contrast@flops-of-all`."""
+        part = f"@{self.fraction:g}" if self.fraction < 1 else ""
+        return f"{self.arm}{part}{f'@flops-of-{self.flops_of}' if self.flops_of else ''}"
+
+
+class Comparison(NamedTuple):
+    """Two cells, paired by seed; `better` is claimed to be the better one."""
+
+    better: str
+    than: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A claim, and which comparisons decide it.
+
+    Attributes:
+        comparisons: all have to hold.
+        more_than: the lead of each has to be larger than the lead of this one; None: larger than `by`.
+        by: the least difference, in the metric's unit.
+        source: where it is claimed.
+    """
+
+    claim: str
+    comparisons: tuple[Comparison, ...]
+    metric: Metric
+    more_than: Comparison | None = None
+    by: float = 0.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole study.
+
+    Attributes:
+        run: the words of the command of every run.
+        arms: name -> what it is, for people.
+        columns: names of the metrics that the table shows.
+    """
+
+    name: str
+    title: str
+    about: str
+    run: tuple[str, ...]
+    arms: Mapping[str, str]
+    cells: tuple[Cell, ...]
+    metrics: Mapping[str, Metric]
+    columns: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+    def cell(self, name: str) -> Cell:
+        """By its name. Raises KeyError."""
+        return {cell.name: cell for cell in self.cells}[name]
+
+    def told(self, cell: Cell) -> str:
+        """What it is, for people."""
+        words = [self.arms[cell.arm]]
+        words += [f"{100 * cell.fraction:g} % of the images"] if cell.fraction < 1 else []
+        words += [f"with the operations of {self.arms[cell.flops_of]}"] if cell.flops_of else []
+        return ", ".join(words)
+
+
+def read_plan(file: str) -> Plan:
+    """A study's file, checked.
+
+    Raises:
+        UserError: it is not there, or not what the schema allows; names the key.
+    """
+    # the checks of configuration files: a plain small file, UTF-8, YAML without tags
+    if read_config_file(file) is None:
+        raise UserError(file, "is empty", TODO)
+    told = SCHEMA.read(fill_environment(read_yaml(Path(file).read_text("utf-8-sig"), file), file), file, TODO)
+    arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(told, "arms", file)}
+    for name in arms:
+        if not NAME.fits(name):
+            raise UserError(f"{file}: arms", f"{name!r} is no name of a folder", "Use a-z, 0-9 and - . _ +")
+    metrics = {
+        name: _metric(name, METRIC.read(each, f"{file}: metrics.{name}", TODO))
+        for name, each in _mapping(told, "metrics", file)
+    }
+    cells = tuple(_cells(told, arms, file))
+    questions = tuple(_question(each, cells, metrics, f"{file}: questions") for each in told["questions"])
+    columns = tuple(told.get("columns") or metrics)
+    for name in columns:
+        _known(name, metrics, f"{file}: columns")
+    return Plan(
+        told["name"], told.get("title", told["name"]), told.get("about", ""), tuple(told["run"].split()),
+        {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
+    )  # fmt: skip
+
+
+def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
+    if not isinstance(told[key], dict) or not told[key]:
+        raise UserError(f"{file}: {key}", "expected names with values", TODO)
+    return list(told[key].items())
+
+
+def _metric(name: str, told: Mapping[str, Any]) -> Metric:
+    lower = told.get("lower", False) is True
+    return Metric(name, tuple(told["mean"]), tuple(told.get("minus", ())), told.get("unit", "points"), lower)
+
+
+def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Iterator[Cell]:
+    """Of all blocks of `grid`; without one, every arm once."""
+    seen: dict[str, Cell] = {}
+    for block in told.get("grid", [{"arms": list(arms)}]):
+        block = BLOCK.read(block, f"{file}: grid", TODO)
+        for arm in (*block["arms"], *([block["flops_of"]] if "flops_of" in block else [])):
+            _known(arm, arms, f"{file}: grid")
+        for arm in block["arms"]:
+            options = (told.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
+            cell = Cell(
+                arm, float(block.get("fraction", 1.0)), block.get("flops_of", ""),
+                tuple((key, as_text(value)) for key, value in options.items()),
+                _seeds(block.get("seeds", told.get("seeds", 1))),
+            )  # fmt: skip
+            if cell.name in seen:
+                raise UserError(f"{file}: grid", f"{cell.name} is there twice", "Keep one of them")
+            seen[cell.name] = cell
+            yield cell
+
+
+def _seeds(told: int | list[int]) -> tuple[int, ...]:
+    return tuple(range(told)) if isinstance(told, int) else tuple(told)
+
+
+def as_text(value: Any) -> str:
+    """An option's value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric], where: str) -> Question:
+    read = QUESTION.read(told, where, TODO)
+    names = {cell.name: cell for cell in cells}
+    than = [read["than"]] if isinstance(read["than"], str) else read["than"]
+    more = PAIR.read(read["more_than"], f"{where}: more_than", TODO) if "more_than" in read else None
+    for name in (read["better"], *than, *(more.values() if more else ())):
+        _known(name, names, where)
+    _known(read["metric"], metrics, where)
+    return Question(
+        read["claim"], tuple(Comparison(read["better"], name) for name in than), metrics[read["metric"]],
+        Comparison(**more) if more else None, float(read.get("by", 0.0)), read.get("source", ""),
+    )  # fmt: skip
+
+
+def _known(name: str, names: Mapping[str, Any], where: str) -> None:
+    if name not in names:
+        raise UserError(where, f"there is no {name}", f"There are: {', '.join(names)}")
