@@ -78,7 +78,8 @@ def renamed(value: Any, place: str = "") -> Any:
         # a class below a key has its options under that key
         place = place or _place_of(value["class_path"])
     # keys of a file may be numbers, too
-    keys = {key: current_key(f"{place}.{key}").rpartition(".")[2] if isinstance(key, str) else key for key in value}
+    inside = f"{place}." if place else ""
+    keys = {key: current_key(inside + key).removeprefix(inside) if isinstance(key, str) else key for key in value}
     return {
         # what `init_args` holds are options of the same place
         keys[key]: renamed(part, place if key == "init_args" else f"{place}.{key}".strip("."))
