@@ -14,6 +14,7 @@ from PIL import Image
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
 
 from maskvlm.checkpoint.integrity import stated
+from maskvlm.checkpoint.io import save
 from maskvlm.cli.main import main
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash
@@ -163,6 +164,25 @@ def test_a_checkpoint_without_its_hash_beside_it_is_hashed(tuned: Path, tmp_path
     expected = hashlib.sha256(tuned.read_bytes()).hexdigest()
     assert card["checkpoint"]["sha256"] == expected == hash_of(tuned)
     assert hash_of(tmp_path / "gone.ckpt") is None
+
+
+def test_of_two_stated_hashes_the_one_of_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that is killed before its rename leaves the old file, and both hashes beside it."""
+    path = tmp_path / "last.ckpt"
+    save({"state_dict": {}, "epoch": 1}, path)
+    old = hash_of(path)
+    replace = os.replace
+
+    def dies(start: Path, end: Path) -> None:
+        if end == path:
+            raise KeyboardInterrupt
+        replace(start, end)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save({"state_dict": {}, "epoch": 2}, path)
+    new = stated(path)[-1].sha256
+    assert hash_of(path) == old == hashlib.sha256(path.read_bytes()).hexdigest() != new
 
 
 def test_a_training_says_what_it_started_from_not_that_it_measured_it(tuned: Path) -> None:

@@ -179,8 +179,9 @@ def hash_of(path: Path) -> str | None:
     """As the `.sha256` beside it states it, else of the file itself (of a folder its weights); None where it has gone
     since it was read."""
     facts = stated(path)
-    if facts:
-        return facts[-1].sha256
+    # Two are stated where a save was interrupted at its rename: the file itself tells which of them it is.
+    if len(facts) == 1:
+        return facts[0].sha256
     # A folder of the hub's format.
     path = path / WEIGHTS if path.is_dir() else path
     return sha256_of(path) if path.is_file() else None
