@@ -23,7 +23,6 @@ from maskvlm.reporting.predictions import (
     Predictions,
     checkpoint_of,
     hash_of,
-    json_ready,
     share_measured,
     shown_with,
     spread,
@@ -213,6 +212,26 @@ def test_a_page_that_cannot_be_drawn_costs_a_warning(
     assert not (tmp_path / "examples.png").exists()
 
 
+class Unknown(L.Callback):
+    """A prediction and a metric that are no numbers."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.task.predictions[0]["right"] = float("nan")
+        pl_module.metrics["nlvr/odds"] = float("inf")
+
+
+def test_what_is_not_known_is_null(tuned: Path, tmp_path: Path) -> None:
+    backbone = bare_backbone(tuned)
+    trainer = trainer_in(tmp_path, Unknown(), Predictions())
+    model = LitModel(backbone, Nlvr(LABELS, images_per_example=2))
+    trainer.validate(model, data_for(backbone, Questions(2)), verbose=False)
+    first = (tmp_path / "predictions.jsonl").read_text().splitlines()[0]
+    card = (tmp_path / "card.json").read_text()
+    # `parse_constant` is asked for what is no JSON.
+    assert json.loads(first, parse_constant=pytest.fail)["right"] is None
+    assert json.loads(card, parse_constant=pytest.fail)["metrics"]["nlvr/odds"] is None
+
+
 def test_nothing_is_written_during_training(tmp_path: Path) -> None:
     backbone = bare_backbone()
     seen: list[list[str]] = []
@@ -247,11 +266,6 @@ def test_a_measured_training_folder_keeps_the_trainings_own(tuned: Path, tmp_pat
 )
 def test_shown_ones_stand_at_even_distances(total: int, count: int, rows: list[int]) -> None:
     assert [one["index"] for one in spread([line(n) for n in range(total)], count)] == [[row] for row in rows]
-
-
-def test_what_is_not_known_is_null() -> None:
-    assert json_ready(line(1, float("nan")))["right"] is None
-    assert json_ready(line(1, 0.25)) == line(1, 0.25)
 
 
 PAIRS: list[dict[str, Any]] = [{"image": "a", "image_id": "flickr 1"}, {"image": "d", "image_id": "flickr 23"}]
