@@ -1,13 +1,18 @@
 """Weights that are not on this machine: named together, at once, and never replaced by random ones."""
 
 import pickle
+import shutil
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+import torch
+from fake_hub import COMMIT, FakeHub
+from safetensors.torch import load_file
 
 from maskvlm.checkpoint import hub_client as hub
 from maskvlm.checkpoint.hub_client import Unreachable
@@ -68,12 +73,12 @@ def test_random_weights_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_pretrained(image, text).tensors == {}
 
 
-def cached(cache: Path, repository: str) -> Path:
+def cached(cache: Path, repository: str, commit: str = "0" * 40) -> Path:
     """An empty snapshot of a repository in the layout of the hub's cache."""
     folder = cache / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    snapshot = folder / "snapshots" / ("0" * 40)
+    (folder / "refs" / "main").write_text(commit)
+    snapshot = folder / "snapshots" / commit
     snapshot.mkdir(parents=True)
     return snapshot
 
@@ -91,6 +96,59 @@ def test_what_was_downloaded_before_needs_no_hub(tmp_path: Path, monkeypatch: py
     assert provenance.tensors["image.vit.pos_embed"].was == (1, 17, 32)
     assert provenance.tensors["text.model.encoder.layer.1.output.dense.bias"].source == "some/model"
     assert len(text.tokenizer) == text.vocab_size
+
+
+def save_pickled_bert(folder: Path) -> None:
+    """As `save_bert`, with weights as torch pickles them."""
+    save_bert(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_pickled_weights_that_were_downloaded_before_need_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskvlm.checkpoint.hub_client.hub_reachable", lambda: pytest.fail("asked the hub"))
+    save_pickled_bert(cached(tmp_path, "some/model"))
+    assert TextEncoder("some/model", 12).load_pretrained().tensors
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("save", [save_bert, save_pickled_bert])
+def test_what_is_not_on_this_machine_of_a_model_is_fetched(
+    save: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration alone was downloaded before, by a client that keeps no list of what there is."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    save(tmp_path)
+    names = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")
+    shutil.copy(tmp_path / "config.json", cached(tmp_path, "some/model", COMMIT))
+    with FakeHub() as server:
+        server.files["some/model"] = {n: (tmp_path / n).read_bytes() for n in names if (tmp_path / n).is_file()}
+        point_to(server.address, monkeypatch)
+        text = TextEncoder("some/model", 12)
+        provenance = text.load_pretrained()
+    assert provenance.tensors["model.encoder.layer.1.output.dense.bias"].source == "some/model"
+    assert len(text.tokenizer) == text.vocab_size
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_model_without_weights_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    save_bert(tmp_path)
+    with FakeHub() as server:
+        server.files["some/model"] = {"config.json": (tmp_path / "config.json").read_bytes()}
+        point_to(server.address, monkeypatch)
+        with pytest.raises(UserError, match=r"some/model \(Hugging Face\) is of no use \(some/model holds none of \*"):
+            TextEncoder("some/model", 12).load_pretrained()
+
+
+def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client asks this hub."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -113,10 +171,7 @@ class Hub(BaseHTTPRequestHandler):
 def test_a_name_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     server = HTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
     try:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(Unreachable):  # whoever sets it does not want the hub to be asked

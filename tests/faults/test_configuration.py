@@ -3,17 +3,20 @@
 import os
 import threading
 import time
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 from guards import Build
+from jsonargparse import ArgumentParser
 
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.config.given_options import fill_environment, read_config_file
+from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.safe_yaml import MOST_LEVELS, NotPlain, read_yaml
 from maskvlm.training.failure import user_line
 from maskvlm.training.resume import newest_of
@@ -61,6 +64,23 @@ def test_a_wrong_type_has_its_place_and_the_right_type(build: Build, fails: Call
     error = fails(text="data:\n  init_args:\n    source:\n      init_args:\n        train: fast\n")
     assert error.where.endswith("mine.yaml:5: data.source.train")
     assert (error.what, error.todo, error.code) == ("fast does not fit", "Give a whole number", ExitCode.USAGE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "todo"),
+    [
+        (Literal["float", "int"], "Give one of float, int"),
+        (float | Literal["a.b", "list"] | None, "Give a number, one of a.b, list, null"),
+        (int | bool, "Give a whole number, true or false"),
+    ],
+)
+def test_the_values_of_a_choice_are_told_as_they_are_typed(kind: Any, todo: str) -> None:
+    """Only the names of types are said in words."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    with pytest.raises(ArgumentError) as caught:
+        parser.parse_args(["--x", "zz"])
+    assert explain_message(str(caught.value), [], [], ["--x", "zz"]).todo == todo
 
 
 @pytest.mark.guard("maskvlm.config.parser:check_written_numbers")

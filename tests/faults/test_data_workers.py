@@ -13,7 +13,7 @@ import pytest
 from forks import ROOT, Forks, environment, small
 from guards import Build
 
-from maskvlm.data.workers import At, Board, uncaught
+from maskvlm.data.workers import ALONE, ENDS, LARGER, NOTE, READS, At, Board, cannot_hand_over, lost_worker, uncaught
 from maskvlm.training.peers import alive
 from maskvlm.utils.errors import ExitCode
 
@@ -63,7 +63,7 @@ def test_a_worker_that_hangs(forks: Forks, tmp_path: Path, build: Build) -> None
     one_line(run(forks, tmp_path, build, "hangs"), "no batch came within 2 s", "has been at")
 
 
-ENDS = """
+HANGS = """
 import sys, time
 import torch.utils.data._utils as utils
 from guards import without
@@ -91,8 +91,8 @@ sys.exit(7)
 def test_a_process_ends_though_a_worker_hangs(tmp_path: Path, build: Build) -> None:
     """Python waits for the process at its end, and SIGTERM is not heeded there."""
     taken = [build.guard, build.gives] if build.guard else ["maskvlm.utils.launch:requeue"]  # any other
-    command = [sys.executable, "-c", ENDS.replace("    sys.exit(7)", "").rstrip() + "\n    atexit_now()", *taken]
-    command[2] = ENDS
+    command = [sys.executable, "-c", HANGS.replace("    sys.exit(7)", "").rstrip() + "\n    atexit_now()", *taken]
+    command[2] = HANGS
     with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
@@ -158,6 +158,38 @@ def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, 
     code, said = run(confined, tmp_path, build, "shared memory")
     assert code == ExitCode.IO_ERROR
     assert said[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
+
+
+@pytest.mark.parametrize(
+    ("why", "what", "todo"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>", "/dev/shm is full", LARGER),
+        ("Too many open files", "it could not hand over a batch: Too many open files", ALONE),
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over(why: str, what: str, todo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More room in /dev/shm is advised where that is what is missing."""
+    board = Board(1)
+    monkeypatch.setattr("maskvlm.data.workers.BOARDS", [board])
+    for name, value in {"board": board, "worker": 0, "now": At(0, READS, 5, 0.0, "")}.items():
+        monkeypatch.setattr(NOTE, name, value)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as caught:
+        cannot_hand_over(RuntimeError(why), None)
+    assert caught.value.code == ExitCode.IO_ERROR
+    error = lost_worker(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly")
+    assert error is not None
+    assert (error.what, error.todo) == (f"{what} (after sample 5)", todo)
+
+
+def test_of_two_workers_the_one_that_says_why_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(2)
+    board.write(0, At(11, READS, 7, 0.0, ""))
+    board.write(1, At(12, ENDS, 8, 0.0, "/dev/shm is full"))
+    monkeypatch.setattr("maskvlm.data.workers.BOARDS", [board])
+    error = lost_worker("DataLoader worker (pid(s) 11, 12) exited unexpectedly")
+    assert error is not None
+    assert error.what == "/dev/shm is full (after sample 8)"
 
 
 @pytest.mark.parametrize(

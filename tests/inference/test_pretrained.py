@@ -505,6 +505,27 @@ def test_a_name_on_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path) -
     assert other.config.step == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "found"),
+    [
+        ("acme/toy", {}, "main"),
+        ("acme/toy", {"revision": None}, "main"),
+        ("acme/toy@v1", {}, "v1"),
+        ("acme/toy@v1", {"revision": None}, "v1"),
+        ("acme/toy", {"revision": "v1"}, "v1"),
+        ("acme/toy@v1", {"revision": "main"}, "main"),
+    ],
+)
+def test_the_revision_of_a_name_on_the_hub(name: str, settings: dict[str, Any], found: str, tmp_path: Path) -> None:
+    place = tmp_path / "models--acme--toy"
+    (place / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "0" * 40), ("v1", "1" * 40)):
+        (place / "refs" / revision).write_text(commit)
+        (place / "snapshots" / commit).mkdir(parents=True)
+    folder = folder_of_hub(name, {"cache_dir": str(tmp_path), "local_files_only": True, **settings})
+    assert folder.name == (place / "refs" / found).read_text()
+
+
 def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> None:
     """Of a text encoder out of a folder or the hub its shape is written out, whatever differs from the type's own."""
     backbone, task, spec = made("pretrain")

@@ -14,6 +14,7 @@ from PIL import Image
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
 
 from maskvlm.checkpoint.integrity import stated
+from maskvlm.checkpoint.io import save
 from maskvlm.cli.main import main
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash
@@ -22,7 +23,6 @@ from maskvlm.reporting.predictions import (
     Predictions,
     checkpoint_of,
     hash_of,
-    json_ready,
     share_measured,
     shown_with,
     spread,
@@ -165,6 +165,25 @@ def test_a_checkpoint_without_its_hash_beside_it_is_hashed(tuned: Path, tmp_path
     assert hash_of(tmp_path / "gone.ckpt") is None
 
 
+def test_of_two_stated_hashes_the_one_of_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that is killed before its rename leaves the old file, and both hashes beside it."""
+    path = tmp_path / "last.ckpt"
+    save({"state_dict": {}, "epoch": 1}, path)
+    old = hash_of(path)
+    replace = os.replace
+
+    def dies(start: Path, end: Path) -> None:
+        if end == path:
+            raise KeyboardInterrupt
+        replace(start, end)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save({"state_dict": {}, "epoch": 2}, path)
+    new = stated(path)[-1].sha256
+    assert hash_of(path) == old == hashlib.sha256(path.read_bytes()).hexdigest() != new
+
+
 def test_a_training_says_what_it_started_from_not_that_it_measured_it(tuned: Path) -> None:
     trainer: Any = SimpleNamespace(ckpt_path=None, global_step=5)
     model = SimpleNamespace(backbone=SimpleNamespace(origin=SimpleNamespace(path=str(tuned))))
@@ -191,6 +210,26 @@ def test_a_page_that_cannot_be_drawn_costs_a_warning(
     measure(tuned, tmp_path, Questions(2))
     assert (tmp_path / "predictions.jsonl").is_file()
     assert not (tmp_path / "examples.png").exists()
+
+
+class Unknown(L.Callback):
+    """A prediction and a metric that are no numbers."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.task.predictions[0]["right"] = float("nan")
+        pl_module.metrics["nlvr/odds"] = float("inf")
+
+
+def test_what_is_not_known_is_null(tuned: Path, tmp_path: Path) -> None:
+    backbone = bare_backbone(tuned)
+    trainer = trainer_in(tmp_path, Unknown(), Predictions())
+    model = LitModel(backbone, Nlvr(LABELS, images_per_example=2))
+    trainer.validate(model, data_for(backbone, Questions(2)), verbose=False)
+    first = (tmp_path / "predictions.jsonl").read_text().splitlines()[0]
+    card = (tmp_path / "card.json").read_text()
+    # `parse_constant` is asked for what is no JSON.
+    assert json.loads(first, parse_constant=pytest.fail)["right"] is None
+    assert json.loads(card, parse_constant=pytest.fail)["metrics"]["nlvr/odds"] is None
 
 
 def test_nothing_is_written_during_training(tmp_path: Path) -> None:
@@ -227,11 +266,6 @@ def test_a_measured_training_folder_keeps_the_trainings_own(tuned: Path, tmp_pat
 )
 def test_shown_ones_stand_at_even_distances(total: int, count: int, rows: list[int]) -> None:
     assert [one["index"] for one in spread([line(n) for n in range(total)], count)] == [[row] for row in rows]
-
-
-def test_what_is_not_known_is_null() -> None:
-    assert json_ready(line(1, float("nan")))["right"] is None
-    assert json_ready(line(1, 0.25)) == line(1, 0.25)
 
 
 PAIRS: list[dict[str, Any]] = [{"image": "a", "image_id": "flickr 1"}, {"image": "d", "image_id": "flickr 23"}]

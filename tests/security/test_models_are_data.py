@@ -327,6 +327,17 @@ def test_an_optimisers_state_has_the_shapes_of_its_weights(value: Any) -> None:
         check_optimizer([state], torch.optim.AdamW([weight]), "x.ckpt")
 
 
+@pytest.mark.parametrize("value", ["x", 0.9, [0.9, 0.999], (0.9,), (0.9, "x"), ()])
+def test_an_optimisers_settings_are_of_the_form_that_the_run_has(value: Any) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 4))])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["betas"] = (0.8, 0)  # other numbers of the same form
+    check_optimizer([state], optimizer, "x.ckpt")
+    state["param_groups"][0]["betas"] = value
+    with pytest.raises(UserError, match=r"groups\[0\]\.betas.*: holds no state of a run that can go on \(expected a "):
+        check_optimizer([state], optimizer, "x.ckpt")
+
+
 # ---------------------------------------------------------------------- folders
 
 

@@ -1,6 +1,7 @@
 """The installed version of Lightning has the private parts that a run which goes on needs, and calls them as it did."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -68,6 +69,28 @@ def test_steps_are_counted() -> None:
     assert looks.answers == [0, 1, 2, 3, 4, 5]
     private.count_last_step(trainer)
     assert private.batches_that_stepped(trainer) == trainer.global_step == 6
+
+
+class Third(L.Callback):
+    """Saves after the third batch; of a run that goes on from there asks at its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.answers = path, []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.answers.append(private.batches_that_stepped(trainer))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            self.answers.append(private.batches_that_stepped(trainer))
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_that_goes_on_begins_at_the_last_row_that_was_logged(tmp_path: Path) -> None:
+    third = Third(tmp_path / "third.ckpt")
+    trainer = fit(third, limit_val_batches=0)
+    trainer.fit(Line(), DataLoader(torch.ones(6, 1)), ckpt_path=third.path, weights_only=True)
+    assert third.answers == [0, 2, 2]
 
 
 class AtOnce(L.Callback):

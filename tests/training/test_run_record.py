@@ -274,6 +274,14 @@ def test_a_folder_that_cannot_be_made_is_found_at_the_start(tmp_path: Path) -> N
     assert caught.value.code == ExitCode.CANNOT_CREATE
 
 
+def test_small_files_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    write_json(tmp_path / "m.json", {"a": inf, "b": {"c": nan, "d": [1, -inf, (nan, 2.5)]}, "e": "NaN"})
+    # `parse_constant` is asked for what is no JSON.
+    found = json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": {"c": None, "d": [1, None, [None, 2.5]]}, "e": "NaN"}
+
+
 def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": 1.5, "c": "é"})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": 1.5, "c": "é"}

@@ -132,12 +132,13 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
     repo, _, revision = name.partition("@")
     # Settings of `from_pretrained` that the client takes as they are.
     known = {key: value for key, value in (settings or {}).items() if key in ("revision", "token", "cache_dir")}
+    # A None of the settings stands for the default, which the name may tell.
+    known["revision"] = known.get("revision") or revision or None
     only = bool((settings or {}).get("local_files_only"))
 
     def get(local: bool) -> Path:
         return Path(snapshot_download(repo, local_files_only=local or only, allow_patterns=PARTS, **known))
 
-    known.setdefault("revision", revision or None)
     try:
         return from_cache_or_hub(f"{name} (Hugging Face)", get, name)
     except Unreachable as error:

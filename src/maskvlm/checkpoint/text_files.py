@@ -71,7 +71,7 @@ def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> 
         config = for_type(kind, known | settings, WHERE)
     else:
         todo = "Name a folder, or a model type such as bert with its settings in config"
-        folder = _fetched(name, (CONFIG,), "configuration", f"{WHERE}.name", todo if random_init else None)
+        folder = _fetched(name, [(CONFIG,)], "configuration", f"{WHERE}.name", todo if random_init else None)
         config = config_of(folder, name, settings)
     _check_config(name, config, settings)
     return config
@@ -185,7 +185,7 @@ def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokeniz
     """The tokenizer of a folder (None where it has none) or of a hub model; `todo` as in `_fetched`."""
     if is_folder(name):
         return tokenizer_files.read_tokenizer(Path(name))
-    folder = _fetched(name, tokenizer_files.FILES, "tokenizer", f"{WHERE}.tokenizer", todo)
+    folder = _fetched(name, [tokenizer_files.FILES], "tokenizer", f"{WHERE}.tokenizer", todo)
     found = tokenizer_files.read_tokenizer(folder)
     if found is None:
         what = f"{name} holds no vocabulary"
@@ -199,7 +199,7 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
     Heads and pooling layers are left out. Tensors that the model lacks, or that have another shape there,
     come as empty ones, so that whoever loads the state sees that they do not fit.
     """
-    folder = Path(name) if is_folder(name) else _weights(name)
+    folder = Path(name) if is_folder(name) else _fetched(name, [SAFETENSORS, PICKLED], "weights")
     stored = read_state(folder)
     try:
         with quiet():
@@ -228,25 +228,21 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
     return State({key: value for key, value in state.items() if not key.startswith("pooler.")}, name)
 
 
-def _weights(name: str) -> Path:
-    """The folder with a hub model's weights; pickled ones where there are no others."""
-    folder = _fetched(name, SAFETENSORS, "weights")
-    return folder if any(folder.glob("*.safetensors")) else _fetched(name, PICKLED, "weights")
-
-
-def _fetched(name: str, files: tuple[str, ...], kind: str, where: str = WHERE, todo: str | None = None) -> Path:
-    """The folder of a hub model with these files of it.
+def _fetched(name: str, choices: list[tuple[str, ...]], kind: str, where: str = WHERE, todo: str | None = None) -> Path:
+    """The folder of a hub model with the files of one kind.
 
     Args:
+        choices: patterns of their names, the better ones first: the next ones are for a model that has none of these.
         todo: what to do where the hub cannot be reached, if it is not about weights.
     """
 
     def fetch(local: bool) -> Path:
-        # The client returns a folder also where no file in it matches.
-        folder = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=local))
-        if not any(True for pattern in files for _ in folder.glob(pattern)) and kind != "weights":
-            raise FileNotFoundError(f"{name} holds none of {', '.join(files)}")
-        return folder
+        for files in choices:
+            folder = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=local))
+            # The client returns a folder also where no file in it matches. An index alone is not what it names.
+            if any(not file.name.endswith(".index.json") for pattern in files for file in folder.glob(pattern)):
+                return folder
+        raise FileNotFoundError(f"{name} holds none of {', '.join(each for files in choices for each in files)}")
 
     try:
         return from_cache_or_hub(f"{name} (Hugging Face)", fetch)

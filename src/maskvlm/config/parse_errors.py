@@ -134,7 +134,14 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
 
 def _plain_type(text: str) -> str:
     """`typing.Literal['l1', 'l2']` -> `one of l1, l2`; `<class 'float'>` -> `a number`."""
-    text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), text)
+    # every second part is what a Literal holds: values, which one types as they stand
+    parts = re.split(r"(?:typing\.)?Literal\[(.*?)\]", text)
+    return "".join(
+        f"one of {part}".replace("'", "") if number % 2 else _plain_names(part) for number, part in enumerate(parts)
+    )
+
+
+def _plain_names(text: str) -> str:
     text = re.sub(r"<class '(.*?)'>", lambda m: m[1].rpartition(".")[2], text)
     words = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "true or false"}
     words |= {"NoneType": "null", "tuple": "a list of fixed length", "list": "a list", "dict": "a mapping"}

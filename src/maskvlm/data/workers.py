@@ -28,9 +28,11 @@ from maskvlm.utils.signals import end_with_parent
 PATIENCE = 120.0  # seconds that the main process waits for a batch
 AHEAD = 2  # batches that each worker prepares (torch's prefetch_factor)
 SHARED = "/dev/shm"  # where torch keeps what workers hand over
+FULL = f"{SHARED} is full"
 NO_SPACE = "unable to allocate shared memory"  # torch's words
 FEWER = "Lower data.workers or data.batch_size"
 LARGER = f"{FEWER}, or make {SHARED} larger (docker run --shm-size 8g or --ipc host)"
+ALONE = "Look at this sample; data.workers 0 reads it in the main process"
 # pid, state, sample and time of an `At`, 32 bytes
 HEAD = struct.Struct("=qqqd")
 BYTES = 512  # of one worker
@@ -122,7 +124,7 @@ def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackTy
 def cannot_hand_over(error: Exception, thing: object) -> None:
     """In a worker whose finished batch does not reach the main process: say why, and end."""
     full = NO_SPACE in str(error)
-    NOTE(ENDS, NOTE.now.sample, f"{SHARED} is full" if full else f"it could not hand over a batch: {error}")
+    NOTE(ENDS, NOTE.now.sample, FULL if full else f"it could not hand over a batch: {error}")
     # at once: this runs in the queue's own thread, where an exception would end nothing else
     os._exit(int(ExitCode.IO_ERROR))
 
@@ -276,16 +278,15 @@ def lost_worker(text: str) -> UserError | None:
 def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
     """What happened to workers, and what to do."""
     where = ", ".join(map(str, fallen)) or "an unknown sample"
-    causes = [at.told for at in fallen if at.state == ENDS]
     # the worker said itself why it ends (`cannot_hand_over`)
-    if causes:
-        return f"{causes[0]} (after sample {fallen[0].sample})", LARGER
+    if ended := next((at for at in fallen if at.state == ENDS), None):
+        return f"{ended.told} (after sample {ended.sample})", LARGER if ended.told == FULL else ALONE
     if killed_by == "Killed":
         what = f"was killed at {where}: by somebody, or by the system as memory ran out"
         return what, f"{FEWER}, or give the job more memory"
     # SIGBUS: a page of mapped memory that no file or space stands behind
     if killed_by == "Bus error":
-        what = f"met a bus error at {where}: {SHARED} is full, or a file became shorter while it was read"
+        what = f"met a bus error at {where}: {FULL}, or a file became shorter while it was read"
         return what, f"Check the data (maskvlm data-check). {LARGER}"
     how = f"was ended ({killed_by.lower()})" if killed_by else "ended by itself"
-    return f"{how} at {where}", "Look at this sample; data.workers 0 reads it in the main process"
+    return f"{how} at {where}", ALONE

@@ -2,7 +2,6 @@
 them, and the evaluation card, which says what was measured, on what, with which weights."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from maskvlm.training.run_record import (
     SaveConfig,
     file_suffix,
     folder_of,
+    json_ready,
     rows_left_out,
     versions,
     write_json,
@@ -69,11 +69,6 @@ class Predictions(Callback):
         for name, text in task.files().items():  # type: ignore[union-attr, operator]
             write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
             say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")
-
-
-def json_ready(prediction: Prediction) -> dict[str, Any]:
-    """With null for what is not known, as JSON has no NaN."""
-    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in prediction.items()}
 
 
 def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
@@ -137,7 +132,7 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
         "settings": task.card(),
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
-        "metrics": {name: None if value != value else value for name, value in pl_module.metrics.items()},
+        "metrics": pl_module.metrics,
         "versions": versions(),
     }
 
@@ -179,8 +174,9 @@ def hash_of(path: Path) -> str | None:
     """As the `.sha256` beside it states it, else of the file itself (of a folder its weights); None where it has gone
     since it was read."""
     facts = stated(path)
-    if facts:
-        return facts[-1].sha256
+    # Two are stated where a save was interrupted at its rename: the file itself tells which of them it is.
+    if len(facts) == 1:
+        return facts[0].sha256
     # A folder of the hub's format.
     path = path / WEIGHTS if path.is_dir() else path
     return sha256_of(path) if path.is_file() else None

@@ -16,7 +16,8 @@ def replace_signal_handlers(trainer: L.Trainer, install: Callable[[], None]) -> 
 
 
 def batches_that_stepped(trainer: L.Trainer) -> int:
-    """The step under which the next row is logged."""
+    """The step under which this batch's row is logged; in `on_train_start` of a run that goes on that of the last row
+    that was logged, as Lightning counts on after that."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 

@@ -8,6 +8,7 @@ import faulthandler
 import importlib
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,8 +194,7 @@ def port_taken(error: Exception) -> UserError | None:
 
 def child_ended(observer: subprocess_script._ChildProcessObserver) -> None:
     """A process that Lightning started has failed: leave this one the time to say why; Lightning kills it at once."""
-    met = threading.Event()
-    met.wait(peers.WITHIN + GRACE)
+    time.sleep(peers.WITHIN + GRACE)
     # A negative code is the signal that ended a process.
     codes = [child.returncode for child in observer._child_processes if child.returncode]
     for child in observer._child_processes:

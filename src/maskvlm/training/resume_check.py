@@ -57,10 +57,11 @@ def check_like(wanted: Any, found: Any, where: str) -> None:
             if key not in found:
                 raise _unfit(where, str(key), "is missing")
             check_like(part, found[key], f"{where}.{key}")
-    elif isinstance(wanted, list):
-        # A list that is empty now says nothing of its length.
-        if not isinstance(found, list) or (wanted and len(found) != len(wanted)):
-            raise _unfit(where, "", f"expected a list of {len(wanted)}, found {shown(found)}")
+    elif isinstance(wanted, list | tuple):
+        # One that is empty now says nothing of its length.
+        if type(found) is not type(wanted) or (wanted and len(found) != len(wanted)):
+            kind = "tuple" if isinstance(wanted, tuple) else "list"
+            raise _unfit(where, "", f"expected a {kind} of {len(wanted)}, found {shown(found)}")
         for number, part in enumerate(wanted):
             check_like(part, found[number], f"{where}[{number}]")
     elif isinstance(wanted, bool | int | str):

@@ -5,6 +5,7 @@ Everything a run writes lies in `trainer.default_root_dir`, which the command li
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -57,9 +58,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file whole or not at all; NaN becomes null, as JSON has none."""
-    plain = {key: None if value != value else value for key, value in content.items()}
-    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    """Write a small file whole or not at all, numbers as `json_ready` has them."""
+    write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """Plain data with null in the place of NaN and infinity, at any depth: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,9 @@ from maskvlm.utils.distributed import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-PATIENCE = 3  # the signal of this number ends the process at once
+PATIENCE = 3
+"""The signal of this number ends the process before the step does, as soon as the main thread is in Python, where alone
+handlers run. A process that stays in C code is ended by SIGKILL alone."""
 
 
 class Caught:

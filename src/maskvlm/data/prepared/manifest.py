@@ -187,6 +187,8 @@ def coverage(images: int, published: int | None) -> str:
     if not published:
         return words
     share = 100 * images / published
+    if images < published:
+        share = min(share, 99)  # rounded, 99.6 % would read as all of them
     # two digits below 10 %
     told = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
-    return f"{words}, {told if images != published else '100'} % of the published {amount(published)}"
+    return f"{words}, {told} % of the published {amount(published)}"
