@@ -28,13 +28,14 @@ once for each seed.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvlm.config.given_options import fill_environment, read_config_file
-from maskvlm.config.plain_schema import AnyOf, Entries, Listed, Real, Record, Text, Tree, Whole, maybe
+from maskvlm.config.plain_schema import AnyOf, Entries, Flag, Listed, OneOf, Real, Record, Text, Tree, Whole, maybe
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -58,7 +59,12 @@ BLOCK = Record(
     {"fraction": Real(0, 1), "flops_of": NAME, "options": OPTIONS, "seeds": SEEDS},
     ExitCode.USAGE,
 )
-METRIC = Record({"mean": METRIC_NAMES}, {"minus": METRIC_NAMES, "lower": Tree(), "unit": Text(40)}, ExitCode.USAGE)
+GAUSSIAN = "gaussian nats"
+METRIC = Record(
+    {"mean": METRIC_NAMES},
+    {"minus": METRIC_NAMES, "lower": Flag(), "unit": Text(40), "as": OneOf(("difference", GAUSSIAN))},
+    ExitCode.USAGE,
+)
 SIDE = AnyOf((CELL, Listed(CELL, 20, 1)))
 QUESTION = Record(
     {"claim": SENTENCE, "better": CELL, "than": SIDE, "metric": SENTENCE},
@@ -77,6 +83,8 @@ class Metric:
         mean, minus: keys of metrics.json.
         unit: such as "points" or "nats".
         lower: whether less is better.
+        gaussian: both are squared errors. The value is how many nats a number is told better by `mean` than by `minus`
+            if errors are Gaussian, each of a variance that is known: half of the logarithm of minus / mean.
     """
 
     name: str
@@ -84,13 +92,15 @@ class Metric:
     minus: tuple[str, ...] = ()
     unit: str = "points"
     lower: bool = False
+    gaussian: bool = False
 
     def of(self, metrics: Mapping[str, float]) -> float:
         """Its value; not a number where the run does not measure it, as a run without that head."""
         if any(metrics.get(key) is None for key in (*self.mean, *self.minus)):
             return float("nan")
         value = sum(metrics[key] for key in self.mean) / len(self.mean)
-        return value - (sum(metrics[key] for key in self.minus) / len(self.minus) if self.minus else 0.0)
+        other = sum(metrics[key] for key in self.minus) / len(self.minus) if self.minus else 0.0
+        return 0.5 * math.log(other / value) if self.gaussian else value - other
 
 
 @dataclass(frozen=True)
@@ -211,8 +221,9 @@ def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, An
 
 
 def _metric(name: str, told: Mapping[str, Any]) -> Metric:
-    lower = told.get("lower", False) is True
-    return Metric(name, tuple(told["mean"]), tuple(told.get("minus", ())), told.get("unit", "points"), lower)
+    gaussian = told.get("as") == GAUSSIAN
+    unit, lower = told.get("unit", "points"), told.get("lower", False)
+    return Metric(name, tuple(told["mean"]), tuple(told.get("minus", ())), unit, lower, gaussian)
 
 
 def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Iterator[Cell]:

@@ -1,0 +1,121 @@
+"""`maskvlm study`: a study of two tiny runs, made, gone on with, listed, submitted, written up."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskvlm.cli.main import main
+from maskvlm.utils.errors import ExitCode
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "data.steps": 2, "data.batch_size": 4, "data.eval_batch_size": 6, "data.source.train": 24, "data.source.val": 6,
+    "model.task.weight_words": 0, "model.task.rerank_k": 2,
+}  # fmt: skip
+STUDY: dict[str, Any] = {
+    "name": "toy",
+    "run": "pretrain where=cpu",
+    "options": SMALL,
+    "seeds": [3],
+    "arms": {"contrast": {"options": {"model.task.weight_mlm": 0, "model.task.weight_mim": 0}}, "all": {}},
+    "grid": [{"arms": ["all"]}, {"arms": ["contrast"], "flops_of": "all"}],
+    "metrics": {"R@1": {"mean": ["retrieval/tr_r1", "retrieval/ir_r1"]}},
+    "questions": [{"claim": "More is better.", "better": "all", "than": "contrast@flops-of-all", "metric": "R@1"}],
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a study, in which its runs land."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.delenv("MASKVLM_RUN_NAME", raising=False)
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    return tmp_path
+
+
+def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "toy.yaml", "--jobs", "2", "--page", "page"]) == 0
+    said = capfd.readouterr().out
+    assert "2 runs, 2 to make, 2 at once" in said
+    assert "wrote page/README.md (2 of 2 runs)" in said
+    runs = place / "checkpoints" / "toy"
+    steps = yaml.safe_load((runs / "contrast@flops-of-all-s3" / "config-fit.yaml").read_text())["data"]["init_args"][
+        "steps"
+    ]
+    assert 2 < steps < 6  # contrast and matching alone cost about half of all four
+    assert "More is better." in (place / "page" / "README.md").read_text()
+    before = {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")}
+    assert main(["study", "toy.yaml"]) == 0
+    assert "2 runs, 0 to make, 1 at once" in capfd.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")} == before
+    # another option of a run that is there
+    (place / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"options": SMALL | {"model.lr": 0.1}}))
+    assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE
+    assert "holds a run of this name with other options" in capfd.readouterr().err
+
+
+@pytest.fixture
+def plain(place: Path) -> Path:
+    """The same without a budget of operations, which would be counted first."""
+    study = STUDY | {"grid": [{"arms": ["all", "contrast"]}], "questions": [], "seeds": 2}
+    (place / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return place
+
+
+def test_runs_are_listed_and_chosen(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "toy.yaml", "--list", "--only", "all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("--folder ")[1].split()[0] for line in lines] == [f"checkpoints/toy/all-s{n}" for n in (0, 1)]
+    assert main(["study", "toy.yaml", "--list", "--seeds", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert not (plain / "checkpoints").exists()
+
+
+def test_a_task_of_an_array_makes_its_run(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, ...]] = []
+
+    def instead(program: str, command: tuple[str, ...]) -> None:
+        made.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", instead)
+    assert main(["study", "toy.yaml", "--run", "3"]) == 0
+    assert made[0][:6] == (sys.executable, "-m", "maskvlm", "pretrain", "where=cpu", "--folder")
+    assert made[0][6] == "checkpoints/toy/contrast-s1"
+
+
+def test_a_study_is_an_array_of_jobs(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (plain / "toy.yaml").write_text((plain / "toy.yaml").read_text().replace("where=cpu", "where=slurm4x8"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["study", "toy.yaml", "--submit", "--jobs", "2", "--only", "all"]) == 0
+    assert "checkpoints/toy/job.sh: written; there is no sbatch here" in capsys.readouterr().out
+    script = (plain / "checkpoints" / "toy" / "job.sh").read_text()
+    assert "#SBATCH --array=0-1%2\n" in script
+    assert script.rstrip().endswith('-m maskvlm study toy.yaml --only all --run "$SLURM_ARRAY_TASK_ID"')
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "code"),
+    [
+        (["nothing"], "nothing: no such study. Give a YAML file, or one of claims", ExitCode.MISSING_INPUT),
+        (["toy.yaml", "--only", "some"], "--only: there is no some. There are: all, contrast", ExitCode.USAGE),
+        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these", ExitCode.USAGE),
+        (["toy.yaml", "--run", "4"], "--run: there is no run 4. Give 0 to 3", ExitCode.USAGE),
+        (["toy.yaml", "--jobs", "0"], "--jobs", ExitCode.USAGE),
+        ([], "FILE", ExitCode.USAGE),
+    ],
+)
+def test_a_mistake_is_one_line(
+    plain: Path, words: list[str], said: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", *words]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1

@@ -1,0 +1,128 @@
+"""Statistics of a study against numbers worked out by hand, and the page that says them."""
+
+import csv
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study.test_plan import PLAN, written
+
+from maskvlm.study.analysis import answer, frame_of, interval, lead, values_of, verdict_of
+from maskvlm.study.page import write_page
+from maskvlm.study.plan import Comparison, Plan, read_plan
+from maskvlm.study.runs import Run
+
+MORE = {"claim": "It grows.", "better": "all@0.25", "than": "few", "more_than": {"better": "all", "than": "few"}}
+
+
+def a_study(
+    folder: Path, values: dict[str, list[float]], change: dict[str, Any] | None = None
+) -> tuple[Plan, list[Run]]:
+    """Finished runs: cell -> R@1 of each seed."""
+    plan = read_plan(written(folder, PLAN | {"seeds": 4} | (change or {})))
+    runs = []
+    for cell in plan.cells:
+        for seed in cell.seeds:
+            place = folder / "runs" / f"{cell.name}-s{seed}"
+            runs.append(Run(cell, seed, place, ("python", "-m", "maskvlm")))
+            if seed < len(values.get(cell.name, [])):
+                place.mkdir(parents=True)
+                reached = values[cell.name][seed]
+                (place / "metrics.json").write_text(json.dumps({"a": reached - 1, "b": reached + 1, "c": None}))
+                (place / "card.json").write_text("{}")
+    return plan, runs
+
+
+def test_an_interval_is_students() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    # t of 0.975 with 2 degrees of freedom is 4.302653; the standard error is 1 / sqrt(3)
+    assert (found.mean, found.values) == (2.0, 3)
+    assert found.high - found.mean == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert found.mean - found.low == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert interval([2.0, 2.0])[:3] == (2.0, 2.0, 2.0)
+    assert math.isnan(interval([2.0]).low)
+    assert math.isnan(interval([]).mean)
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    """Seeds that only one of the two has do not count; what differs between seeds alike in both drops out."""
+    plan, runs = a_study(tmp_path, {"few": [10, 50, 90, 20], "all": [12, 52, 92]})
+    frame = frame_of(plan, runs)
+    assert lead(frame, Comparison("all", "few"), plan.metrics["R@1"]).to_dict() == {0: 2, 1: 2, 2: 2}
+    lower = read_plan(written(tmp_path, PLAN | {"metrics": PLAN["metrics"] | {"R@1": {"mean": ["a"], "lower": True}}}))
+    assert lead(frame_of(lower, runs), Comparison("all", "few"), lower.metrics["R@1"]).to_dict() == {
+        0: -2,
+        1: -2,
+        2: -2,
+    }
+    assert values_of(frame, "few", plan.metrics["told"]).empty  # that no run has measured
+
+
+@pytest.mark.parametrize(
+    ("few", "by_flops", "verdict"),
+    [
+        ([10, 11, 12], [10, 11, 12], "holds"),
+        ([10, 11, 12], [30, 31, 32], "does not hold"),
+        ([10, 11, 12], [10, 31, 12], "undecided"),
+        ([10], [10], "undecided"),
+        ([], [], "undecided"),
+    ],
+)
+def test_a_claim_holds_where_every_interval_says_so(
+    tmp_path: Path, few: list[float], by_flops: list[float], verdict: str
+) -> None:
+    plan, runs = a_study(tmp_path, {"few": few, "few@flops-of-all": by_flops, "all": [20.5, 21, 22]})
+    assert answer(frame_of(plan, runs), plan.questions[0]).verdict == verdict
+
+
+def test_at_least_so_much(tmp_path: Path) -> None:
+    ahead = interval([3.0, 3.1, 3.2])
+    assert verdict_of(ahead, 0) == "holds"
+    assert verdict_of(ahead, 2.8) == "holds"
+    assert verdict_of(ahead, 3) == "undecided"
+    assert verdict_of(ahead, 4) == "does not hold"
+
+
+def test_one_lead_against_another(tmp_path: Path) -> None:
+    change = {"questions": [{**MORE, "metric": "R@1"}]}
+    plan, runs = a_study(tmp_path, {"few": [10, 11, 12], "all": [12, 13, 14.1], "all@0.25": [17, 18, 19]}, change)
+    (compared,) = answer(frame_of(plan, runs), plan.questions[0]).compared
+    assert compared.by_seed == pytest.approx((5, 5, 4.9))
+    assert compared.verdict == "holds"
+
+
+def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
+    change = {"title": "A toy", "questions": [*PLAN["questions"], {**MORE, "metric": "R@1"}]}
+    plan, runs = a_study(tmp_path, {"few": [10, 11, 12], "few@flops-of-all": [15, 17, 16], "all": [20, 21, 22]}, change)
+    page = write_page(plan, runs, tmp_path / "page", "maskvlm study toy").read_text()
+    assert page.startswith("# A toy\n")
+    assert "from 9 of 16 runs" in page
+    assert "| few losses | 3 |  | 11.0 ± 2.5 |  |" in page
+    assert (
+        "| 1 | More is better. | +10 points (+10 to +10, 3 seeds)<br>+5 points (+2.52 to +7.48, 3 seeds) | holds |"
+        in page
+    )
+    assert "| 2 | It grows. | not run | undecided |" in page
+    assert "| all | few losses, with the operations of all | +5 points (+2.52 to +7.48, 3 seeds) | +5, +4, +6 |" in page
+    for number in (1, 2):
+        assert (tmp_path / "page" / f"question-{number}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(question-{number}.png)" in page
+
+
+def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
+    plan, runs = a_study(tmp_path, {"few": [10, 11]})
+    write_page(plan, runs, tmp_path / "page", "maskvlm study toy")
+    with (tmp_path / "page" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["seed"], float(row["a"])) for row in rows] == [("few-s0", "0", 9), ("few-s1", "1", 10)]
+    for row in rows:
+        content = (tmp_path / "runs" / row["run"] / "metrics.json").read_bytes()
+        assert row["metrics_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_study_of_no_runs_has_a_page(tmp_path: Path) -> None:
+    plan, runs = a_study(tmp_path, {})
+    assert "from 0 of 16 runs" in write_page(plan, runs, tmp_path / "page", "x").read_text()

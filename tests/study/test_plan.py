@@ -1,0 +1,151 @@
+"""A study's file: cells, what questions compare, and one line for each mistake."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maskvlm.study.budget import steps_of
+from maskvlm.study.plan import Metric, read_plan
+from maskvlm.study.runs import runs_of
+from maskvlm.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN: dict[str, Any] = {
+    "name": "toy",
+    "run": "pretrain model=tiny",
+    "options": {"data.steps": 6, "model.lr": 0.1},
+    "seeds": 2,
+    "arms": {
+        "few": {"told": "few losses", "options": {"model.task.weight_mlm": 0, "model.lr": 0.2}},
+        "all": None,
+    },
+    "grid": [{"arms": ["few", "all"]}, {"arms": ["few"], "flops_of": "all"}, {"arms": ["all"], "fraction": 0.25}],
+    "metrics": {"R@1": {"mean": ["a", "b"]}, "told": {"mean": ["c"], "minus": ["d"], "unit": "nats"}},
+    "questions": [{"claim": "More is better.", "better": "all", "than": ["few", "few@flops-of-all"], "metric": "R@1"}],
+}
+
+
+def written(folder: Path, plan: Any) -> str:
+    file = folder / "study.yaml"
+    file.write_text(plan if isinstance(plan, str) else yaml.safe_dump(plan, sort_keys=False))
+    return str(file)
+
+
+def test_cells_are_arms_on_parts_of_the_data(tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path, PLAN))
+    assert [cell.name for cell in plan.cells] == ["few", "all", "few@flops-of-all", "all@0.25"]
+    assert [cell.fraction for cell in plan.cells] == [1, 1, 1, 0.25]
+    # the arm's options win over the study's
+    assert dict(plan.cell("few").options) == {"data.steps": "6", "model.lr": "0.2", "model.task.weight_mlm": "0"}
+    assert dict(plan.cell("all").options) == {"data.steps": "6", "model.lr": "0.1"}
+    assert [plan.told(cell) for cell in plan.cells] == [
+        "few losses", "all", "few losses, with the operations of all", "all, 25 % of the images",
+    ]  # fmt: skip
+    (question,) = plan.questions
+    assert [tuple(pair) for pair in question.comparisons] == [("all", "few"), ("all", "few@flops-of-all")]
+
+
+def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed by seed, so that all arms can be compared early; a budget of operations in steps."""
+    flops = {"few": 30, "all": 100}
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda plan, cell, folder: flops[cell.arm])
+    plan = read_plan(written(tmp_path, PLAN))
+    runs = runs_of(plan, tmp_path / "runs")
+    assert [run.name for run in runs] == [
+        f"{cell}-s{seed}" for seed in (0, 1) for cell in ("few", "all", "few@flops-of-all", "all@0.25")
+    ]
+    assert runs[2].command[2:] == (
+        "maskvlm", "pretrain", "model=tiny", "--folder", str(tmp_path / "runs" / "few@flops-of-all-s0"),
+        "--data.steps", "20", "--model.lr", "0.2", "--model.task.weight_mlm", "0", "--seed_everything", "0",
+    )  # fmt: skip
+    assert runs[7].command[-4:] == ("--seed_everything", "1", "--data.fraction", "0.25")
+    assert steps_of(plan, plan.cell("all"), tmp_path) is None
+
+
+def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> None:
+    plan = {**PLAN, "options": {}, "questions": []}
+    with pytest.raises(UserError, match=r"flops_of: all: does not say how many steps it makes\. Give it data\.steps"):
+        runs_of(read_plan(written(tmp_path, plan)), tmp_path)
+
+
+def test_metrics_are_means_and_differences() -> None:
+    found = {"a": 4.0, "b": 6.0, "c": 1.0}
+    assert Metric("x", ("a", "b")).of(found) == 5
+    assert Metric("x", ("a",), ("b", "c")).of(found) == 0.5
+    # an error four times as large is one of ln 2 nats more, if errors are Gaussian
+    assert Metric("x", ("c",), ("a",), gaussian=True).of(found) == pytest.approx(0.6931471805599453)
+    assert str(Metric("x", ("d",)).of(found)) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "A study"}, "study.yaml: name: expected a text"),
+        ({"arms": {}}, "study.yaml: arms: expected names with values"),
+        ({"arms": {"few": {"option": {}}, "all": None}}, "study.yaml: arms.few: the key 'option' is not known here"),
+        ({"arms": {"few/er": None}}, "study.yaml: arms: 'few/er' is no name of a folder"),
+        ({"grid": [{"arms": ["fwe"]}]}, "study.yaml: grid: there is no fwe. There are: few, all"),
+        ({"grid": [{"arms": ["few", "few"]}]}, "study.yaml: grid: few is there twice"),
+        ({"grid": [{"arms": ["few"], "fraction": 2}]}, "study.yaml: grid: fraction: expected a number from 0 to 1"),
+        ({"metrics": {"R@1": {"mean": []}}}, "study.yaml: metrics.R@1: mean: expected a list of 1 to 20"),
+        ({"columns": ["R@2"]}, "study.yaml: columns: there is no R@2. There are: R@1, told"),
+        ({"seeds": []}, "study.yaml: seeds: expected a whole number"),
+        ({"questions": [{"claim": "x"}]}, "study.yaml: questions: the key better is missing"),
+        (
+            {"questions": [{"claim": "x", "better": "all", "than": "none", "metric": "R@1"}]},
+            "study.yaml: questions: there is no none. There are: few, all, few@flops-of-all, all@0.25",
+        ),
+        ({"run": "pretrain encoders=${oc.env:NOT_THERE_AT_ALL}"}, "Environment variable 'NOT_THERE_AT_ALL' not found"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_plan(written(tmp_path, PLAN | change))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value).split("\nexit status")[0]
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "name: [", "!!python/object:os.system {}", "name: toy\n"])
+def test_what_is_no_study_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"study\.yaml"):
+        read_plan(written(tmp_path, text))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(["all", "few", "R@1", "x", "a.b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["arms", "mean", "all"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@given(key=st.sampled_from(list(PLAN)), value=VALUES)
+def test_any_value_is_read_or_refused(tmp_path: Path, key: str, value: Any) -> None:
+    try:
+        plan = read_plan(written(tmp_path, PLAN | {key: value}))
+    except UserError:
+        return
+    assert all(cell.arm in plan.arms for cell in plan.cells)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_studies_that_come_along_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENCODERS", "encoders")
+    plan = read_plan(str(file))
+    assert plan.name == file.stem
+    assert plan.questions
+
+
+def test_the_example_of_the_page_is_a_study(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(name: .*?)```", page, re.DOTALL)
+    plan = read_plan(written(tmp_path, block))
+    assert [cell.name for cell in plan.cells] == [
+        "itc-itm", "words", "itc-itm@0.25", "words@0.25", "itc-itm@flops-of-words",
+    ]  # fmt: skip
+    assert len(plan.questions) == 2
