@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_vectors import Photos, rows_of, start, toy_checkpoint, vector_of
+from test_vector_files import Photos, rows_of, start, toy_checkpoint, vector_of
 
 from maskvlm.cli.search import main, make
 from maskvlm.data.scenes.source import Scenes

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from objectives.test_reconstruction import toy
+from objectives.test_reconstructed_examples import toy
 from PIL import Image
 from toys import tokens, toy_batch
 

@@ -8,32 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.test_plan import PLAN, written
+from study.test_definition import STUDY, written
 
-from maskvlm.study.analysis import answer, frame_of, interval, lead, values_of, verdict_of
+from maskvlm.study.analysis import answer, frame_of, interval, lead, values_of, verdict_by
+from maskvlm.study.definition import Comparison, Study, read_study
 from maskvlm.study.page import write_page
-from maskvlm.study.plan import Comparison, Plan, read_plan
-from maskvlm.study.runs import Run
+from maskvlm.study.runs import StudyRun
 
 MORE = {"claim": "It grows.", "better": "all@0.25", "than": "few", "more_than": {"better": "all", "than": "few"}}
 
 
 def a_study(
     folder: Path, values: dict[str, list[float]], change: dict[str, Any] | None = None
-) -> tuple[Plan, list[Run]]:
+) -> tuple[Study, list[StudyRun]]:
     """Finished runs: cell -> R@1 of each seed."""
-    plan = read_plan(written(folder, PLAN | {"seeds": 4} | (change or {})))
+    study = read_study(written(folder, STUDY | {"seeds": 4} | (change or {})))
     runs = []
-    for cell in plan.cells:
+    for cell in study.cells:
         for seed in cell.seeds:
             place = folder / "runs" / f"{cell.name}-s{seed}"
-            runs.append(Run(cell, seed, place, ("python", "-m", "maskvlm")))
+            runs.append(StudyRun(cell, seed, place, ("python", "-m", "maskvlm")))
             if seed < len(values.get(cell.name, [])):
                 place.mkdir(parents=True)
                 reached = values[cell.name][seed]
                 (place / "metrics.json").write_text(json.dumps({"a": reached - 1, "b": reached + 1, "c": None}))
                 (place / "card.json").write_text("{}")
-    return plan, runs
+    return study, runs
 
 
 def test_an_interval_is_students() -> None:
@@ -49,16 +49,18 @@ def test_an_interval_is_students() -> None:
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Seeds that only one of the two has do not count; what differs between seeds alike in both drops out."""
-    plan, runs = a_study(tmp_path, {"few": [10, 50, 90, 20], "all": [12, 52, 92]})
-    frame = frame_of(plan, runs)
-    assert lead(frame, Comparison("all", "few"), plan.metrics["R@1"]).to_dict() == {0: 2, 1: 2, 2: 2}
-    lower = read_plan(written(tmp_path, PLAN | {"metrics": PLAN["metrics"] | {"R@1": {"mean": ["a"], "lower": True}}}))
+    study, runs = a_study(tmp_path, {"few": [10, 50, 90, 20], "all": [12, 52, 92]})
+    frame = frame_of(study, runs)
+    assert lead(frame, Comparison("all", "few"), study.metrics["R@1"]).to_dict() == {0: 2, 1: 2, 2: 2}
+    lower = read_study(
+        written(tmp_path, STUDY | {"metrics": STUDY["metrics"] | {"R@1": {"mean": ["a"], "lower": True}}})
+    )
     assert lead(frame_of(lower, runs), Comparison("all", "few"), lower.metrics["R@1"]).to_dict() == {
         0: -2,
         1: -2,
         2: -2,
     }
-    assert values_of(frame, "few", plan.metrics["told"]).empty  # that no run has measured
+    assert values_of(frame, "few", study.metrics["told"]).empty  # that no run has measured
 
 
 @pytest.mark.parametrize(
@@ -74,30 +76,32 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 def test_a_claim_holds_where_every_interval_says_so(
     tmp_path: Path, few: list[float], by_flops: list[float], verdict: str
 ) -> None:
-    plan, runs = a_study(tmp_path, {"few": few, "few@flops-of-all": by_flops, "all": [20.5, 21, 22]})
-    assert answer(frame_of(plan, runs), plan.questions[0]).verdict == verdict
+    study, runs = a_study(tmp_path, {"few": few, "few@flops-of-all": by_flops, "all": [20.5, 21, 22]})
+    assert answer(frame_of(study, runs), study.questions[0]).verdict == verdict
 
 
 def test_at_least_so_much(tmp_path: Path) -> None:
     ahead = interval([3.0, 3.1, 3.2])
-    assert verdict_of(ahead, 0) == "holds"
-    assert verdict_of(ahead, 2.8) == "holds"
-    assert verdict_of(ahead, 3) == "undecided"
-    assert verdict_of(ahead, 4) == "does not hold"
+    assert verdict_by(ahead, 0) == "holds"
+    assert verdict_by(ahead, 2.8) == "holds"
+    assert verdict_by(ahead, 3) == "undecided"
+    assert verdict_by(ahead, 4) == "does not hold"
 
 
 def test_one_lead_against_another(tmp_path: Path) -> None:
     change = {"questions": [{**MORE, "metric": "R@1"}]}
-    plan, runs = a_study(tmp_path, {"few": [10, 11, 12], "all": [12, 13, 14.1], "all@0.25": [17, 18, 19]}, change)
-    (compared,) = answer(frame_of(plan, runs), plan.questions[0]).compared
+    study, runs = a_study(tmp_path, {"few": [10, 11, 12], "all": [12, 13, 14.1], "all@0.25": [17, 18, 19]}, change)
+    (compared,) = answer(frame_of(study, runs), study.questions[0]).compared
     assert compared.by_seed == pytest.approx((5, 5, 4.9))
     assert compared.verdict == "holds"
 
 
 def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
-    change = {"title": "A toy", "questions": [*PLAN["questions"], {**MORE, "metric": "R@1"}]}
-    plan, runs = a_study(tmp_path, {"few": [10, 11, 12], "few@flops-of-all": [15, 17, 16], "all": [20, 21, 22]}, change)
-    page = write_page(plan, runs, tmp_path / "page", "maskvlm study toy").read_text()
+    change = {"title": "A toy", "questions": [*STUDY["questions"], {**MORE, "metric": "R@1"}]}
+    study, runs = a_study(
+        tmp_path, {"few": [10, 11, 12], "few@flops-of-all": [15, 17, 16], "all": [20, 21, 22]}, change
+    )
+    page = write_page(study, runs, tmp_path / "page", "maskvlm study toy").read_text()
     assert page.startswith("# A toy\n")
     assert "from 9 of 16 runs" in page
     assert "| few losses | 3 |  | 11.0 ± 2.5 |  |" in page
@@ -113,8 +117,8 @@ def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
 
 
 def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
-    plan, runs = a_study(tmp_path, {"few": [10, 11]})
-    write_page(plan, runs, tmp_path / "page", "maskvlm study toy")
+    study, runs = a_study(tmp_path, {"few": [10, 11]})
+    write_page(study, runs, tmp_path / "page", "maskvlm study toy")
     with (tmp_path / "page" / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["seed"], float(row["a"])) for row in rows] == [("few-s0", "0", 9), ("few-s1", "1", 10)]
@@ -124,5 +128,5 @@ def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
 
 
 def test_a_study_of_no_runs_has_a_page(tmp_path: Path) -> None:
-    plan, runs = a_study(tmp_path, {})
-    assert "from 0 of 16 runs" in write_page(plan, runs, tmp_path / "page", "x").read_text()
+    study, runs = a_study(tmp_path, {})
+    assert "from 0 of 16 runs" in write_page(study, runs, tmp_path / "page", "x").read_text()

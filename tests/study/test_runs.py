@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from maskvlm.study.plan import Cell
-from maskvlm.study.runs import ABOUT, CARD, LOG, Run, Runner, check_same, last_line, step_of
+from maskvlm.study.definition import Cell
+from maskvlm.study.runs import ABOUT, CARD, LOG, Runner, StudyRun, check_same_run, last_line, step_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENDS = "import pathlib, sys; pathlib.Path(sys.argv[1], 'card.json').write_text('{}'); print('done')"
@@ -26,10 +26,10 @@ time.sleep(60)
 """
 
 
-def run(folder: Path, code: str, seed: int = 0) -> Run:
+def run(folder: Path, code: str, seed: int = 0) -> StudyRun:
     place = folder / f"all-s{seed}"
     command = (sys.executable, "-c", code, str(place))
-    return Run(Cell("all", 1.0, "", (), (0, 1, 2)), seed, place, command)
+    return StudyRun(Cell("all", 1.0, "", (), (0, 1, 2)), seed, place, command)
 
 
 def test_runs_are_made_once(tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
 
 def test_a_folder_of_another_run_is_not_taken(tmp_path: Path) -> None:
     list(Runner(1).make([run(tmp_path, ENDS)]))
-    check_same(run(tmp_path, ENDS))
-    check_same(run(tmp_path, ENDS, 5))  # not there yet
+    check_same_run(run(tmp_path, ENDS))
+    check_same_run(run(tmp_path, ENDS, 5))  # not there yet
     with pytest.raises(UserError, match="holds a run of this name with other options") as error:
-        check_same(run(tmp_path, FAILS))
+        check_same_run(run(tmp_path, FAILS))
     assert error.value.code == ExitCode.CANNOT_CREATE
     assert json.loads((tmp_path / "all-s0" / ABOUT).read_text())["seed"] == 0
 

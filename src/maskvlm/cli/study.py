@@ -12,16 +12,16 @@ from maskvlm.cli.slurm import submit_array
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import home
 from maskvlm.study.analysis import root_of
+from maskvlm.study.definition import Study, read_study
 from maskvlm.study.page import write_page
-from maskvlm.study.plan import Plan, read_plan
-from maskvlm.study.runs import Ended, Run, Runner, check_same, runs_of, step_of
+from maskvlm.study.runs import Ended, Runner, StudyRun, check_same_run, runs_of, step_of
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 STUDIES = "studies"
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Run a study; arguments as in the shell."""
+    """StudyRun a study; arguments as in the shell."""
     parser = OptionParser("maskvlm study", description="Make the runs of a study that are missing, and write its page.")
     parser.add_argument("file", metavar="FILE", help="a study (docs/studies.md), or its name in studies/")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine (1)")
@@ -34,12 +34,12 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     options = parser.parse_args(arguments)
     check_least(1, {"--jobs": options.jobs})
     file = study_file(options.file)
-    plan = read_plan(file)
-    root = root_of(plan)
-    every = runs_of(plan, root)
-    chosen = choose(plan, every, options.only, options.seeds)
+    study = read_study(file)
+    root = root_of(study)
+    every = runs_of(study, root)
+    chosen = chosen_runs(study, every, options.only, options.seeds)
     for run in every:
-        check_same(run)
+        check_same_run(run)
     if options.list:
         for number, run in enumerate(chosen):
             print(f"{number}  {'finished' if run.finished else f'step {step_of(run)}'}  {' '.join(run.command[2:])}")
@@ -54,9 +54,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if not 0 <= options.run < len(chosen):
             raise UserError("--run", f"there is no run {options.run}", f"Give 0 to {len(chosen) - 1}")
         os.execv(sys.executable, chosen[options.run].command)
-    failed = make(chosen, options.jobs)
+    failed = make_runs(chosen, options.jobs)
     told = f"maskvlm study {options.file}"
-    page = write_page(plan, every, options.page or root, told)
+    page = write_page(study, every, options.page or root, told)
     print(f"wrote {page} ({sum(run.finished for run in every)} of {len(every)} runs)", flush=True)
     return failed
 
@@ -75,13 +75,13 @@ def study_file(name: str) -> str:
     raise UserError(name, "no such study", f"Give a YAML file, or one of {known}", ExitCode.MISSING_INPUT)
 
 
-def choose(plan: Plan, runs: Sequence[Run], cells: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+def chosen_runs(study: Study, runs: Sequence[StudyRun], cells: Sequence[str], seeds: Sequence[int]) -> list[StudyRun]:
     """Those of these cells and seeds; empty: all.
 
     Raises:
         UserError: there is no such cell, or no run of them.
     """
-    names = [cell.name for cell in plan.cells]
+    names = [cell.name for cell in study.cells]
     for name in cells:
         if name not in names:
             raise UserError("--only", f"there is no {name}", f"There are: {', '.join(names)}")
@@ -91,7 +91,7 @@ def choose(plan: Plan, runs: Sequence[Run], cells: Sequence[str], seeds: Sequenc
     return found
 
 
-def make(runs: Sequence[Run], jobs: int) -> int:
+def make_runs(runs: Sequence[StudyRun], jobs: int) -> int:
     """Make what is missing, with a line for each run that ends; returns the exit status of the first that failed."""
     console = Console()
     missing = [run for run in runs if not run.finished]

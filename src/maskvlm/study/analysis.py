@@ -1,4 +1,4 @@
-"""What a study's runs say: means with intervals, differences paired by seed, a verdict on each claim."""
+"""What a study's runs say: means with intervals, draw_differences paired by seed, a verdict on each claim."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from maskvlm.study.plan import Comparison, Metric, Plan, Question
-from maskvlm.study.runs import Run
+from maskvlm.study.definition import Claim, Comparison, Metric, Study
+from maskvlm.study.runs import StudyRun
 
 CONFIDENCE = 0.95
 Verdict = Literal["holds", "does not hold", "undecided"]
@@ -42,12 +42,12 @@ class Compared(NamedTuple):
 class Answer(NamedTuple):
     """A question with all its comparisons."""
 
-    question: Question
+    question: Claim
     compared: tuple[Compared, ...]
     verdict: Verdict
 
 
-def frame_of(plan: Plan, runs: Sequence[Run]) -> pd.DataFrame:
+def frame_of(study: Study, runs: Sequence[StudyRun]) -> pd.DataFrame:
     """One row for each finished run: what it was, what it took, every metric of its metrics.json, and the study's."""
     rows = []
     for run in runs:
@@ -60,7 +60,7 @@ def frame_of(plan: Plan, runs: Sequence[Run]) -> pd.DataFrame:
             "seed": run.seed, "hours": (run.seconds or float("nan")) / 3600,
             "metrics_sha256": hashlib.sha256(content).hexdigest(),
         }  # fmt: skip
-        rows.append(facts | {name: metric.of(metrics) for name, metric in plan.metrics.items()} | metrics)
+        rows.append(facts | {name: metric.of(metrics) for name, metric in study.metrics.items()} | metrics)
     return pd.DataFrame(rows)
 
 
@@ -92,7 +92,7 @@ def lead(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> "pd.Ser
     return -ahead if metric.lower else ahead
 
 
-def answer(frame: pd.DataFrame, question: Question) -> Answer:
+def answer(frame: pd.DataFrame, question: Claim) -> Answer:
     """What the runs that are there say of a claim."""
     compared = []
     for comparison in question.comparisons:
@@ -100,20 +100,20 @@ def answer(frame: pd.DataFrame, question: Question) -> Answer:
         if question.more_than is not None:
             ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
         found = interval(ahead.tolist())
-        compared.append(Compared(comparison, found, tuple(ahead), verdict_of(found, question.by)))
+        compared.append(Compared(comparison, found, tuple(ahead), verdict_by(found, question.by)))
     verdicts = {each.verdict for each in compared}
     # all have to hold; one that does not decides
     every: Verdict = "holds" if verdicts == {"holds"} else "undecided"
     return Answer(question, tuple(compared), "does not hold" if "does not hold" in verdicts else every)
 
 
-def verdict_of(ahead: Interval, by: float) -> Verdict:
+def verdict_by(ahead: Interval, by: float) -> Verdict:
     """holds: the whole interval is above `by`; does not hold: it is below; undecided: it has both, or there is none."""
     if ahead.low > by:
         return "holds"
     return "does not hold" if ahead.high < by else "undecided"
 
 
-def root_of(plan: Plan) -> Path:
+def root_of(study: Study) -> Path:
     """Where a study's runs lie."""
-    return Path("checkpoints") / plan.name
+    return Path("checkpoints") / study.name

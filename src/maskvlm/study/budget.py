@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskvlm.study.plan import Cell, Plan
+from maskvlm.study.definition import Cell, Study
 from maskvlm.training.run_record import write_json
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -15,7 +15,7 @@ FLOPS = "flops.json"
 STEPS = "data.steps"
 
 
-def steps_of(plan: Plan, cell: Cell, folder: Path) -> int | None:
+def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
     """The number of steps of a cell that is given another arm's operations; None for one whose options say it.
 
     Args:
@@ -26,15 +26,15 @@ def steps_of(plan: Plan, cell: Cell, folder: Path) -> int | None:
     """
     if not cell.flops_of:
         return None
-    other = next((one for one in plan.cells if one.arm == cell.flops_of and not one.flops_of), None)
+    other = next((one for one in study.cells if one.arm == cell.flops_of and not one.flops_of), None)
     asked = dict(other.options).get(STEPS) if other is not None else None
     if other is None or asked is None:
         todo = f"Give it {STEPS}, and a place in the grid without flops_of"
         raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
-    return max(1, round(int(asked) * flops_of(plan, other, folder) / flops_of(plan, cell, folder)))
+    return max(1, round(int(asked) * flops_of(study, other, folder) / flops_of(study, cell, folder)))
 
 
-def flops_of(plan: Plan, cell: Cell, folder: Path) -> int:
+def flops_of(study: Study, cell: Cell, folder: Path) -> int:
     """Operations of one training step of a cell, counted by `maskvlm bench` once and kept.
 
     Raises:
@@ -43,7 +43,7 @@ def flops_of(plan: Plan, cell: Cell, folder: Path) -> int:
     path = folder / FLOPS
     known: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
     options = [word for key, value in cell.options if key != STEPS for word in (f"--{key}", value)]
-    words = [word for word in plan.run[1:] if not word.startswith("from=")]
+    words = [word for word in study.run[1:] if not word.startswith("from=")]
     key = json.dumps([*words, *options])
     if key not in known:
         known[key] = _counted([*words, *options])

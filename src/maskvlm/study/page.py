@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from maskvlm.reporting.curves import BLUE, GREY, ORANGE
 from maskvlm.study.analysis import Answer, Interval, answer, frame_of, interval, values_of
-from maskvlm.study.plan import Metric, Plan
-from maskvlm.study.runs import Run
+from maskvlm.study.definition import Metric, Study
+from maskvlm.study.runs import StudyRun
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.whole_files import whole_file
 
@@ -22,7 +22,7 @@ PAGE, RUNS = "README.md", "runs.csv"
 COLOUR = {"holds": BLUE, "does not hold": ORANGE, "undecided": GREY}
 
 
-def write_page(plan: Plan, runs: Sequence[Run], folder: Path, command: str) -> Path:
+def write_page(study: Study, runs: Sequence[StudyRun], folder: Path, command: str) -> Path:
     """Write the page, its plots and `runs.csv` from the runs that are finished.
 
     Args:
@@ -35,13 +35,13 @@ def write_page(plan: Plan, runs: Sequence[Run], folder: Path, command: str) -> P
     Raises:
         UserError: it cannot be written (73, or 74 for a full disk).
     """
-    frame = frame_of(plan, runs)
-    answers = [answer(frame, question) for question in plan.questions]
+    frame = frame_of(study, runs)
+    answers = [answer(frame, question) for question in study.questions]
     write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n"))
     for number, each in enumerate(answers, 1):
         with whole_file(folder / plot_name(number)) as temporary:
-            figure_of(plan, frame, each).savefig(temporary, dpi=110, format="png")
-    write_text(folder / PAGE, text_of(plan, runs, frame, answers, command))
+            figure_of(study, frame, each).savefig(temporary, dpi=110, format="png")
+    write_text(folder / PAGE, text_of(study, runs, frame, answers, command))
     return folder / PAGE
 
 
@@ -53,16 +53,18 @@ def plot_name(number: int) -> str:
 # ---------------------------------------------------------------------- text
 
 
-def text_of(plan: Plan, runs: Sequence[Run], frame: pd.DataFrame, answers: Sequence[Answer], command: str) -> str:
+def text_of(
+    study: Study, runs: Sequence[StudyRun], frame: pd.DataFrame, answers: Sequence[Answer], command: str
+) -> str:
     """The page in Markdown."""
     hours = frame["hours"].sum() if len(frame) else 0.0
     seeds = sorted({run.seed for run in runs})
     lines = [
-        f"# {plan.title}", "", *([plan.about.strip(), ""] if plan.about.strip() else []),
-        f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(plan.cells)} cells, seeds "
+        f"# {study.title}", "", *([study.about.strip(), ""] if study.about.strip() else []),
+        f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(study.cells)} cells, seeds "
         f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs). The command of every run begins "
-        f"`maskvlm {' '.join(plan.run)}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
-        "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
+        f"`maskvlm {' '.join(study.run)}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
+        "Student's t over the seeds; draw_differences are paired by seed. A claim holds, or does not, where the whole "
         "interval says so.",
         "",
     ]  # fmt: skip
@@ -72,38 +74,38 @@ def text_of(plan: Plan, runs: Sequence[Run], frame: pd.DataFrame, answers: Seque
             ahead = "<br>".join(_ahead(one.ahead, each.question.metric) for one in each.compared)
             lines.append(f"| {number} | {_cell(each.question.claim)} | {ahead} | {each.verdict} |")
         lines.append("")
-    lines += ["## Cells", "", *table_of(plan, frame), ""]
+    lines += ["## Cells", "", *cell_table(study, frame), ""]
     for number, each in enumerate(answers, 1):
-        lines += [f"## {number}. {each.question.claim}", "", *_answered(plan, each), ""]
+        lines += [f"## {number}. {each.question.claim}", "", *_answered(study, each), ""]
         lines += [f"![{_cell(each.question.claim)}]({plot_name(number)})", ""]
     return "\n".join(lines)
 
 
-def table_of(plan: Plan, frame: pd.DataFrame) -> list[str]:
-    """Each cell with the means of the plan's columns and half the width of their intervals."""
-    metrics = [plan.metrics[name] for name in plan.columns]
+def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
+    """Each cell with the means of the study's columns and half the width of their intervals."""
+    metrics = [study.metrics[name] for name in study.columns]
     lines = [f"| | seeds | hours a run | {' | '.join(_cell(f'{m.name}, {m.unit}') for m in metrics)} |"]
     lines.append(f"|---|---|---|{'---|' * len(metrics)}")
-    for cell in plan.cells:
+    for cell in study.cells:
         rows = frame[frame["cell"] == cell.name] if len(frame) else frame
         hours = f"{rows['hours'].mean():.2f}" if len(rows) and rows["hours"].notna().any() else ""
         told = [_mean(interval(values_of(frame, cell.name, metric).tolist()), metric) for metric in metrics]
-        lines.append(f"| {_cell(plan.told(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
+        lines.append(f"| {_cell(study.told(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
     return lines
 
 
-def _answered(plan: Plan, each: Answer) -> list[str]:
+def _answered(study: Study, each: Answer) -> list[str]:
     question = each.question
     unit = question.metric.unit
     asked = f"`{question.metric.name}` in {unit}" + (", less is better" if question.metric.lower else "")
     least = f", by more than {question.by:g} {unit}" if question.by else ""
     lines = [f"**{each.verdict}**. Judged by {asked}{least}{f' ({question.source})' if question.source else ''}."]
     if question.more_than is not None:
-        better, than = (plan.told(plan.cell(name)) for name in question.more_than)
+        better, than = (study.told(study.cell(name)) for name in question.more_than)
         lines.append(f"Ahead by more than {better} is ahead of {than}.")
     lines += ["", "| better | than | ahead by | seed by seed |", "|---|---|---|---|"]
     for one in each.compared:
-        better, than = (_cell(plan.told(plan.cell(name))) for name in one.comparison)
+        better, than = (_cell(study.told(study.cell(name))) for name in one.comparison)
         seeds = ", ".join(f"{value:+.3g}" for value in one.by_seed)
         lines.append(f"| {better} | {than} | {_ahead(one.ahead, question.metric)} | {seeds} |")
     return lines
@@ -133,40 +135,40 @@ def _cell(text: str) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def figure_of(plan: Plan, frame: pd.DataFrame, each: Answer) -> Figure:
-    """Left what every cell of a question reached, seed by seed with mean and interval; right the differences."""
+def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
+    """Left what every cell of a question reached, seed by seed with mean and interval; right the draw_differences."""
     question = each.question
     pairs = [one.comparison for one in each.compared] + ([question.more_than] if question.more_than else [])
     cells = list(dict.fromkeys(name for pair in pairs for name in pair))
     height = 1.2 + 0.42 * max(len(cells), len(each.compared))
     figure = Figure(figsize=(10, height), layout="constrained")
     left, right = figure.subplots(1, 2)
-    levels(left, plan, frame, cells, question.metric)
-    differences(right, plan, each)
+    draw_levels(left, study, frame, cells, question.metric)
+    draw_differences(right, study, each)
     return figure
 
 
-def levels(axes: Axes, plan: Plan, frame: pd.DataFrame, cells: Sequence[str], metric: Metric) -> None:
+def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[str], metric: Metric) -> None:
     """Every run a dot; mean and interval a bar."""
     for place, name in enumerate(cells):
         values = values_of(frame, name, metric).tolist()
         axes.plot(values, [place] * len(values), "o", color=GREY, alpha=0.5, markersize=4)
         if values:
             _bar(axes, interval(values), place, BLUE)
-    axes.set_yticks(range(len(cells)), [plan.told(plan.cell(name)) for name in cells], fontsize=8)
+    axes.set_yticks(range(len(cells)), [study.told(study.cell(name)) for name in cells], fontsize=8)
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlabel(f"{metric.name}, {metric.unit}", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
 
 
-def differences(axes: Axes, plan: Plan, each: Answer) -> None:
+def draw_differences(axes: Axes, study: Study, each: Answer) -> None:
     """Each comparison's lead with its interval, beside what it has to exceed."""
     axes.axvline(each.question.by, color="black", linewidth=0.8)
     for place, one in enumerate(each.compared):
         axes.plot(one.by_seed, [place] * len(one.by_seed), "o", color=GREY, alpha=0.5, markersize=4)
         if one.ahead.values:
             _bar(axes, one.ahead, place, COLOUR[one.verdict])
-    than = [plan.told(plan.cell(one.comparison.than)) for one in each.compared]
+    than = [study.told(study.cell(one.comparison.than)) for one in each.compared]
     axes.set_yticks(range(len(than)), [f"ahead of {name}" for name in than], fontsize=8)
     axes.set_ylim(len(than) - 0.5, -0.5)
     axes.set_xlabel(f"ahead by, {each.question.metric.unit} (95 %)", fontsize=8)

@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from maskvlm.study.budget import STEPS, steps_of
-from maskvlm.study.plan import Cell, Plan
+from maskvlm.study.budget import STEPS, budget_in_steps
+from maskvlm.study.definition import Cell, Study
 from maskvlm.training.run_record import write_json
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
@@ -25,7 +25,7 @@ ABOUT, LOG, CARD = "study.json", "study.log", "card.json"
 """In a run's folder: what it is a run of; what its processes printed; the last file that a finished run writes."""
 
 
-class Run(NamedTuple):
+class StudyRun(NamedTuple):
     """One run of a study.
 
     Attributes:
@@ -60,32 +60,32 @@ class Run(NamedTuple):
         return {"cell": self.cell.name, "seed": self.seed, "command": list(self.command[2:])}
 
 
-def runs_of(plan: Plan, root: Path) -> list[Run]:
+def runs_of(study: Study, root: Path) -> list[StudyRun]:
     """All of a study, seed by seed, so that every arm has its first seed early.
 
     Args:
         root: folder of the study.
 
     Raises:
-        UserError: see `steps_of`.
+        UserError: see `budget_in_steps`.
     """
-    steps = {cell.name: steps_of(plan, cell, root) for cell in plan.cells}
-    every = [(seed, cell) for cell in plan.cells for seed in cell.seeds]
+    steps = {cell.name: budget_in_steps(study, cell, root) for cell in study.cells}
+    every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
-    return [_run(plan, cell, seed, steps[cell.name], root) for seed, cell in order]
+    return [_run(study, cell, seed, steps[cell.name], root) for seed, cell in order]
 
 
-def _run(plan: Plan, cell: Cell, seed: int, steps: int | None, root: Path) -> Run:
+def _run(study: Study, cell: Cell, seed: int, steps: int | None, root: Path) -> StudyRun:
     folder = root / f"{cell.name}-s{seed}"
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": f"{cell.fraction:g}"} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    command = (sys.executable, "-m", "maskvlm", *plan.run, "--folder", str(folder), *words)
-    return Run(cell, seed, folder, command)
+    command = (sys.executable, "-m", "maskvlm", *study.run, "--folder", str(folder), *words)
+    return StudyRun(cell, seed, folder, command)
 
 
-def check_same(run: Run) -> None:
+def check_same_run(run: StudyRun) -> None:
     """Whether the folder, where there is one, holds this very run.
 
     Raises:
@@ -103,7 +103,7 @@ def check_same(run: Run) -> None:
 class Ended(NamedTuple):
     """How a run ended: its exit status, and the last line that it said."""
 
-    run: Run
+    run: StudyRun
     code: int
     said: str
     seconds: float
@@ -121,7 +121,7 @@ class Runner:
         self.stopping = Event()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def make(self, runs: Sequence[Run]) -> Iterator[Ended]:
+    def make(self, runs: Sequence[StudyRun]) -> Iterator[Ended]:
         """Make those that are not finished; yields each as it ends. On Ctrl-C or SIGTERM the runs are asked to save and
         to end, and nothing new is begun."""
         with ThreadPoolExecutor(self.jobs) as pool, self._stop_on_signals():
@@ -130,7 +130,7 @@ class Runner:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (ended for each in done if (ended := each.result()) is not None)
 
-    def _one(self, run: Run) -> Ended | None:
+    def _one(self, run: StudyRun) -> Ended | None:
         if self.stopping.is_set():
             return None
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def last_line(log: Path, most: int = 4096) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text).strip()
 
 
-def step_of(run: Run) -> int:
+def step_of(run: StudyRun) -> int:
     """The last step that a run has logged; 0 before the first."""
     path = run.folder / "metrics.csv"
     if not path.is_file():

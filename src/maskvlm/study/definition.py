@@ -135,7 +135,7 @@ class Comparison(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Question:
+class Claim:
     """A claim, and which comparisons decide it.
 
     Attributes:
@@ -154,7 +154,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Study:
     """A whole study.
 
     Attributes:
@@ -171,7 +171,7 @@ class Plan:
     cells: tuple[Cell, ...]
     metrics: Mapping[str, Metric]
     columns: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[Claim, ...]
 
     def cell(self, name: str) -> Cell:
         """By its name. Raises KeyError."""
@@ -185,7 +185,7 @@ class Plan:
         return ", ".join(words)
 
 
-def read_plan(file: str) -> Plan:
+def read_study(file: str) -> Study:
     """A study's file, checked.
 
     Raises:
@@ -208,7 +208,7 @@ def read_plan(file: str) -> Plan:
     columns = tuple(told.get("columns") or metrics)
     for name in columns:
         _known(name, metrics, f"{file}: columns")
-    return Plan(
+    return Study(
         told["name"], told.get("title", told["name"]), told.get("about", ""), tuple(told["run"].split()),
         {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
     )  # fmt: skip
@@ -255,7 +255,7 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric], where: str) -> Question:
+def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric], where: str) -> Claim:
     read = QUESTION.read(told, where, TODO)
     names = {cell.name: cell for cell in cells}
     than = [read["than"]] if isinstance(read["than"], str) else read["than"]
@@ -263,7 +263,7 @@ def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric],
     for name in (read["better"], *than, *(more.values() if more else ())):
         _known(name, names, where)
     _known(read["metric"], metrics, where)
-    return Question(
+    return Claim(
         read["claim"], tuple(Comparison(read["better"], name) for name in than), metrics[read["metric"]],
         Comparison(**more) if more else None, float(read.get("by", 0.0)), read.get("source", ""),
     )  # fmt: skip

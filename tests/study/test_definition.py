@@ -9,13 +9,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskvlm.study.budget import steps_of
-from maskvlm.study.plan import Metric, read_plan
+from maskvlm.study.budget import budget_in_steps
+from maskvlm.study.definition import Metric, read_study
 from maskvlm.study.runs import runs_of
 from maskvlm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAN: dict[str, Any] = {
+STUDY: dict[str, Any] = {
     "name": "toy",
     "run": "pretrain model=tiny",
     "options": {"data.steps": 6, "model.lr": 0.1},
@@ -30,32 +30,32 @@ PLAN: dict[str, Any] = {
 }
 
 
-def written(folder: Path, plan: Any) -> str:
+def written(folder: Path, study: Any) -> str:
     file = folder / "study.yaml"
-    file.write_text(plan if isinstance(plan, str) else yaml.safe_dump(plan, sort_keys=False))
+    file.write_text(study if isinstance(study, str) else yaml.safe_dump(study, sort_keys=False))
     return str(file)
 
 
 def test_cells_are_arms_on_parts_of_the_data(tmp_path: Path) -> None:
-    plan = read_plan(written(tmp_path, PLAN))
-    assert [cell.name for cell in plan.cells] == ["few", "all", "few@flops-of-all", "all@0.25"]
-    assert [cell.fraction for cell in plan.cells] == [1, 1, 1, 0.25]
+    study = read_study(written(tmp_path, STUDY))
+    assert [cell.name for cell in study.cells] == ["few", "all", "few@flops-of-all", "all@0.25"]
+    assert [cell.fraction for cell in study.cells] == [1, 1, 1, 0.25]
     # the arm's options win over the study's
-    assert dict(plan.cell("few").options) == {"data.steps": "6", "model.lr": "0.2", "model.task.weight_mlm": "0"}
-    assert dict(plan.cell("all").options) == {"data.steps": "6", "model.lr": "0.1"}
-    assert [plan.told(cell) for cell in plan.cells] == [
+    assert dict(study.cell("few").options) == {"data.steps": "6", "model.lr": "0.2", "model.task.weight_mlm": "0"}
+    assert dict(study.cell("all").options) == {"data.steps": "6", "model.lr": "0.1"}
+    assert [study.told(cell) for cell in study.cells] == [
         "few losses", "all", "few losses, with the operations of all", "all, 25 % of the images",
     ]  # fmt: skip
-    (question,) = plan.questions
+    (question,) = study.questions
     assert [tuple(pair) for pair in question.comparisons] == [("all", "few"), ("all", "few@flops-of-all")]
 
 
 def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed by seed, so that all arms can be compared early; a budget of operations in steps."""
     flops = {"few": 30, "all": 100}
-    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda plan, cell, folder: flops[cell.arm])
-    plan = read_plan(written(tmp_path, PLAN))
-    runs = runs_of(plan, tmp_path / "runs")
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda study, cell, folder: flops[cell.arm])
+    study = read_study(written(tmp_path, STUDY))
+    runs = runs_of(study, tmp_path / "runs")
     assert [run.name for run in runs] == [
         f"{cell}-s{seed}" for seed in (0, 1) for cell in ("few", "all", "few@flops-of-all", "all@0.25")
     ]
@@ -64,13 +64,13 @@ def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: p
         "--data.steps", "20", "--model.lr", "0.2", "--model.task.weight_mlm", "0", "--seed_everything", "0",
     )  # fmt: skip
     assert runs[7].command[-4:] == ("--seed_everything", "1", "--data.fraction", "0.25")
-    assert steps_of(plan, plan.cell("all"), tmp_path) is None
+    assert budget_in_steps(study, study.cell("all"), tmp_path) is None
 
 
 def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> None:
-    plan = {**PLAN, "options": {}, "questions": []}
+    study = {**STUDY, "options": {}, "questions": []}
     with pytest.raises(UserError, match=r"flops_of: all: does not say how many steps it makes\. Give it data\.steps"):
-        runs_of(read_plan(written(tmp_path, plan)), tmp_path)
+        runs_of(read_study(written(tmp_path, study)), tmp_path)
 
 
 def test_metrics_are_means_and_differences() -> None:
@@ -105,7 +105,7 @@ def test_metrics_are_means_and_differences() -> None:
 )
 def test_a_mistake_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        read_plan(written(tmp_path, PLAN | change))
+        read_study(written(tmp_path, STUDY | change))
     assert said in str(error.value)
     assert "\n" not in str(error.value).split("\nexit status")[0]
 
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, change: dict[str, Any], said: str
 @pytest.mark.parametrize("text", ["", "- a\n", "name: [", "!!python/object:os.system {}", "name: toy\n"])
 def test_what_is_no_study_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"study\.yaml"):
-        read_plan(written(tmp_path, text))
+        read_study(written(tmp_path, text))
 
 
 VALUES = st.recursive(
@@ -124,28 +124,28 @@ VALUES = st.recursive(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
-@given(key=st.sampled_from(list(PLAN)), value=VALUES)
+@given(key=st.sampled_from(list(STUDY)), value=VALUES)
 def test_any_value_is_read_or_refused(tmp_path: Path, key: str, value: Any) -> None:
     try:
-        plan = read_plan(written(tmp_path, PLAN | {key: value}))
+        study = read_study(written(tmp_path, STUDY | {key: value}))
     except UserError:
         return
-    assert all(cell.arm in plan.arms for cell in plan.cells)
+    assert all(cell.arm in study.arms for cell in study.cells)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_studies_that_come_along_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENCODERS", "encoders")
-    plan = read_plan(str(file))
-    assert plan.name == file.stem
-    assert plan.questions
+    study = read_study(str(file))
+    assert study.name == file.stem
+    assert study.questions
 
 
 def test_the_example_of_the_page_is_a_study(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(name: .*?)```", page, re.DOTALL)
-    plan = read_plan(written(tmp_path, block))
-    assert [cell.name for cell in plan.cells] == [
+    study = read_study(written(tmp_path, block))
+    assert [cell.name for cell in study.cells] == [
         "itc-itm", "words", "itc-itm@0.25", "words@0.25", "itc-itm@flops-of-words",
     ]  # fmt: skip
-    assert len(plan.questions) == 2
+    assert len(study.questions) == 2
