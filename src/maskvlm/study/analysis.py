@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -112,8 +111,3 @@ def verdict_by(ahead: Interval, by: float) -> Verdict:
     if ahead.low > by:
         return "holds"
     return "does not hold" if ahead.high < by else "undecided"
-
-
-def root_of(study: Study) -> Path:
-    """Where a study's runs lie."""
-    return Path("checkpoints") / study.name

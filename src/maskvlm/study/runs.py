@@ -60,6 +60,11 @@ class StudyRun(NamedTuple):
         return {"cell": self.cell.name, "seed": self.seed, "command": list(self.command[2:])}
 
 
+def root_of(study: Study) -> Path:
+    """Where a study's runs lie."""
+    return Path("checkpoints") / study.name
+
+
 def runs_of(study: Study, root: Path) -> list[StudyRun]:
     """All of a study, seed by seed, so that every arm has its first seed early.
 
