@@ -1,5 +1,6 @@
 """`maskvlm study`: a study of two tiny runs, made, gone on with, listed, submitted, written up."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -99,6 +100,16 @@ def test_a_study_is_an_array_of_jobs(
     script = (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert "#SBATCH --array=0-1%2\n" in script
     assert script.rstrip().endswith('-m maskvlm study toy.yaml --only all --run "$SLURM_ARRAY_TASK_ID"')
+
+
+def test_a_missing_package_is_told_before_any_run(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else found(name))
+    assert main(["study", "toy.yaml"]) == ExitCode.UNAVAILABLE
+    assert capsys.readouterr().err.startswith("error: study: scipy not installed. Run `make study`, or pip install")
+    assert not (plain / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

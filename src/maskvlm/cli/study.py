@@ -1,5 +1,6 @@
 """`maskvlm study FILE`: makes the runs of a study that are missing, and writes its page (`study/`)."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,8 @@ from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.slurm import submit_array
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import home
-from maskvlm.study.analysis import root_of
 from maskvlm.study.definition import Study, read_study
-from maskvlm.study.page import write_page
-from maskvlm.study.runs import Ended, Runner, StudyRun, check_same_run, runs_of, step_of
+from maskvlm.study.runs import Ended, Runner, StudyRun, check_same_run, root_of, runs_of, step_of
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 STUDIES = "studies"
@@ -32,6 +31,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--submit", action="store_true", help="as a SLURM array, a run a task, --jobs of them at once")
     parser.add_argument("--run", type=int, metavar="N", help="only the N-th run of --list, as a task of the array does")
     options = parser.parse_args(arguments)
+    check_installed()
     check_least(1, {"--jobs": options.jobs})
     file = study_file(options.file)
     study = read_study(file)
@@ -55,10 +55,20 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             raise UserError("--run", f"there is no run {options.run}", f"Give 0 to {len(chosen) - 1}")
         os.execv(sys.executable, chosen[options.run].command)
     failed = make_runs(chosen, options.jobs)
+    from maskvlm.study.page import write_page  # with packages that only a study needs
+
     told = f"maskvlm study {options.file}"
     page = write_page(study, every, options.page or root, told)
     print(f"wrote {page} ({sum(run.finished for run in every)} of {len(every)} runs)", flush=True)
     return failed
+
+
+def check_installed() -> None:
+    """Before hours of runs. Raises UserError (69) where a package is missing that writes the page."""
+    missing = [name for name in ("pandas", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        todo = "Run `make study`, or pip install 'maskvlm[study]'"
+        raise UserError("study", f"{' and '.join(missing)} not installed", todo, ExitCode.UNAVAILABLE)
 
 
 def study_file(name: str) -> str:
