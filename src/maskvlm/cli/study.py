@@ -20,7 +20,7 @@ STUDIES = "studies"
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """StudyRun a study; arguments as in the shell."""
+    """Make a study; arguments as in the shell."""
     parser = OptionParser("maskvlm study", description="Make the runs of a study that are missing, and write its page.")
     parser.add_argument("file", metavar="FILE", help="a study (docs/studies.md), or its name in studies/")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine (1)")
