@@ -10,7 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import MASK, VOCAB, tokens
 
-from maskvlm.objectives.masking import PatchMask, Ratio, TokenMask, count_masked, mask_patches, mask_tokens
+from maskvlm.objectives.masking import (
+    DrawnBlocks,
+    DrawnTokens,
+    PatchMask,
+    RandomBlocks,
+    RandomTokens,
+    Ratio,
+    Texts,
+    TokenMask,
+    Vocabulary,
+    count_masked,
+    mask_patches,
+    mask_tokens,
+)
+from maskvlm.utils.errors import UserError
 
 ratios = st.integers(0, 100).map(lambda percent: percent / 100)
 captions = st.lists(st.lists(st.integers(5, VOCAB - 1), max_size=9), min_size=1, max_size=5)
@@ -116,6 +130,55 @@ def test_some_images_are_masked_as_a_whole(rows: int, ratio: float, seed: int) -
     assert torch.equal(found.mask_BN[~whole_B], usual.mask_BN[~whole_B])
     assert found.visible == usual.visible
     assert_positions(found.mask_BN, found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ratios, min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 2**31))
+def test_every_image_may_have_a_share_of_its_own(shares: list[float], block: int, seed: int) -> None:
+    """Which blocks follows from the same numbers as with one share for all."""
+    valid_B = torch.ones(len(shares), dtype=torch.bool)
+    ratio = Ratio(torch.tensor(shares)[:, None], max(shares), min(shares))
+    found = mask_patches(valid_B, (6, 6), block, ratio, Noise(seed))
+    assert_positions(found.mask_BN, found)
+    for row, share in enumerate(shares):
+        alone = mask_patches(valid_B, (6, 6), block, share, Noise(seed))
+        assert torch.equal(found.mask_BN[row], alone.mask_BN[row])
+    assert found.visible == int((~found.mask_BN).sum(1).max())
+
+
+def test_drawn_blocks_are_of_every_size_in_training_alone() -> None:
+    valid_B, masking = torch.ones(4000, dtype=torch.bool), DrawnBlocks(0.25, 0.75, 0.5, block=8)
+    masking.check(8)
+    measured = masking(valid_B, (4, 4), 8, Noise(), False).mask_BN
+    assert torch.equal(measured, RandomBlocks(0.5, 8)(valid_B, (4, 4), 8, Noise(), False).mask_BN)
+    found = masking(valid_B, (4, 4), 8, Noise(), True)
+    assert_positions(found.mask_BN, found)
+    count_S = torch.bincount(found.mask_BN.sum(1), minlength=17)
+    # shares from 4 to 12 of 16, evenly, rounded: half as many at both ends
+    assert count_S[4:13].sum() == 4000
+    expected = torch.tensor([250.0, *[500.0] * 7, 250.0])
+    assert ((count_S[4:13] - expected) ** 2 / expected).sum() < 26  # chi-square, eight degrees of freedom
+
+
+def test_drawn_tokens_are_of_every_size_in_training_alone() -> None:
+    parts = tokens([[5] * 8] * 4000)
+    texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"])
+    vocabulary, masking = Vocabulary(MASK, VOCAB, texts.token_CT.shape[1]), DrawnTokens(0.25, 0.75, 0.5)
+    measured = masking(texts, vocabulary, Noise())
+    assert torch.equal(measured.mask_CT, RandomTokens(0.5)(texts, vocabulary, Noise()).mask_CT)
+    found = masking(texts._replace(training=True), vocabulary, Noise())
+    assert_positions(found.mask_CT, found)
+    count_S = torch.bincount(found.mask_CT.sum(1), minlength=9)
+    expected = torch.tensor([500.0, 1000, 1000, 1000, 500])
+    assert count_S[2:7].sum() == 4000
+    assert ((count_S[2:7] - expected) ** 2 / expected).sum() < 18.5  # chi-square, four degrees of freedom
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4, 0.3), (-0.1, 0.4, 0.3), (0.1, 1.1, 0.3), (0.1, 0.4, 1.5)])
+def test_shares_out_of_order_are_refused(shares: tuple[float, float, float]) -> None:
+    for kind, key in ((DrawnBlocks, "image_masking"), (DrawnTokens, "text_masking")):
+        with pytest.raises(UserError, match=f"model.task.{key}: low .* are no shares in order"):
+            kind(*shares)
 
 
 def test_no_patch_at_ratio_zero_and_every_patch_at_ratio_one() -> None:

@@ -46,20 +46,32 @@ def count_masked(units: int, ratio: float) -> int:
     return 0 if ratio == 0 else min(units, max(1, int(share + np.float32(0.5))))
 
 
+def count_each(units: Tensor | int, share_C1: Tensor) -> Tensor:
+    """As `count_masked`, row by row and on the device: [C, 1], whole numbers as floats."""
+    return torch.maximum((units * share_C1 + 0.5).floor(), (share_C1 > 0).float())
+
+
 class Ratio(NamedTuple):
-    """Which share of each caption is masked. share_C1: [C, 1], 0 to 1. most: the largest there is."""
+    """Which share of each caption, or image, is masked. share_C1: [C, 1], 0 to 1. most, least: the largest and the
+    smallest there can be."""
 
     share_C1: Tensor
     most: float
+    least: float = 0.0
 
     @classmethod
     def drawn(cls, low: float, high: float, uniform_C: Tensor) -> "Ratio":
-        """Uniform between both, for each caption anew."""
-        return cls((low + (high - low) * uniform_C)[:, None], high)
+        """Uniform between both, for each row anew."""
+        return cls((low + (high - low) * uniform_C)[:, None], high, low)
 
 
 def mask_patches(
-    valid_B: Tensor, grid: tuple[int, int], block: int, ratio: float, uniform: Uniform, fully_masked: float = 0.0
+    valid_B: Tensor,
+    grid: tuple[int, int],
+    block: int,
+    ratio: float | Ratio,
+    uniform: Uniform,
+    fully_masked: float = 0.0,
 ) -> PatchMask:
     """Mask a share of square blocks of patches, uniform over blocks, fresh for each image (paper sec. 3, P).
 
@@ -68,22 +80,27 @@ def mask_patches(
         grid: rows and columns of patches.
         block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and lower
             edge are cut where the grid does not divide.
-        ratio: share of blocks, 0 to 1; the count is exact in every image.
+        ratio: share of blocks, 0 to 1, the same in all images or each image's own; the count is exact in every image.
         uniform: source of random numbers.
         fully_masked: probability that all of an image is masked in the place of that share.
     """
     # Rounded up: blocks of the last row and column may be cut.
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
-    count = count_masked(block_rows * block_cols, ratio)
+    units = block_rows * block_cols
+    least, most = (ratio.least, ratio.most) if isinstance(ratio, Ratio) else (ratio, ratio)
+    count = count_masked(units, most)
     # Before whole images are added, which only have fewer visible patches. Edge blocks are cut, so it is a bound.
-    visible = min((block_rows * block_cols - count) * block**2, grid[0] * grid[1])
-    noise = uniform(valid_B.shape[0], block_rows * block_cols)
+    visible = min((units - count_masked(units, least)) * block**2, grid[0] * grid[1])
+    noise = uniform(valid_B.shape[0], units)
     # argsort twice: each block's place in random order. The first `count` places are exactly so many blocks.
     rank = noise.argsort(dim=1).argsort(dim=1)
-    chosen_BU = rank < count
+    if isinstance(ratio, Ratio):
+        chosen_BU = rank < count_each(units, ratio.share_C1)
+    else:
+        chosen_BU = rank < count
     # Drawn only where wanted, so that all other draws stay the same without it.
     if fully_masked:
-        chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < fully_masked), block_rows * block_cols
+        chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < fully_masked), units
     block_mask = chosen_BU.unflatten(1, (block_rows, block_cols))
     # (B, block rows, block columns) -> (B, rows, columns) of patches
     mask = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid[0], : grid[1]]
@@ -132,9 +149,7 @@ def mask_tokens(
     if not isinstance(ratio, Ratio):
         ratio = Ratio(torch.full_like(units_C1, ratio, dtype=torch.float), ratio)
     # How many units of each text are masked, and which.
-    least_C1 = (ratio.share_C1 > 0).float()
-    masked_C1 = torch.maximum((units_C1 * ratio.share_C1 + 0.5).floor(), least_C1)  # as count_masked
-    masked_CU = (rank_CU < masked_C1) & exists_CU
+    masked_CU = (rank_CU < count_each(units_C1, ratio.share_C1)) & exists_CU
     # (C, U) -> (C, T): units back to tokens; the column of the specials is never masked.
     mask_CT = torch.cat([masked_CU, torch.zeros_like(masked_CU[:, :1])], 1).gather(1, unit_CT)
     shown_CT = torch.full_like(token_CT, mask_id)
@@ -165,12 +180,14 @@ class Vocabulary(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts to be masked, as in `Batch`; each stands `masks_per_text` times in a row, to be masked so many times."""
+    """Texts to be masked, as in `Batch`; each stands `masks_per_text` times in a row, to be masked so many times.
+    training: False in evaluation, where every checkpoint is asked the same."""
 
     token_CT: Tensor
     special_CT: Tensor
     word_CT: Tensor
     masks_per_text: int = 1
+    training: bool = False
 
 
 class ImageMasking(ABC):
@@ -223,6 +240,42 @@ class RandomBlocks(ImageMasking):
         return mask_patches(valid_B, grid, self.block // patch_size, self.ratio, uniform, whole)
 
 
+class DrawnBlocks(RandomBlocks):
+    """In training each image has a share of its own, drawn anew (masks of every size, as in masked diffusion, Austin et
+    al. 2021); in evaluation all have the same.
+
+    Args:
+        low, high: the share is drawn between these, 0 to 1.
+        measured: the share in evaluation.
+        block, whole: as in `RandomBlocks`.
+
+    Raises:
+        UserError: shares that are none, or in the wrong order.
+    """
+
+    def __init__(
+        self, low: float = 0.4, high: float = 0.95, measured: float = 0.6, block: int = 32, whole: float = 0.0
+    ) -> None:
+        super().__init__(measured, block, whole)
+        check_range("model.task.image_masking", low, high, measured)
+        self.low, self.high = low, high
+
+    def __call__(
+        self, valid_B: Tensor, grid: tuple[int, int], patch_size: int, uniform: Uniform, training: bool
+    ) -> PatchMask:
+        if not training:
+            return super().__call__(valid_B, grid, patch_size, uniform, training)
+        ratio = Ratio.drawn(self.low, self.high, uniform(len(valid_B)))
+        return mask_patches(valid_B, grid, self.block // patch_size, ratio, uniform, self.whole)
+
+
+def check_range(where: str, low: float, high: float, measured: float) -> None:
+    """Raises UserError where these are no shares, or in the wrong order."""
+    if not (0 <= low <= high <= 1 and 0 <= measured <= 1):
+        what = f"low {low}, high {high}, measured {measured} are no shares in order"
+        raise UserError(where, what, "Give 0 <= low <= high <= 1, and measured from 0 to 1")
+
+
 class TextMasking(ABC):
     """Which tokens of a text are masked."""
 
@@ -266,3 +319,25 @@ class RandomTokens(TextMasking):
         # Drawn for all rows; a draw of 0 stands for the lower share.
         first_C = torch.arange(rows, device=drawn_C.device) % masks_per_text == 0
         return Ratio.drawn(self.ratio, self.most, drawn_C.masked_fill(first_C, 0.0))
+
+
+class DrawnTokens(TextMasking):
+    """In training each masking of a text has a share of its own, drawn anew, as `DrawnBlocks` for images.
+
+    Args:
+        low, high: the share is drawn between these, 0 to 1.
+        measured: the share in evaluation.
+
+    Raises:
+        UserError: shares that are none, or in the wrong order.
+    """
+
+    def __init__(self, low: float = 0.15, high: float = 0.8, measured: float = 0.3) -> None:
+        check_range("model.task.text_masking", low, high, measured)
+        self.low, self.high, self.measured = low, high, measured
+
+    def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
+        ratio: float | Ratio = self.measured
+        if texts.training:
+            ratio = Ratio.drawn(self.low, self.high, uniform(len(texts.token_CT)))
+        return mask_tokens(*texts[:3], ratio, uniform, vocabulary.mask_id, vocabulary.size, vocabulary.length)

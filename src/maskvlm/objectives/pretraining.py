@@ -90,9 +90,9 @@ class MaskedPretraining(Task):
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
         losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
         image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block and
-            fully_masked_share).
+            fully_masked_share). `masking.DrawnBlocks`: each image has a share of its own.
         text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
-            keep_and_swap).
+            keep_and_swap). `masking.DrawnTokens`: each masking has a share of its own.
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
@@ -404,7 +404,7 @@ class MaskedPretraining(Task):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
             # (C, T) -> (C * masks_per_text, T), the maskings of a text side by side.
             token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(masks_per_text, 0) for part in parts)
-            rows = Texts(token_CT, special_CT, word_CT, masks_per_text)
+            rows = Texts(token_CT, special_CT, word_CT, masks_per_text, training)
             text = backbone.text
             token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
             check_mask(self.text_masking, token, TokenMask)
