@@ -109,9 +109,10 @@ def torch_attention(attention: Attention) -> nn.MultiheadAttention:
 def slow_cross(encoder: CrossEncoder, x_LD: Tensor, context_SD: Tensor) -> Tensor:
     """One pair without padding through a cross encoder, written out with torch's attention: [L, D]."""
     x = x_LD
+    place = torch.zeros_like(x) if encoder.pos_embed is None else encoder.pos_embed[0]
     for block in encoder.blocks:
         own, other = torch_attention(block.self_attention), torch_attention(block.cross_attention)
-        x = block.norms[0](x + own(x, x, x)[0])
-        x = block.norms[1](x + other(x, context_SD, context_SD)[0])
+        x = block.norms[0](x + own(x + place, x, x)[0])
+        x = block.norms[1](x + other(x + place, context_SD, context_SD)[0])
         x = block.norms[2](x + block.feed_forward[2](nn.functional.gelu(block.feed_forward[0](x))))
     return x

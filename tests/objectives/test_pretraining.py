@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both masked": {"mask_both": True},
     "pixels": {"pixel_loss": "squared", "pixel_norm": True, "image_mask_ratio": 0.3},
     "words": {"whole_word": True, "keep_and_swap": True, "text_mask_ratio": 0.6},
+    "a decoder that knows places": {"decoder_positions": True},
     "no contrast": {"weight_itc": 0.0},
     "all five": {"weight_words": 0.5},
     "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
@@ -732,6 +733,27 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
 def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(**settings)
+
+
+def test_the_decoder_knows_places_where_it_is_told_to() -> None:
+    """Off (the paper's), it paints every patch of the same features alike; no other part starts otherwise with it."""
+    tasks = []
+    for option in (False, True):
+        backbone = toy_backbone()
+        torch.manual_seed(3)
+        tasks.append(MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, decoder_positions=option))
+        tasks[-1].build(backbone)
+    plain, placed = tasks
+    assert plain.pixels.blocks.pos_embed is None
+    same = {name: torch.equal(part, placed.state_dict()[name]) for name, part in plain.state_dict().items()}
+    assert all(same.values()), same
+    assert placed.state_dict().keys() - same.keys() == {"pixels.blocks.pos_embed"}
+    generator = torch.Generator().manual_seed(0)
+    image_BLD = torch.randn(2, 1, 16, generator=generator).expand(2, 17, 16)
+    text_BTD = torch.randn(2, 5, 16, generator=generator)
+    for task, alike in ((plain, True), (placed, False)):
+        painted_BKP = task.pixels(image_BLD, text_BTD, torch.ones(2, 5, dtype=torch.bool), torch.tensor([[0, 7]] * 2))
+        assert torch.allclose(painted_BKP[:, 0], painted_BKP[:, 1], atol=1e-6) == alike
 
 
 # ---------------------------------------------------------------------- it learns

@@ -99,6 +99,8 @@ class MaskedPretraining(Task):
         pixel_loss: l1 (P), squared or smooth_l1.
         pixel_norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
         decoder_layers: blocks of the pixel decoder (3, P).
+        decoder_positions: the pixel decoder's queries know their places (false, P), see
+            `pretraining_losses.MaskedPixels`.
         contrast_dim: width of the contrast space (256, C).
         temperature: start value of the contrast temperature (0.07, C).
         rerank_k: candidates re-scored by matching when retrieval is measured (C; ALBEF: 128 to 256).
@@ -151,6 +153,7 @@ class MaskedPretraining(Task):
         losses: Sequence[PretrainingLoss] = (),
         image_masking: ImageMasking | None = None,
         text_masking: TextMasking | None = None,
+        decoder_positions: bool = False,
     ) -> None:
         super().__init__()
         _check_shares(
@@ -160,7 +163,7 @@ class MaskedPretraining(Task):
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
         # The losses and what they need to know.
         self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
-        self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers)
+        self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers, decoder_positions)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
         self.losses = self._order(paper, [WordsPresent(weight_words), *losses])

@@ -25,7 +25,7 @@ from maskvlm.model.heads import (
     normalise_patches,
     patchify,
 )
-from maskvlm.model.init import init_xavier
+from maskvlm.model.init import init_positions, init_xavier
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives import loss_functions as formulas
 from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, contrast_targets
@@ -312,21 +312,35 @@ class MaskedPixels(PretrainingLoss):
         kind: l1 (P), squared or smooth_l1.
         norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
         layers: blocks of the pixel decoder (3, P).
+        positions: the decoder's queries know their places (false, P), as `query_positions` of the backbone does for the
+            image cross encoder.
     """
 
     name, needs = "mim", frozenset({Need.MASKED_IMAGE})
     stuck_hint = "the mean colour: nothing is drawn; look at the learning rate and the pixel loss"
 
-    def __init__(self, weight: float = 1.0, kind: PixelLoss = "l1", norm: bool = False, layers: int = 3) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        kind: PixelLoss = "l1",
+        norm: bool = False,
+        layers: int = 3,
+        positions: bool = False,
+    ) -> None:
         super().__init__(weight)
         check_least(1, {"model.task.decoder_layers": layers})
-        self.kind, self.norm, self.layers = kind, norm, layers
+        self.kind, self.norm, self.layers, self.positions = kind, norm, layers, positions
         self.patch_size = 0  # known once it is built
         self.level: Tensor | None = None
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
         self.patch_size = backbone.image.patch_size
-        return {"pixels": PixelDecoder(backbone.new_cross(self.layers), backbone.width, 3 * self.patch_size**2)}
+        blocks = backbone.new_cross(self.layers, backbone.image.grid if self.positions else None)
+        return {"pixels": PixelDecoder(blocks, backbone.width, 3 * self.patch_size**2)}
+
+    def init_heads(self, heads: Any, backbone: MaskVLM) -> None:
+        if self.positions:
+            init_positions(heads.pixels.blocks.pos_embed, backbone.image.grid)
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         patch, first = step.masks.patch, self._images(step)
