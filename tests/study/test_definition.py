@@ -67,6 +67,16 @@ def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: p
     assert budget_in_steps(study, study.cell("all"), tmp_path) is None
 
 
+def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENCODERS_OF_THIS_TEST", "/here/encoders")
+    run = "pretrain encoders=${oc.env:ENCODERS_OF_THIS_TEST}"
+    study = read_study(written(tmp_path, STUDY | {"run": run}))
+    assert study.run == ("pretrain", "encoders=/here/encoders")
+    assert study.run_as_written == run
+
+
 def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> None:
     study = {**STUDY, "options": {}, "questions": []}
     with pytest.raises(UserError, match=r"flops_of: all: does not say how many steps it makes\. Give it data\.steps"):
@@ -80,6 +90,8 @@ def test_metrics_are_means_and_differences() -> None:
     # an error four times as large is one of ln 2 nats more, if errors are Gaussian
     assert Metric("x", ("c",), ("a",), gaussian=True).of(found) == pytest.approx(0.6931471805599453)
     assert str(Metric("x", ("d",)).of(found)) == "nan"
+    assert Metric("x", ("d",), otherwise=("a", "b")).of(found) == 5
+    assert Metric("x", ("c",), otherwise=("a",)).of(found) == 1
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,13 @@ BLOCK = Record(
 GAUSSIAN = "gaussian nats"
 METRIC = Record(
     {"mean": METRIC_NAMES},
-    {"minus": METRIC_NAMES, "lower": Flag(), "unit": Text(40), "as": OneOf(("difference", GAUSSIAN))},
+    {
+        "minus": METRIC_NAMES,
+        "otherwise": METRIC_NAMES,
+        "lower": Flag(),
+        "unit": Text(40),
+        "as": OneOf(("difference", GAUSSIAN)),
+    },
     ExitCode.USAGE,
 )
 SIDE = AnyOf((CELL, Listed(CELL, 20, 1)))
@@ -81,6 +87,7 @@ class Metric:
 
     Attributes:
         mean, minus: keys of metrics.json.
+        otherwise: in the place of `mean` for a run that does not measure it, such as contrast where nothing re-ranks.
         unit: such as "points" or "nats".
         lower: whether less is better.
         gaussian: both are squared errors. The value is how many nats a number is told better by `mean` than by `minus`
@@ -90,15 +97,17 @@ class Metric:
     name: str
     mean: tuple[str, ...]
     minus: tuple[str, ...] = ()
+    otherwise: tuple[str, ...] = ()
     unit: str = "points"
     lower: bool = False
     gaussian: bool = False
 
     def of(self, metrics: Mapping[str, float]) -> float:
         """Its value; not a number where the run does not measure it, as a run without that head."""
-        if any(metrics.get(key) is None for key in (*self.mean, *self.minus)):
+        mean = self.mean if all(metrics.get(key) is not None for key in self.mean) else self.otherwise
+        if not mean or any(metrics.get(key) is None for key in (*mean, *self.minus)):
             return float("nan")
-        value = sum(metrics[key] for key in self.mean) / len(self.mean)
+        value = sum(metrics[key] for key in mean) / len(mean)
         other = sum(metrics[key] for key in self.minus) / len(self.minus) if self.minus else 0.0
         return 0.5 * math.log(other / value) if self.gaussian else value - other
 
@@ -158,7 +167,7 @@ class Study:
     """A whole study.
 
     Attributes:
-        run: the words of the command of every run.
+        run: the words of the command of every run. run_as_written: before the environment is filled in, for the page.
         arms: name -> what it is, for people.
         columns: names of the metrics that the table shows.
     """
@@ -167,6 +176,7 @@ class Study:
     title: str
     about: str
     run: tuple[str, ...]
+    run_as_written: str
     arms: Mapping[str, str]
     cells: tuple[Cell, ...]
     metrics: Mapping[str, Metric]
@@ -194,7 +204,8 @@ def read_study(file: str) -> Study:
     # the checks of configuration files: a plain small file, UTF-8, YAML without tags
     if read_config_file(file) is None:
         raise UserError(file, "is empty", TODO)
-    told = SCHEMA.read(fill_environment(read_yaml(Path(file).read_text("utf-8-sig"), file), file), file, TODO)
+    written = read_yaml(Path(file).read_text("utf-8-sig"), file)
+    told = SCHEMA.read(fill_environment(written, file), file, TODO)
     arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(told, "arms", file)}
     for name in arms:
         if not NAME.fits(name):
@@ -209,7 +220,7 @@ def read_study(file: str) -> Study:
     for name in columns:
         _known(name, metrics, f"{file}: columns")
     return Study(
-        told["name"], told.get("title", told["name"]), told.get("about", ""), tuple(told["run"].split()),
+        told["name"], told.get("title", told["name"]), told.get("about", ""), tuple(told["run"].split()), written["run"],
         {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
     )  # fmt: skip
 
@@ -223,7 +234,8 @@ def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, An
 def _metric(name: str, told: Mapping[str, Any]) -> Metric:
     gaussian = told.get("as") == GAUSSIAN
     unit, lower = told.get("unit", "points"), told.get("lower", False)
-    return Metric(name, tuple(told["mean"]), tuple(told.get("minus", ())), unit, lower, gaussian)
+    minus, otherwise = (tuple(told.get(key, ())) for key in ("minus", "otherwise"))
+    return Metric(name, tuple(told["mean"]), minus, otherwise, unit, lower, gaussian)
 
 
 def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Iterator[Cell]:

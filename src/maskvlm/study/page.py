@@ -63,8 +63,8 @@ def text_of(
         f"# {study.title}", "", *([study.about.strip(), ""] if study.about.strip() else []),
         f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(study.cells)} cells, seeds "
         f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs). The command of every run begins "
-        f"`maskvlm {' '.join(study.run)}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
-        "Student's t over the seeds; draw_differences are paired by seed. A claim holds, or does not, where the whole "
+        f"`maskvlm {study.run_as_written}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
+        "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
         "interval says so.",
         "",
     ]  # fmt: skip
