@@ -1,4 +1,4 @@
-"""What a study's runs say: means with intervals, draw_differences paired by seed, a verdict on each claim."""
+"""What a study's runs say: means with intervals, differences paired by seed, a verdict on each claim."""
 
 import hashlib
 import json

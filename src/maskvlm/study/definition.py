@@ -220,7 +220,8 @@ def read_study(file: str) -> Study:
     for name in columns:
         _known(name, metrics, f"{file}: columns")
     return Study(
-        told["name"], told.get("title", told["name"]), told.get("about", ""), tuple(told["run"].split()), written["run"],
+        told["name"], told.get("title", told["name"]), told.get("about", ""),
+        tuple(told["run"].split()), written["run"],
         {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
     )  # fmt: skip
 

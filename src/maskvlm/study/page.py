@@ -136,7 +136,7 @@ def _cell(text: str) -> str:
 
 
 def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
-    """Left what every cell of a question reached, seed by seed with mean and interval; right the draw_differences."""
+    """Left what every cell of a question reached, seed by seed with mean and interval; right the differences."""
     question = each.question
     pairs = [one.comparison for one in each.compared] + ([question.more_than] if question.more_than else [])
     cells = list(dict.fromkeys(name for pair in pairs for name in pair))
