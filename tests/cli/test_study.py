@@ -1,16 +1,23 @@
 """`maskvlm study`: a study of two tiny runs, made, gone on with, listed, submitted, written up."""
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from maskvlm.cli.main import main
+from maskvlm.cli.study import unknown_keys
+from maskvlm.study.definition import Metric
 from maskvlm.utils.errors import ExitCode
+from maskvlm.utils.launch import STUDY as OF_STUDY
+from maskvlm.utils.lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -34,7 +41,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a study, in which its runs land."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    monkeypatch.delenv("MASKVLM_RUN_NAME", raising=False)
+    for name in ("MASKVLM_RUN_NAME", OF_STUDY, "MASKVLM_ALLOW_IMPORT"):
+        # set and deleted: what the command sets is gone after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     return tmp_path
 
@@ -85,21 +95,69 @@ def test_a_task_of_an_array_makes_its_run(plain: Path, monkeypatch: pytest.Monke
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", instead)
-    assert main(["study", "toy.yaml", "--run", "3"]) == 0
+    assert main(["study", "toy.yaml", "--task", "3"]) == 0
     assert made[0][:6] == (sys.executable, "-m", "maskvlm", "pretrain", "where=cpu", "--folder")
     assert made[0][6] == "checkpoints/toy/contrast-s1"
+    assert json.loads((plain / "checkpoints" / "toy" / "contrast-s1" / "study.json").read_text())["seed"] == 1
+    assert os.environ["MASKVLM_STUDY"] == "0"
 
 
 def test_a_study_is_an_array_of_jobs(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (plain / "toy.yaml").write_text((plain / "toy.yaml").read_text().replace("where=cpu", "where=slurm4x8"))
     monkeypatch.setenv("PATH", "/nowhere")
-    assert main(["study", "toy.yaml", "--submit", "--jobs", "2", "--only", "all"]) == 0
+    assert main(["study", "toy.yaml", "--submit", "--jobs", "2", "--only", "all", "--where", "gpu1"]) == 0
     assert "checkpoints/toy/job.sh: written; there is no sbatch here" in capsys.readouterr().out
     script = (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert "#SBATCH --array=0-1%2\n" in script
-    assert script.rstrip().endswith('-m maskvlm study toy.yaml --only all --run "$SLURM_ARRAY_TASK_ID"')
+    assert "#SBATCH --gpus-per-node=1\n" in script
+    assert script.rstrip().endswith('-m maskvlm study toy.yaml --only all --where gpu1 --task "$SLURM_ARRAY_TASK_ID"')
+
+
+def test_a_strangers_study_runs_no_code(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands in its options is not typed: a class of the working directory is not imported, here or in a run."""
+    (plain / "evil").mkdir()
+    (plain / "evil" / "__init__.py").write_text("open('marker', 'w')\n")
+    arms = {"a": {"options": {"model.task.image_masking": "evil.Masking"}}}
+    (plain / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"arms": arms, "grid": [{"arms": ["a"]}], "questions": []}))
+    assert main(["study", "toy.yaml"]) == ExitCode.REFUSED
+    error = capsys.readouterr().err
+    assert error.startswith("error: a: --model.task.image_masking: class evil.Masking")
+    assert "--allow-import evil" in error
+    assert not (plain / "marker").exists()
+    assert not (plain / "checkpoints" / "toy" / "a-s3").exists()
+    command = [sys.executable, "-m", "maskvlm", "pretrain", "--model.task.image_masking", "evil.Masking"]
+    done = subprocess.run(command, env=os.environ | {"MASKVLM_STUDY": "1"}, capture_output=True, text=True)
+    assert done.returncode == ExitCode.REFUSED, done.stderr
+    assert not (plain / "marker").exists()
+
+
+def test_a_wrong_option_of_any_arm_is_told_before_a_run(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"all": {}, "contrast": {"options": {"model.task.weight_mlmm": 0}}}
+    (plain / "toy.yaml").write_text(yaml.safe_dump(yaml.safe_load((plain / "toy.yaml").read_text()) | {"arms": arms}))
+    assert main(["study", "toy.yaml"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith("error: contrast: --model.task.weight_mlmm: unknown key (did you mean ")
+    assert not (plain / "checkpoints" / "toy" / "all-s0").exists()
+
+
+def test_two_studies_of_one_name_do_not_meet(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = RunLock()
+    lock.take(plain / "checkpoints" / "toy")
+    try:
+        assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE
+        assert "another process trains here" in capsys.readouterr().err
+    finally:
+        lock.release()
+
+
+def test_a_key_that_no_run_measures_is_told() -> None:
+    metric = Metric("R@1", ("retrieval/tr_r11",), otherwise=("mlm/accuracy",))
+    study = SimpleNamespace(metrics={"R@1": metric})
+    assert unknown_keys(study, {"retrieval/tr_r1": 1.0, "mlm/accuracy": 1.0}) == [  # type: ignore[arg-type]
+        "metric R@1: the first run has no retrieval/tr_r11 (did you mean retrieval/tr_r1?)"
+    ]
 
 
 def test_a_missing_package_is_told_before_any_run(
@@ -115,10 +173,10 @@ def test_a_missing_package_is_told_before_any_run(
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [
-        (["nothing"], "nothing: no such study. Give a YAML file, or one of claims", ExitCode.MISSING_INPUT),
+        (["nothing"], "nothing: no such study. Give a YAML file, or one of ", ExitCode.MISSING_INPUT),
         (["toy.yaml", "--only", "some"], "--only: there is no some. There are: all, contrast", ExitCode.USAGE),
-        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these", ExitCode.USAGE),
-        (["toy.yaml", "--run", "4"], "--run: there is no run 4. Give 0 to 3", ExitCode.USAGE),
+        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these. There are: 0, 1", ExitCode.USAGE),
+        (["toy.yaml", "--task", "4"], "--task: there is no run 4. Give 0 to 3", ExitCode.USAGE),
         (["toy.yaml", "--jobs", "0"], "--jobs", ExitCode.USAGE),
         ([], "FILE", ExitCode.USAGE),
     ],

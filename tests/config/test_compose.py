@@ -49,7 +49,10 @@ def test_vectors_of_a_set_by_its_name() -> None:
     assert found[:5] == ["embed", "--from", "x.ckpt", "--split", "train"]
     assert "conf/data/flickr8k.yaml" in found
     assert found[-1] == "--no-captions"
-    assert "--split" not in composed("embed from=x.ckpt")
+    assert found[5:7] == ["--out", "checkpoints/vectors-flickr8k-train"]
+    assert "--out" not in composed("embed from=x.ckpt --out x")[:6]
+    with pytest.raises(UserError, match="embed: --split: is a word of this command"):
+        composed("embed from=x.ckpt --split val")
 
 
 def test_without_a_word_the_built_in_world_is_learned() -> None:

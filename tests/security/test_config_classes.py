@@ -13,8 +13,7 @@ import yaml
 from guards import Build
 from jsonargparse import _common
 
-from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
-from maskvlm.cli.preview import source
+from maskvlm.cli.lightning import LightningCommand, Parsed, built_source, run_command
 from maskvlm.config.allowed_classes import LISTED, Verdicts, typed_names
 from maskvlm.config.given_options import given_places
 from maskvlm.config.parser import GROUPS, MODE, CommandParser, check_given
@@ -227,7 +226,7 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
     content = {"model": {"task": {"class_path": f"tasks.{name}.task.Counting"}}, "data": {"init_args": {"source": new}}}
     settings = fit(content).settings
     assert settings.model.task.class_path == f"tasks.{name}.task.Counting"
-    assert len(source(settings).split("train")) == 8
+    assert len(built_source(settings).split("train")) == 8
     for wrong in ("Tool", "make"):
         with pytest.raises(UserError, match=rf"task\.{wrong} is none that a file may name"):
             fit({"model": {"task": f"tasks.{name}.task.{wrong}"}})

@@ -32,7 +32,7 @@ def a_study(
                 place.mkdir(parents=True)
                 reached = values[cell.name][seed]
                 (place / "metrics.json").write_text(json.dumps({"a": reached - 1, "b": reached + 1, "c": None}))
-                (place / "card.json").write_text("{}")
+                (place / "versions.json").write_text('{"finished": {"step": 9}}')
     return study, runs
 
 
@@ -86,6 +86,7 @@ def test_at_least_so_much(tmp_path: Path) -> None:
     assert verdict_by(ahead, 2.8) == "holds"
     assert verdict_by(ahead, 3) == "undecided"
     assert verdict_by(ahead, 4) == "does not hold"
+    assert verdict_by(interval([3.0, 3.0]), 0) == "undecided"  # how much seeds differ is not known
 
 
 def test_one_lead_against_another(tmp_path: Path) -> None:
@@ -99,21 +100,31 @@ def test_one_lead_against_another(tmp_path: Path) -> None:
 def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     change = {"title": "A toy", "questions": [*STUDY["questions"], {**MORE, "metric": "R@1"}]}
     study, runs = a_study(
-        tmp_path, {"few": [10, 11, 12], "few@flops-of-all": [15, 17, 16], "all": [20, 21, 22]}, change
+        tmp_path, {"few": [10, 11, 12], "few@flops-of-all": [15, 17, 16], "all": [20, 21, 22.3]}, change
     )
     page = write_page(study, runs, tmp_path / "page", "maskvlm study toy").read_text()
     assert page.startswith("# A toy\n")
+    assert "; differences are paired by seed. A claim holds, or does not, where the whole interval says so; " in page
     assert "from 9 of 16 runs" in page
     assert "| few losses | 3 |  | 11.0 ± 2.5 |  |" in page
+    ahead = "+10.1 points (+9.67 to +10.5, 3 seeds)<br>+5.1 points (+2.24 to +7.96, 3 seeds)"
+    assert f"| 1 | More is better. | {ahead} | holds |" in page
+    assert "| 2 | It grows. | not measured | undecided |" in page
     assert (
-        "| 1 | More is better. | +10 points (+10 to +10, 3 seeds)<br>+5 points (+2.52 to +7.48, 3 seeds) | holds |"
+        "| all | few losses, with the operations of all | +5.1 points (+2.24 to +7.96, 3 seeds) | +5, +4, +6.3 |"
         in page
     )
-    assert "| 2 | It grows. | not run | undecided |" in page
-    assert "| all | few losses, with the operations of all | +5 points (+2.52 to +7.48, 3 seeds) | +5, +4, +6 |" in page
     for number in (1, 2):
         assert (tmp_path / "page" / f"question-{number}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(question-{number}.png)" in page
+
+
+def test_a_metric_may_be_called_as_a_key_or_a_fact(tmp_path: Path) -> None:
+    metrics = {"a": {"mean": ["a"], "minus": ["b"]}, "cell": {"mean": ["b"]}, "R@1": {"mean": ["a", "b"]}}
+    study, runs = a_study(tmp_path, {"few": [10, 11]}, {"metrics": metrics})
+    frame = frame_of(study, runs)
+    assert values_of(frame, "few", study.metrics["a"]).tolist() == [-2, -2]
+    assert values_of(frame, "few", study.metrics["cell"]).tolist() == [11, 12]
 
 
 def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:

@@ -83,6 +83,23 @@ def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> 
         runs_of(read_study(written(tmp_path, study)), tmp_path)
 
 
+def test_a_seed_is_made_once_and_the_machine_can_be_another(tmp_path: Path) -> None:
+    study = read_study(written(tmp_path, STUDY | {"seeds": [3, 1, 3]}), "gpu1")
+    assert study.cells[0].seeds == (3, 1)
+    assert study.run == ("pretrain", "where=gpu1", "model=tiny")
+    again = read_study(
+        written(tmp_path, STUDY | {"run": "pretrain where=cpu 'encoders=my folder' --model.lr 1"}), "gpu1"
+    )
+    assert again.run == ("pretrain", "where=gpu1", "encoders=my folder", "--model.lr", "1")
+
+
+def test_steps_that_are_no_number_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = read_study(written(tmp_path, STUDY | {"options": {"data.steps": 1e3}}))
+    with pytest.raises(UserError, match=r"flops_of: all: data\.steps is 1000\.0\. Give a whole number"):
+        runs_of(study, tmp_path)
+    assert len(runs_of(study, tmp_path, counted=False)) == 8
+
+
 def test_metrics_are_means_and_differences() -> None:
     found = {"a": 4.0, "b": 6.0, "c": 1.0}
     assert Metric("x", ("a", "b")).of(found) == 5
@@ -90,6 +107,7 @@ def test_metrics_are_means_and_differences() -> None:
     # an error four times as large is one of ln 2 nats more, if errors are Gaussian
     assert Metric("x", ("c",), ("a",), gaussian=True).of(found) == pytest.approx(0.6931471805599453)
     assert str(Metric("x", ("d",)).of(found)) == "nan"
+    assert str(Metric("x", ("c",), ("c",), gaussian=True).of({"c": 0.0})) == "nan"
     assert Metric("x", ("d",), otherwise=("a", "b")).of(found) == 5
     assert Metric("x", ("c",), otherwise=("a",)).of(found) == 1
 
@@ -101,17 +119,25 @@ def test_metrics_are_means_and_differences() -> None:
         ({"arms": {}}, "study.yaml: arms: expected names with values"),
         ({"arms": {"few": {"option": {}}, "all": None}}, "study.yaml: arms.few: the key 'option' is not known here"),
         ({"arms": {"few/er": None}}, "study.yaml: arms: 'few/er' is no name of a folder"),
-        ({"grid": [{"arms": ["fwe"]}]}, "study.yaml: grid: there is no fwe. There are: few, all"),
-        ({"grid": [{"arms": ["few", "few"]}]}, "study.yaml: grid: few is there twice"),
-        ({"grid": [{"arms": ["few"], "fraction": 2}]}, "study.yaml: grid: fraction: expected a number from 0 to 1"),
+        ({"grid": [{"arms": ["fwe"]}]}, "study.yaml: grid 1: there is no fwe. There are: few, all"),
+        ({"grid": [{"arms": ["few", "few"]}]}, "study.yaml: grid 1: few is there twice"),
+        ({"grid": [{"arms": ["few"], "fraction": 2}]}, "study.yaml: grid 1: fraction: expected a number from 0 to 1"),
         ({"metrics": {"R@1": {"mean": []}}}, "study.yaml: metrics.R@1: mean: expected a list of 1 to 20"),
         ({"columns": ["R@2"]}, "study.yaml: columns: there is no R@2. There are: R@1, told"),
         ({"seeds": []}, "study.yaml: seeds: expected a whole number"),
-        ({"questions": [{"claim": "x"}]}, "study.yaml: questions: the key better is missing"),
+        ({"questions": [{"claim": "x"}]}, "study.yaml: question 1: the key better is missing"),
         (
             {"questions": [{"claim": "x", "better": "all", "than": "none", "metric": "R@1"}]},
-            "study.yaml: questions: there is no none. There are: few, all, few@flops-of-all, all@0.25",
+            "study.yaml: question 1: there is no none. There are: few, all, few@flops-of-all, all@0.25",
         ),
+        ({"grid": [{"arms": ["few"], "fraction": 0}]}, "study.yaml: grid 1: no images are no training set"),
+        ({"run": "demo --host 0.0.0.0"}, "study.yaml: run: begins with no command of a study (pretrain, finetune)"),
+        ({"run": "pretrain --allow-import evil"}, "study.yaml: run: --allow-import is not for a study's file"),
+        ({"run": "pretrain run=x"}, "study.yaml: run: run is not for a study's file"),
+        ({"run": "pretrain 'x"}, "study.yaml: run: No closing quotation"),
+        ({"run": "finetune vqa from=x"}, "study.yaml: grid 2: flops_of counts the operations of pretrain alone"),
+        ({"arms": {8: None}}, "study.yaml: arms: expected a mapping"),
+        ({"metrics": {"R@1": {"mean": ["a"], "as": "gaussian nats"}}}, "metric R@1: as: gaussian nats compares two"),
         ({"run": "pretrain encoders=${oc.env:NOT_THERE_AT_ALL}"}, "Environment variable 'NOT_THERE_AT_ALL' not found"),
     ],
 )

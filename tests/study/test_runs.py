@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,10 +12,16 @@ from pathlib import Path
 import pytest
 
 from maskvlm.study.definition import Cell
-from maskvlm.study.runs import ABOUT, CARD, LOG, Runner, StudyRun, check_same_run, last_line, step_of
+from maskvlm.study.runs import ABOUT, LOG, Runner, StudyRun, check_same_run, last_line, step_of
 from maskvlm.utils.errors import ExitCode, UserError
 
-ENDS = "import pathlib, sys; pathlib.Path(sys.argv[1], 'card.json').write_text('{}'); print('done')"
+ENDS = """
+import pathlib, sys
+place = pathlib.Path(sys.argv[1])
+place.joinpath("metrics.json").write_text('{"a": 1.5}')
+place.joinpath("versions.json").write_text('{"finished": {"step": 3}}')
+print("done")
+"""
 FAILS = "import sys; print('error: no such thing', file=sys.stderr); sys.exit(66)"
 WAITS = """
 import pathlib, signal, sys, time
@@ -45,7 +52,8 @@ def test_runs_are_made_once(tmp_path: Path) -> None:
 def test_one_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     ended = list(Runner(1).make([run(tmp_path, FAILS, 0), run(tmp_path, ENDS, 1)]))
     assert [(each.code, each.said) for each in ended] == [(66, "error: no such thing"), (0, "done")]
-    assert not (tmp_path / "all-s0" / CARD).exists()
+    assert ended[0].why == "exit status 66: error: no such thing"
+    assert not run(tmp_path, FAILS).finished
     # made again, its time is added to what it took before
     before = run(tmp_path, FAILS, 0).seconds
     (again,) = Runner(1).make([run(tmp_path, FAILS, 0)])
@@ -59,7 +67,7 @@ def test_each_has_its_part_of_the_cores(tmp_path: Path, monkeypatch: pytest.Monk
     assert {each.said for each in Runner(3).make([run(tmp_path, tells, seed) for seed in range(3)])} == {"2"}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum: int) -> None:
     runs = [run(tmp_path, WAITS, seed) for seed in range(3)]
 
@@ -72,7 +80,7 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
     before = signal.getsignal(signum)
     runner = Runner(2)
     ended = list(runner.make(runs))
-    assert [(each.code, each.said) for each in ended] == [(75, "saved")] * 2
+    assert [(each.code, each.said, each.why) for each in ended] == [(75, "saved", "stopped and saved")] * 2
     assert runner.stopping.is_set()
     assert not runs[2].folder.exists()
     assert signal.getsignal(signum) == before
@@ -98,3 +106,67 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     assert step_of(one) == 0
     (one.folder / LOG).write_bytes(b"first\nlast \x1b[31m\xff\n\n")
     assert last_line(one.folder / LOG) == "last  [31m\ufffd"
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from maskvlm.study.runs import Runner, StudyRun
+from maskvlm.study.definition import Cell
+code = {code!r}
+run = StudyRun(Cell("all", 1.0, "", (), (0,)), 0, Path("all-s0"), (sys.executable, "-c", code, "all-s0"))
+list(Runner(1).make([run]))
+"""
+CHILD = (
+    "import sys; sys.path[:0] = {path!r}; from maskvlm.utils.launch import end_with_study; end_with_study()\n" + WAITS
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_the_runs_of_a_study_that_is_killed_save_and_end(tmp_path: Path) -> None:
+    """Else they would train on, and the study, begun again, would find their folders taken."""
+    path = [str(Path(__file__).resolve().parents[2] / "src")]
+    code = KILLED.format(path=path, code=CHILD.format(path=path))
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    until = time.monotonic() + 60
+    while not (tmp_path / "all-s0" / "waits").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    study.kill()
+    study.wait()
+    while "saved" not in (tmp_path / "all-s0" / LOG).read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert "saved" in (tmp_path / "all-s0" / LOG).read_text()
+
+
+def test_what_a_run_may_import_is_what_the_study_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKVLM_ALLOW_IMPORT", "acme")
+    tells = "import os; print(os.environ['MASKVLM_ALLOW_IMPORT'], os.environ['MASKVLM_STUDY'])"
+    (ended,) = Runner(1, ["kiwi", "acme"]).make([run(tmp_path, tells)])
+    assert ended.said == f"acme,kiwi {os.getpid()}"
+
+
+def test_a_run_that_was_killed_says_by_what(tmp_path: Path) -> None:
+    kills = "import os; os.kill(os.getpid(), 9)"
+    (ended,) = Runner(1).make([run(tmp_path, kills)])
+    assert (ended.code, ended.why) == (-9, "ended by SIGKILL")
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '{"a"'])
+def test_files_that_cannot_be_read_cost_no_page(tmp_path: Path, text: str) -> None:
+    one = run(tmp_path, ENDS)
+    list(Runner(1).make([one]))
+    (one.folder / ABOUT).write_text(text)
+    assert one.finished
+    assert one.seconds is None
+    check_same_run(one)
+    (one.folder / "metrics.json").write_text(text)
+    assert not one.finished
+    assert one.metrics is None
+
+
+def test_another_machine_is_no_other_run(tmp_path: Path) -> None:
+    one = run(tmp_path, ENDS)
+    moved = one._replace(command=(*one.command[:3], "where=gpu1", *one.command[3:]))
+    list(Runner(1).make([one]))
+    check_same_run(moved)

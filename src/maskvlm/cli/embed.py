@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from maskvlm.cli.lightning import Parsed, run_command
-from maskvlm.cli.preview import source
+from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.config.arguments import OptionParser
 from maskvlm.data.batch import Source
 from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -48,7 +47,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     check_least(1, {"shard": options.shard})
     # Parsed as `fit` would read them; nothing is built yet.
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
-    reader, chosen = source(settings), settings.data.init_args.source
+    reader, chosen = built_source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):
         todo = "Name a set of images with captions (-c conf/data/NAME.yaml)"
         raise UserError("data.source", f"{chosen.class_path} has no captions of images", todo)

@@ -7,7 +7,7 @@ Every class path in a file is a plug-in: its base class is the whole registry.
 import json
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,8 @@ from maskvlm.config.given_options import options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
 from maskvlm.config.safe_yaml import cut
+from maskvlm.data.batch import Source
+from maskvlm.data.examples import ExampleSource
 from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of
 from maskvlm.training.attempts import attempted
 from maskvlm.training.checkpointing import LAST, check_finite
@@ -353,6 +355,13 @@ def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterab
         raise explain_message(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
 
 
+def built_source(settings: Namespace) -> Any:
+    """The configured data set's reader, without model or trainer."""
+    parser = CommandParser(parser_mode=MODE)
+    parser.add_subclass_arguments((Source, ExampleSource), "source")
+    return parser.instantiate(parser.parse_object({"source": settings.data.init_args.source})).source
+
+
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`fit`, `validate` or `test`; arguments begin with that."""
     run_command(LightningCommand, arguments, allowed)
@@ -371,17 +380,22 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
     whole = list(arguments)
     with tempfile.TemporaryDirectory() as folder:
         start = None if not starts or starts[-1] in ("", "null") else checked_spec_of(starts[-1])
-        if "--task_from" in whole[:-1]:
-            at = whole.index("--task_from")
-            asked = whole[at + 1]
+        while (at := _place_of(whole)) is not None:
+            asked, length = (whole[at].partition("=")[2], 1) if "=" in whole[at] else (whole[at + 1], 2)
             told = start if start is not None and asked == starts[-1] else checked_spec_of(asked)
             task = pretraining_task_of(told, asked, allowed)
             # JSON: a class path or a text such as "no" comes back as it was written
-            whole[at : at + 2] = ["-c", _file_of(Path(folder, "task.yaml"), json.dumps({"model": {"task": task}}))]
+            whole[at : at + length] = ["-c", _file_of(Path(folder, "task.yaml"), json.dumps({"model": {"task": task}}))]
         if start is not None:
             # Of all that the checkpoint says only its backbone comes through, checked.
             whole[1:1] = ["-c", _file_of(Path(folder, "model.yaml"), backbone_yaml(start))]
         yield whole, start
+
+
+def _place_of(arguments: Sequence[str]) -> int | None:
+    """Of `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`."""
+    found = (at for at, word in enumerate(arguments) if word.partition("=")[0] == "--task_from")
+    return next((at for at in found if "=" in arguments[at] or at + 1 < len(arguments)), None)
 
 
 def _file_of(path: Path, text: str) -> str:
@@ -401,10 +415,10 @@ def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]
         return
     now = task.init_args.as_dict()
     for name in ("image_masking", "text_masking", "losses"):
-        was, here = (_class_paths(told.get(name)) for told in (before, now))
-        if was != here:
-            todo = "--task_from CHECKPOINT takes the checkpoint's whole task"
-            yield f"model.task.{name}: {here or 'the default'}; the checkpoint's was {was or 'the default'} ({todo})"
+        if (before.get(name) or None) != (now.get(name) or None):
+            was, here = (_class_paths(told.get(name)) or "the default" for told in (before, now))
+            other = f"the checkpoint's was {was}" if was != here else "the checkpoint's has other settings"
+            yield f"model.task.{name}: {here}; {other} (--task_from CHECKPOINT takes the checkpoint's whole task)"
 
 
 def _class_paths(part: Any) -> str:

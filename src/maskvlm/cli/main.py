@@ -18,7 +18,7 @@ from maskvlm.config.safe_yaml import cut
 from maskvlm.training.failure import EARLIER, failed_first, process_rank, report
 from maskvlm.training.peers import leave
 from maskvlm.utils.errors import ExitCode, UserError
-from maskvlm.utils.launch import Finished, Stopped, leave_after_parent, requeue
+from maskvlm.utils.launch import STUDY, Finished, Stopped, end_with_study, leave_after_parent, requeue
 
 CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*")
 """The path of a class, as somebody types it."""
@@ -36,6 +36,7 @@ def end_of(argv: list[str] | None) -> int:
     """Whatever ends a command, as an exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
+    end_with_study()
     try:
         options, arguments = common(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -62,7 +63,8 @@ def end_of(argv: list[str] | None) -> int:
             # Tasks of the working directory only to train and for data: a model's folder may be a stranger's.
             find_tasks(command.group in (LEARN, DATA, LIGHTNING) or "tasks" in allowed)
             # Of the working directory only packages that the command line itself names.
-            find_packages([*allowed, *filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))])
+            named = filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))
+            find_packages([*allowed, *(named if STUDY not in os.environ else ())])
             done = COMMANDS[name].run(rest, allowed)
         # TASK.TOOL; a path has a slash.
         elif "." in name and "/" not in name:

@@ -100,7 +100,7 @@ def batch_script(
     if not str(devices).isdigit():
         what = f"a batch job needs a number of devices a node, not {devices}"
         raise UserError("trainer.devices", what, "Choose where=slurm4x8 or give --trainer.devices 8")
-    task = ' --run "$SLURM_ARRAY_TASK_ID"' if array else ""
+    task = ' --task "$SLURM_ARRAY_TASK_ID"' if array else ""
     allow = [word for name in allowed for word in ("--allow-import", name)]
     return SCRIPT.format(
         name=Path(settings.run).name,

@@ -3,18 +3,21 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from maskvlm.cli.commands import COMMANDS
-from maskvlm.cli.slurm import submit_array
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import home
+from maskvlm.config.given_options import nearest
 from maskvlm.study.definition import Study, read_study
-from maskvlm.study.runs import Ended, Runner, StudyRun, check_same_run, root_of, runs_of, step_of
 from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.launch import STUDY as OF_STUDY
+
+if TYPE_CHECKING:
+    from maskvlm.study.runs import Ended, StudyRun
 
 STUDIES = "studies"
 
@@ -26,39 +29,62 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine (1)")
     parser.add_argument("--only", nargs="+", default=[], metavar="CELL", help="only the runs of these cells")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only the runs of these seeds")
+    parser.add_argument("--where", help="the machine, in the place of the study's own where=")
     parser.add_argument("--page", type=Path, help="folder of the page (checkpoints/NAME)")
-    parser.add_argument("--list", action="store_true", help="list the runs and their commands, and make none")
+    parser.add_argument("--list", action="store_true", help="list the runs and how far each is, and make none")
     parser.add_argument("--submit", action="store_true", help="as a SLURM array, a run a task, --jobs of them at once")
-    parser.add_argument("--run", type=int, metavar="N", help="only the N-th run of --list, as a task of the array does")
+    parser.add_argument(
+        "--task", type=int, metavar="N", help="only the N-th run of --list, as a task of the array does"
+    )
     options = parser.parse_args(arguments)
-    check_installed()
     check_least(1, {"--jobs": options.jobs})
-    file = study_file(options.file)
-    study = read_study(file)
+    check_installed()
+    study = read_study(study_file(options.file), options.where)
+    # From here on with torch: what is wrong with the file has been said.
+    from maskvlm.study.runs import check_same_run, of_study, root_of, runs_of, step_of
+
     root = root_of(study)
-    every = runs_of(study, root)
+    every = runs_of(study, root, counted=not options.list)
     chosen = chosen_runs(study, every, options.only, options.seeds)
-    for run in every:
-        check_same_run(run)
     if options.list:
         for number, run in enumerate(chosen):
-            print(f"{number}  {'finished' if run.finished else f'step {step_of(run)}'}  {' '.join(run.command[2:])}")
+            steps = (
+                "" if not run.cell.flops_of else f"  (and as many steps as cost the operations of {run.cell.flops_of})"
+            )
+            state = "finished" if run.finished else f"step {step_of(run)}"
+            print(f"{number}  {state}  {' '.join(run.command[2:])}{steps}")
         return ExitCode.DONE
+    for run in every:
+        check_same_run(run)
+    if options.task is not None:
+        if not 0 <= options.task < len(chosen):
+            raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
+        run = chosen[options.task]
+        run.note(run.seconds or 0.0)
+        os.environ |= of_study(allowed, 0)
+        os.execv(sys.executable, run.command)
+    os.environ[OF_STUDY] = "0"  # options of a file are not typed: nor are they when they are checked here
+    check_cells(chosen, allowed)
     if options.submit:
-        words = ["study", file, *_again(options.only, "--only"), *_again(options.seeds, "--seeds")]
-        name, *rest = chosen[0].command[3:]
-        fit = COMMANDS[name].full(rest)
-        print(submit_array(root, fit, words, len(chosen), options.jobs, allowed), flush=True)
-        return ExitCode.DONE
-    if options.run is not None:
-        if not 0 <= options.run < len(chosen):
-            raise UserError("--run", f"there is no run {options.run}", f"Give 0 to {len(chosen) - 1}")
-        os.execv(sys.executable, chosen[options.run].command)
-    failed = make_runs(chosen, options.jobs)
-    from maskvlm.study.page import write_page  # with packages that only a study needs
+        words = ["study", options.file, *_again(options.only, "--only"), *_again(options.seeds, "--seeds")]
+        words += ["--where", options.where] if options.where else []
+        from maskvlm.cli.slurm import submit_array
 
-    told = f"maskvlm study {options.file}"
-    page = write_page(study, every, options.page or root, told)
+        print(
+            submit_array(root, composed_run(chosen[0].command), words, len(chosen), options.jobs, allowed), flush=True
+        )
+        return ExitCode.DONE
+    from maskvlm.utils.lock import RunLock
+
+    lock = RunLock()
+    lock.take(root)
+    try:
+        failed = make_runs(study, chosen, options.jobs, allowed)
+        from maskvlm.study.page import write_page  # with packages that only a study needs
+
+        page = write_page(study, every, options.page or root, f"maskvlm study {options.file}")
+    finally:
+        lock.release()
     print(f"wrote {page} ({sum(run.finished for run in every)} of {len(every)} runs)", flush=True)
     return failed
 
@@ -85,7 +111,9 @@ def study_file(name: str) -> str:
     raise UserError(name, "no such study", f"Give a YAML file, or one of {known}", ExitCode.MISSING_INPUT)
 
 
-def chosen_runs(study: Study, runs: Sequence[StudyRun], cells: Sequence[str], seeds: Sequence[int]) -> list[StudyRun]:
+def chosen_runs(
+    study: Study, runs: Sequence["StudyRun"], cells: Sequence[str], seeds: Sequence[int]
+) -> list["StudyRun"]:
     """Those of these cells and seeds; empty: all.
 
     Raises:
@@ -97,34 +125,78 @@ def chosen_runs(study: Study, runs: Sequence[StudyRun], cells: Sequence[str], se
             raise UserError("--only", f"there is no {name}", f"There are: {', '.join(names)}")
     found = [run for run in runs if (not cells or run.cell.name in cells) and (not seeds or run.seed in seeds)]
     if not found:
-        raise UserError("--seeds", "no run has these", "Give seeds of the study")
+        known = ", ".join(map(str, sorted({run.seed for run in runs})))
+        raise UserError("--seeds", "no run has these", f"There are: {known}")
     return found
 
 
-def make_runs(runs: Sequence[StudyRun], jobs: int) -> int:
+def composed_run(command: Sequence[str]) -> list[str]:
+    """The command of a run as subcommand, files and options."""
+    from maskvlm.cli.commands import COMMANDS
+
+    name, *rest = command[3:]
+    return COMMANDS[name].full(rest)
+
+
+def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
+    """Parse one command of each cell that has runs to make: a wrong option of the last arm is told before the first has
+    trained.
+
+    Raises:
+        UserError: what is wrong, with the cell.
+    """
+    from maskvlm.cli.lightning import Parsed, run_command
+
+    for run in {run.cell.name: run for run in runs if not run.finished}.values():
+        try:
+            run_command(Parsed, composed_run(run.command), allowed)
+        except UserError as error:
+            raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error
+
+
+def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list[str]) -> int:
     """Make what is missing, with a line for each run that ends; returns the exit status of the first that failed."""
+    from maskvlm.study.runs import Runner
+
     console = Console()
     missing = [run for run in runs if not run.finished]
     console.print(f"{len(runs)} runs, {len(missing)} to make, {jobs} at once", highlight=False)
-    worst, spent = 0, 0.0
-    runner = Runner(jobs)
+    worst, spent, told = 0, 0.0, False
+    runner = Runner(jobs, allowed)
     for done, ended in enumerate(runner.make(missing), 1):
         spent += ended.seconds
         console.print(line_of(ended, done, len(missing), spent, jobs), highlight=False, markup=False, soft_wrap=True)
-        worst = worst or ended.code
+        worst = worst or (ended.code if ended.code >= 0 else 128 - ended.code)
+        if not told and (metrics := ended.run.metrics):
+            told = True
+            for line in unknown_keys(study, metrics):
+                print(f"warning: {line}", file=sys.stderr, flush=True)
     if runner.stopping.is_set():
         console.print("stopped; the same command goes on", highlight=False)
         return ExitCode.REQUEUE
     return worst
 
 
-def line_of(ended: Ended, done: int, count: int, spent: float, jobs: int) -> str:
-    """`[3/40] all-s1: 11.2 min, 4.1 h left`, or how it failed."""
-    run, minutes = ended.run, ended.seconds / 60
-    if ended.code:
-        return f"[{done}/{count}] {run.name}: exit status {ended.code} after {minutes:.1f} min: {ended.said}"
-    hours = spent / done * (count - done) / jobs / 3600
-    return f"[{done}/{count}] {run.name}: {minutes:.1f} min; about {hours:.1f} h left"
+def unknown_keys(study: Study, metrics: Mapping[str, float]) -> list[str]:
+    """A line for each key of the study's metrics that a run has not measured; it may be of a head that others have."""
+    lines = []
+    for metric in study.metrics.values():
+        for key in (*metric.mean, *metric.minus, *metric.otherwise):
+            if key not in metrics:
+                near = nearest(key, metrics, 0.8)
+                lines.append(
+                    f"metric {metric.name}: the first run has no {key}" + (f" (did you mean {near}?)" if near else "")
+                )
+    return lines
+
+
+def line_of(ended: "Ended", done: int, count: int, spent: float, jobs: int) -> str:
+    """`[3/40] all-s1: 11.2 min; about 4.1 h left`, or how it failed."""
+    told = f"[{done}/{count}] {ended.run.name}: {ended.seconds / 60:.1f} min"
+    if ended.why:
+        return f"{told}, {ended.why}"
+    left = spent / done * (count - done) / jobs
+    return f"{told}; about {left / 3600:.1f} h left" if left >= 3600 else f"{told}; about {left / 60:.0f} min left"
 
 
 def _again(values: Sequence[object], option: str) -> list[str]:

@@ -6,6 +6,7 @@ the command line, that very path; what lies under a name given with --allow-impo
 
 import importlib
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 from maskvlm.config.given_options import options
 from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.utils.errors import UserError
+from maskvlm.utils.launch import STUDY
 
 OWN = ("maskvlm", "tasks")
 KINDS = {
@@ -151,8 +153,11 @@ def _place_of(error: Exception) -> str:
 
 
 def typed_names(arguments: list[str]) -> set[str]:
-    """Dotted paths and bare names in the values of options, also inside of YAML and JSON."""
+    """Dotted paths and bare names in the values of options, also inside of YAML and JSON. None in a run of a study:
+    nobody has typed what stands in a study's file."""
     names: set[str] = set()
+    if STUDY in os.environ:
+        return names
     for option in options(arguments):
         if option.key in NO_CLASSES or not option.value:
             continue

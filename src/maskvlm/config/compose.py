@@ -373,8 +373,12 @@ def embed_command(words: CommandWords) -> Composed:
     """`embed data=coco from=checkpoints/RUN/best.ckpt split=train`: the vectors of a split."""
     if not words.get("from"):
         raise no_start()
-    part = ["--split", split(words, ("train", *SPLITS))] if "split" in words.given else []
-    return ["embed", "--from", words.get("from"), *part, *data_alone(words), *words.options]
+    part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
+    given = {option.partition("=")[0] for option in words.options}
+    if "--split" in given:
+        raise UserError("embed: --split", "is a word of this command", "Write split=train, split=val or split=test")
+    out = [] if "--out" in given else ["--out", f"checkpoints/vectors-{data}-{part}"]
+    return ["embed", "--from", words.get("from"), "--split", part, *out, *data_alone(words), *words.options]
 
 
 def data_alone(words: CommandWords) -> list[str]:

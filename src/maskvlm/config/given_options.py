@@ -42,7 +42,7 @@ def read_config_file(name: str) -> yaml.MappingNode | None:
     # nodes rather than values: they know their lines
     root = check_yaml(config_text(name), name)
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{name}:1", "holds no `key: value` lines", "Start it with a key such as trainer:")
+        raise UserError(f"{name}:1", "holds no `key: value` lines", "Begin it with a key")
     if root is not None:
         check_names(root, name)
     return root

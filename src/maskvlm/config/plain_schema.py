@@ -76,7 +76,8 @@ class Text:
     pattern: str | None = None
 
     def says(self) -> str:
-        return f"a text of at most {self.most:,} characters"
+        form = "" if self.pattern is None else f" of the form {self.pattern}"
+        return f"a text of at most {self.most:,} characters{form}"
 
     def fits(self, value: Any) -> bool:
         if type(value) is not str or len(value) > self.most:

@@ -1,7 +1,7 @@
 """The losses of pre-training as parts: each says its name, its heads, what it needs, its value and its chance level.
 A loss of your own is a class of `PretrainingLoss` and a line of YAML under `model.task.losses`.
 
-The formulas are in `formulas.py`. Shapes: B pairs of this process, C captions, L image positions, T tokens,
+The formulas are in `loss_functions.py`. Shapes: B pairs of this process, C captions, L image positions, T tokens,
 K masked positions, M matching pairs, P values of a patch, V vocabulary, D width.
 """
 

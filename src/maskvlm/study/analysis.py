@@ -1,7 +1,6 @@
 """What a study's runs say: means with intervals, differences paired by seed, a verdict on each claim."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -10,9 +9,11 @@ import pandas as pd
 from scipy import stats
 
 from maskvlm.study.definition import Claim, Comparison, Metric, Study
-from maskvlm.study.runs import StudyRun
+from maskvlm.study.runs import METRICS, StudyRun
 
 CONFIDENCE = 0.95
+OF_STUDY = "study: "
+"""Before the names of a study's own metrics in `runs.csv`; the others are keys of metrics.json."""
 Verdict = Literal["holds", "does not hold", "undecided"]
 
 
@@ -50,16 +51,17 @@ def frame_of(study: Study, runs: Sequence[StudyRun]) -> pd.DataFrame:
     """One row for each finished run: what it was, what it took, every metric of its metrics.json, and the study's."""
     rows = []
     for run in runs:
-        if not run.finished:
+        metrics = run.metrics
+        if metrics is None:
             continue
-        content = (run.folder / "metrics.json").read_bytes()
-        metrics = json.loads(content)
+        content = (run.folder / METRICS).read_bytes()
         facts = {
             "run": run.name, "cell": run.cell.name, "arm": run.cell.arm, "fraction": run.cell.fraction,
             "seed": run.seed, "hours": (run.seconds or float("nan")) / 3600,
             "metrics_sha256": hashlib.sha256(content).hexdigest(),
         }  # fmt: skip
-        rows.append(facts | {name: metric.of(metrics) for name, metric in study.metrics.items()} | metrics)
+        # Prefixed: a study may call a metric by the name of a key, or of a fact.
+        rows.append(facts | {OF_STUDY + name: metric.of(metrics) for name, metric in study.metrics.items()} | metrics)
     return pd.DataFrame(rows)
 
 
@@ -80,7 +82,7 @@ def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[floa
     """Of the runs of a cell: seed -> value."""
     if frame.empty:
         return pd.Series(dtype=float)
-    found = frame[frame["cell"] == cell].set_index("seed")[metric.name]
+    found = frame[frame["cell"] == cell].set_index("seed")[OF_STUDY + metric.name]
     return found.dropna().astype(float)
 
 
@@ -107,7 +109,10 @@ def answer(frame: pd.DataFrame, question: Claim) -> Answer:
 
 
 def verdict_by(ahead: Interval, by: float) -> Verdict:
-    """holds: the whole interval is above `by`; does not hold: it is below; undecided: it has both, or there is none."""
+    """holds: the whole interval is above `by`; does not hold: it is below; undecided: it has both, or there is none, as
+    of seeds that differ by nothing at all, whose spread is not known."""
+    if ahead.low == ahead.high:
+        return "undecided"
     if ahead.low > by:
         return "holds"
     return "does not hold" if ahead.high < by else "undecided"

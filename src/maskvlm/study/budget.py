@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maskvlm.study.definition import Cell, Study
 from maskvlm.training.run_record import write_json
-from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.errors import UserError
 
 FLOPS = "flops.json"
 STEPS = "data.steps"
@@ -31,6 +31,8 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
     if other is None or asked is None:
         todo = f"Give it {STEPS}, and a place in the grid without flops_of"
         raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
+    if not asked.isdigit():
+        raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {asked}", "Give a whole number")
     return max(1, round(int(asked) * flops_of(study, other, folder) / flops_of(study, cell, folder)))
 
 
@@ -52,10 +54,11 @@ def flops_of(study: Study, cell: Cell, folder: Path) -> int:
 
 
 def _counted(words: Sequence[str]) -> int:
+    print(f"counting the operations of a step: {' '.join(words)}", flush=True)
     command = [sys.executable, "-m", "maskvlm", "bench", *words, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError("maskvlm bench", last, f"Mend {' '.join(words)}", ExitCode(2))
+        raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Mend that")
     flops: int = json.loads(done.stdout.strip().splitlines()[-1])["flops"]
     return flops

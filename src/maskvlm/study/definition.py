@@ -29,6 +29,7 @@ once for each seed.
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ from maskvlm.config.plain_schema import AnyOf, Entries, Flag, Listed, OneOf, Rea
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
 
+COMMANDS = ("pretrain", "finetune")
+"""What a run of a study may be."""
+NOT_IN_FILES = ("--allow-import", "--debug", "--folder", "--run", "--print_config")
+"""Options that only who starts a study gives."""
 NAME = Text(60, r"[a-z0-9]+([._+-][a-z0-9]+)*")
 CELL = Text(200, r"[a-z0-9._+-]+(@[a-z0-9._+-]+)*")
 SENTENCE = Text(500)
@@ -46,7 +51,10 @@ SEEDS = AnyOf((Whole(1, 1000), Listed(Whole(0, 2**32 - 1), 1000, 1)))
 OPTIONS = maybe(Entries(Tree()))
 METRIC_NAMES = Listed(Text(100), 20, 1)
 SCHEMA = Record(
-    {"name": NAME, "run": Text(1000), "arms": Tree(), "metrics": Tree(), "questions": Listed(Tree(), 200, 0)},
+    {
+        "name": NAME, "run": Text(1000), "arms": Entries(maybe(Tree())), "metrics": Entries(Tree()),
+        "questions": Listed(Tree(), 200, 0),
+    },
     {
         "title": SENTENCE, "about": Text(5000), "options": OPTIONS, "seeds": SEEDS,
         "grid": Listed(Tree(), 200, 1), "columns": Listed(SENTENCE, 50),
@@ -109,7 +117,9 @@ class Metric:
             return float("nan")
         value = sum(metrics[key] for key in mean) / len(mean)
         other = sum(metrics[key] for key in self.minus) / len(self.minus) if self.minus else 0.0
-        return 0.5 * math.log(other / value) if self.gaussian else value - other
+        if not self.gaussian:
+            return value - other
+        return 0.5 * math.log(other / value) if value > 0 and other > 0 else float("nan")
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Cell:
     @property
     def name(self) -> str:
         """`all`, `all@0.25`, `contrast@flops-of-all`."""
-        part = f"@{self.fraction:g}" if self.fraction < 1 else ""
+        part = f"@{self.fraction}" if self.fraction < 1 else ""
         return f"{self.arm}{part}{f'@flops-of-{self.flops_of}' if self.flops_of else ''}"
 
 
@@ -195,8 +205,11 @@ class Study:
         return ", ".join(words)
 
 
-def read_study(file: str) -> Study:
+def read_study(file: str, where: str | None = None) -> Study:
     """A study's file, checked.
+
+    Args:
+        where: the machine, in the place of the file's own word where=.
 
     Raises:
         UserError: it is not there, or not what the schema allows; names the key.
@@ -206,6 +219,10 @@ def read_study(file: str) -> Study:
         raise UserError(file, "is empty", TODO)
     written = read_yaml(Path(file).read_text("utf-8-sig"), file)
     told = SCHEMA.read(fill_environment(written, file), file, TODO)
+    run = _words(told["run"], f"{file}: run")
+    if where is not None:
+        # words stand before the options
+        run = (run[0], f"where={where}", *(word for word in run[1:] if not word.startswith("where=")))
     arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(told, "arms", file)}
     for name in arms:
         if not NAME.fits(name):
@@ -215,15 +232,32 @@ def read_study(file: str) -> Study:
         for name, each in _mapping(told, "metrics", file)
     }
     cells = tuple(_cells(told, arms, file))
-    questions = tuple(_question(each, cells, metrics, f"{file}: questions") for each in told["questions"])
+    questions = tuple(
+        _question(each, cells, metrics, f"{file}: question {number}")
+        for number, each in enumerate(told["questions"], 1)
+    )
     columns = tuple(told.get("columns") or metrics)
     for name in columns:
         _known(name, metrics, f"{file}: columns")
     return Study(
         told["name"], told.get("title", told["name"]), told.get("about", ""),
-        tuple(told["run"].split()), written["run"],
+        run, written["run"],
         {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
     )  # fmt: skip
+
+
+def _words(run: str, where: str) -> tuple[str, ...]:
+    """The command of every run, taken apart as in the shell."""
+    try:
+        words = tuple(shlex.split(run))
+    except ValueError as error:
+        raise UserError(where, f"{error}", "Close the quotation") from None
+    if not words or words[0] not in COMMANDS:
+        raise UserError(where, f"begins with no command of a study ({', '.join(COMMANDS)})", "Begin it with one")
+    for word in words:
+        if (option := word.partition("=")[0]) in (*NOT_IN_FILES, "run"):
+            raise UserError(where, f"{option} is not for a study's file", "Give it to `maskvlm study`, or leave it out")
+    return words
 
 
 def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
@@ -234,6 +268,8 @@ def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, An
 
 def _metric(name: str, told: Mapping[str, Any]) -> Metric:
     gaussian = told.get("as") == GAUSSIAN
+    if gaussian and "minus" not in told:
+        raise UserError(f"metric {name}", f"as: {GAUSSIAN} compares two errors", "Give minus, the larger one")
     unit, lower = told.get("unit", "points"), told.get("lower", False)
     minus, otherwise = (tuple(told.get(key, ())) for key in ("minus", "otherwise"))
     return Metric(name, tuple(told["mean"]), minus, otherwise, unit, lower, gaussian)
@@ -242,10 +278,15 @@ def _metric(name: str, told: Mapping[str, Any]) -> Metric:
 def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Iterator[Cell]:
     """Of all blocks of `grid`; without one, every arm once."""
     seen: dict[str, Cell] = {}
-    for block in told.get("grid", [{"arms": list(arms)}]):
-        block = BLOCK.read(block, f"{file}: grid", TODO)
+    for number, each in enumerate(told.get("grid", [{"arms": list(arms)}]), 1):
+        where = f"{file}: grid {number}"
+        block = BLOCK.read(each, where, TODO)
         for arm in (*block["arms"], *([block["flops_of"]] if "flops_of" in block else [])):
-            _known(arm, arms, f"{file}: grid")
+            _known(arm, arms, where)
+        if block.get("fraction") == 0:
+            raise UserError(where, "no images are no training set", "Give a fraction above 0")
+        if "flops_of" in block and not told["run"].split()[0] == "pretrain":
+            raise UserError(where, "flops_of counts the operations of pretrain alone", "Give data.steps")
         for arm in block["arms"]:
             options = (told.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
             cell = Cell(
@@ -254,13 +295,13 @@ def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Itera
                 _seeds(block.get("seeds", told.get("seeds", 1))),
             )  # fmt: skip
             if cell.name in seen:
-                raise UserError(f"{file}: grid", f"{cell.name} is there twice", "Keep one of them")
+                raise UserError(where, f"{cell.name} is there twice", "Keep one of them")
             seen[cell.name] = cell
             yield cell
 
 
 def _seeds(told: int | list[int]) -> tuple[int, ...]:
-    return tuple(range(told)) if isinstance(told, int) else tuple(told)
+    return tuple(range(told)) if isinstance(told, int) else tuple(dict.fromkeys(told))
 
 
 def as_text(value: Any) -> str:

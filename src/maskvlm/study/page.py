@@ -65,7 +65,7 @@ def text_of(
         f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs). The command of every run begins "
         f"`maskvlm {study.run_as_written}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
         "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
-        "interval says so.",
+        "interval says so; of twenty claims that are not true one is expected to come out as true by chance.",
         "",
     ]  # fmt: skip
     if answers:
@@ -113,7 +113,7 @@ def _answered(study: Study, each: Answer) -> list[str]:
 
 def _ahead(found: Interval, metric: Metric) -> str:
     if found.values == 0:
-        return "not run"
+        return "not measured"
     if math.isnan(found.low):
         return f"{found.mean:+.3g} {metric.unit} (one seed)"
     return f"{found.mean:+.3g} {metric.unit} ({found.low:+.3g} to {found.high:+.3g}, {found.values} seeds)"

@@ -3,7 +3,6 @@
 A run is an ordinary run: killed, it goes on from its latest checkpoint; finished, it is read and not made again.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -11,18 +10,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
 from maskvlm.study.budget import STEPS, budget_in_steps
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.run_record import write_json
+from maskvlm.training.resume import finished
+from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import STUDY
 
-ABOUT, LOG, CARD = "study.json", "study.log", "card.json"
-"""In a run's folder: what it is a run of; what its processes printed; the last file that a finished run writes."""
+ABOUT, LOG, METRICS = "study.json", "study.log", "metrics.json"
+"""In a run's folder: what it is a run of; what its processes printed; what it measured."""
+ALLOWED = "MASKVLM_ALLOW_IMPORT"
+TICK = 30.0  # seconds between two notes of how long a run has taken
 
 
 class StudyRun(NamedTuple):
@@ -46,18 +50,30 @@ class StudyRun(NamedTuple):
     @property
     def finished(self) -> bool:
         """Whether it has come to its end, and was measured."""
-        return (self.folder / CARD).is_file()
+        return finished(self.folder) is not None and self.metrics is not None
+
+    @property
+    def metrics(self) -> dict[str, float] | None:
+        """What it measured at its end; None where it has not come to it, or the file cannot be read."""
+        found = read_json(self.folder / METRICS) if finished(self.folder) is not None else {}
+        return found or None
 
     @property
     def seconds(self) -> float | None:
         """That its processes took, in all; None where it was not made by a study."""
-        told = self.folder / ABOUT
-        return json.loads(told.read_text()).get("seconds") if told.is_file() else None
+        told = read_json(self.folder / ABOUT).get("seconds")
+        return float(told) if isinstance(told, int | float) else None
 
     @property
     def about(self) -> dict[str, object]:
-        """What decides its weights, to tell whether a folder holds this very run."""
-        return {"cell": self.cell.name, "seed": self.seed, "command": list(self.command[2:])}
+        """What decides its weights, to tell whether a folder holds this very run; the machine does not."""
+        words = [word for word in self.command[2:] if not word.startswith("where=")]
+        return {"cell": self.cell.name, "seed": self.seed, "command": words}
+
+    def note(self, seconds: float) -> None:
+        """Write down what it is, and how long its processes took so far."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / ABOUT, {**self.about, "seconds": seconds})
 
 
 def root_of(study: Study) -> Path:
@@ -65,16 +81,17 @@ def root_of(study: Study) -> Path:
     return Path("checkpoints") / study.name
 
 
-def runs_of(study: Study, root: Path) -> list[StudyRun]:
+def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
     """All of a study, seed by seed, so that every arm has its first seed early.
 
     Args:
         root: folder of the study.
+        counted: False leaves out how many steps another arm's operations are, which has to be counted first.
 
     Raises:
         UserError: see `budget_in_steps`.
     """
-    steps = {cell.name: budget_in_steps(study, cell, root) for cell in study.cells}
+    steps = {cell.name: budget_in_steps(study, cell, root) if counted else None for cell in study.cells}
     every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
     return [_run(study, cell, seed, steps[cell.name], root) for seed, cell in order]
@@ -83,7 +100,7 @@ def runs_of(study: Study, root: Path) -> list[StudyRun]:
 def _run(study: Study, cell: Cell, seed: int, steps: int | None, root: Path) -> StudyRun:
     folder = root / f"{cell.name}-s{seed}"
     options = {**dict(cell.options), "seed_everything": str(seed)}
-    options |= {"data.fraction": f"{cell.fraction:g}"} if cell.fraction < 1 else {}
+    options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
     command = (sys.executable, "-m", "maskvlm", *study.run, "--folder", str(folder), *words)
@@ -96,22 +113,28 @@ def check_same_run(run: StudyRun) -> None:
     Raises:
         UserError: it was made by another command (73): a table would mix two things.
     """
-    told = run.folder / ABOUT
-    if not told.is_file():
-        return
-    before = json.loads(told.read_text())
-    if {key: before.get(key) for key in run.about} != json.loads(json.dumps(run.about)):
+    before = read_json(run.folder / ABOUT)
+    if before and {key: before.get(key) for key in run.about} != run.about:
         todo = "Give the arm another name, or remove that folder"
         raise UserError(run.folder, "holds a run of this name with other options", todo, ExitCode.CANNOT_CREATE)
 
 
 class Ended(NamedTuple):
-    """How a run ended: its exit status, and the last line that it said."""
+    """How a run ended: its exit status (of a signal: less than 0), the last line that it said, and how long it took."""
 
     run: StudyRun
     code: int
     said: str
     seconds: float
+
+    @property
+    def why(self) -> str:
+        """In words; "" where it came to its end."""
+        if self.code < 0:
+            return f"ended by {signal.Signals(-self.code).name}"
+        if self.code == ExitCode.REQUEUE:
+            return "stopped and saved"
+        return f"exit status {self.code}: {self.said}" if self.code else ""
 
 
 class Runner:
@@ -119,17 +142,18 @@ class Runner:
 
     Args:
         jobs: how many at once.
+        allowed: packages that class paths may come from; what a study's file names is not typed.
     """
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
+    def __init__(self, jobs: int, allowed: Sequence[str] = ()) -> None:
+        self.jobs, self.allowed = jobs, allowed
         self.stopping = Event()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def make(self, runs: Sequence[StudyRun]) -> Iterator[Ended]:
         """Make those that are not finished; yields each as it ends. On Ctrl-C or SIGTERM the runs are asked to save and
         to end, and nothing new is begun."""
-        with ThreadPoolExecutor(self.jobs) as pool, self._stop_on_signals():
+        with ThreadPoolExecutor(self.jobs) as pool, on_signals(self.stop):
             pending = {pool.submit(self._one, run) for run in runs if not run.finished}
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -138,13 +162,12 @@ class Runner:
     def _one(self, run: StudyRun) -> Ended | None:
         if self.stopping.is_set():
             return None
-        run.folder.mkdir(parents=True, exist_ok=True)
-        before = run.seconds or 0.0
-        write_json(run.folder / ABOUT, {**run.about, "seconds": before})
+        before, start = run.seconds or 0.0, time.monotonic()
+        run.note(before)
         threads = str(max(1, cores() // self.jobs))
         # PASSIVE: threads that wait do not spin, which would take time from the other runs
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": threads}
-        start = time.monotonic()
+        environment |= of_study(self.allowed, os.getpid())
         with (run.folder / LOG).open("ab") as log:
             # a session of its own: Ctrl-C reaches this process alone, which passes it on once
             process = subprocess.Popen(
@@ -153,11 +176,19 @@ class Runner:
             self.processes[run.name] = process
             if self.stopping.is_set():  # it was asked for between the check and the start
                 process.send_signal(signal.SIGTERM)
-            code = process.wait()
+            while (code := self._wait(process)) is None:
+                run.note(before + time.monotonic() - start)  # a study that is killed has counted nearly all
             del self.processes[run.name]
         seconds = time.monotonic() - start
-        write_json(run.folder / ABOUT, {**run.about, "seconds": before + seconds})
+        run.note(before + seconds)
         return Ended(run, code, last_line(run.folder / LOG), seconds)
+
+    @staticmethod
+    def _wait(process: "subprocess.Popen[bytes]") -> int | None:
+        try:
+            return process.wait(TICK)
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self) -> None:
         """Ask all processes to save and to end."""
@@ -165,23 +196,23 @@ class Runner:
         for process in [*self.processes.values()]:
             process.send_signal(signal.SIGTERM)
 
-    def _stop_on_signals(self) -> "_Signals":
-        return _Signals(self.stop)
 
-
-class _Signals:
-    """While inside: SIGINT and SIGTERM call `stop`."""
-
-    def __init__(self, stop: Callable[[], None]) -> None:
-        self.stop, self.before = stop, {}  # type: ignore[var-annotated]
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, lambda *_: self.stop())
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
+@contextmanager
+def on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """While inside: SIGINT, SIGTERM and SIGHUP call `stop`."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def of_study(allowed: Sequence[str], process: int) -> dict[str, str]:
+    """Environment variables of a run: what it may import, and the process whose end is its own (0: of none)."""
+    given = [name for name in os.environ.get(ALLOWED, "").split(",") if name]
+    return {ALLOWED: ",".join(dict.fromkeys([*given, *allowed])), STUDY: str(process)}
 
 
 def last_line(log: Path, most: int = 4096) -> str:

@@ -1,8 +1,15 @@
-"""How a training ends that a signal has stopped; nothing here imports torch."""
+"""How a training ends that a signal has stopped, or whose study has ended; nothing here imports torch."""
 
+import ctypes
 import os
+import signal
 import subprocess
+import sys
 import time
+
+STUDY = "MASKVLM_STUDY"
+"""Environment variable of a run that a study makes: the study's process. Its options are then a file's, not typed."""
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Stopped(Exception):
@@ -20,6 +27,13 @@ class Stopped(Exception):
 
 class Finished(Exception):
     """There is nothing to do: the run has come to its end. Args: the line for the user."""
+
+
+def end_with_study() -> None:
+    """In a run of a study: let the system ask it to save and to end when the study's process is killed. Otherwise it
+    would train on, and the study, begun again, would find its folder taken."""
+    if sys.platform == "linux" and os.environ.get(STUDY) == str(os.getppid()):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_after_parent(seconds: float = 30.0) -> None:

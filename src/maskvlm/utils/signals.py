@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from maskvlm.utils.distributed import world_size
+from maskvlm.utils.launch import PR_SET_PDEATHSIG
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PATIENCE = 3
 """The signal of this number ends the process before the step does, as soon as the main thread is in Python, where alone
 handlers run. A process that stays in C code is ended by SIGKILL alone."""
