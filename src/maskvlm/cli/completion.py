@@ -1,7 +1,7 @@
 """`maskvlm completion`: what completes commands, words and their values in bash and zsh."""
 
 from maskvlm.cli.commands import REGISTRY, WORDS
-from maskvlm.config.compose import choices, sets_of, tasks
+from maskvlm.config.compose import SPLITS, choices, home, sets_of, tasks
 
 PREPARED = (
     '$(compgen -G "${DATA_ROOT:-data}/*/manifest.json" | while read -r file; do file="${file%/*}"; '
@@ -51,12 +51,18 @@ def main(arguments: list[str], allowed: list[str]) -> str:
         for task in tasks()
     ]
     # Checkpoints and prepared sets are looked for by the shell at each completion; the other values are fixed now.
-    sets += [f'      data:*) among="{" ".join(choices("data"))} {PREPARED}" ;;', f'      name:*) among="{PREPARED}" ;;']
+    sets += [f'      {"|".join(f"split:{name}:*" for name in ("embed", "index"))}) among="train {" ".join(SPLITS)}" ;;']
+    sets += [
+        f'      data:*) among="{" ".join(name for name in choices("data") if name != "prepared")} {PREPARED}" ;;',
+        f'      name:*) among="{PREPARED}" ;;',
+    ]
     # Commands with nothing to complete after them have no line.
     words = [
         f'      {command.name}) among="{" ".join([*named, *(f"{name}=" for name in command.words)])}" ;;'
         for command in REGISTRY
         if (named := tasks() if any("TASK" in place for place in command.places) else []) or command.words
     ]
+    known = " ".join(sorted(path.stem for path in (home() / "studies").glob("*.yaml")))
+    words += [f'      study) among="{known} --jobs --only --seeds --where --page --list --submit" ;;']
     commands = " ".join(command.name for command in REGISTRY)
     return SCRIPT.format(values="\n".join(values), sets="\n".join(sets), commands=commands, words="\n".join(words))
