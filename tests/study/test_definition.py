@@ -53,7 +53,7 @@ def test_cells_are_arms_on_parts_of_the_data(tmp_path: Path) -> None:
 def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed by seed, so that all arms can be compared early; a budget of operations in steps."""
     flops = {"few": 30, "all": 100}
-    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda study, cell, folder: flops[cell.arm])
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda cell, folder: flops[cell.arm])
     study = read_study(written(tmp_path, STUDY))
     runs = runs_of(study, tmp_path / "runs")
     assert [run.name for run in runs] == [
@@ -73,8 +73,8 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     monkeypatch.setenv("ENCODERS_OF_THIS_TEST", "/here/encoders")
     run = "pretrain encoders=${oc.env:ENCODERS_OF_THIS_TEST}"
     study = read_study(written(tmp_path, STUDY | {"run": run}))
-    assert study.run == ("pretrain", "encoders=/here/encoders")
-    assert study.run_as_written == run
+    assert study.cells[0].run == ("pretrain", "encoders=/here/encoders")
+    assert study.run == run
 
 
 def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> None:
@@ -83,14 +83,21 @@ def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> 
         runs_of(read_study(written(tmp_path, study)), tmp_path)
 
 
+def test_an_arm_may_have_a_command_of_its_own(tmp_path: Path) -> None:
+    arms = {"few": {"run": "pretrain model=small"}, "all": None}
+    study = read_study(written(tmp_path, STUDY | {"arms": arms}))
+    assert study.cell("few").run == ("pretrain", "model=small")
+    assert study.cell("all").run == ("pretrain", "model=tiny")
+
+
 def test_a_seed_is_made_once_and_the_machine_can_be_another(tmp_path: Path) -> None:
     study = read_study(written(tmp_path, STUDY | {"seeds": [3, 1, 3]}), "gpu1")
     assert study.cells[0].seeds == (3, 1)
-    assert study.run == ("pretrain", "where=gpu1", "model=tiny")
+    assert study.cells[0].run == ("pretrain", "where=gpu1", "model=tiny")
     again = read_study(
         written(tmp_path, STUDY | {"run": "pretrain where=cpu 'encoders=my folder' --model.lr 1"}), "gpu1"
     )
-    assert again.run == ("pretrain", "where=gpu1", "encoders=my folder", "--model.lr", "1")
+    assert again.cells[0].run == ("pretrain", "where=gpu1", "encoders=my folder", "--model.lr", "1")
 
 
 def test_steps_that_are_no_number_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ time.sleep(60)
 def run(folder: Path, code: str, seed: int = 0) -> StudyRun:
     place = folder / f"all-s{seed}"
     command = (sys.executable, "-c", code, str(place))
-    return StudyRun(Cell("all", 1.0, "", (), (0, 1, 2)), seed, place, command)
+    return StudyRun(Cell("all", 1.0, "", (), (0, 1, 2), ("pretrain",)), seed, place, command)
 
 
 def test_runs_are_made_once(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ from pathlib import Path
 from maskvlm.study.runs import Runner, StudyRun
 from maskvlm.study.definition import Cell
 code = {code!r}
-run = StudyRun(Cell("all", 1.0, "", (), (0,)), 0, Path("all-s0"), (sys.executable, "-c", code, "all-s0"))
+run = StudyRun(Cell("all", 1.0, "", (), (0,), ("pretrain",)), 0, Path("all-s0"), (sys.executable, "-c", code, "all-s0"))
 list(Runner(1).make([run]))
 """
 CHILD = (

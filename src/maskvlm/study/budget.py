@@ -33,10 +33,10 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
         raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
     if not asked.isdigit():
         raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {asked}", "Give a whole number")
-    return max(1, round(int(asked) * flops_of(study, other, folder) / flops_of(study, cell, folder)))
+    return max(1, round(int(asked) * flops_of(other, folder) / flops_of(cell, folder)))
 
 
-def flops_of(study: Study, cell: Cell, folder: Path) -> int:
+def flops_of(cell: Cell, folder: Path) -> int:
     """Operations of one training step of a cell, counted by `maskvlm bench` once and kept.
 
     Raises:
@@ -45,7 +45,7 @@ def flops_of(study: Study, cell: Cell, folder: Path) -> int:
     path = folder / FLOPS
     known: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
     options = [word for key, value in cell.options if key != STEPS for word in (f"--{key}", value)]
-    words = [word for word in study.run[1:] if not word.startswith("from=")]
+    words = [word for word in cell.run[1:] if not word.startswith("from=")]
     key = json.dumps([*words, *options])
     if key not in known:
         known[key] = _counted([*words, *options])

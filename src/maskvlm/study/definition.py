@@ -61,7 +61,7 @@ SCHEMA = Record(
     },
     ExitCode.USAGE,
 )  # fmt: skip
-ARM = Record({}, {"told": SENTENCE, "options": OPTIONS}, ExitCode.USAGE)
+ARM = Record({}, {"told": SENTENCE, "options": OPTIONS, "run": Text(1000)}, ExitCode.USAGE)
 BLOCK = Record(
     {"arms": Listed(NAME, 200, 1)},
     {"fraction": Real(0, 1), "flops_of": NAME, "options": OPTIONS, "seeds": SEEDS},
@@ -131,6 +131,7 @@ class Cell:
         flops_of: the arm whose operations it may spend; "" where the options say how many steps.
         options: key -> value, of the study, then the block, then the arm: the last one wins.
         seeds: of its runs.
+        run: the words of their command.
     """
 
     arm: str
@@ -138,6 +139,7 @@ class Cell:
     flops_of: str
     options: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
+    run: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -177,7 +179,8 @@ class Study:
     """A whole study.
 
     Attributes:
-        run: the words of the command of every run. run_as_written: before the environment is filled in, for the page.
+        run: the words of the command of every run, but of arms with one of their own, before the environment is filled
+            in: for people.
         arms: name -> what it is, for people.
         columns: names of the metrics that the table shows.
     """
@@ -185,8 +188,7 @@ class Study:
     name: str
     title: str
     about: str
-    run: tuple[str, ...]
-    run_as_written: str
+    run: str
     arms: Mapping[str, str]
     cells: tuple[Cell, ...]
     metrics: Mapping[str, Metric]
@@ -219,10 +221,6 @@ def read_study(file: str, where: str | None = None) -> Study:
         raise UserError(file, "is empty", TODO)
     written = read_yaml(Path(file).read_text("utf-8-sig"), file)
     told = SCHEMA.read(fill_environment(written, file), file, TODO)
-    run = _words(told["run"], f"{file}: run")
-    if where is not None:
-        # words stand before the options
-        run = (run[0], f"where={where}", *(word for word in run[1:] if not word.startswith("where=")))
     arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(told, "arms", file)}
     for name in arms:
         if not NAME.fits(name):
@@ -231,7 +229,8 @@ def read_study(file: str, where: str | None = None) -> Study:
         name: _metric(name, METRIC.read(each, f"{file}: metrics.{name}", TODO))
         for name, each in _mapping(told, "metrics", file)
     }
-    cells = tuple(_cells(told, arms, file))
+    runs = {name: _words(arm.get("run", told["run"]), f"{file}: run", where) for name, arm in arms.items()}
+    cells = tuple(_cells(told, arms, runs, file))
     questions = tuple(
         _question(each, cells, metrics, f"{file}: question {number}")
         for number, each in enumerate(told["questions"], 1)
@@ -241,13 +240,13 @@ def read_study(file: str, where: str | None = None) -> Study:
         _known(name, metrics, f"{file}: columns")
     return Study(
         told["name"], told.get("title", told["name"]), told.get("about", ""),
-        run, written["run"],
+        written["run"],
         {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
     )  # fmt: skip
 
 
-def _words(run: str, where: str) -> tuple[str, ...]:
-    """The command of every run, taken apart as in the shell."""
+def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
+    """The command of a run, taken apart as in the shell; `machine`: in the place of its own word where=."""
     try:
         words = tuple(shlex.split(run))
     except ValueError as error:
@@ -257,7 +256,10 @@ def _words(run: str, where: str) -> tuple[str, ...]:
     for word in words:
         if (option := word.partition("=")[0]) in (*NOT_IN_FILES, "run"):
             raise UserError(where, f"{option} is not for a study's file", "Give it to `maskvlm study`, or leave it out")
-    return words
+    if machine is None:
+        return words
+    # words stand before the options
+    return (words[0], f"where={machine}", *(word for word in words[1:] if not word.startswith("where=")))
 
 
 def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
@@ -275,7 +277,9 @@ def _metric(name: str, told: Mapping[str, Any]) -> Metric:
     return Metric(name, tuple(told["mean"]), minus, otherwise, unit, lower, gaussian)
 
 
-def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Iterator[Cell]:
+def _cells(
+    told: Mapping[str, Any], arms: Mapping[str, Any], runs: Mapping[str, tuple[str, ...]], file: str
+) -> Iterator[Cell]:
     """Of all blocks of `grid`; without one, every arm once."""
     seen: dict[str, Cell] = {}
     for number, each in enumerate(told.get("grid", [{"arms": list(arms)}]), 1):
@@ -285,14 +289,14 @@ def _cells(told: Mapping[str, Any], arms: Mapping[str, Any], file: str) -> Itera
             _known(arm, arms, where)
         if block.get("fraction") == 0:
             raise UserError(where, "no images are no training set", "Give a fraction above 0")
-        if "flops_of" in block and not told["run"].split()[0] == "pretrain":
+        if "flops_of" in block and any(runs[arm][0] != "pretrain" for arm in (*block["arms"], block["flops_of"])):
             raise UserError(where, "flops_of counts the operations of pretrain alone", "Give data.steps")
         for arm in block["arms"]:
             options = (told.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
             cell = Cell(
                 arm, float(block.get("fraction", 1.0)), block.get("flops_of", ""),
                 tuple((key, as_text(value)) for key, value in options.items()),
-                _seeds(block.get("seeds", told.get("seeds", 1))),
+                _seeds(block.get("seeds", told.get("seeds", 1))), runs[arm],
             )  # fmt: skip
             if cell.name in seen:
                 raise UserError(where, f"{cell.name} is there twice", "Keep one of them")

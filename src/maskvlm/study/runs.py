@@ -94,16 +94,16 @@ def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
     steps = {cell.name: budget_in_steps(study, cell, root) if counted else None for cell in study.cells}
     every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
-    return [_run(study, cell, seed, steps[cell.name], root) for seed, cell in order]
+    return [_run(cell, seed, steps[cell.name], root) for seed, cell in order]
 
 
-def _run(study: Study, cell: Cell, seed: int, steps: int | None, root: Path) -> StudyRun:
+def _run(cell: Cell, seed: int, steps: int | None, root: Path) -> StudyRun:
     folder = root / f"{cell.name}-s{seed}"
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    command = (sys.executable, "-m", "maskvlm", *study.run, "--folder", str(folder), *words)
+    command = (sys.executable, "-m", "maskvlm", *cell.run, "--folder", str(folder), *words)
     return StudyRun(cell, seed, folder, command)
 
 
