@@ -14,6 +14,7 @@ from forks import ROOT, Forks, environment, small
 from guards import Build
 
 from maskvlm.data.workers import ALONE, ENDS, LARGER, NOTE, READS, At, Board, cannot_hand_over, lost_worker, uncaught
+from maskvlm.training.failure import user_line
 from maskvlm.training.peers import alive
 from maskvlm.utils.errors import ExitCode
 
@@ -85,6 +86,16 @@ except RuntimeError as error:
     print(workers.lost_worker(str(error)), flush=True)
 sys.exit(7)
 """
+
+
+def test_the_signal_is_told_where_torch_hides_it_in_the_cause() -> None:
+    """torch's handler raises inside torch's own wait for a batch, which then says less than the handler."""
+    told = "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that ..."
+    hidden = RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly")
+    hidden.__cause__ = RuntimeError(told)
+    line = user_line(hidden)
+    assert line is not None
+    assert "met a bus error at an unknown sample: /dev/shm is full, or a file became shorter" in line.text
 
 
 @pytest.mark.guard("maskvlm.data.workers:end_workers")

@@ -56,7 +56,7 @@ def user_line(error: BaseException) -> ErrorLine | None:
     # torch raises a worker's error anew, with its traceback as the text: no cause, no attributes.
     if worker := _from_worker(str(error)):
         return worker
-    if lost := _worker_lost(str(error)):
+    if lost := _worker_lost(error):
         return ErrorLine(_one_line(str(lost)), lost.code)
     cause: BaseException | None = error
     while cause is not None:
@@ -93,13 +93,16 @@ def _from_worker(text: str) -> ErrorLine | None:
     return None
 
 
-def _worker_lost(text: str) -> UserError | None:
+def _worker_lost(error: BaseException) -> UserError | None:
     """A data worker that died or is late; where no worker was ever started, torch is not imported for it."""
     if "maskvlm.data.workers" not in sys.modules:
         return None
     from maskvlm.data.workers import lost_worker
 
-    return lost_worker(text)
+    # The cause first: torch's handler tells the signal, and where it interrupts torch's own wait for a batch, that wait
+    # raises "exited unexpectedly" from it.
+    causes = (error.__cause__, error)
+    return next((lost for each in causes if each is not None and (lost := lost_worker(str(each)))), None)
 
 
 def _all_subclasses(kind: type) -> list[type]:
