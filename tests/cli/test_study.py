@@ -128,6 +128,15 @@ def test_a_strangers_study_runs_no_code(
     assert "--allow-import evil" in error
     assert not (plain / "marker").exists()
     assert not (plain / "checkpoints" / "toy" / "a-s3").exists()
+    # nor where operations are counted first, nor by a value that looks like an option
+    both = {"grid": [{"arms": ["b"]}, {"arms": ["a"], "flops_of": "b"}], "questions": []}
+    hidden = arms["a"]["options"] | {"model.task.pixel_loss": "--allow-import=evil"}
+    for options in (arms["a"]["options"], hidden):
+        (plain / "toy.yaml").write_text(yaml.safe_dump(STUDY | both | {"arms": {"a": {"options": options}, "b": {}}}))
+        for words in (["study", "toy.yaml"], ["study", "toy.yaml", "--task", "0"]):
+            assert main(words) != 0
+            capsys.readouterr()
+            assert not (plain / "marker").exists()
     command = [sys.executable, "-m", "maskvlm", "pretrain", "--model.task.image_masking", "evil.Masking"]
     done = subprocess.run(command, env=os.environ | {"MASKVLM_STUDY": "1"}, capture_output=True, text=True)
     assert done.returncode == ExitCode.REFUSED, done.stderr

@@ -85,7 +85,7 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     assert main([*measure, *own]) == 0
     composed = yaml.safe_load((tmp_path / "measured" / "config-validate.yaml").read_text())["model"]["task"]
     assert composed["init_args"]["image_masking"]["class_path"] == "acme.masks.Middle"
-    capsys.readouterr()
+    assert "--task_from" not in capsys.readouterr().err  # nothing is left behind
     assert main(["fit", "--run", str(tmp_path / "more"), "--from", str(path), *files, *own]) == 0
     said = capsys.readouterr().err.splitlines()
     left = [line for line in said if "--task_from CHECKPOINT takes the checkpoint's whole task" in line]

@@ -61,9 +61,9 @@ def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: p
     ]
     assert runs[2].command[2:] == (
         "maskvlm", "pretrain", "model=tiny", "--folder", str(tmp_path / "runs" / "few@flops-of-all-s0"),
-        "--data.steps", "20", "--model.lr", "0.2", "--model.task.weight_mlm", "0", "--seed_everything", "0",
+        "--data.steps=20", "--model.lr=0.2", "--model.task.weight_mlm=0", "--seed_everything=0",
     )  # fmt: skip
-    assert runs[7].command[-4:] == ("--seed_everything", "1", "--data.fraction", "0.25")
+    assert runs[7].command[-2:] == ("--seed_everything=1", "--data.fraction=0.25")
     assert budget_in_steps(study, study.cell("all"), tmp_path) is None
 
 
@@ -140,7 +140,11 @@ def test_metrics_are_means_and_differences() -> None:
         ({"grid": [{"arms": ["few"], "fraction": 0}]}, "study.yaml: grid 1: no images are no training set"),
         ({"run": "demo --host 0.0.0.0"}, "study.yaml: run: begins with no command of a study (pretrain, finetune)"),
         ({"run": "pretrain --allow-import evil"}, "study.yaml: run: --allow-import is not for a study's file"),
-        ({"run": "pretrain run=x"}, "study.yaml: run: run is not for a study's file"),
+        ({"options": {"allow-import": "evil"}}, "study.yaml: grid 1: few: allow-import is not for a study's file"),
+        ({"options": {"allow-import=evil": 1}}, "grid 1: few: allow-import=evil is not for a study's file"),
+        ({"options": {"model.lr --debug": 1}}, "grid 1: few: model.lr --debug is not for a study's file"),
+        ({"options": {"folder": "/elsewhere"}}, "grid 1: few: folder is not for a study's file"),
+        ({"run": "pretrain run=x"}, "study.yaml: run: run=x is not for a study's file"),
         ({"run": "pretrain 'x"}, "study.yaml: run: No closing quotation"),
         ({"run": "finetune vqa from=x"}, "study.yaml: grid 2: flops_of counts the operations of pretrain alone"),
         ({"arms": {8: None}}, "study.yaml: arms: expected a mapping"),

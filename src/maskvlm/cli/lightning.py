@@ -413,7 +413,8 @@ def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]
     before = {} if start is None or start.task is None else start.task["init_args"]
     if start is None or start.task is None or start.task["class_path"] != task.get("class_path"):
         return
-    now = task.init_args.as_dict()
+    args = task.get("init_args")
+    now = args.as_dict() if args else {}
     for name in ("image_masking", "text_masking", "losses"):
         if (before.get(name) or None) != (now.get(name) or None):
             was, here = (_class_paths(told.get(name)) or "the default" for told in (before, now))

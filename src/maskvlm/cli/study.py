@@ -14,7 +14,6 @@ from maskvlm.config.compose import home
 from maskvlm.config.given_options import nearest
 from maskvlm.study.definition import Study, read_study
 from maskvlm.utils.errors import ExitCode, UserError, check_least
-from maskvlm.utils.launch import STUDY as OF_STUDY
 
 if TYPE_CHECKING:
     from maskvlm.study.runs import Ended, StudyRun
@@ -43,9 +42,10 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     # From here on with torch: what is wrong with the file has been said.
     from maskvlm.study.runs import check_same_run, of_study, root_of, runs_of, step_of
 
+    # Options of a file are not typed: not where they are parsed or their operations are counted, and not in the runs.
+    os.environ |= of_study(allowed, 0)
     root = root_of(study)
-    every = runs_of(study, root, counted=not options.list)
-    chosen = chosen_runs(study, every, options.only, options.seeds)
+    chosen = chosen_runs(study, runs_of(study, root, counted=False), options.only, options.seeds)
     if options.list:
         for number, run in enumerate(chosen):
             steps = (
@@ -54,6 +54,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             state = "finished" if run.finished else f"step {step_of(run)}"
             print(f"{number}  {state}  {' '.join(run.command[2:])}{steps}")
         return ExitCode.DONE
+    check_cells(chosen, allowed)
+    every = runs_of(study, root)
+    chosen = chosen_runs(study, every, options.only, options.seeds)
     for run in every:
         check_same_run(run)
     if options.task is not None:
@@ -61,10 +64,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
         run = chosen[options.task]
         run.note(run.seconds or 0.0)
-        os.environ |= of_study(allowed, 0)
         os.execv(sys.executable, run.command)
-    os.environ[OF_STUDY] = "0"  # options of a file are not typed: nor are they when they are checked here
-    check_cells(chosen, allowed)
     if options.submit:
         words = ["study", options.file, *_again(options.only, "--only"), *_again(options.seeds, "--seeds")]
         words += ["--where", options.where] if options.where else []

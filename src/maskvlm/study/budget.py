@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.run_record import write_json
+from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.errors import UserError
 
 FLOPS = "flops.json"
@@ -43,8 +43,8 @@ def flops_of(cell: Cell, folder: Path) -> int:
         UserError: the bench did not end well.
     """
     path = folder / FLOPS
-    known: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
-    options = [word for key, value in cell.options if key != STEPS for word in (f"--{key}", value)]
+    known: dict[str, int] = read_json(path)
+    options = [f"--{key}={value}" for key, value in cell.options if key != STEPS]
     words = [word for word in cell.run[1:] if not word.startswith("from=")]
     key = json.dumps([*words, *options])
     if key not in known:

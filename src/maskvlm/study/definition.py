@@ -29,6 +29,7 @@ once for each seed.
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,8 +43,10 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 COMMANDS = ("pretrain", "finetune")
 """What a run of a study may be."""
-NOT_IN_FILES = ("--allow-import", "--debug", "--folder", "--run", "--print_config")
+NOT_IN_FILES = ("allow-import", "debug", "folder", "run", "print_config")
 """Options that only who starts a study gives."""
+KEY = r"[A-Za-z_]\w*(\.\w+)*\+?"
+"""Of an option in a file: a dotted key, perhaps with the + that adds to a list."""
 NAME = Text(60, r"[a-z0-9]+([._+-][a-z0-9]+)*")
 CELL = Text(200, r"[a-z0-9._+-]+(@[a-z0-9._+-]+)*")
 SENTENCE = Text(500)
@@ -254,12 +257,16 @@ def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
     if not words or words[0] not in COMMANDS:
         raise UserError(where, f"begins with no command of a study ({', '.join(COMMANDS)})", "Begin it with one")
     for word in words:
-        if (option := word.partition("=")[0]) in (*NOT_IN_FILES, "run"):
-            raise UserError(where, f"{option} is not for a study's file", "Give it to `maskvlm study`, or leave it out")
+        if word.partition("=")[0].lstrip("-") in NOT_IN_FILES:
+            raise _not_for_files(where, word)
     if machine is None:
         return words
     # words stand before the options
     return (words[0], f"where={machine}", *(word for word in words[1:] if not word.startswith("where=")))
+
+
+def _not_for_files(where: str, option: str) -> UserError:
+    return UserError(where, f"{option} is not for a study's file", "Give it to `maskvlm study`, or leave it out")
 
 
 def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
@@ -293,6 +300,9 @@ def _cells(
             raise UserError(where, "flops_of counts the operations of pretrain alone", "Give data.steps")
         for arm in block["arms"]:
             options = (told.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
+            for key in options:
+                if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
+                    raise _not_for_files(f"{where}: {arm}", key)
             cell = Cell(
                 arm, float(block.get("fraction", 1.0)), block.get("flops_of", ""),
                 tuple((key, as_text(value)) for key, value in options.items()),

@@ -65,7 +65,7 @@ def text_of(
         f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs). The command of a run begins "
         f"`maskvlm {study.run}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
         "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
-        "interval says so; of twenty claims that are not true one is expected to come out as true by chance.",
+        "interval says so; of forty claims without any difference one is expected to hold by chance.",
         "",
     ]  # fmt: skip
     if answers:

@@ -102,7 +102,8 @@ def _run(cell: Cell, seed: int, steps: int | None, root: Path) -> StudyRun:
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
-    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    # One word each: a value that looks like an option stays a value.
+    words = [f"--{key}={value}" for key, value in options.items()]
     command = (sys.executable, "-m", "maskvlm", *cell.run, "--folder", str(folder), *words)
     return StudyRun(cell, seed, folder, command)
 
