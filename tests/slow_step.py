@@ -69,7 +69,7 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
 
 
 class Slow:
-    """The four losses of the masks and negatives that `task` recorded: each row by itself, nothing padded."""
+    """The losses of the masks and negatives that `task` recorded: each row by itself, nothing padded."""
 
     def __init__(self, task: Recorded, backbone: MaskVLM, batch: Batch) -> None:
         self.task, self.backbone, self.batch = task, backbone, batch
@@ -148,6 +148,20 @@ class Slow:
                     target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
                 d = self.task.pixels.pixels(out[1 + n]) - target
                 terms.append(d.square().mean() if self.task.masked_pixels.kind == "squared" else d.abs().mean())
+        return torch.stack(terms).mean()
+
+    def spread(self) -> Tensor:
+        """Standard deviation of each masked patch's pixels, from the image side's cross encoder alone."""
+        assert self.task.masks.patch is not None
+        partner = self.masked_text if self.task.mask_both else self.text
+        terms = []
+        for i in self.valid:
+            out = slow_cross(self.backbone.cross_image, self.masked_image[i], partner[i])
+            for n in self.task.masks.patch.mask_BN[i].nonzero().flatten().tolist():
+                r, c = n // 4 * PATCH, n % 4 * PATCH
+                patch_3X = self.batch.image_BCHW[i, :, r : r + PATCH, c : c + PATCH].flatten(1)
+                deviation_3 = (patch_3X - patch_3X.mean(1, keepdim=True)).square().mean(1).sqrt()
+                terms.append((self.task.spread(out[1 + n])[0] - deviation_3.mean()).square())
         return torch.stack(terms).mean()
 
     def words(self) -> Tensor:

@@ -23,7 +23,7 @@ from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
 
 TERMS = ("itc", "itm", "mlm", "mim")
-FIVE = ("itc", "itm", "words", "mlm", "mim")
+EVERY = ("itc", "itm", "words", "spread", "mlm", "mim")
 
 
 class Table:
@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a decoder that knows places": {"decoder_positions": True},
     "no contrast": {"weight_itc": 0.0},
     "all five": {"weight_words": 0.5},
+    "all six": {"weight_words": 0.5, "weight_spread": 2.0},
+    "spread from masked words": {"weight_spread": 1.0, "mask_both": True, "weight_mim": 0.0},
     "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
     "texts masked three times": {"masks_per_text": 3},
     "texts masked twice, of any share": {"masks_per_text": 2, "text_mask_most": 1.0},
@@ -78,7 +80,7 @@ def test_one_pass_over_everything_equals_a_pass_for_each_pair(variant: str) -> N
     task.zero_grad()
 
     slow = Slow(task, backbone, batch)
-    expected = {name: getattr(slow, name)() for name in FIVE if task.weights[name]}
+    expected = {name: getattr(slow, name)() for name in EVERY if task.weights[name]}
     assert terms.keys() == expected.keys()
     for name, term in terms.items():
         torch.testing.assert_close(term, expected[name], atol=1e-6, rtol=1e-5)
@@ -533,11 +535,14 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu() -> None:
 ROWS = 5
 
 
-@pytest.mark.parametrize("wanted", [w for n in range(1, 6) for w in itertools.combinations((*TERMS, "words"), n)])
+NAMES = (*TERMS, "words", "spread")
+
+
+@pytest.mark.parametrize("wanted", [w for n in range(1, 7) for w in itertools.combinations(NAMES, n)])
 @pytest.mark.parametrize("mask_both", [False, True])
 def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str, ...], mask_both: bool) -> None:
     """Distributed training waits for the gradient of each parameter that may have one."""
-    settings = {f"weight_{name}": float(name in wanted) for name in FIVE}
+    settings = {f"weight_{name}": float(name in wanted) for name in EVERY}
     backbone, task = build(mask_both=mask_both, **settings)
     terms = task(backbone, toy_batch(ROWS))
     assert tuple(terms) == wanted
@@ -546,9 +551,9 @@ def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.any() or name.endswith("key.bias"), name
     frozen = {name.split(".")[0] for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
-    read = {"cross_image": {"itm", "mim"}, "cross_text": {"itm", "mlm"}, "text": set(TERMS)}
+    read = {"cross_image": {"itm", "mim", "spread"}, "cross_text": {"itm", "mlm"}, "text": {*TERMS, "spread"}}
     assert frozen - {"image"} == {part for part, terms in read.items() if not terms & set(wanted)}
-    needs_mask_token = {"mim"} | ({"mlm"} if mask_both else set())
+    needs_mask_token = {"mim", "spread"} | ({"mlm"} if mask_both else set())
     assert backbone.image.mask_token.requires_grad == bool(needs_mask_token & set(wanted))
 
 
@@ -564,10 +569,11 @@ def test_a_weight_of_zero_leaves_no_parameter_without_gradient(wanted: tuple[str
         (("itc", "mlm"), {"image": 1, "text": 2, "cross_text": 1}),
         (("itc",), {"image": 1, "text": 1}),
         (("words",), {"image": 1}),
+        (("spread",), {"image": 2, "text": 1, "cross_image": 1}),
     ],
 )
 def test_each_part_makes_one_pass_over_the_rows_it_needs(wanted: tuple[str, ...], rows: dict[str, int]) -> None:
-    backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in FIVE})
+    backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in EVERY})
     seen: list[tuple[str, int]] = []
     for part in ("image", "text", "cross_image", "cross_text"):
         getattr(backbone, part).register_forward_hook(
@@ -575,7 +581,8 @@ def test_each_part_makes_one_pass_over_the_rows_it_needs(wanted: tuple[str, ...]
         )
     task(backbone, toy_batch(ROWS))
     assert sorted(seen) == sorted(rows.items())
-    heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels", "words": "detector"}
+    heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels"}
+    heads |= {"words": "detector", "spread": "spread"}
     assert {name for name, _ in task.named_children()} == {heads[name] for name in wanted}
 
 
@@ -651,6 +658,20 @@ def test_the_level_of_the_words_present_is_what_their_frequencies_cost() -> None
     rows = ((5, 6), (5, 7), (5, 6), (5, 8))
     nats = [sum(-math.log(p if word in row else 1 - p) for word, p in share.items()) / 2 for row in rows]
     assert task.chance_levels(64)["words"] == pytest.approx(sum(nats) / 4, rel=1e-4, abs=1e-4)
+
+
+def test_the_level_of_spread_is_its_variance_over_masked_patches() -> None:
+    """One image could not be read, and in each of the others patch n varies by n: half of its pixels are n above and
+    half n below."""
+    backbone, task = build(weight_spread=1.0, mask_block=24)
+    batch = toy_batch(4, holes=(1,))
+    sign = torch.tensor([1.0, -1.0]).repeat(PATCH * PATCH // 2).view(PATCH, PATCH)
+    image_CHW = torch.cat([torch.cat([sign * (4 * r + c) for c in range(4)], 1) for r in range(4)]).expand(3, -1, -1)
+    task(backbone, batch._replace(image_BCHW=image_CHW * batch.valid_B[:, None, None, None]))
+    patch = task.masks.patch
+    assert patch is not None
+    numbers = patch.index_BK[patch.weight_BK > 0].double()
+    assert task.chance_levels(64)["spread"] == pytest.approx(numbers.var(correction=0).item(), rel=1e-5)
 
 
 def test_levels_of_weightless_losses_are_left_out() -> None:

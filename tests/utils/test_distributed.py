@@ -190,7 +190,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both masked": {"mask_both": True, "whole_word": True, "keep_and_swap": True},
     "no contrast": {"weight_itc": 0.0, "pixel_loss": "squared"},
     "contrast alone": {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
-    "all five": {"weight_words": 0.5},
+    "all six": {"weight_words": 0.5, "weight_spread": 2.0},
     "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
     "texts masked twice": {"masks_per_text": 2},

@@ -46,6 +46,7 @@ from maskvlm.objectives.pretraining_losses import (
     MaskedPixels,
     MaskedTokens,
     Need,
+    PatchSpread,
     PretrainingLoss,
     Step,
     WordsPresent,
@@ -88,6 +89,7 @@ class MaskedPretraining(Task):
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
+        weight_spread: weight of a loss that tells where things are (0: none, P), see `pretraining_losses.PatchSpread`.
         losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
         image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block and
             fully_masked_share). `masking.DrawnBlocks`: each image has a share of its own.
@@ -154,6 +156,7 @@ class MaskedPretraining(Task):
         image_masking: ImageMasking | None = None,
         text_masking: TextMasking | None = None,
         decoder_positions: bool = False,
+        weight_spread: float = 0.0,
     ) -> None:
         super().__init__()
         _check_shares(
@@ -166,7 +169,7 @@ class MaskedPretraining(Task):
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers, decoder_positions)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
-        self.losses = self._order(paper, [WordsPresent(weight_words), *losses])
+        self.losses = self._order(paper, [WordsPresent(weight_words), PatchSpread(weight_spread), *losses])
         # How inputs are masked: a given class makes the settings of the built-in one idle.
         self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)

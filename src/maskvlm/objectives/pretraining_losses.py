@@ -432,3 +432,59 @@ class WordsPresent(PretrainingLoss):
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """What word frequencies alone cost on the latest batch."""
         return None if self.level is None else float(self.level)
+
+
+class PatchSpread(PretrainingLoss):
+    """How much each masked patch varies, from the visible ones and the whole text, which the paper does not have: the
+    standard deviation of its pixels, mean of the channels, by squared error.
+
+    It tells the image cross encoder *where* something is before it can tell *what*. To paint a thing at its place takes
+    place, colour and ground at once: over all colours and grounds a thing is neither lighter nor darker than what is
+    behind it, so that a place alone makes no pixel more likely, and pixels alone teach no place for long. That
+    something is there always raises the spread.
+    """
+
+    name, needs = "spread", frozenset({Need.MASKED_IMAGE})
+    stuck_hint = "the mean over all masked patches: the caption is not used to tell where things are"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.patch_size = 0  # known once it is built
+        self.level: Tensor | None = None
+
+    def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
+        self.patch_size = backbone.image.patch_size
+        head = nn.Linear(backbone.width, 1)
+        init_xavier(head)
+        return {"spread": head}
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        patch = step.masks.patch
+        assert patch is not None
+        # + 1: position 0 is the class token. (B, L, D) -> (B, K, D) -> (B, K, 1)
+        predicted_BK1 = heads.spread(gather_positions(step.crossed.image_BLD, patch.index_BK + 1))
+        return formulas.masked_pixel(
+            predicted_BK1, self.target(step), patch.weight_BK, shared_count(patch.weight_BK.sum()), "squared"
+        )
+
+    def target(self, step: Step) -> Tensor:
+        """Standard deviation of the pixels of each masked patch, [B, K, 1], in units of normalised pixel values."""
+        patch = step.masks.patch
+        assert patch is not None
+        image_BCHW = step.batch.image_BCHW[: len(patch.index_BK)]
+        value_BKP = gather_positions(patchify(image_BCHW, self.patch_size), patch.index_BK)
+        # The last axis of a patch is the channel: (B, K, P) -> (B, K, pixels, 3) -> (B, K, 3)
+        return value_BKP.float().unflatten(-1, (-1, 3)).std(2, correction=0).mean(-1, keepdim=True)
+
+    def observe(self, heads: Any, step: Step) -> None:
+        patch, target_BK1 = step.masks.patch, self.target(step)
+        assert patch is not None
+        count = patch.weight_BK.sum().clamp(min=1)
+        mean = (target_BK1[..., 0] * patch.weight_BK).sum() / count
+        self.level = formulas.masked_pixel(
+            mean.expand_as(target_BK1), target_BK1, patch.weight_BK, patch.weight_BK.sum(), "squared"
+        )
+
+    def chance(self, batch_size: int, texts_per_image: int) -> float | None:
+        """Variance of the spread over the masked patches of the latest batch."""
+        return None if self.level is None else float(self.level)

@@ -21,6 +21,7 @@ from maskvlm.objectives.pretraining_losses import (
     ImageTextMatching,
     MaskedPixels,
     MaskedTokens,
+    PatchSpread,
     PretrainingLoss,
     WordsPresent,
 )
@@ -38,7 +39,7 @@ from maskvlm.utils.status_bar import StatusBar
 
 log = logging.getLogger(__name__)
 
-KNOWN = (ImageTextContrast, ImageTextMatching, MaskedTokens, MaskedPixels, WordsPresent)
+KNOWN = (ImageTextContrast, ImageTextMatching, MaskedTokens, MaskedPixels, WordsPresent, PatchSpread)
 STUCK_HINTS = {loss.name: loss.stuck_hint for loss in KNOWN}
 """What sitting at the level means, and where to look."""
 
