@@ -11,16 +11,22 @@ from toys import PATCH, slow_cross, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
+from maskvlm.objectives.exchanged_words import ExchangedCaptions
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.utils.distributed import Draw
 
 
 class Recorded(MaskedPretraining):
-    """Keeps the masks and negatives of its last step."""
+    """Keeps the masks, negatives and exchanged captions of its last step."""
 
     masks: Masks
     found: tuple[Negatives, Negatives] | None
+    exchanged: ExchangedCaptions | None
+
+    def exchange(self, *args: Any) -> ExchangedCaptions | None:
+        self.exchanged = super().exchange(*args)
+        return self.exchanged
 
     def mask(self, *args: Any) -> Masks:
         self.masks = super().mask(*args)

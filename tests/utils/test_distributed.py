@@ -193,6 +193,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all six": {"weight_words": 0.5, "weight_spread": 2.0},
     "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
+    "captions with words exchanged": {"exchanged_share": 1.0},
     "texts masked twice": {"masks_per_text": 2},
     "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},

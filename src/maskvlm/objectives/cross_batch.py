@@ -27,7 +27,8 @@ class Masks(NamedTuple):
 
 class Encoded(NamedTuple):
     """Encoder outputs: the whole inputs, and the masked ones where they are wanted; the `masks_per_text` masked rows
-    of a text are adjacent. other_CTD: the further captions of the images that have several.
+    of a text are adjacent. other_CTD: the further captions of the images that have several. exchanged_STD: the captions
+    of the first S images with two words exchanged, and exchanged_S: False where that changed nothing.
     """
 
     image_BLD: Tensor
@@ -36,6 +37,8 @@ class Encoded(NamedTuple):
     masked_text_BTD: Tensor | None
     other_CTD: Tensor | None = None
     masks_per_text: int = 1
+    exchanged_STD: Tensor | None = None
+    exchanged_S: Tensor | None = None
 
     @property
     def first_masked_BTD(self) -> Tensor | None:
@@ -233,7 +236,8 @@ def cross_all(
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
 
-    Matching pairs: (image, its caption), (image, hard caption), (hard image, caption).
+    Matching pairs: (image, its caption), (image, hard caption), (hard image, caption). A caption with two words
+    exchanged takes the place of a hard caption.
 
     Args:
         found: a hard caption for each image and a hard image for each caption; None without matching.
@@ -252,6 +256,12 @@ def cross_all(
         image, hard_image = with_negatives(image, found[1].index_B, queued[0])
         text, hard_text = with_negatives(text, found[0].index_B, queued[1])
         attention, _ = with_negatives(attention, found[0].index_B, queued[2])
+        if encoded.exchanged_STD is not None and encoded.exchanged_S is not None:
+            # Behind all other rows; a caption that stayed as it is would be no negative.
+            first = len(encoded.exchanged_S)
+            at_S = torch.arange(first, device=image.device) + len(text)
+            hard_text = torch.cat([torch.where(encoded.exchanged_S, at_S, hard_text[:first]), hard_text[first:]])
+            text, attention = torch.cat([text, encoded.exchanged_STD]), torch.cat([attention, attention_BT[:first]])
         images, texts = [own, own, hard_image], [own, hard_text, own]
     # What is reconstructed, and from what: None means the whole rows of the other side.
     masked_image = encoded.masked_image_BLD if reconstructs[0] else None

@@ -26,6 +26,7 @@ from maskvlm.objectives.cross_batch import (
     pad_text,
 )
 from maskvlm.objectives.evaluation import PretrainingMetrics
+from maskvlm.objectives.exchanged_words import ExchangedCaptions, exchange_words
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.loss_functions import PixelLoss, similarity
 from maskvlm.objectives.masking import (
@@ -78,6 +79,9 @@ class MaskedPretraining(Task):
             see `negative_queue.NegativeQueue`. It takes the memory of as many encoded pairs.
         matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). With
             few pairs to learn from, false keeps more of what ITC taught the encoders.
+        exchanged_share: share of the images, 0 to 1, whose hard caption in matching is their own one with two words
+            exchanged (0, P), see `exchanged_words.exchange_words`: matching learns which word belongs to which, and
+            costs one more pass of these captions through the text encoder.
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
             encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
             2023).
@@ -157,11 +161,13 @@ class MaskedPretraining(Task):
         text_masking: TextMasking | None = None,
         decoder_positions: bool = False,
         weight_spread: float = 0.0,
+        exchanged_share: float = 0.0,
     ) -> None:
         super().__init__()
         _check_shares(
-            image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, fully_masked_share=fully_masked_share
-        )
+            image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, fully_masked_share=fully_masked_share,
+            exchanged_share=exchanged_share,
+        )  # fmt: skip
         check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
         # The losses and what they need to know.
@@ -212,6 +218,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
         self.queue = NegativeQueue(negative_queue) if negative_queue and weight_itm else None
+        self.exchanged_share = exchanged_share if weight_itm else 0.0
         self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
@@ -325,7 +332,7 @@ class MaskedPretraining(Task):
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
         with encoders_frozen(stand, aligned and bool(self.freeze_aligned)):
             subset_BV = self.sample_patches(backbone, batch) if alone else None
-            encoded = self.encode(backbone, all_captions, masks, subset_BV)
+            encoded = self.encode(backbone, all_captions, masks, subset_BV, self.exchange(backbone, batch, pairs))
         # Contrast before negatives, which are drawn by its similarities; these before the pairs that are crossed.
         contrast = self.contrast(batch, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
@@ -419,6 +426,20 @@ class MaskedPretraining(Task):
         self.masked_before |= first
         return Masks(patch, token)
 
+    def exchange(self, backbone: MaskVLM, batch: Batch, pairs: int) -> ExchangedCaptions | None:
+        """Two words exchanged in the captions of the first images, which are `exchanged_share` of the first `pairs`;
+        None where that is no image."""
+        first = round(self.exchanged_share * pairs)
+        if not first:
+            return None
+        # The batch is in random order in training.
+        token_ST, special_ST, word_ST = (part[:first] for part in (batch.token_CT, batch.special_CT, batch.word_CT))
+        length, longest = token_ST.shape[1], backbone.text.text_length
+        # Drawn for the longest text and then cut: what is drawn does not depend on padding, which depends on the number
+        # of processes.
+        uniform_STT = self.uniform(first, longest, longest)[:, :length, :length]
+        return exchange_words(token_ST, special_ST, word_ST, backbone.text.word_embeddings, uniform_STT)
+
     def sample_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
         """Numbers of the patches that contrast sees of each image, [B, V]; None: all."""
         patches = backbone.image.num_patches
@@ -428,7 +449,14 @@ class MaskedPretraining(Task):
         # The first V of a random order of the N patches: none comes twice.
         return noise_BN.argsort(dim=1)[:, : max(1, round(self.contrast_patches * patches))]
 
-    def encode(self, backbone: MaskVLM, batch: Batch, masks: Masks, subset_BV: Tensor | None = None) -> Encoded:
+    def encode(
+        self,
+        backbone: MaskVLM,
+        batch: Batch,
+        masks: Masks,
+        subset_BV: Tensor | None = None,
+        exchanged: ExchangedCaptions | None = None,
+    ) -> Encoded:
         """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
         images, first those that are masked and matched; `subset_BV`: what is seen of the whole images."""
         image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
@@ -443,6 +471,10 @@ class MaskedPretraining(Task):
             token = torch.cat([token, masks.token.token_CT])
             masked = attention[: len(masks.token.token_CT) // self.masks_per_text]
             attention = torch.cat([attention, masked.repeat_interleave(self.masks_per_text, 0)])
+        behind = len(token)
+        if exchanged is not None:
+            token = torch.cat([token, exchanged.token_CT])
+            attention = torch.cat([attention, batch.attention_CT[: len(exchanged.token_CT)]])
         # An unreadable image is blank: its features must not be cached under its row.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
@@ -450,8 +482,8 @@ class MaskedPretraining(Task):
             every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
         else:
             every_CTD = backbone.text(token, attention)
-        # (all rows, T, D) -> first captions (B), further captions, masked captions
-        text, other, masked = every_CTD.tensor_split([pairs, captions])
+        # (all rows, T, D) -> first captions (B), further captions, masked captions, exchanged ones
+        text, other, masked, swapped = every_CTD.tensor_split([pairs, captions, behind])
         return Encoded(
             whole,
             text,
@@ -459,6 +491,8 @@ class MaskedPretraining(Task):
             masked if masks.token is not None else None,
             other if captions > pairs else None,
             self.masks_per_text,
+            swapped if exchanged is not None else None,
+            None if exchanged is None else exchanged.changed_C,
         )
 
     def contrast(self, batch: Batch, encoded: Encoded, subset_BV: Tensor | None = None) -> Contrast:

@@ -1,0 +1,99 @@
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_step import build, eventful_batch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import slow_cross
+
+from maskvlm.objectives.exchanged_words import exchange_words
+from maskvlm.utils.distributed import Draw
+
+# Two kinds of words: 0 to 4 are alike, and so are 5 to 9.
+WORDS = F.one_hot(torch.arange(10) // 5, 2).float() + 0.01 * torch.arange(10)[:, None]
+
+
+def drawn(
+    token: list[list[int]], special: list[list[int]], word: list[list[int]], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    draw = Draw(seed, 0, "cpu")
+    parts = torch.tensor(token), torch.tensor(special).bool(), torch.tensor(word)
+    found = exchange_words(*parts, WORDS, draw(len(token), len(token[0]), len(token[0])))
+    return found.token_CT, found.changed_C
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(0, 99))
+def test_two_words_change_places_and_the_rest_stays(rows: list[list[int]], seed: int) -> None:
+    special = [[1, 0, 0, 0, 1]] * len(rows)
+    found, changed = drawn(rows, special, [[-1, 0, 1, 2, -1]] * len(rows), seed)
+    for before, after, did in zip(rows, found.tolist(), changed.tolist(), strict=True):
+        assert sorted(before) == sorted(after)
+        assert (before[0], before[-1]) == (after[0], after[-1])
+        assert did == (len(set(before[1:-1])) > 1)
+        assert sum(a != b for a, b in zip(before, after, strict=True)) == 2 * did
+
+
+def test_words_of_one_kind_change_places_far_more_often() -> None:
+    token, special, word = [[0, 1, 5, 0]] * 400, [[0, 0, 0, 1]] * 400, [[0, 1, 2, -1]] * 400
+    found, changed = drawn(token, special, word)
+    assert changed.all()
+    assert (found[:, 2] == 5).float().mean() > 0.95
+
+
+def test_pieces_of_a_longer_word_stay() -> None:
+    """Tokens 1 and 2 are one word: 0 and 3 are left."""
+    found, changed = drawn([[0, 1, 2, 3]] * 50, [[0, 0, 0, 0]] * 50, [[0, 1, 1, 2]] * 50)
+    assert changed.all()
+    assert (found == torch.tensor([3, 1, 2, 0])).all()
+
+
+def test_exchanged_captions_take_the_place_of_hard_ones() -> None:
+    """Half of the images, of which one has a caption of equal words: it keeps its hard caption."""
+    batch = eventful_batch()
+    token_CT = batch.token_CT.clone()
+    token_CT[1] = torch.where(batch.special_CT[1], token_CT[1], 7)
+    word_CT = torch.arange(token_CT.shape[1]).expand_as(token_CT).masked_fill(batch.special_CT, -1)
+    batch = batch._replace(token_CT=token_CT, word_CT=word_CT)
+    backbone, task = build(exchanged_share=0.5)
+    task.set_uniform(Draw(3, 0, "cpu"))
+    term = task(backbone, batch)["itm"]
+    exchanged = task.exchanged
+    assert exchanged is not None
+    assert exchanged.changed_C.tolist() == [True, False, True, True]
+    assert task.found is not None
+    texts, images = task.found
+
+    def read(token_T: Tensor, row: int) -> Tensor:
+        token_1T = token_T[batch.attention_CT[row]][None]
+        return backbone.text(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
+
+    image = [backbone.image(batch.image_BCHW[r : r + 1])[0] for r in range(8)]
+    text = [read(batch.token_CT[r], r) for r in range(8)]
+    valid = batch.valid_B.nonzero().flatten().tolist()
+    pairs = [(image[i], text[i], 1) for i in valid]
+    for i in valid:
+        own = i < 4 and bool(exchanged.changed_C[i])
+        pairs.append((image[i], read(exchanged.token_CT[i], i) if own else text[int(texts.index_B[i])], 0))
+    pairs += [(image[int(images.index_B[i])], text[i], 0) for i in valid]
+    losses = []
+    for one, other, match in pairs:
+        product = slow_cross(backbone.cross_image, one, other)[0] * slow_cross(backbone.cross_text, other, one)[0]
+        losses.append(-task.matching.classify(product).log_softmax(0)[match])
+    torch.testing.assert_close(term, torch.stack(losses).mean(), atol=1e-6, rtol=1e-5)
+    # Nothing but matching reads them.
+    plain_backbone, plain = build()
+    others = {name: value for name, value in plain(plain_backbone, batch).items() if name != "itm"}
+    for name, value in others.items():
+        if name == "itc":
+            torch.testing.assert_close(task(backbone, batch)[name], value)
+
+
+def test_they_train_every_part_that_matching_trains() -> None:
+    backbone, task = build(exchanged_share=1.0, weight_itc=0.0, weight_mlm=0.0, weight_mim=0.0)
+    task(backbone, eventful_batch())["itm"].backward()
+    parts: list[nn.Module] = [backbone.image, backbone.text, backbone.cross_image, backbone.cross_text]
+    for parameter in itertools.chain.from_iterable(part.parameters() for part in parts):
+        assert parameter.grad is not None or not parameter.requires_grad
