@@ -294,7 +294,8 @@ class RandomTokens(TextMasking):
 
     Args:
         ratio: share of the tokens, 0 to 1.
-        most: the second and further maskings of a text have a share that is drawn between `ratio` and this one.
+        most: in training a masking has a share that is drawn between `ratio` and this one; of several maskings of a text
+            the first has `ratio`.
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
     """
@@ -307,18 +308,20 @@ class RandomTokens(TextMasking):
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
         return mask_tokens(
-            *texts[:3], self._share(len(texts.token_CT), texts.masks_per_text, uniform), uniform,
+            *texts[:3], self._share(texts, uniform), uniform,
             vocabulary.mask_id, vocabulary.size, vocabulary.length, self.whole_word, self.keep_and_swap,
         )  # fmt: skip
 
-    def _share(self, rows: int, masks_per_text: int, uniform: Uniform) -> float | Ratio:
-        """Of each row: the first of `masks_per_text` maskings has that of evaluation."""
-        if masks_per_text == 1 or self.most == self.ratio:
+    def _share(self, texts: Texts, uniform: Uniform) -> float | Ratio:
+        """Of each row; in evaluation all have the same."""
+        if not texts.training or self.most == self.ratio:
             return self.ratio
-        drawn_C = uniform(rows)
-        # Drawn for all rows; a draw of 0 stands for the lower share.
-        first_C = torch.arange(rows, device=drawn_C.device) % masks_per_text == 0
-        return Ratio.drawn(self.ratio, self.most, drawn_C.masked_fill(first_C, 0.0))
+        drawn_C = uniform(len(texts.token_CT))
+        if texts.masks_per_text > 1:
+            # Drawn for all rows; a draw of 0 stands for the lower share.
+            first_C = torch.arange(len(drawn_C), device=drawn_C.device) % texts.masks_per_text == 0
+            drawn_C = drawn_C.masked_fill(first_C, 0.0)
+        return Ratio.drawn(self.ratio, self.most, drawn_C)
 
 
 class DrawnTokens(TextMasking):

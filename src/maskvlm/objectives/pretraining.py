@@ -67,9 +67,10 @@ class MaskedPretraining(Task):
             model learns to fill in from the visible patches first and hardly uses the caption.
         text_mask_ratio: share of tokens masked (0.3, P).
         masks_per_text: maskings of each caption in a step (1, P); each more masks as many words again at little cost.
-        text_mask_most: in training the second and further maskings of a caption mask a share that is drawn between
-            text_mask_ratio and this one (None: text_mask_ratio). With 1 the model also learns to write from nothing,
-            as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
+        text_mask_most: in training a masking masks a share that is drawn between text_mask_ratio and this one (None:
+            text_mask_ratio); of several maskings of a caption the first keeps text_mask_ratio. With much masked, a word
+            is told from the image, not from the words that are left; with 1 the model also learns to write from
+            nothing, as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
         masked_image_share: share of a step's images that are masked (1, P); a masked image costs about as much as a
             whole one.
         contrast_first: share of the run's steps, 0 to below 1, that train ITC alone (0, P); such a step costs less
@@ -198,9 +199,6 @@ class MaskedPretraining(Task):
         if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
             what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
             raise UserError("model.task.text_mask_most", what, "Give such a share, or null")
-        if text_mask_most is not None and masks_per_text == 1:
-            what = "it is of the second and further maskings of a caption, and there is one"
-            raise UserError("model.task.text_mask_most", what, "Set model.task.masks_per_text to 2, or this to null")
         self.masked_image_share, self.contrast_first = masked_image_share, contrast_first
         if freeze_aligned and not contrast_first:
             what, todo = (
