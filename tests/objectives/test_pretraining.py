@@ -122,7 +122,7 @@ def test_a_single_masking_masks_any_share_and_evaluation_the_fixed_one() -> None
     for _ in range(60):
         token = task.mask(backbone, batch, task.uniform, True).token
         assert token is not None
-        shares.append(token.mask_CT.sum(1) / words_C)
+        shares.append((token.mask_CT.sum(1) / words_C)[batch.valid_B])
     share_XC = torch.stack(shares)
     # Uniform from .3 to 1, rounded to whole words of texts of four words or so.
     assert (share_XC.mean() - 0.65).abs() < 0.06

@@ -294,8 +294,8 @@ class RandomTokens(TextMasking):
 
     Args:
         ratio: share of the tokens, 0 to 1.
-        most: in training a masking has a share that is drawn between `ratio` and this one; of several maskings of a text
-            the first has `ratio`.
+        most: in training a masking has a share that is drawn between `ratio` and this one; of several maskings of a
+            text the first has `ratio`.
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
     """
