@@ -202,6 +202,21 @@ def test_a_row_is_a_function_of_seed_split_and_index_alone() -> None:
     assert one[7]["captions"] != Scenes(seed=1).split("train")[7]["captions"]
 
 
+def test_a_row_read_again_is_the_same_whatever_was_done_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts are kept, of so many scenes."""
+    monkeypatch.setattr("maskvlm.data.scenes.source.KEPT", 2)
+    pairs = Scenes(short=5, relations=4).split("train")
+    first = [pairs[index] for index in range(3)]
+    before = [(list(row["captions"]), np.asarray(row["image"]).copy(), row["image_id"]) for row in first]
+    for row in first:
+        row["captions"].append("more")
+        row["image"].paste((0, 0, 0), (0, 0, 48, 48))
+    assert len(pairs.kept) == 2
+    for (captions, image, image_id), row in zip(before, [pairs[index] for index in range(3)], strict=True):
+        assert (row["captions"], row["image_id"]) == (captions, image_id)
+        assert (np.asarray(row["image"]) == image).all()
+
+
 @pytest.mark.parametrize("size", [12, 48, 50, 224])
 def test_any_size_on_demand(size: int) -> None:
     pairs = Scenes(size=size).split("test")
