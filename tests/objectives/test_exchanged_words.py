@@ -97,3 +97,15 @@ def test_they_train_every_part_that_matching_trains() -> None:
     parts: list[nn.Module] = [backbone.image, backbone.text, backbone.cross_image, backbone.cross_text]
     for parameter in itertools.chain.from_iterable(part.parameters() for part in parts):
         assert parameter.grad is not None or not parameter.requires_grad
+
+
+def test_a_small_share_is_one_image_and_counts_without_another_negative() -> None:
+    """All show the same image: no caption of the batch is a negative, the own one with two words exchanged is."""
+    batch = eventful_batch()
+    word_CT = torch.arange(batch.token_CT.shape[1]).expand_as(batch.token_CT).masked_fill(batch.special_CT, -1)
+    batch = batch._replace(image_id_B=torch.zeros_like(batch.image_id_B), word_CT=word_CT)
+    backbone, task = build(exchanged_share=0.01)
+    step = task.step(backbone, batch, True)
+    assert step.negatives is not None
+    assert step.negatives[0].weight_B.tolist() == [1.0] + 7 * [0.0]
+    assert not step.negatives[1].weight_B.any()

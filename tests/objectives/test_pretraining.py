@@ -704,7 +704,16 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("mask_both", [False, True])
-@pytest.mark.parametrize("wanted", [{}, {"weight_mim": 0.0}, {"weight_mlm": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"weight_mim": 0.0},
+        {"weight_mlm": 0.0},
+        {"weight_itc": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0, "weight_spread": 1.0},
+    ],
+    ids=str,
+)
 def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, float], mask_both: bool) -> None:
     """Each loss's gradient as without the option, but matching's in the encoders, which is none."""
     found = {}
@@ -762,6 +771,11 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
             {"matching_trains_encoders": False, "weight_itc": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
             "model.task.matching_trains_encoders: no other loss trains the encoders",
         ),
+        (
+            {"exchanged_share": 0.5, "weight_itm": 0.0},
+            "model.task.exchanged_share: 0.5, but there is no matching: weight_itm is 0",
+        ),
+        ({"exchanged_share": 1.5}, "model.task.exchanged_share: 1.5 is no share"),
         ({"rerank_contrast": -1.0}, "model.task.rerank_contrast: -1.0"),
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),

@@ -1,6 +1,8 @@
 """A study's file: cells, what questions compare, and one line for each mistake."""
 
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.study.budget import budget_in_steps
 from maskvlm.study.definition import Metric, read_study
 from maskvlm.study.runs import runs_of
@@ -198,3 +202,21 @@ def test_the_example_of_the_page_is_a_study(tmp_path: Path) -> None:
         "itc-itm", "words", "itc-itm@0.25", "words@0.25", "itc-itm@flops-of-words",
     ]  # fmt: skip
     assert len(study.questions) == 2
+
+
+@pytest.mark.parametrize(("name", "arm"), [("claims", "all"), ("candidates", "paper")])
+def test_the_papers_arm_is_the_papers_whatever_the_built_in_recipe_takes(
+    name: str, arm: str, monkeypatch: pytest.MonkeyPatch, stack: Callable[..., list[str]]
+) -> None:
+    """It differs from the defaults, which are the paper's, in what a small model needs alone."""
+    monkeypatch.chdir(ROOT)
+    cell = read_study(str(ROOT / "studies" / f"{name}.yaml")).cell(arm)
+    assert cell.run == ("pretrain", "model=tiny", "data=scenes")
+    options = [f"--{key}={value}" for key, value in cell.options]
+    composed = run_command(Parsed, ["fit", *stack(MODEL="tiny", DATA="scenes"), *options]).settings
+    task = composed.model.task.init_args
+    defaults = {key: each.default for key, each in inspect.signature(MaskedPretraining).parameters.items()}
+    differs = {key for key, value in defaults.items() if task[key] != value and not (value == () and not task[key])}
+    assert differs <= {"mask_block", "decoder_layers", "weight_mlm", "contrast_dim", "pixel_loss", "rerank_k"}
+    assert composed.model.backbone.init_args.query_positions is False
+    assert composed.data.init_args.source.init_args.relations == 0

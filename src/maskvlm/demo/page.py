@@ -142,7 +142,7 @@ def about(models: Models) -> str:
             told += f", trained on {trained.told}"
         told += "."
         return answers.note(told) + "".join(map(answers.problem, lines))
-    todo = "No checkpoint of pre-training is here. Run `maskvlm pretrain` (15 minutes on two cores), "
+    todo = "No checkpoint of pre-training is here. Run `maskvlm pretrain` (16 minutes on two cores), "
     todo += "then `maskvlm demo`."
     return "".join(map(answers.problem, [todo, *lines]))
 

@@ -81,8 +81,9 @@ class MaskedPretraining(Task):
         matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). With
             few pairs to learn from, false keeps more of what ITC taught the encoders.
         exchanged_share: share of the images, 0 to 1, whose hard caption in matching is their own one with two words
-            exchanged (0, P), see `exchanged_words.exchange_words`: matching learns which word belongs to which, and
-            costs one more pass of these captions through the text encoder.
+            exchanged (0, P), see `exchanged_words.exchange_words`: matching is asked which word belongs to which, at
+            the cost of one more pass of these captions through the text encoder. Not tried with sharded parameters
+            (FSDP): it reads the word embeddings outside the encoder.
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
             encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
             2023).
@@ -94,7 +95,8 @@ class MaskedPretraining(Task):
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
-        weight_spread: weight of a loss that tells where things are (0: none, P), see `pretraining_losses.PatchSpread`.
+        weight_spread: weight of a loss on how much each masked patch varies (0: none, P), which teaches where things
+            are, see `pretraining_losses.PatchSpread`.
         losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
         image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block and
             fully_masked_share). `masking.DrawnBlocks`: each image has a share of its own.
@@ -198,7 +200,8 @@ class MaskedPretraining(Task):
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
         if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
             what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
-            raise UserError("model.task.text_mask_most", what, "Give such a share, or null")
+            todo = "Give such a share, or null, or a lower text_mask_ratio"
+            raise UserError("model.task.text_mask_most", what, todo)
         self.masked_image_share, self.contrast_first = masked_image_share, contrast_first
         if freeze_aligned and not contrast_first:
             what, todo = (
@@ -211,12 +214,19 @@ class MaskedPretraining(Task):
             raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
         self.freeze_aligned = freeze_aligned
         self.rerank_contrast = rerank_contrast
-        if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim):
+        # The words that are present (weight_words) train the image encoder alone.
+        if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim or weight_spread):
             todo = "Set it to true, or give another loss a weight"
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
         self.queue = NegativeQueue(negative_queue) if negative_queue and weight_itm else None
-        self.exchanged_share = exchanged_share if weight_itm else 0.0
+        if exchanged_share and not weight_itm:
+            what, todo = (
+                f"{exchanged_share}, but there is no matching: weight_itm is 0",
+                "Set it to 0, or weight_itm above 0",
+            )
+            raise UserError("model.task.exchanged_share", what, todo)
+        self.exchanged_share = exchanged_share
         self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
@@ -330,10 +340,13 @@ class MaskedPretraining(Task):
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
         with encoders_frozen(stand, aligned and bool(self.freeze_aligned)):
             subset_BV = self.sample_patches(backbone, batch) if alone else None
-            encoded = self.encode(backbone, all_captions, masks, subset_BV, self.exchange(backbone, batch, pairs))
+            exchanged = self.exchange(backbone, batch, pairs)
+            encoded = self.encode(backbone, all_captions, masks, subset_BV, exchanged)
         # Contrast before negatives, which are drawn by its similarities; these before the pairs that are crossed.
         contrast = self.contrast(batch, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
+        if negatives is not None and exchanged is not None:
+            negatives = (count_exchanged(negatives[0], exchanged), negatives[1])
         crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
         # After the draw: this step's pairs are among its candidates already.
         if queue is not None and self.training:
@@ -425,11 +438,11 @@ class MaskedPretraining(Task):
         return Masks(patch, token)
 
     def exchange(self, backbone: MaskVLM, batch: Batch, pairs: int) -> ExchangedCaptions | None:
-        """Two words exchanged in the captions of the first images, which are `exchanged_share` of the first `pairs`;
-        None where that is no image."""
-        first = round(self.exchanged_share * pairs)
-        if not first:
+        """Two words exchanged in the captions of the first images, which are `exchanged_share` of the first `pairs`, at
+        least one; None without such a share."""
+        if not self.exchanged_share:
             return None
+        first = max(1, round(self.exchanged_share * pairs))
         # The batch is in random order in training.
         token_ST, special_ST, word_ST = (part[:first] for part in (batch.token_CT, batch.special_CT, batch.word_CT))
         length, longest = token_ST.shape[1], backbone.text.text_length
@@ -543,6 +556,13 @@ class MaskedPretraining(Task):
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         return self.measure.compute(self, backbone)
+
+
+def count_exchanged(texts: Negatives, exchanged: ExchangedCaptions) -> Negatives:
+    """The hard captions, of which an exchanged one counts also where the batch has no negative for its image."""
+    first = len(exchanged.changed_C)
+    there_S = torch.maximum(texts.weight_B[:first], exchanged.changed_C.to(texts.weight_B))
+    return texts._replace(weight_B=torch.cat([there_S, texts.weight_B[first:]]))
 
 
 def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type) -> None:

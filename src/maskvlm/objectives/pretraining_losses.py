@@ -57,7 +57,8 @@ class Step(NamedTuple):
         masks: of images and of texts; None where no loss needs them.
         encoded: features of whole and masked inputs.
         contrast: unit vectors; all zero where weight_itc is 0.
-        negatives: a hard text for each image and a hard image for each text; None without matching.
+        negatives: a hard text for each image and a hard image for each text; None without matching. With
+            `exchanged_share` the first images met their own text with two words exchanged instead.
         crossed: what the cross encoders gave.
         masks_per_text: maskings of each text.
         mask_both: each side is reconstructed from the masked other one.
@@ -435,7 +436,7 @@ class WordsPresent(PretrainingLoss):
 
 
 class PatchSpread(PretrainingLoss):
-    """How much each masked patch varies, from the visible ones and the whole text, which the paper does not have: the
+    """How much each masked patch varies, told from what its pixels are told from, which the paper does not have: the
     standard deviation of its pixels, mean of the channels, by squared error.
 
     It tells the image cross encoder *where* something is before it can tell *what*. To paint a thing at its place takes

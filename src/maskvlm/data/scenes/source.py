@@ -19,7 +19,7 @@ __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "
 VERSION = 3  # raise it when the same seed gives other images or captions
 SHORT = 2  # raise it when the same seed gives other short captions; no evaluation has these
 KEPT = 20_000
-"""Scenes whose texts are kept once they were made, 50 MB or so: of what a training sample costs they are half."""
+"""Scenes whose texts are kept once they were made, 30 MB or so: of what a row costs they are nine tenths."""
 SMALLEST = 12  # pixels: below, shapes cannot be told apart
 
 
