@@ -74,6 +74,12 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def each_token_a_word(batch: Batch) -> Batch:
+    """The toys' words have two pieces; here every token is a word of its own."""
+    number_CT = torch.arange(batch.token_CT.shape[1]).expand_as(batch.token_CT)
+    return batch._replace(word_CT=number_CT.masked_fill(batch.special_CT, -1))
+
+
 class Slow:
     """The losses of the masks and negatives that `task` recorded: each row by itself, nothing padded."""
 

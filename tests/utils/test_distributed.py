@@ -17,7 +17,7 @@ import slow_retrieval
 import torch
 import torch.distributed as dist
 import toy_examples
-from slow_step import build, eventful_batch
+from slow_step import build, each_token_a_word, eventful_batch
 from torch import Tensor, nn
 from toys import take, toy_batch
 
@@ -53,7 +53,11 @@ def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, A
     of retrieval with two captions an image."""
     step = Step(slow_retrieval.build if retrieval else build, settings)
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
-    return backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+    exchanges = bool(settings.get("exchanged_share"))
+    batch = each_token_a_word(batch) if exchanges else batch
+    done = backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+    assert not exchanges or step.task.exchanged.changed_C.any()
+    return done
 
 
 def queue_step(settings: dict[str, Any]) -> dict[str, Any]:

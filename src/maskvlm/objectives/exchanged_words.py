@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from maskvlm.objectives.hard_negatives import gumbel_noise
+
 ALIKE = 0.1
 """How much more alike two words must be, as a cosine, to be e times as likely to change places. Words of one kind
 (colours, shapes) differ from words of two kinds by 0.2 to 0.5 in embeddings trained here."""
@@ -47,8 +49,7 @@ def exchange_words(
     cosine_CTT = word_CTD @ word_CTD.transpose(1, 2)
     possible_CTT = alone_CT[:, :, None] & alone_CT[:, None] & (token_CT[:, :, None] != token_CT[:, None])
     # Gumbel-max, as for hard negatives: the argmax is a draw from the softmax.
-    gumbel_CTT = -torch.log(-torch.log(uniform_CTT.float().clamp(1e-9, 1 - 1e-6)))
-    score_CTT = (cosine_CTT / ALIKE + gumbel_CTT).masked_fill(~possible_CTT, float("-inf"))
+    score_CTT = (cosine_CTT / ALIKE + gumbel_noise(uniform_CTT)).masked_fill(~possible_CTT, float("-inf"))
     # Every pair stands twice, (i, j) and (j, i), and both mean the same.
     picked_C = score_CTT.flatten(1).argmax(1)
     changed_C = possible_CTT.flatten(1).any(1)

@@ -24,9 +24,13 @@ def draw_hard_negatives(logits_BG: Tensor, excluded_BG: Tensor, uniform_BG: Tens
     A row in which everything is excluded gets index 0 and weight 0. excluded_BG: bool. uniform_BG: in [0, 1).
     """
     logits = torch.nan_to_num(logits_BG.detach().float(), nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
-    # 1 - 1e-6 is still below 1 in float32; at 1 the Gumbel noise would be infinite.
-    gumbel = -torch.log(-torch.log(uniform_BG.float().clamp(1e-9, 1 - 1e-6)))
     # The argmax of logit + Gumbel noise is a draw from softmax(logit); -inf is never drawn.
-    score = (logits + gumbel).masked_fill(excluded_BG, float("-inf"))
+    score = (logits + gumbel_noise(uniform_BG)).masked_fill(excluded_BG, float("-inf"))
     index_B = score.argmax(dim=1)
     return Negatives(index_B, (~excluded_BG).any(dim=1).float())
+
+
+def gumbel_noise(uniform: Tensor) -> Tensor:
+    """Gumbel noise out of random numbers in [0, 1), finite and in float32."""
+    # 1 - 1e-6 is still below 1 in float32; at 1 the noise would be infinite.
+    return -torch.log(-torch.log(uniform.float().clamp(1e-9, 1 - 1e-6)))
