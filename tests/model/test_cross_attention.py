@@ -132,6 +132,44 @@ def test_what_stands_at_padding_changes_nothing(encoder: CrossEncoder, every: in
     assert torch.equal(dirty.full_RLD[lengths[:every]], clean.full_RLD[lengths[:every]])
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("every", [0, 2, None])
+def test_rows_that_pairs_share_give_what_each_pair_alone_gives(layers: int, every: int | None) -> None:
+    torch.manual_seed(0)
+    encoder = CrossEncoder(WIDTH, OTHER, layers, HEADS, grid=(1, 5))
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    row_B, seen_B, attention = torch.tensor([1, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 2, 0]), padding([6, 2, 4], 6)
+    shared, apart = noise(3, 6, WIDTH).requires_grad_(), noise(3, 6, WIDTH).requires_grad_()
+    context = encoder.context(noise(3, 4, OTHER, seed=1), padding([4, 1, 2], 4), seen_B)
+    found = encoder(shared, context, attention, every, row_B)
+    expected = encoder(apart[row_B], context, attention[row_B], every)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for out in (found, expected):
+        (out.cls_BD.square().sum() + out.full_RLD.cos().sum()).backward(retain_graph=True)
+    torch.testing.assert_close(shared.grad, apart.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_only_what_is_read_is_computed_in_the_last_block(layers: int) -> None:
+    torch.manual_seed(0)
+    encoder = CrossEncoder(WIDTH, OTHER, layers, HEADS, grid=(1, 5))
+    nn.init.normal_(encoder.pos_embed)
+    x_BLD, context = noise(4, 6, WIDTH), encoder.context(noise(4, 5, OTHER, seed=1))
+    read_RK = torch.tensor([[5, 0, 2], [1, 1, 4], [3, 4, 5]])
+    full = encoder(x_BLD, context, num_full=3)
+    found = encoder(x_BLD, context, num_full=3, read_RK=read_RK)
+    expected = full.full_RLD.gather(1, read_RK[..., None].expand(-1, -1, WIDTH))
+    torch.testing.assert_close(found.full_RLD, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.cls_BD[3:], full.cls_BD[3:], atol=1e-6, rtol=1e-6)
+    shapes = []
+    encoder.blocks[-1].feed_forward.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
+    encoder(x_BLD, context, num_full=3, read_RK=read_RK)
+    assert shapes == [(3, 3, WIDTH), (1, 1, WIDTH)]
+    nothing = encoder(x_BLD, context, read_RK=torch.zeros(4, 0, dtype=torch.long))
+    assert nothing.full_RLD.shape == (4, 0, WIDTH)
+
+
 def test_recomputing_activations_gives_the_same_gradients() -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:
         torch.manual_seed(0)

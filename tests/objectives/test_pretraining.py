@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -598,10 +599,24 @@ def test_each_part_makes_one_pass_over_the_rows_it_needs(wanted: tuple[str, ...]
     seen: list[tuple[str, int]] = []
     for part in ("image", "text", "cross_image", "cross_text"):
         getattr(backbone, part).register_forward_hook(
-            lambda module, inputs, output, part=part: seen.append((part, len(inputs[0]) // ROWS))
+            lambda module, inputs, output, part=part: seen.append(
+                (part, len(getattr(output, "cls_BD", output)) // ROWS)
+            )
         )
     task(backbone, toy_batch(ROWS))
     assert sorted(seen) == sorted(rows.items())
+    # Before it looks at the other side, a row is the same in each of its pairs: one masked, one whole.
+    self_attention = {part: backbone.get_submodule(part).blocks[0].self_attention for part in rows if "cross" in part}
+    asked = dict.fromkeys(self_attention, 0)
+
+    def count(part: str) -> Callable[..., None]:
+        return lambda module, inputs, output: asked.update({part: len(inputs[0]) // ROWS})
+
+    for part, attention in self_attention.items():
+        attention.register_forward_hook(count(part))
+    task(backbone, toy_batch(ROWS))
+    reads = {"cross_image": {"mim", "spread"}, "cross_text": {"mlm"}}
+    assert asked == {part: ("itm" in wanted) + bool(reads[part] & set(wanted)) for part in asked}
     heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels"}
     heads |= {"words": "detector", "spread": "spread"}
     assert {name for name, _ in task.named_children()} == {heads[name] for name in wanted}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import PATCH, SIZE, toy_backbone, toy_batch
 
-from maskvlm.model.heads import gather_positions, patchify
+from maskvlm.model.cross_attention import gather_positions
+from maskvlm.model.heads import patchify
 from maskvlm.model.init import init_xavier
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.evaluation import EVAL_SEED

@@ -3,6 +3,7 @@
 Shapes: B pairs, L positions of the querying side, U rows and S positions of the other side, D width, H heads.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,19 @@ class Context(NamedTuple):
 
 
 class CrossOutput(NamedTuple):
-    """full_RLD: all positions of the first R pairs. cls_BD: the first position (class token) of all."""
+    """full_RLD: all positions of the first R pairs, or those that were asked for. cls_BD: the first position (class
+    token) of all, of the first R pairs the first one asked for."""
 
     full_RLD: Tensor
     cls_BD: Tensor
+
+
+class FirstOnly(NamedTuple):
+    """The first position of each row, the class token, asks alone."""
+
+
+Asking = FirstOnly | Tensor | None
+"""Which positions get new features in a block: the first alone, those of an index [B, K], or (None) all."""
 
 
 class Attention(nn.Module):
@@ -93,21 +103,59 @@ class CrossBlock(nn.Module):
         self_mask: Tensor | None,
         context: KeyValue,
         context_mask: Tensor | None,
-        first_only: bool = False,
+        asking: Asking = None,
         position_LD: Tensor | None = None,
     ) -> Tensor:
-        """New features of all positions, or of the first position alone: exact, and cheaper in a last block.
+        """New features of the positions `asking`: exact, and cheaper in a last block of which few are read.
 
         position_LD: added to what queries are made of, in both attentions.
         """
-        # Keys and values of all positions, also where only the first position asks.
+        x = self.attend_self(x_BLD, self_mask, asking, position_LD)
+        return self.attend_other(x, context, context_mask, asking, position_LD)
+
+    def attend_self(
+        self, x_BLD: Tensor, self_mask: Tensor | None, asking: Asking = None, position_LD: Tensor | None = None
+    ) -> Tensor:
+        """The first third of the block, which does not depend on what is looked at: rows that several pairs share need
+        it once."""
+        # Keys and values of all positions, also where only some of them ask.
         own = self.self_attention.keys_values(x_BLD)
-        x = x_BLD[:, :1] if first_only else x_BLD
-        place = position_LD[:1] if first_only and position_LD is not None else position_LD
+        x, place = positions_of(x_BLD, asking), places_of(position_LD, asking)
         # Post-norm (R): each sum is normalised.
-        x = self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
+        return self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
+
+    def attend_other(
+        self,
+        x: Tensor,
+        context: KeyValue,
+        context_mask: Tensor | None,
+        asking: Asking = None,
+        position_LD: Tensor | None = None,
+    ) -> Tensor:
+        """The rest: cross-attention and feed-forward, of the positions that `attend_self` has left."""
+        place = places_of(position_LD, asking)
         x = self.norms[1](x + self.dropout(self.cross_attention(x, context, context_mask, place)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
+
+
+def positions_of(x_BLD: Tensor, asking: Asking) -> Tensor:
+    """The positions that ask, [B, K, D]."""
+    if asking is None:
+        return x_BLD
+    return x_BLD[:, :1] if isinstance(asking, FirstOnly) else gather_positions(x_BLD, asking)
+
+
+def places_of(position_LD: Tensor | None, asking: Asking) -> Tensor | None:
+    """The learned positions of those that ask, [L, D], [1, D] or [B, K, D]."""
+    if position_LD is None or asking is None:
+        return position_LD
+    return position_LD[:1] if isinstance(asking, FirstOnly) else position_LD[asking]
+
+
+def gather_positions(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
+    """The positions `index_BK` of each row, [B, K, D]."""
+    # (B, K) -> (B, K, D): gather wants an index for each value.
+    return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
 
 
 class CrossEncoder(nn.Module):
@@ -152,44 +200,65 @@ class CrossEncoder(nn.Module):
 
     def forward(
         self,
-        x_BLD: Tensor,
+        x_ULD: Tensor,
         context: Context,
-        attention_BL: Tensor | None = None,
+        attention_UL: Tensor | None = None,
         num_full: int | None = None,
+        row_B: Tensor | None = None,
+        read_RK: Tensor | None = None,
     ) -> CrossOutput:
         """Run all pairs in one pass.
 
         Args:
-            x_BLD: the querying side, one row a pair.
+            x_ULD: the querying side.
             context: from `context`.
-            attention_BL: padding mask of the querying side.
+            attention_UL: padding mask of the querying side.
             num_full: the last block gives all positions of the first `num_full` pairs only (None: of all pairs);
                 of the others just the first position, which is all that matching reads.
+            row_B: the row of `x_ULD` that each pair asks with; None: row by row, U = B. What pairs share is computed
+                once: the self-attention of the first block.
+            read_RK: the positions [R, K] of the first `num_full` pairs that are read; `full_RLD` then has these alone,
+                in that order.
         """
-        num_full = x_BLD.shape[0] if num_full is None else num_full
-        # (B, L) -> (B, 1, 1, L)
-        self_mask = None if attention_BL is None else attention_BL[:, None, None, :]
-        all_rows = slice(None)
         place_LD = None if self.pos_embed is None else self.pos_embed[0]
+        x_BLD, attention_BL = x_ULD, attention_UL
+        blocks: list[CrossBlock] = list(self.blocks)  # type: ignore[arg-type]
+        if row_B is not None:
+            attention_BL = None if attention_UL is None else attention_UL[row_B]
+        shared = row_B is not None and len(blocks) > 1
+        if shared:
+            x_BLD = self._run(blocks[0].attend_self, x_ULD, key_mask(attention_UL), None, place_LD)
+        if row_B is not None:
+            x_BLD = x_BLD.index_select(0, row_B)
+        num_full = x_BLD.shape[0] if num_full is None else num_full
+        self_mask, context_mask = key_mask(attention_BL), context.mask(slice(None))
         # All blocks but the last: every position of every pair.
-        for block, key_value in zip(self.blocks[:-1], context.blocks[:-1], strict=True):
-            mask = context.mask(all_rows)
-            x_BLD = self._run(block, x_BLD, self_mask, key_value.rows(context.index_B), mask, False, place_LD)
-        # The last block in two parts: all positions of the first `num_full` pairs, the first position of the others.
+        for block, key_value in zip(blocks[:-1], context.blocks[:-1], strict=True):
+            seen = (key_value.rows(context.index_B), context_mask, None, place_LD)
+            if shared and block is blocks[0]:
+                x_BLD = self._run(block.attend_other, x_BLD, *seen)
+            else:
+                x_BLD = self._run(block, x_BLD, self_mask, *seen)
+        # The last block in two parts: what is read of the first `num_full` pairs, the first position of the others.
         last = context.blocks[-1].rows(context.index_B)
-        parts = []
-        for rows, first_only in ((slice(0, num_full), False), (slice(num_full, None), True)):
-            mask = None if self_mask is None else self_mask[rows]
-            picked = KeyValue(last.key[rows], last.value[rows])
+        parts: list[Tensor] = []
+        for rows, asking in ((slice(0, num_full), read_RK), (slice(num_full, None), FirstOnly())):
             if x_BLD[rows].shape[0]:
-                args = (x_BLD[rows], mask, picked, context.mask(rows), first_only, place_LD)
-                parts.append(self._run(self.blocks[-1], *args))
+                mask = None if self_mask is None else self_mask[rows]
+                picked = KeyValue(last.key[rows], last.value[rows])
+                parts.append(self._run(blocks[-1], x_BLD[rows], mask, picked, context.mask(rows), asking, place_LD))
         # (num_full, L, D) and (B, D); a batch without pairs leaves `parts` empty.
         whole = parts[0] if num_full else x_BLD[:0]
-        return CrossOutput(whole, torch.cat([part[:, 0] for part in parts or [x_BLD]]))
+        # A sum of one position, or of none where nothing is read: then it is 0.
+        return CrossOutput(whole, torch.cat([part[:, :1].sum(1) for part in parts or [x_BLD]]))
 
-    def _run(self, block: nn.Module, *args: object) -> Tensor:
+    def _run(self, compute: Callable[..., Tensor], *args: object) -> Tensor:
         if self.checkpointing and self.training:
             # The reentrant kind does not see tensors inside a tuple, so KeyValue would get no gradient.
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+            return checkpoint(compute, *args, use_reentrant=False)
+        return compute(*args)
+
+
+def key_mask(attention_BL: Tensor | None) -> Tensor | None:
+    """A padding mask for scaled_dot_product_attention, [B, 1, 1, L]: the same for all heads and queries."""
+    return None if attention_BL is None else attention_BL[:, None, None, :]

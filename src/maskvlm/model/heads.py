@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskvlm.model.cross_attention import CrossEncoder
+from maskvlm.model.cross_attention import CrossEncoder, gather_positions
 from maskvlm.utils.errors import UserError
 
 
@@ -192,15 +192,9 @@ class PixelDecoder(nn.Module):
     def forward(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor, index_BK: Tensor) -> Tensor:
         """Predicted values [B, K, P] of the patches at `index_BK`, int64 in [0, N), counted without the class token.
         Values are normalised pixels, or normalised in each patch where the task says `pixel_norm`."""
-        decoded_BLD = self.blocks(image_BLD, self.blocks.context(text_BTD, attention_BT)).full_RLD
         # + 1: position 0 is the class token. (B, L, D) -> (B, K, D) -> (B, K, P)
-        return self.pixels(gather_positions(decoded_BLD, index_BK + 1))
-
-
-def gather_positions(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
-    """The positions `index_BK` of each row, [B, K, D]."""
-    # (B, K) -> (B, K, D): gather wants an index for each value.
-    return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
+        context = self.blocks.context(text_BTD, attention_BT)
+        return self.pixels(self.blocks(image_BLD, context, read_RK=index_BK + 1).full_RLD)
 
 
 def patchify(image_BCHW: Tensor, patch: int) -> Tensor:

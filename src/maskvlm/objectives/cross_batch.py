@@ -145,12 +145,14 @@ class RowPool(NamedTuple):
     rows_ULD: Tensor
     attention_UL: Tensor | None
 
-    def pick(self, index: Tensor) -> "RowPool":
-        """The rows of these numbers, in that order."""
-        return RowPool(
-            self.rows_ULD.index_select(0, index),
-            None if self.attention_UL is None else self.attention_UL[index],
-        )
+    def masked_first(self, masked_FLD: Tensor, of_F: Tensor, whole: bool) -> "RowPool":
+        """Masked rows, which have the padding masks of the rows `of_F`; behind them, where `whole`, these rows."""
+        rows, attention = [masked_FLD], self.attention_UL
+        masks = [] if attention is None else [attention[of_F]]
+        if whole:
+            rows.append(self.rows_ULD)
+            masks += [] if attention is None else [attention]
+        return RowPool(torch.cat(rows), torch.cat(masks) if masks else None)
 
 
 def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -200,12 +202,12 @@ def cross_pairs(
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
         partners = partners + len(other.rows_ULD)
         other = RowPool(torch.cat([other.rows_ULD, seen_BLD]), mask)
-    picked = own.pick(torch.cat([of_pair, *rows]))
-    # For masked rows only the padding mask of the picked rows is used; their features come from masked_BLD.
-    query_BLD = picked.rows_ULD if masked_BLD is None else torch.cat([masked_BLD, picked.rows_ULD[first:]])
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
+    # The masked rows stand in front of the whole ones, of which one may be picked by several pairs.
+    asking = own if masked_BLD is None else own.masked_first(masked_BLD, of_pair, bool(rows))
+    row_B = torch.cat([torch.arange(first, device=of_pair.device), *(row + first for row in rows)])
     # All positions of the masked rows, class tokens of the matching pairs.
-    return encoder(query_BLD, context, picked.attention_UL, num_full=first)
+    return encoder(asking.rows_ULD, context, asking.attention_UL, num_full=first, row_B=row_B)
 
 
 def pad_text(batch: Batch, length: int, pad_id: int) -> Batch:

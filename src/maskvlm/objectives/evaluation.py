@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskvlm.data.batch import Batch
-from maskvlm.model.cross_attention import Context
-from maskvlm.model.heads import gather_positions, patchify
+from maskvlm.model.cross_attention import Context, gather_positions
+from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.loss_functions import mean_colour, pixel_error

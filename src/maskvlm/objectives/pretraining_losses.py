@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.data.batch import Batch
+from maskvlm.model.cross_attention import gather_positions
 from maskvlm.model.heads import (
     Matching,
     PixelDecoder,
     Projection,
     TokenHead,
     WordDetector,
-    gather_positions,
     normalise_patches,
     patchify,
 )
@@ -411,9 +411,11 @@ class WordsPresent(PretrainingLoss):
         """1.0 where a word is in the caption, [B, V]; special tokens are no words."""
         words_BV = batch.image_BCHW.new_zeros(len(batch.token_CT), vocabulary, dtype=torch.float)
         words_BV = words_BV.scatter(1, batch.token_CT, 1.0)
-        # Only the specials that stand in this batch, padding included; no other was set above.
-        special_V = torch.zeros_like(words_BV[0]).index_fill(0, batch.token_CT[batch.special_CT], 1.0)
-        return words_BV * (1 - special_V)
+        # Only the specials that stand in this batch, padding included; no other was set above. Added up, since to pick
+        # them by a mask would make a GPU's host wait for their number.
+        special_CT = batch.special_CT.to(words_BV)
+        special_V = torch.zeros_like(words_BV[0]).index_add(0, batch.token_CT.flatten(), special_CT.flatten())
+        return words_BV * (special_V == 0)
 
     def observe(self, heads: Any, step: Step) -> None:
         valid_B = step.batch.valid_B.float()

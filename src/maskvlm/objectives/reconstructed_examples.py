@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from maskvlm.data.batch import Batch
-from maskvlm.model.cross_attention import Context
-from maskvlm.model.heads import gather_positions, patchify, unpatchify
+from maskvlm.model.cross_attention import Context, gather_positions
+from maskvlm.model.heads import patchify, unpatchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.evaluation import EVAL_SEED, one_text
 from maskvlm.objectives.masking import PatchMask, TokenMask
