@@ -17,7 +17,7 @@ from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import loss_functions as formulas
-from maskvlm.objectives.cross_batch import RowPool, contrast_targets, cross_pairs, pad_text, with_negatives
+from maskvlm.objectives.cross_batch import MatchingRows, RowPool, contrast_targets, cross_pairs, matching_rows, pad_text
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.image_ablation import ImageAblation
@@ -150,7 +150,8 @@ class Retrieval(Task):
             terms["itc"] = self.contrastive_loss(contrast, batch)
         if self.weights["itm"]:
             hard = self.negatives(contrast)
-            terms["itm"] = self.matching_loss(cross(backbone, batch, image_BLD, text_CTD, hard), hard, batch)
+            rows, found = matching_rows(image_BLD, text_CTD, batch.attention_CT, hard)
+            terms["itm"] = self.matching_loss(cross(backbone, batch, rows), HardNegatives(*found), batch)
         return terms
 
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
@@ -242,17 +243,14 @@ class Retrieval(Task):
         return {"rerank_k": k, "sweep": self.sweep, "blind": self.blind is not None, **self.measured}
 
 
-def cross(backbone: MaskVLM, batch: Batch, image_BLD: Tensor, text_CTD: Tensor, hard: HardNegatives) -> Fused:
+def cross(backbone: MaskVLM, batch: Batch, rows: MatchingRows) -> Fused:
     """One pass of each cross encoder over M = 2C + B pairs: (image, its caption), (hard image, caption),
     (image, hard caption)."""
-    # Rows that pairs can pick: own ones, and behind them negatives of other processes.
-    own_C, own_B = (torch.arange(len(x), device=x.device) for x in (text_CTD, image_BLD))
-    image, hard_image = with_negatives(image_BLD, hard.image.index_B)
-    text, hard_text = with_negatives(text_CTD, hard.text.index_B)
-    attention, _ = with_negatives(batch.attention_CT, hard.text.index_B)
+    device = batch.owner_C.device
+    own_C, own_B = (torch.arange(len(x), device=device) for x in (batch.owner_C, batch.valid_B))
     # The same M pairs on both sides, in this order.
-    images, texts = [batch.owner_C, hard_image, own_B], [own_C, own_C, hard_text]
-    image_side, text_side = RowPool(image, None), RowPool(text, attention)
+    images, texts = [batch.owner_C, rows.hard_image_C, own_B], [own_C, own_C, rows.hard_text_B]
+    image_side, text_side = RowPool(rows.image_ULD, None), RowPool(rows.text_VTD, rows.attention_VT)
     return Fused(
         cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).cls_BD,
         cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).cls_BD,

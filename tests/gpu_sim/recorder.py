@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
         waits, copies: "what at where" -> how often.
         kernels: launched, by the phase that `phase` names.
         matmuls: (operation, dtype) -> how often.
-        sent: (collective, phase) -> bytes that this process hands over.
+        sent: (collective, phase) -> bytes that this process gets or hands over, whichever is more.
         peak: bytes of all storages that were alive at once; `peak_at` names the moment.
     """
 
@@ -136,8 +136,11 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _handed_over(name: str, given: list[Tensor]) -> list[Tensor]:
-        # all_gather's arguments are outputs and then the input; reduce_scatter's and all_reduce's are what is sent.
-        return given[-1:] if "gather" in name else given[:1] if "scatter" in name else given
+        # The larger side of the exchange: what all_gather gives, what reduce_scatter takes, one of two equal sides of
+        # all_to_all. Arguments are outputs and then inputs.
+        if "gather" in name:
+            return given[:-1]
+        return given[1:] if "scatter" in name else given[:1] if "alltoall" in name else given
 
     def count(self, x: Tensor, where: str = "") -> None:
         """Note the storage of a tensor on the device until nothing holds it any more."""

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
 from maskvlm.model.encoders import MANY, ImageEncoder, TextEncoder, encoders_frozen
+from maskvlm.model.hf_text import FINISHED_MASK, takes_finished_mask
 from maskvlm.utils.errors import UserError
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -22,6 +23,7 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
 CAPTIONS = ["a red ball on a table", "two dogs run", "the small blue cube is left of a ball"]
 
 
@@ -337,6 +339,25 @@ def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
     assert ours_BTD.shape == (2, 7, encoder.width) == (2, 7, 32)
     torch.testing.assert_close(ours_BTD[attention_BT], theirs_BTD[attention_BT], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours_BTD[1, :4], alone_1TD[0], atol=1e-5, rtol=0)  # padding changes nothing
+
+
+@pytest.mark.parametrize("kind", sorted(FINISHED_MASK))
+@pytest.mark.parametrize("lengths", [(7, 4), (7, 7)])
+def test_a_finished_mask_gives_what_a_padding_mask_gives(kind: str, lengths: tuple[int, int]) -> None:
+    """As on a GPU, whose host would wait to learn whether there is any padding."""
+    settings = {"pad_token_id": 1, "vocab_size": 50} | (BERT if kind != "distilbert" else DISTILBERT)
+    torch.manual_seed(0)
+    encoder = TextEncoder(kind, 12, random_init=True, vocab_size=50, config=settings).eval()
+    assert takes_finished_mask(encoder.model)
+    token_BT, _ = padded(1)
+    attention_BT = torch.arange(7) < torch.tensor(lengths)[:, None]
+    finished = attention_BT[:, None, None, :].expand(-1, 1, 7, -1)
+    found, expected = (
+        encoder.model(input_ids=token_BT, attention_mask=mask).last_hidden_state for mask in (finished, attention_BT)
+    )
+    torch.testing.assert_close(found[attention_BT], expected[attention_BT], atol=1e-6, rtol=0)
+    encoder.model.config._attn_implementation = "eager"
+    assert not takes_finished_mask(encoder.model)
 
 
 @pytest.mark.parametrize(("kind", "pad"), [("bert", 0), ("roberta", 1), ("mpnet", 1)])

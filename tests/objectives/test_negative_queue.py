@@ -8,7 +8,7 @@ from slow_step import build, eventful_batch
 from toys import LENGTH, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.objectives.cross_batch import Contrast, Encoded, cross_all, pad_text
+from maskvlm.objectives.cross_batch import Contrast, Encoded, cross_all, matching_rows, pad_text
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.negative_queue import NegativeQueue
 from maskvlm.training.resume_check import restore
@@ -80,7 +80,10 @@ def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -
         texts, images = torch.tensor([8, 15, 3, 9, 0, 12, 4, 10]), torch.tensor([11, 1, 14, 8, 13, 2, 15, 0])
         found = Negatives(texts, torch.ones(8)), Negatives(images, torch.ones(8))
         pairs = task.queue.pairs  # type: ignore[union-attr]
-        crossed = cross_all(backbone, encoded, now.attention_CT, found, (True, True), mask_both, 8, pairs)
+        features = (encoded.image_BLD, encoded.text_BTD, now.attention_CT)
+        matched, weighted = matching_rows(*features, found, pairs)
+        assert all(each.weight_B.all() for each in weighted)
+        crossed = cross_all(backbone, encoded, now.attention_CT, matched, (True, True), mask_both, 8)
         plain = cross_all(backbone, encoded, now.attention_CT, None, (True, True), mask_both, 8)
         image, text = (torch.cat(x) for x in zip(encoded[:2], kept[:2], strict=True))
         attention = torch.cat([now.attention_CT, before.attention_CT])

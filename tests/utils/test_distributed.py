@@ -17,6 +17,8 @@ import slow_retrieval
 import torch
 import torch.distributed as dist
 import toy_examples
+from hypothesis import given
+from hypothesis import strategies as st
 from slow_step import build, each_token_a_word, eventful_batch
 from torch import Tensor, nn
 from toys import take, toy_batch
@@ -25,7 +27,17 @@ from maskvlm.data.batch import Batch
 from maskvlm.objectives.cross_batch import pad_text
 from maskvlm.objectives.evaluation import PretrainingMetrics
 from maskvlm.objectives.rerank import in_rounds
-from maskvlm.utils.distributed import Draw, gather, gather_objects, mix, rank, shared_count, world_size
+from maskvlm.utils.distributed import (
+    Draw,
+    RowExchange,
+    gather,
+    gather_objects,
+    mix,
+    most_rows,
+    rank,
+    shared_count,
+    world_size,
+)
 
 WORLD = 2
 
@@ -146,6 +158,23 @@ def gather_everything() -> dict[str, Any]:
         "objects": gather_objects({"rank": rank()}),
         "draws": [Draw(1, 2, "cpu")(2, 3), Draw(1, 2, "cpu")(2)],
         "local": Draw(1, 2, "cpu").local(4, 3),
+    }
+
+
+def exchange_rows(wanted: list[list[int]]) -> dict[str, Any]:
+    """Of four rows a process, which hold their number in the global batch, those that `wanted` names for this one."""
+    own_BD = (torch.arange(4.0).double() + 4 * rank())[:, None].expand(-1, 3).clone().requires_grad_()
+    exchange = RowExchange(torch.tensor(wanted[rank()]), 4)
+    rows_MD = exchange(own_BD)
+    (rows_MD.sum(1) * exchange.arrived_M * (1 + 9 * rank())).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = exchange(torch.full((4, 1), 1.001))
+    return {
+        "rows": rows_MD[:, 0].tolist(),
+        "arrived": exchange.arrived_M.tolist(),
+        "gradient": own_BD.grad[:, 0].tolist(),
+        "flags": exchange(torch.arange(4) % 2 == rank()).tolist(),
+        "rounded": (str(rounded.dtype), rounded.unique().tolist()),
     }
 
 
@@ -294,6 +323,37 @@ def test_gathering(pair: Pair) -> None:
         assert found["objects"] == [{"rank": 0}, {"rank": 1}]
     assert first["gradient"] == [3 * 1, 3 * 2, 3 * 3]  # from both processes: weights 1 and 2
     assert second["gradient"] == [3 * 4, 3 * 5, 3 * 6]
+
+
+def test_each_process_gets_the_rows_it_asks_for(pair: Pair) -> None:
+    wanted = [[7, 0, 5, 7], [1, 1, 6, 2]]
+    for number, found in enumerate(pair(exchange_rows, wanted)):
+        assert found["rows"] == wanted[number]
+        assert found["arrived"] == [True] * 4
+        # Odd rows of the first process are False, even ones of the second: as `flags` asks.
+        assert found["flags"] == [(row % 2 == 0) if row < 4 else (row % 2 == 1) for row in wanted[number]]
+        assert found["rounded"] == ("torch.float32", [1.0])  # 1.001 in bfloat16
+    # Of the first process row 0 by itself, rows 1 (twice) and 2 by the second, whose loss weighs ten times as much.
+    assert [found["gradient"] for found in pair(exchange_rows, wanted)] == [[1, 20, 10, 0], [0, 1, 10, 2]]
+
+
+def test_what_is_asked_of_one_process_beyond_its_share_does_not_arrive(pair: Pair) -> None:
+    """All 64 of the other process's row 3; and numbers behind the global batch, which ask for nothing."""
+    most = most_rows(64, 2)
+    assert 32 < most < 64
+    for found in pair(exchange_rows, [[7] * 64, [3] * 64]):
+        assert found["arrived"] == [True] * most + [False] * (64 - most)
+        assert len(set(found["rows"][:most])) == 1
+        assert found["gradient"][3] in (most, 10 * most)
+    for found in pair(exchange_rows, [[8, 1, 9, 8]] * 2):
+        assert found["arrived"] == [False, True, False, False]
+        assert found["rows"][1] == 1
+
+
+@given(st.integers(1, 4096), st.integers(1, 256))
+def test_a_process_gets_no_more_from_one_other_than_it_wants(wanted: int, world: int) -> None:
+    most = most_rows(wanted, world)
+    assert wanted / world <= most <= wanted
 
 
 def test_draws_of_both_processes_are_the_draws_of_one(pair: Pair) -> None:

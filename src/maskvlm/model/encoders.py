@@ -36,6 +36,7 @@ from maskvlm.model.hf_text import (
     fit_config,
     pretrained_tokenizer,
     random_tokenizer,
+    takes_finished_mask,
 )
 from maskvlm.model.init import init_xavier
 from maskvlm.model.vit_weights import HEADS, create_vit, read_vit_state
@@ -477,7 +478,10 @@ class TextEncoder(Encoder):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
         if not traced and token_BT.device.type == "cpu" and len(token_BT) >= MANY:
             return self._by_length(token_BT, attention_BT)
-        hidden_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=attention_BT).last_hidden_state
+        mask = attention_BT
+        if not traced and token_BT.device.type != "cpu" and takes_finished_mask(self.model):
+            mask = attention_BT[:, None, None, :].expand(-1, 1, token_BT.shape[1], -1)
+        hidden_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=mask).last_hidden_state
         return hidden_BTD
 
     def _by_length(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:

@@ -28,6 +28,17 @@ def build_text_encoder(config: PreTrainedConfig, checkpointing: bool = False) ->
     return model
 
 
+# Of these it is tested that a finished mask gives what a padding mask gives.
+FINISHED_MASK = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "electra"})
+
+
+def takes_finished_mask(model: Any) -> bool:
+    """Whether the model takes a mask [B, 1, T, T], True where a position may look, as it is. Of a padding mask
+    transformers asks whether there is any padding at all, and a GPU's host waits for the answer in every step."""
+    config = model.config
+    return config.model_type in FINISHED_MASK and config._attn_implementation == "sdpa"
+
+
 def random_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFast | None:
     """For random weights: the one asked for, or a folder's own; None where one is to be trained."""
     if other is None:

@@ -15,7 +15,7 @@ from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.loss_functions import ContrastTargets
 from maskvlm.objectives.masking import PatchMask, TokenMask
-from maskvlm.utils.distributed import gather, rank, world_size
+from maskvlm.utils.distributed import RowExchange, gather, rank, world_size
 
 
 class Masks(NamedTuple):
@@ -155,21 +155,75 @@ class RowPool(NamedTuple):
         return RowPool(torch.cat(rows), torch.cat(masks) if masks else None)
 
 
-def with_negatives(own_BLD: Tensor, index_M: Tensor, kept_QLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows that pairs can pick, and where the rows `index_M` of the global batch, or of what follows it, stand there.
+class MatchingRows(NamedTuple):
+    """Rows that matching pairs pick from: own ones, and behind them what was fetched.
 
-    With one process they are among the own rows; with several they are fetched, with gradient, and follow them. There
-    may be more or fewer of them than own rows: each of B images has a hard caption, each of C captions an image.
+    Attributes:
+        image_ULD, text_VTD: features. attention_VT: padding mask of the texts.
+        hard_image_C, hard_text_B: int64 row of each caption's hard image, and of each image's hard caption.
+    """
+
+    image_ULD: Tensor
+    text_VTD: Tensor
+    attention_VT: Tensor
+    hard_image_C: Tensor
+    hard_text_B: Tensor
+
+
+def matching_rows(
+    image_BLD: Tensor,
+    text_CTD: Tensor,
+    attention_CT: Tensor,
+    found: tuple[Negatives, Negatives],
+    kept: QueuedPairs | None = None,
+) -> tuple[MatchingRows, tuple[Negatives, Negatives]]:
+    """The rows that matching needs, and the negatives, of which one that could not be fetched has weight 0.
+
+    With one process negatives are among the own rows; with several they are fetched from the others, with gradient
+    (`distributed.RowExchange`).
 
     Args:
-        kept_QLD: rows of a queue, which follow the global batch; they are fetched, too.
+        found: a hard caption for each image and a hard image for each caption, by their numbers in the global batch,
+            or, after it, in the queue.
+        kept: the queue's rows.
     """
-    if world_size() == 1 and kept_QLD is None:
-        return own_BLD, index_M
-    # The own rows stay in front, where all other row numbers look for them.
-    every_BLD = gather(own_BLD)
-    fetched_MLD = (every_BLD if kept_QLD is None else torch.cat([every_BLD, kept_QLD.to(every_BLD.dtype)]))[index_M]
-    return torch.cat([own_BLD, fetched_MLD]), torch.arange(len(index_M), device=index_M.device) + len(own_BLD)
+    texts, images = found
+    if world_size() == 1 and kept is None:
+        return MatchingRows(image_BLD, text_CTD, attention_CT, images.index_B, texts.index_B), found
+    queued = (None, None, None) if kept is None else kept[:3]
+    fetched_image, here_C = _fetch([image_BLD], [queued[0]], images.index_B)
+    fetched_text, here_B = _fetch([text_CTD, attention_CT], [queued[1], queued[2]], texts.index_B)
+    rows = MatchingRows(
+        torch.cat([image_BLD, *fetched_image]),
+        torch.cat([text_CTD, fetched_text[0]]),
+        torch.cat([attention_CT, fetched_text[1]]),
+        # The own rows stay in front, where all other row numbers look for them.
+        torch.arange(len(images.index_B), device=image_BLD.device) + len(image_BLD),
+        torch.arange(len(texts.index_B), device=image_BLD.device) + len(text_CTD),
+    )
+    return rows, (
+        texts._replace(weight_B=texts.weight_B * here_B),
+        images._replace(weight_B=images.weight_B * here_C),
+    )
+
+
+def _fetch(own: list[Tensor], queued: list[Tensor | None], index_M: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The rows `index_M` of each of `own`, in the global batch or in the queue behind it; False where one did not
+    arrive."""
+    here = len(own[0])
+    everywhere = here * world_size()
+    if world_size() == 1:
+        fetched, arrived_M = [part.index_select(0, index_M.clamp(max=here - 1)) for part in own], index_M < here
+    else:
+        exchange = RowExchange(index_M, here)
+        fetched, arrived_M = [exchange(part) for part in own], exchange.arrived_M
+    beyond_M = index_M >= everywhere
+    for place, kept_QX in enumerate(queued):
+        if kept_QX is not None:
+            kept_MX = kept_QX.index_select(0, (index_M - everywhere).clamp(min=0)).to(fetched[place].dtype)
+            of_queue = beyond_M.view(-1, *[1] * (kept_MX.ndim - 1))
+            fetched[place] = torch.where(of_queue, kept_MX, fetched[place])
+    return fetched, arrived_M | beyond_M
 
 
 def cross_pairs(
@@ -229,11 +283,10 @@ def cross_all(
     backbone: MaskVLM,
     encoded: Encoded,
     attention_BT: Tensor,
-    found: tuple[Negatives, Negatives] | None,
+    matched: MatchingRows | None,
     reconstructs: tuple[bool, bool],
     mask_both: bool,
     pairs: int,
-    kept: QueuedPairs | None = None,
     matching_trains: bool = True,
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
@@ -242,22 +295,18 @@ def cross_all(
     exchanged takes the place of a hard caption.
 
     Args:
-        found: a hard caption for each image and a hard image for each caption; None without matching.
+        matched: the rows that matching picks from; None without matching.
         reconstructs: whether masked patches, and masked words, are to be reconstructed.
         mask_both: each side from the masked other one.
         pairs: how many of the pairs, from the first one on, are masked and matched.
-        kept: the queue that negatives were drawn from, too: their places follow the global batch's.
         matching_trains: whether the matching pairs' gradient reaches the encoders.
     """
     # Rows that matching can pick: own ones and negatives, with their numbers for each kind of pair.
     image, text, attention = encoded.image_BLD, encoded.text_BTD, attention_BT
     images, texts = [], []
-    if found is not None:
+    if matched is not None:
         own = torch.arange(pairs, device=image.device)
-        queued = (None, None, None) if kept is None else kept[:3]
-        image, hard_image = with_negatives(image, found[1].index_B, queued[0])
-        text, hard_text = with_negatives(text, found[0].index_B, queued[1])
-        attention, _ = with_negatives(attention, found[0].index_B, queued[2])
+        image, text, attention, hard_image, hard_text = matched
         if encoded.exchanged_STD is not None and encoded.exchanged_S is not None:
             # Behind all other rows; a caption that stayed as it is would be no negative.
             first = len(encoded.exchanged_S)

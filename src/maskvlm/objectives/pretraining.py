@@ -20,9 +20,11 @@ from maskvlm.objectives.cross_batch import (
     Crossed,
     Encoded,
     Masks,
+    MatchingRows,
     cross_all,
     first_and_all_captions,
     gather_contrast,
+    matching_rows,
     pad_text,
 )
 from maskvlm.objectives.evaluation import PretrainingMetrics
@@ -345,9 +347,14 @@ class MaskedPretraining(Task):
         # Contrast before negatives, which are drawn by its similarities; these before the pairs that are crossed.
         contrast = self.contrast(batch, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
+        matched = None
+        if negatives is not None:
+            kept = None if queue is None else queue.pairs
+            features = (encoded.image_BLD, encoded.text_BTD, batch.attention_CT)
+            matched, negatives = matching_rows(*features, negatives, kept)
         if negatives is not None and exchanged is not None:
             negatives = (count_exchanged(negatives[0], exchanged), negatives[1])
-        crossed = self.cross(backbone, encoded, batch.attention_CT, negatives, pairs, queue)
+        crossed = self.cross(backbone, encoded, batch.attention_CT, matched, pairs)
         # After the draw: this step's pairs are among its candidates already.
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
@@ -369,9 +376,8 @@ class MaskedPretraining(Task):
         backbone: MaskVLM,
         encoded: Encoded,
         attention_CT: Tensor,
-        negatives: tuple[Negatives, Negatives] | None,
+        matched: MatchingRows | None,
         pairs: int,
-        queue: NegativeQueue | None,
     ) -> Crossed:
         """One pass of each cross encoder."""
         if not self.needs & {Need.PAIRS, Need.MASKED_IMAGE, Need.MASKED_TEXT}:
@@ -379,11 +385,8 @@ class MaskedPretraining(Task):
             none_D = encoded.image_BLD[:0, 0]
             return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
         reconstructs = (Need.MASKED_IMAGE in self.needs, Need.MASKED_TEXT in self.needs)
-        kept = None if queue is None else queue.pairs
-        return cross_all(
-            backbone, encoded, attention_CT, negatives, reconstructs, self.mask_both, pairs, kept,
-            self.matching_trains_encoders,
-        )  # fmt: skip
+        parts = (encoded, attention_CT, matched, reconstructs, self.mask_both, pairs, self.matching_trains_encoders)
+        return cross_all(backbone, *parts)
 
     def late(self, backbone: MaskVLM) -> TrainingPhases:
         """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT."""

@@ -1,8 +1,10 @@
 """The only torch.distributed in the core: gathering with gradient, counts shared by all processes, random draws
 that are the same for any number of processes. Without a process group every function is the identity."""
 
+import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +37,68 @@ def gather(x_B: Tensor) -> Tensor:
 
     # Backwards, each process gets the sum over all processes of the gradients for its rows.
     return torch.cat(all_gather(x_B.contiguous()))
+
+
+class RowExchange:
+    """Rows of the global batch that each process wants, from those that hold them, with gradient; no process gets all.
+
+    No host waits: how many rows go from one process to another is fixed beforehand, a little more than an even share
+    (`most_rows`). What a process asks of one other beyond that does not arrive: `arrived_M` tells, and what stands
+    there is the row of some other number.
+
+    Args:
+        index_M: int64 numbers of the wanted rows, counted through all processes in rank order. A number beyond all
+            rows wants nothing.
+        own: rows that this process holds; every process holds equally many, and wants equally many.
+    """
+
+    def __init__(self, index_M: Tensor, own: int) -> None:
+        world = world_size()
+        self.slots = most_rows(len(index_M), world)
+        peer_M = index_M // own
+        # (M, W): counted one after the other, the wanted rows of each process take its slots.
+        of_peer_MW = peer_M[:, None] == torch.arange(world, device=index_M.device)
+        slot_M = (of_peer_MW.cumsum(0) * of_peer_MW).sum(1) - 1
+        self.arrived_M = (slot_M >= 0) & (slot_M < self.slots)
+        self.place_M = torch.where(self.arrived_M, peer_M * self.slots + slot_M, 0)
+        # One slot more, for what does not arrive; slots that nothing takes ask for row 0.
+        asked = index_M.new_zeros(world * self.slots + 1)
+        asked = asked.scatter(0, torch.where(self.arrived_M, self.place_M, world * self.slots), index_M % own)
+        # What the others ask of this process, in rank order.
+        self.asked_of_us: Tensor = _Swap.apply(asked[:-1].contiguous())
+
+    def __call__(self, rows_BLD: Tensor) -> Tensor:
+        """The wanted rows of what every process holds in `rows_BLD`, [M, ...]; floats cross in autocast's type."""
+        sent = rows_BLD.index_select(0, self.asked_of_us)
+        kind, device = sent.dtype, sent.device.type
+        if kind == torch.bool:
+            sent = sent.to(torch.uint8)
+        elif kind == torch.float32 and torch.is_autocast_enabled(device):
+            sent = sent.to(torch.get_autocast_dtype(device))
+        received: Tensor = _Swap.apply(sent.contiguous())
+        return received.index_select(0, self.place_M).to(kind)
+
+
+def most_rows(wanted: int, world: int) -> int:
+    """Rows that one process gets from one other: the even share of `wanted`, and two standard deviations of a fair
+    draw and a row more."""
+    share = wanted / world
+    return min(wanted, math.ceil(share + 2 * math.sqrt(share) + 1))
+
+
+class _Swap(torch.autograd.Function):
+    """The n-th of W equal parts goes to process n; backwards, its gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        swapped = torch.empty_like(parts)
+        dist.all_to_all_single(swapped, parts)
+        return swapped
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> Tensor:
+        returned: Tensor = _Swap.apply(gradient[0].contiguous())
+        return returned
 
 
 def shared_count(count: Tensor) -> Tensor:

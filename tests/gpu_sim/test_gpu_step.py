@@ -1,0 +1,139 @@
+"""A training step of the base model, and what it would do on 1, 8 and 32 GPUs: see `simulate.py`.
+
+`table.json` holds what was simulated when the step was last changed on purpose. To write it anew:
+`MASKVLM_WRITE_TABLE=1 python -m pytest tests/gpu_sim`.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu_sim import fake_cuda
+
+ROOT = Path(__file__).parents[2]
+TABLE = Path(__file__).with_name("table.json")
+CASES = {"1 x 64": (64, 1), "8 x 64": (64, 8), "32 x 16": (16, 32)}
+pytestmark = [
+    pytest.mark.skipif(fake_cuda.compiler() is None, reason="needs a C++ compiler (g++ or clang++)"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA, whose hooks are free"),
+]
+
+
+@functools.cache
+def simulated(pairs: int, world: int, *more: str) -> dict[str, Any]:
+    """In a process of its own: the hooks must be there before torch is."""
+    words = ["--pairs", str(pairs), "--world", str(world), *more]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.gpu_sim.simulate", *words],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """Its name and what was found."""
+    return request.param, simulated(*CASES[request.param])
+
+
+def test_no_step_waits_for_the_device_or_copies_to_or_from_it(case: tuple[str, dict[str, Any]]) -> None:
+    _, found = case
+    assert found["waits"] == {}
+    assert found["copies"] == {}
+    assert found["devices"] == ["cuda:0"]
+    assert found["no_gradient"] == []
+
+
+def test_losses_are_float32_and_nearly_all_products_bfloat16(case: tuple[str, dict[str, Any]]) -> None:
+    _, found = case
+    assert found["losses"] == dict.fromkeys(("itc", "itm", "mlm", "mim"), "float32 cuda:0")
+    # In float32: contrast's projections and similarities, and the head of matching, forward and backward.
+    single = {name: count for name, count in found["matmuls"].items() if name.endswith("float32")}
+    assert sum(single.values()) <= 0.05 * sum(found["matmuls"].values())
+    assert not any("float16" in name and "bfloat16" not in name for name in found["matmuls"])
+
+
+def test_a_step_computes_what_the_method_asks_for(case: tuple[str, dict[str, Any]]) -> None:
+    """Operations of the forward pass, against a count by hand."""
+    name, found = case
+    least = fewest_operations(several=CASES[name][1] > 1) / 1e9
+    assert found["forward_gflop_per_pair"] == pytest.approx(least, rel=0.02)
+
+
+def fewest_operations(several: bool) -> float:
+    """Of one pair in the forward pass at base size: 12 blocks an encoder, 3 a cross encoder and the decoder.
+
+    Args:
+        several: hard negatives come from other processes, so that nothing of them has been computed here.
+    """
+    width, patches, length, masked, blocks, vocabulary = 768, 196, 30, 116, 3, 50265
+    image, pixels, words = 1 + patches, 16 * 16 * 3, 9
+
+    def linear(rows: float, out: float = 1) -> float:
+        return 2 * rows * width * width * out
+
+    def attention(queries: float, keys: float) -> float:
+        return 4 * queries * keys * width
+
+    def encoder(rows: float) -> float:
+        return 12 * (linear(rows, 12) + attention(rows, rows))
+
+    def cross(own: float, other: float, read: float, pairs_of_class: int) -> float:
+        """One masked row, and pairs of whole rows of which the class token is read."""
+        rows = 2 + several if pairs_of_class else 1
+        first_self = rows * (linear(own, 4) + attention(own, own))
+        rest = linear(own, 2 + 8) + attention(own, other)
+        pairs = 1 + pairs_of_class
+        between = (blocks - 2) * pairs * (linear(own, 4) + attention(own, own) + rest)
+        last = linear(own, 2) + linear(read, 2 + 2 + 8) + attention(read, own) + attention(read, other)
+        of_class = pairs_of_class * (linear(own, 2) + linear(1, 2 + 2 + 8) + attention(1, own) + attention(1, other))
+        seen = (1 + several if pairs_of_class else 1) * blocks * linear(other, 2)
+        return first_self + pairs * rest + between + last + of_class + seen
+
+    embed = 2 * 2 * patches * pixels * width
+    heads = 2 * width * (words * vocabulary + masked * pixels)
+    return (
+        2 * (encoder(image) + encoder(length)) + embed + heads
+        + cross(image, length, image, 3) + cross(length, image, length, 3) + cross(image, length, masked, 0)
+    )  # fmt: skip
+
+
+def test_memory_and_exchange_are_those_of_the_table(case: tuple[str, dict[str, Any]]) -> None:
+    """A change that costs more than 5 % more is to be made on purpose."""
+    name, found = case
+    kept = {
+        "peak_gib": found["peak_gib"],
+        "gflop_per_pair": found["gflop_per_pair"],
+        "exchanged_mib": round(sum(found["sent"].values()) / 2**20, 1),
+        "kernels": sum(found["kernels"].values()),
+    }
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if os.environ.get("MASKVLM_WRITE_TABLE"):
+        TABLE.write_text(json.dumps(table | {name: kept}, indent=1, sort_keys=True) + "\n")
+        return
+    for key, value in table[name].items():
+        assert kept[key] <= 1.05 * value, key
+
+
+def test_processes_exchange_what_they_need_and_no_more(case: tuple[str, dict[str, Any]]) -> None:
+    """At most about two rows for each own pair (in bfloat16), there and back: not all rows of all processes."""
+    name, found = case
+    pairs, world = CASES[name]
+    exchanged = sum(size for kind, size in found["sent"].items() if "alltoall" in kind)
+    row = (197 + 30) * 768 * 2
+    if world == 1:
+        assert found["sent"] == {}
+    elif name == "8 x 64":
+        assert exchanged <= 2 * (2 * pairs) * row
+    everything = 2 * 2 * world * pairs * row  # gathered in float32, and its gradient sent back
+    assert sum(found["sent"].values()) <= everything / 3
