@@ -125,6 +125,15 @@ def test_memory_and_exchange_are_those_of_the_table(case: tuple[str, dict[str, A
         assert kept[key] <= 1.05 * value, key
 
 
+def test_the_papers_batch_fits_a_card_of_24_gib_in_chunks() -> None:
+    """512 pairs, 128 at a time (64 at a time: 13 GiB; at once: 130). Nothing waits, and a third more is computed."""
+    found = simulated(512, 1, "--chunk", "128", "--memory-alone")
+    assert found["peak_gib"] < 20
+    assert found["waits"] == found["copies"] == {}
+    whole, found = simulated(*CASES["1 x 64"]), simulated(32, 1, "--chunk", "16")
+    assert found["gflop_per_pair"] == pytest.approx(4 / 3 * whole["gflop_per_pair"], rel=0.03)
+
+
 def test_processes_exchange_what_they_need_and_no_more(case: tuple[str, dict[str, Any]]) -> None:
     """At most about two rows for each own pair (in bfloat16), there and back: not all rows of all processes."""
     name, found = case

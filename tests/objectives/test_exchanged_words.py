@@ -106,7 +106,7 @@ def test_a_small_share_is_one_image_and_counts_without_another_negative() -> Non
     batch = each_token_a_word(eventful_batch())
     batch = batch._replace(image_id_B=torch.zeros_like(batch.image_id_B))
     backbone, task = build(exchanged_share=0.01)
-    step = task.step(backbone, batch, True)
+    step, _, _ = task.step(backbone, batch, True)
     assert step.negatives is not None
     assert step.negatives[0].weight_B.tolist() == [1.0] + 7 * [0.0]
     assert not step.negatives[1].weight_B.any()

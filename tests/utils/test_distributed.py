@@ -63,7 +63,11 @@ def share(batch: Batch) -> Batch:
 def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, Any]:
     """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP; of pre-training, or
     of retrieval with two captions an image."""
+    chunk = settings.get("chunk")
+    settings = {name: value for name, value in settings.items() if name != "chunk"}
     step = Step(slow_retrieval.build if retrieval else build, settings)
+    if chunk:
+        step.task.compute_in_chunks(chunk)
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
     exchanges = bool(settings.get("exchanged_share"))
     batch = each_token_a_word(batch) if exchanges else batch
@@ -227,6 +231,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "words present alone": {f"weight_{name}": float(name == "words") for name in ("itc", "itm", "mlm", "mim", "words")},
     "words alone": {"weight_itc": 0.0, "weight_itm": 0.0, "weight_mim": 0.0},
     "captions with words exchanged": {"exchanged_share": 1.0},
+    "in chunks": {"chunk": 3, "exchanged_share": 1.0, "weight_spread": 2.0},
     "texts masked twice": {"masks_per_text": 2},
     "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},

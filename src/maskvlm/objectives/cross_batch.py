@@ -207,6 +207,21 @@ def matching_rows(
     )
 
 
+def with_exchanged(matched: MatchingRows, encoded: Encoded, attention_BT: Tensor) -> MatchingRows:
+    """The first images meet their own caption with two words exchanged, in the place of a hard one; one that stayed as
+    it is would be no negative."""
+    if encoded.exchanged_STD is None or encoded.exchanged_S is None:
+        return matched
+    first, hard_text = len(encoded.exchanged_S), matched.hard_text_B
+    # Behind all other rows.
+    at_S = torch.arange(first, device=hard_text.device) + len(matched.text_VTD)
+    return matched._replace(
+        text_VTD=torch.cat([matched.text_VTD, encoded.exchanged_STD]),
+        attention_VT=torch.cat([matched.attention_VT, attention_BT[:first]]),
+        hard_text_B=torch.cat([torch.where(encoded.exchanged_S, at_S, hard_text[:first]), hard_text[first:]]),
+    )
+
+
 def _fetch(own: list[Tensor], queued: list[Tensor | None], index_M: Tensor) -> tuple[list[Tensor], Tensor]:
     """The rows `index_M` of each of `own`, in the global batch or in the queue behind it; False where one did not
     arrive."""
@@ -291,8 +306,7 @@ def cross_all(
 ) -> Crossed:
     """One pass of each cross encoder over all its pairs: the masked rows first, then three matching pairs of each pair.
 
-    Matching pairs: (image, its caption), (image, hard caption), (hard image, caption). A caption with two words
-    exchanged takes the place of a hard caption.
+    Matching pairs: (image, its caption), (image, hard caption), (hard image, caption).
 
     Args:
         matched: the rows that matching picks from; None without matching.
@@ -307,12 +321,6 @@ def cross_all(
     if matched is not None:
         own = torch.arange(pairs, device=image.device)
         image, text, attention, hard_image, hard_text = matched
-        if encoded.exchanged_STD is not None and encoded.exchanged_S is not None:
-            # Behind all other rows; a caption that stayed as it is would be no negative.
-            first = len(encoded.exchanged_S)
-            at_S = torch.arange(first, device=image.device) + len(text)
-            hard_text = torch.cat([torch.where(encoded.exchanged_S, at_S, hard_text[:first]), hard_text[first:]])
-            text, attention = torch.cat([text, encoded.exchanged_STD]), torch.cat([attention, attention_BT[:first]])
         images, texts = [own, own, hard_image], [own, hard_text, own]
     # What is reconstructed, and from what: None means the whole rows of the other side.
     masked_image = encoded.masked_image_BLD if reconstructs[0] else None

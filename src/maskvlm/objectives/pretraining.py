@@ -15,6 +15,7 @@ from maskvlm.model.encoders import encoders_frozen
 from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
 from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
+from maskvlm.objectives import chunks
 from maskvlm.objectives.cross_batch import (
     Contrast,
     Crossed,
@@ -26,6 +27,7 @@ from maskvlm.objectives.cross_batch import (
     gather_contrast,
     matching_rows,
     pad_text,
+    with_exchanged,
 )
 from maskvlm.objectives.evaluation import PretrainingMetrics
 from maskvlm.objectives.exchanged_words import ExchangedCaptions, exchange_words
@@ -56,7 +58,7 @@ from maskvlm.objectives.pretraining_losses import (
     needed,
 )
 from maskvlm.objectives.task import Task, TrainingPhases
-from maskvlm.utils.distributed import world_size
+from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError, check_least
 
 
@@ -229,6 +231,7 @@ class MaskedPretraining(Task):
             )
             raise UserError("model.task.exchanged_share", what, todo)
         self.exchanged_share = exchanged_share
+        self.chunk: int | None = None
         self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
@@ -304,6 +307,13 @@ class MaskedPretraining(Task):
             raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
         return super().warm_start(heads)
 
+    def compute_in_chunks(self, size: int) -> None:
+        names = [loss.name for loss in self.losses if not loss.adds_up and loss.needs - {Need.IMAGE, Need.TEXT}]
+        if names:
+            todo = "Say so in its class (`adds_up`, see PretrainingLoss), or leave model.chunk out"
+            raise UserError("model.chunk", f"the loss {names[0]} is not known to add up over chunks of a batch", todo)
+        self.chunk = size
+
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
         if self.weights["mlm"] and self.masked_tokens.from_words:
             self.tokens.init_bias_from_counts(count())
@@ -311,8 +321,12 @@ class MaskedPretraining(Task):
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         # False in the phase that trains ITC alone.
         aligned = self.run_progress >= self.contrast_first
-        step = self.step(backbone, batch, aligned)
-        terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
+        step, matched, pairs = self.step(backbone, batch, aligned)
+        if self.chunk is None:
+            step = step._replace(crossed=self.cross(backbone, step.encoded, step.batch.attention_CT, matched, pairs))
+            terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
+        else:
+            terms = self.in_chunks(backbone, step, matched, pairs)
         if self.training and aligned:
             with torch.no_grad():
                 for loss in self.losses:
@@ -322,8 +336,33 @@ class MaskedPretraining(Task):
             return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
 
-    def step(self, backbone: MaskVLM, batch: Batch, aligned: bool) -> Step:
-        """Everything that the losses read. `aligned`: contrast alone has been learned for long enough."""
+    def in_chunks(self, backbone: MaskVLM, step: Step, matched: MatchingRows | None, pairs: int) -> dict[str, Tensor]:
+        """The same losses, of which those that add up are computed for `chunk` pairs at a time; see `chunks.py`."""
+        whole = [loss for loss in self.losses if not loss.adds_up]
+        terms = {loss.name: scalar(loss, loss(self, step)) for loss in whole}
+        parts = [loss for loss in self.losses if loss.adds_up]
+
+        def of(rows: slice, image_BLD: Tensor) -> Tensor:
+            part, own = chunks.take_step(step, rows), None if matched is None else chunks.take_matched(matched, rows)
+            crossed = self.cross(backbone, part.encoded, part.batch.attention_CT, own, rows.stop - rows.start)
+            part = part._replace(crossed=crossed)
+            there = [loss for loss in parts if not (Need.MASKED_IMAGE in loss.needs and part.masks.patch is None)]
+            sums = {loss.name: scalar(loss, loss(self, part)) for loss in there}
+            zero = image_BLD.new_zeros((), dtype=torch.float32)
+            return torch.stack([sums.get(loss.name, zero) for loss in parts])
+
+        if parts:
+            # A tensor among the arguments tells torch whose random numbers to draw again (dropout's). (chunks, losses):
+            # chunks add up; the pairs that are not matched in the phase of contrast alone stay out.
+            image_BLD = step.encoded.image_BLD
+            of_chunk = [chunks.computed_again(of, rows, image_BLD) for rows in chunks.slices(pairs, self.chunk)]
+            sums = torch.stack(of_chunk).sum(0)
+            terms |= {loss.name: sums[place] for place, loss in enumerate(parts)}
+        return {loss.name: terms[loss.name] for loss in self.losses}
+
+    def step(self, backbone: MaskVLM, batch: Batch, aligned: bool) -> tuple[Step, MatchingRows | None, int]:
+        """Everything that the losses read before the cross encoders, the rows that matching picks from, and how many of
+        the pairs are masked and matched. `aligned`: contrast alone has been learned for long enough."""
         # Rows of other processes and of the queue are put beside the own ones: all texts need one length.
         queue = self.queue if aligned else None
         if world_size() > 1 or queue is not None:
@@ -352,24 +391,17 @@ class MaskedPretraining(Task):
             kept = None if queue is None else queue.pairs
             features = (encoded.image_BLD, encoded.text_BTD, batch.attention_CT)
             matched, negatives = matching_rows(*features, negatives, kept)
-        if negatives is not None and exchanged is not None:
-            negatives = (count_exchanged(negatives[0], exchanged), negatives[1])
-        crossed = self.cross(backbone, encoded, batch.attention_CT, matched, pairs)
+            matched = with_exchanged(matched, encoded, batch.attention_CT)
+            if exchanged is not None:
+                negatives = (count_exchanged(negatives[0], exchanged), negatives[1])
         # After the draw: this step's pairs are among its candidates already.
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
-        return Step(
-            batch,
-            all_captions,
-            masks,
-            encoded,
-            contrast,
-            negatives,
-            crossed,
-            self.masks_per_text,
-            self.mask_both,
-            still,
-        )
+        settings = (self.masks_per_text, self.mask_both, still)
+        step = Step(batch, all_captions, masks, encoded, contrast, negatives, nothing_crossed(encoded), {}, *settings)
+        # Here, not in the losses: of chunks that are computed again the processes may not exchange anything.
+        counts = {loss.name: shared_count(loss.count(step)) for loss in self.losses if loss.adds_up}
+        return step._replace(counts=counts), matched, pairs
 
     def cross(
         self,
@@ -381,9 +413,7 @@ class MaskedPretraining(Task):
     ) -> Crossed:
         """One pass of each cross encoder."""
         if not self.needs & {Need.PAIRS, Need.MASKED_IMAGE, Need.MASKED_TEXT}:
-            # No loss reads the cross encoders: tensors of 0 rows.
-            none_D = encoded.image_BLD[:0, 0]
-            return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
+            return nothing_crossed(encoded)
         reconstructs = (Need.MASKED_IMAGE in self.needs, Need.MASKED_TEXT in self.needs)
         parts = (encoded, attention_CT, matched, reconstructs, self.mask_both, pairs, self.matching_trains_encoders)
         return cross_all(backbone, *parts)
@@ -491,11 +521,23 @@ class MaskedPretraining(Task):
             attention = torch.cat([attention, batch.attention_CT[: len(exchanged.token_CT)]])
         # An unreadable image is blank: its features must not be cached under its row.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
+        if self.chunk is None:
+            whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
+        else:
+            whole = chunks.encoded_in_chunks(
+                backbone.image, self.chunk, pairs,
+                lambda rows: (image[rows], None, row_B[rows], None, None if subset_BV is None else subset_BV[rows]),
+            )  # fmt: skip
+            images, masks_BN = image[pairs:], None if mask is None else mask[pairs:]
+            masked_image = None if masks_BN is None else chunks.encoded_in_chunks(
+                backbone.image, self.chunk, len(images), lambda rows: (images[rows], masks_BN[rows], None, visible)
+            )  # fmt: skip
         if self.needs == {Need.IMAGE}:
             every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
         else:
-            every_CTD = backbone.text(token, attention)
+            every_CTD = chunks.encoded_in_chunks(
+                backbone.text, self.chunk, len(token), lambda rows: (token[rows], attention[rows])
+            )
         # (all rows, T, D) -> first captions (B), further captions, masked captions, exchanged ones
         text, other, masked, swapped = every_CTD.tensor_split([pairs, captions, behind])
         return Encoded(
@@ -559,6 +601,12 @@ class MaskedPretraining(Task):
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         return self.measure.compute(self, backbone)
+
+
+def nothing_crossed(encoded: Encoded) -> Crossed:
+    """Tensors of 0 rows, where no loss reads the cross encoders, or they have not been run."""
+    none_D = encoded.image_BLD[:0, 0]
+    return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
 
 
 def count_exchanged(texts: Negatives, exchanged: ExchangedCaptions) -> Negatives:

@@ -59,7 +59,8 @@ class Step(NamedTuple):
         contrast: unit vectors; all zero where weight_itc is 0.
         negatives: a hard text for each image and a hard image for each text; None without matching. With
             `exchanged_share` the first images met their own text with two words exchanged instead.
-        crossed: what the cross encoders gave.
+        crossed: what the cross encoders gave; nothing where the step is made in chunks and this is the whole of it.
+        counts: of each loss by its name, what its sum is divided by, see `PretrainingLoss.count`.
         masks_per_text: maskings of each text.
         mask_both: each side is reconstructed from the masked other one.
         itc_frozen: contrast has learned before and is only told now.
@@ -72,6 +73,7 @@ class Step(NamedTuple):
     contrast: Contrast
     negatives: tuple[Negatives, Negatives] | None
     crossed: Crossed
+    counts: Mapping[str, Tensor]
     masks_per_text: int
     mask_both: bool
     itc_frozen: bool
@@ -87,10 +89,13 @@ class PretrainingLoss(ABC):
         name: of the term in logs, `train/NAME`, and of its chance level, `level/NAME`.
         needs: what a step must compute for it. What no loss needs is not computed, and its parameters are frozen.
         stuck_hint: what to look at where the loss stays at its chance level, for the warning that says so.
+        adds_up: the term is a sum over the pairs of the step, divided by `step.counts[name]`: over chunks of a batch it
+            adds up to the term of the whole. A loss that reads what cross encoders give must, with `model.chunk`.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    adds_up: ClassVar[bool] = False
     stuck_hint: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -123,6 +128,11 @@ class PretrainingLoss(ABC):
             heads: the task: each head is an attribute of the name that `build` gave it.
         """
 
+    def count(self, step: Step) -> Tensor:
+        """What the sum of a loss that adds up is divided by, of this process's share, a scalar; by default its valid
+        images. `step.counts` has it as a mean over processes, of the whole step."""
+        return step.batch.valid_B.float().sum()
+
     def observe(self, heads: Any, step: Step) -> None:
         """Called after each training step, without gradient: what the chance level is reckoned from, of this process's
         share alone."""
@@ -141,6 +151,12 @@ class PretrainingLoss(ABC):
 def needed(parts: Iterable[PretrainingLoss]) -> frozenset[Need]:
     """What these losses need together."""
     return frozenset().union(*(loss.needs for loss in parts))
+
+
+def masked_patches(step: Step) -> Tensor:
+    """Number of patches that are masked in this process's share."""
+    assert step.masks.patch is not None
+    return step.masks.patch.weight_BK.sum()
 
 
 # ---------------------------------------------------------------------- the paper's
@@ -221,7 +237,7 @@ class ImageTextContrast(PretrainingLoss):
 class ImageTextMatching(PretrainingLoss):
     """ITM: whether image and text belong together, for each pair and two hard negatives (paper sec. 3)."""
 
-    name, needs = "itm", frozenset({Need.PAIRS})
+    name, needs, adds_up = "itm", frozenset({Need.PAIRS}), True
     stuck_hint = (
         "its class prior: no match is told from a mismatch; let itc learn first, warm up longer or lower "
         "the learning rate, look for mispaired data"
@@ -231,15 +247,23 @@ class ImageTextMatching(PretrainingLoss):
         return {"matching": Matching(backbone.width)}
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
+        weight_M = self._weight(step)
+        # A third of the pairs are true, and stand in front.
+        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_M) // 3
+        logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
+        return formulas.matching(logits_M2, match_M, weight_M, step.counts[self.name])
+
+    @staticmethod
+    def _weight(step: Step) -> Tensor:
+        """Of each matching pair, in the order of `cross_all`: true pairs, hard texts, hard images."""
         assert step.negatives is not None
-        # The order of `cross_all`: true pairs, hard texts, hard images.
         texts, images = step.negatives
         valid = step.batch.valid_B[: len(texts.weight_B)].float()
         # A row without a possible negative counts with its true pair alone.
-        weight_M = torch.cat([valid, valid * texts.weight_B, valid * images.weight_B])
-        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(valid)
-        logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
-        return formulas.matching(logits_M2, match_M, weight_M, shared_count(weight_M.sum()))
+        return torch.cat([valid, valid * texts.weight_B, valid * images.weight_B])
+
+    def count(self, step: Step) -> Tensor:
+        return self._weight(step).sum()
 
     def chance(self, batch_size: int, texts_per_image: int) -> float:
         """Entropy of its 1:2 class prior, 0.6365."""
@@ -253,7 +277,7 @@ class MaskedTokens(PretrainingLoss):
         from_words: the head starts from what is known of words: its weights from the text encoder's word embeddings.
     """
 
-    name, needs = "mlm", frozenset({Need.MASKED_TEXT})
+    name, needs, adds_up = "mlm", frozenset({Need.MASKED_TEXT}), True
     stuck_hint = (
         "the words' frequencies: neither image nor sentence is used; look at the learning rate and the "
         "tokenizer's unknown words"
@@ -273,14 +297,16 @@ class MaskedTokens(PretrainingLoss):
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         index_CK, target_CK, weight_CK = self._masked(step)
-        count = shared_count(weight_CK.sum())
         # (C, T, D) -> (C, K, D): the head gives V numbers for each position, so it gets the masked ones alone.
         read_CKD = gather_positions(step.crossed.text_BTD, index_CK)
         if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
             # (C, K, ...) -> (masked, 1, ...)
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
-        return formulas.masked_token(heads.tokens(read_CKD), target_CK, weight_CK, count)
+        return formulas.masked_token(heads.tokens(read_CKD), target_CK, weight_CK, step.counts[self.name])
+
+    def count(self, step: Step) -> Tensor:
+        return self._masked(step)[2].sum()
 
     def _masked(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Masked positions, the ids that stood there, and 1.0 where there is one, [C, K] each."""
@@ -317,7 +343,7 @@ class MaskedPixels(PretrainingLoss):
             image cross encoder.
     """
 
-    name, needs = "mim", frozenset({Need.MASKED_IMAGE})
+    name, needs, adds_up = "mim", frozenset({Need.MASKED_IMAGE}), True
     stuck_hint = "the mean colour: nothing is drawn; look at the learning rate and the pixel loss"
 
     def __init__(
@@ -352,8 +378,11 @@ class MaskedPixels(PretrainingLoss):
         attention_BT = step.batch.attention_CT[:first]
         predicted_BKP = heads.pixels(step.crossed.image_BLD, seen_BTD[:first], attention_BT, patch.index_BK)
         target_BKP = self.target(step.batch.image_BCHW[:first], patch.index_BK)
-        count = shared_count(patch.weight_BK.sum())
+        count = step.counts[self.name]
         return formulas.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.kind)
+
+    def count(self, step: Step) -> Tensor:
+        return masked_patches(step)
 
     @staticmethod
     def _images(step: Step) -> int:
@@ -385,7 +414,7 @@ class WordsPresent(PretrainingLoss):
     """The words of the caption from the whole image alone, which the paper does not have (Fang et al. 2015). It stands
     in for pretrained weights where the image encoder starts from nothing."""
 
-    name, needs = "words", frozenset({Need.IMAGE})
+    name, needs, adds_up = "words", frozenset({Need.IMAGE}), True
     stuck_hint = (
         "the words' frequencies: no image is told from another; look at the learning rate of the image encoder and its "
         "warm-up"
@@ -404,7 +433,7 @@ class WordsPresent(PretrainingLoss):
         logits_BLV = heads.detector(step.encoded.image_BLD)
         valid_B = step.batch.valid_B.float()
         words_BV = self.words(step.batch, logits_BLV.shape[-1])
-        return formulas.words_present(logits_BLV, words_BV, valid_B, shared_count(valid_B.sum()))
+        return formulas.words_present(logits_BLV, words_BV, valid_B, step.counts[self.name])
 
     @staticmethod
     def words(batch: Batch, vocabulary: int) -> Tensor:
@@ -447,7 +476,7 @@ class PatchSpread(PretrainingLoss):
     something is there always raises the spread.
     """
 
-    name, needs = "spread", frozenset({Need.MASKED_IMAGE})
+    name, needs, adds_up = "spread", frozenset({Need.MASKED_IMAGE}), True
     stuck_hint = "the mean over all masked patches: the caption is not used to tell where things are"
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -466,9 +495,11 @@ class PatchSpread(PretrainingLoss):
         assert patch is not None
         # + 1: position 0 is the class token. (B, L, D) -> (B, K, D) -> (B, K, 1)
         predicted_BK1 = heads.spread(gather_positions(step.crossed.image_BLD, patch.index_BK + 1))
-        return formulas.masked_pixel(
-            predicted_BK1, self.target(step), patch.weight_BK, shared_count(patch.weight_BK.sum()), "squared"
-        )
+        count = step.counts[self.name]
+        return formulas.masked_pixel(predicted_BK1, self.target(step), patch.weight_BK, count, "squared")
+
+    def count(self, step: Step) -> Tensor:
+        return masked_patches(step)
 
     def target(self, step: Step) -> Tensor:
         """Standard deviation of the pixels of each masked patch, [B, K, 1], in units of normalised pixel values."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
+from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
     from maskvlm.model.maskvlm import MaskVLM
@@ -105,6 +106,13 @@ class Task(nn.Module, ABC):
     def late(self, backbone: "MaskVLM") -> TrainingPhases:
         """Which parameters learn in which part of the run; by default all in all of it."""
         return TrainingPhases()
+
+    def compute_in_chunks(self, size: int) -> None:
+        """Compute a training batch `size` examples at a time, with the losses and gradients of the whole one; called
+        after `build`. Raises UserError where the task does not know how."""
+        what = f"{type(self).__name__} does not compute a batch in chunks"
+        todo = "Where each example is judged by itself trainer.accumulate_grad_batches does the same"
+        raise UserError("model.chunk", what, todo)
 
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
         """Called before the first step of a training. `count` gives how often each token stands in some of its texts,

@@ -56,6 +56,9 @@ class LitModel(L.LightningModule):
         lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
         random_init: both encoders start from random weights; the command line hands it on to them.
         layer_decay: rate of a block of an encoder, as a share of that of the block above it (1: all alike).
+        chunk: pairs of a process that are computed at once; None: all. The losses are those of the whole batch, the
+            memory is that of a chunk and of the batch's features, and a step costs a third more, see
+            `objectives/chunks.py`.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class LitModel(L.LightningModule):
         random_init: bool = False,
         lr_cross: float | None = None,
         layer_decay: float = 1.0,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         check_least(0, {"model.lr": lr, "model.lr_encoders": lr_encoders, "model.weight_decay": weight_decay})
         check_least(0, {"model.lr_cross": lr_cross})
+        check_least(1, {"model.chunk": chunk})
         check_least(0, {"model.warmup": warmup, "model.min_lr": min_lr})
         if not 0 < layer_decay <= 1:
             raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
@@ -96,6 +101,8 @@ class LitModel(L.LightningModule):
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
         # The heads must exist before those of a checkpoint are taken over.
         task.build(backbone)
+        if chunk is not None:
+            task.compute_in_chunks(chunk)
         self.warm_started = self._warm_start()
 
     def _warm_start(self) -> set[str]:

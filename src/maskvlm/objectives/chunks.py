@@ -1,0 +1,115 @@
+"""A large batch on a small card: its pairs are computed a chunk at a time, and the losses are those of the whole batch.
+
+Contrast and hard negatives need every pair of the batch, but only its features: these are kept, what led to them is
+computed again in the backward pass, chunk by chunk (GradCache, Gao et al. 2021, by torch's own activation checkpoints).
+To accumulate gradients over small batches instead would make another objective of contrast: one among fewer pairs.
+
+Shapes: B pairs, n of a chunk, M masked images, T tokens.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from maskvlm.data.batch import Batch
+from maskvlm.model.encoders import Encoder
+from maskvlm.objectives.cross_batch import Encoded, Masks, MatchingRows
+from maskvlm.objectives.hard_negatives import Negatives
+from maskvlm.objectives.masking import PatchMask, TokenMask
+from maskvlm.objectives.pretraining_losses import Step
+
+
+def computed_again(compute: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """What `compute` gives; in the backward pass it is called once more, so that nothing of its inside is kept."""
+    result: Tensor = checkpoint(compute, *arguments, use_reentrant=False)
+    return result
+
+
+def encoded_in_chunks(
+    encoder: Encoder, size: int | None, rows: int, arguments: Callable[[slice], tuple[object, ...]]
+) -> Tensor:
+    """Features of so many rows, `size` at a time. `arguments` gives what the encoder is called with for some."""
+    # A frozen encoder keeps nothing anyway, and is frozen for a part of the step only.
+    run = encoder if size is None or encoder.detached else functools.partial(computed_again, encoder)
+    parts = [run(*arguments(part)) for part in slices(rows, size)]
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts])
+
+
+def slices(rows: int, size: int | None) -> Iterator[slice]:
+    """The rows in chunks of `size`, the last one smaller; all at once for None."""
+    for first in range(0, rows, size or max(1, rows)):
+        yield slice(first, min(rows, first + (size or rows)))
+
+
+def take_pairs(batch: Batch, rows: slice) -> Batch:
+    """These pairs of a batch with one caption an image."""
+    return batch._replace(
+        image_BCHW=batch.image_BCHW[rows],
+        token_CT=batch.token_CT[rows],
+        attention_CT=batch.attention_CT[rows],
+        special_CT=batch.special_CT[rows],
+        word_CT=batch.word_CT[rows],
+        owner_C=torch.arange(rows.stop - rows.start, device=batch.owner_C.device),
+        image_id_B=batch.image_id_B[rows],
+        text_id_C=batch.text_id_C[rows],
+        valid_B=batch.valid_B[rows],
+        index_B=batch.index_B[rows],
+        foreground_BHW=None,
+        texts=(),
+    )
+
+
+def take_masks(masks: Masks, rows: slice, masks_per_text: int) -> Masks:
+    """The masks of these pairs; of images None where none of them is masked."""
+    patch, token = masks.patch, masks.token
+    if patch is not None:
+        cut = PatchMask(patch.mask_BN[rows], patch.index_BK[rows], patch.weight_BK[rows], patch.visible)
+        patch = cut if len(cut.mask_BN) else None
+    if token is not None:
+        token = TokenMask(*(part[of_texts(rows, masks_per_text)] for part in token))
+    return Masks(patch, token)
+
+
+def of_texts(rows: slice, masks_per_text: int) -> slice:
+    """The masked rows of the texts of these pairs."""
+    return slice(rows.start * masks_per_text, rows.stop * masks_per_text)
+
+
+def take_encoded(encoded: Encoded, rows: slice) -> Encoded:
+    """The features of these pairs, without further captions."""
+    image, text, each = encoded.masked_image_BLD, encoded.masked_text_BTD, encoded.masks_per_text
+    image = None if image is None or not len(image[rows]) else image[rows]
+    text = None if text is None else text[of_texts(rows, each)]
+    return Encoded(encoded.image_BLD[rows], encoded.text_BTD[rows], image, text, None, each)
+
+
+def take_matched(matched: MatchingRows, rows: slice) -> MatchingRows:
+    """What these pairs pick from: their own rows, and behind them their negatives."""
+    image_C, text_B = matched.hard_image_C[rows], matched.hard_text_B[rows]
+    own = torch.arange(rows.stop - rows.start, device=text_B.device)
+    return MatchingRows(
+        torch.cat([matched.image_ULD[rows], matched.image_ULD.index_select(0, image_C)]),
+        torch.cat([matched.text_VTD[rows], matched.text_VTD.index_select(0, text_B)]),
+        torch.cat([matched.attention_VT[rows], matched.attention_VT.index_select(0, text_B)]),
+        own + len(own),
+        own + len(own),
+    )
+
+
+def take_step(step: Step, rows: slice) -> Step:
+    """The part of a step that belongs to these pairs, before it has gone through the cross encoders."""
+    negatives = step.negatives
+    if negatives is not None:
+        texts, images = (Negatives(each.index_B[rows], each.weight_B[rows]) for each in negatives)
+        negatives = texts, images
+    batch = take_pairs(step.batch, rows)
+    return step._replace(
+        batch=batch,
+        all_captions=batch,
+        masks=take_masks(step.masks, rows, step.masks_per_text),
+        encoded=take_encoded(step.encoded, rows),
+        negatives=negatives,
+    )
