@@ -16,6 +16,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
+from maskvlm.objectives import chunks
 from maskvlm.objectives import loss_functions as formulas
 from maskvlm.objectives.cross_batch import MatchingRows, RowPool, contrast_targets, cross_pairs, matching_rows, pad_text
 from maskvlm.objectives.evaluation import EVAL_SEED
@@ -96,6 +97,8 @@ class Retrieval(Task):
         self.rerank_k, self.sweep, self.chunk = rerank_k, sweep, chunk
         self.blind = ImageAblation() if image_ablation else None  # its name in checkpoints
         self.rerank_contrast = rerank_contrast
+        self.compares_examples = True
+        self.pairs_at_once: int | None = None  # in training
         self.kept: list[EncodedBatch] = []
         self.shown = 1.0  # captions an image in training, for the chance levels
         self.measured: dict[str, Any] = {}
@@ -132,6 +135,9 @@ class Retrieval(Task):
 
     # ------------------------------------------------------------------ training
 
+    def compute_in_chunks(self, size: int) -> None:
+        self.pairs_at_once = size
+
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         # Texts are gathered, and a gather needs one shape in all processes.
         if world_size() > 1:
@@ -141,8 +147,13 @@ class Retrieval(Task):
             batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
         # Noise differs in each step and unreadable images are blank: neither may be cached.
         row_B = None if self.blind is not None else batch.index_B.masked_fill(~batch.valid_B, -1)
-        image_BLD = backbone.image(batch.image_BCHW, None, row_B)
-        text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
+        size, image, token, attention = self.pairs_at_once, batch.image_BCHW, batch.token_CT, batch.attention_CT
+        image_BLD = chunks.encoded_in_chunks(
+            backbone.image, size, len(image), lambda rows: (image[rows], None, None if row_B is None else row_B[rows])
+        )
+        text_CTD = chunks.encoded_in_chunks(
+            backbone.text, size, len(token), lambda rows: (token[rows], attention[rows])
+        )
         # ITC and ITM read the same features: each encoder has run once.
         contrast = self.contrast(batch, image_BLD, text_CTD)
         terms = {}
@@ -151,7 +162,7 @@ class Retrieval(Task):
         if self.weights["itm"]:
             hard = self.negatives(contrast)
             rows, found = matching_rows(image_BLD, text_CTD, batch.attention_CT, hard)
-            terms["itm"] = self.matching_loss(cross(backbone, batch, rows), HardNegatives(*found), batch)
+            terms["itm"] = self.matching_loss(backbone, batch, rows, HardNegatives(*found))
         return terms
 
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
@@ -182,14 +193,28 @@ class Retrieval(Task):
             drawn.append(draw_hard_negatives(logits, positive | excluded, self.uniform(*logits.shape)))
         return HardNegatives(*drawn)
 
-    def matching_loss(self, fused_M: Fused, hard: HardNegatives, batch: Batch) -> Tensor:
-        """ITM: of M fused pairs the first C belong together, the others are hard negatives."""
-        weight_B = batch.valid_B.float()
+    def matching_loss(self, backbone: MaskVLM, batch: Batch, rows: MatchingRows, hard: HardNegatives) -> Tensor:
+        """ITM: of M = 2C + B pairs the first C belong together, the others are hard negatives: (image, its caption),
+        (hard image, caption), (image, hard caption)."""
+        weight_B, device = batch.valid_B.float(), batch.valid_B.device
         weight_C = weight_B[batch.owner_C]
-        # The order of `cross`: true pairs (C), hard images (C), hard texts (B).
+        own_C, own_B = (torch.arange(len(x), device=device) for x in (weight_C, weight_B))
+        image_M = torch.cat([batch.owner_C, rows.hard_image_C, own_B])
+        text_M = torch.cat([own_C, own_C, rows.hard_text_B])
         weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.text.weight_B])
-        match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_C)
-        return formulas.matching(self.matching(fused_M.product_MD), match_M, weight_M, shared_count(weight_M.sum()))
+        match_M = torch.arange(len(weight_M), device=device) < len(weight_C)
+        # Here, since of what is computed again the processes may not exchange anything.
+        count = shared_count(weight_M.sum())
+
+        def of(pairs: slice, image_ULD: Tensor) -> Tensor:
+            fused_m = cross(backbone, rows, image_M[pairs], text_M[pairs])
+            return formulas.matching(self.matching(fused_m.product_MD), match_M[pairs], weight_M[pairs], count)
+
+        if self.pairs_at_once is None:
+            return of(slice(None), rows.image_ULD)
+        # Of each image there are about as many pairs of each kind: three times its pairs.
+        parts = chunks.slices(len(weight_M), 3 * self.pairs_at_once)
+        return torch.stack([chunks.computed_again(of, pairs, rows.image_ULD) for pairs in parts]).sum()
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
@@ -243,17 +268,17 @@ class Retrieval(Task):
         return {"rerank_k": k, "sweep": self.sweep, "blind": self.blind is not None, **self.measured}
 
 
-def cross(backbone: MaskVLM, batch: Batch, rows: MatchingRows) -> Fused:
-    """One pass of each cross encoder over M = 2C + B pairs: (image, its caption), (hard image, caption),
-    (image, hard caption)."""
-    device = batch.owner_C.device
-    own_C, own_B = (torch.arange(len(x), device=device) for x in (batch.owner_C, batch.valid_B))
-    # The same M pairs on both sides, in this order.
-    images, texts = [batch.owner_C, rows.hard_image_C, own_B], [own_C, own_C, rows.hard_text_B]
-    image_side, text_side = RowPool(rows.image_ULD, None), RowPool(rows.text_VTD, rows.attention_VT)
+def cross(backbone: MaskVLM, rows: MatchingRows, image_M: Tensor, text_M: Tensor) -> Fused:
+    """One pass of each cross encoder over M pairs, by the numbers of their rows."""
+    image, text, attention = rows.image_ULD, rows.text_VTD, rows.attention_VT
+    if len(image_M) < len(image):
+        # A part of the pairs: the rows they need, not all.
+        image, text, attention = image[image_M], text[text_M], attention[text_M]
+        image_M = text_M = torch.arange(len(image_M), device=image.device)
+    image_side, text_side = RowPool(image, None), RowPool(text, attention)
     return Fused(
-        cross_pairs(backbone.cross_image, None, image_side, text_side, None, images, texts).cls_BD,
-        cross_pairs(backbone.cross_text, None, text_side, image_side, None, texts, images).cls_BD,
+        cross_pairs(backbone.cross_image, None, image_side, text_side, None, [image_M], [text_M]).cls_BD,
+        cross_pairs(backbone.cross_text, None, text_side, image_side, None, [text_M], [image_M]).cls_BD,
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import pytest
+import slow_retrieval
 import torch
 import toy_examples
 from slow_step import build, each_token_a_word, eventful_batch, gradients
@@ -69,6 +70,27 @@ def test_the_phase_of_contrast_and_several_captions_too(progress: float, caption
     found_terms, found_grads, _ = one_step(3, settings, progress, captions)
     torch.testing.assert_close(found_terms, terms, atol=1e-10, rtol=1e-10, check_dtype=False)
     torch.testing.assert_close(found_grads, grads, atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_itc": 0.0}, {"weight_itm": 0.0}], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_retrieval_in_chunks_is_that_of_the_whole_batch(settings: dict[str, Any], size: int) -> None:
+    def step(size: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        backbone, task = slow_retrieval.build(**settings)
+        backbone.double(), task.double()
+        if size is not None:
+            task.compute_in_chunks(size)
+        batch = slow_retrieval.eventful_batch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "float", Tensor.double)
+            terms = task(backbone, batch._replace(image_BCHW=batch.image_BCHW.double()))
+            sum(terms.values()).backward()
+        return {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
+
+    (terms, grads), (found_terms, found_grads) = step(None), step(size)
+    torch.testing.assert_close(found_terms, terms, atol=1e-10, rtol=1e-10)
+    largest = max(float(grad.abs().max()) for grad in grads.values())
+    torch.testing.assert_close(found_grads, grads, atol=1e-10 * largest, rtol=1e-10)
 
 
 def test_no_more_than_a_chunk_is_computed_at_once() -> None:
@@ -143,4 +165,4 @@ def test_rows_in_chunks() -> None:
 def test_a_model_that_is_given_chunks_hands_them_on() -> None:
     task = LitModel(build()[0], MaskedPretraining(mask_block=16), chunk=5).task
     assert isinstance(task, MaskedPretraining)
-    assert task.chunk == 5
+    assert task.pairs_at_once == 5

@@ -1,6 +1,7 @@
 """Whole runs of a few steps on the built-in world: what is logged, repeated, stored and read back."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,6 +147,19 @@ def test_accumulated_passes_make_one_step() -> None:
     trainer.fit(make_model(), data)
     assert (trainer.global_step, len(watch.losses), len(watch.rates)) == (2, 4, 2)
     assert max(watch.rates[1]) == pytest.approx(1e-3)  # scheduled by step, not by pass
+
+
+def test_accumulated_passes_say_what_contrast_is_among(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(limit_val_batches=0, accumulate_grad_batches=2)
+    trainer.fit(make_model(), make_data(steps=1, accumulate=2))
+    said = [record.message for record in caplog.records if "contrast" in record.message]
+    assert len(said) == 1
+    assert re.search(
+        r"note: gradients of 2 passes .* among the \d+ pairs of a pass, not \d+; with model.chunk", said[0]
+    )
+    caplog.clear()
+    make_trainer(limit_val_batches=0).fit(make_model(), make_data(steps=1))
+    assert not [record for record in caplog.records if "contrast" in record.message]
 
 
 class Norms(L.Callback):

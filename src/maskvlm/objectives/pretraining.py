@@ -231,7 +231,8 @@ class MaskedPretraining(Task):
             )
             raise UserError("model.task.exchanged_share", what, todo)
         self.exchanged_share = exchanged_share
-        self.chunk: int | None = None
+        self.pairs_at_once: int | None = None
+        self.compares_examples = bool(weight_itc or weight_itm)
         self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
@@ -312,7 +313,7 @@ class MaskedPretraining(Task):
         if names:
             todo = "Say so in its class (`adds_up`, see PretrainingLoss), or leave model.chunk out"
             raise UserError("model.chunk", f"the loss {names[0]} is not known to add up over chunks of a batch", todo)
-        self.chunk = size
+        self.pairs_at_once = size
 
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
         if self.weights["mlm"] and self.masked_tokens.from_words:
@@ -322,7 +323,7 @@ class MaskedPretraining(Task):
         # False in the phase that trains ITC alone.
         aligned = self.run_progress >= self.contrast_first
         step, matched, pairs = self.step(backbone, batch, aligned)
-        if self.chunk is None:
+        if self.pairs_at_once is None:
             step = step._replace(crossed=self.cross(backbone, step.encoded, step.batch.attention_CT, matched, pairs))
             terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
         else:
@@ -355,7 +356,7 @@ class MaskedPretraining(Task):
             # A tensor among the arguments tells torch whose random numbers to draw again (dropout's). (chunks, losses):
             # chunks add up; the pairs that are not matched in the phase of contrast alone stay out.
             image_BLD = step.encoded.image_BLD
-            of_chunk = [chunks.computed_again(of, rows, image_BLD) for rows in chunks.slices(pairs, self.chunk)]
+            of_chunk = [chunks.computed_again(of, rows, image_BLD) for rows in chunks.slices(pairs, self.pairs_at_once)]
             sums = torch.stack(of_chunk).sum(0)
             terms |= {loss.name: sums[place] for place, loss in enumerate(parts)}
         return {loss.name: terms[loss.name] for loss in self.losses}
@@ -521,22 +522,25 @@ class MaskedPretraining(Task):
             attention = torch.cat([attention, batch.attention_CT[: len(exchanged.token_CT)]])
         # An unreadable image is blank: its features must not be cached under its row.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        if self.chunk is None:
+        if self.pairs_at_once is None:
             whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
         else:
             whole = chunks.encoded_in_chunks(
-                backbone.image, self.chunk, pairs,
+                backbone.image, self.pairs_at_once, pairs,
                 lambda rows: (image[rows], None, row_B[rows], None, None if subset_BV is None else subset_BV[rows]),
             )  # fmt: skip
-            images, masks_BN = image[pairs:], None if mask is None else mask[pairs:]
-            masked_image = None if masks_BN is None else chunks.encoded_in_chunks(
-                backbone.image, self.chunk, len(images), lambda rows: (images[rows], masks_BN[rows], None, visible)
-            )  # fmt: skip
+            masked_image = None
+            if mask is not None:
+                images, masked_BN = image[pairs:], mask[pairs:]
+                masked_image = chunks.encoded_in_chunks(
+                    backbone.image, self.pairs_at_once, len(images),
+                    lambda rows: (images[rows], masked_BN[rows], None, visible),
+                )  # fmt: skip
         if self.needs == {Need.IMAGE}:
             every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
         else:
             every_CTD = chunks.encoded_in_chunks(
-                backbone.text, self.chunk, len(token), lambda rows: (token[rows], attention[rows])
+                backbone.text, self.pairs_at_once, len(token), lambda rows: (token[rows], attention[rows])
             )
         # (all rows, T, D) -> first captions (B), further captions, masked captions, exchanged ones
         text, other, masked, swapped = every_CTD.tensor_split([pairs, captions, behind])

@@ -59,10 +59,12 @@ class Task(nn.Module, ABC):
         predictions: of the last evaluation, complete in every process; empty where a task makes none.
         stuck_hints: of each loss term, what it means that it stays at its chance level, and where to look.
         run_progress: share of the run's steps that were made before the current one; 1 outside a run.
+        compares_examples: a loss depends on which examples are together in a pass, as contrast does.
     """
 
     uniform: Uniform
     run_progress: float = 1.0
+    compares_examples: bool = False
     weights: Mapping[str, float] = MappingProxyType({})
     methods: Mapping[str, Method] = MappingProxyType({})
     stuck_hints: Mapping[str, str] = MappingProxyType({})

@@ -77,7 +77,8 @@ def user_line(error: BaseException) -> ErrorLine | None:
         todo = "Lower data.batch_size or data.workers, or give the job more memory"
         return ErrorLine(f"memory: none is left ({text or name}). {todo}.", ExitCode.IO_ERROR)
     if name == "OutOfMemoryError":
-        todo = "Lower data.batch_size, or share it over more passes with trainer.accumulate_grad_batches"
+        todo = "Give --model.chunk 16 (the same losses in less memory; of examples that are judged one by one,"
+        todo += " trainer.accumulate_grad_batches), or lower data.batch_size"
         return ErrorLine(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     return None
 

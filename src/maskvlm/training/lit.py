@@ -145,6 +145,14 @@ class LitModel(L.LightningModule):
             if self.backbone.image.feature_cache is not None:
                 self._open_feature_cache()
 
+    def on_fit_start(self) -> None:
+        """Say what contrast is among where a batch is cut into passes, which is another objective than it seems."""
+        passes, batch = self.data.accumulate, self.data.batch_size
+        if passes > 1 and self.task.compares_examples and rank() == 0:
+            what = f"gradients of {passes} passes are added up: contrast and hard negatives are among the"
+            what += f" {batch // passes} pairs of a pass, not {batch}; with model.chunk they are among all"
+            log.warning("%s", f"note: {what}")
+
     def _open_feature_cache(self) -> None:
         """Of the frozen part of the image encoder; only where each image always looks the same."""
         if self.data.augments:
