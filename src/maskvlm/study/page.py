@@ -37,11 +37,13 @@ def write_page(study: Study, runs: Sequence[StudyRun], folder: Path, command: st
     """
     frame = frame_of(study, runs)
     answers = [answer(frame, question) for question in study.questions]
+    measured = [each for each in answers if any(one.ahead.values for one in each.compared)]
+    open_claims = [each for each in answers if each not in measured]
     write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n"))
-    for number, each in enumerate(answers, 1):
+    for number, each in enumerate(measured, 1):
         with whole_file(folder / plot_name(number)) as temporary:
             figure_of(study, frame, each).savefig(temporary, dpi=110, format="png")
-    write_text(folder / PAGE, text_of(study, runs, frame, answers, command))
+    write_text(folder / PAGE, text_of(study, runs, frame, measured, open_claims, command))
     return folder / PAGE
 
 
@@ -54,9 +56,14 @@ def plot_name(number: int) -> str:
 
 
 def text_of(
-    study: Study, runs: Sequence[StudyRun], frame: pd.DataFrame, answers: Sequence[Answer], command: str
+    study: Study,
+    runs: Sequence[StudyRun],
+    frame: pd.DataFrame,
+    answers: Sequence[Answer],
+    open_claims: Sequence[Answer],
+    command: str,
 ) -> str:
-    """The page in Markdown."""
+    """The page in Markdown. answers: of which something was measured; open_claims: the others."""
     hours = frame["hours"].sum() if len(frame) else 0.0
     seeds = sorted({run.seed for run in runs})
     lines = [
@@ -74,6 +81,8 @@ def text_of(
             ahead = "<br>".join(_ahead(one.ahead, each.question.metric) for one in each.compared)
             lines.append(f"| {number} | {_cell(each.question.claim)} | {ahead} | {each.verdict} |")
         lines.append("")
+    if open_claims:
+        lines += ["Not measured yet:", "", *(f"- {each.question.claim}" for each in open_claims), ""]
     lines += ["## Cells", "", *cell_table(study, frame), ""]
     for number, each in enumerate(answers, 1):
         lines += [f"## {number}. {each.question.claim}", "", *_answered(study, each), ""]
@@ -82,12 +91,14 @@ def text_of(
 
 
 def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
-    """Each cell with the means of the study's columns and half the width of their intervals."""
+    """Each cell that has been run, with the means of the study's columns and half the width of their intervals."""
     metrics = [study.metrics[name] for name in study.columns]
     lines = [f"| | seeds | hours a run | {' | '.join(_cell(f'{m.name}, {m.unit}') for m in metrics)} |"]
     lines.append(f"|---|---|---|{'---|' * len(metrics)}")
     for cell in study.cells:
         rows = frame[frame["cell"] == cell.name] if len(frame) else frame
+        if not len(rows):
+            continue
         hours = f"{rows['hours'].mean():.2f}" if len(rows) and rows["hours"].notna().any() else ""
         told = [_mean(interval(values_of(frame, cell.name, metric).tolist()), metric) for metric in metrics]
         lines.append(f"| {_cell(study.told(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
