@@ -22,7 +22,7 @@ from maskvlm.objectives.rerank import (
     offload,
     score_gallery,
 )
-from maskvlm.objectives.retrieval_metrics import Rankings, candidates, ranking, rankings
+from maskvlm.objectives.retrieval_metrics import Rankings, best_items, candidates, ranking, rankings
 
 IMAGES, CAPTIONS = 5, 3
 OWNER = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
@@ -94,7 +94,7 @@ def test_scores_hold_each_querys_best(world: World, k: int | None) -> None:
     cosine_BC = world.gallery.image_BE @ world.gallery.text_CE.T
     torch.testing.assert_close(scores.contrast_BC, cosine_BC)
     assert torch.equal(scores.owner_C, OWNER)
-    wanted_BC = candidates(cosine_BC, k or 100)
+    wanted_BC = candidates(best_items(cosine_BC, k or 100))
     assert scores.match_BC is not None
     assert torch.equal(~scores.match_BC.isnan(), wanted_BC)
     torch.testing.assert_close(scores.match_BC[wanted_BC], world.odds_BC[wanted_BC], atol=1e-5, rtol=1e-5)

@@ -12,6 +12,7 @@ from torch import nn
 from maskvlm.objectives.retrieval_metrics import (
     BLOCK,
     Scores,
+    best_items,
     candidates,
     contrast_scores,
     ranking,
@@ -20,6 +21,7 @@ from maskvlm.objectives.retrieval_metrics import (
     recall_chance,
     recall_of,
     retrieval_metrics,
+    top_items,
 )
 
 # ---------------------------------------------------------------------- recall
@@ -126,7 +128,7 @@ def test_the_best_by_contrast_come_first_in_the_order_of_matching(
     contrast = rng.uniform(-1, 1, (images, len(owner))).astype(np.float32)
     odds = (rng.normal(size=contrast.shape) + belief).astype(np.float32)
     for k in (1, 2, 4, 100):
-        wanted = candidates(torch.from_numpy(contrast), k)
+        wanted = candidates(best_items(torch.from_numpy(contrast), k))
         match_BC = torch.from_numpy(odds).masked_fill(~wanted, torch.nan)
         found = rankings(Scores(torch.from_numpy(contrast), match_BC, torch.from_numpy(owner)), [0, k])
         for step in (0, k):
@@ -138,10 +140,57 @@ def test_the_best_by_contrast_come_first_in_the_order_of_matching(
             assert found[step].image.rank_Q.tolist() == [order.index(owner[c]) for c, order in enumerate(orders)]
 
 
+def dense(contrast_QG: torch.Tensor, match_QG: torch.Tensor, k: int) -> torch.Tensor:
+    """One score for each item, whose order is that of two stages: all of a matrix at once."""
+    best_QK = contrast_QG.topk(min(k, contrast_QG.shape[1]), dim=1).indices
+    top_QG = torch.zeros_like(contrast_QG, dtype=torch.bool).scatter(1, best_QK, True)
+    least_Q1 = match_QG.masked_fill(~(top_QG & match_QG.isfinite()), torch.inf).amin(1, keepdim=True)
+    return torch.where(top_QG, match_QG.double() - least_Q1 + 2, contrast_QG.double())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 60), st.integers(1, 70), st.integers(0, 2**31))
+def test_ranks_are_those_of_one_dense_score(images: int, captions: int, k: int, seed: int) -> None:
+    """Images without a caption and with several, matches that are no number, and equal ones."""
+    rng = np.random.default_rng(seed)
+    owner_C = torch.from_numpy(rng.integers(0, images, captions))
+    contrast_BC = torch.from_numpy(rng.permutation(images * captions).reshape(images, captions) / 1e4).float()
+    match_BC = torch.from_numpy(rng.integers(-3, 4, (images, captions))).float()
+    match_BC[torch.from_numpy(rng.random((images, captions)) < 0.1)] = torch.nan
+    match_BC[torch.from_numpy(rng.random((images, captions)) < 0.05)] = -torch.inf
+    relevant_BC = owner_C == torch.arange(images)[:, None]
+    for best in (None, best_items(contrast_BC, k)):
+        found = rankings(Scores(contrast_BC, match_BC, owner_C, best), [0, k])
+        for at, text, image in (
+            (0, contrast_BC, contrast_BC.T),
+            (k, dense(contrast_BC, match_BC, k), dense(contrast_BC.T, match_BC.T, k)),
+        ):
+            assert torch.equal(found[at].text.rank_Q, ranking(text, relevant_BC).rank_Q)
+            assert torch.equal(found[at].image.rank_Q, ranking(image, relevant_BC.T).rank_Q)
+            # Of equal items any may be named: a relevant one where the rank is 0, else an irrelevant one.
+            for matrix, one, relevant in ((text, found[at].text, relevant_BC), (image, found[at].image, relevant_BC.T)):
+                score = matrix.masked_fill(matrix.isnan(), -torch.inf)
+                right = one.rank_Q == 0
+                assert torch.equal(relevant.gather(1, one.found_Q[:, None])[:, 0], right)
+                best_Q = score.masked_fill(relevant != right[:, None], -torch.inf).amax(1)
+                assert torch.equal(score.gather(1, one.found_Q[:, None])[:, 0], best_Q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 700), st.integers(1, 30), st.integers(0, 2**31), st.booleans())
+def test_the_best_items_are_those_of_a_sorted_list(rows: int, items: int, k: int, seed: int, across: bool) -> None:
+    """Whatever remains of groups, and of a matrix that lies the other way round."""
+    score = np.random.default_rng(seed).permutation(rows * items).reshape(items, rows).astype(np.float32)
+    score_QG = torch.from_numpy(score).T if across else torch.from_numpy(score.T.copy())
+    found = top_items(score_QG, k)
+    expected = score_QG.sort(dim=1, descending=True).indices[:, :k]
+    assert torch.equal(found, expected)
+
+
 def test_candidates_are_the_best_of_either_direction() -> None:
     contrast_BC = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.3, 0.2]])
-    assert candidates(contrast_BC, 1).tolist() == [[True, True, False], [True, False, True]]
-    assert candidates(contrast_BC, 3).all()
+    assert candidates(best_items(contrast_BC, 1)).tolist() == [[True, True, False], [True, False, True]]
+    assert candidates(best_items(contrast_BC, 3)).all()
 
 
 def test_small_differences_of_matching_survive() -> None:

@@ -17,7 +17,7 @@ from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import eval_transform
 from maskvlm.objectives.rerank import gather_gallery, match_pairs, offload
-from maskvlm.objectives.retrieval_metrics import Scores, candidates, contrast_scores, rankings, retrieval_metrics
+from maskvlm.objectives.retrieval_metrics import Scores, best_items, candidates, contrast_scores, rankings, retrieval_metrics
 
 WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 KEYS = ("tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10")
@@ -45,7 +45,7 @@ def main() -> None:
         kept.append(offload(task.projection, batch, image_BLD, text_CTD, True))
     gallery = gather_gallery(kept)
     contrast_BC = contrast_scores(gallery.image_BE, gallery.text_CE)
-    match_BC = match_pairs(backbone, task.matching, gallery, candidates(contrast_BC, options.k))
+    match_BC = match_pairs(backbone, task.matching, gallery, candidates(best_items(contrast_BC, options.k)))
     scale = float(task.projection.logit_scale)
     print("| weight | captions of an image, R@1 / 5 / 10 | image of a caption |\n|---|---|---|")
     for weight in (None, *WEIGHTS):

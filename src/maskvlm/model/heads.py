@@ -10,6 +10,13 @@ from maskvlm.model.cross_attention import CrossEncoder, gather_positions
 from maskvlm.utils.errors import UserError
 
 
+def linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in float32, also under autocast: of what it gives the order counts, and in bfloat16 many scores of
+    a large gallery would be alike."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+
 class Projection(nn.Module):
     """Unit vectors for contrast from the two class tokens, with a learnable temperature (ITC).
 
@@ -57,8 +64,7 @@ class Projection(nn.Module):
             patch_BND = image_BLD[:, 1:] if subset_BV is None else gather_positions(image_BLD[:, 1:], subset_BV)
             # (B, D) -> (B, 2D)
             read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
-        # The norm is taken in float32, also under autocast.
-        return F.normalize(self.image(read_BX).float(), dim=-1)
+        return F.normalize(linear_in_float32(self.image, read_BX), dim=-1)
 
     def embed_text(self, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
         """Unit vector of a text, [B, dim].
@@ -69,7 +75,7 @@ class Projection(nn.Module):
         read_BX = text_BTD[:, 0]
         if self.mean:
             read_BX = torch.cat([read_BX, masked_mean(text_BTD, attention_BT)], 1)
-        return F.normalize(self.text(read_BX).float(), dim=-1)
+        return F.normalize(linear_in_float32(self.text, read_BX), dim=-1)
 
 
 def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
@@ -87,8 +93,8 @@ class Matching(nn.Module):
         self.classify = nn.Linear(width, 2)
 
     def forward(self, fused_MD: Tensor) -> Tensor:
-        """Fused vectors [M, D] to logits [M, 2]: no match, match."""
-        return self.classify(fused_MD)
+        """Fused vectors [M, D] to logits [M, 2] in float32: no match, match."""
+        return linear_in_float32(self.classify, fused_MD)
 
 
 class Classifier(nn.Module):

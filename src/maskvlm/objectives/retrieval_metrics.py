@@ -5,11 +5,13 @@ is in host memory; the matrices [B, C] are the only large ones (0.5 GB each for 
 are made of a block of queries at a time.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 256  # queries ordered at once: 50 MB for 25,000 items
 KS = (1, 5, 10)
@@ -23,11 +25,20 @@ class Scores(NamedTuple):
         match_BC: log-odds of a match, NaN where the pair was not scored; None where no pair was. What contrast adds to
             them (see `rerank.score_gallery`) is in them.
         owner_C: row of each caption's image.
+        best: from `best_items`, where that is known already.
     """
 
     contrast_BC: Tensor
     match_BC: Tensor | None
     owner_C: Tensor
+    best: "BestItems | None" = None
+
+
+class BestItems(NamedTuple):
+    """The k best by contrast, the best first: captions of each image [B, k], and images of each caption [C, k]."""
+
+    text_BK: Tensor
+    image_CK: Tensor
 
 
 class Ranking(NamedTuple):
@@ -50,35 +61,48 @@ def contrast_scores(image_BE: Tensor, text_CE: Tensor) -> Tensor:
         return image_BE.float() @ text_CE.float().T
 
 
-def topk_ranks(score_QG: Tensor, k: int) -> Tensor:
-    """Place of the k best items of each query, from 0; G for all others."""
-    total = score_QG.shape[1]
-    best_QK = score_QG.topk(min(k, total), dim=1).indices
-    # (Q, k) -> (Q, G): 0, 1, 2, ... at the best items.
-    place_QK = torch.arange(best_QK.shape[1]).expand_as(best_QK)
-    return torch.full(score_QG.shape, total).scatter(1, best_QK, place_QK)
+def top_items(score_QG: Tensor, k: int) -> Tensor:
+    """The k best items of each query, the best first, [Q, k]; all of them where there are fewer.
 
-
-def candidates(contrast_BC: Tensor, k: int) -> Tensor:
-    """Pairs worth a second look, [B, C]: a caption among an image's k best, or an image among a caption's."""
-    wanted_BC = torch.zeros(contrast_BC.shape, dtype=torch.bool)
-    # Both directions write into one matrix: the second looks at it transposed, without a copy.
-    for score_QG, wanted_QG in ((contrast_BC, wanted_BC), (contrast_BC.T, wanted_BC.T)):
-        for score_qG, wanted_qG in zip(score_QG.split(BLOCK), wanted_QG.split(BLOCK), strict=True):
-            wanted_qG |= topk_ranks(score_qG.contiguous(), k) < k
-    return wanted_BC
-
-
-def rerank_scores(contrast_QG: Tensor, match_QG: Tensor, place_QG: Tensor, k: int) -> Tensor:
-    """Scores that put each query's k best by contrast first, in the order of matching; the others follow by contrast.
-
-    Cosines lie in [-1, 1], so the log-odds are lifted above 1; in float64, where lifting rounds nothing that
-    float32 told apart.
+    Every one of the k best lies in one of the k groups of neighbours with the highest maxima: so that of 25,000 items
+    some 4,000 are put in order, not all.
     """
-    top_QG = place_QG < k
-    # The lowest finite log-odds among the k best become 2.
-    least_Q1 = match_QG.masked_fill(~(top_QG & match_QG.isfinite()), torch.inf).amin(1, keepdim=True)
-    return torch.where(top_QG, match_QG.double() - least_Q1 + 2, contrast_QG.double())
+    total = score_QG.shape[1]
+    k = min(k, total)
+    # Groups of size s leave total / s maxima and k * s members to order: least at s = sqrt(total / k).
+    size = 2 ** round(math.log2(math.sqrt(total / k)))
+    if size < 2:
+        return score_QG.topk(k, dim=1).indices
+    grouped = total - total % size
+    if score_QG.stride(1) == 1:
+        most_Qg = score_QG[:, :grouped].unflatten(1, (-1, size)).amax(2)
+    else:
+        # A transposed matrix is read in the order it lies in memory: ten times as fast.
+        most_Qg = score_QG.T[:grouped].unflatten(0, (-1, size)).amax(1).T.contiguous()
+    group_Qk = most_Qg.topk(min(k, most_Qg.shape[1]), dim=1).indices
+    # (Q, k, size) -> (Q, k * size), and the few that are left over.
+    member_QM = (group_Qk[..., None] * size + torch.arange(size)).flatten(1)
+    member_QM = torch.cat([member_QM, torch.arange(grouped, total).expand(len(score_QG), -1)], 1)
+    best_Qk = score_QG.gather(1, member_QM).topk(k, dim=1).indices
+    return member_QM.gather(1, best_Qk)
+
+
+def best_items(contrast_BC: Tensor, k: int) -> BestItems:
+    """The k best of each query in both directions."""
+    text, image = (
+        torch.cat([top_items(block_qG, k) for block_qG in score_QG.split(BLOCK)])
+        for score_QG in (contrast_BC, contrast_BC.T)
+    )
+    return BestItems(text, image)
+
+
+def candidates(best: BestItems) -> Tensor:
+    """Pairs worth a second look, [B, C]: a caption among an image's k best, or an image among a caption's."""
+    wanted_BC = torch.zeros(len(best.text_BK), len(best.image_CK), dtype=torch.bool)
+    wanted_BC.scatter_(1, best.text_BK, True)
+    # Both directions write into one matrix: the second looks at it transposed.
+    wanted_BC.T.scatter_(1, best.image_CK, True)
+    return wanted_BC
 
 
 def ranking(score_QG: Tensor, relevant_QG: Tensor) -> Ranking:
@@ -99,31 +123,139 @@ def ranking(score_QG: Tensor, relevant_QG: Tensor) -> Ranking:
 
 def rankings(scores: Scores, ks: Sequence[int]) -> dict[int, Rankings]:
     """Both directions, re-ranked at each k of `ks`: 0 is contrast alone, the size of the gallery matching alone."""
-    contrast_BC, match_BC, owner_C = scores
+    contrast_BC, match_BC, owner_C, best = scores
     image_B = torch.arange(len(contrast_BC))
-    text = _rankings(contrast_BC, match_BC, image_B, owner_C, ks)
-    image = _rankings(contrast_BC.T, None if match_BC is None else match_BC.T, owner_C, image_B, ks)
+    if bool(contrast_BC.sum().isnan()):
+        contrast_BC, best = lowest_if_nan(contrast_BC), None
+    known = (None, None) if best is None or best.text_BK.shape[1] < min(max(ks), len(owner_C)) else best
+    text = _rankings(contrast_BC, match_BC, image_B, owner_C, ks, known[0])
+    match_CB = None if match_BC is None else match_BC.T
+    image = _rankings(contrast_BC.T, match_CB, owner_C, image_B, ks, known[1])
     return {k: Rankings(text[k], image[k]) for k in ks}
 
 
 def _rankings(
-    contrast_QG: Tensor, match_QG: Tensor | None, query_Q: Tensor, item_G: Tensor, ks: Sequence[int]
+    contrast_QG: Tensor,
+    match_QG: Tensor | None,
+    query_Q: Tensor,
+    item_G: Tensor,
+    ks: Sequence[int],
+    best_QK: Tensor | None,
 ) -> dict[int, Ranking]:
     """Of one direction; a query and an item of the same image are relevant to each other."""
     parts: dict[int, list[Ranking]] = {k: [] for k in ks}
+    relevant_QR = relevant_items(query_Q, item_G)
     for first in range(0, len(query_Q), BLOCK):
         rows = slice(first, first + BLOCK)
-        # The matrix of captions is a transposed view: a block is copied to be read row by row.
-        contrast_qG, relevant_qG = contrast_QG[rows].contiguous(), query_Q[rows, None] == item_G
+        block = QueryBlock(contrast_QG[rows], relevant_QR[rows])
+        by_contrast = block.by_contrast(None if best_QK is None else best_QK[rows, 0])
+        if match_QG is None or not max(ks):
+            for k in ks:
+                parts[k].append(by_contrast)
+            continue
         # Once for the largest k: the smaller ones are its first places.
-        place_qG = topk_ranks(contrast_qG, max(ks))
+        top_qK = top_items(block.contrast_qG, max(ks)) if best_QK is None else best_QK[rows]
+        match_qK = match_QG[rows].gather(1, top_qK)
         for k in ks:
-            score_qG = contrast_qG
             # k = 0 is contrast alone.
-            if k and match_QG is not None:
-                score_qG = rerank_scores(contrast_qG, match_QG[rows], place_qG, k)
-            parts[k].append(ranking(score_qG, relevant_qG))
+            parts[k].append(block.reranked(top_qK[:, :k], match_qK[:, :k]) if k else by_contrast)
     return {k: Ranking(*(torch.cat(column) for column in zip(*found, strict=True))) for k, found in parts.items()}
+
+
+def relevant_items(query_Q: Tensor, item_G: Tensor) -> Tensor:
+    """Numbers of the items that are relevant to each query, [Q, R]; G where there are fewer than R."""
+    order_G = item_G.argsort(stable=True)
+    sorted_G = item_G[order_G]
+    first_Q, behind_Q = torch.searchsorted(sorted_G, query_Q), torch.searchsorted(sorted_G, query_Q, right=True)
+    most = max(1, int((behind_Q - first_Q).max())) if len(query_Q) else 1
+    place_QR = first_Q[:, None] + torch.arange(most)
+    there_QR = place_QR < behind_Q[:, None]
+    return torch.where(there_QR, order_G[place_QR.clamp(max=len(item_G) - 1)], len(item_G))
+
+
+class QueryBlock:
+    """Some queries with their contrast to every item, and what is relevant to them: ranks as `ranking` gives them, from
+    a look at the k best alone and one comparison of all.
+
+    Args:
+        contrast_qG: cosines, all of them numbers.
+        relevant_qR: from `relevant_items`.
+    """
+
+    def __init__(self, contrast_qG: Tensor, relevant_qR: Tensor) -> None:
+        self.contrast_qG, self.relevant_qR = contrast_qG, relevant_qR
+        total = contrast_qG.shape[1]
+        self.there_qR = relevant_qR < total
+        self.item_qR = relevant_qR.clamp(max=total - 1)
+        self.good_qR = contrast_qG.gather(1, self.item_qR).masked_fill(~self.there_qR, -torch.inf)
+
+    def by_contrast(self, first_q: Tensor | None = None) -> Ranking:
+        """All items in the order of contrast. first_q: the best one of each query, where that is known."""
+        good_q, at_q = self.good_qR.max(1)
+        rank_q = self._before(good_q, slice(None))
+        first_q = self.contrast_qG.argmax(1) if first_q is None else first_q.clone()
+        # A relevant item may be as good as the best irrelevant one, which then comes first.
+        tied_q = (first_q[:, None] == self.relevant_qR).any(1) & (rank_q > 0)
+        if bool(tied_q.any()):
+            first_q[tied_q] = self._best_irrelevant(tied_q)
+        return self._ranking(rank_q, self.item_qR.gather(1, at_q[:, None])[:, 0], first_q)
+
+    def reranked(self, top_qK: Tensor, match_qK: Tensor) -> Ranking:
+        """The items `top_qK` first, in the order of matching, the others behind them by contrast. An item whose match
+        is no number comes last of all."""
+        total = self.contrast_qG.shape[1]
+        match_qK = lowest_if_nan(match_qK)
+        is_good_qK = torch.zeros_like(match_qK, dtype=torch.bool)
+        on_top_qR = torch.zeros_like(self.there_qR)
+        for place, item_q in enumerate(self.relevant_qR.unbind(1)):
+            same_qK = top_qK == item_q[:, None]
+            is_good_qK |= same_qK
+            on_top_qR[:, place] = same_qK.any(1)
+        # The best relevant item on top, if there is one that was matched; before it, and beside it, irrelevant ones.
+        good_match_q, at_q = match_qK.masked_fill(~is_good_qK, -torch.inf).max(1)
+        bad_qK = (match_qK > -torch.inf) & ~is_good_qK
+        rank_q = (bad_qK & (match_qK >= good_match_q[:, None])).sum(1)
+        good_at_q = top_qK.gather(1, at_q[:, None])[:, 0]
+        other_q = good_match_q == -torch.inf
+        if bool(other_q.any()):
+            # The best of the others: behind all irrelevant ones on top, and behind those that contrast puts before it.
+            good_r, other_at_r = self.good_qR.masked_fill(on_top_qR, -torch.inf)[other_q].max(1)
+            top_score_rK = self.contrast_qG[other_q].gather(1, top_qK[other_q])
+            also_on_top_r = (~is_good_qK[other_q] & (top_score_rK >= good_r[:, None])).sum(1)
+            behind_r = bad_qK[other_q].sum(1) + self._before(good_r, other_q) - also_on_top_r
+            # Where no relevant item has any score it stands behind all irrelevant ones.
+            irrelevant_r = total - self.there_qR[other_q].sum(1)
+            rank_q[other_q] = torch.where(good_r > -torch.inf, behind_r, irrelevant_r)
+            good_at_q[other_q] = self.item_qR[other_q].gather(1, other_at_r[:, None])[:, 0]
+        # The best irrelevant item: on top by matching (the first of equals), or else by contrast.
+        best_q1 = match_qK.masked_fill(~bad_qK, -torch.inf).amax(1, keepdim=True)
+        bad_at_q = top_qK.masked_fill(~bad_qK | (match_qK < best_q1), total).amin(1)
+        none_q = bad_at_q == total
+        if bool(none_q.any()):
+            bad_at_q[none_q] = self._best_irrelevant(none_q, top_qK)
+        return self._ranking(rank_q, good_at_q, bad_at_q)
+
+    def _before(self, good_r: Tensor, rows: Tensor | slice) -> Tensor:
+        """How many irrelevant items contrast puts before a relevant one of this score, or beside it."""
+        before_r = (self.contrast_qG[rows] >= good_r[:, None]).sum(1)
+        return before_r - (self.there_qR[rows] & (self.good_qR[rows] >= good_r[:, None])).sum(1)
+
+    def _best_irrelevant(self, rows: Tensor, without_qK: Tensor | None = None) -> Tensor:
+        score_rX = F.pad(self.contrast_qG[rows], (0, 1))  # a place for relevant items that are not there
+        if without_qK is not None:
+            # Behind all others, but before what is no choice at all.
+            score_rX.scatter_(1, without_qK[rows], torch.finfo(score_rX.dtype).min)
+        score_rX.scatter_(1, self.relevant_qR[rows], -torch.inf)
+        return score_rX[:, :-1].argmax(1)
+
+    def _ranking(self, rank_q: Tensor, good_at_q: Tensor, bad_at_q: Tensor) -> Ranking:
+        rank_q = rank_q.masked_fill(~self.there_qR.any(1), torch.iinfo(torch.long).max)
+        return Ranking(rank_q, torch.where(rank_q == 0, good_at_q, bad_at_q))
+
+
+def lowest_if_nan(score: Tensor) -> Tensor:
+    """The scores, with what is no number below all."""
+    return score.masked_fill(score.isnan(), -torch.inf)
 
 
 def recall(score_QG: Tensor, relevant_QG: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
