@@ -31,9 +31,20 @@ def test_the_batch_script_is_the_command_with_a_task_for_every_card(
     assert "export DATA_ROOT='/data/all photos'\nexport STREAM='s3://bucket/*.tar'\n" in script
     assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in script
     command = script.splitlines()[-1]
-    assert command.startswith("srun ")
+    assert command.startswith("srun --wait=900 ")
     assert command.endswith("--model.task.image_mask_ratio 0.7 --allow-import plug")
     assert "'" + str(tmp_path / "a run") + "'" in command
+
+
+def test_a_run_on_processors_asks_for_no_cards(
+    cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    words = [*cluster, "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    assert main(["submit", "--run", str(tmp_path / "run"), *words]) == 0
+    script = (tmp_path / "run" / "job.sh").read_text()
+    assert "gpus-per-node" not in script
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=" in script
 
 
 def test_a_refusal_of_sbatch_is_one_line(

@@ -18,8 +18,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={devices}
-#SBATCH --gpus-per-node={devices}
-#SBATCH --cpus-per-task={cpus}
+{gpus}#SBATCH --cpus-per-task={cpus}
 #SBATCH --output={folder}/slurm-%j.out
 #SBATCH --open-mode=append{array}
 #SBATCH --requeue
@@ -29,7 +28,8 @@ SCRIPT = """#!/usr/bin/env bash
 set -euo pipefail
 cd {here}
 {places}export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it since SLURM 22.05
-srun {command}
+# A process that is left alone ends the others itself; where it cannot, they are ended 15 minutes after the first.
+srun --wait=900 {command}
 """
 
 PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
@@ -106,6 +106,7 @@ def batch_script(
         name=Path(settings.run).name,
         nodes=settings.trainer.num_nodes,
         devices=devices,
+        gpus="" if settings.trainer.accelerator == "cpu" else f"#SBATCH --gpus-per-node={devices}\n",
         # Two beside the data workers, for the training itself.
         cpus=workers + 2,
         folder=settings.run,
