@@ -64,6 +64,11 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     assert main(["study", "toy.yaml"]) == 0
     assert "2 runs, 0 to make, 1 at once" in capfd.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")} == before
+    (runs / "README.md").unlink()
+    assert main(["study", "toy.yaml", "--page-only", "--page", "elsewhere"]) == 0
+    assert "wrote elsewhere/README.md (2 of 2 runs)" in capfd.readouterr().out
+    assert (place / "elsewhere" / "runs.csv").is_file()
+    assert not (runs / "README.md").exists()
     # another option of a run that is there
     (place / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"options": SMALL | {"model.lr": 0.1}}))
     assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE

@@ -30,6 +30,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only the runs of these seeds")
     parser.add_argument("--where", help="the machine, in the place of the study's own where=")
     parser.add_argument("--page", type=Path, help="folder of the page (checkpoints/NAME)")
+    parser.add_argument("--page-only", action="store_true", help="write the page of what is there, and make no run")
     parser.add_argument("--list", action="store_true", help="list the runs and how far each is, and make none")
     parser.add_argument("--submit", action="store_true", help="as a SLURM array, a run a task, --jobs of them at once")
     parser.add_argument(
@@ -74,19 +75,27 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             submit_array(root, composed_run(chosen[0].command), words, len(chosen), options.jobs, allowed), flush=True
         )
         return ExitCode.DONE
+    if options.page_only:  # also while the study is being made
+        tell_page(study, every, options.page or root, options.file)
+        return ExitCode.DONE
     from maskvlm.utils.lock import RunLock
 
     lock = RunLock()
     lock.take(root)
     try:
         failed = make_runs(study, chosen, options.jobs, allowed)
-        from maskvlm.study.page import write_page  # with packages that only a study needs
-
-        page = write_page(study, every, options.page or root, f"maskvlm study {options.file}")
+        tell_page(study, every, options.page or root, options.file)
     finally:
         lock.release()
-    print(f"wrote {page} ({sum(run.finished for run in every)} of {len(every)} runs)", flush=True)
     return failed
+
+
+def tell_page(study: Study, runs: "Sequence[StudyRun]", folder: Path, file: str) -> None:
+    """Write the page, and say where it is."""
+    from maskvlm.study.page import write_page  # with packages that only a study needs
+
+    page = write_page(study, runs, folder, f"maskvlm study {file}")
+    print(f"wrote {page} ({sum(run.finished for run in runs)} of {len(runs)} runs)", flush=True)
 
 
 def check_installed() -> None:
