@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from toys import take, toy_batch
 
 from maskvlm.data.batch import Batch
-from maskvlm.objectives.cross_batch import pad_text
+from maskvlm.objectives.cross_batch import matching_rows, pad_text
 from maskvlm.objectives.evaluation import PretrainingMetrics
+from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.rerank import in_rounds
+from maskvlm.utils import distributed
 from maskvlm.utils.distributed import (
     Draw,
     RowExchange,
@@ -180,6 +182,18 @@ def exchange_rows(wanted: list[list[int]]) -> dict[str, Any]:
         "flags": exchange(torch.arange(4) % 2 == rank()).tolist(),
         "rounded": (str(rounded.dtype), rounded.unique().tolist()),
     }
+
+
+def starved_rows() -> dict[str, Any]:
+    """Negatives that are all of the other process, of which one row crosses."""
+    number = torch.arange(3) + 3 * (1 - rank())
+    rows_BLD = (torch.arange(3.0) + 3 * rank())[:, None, None].expand(-1, 2, 4).contiguous()
+    found = Negatives(number, torch.ones(3)), Negatives(number, torch.tensor([1.0, 1.0, 0.0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "most_rows", lambda wanted, world: 1)
+        rows, (texts, images) = matching_rows(rows_BLD, rows_BLD, torch.ones(3, 2, dtype=torch.bool), found)
+    first = rows.image_ULD[rows.hard_image_C][0, 0, 0].item()
+    return {"texts": texts.weight_B.tolist(), "images": images.weight_B.tolist(), "first": first}
 
 
 def _join(place: str, number: Any) -> None:
@@ -353,6 +367,12 @@ def test_what_is_asked_of_one_process_beyond_its_share_does_not_arrive(pair: Pai
     for found in pair(exchange_rows, [[8, 1, 9, 8]] * 2):
         assert found["arrived"] == [False, True, False, False]
         assert found["rows"][1] == 1
+
+
+def test_a_negative_that_does_not_arrive_counts_nothing(pair: Pair) -> None:
+    for number, found in enumerate(pair(starved_rows)):
+        assert found["texts"] == found["images"] == [1.0, 0.0, 0.0]
+        assert found["first"] == 3 * (1 - number)
 
 
 @given(st.integers(1, 4096), st.integers(1, 256))
