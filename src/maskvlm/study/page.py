@@ -4,6 +4,7 @@
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,12 +152,17 @@ def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
     question = each.question
     pairs = [one.comparison for one in each.compared] + ([question.more_than] if question.more_than else [])
     cells = list(dict.fromkeys(name for pair in pairs for name in pair))
-    height = 1.2 + 0.42 * max(len(cells), len(each.compared))
+    height = 1.2 + 0.55 * max(len(cells), len(each.compared))
     figure = Figure(figsize=(10, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_levels(left, study, frame, cells, question.metric)
     draw_differences(right, study, each)
     return figure
+
+
+def wrapped(text: str) -> str:
+    """A label in lines that leave room for what is drawn."""
+    return textwrap.fill(text, 34)
 
 
 def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[str], metric: Metric) -> None:
@@ -166,7 +172,7 @@ def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[s
         axes.plot(values, [place] * len(values), "o", color=GREY, alpha=0.5, markersize=4)
         if values:
             _bar(axes, interval(values), place, BLUE)
-    axes.set_yticks(range(len(cells)), [study.told(study.cell(name)) for name in cells], fontsize=8)
+    axes.set_yticks(range(len(cells)), [wrapped(study.told(study.cell(name))) for name in cells], fontsize=8)
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlabel(f"{metric.name}, {metric.unit}", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -180,7 +186,7 @@ def draw_differences(axes: Axes, study: Study, each: Answer) -> None:
         if one.ahead.values:
             _bar(axes, one.ahead, place, COLOUR[one.verdict])
     than = [study.told(study.cell(one.comparison.than)) for one in each.compared]
-    axes.set_yticks(range(len(than)), [f"ahead of {name}" for name in than], fontsize=8)
+    axes.set_yticks(range(len(than)), [wrapped(f"ahead of {name}") for name in than], fontsize=8)
     axes.set_ylim(len(than) - 0.5, -0.5)
     axes.set_xlabel(f"ahead by, {each.question.metric.unit} (95 %)", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
