@@ -160,7 +160,7 @@ def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
     return figure
 
 
-def wrapped(text: str) -> str:
+def label_lines(text: str) -> str:
     """A label in lines that leave room for what is drawn."""
     return textwrap.fill(text, 34)
 
@@ -172,7 +172,7 @@ def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[s
         axes.plot(values, [place] * len(values), "o", color=GREY, alpha=0.5, markersize=4)
         if values:
             _bar(axes, interval(values), place, BLUE)
-    axes.set_yticks(range(len(cells)), [wrapped(study.told(study.cell(name))) for name in cells], fontsize=8)
+    axes.set_yticks(range(len(cells)), [label_lines(study.told(study.cell(name))) for name in cells], fontsize=8)
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlabel(f"{metric.name}, {metric.unit}", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -186,7 +186,7 @@ def draw_differences(axes: Axes, study: Study, each: Answer) -> None:
         if one.ahead.values:
             _bar(axes, one.ahead, place, COLOUR[one.verdict])
     than = [study.told(study.cell(one.comparison.than)) for one in each.compared]
-    axes.set_yticks(range(len(than)), [wrapped(f"ahead of {name}") for name in than], fontsize=8)
+    axes.set_yticks(range(len(than)), [label_lines(f"ahead of {name}") for name in than], fontsize=8)
     axes.set_ylim(len(than) - 0.5, -0.5)
     axes.set_xlabel(f"ahead by, {each.question.metric.unit} (95 %)", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
