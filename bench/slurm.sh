@@ -7,13 +7,19 @@
 #
 # It installs slurm-wlm and munge, starts a controller and two nodes (n1 and n2, on the loopback address), and submits the
 # built-in world to them, on two nodes with one process each: a run to its end, a signal before the time limit with
-# requeue, scancel, a node that dies, and an array of a study's runs. About ten minutes on two cores.
+# requeue, scancel, a node that dies, and an array of a study's runs. About ten minutes on two cores. It writes
+# /etc/slurm/slurm.conf and a line in /etc/hosts, and deletes checkpoints/slurm-*; a machine that has a SLURM of its own
+# is left alone.
 set -uo pipefail
 place=${SLURM_PLACE:-/tmp/maskvlm-slurm}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
 export PYTHONPATH=src OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
+mark='# written by bench/slurm.sh'
+if [ -e /etc/slurm/slurm.conf ] && ! grep -q "^$mark" /etc/slurm/slurm.conf; then
+    echo "error: /etc/slurm/slurm.conf: this machine has a SLURM of its own. Take another one." >&2; exit 73
+fi
 stop() {
     scontrol shutdown 2>/dev/null
     pkill -x slurmd; pkill -x slurmctld; pkill -x munged
@@ -32,6 +38,7 @@ start() {
     grep -q ' n1 n2$' /etc/hosts || echo '127.0.0.1 n1 n2' >>/etc/hosts
     host=$(hostname -s)
     cat >/etc/slurm/slurm.conf <<END
+$mark
 ClusterName=loopback
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root

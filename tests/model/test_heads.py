@@ -127,3 +127,20 @@ def test_the_classifier_is_two_linear_layers() -> None:
     dropping = Classifier(8, 600, 3, dropout=0.5)
     assert not torch.equal(dropping(fused_BD), dropping(fused_BD))
     assert torch.equal(dropping.eval()(fused_BD), dropping(fused_BD))
+
+
+def test_what_is_put_in_order_is_in_single_precision_also_under_autocast() -> None:
+    torch.manual_seed(0)
+    projection, matching = Projection(16, 16, 8), Matching(16)
+    image_BLD, text_BTD, fused_MD = torch.randn(3, 5, 16), torch.randn(3, 4, 16), torch.randn(6, 16)
+    attention_BT = torch.ones(3, 4, dtype=torch.bool)
+
+    def outputs() -> list[torch.Tensor]:
+        return [projection.embed_image(image_BLD), projection.embed_text(text_BTD, attention_BT), matching(fused_MD)]
+
+    expected = outputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)

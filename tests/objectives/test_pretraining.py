@@ -627,8 +627,12 @@ def test_pixels_and_words_are_predicted_at_masked_positions_only() -> None:
     shapes = {}
     task.tokens.vocabulary.register_forward_hook(lambda _, inputs, out: shapes.update(words=tuple(out.shape)))
     task.pixels.pixels.register_forward_hook(lambda _, inputs, out: shapes.update(pixels=tuple(out.shape)))
+    task.pixels.blocks.blocks[-1].feed_forward.register_forward_hook(
+        lambda _, inputs, out: shapes.update(last_block=tuple(out.shape[:2]))
+    )
     batch = toy_batch(ROWS)
     task(backbone, batch)
+    assert shapes.pop("last_block") == (ROWS, 8)
     hidden = int(task.mask(backbone, batch, task.uniform).token.mask_CT.sum())  # a share: the same in every draw
     assert shapes == {"words": (hidden, 1, VOCAB), "pixels": (ROWS, 8, 3 * PATCH**2)}
 

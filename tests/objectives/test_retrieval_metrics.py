@@ -176,6 +176,25 @@ def test_ranks_are_those_of_one_dense_score(images: int, captions: int, k: int, 
                 assert torch.equal(score.gather(1, one.found_Q[:, None])[:, 0], best_Q)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2**31))
+def test_ties_of_contrast_count_against_the_model(images: int, captions: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    owner_C = torch.from_numpy(rng.integers(0, images, captions))
+    contrast_BC = torch.from_numpy(rng.integers(0, 3, (images, captions))).float()
+    relevant_BC = owner_C == torch.arange(images)[:, None]
+    for best in (None, best_items(contrast_BC, 2)):
+        found = rankings(Scores(contrast_BC, None, owner_C, best), [0])[0]
+        for one, matrix, relevant in (
+            (found.text, contrast_BC, relevant_BC),
+            (found.image, contrast_BC.T, relevant_BC.T),
+        ):
+            expected = ranking(matrix, relevant)
+            assert torch.equal(one.rank_Q, expected.rank_Q)
+            # What stands first is relevant where the rank is 0, and only there.
+            assert torch.equal(relevant.gather(1, one.found_Q[:, None])[:, 0], one.rank_Q == 0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 700), st.integers(1, 30), st.integers(0, 2**31), st.booleans())
 def test_the_best_items_are_those_of_a_sorted_list(rows: int, items: int, k: int, seed: int, across: bool) -> None:

@@ -17,7 +17,14 @@ from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import eval_transform
 from maskvlm.objectives.rerank import gather_gallery, match_pairs, offload
-from maskvlm.objectives.retrieval_metrics import Scores, best_items, candidates, contrast_scores, rankings, retrieval_metrics
+from maskvlm.objectives.retrieval_metrics import (
+    Scores,
+    best_items,
+    candidates,
+    contrast_scores,
+    rankings,
+    retrieval_metrics,
+)
 
 WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 KEYS = ("tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10")

@@ -48,12 +48,10 @@ class CrossOutput(NamedTuple):
     cls_BD: Tensor
 
 
-class FirstOnly(NamedTuple):
-    """The first position of each row, the class token, asks alone."""
-
-
-Asking = FirstOnly | Tensor | None
-"""Which positions get new features in a block: the first alone, those of an index [B, K], or (None) all."""
+Asking = slice | Tensor
+"""Which positions get new features in a block: those of a slice, or of an index [B, K]."""
+ALL, FIRST = slice(None), slice(0, 1)
+"""All positions; the class token alone."""
 
 
 class Attention(nn.Module):
@@ -103,7 +101,7 @@ class CrossBlock(nn.Module):
         self_mask: Tensor | None,
         context: KeyValue,
         context_mask: Tensor | None,
-        asking: Asking = None,
+        asking: Asking = ALL,
         position_LD: Tensor | None = None,
     ) -> Tensor:
         """New features of the positions `asking`: exact, and cheaper in a last block of which few are read.
@@ -114,7 +112,7 @@ class CrossBlock(nn.Module):
         return self.attend_other(x, context, context_mask, asking, position_LD)
 
     def attend_self(
-        self, x_BLD: Tensor, self_mask: Tensor | None, asking: Asking = None, position_LD: Tensor | None = None
+        self, x_BLD: Tensor, self_mask: Tensor | None, asking: Asking = ALL, position_LD: Tensor | None = None
     ) -> Tensor:
         """The first third of the block, which does not depend on what is looked at: rows that several pairs share need
         it once."""
@@ -129,7 +127,7 @@ class CrossBlock(nn.Module):
         x: Tensor,
         context: KeyValue,
         context_mask: Tensor | None,
-        asking: Asking = None,
+        asking: Asking = ALL,
         position_LD: Tensor | None = None,
     ) -> Tensor:
         """The rest: cross-attention and feed-forward, of the positions that `attend_self` has left."""
@@ -140,16 +138,12 @@ class CrossBlock(nn.Module):
 
 def positions_of(x_BLD: Tensor, asking: Asking) -> Tensor:
     """The positions that ask, [B, K, D]."""
-    if asking is None:
-        return x_BLD
-    return x_BLD[:, :1] if isinstance(asking, FirstOnly) else gather_positions(x_BLD, asking)
+    return x_BLD[:, asking] if isinstance(asking, slice) else gather_positions(x_BLD, asking)
 
 
 def places_of(position_LD: Tensor | None, asking: Asking) -> Tensor | None:
-    """The learned positions of those that ask, [L, D], [1, D] or [B, K, D]."""
-    if position_LD is None or asking is None:
-        return position_LD
-    return position_LD[:1] if isinstance(asking, FirstOnly) else position_LD[asking]
+    """The learned positions of those that ask, [K, D] or [B, K, D]."""
+    return None if position_LD is None else position_LD[asking]
 
 
 def gather_positions(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
@@ -227,14 +221,14 @@ class CrossEncoder(nn.Module):
             attention_BL = None if attention_UL is None else attention_UL[row_B]
         shared = row_B is not None and len(blocks) > 1
         if shared:
-            x_BLD = self._run(blocks[0].attend_self, x_ULD, key_mask(attention_UL), None, place_LD)
+            x_BLD = self._run(blocks[0].attend_self, x_ULD, key_mask(attention_UL), ALL, place_LD)
         if row_B is not None:
             x_BLD = x_BLD.index_select(0, row_B)
         num_full = x_BLD.shape[0] if num_full is None else num_full
         self_mask, context_mask = key_mask(attention_BL), context.mask(slice(None))
         # All blocks but the last: every position of every pair.
         for block, key_value in zip(blocks[:-1], context.blocks[:-1], strict=True):
-            seen = (key_value.rows(context.index_B), context_mask, None, place_LD)
+            seen = (key_value.rows(context.index_B), context_mask, ALL, place_LD)
             if shared and block is blocks[0]:
                 x_BLD = self._run(block.attend_other, x_BLD, *seen)
             else:
@@ -242,7 +236,8 @@ class CrossEncoder(nn.Module):
         # The last block in two parts: what is read of the first `num_full` pairs, the first position of the others.
         last = context.blocks[-1].rows(context.index_B)
         parts: list[Tensor] = []
-        for rows, asking in ((slice(0, num_full), read_RK), (slice(num_full, None), FirstOnly())):
+        read = ALL if read_RK is None else read_RK
+        for rows, asking in ((slice(0, num_full), read), (slice(num_full, None), FIRST)):
             if x_BLD[rows].shape[0]:
                 mask = None if self_mask is None else self_mask[rows]
                 picked = KeyValue(last.key[rows], last.value[rows])

@@ -14,7 +14,7 @@ def linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer in float32, also under autocast: of what it gives the order counts, and in bfloat16 many scores of
     a large gallery would be alike."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
 class Projection(nn.Module):

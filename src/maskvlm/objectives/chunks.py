@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.encoders import Encoder
-from maskvlm.objectives.cross_batch import Encoded, Masks, MatchingRows
+from maskvlm.objectives.cross_batch import Encoded, Masks, MatchingRows, select_captions
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.masking import PatchMask, TokenMask
 from maskvlm.objectives.pretraining_losses import Step
@@ -46,19 +46,13 @@ def slices(rows: int, size: int | None) -> Iterator[slice]:
 
 def take_pairs(batch: Batch, rows: slice) -> Batch:
     """These pairs of a batch with one caption an image."""
-    return batch._replace(
+    return select_captions(batch, rows)._replace(
         image_BCHW=batch.image_BCHW[rows],
-        token_CT=batch.token_CT[rows],
-        attention_CT=batch.attention_CT[rows],
-        special_CT=batch.special_CT[rows],
-        word_CT=batch.word_CT[rows],
         owner_C=torch.arange(rows.stop - rows.start, device=batch.owner_C.device),
         image_id_B=batch.image_id_B[rows],
-        text_id_C=batch.text_id_C[rows],
         valid_B=batch.valid_B[rows],
         index_B=batch.index_B[rows],
         foreground_BHW=None,
-        texts=(),
     )
 
 

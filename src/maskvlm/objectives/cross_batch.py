@@ -126,7 +126,7 @@ def first_and_all_captions(batch: Batch) -> tuple[Batch, Batch]:
     return select_captions(batch, order_C[:pairs]), select_captions(batch, order_C)
 
 
-def select_captions(batch: Batch, index_C: Tensor) -> Batch:
+def select_captions(batch: Batch, index_C: Tensor | slice) -> Batch:
     """The batch with these captions alone, in this order; without their words, which training does not need."""
     return batch._replace(
         token_CT=batch.token_CT[index_C],

@@ -90,7 +90,8 @@ class PretrainingLoss(ABC):
         needs: what a step must compute for it. What no loss needs is not computed, and its parameters are frozen.
         stuck_hint: what to look at where the loss stays at its chance level, for the warning that says so.
         adds_up: the term is a sum over the pairs of the step, divided by `step.counts[name]`: over chunks of a batch it
-            adds up to the term of the whole. A loss that reads what cross encoders give must, with `model.chunk`.
+            adds up to the term of the whole. A loss that reads what cross encoders give must, with `model.chunk`; one
+            that needs masked images is not called for a chunk without any.
     """
 
     name: ClassVar[str]

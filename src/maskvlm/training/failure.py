@@ -77,8 +77,9 @@ def user_line(error: BaseException) -> ErrorLine | None:
         todo = "Lower data.batch_size or data.workers, or give the job more memory"
         return ErrorLine(f"memory: none is left ({text or name}). {todo}.", ExitCode.IO_ERROR)
     if name == "OutOfMemoryError":
-        todo = "Give --model.chunk 16 (the same losses in less memory; of examples that are judged one by one,"
-        todo += " trainer.accumulate_grad_batches), or lower data.batch_size"
+        todo = (
+            "Give --model.chunk 16 (pre-training, retrieval: the same losses in less memory), or lower data.batch_size"
+        )
         return ErrorLine(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     return None
 
