@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from maskvlm import MaskVLM
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
-from maskvlm.objectives.novelty import fit_range, is_far, max_cosine, sample_of
+from maskvlm.objectives.novelty import distance, fit_range, is_far, mean_patch, sample_of
 from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
@@ -48,6 +49,13 @@ def made(kind: str, count: int, side: int) -> list[Image.Image]:
     return [Image.fromarray(each).resize((side, side)) for each in rng.integers(0, 256, shape, dtype=np.uint8)]
 
 
+@torch.no_grad()
+def features(model: MaskVLM, asked: list[Any]) -> torch.Tensor:
+    """By `mean_patch`, [N, D]."""
+    parts = (asked[start : start + 64] for start in range(0, len(asked), 64))
+    return torch.cat([mean_patch(model.backbone.image(model.pixels(part))) for part in parts])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -56,20 +64,20 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1000, help="images of a place")
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
-    known_NE = model.encode_image(images(options.known, options.most))
+    known_ND = features(model, images(options.known, options.most))
     # Odd places are asked, even ones are the sample: no image is compared with itself.
-    asked = {f"{options.known}, others": known_NE[1::2]}
-    asked |= {place: model.encode_image(images(place, options.most)) for place in options.asked}
-    asked |= {kind: model.encode_image(made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
+    asked = {f"{options.known}, others": known_ND[1::2]}
+    asked |= {place: features(model, images(place, options.most)) for place in options.asked}
+    asked |= {kind: features(model, made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
     for share in SHARES:
-        known = fit_range(sample_of(known_NE[::2]), share)
+        known = fit_range(sample_of(known_ND[::2]), share)
         if known is None:
-            raise UserError("--known", f"{len(known_NE)} images are too few", "Name a folder with 100 or more")
-        print(f"\n{100 * share:g} % of the sample below {known.least:.3f}")
-        for name, vector_NE in asked.items():
-            far = 100 * float(is_far(vector_NE, known).float().mean())
-            median = float(max_cosine(vector_NE, known).median())
-            print(f"  {name[-40:]:40} {far:5.1f} % far of {len(vector_NE):4}, median {median:.3f}")
+            raise UserError("--known", f"{len(known_ND)} images are too few", "Name a folder with 100 or more")
+        print(f"\n{100 * share:g} % of the sample beyond {known.most:.3f}")
+        for name, feature_ND in asked.items():
+            far = 100 * float(is_far(feature_ND, known).float().mean())
+            median = float(distance(feature_ND, known).median())
+            print(f"  {name[-40:]:40} {far:5.1f} % far of {len(feature_ND):4}, median {median:.3f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained_run
 from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
-from maskvlm.objectives.novelty import sample_of
+from maskvlm.objectives.novelty import mean_patch, sample_of
 
 TASK, SCENES, PREPARED = (
     "maskvlm.objectives.pretraining.MaskedPretraining",
@@ -187,10 +187,12 @@ def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path)
 
     path = run(tmp_path / "run", [PHOTOGRAPHS])
     photos = [sample.image for sample in photo_samples((3, 3))]
-    vector_NE = MaskVLM.from_pretrained(path).encode_image(photos).repeat(20, 1)
+    model = MaskVLM.from_pretrained(path)
+    with torch.no_grad():
+        feature_ND = mean_patch(model.backbone.image(model.pixels(photos))).repeat(20, 1)
     said = {}
     for sign in (1, -1):
-        checkpoint.save(checkpoint.load(path) | {"reference": sample_of(sign * vector_NE)}, path)
+        checkpoint.save(checkpoint.load(path) | {"known_images": sample_of(sign * feature_ND)}, path)
         said[sign] = strange(Models(find_models(tmp_path)), photos[0])
     assert said[1] == ""
     assert said[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')

@@ -18,25 +18,22 @@ from maskvlm.objectives.novelty import (
     MOST,
     FarFromTraining,
     KnownRange,
+    distance,
     far_line,
     fit_range,
     is_far,
-    max_cosine,
+    mean_patch,
     sample_of,
 )
 from maskvlm.utils.errors import ExitCode, UserError
 
 
-def unit(vector: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(vector, dim=-1)
-
-
 def clusters(count: int, seed: int, width: int = 32, spread: float = 0.15) -> torch.Tensor:
-    """Unit vectors around ten directions, which are the same at every seed: like the images of a data set."""
-    centre_CE = unit(torch.randn(10, width, generator=torch.Generator().manual_seed(99)))
+    """Features around ten centres, which are the same at every seed: like the images of a data set."""
+    centre_CD = torch.randn(10, width, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     chosen_N = torch.randint(10, (count,), generator=generator)
-    return unit(centre_CE[chosen_N] + spread * torch.randn(count, width, generator=generator))
+    return centre_CD[chosen_N] + spread * torch.randn(count, width, generator=generator)
 
 
 def known(count: int = 2000) -> KnownRange:
@@ -45,36 +42,53 @@ def known(count: int = 2000) -> KnownRange:
     return found
 
 
-# ---------------------------------------------------------------------- on vectors
+# ---------------------------------------------------------------------- on features
 
 
 def test_what_is_alike_is_in_range_and_what_is_not_is_far() -> None:
     within = is_far(clusters(2000, 1), known()).float().mean()
     assert within < 0.03  # FAR of the sample itself, by chance a little more of new ones
-    elsewhere = unit(torch.randn(2000, 32, generator=torch.Generator().manual_seed(5)))
+    # Ten centres lie in nine dimensions; what leaves these is far, however near to the mean it is.
+    elsewhere = torch.randn(2000, 32, generator=torch.Generator().manual_seed(5))
     assert is_far(elsewhere, known()).float().mean() > 0.95
 
 
-def test_a_share_of_the_sample_is_below_the_threshold() -> None:
-    """Each is compared with the others, not with itself: else everything would be below."""
-    sample_NE = sample_of(clusters(400, 3))
-    for share in (0.01, 0.1, 0.5):
-        found = fit_range(sample_NE, share)
+def test_the_distance_is_mahalanobis_with_shrunk_variances() -> None:
+    """Against the inverse of the covariance; with fewer images than axes, too."""
+    for count in (LEAST, 400):
+        sample_ND = sample_of(clusters(count, 3, 64))
+        found = fit_range(sample_ND)
         assert found is not None
-        cosine_NN = found.vector_NE @ found.vector_NE.T - 2 * torch.eye(400)
-        below = (cosine_NN.max(1).values < found.least).float().mean()
-        assert below == pytest.approx(share, abs=0.005)
-        assert not is_far(found.vector_NE, found).any()
+        covariance_DD = torch.cov(sample_ND.double().T)
+        shrunk_DD = covariance_DD + 0.1 * covariance_DD.diagonal().mean() * torch.eye(64)
+        asked_BD = clusters(5, 7, 64)
+        off_BD = asked_BD.double() - sample_ND.double().mean(0)
+        expected_B = torch.einsum("bd,de,be->b", off_BD, shrunk_DD.inverse(), off_BD).sqrt()
+        torch.testing.assert_close(distance(asked_BD, found), expected_B, rtol=1e-6, atol=0)
+
+
+def test_a_share_of_images_like_the_samples_is_beyond_the_threshold() -> None:
+    """Of images that the sample does not hold: each part of it is measured by the others."""
+    for share in (0.05, 0.2, 0.5):
+        found = fit_range(sample_of(clusters(500, 3, 8)), share)
+        assert found is not None
+        assert is_far(clusters(5000, 8, 8), found).float().mean() == pytest.approx(share, abs=0.05)
+
+
+def test_images_that_are_all_alike_make_any_other_far() -> None:
+    found = fit_range(sample_of(torch.ones(LEAST, 8)))
+    assert found is not None
+    assert is_far(torch.tensor([[1.0] * 8, [1.0] * 7 + [1.1]]), found).tolist() == [False, True]
 
 
 def test_a_sample_is_small_and_spread_over_the_split() -> None:
-    vector_NE = clusters(3000, 0, 256)
-    sample_NE = sample_of(vector_NE)
-    assert (sample_NE.shape, sample_NE.dtype) == ((MOST, 256), torch.float16)
-    assert sample_NE.untyped_storage().nbytes() == MOST * 256 * 2  # a view would keep the whole split
-    assert torch.equal(sample_NE[[0, -1]], vector_NE[[0, -1]].half())
-    assert len(sample_of(vector_NE[:7])) == 7
-    assert len(sample_of(vector_NE[:0])) == 0
+    feature_ND = clusters(3000, 0, 256)
+    sample_ND = sample_of(feature_ND)
+    assert (sample_ND.shape, sample_ND.dtype) == ((MOST, 256), torch.float16)
+    assert sample_ND.untyped_storage().nbytes() == MOST * 256 * 2  # a view would keep the whole split
+    assert torch.equal(sample_ND[[0, -1]], feature_ND[[0, -1]].half())
+    assert len(sample_of(feature_ND[:7])) == 7
+    assert len(sample_of(feature_ND[:0])) == 0
 
 
 def test_too_few_images_tell_nothing() -> None:
@@ -82,12 +96,12 @@ def test_too_few_images_tell_nothing() -> None:
     assert fit_range(sample_of(clusters(LEAST, 0))) is not None
 
 
-def test_nearness_is_the_highest_cosine() -> None:
-    found = KnownRange(torch.eye(3), 0.7)
-    vector_BE = unit(torch.tensor([[1.0, 0, 0], [1, 1, 1], [-1, 0, -1]]))
-    assert max_cosine(vector_BE, found).tolist() == pytest.approx([1, 3**-0.5, 0], abs=1e-6)
-    assert is_far(vector_BE, found).tolist() == [False, True, True]
-    assert "0.58, 99 % of them have 0.70 or more" in far_line(0.577, found)
+def test_a_feature_is_the_mean_over_patches_and_its_line_a_ratio() -> None:
+    image_BLD = torch.tensor([[[9.0, 9], [1, 2], [3, 6]]])
+    assert mean_patch(image_BLD).tolist() == [[2, 4]]
+    found = KnownRange(torch.zeros(2).double(), torch.eye(2).double(), torch.tensor([1.0, 4.0]), 2.0)
+    assert distance(torch.tensor([[3.0, 8]]), found).tolist() == [5]
+    assert "2.5 times as far from them as 99 % of such images are" in far_line(5, found)
 
 
 # ---------------------------------------------------------------------- in files
@@ -97,15 +111,19 @@ def toy_image(seed: int) -> torch.Tensor:
     return torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def features(path: Path, images: list[torch.Tensor]) -> torch.Tensor:
+    model = MaskVLM.from_pretrained(path)
+    return mean_patch(model.backbone.image(model.pixels(images)))
+
+
 def write(path: Path, kind: str = "pretrain", sign: int = 1, **more: Any) -> str:
-    """A checkpoint whose reference is its own vectors of some images, or, with sign -1, the opposite of them; of the
-    class token alone, as the mean patches of noise are all alike."""
-    backbone, task, recipe = made(kind, **({"contrast_reads": "class"} if kind == "pretrain" else {}))
+    """A checkpoint that knows some images by its own features, or, with sign -1, by the opposite of these."""
+    backbone, task, recipe = made(kind)
     content = content_of(backbone, task, recipe)
     checkpoint.save(content, path)
     if kind == "pretrain":
-        vector_NE = MaskVLM.from_pretrained(path).encode_image([toy_image(seed) for seed in range(LEAST)])
-        content["reference"] = sample_of(sign * vector_NE)
+        content["known_images"] = sample_of(sign * features(path, [toy_image(seed) for seed in range(LEAST)]))
     checkpoint.save(content | more, path)
     return str(path)
 
@@ -135,11 +153,11 @@ def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:
     convert([str(tmp_path / "folder"), str(tmp_path / "b.ckpt")])
     for place in (tmp_path / "folder", tmp_path / "b.ckpt"):
         assert MaskVLM.from_pretrained(place).far([toy_image(0)]) != [None]
-    assert torch.equal(*(checkpoint.load(tmp_path / name)["reference"] for name in ("a.ckpt", "b.ckpt")))
+    assert torch.equal(*(checkpoint.load(tmp_path / name)["known_images"] for name in ("a.ckpt", "b.ckpt")))
 
 
 def test_a_checkpoint_without_it_says_nothing(tmp_path: Path) -> None:
-    for kind, more in (("pretrain", {"reference": None}), ("vqa", {})):
+    for kind, more in (("pretrain", {"known_images": None}), ("vqa", {})):
         model = MaskVLM.from_pretrained(write(tmp_path / f"{kind}.ckpt", kind, **more))
         assert model.known is None
         assert model.far([toy_image(0)]) == [None]
@@ -159,16 +177,16 @@ def test_a_checkpoint_without_it_says_nothing(tmp_path: Path) -> None:
 )
 def test_strange_vectors_are_refused(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "a.ckpt"
-    checkpoint.save(content_of(*made("pretrain")) | {"reference": value}, path)
-    with pytest.raises(UserError, match="reference") as caught:
+    checkpoint.save(content_of(*made("pretrain")) | {"known_images": value}, path)
+    with pytest.raises(UserError, match="known_images") as caught:
         MaskVLM.from_pretrained(path)
     assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_vectors_of_another_width_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    checkpoint.save(content_of(*made("pretrain")) | {"reference": clusters(LEAST, 0, 16).half()}, path)
-    with pytest.raises(UserError, match="reference: vectors of width 16, its contrast head has 8"):
+    checkpoint.save(content_of(*made("pretrain")) | {"known_images": clusters(LEAST, 0, 12).half()}, path)
+    with pytest.raises(UserError, match="known_images: features of width 12, its image encoder has 16"):
         MaskVLM.from_pretrained(path)
 
 

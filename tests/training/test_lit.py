@@ -14,6 +14,7 @@ from maskvlm.checkpoint.io import SafeCheckpointIO, load
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
+from maskvlm.objectives.novelty import mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task
 from maskvlm.training.lit import LitModel
@@ -258,17 +259,17 @@ def test_a_checkpoint_says_which_model_and_labels_it_holds(
 def test_a_checkpoint_keeps_what_its_images_look_like(
     run: tuple[LitModel, PairData, L.Trainer, Watch], tmp_path: Path
 ) -> None:
-    """The contrast vectors of the last evaluation's images, in half precision; a run that goes on has them at once."""
+    """The features of the last evaluation's images, in half precision; a run that goes on has them at once."""
     model, data, trainer, _ = run
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    found = load(tmp_path / "x.ckpt")["reference"]
+    found = load(tmp_path / "x.ckpt")["known_images"]
     images = torch.cat([batch.image_BCHW for batch in data.val_dataloader()])
     with torch.no_grad():
-        expected = model.task.projection.embed_image(model.backbone.eval().image(images))
+        expected = mean_patch(model.backbone.eval().image(images))
     torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=0)
     other, more = make_model(), make_trainer(limit_val_batches=0)
     more.fit(other, make_data(steps=4), ckpt_path=tmp_path / "x.ckpt")
-    assert torch.equal(other.reference, found)
+    assert torch.equal(other.known_images, found)
 
 
 class Plain(Task):

@@ -42,10 +42,10 @@ class Ids:
 
 
 class Vectors:
-    """Contrast vectors of images (`novelty.sample_of`), [N, E]."""
+    """Features of images (`novelty.sample_of`), [N, D]."""
 
     def says(self) -> str:
-        return f"a tensor [N, E] of finite 16-bit floats, N at most {MOST_VECTORS}, E at most {MOST_WIDTH}"
+        return f"a tensor [N, D] of finite 16-bit floats, N at most {MOST_VECTORS}, D at most {MOST_WIDTH}"
 
     def fits(self, value: Any) -> bool:
         right = isinstance(value, Tensor) and value.dtype == torch.float16 and value.dim() == 2
@@ -61,7 +61,7 @@ SEEN = Record(
 LABELS = Listed(Text(), MOST_LABELS, least=1)
 TOLD: dict[str, Kind] = {
     "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
-    "pytorch-lightning_version": Text(100), "reference": maybe(Vectors()),
+    "pytorch-lightning_version": Text(100), "known_images": maybe(Vectors()),
 }  # fmt: skip
 """What is read of a checkpoint beside its tensors, its model spec (`model_spec.py`), its tokenizer and its lineage."""
 

@@ -23,8 +23,8 @@ from maskvlm.utils.whole_files import check_inside
 
 CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
-REFERENCE = "reference.safetensors"
-FOR_PEOPLE = (SEEN, PROCESSOR, REFERENCE)
+KNOWN = "known_images.safetensors"
+FOR_PEOPLE = (SEEN, PROCESSOR, KNOWN)
 """Files that a model answers without."""
 READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *FOR_PEOPLE)
 """Files whose content matters. The card is not among them: people write on in it."""
@@ -52,9 +52,9 @@ def read_folder(path: Path) -> dict[str, Any]:
     for name in (WEIGHTS, TOKENIZER):
         if not (path / name).is_file():
             raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
-    seen, reference = path / SEEN, path / REFERENCE
+    seen, known = path / SEEN, path / KNOWN
     # A file that was cut short is told as such, before its sum is called wrong.
-    for file in (path / WEIGHTS, *(file for file in (seen, reference) if file.is_file())):
+    for file in (path / WEIGHTS, *(file for file in (seen, known) if file.is_file())):
         check_file(file)
     check_sums(path)
     # Hashes of image ids lie beside the texts of the lineage, by the entry's number.
@@ -67,7 +67,7 @@ def read_folder(path: Path) -> dict[str, Any]:
         "lineage": [told | {"ids": ids.get(str(number))} for number, told in enumerate(lineage) if type(told) is dict],
         "global_step": config.get("step", 0),
         "evaluation": config.get("evaluation"),
-        "reference": load_file(reference).get("vectors") if reference.is_file() else None,
+        "known_images": load_file(known).get("features") if known.is_file() else None,
     }
     # Entries that are no mappings were left out above.
     if len(content["lineage"]) < len(lineage):

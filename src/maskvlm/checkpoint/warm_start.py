@@ -63,7 +63,7 @@ class Start(NamedTuple):
         tokenizer: None where it holds none.
         labels: what its head decides among; None before a downstream task.
         history: the data its weights have seen, first to last.
-        reference: contrast vectors of validation images (`novelty.sample_of`); None where it holds none.
+        known_images: features of validation images (`novelty.sample_of`); None where it holds none.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerFast | None
     labels: tuple[str, ...] | None
     history: tuple[Seen, ...]
-    reference: Tensor | None = None
+    known_images: Tensor | None = None
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def start_of(content: Mapping[str, Any], path: str) -> Start:
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
     labels = tuple(content["labels"]) if content.get("labels") is not None else None
     parts = part(state, "backbone."), part(state, "task.")
-    return Start(path, *parts, tokenizer, labels, training_history_of(content), content.get("reference"))
+    return Start(path, *parts, tokenizer, labels, training_history_of(content), content.get("known_images"))
 
 
 def training_history_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
-from maskvlm.checkpoint.hf_folder import AGAIN, PROCESSOR, REFERENCE, SEEN, check_links, check_sums
+from maskvlm.checkpoint.hf_folder import AGAIN, KNOWN, PROCESSOR, SEEN, check_links, check_sums
 from maskvlm.checkpoint.hub_client import folder_of_hub
 from maskvlm.checkpoint.model_spec import ModelSpec
 from maskvlm.checkpoint.tokenizer_files import file_text, read_tokenizer
@@ -158,14 +158,14 @@ def _shown(file: Path) -> dict[str, Any]:
 
 
 def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
-    """Tokenizer, image processing, ids of the images seen, vectors of known ones, model card."""
+    """Tokenizer, image processing, ids of the images seen, features of known ones, model card."""
     processor_of(spec).save_pretrained(folder)
     # By place in the history: an entry without ids leaves its number out.
     ids = {str(n): seen.ids for n, seen in enumerate(origin.history) if seen.ids is not None}
     if ids:
         save_file(ids, folder / SEEN)
-    if origin.reference is not None:
-        save_file({"vectors": origin.reference.contiguous()}, folder / REFERENCE)
+    if origin.known_images is not None:
+        save_file({"features": origin.known_images.contiguous()}, folder / KNOWN)
     write_text(folder / "README.md", model_card(config, spec))
 
 

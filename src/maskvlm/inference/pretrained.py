@@ -41,7 +41,7 @@ from maskvlm.inference.hf_config import (
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import chunks
-from maskvlm.objectives.novelty import FarFromTraining, KnownRange, far_line, fit_range, max_cosine
+from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -69,7 +69,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     image that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
 
     Attributes:
-        known: what it knows, in contrast vectors; None where the checkpoint does not tell it, or has no contrast heads.
+        known: the range of the images that it knows; None where the checkpoint does not tell it.
         told_far: that warning; None before it.
     """
 
@@ -79,7 +79,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     def __init__(self, config: MaskVLMConfig, backbone: Backbone, task: Task, origin: Start) -> None:
         super().__init__(config)
         self.backbone, self.task, self.origin = backbone, task, origin
-        self.known = known_of(task, origin)
+        self.known = known_of(backbone, origin)
         self.told_far: str | None = None
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
@@ -149,9 +149,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     def _far(self, image_BCHW: Tensor) -> list[str | None]:
         if self.known is None:
             return [None] * len(image_BCHW)
-        known, projection = self.known, self.head("projection", "far")
-        near_B = max_cosine(projection.embed_image(self.backbone.image(image_BCHW)), known).tolist()
-        return [far_line(near, known) if near < known.least else None for near in near_B]
+        distance_B = distance(mean_patch(self.backbone.image(image_BCHW)), self.known).tolist()
+        return [far_line(measured, self.known) if measured > self.known.most else None for measured in distance_B]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
@@ -236,16 +235,15 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return [*super().__dir__(), *self.task.methods]
 
 
-def known_of(task: Task, origin: Start) -> KnownRange | None:
-    """What a model knows, by its checkpoint. Raises UserError: the vectors do not fit its contrast head (65)."""
-    projection = getattr(task, "projection", None)
-    if projection is None or origin.reference is None:
+def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
+    """What a model knows, by its checkpoint. Raises UserError: the features do not fit its image encoder (65)."""
+    if origin.known_images is None:
         return None
-    width, its = origin.reference.shape[1], projection.image.out_features
+    width, its = origin.known_images.shape[1], backbone.image.width
     if width != its:
-        what = f"vectors of width {width}, its contrast head has {its}"
-        raise UserError(f"{origin.path}: reference", what, "Get the checkpoint again", ExitCode.BAD_DATA)
-    return fit_range(origin.reference)
+        what = f"features of width {width}, its image encoder has {its}"
+        raise UserError(f"{origin.path}: known_images", what, "Get the checkpoint again", ExitCode.BAD_DATA)
+    return fit_range(origin.known_images)
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.loss_functions import mean_colour, pixel_error
-from maskvlm.objectives.novelty import sample_of
+from maskvlm.objectives.novelty import mean_patch, sample_of
 from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
 from maskvlm.utils.distributed import Draw, gather_objects
@@ -42,18 +42,19 @@ class PretrainingMetrics:
         chunk: pairs at once in the cross encoders when it does.
 
     Attributes:
-        reference: contrast vectors of some images of the last evaluation (`novelty.sample_of`); None before one.
+        known_images: features of some images of the last evaluation (`novelty.sample_of`); None before one.
     """
 
     def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
         self.rerank_k, self.itc_weight, self.chunk = rerank_k, contrast, chunk
-        self.reference: Tensor | None = None
+        self.known_images: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget all batches."""
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.kept: list[EncodedBatch] = []
+        self.features: list[Tensor] = []
         self.masked_words: list[Tensor] = []
 
     @torch.no_grad()
@@ -63,6 +64,7 @@ class PretrainingMetrics:
         masks = task.mask(backbone, batch, draw.local)
         image_BLD = backbone.image(batch.image_BCHW)
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
+        self.features.append(mean_patch(image_BLD).cpu())
         if task.weights["mlm"]:
             self.update_mlm(task, backbone, batch, masks, image_BLD)
         if task.weights["mim"]:
@@ -168,9 +170,11 @@ class PretrainingMetrics:
             if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been masked
                 # `score` is the mean of the two R@1 so far: the mean of three has it twice.
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
-            self.reference = sample_of(gallery.image_BE)
         else:  # no contrast to retrieve with: the masked losses themselves, higher is better
             metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
+        parts: list[Any] = gather_objects(self.features)
+        if features := [part for shard in parts for part in shard]:
+            self.known_images = sample_of(torch.cat(features))
         self.reset()
         return metrics
 

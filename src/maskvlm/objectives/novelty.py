@@ -1,11 +1,12 @@
-"""Whether an image lies within what a model was trained on, told by the model's own contrast vectors.
+"""Whether an image lies within what a model was trained on, told by the model's own features of its patches.
 
-Images of the validation split resemble each other: the highest cosine of each to the others has a distribution, and
-a new image whose highest cosine to them is below nearly all of these is unlike everything that the model knows. Of
-the split a sample is kept, so that it fits into a checkpoint; the threshold follows from the sample. It is a guess: a
-strange image can fall among the known ones, and FAR of the known ones fall outside.
+The features of a validation split's images, each the mean over its patches, have a mean and a covariance; a new image
+is as far as its Mahalanobis distance to them (Lee et al., NeurIPS 2018, with a single class). Far is what is beyond
+nearly all images of the split, measured on images that the covariance was not fitted to. Contrast vectors tell less:
+they are trained to forget what no caption names. Of the split a sample is kept, so that it fits into a checkpoint; the
+threshold follows from the sample.
 
-Shapes: N images of the sample, B images asked about, E contrast width.
+Shapes: N images of the sample, B images asked about, D width, L tokens.
 """
 
 from typing import NamedTuple
@@ -13,10 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST = 500  # images of a sample: 250 KB at width 256
-LEAST = 50  # below that their distribution has no lower end to speak of
+MOST = 500  # images of a sample: 400 KB at width 384
+LEAST = 50  # below that their distances have no upper end to speak of
 FAR = 0.01
-"""Share of the sample's own images that lie below the threshold."""
+"""Share of images like the sample's that lie beyond the threshold."""
+SHRINKAGE = 0.1
+"""Of the mean variance, added to the variance along each axis: fewer images than axes leave some with none."""
+
+
+PARTS = 4
+"""Of a sample; each is measured by the others."""
 
 
 class FarFromTraining(UserWarning):
@@ -27,54 +34,76 @@ class KnownRange(NamedTuple):
     """What a model knows.
 
     Attributes:
-        vector_NE: unit vectors of the sample, float32.
-        least: the cosine below which an image is far.
+        mean_D: of the sample's features.
+        axis_DD: orthonormal, one a column: along them the features vary independently.
+        variance_D: along each axis.
+        most: the distance beyond which an image is far.
     """
 
-    vector_NE: Tensor
-    least: float
+    mean_D: Tensor
+    axis_DD: Tensor
+    variance_D: Tensor
+    most: float
 
 
-def sample_of(vector_NE: Tensor, most: int = MOST) -> Tensor:
-    """At most `most` of a split's unit vectors, at even distances, as float16 in host memory: what is kept."""
-    place_N = torch.linspace(0, len(vector_NE) - 1, min(most, len(vector_NE))).round().long()
-    return vector_NE.detach().cpu()[place_N].half()
+def mean_patch(image_BLD: Tensor) -> Tensor:
+    """Features of images, the mean over their patches, [B, D], float32.
+
+    Args:
+        image_BLD: of the image encoder, the class token first.
+    """
+    return image_BLD[:, 1:].float().mean(1)
 
 
-def fit_range(sample_NE: Tensor, share: float = FAR) -> KnownRange | None:
+def sample_of(feature_ND: Tensor, most: int = MOST) -> Tensor:
+    """At most `most` of a split's features, at even distances, as float16 in host memory: what is kept."""
+    place_N = torch.linspace(0, len(feature_ND) - 1, min(most, len(feature_ND))).round().long()
+    return feature_ND.detach().cpu()[place_N].half()
+
+
+def fit_range(sample_ND: Tensor, share: float = FAR) -> KnownRange | None:
     """The range of a sample; None where it has fewer than LEAST images.
 
     Args:
-        sample_NE: by `sample_of`.
-        share: of the sample that lies below the threshold.
+        sample_ND: by `sample_of`.
+        share: of images like these that lie beyond the threshold.
     """
-    if len(sample_NE) < LEAST:
+    if len(sample_ND) < LEAST:
         return None
-    # float16 has changed their lengths a little.
-    vector_NE = torch.nn.functional.normalize(sample_NE.float(), dim=1)
-    cosine_NN = vector_NE @ vector_NE.T
-    # No image counts as its own neighbour.
-    cosine_NN.fill_diagonal_(-1.0)
-    return KnownRange(vector_NE, float(cosine_NN.max(1).values.quantile(share)))
+    part_N = torch.arange(len(sample_ND)) % PARTS
+    # An image is nearer to a mean and a covariance that it is itself a part of.
+    parts = [distance(sample_ND[part_N == part], _fit(sample_ND[part_N != part])) for part in range(PARTS)]
+    unseen_N = torch.cat(parts)
+    return _fit(sample_ND)._replace(most=float(unseen_N.quantile(1 - share)))
 
 
-def max_cosine(vector_BE: Tensor, known: KnownRange) -> Tensor:
-    """The highest cosine of each image to those of the sample, [B], float32.
+def _fit(sample_ND: Tensor) -> KnownRange:
+    feature_ND = sample_ND.double()
+    mean_D = feature_ND.mean(0)
+    variance_D, axis_DD = torch.linalg.eigh(torch.cov(feature_ND.T))
+    # Where all images are alike nothing varies; any other is far then.
+    added = SHRINKAGE * variance_D.mean().clamp(min=1e-12)
+    return KnownRange(mean_D, axis_DD, variance_D.clamp(min=0) + added, 0.0)
+
+
+def distance(feature_BD: Tensor, known: KnownRange) -> Tensor:
+    """The distance of each image to those of the sample, [B], float64.
 
     Args:
-        vector_BE: unit vectors by the same model.
+        feature_BD: by `mean_patch` of the same model.
     """
-    return (vector_BE.float().cpu() @ known.vector_NE.T).max(1).values
+    along_BD = (feature_BD.double().cpu() - known.mean_D) @ known.axis_DD
+    return (along_BD.square() / known.variance_D).sum(1).sqrt()
 
 
-def is_far(vector_BE: Tensor, known: KnownRange) -> Tensor:
-    """Of each image whether it is below the range, [B]."""
-    return max_cosine(vector_BE, known) < known.least
+def is_far(feature_BD: Tensor, known: KnownRange) -> Tensor:
+    """Of each image whether it is beyond the range, [B]."""
+    return distance(feature_BD, known) > known.most
 
 
-def far_line(near: float, known: KnownRange) -> str:
-    """The line for people."""
+def far_line(measured: float, known: KnownRange) -> str:
+    """The line for people; `measured` by `distance`."""
     return (
-        "this image is unlike those that the model was trained on: its nearest similarity to them is "
-        f"{near:.2f}, {100 * (1 - FAR):g} % of them have {known.least:.2f} or more; take the answers with care"
+        f"this image is unlike those that the model was trained on: {measured / known.most:.1f} times as far from them "
+        f"as {100 * (1 - FAR):g} % of such images are; take the answers with care"
     )

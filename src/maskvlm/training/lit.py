@@ -273,15 +273,15 @@ class LitModel(L.LightningModule):
         if getattr(self.task, "labels", None) is not None:
             checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
         checkpoint["lineage"] = [seen.plain() for seen in self.history]
-        if self.reference is not None:
-            checkpoint["reference"] = self.reference
+        if self.known_images is not None:
+            checkpoint["known_images"] = self.known_images
         if state := self.task.resume_state():
             checkpoint["task_state"] = state
 
     @property
-    def reference(self) -> Tensor | None:
-        """Contrast vectors of validation images, by which a model tells what is far from its data (`novelty.py`)."""
-        return getattr(getattr(self.task, "measure", None), "reference", None)
+    def known_images(self) -> Tensor | None:
+        """Features of validation images, by which a model tells what is far from its data (`novelty.py`)."""
+        return getattr(getattr(self.task, "measure", None), "known_images", None)
 
     @property
     def history_before(self) -> tuple[Seen, ...]:
@@ -321,8 +321,8 @@ class LitModel(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self.measured_step = checkpoint.get("global_step")
         measure = getattr(self.task, "measure", None)
-        if measure is not None and checkpoint.get("reference") is not None:
-            measure.reference = checkpoint["reference"]  # until the next evaluation
+        if measure is not None and checkpoint.get("known_images") is not None:
+            measure.known_images = checkpoint["known_images"]  # until the next evaluation
         told = training_history_of(checkpoint)
         if self.trained and told and told[-1][:3] == self._seen_here()[:3]:
             told = told[:-1]  # a run that goes on states its own part anew
