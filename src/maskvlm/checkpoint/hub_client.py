@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from maskvlm.checkpoint.integrity import first_line
+from maskvlm.config.bundled_models import bundled_folder
 from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE_SECONDS = 5.0
@@ -116,15 +117,18 @@ def hub_weights(name: str, repository: str, filename: str | None = None) -> Path
 
 
 def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
-    """A path that exists as it is; else the folder of a hub's repository on this machine, downloaded where needed.
+    """A model that comes along, by its name; a path that exists as it is; else the folder of a hub's repository on this
+    machine, downloaded where needed.
 
     Args:
-        name: a path, or `owner/name`, `owner/name@revision`.
+        name: `scenes-tiny`, a path, or `owner/name`, `owner/name@revision`.
         settings: revision, token, cache_dir, local_files_only.
 
     Raises:
         UserError: neither a path nor a repository, or the hub cannot be reached (66).
     """
+    if (own := bundled_folder(name)) is not None:
+        return own
     path = Path(name).expanduser()
     # A path that is there wins over a repository of that name.
     if path.exists() or not is_repository(name):

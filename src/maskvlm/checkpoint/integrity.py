@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.checkpoint.pickles import check_pickle
+from maskvlm.config.bundled_models import bundled_models
 from maskvlm.data.safe_open import content_of
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -33,7 +34,9 @@ def verify_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not path.exists():
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no checkpoint"
-        raise bad(path, f"not there ({path.parent} holds {others})", "Check the path", ExitCode.MISSING_INPUT)
+        runs = sorted(str(file) for file in Path("checkpoints").glob("*/best.ckpt"))
+        todo = f"Check the path; there are: {', '.join([*runs, *bundled_models()])}"
+        raise bad(path, f"not there ({path.parent} holds {others})", todo, ExitCode.MISSING_INPUT)
     if path.is_dir():
         todo = f"Name a file in it, such as {path / 'last.ckpt'}"
         raise bad(path, "is a folder", todo, ExitCode.MISSING_INPUT)

@@ -9,6 +9,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import MASK
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.utils.errors import UserError
 
@@ -43,21 +45,28 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     # The parser takes both names for one option, so only the words tell which was typed.
     if any(word.partition("=")[0] == "--hide" for word in arguments):
         print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
-    if options.source is None:
-        raise UserError(
-            method, "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt, a folder or a hub name"
-        )
     check_image_first(method, options.inputs)
+    options.source = options.source or default_model("asked")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     # What a task brings is known only once its checkpoint is loaded.
     known = METHODS.get(method) or task_method(model, method)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FarFromTraining)  # Python would show a place in the code with it
+    with told_after(model):
         for answer in known.ask(model, options.inputs, options):
             print(json.dumps(answer, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
-    if model.told_far is not None:
-        print(f"warning: {model.told_far}", file=sys.stderr, flush=True)
     return 0
+
+
+@contextmanager
+def told_after(model: PretrainedMaskVLM) -> Iterator[None]:
+    """At the end a line on stderr for what the model was asked about that is unlike its training data."""
+    with warnings.catch_warnings():
+        # Python would show a place in the code with each.
+        for kind in (FarFromTraining, UnknownWords):
+            warnings.simplefilter("ignore", kind)
+        yield
+    for line in (model.told_far, unknown_line(model.told_words) if model.told_words else None):
+        if line is not None:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def method_parser(method: str) -> argparse.ArgumentParser:
@@ -66,9 +75,9 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     told = known.told if known else "what a fine-tuned model answers: its images, then the text"
     form = known.form if known else "IMAGE ... TEXT"
     parser = OptionParser(f"maskvlm {method}", description=told, allow_abbrev=False)
-    parser.usage = f"maskvlm {method} --from CHECKPOINT {form} [options]"
+    parser.usage = f"maskvlm {method} [--from CHECKPOINT] {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
-    parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
+    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
     parser.add_argument("--out", type=Path, help="where an image is written")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")

@@ -109,6 +109,7 @@ REGISTRY = (
         "preview", DATA, "write a contact sheet of images with their texts", "maskvlm.cli.preview:preview", LOOK,
         compose=compose.preview_command,
     ),
+    Command("scene", DATA, "write a drawn scene to try a model with, print its captions", "maskvlm.cli.scene:scene"),
     _method("fill", "fill in masked words from the image"),
     _method("match", "probability that image and text belong together"),
     _method("rank", "order texts for an image, or images for a text"),

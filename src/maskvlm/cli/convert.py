@@ -7,6 +7,7 @@ import lightning as L
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.warm_start import read_content
+from maskvlm.config.arguments import OptionParser
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -15,16 +16,20 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """Convert what the first argument names into what the second does; returns what was done.
 
     Raises:
-        UserError: not two names, or the second is there already (73); as `from_pretrained`.
+        UserError: the second is there already (73); as `from_pretrained`.
     """
-    if {"-h", "--help"} & {*arguments}:
-        return "maskvlm convert CHECKPOINT FOLDER    to the hub's format\nmaskvlm convert FOLDER FILE.ckpt     and back"
-    if len(arguments) != 2:
-        todo = "Give a checkpoint and a folder (or a folder and a file.ckpt): convert checkpoints/RUN/best.ckpt model"
-        raise UserError("convert", f"{len(arguments)} names", todo)
-    source, target = arguments[0], Path(arguments[1])
+    parser = OptionParser(
+        "maskvlm convert", description="a checkpoint to a folder of the hub's format, or such a folder to FILE.ckpt"
+    )
+    parser.add_argument("source", help="a checkpoint, or a folder or name of the hub")
+    parser.add_argument("target", type=Path, help="a new folder, or a new file whose name ends in .ckpt")
+    parser.add_argument("--dtype", help="of the folder's weights: float16 and bfloat16 halve it; else the checkpoint's")
+    options = parser.parse_args(arguments)
+    source, target = options.source, options.target
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(target, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+    if target.suffix == ".ckpt" and options.dtype:
+        raise UserError("convert: --dtype", "is of folders alone", "Leave it out: a checkpoint keeps what it is given")
     if target.suffix == ".ckpt":
         content = read_content(source)
         # A folder carries its card and metrics; a checkpoint has them in files beside it.
@@ -32,5 +37,5 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         # What Lightning looks for in a file: epoch and version; optimiser and loops are not there to be restored.
         checkpoint.save({"epoch": 0, "pytorch-lightning_version": L.__version__, **content}, target)
         return f"{target}: {len(content['state_dict'])} tensors; fine-tune it: maskvlm finetune ... from={target}"
-    PretrainedMaskVLM.from_pretrained(source, allow_import=allowed).save_pretrained(target)
+    PretrainedMaskVLM.from_pretrained(source, dtype=options.dtype, allow_import=allowed).save_pretrained(target)
     return f"{target}: MaskVLM.from_pretrained('{target}'), or from={target} to fine-tune"

@@ -3,17 +3,23 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.config.arguments import OptionParser
-from maskvlm.data.batch import Source
+from maskvlm.config.bundled_models import DEFAULT, default_model
+from maskvlm.data.batch import Pairs, Source
+from maskvlm.data.images import BadImage, safe_open
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.vector_files import SHARD, Process, embed
 from maskvlm.utils.errors import UserError, check_least
+
+LOOKED_AT = 16  # images of a split
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
@@ -28,7 +34,7 @@ def data_parser(command: str, out: str, told: str) -> argparse.ArgumentParser:
     """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
     parser = OptionParser(f"maskvlm {command}", description=told, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
-    parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
+    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
     parser.add_argument("--split", default="val", help="train, val or test")
     parser.add_argument("--shard", type=int, default=SHARD, help="images a file")
     parser.add_argument("--no-captions", dest="captions", action="store_false", help="leave out vectors of captions")
@@ -40,10 +46,9 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     """Embed the data that `rest` configures (`-c FILE ... --data.key value`); returns what was done.
 
     Raises:
-        UserError: no checkpoint, data that are not images with captions, a folder that holds other vectors.
+        UserError: data that are not images with captions, a folder that holds other vectors.
     """
-    if options.source is None:
-        raise UserError("embed", "no checkpoint is named", "Give --from checkpoints/RUN/best.ckpt or a hub name")
+    options.source = options.source or default_model("asked")
     check_least(1, {"shard": options.shard})
     # Parsed as `fit` would read them; nothing is built yet.
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
@@ -56,11 +61,25 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     # Where there are more processes than GPUs, some share one.
     device = options.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
+    tell_far(model, pairs)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
     # What index.json can hold: paths and other values become texts.
     told = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
     return embed(model, pairs, folder, told, options.shard, options.captions, process)
+
+
+def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
+    """On stderr, how many of a few images, evenly spread over a split, are unlike the model's training data."""
+    rows = sorted({number * len(pairs) // LOOKED_AT for number in range(LOOKED_AT)}) if len(pairs) else []
+    images = []
+    for row in rows:
+        with suppress(BadImage):  # told when it is embedded
+            images.append(safe_open(pairs[row]["image"], pairs[row]["origin"]))
+    far = sum(line is not None for line in model.far(images))
+    if 2 * far > len(images):
+        line = f"{far} of {len(images)} images looked at are unlike those that the model was trained on"
+        print(f"warning: {line}; take its vectors with care", file=sys.stderr, flush=True)
 
 
 def process_of(environment: Mapping[str, str]) -> Process:

@@ -4,9 +4,10 @@ import json
 import os
 from pathlib import Path
 
-from maskvlm.cli.ask import answer_line
+from maskvlm.cli.ask import answer_line, told_after
 from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.data.inputs import check_absent
 from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -32,10 +33,11 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
     about = index_folder(vectors, options.out, options.kind, options.recall)
-    told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; recall@10 {recall_at_10} "
+    told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; finds {recall_at_10} of the 10 nearest"
+    told += " that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
     # A flat index has no knob and no value.
-    told = (told + "with {queries} {asked}; {median_ms} ms a query").format(**about).replace(" None", "")
-    low = "; the recall asked for is not reached: --kind flat misses nothing"
+    told = told.format(**about).replace(" None", "")
+    low = "; the share asked for is not reached: --kind flat misses nothing"
     print(f"{options.out}: {told}{low if about['recall_at_10'] < options.recall else ''}", flush=True)
     return 0
 
@@ -45,7 +47,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser = OptionParser("maskvlm search", description="images, by a text or an image", allow_abbrev=False)
     parser.add_argument("query", help="a text, or the file of an image")
     parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
-    parser.add_argument("--from", dest="source", required=True, help="the checkpoint that it was made with")
+    parser.add_argument("--from", dest="source", help=f"the checkpoint that the index was made with ({DEFAULT})")
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
     parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
     parser.add_argument("--images", type=Path, help="where the images lie (a folder, a prepared set), for --rerank")
@@ -56,8 +58,11 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
-    model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
-    for place, each in enumerate(search_index(index, model, options.query, options.k, options.rerank), 1):
+    source = options.source or default_model("asked")
+    model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)
+    with told_after(model):
+        found = search_index(index, model, options.query, options.k, options.rerank)
+    for place, each in enumerate(found, 1):
         told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
         told |= {"image": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
         whole = {**told, "id": each.id, "captions": each.captions}

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from maskvlm.config.bundled_models import default_model
 from maskvlm.utils.errors import ExitCode, UserError
 
 PACKAGED = "_home"
@@ -216,8 +217,6 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     if data not in sets_of(task):
         raise UserError(f"data={data}", f"no such data set of {task}", f"There are: {', '.join(sets_of(task))}")
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
-    if not start:
-        raise no_start()
     first = ["--from", start]
     if start == "random":
         # no checkpoint gives the model, so a file must
@@ -233,11 +232,9 @@ def sets_of(task: str) -> list[str]:
     return sorted({"scenes", *(path.stem for path in task_folder(task).glob("*.yaml") if path.stem != "conf")})
 
 
-def no_start() -> UserError:
-    """Of a command that needs a checkpoint."""
-    found = sorted(str(path) for path in Path("checkpoints").glob("*/best.ckpt"))
-    told = f"There are: {', '.join(found)}" if found else "There are none yet: `maskvlm pretrain` makes one"
-    return UserError("from=", "no checkpoint is named", f"Give from=checkpoints/RUN/best.ckpt. {told}")
+def with_model(words: CommandWords, told: str) -> CommandWords:
+    """With the model that comes along as from=, where no checkpoint is named; `told` as of `default_model`."""
+    return words if words.get("from") else words._replace(given=words.given | {"from": default_model(told)})
 
 
 def task_folder(task: str) -> Path:
@@ -311,7 +308,7 @@ def finetune_command(words: CommandWords) -> Composed:
     """`finetune vqa data=daquar from=checkpoints/RUN/best.ckpt`."""
     if not words.places:
         raise UserError("finetune", "no task is named", f"Give one of {', '.join(tasks())}, such as finetune vqa")
-    task = words.places[0]
+    task, words = words.places[0], with_model(words, "fine-tuned")
     run = run_options(words, f"finetune-{task}-{words.get('data', 'scenes')}")
     return ["fit", *run, *downstream(task, words), *words.options]
 
@@ -321,8 +318,9 @@ def evaluate_command(words: CommandWords) -> Composed:
     task, data = "".join(words.places), words.get("data", "scenes")
     # Lightning's names of the two
     command = {"val": "validate", "test": "test"}[split(words)]
-    if not task and words.get("from") in ("", "random"):
-        raise no_start()
+    if not task and words.get("from") == "random":
+        raise UserError("from=random", "has learned nothing to be measured", "Name a checkpoint, or a task beside it")
+    words = with_model(words, "measured")
     run = run_options(words, f"evaluate-{task or 'pretraining'}-{data}")
     # Losses and masking are the checkpoint's own: by others it would be measured for what it never learned.
     stack = downstream(task, words) if task else [*pretraining(words), "--task_from", words.get("from")]
@@ -359,8 +357,7 @@ def bench_command(words: CommandWords) -> Composed:
 
 def index_command(words: CommandWords) -> Composed:
     """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
-    if not words.get("from"):
-        raise no_start()
+    words = with_model(words, "asked")
     if any(option.partition("=")[0] == "--split" for option in words.options):
         # The folder is named after the split: an option after it would write one split under another one's name.
         raise UserError("index: --split", "is a word of this command", "Write split=train, split=val or split=test")
@@ -371,8 +368,7 @@ def index_command(words: CommandWords) -> Composed:
 
 def embed_command(words: CommandWords) -> Composed:
     """`embed data=coco from=checkpoints/RUN/best.ckpt split=train`: the vectors of a split."""
-    if not words.get("from"):
-        raise no_start()
+    words = with_model(words, "asked")
     part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
     given = {option.partition("=")[0] for option in words.options}
     if "--split" in given:

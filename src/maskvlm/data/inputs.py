@@ -4,7 +4,7 @@ Shapes: B images, C texts, T tokens, H and W pixels.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import IOBase, TextIOBase
 from pathlib import Path
 from typing import Any
@@ -119,15 +119,20 @@ class MarkedTexts:
 
     Args:
         tokenizer, text_length: of the model.
+        watch: is told of the texts of each call, without their masked words.
     """
 
-    def __init__(self, tokenizer: Any, text_length: int) -> None:
-        self.tokenizer, self.text_length = tokenizer, text_length
+    def __init__(
+        self, tokenizer: Any, text_length: int, watch: Callable[[list[str]], None] = lambda texts: None
+    ) -> None:
+        self.tokenizer, self.text_length, self.watch = tokenizer, text_length, watch
         self.captioner = Captioner(tokenizer, text_length)
 
     def __call__(self, texts: list[str]) -> CaptionTokens:
         """C texts, as training tokenizes them."""
-        return self.captioner([check_text(text) for text in texts])
+        checked = [check_text(text) for text in texts]
+        self.watch(checked)
+        return self.captioner(checked)
 
     def masked(self, text: str) -> Tensor:
         """Ids of one text with the mask token's where [MASK] (or the tokenizer's own word for it) stands: [T].
@@ -139,6 +144,7 @@ class MarkedTexts:
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
             raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
+        self.watch([" ".join(pieces)])
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1

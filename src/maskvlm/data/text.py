@@ -164,6 +164,21 @@ class Captioner:
         word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
         return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that the tokenizer does not know, as they are written there: a part of one is its unknown
+        token, or it is spelt, most of its pieces being single characters."""
+        text = clean_caption(text)[0]
+        encoding = self._backend.encode(text)
+        found = []
+        for word in sorted({word for word in encoding.word_ids if word is not None}):
+            start, end = encoding.word_to_tokens(word)  # type: ignore[misc]
+            # "##" of WordPiece, and the signs of a space before a word of the two other kinds
+            pieces = [piece.removeprefix("##").lstrip("\u0120\u2581") for piece in encoding.tokens[start:end]]
+            spelt = len(pieces) > 1 and 2 * sum(len(piece) == 1 for piece in pieces) > len(pieces)
+            if spelt or self.unknown in encoding.ids[start:end]:
+                found.append(text[slice(*encoding.word_to_chars(word))].strip())  # type: ignore[misc]
+        return found
+
     def inner(self, text: str) -> list[int]:
         """Ids of a piece of a text, without start and end token; a space before its first word counts."""
         encoding = self._backend.encode(text)

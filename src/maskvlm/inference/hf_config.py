@@ -190,6 +190,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec) -> str:
         f"- images: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
         f"{spec.vocab_size}",
         f"- steps: {config.step:,}",
+        *_made_by((config.evaluation or {}).get("card", {})),
         "",
         "## Use",
         "",
@@ -215,6 +216,15 @@ USES = {
     "MaskedPretraining": 'model.fill_mask("image.jpg", "a [MASK] dog")',
     "Retrieval": 'model.rank("image.jpg", ["a dog", "a cat"])',
 }
+
+
+def _made_by(card: Mapping[str, Any]) -> list[str]:
+    """The command and the versions that a run's card tells."""
+    versions = card.get("versions") or {}
+    if not isinstance(versions, dict) or not versions.get("command"):
+        return []
+    torch = (versions.get("packages") or {}).get("torch")
+    return [f"- made by: `maskvlm {' '.join(versions['command'])}`, commit {versions.get('commit')}, torch {torch}"]
 
 
 def _told(seen: Mapping[str, Any]) -> str:

@@ -28,7 +28,9 @@ from maskvlm.checkpoint.integrity import first_line
 from maskvlm.checkpoint.model_spec import model_spec_of, portable
 from maskvlm.checkpoint.text_files import quiet
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
-from maskvlm.data.inputs import ImageInput, as_list
+from maskvlm.config.bundled_models import DEFAULT
+from maskvlm.data.inputs import ImageInput, MarkedTexts, as_list
+from maskvlm.data.text import Captioner
 from maskvlm.inference.api import Asked
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
@@ -45,9 +47,13 @@ from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance, fa
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
-WATCHED = 16  # images of one call that are looked at
+WATCHED = 16  # images or texts of one call that are looked at
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
+
+class UnknownWords(UserWarning):
+    """Words that the model's tokenizer does not know: it was not trained on texts with them."""
 
 
 @dataclass
@@ -71,6 +77,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     Attributes:
         known: the range of the images that it knows; None where the checkpoint does not tell it.
         told_far: that warning; None before it.
+        told_words: words that it has been asked with and does not know; each was warned of once (`UnknownWords`).
     """
 
     config_class = MaskVLMConfig
@@ -81,6 +88,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         self.backbone, self.task, self.origin = backbone, task, origin
         self.known = known_of(backbone, origin)
         self.told_far: str | None = None
+        self.told_words: list[str] = []
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 
@@ -90,7 +98,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path: str | Path,
+        path: str | Path = DEFAULT,
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -100,7 +108,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """Load a model, in evaluation mode.
 
         Args:
-            path: a checkpoint of a run, a folder that `save_pretrained` wrote, or a name on the hub.
+            path: a checkpoint of a run, a folder that `save_pretrained` wrote, a name on the hub, or `scenes-tiny`, the
+                model of the built-in world that comes along.
             device, dtype: where to, and in which precision; None for the CPU and float32.
             allow_import: packages beside this project's that its task may come from.
             hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
@@ -135,6 +144,21 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             if self.told_far is not None:
                 warnings.warn(self.told_far, FarFromTraining, stacklevel=3)
         return image_BCHW
+
+    @property
+    def words(self) -> MarkedTexts:
+        """As of `Asked`. Of a few texts, words that the tokenizer does not know are named."""
+        known = super().words
+        return MarkedTexts(known.tokenizer, known.text_length, partial(self._name_unknown, known.captioner))
+
+    def _name_unknown(self, captioner: Captioner, texts: list[str]) -> None:
+        if len(texts) > WATCHED:
+            return
+        found = dict.fromkeys(word for text in texts for word in captioner.unknown_words(text))
+        new = [word for word in found if word not in self.told_words]
+        if new:
+            self.told_words += new
+            warnings.warn(unknown_line(new), UnknownWords, stacklevel=3)
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
@@ -233,6 +257,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.task.methods]
+
+
+def unknown_line(words: Sequence[str]) -> str:
+    """The line for people."""
+    return f"words that the model's tokenizer does not know: {', '.join(words)}; take the answers with care"
 
 
 def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:

@@ -1,0 +1,29 @@
+"""`maskvlm scene`: an image of the built-in world to try a model with."""
+
+from pathlib import Path
+
+from maskvlm.config.arguments import OptionParser
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.utils.errors import ExitCode, UserError
+
+
+def scene(arguments: list[str], allowed: list[str]) -> str:
+    """Write a scene of the validation split, which no model was trained on; returns its captions, one a line.
+
+    Raises:
+        UserError: no such scene, or the file cannot be written (74).
+    """
+    parser = OptionParser("maskvlm scene", description="write a drawn scene of the built-in world, print its captions")
+    parser.add_argument("number", nargs="?", type=int, default=0, help="of the validation split, from 0 on (0)")
+    parser.add_argument("--out", type=Path, default=Path("scene.png"), help="where the image is written (scene.png)")
+    options = parser.parse_args(arguments)
+    split = Scenes().split("val")
+    if not 0 <= options.number < len(split):
+        raise UserError("scene", f"{options.number} is none of them", f"Give a number from 0 to {len(split) - 1}")
+    row = split[options.number]
+    try:
+        row["image"].save(options.out)
+    except (OSError, ValueError) as error:  # the second: no format has such an ending
+        what, todo = f"cannot be written ({error})", "Give a file such as scene.png in a folder that is there"
+        raise UserError(options.out, what, todo, ExitCode.IO_ERROR) from error
+    return "\n".join(str(getattr(caption, "text", caption)) for caption in row["captions"])

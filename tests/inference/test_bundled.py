@@ -1,0 +1,153 @@
+"""The model that comes along: what it claims, that it is asked where none is named, what it says it does not know."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskvlm import MaskVLM
+from maskvlm.cli.convert import convert
+from maskvlm.cli.main import main
+from maskvlm.config.bundled_models import DEFAULT, FOLDER, bundled_folder, bundled_models
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.demo.samples import PHOTOS
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
+from maskvlm.objectives.novelty import FarFromTraining
+
+MOST_BYTES = 4_000_000
+
+
+@pytest.fixture(scope="module")
+def model() -> PretrainedMaskVLM:
+    return MaskVLM.from_pretrained()
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_a_model_that_comes_along_is_small_and_says_how_it_was_made(name: str) -> None:
+    files = [*(FOLDER / name).iterdir()]
+    assert sum(file.stat().st_size for file in files) < MOST_BYTES
+    assert not [file for file in files if file.suffix in (".ckpt", ".bin", ".pt")]  # no pickle
+    card = (FOLDER / name / "README.md").read_text()
+    assert "- made by: `maskvlm pretrain" in card
+    assert "commit " in card
+
+
+def test_it_is_as_good_as_its_card_says(model: PretrainedMaskVLM) -> None:
+    """Retrieval by contrast over the whole validation split, and the re-ranked order of a part."""
+    told = json.loads((FOLDER / DEFAULT / "config.json").read_text())["evaluation"]["metrics"]
+    rows = [*map(Scenes().split("val").__getitem__, range(500))]
+    image_BE = model.encode_image([row["image"] for row in rows])
+    texts = [str(getattr(text, "text", text)) for row in rows for text in row["captions"]]
+    owner_C = torch.arange(500).repeat_interleave(torch.tensor([len(row["captions"]) for row in rows]))
+    score_BC = image_BE @ model.encode_text(texts).T
+    found = 100 * (score_BC.argmax(0) == owner_C).float().mean()
+    # Its weights are in half precision: some near ties turn.
+    assert float(found) == pytest.approx(told["retrieval/itc_ir_r1"], abs=0.5)
+    found = 100 * (owner_C[score_BC.argmax(1)] == torch.arange(500)).float().mean()
+    assert float(found) == pytest.approx(told["retrieval/itc_tr_r1"], abs=1.0)
+
+
+def test_it_is_asked_where_no_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / DEFAULT).mkdir()  # a folder of that name is ./scenes-tiny
+    assert main(["scene", "3"]) == 0
+    captions = capsys.readouterr().out.splitlines()
+    text = "on white, a red square on the right and a blue star on the left"
+    assert text in captions
+    assert main(["fill", "scene.png", text.replace("blue", "[MASK]")]) == 0
+    answer = capsys.readouterr()
+    assert answer.out.startswith("blue ")
+    assert answer.err == (
+        "no from=: scenes-tiny is asked, the model that comes along; it knows drawn scenes alone\n"
+    )  # and no warning: such scenes are what it knows
+    assert main(["match", "scene.png", text, text.replace("left", "middle")]) == 0
+    right, wrong = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
+    assert right > 0.9
+    assert wrong < 0.1
+
+
+def test_training_and_search_start_from_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from maskvlm.config.compose import embed_command, evaluate_command, finetune_command, index_command, read_words
+
+    words = read_words("finetune", ["vqa", "run=a"], ("run", "from"), 1)
+    for command in (finetune_command, evaluate_command, index_command, embed_command):
+        full = command(words)
+        assert full[full.index("--from") + 1] == DEFAULT
+        assert capsys.readouterr().err.startswith("no from=: scenes-tiny is ")
+        monkeypatch.setenv("RANK", "1")  # one process of several tells
+        command(words)
+        assert capsys.readouterr().err == ""
+        monkeypatch.delenv("RANK")
+
+
+@pytest.mark.parametrize("number", [-1, 500])
+def test_a_scene_that_is_not_there(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scene", "--", str(number)]) == 2
+    assert "Give a number from 0 to 499" in capsys.readouterr().err
+
+
+def test_a_scene_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("scene.nothing", "none/scene.png"):
+        assert main(["scene", "--out", str(tmp_path / name)]) == 74
+        assert "Give a file such as scene.png" in capsys.readouterr().err
+
+
+def test_a_wrong_name_lists_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "first").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "first" / "best.ckpt").touch()
+    assert main(["scene"]) == 0
+    assert main(["caption", "--from", "checkpoints/RUN/best.ckpt", "scene.png"]) == 66
+    assert "there are: checkpoints/first/best.ckpt, scenes-tiny" in capsys.readouterr().err
+    assert bundled_folder("scenes-large") is None
+
+
+def test_photographs_are_strange_to_it_and_scenes_are_not(model: PretrainedMaskVLM) -> None:
+    """A few of each; `bench/familiar.py` asks about 500."""
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    assert all(model.far(photos))
+    test = Scenes().split("test")
+    assert sum(line is not None for line in model.far([test[row]["image"] for row in range(60)])) <= 3
+
+
+def test_words_that_it_does_not_know_are_named_once() -> None:
+    model = MaskVLM.from_pretrained()
+    image = Scenes().split("val")[3]["image"]
+    with pytest.warns(UnknownWords, match="does not know: giraffe, Zebra; take"):
+        model.match(image, "a giraffe and a Zebra on the left")
+    with pytest.warns(UnknownWords, match="does not know: horse;"):
+        model.fill_mask(image, "a [MASK] horse and a giraffe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownWords)
+        model.score(image, "a giraffe, a blue star and a red square")
+    assert model.told_words == ["giraffe", "Zebra", "horse"]
+
+
+def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = str(PHOTOS / "coffee.jpg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FarFromTraining)  # a line, not Python's warning
+        assert main(["match", "--from", DEFAULT, photo, "a horse"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: this image is unlike those that the model was trained on: ")
+    assert second == "warning: words that the model's tokenizer does not know: horse; take the answers with care"
+
+
+def test_a_folder_of_half_precision_is_half_as_large_and_loads(tmp_path: Path, model: PretrainedMaskVLM) -> None:
+    told = convert([DEFAULT, str(tmp_path / "whole")])
+    assert str(tmp_path / "whole") in told
+    convert([DEFAULT, str(tmp_path / "half"), "--dtype", "bfloat16"])
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
+    assert half < 0.52 * whole
+    loaded = MaskVLM.from_pretrained(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    scene = Scenes().split("val")[0]["image"]
+    torch.testing.assert_close(loaded.encode_image([scene]), model.encode_image([scene]), atol=0.02, rtol=0)
