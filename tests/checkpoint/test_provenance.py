@@ -47,6 +47,12 @@ def test_the_report_counts_every_tensor(tmp_path: Path) -> None:
     assert lines["cross_text"].split()[3:8:2] == ["-", "-", str(tensors)]
 
 
+def test_a_start_from_nothing_is_one_line() -> None:
+    found = Provenance({"a": Origin("random", (2, 3)), "b": Origin("random", (2,))})
+    assert found.table() == "weights: all random, 2 tensors, 8 parameters"
+    assert not isinstance((found | Provenance({"b": Origin("loaded", (2,), "x")})).table(), str)
+
+
 def test_what_is_loaded_later_counts() -> None:
     first = Provenance({"a": Origin("loaded", (2,), "old"), "b": Origin("loaded", (2,), "old")})
     later = Provenance({"b": Origin("loaded", (2,), "new")})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from toy_pretrained import saved
 
 from maskvlm.cli.main import main
 from maskvlm.utils.errors import ExitCode
@@ -45,6 +46,20 @@ def test_a_run_on_processors_asks_for_no_cards(
     script = (tmp_path / "run" / "job.sh").read_text()
     assert "gpus-per-node" not in script
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=" in script
+
+
+def test_a_second_submission_says_that_the_run_goes_on_and_the_data_are_looked_at(
+    cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    saved(tmp_path / "run" / "last.ckpt")
+    assert main(["submit", "--run", str(tmp_path / "run"), *cluster]) == 0
+    told = f"{tmp_path / 'run'} holds a run already: the job goes on from {tmp_path / 'run' / 'last.ckpt'}"
+    assert told in capsys.readouterr().out
+    prepared = ["--data.source", "maskvlm.data.prepared.source.Prepared", "--data.source.root", str(tmp_path / "none")]
+    assert main(["submit", "--run", str(tmp_path / "other"), *cluster, *prepared]) == ExitCode.MISSING_INPUT
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_refusal_of_sbatch_is_one_line(

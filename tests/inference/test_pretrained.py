@@ -1,5 +1,6 @@
 """The model for its users: what it answers equals the training code's forward, wherever it was loaded from."""
 
+import inspect
 import json
 import shutil
 import warnings
@@ -572,6 +573,9 @@ def test_a_task_brings_its_method(
     columns = [IMAGES[:images], IMAGES[::-1][:images]]
     answers = getattr(model, method)(*(list(each) for each in zip(*columns, strict=True)), TEXTS[:2])
     single = getattr(model, method)(*columns[0], TEXTS[0])
+    assert [*inspect.signature(getattr(model, method)).parameters][-1] == task.methods[method].text.replace(" ", "_")
+    assert len(inspect.signature(getattr(model, method)).parameters) == images + 1
+    assert task.methods[method].told[1:] in inspect.getdoc(getattr(model, method))  # type: ignore[operator]
     assert single.answer == answers[0].answer
     assert single.probability == pytest.approx(answers[0].probability, abs=1e-5)
     assert 0 <= single.probability <= 1

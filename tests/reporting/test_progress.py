@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from toys import toy_batch
 
 from maskvlm.objectives.pretraining_losses import PretrainingLoss
 from maskvlm.reporting.meters import Readings, StepSpeed
-from maskvlm.reporting.progress import StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
+from maskvlm.reporting.progress import LEGEND, StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
 
 LEVELS = {"itc": math.log(6), "itm": 0.6365}
 
@@ -72,11 +73,37 @@ def test_the_line_shows_each_loss_beside_its_level() -> None:
     assert status_line(readings, None, None) == "itc 2.31/4.16  mim 0.0985/0.500  vqa 12.0"
 
 
+def test_the_line_leaves_out_what_there_is_no_room_for() -> None:
+    """Of the recipe with the most losses, at 80 columns beside `step 1234/5000`: each loss is there."""
+    losses = {"itc": 2.31, "itm": 0.52, "mlm": 1.23, "mim": 0.0985, "words": 12.0, "spread": 0.0229}
+    readings, speed = Readings(losses, dict.fromkeys(losses, 0.5)), StepSpeed(78.3, 0.042)
+    whole = status_line(readings, speed, 200)
+    assert status_line(readings, speed, 200, len(whole)) == whole
+    shorter = [status_line(readings, speed, 200, width) for width in (len(whole) - 1, 80 - 14 - 1, 1)]
+    assert [line.count("/0.500") for line in shorter] == [0, 0, 0]
+    assert ["data wait" in line for line in shorter] == [True, False, False]
+    assert len(shorter[1]) <= 80 - 14 - 1
+    assert all(f"{name} " in shorter[1] for name in losses)
+
+
+def test_a_terminal_of_80_columns_has_one_line(tmp_path: Path) -> None:
+    progress = TrainingProgress()
+    out = io.StringIO()
+    progress.console = Console(file=out, width=80, force_terminal=True, color_system=None, legacy_windows=False)
+    names = ("itc", "itm", "mlm", "mim", "words", "spread")
+    train(Module({name: [1.234] * 8 for name in names}), [progress], 8, tmp_path)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    drawn = [line for line in plain.splitlines() if line.startswith("step")]
+    assert drawn
+    assert all(len(part.rstrip()) <= 80 for line in drawn for part in line.split("\r"))
+
+
 def test_a_log_file_gets_plain_lines_of_losses_and_levels(tmp_path: Path) -> None:
     progress = TrainingProgress(seconds=0)
     out = shown_on(progress)
     train(Module({"itc": [1.0] * 8, "itm": [0.5] * 8}), [progress], 8, tmp_path)
-    lines = out.getvalue().splitlines()
+    legend, *lines = out.getvalue().splitlines()
+    assert legend == LEGEND
     assert [line.split("  ")[0] for line in lines] == ["step 2/8", "step 4/8", "step 6/8", "step 8/8"]
     assert all("  itc 1.00/1.79  itm 0.500/0.637  " in line for line in lines)
     assert "pairs/s  data wait" in lines[-1]
@@ -87,21 +114,21 @@ def test_plain_lines_keep_their_distance_but_the_last_is_shown(tmp_path: Path) -
     progress = TrainingProgress(seconds=1000)
     out = shown_on(progress)
     train(Module({"itc": [1.0] * 8}), [progress], 8, tmp_path)
-    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["step 2/8", "step 8/8"]
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 2/8", "step 8/8"]
 
 
 def test_a_run_shorter_than_the_interval_says_its_last_step(tmp_path: Path) -> None:
     progress = TrainingProgress()
     out = shown_on(progress)
     train(Module({"itc": [1.0] * 3}), [progress], 3, tmp_path, log_every_n_steps=50)
-    assert out.getvalue().startswith("step 3/3  itc 1.00/1.79  ")
+    assert out.getvalue().splitlines()[1].startswith("step 3/3  itc 1.00/1.79  ")
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     progress = TrainingProgress(seconds=0)
     out = shown_on(progress)
     train(Module({"itc": [1.0] * 8}), [progress], 8, tmp_path, accumulate_grad_batches=2)
-    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["step 2/4", "step 4/4"]
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 2/4", "step 4/4"]
 
 
 def test_levels_and_speed_are_logged(tmp_path: Path) -> None:

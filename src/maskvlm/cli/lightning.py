@@ -231,6 +231,11 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     passes = 1 if trainer.max_epochs is None else trainer.max_epochs
     if "steps" not in data or trainer.fast_dev_run:  # a data module of somebody else's, or a trial
         return
+    # Either of the two typed clears the other, which a file may set.
+    if len(beside) == 1:
+        here, other = beside[0].partition(".")[2], "epochs" if beside[0] == "data.steps" else "steps"
+        if data.get(here) is not None:
+            data[other] = None
     if trainer.max_steps > 0 and passes != 1:
         raise UserError("trainer.max_steps", f"beside {passes} trainer.max_epochs", "Give one of the two")
     if passes < 1:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.checkpoint.integrity import newest_valid
+from maskvlm.cli.lightning import Parsed, built_source, run_command
+from maskvlm.data.streaming.source import Stream
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -48,10 +50,15 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """Write the batch script of a run into its folder, and hand it to sbatch where there is one.
 
     Raises:
-        UserError: sbatch refused it (69).
+        UserError: the data are not there or damaged; sbatch refused it (69).
     """
     settings = run_command(Parsed, ["fit", *arguments], allowed).settings
-    return hand_over(Path(settings.run) / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
+    folder, source = Path(settings.run), built_source(settings)
+    if not isinstance(source, Stream):  # to look at a stream is to begin it
+        source.split("train")
+    goes_on = newest_valid(folder)
+    told = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
+    return f"{told}\n{folder} holds a run already: the job goes on from {goes_on}" if goes_on else told
 
 
 def submit_array(folder: Path, run: list[str], words: list[str], count: int, at_once: int, allowed: list[str]) -> str:

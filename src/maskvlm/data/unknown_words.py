@@ -80,8 +80,9 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
         UserError: a source has more.
     """
     found = unknown_shares(split, captioner)
-    if rank() == 0 and found:
-        told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, (share, _) in found.items())
+    some = [(name, share) for name, (share, _) in found.items() if share > 0]
+    if rank() == 0 and some:
+        told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, share in some)
         print(f"unknown words in the training texts: {told}", flush=True)
     for name, (share, count) in found.items():
         if share > most:

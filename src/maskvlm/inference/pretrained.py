@@ -9,8 +9,9 @@ It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once
 Shapes: B images, C texts, E contrast width, T tokens, D width.
 """
 
+import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -253,7 +254,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
                 brings = ", ".join(task.methods) or "no method of its own"
                 told = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
                 raise AttributeError(told, name=name, obj=self) from None
-        return partial(ask, self, name)
+        return asking(self, name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.task.methods]
@@ -273,6 +274,23 @@ def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
         what = f"features of width {width}, its image encoder has {its}"
         raise UserError(f"{origin.path}: known_images", what, "Get the checkpoint again", ExitCode.BAD_DATA)
     return fit_range(origin.known_images)
+
+
+def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
+    """A method of the task as Python shows one: with its name, its signature and its help."""
+    method = model.task.methods[name]
+
+    def asked(*inputs: Any) -> Any:
+        return ask(model, name, *inputs)
+
+    images = ["image"] if method.images == 1 else [f"image_{number}" for number in range(1, method.images + 1)]
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    parameters = [inspect.Parameter(each.replace(" ", "_"), kind) for each in (*images, method.text)]
+    asked.__name__ = asked.__qualname__ = name
+    told = "Each input is a single one or a list; a single one goes with every row of the others."
+    asked.__doc__ = f"{method.told[0].upper()}{method.told[1:]}.\n\n{told}"
+    asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return asked
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:

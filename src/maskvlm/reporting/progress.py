@@ -44,15 +44,26 @@ STUCK_HINTS = {loss.name: loss.stuck_hint for loss in KNOWN}
 """What sitting at the level means, and where to look."""
 
 
-def status_line(readings: Readings, speed: StepSpeed | None, left: float | None) -> str:
-    """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`."""
+LEGEND = "each loss stands beside its chance level: loss/chance; data wait: share of the time spent waiting for images"
+
+
+def status_line(readings: Readings, speed: StepSpeed | None, left: float | None, width: int | None = None) -> str:
+    """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`.
+
+    Args:
+        width: characters that there is room for; chance levels, then the data wait, then the speed are left out where
+            they do not fit. None: any.
+    """
     levels = {name: f"/{number(level)}" for name, level in readings.levels.items()}
-    parts = [f"{name} {number(loss)}{levels.get(name, '')}" for name, loss in readings.losses.items()]
-    if speed is not None:
-        parts += [f"{number(speed.pairs_per_second)} pairs/s", f"data wait {100 * speed.data_wait:.0f} %"]
-    if left is not None:
-        parts.append(f"{duration(left)} left")
-    return "  ".join(parts)
+    losses = [f"{name} {number(loss)}{levels.get(name, '')}" for name, loss in readings.losses.items()]
+    bare = [f"{name} {number(loss)}" for name, loss in readings.losses.items()]
+    speeds = [] if speed is None else [f"{number(speed.pairs_per_second)} pairs/s"]
+    wait = [] if speed is None else [f"data wait {100 * speed.data_wait:.0f} %"]
+    end = [] if left is None else [f"{duration(left)} left"]
+    lines = ["  ".join([*losses, *speeds, *wait, *end])]
+    shorter = ([*bare, *speeds, *wait, *end], [*bare, *speeds, *end], [*bare, *end], bare)
+    lines += [" ".join(way) for way in shorter]
+    return next((line for line in lines if width is None or len(line) <= width), lines[-1])
 
 
 class TrainingProgress(ProgressBar):
@@ -91,6 +102,8 @@ class TrainingProgress(ProgressBar):
         # The loaders are made by now, which asking for it would do.
         self.total = float(trainer.estimated_stepping_batches)
         self.step, self.status, self.printed = trainer.global_step, "", -math.inf
+        if self.enabled:
+            self._say(LEGEND)
         # A run without an end has no bar to fill.
         self._open(self._step_of, None if math.isinf(self.total) else self.total)
 
@@ -120,7 +133,8 @@ class TrainingProgress(ProgressBar):
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
         # Only the first process comes here: nobody else logs, or waits.
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
-        self.status = status_line(readings, speed, left)
+        room = None if self.bar is None else self.bar.room(self._step_of)
+        self.status = status_line(readings, speed, left, room)
         if self._plain and (time.monotonic() - self.printed >= self.seconds or self.step == self.total):
             self.printed = time.monotonic()
             self._say(f"{self._step_of}  {self.status}")

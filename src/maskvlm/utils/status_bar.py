@@ -7,6 +7,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 REDRAW = 0.2  # seconds
+BAR = 16  # characters
+NARROW = 100  # characters; on a narrower terminal the words take the bar's place
 
 
 class StatusBar:
@@ -27,11 +29,12 @@ class StatusBar:
 
     def __init__(self, name: str, total: float | None, console: Console, shown: bool = True) -> None:
         self.drawn = shown and console.is_terminal
+        self._bar = [BarColumn(BAR)] if console.width >= NARROW else []
         self._progress = Progress(
             # Names may hold square brackets, which rich would take for styles.
             TextColumn("{task.description}", markup=False),
-            BarColumn(16),
-            TextColumn("{task.fields[words]}", markup=False, table_column=Column(overflow="fold")),
+            *self._bar,
+            TextColumn("{task.fields[words]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             auto_refresh=False,
             disable=not self.drawn,
@@ -39,6 +42,10 @@ class StatusBar:
         self._task = self._progress.add_task(name, total=total, words="")
         self._progress.start()
         self._at = time.monotonic()
+
+    def room(self, name: str) -> int:
+        """Characters of a line that are left for the words beside this name."""
+        return self._progress.console.width - len(name) - 1 - len(self._bar) * (BAR + 1)
 
     def show(self, done: float | None, words: str, name: str | None = None, now: bool = False) -> None:
         """Tell how far it is. done: None leaves the bar as it is. now: draw it even if it was just drawn."""
