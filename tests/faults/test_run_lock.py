@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guards import HERE, Build, without
@@ -201,3 +202,27 @@ def test_a_damaged_lock_file_says_nothing(content: bytes, tmp_path: Path) -> Non
     mine = RunLock()
     mine.take(tmp_path)
     mine.release()
+
+
+def test_a_file_that_was_withdrawn_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process opened it before, and got the lock of a file that nobody finds any more: it takes the new one."""
+    first, second, third = RunLock(), RunLock(), RunLock()
+    first.take(tmp_path)
+    opened: list[int] = []
+    original = os.open
+
+    def late(path: Any, flags: int, mode: int = 0o777) -> int:
+        handle = original(path, flags, mode)
+        if not opened and path == tmp_path / NAME:
+            first.withdraw()
+        opened.append(handle)
+        return handle
+
+    monkeypatch.setattr(os, "open", late)
+    second.take(tmp_path)
+    monkeypatch.setattr(os, "open", original)
+    assert len(opened) >= 2
+    with pytest.raises(UserError, match="another process trains here"):
+        third.take(tmp_path)
+    second.withdraw()
+    assert [*tmp_path.iterdir()] == []

@@ -68,6 +68,15 @@ def test_everything_lies_in_the_folder(finished: Path) -> None:
     assert not (ROOT / "lightning_logs").exists()
 
 
+def test_a_start_that_fails_leaves_no_folder(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "job.sh").touch()
+    for name in ("new", "kept"):
+        assert main(["fit", "--run", str(tmp_path / name), *words, "--data.batch_size=0"]) != 0
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "kept" / "job.sh").exists()  # with something in it, it is not ours alone
+
+
 def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str], tmp_path: Path) -> None:
     for number, settings in enumerate([["--trainer.val_check_interval=2"], ["--trainer.limit_val_batches=0"]]):
         folder = tmp_path / str(number)
@@ -149,7 +158,7 @@ def test_where_weights_come_from_is_said_of_a_run_that_begins(
     module: Any = SimpleNamespace(provenance=Provenance({"head.weight": Origin("random", (2, 3))}))
     RunRecord().on_fit_start(trainer, module)
     assert (tmp_path / "provenance.json").exists() == written
-    assert ("head" in capsys.readouterr().out) == written
+    assert ("weights: all random, 1 tensors" in capsys.readouterr().out) == written
 
 
 def test_a_run_that_goes_on_keeps_what_was_said_of_its_weights(

@@ -34,7 +34,7 @@ from maskvlm.training.lit import LitModel
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
-from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run
+from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run, give_up_folder
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.signals import CAUGHT
@@ -54,6 +54,7 @@ class LightningCommand(LightningCLI):
 
     def __init__(self, arguments: list[str], start: ModelSpec | None = None) -> None:
         self.arguments, self.start = arguments, start
+        self.claimed = False  # the folder, for a run that begins
         super().__init__(
             LitModel,
             L.LightningDataModule,
@@ -134,6 +135,7 @@ class LightningCommand(LightningCLI):
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
                 claim_folder(folder)
+                self.claimed = True
 
     def instantiate_classes(self) -> None:
         """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
@@ -144,7 +146,12 @@ class LightningCommand(LightningCLI):
         settings.trainer.default_root_dir = settings.run
         if self.subcommand != "fit":
             settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except BaseException:
+            if self.claimed:
+                give_up_folder(Path(settings.run))
+            raise
         # Of the built model, as its text encoder's shape goes into what a checkpoint will say.
         written = portable.as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)

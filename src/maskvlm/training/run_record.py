@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.console import Console
 from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.training.attempts import forget
 from maskvlm.utils.distributed import cores
+from maskvlm.utils.lock import HELD
 from maskvlm.utils.whole_files import whole_file
 from maskvlm.utils.write_errors import cannot_write
 
@@ -38,6 +40,15 @@ def claim_folder(folder: Path) -> None:
     """
     write_json(folder / "versions.json", versions())
     (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that died before its first checkpoint
+
+
+def give_up_folder(folder: Path) -> None:
+    """After `claim_folder`, of a run that could not be built: leaves nothing, where the start alone has written."""
+    if {path.name for path in folder.iterdir()} <= {"versions.json", "run.lock"}:
+        (folder / "versions.json").unlink(missing_ok=True)
+        HELD.withdraw()
+        with suppress(OSError):  # somebody else has begun there
+            folder.rmdir()
 
 
 def finish_run(folder: Path, step: int) -> None:

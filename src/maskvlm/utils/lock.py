@@ -68,18 +68,22 @@ class RunLock:
             UserError: another process trains here, or the folder cannot be written (73).
         """
         self.release()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise cannot_write(error, folder) or error from error
-        try:
-            self._take(folder, handle, warn)
-        except BaseException:
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise cannot_write(error, folder) or error from error
+            try:
+                if self._take(folder, handle, warn):
+                    return
+            except BaseException:
+                os.close(handle)
+                raise
             os.close(handle)
-            raise
 
-    def _take(self, folder: Path, handle: int, warn: Callable[[str], object]) -> None:
+    def _take(self, folder: Path, handle: int, warn: Callable[[str], object]) -> bool:
+        """Whether the file is still the folder's: one that `withdraw` removed meanwhile locks nothing."""
         # First line: the kernel's lock.
         locked, until = flock(handle), time.monotonic() + PATIENCE
         while locked is False and time.monotonic() < until and not _alive(holder_of(handle)):
@@ -88,6 +92,11 @@ class RunLock:
         said = holder_of(handle)
         if locked is False:
             raise taken(folder, said)
+        try:
+            if not os.path.samestat(os.fstat(handle), os.stat(folder / NAME)):
+                return False
+        except FileNotFoundError:
+            return False
         # Second line: the statement. Of holders of this boot the kernel has judged, unless there are no locks;
         # all others are watched. A statement that was copied with its folder names the inode of another file.
         inode = os.fstat(handle).st_ino
@@ -100,6 +109,7 @@ class RunLock:
         state(handle, self.me)
         self._end = threading.Event()
         threading.Thread(target=self._beat, args=(self._end,), daemon=True, name="run.lock").start()
+        return True
 
     def _beat(self, end: threading.Event) -> None:
         while not end.wait(BEAT) and self.me is not None:
@@ -122,6 +132,13 @@ class RunLock:
         """
         if self.rival is not None:
             raise taken(self.folder, self.rival)
+
+    def withdraw(self) -> None:
+        """Let go of a folder in which nothing was begun, and remove the lock's file with it."""
+        if self.me is not None and self.rival is None:
+            with suppress(OSError):
+                (self.folder / NAME).unlink()
+        self.release()
 
     def release(self) -> None:
         """Let go; the statement is withdrawn, so that nobody has to watch it."""
