@@ -57,9 +57,8 @@ test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
 check: $(call installed,-dev)  ## ruff and mypy
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m mypy
 
-gpu-check: $(call installed,-test)  ## the tests that need CUDA, then the speed of MODEL=base with a random start
-	@$(PYTHON) -m pytest -m gpu $(ARGS)
-	@$(PYTHON) -m maskvlm bench model=base where=gpu1 --model.random_init true
+gpu-check: $(call installed,-test)  ## the tests that need a GPU, then a table of what MODEL=base costs on it (ARGS=--cpu: a trial)
+	@$(PYTHON) -m bench.gpu_check $(ARGS)
 
 # ---- installation -------------------------------------------------------------------------------------------
 define find-python

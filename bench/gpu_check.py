@@ -68,7 +68,7 @@ CARD = (
     Case("base, 512 pairs, 64 at a time", 512, (*BASE, "--model.chunk=64"), "1 x 512 in chunks of 64", ("ours",)),
     Case("base, 512 pairs at once", 512, BASE, None, ("plain",)),
 )
-TINY = ("model=tiny", "where=cpu")
+TINY = ("model=tiny", "where=cpu", "--data.source.train=60", "--data.source.val=6")
 TRIAL = (
     Case("tiny, 8 pairs", 8, TINY, None, EVERY),
     Case("tiny, 8 pairs, 4 at a time", 8, (*TINY, "--model.chunk=4"), None, ("ours",)),

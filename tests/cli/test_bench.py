@@ -29,6 +29,7 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
 def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     done = list[str]()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("forget"))
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(done.append("read") or len(done))))
     monkeypatch.setattr(bench, "measured", lambda *told: told)
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
@@ -37,5 +38,5 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
         watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
         done.append("step")
         watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
-    expected = ["step"] * bench.WARMUP + ["wait", "read"] + ["step"] * (bench.STEPS - bench.WARMUP) + ["wait", "read"]
-    assert done == [*expected, "step", "step"]
+    first, timed = ["step"] * bench.WARMUP, ["step"] * (bench.STEPS - bench.WARMUP)
+    assert done == [*first, "wait", "forget", "read", *timed, "wait", "read", "step", "step"]

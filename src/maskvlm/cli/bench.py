@@ -65,6 +65,9 @@ class Stopwatch(L.Callback):
         # does not wait after each.
         if batch_idx + 1 in (WARMUP, STEPS) and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
+            if batch_idx + 1 == WARMUP:
+                # What counts operations keeps the first step's activations alive longer than training does.
+                torch.cuda.reset_peak_memory_stats(pl_module.device)
         if batch_idx + 1 == WARMUP:
             self.started = time.perf_counter()
         elif batch_idx + 1 == STEPS:
