@@ -113,7 +113,8 @@ class PlainStep:
         for query_BE, key_GE in ((image_BE, told.text_GE), (text_BE, told.image_GE)):
             logits_BG = (told.scale * query_BE @ key_GE.T).masked_fill(told.excluded_BG & ~own_BG, float("-inf"))
             terms.append(F.cross_entropy(logits_BG, told.own_B))
-            weights.append(logits_BG.detach().softmax(1).masked_fill(told.excluded_BG, 0.0))
+            # A little more than the probability, as in BLIP: no row is without a negative once contrast is learned.
+            weights.append((logits_BG.detach().softmax(1) + 1e-4).masked_fill(told.excluded_BG, 0.0))
         return (terms[0] + terms[1]) / 2, weights
 
     def matching(
@@ -208,7 +209,7 @@ def pad_masks(token: TokenMask | None, length: int, pad_id: int) -> TokenMask | 
 
 
 def draw_one_by_one(weight_BG: Tensor) -> list[int]:
-    """A negative for each row in proportion to its weights. A row without any is an error, as in ALBEF."""
+    """A negative for each row in proportion to its weights. A row of which all are 0 is an error, as in ALBEF."""
     return [int(torch.multinomial(weight_BG[row], 1).item()) for row in range(len(weight_BG))]
 
 

@@ -71,8 +71,11 @@ def test_the_plain_step_writes_attention_out(monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(f"{place}.scaled_dot_product_attention", fused)
         terms = PlainStep(backbone, task)(batch)
         assert all(term.isfinite() for term in terms.values())
-        with pytest.raises(AssertionError, match="a fused kernel"):  # encoders are as before afterwards
-            task(backbone, batch)
+        # Afterwards both encoders are as before.
+        with pytest.raises(AssertionError, match="a fused kernel"):
+            backbone.image(batch.image_BCHW)
+        with pytest.raises(AssertionError, match="a fused kernel"):
+            backbone.text(batch.token_CT, batch.attention_CT)
 
 
 def test_negatives_are_drawn_one_by_one_by_their_weights() -> None:
