@@ -33,7 +33,7 @@ def simulated(pairs: int, world: int, *more: str) -> dict[str, Any]:
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.gpu_sim.simulate", *words],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, timeout=300,
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
