@@ -4,12 +4,14 @@ that was never killed: the loss of every step, weights, optimiser and the table 
     python bench/kills.py --kills 500                                      # half SIGKILL, half SIGTERM
     python bench/kills.py --kills 500 --workers 2 --folder /dev/shm/kills  # another file system than TMPDIR
     python bench/kills.py --pairs 40                                       # two processes: SIGTERM to both, to one
+    python bench/kills.py --writes 100                                     # SIGKILL in the middle of background writes
 
 To see it fail, break the program first, for example by
 
     --break position   the position in the data is not kept
     --break random     random numbers go on from where the process happens to be, instead of from (seed, batch)
     --break evaluation what is due when a checkpoint is written is not made up for
+    --break snapshot   with --writes: what is written is the state itself, not a copy of it
 
 (What no kill can show, that nothing is torn when the power fails, is in tests/checkpoint/test_checkpoint.py.)
 Two in five of the SIGKILLs come while a checkpoint is written.
@@ -35,10 +37,11 @@ import torch
 import yaml
 from rich.progress import track
 
-from maskvlm.checkpoint.io import load
+from maskvlm.checkpoint.background import SNAPSHOTS, Snapshot
+from maskvlm.checkpoint.integrity import newest_valid
+from maskvlm.checkpoint.io import SafeCheckpointIO, load
 from maskvlm.cli.main import main
 from maskvlm.data.module import PairData
-from maskvlm.training.checkpointing import KeepState
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, MEASURED = 40, 4, 16
@@ -125,7 +128,9 @@ def breaking(how: str) -> Any:
     if how == "random":
         return mock.patch("maskvlm.training.lit.mix", side_effect=lambda *values: time.time_ns() % 2**60)
     if how == "evaluation":
-        return mock.patch.object(KeepState, "_measure")
+        return mock.patch("maskvlm.training.checkpointing.evaluate_now")
+    if how == "snapshot":
+        return mock.patch.object(Snapshot, "take", lambda self, content: dict(content))
     return mock.patch.dict(os.environ, {})
 
 
@@ -254,6 +259,73 @@ def writing(run: Path, since: float) -> bool:
         return False
 
 
+# ------------------------------------------------------------------ nothing but background writes
+
+
+def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, Any]:
+    """SIGKILL to a process that changes its state and saves it in the background, each time while a file is half
+    written. What it leaves must be the whole state of one step, of the last save that had returned or at most two
+    earlier; the next process goes on from there."""
+    chance, counts = random.Random(seed), Counter[str]()
+    wrong: list[str] = []
+    run, began = folder / "writes", time.monotonic()
+    run.mkdir(parents=True)
+    for number in track(range(kills), description="killing writes", disable=not sys.stdout.isatty()):
+        told, born = folder / f"saved{number}.txt", time.time()
+        child = fork_saver(run, told, broken)
+        saves, until = chance.randint(2, 5), time.monotonic() + 60
+        while (len(lines_of(told)) < saves or not writing(run, born)) and time.monotonic() < until:
+            time.sleep(0.0002)
+        # Somewhere within a write, or the next one.
+        time.sleep(chance.uniform(0.0, 0.03))
+        counts["of them, while a file is half written"] += writing(run, born)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        counts["SIGKILL"] += 1
+        saved, found = int(lines_of(told)[-1]), steps_in(run)
+        behind = saved - max(found, default=-1)
+        counts[f"steps behind: {behind}"] += 1
+        if len(found) != 1 or behind > SNAPSHOTS:
+            wrong.append(f"kill {number}: step {saved} was saved, the file holds {sorted(found)}")
+    return {"counts": dict(counts), "wrong": wrong, "seconds": round(time.monotonic() - began)}
+
+
+def fork_saver(run: Path, told: Path, broken: str) -> int:
+    """A process that goes on from the newest whole checkpoint; notes each step whose save has returned."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        torch.set_num_threads(1)
+        step = max(steps_in(run), default=0)
+        state = {str(part): torch.full((100_000,), step) for part in range(8)}
+        io = SafeCheckpointIO()
+        io.begin()
+        with breaking(broken), told.open("w", buffering=1) as file:
+            while True:
+                step += 1
+                for tensor in state.values():
+                    tensor.fill_(step)
+                io.save_checkpoint({"state_dict": state}, run / "last.ckpt", run / "previous.ckpt")
+                file.write(f"{step}\n")
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+    os._exit(1)
+
+
+def lines_of(told: Path) -> list[str]:
+    """Whole lines alone."""
+    text = told.read_text() if told.exists() else ""
+    return text[: text.rfind("\n") + 1].split()
+
+
+def steps_in(run: Path) -> set[int]:
+    """The steps that the newest whole checkpoint's tensors are of; empty where there is none."""
+    found = newest_valid(run)
+    tensors = [] if found is None else load(found)["state_dict"].values()
+    return {step for tensor in tensors for step in tensor.unique().tolist()}
+
+
 # ------------------------------------------------------------------ two processes
 
 
@@ -328,9 +400,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=0, help="trials of two processes")
+    parser.add_argument("--writes", type=int, default=0, help="kills in the middle of background writes")
     parser.add_argument("--workers", type=int, default=0, help="data workers")
     parser.add_argument("--folder", type=Path, default=None, help="where the runs lie; by default a temporary folder")
-    parser.add_argument("--break", dest="broken", default="", choices=("position", "random", "evaluation"))
+    parser.add_argument("--break", dest="broken", default="", choices=("position", "random", "evaluation", "snapshot"))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -342,6 +415,8 @@ def start(options: argparse.Namespace) -> int:
         jobs.append(lambda at: kill_runs(at, options.kills, options.workers, options.broken, options.seed))
     if options.pairs:
         jobs.append(lambda at: term_pairs(at, options.pairs, options.seed))
+    if options.writes:
+        jobs.append(lambda at: kill_writes(at, options.writes, options.broken, options.seed))
     with tempfile.TemporaryDirectory() as scratch:
         return max(report(job(options.folder or Path(scratch))) for job in jobs)
 

@@ -7,7 +7,7 @@ Shapes: N images.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,20 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
     for number, seen in enumerate(history):
         SEEN.read(seen, f"{path}: lineage[{number}]", TODO)
     return dict(content)
+
+
+def leaves_of(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested plain containers, each with its place; a container of any other type is itself a leaf."""
+    if type(value) in (dict, OrderedDict):
+        for name, part in value.items():
+            # The name is a leaf, too: it is pickled like a value.
+            yield f"{key}.{name}".lstrip("."), name
+            yield from leaves_of(part, f"{key}.{name}".lstrip("."))
+    elif type(value) in (list, tuple, set):
+        for index, part in enumerate(value):
+            yield from leaves_of(part, f"{key}[{index}]")
+    else:
+        yield key, value
 
 
 def check_parts(content: Any, path: str | Path) -> None:

@@ -10,8 +10,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, cast
@@ -21,7 +21,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from packaging.version import InvalidVersion, Version
 
-from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content
+from maskvlm.checkpoint.background import BackgroundWriter
+from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content, leaves_of
 from maskvlm.checkpoint.integrity import (
     ANOTHER,
     Fact,
@@ -53,7 +54,7 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
     """
     path = Path(path)
     content = {**content, "schema": SCHEMA}
-    for key, value in _walk(content):
+    for key, value in leaves_of(content):
         # `type`, not isinstance: numpy's float64 is a float, and is pickled as itself.
         if type(value) not in PLAIN + TENSORS:
             raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
@@ -137,22 +138,8 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     return cannot_write(error, path, kept) or other
 
 
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested plain containers; a container of any other type is itself a leaf."""
-    if type(value) in (dict, OrderedDict):
-        for name, part in value.items():
-            # The name is a leaf, too: it is pickled like a value.
-            yield f"{key}.{name}".lstrip("."), name
-            yield from _walk(part, f"{key}.{name}".lstrip("."))
-    elif type(value) in (list, tuple, set):
-        for index, part in enumerate(value):
-            yield from _walk(part, f"{key}[{index}]")
-    else:
-        yield key, value
-
-
 def _tensor_bytes(content: Mapping[str, Any]) -> int:
-    return sum(leaf.nbytes for _, leaf in _walk(dict(content)) if isinstance(leaf, torch.Tensor))
+    return sum(leaf.nbytes for _, leaf in leaves_of(dict(content)) if isinstance(leaf, torch.Tensor))
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -193,15 +180,49 @@ def check_version(content: Mapping[str, Any], path: str | Path) -> None:
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.io.SafeCheckpointIO]` makes it use this file."""
+    """Lightning's hook: `trainer.plugins: [maskvlm.checkpoint.io.SafeCheckpointIO]` makes it use this file.
+
+    A save returns when the file is there, but between `begin` and `end`, where it is written in the background.
+    """
+
+    def __init__(self) -> None:
+        self.writer: BackgroundWriter | None = None
+
+    def begin(self) -> None:
+        """From now on a save returns once it has a snapshot."""
+        self.end()
+        self.writer = BackgroundWriter()
+
+    def check(self) -> None:
+        """Raises UserError: a write in the background has failed; the file that was there before is untouched."""
+        if self.writer is not None:
+            self.writer.check()
+
+    def finish(self) -> None:
+        """Wait until all that was saved is on the disk; raises as `check`."""
+        if self.writer is not None:
+            self.writer.finish()
+
+    def end(self) -> None:
+        """As `finish`; from now on a save returns when the file is there."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
+            writer.finish()
+
+    teardown = end  # Lightning calls it when it is done, or has failed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """storage_options: the path that the file which was there is kept under, if any."""
-        save(checkpoint, path, storage_options)
+        if self.writer is None:
+            save(checkpoint, path, storage_options)
+        else:
+            self.writer.save(partial(save, path=path, previous=storage_options), checkpoint)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
+        self.finish()
         content = load(path, map_location)
         check_version(content, path)
         return content
@@ -211,5 +232,12 @@ class SafeCheckpointIO(CheckpointIO):
         # ModelCheckpoint removes its earlier best, whose path it has from the checkpoint that a run went on from.
         if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
             return
-        Path(path).unlink(missing_ok=True)
-        side_file(Path(path)).unlink(missing_ok=True)
+        if self.writer is None:
+            _remove(Path(path))
+        else:
+            self.writer.run(_remove, Path(path))
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    side_file(path).unlink(missing_ok=True)

@@ -86,8 +86,8 @@ class StepSpeed(NamedTuple):
 
 
 class ThroughputMeter:
-    """Where the time of training goes. What is neither a step nor waiting for a batch (validation, writing a
-    checkpoint) is left out.
+    """Where the time of training goes. How long a checkpoint holds the training counts as work; validation is left
+    out.
 
     Args:
         now: seconds from anywhere.
@@ -97,6 +97,7 @@ class ThroughputMeter:
         self.now = now
         self.began: float | None = None
         self.ended: float | None = None
+        self.saved = False
         self.reset()
 
     def reset(self) -> None:
@@ -108,8 +109,11 @@ class ThroughputMeter:
         """A batch has arrived."""
         self.began = self.now()
         # Not after an interruption: what came between was no waiting.
-        if self.ended is not None:
+        if self.ended is not None and self.saved:
+            self.worked += self.began - self.ended
+        elif self.ended is not None:
             self.waited += self.began - self.ended
+        self.saved = False
 
     def batch_ends(self, pairs: int) -> None:
         """Its step is done. pairs: in it, of all processes."""
@@ -117,6 +121,10 @@ class ThroughputMeter:
         if self.began is not None:
             self.worked += self.ended - self.began
             self.pairs += pairs
+
+    def saves(self) -> None:
+        """A checkpoint is saved before the next batch."""
+        self.saved = True
 
     def interrupt(self) -> None:
         """Something else happens before the next batch."""

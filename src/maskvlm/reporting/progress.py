@@ -147,7 +147,7 @@ class TrainingProgress(ProgressBar):
         self._close()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.clock.interrupt()
+        self.clock.saves()
 
     # ------------------------------------------------------------------ evaluation
 

@@ -6,6 +6,7 @@ numbers follow from (seed, batch) alone (`lit.py`), and an evaluation that was d
 """
 
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.training.attempts import Attempt
 from maskvlm.training.csv_log import RunLog
 from maskvlm.training.lightning_private import (
@@ -47,12 +49,17 @@ class KeepState(Checkpoint):
         folder: the run's folder.
         steps: of the optimiser, between two checkpoints; None for no such rule.
         minutes: the same by the clock of the first process.
+        background: the training goes on while a checkpoint is written, from a snapshot in host memory, of which there
+            are two at most, each as large as the checkpoint. False where that memory is not there.
     """
 
-    def __init__(self, folder: str, steps: int | None = 500, minutes: float | None = 10.0) -> None:
+    def __init__(
+        self, folder: str, steps: int | None = 500, minutes: float | None = 10.0, background: bool = True
+    ) -> None:
         check_least(1, {"trainer.callbacks.steps": steps})
         check_least(0, {"trainer.callbacks.minutes": minutes})
-        self.folder, self.steps, self.minutes = Path(folder), steps, minutes
+        self.folder, self.steps, self.minutes, self.background = Path(folder), steps, minutes, background
+        self.io = SafeCheckpointIO()  # the trainer's own, once that is known
         self.unmeasured = False  # an evaluation is due at this step and not yet made
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
@@ -78,6 +85,11 @@ class KeepState(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # By now the process group exists; before, and in an evaluation alone, a process agrees with itself.
         self.agree, self.saved_at = Agreement(), time.monotonic()
+        # A strategy that brings its own is left alone.
+        if isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO):
+            self.io = trainer.strategy.checkpoint_io
+            if self.background:
+                self.io.begin()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.attempt = Attempt(self.folder)
         for logger in trainer.loggers:
@@ -102,12 +114,16 @@ class KeepState(Checkpoint):
             self.attempt.note(trainer.global_step + 1)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        try:
+            self.on_train_end(trainer, pl_module)
+        except Exception as error:  # told beside what ends the run, not in its place
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.attempt is not None:
             self.attempt.close()
             self.attempt = None
+        self.io.end()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -126,6 +142,7 @@ class KeepState(Checkpoint):
 
     def _wish(self, trainer: L.Trainer) -> int:
         HELD.check()
+        self.io.check()
         if CAUGHT.count:
             return STOP
         # The first process's clock counts for all.
@@ -133,12 +150,12 @@ class KeepState(Checkpoint):
         return SAVE if late and trainer.is_global_zero else GO_ON
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`.
+        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`. In the background that is still to come.
 
         The row of this step is logged first: a run that goes on from here does not make the step again.
 
         Raises:
-            UserError: a weight is not a number any more; the files stay what they were.
+            UserError: a weight is not a number any more, or a write has failed; the files stay what they were.
         """
         check_finite(trainer, self.folder)
         if trainer.state.fn == TrainerFn.FITTING and trainer.training:
@@ -147,6 +164,9 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
 
     def _stopped(self, trainer: L.Trainer) -> Stopped:
+        # Nobody leaves before the file is there: torchrun ends the others when one does.
+        self.io.finish()
+        trainer.strategy.barrier("KeepState")
         signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
         name, path = signal.Signals(signum).name, self.folder / LAST
         text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: the same command goes on from there"
@@ -175,6 +195,8 @@ class KeepState(Checkpoint):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self.unmeasured = False
+            if trainer.ckpt_path:  # what is told of this evaluation names that file by its hash
+                self.io.finish()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Checkpoint callbacks come last, in the configuration's order: the best checkpoint is written by now.

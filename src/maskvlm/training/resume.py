@@ -26,6 +26,7 @@ FREE = (
     "trainer.profiler",
     "trainer.enable_progress_bar",
     "trainer.callbacks[StepGuard]",
+    "trainer.callbacks[KeepState].init_args.background",
     "data.init_args.workers",
     "patience",
 )

@@ -1,0 +1,193 @@
+"""A training that saves in the background: what its user is told is true, and no failure is lost."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from guards import Build
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from maskvlm.checkpoint import io as checkpoint
+from maskvlm.checkpoint.io import SafeCheckpointIO, load
+from maskvlm.training import checkpointing
+from maskvlm.training.checkpointing import KeepState
+from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import Stopped
+from maskvlm.utils.signals import CAUGHT
+
+
+class Line(L.LightningModule):
+    """One weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.weight - batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class After(L.Callback):
+    """Does something at the end of one step, before KeepState's turn."""
+
+    def __init__(self, step: int, do: Any) -> None:
+        self.step, self.do = step, do
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.do(trainer)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    yield
+    CAUGHT.restore()
+
+
+def fit(folder: Path, *callbacks: L.Callback, io: CheckpointIO | None = None, **keeping: Any) -> L.Trainer:
+    """Six steps, a checkpoint after each second one."""
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, plugins=[io or SafeCheckpointIO()],
+        callbacks=[*callbacks, KeepState(str(folder), 2, None, **keeping)],
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(torch.ones(6, 1)))
+    return trainer
+
+
+def ended(trainer: L.Trainer) -> None:
+    """Wait until all writes have ended, well or not."""
+    io: Any = trainer.strategy.checkpoint_io
+    for job in io.writer.pending:
+        job.exception(timeout=30)
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> None:
+    """Writing takes longer than the steps; one of a step has no space."""
+    write = checkpoint._write
+
+    def wait(content: dict[str, Any], path: Path) -> Any:
+        time.sleep(0.3)
+        if content["global_step"] == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(content, path)
+
+    monkeypatch.setattr(checkpoint, "_write", wait)
+
+
+@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.check")
+def test_a_failure_is_told_at_the_end_of_the_next_step(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the look at the end of each step the next save would tell it, a step later."""
+    slow(monkeypatch, fails_at=4)
+    steps: list[int] = []
+    looks = [After(step, lambda trainer: steps.append(trainer.global_step)) for step in range(1, 7)]
+    with pytest.raises(UserError, match=r"last\.ckpt: no space left: disk full") as caught:
+        fit(tmp_path, *looks, After(5, ended))
+    assert caught.value.code == ExitCode.IO_ERROR
+    assert steps == [1, 2, 3, 4, 5]
+    assert load(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.end")
+def test_a_failure_of_the_last_save_is_told_at_the_end(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch, fails_at=6)
+    with pytest.raises(UserError, match=r"last\.ckpt: no space left: disk full"):
+        fit(tmp_path)
+    assert load(tmp_path / "last.ckpt")["global_step"] == 4
+    assert load(tmp_path / "previous.ckpt")["global_step"] == 2
+
+
+@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.finish")
+def test_who_is_stopped_says_so_when_the_checkpoint_is_there(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    class Looks(Stopped):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            found.append(load(tmp_path / "last.ckpt")["global_step"])
+
+    slow(monkeypatch)
+    monkeypatch.setattr(checkpointing, "Stopped", Looks)
+    with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 3; .*last\.ckpt holds it"):
+        fit(tmp_path, After(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    assert found == [3]
+
+
+@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.end")
+def test_an_error_of_the_training_waits_for_what_was_saved(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: L.Trainer) -> None:
+        raise ZeroDivisionError("x")
+
+    slow(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, After(5, fail))
+    assert load(tmp_path / "last.ckpt")["global_step"] == 4
+
+
+def test_an_error_of_the_training_is_told_beside_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: L.Trainer) -> None:
+        raise ZeroDivisionError("x")
+
+    slow(monkeypatch, fails_at=4)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, After(5, fail))
+    assert f"warning: {tmp_path / 'last.ckpt'}: no space left: disk full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_files_are_the_same_either_way(background: bool, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    look = After(3, lambda trainer: seen.append(trainer.strategy.checkpoint_io.writer is not None))
+    trainer = fit(tmp_path, look, background=background)
+    assert seen == [background]
+    for name, step in (("last", 6), ("previous", 4)):
+        content = load(tmp_path / f"{name}.ckpt")
+        assert content["global_step"] == step
+        expected = 1 - 0.8**step  # each step goes a fifth of the way to 1
+        assert content["state_dict"]["weight"].item() == pytest.approx(expected)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert load(tmp_path / "after.ckpt")["global_step"] == 6  # there when the call returns
+
+
+class Other(CheckpointIO):
+    """Somebody else's."""
+
+    def __init__(self) -> None:
+        self.saved: list[int] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.saved.append(checkpoint["global_step"])
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise NotImplementedError
+
+
+def test_another_checkpoint_plugin_is_left_alone(tmp_path: Path) -> None:
+    other = Other()
+    fit(tmp_path, io=other)
+    assert other.saved == [2, 4, 6]
