@@ -263,9 +263,9 @@ def writing(run: Path, since: float) -> bool:
 
 
 def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, Any]:
-    """SIGKILL to a process that changes its state and saves it in the background, each time while a file is half
-    written. What it leaves must be the whole state of one step, of the last save that had returned or at most two
-    earlier; the next process goes on from there."""
+    """SIGKILL to a process that changes its state and saves it in the background, each time while a file is
+    half written. What it leaves must be whole, and the state of one step: of the last save that had returned, or at
+    most two earlier. The next process goes on from there."""
     chance, counts = random.Random(seed), Counter[str]()
     wrong: list[str] = []
     run, began = folder / "writes", time.monotonic()
@@ -282,11 +282,12 @@ def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, A
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         counts["SIGKILL"] += 1
-        saved, found = int(lines_of(told)[-1]), steps_in(run)
+        damaged: list[str] = []
+        saved, found = int(lines_of(told)[-1]), steps_in(run, damaged)
         behind = saved - max(found, default=-1)
         counts[f"steps behind: {behind}"] += 1
-        if len(found) != 1 or behind > SNAPSHOTS:
-            wrong.append(f"kill {number}: step {saved} was saved, the file holds {sorted(found)}")
+        if damaged or len(found) != 1 or behind > SNAPSHOTS:
+            wrong.append(f"kill {number}: step {saved} was saved, the file holds {sorted(found)} {damaged}")
     return {"counts": dict(counts), "wrong": wrong, "seconds": round(time.monotonic() - began)}
 
 
@@ -297,7 +298,7 @@ def fork_saver(run: Path, told: Path, broken: str) -> int:
         return child
     try:
         torch.set_num_threads(1)
-        step = max(steps_in(run), default=0)
+        step = max(steps_in(run, []), default=0)
         state = {str(part): torch.full((100_000,), step) for part in range(8)}
         io = SafeCheckpointIO()
         io.begin()
@@ -319,9 +320,10 @@ def lines_of(told: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].split()
 
 
-def steps_in(run: Path) -> set[int]:
-    """The steps that the newest whole checkpoint's tensors are of; empty where there is none."""
-    found = newest_valid(run)
+def steps_in(run: Path, damaged: list[str]) -> set[int]:
+    """The steps that the newest whole checkpoint's tensors are of; empty where there is none. damaged: gets newer ones
+    that are not whole."""
+    found = newest_valid(run, damaged.append)
     tensors = [] if found is None else load(found)["state_dict"].values()
     return {step for tensor in tensors for step in tensor.unique().tolist()}
 

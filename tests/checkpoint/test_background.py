@@ -172,7 +172,7 @@ def test_who_reads_waits_and_what_is_removed_was_written_before(
 
 
 def test_kills_in_the_middle_of_a_write_lose_nothing(tmp_path: Path) -> None:
-    """Fails with `--break snapshot`: the file holds more than one step."""
+    """Fails with `--break snapshot` (tried): what changes while it is written leaves damaged files."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "bench" / "kills.py"), "--writes", "5", "--folder", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

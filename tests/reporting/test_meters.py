@@ -95,6 +95,19 @@ def test_the_clock_leaves_out_what_interrupts_training() -> None:
     assert clock.read() == StepSpeed(10.0, 0.0)
 
 
+def test_a_save_costs_speed_and_is_no_waiting() -> None:
+    now = Ticks()
+    clock = ThroughputMeter(now)
+    for start, end in ((1.0, 2.0), (5.0, 6.0), (8.0, 9.0)):  # three seconds with a save, then two of waiting
+        now.time = start
+        clock.batch_starts()
+        now.time = end
+        clock.batch_ends(16)
+        if start == 1.0:
+            clock.saves()
+    assert clock.read() == StepSpeed(48 / 8, 2 / 8)
+
+
 def test_time_left_follows_the_pace_since_the_first_step() -> None:
     now = Ticks()
     left = TimeLeft(now)

@@ -113,6 +113,10 @@ def test_what_a_run_runs_on_may_change() -> None:
     now: dict[str, Any] = {"trainer": {"devices": 8, "strategy": "ddp", "precision": None}}
     was["data"], now["data"] = ({"init_args": {"workers": workers, "b": [1]}} for workers in (0, 9))
     assert differences(was, now) == []
+    for where, background in ((was, True), (now, False)):  # where memory is short
+        keep = {"class_path": "maskvlm.training.checkpointing.KeepState", "init_args": {"background": background}}
+        where["trainer"]["callbacks"] = [keep]
+    assert differences(was, now) == []
     now["trainer"]["precision"] = "16-mixed"
     now["data"]["init_args"]["b"] = [1, 2]
     assert differences(was, now) == ["trainer.precision was None, is 16-mixed", "data.b[1] was None, is 2"]
