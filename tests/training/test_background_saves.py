@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.io import SafeCheckpointIO, load
 from maskvlm.training import checkpointing
-from maskvlm.training.checkpointing import KeepState
+from maskvlm.training.checkpointing import KeepState, check_finite
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
 from maskvlm.utils.signals import CAUGHT
@@ -34,6 +35,9 @@ class Line(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return (self.weight - batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Nothing is measured."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -56,14 +60,19 @@ def handlers() -> Iterator[None]:
     CAUGHT.restore()
 
 
-def fit(folder: Path, *callbacks: L.Callback, io: CheckpointIO | None = None, **keeping: Any) -> L.Trainer:
-    """Six steps, a checkpoint after each second one."""
+def fit(
+    folder: Path, *callbacks: L.Callback, io: CheckpointIO | None = None, background: bool = True,
+    max_steps: int = -1, limit_val_batches: int = 0, ckpt_path: Path | None = None,
+) -> L.Trainer:  # fmt: skip
+    """Six steps, a checkpoint after each second one, where an evaluation is due."""
     trainer = L.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=1, max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2, limit_val_batches=limit_val_batches,
         default_root_dir=folder, plugins=[io or SafeCheckpointIO()],
-        callbacks=[*callbacks, KeepState(str(folder), 2, None, **keeping)],
+        callbacks=[*callbacks, KeepState(str(folder), 2, None, background)],
     )  # fmt: skip
-    trainer.fit(Line(), DataLoader(torch.ones(6, 1)))
+    batches = [DataLoader(torch.ones(count, 1)) for count in (6, 1)]
+    trainer.fit(Line(), *batches, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -156,6 +165,27 @@ def test_an_error_of_the_training_is_told_beside_a_failed_write(
     assert f"warning: {tmp_path / 'last.ckpt'}: no space left: disk full" in capsys.readouterr().err
 
 
+class Reads(L.Callback):
+    """What a card of an evaluation would name by its hash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found.append((trainer.global_step, load(self.path)["global_step"]))
+
+
+@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.finish")
+def test_a_run_that_goes_on_reads_its_checkpoint_when_it_is_there(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path, max_steps=2)
+    slow(monkeypatch)
+    reads = Reads(tmp_path / "last.ckpt")
+    fit(tmp_path, reads, limit_val_batches=1, ckpt_path=tmp_path / "last.ckpt")
+    assert reads.found == [(4, 4), (6, 6)]
+
+
 @pytest.mark.parametrize("background", [True, False])
 def test_the_files_are_the_same_either_way(background: bool, tmp_path: Path) -> None:
     seen: list[bool] = []
@@ -191,3 +221,16 @@ def test_another_checkpoint_plugin_is_left_alone(tmp_path: Path) -> None:
     other = Other()
     fit(tmp_path, io=other)
     assert other.saved == [2, 4, 6]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 998])
+def test_one_value_that_is_lost_is_found(value: float, place: int, tmp_path: Path) -> None:
+    """Also beside values whose sum is no number; these alone are no fault."""
+    module = torch.nn.ParameterDict({"large": torch.full((100,), 3e38), "small": torch.ones(999)})
+    trainer: Any = SimpleNamespace(lightning_module=module, global_step=5)
+    check_finite(trainer, tmp_path)
+    with torch.no_grad():
+        module["small"][place] = value
+    with pytest.raises(UserError, match=r"1 of 2 tensors are not finite at step 5 \(small, \.\.\.\)"):
+        check_finite(trainer, tmp_path)

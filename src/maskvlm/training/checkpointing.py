@@ -211,9 +211,12 @@ def check_finite(trainer: L.Trainer, folder: Path) -> None:
         UserError: some are infinite or not numbers.
     """
     named = list(trainer.lightning_module.named_parameters())
-    finite_N = torch.stack([value.detach().isfinite().all() for _, value in named])
-    if not bool(finite_N.all()):  # one look at the device, however many tensors
-        lost = [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]
+    # A sum is finite only where every value is; it costs a seventh of looking at each (`isfinite`) on a CPU.
+    sums_N = torch.stack([value.detach().sum(dtype=torch.float32) for _, value in named])
+    if bool(sums_N.isfinite().all()):  # one look at the device, however many tensors
+        return
+    # The sum of finite values may be too large for a number.
+    if lost := [name for name, value in named if not value.detach().isfinite().all()]:
         what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
         todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"
         raise UserError(folder, f"the training has diverged: {what}", todo)
