@@ -4,7 +4,7 @@ r"""How long a save holds the training: in the background, and in the foreground
     PYTHONPATH=src:. python bench/checkpoint.py --gigabytes 0.5 --folder /dev/shm/checkpoint
 
 Random tensors in the place of weights and moments, written by the code that a training uses: the look at every weight
-(`check_finite`), then `SafeCheckpointIO`. Needs memory for the state and a copy of it, and space on the disk for two files.
+(`check_finite`), then `SafeCheckpointIO`. Needs memory for the state and a copy of it, and disk space for two files.
 
 Prints the median, least and largest seconds of each; beside the time that passed that of the processor in this thread,
 which tells more where the machine is busy with other things. Then the first save in the background, whose snapshot gets
