@@ -31,10 +31,11 @@ from maskvlm.training.lightning_private import (
     replace_signal_handlers,
 )
 from maskvlm.training.resume import LAST, PREVIOUS
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.launch import Stopped
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.signals import CAUGHT, Agreement
+from maskvlm.utils.write_errors import is_output_error
 
 GO_ON, SAVE, STOP = 0, 1, 2  # wishes of a process; the largest is followed by all
 
@@ -117,7 +118,10 @@ class KeepState(Checkpoint):
         try:
             self.on_train_end(trainer, pl_module)
         except Exception as error:  # told beside what ends the run, not in its place
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            # Where that is a file that could not be written either, one line tells it all.
+            written = isinstance(exception, UserError) and exception.code in (ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
+            if not written and not is_output_error(exception):
+                print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.attempt is not None:
