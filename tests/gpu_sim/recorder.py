@@ -5,6 +5,7 @@ the CUDA context, the allocator's fragments and the workspaces of matrix product
 """
 
 import collections
+import itertools
 import traceback
 import weakref
 from typing import Any
@@ -82,10 +83,16 @@ class Recorder(TorchDispatchMode):
         matmuls: (operation, dtype) -> how often.
         sent: (collective, phase) -> bytes that this process gets or hands over, whichever is more.
         peak: bytes of all storages that were alive at once; `peak_at` names the moment.
+
+    Args:
+        by_line: also note what made each storage, for `largest`; slow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_line: bool = False) -> None:
         super().__init__()
+        self.by_line = by_line
+        self.makers: dict[int, str] = {}
+        self.history: list[tuple[str, int]] = []
         self.phase = "forward"
         self.waits: collections.Counter[str] = collections.Counter()
         self.copies: collections.Counter[str] = collections.Counter()
@@ -153,9 +160,23 @@ class Recorder(TorchDispatchMode):
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         self.alive[key] = size
         self.now += size
+        if self.by_line:
+            self.makers[key] = f"{where} {x.dtype} at {site()}" if where else "parameters"
+            self.history.append((self.makers[key], size))
         weakref.finalize(storage, self._freed, key)
         if self.now > self.peak:
             self.peak, self.peak_at = self.now, f"{where} at {site()}"
 
     def _freed(self, key: int) -> None:
-        self.now -= self.alive.pop(key, 0)
+        size = self.alive.pop(key, 0)
+        self.now -= size
+        if self.by_line:
+            self.history.append((self.makers.pop(key, ""), -size))
+
+    def largest(self, most: int) -> dict[str, float]:
+        """What made the storages that were alive at the peak -> MiB, the largest first."""
+        sums = list(itertools.accumulate(size for _, size in self.history))
+        held: collections.Counter[str] = collections.Counter()
+        for maker, size in self.history[: sums.index(max(sums)) + 1]:
+            held[maker] += size
+        return {maker: round(size / 2**20, 1) for maker, size in held.most_common(most)}

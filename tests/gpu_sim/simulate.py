@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--chunk", type=int, help="pairs that are computed at once (model.chunk)")
     parser.add_argument("--memory-alone", action="store_true", help="do not count operations")
+    parser.add_argument("--largest", type=int, default=0, help="so many lines that made what is alive at the peak")
     parser.add_argument("--task", type=json.loads, default={}, help="options of MaskedPretraining, as JSON")
     return parser.parse_args()
 
@@ -142,7 +143,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         for name in ("trunc_normal_", "xavier_uniform_", "kaiming_uniform_", "normal_", "uniform_"):
             stack.enter_context(mock.patch(f"torch.nn.init.{name}", lambda tensor, *_, **__: tensor))
         backbone, task = build(options)
-    recorder, flops = Recorder(), FlopCounterMode(display=False, depth=4)
+    recorder, flops = Recorder(by_line=options.largest > 0), FlopCounterMode(display=False, depth=4)
     with as_on_cuda(options.world), FakeTensorMode(allow_non_fake_inputs=True):
         put_on_device(backbone, task)
         backbone.text.tokenizer = Tokens()  # type: ignore[assignment]
@@ -184,6 +185,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         "sent": {" ".join(key): size for key, size in recorder.sent.items()},
         "peak_gib": round(recorder.peak / 2**30, 2),
         "peak_at": recorder.peak_at,
+        "largest_mib": recorder.largest(options.largest) if options.largest else {},
         "gflop_per_pair": round(flops.get_total_flops() / options.pairs / 1e9, 2),
         "forward_gflop_per_pair": round(forward_flops / options.pairs / 1e9, 2),
         "parts_gflop_per_pair": {name: round(count / options.pairs / 1e9, 2) for name, count in parts.items()},

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from maskvlm.model.feed_forward import FeedForward, LastNorm, LayerNorm
+
 
 class KeyValue(NamedTuple):
     """Projected keys and values, [U, H, S, D/H] each ([B, ...] after `rows`); computed once for all pairs that share
@@ -91,8 +93,8 @@ class CrossBlock(nn.Module):
         super().__init__()
         self.self_attention = Attention(width, width, heads)
         self.cross_attention = Attention(width, context_width, heads)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.feed_forward = FeedForward(width)
+        self.norms = nn.ModuleList(LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -182,7 +184,10 @@ class CrossEncoder(nn.Module):
         if grid is not None:
             # (1, 1 + N, D); MaskVLM fills it with sine and cosine.
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
-        self.blocks = nn.ModuleList(CrossBlock(width, context_width, heads, dropout) for _ in range(layers))
+        blocks = [CrossBlock(width, context_width, heads, dropout) for _ in range(layers)]
+        # Matching reads what leaves the last block, and its scores are compared.
+        blocks[-1].norms[2] = LastNorm(width)
+        self.blocks = nn.ModuleList(blocks)
 
     def context(
         self, context_USD: Tensor, attention_US: Tensor | None = None, index_B: Tensor | None = None

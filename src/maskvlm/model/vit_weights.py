@@ -13,6 +13,7 @@ from torch import Tensor
 from maskvlm.checkpoint.hub_client import hub_weights
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.checkpoint.weights import State, read_state
+from maskvlm.model.feed_forward import keep_less
 from maskvlm.utils.errors import ExitCode, UserError
 
 WHERE = "model.backbone.image"
@@ -35,7 +36,7 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         todo = f"Did you mean {', '.join(near)}" if near else "Choose one of timm.list_models('vit*')"
         raise UserError(f"{WHERE}.name", f"timm has no model {name}", todo)
     try:
-        vit = timm.create_model(name, num_classes=0, **settings)
+        vit: Any = timm.create_model(name, num_classes=0, **settings)
     # timm checks settings by asserts, too.
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         todo = "Mend its config, or choose a ViT with a class token such as vit_base_patch16_224"
@@ -44,6 +45,8 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
     if getattr(vit, "cls_token", None) is None or not isinstance(vit.patch_embed, PatchEmbed):
         what = f"{name} is no ViT with plain patches and a class token"
         raise UserError(f"{WHERE}.name", what, "Choose one such as vit_base_patch16_224")
+    # The norm behind the blocks stays as it is: its float32 is what contrast compares.
+    keep_less(vit.blocks)
     return vit
 
 
