@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 from toys import slow_cross, torch_attention
 
+from maskvlm.model import cross_attention
 from maskvlm.model.cross_attention import Context, CrossBlock, CrossEncoder
+from maskvlm.model.text_lengths import MANY
 
 WIDTH, OTHER, HEADS = 12, 20, 4
 
@@ -204,3 +206,33 @@ def test_every_parameter_is_used(encoder: CrossEncoder) -> None:
     """Also where only class tokens leave the last block; distributed training waits for each gradient."""
     encoder(noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), num_full=0).cls_BD.square().sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("full", [0, 7, 40])
+def test_many_texts_in_groups_of_like_length_are_as_one_pass(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, rows that several pairs share, and contexts of which pairs pick; in float64."""
+    torch.manual_seed(0)
+    encoder = CrossEncoder(16, 12, layers=2, heads=2).double()
+    text_ULD = torch.randn(30, 9, 16, dtype=torch.float64, requires_grad=True)
+    image_VSD = torch.randn(11, 5, 12, dtype=torch.float64, requires_grad=True)
+    attention_UL = torch.arange(9) < torch.randint(1, 10, (30,))[:, None]
+    row_B, seen_B = torch.randint(0, 30, (40,)), torch.randint(0, 11, (40,))
+    found = []
+    for grouped in (True, False):
+        monkeypatch.setattr(cross_attention, "worth_grouping", lambda *_, grouped=grouped: grouped)
+        context = encoder.context(image_VSD, None, seen_B)
+        out = encoder(text_ULD, context, attention_UL, full, row_B)
+        read = out.full_RLD * attention_UL[row_B[:full], :, None]
+        total = read.sin().sum() + out.cls_BD.cos().sum()
+        found.append([read, out.cls_BD, *torch.autograd.grad(total, [text_ULD, image_VSD, *encoder.parameters()])])
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_many_texts_cost_their_own_length() -> None:
+    encoder, seen = CrossEncoder(16, 12, layers=2, heads=2), []
+    encoder.blocks[0].feed_forward.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:2]))  # type: ignore[union-attr]
+    length_U = torch.tensor([3] * 12 + [9] * 4).repeat(MANY // 16)
+    attention_UL = torch.arange(9) < length_U[:, None]
+    encoder(torch.randn(len(length_U), 9, 16), encoder.context(torch.randn(len(length_U), 5, 12)), attention_UL)
+    assert sum(rows * length for rows, length in seen) == length_U.sum()

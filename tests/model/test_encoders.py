@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
-from maskvlm.model.encoders import MANY, ImageEncoder, TextEncoder, encoders_frozen
+from maskvlm.model.encoders import ImageEncoder, TextEncoder, encoders_frozen
 from maskvlm.model.hf_text import FINISHED_MASK, takes_finished_mask
+from maskvlm.model.text_lengths import MANY
 from maskvlm.utils.errors import UserError
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}

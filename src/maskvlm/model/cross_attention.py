@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from maskvlm.model.feed_forward import FeedForward, LastNorm, LayerNorm
+from maskvlm.model.text_lengths import length_groups, lengths_of, worth_grouping
 
 
 class KeyValue(NamedTuple):
@@ -219,6 +220,45 @@ class CrossEncoder(nn.Module):
             read_RK: the positions [R, K] of the first `num_full` pairs that are read; `full_RLD` then has these alone,
                 in that order.
         """
+        pairs = len(x_ULD) if row_B is None else len(row_B)
+        if attention_UL is not None and read_RK is None and worth_grouping(attention_UL, pairs):
+            rows = torch.arange(pairs, device=x_ULD.device) if row_B is None else row_B
+            return self._by_length(x_ULD, context, attention_UL, pairs if num_full is None else num_full, rows)
+        return self._forward(x_ULD, context, attention_UL, num_full, row_B, read_RK)
+
+    def _by_length(
+        self, x_ULD: Tensor, context: Context, attention_UL: Tensor, num_full: int, row_B: Tensor
+    ) -> CrossOutput:
+        """The same in groups of pairs whose queries have like length (`text_lengths.py`)."""
+        seen_B = torch.arange(len(row_B), device=row_B.device) if context.index_B is None else context.index_B
+        groups: list[Tensor] = []
+        full: list[Tensor] = []
+        first: list[Tensor] = []
+        for pair_G, longest in length_groups(lengths_of(attention_UL)[row_B]):
+            # Pairs of which all positions are read stand in front, in every group.
+            pair_G = pair_G[(pair_G >= num_full).argsort(stable=True)]
+            row_H, of_G = row_B[pair_G].unique(return_inverse=True)
+            seen = context._replace(index_B=seen_B[pair_G])
+            asking, mask = x_ULD[row_H, :longest], attention_UL[row_H, :longest]
+            out = self._forward(asking, seen, mask, int((pair_G < num_full).sum()), of_G, None)
+            groups.append(pair_G)
+            # Zeros at padding, whose features mean nothing.
+            full.append(nn.functional.pad(out.full_RLD, (0, 0, 0, x_ULD.shape[1] - longest)))
+            first.append(out.cls_BD)
+        pair_B = torch.cat(groups)
+        # Back to the order of the pairs: argsort of a permutation is its inverse.
+        order_R = pair_B[pair_B < num_full].argsort()
+        return CrossOutput(torch.cat(full)[order_R], torch.cat(first)[pair_B.argsort()])
+
+    def _forward(
+        self,
+        x_ULD: Tensor,
+        context: Context,
+        attention_UL: Tensor | None,
+        num_full: int | None,
+        row_B: Tensor | None,
+        read_RK: Tensor | None,
+    ) -> CrossOutput:
         place_LD = None if self.pos_embed is None else self.pos_embed[0]
         x_BLD, attention_BL = x_ULD, attention_UL
         blocks: list[CrossBlock] = list(self.blocks)  # type: ignore[arg-type]

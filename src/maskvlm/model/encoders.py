@@ -39,6 +39,7 @@ from maskvlm.model.hf_text import (
     takes_finished_mask,
 )
 from maskvlm.model.init import init_xavier
+from maskvlm.model.text_lengths import length_groups, lengths_of, worth_grouping
 from maskvlm.model.vit_weights import HEADS, create_vit, read_vit_state
 from maskvlm.utils.distributed import without_gradient
 from maskvlm.utils.errors import ExitCode, UserError
@@ -49,7 +50,6 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-MANY, GROUPS = 16, 4  # from so many texts on, a CPU takes them in so many groups of like length
 
 
 class Encoder(nn.Module):
@@ -476,7 +476,7 @@ class TextEncoder(Encoder):
 
     def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
-        if not traced and token_BT.device.type == "cpu" and len(token_BT) >= MANY:
+        if worth_grouping(attention_BT, len(token_BT)):
             return self._by_length(token_BT, attention_BT)
         mask = attention_BT
         if not traced and token_BT.device.type != "cpu" and takes_finished_mask(self.model):
@@ -485,18 +485,12 @@ class TextEncoder(Encoder):
         return hidden_BTD
 
     def _by_length(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        """The same in groups of like length, each padded to its own longest text: captions are half as long as the
-        longest of a batch, and a CPU pays for every position."""
-        # The last attended position of each text, from 1. At least 1, so that no group is cut to no position.
-        place_T = torch.arange(1, token_BT.shape[1] + 1, device=token_BT.device)
-        length_B = (attention_BT * place_T).amax(1).clamp(min=1)
-        # Sorted by length, then cut into groups of equal size.
-        groups, parts = length_B.argsort().chunk(GROUPS), []
-        for row_G in groups:
-            # This would synchronise a GPU; only a CPU comes here.
-            longest = int(length_B[row_G].max())
+        """The same in groups of like length, each padded to its own longest text."""
+        groups, parts = list[Tensor](), []
+        for row_G, longest in length_groups(lengths_of(attention_BT)):
             token_GT, attention_GT = token_BT[row_G, :longest], attention_BT[row_G, :longest]
             hidden_GTD = self.model(input_ids=token_GT, attention_mask=attention_GT).last_hidden_state
+            groups.append(row_G)
             # (G, longest, D) -> (G, T, D): zeros at padding, whose features mean nothing.
             parts.append(nn.functional.pad(hidden_GTD, (0, 0, 0, token_BT.shape[1] - longest)))
         # Back to the order of the batch: argsort of a permutation is its inverse.

@@ -34,7 +34,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         # A CPU adds up the gradients of weight and bias in that type, too, which is off by a percent.
-        if x.device.type == "cpu" or not torch.is_autocast_enabled(x.device.type):
+        # Meta tensors know no autocast.
+        if x.device.type in ("cpu", "meta") or not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return fast_layer_norm(x, list(self.normalized_shape), self.weight, self.bias, self.eps)
 
