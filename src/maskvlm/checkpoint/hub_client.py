@@ -6,11 +6,11 @@ try again for half a minute a file; here one question of at most PROBE_SECONDS d
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -114,6 +114,13 @@ def hub_weights(name: str, repository: str, filename: str | None = None) -> Path
         raise FileNotFoundError(f"{repo} holds none of {', '.join(WEIGHT_FILES)}")
 
     return from_cache_or_hub(name, fetch)
+
+
+def is_cached(repository: str, names: Iterable[str]) -> bool:
+    """Whether one of these files of a repository (`owner/name`, `owner/name@revision`) is in the hub's cache here."""
+    repo, _, revision = repository.partition("@")
+    # The client gives None, or an object of its own for a file that the repository is known not to have.
+    return any(isinstance(try_to_load_from_cache(repo, name, revision=revision or None), str) for name in names)
 
 
 def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:

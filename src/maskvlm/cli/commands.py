@@ -96,6 +96,10 @@ REGISTRY = (
         "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", (*LOOK, "encoders"),
         compose=compose.bench_command,
     ),
+    Command(
+        "doctor", LEARN, "check machine, weights and data for a run; predict its memory, speed and hours",
+        "maskvlm.cli.doctor:main", TRAINING, compose=compose.doctor_command,
+    ),
     Command("study", LEARN, "make many runs and compare them: means, intervals, verdicts", "maskvlm.cli.study:main"),
     Command(
         "data", DATA, "prepare a data set once, from its files as distributed", "maskvlm.data.prepare.command:main",

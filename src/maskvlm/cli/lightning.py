@@ -17,6 +17,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
@@ -26,11 +27,13 @@ from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, o
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
+from maskvlm.data.module import PairData
 from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of
 from maskvlm.training.attempts import attempted
 from maskvlm.training.checkpointing import LAST, check_finite
 from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lit import LitModel
+from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, estimate_memory
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
@@ -190,6 +193,37 @@ class LightningCommand(LightningCLI):
             self.model.on_validation_start()
 
     before_test = before_validate
+
+    def before_fit(self) -> None:
+        """Say what a step takes of the card, while there is time to change it."""
+        trainer: Any = self.trainer
+        if process_rank() == 0 and trainer.strategy.root_device.type == "cuda":
+            self._tell_memory(trainer, torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory)
+
+    def _tell_memory(self, trainer: Any, card: int) -> None:
+        """card: bytes.
+
+        Raises:
+            UserError: not even what stays from step to step has a place (69).
+        """
+        model, data, precision = self.model, self.datamodule, str(trainer.precision)
+        # Of pairs, whose batches all look alike, in strategies that keep all parameters on each card.
+        pairs = isinstance(data, PairData) and isinstance(data.source, Source)
+        whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if not (pairs and whole and precision in AUTOCAST):
+            return
+        share = max(1, data.share // trainer.world_size)
+        simulation = StepSimulation(model.backbone, model.task, precision, data.captions)
+        try:
+            found = estimate_memory(simulation, share, model.chunk, card, trainer.world_size > 1)
+        except Exception as error:  # a plug-in that asks a fake tensor for a value; the run itself may be well
+            print(f"note: the step's memory could not be simulated ({error})", file=sys.stderr, flush=True)
+            return
+        found.check()
+        if found.fits:
+            print(f"note: {found}", file=sys.stderr, flush=True)
+        else:
+            warn(f"{found}: {found.todo}")
 
     def after_fit(self) -> None:
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those

@@ -355,6 +355,13 @@ def bench_command(words: CommandWords) -> Composed:
     return ["bench", *pretraining(words), *words.options]
 
 
+def doctor_command(words: CommandWords) -> Composed:
+    """`doctor model=base data=coco where=gpu8`: the words of `pretrain`."""
+    # Without a name there is no folder to look at but checkpoints/.
+    run = run_options(words, "doctor") if "run" in words.given else []
+    return ["doctor", *run, *pretraining(words), *words.options]
+
+
 def index_command(words: CommandWords) -> Composed:
     """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
     words = with_model(words, "asked")

@@ -43,6 +43,7 @@ from maskvlm.model.text_lengths import length_groups, lengths_of, worth_grouping
 from maskvlm.model.vit_weights import HEADS, create_vit, read_vit_state
 from maskvlm.utils.distributed import without_gradient
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.on_cpu import on_cpu
 
 Triple = tuple[float, float, float]
 Normalisation = Literal["model", "clip", "imagenet"]
@@ -479,7 +480,7 @@ class TextEncoder(Encoder):
         if worth_grouping(attention_BT, len(token_BT)):
             return self._by_length(token_BT, attention_BT)
         mask = attention_BT
-        if not traced and token_BT.device.type != "cpu" and takes_finished_mask(self.model):
+        if not traced and not on_cpu(token_BT) and takes_finished_mask(self.model):
             mask = attention_BT[:, None, None, :].expand(-1, 1, token_BT.shape[1], -1)
         hidden_BTD: Tensor = self.model(input_ids=token_BT, attention_mask=mask).last_hidden_state
         return hidden_BTD

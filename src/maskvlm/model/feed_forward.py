@@ -12,6 +12,8 @@ from timm.layers import Mlp, fast_layer_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maskvlm.utils.on_cpu import on_cpu
+
 
 def not_kept(compute: Callable[[Tensor], Tensor], x: Tensor, random: bool = False) -> Tensor:
     """What `compute` gives for x. On a GPU nothing in between is kept: it is computed again in the backward pass, up to
@@ -22,7 +24,7 @@ def not_kept(compute: Callable[[Tensor], Tensor], x: Tensor, random: bool = Fals
         random: whether it draws random numbers.
     """
     # A CPU has the memory and lacks the time; compiled code chooses by itself what it keeps.
-    if x.device.type == "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if on_cpu(x) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compute(x)
     result: Tensor = checkpoint(compute, x, use_reentrant=False, preserve_rng_state=random)
     return result
@@ -35,7 +37,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         # A CPU adds up the gradients of weight and bias in that type, too, which is off by a percent.
         # Meta tensors know no autocast.
-        if x.device.type in ("cpu", "meta") or not torch.is_autocast_enabled(x.device.type):
+        if on_cpu(x) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return fast_layer_norm(x, list(self.normalized_shape), self.weight, self.bias, self.eps)
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from maskvlm.utils.on_cpu import on_cpu
+
 MANY, GROUPS = 16, 4  # from so many texts on, they are taken in so many groups of like length
 
 
 def worth_grouping(attention_BT: Tensor, rows: int) -> bool:
     """Whether so many rows with this padding mask are computed in groups."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
-    return not traced and attention_BT.device.type == "cpu" and rows >= MANY
+    return not traced and on_cpu(attention_BT) and rows >= MANY
 
 
 def lengths_of(attention_BT: Tensor) -> Tensor:

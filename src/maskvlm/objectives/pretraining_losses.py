@@ -33,6 +33,7 @@ from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.loss_functions import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
 from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.on_cpu import on_cpu
 
 FADE = 0.9999
 """Decay of the token counts per step: they follow the data, and a count never reaches 2^24, where float32 stops
@@ -300,7 +301,7 @@ class MaskedTokens(PretrainingLoss):
         index_CK, target_CK, weight_CK = self._masked(step)
         # (C, T, D) -> (C, K, D): the head gives V numbers for each position, so it gets the masked ones alone.
         read_CKD = gather_positions(step.crossed.text_BTD, index_CK)
-        if weight_CK.device.type == "cpu":  # about half of the places hold nothing; asking a GPU which would stall it
+        if on_cpu(weight_CK):  # about half of the places hold nothing; asking a GPU which would stall it
             # (C, K, ...) -> (masked, 1, ...)
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))

@@ -88,7 +88,7 @@ class LitModel(L.LightningModule):
             raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
         self.backbone, self.task = backbone, task
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
-        self.lr_cross, self.layer_decay = lr_cross, layer_decay
+        self.lr_cross, self.layer_decay, self.chunk = lr_cross, layer_decay, chunk
         self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None

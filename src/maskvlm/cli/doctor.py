@@ -1,0 +1,428 @@
+"""`maskvlm doctor`: would this run work here, and how long would it take? One line a check, and nothing is trained.
+
+What cannot be measured before a run is predicted, and says so: memory by a simulated step, speed by the operations of a
+step and a share of the card's peak.
+"""
+
+import contextlib
+import io
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import timm
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from maskvlm.checkpoint.hub_client import WEIGHT_FILES, Unreachable, hub_reachable, is_cached
+from maskvlm.cli.lightning import Parsed, built_source, check_cards, run_command
+from maskvlm.config.arguments import OptionParser
+from maskvlm.config.compose import data_root
+from maskvlm.config.parser import MODE, CommandParser
+from maskvlm.data.module import PairData
+from maskvlm.data.workers import SHARED, check_shared
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.task import Task
+from maskvlm.training.failure import process_rank
+from maskvlm.training.memory_estimate import GIB, StepSimulation, estimate_memory
+from maskvlm.training.precision import alone
+from maskvlm.training.run_record import machine
+from maskvlm.utils.distributed import cores
+from maskvlm.utils.errors import ExitCode, UserError
+
+OK, LOOK, FAILS = "ok", "look", "fails"
+CHECKPOINTS = 4  # last, previous, best, and the one that is being written
+CARD_GIB, CARD_TFLOPS = 80.0, 312.0  # of an A100, where no card is at hand and none is described
+UTILISATION = 0.4  # of the peak; assumed
+LAUNCH = 10e-6  # seconds of the host for a kernel; assumed. Of a small model the card waits for it
+BATCH, BATCHES = 16, 3  # images that are read to time a data worker
+SENT = 2**26  # bytes of a timed all-reduce
+
+
+class Finding(NamedTuple):
+    """One line. verdict: OK, LOOK or FAILS; todo: "" where there is nothing to do."""
+
+    check: str
+    verdict: str
+    found: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<5}  {self.check:<13} {self.found}{f'. {self.todo}' if self.todo else ''}"
+
+
+class Card(NamedTuple):
+    """One of those that the run would use. peak: operations per second in bfloat16, None where it is not known."""
+
+    name: str
+    memory: int
+    peak: float | None
+
+
+def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
+    """Print what was found; 2 where something fails, else 0."""
+    told = "Takes the words and options of `maskvlm pretrain`, and:"
+    parser = OptionParser("maskvlm doctor", description=told, allow_abbrev=False)
+    parser.add_argument("--peak", type=float, help="TFLOP/s of a card in bfloat16 (its own, or an A100's 312)")
+    parser.add_argument("--memory", type=float, help="GiB of a card (its own, or an A100's 80)")
+    options, rest = parser.parse_known_args(arguments)
+    settings = run_command(Parsed, ["fit", *rest], allowed).settings
+    failed = False
+    for finding in findings(settings, options.peak, options.memory):
+        failed |= finding.verdict == FAILS
+        if process_rank() == 0:
+            print(finding, flush=True)
+    return int(ExitCode.USAGE if failed else ExitCode.DONE)
+
+
+def findings(settings: Namespace, peak: float | None = None, memory: float | None = None) -> Iterator[Finding]:
+    """Of all checks, each as soon as it is known.
+
+    Args:
+        settings: of a pre-training, as composed.
+        peak: TFLOP/s, memory: GiB of a card; None: its own, or what is assumed.
+    """
+    if not alone():
+        # Every process takes part; the other checks are the first one's.
+        yield examined("network", lambda: check_network(settings.trainer))
+        if process_rank() != 0:
+            return
+    yield examined("machine", lambda: check_machine(settings.trainer))
+    yield examined("torch", lambda: check_torch(settings.trainer))
+    card = described(peak, memory)
+    simulation = None
+    try:
+        simulation = simulated(settings)
+    except UserError as error:
+        yield failure("model", error)
+    state = None if simulation is None else simulation.state_bytes - simulation.gradient_bytes
+    yield examined("disk", lambda: check_disk(Path(settings.run), state))
+    yield examined("data disk", check_data_disk)
+    yield examined("weights", lambda: check_weights(settings))
+    data = None
+    if simulation is None:
+        yield Finding("data", LOOK, "not looked at, as the model tells the size of images", "Mend the model first")
+    else:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as said:  # in the line, not before it
+                data = opened(settings, simulation)
+            yield Finding("data", OK, "; ".join([contents(data), *said.getvalue().splitlines()]))
+        except UserError as error:
+            yield failure("data", error)
+    yield examined("shared memory", lambda: check_shared_memory(settings, simulation))
+    if simulation is None:
+        return
+    yield from predictions(settings, simulation, data, card)
+
+
+def examined(check: str, look: Callable[[], Finding]) -> Finding:
+    """What `look` finds, or what it says is wrong."""
+    try:
+        return look()
+    except UserError as error:
+        return failure(check, error)
+
+
+def failure(check: str, error: UserError) -> Finding:
+    """Of an error that the run would end with."""
+    return Finding(check, FAILS, f"{error.where}: {error.what}", error.todo)
+
+
+# ---------------------------------------------------------------------- this machine
+
+
+def on_cards(trainer: Namespace) -> bool:
+    """Whether the run asks for GPUs, or would take those that are here."""
+    return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
+
+
+def processes(trainer: Namespace) -> int:
+    """Of one machine: one a device."""
+    asked = trainer.devices
+    if isinstance(asked, list):
+        return len(asked)
+    if str(asked).isdigit():
+        return int(asked)
+    return max(1, torch.cuda.device_count()) if on_cards(trainer) else 1
+
+
+def check_machine(trainer: Namespace) -> Finding:
+    """The devices that the run asks for."""
+    here = machine()
+    cards = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
+    check_cards(trainer)
+    todo = "" if on_cards(trainer) else "The run would be on the processor; what follows of a card is a prediction"
+    return Finding("machine", OK if not todo else LOOK, f"{here['processor']}, {here['cores']} cores, {cards}", todo)
+
+
+def check_torch(trainer: Namespace) -> Finding:
+    """Whether torch, its CUDA, the driver and the card fit each other."""
+    built, driver = torch.version.cuda, driver_version()
+    told = f"torch {torch.__version__}, {f'built for CUDA {built}' if built else 'built without CUDA'}, "
+    told += f"driver {driver}" if driver else "no NVIDIA driver"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if f"sm_{major}{minor}" not in torch.cuda.get_arch_list():
+            # A kernel of the same major version runs; of another one none does.
+            near = any(each.startswith(f"sm_{major}") for each in torch.cuda.get_arch_list())
+            todo = f"It has no kernels for sm_{major}{minor}: install a newer torch" if not near else ""
+            return Finding("torch", LOOK if todo else OK, told, todo)
+        return Finding("torch", OK, told)
+    if driver and built:
+        todo = "CUDA does not start: no card is free, or the driver is older than that CUDA (nvidia-smi tells its own)"
+        return Finding("torch", FAILS if on_cards(trainer) else LOOK, told, todo)
+    if driver:
+        todo = "There is a card here: install a torch with CUDA (pytorch.org, Get started)"
+        return Finding("torch", FAILS if on_cards(trainer) else LOOK, told, todo)
+    return Finding("torch", OK, told)
+
+
+def driver_version() -> str | None:
+    """NVIDIA's, if its tool is here and answers."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+
+
+def check_disk(folder: Path, state: int | None) -> Finding:
+    """Room for the checkpoints of the run. state: bytes of one of them; None: not known."""
+    free, place = free_space(folder)
+    told = f"{place}: {free / GIB:.1f} GiB free"
+    if state is None:
+        return Finding("disk", OK, told)
+    need = CHECKPOINTS * state
+    told += f", {CHECKPOINTS} checkpoints take {need / GIB:.1f}"
+    if free < need:
+        return Finding("disk", FAILS, told, "Make room there, or name a --folder on a larger disk")
+    return Finding("disk", OK, told)
+
+
+def check_data_disk() -> Finding:
+    """Room where sets are prepared."""
+    free, place = free_space(data_root())
+    todo = "" if free >= GIB else "There is no room to prepare a set: make some, or set DATA_ROOT to a larger disk"
+    return Finding("data disk", LOOK if todo else OK, f"{place}: {free / GIB:.1f} GiB free", todo)
+
+
+def free_space(folder: Path) -> tuple[int, Path]:
+    """Bytes free in a folder, or in the nearest one above it that is there, and which that is."""
+    place = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    return shutil.disk_usage(place).free, place
+
+
+def check_shared_memory(settings: Namespace, simulation: StepSimulation | None) -> Finding:
+    """Room for what data workers have read. Raises UserError where there is too little."""
+    each, workers = processes(settings.trainer), workers_of(settings)
+    if not workers or not Path(SHARED).is_dir() or simulation is None:
+        return Finding("shared memory", OK, f"{workers} data workers")
+    image = 4 * 3 * simulation.model.backbone.image.image_size**2
+    check_shared(image * pairs_of(settings), workers, each)
+    free = shutil.disk_usage(SHARED).free / GIB
+    return Finding("shared memory", OK, f"{SHARED}: {free:.1f} GiB free, enough for {each} x {workers} data workers")
+
+
+def workers_of(settings: Namespace) -> int:
+    """Data workers of one process, as `PairData` chooses them."""
+    asked: int | None = settings.data.init_args.get("workers")
+    if asked is not None or not on_cards(settings.trainer):
+        return asked or 0
+    return min(12, cores() // processes(settings.trainer))
+
+
+def check_network(trainer: Namespace) -> Finding:
+    """How fast the processes of this launch add up a tensor; all of them come here."""
+    # Fabric finds torchrun's and SLURM's places as the trainer does.
+    try:
+        fabric = L.Fabric(
+            accelerator=trainer.accelerator, strategy="ddp", devices=trainer.devices, num_nodes=trainer.num_nodes
+        )
+        fabric.launch()
+        numbers = torch.ones(SENT // 4, device=fabric.device)
+        seconds = []
+        for _ in range(4):
+            fabric.barrier()
+            began = time.perf_counter()
+            float(fabric.all_reduce(numbers, reduce_op="sum").sum())  # type: ignore[union-attr]  # waits for the device
+            seconds.append(time.perf_counter() - began)
+    except (RuntimeError, ValueError) as error:
+        todo = "Start as many processes as devices and num_nodes say, and see that the machines reach each other"
+        return Finding("network", FAILS, str(error).splitlines()[0], todo)
+    best = min(seconds[1:])  # the first opens the connections
+    # A ring hands each number on twice, but for the own part.
+    rate = 2 * (fabric.world_size - 1) / fabric.world_size * SENT / best
+    told = f"{fabric.world_size} processes add up {SENT / 2**20:.0f} MiB in {1000 * best:.0f} ms"
+    return Finding("network", OK, f"{told} ({rate / 1e9:.1f} GB/s)")
+
+
+# ---------------------------------------------------------------------- what the run starts from
+
+
+def simulated(settings: Namespace) -> StepSimulation:
+    """The configured model and task without values: no weights are read, and of a model on the hub only its
+    configuration. Raises UserError where it cannot be built."""
+    backbone = settings.model.backbone.clone()
+    backbone.init_args.start = None
+    for encoder in (backbone.init_args.image, backbone.init_args.text):
+        encoder.init_args.random_init = True
+    backbone.init_args.image.init_args.weights = None
+    parser = CommandParser(parser_mode=MODE)
+    parser.add_subclass_arguments(MaskVLM, "backbone")
+    parser.add_subclass_arguments(Task, "task")
+    with torch.device("meta"):
+        made = parser.instantiate(parser.parse_object({"backbone": backbone, "task": settings.model.task}))
+        made.task.build(made.backbone)
+    # A card's own choice, as it is where the run would be on one.
+    precision = settings.trainer.precision or "bf16-mixed"
+    try:
+        return StepSimulation(made.backbone, made.task, str(precision), settings.data.init_args.get("captions") or 1)
+    except KeyError:
+        what = f"a step in {precision} cannot be simulated"
+        raise UserError("trainer.precision", what, "Leave it out, or choose bf16-mixed") from None
+
+
+def check_weights(settings: Namespace) -> Finding:
+    """Whether what the run starts from is here, or can be fetched; nothing is.
+
+    Raises:
+        Unreachable: neither.
+    """
+    if settings["from"] is not None:
+        return Finding("weights", OK, f"of the checkpoint {settings['from']}")
+    if settings.model.random_init:
+        return Finding("weights", OK, "random, as asked for")
+    image, text = (settings.model.backbone.init_args[name].init_args for name in ("image", "text"))
+    # name of the encoder -> its repository on the hub; a local one that is not there is missing for good
+    absent: dict[str, str] = {}
+    for told, local, repository in (
+        (f"{image.name} (timm)", image.weights, hub_of_vit(image.name)),
+        (f"{text.name} (Hugging Face)", text.name if Path(text.name).expanduser().is_dir() else None, text.name),
+    ):
+        if local is not None and not Path(local).expanduser().exists():
+            raise UserError(local, "no such file or folder of weights", "Check the path", ExitCode.MISSING_INPUT)
+        if local is None and not is_cached(repository, WEIGHT_FILES):
+            absent[told] = repository
+    if not absent:
+        return Finding("weights", OK, "both encoders' are on this machine")
+    if not hub_reachable():
+        raise Unreachable(*absent)
+    return Finding("weights", LOOK, f"{' and '.join(absent)}: on the hub", "The run fetches them at its start")
+
+
+def hub_of_vit(name: str) -> str:
+    """The repository of the weights that timm names for a model; "" for none."""
+    facts = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return (facts.hf_hub_id or "") if facts is not None else ""
+
+
+def opened(settings: Namespace, simulation: StepSimulation) -> PairData:
+    """The configured data, as a training sets them up. Raises UserError where they are missing or unfit."""
+    given = {key: value for key, value in vars(settings.data.init_args).items() if key not in ("source", "spec")}
+    data = PairData(built_source(settings), simulation.model.backbone.input_spec, **given)
+    data.setup("fit")
+    return data
+
+
+def contents(data: PairData) -> str:
+    """Images of each split."""
+    # A streamed split tells 0.
+    many = {name: f"{len(pairs):,} images" if len(pairs) else "a stream" for name, pairs in data.splits.items()}
+    return ", ".join(f"{name}: {told}" for name, told in many.items())
+
+
+# ---------------------------------------------------------------------- predictions
+
+
+def described(peak: float | None, memory: float | None) -> Card:
+    """The card that predictions are for: this machine's, or one that was described or assumed."""
+    card = Card("a card (A100 assumed)", int(CARD_GIB * GIB), CARD_TFLOPS * 1e12)
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        card = Card(facts.name, facts.total_memory, get_available_flops(torch.device("cuda"), torch.bfloat16))
+    elif peak is not None or memory is not None:
+        card = card._replace(name="the card described")
+    if memory is not None:
+        card = card._replace(memory=int(memory * GIB))
+    return card if peak is None else card._replace(peak=peak * 1e12)
+
+
+def pairs_of(settings: Namespace) -> int:
+    """Of one process in one pass."""
+    data, trainer = settings.data.init_args, settings.trainer
+    return max(1, data.batch_size // (data.accumulate or 1) // (processes(trainer) * trainer.num_nodes))
+
+
+def predictions(
+    settings: Namespace, simulation: StepSimulation, data: PairData | None, card: Card
+) -> Iterator[Finding]:
+    """Memory, speed and length of the run, and whether the data workers keep up with it."""
+    cards, chunk = processes(settings.trainer) * settings.trainer.num_nodes, settings.model.chunk
+    pairs = pairs_of(settings)
+    try:
+        memory = estimate_memory(simulation, pairs, chunk, card.memory, cards > 1)
+        work = simulation.work(pairs, chunk)
+    except Exception as error:  # a loss or masking of somebody else's that asks a fake tensor for a value
+        todo = "Try it: maskvlm bench with the same words"
+        yield Finding("memory", LOOK, f"the step cannot be simulated ({type(error).__name__}: {error})", todo)
+        return
+    worse = FAILS if memory.needed > card.memory else LOOK
+    told = f"predicted for {card.name}: {memory}"
+    yield Finding("memory", OK if memory.fits else worse, told, f"{memory.todo[:1].upper()}{memory.todo[1:]}")
+    if card.peak is None:
+        yield Finding("speed", LOOK, f"{card.name}: its peak is not known", "Give --peak TFLOPS, or maskvlm bench")
+        return
+    computed, launched = pairs * work.flops / (UTILISATION * card.peak), work.launched * LAUNCH  # seconds a step
+    rate = pairs / max(computed, launched)  # pairs per second of a card
+    told = f"predicted: {rate:,.0f} pairs/s a card, assuming "
+    if computed > launched:
+        told += f"{100 * UTILISATION:.0f} % of {card.peak / 1e12:,.0f} TFLOP/s for {work.flops / 1e9:,.1f} GFLOP a pair"
+    else:
+        told += f"{1e6 * LAUNCH:.0f} us for each of {work.launched:,} kernels a step, which is small for a card"
+    todo = "On a card `maskvlm bench` measures it"
+    if data is not None:
+        hours = data.total_steps * data.batch_size / (cards * rate) / 3600
+        told += f"; {data.total_steps:,} steps in {hours:,.2f} hours on {cards} of them, without evaluation"
+    yield Finding("speed", OK, told, todo)
+    if data is not None:
+        yield examined("data workers", lambda: check_workers(settings, data, rate))
+
+
+def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:
+    """Whether the data workers of a process keep up with a card. rate: pairs per second that it takes."""
+    read, workers = images_per_second(data), workers_of(settings)
+    needed, each = math.ceil(rate / read), processes(settings.trainer)
+    told = f"one reads {read:,.0f} images/s (measured here): a card needs {needed}, {workers} are configured"
+    if not on_cards(settings.trainer):
+        return Finding("data workers", OK, told)
+    if needed * each > cores():
+        todo = f"This machine has {cores()} cores, not {each} x {needed}: cards would wait. Augment less, or more cores"
+        return Finding("data workers", LOOK, told, todo)
+    if needed > workers:
+        return Finding("data workers", LOOK, told, f"Set --data.workers {needed}")
+    return Finding("data workers", OK, told)
+
+
+def images_per_second(data: PairData) -> float:
+    """Of one data worker, which has one core: some training images are read, augmented and put into batches here."""
+    data.batch_size, data.accumulate, data.workers = BATCH, 1, 0
+    data.steps, data.epochs = 1 + BATCHES, None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        batches = iter(data.train_dataloader())
+        next(batches)  # opens files
+        began = time.perf_counter()
+        read = sum(len(batch.valid_B) for batch in batches)
+        return read / (time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,145 @@
+"""`maskvlm doctor`: one line a check, on the built-in world, without a card or a connection."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskvlm.cli import doctor
+from maskvlm.cli.main import main
+from maskvlm.training.memory_estimate import MemoryEstimate, StepSimulation, StepWork
+
+CHECKS = [
+    "machine",
+    "torch",
+    "disk",
+    "data disk",
+    "weights",
+    "data",
+    "shared memory",
+    "memory",
+    "speed",
+    "data workers",
+]
+ROOT = Path(__file__).resolve().parents[2]
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "driver_version", lambda: None)
+    # What is simulated has tests of its own, and takes seconds each time.
+    monkeypatch.setattr(StepSimulation, "memory", lambda _, pairs, chunk=None: 10**9 + 10**7 * (chunk or pairs))
+    monkeypatch.setattr(StepSimulation, "work", lambda _, pairs, chunk=None: StepWork(pairs, 4e11, 4000))
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """The exit status, and verdict and text of each check in the order of the lines."""
+    code = main(["doctor", *words])
+    lines = capsys.readouterr().out.splitlines()
+    return code, {line[7:20].strip(): (line[:5].strip(), line[21:]) for line in lines}
+
+
+def test_the_built_in_world_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = run(capsys, "where=cpu")
+    assert code == 0
+    assert list(found) == CHECKS
+    assert not any(verdict == "fails" for verdict, _ in found.values())
+    assert "20,000 images" in found["data"][1]
+    assert "5,000 steps" in found["speed"][1]
+    assert "assum" in found["speed"][1]
+    assert "simulated" in found["memory"][1]
+
+
+def test_a_missing_set_and_card_fail_with_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, found = run(capsys, "data=coco", "where=gpu1")
+    assert code == 2
+    assert found["data"][0] == found["machine"][0] == "fails"
+    assert str(tmp_path / "coco") in found["data"][1]
+    assert "maskvlm data" in found["data"][1]
+    assert "where=cpu" in found["machine"][1]
+    # The rest is still said.
+    assert found["memory"][0] == "ok"
+
+
+def test_a_full_disk_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**20, 2**20))
+    code, found = run(capsys, "where=cpu")
+    assert code == 2
+    assert found["disk"][0] == "fails"
+    assert "--folder" in found["disk"][1]
+    assert found["data disk"][0] == "look"
+
+
+def test_weights_that_are_nowhere_fail_and_nothing_is_fetched(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "is_cached", lambda *_: False)
+    monkeypatch.setattr(doctor, "hub_reachable", lambda: False)
+    # a small model of known shape: the names alone are looked at
+    words = ["where=cpu", "--model.random_init", "false"]
+    words += ["--model.backbone.image.name", "vit_tiny_patch16_224", "--model.backbone.text.name", "distilroberta-base"]
+    words += ["--model.backbone.text.config", "null", "--model.backbone.text.vocab_size", "null"]
+    code, found = run(capsys, *words, "--model.backbone.cross_heads", "12")
+    assert code == 2
+    assert found["weights"][0] == "fails"
+    assert "vit_tiny_patch16_224 (timm) and distilroberta-base" in found["weights"][1]
+    assert "--model.random_init true" in found["weights"][1]
+
+
+def test_a_card_that_is_too_small_is_told_with_a_chunk(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimated(*_: Any) -> MemoryEstimate:
+        return MemoryEstimate(512, 34 * 2**30, 2**30, 24 * 2**30, 32)
+
+    monkeypatch.setattr(doctor, "estimate_memory", estimated)
+    code, found = run(capsys, "where=cpu", "--memory", "24", "--peak", "100")
+    assert code == 2
+    assert found["memory"][0] == "fails"
+    assert "dd --model.chunk 32" in found["memory"][1]
+
+
+def test_speed_and_workers_follow_from_the_peak(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 TFLOP/s of 100 through 400 GFLOP a pair: 100 pairs a second; 5,000 steps of 48 in 40 minutes."""
+    monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
+    monkeypatch.setattr(doctor, "LAUNCH", 1e-6)
+    _, found = run(capsys, "where=cpu", "--peak", "100")
+    assert " 100 pairs/s" in found["speed"][1]
+    assert "5,000 steps in 0.67 hours" in found["speed"][1]
+    assert "a card needs 4," in found["data workers"][1]
+
+
+def test_of_a_small_model_the_launches_of_kernels_are_what_takes_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,000 kernels at 10 us: 25 steps a second of 48 pairs, however fast the card is."""
+    monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
+    _, found = run(capsys, "where=cpu", "--peak", "10000")
+    assert " 1,200 pairs/s" in found["speed"][1]
+
+
+def test_images_are_read_by_one_core_and_threads_come_back() -> None:
+    from toys import SIZE, toy_backbone
+
+    from maskvlm.data.module import PairData
+    from maskvlm.data.scenes.source import Scenes
+
+    backbone = toy_backbone(length=24, vocab=150)
+    backbone.text.tokenizer = None
+    data = PairData(Scenes(train=200, val=6, test=5, size=SIZE), backbone.input_spec, steps=3, batch_size=6)
+    data.setup("fit")
+    threads = torch.get_num_threads()
+    assert doctor.images_per_second(data) > 0
+    assert torch.get_num_threads() == threads

@@ -1,0 +1,169 @@
+"""A step that is simulated without values: what it takes, against exact counts and against a step that is made."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from toys import toy_backbone
+
+from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.training.memory_estimate import (
+    GIB,
+    LiveBytes,
+    MemoryEstimate,
+    StepSimulation,
+    estimate_memory,
+)
+from maskvlm.utils.errors import ExitCode, UserError
+
+
+def parts(**settings: Any) -> tuple[Any, MaskedPretraining]:
+    backbone = toy_backbone(length=12, vocab=60)
+    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, **settings)
+    task.build(backbone)
+    return backbone, task
+
+
+def test_storages_are_counted_once_and_until_nothing_holds_them() -> None:
+    with FakeTensorMode(), LiveBytes() as live:
+        x = torch.empty(1000)  # 4,000 bytes are 8 blocks of 512
+        y = 2 * x.view(10, 100)
+        assert (live.now, live.peak) == (8192, 8192)
+        del y
+        assert (live.now, live.peak) == (4096, 8192)
+    assert live.launched == 2  # a view launches nothing
+
+
+def test_what_stays_is_counted_exactly() -> None:
+    """Weights, gradients and two moments, in float32: 16 bytes for what is learned, 4 for what is not."""
+    backbone, task = parts()
+    backbone.text.requires_grad_(False)
+    every = [*backbone.parameters(), *task.parameters()]
+    learned = sum(p.numel() for p in every if p.requires_grad)
+    frozen = sum(p.numel() for p in every if not p.requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in (*backbone.buffers(), *task.buffers()))
+    simulation = StepSimulation(backbone, task, "32-true")
+    assert frozen
+    assert simulation.state_bytes == 16 * learned + 4 * frozen + buffers
+    assert simulation.gradient_bytes == 4 * learned
+
+
+def test_memory_is_what_stays_and_so_much_for_each_pair() -> None:
+    backbone, task = parts()
+    simulation = StepSimulation(backbone, task, "32-true")
+    few, some, many = (simulation.memory(pairs) for pairs in (40, 80, 160))
+    assert many - some == pytest.approx(2 * (some - few), rel=0.03)
+    # Without a pair weights, gradients and two moments are there, in whole blocks.
+    every = [*backbone.parameters(), *task.parameters()]
+    assert all(p.requires_grad for p in every)
+    blocks = sum(4 * -(-4 * p.numel() // 512) for p in every)
+    assert few - (some - few) == pytest.approx(512 * blocks, rel=0.03)
+
+
+def test_it_is_what_a_step_takes() -> None:
+    """The same step with values, its storages counted as they come and go."""
+    backbone, task = parts(weight_mlm=0.0)  # where a CPU takes the masked tokens alone, which a GPU does not
+    simulation = StepSimulation(backbone, task, "32-true")
+    model, batch = simulation.model.train(), simulation._batch(12)
+    task.set_uniform(lambda rows, *shape: torch.rand(rows, *shape))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    live = LiveBytes()
+    for p in learned:
+        p.grad = torch.zeros_like(p)
+        live.count(p.grad)
+    for x in (*model.parameters(), *model.buffers(), *(x for x in batch if isinstance(x, torch.Tensor))):
+        live.count(x)
+    moments = 2 * sum(-(-4 * p.numel() // 512) * 512 for p in learned)
+    with live:
+        loss = model(batch)
+        for p in learned:
+            p.grad = None
+        loss.backward()
+    assert simulation.memory(12) == pytest.approx(live.peak + moments, rel=0.1)
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    backbone, task = parts()
+    tokenizer, before = backbone.text.tokenizer, {name: x.clone() for name, x in backbone.state_dict().items()}
+    StepSimulation(backbone, task, "bf16-mixed").memory(20, 8)
+    assert backbone.text.tokenizer is tokenizer
+    assert task.pairs_at_once is None
+    assert all(p.grad is None for p in backbone.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
+
+
+def test_many_chunks_are_told_from_few() -> None:
+    simulation = StepSimulation(*parts(), "32-true")
+    assert simulation.memory(40, 8) == pytest.approx(simulation._peak(40, 8, 1.0), rel=0.02)
+    assert simulation.memory(40, 8) < simulation.memory(40)
+
+
+class Straight(StepSimulation):
+    """1,000 bytes that stay, 2 for each pair, 10 for each pair of a chunk; gradients of 100."""
+
+    gradient_bytes, state_bytes = 100, 1000
+
+    def __init__(self) -> None:
+        self.model: Any = nn.Identity()
+
+    def memory(self, pairs: int, chunk: int | None = None) -> int:
+        return 1000 + 2 * pairs + 10 * (chunk or pairs)
+
+
+@pytest.mark.parametrize(("card", "chunk"), [(4100, 128), (3700, 128), (3600, 64), (2400, 8), (2300, None)])
+def test_the_largest_chunk_that_fits_is_named(card: int, chunk: int | None) -> None:
+    """512 pairs take 2,024 bytes, and 10 for each of a chunk: 3,304 in chunks of 128, 2,104 in chunks of 8. Nine tenths
+    of the card count: 3,330 of 3,700, 3,240 of 3,600, 2,160 of 2,400, 2,070 of 2,300."""
+    found = estimate_memory(Straight(), 512, None, card)
+    assert found.chunk == chunk
+    assert not found.fits
+
+
+def test_processes_that_share_a_batch_keep_another_copy_of_the_gradients() -> None:
+    alone, shared = (estimate_memory(Straight(), 100, None, 10**6, several) for several in (False, True))
+    assert shared.needed - alone.needed == 100
+    assert alone.chunk is shared.chunk is None
+
+
+def test_a_task_that_knows_no_chunks_gets_another_advice() -> None:
+    class Whole(Straight):
+        def largest_chunk(self, pairs: int, room: float) -> int | None:
+            raise UserError("model.chunk", "not here", "Leave it out")
+
+    found = estimate_memory(Whole(), 512, None, 4100)
+    assert found.chunk is None
+    assert "batch_size" in found.todo
+
+
+def test_the_line_says_what_is_needed_what_is_there_and_what_to_do() -> None:
+    found = MemoryEstimate(512, 34 * GIB, 5 * GIB, 24 * GIB, 32)
+    assert str(found) == "a step of 512 pairs needs about 34.0 GiB (simulated), the card has 24.0"
+    assert found.todo == "add --model.chunk 32"
+    found.check()
+    assert found._replace(needed=20 * GIB).todo == ""
+    with pytest.raises(UserError) as error:
+        found._replace(state=25 * GIB).check()
+    assert error.value.code == ExitCode.UNAVAILABLE
+
+
+@pytest.mark.gpu
+def test_a_card_takes_what_was_simulated() -> None:
+    """Two steps of AdamW at a width where activations, not blocks of 512 bytes, are what is measured."""
+    backbone, task = parts()
+    needed = StepSimulation(backbone, task, "bf16-mixed").memory(256)
+    simulation = StepSimulation(backbone, task, "bf16-mixed")
+    model = simulation.model.cuda().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    batch = simulation._batch(256)
+    batch = batch._replace(**{k: x.cuda() for k, x in batch._asdict().items() if isinstance(x, torch.Tensor)})
+    task.set_uniform(lambda rows, *shape: torch.rand(rows, *shape, device="cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert needed == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
