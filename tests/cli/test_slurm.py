@@ -27,7 +27,7 @@ def test_the_batch_script_is_the_command_with_a_task_for_every_card(
     assert main(["submit", "--run", str(tmp_path / "a run"), *words, "--allow-import", "plug"]) == 0
     script = (tmp_path / "a run" / "job.sh").read_text()
     assert "written; there is no sbatch here" in capsys.readouterr().out
-    wanted = ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=14")
+    wanted = ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12")
     assert all(f"#SBATCH --{line}\n" in script for line in wanted)
     assert "export DATA_ROOT='/data/all photos'\nexport STREAM='s3://bucket/*.tar'\n" in script
     assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in script

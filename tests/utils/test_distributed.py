@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_step import build, each_token_a_word, eventful_batch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from toys import take, toy_batch
 
 from maskvlm.data.batch import Batch
@@ -28,6 +32,10 @@ from maskvlm.objectives.cross_batch import matching_rows, pad_text
 from maskvlm.objectives.evaluation import PretrainingMetrics
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.rerank import in_rounds
+from maskvlm.training.checkpointing import check_finite
+from maskvlm.training.lit import gradient_norm
+from maskvlm.training.optim import build_adamw
+from maskvlm.training.sharding import blocks_of, gather_weights, own_part, release_weights, shard, whole
 from maskvlm.utils import distributed
 from maskvlm.utils.distributed import (
     Draw,
@@ -40,6 +48,7 @@ from maskvlm.utils.distributed import (
     shared_count,
     world_size,
 )
+from maskvlm.utils.errors import UserError
 
 WORLD = 2
 
@@ -55,6 +64,32 @@ class Step(nn.Module):
         terms: dict[str, Tensor] = self.task(self.backbone, batch)
         return terms
 
+    def evaluate(self, images: int) -> dict[str, float]:
+        """Metrics over batches of three images with two captions each, dealt out whole."""
+        measure = PretrainingMetrics(4)
+        for first in range(0, images, 3)[rank() :: world_size()]:
+            part = take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, images)))
+            measure.update(self.task, self.backbone, part)
+        return measure.compute(self.task, self.backbone)
+
+
+ShareOut = Callable[[nn.Module], nn.Module]
+
+
+def ddp(step: nn.Module) -> nn.Module:
+    """Every process has all weights: torch's own DDP."""
+    return nn.parallel.DistributedDataParallel(step)
+
+
+def fsdp(step: nn.Module) -> nn.Module:
+    """Every process has a part of each block's."""
+    blocks = blocks_of(step)
+    shard(step, init_device_mesh("cpu", (WORLD,)), passes=("evaluate",))
+    # One of each encoder, two of each cross encoder, one of the pixel decoder, of which pieces are asked for alone.
+    assert len(blocks) == 2 + 4 + hasattr(step.task, "pixels")
+    assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in blocks[-1].parameters())
+    return step
+
 
 def share(batch: Batch) -> Batch:
     """This process's rows, trimmed to their own longest caption."""
@@ -62,9 +97,9 @@ def share(batch: Batch) -> Batch:
     return take(batch, torch.arange(rank() * rows, (rank() + 1) * rows))
 
 
-def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, Any]:
-    """Loss terms and gradients of the eventful batch, averaged over processes by torch's own DDP; of pre-training, or
-    of retrieval with two captions an image."""
+def train_step(settings: dict[str, Any], retrieval: bool = False, share_out: ShareOut = ddp) -> dict[str, Any]:
+    """Loss terms and gradients of the eventful batch, averaged over processes; of pre-training, or of retrieval with
+    two captions an image."""
     chunk = settings.get("chunk")
     settings = {name: value for name, value in settings.items() if name != "chunk"}
     step = Step(slow_retrieval.build if retrieval else build, settings)
@@ -73,7 +108,7 @@ def train_step(settings: dict[str, Any], retrieval: bool = False) -> dict[str, A
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
     exchanges = bool(settings.get("exchanged_share"))
     batch = each_token_a_word(batch) if exchanges else batch
-    done = backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
+    done = backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())), share_out)
     assert not exchanges or step.task.exchanged.changed_C.any()
     return done
 
@@ -104,16 +139,20 @@ def example_step(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     return backward(Step(toy_examples.build, {"kind": kind, **settings}), part)
 
 
-def backward(step: Step, batch: Any) -> dict[str, Any]:
+def backward(step: Step, batch: Any, share_out: ShareOut = ddp) -> dict[str, Any]:
     """Terms, gradients and the blind control's statistics of one step of this process's share of the batch."""
     step.double()
-    module = step if world_size() == 1 else nn.parallel.DistributedDataParallel(step)
+    module = step if world_size() == 1 else share_out(step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", Tensor.double)  # the losses too, so that any difference is an error
         terms = module(batch)
         sum(terms.values()).backward()
+    return results(step, terms)
+
+
+def results(step: Step, terms: dict[str, Tensor]) -> dict[str, Any]:
     mean = {name: sum(gather(term.detach()[None])) / world_size() for name, term in terms.items()}
-    grads = {name: p.new_zeros(p.shape) if p.grad is None else p.grad for name, p in step.named_parameters()}
+    grads = {name: whole(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in step.named_parameters()}
     buffers = {name: value for name, value in step.task.named_buffers() if name.startswith("blind.")}
     return {"terms": mean, "gradients": grads, "buffers": buffers}
 
@@ -127,13 +166,66 @@ def judge(examples: int) -> dict[str, Any]:
     return {"metrics": task.compute(backbone), "predictions": task.predictions}
 
 
-def evaluate(images: int) -> dict[str, float]:
-    """Metrics over batches of three images with two captions each, dealt out whole."""
-    backbone, task = build()
-    measure = PretrainingMetrics(4)
-    for first in range(0, images, 3)[rank() :: world_size()]:
-        measure.update(task, backbone, take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, images))))
-    return measure.compute(task, backbone)
+def single_step() -> dict[str, Any]:
+    """As `train_step` of sharded weights, in single precision."""
+    step = Step(build, {})
+    module = step if world_size() == 1 else fsdp(step)
+    terms = module(share(eventful_batch()))
+    sum(terms.values()).backward()
+    return results(step, terms)
+
+
+def updates() -> dict[str, Any]:
+    """Of sharded weights: the norm of all gradients, and weights after an update that the guard has marked to be
+    skipped and after one that is made, with gradients clipped to a tenth of their norm."""
+    step = Step(build, {})
+    backward(step, share(eventful_batch()._replace(image_BCHW=eventful_batch().image_BCHW.double())), fsdp)
+    optimizer, found = build_adamw([{"params": list(step.parameters())}], (0.9, 0.999), fused=True), []
+    norm = gradient_norm(step.parameters())
+    nn.utils.clip_grads_with_norm_(list(step.parameters()), 0.1 * norm.item(), norm)
+    found.append(gradient_norm(step.parameters()))
+    for skipped in (1.0, 0.0):
+        optimizer.found_inf = torch.tensor(skipped)  # type: ignore[attr-defined]
+        optimizer.step()
+        found.append({name: whole(value.detach()).clone() for name, value in step.named_parameters()})
+    return dict(zip(("norm", "clipped", "skipped", "made"), (norm, *found), strict=True))
+
+
+def lost_weight(where: int) -> str:
+    """What is said where one number of the part that process `where` holds is lost; nobody's: -1."""
+    step = fsdp(Step(build, {}))
+    if rank() == where:
+        with torch.no_grad():
+            own_part(step.backbone.cross_image.blocks[0].self_attention.query.weight)[0, 0] = float("inf")
+    try:
+        check_finite(SimpleNamespace(lightning_module=step, global_step=3), Path("run"))
+    except UserError as error:
+        return error.what
+    return ""
+
+
+def shared_by_some() -> str:
+    """What is said of a mesh of one of the two processes, as Lightning's own strategy makes it by default."""
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    try:
+        shard(Step(build, {}), mesh["data_parallel"])
+    except UserError as error:
+        return f"{error.where}: {error.what}"
+    return ""
+
+
+def evaluate(images: int, sharded: bool = False) -> dict[str, float]:
+    """Metrics, with sharded weights gathered for the evaluation: processes measure different numbers of batches."""
+    step = Step(build, {})
+    if not sharded:
+        return step.evaluate(images)
+    step = fsdp(step)
+    gather_weights(step)
+    found = step.evaluate(images)
+    assert not any(isinstance(value, DTensor) for value in step.parameters())
+    release_weights(step)
+    assert all(isinstance(value, DTensor) for value in step.parameters() if value.ndim)
+    return found
 
 
 def retrieve(images: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -289,14 +381,67 @@ def test_losses_and_gradients_of_examples_are_those_of_one_process(
     compare(pair, kind, settings, step=example_step)
 
 
-def compare(pair: Pair, *arguments: Any, step: Callable[..., dict[str, Any]] = train_step) -> None:
+def compare(
+    pair: Pair,
+    *arguments: Any,
+    step: Callable[..., dict[str, Any]] = train_step,
+    within: float = 1e-9,
+    relative: float = 1e-6,
+) -> None:
+    """within: of 1 in losses, of the largest gradient in gradients."""
     expected = step(*arguments)
     largest = max(grad.abs().max().item() for grad in expected["gradients"].values())
     for found in pair(step, *arguments):
         for kind, scale in (("terms", 1.0), ("gradients", largest), ("buffers", 1.0)):
             assert found[kind].keys() == expected[kind].keys()
             for name, value in expected[kind].items():
-                torch.testing.assert_close(found[kind][name], value, atol=1e-9 * scale, rtol=1e-6)
+                torch.testing.assert_close(found[kind][name], value, atol=within * scale, rtol=relative)
+
+
+# ---------------------------------------------------------------------- sharded weights
+
+OFTEN = ("paper", "all six", "captions with words exchanged", "in chunks", "images stand still")
+
+
+@pytest.mark.parametrize("variant", OFTEN)
+def test_losses_and_gradients_of_sharded_weights_are_those_of_one_process(pair: Pair, variant: str) -> None:
+    """Two processes on three pairs of a chunk have two chunks each, the second of one pair."""
+    compare(pair, VARIANTS[variant], False, fsdp, within=1e-10, relative=0.0)
+
+
+def test_losses_and_gradients_of_sharded_retrieval_are_those_of_one_process(pair: Pair) -> None:
+    compare(pair, {}, True, fsdp, within=1e-10, relative=0.0)
+
+
+def test_the_same_in_single_precision(pair: Pair) -> None:
+    compare(pair, step=single_step, within=1e-5, relative=0.0)
+
+
+def test_updates_of_sharded_weights_are_clipped_and_skipped_as_those_of_one_process(pair: Pair) -> None:
+    expected = updates()
+    assert expected["norm"] > 1
+    for found in pair(updates):
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-10)
+        before = Step(build, {}).double().state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in found["skipped"].items())
+
+
+def test_all_processes_hear_of_a_weight_that_one_has_lost(pair: Pair) -> None:
+    assert pair(lost_weight, -1) == ["", ""]
+    for where in range(WORLD):
+        first, second = pair(lost_weight, where)
+        assert first == second
+        assert "(backbone.cross_image.blocks.0.self_attention.query.weight, ...)" in first
+
+
+def test_weights_that_some_processes_would_share_are_refused(pair: Pair) -> None:
+    assert pair(shared_by_some) == ["trainer.strategy: shares weights among 1 of 2 processes"] * WORLD
+
+
+@pytest.mark.parametrize("images", [8, 3])
+def test_metrics_of_sharded_weights_are_those_of_one_process_to_the_bit(pair: Pair, images: int) -> None:
+    expected = evaluate(images)
+    assert pair(evaluate, images, True) == [expected, expected]
 
 
 @pytest.mark.parametrize("images", [8, 3])

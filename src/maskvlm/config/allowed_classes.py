@@ -48,7 +48,7 @@ LIGHTNING = {
     ),
     "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger",
     "lightning.pytorch.profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler",
-    "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
+    "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy",
     "lightning.pytorch.plugins": "DoublePrecision FSDPPrecision HalfPrecision MixedPrecision TorchSyncBatchNorm",
     "lightning.fabric.plugins.environments": (
         "KubeflowEnvironment LightningEnvironment LSFEnvironment MPIEnvironment SLURMEnvironment "

@@ -111,8 +111,13 @@ class CrossBlock(nn.Module):
 
         position_LD: added to what queries are made of, in both attentions.
         """
-        x = self.attend_self(x_BLD, self_mask, asking, position_LD)
-        return self.attend_other(x, context, context_mask, asking, position_LD)
+        # By the class: of a sharded block the methods of the object gather its weights, which are here already.
+        x = CrossBlock.attend_self(self, x_BLD, self_mask, asking, position_LD)
+        return CrossBlock.attend_other(self, x, context, context_mask, asking, position_LD)
+
+    def keys_values(self, context_USD: Tensor) -> KeyValue:
+        """Of what the cross-attention looks at, [U, H, S, D / H] each."""
+        return self.cross_attention.keys_values(context_USD)
 
     def attend_self(
         self, x_BLD: Tensor, self_mask: Tensor | None, asking: Asking = ALL, position_LD: Tensor | None = None
@@ -195,8 +200,8 @@ class CrossEncoder(nn.Module):
     ) -> Context:
         """Project the other side once; `index_B` names its row for each pair (None: row by row)."""
         # Each block has projections of its own: one KeyValue a block.
-        attentions: list[Attention] = [block.cross_attention for block in self.blocks]  # type: ignore[misc]
-        return Context([each.keys_values(context_USD) for each in attentions], attention_US, index_B)
+        blocks: list[CrossBlock] = list(self.blocks)  # type: ignore[arg-type]
+        return Context([block.keys_values(context_USD) for block in blocks], attention_US, index_B)
 
     def forward(
         self,

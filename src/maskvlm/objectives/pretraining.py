@@ -86,8 +86,7 @@ class MaskedPretraining(Task):
             few pairs to learn from, false keeps more of what ITC taught the encoders.
         exchanged_share: share of the images, 0 to 1, whose hard caption in matching is their own one with two words
             exchanged (0, P), see `exchanged_words.exchange_words`: matching is asked which word belongs to which, at
-            the cost of one more pass of these captions through the text encoder. Not tried with sharded parameters
-            (FSDP): it reads the word embeddings outside the encoder.
+            the cost of one more pass of these captions through the text encoder.
         contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
             encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
             2023).

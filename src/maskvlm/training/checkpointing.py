@@ -31,6 +31,8 @@ from maskvlm.training.lightning_private import (
     replace_signal_handlers,
 )
 from maskvlm.training.resume import LAST, PREVIOUS
+from maskvlm.training.sharding import own_part
+from maskvlm.utils.distributed import shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.launch import Stopped
 from maskvlm.utils.lock import HELD
@@ -215,12 +217,15 @@ def check_finite(trainer: L.Trainer, folder: Path) -> None:
         UserError: some are infinite or not numbers.
     """
     named = list(trainer.lightning_module.named_parameters())
+    own = [own_part(value.detach()) for _, value in named]
     # A sum is finite only where every value is; it costs a seventh of looking at each (`isfinite`) on a CPU.
-    sums_N = torch.stack([value.detach().sum(dtype=torch.float32) for _, value in named])
-    if bool(sums_N.isfinite().all()):  # one look at the device, however many tensors
+    sums_N = torch.stack([value.sum(dtype=torch.float32) for value in own])
+    # Where weights are sharded each process sees its own part: 1 where all of all processes is finite.
+    if bool((shared_count(sums_N.isfinite().float()) == 1).all()):  # one look at the device, however many tensors
         return
     # The sum of finite values may be too large for a number.
-    if lost := [name for name, value in named if not value.detach().isfinite().all()]:
+    finite_N = shared_count(torch.stack([value.isfinite().all() for value in own]).float()) == 1
+    if lost := [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]:
         what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
         todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"
         raise UserError(folder, f"the training has diverged: {what}", todo)

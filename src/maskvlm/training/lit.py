@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from maskvlm.checkpoint.provenance import Origin, Provenance
@@ -21,6 +23,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
+from maskvlm.training.sharding import gather_weights, release_weights, shard, whole
 from maskvlm.utils.distributed import Draw, mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
@@ -30,6 +33,11 @@ log = logging.getLogger(__name__)
 def class_path(kind: type) -> str:
     """As a configuration names a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of all gradients, also of those that other processes hold parts of."""
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 class StepJudge(Protocol):
@@ -145,6 +153,11 @@ class LitModel(L.LightningModule):
             if self.backbone.image.feature_cache is not None:
                 self._open_feature_cache()
 
+    def configure_model(self) -> None:
+        """Shard the weights where the trainer's strategy does (`sharding.py`); asked before each fit and evaluation."""
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            shard(self, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """Say what contrast is among where a batch is cut into passes, which is another objective than it seems."""
         passes, batch = self.data.accumulate, self.data.batch_size
@@ -173,8 +186,12 @@ class LitModel(L.LightningModule):
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
         if not self.trained and self._loaded is None and self.backbone.origin is not None:
             self._check_heads(self.backbone.origin.path)
+        gather_weights(self)
 
-    on_test_start = on_validation_start
+    def on_validation_end(self) -> None:
+        release_weights(self)
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
     def _check_heads(self, path: str) -> None:
         missing = [name for name, _ in self.task.named_parameters() if name not in self.warm_started]
@@ -227,10 +244,11 @@ class LitModel(L.LightningModule):
         limit = gradient_clip_val or 0.0
         if limit > 0 and by_norm:
             # The norm before clipping. Where it is not finite the gradients are spoilt: a guard skips the step.
-            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            norm = gradient_norm(parameters)
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         elif self.guard is not None:
             # Before clipping by value, which would hide an infinite gradient.
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = gradient_norm(parameters)
         if limit > 0 and not by_norm:
             nn.utils.clip_grad_value_(parameters, limit)
         if self.guard is not None:

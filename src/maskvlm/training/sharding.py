@@ -1,0 +1,195 @@
+"""Sharded weights (FSDP2): each process keeps a part of every block's weights, gradients and moments, and gathers a
+block's weights while it computes with them.
+
+A block of an encoder, of a cross encoder or of a decoder is one unit; what is left (embeddings, heads, norms) is
+gathered once a step. Losses and gradients are those of unsharded weights. A checkpoint is too: the weights and moments
+of all processes go into the same file that any other run writes, so that a run goes on sharded or not.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from maskvlm.model.cross_attention import CrossBlock
+from maskvlm.training.optim import BLOCK
+from maskvlm.utils.distributed import shared_count, world_size
+from maskvlm.utils.errors import UserError
+
+PARTS = ("keys_values", "attend_self", "attend_other")
+"""What a cross block is asked for beside a whole pass."""
+PASSES = ("training_step", "validation_step", "test_step", "on_validation_epoch_end", "on_test_epoch_end")
+"""Methods of `LitModel` that read weights outside of any block."""
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The units: cross blocks, wherever they are, and blocks of both encoders, told by their names. Outer ones first.
+
+    Args:
+        model: with a `backbone`, and maybe a `task`.
+    """
+    named = BLOCK.pattern + "$"
+    return [
+        part
+        for name, part in model.named_modules()
+        if isinstance(part, CrossBlock) or (name.startswith("backbone.") and re.search(named, f".{name}."))
+    ]
+
+
+def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
+    """Leave each process its part of the weights; before the optimiser is made.
+
+    Args:
+        model: a `LitModel`, whole and with the same values in every process.
+        mesh: of all processes.
+        passes: its methods that read weights outside of any block, beside `forward`.
+
+    Raises:
+        UserError: the mesh is of some processes, or features are to be cached: processes would then compute with a
+            block different numbers of times, and wait for each other for ever.
+    """
+    if mesh.size() != world_size():
+        what = f"shares weights among {mesh.size()} of {world_size()} processes"
+        raise UserError("trainer.strategy", what, "Take maskvlm.training.sharding.ShardedStrategy (where=sharded8)")
+    if model.backbone.image.feature_cache is not None:
+        what = "features cannot be cached while weights are sharded"
+        raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
+    # Keys and values are views of one product; nothing writes into them.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPCrossBlock\) returned a view")
+    # FSDP takes no parameter without dimensions (the temperature): every process keeps it whole.
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    # From the inside out: what is a unit already stays out of the one around it.
+    for block in reversed(blocks_of(model)):
+        fully_shard(block, mesh=mesh, ignored_params=scalars)
+        for part in PARTS if isinstance(block, CrossBlock) else ():
+            register_fsdp_forward_method(block, part)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
+    for name in passes:
+        register_fsdp_forward_method(model, name)
+    for parameter in scalars:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    """Of a parameter that FSDP does not look after."""
+    assert parameter.grad is not None
+    parameter.grad = shared_count(parameter.grad)
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Every process holds all weights from now on: in an evaluation processes measure different numbers of batches, so
+    that they cannot gather block by block. Nothing happens where weights are not sharded."""
+    # Tensors that are made in inference mode could take no gradient afterwards.
+    with torch.inference_mode(False), torch.no_grad():
+        for unit in _units(model):
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+
+
+def release_weights(model: nn.Module) -> None:
+    """Back to a part of them."""
+    for unit in _units(model):
+        unit.reshard()
+        # What lies outside of blocks is read again at once, in the backward pass.
+        unit.set_reshard_after_forward(id(unit) != id(model), recurse=False)
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, of which every process holds a part; all processes ask. Any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, maybe no number; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, where `like` is sharded."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:  # another shape is told by who takes it
+        return tensor
+    # Every process has the whole: each cuts for itself.
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """All processes share the weights. Checkpoints are single files of whole tensors, written and read by the trainer's
+    `CheckpointIO`, as those of other strategies.
+
+    Args:
+        process_group_backend: nccl or gloo; None: by device.
+        timeout: of a collective operation.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        settings: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **settings)
+
+    def setup_environment(self) -> None:
+        # Lightning's default shares weights among machines alone.
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True  # after the checkpoint has been held against the run (`resume_check.py`), as in any other
+
+    # What follows are the ways of the strategies without shards, which Lightning's own class leaves.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._on_first(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = super(ModelParallelStrategy, self).optimizer_state(optimizer)
+        return {**state, "state": {number: self._on_first(kept) for number, kept in state["state"].items()}}
+
+    def _on_first(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Whole tensors, in the memory of the first process's host; one by one, as a device may not hold all."""
+        found = {}
+        for name, value in tensors.items():
+            value = whole(value)
+            if self.is_global_zero:
+                found[name] = value.cpu()
+        return found
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own, state = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        cut = {name: cut_like(value, own[name]) if name in own else value for name, value in state.items()}
+        self.lightning_module.load_state_dict(cut, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            # As torch matches them: the k-th number of the groups is that of the optimiser's k-th parameter.
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            cut = {
+                number: {name: cut_like(value, parameter) for name, value in state["state"][number].items()}
+                for number, parameter in zip(numbers, parameters, strict=True)
+                if number in state["state"]
+            }
+            optimizer.load_state_dict({**state, "state": cut})
