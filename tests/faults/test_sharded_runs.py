@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import ROOT, Child, Forks, elastic, small
+from forks import ROOT, Forks, elastic, small
 
 from maskvlm.checkpoint.io import load
 
@@ -18,19 +18,15 @@ EIGHT = ("--data.steps=8", "--trainer.accelerator=cpu", "--trainer.devices=2", "
 UNMEASURED = ("--trainer.limit_val_batches=0",)
 
 
-def start(forks: Forks, folder: Path, where: str, *more: str) -> list[Child]:
+def run(forks: Forks, folder: Path, where: str, *more: str) -> Path:
     """Two processes, where the file of conf/where says, but on the CPU."""
     words = small(folder, "-c", str(ROOT / "conf" / "where" / f"{where}.yaml"), *EIGHT, *more)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [forks.start(words, folder.with_suffix(f".log{n}"), elastic(n, port)) for n in (0, 1)]
-
-
-def run(forks: Forks, folder: Path, where: str, *more: str) -> Path:
-    children = start(forks, folder, where, *more)
-    codes = [child.wait(120) for child in children]
-    assert not any(codes), [child.log.read_text() for child in children]
+    children = [forks.start(words, folder.with_suffix(f".log{n}"), elastic(n, port)) for n in (0, 1)]
+    codes = [child.wait(240) for child in children]
+    assert codes == [0, 0], [child.log.read_text() for child in children]
     return folder
 
 
@@ -73,11 +69,3 @@ def test_checkpoints_go_from_sharded_runs_to_others_and_back(forks: Forks, tmp_p
         assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-3)
     last = load(to_sharded / "last.ckpt")
     assert (last["global_step"], last["state_dict"].keys()) == (8, one["state_dict"].keys())
-
-
-def test_features_are_not_cached_while_weights_are_sharded(forks: Forks, tmp_path: Path) -> None:
-    cache = ("--model.backbone.image.frozen=1", f"--model.backbone.image.feature_cache={tmp_path / 'features'}")
-    children = start(forks, tmp_path / "run", SHARDED, *UNMEASURED, *cache, "--data.augment=false")
-    assert [child.wait(60) for child in children] == [2, 2]
-    said = [line for child in children for line in child.said("error: ")]
-    assert any("feature_cache: features cannot be cached while weights are sharded" in line for line in said)

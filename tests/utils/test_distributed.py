@@ -166,11 +166,12 @@ def judge(examples: int) -> dict[str, Any]:
     return {"metrics": task.compute(backbone), "predictions": task.predictions}
 
 
-def single_step() -> dict[str, Any]:
-    """As `train_step` of sharded weights, in single precision."""
+def single_step(autocast: bool) -> dict[str, Any]:
+    """As `train_step` of sharded weights, in single precision, or under autocast to bfloat16."""
     step = Step(build, {})
     module = step if world_size() == 1 else fsdp(step)
-    terms = module(share(eventful_batch()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        terms = module(share(eventful_batch()))
     sum(terms.values()).backward()
     return results(step, terms)
 
@@ -204,11 +205,12 @@ def lost_weight(where: int) -> str:
     return ""
 
 
-def shared_by_some() -> str:
-    """What is said of a mesh of one of the two processes, as Lightning's own strategy makes it by default."""
-    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data_parallel", "tensor_parallel"))
+def refused(shape: tuple[int, int], cache: str | None) -> str:
+    """What is said of weights that the first dimension of this mesh would share, and of a cache of features."""
+    mesh, step = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel")), Step(build, {})
+    step.backbone.image.feature_cache = cache
     try:
-        shard(Step(build, {}), mesh["data_parallel"])
+        shard(step, mesh["data_parallel"], passes=())
     except UserError as error:
         return f"{error.where}: {error.what}"
     return ""
@@ -413,8 +415,9 @@ def test_losses_and_gradients_of_sharded_retrieval_are_those_of_one_process(pair
     compare(pair, {}, True, fsdp, within=1e-10, relative=0.0)
 
 
-def test_the_same_in_single_precision(pair: Pair) -> None:
-    compare(pair, step=single_step, within=1e-5, relative=0.0)
+@pytest.mark.parametrize(("autocast", "within"), [(False, 1e-5), (True, 3e-2)])
+def test_the_same_in_other_precisions(pair: Pair, autocast: bool, within: float) -> None:
+    compare(pair, autocast, step=single_step, within=within, relative=0.0)
 
 
 def test_updates_of_sharded_weights_are_clipped_and_skipped_as_those_of_one_process(pair: Pair) -> None:
@@ -434,8 +437,12 @@ def test_all_processes_hear_of_a_weight_that_one_has_lost(pair: Pair) -> None:
         assert "(backbone.cross_image.blocks.0.self_attention.query.weight, ...)" in first
 
 
-def test_weights_that_some_processes_would_share_are_refused(pair: Pair) -> None:
-    assert pair(shared_by_some) == ["trainer.strategy: shares weights among 1 of 2 processes"] * WORLD
+def test_what_cannot_be_sharded_is_refused(pair: Pair) -> None:
+    """The mesh of one process in two is that of Lightning's own strategy, left at its defaults."""
+    assert pair(refused, (2, 1), None) == [""] * WORLD
+    assert pair(refused, (1, 2), None) == ["trainer.strategy: shares weights among 1 of 2 processes"] * WORLD
+    cache = "model.backbone.image.feature_cache: features cannot be cached while weights are sharded"
+    assert pair(refused, (2, 1), "folder") == [cache] * WORLD
 
 
 @pytest.mark.parametrize("images", [8, 3])

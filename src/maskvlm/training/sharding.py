@@ -7,7 +7,6 @@ of all processes go into the same file that any other run writes, so that a run 
 """
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -64,8 +63,6 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
     if model.backbone.image.feature_cache is not None:
         what = "features cannot be cached while weights are sharded"
         raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
-    # Keys and values are views of one product; nothing writes into them.
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPCrossBlock\) returned a view")
     # FSDP takes no parameter without dimensions (the temperature): every process keeps it whole.
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     # From the inside out: what is a unit already stays out of the one around it.
