@@ -35,7 +35,7 @@ from maskvlm.objectives.rerank import in_rounds
 from maskvlm.training.checkpointing import check_finite
 from maskvlm.training.lit import gradient_norm
 from maskvlm.training.optim import build_adamw
-from maskvlm.training.sharding import blocks_of, gather_weights, own_part, release_weights, shard, whole
+from maskvlm.training.sharding import blocks_of, gather_weights, own_part, release_weights, shard, unsharded
 from maskvlm.utils import distributed
 from maskvlm.utils.distributed import (
     Draw,
@@ -152,7 +152,7 @@ def backward(step: Step, batch: Any, share_out: ShareOut = ddp) -> dict[str, Any
 
 def results(step: Step, terms: dict[str, Tensor]) -> dict[str, Any]:
     mean = {name: sum(gather(term.detach()[None])) / world_size() for name, term in terms.items()}
-    grads = {name: whole(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in step.named_parameters()}
+    grads = {name: unsharded(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in step.named_parameters()}
     buffers = {name: value for name, value in step.task.named_buffers() if name.startswith("blind.")}
     return {"terms": mean, "gradients": grads, "buffers": buffers}
 
@@ -188,7 +188,7 @@ def updates() -> dict[str, Any]:
     for skipped in (1.0, 0.0):
         optimizer.found_inf = torch.tensor(skipped)  # type: ignore[attr-defined]
         optimizer.step()
-        found.append({name: whole(value.detach()).clone() for name, value in step.named_parameters()})
+        found.append({name: unsharded(value.detach()).clone() for name, value in step.named_parameters()})
     return dict(zip(("norm", "clipped", "skipped", "made"), (norm, *found), strict=True))
 
 

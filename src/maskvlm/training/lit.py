@@ -23,7 +23,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
-from maskvlm.training.sharding import gather_weights, release_weights, shard, whole
+from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
@@ -37,7 +37,7 @@ def class_path(kind: type) -> str:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Norm of all gradients, also of those that other processes hold parts of."""
-    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return unsharded(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 class StepJudge(Protocol):

@@ -106,7 +106,7 @@ def _units(model: nn.Module) -> list[FSDPModule]:
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, of which every process holds a part; all processes ask. Any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -162,7 +162,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Whole tensors, in the memory of the first process's host; one by one, as a device may not hold all."""
         found = {}
         for name, value in tensors.items():
-            value = whole(value)
+            value = unsharded(value)
             if self.is_global_zero:
                 found[name] = value.cpu()
         return found
