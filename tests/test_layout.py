@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 ORDER = (
     "utils", "config", "data", "checkpoint", "model", "objectives", "training", "reporting", "study", "inference",
-    "cli", "demo",
+    "suites", "cli", "demo",
 )  # fmt: skip
 """Each package may import those before it."""
 

@@ -122,6 +122,7 @@ REGISTRY = (
     _method("explain", "show where the model looks for a word"),
     _method("reconstruct", "paint masked patches from the text"),
     _method("inpaint", "the same in rounds, the most certain patches first"),
+    Command("suite", ASK, "measure a model on a published evaluation suite", "maskvlm.cli.suite:main"),
     Command("demo", ASK, "a page to try a model in, on this machine alone", "maskvlm.demo.serve:main"),
     Command(
         "embed", SEARCH, "write the vectors of a data set as Parquet", "maskvlm.cli.embed:main",

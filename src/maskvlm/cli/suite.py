@@ -1,0 +1,55 @@
+"""`maskvlm suite NAME from=CHECKPOINT --path FOLDER`: a published evaluation suite (`suites/`)."""
+
+import inspect
+from pathlib import Path
+
+from rich.console import Console
+
+from maskvlm.config.arguments import OptionParser
+from maskvlm.config.compose import moment
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.suites.registry import suite_class, suite_names
+from maskvlm.suites.run import RESULT, lines_of_suite, run_suite, table_of_suite, write_result
+from maskvlm.utils.errors import UserError, check_least
+
+
+def main(arguments: list[str], allowed: list[str]) -> int:
+    """Run a suite; arguments as in the shell."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    parser = OptionParser(
+        f"maskvlm suite {name}".strip(), description="a published evaluation suite", allow_abbrev=False
+    )
+    parser.add_argument("suite", metavar="NAME", help=f"{', '.join(suite_names())}, or the path of a class")
+    parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
+    parser.add_argument("--path", type=Path, help="the suite's folder or file, as it is distributed")
+    parser.add_argument("--images", type=Path, help="the folder of its images (images/ in --path, or --path)")
+    parser.add_argument("--by", nargs="+", default=[], metavar="WAY", help="how the model is asked; all: every way")
+    parser.add_argument("--limit", type=int, help="only so many images, drawn by --seed, with all their items")
+    parser.add_argument("--seed", type=int, default=0, help="of that lot, and of what a suite draws (0)")
+    parser.add_argument("--out", type=Path, help="the folder of result.json and scores.jsonl (checkpoints/suite-...)")
+    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    kind = suite_class(name) if name else None
+    own = set(inspect.signature(kind).parameters) if kind is not None else set()
+    if kind is not None:
+        kind.add_options(parser)
+    options = parser.parse_args(arguments)
+    assert kind is not None  # argparse has refused a command without a name
+    for option, given in (("--from", options.source), ("--path", options.path)):
+        if given is None:
+            raise UserError(f"suite {name}", f"{option} is missing", f"See maskvlm suite {name} --help")
+    if options.limit is not None:
+        check_least(1, {"--limit": options.limit})
+    suite = kind(**{key: getattr(options, key) for key in own})
+    ways = suite.ways if options.by == ["all"] else options.by
+    folder = options.out or Path("checkpoints") / f"suite-{name}-{moment()}"
+    model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
+    report = run_suite(suite, model, options.path, options.images, ways, options.limit, options.seed)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    write_result(folder, name, suite, plain, report, model)
+    console = Console()
+    console.print(f"{name}: {suite.told}", highlight=False, markup=False, soft_wrap=True)
+    console.print(table_of_suite(report))
+    for line in [*lines_of_suite(report), *(f"trap: {trap}" for trap in suite.traps)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print(folder / RESULT, flush=True)
+    return 0

@@ -1,0 +1,45 @@
+"""What suites on COCO's images share: an image's id, and COCO's captions by their ids."""
+
+import re
+from typing import NamedTuple
+
+from maskvlm.data.files import get, get_name
+from maskvlm.suites.suite import ItemRows, plain_text
+
+LAYOUT = "COCO captions"
+CAPTIONS = ("captions_val2014.json", "annotations/captions_val2014.json")
+
+
+class CocoTexts(NamedTuple):
+    """text: id of a caption -> it. image: id of a caption -> that of its image. name: id of an image -> its file."""
+
+    text: dict[int, str]
+    image: dict[int, int]
+    name: dict[int, str]
+
+
+def coco_id(name: str) -> str:
+    """Of an image by its file: 000000397133.jpg or COCO_val2014_000000397133.jpg -> coco 397133."""
+    digits = re.findall(r"\d+", name)
+    return f"coco {int(digits[-1])}" if digits else f"coco {name}"
+
+
+def read_coco_texts(rows: ItemRows) -> CocoTexts:
+    """COCO's `captions_val2014.json`, beside the suite's files; bad rows are left out and counted.
+
+    Raises:
+        UserError: it is not there, or of another form.
+    """
+    file, content = rows.json_file(*CAPTIONS)
+    found = CocoTexts({}, {}, {})
+    for place, record in enumerate(get(content, "images", list, str(file), LAYOUT)):
+        where = f"{file} images[{place}]"
+        with rows.row():
+            found.name[get(record, "id", int, where, LAYOUT)] = get_name(record, "file_name", where, LAYOUT)
+    for place, record in enumerate(get(content, "annotations", list, str(file), LAYOUT)):
+        where = f"{file} annotations[{place}]"
+        with rows.row():
+            number = get(record, "id", int, where, LAYOUT)
+            found.image[number] = get(record, "image_id", int, where, LAYOUT)
+            found.text[number] = plain_text(get(record, "caption", str, where, LAYOUT), "caption", where)
+    return found

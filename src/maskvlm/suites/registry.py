@@ -1,0 +1,43 @@
+"""Which suites there are: each file of this package that has a `Suite`, and classes of packages of your own."""
+
+import importlib
+from pathlib import Path
+
+from maskvlm.suites.suite import Suite
+from maskvlm.utils.errors import ExitCode, UserError
+
+HERE = Path(__file__).parent
+
+
+def suite_names() -> list[str]:
+    """Of this project."""
+    # By their text: importing them all would only cost time.
+    return sorted(path.stem for path in HERE.glob("*.py") if "(Suite):\n" in path.read_text(encoding="utf-8"))
+
+
+def suite_class(name: str) -> type[Suite]:
+    """A suite by its name, or one of your own by the path of its class, `acme.birds.BirdPairs`.
+
+    Raises:
+        UserError: there is none (2), or it cannot be imported (66).
+    """
+    if name in suite_names():
+        module = importlib.import_module(f"{__package__}.{name}")
+        return next(each for each in vars(module).values() if _is_suite(each) and each.__module__ == module.__name__)
+    if "." not in name:
+        todo = f"There are: {', '.join(suite_names())}, and the path of a class, such as acme.birds.BirdPairs"
+        raise UserError(f"suite {name[:80]}", "no such suite", todo)
+    module_name, _, kind = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        todo = "Install the package that it is in, or correct the name"
+        raise UserError(f"suite {name[:80]}", f"cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
+    if not _is_suite(found):
+        raise UserError(f"suite {name[:80]}", "is no suite", "Name a class of maskvlm.suites.suite.Suite")
+    kept: type[Suite] = found
+    return kept
+
+
+def _is_suite(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Suite) and found is not Suite

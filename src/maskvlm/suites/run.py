@@ -1,0 +1,190 @@
+"""A suite run on a model: its items read, their images checked, asked in each way, measured, and written down."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from maskvlm.data.files import digest_of
+from maskvlm.data.images import BadImage
+from maskvlm.data.inputs import open_image
+from maskvlm.data.text import stable_id
+from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
+from maskvlm.training.run_record import json_ready, write_json, write_text
+from maskvlm.utils.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from maskvlm.inference.pretrained import PretrainedMaskVLM
+
+RESULT, SCORES = "result.json", "scores.jsonl"
+
+
+class SuiteReport(NamedTuple):
+    """What a suite found.
+
+    Attributes:
+        metrics, scores: of each way.
+        items: that were asked about.
+        of: items that the files hold, before `limit`.
+        skipped: reason -> rows that were left out.
+        trained_on: images of the items that the weights were trained on; None where the checkpoint does not tell.
+    """
+
+    metrics: dict[str, list[SuiteMetric]]
+    scores: dict[str, Sequence[Any]]
+    items: list[SuiteItem]
+    of: int
+    skipped: dict[str, list[str]]
+    files: list[Path]
+    notes: list[str]
+    trained_on: int | None
+
+
+def run_suite(
+    suite: Suite,
+    model: "PretrainedMaskVLM",
+    path: Path,
+    images: Path | None = None,
+    ways: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+) -> SuiteReport:
+    """Read, ask, measure.
+
+    Args:
+        path, images: as of `Suite.read`.
+        ways: of the suite's; none for its first.
+        limit: only so many images, drawn by `seed`, with all their items.
+
+    Raises:
+        UserError: the files cannot be read, no item is left, the suite has no such way, or needs all its items.
+    """
+    ways = tuple(ways) or suite.ways[:1]
+    if unknown := [way for way in ways if way not in suite.ways]:
+        raise UserError("--by", f"this suite is not asked by {unknown[0]}", f"There are: {', '.join(suite.ways)}")
+    if suite.whole and limit is not None:
+        raise UserError("--limit", "this suite ranks all its items among each other", "Leave it out")
+    found = suite.read(path, images)
+    total = len(found.items)
+    items = with_images(subset(found.items, limit, seed), found)
+    if suite.whole and found.skipped:
+        first = next(iter(found.skipped.values()))[0]
+        what = f"{sum(map(len, found.skipped.values()))} rows cannot be used, the first: {first}"
+        raise UserError(path, what, "Mend them: this suite needs all its items", ExitCode.BAD_DATA)
+    if not items:  # rows of images that are all bad, or of no images
+        first = next(iter(found.skipped.values()), ["the files are empty"])[0]
+        raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
+    scores = {way: suite.ask(model, items, way) for way in ways}
+    metrics = {}
+    for way in ways:
+        asked = [row for row, each in enumerate(scores[way]) if len(each)]
+        metrics[way] = suite.metrics([items[row] for row in asked], [scores[way][row] for row in asked], way)
+    return SuiteReport(metrics, scores, items, total, found.skipped, found.files, found.notes, trained_on(model, items))
+
+
+def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteItem]:
+    """The items of so many images, in their order."""
+    groups = list(dict.fromkeys(item.images for item in items))
+    if limit is None or limit >= len(groups):
+        return items
+    kept = set(random.Random(seed).sample(groups, limit))
+    return [item for item in items if item.images in kept]
+
+
+def with_images(items: list[SuiteItem], found: ItemRows) -> list[SuiteItem]:
+    """The items whose images can be read; the others are counted and listed. That is known before the model works for
+    hours, at the price of decoding twice."""
+    bad: dict[str | bytes, BadImage] = {}
+    for image, origin in {image: item.origin for item in items for image in item.images}.items():
+        try:
+            open_image(image, origin)
+        except BadImage as error:
+            bad[image] = error
+    kept = []
+    for item in items:
+        wrong = next((bad[image] for image in item.images if image in bad), None)
+        if wrong is None:
+            kept.append(item)
+        else:
+            found.skip(wrong.reason, f"{item.origin}: {wrong.what}")
+    return kept
+
+
+def trained_on(model: "PretrainedMaskVLM", items: Sequence[SuiteItem]) -> int | None:
+    """How many images of the items are in the data that the weights have seen, by their ids."""
+    history = model.origin.history
+    wanted = {stable_id(image_id) for item in items for image_id in item.image_ids}
+    if not history or not wanted or any(seen.ids is None for seen in history):
+        return None
+    seen = torch.cat([seen.ids for seen in history if seen.ids is not None])
+    return int(torch.isin(torch.tensor(sorted(wanted)), seen).sum())
+
+
+def table_of_suite(report: SuiteReport) -> Table:
+    """Every figure beside its interval and its chance level."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("by", no_wrap=True)
+    table.add_column("metric")
+    for name in ("value", "95 %", "chance", "items"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for way, metrics in report.metrics.items():
+        for place, one in enumerate(metrics):
+            between = "" if one.interval is None else f"{one.interval[0]:.1f} to {one.interval[1]:.1f}"
+            chance = "" if one.chance is None else f"{one.chance:.1f}"
+            # Kinds are names out of a stranger's file: no styles, and nothing that a terminal obeys.
+            told = Text("".join(letter if letter.isprintable() else "\ufffd" for letter in one.name))
+            table.add_row("" if place else way, told, f"{one.value:.1f}", between, chance, f"{one.items:,}")
+        table.add_section()
+    return table
+
+
+def lines_of_suite(report: SuiteReport) -> list[str]:
+    """What belongs beside the figures: a subset, what was left out, what the weights have seen."""
+    lines = list(report.notes)
+    images = len({image for item in report.items for image in item.images})
+    if len(report.items) < report.of:
+        lines.append(f"{len(report.items):,} of {report.of:,} items, about {images:,} images")
+    for reason, rows in report.skipped.items():
+        lines.append(f"left out: {len(rows):,} ({reason}), such as {rows[0]}")
+    if report.trained_on is not None:
+        lines.append(f"{report.trained_on:,} of these images were in the training data of the weights")
+    return lines
+
+
+def write_result(
+    folder: Path, name: str, suite: Suite, options: dict[str, Any], report: SuiteReport, model: "PretrainedMaskVLM"
+) -> None:
+    """`result.json`: figures, the suite's card, and what was measured on what; `scores.jsonl`: every item's scores, out
+    of which anybody can compute other figures. options: plain values, as given."""
+    result = {
+        "suite": name,
+        "told": suite.told,
+        "licence": suite.licence,
+        "traps": list(suite.traps),
+        "options": options,
+        "step": model.config.step,
+        "files_sha256": digest_of(*report.files) if report.files else None,
+        "items": len(report.items),
+        "items_of_files": report.of,
+        "trained_on": report.trained_on,
+        "notes": report.notes,
+        "skipped": report.skipped,
+        "metrics": {
+            way: {each.name: {key: value for key, value in each._asdict().items() if key != "name"} for each in found}
+            for way, found in report.metrics.items()
+        },
+    }
+    write_json(folder / RESULT, result)
+    if suite.whole:  # of each image with every text
+        return
+    lines = []
+    for row, item in enumerate(report.items):
+        facts = {"origin": item.origin, "kind": item.kind, "truth": item.truth}
+        lines.append(json_ready(facts | {way: list(found[row]) for way, found in report.scores.items()}))
+    write_text(folder / SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

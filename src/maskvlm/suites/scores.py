@@ -1,0 +1,84 @@
+"""How a model scores texts with an image, by the methods that everybody can call."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskvlm.data.inputs import open_image
+from maskvlm.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from maskvlm.inference.pretrained import PretrainedMaskVLM
+    from maskvlm.suites.suite import SuiteItem
+
+
+def _contrast(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> list[float]:
+    found: list[float] = (model.encode_text(texts) @ model.encode_image(image)).tolist()
+    return found
+
+
+def _match(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> Any:
+    return model.match(image, texts)
+
+
+def _score(model: "PretrainedMaskVLM", image: Image.Image | None, texts: list[str]) -> Any:
+    return model.score(image, texts)
+
+
+def _score_per_word(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> list[float]:
+    return [nats / len(text.split()) for nats, text in zip(_score(model, image, texts), texts, strict=True)]
+
+
+def _score_no_image(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> Any:
+    return _score(model, None, texts)
+
+
+_SCORERS: dict[str, Callable[["PretrainedMaskVLM", Image.Image, list[str]], Any]] = {
+    "contrast": _contrast,
+    "match": _match,
+    "score": _score,
+    "score_per_word": _score_per_word,
+    "score_no_image": _score_no_image,
+}
+WAYS = tuple(_SCORERS)
+"""contrast: cosine (ITC). match: probability of a match (ITM). score: pseudo-log-likelihood of the text given the
+image, nats (MLM), and the same divided by the words. score_no_image: without the image, the control for what the text
+alone gives away."""
+
+
+def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: str) -> list[list[float]]:
+    """A score for each text of an item with the item's image; the texts of all items of an image are scored at once.
+
+    Raises:
+        UserError: the checkpoint lacks the head, or there is no such way.
+    """
+    if way not in _SCORERS:
+        raise UserError("--by", f"there is no {way}", f"There are: {', '.join(_SCORERS)}")
+    rows_of: dict[str | bytes, list[int]] = {}
+    for row, item in enumerate(items):
+        rows_of.setdefault(item.images[0], []).append(row)
+    found: list[list[float]] = [[] for _ in items]
+    for image, rows in rows_of.items():
+        # Each text once, whichever items ask about it.
+        texts = list(dict.fromkeys(text for row in rows for text in items[row].texts))
+        scores = dict(zip(texts, _SCORERS[way](model, open_image(image), texts), strict=True))
+        for row in rows:
+            found[row] = [scores[text] for text in items[row].texts]
+    return found
+
+
+def image_vectors(model: "PretrainedMaskVLM", images: Sequence[str | bytes]) -> Tensor:
+    """Contrast vectors, [B, E], on the CPU; the encoder's features are not kept."""
+    size = model.batch_size
+    parts = [model.encode_image(list(images[start : start + size])).cpu() for start in range(0, len(images), size)]
+    return torch.cat(parts)
+
+
+def text_vectors(model: "PretrainedMaskVLM", texts: Sequence[str]) -> Tensor:
+    """Contrast vectors, [C, E], on the CPU."""
+    size = model.batch_size
+    parts = [model.encode_text(list(texts[start : start + size])).cpu() for start in range(0, len(texts), size)]
+    return torch.cat(parts)

@@ -1,0 +1,131 @@
+"""Zero-shot classification: an image against a sentence for each class (Radford et al. 2021)."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from maskvlm.data.files import image_names, load_json
+from maskvlm.data.raw.lines import text_lines
+from maskvlm.data.safe_open import content_of
+from maskvlm.suites.metrics import percent_right
+from maskvlm.suites.scores import image_vectors, pair_scores, text_vectors
+from maskvlm.suites.suite import MAX_FILE_BYTES, ItemRows, Suite, SuiteItem, SuiteMetric, plain_text
+from maskvlm.utils.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from maskvlm.inference.pretrained import PretrainedMaskVLM
+
+TEMPLATE = "a photo of a {}"
+
+
+class Zeroshot(Suite):
+    """A folder for each class: CLASS/ANY/NAME.jpg.
+
+    Args:
+        template: sentences with `{}` in the place of the class; several are averaged.
+        templates: a file of such, one a line.
+        names: a JSON file of folder -> name of its class, where the folders' own are none (`n01440764`).
+    """
+
+    told = "which of the classes an image shows, told by their names alone"
+    licence = "that of the images that you name"
+    ways = ("contrast", "match")
+    traps = (
+        "The names and the templates are part of the measurement: `a orange` or `crane` (the bird, the machine) cost "
+        "points that are no fault of the images. Say which you took.",
+        "Templates that are chosen on these images make the figure too good.",
+        "Top-1 of classes of unequal size can be had by naming the largest; the mean per class cannot.",
+        "Classes that the training captions name are not unseen: zero-shot says that no label was trained on.",
+    )
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--template", action="append", help=f"a sentence with {{}} ('{TEMPLATE}'); may be repeated")
+        parser.add_argument("--templates", type=Path, help="a file of such sentences, one a line")
+        parser.add_argument("--names", type=Path, help='a JSON file: {"n01440764": "tench", ...}')
+
+    def __init__(
+        self, template: Sequence[str] | None = None, templates: Path | None = None, names: Path | None = None
+    ) -> None:
+        self.templates = [*(template or [])]
+        if templates is not None:
+            lines = ((line.number, line.text.strip(), line.problem) for line in text_lines(templates))
+            for number, text, problem in lines:
+                if problem:
+                    raise UserError(f"{templates}:{number}", problem[1], "Mend this line", ExitCode.BAD_DATA)
+                self.templates += [text] if text else []
+        self.templates = self.templates or [TEMPLATE]
+        if wrong := [each for each in self.templates if each.count("{}") != 1]:
+            raise UserError("--template", f"'{wrong[0][:80]}' has no place for the class", "Write {} there, once")
+        self.names = {} if names is None else _names(names)
+
+    def read(self, path: Path, images: Path | None) -> ItemRows:
+        if images is not None:
+            raise UserError("--images", "the folders of the classes are those of --path", "Leave it out")
+        rows, left_out = ItemRows(path, path), dict[str, list[str]]()
+        files = image_names(path, left_out)
+        rows.skipped |= {reason: [f"{path}/{name}" for name in names] for reason, names in left_out.items() if names}
+        classes = sorted({name.partition("/")[0] for name in files if "/" in name})
+        if len(classes) < 2:
+            what = f"{len(classes)} folder{'s' * (len(classes) != 1)} of a class"
+            raise UserError(path, what, "Two or more are needed: CLASS/NAME.jpg", ExitCode.BAD_DATA)
+        called = [plain_text(self.names.get(each, each.replace("_", " ")), each, str(path)) for each in classes]
+        if twice := [name for name, count in Counter(called).items() if count > 1]:
+            raise UserError(path, f"two classes are called '{twice[0]}'", "Name them apart", ExitCode.BAD_DATA)
+        # All templates of a class, then those of the next.
+        texts = tuple(template.replace("{}", name) for name in called for template in self.templates)
+        rows.notes.append(f"{len(classes)} classes; texts such as '{texts[0]}'")
+        for name in files:
+            label, slash, _ = name.partition("/")
+            if slash:
+                number = classes.index(label)
+                rows.items.append(SuiteItem((str(path / name),), texts, number, called[number], name))
+            else:
+                rows.skip("in no class", f"{path}/{name}: it lies in no folder of a class")
+        return rows
+
+    def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
+        """A score for each class: by contrast the cosine with the mean of its templates' vectors, else the mean."""
+        count = len(self.templates)
+        if way == "contrast":
+            # (classes * templates, E) -> (classes, templates, E) -> (classes, E)
+            text_KE = F.normalize(text_vectors(model, items[0].texts).unflatten(0, (-1, count)).mean(1), dim=-1)
+            image_BE = image_vectors(model, [item.images[0] for item in items])
+            found: list[list[float]] = (image_BE @ text_KE.T).tolist()
+            return found
+        return [
+            torch.tensor(each).unflatten(0, (-1, count)).mean(1).tolist() for each in pair_scores(model, items, way)
+        ]
+
+    def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
+        classes = len(scores[0])
+        # How many other classes score as much or more: a tie counts against the model.
+        before = [
+            sum(other >= each[item.truth] for number, other in enumerate(each) if number != item.truth)
+            for each, item in zip(scores, items, strict=True)
+        ]
+        groups = [item.images[0] for item in items]
+        found = [percent_right("top-1", [place < 1 for place in before], 100 / classes, groups)]
+        if classes > 5:
+            found.append(percent_right("top-5", [place < 5 for place in before], 500 / classes, groups))
+        of_class: dict[str, list[bool]] = {}
+        for item, place in zip(items, before, strict=True):
+            of_class.setdefault(item.kind, []).append(place < 1)
+        shares = {name: 100 * sum(right) / len(right) for name, right in of_class.items()}
+        found.append(SuiteMetric("mean per class", sum(shares.values()) / len(shares), 100 / classes, len(items)))
+        largest = max(of_class.values(), key=len)
+        found.append(SuiteMetric("always the largest class", 100 * len(largest) / len(items), None, len(items)))
+        found += [SuiteMetric(f"  {name}", share, None, len(of_class[name])) for name, share in sorted(shares.items())]
+        return found
+
+
+def _names(file: Path) -> dict[str, str]:
+    content = load_json(content_of(file, MAX_FILE_BYTES), file)
+    if not isinstance(content, dict) or not all(isinstance(each, str) for each in content.values()):
+        raise UserError(file, "no object of folder and name", 'Write {"n01440764": "tench"}', ExitCode.BAD_DATA)
+    return content
