@@ -1,0 +1,149 @@
+"""Crisscrossed Captions: how alike people find captions and images of COCO, 0 to 5 (Parekh et al. 2021,
+github.com/google-research-datasets/Crisscrossed-Captions)."""
+
+import argparse
+import csv
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskvlm.suites.coco import CocoTexts, coco_id, read_coco_texts
+from maskvlm.suites.metrics import spearman_rho
+from maskvlm.suites.scores import image_vectors, pair_scores, text_vectors
+from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
+from maskvlm.utils.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from maskvlm.inference.pretrained import PretrainedMaskVLM
+
+KINDS = {"sits": ("caption", "image"), "sis": ("image1", "image2"), "sts": ("caption1", "caption2")}
+"""Kind -> the columns of its pairs: a text and an image, two images, two texts."""
+SAMPLES = 1000
+TODO = "Take the file as published"
+
+
+class Cxc(Suite):
+    """Three files of a split; those that are there are measured.
+
+    Args:
+        split: val or test, of Karpathy's.
+        seed: of the samples.
+    """
+
+    told = "whether the model's similarities order pairs of texts and images as people do"
+    licence = "see its page; captions of COCO CC BY 4.0, photos under the licences of their Flickr owners"
+    ways = ("contrast", "match")
+    traps = (
+        "Pairs of one caption or image depend on each other. The headline is the published one: the mean of 1,000 "
+        "Spearman correlations, each of one pair of half of the first column's captions or images, with the 95 % of "
+        "these samples; `all pairs` is one correlation of everything.",
+        "By match only texts with images can be asked.",
+        "STS and SIS compare a side with itself, for which contrast was not trained.",
+    )
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--split", default="test", choices=("val", "test"), help="of Karpathy's (%(default)s)")
+
+    def __init__(self, split: str = "test", seed: int = 0) -> None:
+        self.split, self.seed = split, seed
+
+    def read(self, path: Path, images: Path | None) -> ItemRows:
+        rows = ItemRows(path, images)
+        texts = read_coco_texts(rows)
+        for kind, columns in KINDS.items():
+            names = (f"{kind}_{self.split}.csv", f"data/{kind}_{self.split}.csv", f"cxc_{kind}_{self.split}.csv")
+            if not any((path / name).is_file() for name in names):
+                rows.notes.append(f"{names[0]} is not there")
+                continue
+            lines = rows.lines(*names)
+            where, header = next(lines, (names[0], ""))
+            if header.split(",") != [*columns, "agg_score", "sampling_method"]:
+                what = f"the first line is {header[:80]!r}"
+                raise UserError(
+                    where, what, f"{','.join(columns)},agg_score,sampling_method is needed", ExitCode.BAD_DATA
+                )
+            for where, line in lines:
+                with rows.row():
+                    self._add(rows, texts, kind, where, line)
+        return rows
+
+    def _add(self, rows: ItemRows, texts: CocoTexts, kind: str, where: str, line: str) -> None:
+        fields = next(csv.reader([line]))
+        if len(fields) != 4:
+            raise UserError(where, f"{len(fields)} fields instead of 4", TODO, ExitCode.BAD_DATA)
+        try:
+            rated = float(fields[2])
+        except ValueError:
+            rated = -1.0
+        if not 0 <= rated <= 5:
+            raise UserError(where, f"agg_score {fields[2][:20]!r} is none of 0 to 5", TODO, ExitCode.BAD_DATA)
+        said, shown, ids = [], [], []
+        for column, field in zip(KINDS[kind], fields, strict=False):
+            if column.startswith("caption"):
+                said.append(_caption(texts, field, column, where))
+            else:
+                shown.append(rows.image(field, where))
+                ids.append(coco_id(field))
+        rows.items.append(SuiteItem((*shown,), (*said,), (rated, fields[0]), kind, where, (*ids,)))
+
+    def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
+        """By contrast the cosine of whatever the two are; by match of a text and an image alone."""
+        if way == "match":
+            mixed = [item for item in items if item.kind == "sits"]
+            found = iter(pair_scores(model, mixed, way))
+            return [next(found) if item.kind == "sits" else [] for item in items]
+        images = list(dict.fromkeys(image for item in items for image in item.images))
+        texts = list(dict.fromkeys(text for item in items for text in item.texts))
+        vector_of: dict[tuple[bool, str | bytes], Any] = {}
+        for is_image, things, encode in ((True, images, image_vectors), (False, texts, text_vectors)):
+            if things:
+                vectors = encode(model, things)  # type: ignore[arg-type]
+                vector_of |= {(is_image, each): vectors[row] for row, each in enumerate(things)}
+        scores = []
+        for item in items:
+            first, second = [vector_of[True, each] for each in item.images] + [vector_of[False, t] for t in item.texts]
+            scores.append([float(first @ second)])
+        return scores
+
+    def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
+        found = []
+        for kind in KINDS:
+            rows = [row for row, item in enumerate(items) if item.kind == kind]
+            if len(rows) < 4:  # a correlation of half of them
+                continue
+            said = [float(scores[row][0]) for row in rows]
+            rated = [items[row].truth[0] for row in rows]
+            queries = [items[row].truth[1] for row in rows]
+            samples = sorted(sampled_spearman(said, rated, queries, self.seed))
+            low, high = samples[int(0.025 * len(samples))], samples[int(0.975 * len(samples)) - 1]
+            mean = statistics.fmean(samples)
+            name = f"{kind.upper()}, Spearman x 100"
+            found.append(SuiteMetric(name, 100 * mean, 0.0, len(rows), (100 * low, 100 * high)))
+            found.append(SuiteMetric(f"{name}, all pairs", 100 * spearman_rho(said, rated), 0.0, len(rows)))
+        return found
+
+
+def sampled_spearman(
+    scores: Sequence[float], rated: Sequence[float], queries: Sequence[str], seed: int, samples: int = SAMPLES
+) -> list[float]:
+    """Spearman's correlation of one pair of each of half of the queries, drawn again and again (the paper's sec. 5)."""
+    rows_of: dict[str, list[int]] = {}
+    for row, query in enumerate(queries):
+        rows_of.setdefault(query, []).append(row)
+    rng, names, found = random.Random(seed), sorted(rows_of), []
+    for _ in range(samples):
+        rows = [rng.choice(rows_of[name]) for name in rng.sample(names, max(2, len(names) // 2))]
+        found.append(spearman_rho([scores[row] for row in rows], [rated[row] for row in rows]))
+    # Of scores that are all the same there is no correlation: nothing is known of the order, as by chance.
+    return [0.0 if value != value else value for value in found]
+
+
+def _caption(texts: CocoTexts, field: str, column: str, where: str) -> str:
+    """`COCO_val2014:sentid:648388`."""
+    number = field.rpartition(":")[2]
+    if not number.isdecimal() or int(number) not in texts.text:
+        raise UserError(where, f"{column} {field[:60]!r} is no caption of COCO val2014", TODO, ExitCode.BAD_DATA)
+    return texts.text[int(number)]
