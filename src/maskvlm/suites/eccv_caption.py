@@ -95,7 +95,7 @@ def retrieval_figures(official: Any, contrast_BC: Tensor, images: list[int], cap
     # No metric looks further than the most relevant items that a query has.
     depth = {side: max([*KS, *map(len, official.eccv_gts[side].values())]) for side in sides}
     ranked = {
-        side: dict(zip(queries, best(score_QG, gallery, depth[side]), strict=True))
+        side: dict(zip(queries, ranked_ids(score_QG, gallery, depth[side]), strict=True))
         for side, (queries, gallery, score_QG, _) in sides.items()
     }
     with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
@@ -125,7 +125,7 @@ def retrieval_figures(official: Any, contrast_BC: Tensor, images: list[int], cap
     return found
 
 
-def best(score_QG: Tensor, gallery: Sequence[int], depth: int) -> list[list[int]]:
+def ranked_ids(score_QG: Tensor, gallery: Sequence[int], depth: int) -> list[list[int]]:
     """The ids of the best items of each query, the best first."""
     parts = (top_items(block_qG, depth) for block_qG in score_QG.split(BLOCK))
     return [[gallery[place] for place in places] for part in parts for places in part.tolist()]

@@ -22,11 +22,10 @@ class Flickr8kJudgements(Suite):
     traps = (
         "Experts: tau-c over each of the three judgements by itself, without captions of the image itself, as "
         "published; with the mean of the three, or with tau-b, other figures come out of the same scores.",
-        "Crowd: tau-b against the share of yes. Half of the pairs have a share of 0, so a tie is the rule.",
+        "Crowd: tau-b against the share of yes, which has few values: ties are the rule.",
         "The candidates are captions that people wrote of other images: no model's mistakes are among them.",
         "`score` adds up over words and falls with the length of a caption.",
-        "The images are Flickr8k's test split and others of its 8,000: a model that was trained on Flickr30k may have "
-        "seen them.",
+        "A model that was trained on other captions of Flickr8k, or on Flickr30k, may have seen the images.",
     )
 
     def read(self, path: Path, images: Path | None) -> ItemRows:

@@ -108,7 +108,7 @@ class Pointing(Suite):
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
         images = [item.images[0] for item in items]
-        chance = 100 * sum(covered(item.truth.boxes) for item in items) / max(1, len(items))
+        chance = 100 * sum(covered_share(item.truth.boxes) for item in items) / max(1, len(items))
         found = []
         for name, first in (("attention", 0), ("Grad-CAM", 2)):
             right = [
@@ -132,7 +132,7 @@ def inside(point: Sequence[float], boxes: Sequence[Box]) -> bool:
     return any(left <= point[0] <= right and top <= point[1] <= bottom for left, top, right, bottom in boxes)
 
 
-def covered(boxes: Sequence[Box]) -> float:
+def covered_share(boxes: Sequence[Box]) -> float:
     """Share of the image that the boxes cover together: edges divide it into cells, each of which is in or out."""
     xs, ys = ({0.0, 1.0, *(box[side] for box in boxes for side in sides)} for sides in ((0, 2), (1, 3)))
     across, down = sorted(xs), sorted(ys)

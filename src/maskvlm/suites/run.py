@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from maskvlm.data.files import digest_of
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
 from maskvlm.data.text import stable_id
+from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.training.run_record import json_ready, write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 RESULT, SCORES = "result.json", "scores.jsonl"
+SHOWN = 20  # figures of a way that are printed; a thousand classes have a thousand more
 
 
 class SuiteReport(NamedTuple):
@@ -80,7 +83,10 @@ def run_suite(
     if not items:  # rows of images that are all bad, or of no images
         first = next(iter(found.skipped.values()), ["the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
-    scores = {way: suite.ask(model, items, way) for way in ways}
+    with warnings.catch_warnings():
+        # The images are strange by intention, and the line would be about one of thousands.
+        warnings.simplefilter("ignore", FarFromTraining)
+        scores = {way: suite.ask(model, items, way) for way in ways}
     metrics = {}
     for way in ways:
         asked = [row for row, each in enumerate(scores[way]) if len(each)]
@@ -134,12 +140,14 @@ def table_of_suite(report: SuiteReport) -> Table:
     for name in ("value", "95 %", "chance", "items"):
         table.add_column(name, justify="right", no_wrap=True)
     for way, metrics in report.metrics.items():
-        for place, one in enumerate(metrics):
+        for place, one in enumerate(metrics[:SHOWN]):
             between = "" if one.interval is None else f"{one.interval[0]:.1f} to {one.interval[1]:.1f}"
             chance = "" if one.chance is None else f"{one.chance:.1f}"
             # Kinds are names out of a stranger's file: no styles, and nothing that a terminal obeys.
             told = Text("".join(letter if letter.isprintable() else "\ufffd" for letter in one.name))
             table.add_row("" if place else way, told, f"{one.value:.1f}", between, chance, f"{one.items:,}")
+        if len(metrics) > SHOWN:
+            table.add_row("", f"... and {len(metrics) - SHOWN} more in {RESULT}")
         table.add_section()
     return table
 
@@ -149,7 +157,7 @@ def lines_of_suite(report: SuiteReport) -> list[str]:
     lines = list(report.notes)
     images = len({image for item in report.items for image in item.images})
     if len(report.items) < report.of:
-        lines.append(f"{len(report.items):,} of {report.of:,} items, about {images:,} images")
+        lines.append(f"measured on {len(report.items):,} of {report.of:,} items, with {images:,} images")
     for reason, rows in report.skipped.items():
         lines.append(f"left out: {len(rows):,} ({reason}), such as {rows[0]}")
     if report.trained_on is not None:

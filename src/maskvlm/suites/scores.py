@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from maskvlm.data.inputs import open_image
 from maskvlm.utils.errors import UserError
+from maskvlm.utils.status_bar import StatusBar
 
 if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -61,12 +63,15 @@ def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: s
     for row, item in enumerate(items):
         rows_of.setdefault(item.images[0], []).append(row)
     found: list[list[float]] = [[] for _ in items]
-    for image, rows in rows_of.items():
+    bar = StatusBar(way, len(rows_of), Console(stderr=True))
+    for done, (image, rows) in enumerate(rows_of.items()):
+        bar.show(done, f"{done:,} of {len(rows_of):,} images")
         # Each text once, whichever items ask about it.
         texts = list(dict.fromkeys(text for row in rows for text in items[row].texts))
         scores = dict(zip(texts, _SCORERS[way](model, open_image(image), texts), strict=True))
         for row in rows:
             found[row] = [scores[text] for text in items[row].texts]
+    bar.close()
     return found
 
 

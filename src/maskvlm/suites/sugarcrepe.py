@@ -25,9 +25,9 @@ class SugarCrepe(Suite):
         "score_no_image says whether yours does.",
         "`score` adds up over words and favours the shorter caption, above all in add_att and add_obj; score_per_word "
         "does not.",
-        "Of the images of COCO val2017 most are in the training split of Karpathy (as `restval`): a model that was "
-        "trained on that has seen them, with the true caption. The report counts them where the checkpoint tells.",
-        "The mean over the seven kinds is not the share of all 7,511 items: kinds have 245 to 1,652 of them.",
+        "About three of four images of COCO val2017 are in Karpathy's training split (as `restval`): a model that was "
+        "trained on it has seen them, with the true caption. The report counts them where the checkpoint tells.",
+        "The mean over the seven kinds is not the share of all 7,511 items: kinds have 245 to 2,062 of them.",
     )
 
     def read(self, path: Path, images: Path | None) -> ItemRows:

@@ -33,7 +33,7 @@ class Vsr(Suite):
         "The area under the curve has no threshold; one that is tuned on these items would tell on itself.",
         "A sentence whose relation is wrong still names two things that are there: models that match by objects call "
         "nearly everything true.",
-        "Left and right are the viewer's in some items and the thing's own in others; people agree on 95 %.",
+        "Left and right are the viewer's in some items and the thing's own in others; people are right on 95 %.",
         "The images are COCO's training images, too: most models have seen them, with other captions.",
     )
 
