@@ -164,7 +164,7 @@ def entities(root: Path) -> Path:
 
 
 def captions(root: Path) -> Path:
-    said = ("A red circle is on the left of a blue star.", "Red!", "a blue star, a red circle")
+    said = ("A red circle is on the left of a blue star.", "Red!", "a blue star, a red circle", "Red circle.")
     images = [
         {"filename": name, "split": "test" if n else "val", "sentences": [{"raw": text} for text in said], "imgid": n}
         for n, name in enumerate(FLICKR)
@@ -260,7 +260,9 @@ def test_order_reads_a_captioned_set(tmp_path: Path) -> None:
     assert [item.texts[0] for item in found.items] == [
         "a red circle is on the left of a blue star",
         "a blue star, a red circle",
+        "red circle",
     ]
+    assert [item.truth for item in found.items] == [[*aro_order.SHUFFLES], [*aro_order.SHUFFLES], ["all words"]]
     assert list(found.skipped) == ["no other order"]  # "red"
     assert AroOrder(seed=1).read(tmp_path, None).items != found.items
     assert AroOrder(seed=0).read(tmp_path, None).items == found.items
@@ -560,7 +562,8 @@ def test_order_counts_all_and_each_shuffle(tmp_path: Path) -> None:
     found = AroOrder().metrics(items, scores, "match")
     best = [all(each[0] > other for other in each[1:]) for each in scores]
     assert found[0].value == pytest.approx(100 * sum(best) / len(best))
-    # Half of the items have four texts; the other caption's two groups of three have one other order.
+    # Of two words there is one other order.
+    assert {len(item.texts) for item in items} == {2, 4}
     assert found[0].chance == pytest.approx(statistics.fmean(100 / len(item.texts) for item in items))
     at = [(row, item.truth.index("trigrams") + 1) for row, item in enumerate(items) if "trigrams" in item.truth]
     right = [scores[row][0] > scores[row][place] for row, place in at]
