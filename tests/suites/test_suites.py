@@ -691,12 +691,12 @@ def test_eccv_caption_is_the_packages(small_judge: Any, tmp_path: Path) -> None:
 
 def test_eccv_caption_needs_its_whole_gallery(small_judge: Any, tmp_path: Path, model: PretrainedMaskVLM) -> None:
     root = crisscrossed(tmp_path)
-    assert run_suite(EccvCaption(), model, root).metrics["contrast"][0].items == 2
+    assert run_suite(EccvCaption(), model, EccvCaption().read(root, None)).metrics["contrast"][0].items == 2
     with pytest.raises(UserError, match="ranks all its items"):
-        run_suite(EccvCaption(), model, root, limit=1)
+        run_suite(EccvCaption(), model, EccvCaption().read(root, None), limit=1)
     (root / "images" / VAL2014[0]).unlink()
     with pytest.raises(UserError, match="needs all its items"):
-        run_suite(EccvCaption(), model, root)
+        run_suite(EccvCaption(), model, EccvCaption().read(root, None))
     small_judge.coco_ids = np.array([0, 77])
     with pytest.raises(UserError, match="1 of 2 captions are not there, the first is 77"):
         EccvCaption().read(root, None)
@@ -769,16 +769,16 @@ def test_pointing_asks_explain(model: PretrainedMaskVLM, tmp_path: Path) -> None
 def test_a_run_counts_and_lists_what_it_leaves_out(model: PretrainedMaskVLM, tmp_path: Path) -> None:
     root = sugarcrepe(tmp_path)
     (root / "images" / COCO[0]).write_bytes(b"<html>")
-    report = run_suite(SugarCrepe(), model, root, ways=["match"])
+    report = run_suite(SugarCrepe(), model, SugarCrepe().read(root, None), ways=["match"])
     assert (len(report.items), report.of) == (2, 3)
     assert "swap_att.json item 0" in report.skipped["not an image (text/html)"][0]
     assert report.trained_on is None or report.trained_on == 0
     for name in COCO:
         (root / "images" / name).write_bytes(b"")
     with pytest.raises(UserError, match="no item can be used"):
-        run_suite(SugarCrepe(), model, root)
+        run_suite(SugarCrepe(), model, SugarCrepe().read(root, None))
     with pytest.raises(UserError, match="not asked by nope"):
-        run_suite(SugarCrepe(), model, root, ways=["nope"])
+        run_suite(SugarCrepe(), model, SugarCrepe().read(root, None), ways=["nope"])
 
 
 def test_a_subset_keeps_all_items_of_an_image(tmp_path: Path) -> None:
@@ -825,7 +825,9 @@ def test_the_command_runs_each_suite(
         (["nope"], 2, "no such suite"),
         (["vsr", "--path", "."], 2, "--from is missing"),
         (["vsr", "from=x.ckpt"], 2, "--path is missing"),
-        (["vsr", "from=x.ckpt", "--path", "."], 66, "x.ckpt"),
+        (["vsr", "from=x.ckpt", "--path", "."], 66, "none of the files of this set"),
+        (["vsr", "from=x.ckpt", "--path", ".", "--by", "score"], 2, "not asked by score"),
+        (["eccv_caption", "from=x.ckpt", "--path", ".", "--limit", "3"], 2, "ranks all its items"),
         (["vsr", "from=x.ckpt", "--path", ".", "--limit", "0"], 2, "--limit"),
         ([], 2, "NAME"),
     ],

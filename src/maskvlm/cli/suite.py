@@ -9,7 +9,7 @@ from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import moment
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.suites.registry import suite_class, suite_names
-from maskvlm.suites.run import RESULT, lines_of_suite, run_suite, table_of_suite, write_result
+from maskvlm.suites.run import RESULT, check_ways, lines_of_suite, run_suite, table_of_suite, write_result
 from maskvlm.utils.errors import UserError, check_least
 
 
@@ -42,8 +42,11 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     suite = kind(**{key: getattr(options, key) for key in own})
     ways = suite.ways if options.by == ["all"] else options.by
     folder = options.out or Path("checkpoints") / f"suite-{name}-{moment()}"
+    # What is wrong with the files is told before a large model is read.
+    check_ways(suite, ways, options.limit)
+    found = suite.read(options.path, options.images)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
-    report = run_suite(suite, model, options.path, options.images, ways, options.limit, options.seed)
+    report = run_suite(suite, model, found, ways, options.limit, options.seed)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     write_result(folder, name, suite, plain, report, model)
     console = Console()

@@ -49,31 +49,34 @@ class SuiteReport(NamedTuple):
     trained_on: int | None
 
 
-def run_suite(
-    suite: Suite,
-    model: "PretrainedMaskVLM",
-    path: Path,
-    images: Path | None = None,
-    ways: Sequence[str] = (),
-    limit: int | None = None,
-    seed: int = 0,
-) -> SuiteReport:
-    """Read, ask, measure.
-
-    Args:
-        path, images: as of `Suite.read`.
-        ways: of the suite's; none for its first.
-        limit: only so many images, drawn by `seed`, with all their items.
-
-    Raises:
-        UserError: the files cannot be read, no item is left, the suite has no such way, or needs all its items.
-    """
-    ways = tuple(ways) or suite.ways[:1]
+def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
+    """What can be said before anything is read; raises as `run_suite`."""
     if unknown := [way for way in ways if way not in suite.ways]:
         raise UserError("--by", f"this suite is not asked by {unknown[0]}", f"There are: {', '.join(suite.ways)}")
     if suite.whole and limit is not None:
         raise UserError("--limit", "this suite ranks all its items among each other", "Leave it out")
-    found = suite.read(path, images)
+
+
+def run_suite(
+    suite: Suite,
+    model: "PretrainedMaskVLM",
+    found: ItemRows,
+    ways: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+) -> SuiteReport:
+    """Ask a model, and measure.
+
+    Args:
+        found: what `suite.read` gave; images that cannot be read are counted and listed there, too.
+        ways: of the suite's; none for its first.
+        limit: only so many images, drawn by `seed`, with all their items.
+
+    Raises:
+        UserError: no item is left, the suite has no such way, or needs all its items; the checkpoint lacks a head.
+    """
+    check_ways(suite, ways, limit)
+    ways, path = tuple(ways) or suite.ways[:1], found.path
     total = len(found.items)
     items = with_images(subset(found.items, limit, seed), found)
     if suite.whole and found.skipped:
