@@ -631,6 +631,8 @@ def test_zeroshot_counts_classes(tmp_path: Path) -> None:
     shares = [statistics.fmean(r for r, item in zip(right, items, strict=True) if item.truth == k) for k in range(3)]
     assert found["mean per class"] == pytest.approx(100 * statistics.fmean(shares))
     assert found["always the largest class"] == pytest.approx(50)
+    nan = [[math.nan if k == item.truth else 0.0 for k in range(3)] for item in items]
+    assert by_name(Zeroshot().metrics(items, nan, "match"))["top-1"] == 0
 
 
 def test_pointing_hits_boxes(tmp_path: Path) -> None:

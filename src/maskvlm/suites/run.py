@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 RESULT, SCORES = "result.json", "scores.jsonl"
+MAX_SCORES = 5_000_000  # of a way that are written, some 100 MB: not every image with every caption of a gallery
 SHOWN = 20  # figures of a way that are printed; a thousand classes have a thousand more
 
 
@@ -192,10 +193,12 @@ def write_result(
         },
     }
     write_json(folder / RESULT, result)
-    if suite.whole:  # of each image with every text
+    if sum(map(len, next(iter(report.scores.values())))) > MAX_SCORES:
         return
     lines = []
     for row, item in enumerate(report.items):
         facts = {"origin": item.origin, "kind": item.kind, "truth": item.truth}
-        lines.append(json_ready(facts | {way: list(found[row]) for way, found in report.scores.items()}))
+        lines.append(
+            json_ready(facts | {way: [float(each) for each in found[row]] for way, found in report.scores.items()})
+        )
     write_text(folder / SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -1,4 +1,7 @@
-"""Zero-shot classification: an image against a sentence for each class (Radford et al. 2021)."""
+"""Zero-shot classification: an image against a sentence for each class (Radford et al. 2021).
+
+Shapes: B images, K classes, E contrast width.
+"""
 
 import argparse
 from collections import Counter
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from maskvlm.data.files import image_names, load_json
@@ -89,26 +93,21 @@ class Zeroshot(Suite):
                 rows.skip("in no class", f"{path}/{name}: it lies in no folder of a class")
         return rows
 
-    def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
-        """A score for each class: by contrast the cosine with the mean of its templates' vectors, else the mean."""
+    def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
+        """Scores of the classes, [K]: by contrast the cosine with the mean of a class's templates, else their mean."""
         count = len(self.templates)
         if way == "contrast":
             # (classes * templates, E) -> (classes, templates, E) -> (classes, E)
             text_KE = F.normalize(text_vectors(model, items[0].texts).unflatten(0, (-1, count)).mean(1), dim=-1)
             image_BE = image_vectors(model, [item.images[0] for item in items])
-            found: list[list[float]] = (image_BE @ text_KE.T).tolist()
-            return found
-        return [
-            torch.tensor(each).unflatten(0, (-1, count)).mean(1).tolist() for each in pair_scores(model, items, way)
-        ]
+            return list(image_BE @ text_KE.T)
+        return [torch.tensor(each).unflatten(0, (-1, count)).mean(1) for each in pair_scores(model, items, way)]
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
-        classes = len(scores[0])
-        # How many other classes score as much or more: a tie counts against the model.
-        before = [
-            sum(other >= each[item.truth] for number, other in enumerate(each) if number != item.truth)
-            for each, item in zip(scores, items, strict=True)
-        ]
+        score_BK = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in scores])
+        truth_B1, classes = torch.tensor([[item.truth] for item in items]), score_BK.shape[1]
+        # How many other classes are not below the true one: a tie, or what is no number, counts against the model.
+        before = ((~(score_BK < score_BK.gather(1, truth_B1))).sum(1) - 1).tolist()
         groups = [item.images[0] for item in items]
         found = [percent_right("top-1", [place < 1 for place in before], 100 / classes, groups)]
         if classes > 5:
