@@ -69,8 +69,8 @@ class Provenance:
     def table(self) -> Table | str:
         """Counts by part, to be printed once at the start; one line where every tensor is random."""
         if all(origin.how == "random" for origin in self.tensors.values()):
-            total = sum(origin.parameters for origin in self.tensors.values())
-            return f"weights: all random, {len(self.tensors)} tensors, {total:,} parameters"
+            parameters = sum(origin.parameters for origin in self.tensors.values())
+            return f"weights: all random, {len(self.tensors)} tensors, {parameters:,} parameters"
         table = Table("part", title="Where the weights come from", title_justify="left")
         for heading in (*HOW, "parameters"):
             table.add_column(heading, justify="right")

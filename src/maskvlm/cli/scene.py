@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from maskvlm.config.arguments import OptionParser
+from maskvlm.data.inputs import open_image
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -22,7 +23,7 @@ def scene(arguments: list[str], allowed: list[str]) -> str:
         raise UserError("scene", f"{options.number} is none of them", f"Give a number from 0 to {len(split) - 1}")
     row = split[options.number]
     try:
-        row["image"].save(options.out)
+        open_image(row["image"]).save(options.out)
     except (OSError, ValueError) as error:  # the second: no format has such an ending
         what, todo = f"cannot be written ({error})", "Give a file such as scene.png in a folder that is there"
         raise UserError(options.out, what, todo, ExitCode.IO_ERROR) from error

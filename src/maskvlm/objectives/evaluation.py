@@ -172,8 +172,8 @@ class PretrainingMetrics:
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
         else:  # no contrast to retrieve with: the masked losses themselves, higher is better
             metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
-        parts: list[Any] = gather_objects(self.features)
-        if features := [part for shard in parts for part in shard]:
+        everywhere: list[Any] = gather_objects(self.features)
+        if features := [part for one in everywhere for part in one]:
             self.known_images = sample_of(torch.cat(features))
         self.reset()
         return metrics
