@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -56,7 +57,12 @@ class Asker:
 
     def question(self, part: str, event: str = "click", event_data: Any = None, **values: Any) -> dict[str, Any]:
         """What the page's script would send; values by elem_id."""
-        known = [each for each in self.config["dependencies"] if [self.ids[part], event] in each["targets"]]
+        # What the browser does by itself has no function behind it.
+        known = [
+            each
+            for each in self.config["dependencies"]
+            if [self.ids[part], event] in each["targets"] and not each["js"]
+        ]
         given = {self.ids[name]: value for name, value in values.items()}
         data = [given.get(each, self.parts[each].get("value")) for each in known[0]["inputs"]]
         body = {"fn_index": known[0]["id"], "session_hash": f"s{time.time_ns()}", "data": data}
@@ -74,6 +80,17 @@ class Asker:
             return f"{reply.status_code} {reply.text}"
         return self.answer(body["session_hash"])
 
+    def tell(self, part: str, event: str, event_data: Any = None, **values: Any) -> dict[str, Any]:
+        """What the parts that have an elem_id then show, by it; None where one stays as it is."""
+        body, reply = self.join(part, event, event_data, **values)
+        reply.raise_for_status()
+        (known,) = (each for each in self.config["dependencies"] if each["id"] == body["fn_index"])
+        told = json.loads(self.answer(body["session_hash"]))["output"]["data"]
+        names = {number: name for name, number in self.ids.items()}
+        given = zip(known["outputs"], told, strict=True)
+        made = {names[part]: each for part, each in given if part in names}
+        return {name: plain(each) for name, each in made.items()}
+
     def answer(self, session: str) -> str:
         with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
             for line in stream.iter_lines():
@@ -81,6 +98,11 @@ class Asker:
                 if told.get("msg") in ("process_completed", "unexpected_error"):
                     return json.dumps(told)
         return "nothing"
+
+
+def plain(told: Any) -> Any:
+    """What a part shows; of an update its value, None where it has none."""
+    return told.get("value") if isinstance(told, dict) and told.get("__type__") == "update" else told
 
 
 class Live(NamedTuple):
@@ -106,6 +128,12 @@ class Live(NamedTuple):
         return set(self.folder.rglob("image.*"))
 
     @property
+    def image(self) -> dict[str, str]:
+        """One that was uploaded: its path and its address."""
+        path = self.asker.image(GOOD)["path"]
+        return {"path": path, "url": f"{self.base}/gradio_api/file={path}"}
+
+    @property
     def asked(self) -> int:
         """Questions that reached the queue so far."""
         asked: int = self.guard.calls.blocks._queue.events_recorded
@@ -113,15 +141,18 @@ class Live(NamedTuple):
 
 
 @contextmanager
-def live(place: Path) -> Iterator[Live]:
-    """Serve a toy model and a task of two images."""
+def live(place: Path, runs: Path | None = None) -> Iterator[Live]:
+    """Serve a toy model and a task of two images; or what is in a folder of runs."""
+    from maskvlm.demo import serve
     from maskvlm.demo.serve import guarded, listen, own_folder, server_of
 
-    sources = {kind: str(place / kind / "best.ckpt") for kind in ("pretrain", "nlvr")}
-    for kind, path in sources.items():
-        saved(Path(path), kind)
-    options = Namespace(sources=list(sources.values()), index=None, images=None, device=None, host="127.0.0.1")
-    with listen("127.0.0.1", 0) as listener, own_folder() as folder:
+    sources = [] if runs else [str(place / kind / "best.ckpt") for kind in ("pretrain", "nlvr")]
+    for path in sources:
+        saved(Path(path), Path(path).parent.name)
+    options = Namespace(sources=sources, index=None, images=None, device=None, host="127.0.0.1")
+    # Not what happens to lie in the folder of this clone.
+    here = patch.object(serve, "RUNS", runs or place / "nothing")
+    with here, listen("127.0.0.1", 0) as listener, own_folder() as folder:
         port = listener.getsockname()[1]
         guard = guarded(options, [], folder)
         answers = list[tuple[str, str, int]]()

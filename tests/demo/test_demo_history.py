@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from toy_pretrained import content_of, made
+from toy_pretrained import content_of, made, saved
 
 from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.warm_start import Seen
-from maskvlm.demo.history import Trained, best, is_drawn, photographs, told_of, trained_run
+from maskvlm.demo.history import Trained, is_drawn, photographs, ranking, told_of, trained_run
 from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
 from maskvlm.objectives.novelty import mean_patch, sample_of
@@ -63,12 +63,14 @@ def entry(photographs: float, sha: str, score: float, time: float, measured: flo
         ([entry(0, "a", 91, 1), entry(0, "b", 50, 9)], 1),  # on other data it says nothing: the newest
         ([entry(5, "a", 7, 1), entry(5, "a", 7, 9)], 1),
         ([entry(5, "a", 7, 9, measured=256), entry(5, "a", 3, 1)], 1),  # few images are easily told apart
+        ([entry(5, "a", 7, 9)._replace(whole=False), entry(0, "b", 3, 1)], 1),  # half of the tabs cannot ask it
         ([entry(5, "a", -math.inf, 9, measured=0), entry(5, "a", -4, 1)], 1),  # one that was never measured
     ],
 )
 def test_the_rule(runs: list[Trained], chosen: int) -> None:
-    assert best(runs) == chosen
-    assert best(runs[::-1]) == len(runs) - 1 - chosen
+    assert ranking(runs)[0] == chosen
+    assert ranking(runs[::-1])[0] == len(runs) - 1 - chosen
+    assert sorted(ranking(runs)) == [*range(len(runs))]
 
 
 def test_the_page_starts_with_photographs_and_not_with_the_newest(tmp_path: Path) -> None:
@@ -78,10 +80,42 @@ def test_the_page_starts_with_photographs_and_not_with_the_newest(tmp_path: Path
     models = Models(find_models(tmp_path))
     assert models.found.pretrained is not None
     assert models.found.pretrained.shown == "better/best.ckpt"
-    assert models.photographs == 6000
-    named = find_models(tmp_path, [str(tmp_path / "better" / "best.ckpt"), str(tmp_path / "scenes" / "best.ckpt")])
-    assert named.pretrained is not None
-    assert named.pretrained.shown == "scenes/best.ckpt"  # the last that was named
+    assert [each.choice for each in models.found.runs] == [
+        "better: step 9, score 2.3, flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)",
+        "worse: step 9, score 1.9, prepared (6,000 images)",
+        "scenes: step 5, score 91.2, drawn scenes of the built-in world (20,000 images)",
+    ]
+    named = find_models(tmp_path, [str(tmp_path / name / "best.ckpt") for name in ("better", "scenes")])
+    # The last that was named, then the other one, then those that were not.
+    assert [run.shown.split("/")[0] for run in named.runs] == ["scenes", "better", "worse"]
+
+
+def test_tasks_are_found_whatever_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "asked" / "best.ckpt", "vqa")
+    saved(tmp_path / "again" / "best.ckpt", "vqa")
+    saved(tmp_path / "other" / "best.ckpt", "nlvr")
+    os.utime(tmp_path / "again" / "best.ckpt", (1, 1))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "best.ckpt").write_bytes(b"no checkpoint")
+    one = run(tmp_path / "run", [DRAWN])
+    found = find_models(tmp_path, [str(one), str(tmp_path / "again" / "best.ckpt")])
+    assert [each.shown for each in found.runs] == ["run/best.ckpt"]  # not a second time from the folder
+    assert [each.shown for each in found.tasks] == ["other/best.ckpt", "again/best.ckpt"]  # the named one of its task
+    assert len(found.problems) == 1
+
+
+def test_a_card_of_an_earlier_version_is_of_pre_training(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", [PHOTOGRAPHS])
+    (path.parent / "card.json").write_text(json.dumps({"task": "maskvlm.pretrain.MaskedPretraining"}))
+    found = find_models(tmp_path)
+    assert (len(found.runs), found.tasks) == (1, [])
+
+
+def test_a_run_without_a_head_comes_last_and_its_tabs_say_so(tmp_path: Path) -> None:
+    saved(tmp_path / "part" / "best.ckpt", weight_mlm=0.0)
+    run(tmp_path / "whole", [DRAWN], age=10**6)
+    (whole, part) = find_models(tmp_path).runs
+    assert (whole.shown, part.shown) == ("whole/best.ckpt", "part/best.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +217,7 @@ def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, s
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
 def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path) -> None:
-    from maskvlm.demo.page import strange
+    from maskvlm.demo.page import Chosen
 
     path = run(tmp_path / "run", [PHOTOGRAPHS])
     photos = [sample.image for sample in photo_samples((3, 3))]
@@ -193,7 +227,7 @@ def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path)
     said = {}
     for sign in (1, -1):
         checkpoint.save(checkpoint.load(path) | {"known_images": sample_of(sign * feature_ND)}, path)
-        said[sign] = strange(Models(find_models(tmp_path)), photos[0])
+        said[sign] = Chosen(Models(find_models(tmp_path)), 0, None, None).strange(photos[0])
     assert said[1] == ""
     assert said[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')
 

@@ -89,9 +89,8 @@ def filled(head: dict[str, str], page: Live) -> dict[str, str]:
 @pytest.mark.parametrize("head", ELSEWHERE, ids=str)
 def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str]) -> None:
     """By any door: questions, uploads, images, answers, settings, preflights."""
-    client, head, before = page.asker.client, filled(head, page), (page.kept, page.asked)
-    question = json.dumps(page.asker.question("match", texts=TEXT))
-    image = page.asker.parts[page.asker.ids["image"]]["value"]["path"]
+    client, head, image = page.asker.client, filled(head, page), page.image["path"]
+    before, question = (page.kept, page.asked), json.dumps(page.asker.question("match", texts=TEXT))
     replies = [
         client.post(JOIN, content=question, headers=head | JSON),
         client.post(JOIN, content=question, headers=head | {"content-type": "text/plain"}),
@@ -110,8 +109,7 @@ def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str
 @pytest.mark.parametrize("head", OWN, ids=str)
 def test_the_page_itself_and_programs_are_answered(page: Live, head: dict[str, str]) -> None:
     client, head = page.asker.client, filled(head, page)
-    question = page.asker.question("match", texts=TEXT)
-    question["data"][0] = None
+    question = page.asker.question("match", image=None, texts=TEXT)
     assert client.post(JOIN, content=json.dumps(question), headers=head | JSON).status_code == 200
     assert client.get("/config", headers=head).status_code == 200
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
@@ -309,6 +307,8 @@ def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
         own | {"size": "9"},
         own | {"more": 1},
     ]
+    name = f"own-{'a' * 64}"  # of one of the page's own images
+    made += [{"path": name, "url": url}, {"path": name, "meta": meta}, {"path": f"{name}/../a"}, {"path": f"{name}a"}]
     made += [own | {"data": url}, {"url": url}, {"url": url, "meta": meta}, {"path": path}, {"meta": meta}, {}]
     return [*made, url, secret, path, 5, True, [], [own], {"image": own}, {"value": own, "__type__": "update"}]
 
@@ -347,8 +347,8 @@ def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build,
         assert refusal(page.asker.join("find", "click", query=each)[1]) in (400, 403)
     for each in (*files, "x", ["x"], [1.5], [True], [-1], [10**9], list(range(10**4 + 1)), None):
         assert refusal(page.asker.join("chips", "input", image=None, text=TEXT, chips=each)[1]) in (400, 403)
-    for each in (*files, "x", 1.5, True, -1, 8, 10**30, None):
-        assert refusal(page.asker.join("examples", "click", examples=each)[1]) in (400, 403)
+    for each in (*files, "x", 1.5, True, -1, 1, 10**30, None):  # this page has one run
+        assert refusal(page.asker.join("examples", "click", {"index": 0}, run=each)[1]) in (400, 403)
     assert page.asked == before
 
 
@@ -356,7 +356,7 @@ def test_a_question_has_no_other_keys_and_no_other_shape(page: Live, bait: tuple
     _, secret = bait
     own, before = page.asker.image(GOOD), page.asked
     good = page.asker.question("match", image=own, texts=TEXT)
-    state = page.asker.question("board", "select", {"index": [1, 1], "value": None}, image=own, text=TEXT)
+    state = page.asker.question("board", "click", {"index": 1}, image=own, text=TEXT)
     (mask,) = [place for place, each in enumerate(state["data"]) if each is None]
     strange: list[dict[str, Any]] = [
         good | {name: "x"} for name in ("oauth_token", "simple_format", "batched", "event_id")
@@ -368,7 +368,7 @@ def test_a_question_has_no_other_keys_and_no_other_shape(page: Live, bait: tuple
         good | {"event_data": each} for each in (own, {"index": 0, "value": own}, {"index": [0]}, {"index": [0, own]})
     ]
     strange += [
-        good | {"event_data": {"index": [1e400, 0]}},
+        *(good | {"event_data": {"index": each}} for each in (1e400, 1.5, -1, 2**31, True, "1", None, [1, 1])),
         good | {"event_data": {"index": 0, "value": None, "x": 1}},
     ]
     strange += [good | {"trigger_id": each} for each in ("x", -1, own)]
@@ -416,13 +416,24 @@ def test_whatever_a_question_is_it_is_understood_or_refused(page: Live, value: A
     """What is understood names no path but that of the page's own image."""
     own = page.asker.parts[page.asker.ids["image"]]["value"]["path"]
     good = page.asker.question("match", texts=TEXT)
-    body = [value, good | {"data": value}, good | {"event_data": value}, good | {"data": [value, TEXT]}][place]
+    body = [value, good | {"data": value}, good | {"event_data": value}, good | {"data": [0, value, TEXT]}][place]
     try:
         text = json.loads(page.guard.calls.understood(json.dumps(body).encode(), f"127.0.0.1:{page.port}"))
     except Refused:
         return
     assert set(text) == {"fn_index", "session_hash", "data", "event_data", "trigger_id"}
-    assert text["data"][0] in (None, {"path": own, "meta": {"_type": "gradio.FileData"}})
+    assert text["data"][1] in (None, {"path": own})
+
+
+def test_an_own_image_is_known_by_its_name_and_nothing_is_opened_by_it(page: Live) -> None:
+    own = page.asker.parts[page.asker.ids["image"]]["value"]
+    assert own["url"].startswith("data:image/png;base64,")
+    kept = page.kept
+    assert "%" in page.asker.ask("match", texts=TEXT)
+    told = page.asker.ask("match", image={"path": f"own-{'a' * 64}"}, texts=TEXT)
+    assert "is here no more" in told
+    assert "%" not in told
+    assert page.kept == kept
 
 
 def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""What the page shows: answers as HTML, every word of it escaped, and images of patches."""
+"""What the page shows: answers as HTML, every word of it escaped, and images, which are part of that HTML."""
 
-import math
+import io
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from maskvlm.utils.errors import UserError
 
 Mask = list[list[bool]]
 BOARD = 384  # pixels, about: the side of an image with its patches
+MAX_SHOWN = 400  # pixels of a side; a board has a little more or less than BOARD
+DRAWN_COLOURS = 4096  # that a drawn scene has at most
 COVER, LINE, FRAME = (64, 72, 88), (148, 163, 184), (245, 158, 11)
 LENGTHS = (5, 8, 12)
 """Of captions that are tried: a page must answer soon."""
@@ -65,7 +68,7 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
         head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
         sides = [] if with_image is None else [guesses("with the image", with_image[number], truth)]
         sides.append(guesses("without it", without_image[number], truth))
-        parts.append(f'<section><h4>{head}</h4><div class="sides">{"".join(sides)}</div></section>')
+        parts.append(f'<section><h2>{head}</h2><div class="sides">{"".join(sides)}</div></section>')
     return "".join(parts)
 
 
@@ -73,7 +76,7 @@ def guesses(title: str, found: Sequence[Guess], truth: str) -> str:
     """Half of a word's answer: the likeliest words with their shares."""
     # Whatever the case: some tokenizers keep it, others do not.
     rows = [(each.word, each.probability, each.word.lower() == truth.lower()) for each in found]
-    return f'<div class="side"><h5>{escape(title)}</h5>{bars(rows)}</div>'
+    return f'<div class="side"><h3>{escape(title)}</h3>{bars(rows)}</div>'
 
 
 def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
@@ -87,6 +90,39 @@ def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
             f'<td class="bar"><i style="width:{percent:.1f}%"></i></td><td class="number">{percent:.1f} %</td></tr>'
         )
     return f'<table class="bars">{"".join(made)}</table>'
+
+
+def data_address(image: Image.Image) -> str:
+    """An image as an address that holds it: PNG where few colours are drawn, else JPEG."""
+    shown, file = image.convert("RGB"), io.BytesIO()
+    shown.thumbnail((MAX_SHOWN, MAX_SHOWN))
+    kind, media = ("PNG", "png") if shown.getcolors(DRAWN_COLOURS) else ("JPEG", "jpeg")
+    shown.save(file, kind, quality=90)
+    return f"data:image/{media};base64,{b64encode(file.getvalue()).decode()}"
+
+
+def picture(image: Image.Image, told: str) -> str:
+    """An image as HTML; told: its alternative text."""
+    return f'<img src="{data_address(image)}" alt="{escape(told)}">'
+
+
+def choices(images: Iterable[tuple[Image.Image, str]]) -> str:
+    """Images with what is said of each, as buttons."""
+    made = [
+        f'<button type="button" data-index="{number}" aria-label="Example {number + 1}: {escape(told)}">'
+        f"{picture(image, '')}</button>"
+        for number, (image, told) in enumerate(images)
+    ]
+    return f'<div class="choices">{"".join(made)}</div>'
+
+
+def hits(found: Iterable[tuple[Image.Image, str]], title: str) -> str:
+    """Images that were found, the best first, each with its caption."""
+    made = [
+        f"<li><figure>{picture(image, f'Number {number}')}<figcaption>{escape(told)}</figcaption></figure></li>"
+        for number, (image, told) in enumerate(found, 1)
+    ]
+    return f'<h2>{escape(title)}</h2><ol class="hits">{"".join(made)}</ol>'
 
 
 def note(line: str) -> str:
@@ -183,22 +219,36 @@ def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Seq
         draw = ImageDraw.Draw(large)
         for masked, box in boxes(large.size, mask):
             if masked:
-                draw.rectangle(box, outline=FRAME, width=3)
+                # Thin on small patches: the frame is not to hide what it is about.
+                draw.rectangle(box, outline=FRAME, width=min(3, max(1, (box[2] - box[0]) // 24)))
         made.append(large)
     return made
 
 
-def clicked(mask: Mask, index: Any, size: tuple[int, int]) -> Mask:
-    """The mask with the patch at a point of the board turned over. Raises UserError: no point of it."""
-    # The place comes from a browser: anything may stand there.
-    try:
-        across, down = (float(each) for each in index)
-        row, column = math.floor(down / size[1] * len(mask)), math.floor(across / size[0] * len(mask[0]))
-        if not (0 <= row < len(mask) and 0 <= column < len(mask[0])):
-            raise ValueError(f"{index} is outside")
-    except (TypeError, ValueError, OverflowError):
-        raise UserError("patches", "that is no place of the image", "Click on the image") from None
-    return [[masked != ((r, c) == (row, column)) for c, masked in enumerate(line)] for r, line in enumerate(mask)]
+def buttons(image: Image.Image, mask: Mask) -> str:
+    """A board as HTML: each patch a button over its place. Only the first is reached by the Tab key, the others from
+    there by the arrow keys (`page.js`)."""
+    columns = len(mask[0])
+    made = [
+        f'<button type="button" data-index="{row * columns + column}" aria-pressed="{str(masked).lower()}" '
+        f'tabindex="{-1 if row or column else 0}" aria-label="Row {row + 1}, column {column + 1}"></button>'
+        for row, line in enumerate(mask)
+        for column, masked in enumerate(line)
+    ]
+    count = sum(map(sum, mask))
+    told = f"The image in {len(mask)} × {columns} patches, {count} of them covered"
+    style = f"grid-template-columns: repeat({columns}, 1fr)"
+    group = f'role="group" aria-label="Patches to cover" data-columns="{columns}" style="{style}"'
+    return f'<div class="board">{picture(image, told)}<div class="patches" {group}>{"".join(made)}</div></div>'
+
+
+def turned(mask: Mask, number: Any) -> Mask:
+    """The mask with one patch turned over, counted row by row. Raises UserError: there is none of that number."""
+    # The number comes from a browser: anything may stand there.
+    if type(number) is not int or not 0 <= number < len(mask) * len(mask[0]):
+        raise UserError("patches", "that is no place of the image", "Click on the image")
+    place = divmod(number, len(mask[0]))
+    return [[masked != ((r, c) == place) for c, masked in enumerate(line)] for r, line in enumerate(mask)]
 
 
 def by_lot(grid: tuple[int, int], share: float = 0.6) -> Mask:
@@ -206,6 +256,11 @@ def by_lot(grid: tuple[int, int], share: float = 0.6) -> Mask:
     count = grid[0] * grid[1]
     chosen = np.random.default_rng().permutation(count)[: round(share * count)]
     return [[row * grid[1] + column in chosen for column in range(grid[1])] for row in range(grid[0])]
+
+
+def fitted(mask: Mask, grid: tuple[int, int]) -> Mask:
+    """The mask, or an empty one where it is of another run's grid."""
+    return mask if (len(mask), len(mask[0]) if mask else 0) == tuple(grid) else empty(grid)
 
 
 def empty(grid: tuple[int, int]) -> Mask:

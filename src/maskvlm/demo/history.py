@@ -1,4 +1,4 @@
-"""What a pre-trained run was trained on, and which of several the page starts with.
+"""What a pre-trained run was trained on, and in which order the page offers several.
 
 Scores on different data cannot be compared: 90 % of drawn scenes is no better than 3 % of photographs. So the data
 decide first, and the score among runs on the same data.
@@ -35,6 +35,7 @@ class Trained(NamedTuple):
         photographs: different ones, drawn scenes not counted; infinite where a set was streamed, which counts nothing.
         sha: of the data of the run itself. measured: images that it was evaluated on; 0 where it does not say.
         score: on these, -inf where it does not say. time: when the weights were written, in seconds.
+        steps: of the optimiser, on the data of the run itself. whole: whether it has the heads of all tabs.
     """
 
     told: str
@@ -43,6 +44,14 @@ class Trained(NamedTuple):
     measured: float
     score: float
     time: float
+    steps: int = 0
+    whole: bool = True
+
+    @property
+    def measures(self) -> str:
+        """Step and score in words: "step 1,125, score 30.1"."""
+        score = f"score {self.score:.1f}" if math.isfinite(self.score) else "no score"
+        return f"step {self.steps:,}, {score}"
 
 
 def is_drawn(source: str) -> bool:
@@ -50,12 +59,13 @@ def is_drawn(source: str) -> bool:
     return any(re.fullmatch(world, source) for world in DRAWN)
 
 
-def trained_run(path: str, history: Sequence[Seen]) -> Trained:
+def trained_run(path: str, history: Sequence[Seen], whole: bool = True) -> Trained:
     """What a checkpoint of pre-training tells of itself, and the files beside it.
 
     Args:
         path: of the checkpoint.
         history: the data that its weights have seen, first to last.
+        whole: whether it has the heads of all tabs.
     """
     steps = [told_of(seen, name_beside(path, seen) if seen is history[-1] else None) for seen in history]
     # What came before, the latest first.
@@ -64,7 +74,8 @@ def trained_run(path: str, history: Sequence[Seen]) -> Trained:
     measured, score = score_beside(path)
     sha = history[-1].sha if history else ""
     time = Path(path).stat().st_mtime if Path(path).exists() else 0.0
-    return Trained(told, photographs(history), sha, measured, score, time)
+    last = history[-1].steps if history else 0
+    return Trained(told, photographs(history), sha, measured, score, time, last, whole)
 
 
 def photographs(history: Sequence[Seen]) -> float:
@@ -89,17 +100,25 @@ def told_of(seen: Seen, name: str | None) -> str:
     return f"{name or seen.source.rpartition('.')[2].lower()[:LONGEST]} ({count})"
 
 
-def best(runs: Sequence[Trained]) -> int:
-    """The place of the run that the page starts with.
+def ranking(runs: Sequence[Trained]) -> list[int]:
+    """The places of the runs, the best first: the page starts with that.
 
-    Photographs come before drawn scenes, more of them before fewer; among runs on the same data the best score counts,
-    and what that leaves open the newest.
+    Those that were trained without one of the four losses come last: some tabs cannot ask them. Then photographs come
+    before drawn scenes, more of them before fewer; of data sets with equally many the one that was used last. Among
+    runs on the same data the best score counts, and what that leaves open the newest.
     """
-    most = max(runs, key=lambda run: (run.photographs, run.time))
-    data = (most.photographs, most.sha)
-    same = [place for place, run in enumerate(runs) if (run.photographs, run.sha) == data]
-    # Among fewer images the right one is found more easily, so the number comes before the score.
-    return max(same, key=lambda place: (runs[place].measured, runs[place].score, runs[place].time))
+    used = dict[tuple[float, str], float]()
+    for run in runs:
+        data = (run.photographs, run.sha)
+        used[data] = max(run.time, used.get(data, run.time))
+
+    def merit(place: int) -> tuple[float | str, ...]:
+        run = runs[place]
+        last = used[run.photographs, run.sha]
+        # Among fewer images the right one is found more easily, so the number comes before the score.
+        return run.whole, run.photographs, last, run.sha, run.measured, run.score, run.time
+
+    return sorted(range(len(runs)), key=merit, reverse=True)
 
 
 # ---------------------------------------------------------------------- the files beside a checkpoint: strangers', too

@@ -1,6 +1,7 @@
 """What the page takes from strangers behind its door: images, texts, and the time that an answer may take."""
 
 import hashlib
+import io
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,6 +19,8 @@ QUEUE = 24  # questions that wait
 MAX_TEXT = 1000  # characters
 MAX_LINES = 20  # texts at once
 MAX_SIDE = 1024  # pixels of an image that is kept; models see far fewer
+OWN = "own-"
+"""How the name of one of the page's own images begins; after it comes the SHA-256 of its bytes."""
 
 T = TypeVar("T")
 
@@ -46,19 +49,31 @@ class Worker:
 
 
 class Opener:
-    """Uploads to images, through `safe_open`; the last few are kept, since each is asked about again and again."""
+    """Uploads to images, through `safe_open`; the last few are kept, since each is asked about again and again.
+
+    The page's own images stay in memory: no file of theirs is removed while somebody looks at them.
+    """
 
     def __init__(self, most: int = 16) -> None:
         self.most, self.known = most, OrderedDict[bytes, Image.Image]()
+        self.own = dict[str, bytes]()
+
+    def keep(self, image: Image.Image) -> str:
+        """Take in one of the page's own images; returns the name that opens it again."""
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        name = OWN + hashlib.sha256(file.getvalue()).hexdigest()
+        self.own[name] = file.getvalue()
+        return name
 
     def __call__(self, path: str | None, name: str = "image") -> Image.Image:
         """Raises BadImage, or UserError where there is none."""
         if not path:
             raise UserError(name, "there is none", "Drop one in, or choose an example")
         file = Path(path)
-        if not file.is_file():
+        if path not in self.own and not file.is_file():
             raise UserError(name, "is here no more", "Drop it in again", ExitCode.MISSING_INPUT)
-        data = file.read_bytes()
+        data = self.own[path] if path in self.own else file.read_bytes()
         # By content: the same image uploaded twice lies at two paths.
         key = hashlib.sha256(data).digest()
         if key not in self.known:

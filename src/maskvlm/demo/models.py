@@ -1,5 +1,5 @@
-"""The models of the page: the best of pre-training (`history.best`), and the newest of each fine-tuned task, found in a
-folder."""
+"""The models of the page: the runs of pre-training, the best first (`history.ranking`), and the newest of each
+fine-tuned task, found in a folder or named."""
 
 import json
 from collections.abc import Iterable
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from maskvlm.checkpoint.model_spec import model_spec_of, read_small
 from maskvlm.checkpoint.warm_start import read_content, training_history_of
+from maskvlm.config.old_names import current
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
-from maskvlm.demo.history import WORLDS, Trained, best, trained_run
+from maskvlm.demo.history import WORLDS, Trained, ranking, trained_run
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import class_of, read_arguments
 from maskvlm.objectives.loaded_model import Model
@@ -21,6 +22,8 @@ from maskvlm.utils.whole_files import check_inside
 PRETRAINING = "maskvlm.objectives.pretraining.MaskedPretraining"
 WEIGHTS = ("best.ckpt", "last.ckpt")
 """Of a run's folder, the first that is there."""
+HEADS = ("projection", "matching", "tokens", "pixels")
+"""Of pre-training, what the tabs ask."""
 
 
 class Run(NamedTuple):
@@ -41,43 +44,55 @@ class Run(NamedTuple):
         """The end of its path: the rest is nobody's business."""
         return "/".join(Path(self.path).parts[-2:])
 
+    @property
+    def choice(self) -> str:
+        """Its line in the chooser: the run, its step, its score and what it was trained on."""
+        if self.trained is None:
+            return self.shown
+        return f"{Path(self.path).parent.name or self.shown}: {self.trained.measures}, {self.trained.told}"
+
 
 class FoundModels(NamedTuple):
-    """pretrained: None where there is none. tasks: one a class, in alphabetical order. problems: lines."""
+    """runs: of pre-training, the best first. tasks: one a class, in alphabetical order. problems: lines."""
 
-    pretrained: Run | None
+    runs: list[Run]
     tasks: list[Run]
     problems: list[str]
 
+    @property
+    def pretrained(self) -> Run | None:
+        """The run that the page starts with; None where there is none."""
+        return self.runs[0] if self.runs else None
+
 
 def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
-    """The newest checkpoint of each fine-tuned task, and of pre-training the best (`history.best`).
+    """The runs of pre-training, the best first (`history.ranking`), and the newest checkpoint of each fine-tuned task.
 
     Args:
-        folder: of runs; where nothing is named.
-        sources: checkpoints, folders of the hub's format or names of its cache instead; the last of a task counts.
+        folder: of runs.
+        sources: checkpoints, folders of the hub's format or names of its cache that come before all of the folder's,
+            the last one first.
 
     Raises:
         UserError: a named one is not there or damaged.
     """
-    found, problems = [run_of(source) for source in sources], list[str]()
-    named = bool(found)
-    if not named:
-        there = [path for path in map(weights_in, folder.glob("*/")) if path is not None]
-        # Oldest first, so that the newest of a task is the one that `last` keeps.
-        for path in sorted(there, key=lambda path: path.stat().st_mtime):
-            try:
-                found.append(run_of(str(path)))
-            except UserError as error:
-                # Damaged ones do not keep the page from starting: they are told on it.
-                problems.append(str(error))
-    last = {run.task: run for run in found}
-    pretrained = last.pop(PRETRAINING, None)
-    candidates = [(run, run.trained) for run in found if run.trained is not None]
-    # Where checkpoints are named, the last one counts for pre-training, too.
-    if candidates and not named:
-        pretrained = candidates[best([each for _, each in candidates])][0]
-    return FoundModels(pretrained, sorted(last.values(), key=lambda run: run.title), problems)
+    named, problems = [run_of(source) for source in sources], list[str]()
+    known = {Path(run.path).resolve() for run in named}
+    there = [path for path in map(weights_in, folder.glob("*/")) if path is not None and path.resolve() not in known]
+    found = []
+    # Oldest first, so that the newest of a task is the one that `last` keeps.
+    for path in sorted(there, key=lambda path: path.stat().st_mtime):
+        try:
+            found.append(run_of(str(path)))
+        except UserError as error:
+            # Damaged ones do not keep the page from starting: they are told on it.
+            problems.append(str(error))
+    last = {run.task: run for run in [*found, *named]}
+    last.pop(PRETRAINING, None)
+    trained = [(run, run.trained) for run in found if run.trained is not None]
+    order = ranking([each for _, each in trained])
+    runs = [run for run in reversed(named) if run.trained is not None] + [trained[place][0] for place in order]
+    return FoundModels(runs, sorted(last.values(), key=lambda run: run.title), problems)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -103,7 +118,10 @@ def run_of(source: str) -> Run:
             todo = "Put the config-fit.yaml of its run beside it"
             raise UserError(source, "does not say which task it was trained for", todo, ExitCode.MISSING_INPUT)
         task = str(spec.task["class_path"])
-    return Run(source, task, trained_run(source, training_history_of(content)) if task == PRETRAINING else None)
+    if task != PRETRAINING:
+        return Run(source, task)
+    heads = {name.split(".")[1] for name in content["state_dict"] if name.startswith("task.")}
+    return Run(source, task, trained_run(source, training_history_of(content), heads.issuperset(HEADS)))
 
 
 def task_on_card(source: str) -> str | None:
@@ -112,7 +130,7 @@ def task_on_card(source: str) -> str | None:
         told = json.loads((Path(source).parent / "card.json").read_text(encoding="utf-8"))["task"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return told if isinstance(told, str) and source.endswith(".ckpt") else None
+    return current(told) if isinstance(told, str) and source.endswith(".ckpt") else None
 
 
 class Loaded(NamedTuple):
@@ -125,7 +143,7 @@ class Loaded(NamedTuple):
 
 
 class Models:
-    """What is found, loaded: pre-training at once, a task when it is first asked.
+    """What is found, loaded: the first run of pre-training at once, another when it is chosen, a task when it is asked.
 
     Args:
         found: by `find_models`.
@@ -138,22 +156,16 @@ class Models:
         self.pretrained = self.load(found.pretrained) if found.pretrained else None
         self.tasks: dict[str, Loaded] = {}
 
-    @property
-    def photographs(self) -> float:
-        """Different ones that the pre-trained weights have seen; 0 of drawn scenes."""
-        run = self.found.pretrained
-        return run.trained.photographs if run is not None and run.trained is not None else 0
-
     def load(self, run: Run) -> PretrainedMaskVLM:
         """The model of a run, on the page's device."""
         return PretrainedMaskVLM.from_pretrained(run.path, device=self.device, allow_import=self.allowed)
 
-    def core(self) -> PretrainedMaskVLM:
-        """Of pre-training. Raises UserError: there is none."""
+    def core(self, number: int = 0) -> PretrainedMaskVLM:
+        """The model of a run of the chooser; all but the first are loaded anew. Raises UserError: there is none."""
         if self.pretrained is None:
             todo = "Run `maskvlm pretrain`, then `maskvlm demo` again"
             raise UserError("model", "no checkpoint of pre-training is here", todo, ExitCode.MISSING_INPUT)
-        return self.pretrained
+        return self.load(self.found.runs[number]) if number else self.pretrained
 
     def task(self, run: Run) -> Loaded:
         """Raises UserError: it cannot be loaded."""

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,118 @@ from maskvlm.data.inputs import MASK
 from maskvlm.demo import answers, input_limits, upload_store
 from maskvlm.demo.models import Models
 from maskvlm.demo.samples import PageSample, Searched, photo_samples, samples
-from maskvlm.demo.tabs import Patches, WordsTab, digest, match_and_caption, search_tab, task, upload_image
+from maskvlm.demo.tabs import PRESSED, Patches, SearchTab, TaskTab, WordsTab, match_and_caption, upload_image
+from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
-CSS = Path(__file__).with_name("page.css")
+CSS, JS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 SESSIONS = 200  # visitors whose covered patches are remembered; each keeps a copy of the page's settings in memory
-INTRO = (
-    "<h1>MaskVLM</h1><p>Cover words and they are filled in from the image; cover patches of the image and they are "
-    "filled in from the words.</p>"
-)
+KEPT = 3  # runs that stay loaded, beside the first
+INTRO = "<h1>MaskVLM</h1><p>Cover words: the image fills them in. Cover patches of the image: the words do.</p>"
+HIDE = "() => { document.querySelector('#tabs').classList.add('old'); return [BLANK]; }"
+SHOW = "() => { document.querySelector('#tabs').classList.remove('old'); }"
+"""Of answers about an image that is no more there: in the browser at once, while the question for new ones is on its
+way, so that no answer that arrives in between is seen beside another image."""
+
+
+class Chosen:
+    """A run of the chooser, loaded, with what the page brings along for it.
+
+    Attributes:
+        about: of its model and data, as HTML. samples: what the examples show; photographs, where the model was trained
+            on some. searched: what the search finds. line: what is wrong with an index; None if nothing is.
+    """
+
+    def __init__(self, models: Models, number: int, index: Path | None, images: Path | None) -> None:
+        run = models.found.runs[number]
+        self.model: PretrainedMaskVLM = models.core(number)
+        rows, columns = self.model.grid
+        side = self.model.image_size
+        told = f"{run.shown}: images of {side} × {side} pixels in {rows} × {columns} patches"
+        photos = run.trained is not None and run.trained.photographs > 0
+        if run.trained is not None:
+            told += f", {run.trained.measures}, trained on {run.trained.told}"
+        self.about = answers.note(f"{told}.")
+        self.samples: list[PageSample] = photo_samples(self.model.grid) if photos else samples(side, self.model.grid)
+        self.title = "Examples" if photos else "Examples, none of them seen in training"
+        self.line: str | None = None
+        try:
+            self.searched = Searched(self.model, index, images, photos)
+        except UserError as error:
+            # The tab tells what is wrong with an index, and searches what the page brings along.
+            self.line = str(error)
+            self.searched = Searched(self.model, None, None, photos)
+
+    @property
+    def examples(self) -> str:
+        """The samples as buttons."""
+        shown = answers.choices((sample.image, sample.text) for sample in self.samples)
+        return f'<h2 class="over">{self.title}</h2>{shown}'
+
+    def texts_of(self, sample: PageSample) -> str:
+        """What an example is matched with: what is true, what is nearly true, and what is said of others."""
+        others = [each.text for each in self.samples if each is not sample]
+        return "\n".join([sample.text, sample.other, *others[:2]])
+
+    def strange(self, image: Image.Image) -> str:
+        """A line where an image is unlike what the model has seen, else nothing."""
+        line = self.model.far([image])[0]
+        return answers.note(f"{line[0].upper()}{line[1:]}.") if line else ""
 
 
 class Desk:
     """What all tabs share.
 
     Attributes:
-        image, text, status, examples: components. own: whether the image is one of the page's. shown: digest of the
-            image that the tabs' answers are about. strange: whether it is unlike the training data.
-        samples: what the examples show. photos: whether they are photographs, as the model was trained on some.
+        run: which run is asked. image, text, status, strange, examples: components. sample: the example that is shown,
+            -1 for one of a task's; None where the image is the visitor's own. mask, other: of the patches.
+        given: inputs of whatever is asked about image and text. taken: inputs of `changed`.
+        results: answers that follow image and text at once. stale: answers that are asked for, and go with the image.
+        shared: all that another image changes.
     """
 
+    run: gr.components.Component
     image: gr.Image
     text: gr.Textbox
     status: gr.HTML
     strange: gr.HTML
-    examples: gr.Dataset
-    own: gr.State
-    shown: gr.State
+    about: gr.HTML
+    examples: gr.HTML
+    sample: gr.State
+    worded: WordsTab
+    painted: Patches
+    compared: gr.Textbox
+    search: SearchTab
+    mask: gr.State
+    other: gr.components.Component
 
-    def __init__(self, models: Models, worker: input_limits.Worker) -> None:
+    def __init__(
+        self, models: Models, worker: input_limits.Worker, index: Path | None = None, images: Path | None = None
+    ) -> None:
         self.models, self.worker, self.open = models, worker, input_limits.Opener()
-        self.samples: list[PageSample] = []
-        self.photos = models.photographs > 0
-        if models.pretrained is not None:
-            size, grid = models.pretrained.image_size, models.pretrained.grid
-            # Images are decoded and drawn on the worker's thread alone.
-            self.samples = worker.run(photo_samples, grid) if self.photos else worker.run(samples, size, grid)
+        self.index, self.images = index, images
+        self.loaded = OrderedDict[int, Chosen]()
+        self.stale: list[Any] = []
+        self.shared: list[Any] = []
+        self.results: list[Any] = []
+
+    @property
+    def given(self) -> list[Any]:
+        return [self.run, self.image, self.text]
+
+    @property
+    def taken(self) -> list[Any]:
+        return [self.run, self.sample, self.mask, self.other]
+
+    def chosen(self, number: int) -> Chosen:
+        """A run of the chooser; loaded when it is first asked for, and given up when KEPT others were asked since."""
+        if number not in self.loaded:
+            self.loaded[number] = Chosen(self.models, number, self.index, self.images)
+            others = [each for each in self.loaded if each]  # the first stays: every visitor starts with it
+            if len(others) > KEPT:
+                del self.loaded[others[0]]
+        self.loaded.move_to_end(number)
+        return self.loaded[number]
 
     def asked(self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]) -> Callable[..., dict[Any, Any]]:
         """A function of an event: computed by the worker, its mistakes one line under the image.
@@ -80,19 +157,51 @@ class Desk:
         function: Callable[..., dict[Any, Any]],
         inputs: list[Any],
         outputs: list[Any],
-        clear: dict[Any, Any] | None = None,
+        clear: dict[Any, Any],
     ) -> Any:
-        """Ask when something happens; one question at a time."""
+        """Ask when something happens; `clear` is what shows beside an error."""
+        return self.listen(trigger, self.asked(function, clear), inputs, outputs)
+
+    def listen(self, trigger: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Any:
+        """One question of all tabs at a time, in the order in which they were asked: they share the model."""
         return trigger(
-            self.asked(function, clear or {}),
+            function,
             inputs,
             [self.status, *outputs],
-            # One question of all tabs at a time: they share the model.
             concurrency_limit=1,
             concurrency_id="model",
             show_progress="minimal",
+            show_progress_on=[each for each in outputs if isinstance(each, gr.HTML)] or None,
             api_visibility="private",
         )
+
+    def changed(self, number: int, image: Image.Image, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
+        """All that follows where one of a task's examples comes to the desk."""
+        told = {self.image: image, self.sample: -1, **dict.fromkeys(self.stale, "")}
+        if not self.models.found.runs:
+            return told
+        model = self.chosen(number).model
+        words = self.worded.offered(text, [])
+        return {
+            **told,
+            **words,
+            self.text: text,
+            self.strange: self.chosen(number).strange(image),
+            **self.worded.of(model, image, text, []),
+            **self.painted.of(model, image, text, mask, other),
+        }
+
+    def example(self, number: int, place: int) -> dict[Any, Any]:
+        """All that follows where one of the page's examples comes to the desk."""
+        chosen = self.chosen(number)
+        sample = chosen.samples[place]
+        covered = self.worded.telling(sample)
+        told = self.changed(number, sample.image, sample.text, sample.masked, sample.other)
+        words = {
+            **self.worded.offered(sample.text, covered),
+            **self.worded.of(chosen.model, sample.image, sample.text, covered),
+        }
+        return {**told, **words, self.sample: place, self.mask: sample.masked, self.other: sample.other}
 
 
 def page(models: Models, worker: input_limits.Worker, index: Path | None, images: Path | None = None) -> gr.Blocks:
@@ -103,25 +212,38 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
         index: a folder to search; None for scenes of the built-in world.
         images: where its images lie, as the user says.
     """
-    desk = Desk(models, worker)
+    desk = Desk(models, worker, index, images)
+    found = models.found
     # delete_cache: once a minute Gradio removes files that are older than KEPT_SECONDS.
     with gr.Blocks(
         title="MaskVLM", analytics_enabled=False, delete_cache=(60, upload_store.KEPT_SECONDS), fill_width=True
     ) as blocks:
-        gr.HTML(INTRO + about(models), elem_id="intro")
-        if models.pretrained is None and not models.found.tasks:
+        gr.HTML(INTRO, elem_id="intro")
+        if found.runs:
+            # Not by `worker.run`: encoding the images of the search may take longer than an answer may.
+            worker.pool.submit(desk.chosen, 0).result()
+        lines = [f"Not used: {each}" for each in found.problems]
+        if not found.runs:
+            todo = "No checkpoint of pre-training is here. Run `maskvlm pretrain` (16 minutes on two cores), "
+            lines.insert(0, todo + "then `maskvlm demo`.")
+        chooser(desk)
+        told = "".join(map(answers.problem, lines))
+        if not found.runs and not found.tasks:
+            gr.HTML(told)
             return blocks
-        with gr.Row(elem_id="desk"):
-            with gr.Column(scale=2, min_width=300, elem_id="given"):
-                inputs_column(desk)
-            with gr.Column(scale=5, min_width=320), gr.Tabs(elem_id="tabs"):
-                if models.pretrained is not None:
-                    of_pretraining(desk, index, images)
-                for run in models.found.tasks:
-                    task(desk, run)
-                if not models.found.tasks:
-                    with gr.Tab("Tasks"):
-                        gr.HTML(answers.note(no_task(models)))
+        # In the order in which a telephone shows them, and the Tab key reaches them; `page.css` puts the last part
+        # under the first on a wide screen.
+        with gr.Column(elem_id="desk"):
+            with gr.Column(elem_id="given"):
+                given(desk)
+            with gr.Column(elem_id="asked"), gr.Tabs(elem_id="tabs"):
+                tasks = tabs(desk)
+            with gr.Column(elem_id="more"):
+                more(desk)
+                gr.HTML(told, elem_id="problems", visible=bool(told))
+        (of_pretraining if found.runs else of_tasks)(desk)
+        for each in tasks:
+            each.wire()
     # api_open: else a question could go past the queue.
     blocks.queue(max_size=input_limits.QUEUE, default_concurrency_limit=1, api_open=False)
     blocks.state_session_capacity = SESSIONS
@@ -131,20 +253,69 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
     return blocks
 
 
-def about(models: Models) -> str:
-    """Which checkpoints are asked, or what to run."""
-    lines = [f"Not used: {each}" for each in models.found.problems]
-    if models.pretrained is not None and models.found.pretrained is not None:
-        rows, columns = models.pretrained.grid
-        side = models.pretrained.image_size
-        told = f"{models.found.pretrained.shown}: images of {side} × {side} pixels in {rows} × {columns} patches"
-        if (trained := models.found.pretrained.trained) is not None:
-            told += f", trained on {trained.told}"
-        told += "."
-        return answers.note(told) + "".join(map(answers.problem, lines))
-    todo = "No checkpoint of pre-training is here. Run `maskvlm pretrain` (16 minutes on two cores), "
-    todo += "then `maskvlm demo`."
-    return "".join(map(answers.problem, [todo, *lines]))
+def chooser(desk: Desk) -> None:
+    """The runs, the best first, and what the chosen one is."""
+    runs = desk.models.found.runs
+    if not runs:
+        desk.run = gr.State(0)
+        return
+    desk.run = gr.Dropdown(
+        [(run.choice, number) for number, run in enumerate(runs)],
+        value=0,
+        label="Run, the best first",
+        filterable=False,
+        elem_id="run",
+    )
+    desk.about = gr.HTML(desk.chosen(0).about, elem_id="about")
+
+
+def given(desk: Desk) -> None:
+    """Image and text, and what is to be said of them."""
+    first = desk.chosen(0).samples[0] if desk.models.found.runs else None
+    desk.image = upload_image(
+        desk,
+        first.image if first else None,
+        label="Image",
+        alt_text="The image that is asked about",
+        height=280,
+        elem_id="image",
+    )
+    desk.status = gr.HTML("", elem_id="status")
+    desk.strange = gr.HTML(desk.worker.run(desk.chosen(0).strange, first.image) if first else "", elem_id="strange")
+    desk.sample = gr.State(0)
+    # Below the tabs on a telephone: rendered by `more`.
+    desk.text = gr.Textbox(
+        value=first.text if first else "",
+        label=f"Text (write {MASK} or click words in the first tab to cover them)",
+        max_length=input_limits.MAX_TEXT,
+        lines=2,
+        max_lines=3,
+        elem_id="text",
+        visible=first is not None,
+        render=False,
+    )
+
+
+def tabs(desk: Desk) -> list[TaskTab]:
+    """All tabs; returns those of tasks, whose events are still to be wired."""
+    found = desk.models.found
+    core: list[Any] = []
+    if found.runs:
+        first = desk.chosen(0).samples[0]
+        desk.worded, desk.painted = WordsTab(desk, first), Patches(desk, first)
+        desk.mask, desk.other = desk.painted.mask, desk.painted.other
+        desk.compared = match_and_caption(desk, first)
+        desk.search = SearchTab(desk, desk.index is not None)
+        desk.results = [*desk.worded.results, *desk.painted.results]
+        core = [desk.text, desk.strange, desk.worded.chips, desk.worded.known, *desk.results]
+    else:
+        desk.mask, desk.other = gr.State([]), gr.State("")
+    tasks = [TaskTab(desk, run) for run in found.tasks]
+    if not tasks:
+        with gr.Tab("Tasks"):
+            gr.HTML(answers.note(no_task(desk.models)))
+    desk.shared = [desk.image, desk.sample, *core, *desk.stale]
+    return tasks
 
 
 def no_task(models: Models) -> str:
@@ -154,124 +325,97 @@ def no_task(models: Models) -> str:
     return f"No fine-tuned checkpoint is here. Run `maskvlm finetune vqa from={name}`, then `maskvlm demo` again."
 
 
-def inputs_column(desk: Desk) -> None:
-    """Image, text and examples."""
-    first = desk.samples[0] if desk.samples else None
-    desk.image = upload_image(
-        value=first.image if first else None,
-        label="Image",
-        height=280,
-        elem_id="image",
-    )
-    desk.text = gr.Textbox(
-        value=first.text if first else "",
-        label=f"Text (write {MASK} or click words in the first tab to cover them)",
-        max_length=input_limits.MAX_TEXT,
-        lines=2,
-        max_lines=3,
-        elem_id="text",
-        visible=bool(desk.samples),
-    )
-    # Until somebody uploads an image: an example of a task may take the place of the page's own.
-    desk.own = gr.State(True)
-    desk.image.upload(lambda: False, None, desk.own, api_visibility="private")
-    desk.shown = gr.State(digest(first.image) if first else "")
-    desk.status = gr.HTML("", elem_id="status")
-    desk.strange = gr.HTML(desk.worker.run(strange, desk.models, first.image) if first else "", elem_id="strange")
-    if desk.samples:
-        desk.examples = gr.Dataset(
-            components=[gr.Image(visible=False, render=False)],
-            samples=[[sample.image] for sample in desk.samples],
-            label="Examples" if desk.photos else "Examples, none of them seen in training",
-            type="index",
-            samples_per_page=20,
-            layout="gallery",
-            elem_id="examples",
+def more(desk: Desk) -> None:
+    """Text and examples."""
+    desk.text.render()
+    if desk.models.found.runs:
+        desk.examples = gr.HTML(desk.chosen(0).examples, elem_id="examples", js_on_load=PRESSED)
+
+
+def hide(trigger: Any, old: list[Any]) -> None:
+    """Take answers away in the browser, before anybody is asked."""
+    trigger(None, None, old, js=HIDE.replace("BLANK", ", ".join(["''"] * len(old))))
+
+
+def of_tasks(desk: Desk) -> None:
+    """What happens where there are tasks alone: another image takes their answers away."""
+    outputs = [desk.sample, *desk.stale]
+    for trigger in (desk.image.upload, desk.image.clear):
+        hide(trigger, desk.stale)
+        desk.on(trigger, lambda: {**dict.fromkeys(desk.stale, ""), desk.sample: None}, [], outputs, {}).then(
+            None, js=SHOW
         )
 
 
-def strange(models: Models, image: Image.Image) -> str:
-    """A line where an image is unlike what the pre-trained model has seen, else nothing."""
-    line = models.core().far([image])[0]
-    return answers.note(f"{line[0].upper()}{line[1:]}.") if line else ""
+def of_pretraining(desk: Desk) -> None:
+    """What happens where image, text or run change: all tabs are concerned, so one question answers for all."""
+    worded, painted = desk.worded, desk.painted
+    inputs = [*desk.given, worded.chips, desk.mask, desk.other]
+    everything = [*desk.shared, desk.mask, desk.other, desk.compared, desk.about, desk.examples]
+    everything += [desk.search.told, desk.search.query]
+    old = [*desk.results, *desk.stale]
+    nothing = dict.fromkeys(old, "")
 
-
-def of_pretraining(desk: Desk, index: Path | None, images: Path | None) -> None:
-    """The tabs of the core's methods, and what happens where several of them are concerned."""
-    model = desk.models.core()
-    first = desk.samples[0]
-    worded, painted = WordsTab(desk, first), Patches(desk, first)
-    compared = match_and_caption(desk, first)
-    line = None
-    try:
-        # Not by `worker.run`: encoding the images may take longer than an answer may.
-        searched = desk.worker.pool.submit(Searched, model, index, images, desk.photos).result()
-    except UserError as error:
-        # The tab tells what is wrong with an index, and searches what the page brings along.
-        line = str(error)
-        searched = desk.worker.pool.submit(Searched, model, None, None, desk.photos).result()
-    search_tab(desk, searched, line, index is not None)
-
-    # Image and text concern both tabs, so one question answers for both.
-    def all_anew(path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str) -> dict[Any, Any]:
-        return {**worded.answer(path, text, chosen), **painted.answer(path, text, mask, other)}
-
-    def another(
-        path: str | None, text: str, chosen: list[int], mask: answers.Mask, other: str, shown: str
+    def all_anew(
+        number: int, path: str | None, text: str, covered: list[int], mask: answers.Mask, other: str
     ) -> dict[Any, Any]:
-        image = desk.open(path) if path else None
-        told, now = {desk.strange: strange(desk.models, image) if image else ""}, digest(image) if image else ""
-        # Gradio tells of an image that `exemplary` has set, too: its answers are there already.
-        if now and now == shown:
-            return told
-        return {**told, desk.shown: now, **all_anew(path, text, chosen, mask, other)}
+        words = worded.answer(number, path, text, covered)
+        if not path:  # words are guessed without an image, too
+            return {**dict.fromkeys(painted.results, ""), **words, desk.strange: ""}
+        line = desk.chosen(number).strange(desk.open(path))
+        return {**words, **painted.answer(number, path, text, mask, other), desk.strange: line}
 
-    inputs = [desk.image, desk.text, worded.chips, painted.mask, painted.other]
-    results = [*worded.results, *painted.results]
-    nothing = {**dict.fromkeys(results), desk.strange: "", desk.shown: ""}
-    desk.on(desk.image.change, another, [*inputs, desk.shown], [desk.strange, desk.shown, *results], nothing)
+    def brought(*given: Any) -> dict[Any, Any]:
+        return {**nothing, **all_anew(*given), desk.sample: None}
 
-    def retold(path: str | None, text: str, chosen: list[int], known: str, mask: Any, other: str) -> dict[Any, Any]:
+    for trigger in (desk.image.upload, desk.image.clear):
+        hide(trigger, old)
+        told = desk.on(trigger, brought, inputs, [*desk.shared], {**nothing, desk.strange: "", desk.sample: None})
+        told.then(None, js=SHOW)
+
+    def retold(
+        number: int, path: str | None, text: str, _: list[int], mask: answers.Mask, other: str, known: str
+    ) -> dict[Any, Any]:
         # The box was left without a change.
         if text == known:
             return {}
-        chips, kept = worded.offered(text), list[int]()
-        return {**chips, **all_anew(path, text, kept, mask, other)}
+        return {**worded.offered(text, []), **all_anew(number, path, text, [], mask, other)}
 
-    # In the order of `retold`'s arguments.
-    with_known = [*inputs[:3], worded.known, *inputs[3:]]
+    followed = [worded.chips, worded.known, desk.strange, *desk.results]
     for trigger in (desk.text.blur, desk.text.submit):
-        desk.on(trigger, retold, with_known, [worded.chips, worded.known, *results])
+        desk.on(trigger, retold, [*inputs, worded.known], followed, dict.fromkeys(desk.results, ""))
 
-    def exemplary(number: int) -> dict[Any, Any]:
-        sample = desk.samples[int(number)]
-        chips = worded.offered(sample.text, sample)
-        chosen = chips[worded.chips]["value"]
-        drawn = desk_answer(sample, chosen)
-        told = {desk.image: sample.image, desk.text: sample.text, painted.other: sample.other, desk.own: True}
-        told[desk.shown] = digest(sample.image)
-        return {**told, **chips, painted.mask: sample.masked, compared: texts_of(desk, sample), **drawn}
+    def exemplary(number: int, place: Any) -> dict[Any, Any]:
+        chosen = desk.chosen(number)
+        if type(place) is not int or not 0 <= place < len(chosen.samples):
+            raise UserError("example", "there is none of that number", "Click one of those that are shown")
+        return {**desk.example(number, place), desk.compared: chosen.texts_of(chosen.samples[place])}
 
-    def desk_answer(sample: PageSample, chosen: list[int]) -> dict[Any, Any]:
-        filled = answers.words_filled(model, sample.image, sample.text, chosen)
-        return {worded.results[0]: filled, **painted.of(sample.image, sample.text, sample.masked, sample.other)}
+    # Gradio hands the place in for the annotation `gr.EventData`, which `desk.on` would hide.
+    def pressed(number: int, event: gr.EventData) -> dict[Any, Any]:
+        return safely(number, event.index)
 
-    outputs = [
-        desk.image,
-        desk.own,
-        desk.shown,
-        desk.text,
-        worded.chips,
-        worded.known,
-        painted.mask,
-        painted.other,
-        compared,
-        *results,
-    ]
-    desk.on(desk.examples.click, exemplary, [desk.examples], outputs)
+    safely = desk.asked(exemplary, nothing)
+    desk.listen(desk.examples.click, pressed, [desk.run], everything)
 
+    def rerun(
+        number: int,
+        path: str | None,
+        text: str,
+        covered: list[int],
+        mask: answers.Mask,
+        other: str,
+        sample: int | None,
+    ) -> dict[Any, Any]:
+        chosen = desk.chosen(number)
+        told: dict[Any, Any] = {desk.about: chosen.about, desk.examples: chosen.examples}
+        told |= {desk.search.told: desk.search.about(chosen), desk.search.query: chosen.searched.query}
+        if sample is not None and sample >= 0:
+            # Runs of drawn scenes and of photographs have other examples.
+            return {**told, **exemplary(number, sample if sample < len(chosen.samples) else 0)}
+        mask = answers.fitted(mask, chosen.model.grid)
+        return {**nothing, **told, desk.mask: mask, **all_anew(number, path, text, covered, mask, other)}
 
-def texts_of(desk: Desk, sample: PageSample) -> str:
-    """What an example is matched with: what is true, what is nearly true, and what is said of others."""
-    others = [each.text for each in desk.samples if each is not sample]
-    return "\n".join([sample.text, sample.other, *others[:2]])
+    hide(desk.run.input, old)  # type: ignore[attr-defined]
+    asked = desk.on(desk.run.input, rerun, [*inputs, desk.sample], everything, nothing)  # type: ignore[attr-defined]
+    asked.then(None, js=SHOW)

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import gradio as gr
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from maskvlm.demo.input_limits import OWN
 from maskvlm.demo.refusal import Refused
 from maskvlm.demo.request_origin import is_own
 
@@ -26,7 +27,6 @@ Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z]{1,40}$")]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=1024, pattern=r"^[^/\\]*$")]
-Pixel = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Closed(BaseModel):
@@ -53,10 +53,17 @@ class File(Closed):
     is_stream: Literal[False] = False
 
 
-class Click(Closed):
-    """Where somebody clicked: a point of an image, or a tab."""
+class OwnImage(Closed):
+    """An image that the page showed by itself (`Opener.keep`): nothing is opened by this name. Only `path` is used."""
 
-    index: Count | Annotated[list[Pixel], Field(min_length=2, max_length=2)]
+    path: Annotated[str, Field(pattern=rf"^{OWN}[0-9a-f]{{64}}$")]
+    url: Annotated[str, Field(max_length=2**17, pattern=r"^data:image/")] | None = None
+
+
+class Click(Closed):
+    """What somebody clicked: a patch, an example, or a tab."""
+
+    index: Count
     value: Annotated[str, Field(max_length=200)] | None = None
 
 
@@ -70,7 +77,7 @@ class Call(Closed):
     trigger_id: Count | None = None
 
 
-IMAGE: TypeAdapter[Any] = TypeAdapter(File | None)
+IMAGE: TypeAdapter[Any] = TypeAdapter(OwnImage | File | None)
 
 
 def takes(component: Any) -> TypeAdapter[Any]:
@@ -82,8 +89,8 @@ def takes(component: Any) -> TypeAdapter[Any]:
             return TypeAdapter(Text | None)
         case gr.CheckboxGroup():
             return TypeAdapter(Annotated[list[Annotated[int, Field(ge=0, lt=WORDS)]], Field(max_length=WORDS)])
-        case gr.Dataset():
-            return TypeAdapter(Annotated[int, Field(ge=0, lt=len(component.samples))])
+        case gr.Dropdown():
+            return TypeAdapter(Annotated[int, Field(ge=0, lt=len(component.choices))])
         case gr.State():  # it stays here
             return TypeAdapter(None)
     raise TypeError(f"what may a {type(component).__name__} be given? Say so in maskvlm.demo.request_schema")
@@ -120,6 +127,9 @@ class Calls:
     def value(self, adapter: TypeAdapter[Any], given: Any, host: str) -> Any:
         """One value of a question. Raises Refused: it is of another kind, or an image that is not of this page."""
         given = check_shape(adapter, given)
+        if isinstance(given, OwnImage):
+            # Without `meta` Gradio takes it for no file.
+            return {"path": given.path}
         if not isinstance(given, File):
             return given
         # A check of the shape alone does not say whose file it is.

@@ -18,6 +18,8 @@ from maskvlm.config.arguments import OptionParser
 from maskvlm.demo.terminal import printable
 from maskvlm.utils.errors import ExitCode, UserError
 
+RUNS = Path("checkpoints")
+"""Where runs are looked for."""
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SSR_MODE": "False",
@@ -33,7 +35,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """Serve the page; arguments as in the shell, without the command's name."""
     parser = OptionParser("maskvlm demo", description="a page to try a model in", allow_abbrev=False)
     parser.add_argument(
-        "--from", dest="sources", nargs="+", default=[], help="checkpoints; else the best and newest here"
+        "--from", dest="sources", nargs="+", default=[], help="checkpoints that come first; the others here follow"
     )
     parser.add_argument("--index", type=Path, help="a folder to search; if left out the newest of `maskvlm index`")
     parser.add_argument("--images", type=Path, help="where the index's images lie: a folder, or a prepared set")
@@ -105,15 +107,15 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     from maskvlm.demo.request_schema import Calls
     from maskvlm.demo.upload_store import Shelf
 
-    found = find_models(Path("checkpoints"), options.sources)
+    found = find_models(RUNS, options.sources)
     models = Models(found, options.device, allowed)
     index = options.index
     if index is None:
         # The newest of `maskvlm index`.
-        made = sorted(Path("checkpoints").glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
+        made = sorted(RUNS.glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
         index = made[-1].parent if made else None
     blocks = page(models, Worker(), index, options.images)
-    told = ", ".join(run.path for run in (found.pretrained, *found.tasks) if run)
+    told = ", ".join(run.path for run in (*found.runs, *found.tasks))
     print(told or "no checkpoint found: the page says what to run", flush=True)
     shelf = Shelf(folder, blocks.upload_file_set)
     return Guard(application(blocks), Calls(blocks, folder), shelf, options.host)
@@ -147,11 +149,23 @@ def application(blocks: Any) -> Any:
     import fastapi
     import gradio as gr
 
-    from maskvlm.demo.page import CSS
+    from maskvlm.demo.page import CSS, JS
     from maskvlm.demo.request_limits import MAX_UPLOAD
 
     plain = ("system-ui", "sans-serif")  # no font is fetched
     theme = gr.themes.Default(font=plain, font_mono=("ui-monospace", "monospace"), primary_hue="teal")
+    # Gradio's own shades of what is chosen and pressed are too near to what lies under them.
+    theme.set(
+        color_accent="*primary_700",
+        border_color_accent_dark="*primary_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        body_text_color_subdued="*neutral_600",
+    )
     # FastAPI's own pages are left out.
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
@@ -170,4 +184,5 @@ def application(blocks: Any) -> Any:
         pwa=False,
         theme=theme,
         css=CSS.read_text(encoding="utf-8"),
+        js=JS.read_text(encoding="utf-8"),
     )

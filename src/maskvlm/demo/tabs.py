@@ -10,20 +10,29 @@ import torch
 from maskvlm.data.inputs import open_image
 from maskvlm.demo import answers, input_limits
 from maskvlm.demo.models import Loaded, Run
-from maskvlm.demo.samples import PageSample, Searched, enlarged
+from maskvlm.demo.samples import PageSample, enlarged
+from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from maskvlm.demo.page import Desk
+    from maskvlm.demo.page import Chosen, Desk
 
 MOST_IMAGES = 4  # of a task's example
+NO_HEAD = answers.note("This run was trained without the loss that this tab needs: choose another one.")
+PRESSED = """
+element.addEventListener("click", (event) => {
+  const pressed = event.target.closest("[data-index]");
+  if (pressed) trigger("click", {index: Number(pressed.dataset.index)});
+});
+"""
+"""Says which button of an HTML component was pressed."""
 
 
 class WordsTab:
     """Words of the text as buttons; what is covered is guessed with the image and without it."""
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
-        self.desk, self.model = desk, desk.models.core()
+        self.desk = desk
         parts, chosen = answers.taken_apart(first.text), self.telling(first)
         with gr.Tab("Words"):
             self.chips = gr.CheckboxGroup(
@@ -32,26 +41,30 @@ class WordsTab:
                 label="Click words to cover them",
                 elem_id="chips",
             )
-            filled = desk.worker.run(answers.words_filled, self.model, first.image, first.text, chosen)
-            self.result = gr.HTML(filled, elem_id="words")
+            model = desk.chosen(0).model
+            self.result = gr.HTML(elem_id="words")
+            self.result.value = desk.worker.run(self.of, model, first.image, first.text, chosen)[self.result]
             # The text that the buttons were made of.
             self.known = gr.State(first.text)
         self.results = [self.result]
-        inputs = [desk.image, desk.text, self.chips]
-        desk.on(self.chips.input, self.answer, inputs, self.results, {self.result: ""})
+        desk.on(self.chips.input, self.answer, [*desk.given, self.chips], self.results, {self.result: ""})
 
-    def answer(self, path: str | None, text: str, chosen: list[int]) -> dict[Any, Any]:
+    def answer(self, number: int, path: str | None, text: str, covered: list[int]) -> dict[Any, Any]:
         """Raises UserError, but not for want of an image: words are guessed without one, too."""
-        text = input_limits.checked_text(text)
         image = self.desk.open(path) if path else None
-        return {self.result: answers.words_filled(self.model, image, text, [int(each) for each in chosen or []])}
+        return self.of(self.desk.chosen(number).model, image, input_limits.checked_text(text), covered)
 
-    def offered(self, text: str, sample: PageSample | None = None) -> dict[Any, Any]:
+    def of(self, model: PretrainedMaskVLM, image: Any, text: str, covered: list[int]) -> dict[Any, Any]:
+        """The tab's answer for an image that is open."""
+        if not hasattr(model.task, "tokens"):
+            return {self.result: NO_HEAD}
+        return {self.result: answers.words_filled(model, image, text, [int(each) for each in covered or []])}
+
+    def offered(self, text: str, covered: list[int]) -> dict[Any, Any]:
         """The words of a new text."""
         parts = answers.taken_apart(input_limits.checked_text(text))
         choices = [(word, number) for number, word in enumerate(parts.words)]
-        value = self.telling(sample) if sample else []
-        return {self.chips: gr.update(choices=choices, value=value), self.known: text}
+        return {self.chips: gr.update(choices=choices, value=covered), self.known: text}
 
     def telling(self, sample: PageSample) -> list[int]:
         """The words that the wrong caption has otherwise: the image tells them."""
@@ -64,152 +77,163 @@ class Patches:
     """The image in patches; what is covered is filled in from two texts."""
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
-        self.desk, self.model = desk, desk.models.core()
-        made = desk.worker.run(self.drawn, first.image, first.text, first.masked, first.other)
-        show: dict[str, Any] = {"interactive": False, "format": "png", "buttons": [], "show_label": False}
+        self.desk = desk
+        model = desk.chosen(0).model
+        made = desk.worker.run(self.drawn, model, first.image, first.text, first.masked, first.other)
         with gr.Tab("Patches", elem_id="patches"):
             self.mask = gr.State(first.masked)
             self.other = gr.Textbox(
                 first.other, label="Another text", max_length=input_limits.MAX_TEXT, elem_id="other"
             )
             titles = {"board": "Click patches to cover them", "left": "From your text", "right": "From the other"}
-            images = []
             with gr.Row(elem_classes="three"):
-                for (name, title), image in zip(titles.items(), made, strict=True):
+                for (name, title), shown in zip(titles.items(), made, strict=True):
                     with gr.Column(min_width=120):
-                        gr.HTML(f'<p class="over">{title}</p>', padding=False)
-                        images.append(gr.Image(image, label=title, elem_id=name, **show))
-            self.board, self.left, self.right = images
+                        gr.HTML(f'<h2 class="over">{title}</h2>')
+                        part = gr.HTML(shown, elem_id=name, js_on_load=PRESSED if name == "board" else None)
+                        setattr(self, name, part)
             with gr.Row():
-                lot = gr.Button("Cover six in ten at random", size="sm")
+                lot = gr.Button("Cover six in ten at random", size="sm", elem_id="lot")
                 clear = gr.Button("Uncover all", size="sm", elem_id="uncover")
-        self.results = [self.board, self.left, self.right]
-        inputs, outputs = [desk.image, desk.text, self.mask, self.other], [self.mask, *self.results]
+        self.results: list[Any] = [self.board, self.left, self.right]
+        inputs, outputs = [*desk.given, self.mask, self.other], [self.mask, *self.results]
+        nothing = dict.fromkeys(self.results, "")
 
-        def turned(path: str, text: str, mask: answers.Mask, other: str, place: Any) -> dict[Any, Any]:
-            image = desk.open(path)
-            size = answers.enlarge(self.model, answers.seen(self.model, image)).size
-            # Turned at the place of the click on the enlarged image.
-            return self.with_mask(path, text, answers.clicked(mask, place, size), other)
+        def turned(number: int, path: str, text: str, mask: answers.Mask, other: str, place: Any) -> dict[Any, Any]:
+            mask = answers.fitted(mask, desk.chosen(number).model.grid)
+            return self.with_mask(number, path, text, answers.turned(mask, place), other)
 
-        # Gradio hands the place in for the annotation `gr.SelectData`, which `desk.on` would hide.
-        def pressed(path: str, text: str, mask: answers.Mask, other: str, event: gr.SelectData) -> dict[Any, Any]:
-            return safely(path, text, mask, other, event.index)
+        # Gradio hands the place in for the annotation `gr.EventData`, which `desk.on` would hide.
+        def pressed(
+            number: int, path: str, text: str, mask: answers.Mask, other: str, event: gr.EventData
+        ) -> dict[Any, Any]:
+            return safely(number, path, text, mask, other, event.index)
 
-        safely = desk.asked(turned, {})
-        self.board.select(
-            pressed,
-            inputs,
-            [desk.status, *outputs],
-            concurrency_limit=1,
-            concurrency_id="model",
-            show_progress="minimal",
-            api_visibility="private",
-        )
-        desk.on(
-            lot.click,
-            lambda path, text, mask, other: self.with_mask(path, text, answers.by_lot(self.model.grid), other),
-            inputs,
-            outputs,
-        )
-        desk.on(
-            clear.click,
-            lambda path, text, mask, other: self.with_mask(path, text, answers.empty(self.model.grid), other),
-            inputs,
-            outputs,
-        )
+        safely = desk.asked(turned, nothing)
+        desk.listen(self.board.click, pressed, inputs, outputs)
+
+        def by_lot(number: int, path: str, text: str, _: answers.Mask, other: str) -> dict[Any, Any]:
+            grid = desk.chosen(number).model.grid
+            return self.with_mask(number, path, text, answers.by_lot(grid), other)
+
+        def uncovered(number: int, path: str, text: str, _: answers.Mask, other: str) -> dict[Any, Any]:
+            grid = desk.chosen(number).model.grid
+            return self.with_mask(number, path, text, answers.empty(grid), other)
+
+        desk.on(lot.click, by_lot, inputs, outputs, nothing)
+        desk.on(clear.click, uncovered, inputs, outputs, nothing)
         for trigger in (self.other.blur, self.other.submit):
-            desk.on(trigger, self.answer, inputs, self.results)
+            desk.on(trigger, self.answer, inputs, self.results, nothing)
 
-    def with_mask(self, path: str, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
+    board: gr.HTML
+    left: gr.HTML
+    right: gr.HTML
+
+    def with_mask(self, number: int, path: str, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """All of the tab for another mask."""
-        return {self.mask: mask, **self.answer(path, text, mask, other)}
+        return {self.mask: mask, **self.answer(number, path, text, mask, other)}
 
-    def answer(self, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
+    def answer(self, number: int, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """Raises UserError."""
-        return self.of(
-            self.desk.open(path),
-            input_limits.checked_text(text),
-            mask,
-            input_limits.checked_text(other, "another text"),
-        )
+        image, text = self.desk.open(path), input_limits.checked_text(text)
+        return self.of(self.desk.chosen(number).model, image, text, mask, other)
 
-    def of(self, image: Any, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
+    def of(self, model: PretrainedMaskVLM, image: Any, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """The tab's images for an image that is open."""
-        return dict(zip(self.results, self.drawn(image, text, mask, other), strict=True))
+        other = input_limits.checked_text(other, "another text")
+        return dict(zip(self.results, self.drawn(model, image, text, mask, other), strict=True))
 
-    def drawn(self, image: Any, text: str, mask: answers.Mask, other: str) -> list[Any]:
-        """The image with masked patches covered, and filled in from each text; None where nothing is masked."""
+    def drawn(self, model: PretrainedMaskVLM, image: Any, text: str, mask: answers.Mask, other: str) -> list[str]:
+        """The image with masked patches covered, and filled in from each text; "" where nothing is masked."""
+        if not hasattr(model.task, "pixels"):
+            return [NO_HEAD, "", ""]
+        mask = answers.fitted(mask, model.grid)
+        board = answers.buttons(answers.board(model, image, mask), mask)
         if not any(map(any, mask)):
-            return [answers.board(self.model, image, mask), None, None]
-        return [answers.board(self.model, image, mask), *answers.painted(self.model, image, mask, (text, other))]
+            return [board, "", ""]
+        texts = (text, other)
+        made = answers.painted(model, image, mask, texts)
+        told = [answers.picture(each, f"The covered patches, from: {of}") for each, of in zip(made, texts, strict=True)]
+        return [board, *told]
 
 
 def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
     """Two tabs; returns the box of texts to match."""
-    model = desk.models.core()
-    others = [sample.text for sample in desk.samples[1:3]]
     with gr.Tab("Match"):
         label = f"Texts, one a line (at most {input_limits.MAX_LINES})"
-        texts = gr.Textbox("\n".join([first.text, first.other, *others]), label=label, lines=4, elem_id="texts")
+        texts = gr.Textbox(desk.chosen(0).texts_of(first), label=label, lines=4, elem_id="texts")
         button = gr.Button("Which belong to the image?", variant="primary", elem_id="match")
         likely = gr.HTML("", elem_id="matches")
     with gr.Tab("Caption"):
         write = gr.Button("Write a caption", variant="primary", elem_id="write")
         written = gr.HTML("", elem_id="caption")
 
-    def matched(path: str | None, lines: str) -> dict[Any, Any]:
+    def matched(number: int, path: str | None, lines: str) -> dict[Any, Any]:
         given = input_limits.lines_of(lines)
-        return {likely: answers.matches(model, desk.open(path), given)}
+        return {likely: answers.matches(desk.chosen(number).model, desk.open(path), given)}
 
-    def captioned(path: str | None) -> dict[Any, Any]:
-        return {written: answers.captioned(model, desk.open(path))}
+    def captioned(number: int, path: str | None) -> dict[Any, Any]:
+        return {written: answers.captioned(desk.chosen(number).model, desk.open(path))}
 
-    desk.on(button.click, matched, [desk.image, texts], [likely], {likely: ""})
-    desk.on(write.click, captioned, [desk.image], [written], {written: ""})
-    # Answers about another image must not stay.
-    stale = {likely: "", written: ""}
-    desk.image.change(lambda: stale, None, list(stale), api_visibility="private")
+    desk.on(button.click, matched, [desk.run, desk.image, texts], [likely], {likely: ""})
+    desk.on(write.click, captioned, [desk.run, desk.image], [written], {written: ""})
+    desk.stale += [likely, written]
     return texts
 
 
-def search_tab(desk: "Desk", searched: Searched, line: str | None, indexed: bool) -> None:
+class SearchTab:
     """Images by a text, or by the image on the left."""
-    with gr.Tab("Search"):
-        if line is not None:
-            gr.HTML(answers.problem(line))
+
+    def __init__(self, desk: "Desk", indexed: bool) -> None:
+        self.desk, self.indexed = desk, indexed
+        with gr.Tab("Search"):
+            first = desk.chosen(0)
+            self.told = gr.HTML(self.about(first), elem_id="searched")
+            self.query = gr.Textbox(
+                first.searched.query, label="What to look for", max_length=input_limits.MAX_TEXT, elem_id="query"
+            )
+            with gr.Row():
+                by_text = gr.Button("Find by the text", variant="primary", elem_id="find")
+                by_image = gr.Button("Find by the image", elem_id="find-like")
+            self.found = gr.HTML("", elem_id="found")
+
+        def texted(number: int, text: str) -> dict[Any, Any]:
+            found = desk.chosen(number).searched.by_text(input_limits.checked_text(text))
+            return {self.found: answers.hits(found, f"The best first, for: {text}")}
+
+        def imaged(number: int, path: str | None) -> dict[Any, Any]:
+            found = desk.chosen(number).searched.by_image(desk.open(path))
+            return {self.found: answers.hits(found, "The best first, for the image")}
+
+        for trigger in (by_text.click, self.query.submit):
+            desk.on(trigger, texted, [desk.run, self.query], [self.found], {self.found: ""})
+        desk.on(by_image.click, imaged, [desk.run, desk.image], [self.found], {self.found: ""})
+        desk.stale.append(self.found)
+
+    def about(self, chosen: "Chosen") -> str:
+        """What is searched, and what is wrong with an index."""
+        searched = chosen.searched
         told = f"In {searched.told}."
-        if not indexed:
+        if not self.indexed:
             told += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `maskvlm demo`."
-        gr.HTML(answers.note(told))
-        query = gr.Textbox(searched.query, label="What to look for", max_length=input_limits.MAX_TEXT, elem_id="query")
-        with gr.Row():
-            by_text = gr.Button("Find by the text", variant="primary", elem_id="find")
-            by_image = gr.Button("Find by the image", elem_id="find-like")
-        found = gr.Gallery(
-            [], label="The best first", columns=4, object_fit="contain", format="png", buttons=[],
-            height="auto", elem_id="found",
-        )  # fmt: skip
-
-    def texted(text: str) -> dict[Any, Any]:
-        return {found: [tuple(hit) for hit in searched.by_text(input_limits.checked_text(text))]}
-
-    def imaged(path: str | None) -> dict[Any, Any]:
-        return {found: [tuple(hit) for hit in searched.by_image(desk.open(path))]}
-
-    for trigger in (by_text.click, query.submit):
-        desk.on(trigger, texted, [query], [found], {found: []})
-    desk.on(by_image.click, imaged, [desk.image], [found], {found: []})
+        return (answers.problem(chosen.line) if chosen.line else "") + answers.note(told)
 
 
-def upload_image(**settings: Any) -> gr.Image:
-    """An image that comes in as the path of its upload: nothing decodes it before `safe_open` does.
+def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
+    """An image that comes in as the path of its upload: nothing decodes it before `safe_open` does. The page's own go
+    out as addresses that hold them, and come back by the names that `Opener.keep` gave them.
 
     Not a subclass: Gradio would write an interface file beside this one.
     """
     made = gr.Image(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
+
+    def shown(given: Any) -> dict[str, str] | None:
+        return None if given is None else {"path": desk.open.keep(given), "url": answers.data_address(given)}
+
     # On this one object: see the docstring.
     vars(made)["preprocess"] = lambda given: None if given is None else given.path
+    vars(made)["postprocess"] = shown
+    made.value = shown(image)
     return made
 
 
@@ -219,74 +243,91 @@ def digest(image: Any) -> str:
     return sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
 
 
-def task(desk: "Desk", run: Run) -> None:
+class TaskTab:
     """A fine-tuned task; its model is loaded when the tab is first opened."""
-    name = run.title.lower()
-    with gr.Tab(run.title, elem_id=f"tab-{name}") as tab:
-        told = gr.HTML(answers.note(f"{run.shown} is loaded when it is first asked ..."))
-        places: list[gr.Column] = []
-        more: list[Any] = []
-        with gr.Row():
-            # As many as the largest task may need; those of this one are shown when its model is known.
-            for number in range(2, MOST_IMAGES + 1):
-                with gr.Column(min_width=200, visible=False) as place:
-                    more.append(upload_image(label=f"Image {number}", height=220, elem_id=f"{name}-image-{number}"))
-                places.append(place)
-        text = gr.Textbox("", label="Text", max_length=input_limits.MAX_TEXT, elem_id=f"{name}-text")
-        with gr.Row():
-            ask = gr.Button("Answer", variant="primary", elem_id=f"{name}-ask")
-            another = gr.Button("Another example", elem_id=f"{name}-example")
-        answer = gr.HTML("", elem_id=f"{name}-answer")
-        truth = gr.State(("", ""))  # of an example, and the image that it belongs to
-        started = gr.State(False)
 
-    def shown(loaded: Loaded) -> dict[Any, Any]:
+    def __init__(self, desk: "Desk", run: Run) -> None:
+        self.desk, self.run = desk, run
+        name = run.title.lower()
+        with gr.Tab(run.title, elem_id=f"tab-{name}") as self.tab:
+            self.told = gr.HTML(answers.note(f"{run.shown} is loaded when it is first asked ..."))
+            self.places, self.more = [], list[Any]()
+            with gr.Row():
+                for number in range(2, MOST_IMAGES + 1):
+                    with gr.Column(min_width=160, visible=False) as place:
+                        title, name_of = f"Image {number}", f"{name}-image-{number}"
+                        box = upload_image(desk, label=title, alt_text=title, height=200, elem_id=name_of)
+                        self.more.append(box)
+                    self.places.append(place)
+            self.text = gr.Textbox("", label="Text", max_length=input_limits.MAX_TEXT, elem_id=f"{name}-text")
+            with gr.Row():
+                self.ask = gr.Button("Answer", variant="primary", elem_id=f"{name}-ask")
+                self.another = gr.Button("Another example", elem_id=f"{name}-example")
+            self.answer = gr.HTML("", elem_id=f"{name}-answer")
+            self.truth = gr.State(("", ""))  # of an example, and the image that it belongs to
+            self.started = gr.State(False)
+        desk.stale.append(self.answer)
+
+    def wire(self) -> None:
+        """What happens; once every tab is there, since an example changes the image of all."""
+        desk, answer = self.desk, self.answer
+        own = [self.told, *self.places, *self.more, self.text, self.another, answer, self.truth, self.started]
+        outputs = list(dict.fromkeys([*own, *desk.shared]))
+        nothing = dict.fromkeys([answer, *desk.results], "")
+        desk.on(self.tab.select, self.opening, [self.started, *desk.taken], outputs, nothing)
+        desk.on(self.another.click, self.exemplary, desk.taken, outputs, nothing)
+        for trigger in (self.ask.click, self.text.submit):
+            inputs = [desk.image, *self.more, self.text, self.truth]
+            desk.on(trigger, self.answered, inputs, [answer], {answer: ""})
+        # The example's answer is of the example alone, and an answer of what it was asked about.
+        for each in (self.text.input, *(event for box in self.more for event in (box.upload, box.clear))):
+            desk.listen(each, lambda: {self.truth: ("", ""), answer: ""}, [], [self.truth, answer])
+
+    def shown(self, loaded: Loaded) -> dict[Any, Any]:
+        """What the task takes."""
         if loaded.method.images > MOST_IMAGES:
-            raise UserError(run.shown, f"takes {loaded.method.images} images", "Ask it in the shell")
+            raise UserError(self.run.shown, f"takes {loaded.method.images} images", "Ask it in the shell")
         # The image on the left is the first; boxes beyond the task's number stay hidden.
-        updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(places, 1)}
-        label, line = loaded.method.text.capitalize(), f"{run.shown}: {loaded.method.told}."
-        return {told: answers.note(line), text: gr.update(label=label), **updates, started: True}
+        updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(self.places, 1)}
+        label, line = loaded.method.text.capitalize(), f"{self.run.shown}: {loaded.method.told}."
+        return {self.told: answers.note(line), self.text: gr.update(label=label), **updates, self.started: True}
 
-    def drawn(loaded: Loaded) -> dict[Any, Any]:
+    def drawn(self, loaded: Loaded, number: int, mask: Any, other: str) -> dict[Any, Any]:
+        """An example of the task's data, its first image and its text on the desk."""
         if loaded.examples is None:
-            return {another: gr.update(visible=False)}
+            return {self.another: gr.update(visible=False)}
         example = loaded.examples[random.randrange(min(len(loaded.examples), 500))]
         # The first image goes to the desk, the others to boxes of this tab.
         first, *others = [enlarged(open_image(each, "example")) for each in example["images"]]
-        filled = dict(zip(more, others, strict=False))
+        filled = dict(zip(self.more, others, strict=False))
         said = ", ".join(dict.fromkeys(example["answers"]))
         label = gr.update(value=example["text"], label=loaded.method.text.capitalize())
-        return {desk.image: first, **filled, text: label, truth: (said, digest(first)), answer: ""}
+        told = self.desk.changed(number, first, example["text"], mask, other)
+        return {**told, **filled, self.text: label, self.truth: (said, digest(first)), self.answer: ""}
 
-    # The first click on the tab loads the model; later ones change nothing.
-    def opening(begun: bool, own: bool) -> dict[Any, Any]:
+    def opening(self, begun: bool, number: int, sample: int | None, mask: Any, other: str) -> dict[Any, Any]:
+        """The first click on the tab loads the model; later ones change nothing."""
         if begun:
             return {}
-        loaded = desk.models.task(run)
-        return {**shown(loaded), **(drawn(loaded) if own else {})}  # nobody's own image is taken away
+        loaded = self.desk.models.task(self.run)
+        # Nobody's own image is taken away.
+        drawn = {} if sample is None else self.drawn(loaded, number, mask, other)
+        return {**self.shown(loaded), **drawn}
 
-    def exemplary() -> dict[Any, Any]:
-        return drawn(desk.models.task(run))
+    def exemplary(self, number: int, _: int | None, mask: Any, other: str) -> dict[Any, Any]:
+        """Another example, whatever is on the desk."""
+        return self.drawn(self.desk.models.task(self.run), number, mask, other)
 
-    def answered(path: str | None, *others: Any) -> dict[Any, Any]:
+    def answered(self, path: str | None, *others: Any) -> dict[Any, Any]:
+        """Raises UserError."""
         *paths, words, said = others
-        loaded = desk.models.task(run)
-        images = [desk.open(path)]
+        loaded = self.desk.models.task(self.run)
+        images = [self.desk.open(path)]
         # Boxes that are hidden may still hold images of an example before.
-        images += [desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
+        images += [self.desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
         example = (*images, input_limits.checked_text(words, loaded.method.text))
         with torch.no_grad():
             (found,) = loaded.method.run(loaded.model.task, loaded.model, [example])
         own = said[0] and said[1] == digest(images[0])  # other tabs change the image, too
         known = answers.note(f"The example's own answer: {said[0]}") if own else ""
-        return {answer: answers.decided(found) + known}
-
-    everything = [told, *places, *more, text, another, answer, truth, started, desk.image]
-    desk.on(tab.select, opening, [started, desk.own], everything)
-    desk.on(another.click, exemplary, [], [desk.image, *more, text, another, truth, answer])
-    for trigger in (ask.click, text.submit):
-        desk.on(trigger, answered, [desk.image, *more, text, truth], [answer], {answer: ""})
-    for each in (text, *more):  # the example's answer is of the example alone
-        each.input(lambda: ("", ""), None, truth, api_visibility="private")
-    desk.image.change(lambda: "", None, answer, api_visibility="private")
+        return {self.answer: answers.decided(found) + known}
