@@ -1,6 +1,7 @@
 """The tabs of the page. Each takes the desk that all share, and offers what it does to who changes the image."""
 
 import random
+from abc import ABCMeta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -223,17 +224,21 @@ def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
     """An image that comes in as the path of its upload: nothing decodes it before `safe_open` does. The page's own go
     out as addresses that hold them, and come back by the names that `Opener.keep` gave them.
 
-    Not a subclass: Gradio would write an interface file beside this one.
+    A class of its own: in each visitor's session Gradio makes the component anew, by its class, and methods of one
+    object would be lost: Gradio would decode uploads itself.
     """
-    made = gr.Image(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
 
-    def shown(given: Any) -> dict[str, str] | None:
+    def opened(_: gr.Image, given: Any) -> str | None:
+        return None if given is None else given.path
+
+    def shown(_: gr.Image, given: Any) -> dict[str, str] | None:
         return None if given is None else {"path": desk.open.keep(given), "url": answers.data_address(given)}
 
-    # On this one object: see the docstring.
-    vars(made)["preprocess"] = lambda given: None if given is None else given.path
-    vars(made)["postprocess"] = shown
-    made.value = shown(image)
+    methods = {"preprocess": opened, "postprocess": shown, "__module__": gr.Image.__module__}
+    # Not by `class`: Gradio would write an interface file beside this one.
+    kind = ABCMeta.__new__(type(gr.Image), "Image", (gr.Image,), methods)
+    made: gr.Image = kind(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
+    made.value = shown(made, image)
     return made
 
 
