@@ -82,6 +82,8 @@ def shown(tab: Any) -> dict[str, str]:
 
 def answer_all(tab: Any) -> None:
     """Ask every tab about the image that is there."""
+    go(tab, "Patches")
+    tab.wait_for_selector("#board button")
     go(tab, "Match")
     tab.click("#match")
     tab.wait_for_selector("#matches tr")
@@ -144,10 +146,8 @@ def test_the_chooser_has_the_best_first_and_another_run_answers(opened: Any) -> 
     first, before = tab.locator("#run input").input_value(), shown(tab)
     assert first.startswith("first: step 7, score 20.0, drawn scenes of the built-in world")
     answer_all(tab)
-    tab.focus("#run input")
-    for key in ("ArrowDown", "ArrowDown", "Enter"):
-        tab.keyboard.press(key)
-        tab.wait_for_timeout(100)
+    tab.click("#run input")
+    tab.get_by_role("option").nth(1).click()
     tab.wait_for_function("document.querySelector('#about').innerText.startsWith('second/best.ckpt')")
     assert tab.locator("#run input").input_value().startswith("second: step 7, score 10.0, ")
     assert "score 10.0, trained on drawn scenes" in tab.locator("#about").inner_text()
@@ -314,9 +314,9 @@ def test_own_images_come_from_memory(page: Live, opened: Any) -> None:
     before, asked = set(page.folder.rglob("*")), list[str]()
     tab = opened()
     tab.on("request", lambda request: asked.append(request.url))
+    answer_all(tab)
     tab.locator("#examples button").nth(1).click()
     tab.wait_for_timeout(500)
-    answer_all(tab)
     go(tab, "Patches")
     tab.click("#uncover")
     tab.wait_for_function("!document.querySelector('#left img')")
