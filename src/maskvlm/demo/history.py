@@ -7,7 +7,7 @@ decide first, and the score among runs on the same data.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,19 +59,22 @@ def is_drawn(source: str) -> bool:
     return any(re.fullmatch(world, source) for world in DRAWN)
 
 
-def trained_run(path: str, history: Sequence[Seen], whole: bool = True) -> Trained:
+def trained_run(
+    path: str, history: Sequence[Seen], whole: bool = True, metrics: Mapping[str, Any] | None = None
+) -> Trained:
     """What a checkpoint of pre-training tells of itself, and the files beside it.
 
     Args:
         path: of the checkpoint.
         history: the data that its weights have seen, first to last.
         whole: whether it has the heads of all tabs.
+        metrics: that a folder of the hub's format tells; None: those in the file beside a checkpoint.
     """
     steps = [told_of(seen, name_beside(path, seen) if seen is history[-1] else None) for seen in history]
     # What came before, the latest first.
     before = [step for step in reversed(steps[:-1]) if step != steps[-1]]
     told = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
-    measured, score = score_beside(path)
+    measured, score = score_beside(path) if metrics is None else score_of(metrics)
     sha = history[-1].sha if history else ""
     time = Path(path).stat().st_mtime if Path(path).exists() else 0.0
     last = history[-1].steps if history else 0
@@ -127,6 +130,8 @@ def ranking(runs: Sequence[Trained]) -> list[int]:
 def name_beside(path: str, seen: Seen) -> str | None:
     """What the data are called: the set's folder, by the configuration of the run; None where it does not say."""
     file = Path(path).parent / "config-fit.yaml"
+    if not path.endswith(".ckpt"):  # a folder of the hub's format, or a name: what lies beside is of something else
+        return None
     try:
         check_inside(file)
         source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
@@ -159,8 +164,15 @@ def score_beside(path: str) -> tuple[float, float]:
     file = Path(path).parent / "metrics.json"
     try:
         check_inside(file)
-        found = json.loads(read_small(file))
-        score, count = float(found["score"]), float(found.get("retrieval/pictures") or 0)
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return score_of(json.loads(read_small(file)))
+    except (UserError, OSError, ValueError, RecursionError):
+        return 0.0, -math.inf
+
+
+def score_of(metrics: Any) -> tuple[float, float]:
+    """As `score_beside`, of what such a file holds."""
+    try:
+        score, count = float(metrics["score"]), float(metrics.get("retrieval/pictures") or 0)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return 0.0, -math.inf
     return (count, score) if math.isfinite(score) and math.isfinite(count) else (0.0, -math.inf)

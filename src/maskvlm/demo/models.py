@@ -121,7 +121,10 @@ def run_of(source: str) -> Run:
     if task != PRETRAINING:
         return Run(source, task)
     heads = {name.split(".")[1] for name in content["state_dict"] if name.startswith("task.")}
-    return Run(source, task, trained_run(source, training_history_of(content), heads.issuperset(HEADS)))
+    evaluation = content.get("evaluation") or {}
+    metrics = evaluation.get("metrics") if isinstance(evaluation.get("metrics"), dict) else None
+    history = training_history_of(content)
+    return Run(source, task, trained_run(source, history, heads.issuperset(HEADS), metrics))
 
 
 def task_on_card(source: str) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import default_model
 from maskvlm.demo.terminal import printable
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -101,13 +102,15 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     """The page in its guard. Raises UserError."""
     # Gradio comes with these imports; QUIET is set by now.
     from maskvlm.demo.input_limits import Worker
-    from maskvlm.demo.models import Models, find_models
+    from maskvlm.demo.models import Models, find_models, run_of
     from maskvlm.demo.page import page
     from maskvlm.demo.request_limits import Guard
     from maskvlm.demo.request_schema import Calls
     from maskvlm.demo.upload_store import Shelf
 
     found = find_models(RUNS, options.sources)
+    if not found.runs:
+        found = found._replace(runs=[run_of(default_model("asked"))])
     models = Models(found, options.device, allowed)
     index = options.index
     if index is None:
@@ -115,8 +118,7 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
         made = sorted(RUNS.glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
         index = made[-1].parent if made else None
     blocks = page(models, Worker(), index, options.images)
-    told = ", ".join(run.path for run in (*found.runs, *found.tasks))
-    print(told or "no checkpoint found: the page says what to run", flush=True)
+    print(", ".join(run.path for run in (*found.runs, *found.tasks)), flush=True)
     shelf = Shelf(folder, blocks.upload_file_set)
     return Guard(application(blocks), Calls(blocks, folder), shelf, options.host)
 
