@@ -53,6 +53,10 @@ class Asked(nn.Module):
 
     A method takes one image or text and gives one answer, or takes lists and gives lists. Which methods there are
     depends on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
+    Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W].
+
+    Every method raises UserError for what is no image or no text (65, 66 where the file is not there), for lists of
+    different lengths, and where the checkpoint has no head for it.
 
     Attributes:
         backbone, task: in evaluation mode.
@@ -67,14 +71,16 @@ class Asked(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
-        """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32."""
+        """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32. Their product with those of
+        `encode_text` is the cosine, -1 to 1."""
         given, single = as_list(images)
         vector_BE = embeddings.encode_image(self, given).vector_XE
         return vector_BE[0] if single else vector_BE
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32."""
+        """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32. A text longer than the model reads
+        is cut."""
         given, single = as_list(texts)
         vector_CE = embeddings.encode_text(self, given).vector_XE
         return vector_CE[0] if single else vector_CE
@@ -148,7 +154,7 @@ class Asked(nn.Module):
             top_k: guesses for each.
 
         Returns:
-            For each masked word its guesses, the likeliest first.
+            For each masked word its guesses, the likeliest first; probabilities among all words, 0 to 1.
         """
         check_whole("fill_mask", "top_k", top_k, 1)
         parts, single = self._parts(image, text)
@@ -159,7 +165,14 @@ class Asked(nn.Module):
     def caption(self, image: ImageInput | Sequence[ImageInput], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
         """A caption written from nothing: all words masked, then the most certain one filled in again and again.
 
-        Captions of several lengths (in tokens) are written so, and the one that matches the image best is given.
+        Captions of several lengths (in tokens) are written so, and the one that matches the image best is given
+        (mask-predict, Ghazvininejad et al. 2019).
+
+        Args:
+            lengths: in tokens, without start and end; those that are longer than the model reads are passed over.
+
+        Raises:
+            UserError: none of the lengths can be read.
         """
         # The start and the end token take two places.
         longest = self.backbone.text.text_length - 2
@@ -179,7 +192,12 @@ class Asked(nn.Module):
         self, image: ImageInput | Sequence[ImageInput | None] | None, text: str | Sequence[str]
     ) -> float | list[float]:
         """Pseudo-log-likelihood of a text given the image: the sum of log p(word | other words, image) over its
-        words, in nats; higher is likelier. It compares texts of one length, such as one with two words swapped."""
+        words, in nats, at most 0; higher is likelier (Salazar et al. 2020). It compares texts of one length, such as
+        one with two words swapped.
+
+        Args:
+            image: None for the text alone (an image of the mean colour).
+        """
         parts, single = self._parts(image, text)
         found = [float(one_T.sum()) for part in parts for one_T in infill.log_likelihood(self, *part)]
         return found[0] if single else found
@@ -187,7 +205,8 @@ class Asked(nn.Module):
     def explain(
         self, image: ImageInput | Sequence[ImageInput], text: str | Sequence[str], word: str | Sequence[str]
     ) -> Explained | list[Explained]:
-        """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it.
+        """Where the model looks to fill in a word of the text: cross-attention, and Grad-CAM on it (Selvaraju et al.
+        2017; on cross-attention as in ALBEF, Li et al. 2021).
 
         Args:
             word: of the text, or several that follow each other; one for all texts, for each one, or several of one.
@@ -220,6 +239,7 @@ class Asked(nn.Module):
 
         Args:
             mask: [rows, columns] of patches (`model.grid`), true where one is masked; a list of such for several.
+            text: one for all images, or one for each.
 
         Returns:
             At the model's resolution (`model.image_size`). A model that was trained with `pixel_norm` knows patches up
@@ -236,7 +256,11 @@ class Asked(nn.Module):
         steps: int = STEPS,
     ) -> Image.Image | list[Image.Image]:
         """As `reconstruct`, in rounds: the patches that the model is most certain of are painted first, and seen when
-        the next ones are."""
+        the next ones are.
+
+        Args:
+            steps: rounds, 1 or more.
+        """
         check_whole("inpaint", "steps", steps, 1)
         return self._paint(image, mask, text, steps)
 
@@ -279,7 +303,7 @@ class Asked(nn.Module):
 
     @property
     def words(self) -> MarkedTexts:
-        """Tokenizer and text length."""
+        """Tokenizer and text length. Raises UserError where the checkpoint holds no tokenizer."""
         if self.backbone.text.tokenizer is None:
             raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
         return MarkedTexts(self.backbone.text.tokenizer, self.backbone.text.text_length)
@@ -291,7 +315,7 @@ class Asked(nn.Module):
         return torch.stack(made).to(next(self.backbone.parameters()))
 
     def tokens(self, texts: Sequence[str]) -> CaptionTokens:
-        """On the model's device."""
+        """Ids and masks of texts, [C, T] each, on the model's device."""
         device = next(self.backbone.parameters()).device
         return CaptionTokens(*(part.to(device) for part in self.words(list(texts))))
 

@@ -72,7 +72,7 @@ class MaskVLMOutput(ModelOutput):
 class PretrainedMaskVLM(Asked, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
-    Its methods are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of a
+    Its methods are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of an
     image that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
 
     Attributes:

@@ -151,7 +151,8 @@ def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:
 
 
 def pixel_error(predicted: Tensor, target: Tensor, kind: PixelLoss) -> Tensor:
-    """Error of each value: |d|, d^2, or |d| that turns into d^2 / 2 below 1."""
+    """Error of each value, in the shape of `predicted`, of their difference d: `l1` abs(d), `squared` d^2, `smooth_l1`
+    d^2 / 2 below 1 and abs(d) - 1/2 from there on."""
     if kind == "l1":
         return (predicted - target).abs()
     if kind == "squared":
