@@ -1,4 +1,5 @@
-"""The README's section on using a model works as it is printed: here with toy checkpoints in the place of real ones."""
+"""What README and the documentation say of using a model works as it is printed: here with toy checkpoints in the place
+of real ones."""
 
 import re
 import shlex
@@ -14,7 +15,9 @@ from maskvlm.cli.main import main
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README[README.index("## Use a model") : README.index("### A page to try it in")]
-BLOCKS: list[tuple[str, str]] = re.findall(r"```(bash|python)\n(.*?)```", SECTION, re.DOTALL)
+HOW_TO = ROOT / "docs" / "how-to"
+PAGE = "".join((HOW_TO / name).read_text(encoding="utf-8") for name in ("use-a-model.md", "search.md"))
+TEXTS = {"README.md": SECTION, "docs/how-to": PAGE[: PAGE.index("## Vectors alone")]}
 
 
 def run(line: str) -> None:
@@ -30,14 +33,16 @@ def run(line: str) -> None:
         subprocess.run([sys.executable, *words[1:]], check=True)
 
 
-def test_it_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", TEXTS)
+def test_it_works_as_printed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "checkpoints" / "RUN" / "best.ckpt")
     saved(tmp_path / "checkpoints" / "FINETUNED" / "best.ckpt", "vqa")
     monkeypatch.chdir(tmp_path)
-    assert [kind for kind, _ in BLOCKS] == ["bash", "python", "bash", "bash"]
-    for kind, text in BLOCKS:
+    blocks: list[tuple[str, str]] = re.findall(r"```(bash|python)\n(.*?)```", TEXTS[place], re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "bash"]
+    for kind, text in blocks:
         if kind == "python":
-            exec(compile(text, "README.md", "exec"), {})
+            exec(compile(text, place, "exec"), {})
         else:
             for line in text.strip().splitlines():
                 run(line)

@@ -30,7 +30,7 @@ BATCHES = [(1, 1), (1, 3), (1, LONGEST), (9, LONGEST), *((1 + n % 7, 2 + n % (LO
 """Fifty batches of pairs, of every length that the model reads."""
 Run = Callable[..., list[Tensor]]
 
-# As the README shows it.
+# As docs/how-to/export.md shows it.
 EXAMPLE = """
 import json
 
@@ -188,7 +188,7 @@ def test_the_example_needs_no_torch_and_agrees_with_the_methods(
     image.save(tmp_path / "scene.png")
     (tmp_path / "exported").symlink_to(onnx_folder)
     script = tmp_path / "example.py"
-    assert EXAMPLE.strip() in (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert EXAMPLE.strip() in (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "export.md").read_text()
     script.write_text(EXAMPLE)
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path(str(script))

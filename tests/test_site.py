@@ -1,0 +1,243 @@
+"""The documentation: links lead somewhere, commands are understood, layouts and licences are the code's, the notebook
+runs. `make docs` executes the tutorials; here nothing is built."""
+
+import configparser
+import importlib
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from raw_toys import TOYS
+from toy_pretrained import saved
+
+from maskvlm.cli.commands import COMMANDS
+from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.data.raw import FACTS, SETS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+OUTSIDE = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "tasks/README.md")]
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]+)\)")
+FENCE = re.compile(r"^(```+|~~~+).*?^\1$", re.MULTILINE | re.DOTALL)
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- links
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", text_of(page))):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path) if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def toctree(page: Path) -> Iterator[Path]:
+    """The pages below a page."""
+    for _, block in re.findall(r"^(```+)\{toctree\}\n(.*?)^\1$", text_of(page), re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            if line and not line.startswith(":"):
+                yield page.parent / f"{line}.md"
+
+
+def test_every_page_has_its_place() -> None:
+    """Each is in one toctree, and each entry of one is a page."""
+    listed = [entry for page in PAGES for entry in toctree(page)]
+    assert sorted([DOCS / "index.md", *listed]) == PAGES
+
+
+# ---------------------------------------------------------------------- commands
+
+CHECKPOINTS = {"RUN": "pretrain", "first": "pretrain", "mine": "pretrain", "FINETUNED": "vqa"}
+OF_MAKE = ("setup", "test", "check", "docs", "gpu-check")
+"""Targets that are no command of maskvlm."""
+OTHER_WORDS = ("TASK", "SET", "STUDY", "ARGS", "STREAM", "DATA_ROOT")
+OWN_SETS = ("mine", "photos", "laion", "birds")
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    """Commands of its shell blocks, one a line, without comments."""
+    for block in re.findall(r"```(?:bash|\{code-cell\}\n%%bash)\n(.*?)```", text_of(page), re.DOTALL):
+        block = block.replace("\\\n", " ")
+        if block.startswith("--"):  # a list of options, which are parsed together
+            block = " ".join(line.partition(" #")[0] for line in block.splitlines())
+        for line in block.splitlines():
+            yield from re.split(r" && | \| ", line)
+
+
+def words_of(line: str) -> list[str] | None:
+    """What `maskvlm` is given by a line; None of a line that is another program's."""
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["make"] and len(words) > 1:
+        target, *rest = words[1:]
+        assert re.search(rf"^{target}:|\b{target}\b", text_of(ROOT / "Makefile"), re.MULTILINE), line
+        if target in OF_MAKE:
+            return None
+        given = [word.partition("=") for word in rest]
+        extra = [each for name, _, value in given if name == "ARGS" for each in shlex.split(value)]
+        plain = [value for name, _, value in given if name in ("TASK", "SET", "STUDY")]
+        rest = [f"{name.lower()}={value}" for name, _, value in given if name not in OTHER_WORDS]
+        named = [word.replace("=...", "=checkpoints/RUN/best.ckpt") for word in rest]
+        return [target, *plain, *named, *extra]
+    if words and words[0].startswith("--"):  # a list of options
+        return ["pretrain", *words]
+    if "maskvlm" in words[:6] and not {"pip", "apptainer"} & {words[0]}:
+        return words[words.index("maskvlm") + 1 :]
+    return None
+
+
+SHOWN = {
+    tuple(word for word in words if not word.startswith("run=")): page.relative_to(ROOT).as_posix()
+    for page in [*PAGES, *OUTSIDE]
+    if "results" not in page.parts
+    for line in shell_lines(page)
+    if (words := words_of(line))
+}
+"""Every command of the pages, and a page that shows it; not those of results, which say what was run then."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints and prepared sets that the pages name."""
+    folder = tmp_path_factory.mktemp("project")
+    for name, kind in CHECKPOINTS.items():
+        saved(folder / "checkpoints" / name / "best.ckpt", kind)
+    for name in ("encoders/vit/model.safetensors", "encoders/text/config.json", "encoders/text/tokenizer.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    for name in OWN_SETS:
+        (folder / "data" / name).mkdir(parents=True)
+        (folder / "data" / name / "manifest.json").write_text("{}")
+    return folder
+
+
+def test_every_command_is_understood(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words compose, and its options are parsed; nothing is run."""
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))  # acme
+    (project / "mine.yaml").write_text("data: {init_args: {batch_size: 8}}\n")
+    assert len(SHOWN) > 80
+    wrong = []
+    for words, page in SHOWN.items():
+        name, rest = words[0], [word for word in words[1:] if word not in ("--allow-import", "acme")]
+        known = name in COMMANDS or name in ("answer", "compare", "entail", "--help") or "." in name
+        assert known or name in ("COMMAND", "first"), f"{page}: {' '.join(words)}"
+        if name not in COMMANDS or "--help" in rest or any("acme" in word for word in rest):
+            continue
+        try:
+            full = COMMANDS[name].full(rest)
+            if full[0] in ("fit", "validate", "test") and "--print_config" not in full:
+                run_command(Parsed, full, ["acme"])
+        except Exception as error:
+            wrong.append(f"{page}: {' '.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+# ---------------------------------------------------------------------- what the code says as well
+
+
+def layouts() -> dict[str, tuple[str, set[str]]]:
+    """Of docs/reference/data-sets.md: set -> its section, and the files that its layouts list."""
+    parts = re.split(r"^### (\w+)$", text_of(DOCS / "reference" / "data-sets.md"), flags=re.MULTILINE)[1:]
+    found = {}
+    for name, section in zip(parts[::2], parts[1::2], strict=True):
+        block = section.split("```")[1].removeprefix("text\n")
+        found[name] = section, {line.split()[0] for line in block.splitlines() if line != "or"}
+    return found
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_layouts_are_those_that_are_read(toy: str) -> None:
+    """The files of the toys, which `make data` reads in tests/data, are listed."""
+    name, make = TOYS[toy]
+    _, files = layouts()[name]
+    for file in make():
+        if file == "x":  # no list: what fills the toy of sbu
+            continue
+        assert any(fnmatch(file, pattern) for pattern in files), f"{file} of {toy}"
+
+
+def test_every_set_has_a_layout_and_its_terms() -> None:
+    found = layouts()
+    assert found.keys() == SETS.keys()
+    for name, facts in FACTS.items():
+        section = found[name][0].lower()
+        terms = re.split(r"[;,(]", facts.licence.lower())[0].strip()
+        assert terms in section or "terms as of cc3m" in section, name
+        assert facts.title.partition(",")[0].partition(" (")[0].lower().split(" in ")[0] in section, name
+
+
+def test_the_reference_has_docstrings() -> None:
+    """Of every name on its pages, and of every public member that it shows."""
+    shown = re.compile(r"\.\. auto(class|function|data|module):: ([\w.]+)\n((?:   .*\n)*)")
+    count = 0
+    for page in (DOCS / "reference" / "api").glob("*.md"):
+        for kind, path, options in shown.findall(text_of(page)):
+            module, _, name = path.rpartition(".")
+            thing: Any = importlib.import_module(path if kind == "module" else module)
+            thing = thing if kind == "module" else getattr(thing, name)
+            members = re.search(r":members: (.*)", options)
+            names = members[1].split(", ") if members else []
+            if kind == "class" and ":members:\n" in options and ":undoc-members:" not in options:
+                names = [each for each, value in vars(thing).items() if callable(value) and not each.startswith("_")]
+            for each in [thing, *(getattr(thing, each) for each in names)]:
+                assert kind == "data" or inspect.getdoc(each), f"{path} {each}"
+                count += 1
+    assert count > 60
+
+
+def test_one_version() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    version = setup["metadata"]["version"]
+    cited = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    assert cited["version"] == version
+    assert version in text_of(ROOT / "CHANGELOG.md")
+    assert {"cff-version", "message", "title", "authors", "license", "references"} <= cited.keys()
+    assert cited["references"][0]["authors"][0]["family-names"] == "Kwon"
+
+
+def test_issue_templates_are_forms() -> None:
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    for form in forms:
+        told = yaml.safe_load(text_of(form))
+        if form.name == "config.yml":
+            continue
+        assert {"name", "description", "body"} <= told.keys(), form
+        for part in told["body"]:
+            assert part["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes")
+            assert part["attributes"].keys() & {"label", "value"}
+    assert len(forms) >= 3
+
+
+# ---------------------------------------------------------------------- the notebook
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, which is a toy on the CPU."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    notebook = nbformat.read(DOCS / "notebooks" / "pretrain_on_a_gpu.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    last = tmp_path / "checkpoints" / "gpu-model"
+    assert {"model.safetensors", "config.json"} <= {path.name for path in last.iterdir()}
