@@ -20,6 +20,7 @@ typed = $(if $(findstring command line,$(origin $1)),$2'$(subst ','\'',$($1))')
 handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=) $(call typed,DATA,data=) \
     $(call typed,WHERE,where=) $(call typed,RUN,run=) $(call typed,FROM,from=) $(call typed,ENCODERS,encoders=) \
     $(call typed,SPLIT,split=) $(call typed,RAW,raw=) $(call typed,NAME,name=))
+$(foreach each,task set model data where run from encoders split raw name args,$(if $(findstring command line,$(origin $(each))),$(error $(each)=.. is no variable here. Write it in capitals)))
 names = $(sort $(basename $(notdir $(wildcard $1/*.yaml))))
 
 help:  ## this list

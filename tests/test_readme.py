@@ -1,6 +1,7 @@
-"""What README and the documentation say of using a model works as it is printed: here with toy checkpoints in the place
-of real ones."""
+"""What README and the documentation say of using a model works as it is printed: README with the model that comes along
+and with the output that stands there, the pages with toy checkpoints in the place of real ones."""
 
+import doctest
 import re
 import shlex
 import subprocess
@@ -14,10 +15,77 @@ from maskvlm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("## Use a model") : README.index("### A page to try it in")]
 HOW_TO = ROOT / "docs" / "how-to"
 PAGE = "".join((HOW_TO / name).read_text(encoding="utf-8") for name in ("use-a-model.md", "search.md"))
-TEXTS = {"README.md": SECTION, "docs/how-to": PAGE[: PAGE.index("## Vectors alone")]}
+PAGE = PAGE[: PAGE.index("## Vectors alone")]
+NUMBER = re.compile(r"-?\d+\.\d+")
+MOST_WORDS, LONGEST_SENTENCE = 1500, 30
+
+
+def blocks(text: str, *kinds: str) -> list[tuple[str, str]]:
+    """Kind and content of its code blocks."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(kind, content) for kind, content in found if kind in kinds]
+
+
+# ---------------------------------------------------------------------- README
+
+
+def check_printed(printed: str, shown: str) -> None:
+    """The same words; numbers may differ in the last digits, as machines add up in different orders."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+    for found, wanted in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(found) == pytest.approx(float(wanted), abs=0.02)
+
+
+def test_readme_prints_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((_, console),) = blocks(README, "console")
+    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", console, re.MULTILINE)
+    assert len(commands) >= 3
+    for command, shown in commands:
+        first, *words = shlex.split(command)
+        assert first == "maskvlm"
+        assert main(words) == 0
+        check_printed(capsys.readouterr().out, shown)
+    ((_, session),) = blocks(README, "pycon")
+    test = doctest.DocTestParser().get_doctest(session, {}, "README.md", None, 0)
+    assert len(test.examples) >= 5
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+    assert result.failed == 0, capsys.readouterr().out
+
+
+def test_readme_is_one_screen_that_is_read_once() -> None:
+    assert len(README.split()) <= MOST_WORDS
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)  # where a link leads
+    for line in re.split(r"\n\s*\n|^[|#].*$|^- ", prose, flags=re.MULTILINE):
+        for sentence in re.split(r"(?<=[.;:?!])\s", line):
+            assert len(sentence.split()) <= LONGEST_SENTENCE, sentence
+
+
+def test_readme_s_make_targets_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make ([a-z-]+)", "\n".join(text for _, text in blocks(README, "bash")), re.MULTILINE)
+    assert len(targets) >= 6
+    help_of_make = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in targets:
+        assert re.search(rf"^  {target} ", help_of_make, re.MULTILINE), target
+        assert target in makefile
+    # A path to be copied names a folder that exists, or one that a command of the page makes.
+    assert "RUN/best.ckpt" not in README
+
+
+def test_make_takes_no_variable_in_small_letters() -> None:
+    done = subprocess.run(["make", "finetune", "task=vqa"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "task=.. is no variable here. Write it in capitals" in done.stderr
+    assert done.stdout == ""
+
+
+# ---------------------------------------------------------------------- pages
 
 
 def run(line: str) -> None:
@@ -33,16 +101,15 @@ def run(line: str) -> None:
         subprocess.run([sys.executable, *words[1:]], check=True)
 
 
-@pytest.mark.parametrize("place", TEXTS)
-def test_it_works_as_printed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_on_using_a_model_work_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "checkpoints" / "RUN" / "best.ckpt")
     saved(tmp_path / "checkpoints" / "FINETUNED" / "best.ckpt", "vqa")
     monkeypatch.chdir(tmp_path)
-    blocks: list[tuple[str, str]] = re.findall(r"```(bash|python)\n(.*?)```", TEXTS[place], re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "bash"]
-    for kind, text in blocks:
+    found = blocks(PAGE, "bash", "python")
+    assert [kind for kind, _ in found] == ["bash", "python", "bash", "bash"]
+    for kind, text in found:
         if kind == "python":
-            exec(compile(text, place, "exec"), {})
+            exec(compile(text, "docs/how-to", "exec"), {})
         else:
             for line in text.strip().splitlines():
                 run(line)

@@ -122,7 +122,7 @@ def test_words_that_it_does_not_know_are_named_once() -> None:
     model = MaskVLM.from_pretrained()
     image = Scenes().split("val")[3]["image"]
     with pytest.warns(UnknownWords, match="does not know: giraffe, Zebra; take"):
-        model.match(image, "a giraffe and a Zebra on the left")
+        model.match(image, "a giraffe & a Zebra on the left!")
     with pytest.warns(UnknownWords, match="does not know: horse;"):
         model.fill_mask(image, "a [MASK] horse and a giraffe")
     with warnings.catch_warnings():

@@ -175,8 +175,10 @@ class Captioner:
             # "##" of WordPiece, and the signs of a space before a word of the two other kinds
             pieces = [piece.removeprefix("##").lstrip("\u0120\u2581") for piece in encoding.tokens[start:end]]
             spelt = len(pieces) > 1 and 2 * sum(len(piece) == 1 for piece in pieces) > len(pieces)
-            if spelt or self.unknown in encoding.ids[start:end]:
-                found.append(text[slice(*encoding.word_to_chars(word))].strip())  # type: ignore[misc]
+            written = text[slice(*encoding.word_to_chars(word))].strip()  # type: ignore[misc]
+            # a sign that is not known is no word
+            if (spelt or self.unknown in encoding.ids[start:end]) and any(map(str.isalnum, written)):
+                found.append(written)
         return found
 
     def inner(self, text: str) -> list[int]:
