@@ -1,4 +1,5 @@
-"""A hub on this machine, as much of it as uploading and downloading a model asks for (the client's own HTTP calls)."""
+"""A hub on this machine, as much of it as uploading, downloading and asking for a model takes (the client's own HTTP
+calls)."""
 
 import base64
 import hashlib
@@ -13,10 +14,19 @@ TOKEN = "hf_toytoytoytoytoytoytoytoytoytoytoyto"
 
 
 class FakeHub:
-    """Repositories in memory: `files` of each, by name. Whoever writes must show the token."""
+    """Repositories in memory: `files` of each, by name. Whoever writes must show the token.
+
+    Attributes:
+        account: whose the token is, as the hub tells it.
+        created: what was asked for each new repository.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
+        self.created: dict[str, dict[str, Any]] = {}
+        self.account: dict[str, Any] = {
+            "name": "ann", "type": "user", "orgs": [{"name": "acme"}], "auth": {"accessToken": {"role": "write"}},
+        }  # fmt: skip
         self.asked: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -34,7 +44,8 @@ class FakeHub:
         if path == "/api/repos/create":
             given = json.loads(body)
             name = "/".join(filter(None, (given.get("organization"), given["name"])))
-            self.files.setdefault(name, {})
+            if name not in self.files:
+                self.files[name], self.created[name] = {}, given
             return {"url": f"{self.address}/{name}", "name": name, "id": name}
         name, what = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(\w+)/.*", path).groups()  # type: ignore[union-attr]
         if what == "preupload":
@@ -93,6 +104,11 @@ class FakeHub:
                     self.answer(200, json.dumps(hub.post(path, body)).encode())
 
             def do_GET(self) -> None:
+                if self.path == "/api/whoami-v2":
+                    known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+                    body = json.dumps(hub.account if known else {"error": "Invalid credentials"}).encode()
+                    self.answer(200 if known else 401, body)
+                    return
                 body = hub.get(self.path.partition("?")[0])
                 self.answer(404 if body is None else 200, body or b"")
 

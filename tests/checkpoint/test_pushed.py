@@ -59,10 +59,17 @@ def test_what_goes_up_comes_down(path: Path, tmp_path: Path) -> None:
     assert told["commit"].startswith(f"{hub.address}/acme/toy/commit/")
     assert told["equal"]
     PretrainedMaskVLM.from_pretrained(path).save_pretrained(tmp_path / "local")
-    local = {file.name: file.read_bytes() for file in (tmp_path / "local").iterdir()}
-    assert hub.files["acme/toy"] == hub.files["acme/again"] == local
+    local = {file.name: file.read_bytes() for file in sorted((tmp_path / "local").iterdir())}
+    for name in ("acme/toy", "acme/again"):
+        found = hub.files[name]
+        assert found.keys() == local.keys()
+        # The card knows the name, and the sums know the card.
+        assert [file for file in local if found[file] != local[file]] == ["README.md", "checksums.json"]
+        assert found["README.md"].replace(b"# " + name.encode(), b"# MaskVLM") == local["README.md"].replace(
+            b"THIS_FOLDER_OR_HUB_NAME", name.encode()
+        )
     assert b"| retrieval/tr_r1 | 12.5 | 0.5 |" in local["README.md"]  # the card of this project, not a template
-    assert (tmp_path / "folder" / "README.md").read_bytes() == local["README.md"]
+    assert (tmp_path / "folder" / "README.md").read_bytes() == hub.files["acme/again"]["README.md"]
     for name, said, code in (
         ("wrong token", "acme/toy: cannot be uploaded (Client error '401", 69),
         ("no name", "not a name: cannot be uploaded (", 69),

@@ -105,7 +105,7 @@ def test_bash_completes_sets_that_were_prepared_since(tmp_path: Path, monkeypatc
 
 def test_help_of_a_method_that_tasks_may_bring(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["answer", "--help"]) == 0
-    assert "maskvlm answer --from CHECKPOINT" in capsys.readouterr().out
+    assert "maskvlm answer [--from CHECKPOINT]" in capsys.readouterr().out
     assert main(["captoin", "--help"]) == 2
     assert "did you mean caption?" in capsys.readouterr().err
 

@@ -8,16 +8,18 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.config.bundled_models import bundled_folder
@@ -182,6 +184,65 @@ def upload(folder: Path, repository: str, message: str, settings: Mapping[str, A
         what = f"cannot be uploaded ({first_line(error)})"
         todo = "Check name and connection, and log in: hf auth login, or give a token"
         raise UserError(repository, what, todo, ExitCode.UNAVAILABLE) from error
+
+
+class OnHub(NamedTuple):
+    """What the hub says before an upload. user: whose token is used. there: whether it has the repository."""
+
+    user: str
+    there: bool
+
+
+def check_upload(repository: str) -> OnHub:
+    """Ask the hub whose token is used, and whether a name is free or that user's to write to. Nothing is written.
+
+    Args:
+        repository: `owner/name`.
+
+    Raises:
+        UserError: no token, one that is refused, may only read or is of somebody else than the owner, or the hub cannot
+            be reached (69).
+    """
+    api, log_in = HfApi(), "Log in (hf auth login) or set HF_TOKEN, with a token that may write"
+    try:
+        account = api.whoami()
+    except LocalTokenNotFoundError:
+        # Without a token repositories that everybody may read are told.
+        state = "is there already" if repo_there(api, repository) else "is free"
+        raise UserError(
+            repository, f"{state}; there is no token to upload with", log_in, ExitCode.UNAVAILABLE
+        ) from None
+    except Exception as error:  # as above, of many libraries
+        what = f"the hub refuses the token, or cannot be reached ({first_line(error)})"
+        raise UserError(repository, what, log_in, ExitCode.UNAVAILABLE) from error
+    there, user, owner = repo_there(api, repository), str(account["name"]), repository.partition("/")[0]
+    state = "is there already" if there else "is free"
+    if owner.lower() not in {name.lower() for name in (user, *(each["name"] for each in account.get("orgs", ())))}:
+        what = f"{state}; the token is of {user}, who is neither {owner} nor a member of it"
+        raise UserError(repository, what, f"Name {user}/{repository.partition('/')[2]}", ExitCode.UNAVAILABLE)
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        what = f"{state}; the token of {user} may only read"
+        raise UserError(repository, what, log_in, ExitCode.UNAVAILABLE)
+    return OnHub(user, there)
+
+
+def repo_there(api: HfApi, repository: str) -> bool:
+    """Whether the hub shows us a repository. Raises UserError: it cannot be reached (69)."""
+    try:
+        return api.repo_exists(repository)
+    except Exception as error:  # as above, of many libraries
+        what = f"the hub cannot be asked for it ({first_line(error)})"
+        raise UserError(repository, what, "Check the connection", ExitCode.UNAVAILABLE) from error
+
+
+def check_repository(name: str) -> None:
+    """Raises UserError: it can be no `owner/name` of the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"to={name}", f"is no name on the hub ({first_line(error)})", "Give owner/name") from None
+    if "/" not in name:
+        raise UserError(f"to={name}", "names no owner", "Give owner/name")
 
 
 def is_repository(name: str) -> bool:

@@ -134,6 +134,10 @@ REGISTRY = (
     ),
     Command("search", SEARCH, "find images by a text or an image", "maskvlm.cli.search:main"),
     Command("convert", KEEP, "a checkpoint to the hub's format, or back", "maskvlm.cli.convert:convert"),
+    Command(
+        "publish", KEEP, "upload a model to the hub, in half precision, checked, with its card",
+        "maskvlm.cli.publish:main", ("from", "to"), compose=compose.publish_command,
+    ),
     Command("export", KEEP, "ONNX or torch.export files, checked against torch", "maskvlm.inference.onnx_export:main"),
     _lightning("fit", "train"),
     _lightning("validate", "measure --ckpt_path on the validation split"),
@@ -182,6 +186,7 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "where": ("the machine", lambda: choices("where"), "auto"),
     "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),
     "from": ("the checkpoint to start from, or a folder of the hub's format; finetune: also random", list, ""),
+    "to": ("the name on the hub: owner/name", list, ""),
     "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
     "split": ("what is measured; index, embed: also train", lambda: SPLITS, "val"),
     "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),

@@ -8,6 +8,8 @@ import lightning as L
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.warm_start import read_content
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import bundled_models
+from maskvlm.inference.model_card import UNNAMED
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -37,5 +39,7 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         # What Lightning looks for in a file: epoch and version; optimiser and loops are not there to be restored.
         checkpoint.save({"epoch": 0, "pytorch-lightning_version": L.__version__, **content}, target)
         return f"{target}: {len(content['state_dict'])} tensors; fine-tune it: maskvlm finetune ... from={target}"
-    PretrainedMaskVLM.from_pretrained(source, dtype=options.dtype, allow_import=allowed).save_pretrained(target)
+    model = PretrainedMaskVLM.from_pretrained(source, dtype=options.dtype, allow_import=allowed)
+    # A model that comes along is loaded by its name wherever the package is; of others nobody knows their name to be.
+    model.save_pretrained(target, name=source if source in bundled_models() else UNNAMED)
     return f"{target}: MaskVLM.from_pretrained('{target}'), or from={target} to fine-tune"

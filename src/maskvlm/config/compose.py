@@ -384,6 +384,12 @@ def embed_command(words: CommandWords) -> Composed:
     return ["embed", "--from", words.get("from"), "--split", part, *out, *data_alone(words), *words.options]
 
 
+def publish_command(words: CommandWords) -> Composed:
+    """`publish from=checkpoints/RUN/best.ckpt to=owner/name`."""
+    named = [word for name in ("from", "to") if name in words.given for word in (f"--{name}", words.get(name))]
+    return ["publish", *named, *words.options]
+
+
 def data_alone(words: CommandWords) -> list[str]:
     """The stack of pre-training for a command that takes its data: the checkpoint is an option of the command's own."""
     return pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))

@@ -1,8 +1,9 @@
-"""What lies beside the weights in a folder of the hub: configuration, processor, and the model card.
+"""What lies beside the weights in a folder of the hub: configuration and processor; the card is of `model_card.py`.
 
 `hf_folder.py` reads such a folder; here are the classes that transformers needs to know.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from maskvlm.checkpoint.warm_start import Start
 from maskvlm.config.plain_schema import Listed, Real, Record, Tree, Whole
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.files import load_json
-from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 
@@ -122,15 +122,26 @@ def processor_of(spec: InputSpec) -> MaskVLMProcessor:
 
 
 def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] | None, step: int) -> MaskVLMConfig:
-    """The configuration of a model with this spec (a portable one) and history."""
+    """The configuration of a model with this spec (a portable one) and history. It is made to be passed on: of paths on
+    this machine their last names stay."""
     return MaskVLMConfig(
         backbone=spec.backbone,
         task=spec.task,
         labels=None if origin.labels is None else list(origin.labels),
         lineage=[seen.words() for seen in origin.history],
-        evaluation=dict(evaluation) if evaluation else None,
+        evaluation=without_folders(dict(evaluation)) if evaluation else None,
         step=step,
     )
+
+
+def without_folders(value: Any) -> Any:
+    """Plain data with each absolute path in its texts cut to its last name: `data=/home/me/mine` to `data=mine`."""
+    if isinstance(value, dict):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [*map(without_folders, value)]
+    # Not within an address (https://...), nor within a relative path.
+    return re.sub(r"(?<![\w.~:/-])/(?:[^/\s]+/)+(?=[^/\s])", "", value) if isinstance(value, str) else value
 
 
 def evaluation_beside(path: Path) -> dict[str, Any] | None:
@@ -157,8 +168,8 @@ def _shown(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: InputSpec) -> None:
-    """Tokenizer, image processing, ids of the images seen, features of known ones, model card."""
+def write_beside(folder: Path, origin: Start, spec: InputSpec) -> None:
+    """Tokenizer, image processing, ids of the images seen, features of known ones."""
     processor_of(spec).save_pretrained(folder)
     # By place in the history: an entry without ids leaves its number out.
     ids = {str(n): seen.ids for n, seen in enumerate(origin.history) if seen.ids is not None}
@@ -166,88 +177,3 @@ def write_beside(folder: Path, config: MaskVLMConfig, origin: Start, spec: Input
         save_file(ids, folder / SEEN)
     if origin.known_images is not None:
         save_file({"features": origin.known_images.contiguous()}, folder / KNOWN)
-    write_text(folder / "README.md", model_card(config, spec))
-
-
-def model_card(config: MaskVLMConfig, spec: InputSpec) -> str:
-    """The hub's `README.md`: what it is, what it has seen, how it was measured, how to use it."""
-    task = str((config.task or {}).get("class_path", "unknown"))
-    lines = [
-        # What is between the dashes the hub reads as YAML.
-        "---",
-        "library_name: maskvlm",
-        "license: apache-2.0",
-        "pipeline_tag: image-text-to-text",
-        "tags: [maskvlm, vision-and-language, masked-modelling]",
-        "---",
-        "",
-        "# MaskVLM",
-        "",
-        "Two encoders and two cross encoders trained by joint masked modelling "
-        "([Kwon et al., ICLR 2023](https://arxiv.org/abs/2208.02131)).",
-        "",
-        f"- task: `{task}`" + (f", {len(config.labels)} labels" if config.labels else ""),
-        f"- images: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
-        f"{spec.vocab_size}",
-        f"- steps: {config.step:,}",
-        *_made_by((config.evaluation or {}).get("card", {})),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from maskvlm import MaskVLM",
-        "",
-        'model = MaskVLM.from_pretrained("THIS_FOLDER_OR_HUB_NAME")',
-        USES.get(task.rpartition(".")[2], USES["MaskedPretraining"]),
-        "```",
-        "",
-        "## Data seen",
-        "",
-        *[_told(seen) for seen in config.lineage or []],
-        "",
-        "## Evaluation",
-        "",
-        *_evaluation(config),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-USES = {
-    "MaskedPretraining": 'model.fill_mask("image.jpg", "a [MASK] dog")',
-    "Retrieval": 'model.rank("image.jpg", ["a dog", "a cat"])',
-}
-
-
-def _made_by(card: Mapping[str, Any]) -> list[str]:
-    """The command and the versions that a run's card tells."""
-    versions = card.get("versions") or {}
-    if not isinstance(versions, dict) or not versions.get("command"):
-        return []
-    torch = (versions.get("packages") or {}).get("torch")
-    return [f"- made by: `maskvlm {' '.join(versions['command'])}`, commit {versions.get('commit')}, torch {torch}"]
-
-
-def _told(seen: Mapping[str, Any]) -> str:
-    images = f", {seen['pictures']:,} images" if seen.get("pictures") else ""
-    return f"- `{seen['source']}` (`{seen['task']}`{images}, {seen['steps']:,} steps, data hash `{seen['sha'][:16]}`)"
-
-
-def _evaluation(config: MaskVLMConfig) -> list[str]:
-    """A table of the run's metrics, each beside its chance level, and what they were measured on."""
-    found = config.evaluation or {}
-    metrics: dict[str, Any] = found.get("metrics", {})
-    if not metrics:
-        return ["None came with this checkpoint."]
-    card, step = found.get("card", {}), metrics.get("step")
-    where = [f"- {key}: {card[key]}" for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)]
-    # metrics.json is of the run's last weights; those of best.ckpt may be of an earlier step.
-    if step is not None and step != config.step:
-        where.append(f"- measured at step {step:,} of the same run; these weights are of step {config.step:,}")
-    # A level stands in its metric's row, not in a row of its own.
-    ends = ("_chance", "_majority")
-    rows = []
-    for key, value in metrics.items():
-        if isinstance(value, int | float) and "/" in key and not key.endswith(ends):
-            level = next((metrics[key + end] for end in ends if metrics.get(key + end) is not None), None)
-            rows.append(f"| {key} | {value:.4g} | {'' if level is None else f'{level:.4g}'} |")
-    return [*where, "", "| metric | value | chance level |", "|---|---|---|", *rows]

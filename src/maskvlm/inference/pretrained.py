@@ -11,7 +11,7 @@ Shapes: B images, C texts, E contrast width, T tokens, D width.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,13 @@ from maskvlm.inference.hf_config import (
     evaluation_beside,
     write_beside,
 )
+from maskvlm.inference.model_card import UNNAMED, KnownSet, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import chunks
 from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
+from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
 WATCHED = 16  # images or texts of one call that are looked at
@@ -177,25 +179,38 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         distance_B = distance(mean_patch(self.backbone.image(image_BCHW)), self.known).tolist()
         return [far_line(measured, self.known) if measured > self.known.most else None for measured in distance_B]
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **more: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        *,
+        name: str = UNNAMED,
+        sets: Mapping[str, KnownSet] | None = None,
+        **more: Any,
+    ) -> None:
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
 
         Args: as in transformers; `push_to_hub=True` uploads the folder, by its own name or as `repo_id`.
+            name: by which the card loads the model; that on the hub, where it is uploaded.
+            sets: what the card says of training data whose history does not name them, by their hash.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise UserError(folder, "is a file", "Name a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        write_beside(folder, cast(MaskVLMConfig, self.config), self.origin, self.backbone.input_spec)
         # These go to `upload` alone: transformers would upload before the sums are written.
-        to_hub = {name: more.pop(name) for name in TO_HUB if name in more}
+        to_hub = {key: more.pop(key) for key in TO_HUB if key in more}
+        repository = (to_hub.pop("repo_id", None) or folder.resolve().name) if push_to_hub else None
+        config, spec = cast(MaskVLMConfig, self.config), self.backbone.input_spec
+        write_beside(folder, self.origin, spec)
+        write_text(folder / "README.md", model_card(config, spec, repository or name, sets or {}))
         with quiet():
             super().save_pretrained(folder, **more)
         # Last, as the sums are of all other files in the folder.
         write_sums(folder)
-        if push_to_hub:
+        if repository is not None:
             message = to_hub.pop("commit_message", None) or MESSAGE
-            upload(folder, to_hub.pop("repo_id", None) or folder.resolve().name, message, to_hub)
+            upload(folder, repository, message, to_hub)
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = MESSAGE, **settings: Any) -> str:  # type: ignore[override]
         """Upload what `save_pretrained` writes, the model card included; returns the commit's address.
@@ -208,7 +223,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             UserError: not logged in, no such name, or the hub cannot be reached (69).
         """
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, name=repo_id)
             return upload(Path(folder), repo_id, commit_message, settings)
 
     def forward(

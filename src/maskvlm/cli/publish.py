@@ -1,0 +1,173 @@
+"""`maskvlm publish from=CHECKPOINT to=owner/name`: what can be released of a run, checked, and uploaded."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from maskvlm.checkpoint.hub_client import check_repository, check_upload, upload
+from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.config.arguments import OptionParser
+from maskvlm.config.compose import data_root
+from maskvlm.data.prepared.manifest import read_manifest
+from maskvlm.data.raw import FACTS
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.inference.hf_config import MaskVLMConfig, processor_of
+from maskvlm.inference.model_card import DRAWN, KnownSet, is_unknown, shape_of_pretrained
+from maskvlm.inference.pretrained import MESSAGE, MaskVLMOutput, PretrainedMaskVLM
+from maskvlm.utils.errors import ExitCode, UserError
+
+DTYPES = ("float16", "bfloat16", "float32")
+"""The first is the default: as small as bfloat16, with three more bits of each weight. What it cannot hold (above
+65,504) is refused."""
+LEAST_COSINE = 0.999
+SCENES = 8
+
+
+def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
+    """Publish; arguments are options. `allowed`: packages that a task may come from.
+
+    Raises:
+        UserError: as `from_pretrained`, `compared` and `check_upload`; no name of the hub (2), FOLDER is there (73).
+    """
+    parser = OptionParser("maskvlm publish", description="upload a model to the hub", allow_abbrev=False)
+    parser.add_argument("--from", dest="source", required=True, help="a checkpoint, or a folder of the hub's format")
+    parser.add_argument("--to", required=True, help="owner/name; made where it is not there")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the weights ({DTYPES[0]})")
+    parser.add_argument("--private", action="store_true", help="a new repository is private")
+    parser.add_argument("--dry-run", action="store_true", help="upload nothing; ask the hub, tell what would be done")
+    parser.add_argument("--folder", type=Path, help="keep what is uploaded in this new folder")
+    options = parser.parse_args(arguments)
+    # What can be refused is refused before a large model is read.
+    check_repository(options.to)
+    folder = options.folder
+    if folder is not None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+    with TemporaryDirectory() as temporary:
+        made = folder or Path(temporary) / "model"
+        for line in write_release(options.source, made, options.to, options.dtype, allowed):
+            print(line, flush=True)
+        hub = check_upload(options.to)
+        found = "is there already; an upload adds a commit to it" if hub.there else "is free"
+        print(f"{options.to}: {found}; the token is of {hub.user}", flush=True)
+        if options.dry_run:
+            print("nothing was uploaded (--dry-run)", flush=True)
+        else:
+            # Of a repository that is there it stays as it is: None.
+            private = True if options.private else None
+            print(f"uploaded: {upload(made, options.to, MESSAGE, {'private': private})}", flush=True)
+    return 0
+
+
+def write_release(source: str, folder: Path, name: str, dtype: str, allowed: Iterable[str] = ()) -> Iterator[str]:
+    """Write the hub's format, and say what it is: files, difference from the original, what is missing.
+
+    Raises:
+        UserError: as `from_pretrained` and `compared`; the precision cannot hold the weights (73).
+    """
+    # Asked before the other is loaded, and not saved itself: a tokenizer keeps in its file how it was asked last.
+    before = outputs(PretrainedMaskVLM.from_pretrained(source, allow_import=allowed))
+    model = PretrainedMaskVLM.from_pretrained(source, dtype=dtype, allow_import=allowed)
+    # The checkpoint's own are finite, or it would not load.
+    if large := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
+        what = f"{dtype} cannot hold numbers of {large[0]}"
+        raise UserError(f"{source}: --dtype", what, "Give bfloat16 or float32", ExitCode.CANNOT_CREATE)
+    config = cast(MaskVLMConfig, model.config)
+    sets = known_sets(model.origin.history, (config.evaluation or {}).get("card"))
+    model.save_pretrained(folder, name=name, sets=sets)
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    yield from (f"{file.stat().st_size:>13,}  {file.name}" for file in files)
+    yield f"{sum(file.stat().st_size for file in files):>13,}  bytes in all, weights in {dtype}"
+    yield compared(before, outputs(PretrainedMaskVLM.from_pretrained(folder, allow_import=allowed)), folder)
+    yield from data_lines(model.origin.history, sets)
+    yield from (f"missing: {line}" for line in missing(config))
+
+
+# ---------------------------------------------------------------------- the same as the original
+
+
+@torch.no_grad()
+def outputs(model: PretrainedMaskVLM) -> MaskVLMOutput:
+    """What a model of float32 makes of drawn scenes and their captions, which are at hand wherever it is."""
+    rows = [*map(Scenes().split("val").__getitem__, range(SCENES))]
+    inputs = processor_of(model.backbone.input_spec)(
+        images=[row["image"] for row in rows], text=[str(row["captions"][0]) for row in rows],
+        return_tensors="pt", padding=True, truncation=True,
+    )  # fmt: skip
+    found: MaskVLMOutput = model(**{key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")})
+    return found
+
+
+def compared(before: MaskVLMOutput, after: MaskVLMOutput, folder: Path) -> str:
+    """How near the written weights' vectors are to the original's: of contrast, where the model has it, and fused.
+
+    Raises:
+        UserError: a cosine is below LEAST_COSINE, or no number (73).
+    """
+    found = []
+    for name, told in (("image_embeds", "images"), ("text_embeds", "texts"), ("fused", "pairs")):
+        ours, theirs = getattr(before, name), getattr(after, name)
+        if ours is None:
+            continue
+        # In double precision: near 1 float32 has seven digits.
+        cosine = float(cosine_similarity(ours.double(), theirs.double(), dim=-1).min())
+        if not cosine >= LEAST_COSINE:  # nor is NaN
+            what = f"vectors of {told} have a cosine of {cosine:.4f} with the original's, less than {LEAST_COSINE}"
+            raise UserError(folder, what, "Give another --dtype; float32 keeps every bit", ExitCode.CANNOT_CREATE)
+        found.append(f"{told} {cosine:.7f} (largest difference {float((ours - theirs).abs().max()):.1e})")
+    return f"loaded again, {SCENES} drawn scenes: least cosine with the original's vectors: {', '.join(found)}"
+
+
+# ---------------------------------------------------------------------- what is known of the data
+
+
+def known_sets(history: Sequence[Seen], card: Any) -> dict[str, KnownSet]:
+    """Training sets by name, by their hash: the prepared set here with that hash; of the last one the folder that the
+    run's card names."""
+    manifests = []
+    for file in sorted(data_root().glob("*/manifest.json")):
+        # A set that is damaged is not this command's to tell.
+        try:
+            manifests.append(read_manifest(file.parent))
+        except UserError:
+            continue
+    here = {split["sha256"][:16]: told for told in manifests for split in told["splits"].values()}
+    found = {seen.sha: KnownSet(told["title"], told["licence"]) for seen in history if (told := here.get(seen.sha))}
+    data = card.get("data") if isinstance(card, dict) else None
+    settings = data.get("settings") if isinstance(data, dict) else None
+    root = settings.get("root") if isinstance(settings, dict) else None
+    if history and isinstance(root, str) and history[-1].sha not in found:
+        facts = FACTS.get(name := Path(root).name)
+        found[history[-1].sha] = KnownSet(f"`{name}`", facts.licence if facts else "not known")
+    return found
+
+
+def data_lines(history: Sequence[Seen], sets: Mapping[str, KnownSet]) -> Iterator[str]:
+    """Each training set once, with its terms as far as they are known here."""
+    for seen in {seen.sha: seen for seen in history}.values():
+        drawn = KnownSet("drawn scenes", "Apache-2.0, as this project") if DRAWN.fullmatch(seen.source) else None
+        known = drawn or sets.get(seen.sha, KnownSet("a set that the history does not name", "not known here"))
+        yield f"trained on: {known.title} ({seen.source}); terms: {known.licence}; see docs/licences.md"
+
+
+def missing(config: MaskVLMConfig) -> Iterator[str]:
+    """What somebody should see to before others get the model; only what can be known of its files."""
+    evaluation = config.evaluation or {}
+    card, metrics = evaluation.get("card") or {}, evaluation.get("metrics") or {}
+    if not metrics:
+        yield "no metrics came with the checkpoint (metrics.json beside it): the card has no figures"
+    elif metrics.get("step") not in (None, config.step):
+        yield f"the card's figures are of step {metrics['step']}, these weights of step {config.step}"
+    versions = card.get("versions") or {}
+    for key in ("command", "commit"):
+        if not versions.get(key):
+            yield f"the {key} that made it is not known (card.json beside the checkpoint tells it)"
+    if str(versions.get("commit")).endswith("+"):
+        yield f"the run's code differed from its commit ({versions['commit']}): nobody else has it"
+    if is_unknown(config.lineage or []):
+        yield "a part of what it was trained on is unknown: nobody can say under which terms it may be passed on"
+    if name := shape_of_pretrained(config):
+        yield f"what the encoders started from: their shape is that of {name}, whose weights have their licence"

@@ -1,0 +1,206 @@
+"""The hub's `README.md` of a model: what it is, what it has seen and so knows, how it was measured, how to use it.
+
+It says what the checkpoint tells, and where that tells nothing it says so.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from maskvlm.data.batch import InputSpec
+from maskvlm.inference.hf_config import MaskVLMConfig
+
+UNNAMED = "THIS_FOLDER_OR_HUB_NAME"
+"""In a card of which nobody knows where it will lie."""
+DRAWN = re.compile(r"(maskvlm\.data|tasks\.\w+)\.scenes\.[\w.]+")
+"""Sources that this project draws: the built-in world, and the tasks' questions about it."""
+UNKNOWN = "unknown"
+"""The source that an older checkpoint's history has (`warm_start.training_history_of`)."""
+USES = {
+    "MaskedPretraining": 'model.fill_mask("image.jpg", "a [MASK] dog")',
+    "Retrieval": 'model.rank("image.jpg", ["a dog", "a cat"])',
+    "Vqa": 'model.answer("image.jpg", "what is the dog doing?")',
+    "Nlvr": 'model.compare("left.jpg", "right.jpg", "there are two dogs")',
+    "Entailment": 'model.entail("image.jpg", "a dog sleeps")',
+}
+
+
+class KnownSet(NamedTuple):
+    """A training set by name. licence: in words, as its manifest tells it; "not known" where nothing does."""
+
+    title: str
+    licence: str
+
+
+def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[str, KnownSet]) -> str:
+    """The text.
+
+    Args:
+        spec: image size and texts of the model.
+        name: by which it is loaded; UNNAMED where that is not known.
+        sets: training sets that are known by name, by the hash in the history.
+    """
+    task = str((config.task or {}).get("class_path", "unknown"))
+    lineage = config.lineage or []
+    lines = [
+        # What is between the dashes the hub reads as YAML.
+        "---",
+        "library_name: maskvlm",
+        *_licence(config),
+        "pipeline_tag: image-text-to-text",
+        "tags: [maskvlm, vision-and-language, masked-modelling]",
+        "---",
+        "",
+        f"# {'MaskVLM' if name == UNNAMED else name}",
+        "",
+        "Two encoders and two cross encoders trained by joint masked modelling "
+        "([Kwon et al., ICLR 2023](https://arxiv.org/abs/2208.02131)).",
+        "",
+        f"- task: `{task}`" + (f", {len(config.labels)} labels" if config.labels else ""),
+        f"- images: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
+        f"{spec.vocab_size}",
+        f"- steps: {config.step:,}",
+        *_made_by((config.evaluation or {}).get("card", {})),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from maskvlm import MaskVLM",
+        "",
+        f'model = MaskVLM.from_pretrained("{name}")',
+        USES.get(task.rpartition(".")[2], USES["MaskedPretraining"]),
+        "```",
+        "",
+        "## Data seen",
+        "",
+        *[_told(seen, sets) for seen in lineage],
+        "",
+        limits(lineage),
+        *_pretrained(config),
+        "",
+        "## Licence",
+        "",
+        terms(config),
+        "",
+        "## Evaluation",
+        "",
+        *_evaluation(config),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------- what it has seen
+
+
+def is_drawn(lineage: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the weights have seen scenes that this project draws, and nothing else."""
+    return bool(lineage) and all(DRAWN.fullmatch(str(seen["source"])) for seen in lineage)
+
+
+def is_unknown(lineage: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a part of the history is not told, or all of it."""
+    return not lineage or any(seen["source"] == UNKNOWN for seen in lineage)
+
+
+def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
+    """What it knows and what not, as far as its history tells."""
+    if is_unknown(lineage):
+        return "A part of what it was trained on is not told: what it knows, and what not, is unknown."
+    # The same data trained on twice is counted once; different sets may share images.
+    images = {seen["sha"]: seen.get("pictures") or 0 for seen in lineage}
+    # A set that is streamed has no count.
+    count = "" if 0 in images.values() else f"at most {sum(images.values()):,} different "
+    if is_drawn(lineage):
+        return (
+            f"It knows drawn scenes alone ({count}ones): of photographs, and of words beyond those of the scenes, it "
+            "knows nothing."
+        )
+    return f"It was trained on {count}images with their texts: of what these do not show or say it knows little."
+
+
+def shape_of_pretrained(config: MaskVLMConfig) -> str:
+    """The name of the image encoder, where it has the shape of published weights; "" where it has one of its own."""
+    image = (config.backbone or {}).get("init_args", {}).get("image", {}).get("init_args", {})
+    return "" if image.get("config") else str(image.get("name", ""))
+
+
+def _pretrained(config: MaskVLMConfig) -> list[str]:
+    if not (name := shape_of_pretrained(config)):
+        return []
+    told = f"Its image encoder has the shape of `{name}`; whether its encoders started from published weights, and so "
+    return [told + "know more and come with licences of their own, the checkpoint does not tell."]
+
+
+def _told(seen: Mapping[str, Any], sets: Mapping[str, KnownSet]) -> str:
+    images = f", {seen['pictures']:,} images" if seen.get("pictures") else ""
+    what = f"`{seen['source']}` (`{seen['task']}`{images}, {seen['steps']:,} steps, data hash `{seen['sha'][:16]}`)"
+    if DRAWN.fullmatch(str(seen["source"])):
+        return f"- scenes that this project draws, with their texts: {what}"
+    if (known := sets.get(seen["sha"])) is None:
+        return f"- {what}"
+    return f"- {known.title}: {what}; terms of the set: {known.licence}"
+
+
+# ---------------------------------------------------------------------- licence
+
+
+def is_free(config: MaskVLMConfig) -> bool:
+    """Whether everything that the weights are made of is this project's own."""
+    return is_drawn(config.lineage or []) and not shape_of_pretrained(config)
+
+
+def terms(config: MaskVLMConfig) -> str:
+    """What is known of the terms of the weights."""
+    if is_free(config):
+        return "Apache-2.0: code, weights and the scenes that they were trained on are this project's."
+    return (
+        "The code is under Apache-2.0. Under which terms the weights may be passed on is not known to this card: it "
+        "depends on the data above and on the weights that the encoders started from, and whether a set's terms bind "
+        "what was trained on it is not settled. Ask before you pass them on."
+    )
+
+
+def _licence(config: MaskVLMConfig) -> list[str]:
+    # `other` is the hub's word for terms that the card tells.
+    return ["license: apache-2.0"] if is_free(config) else ["license: other", "license_name: see-the-card"]
+
+
+# ---------------------------------------------------------------------- how it was made and measured
+
+
+def _made_by(card: Mapping[str, Any]) -> list[str]:
+    """The command and the versions that a run's card tells."""
+    versions = card.get("versions") or {}
+    if not isinstance(versions, dict) or not versions.get("command"):
+        return []
+    torch = (versions.get("packages") or {}).get("torch")
+    return [f"- made by: `maskvlm {' '.join(versions['command'])}`, commit {versions.get('commit')}, torch {torch}"]
+
+
+def _evaluation(config: MaskVLMConfig) -> list[str]:
+    """A table of the run's metrics, each beside its chance level, and what they were measured on."""
+    found = config.evaluation or {}
+    metrics: dict[str, Any] = found.get("metrics", {})
+    if not metrics:
+        return ["None came with this checkpoint."]
+    card, step = found.get("card", {}), metrics.get("step")
+    # A folder's config.json is sorted by key, a run's files are not: the card is the same of both.
+    told = {key: card[key] for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)}
+    where = [f"- {key}: {json.dumps(value, sort_keys=True, ensure_ascii=False)}" for key, value in told.items()]
+    # metrics.json is of the run's last weights; those of best.ckpt may be of an earlier step.
+    if step is not None and step != config.step:
+        where.append(f"- measured at step {step:,} of the same run; these weights are of step {config.step:,}")
+    # A level stands in its metric's row, not in a row of its own.
+    ends = ("_chance", "_majority")
+    rows = []
+    for key, value in sorted(metrics.items(), key=_numbered):
+        if isinstance(value, int | float) and "/" in key and not key.endswith(ends):
+            level = next((metrics[key + end] for end in ends if metrics.get(key + end) is not None), None)
+            rows.append(f"| {key} | {value:.4g} | {'' if level is None else f'{level:.4g}'} |")
+    return [*where, "", "| metric | value | chance level |", "|---|---|---|", *rows]
+
+
+def _numbered(row: tuple[str, Any]) -> list[str | int]:
+    """Orders r1, r5, r10 so."""
+    return [int(each) if each.isdecimal() else each for each in re.split(r"(\d+)", row[0])]
