@@ -22,7 +22,7 @@ from maskvlm import MaskVLM
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
-from maskvlm.objectives.novelty import distance, fit_range, is_far, mean_patch, sample_of
+from maskvlm.objectives.novelty import distance_to, fit_range, is_far, mean_patch, sample_of
 from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
@@ -76,7 +76,7 @@ def main() -> None:
         print(f"\n{100 * share:g} % of the sample beyond {known.most:.3f}")
         for name, feature_ND in asked.items():
             far = 100 * float(is_far(feature_ND, known).float().mean())
-            median = float(distance(feature_ND, known).median())
+            median = float(distance_to(feature_ND, known).median())
             print(f"  {name[-40:]:40} {far:5.1f} % far of {len(feature_ND):4}, median {median:.3f}")
 
 

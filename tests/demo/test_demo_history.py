@@ -16,7 +16,7 @@ from toy_pretrained import content_of, made, saved
 from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.warm_start import Seen
-from maskvlm.demo.history import Trained, is_drawn, photographs, ranking, told_of, trained_run
+from maskvlm.demo.history import Trained, is_drawn, photographs, run_order, told_of, trained_run
 from maskvlm.demo.models import Models, find_models
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
 from maskvlm.objectives.novelty import mean_patch, sample_of
@@ -68,9 +68,9 @@ def entry(photographs: float, sha: str, score: float, time: float, measured: flo
     ],
 )
 def test_the_rule(runs: list[Trained], chosen: int) -> None:
-    assert ranking(runs)[0] == chosen
-    assert ranking(runs[::-1])[0] == len(runs) - 1 - chosen
-    assert sorted(ranking(runs)) == [*range(len(runs))]
+    assert run_order(runs)[0] == chosen
+    assert run_order(runs[::-1])[0] == len(runs) - 1 - chosen
+    assert sorted(run_order(runs)) == [*range(len(runs))]
 
 
 def test_the_page_starts_with_photographs_and_not_with_the_newest(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, s
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
 def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path) -> None:
-    from maskvlm.demo.page import Chosen
+    from maskvlm.demo.page import ChosenRun
 
     path = run(tmp_path / "run", [PHOTOGRAPHS])
     photos = [sample.image for sample in photo_samples((3, 3))]
@@ -227,7 +227,7 @@ def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path)
     said = {}
     for sign in (1, -1):
         checkpoint.save(checkpoint.load(path) | {"known_images": sample_of(sign * feature_ND)}, path)
-        said[sign] = Chosen(Models(find_models(tmp_path)), 0, None, None).strange(photos[0])
+        said[sign] = ChosenRun(Models(find_models(tmp_path)), 0, None, None).strange(photos[0])
     assert said[1] == ""
     assert said[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')
 

@@ -18,7 +18,7 @@ from maskvlm.objectives.novelty import (
     MOST,
     FarFromTraining,
     KnownRange,
-    distance,
+    distance_to,
     far_line,
     fit_range,
     is_far,
@@ -64,7 +64,7 @@ def test_the_distance_is_mahalanobis_with_shrunk_variances() -> None:
         asked_BD = clusters(5, 7, 64)
         off_BD = asked_BD.double() - sample_ND.double().mean(0)
         expected_B = torch.einsum("bd,de,be->b", off_BD, shrunk_DD.inverse(), off_BD).sqrt()
-        torch.testing.assert_close(distance(asked_BD, found), expected_B, rtol=1e-6, atol=0)
+        torch.testing.assert_close(distance_to(asked_BD, found), expected_B, rtol=1e-6, atol=0)
 
 
 def test_a_share_of_images_like_the_samples_is_beyond_the_threshold() -> None:
@@ -100,7 +100,7 @@ def test_a_feature_is_the_mean_over_patches_and_its_line_a_ratio() -> None:
     image_BLD = torch.tensor([[[9.0, 9], [1, 2], [3, 6]]])
     assert mean_patch(image_BLD).tolist() == [[2, 4]]
     found = KnownRange(torch.zeros(2).double(), torch.eye(2).double(), torch.tensor([1.0, 4.0]), 2.0)
-    assert distance(torch.tensor([[3.0, 8]]), found).tolist() == [5]
+    assert distance_to(torch.tensor([[3.0, 8]]), found).tolist() == [5]
     assert "2.5 times as far from them as 99 % of such images are" in far_line(5, found)
 
 

@@ -193,7 +193,7 @@ class OnHub(NamedTuple):
     there: bool
 
 
-def check_upload(repository: str) -> OnHub:
+def check_publishable(repository: str) -> OnHub:
     """Ask the hub whose token is used, and whether a name is free or that user's to write to. Nothing is written.
 
     Args:

@@ -111,14 +111,14 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
     else:
         try:
             with contextlib.redirect_stdout(io.StringIO()) as said:  # in the line, not before it
-                data = opened(settings, simulation)
+                data = opened_data(settings, simulation)
             yield Finding("data", OK, "; ".join([contents(data), *said.getvalue().splitlines()]))
         except UserError as error:
             yield failure("data", error)
     yield examined("shared memory", lambda: check_shared_memory(settings, simulation))
     if simulation is None:
         return
-    yield from predictions(settings, simulation, data, card)
+    yield from predicted_lines(settings, simulation, data, card)
 
 
 def examined(check: str, look: Callable[[], Finding]) -> Finding:
@@ -325,7 +325,7 @@ def hub_of_vit(name: str) -> str:
     return (facts.hf_hub_id or "") if facts is not None else ""
 
 
-def opened(settings: Namespace, simulation: StepSimulation) -> PairData:
+def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
     """The configured data, as a training sets them up. Raises UserError where they are missing or unfit."""
     given = {key: value for key, value in vars(settings.data.init_args).items() if key not in ("source", "spec")}
     data = PairData(built_source(settings), simulation.model.backbone.input_spec, **given)
@@ -362,7 +362,7 @@ def pairs_of(settings: Namespace) -> int:
     return max(1, data.batch_size // (data.accumulate or 1) // (processes(trainer) * trainer.num_nodes))
 
 
-def predictions(
+def predicted_lines(
     settings: Namespace, simulation: StepSimulation, data: PairData | None, card: Card
 ) -> Iterator[Finding]:
     """Memory, speed and length of the run, and whether the data workers keep up with it."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import cosine_similarity
 
-from maskvlm.checkpoint.hub_client import check_repository, check_upload, upload
+from maskvlm.checkpoint.hub_client import check_publishable, check_repository, upload
 from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import data_root
@@ -31,7 +31,7 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     """Publish; arguments are options. `allowed`: packages that a task may come from.
 
     Raises:
-        UserError: as `from_pretrained`, `compared` and `check_upload`; no name of the hub (2), FOLDER is there (73).
+        UserError: as `from_pretrained`, `compared` and `check_publishable`; no name of the hub (2), FOLDER is there (73).
     """
     parser = OptionParser("maskvlm publish", description="upload a model to the hub", allow_abbrev=False)
     parser.add_argument("--from", dest="source", required=True, help="a checkpoint, or a folder of the hub's format")
@@ -50,7 +50,7 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
         made = folder or Path(temporary) / "model"
         for line in write_release(options.source, made, options.to, options.dtype, allowed):
             print(line, flush=True)
-        hub = check_upload(options.to)
+        hub = check_publishable(options.to)
         found = "is there already; an upload adds a commit to it" if hub.there else "is free"
         print(f"{options.to}: {found}; the token is of {hub.user}", flush=True)
         if options.dry_run:

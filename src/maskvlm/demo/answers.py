@@ -106,7 +106,7 @@ def picture(image: Image.Image, told: str) -> str:
     return f'<img src="{data_address(image)}" alt="{escape(told)}">'
 
 
-def choices(images: Iterable[tuple[Image.Image, str]]) -> str:
+def choice_buttons(images: Iterable[tuple[Image.Image, str]]) -> str:
     """Images with what is said of each, as buttons."""
     made = [
         f'<button type="button" data-index="{number}" aria-label="Example {number + 1}: {escape(told)}">'

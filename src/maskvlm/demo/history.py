@@ -103,7 +103,7 @@ def told_of(seen: Seen, name: str | None) -> str:
     return f"{name or seen.source.rpartition('.')[2].lower()[:LONGEST]} ({count})"
 
 
-def ranking(runs: Sequence[Trained]) -> list[int]:
+def run_order(runs: Sequence[Trained]) -> list[int]:
     """The places of the runs, the best first: the page starts with that.
 
     Those that were trained without one of the four losses come last: some tabs cannot ask them. Then photographs come

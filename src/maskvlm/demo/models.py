@@ -1,4 +1,4 @@
-"""The models of the page: the runs of pre-training, the best first (`history.ranking`), and the newest of each
+"""The models of the page: the runs of pre-training, the best first (`history.run_order`), and the newest of each
 fine-tuned task, found in a folder or named."""
 
 import json
@@ -11,7 +11,7 @@ from maskvlm.checkpoint.warm_start import read_content, training_history_of
 from maskvlm.config.old_names import current
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.examples import Examples, ExampleSource
-from maskvlm.demo.history import WORLDS, Trained, ranking, trained_run
+from maskvlm.demo.history import WORLDS, Trained, run_order, trained_run
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import class_of, read_arguments
 from maskvlm.objectives.loaded_model import Model
@@ -66,7 +66,7 @@ class FoundModels(NamedTuple):
 
 
 def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
-    """The runs of pre-training, the best first (`history.ranking`), and the newest checkpoint of each fine-tuned task.
+    """The runs of pre-training, the best first (`history.run_order`), and the newest checkpoint of each fine-tuned task.
 
     Args:
         folder: of runs.
@@ -90,7 +90,7 @@ def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
     last = {run.task: run for run in [*found, *named]}
     last.pop(PRETRAINING, None)
     trained = [(run, run.trained) for run in found if run.trained is not None]
-    order = ranking([each for _, each in trained])
+    order = run_order([each for _, each in trained])
     runs = [run for run in reversed(named) if run.trained is not None] + [trained[place][0] for place in order]
     return FoundModels(runs, sorted(last.values(), key=lambda run: run.title), problems)
 

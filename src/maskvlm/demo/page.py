@@ -29,7 +29,7 @@ SHOW = "() => { document.querySelector('#tabs').classList.remove('old'); }"
 way, so that no answer that arrives in between is seen beside another image."""
 
 
-class Chosen:
+class ChosenRun:
     """A run of the chooser, loaded, with what the page brings along for it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Chosen:
     @property
     def examples(self) -> str:
         """The samples as buttons."""
-        shown = answers.choices((sample.image, sample.text) for sample in self.samples)
+        shown = answers.choice_buttons((sample.image, sample.text) for sample in self.samples)
         return f'<h2 class="over">{self.title}</h2>{shown}'
 
     def texts_of(self, sample: PageSample) -> str:
@@ -105,7 +105,7 @@ class Desk:
     ) -> None:
         self.models, self.worker, self.open = models, worker, input_limits.Opener()
         self.index, self.images = index, images
-        self.loaded = OrderedDict[int, Chosen]()
+        self.loaded = OrderedDict[int, ChosenRun]()
         self.stale: list[Any] = []
         self.shared: list[Any] = []
         self.results: list[Any] = []
@@ -118,10 +118,10 @@ class Desk:
     def taken(self) -> list[Any]:
         return [self.run, self.sample, self.mask, self.other]
 
-    def chosen(self, number: int) -> Chosen:
+    def chosen(self, number: int) -> ChosenRun:
         """A run of the chooser; loaded when it is first asked for, and given up when KEPT others were asked since."""
         if number not in self.loaded:
-            self.loaded[number] = Chosen(self.models, number, self.index, self.images)
+            self.loaded[number] = ChosenRun(self.models, number, self.index, self.images)
             others = [each for each in self.loaded if each]  # the first stays: every visitor starts with it
             if len(others) > KEPT:
                 del self.loaded[others[0]]

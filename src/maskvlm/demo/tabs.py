@@ -16,7 +16,7 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from maskvlm.demo.page import Chosen, Desk
+    from maskvlm.demo.page import ChosenRun, Desk
 
 MOST_IMAGES = 4  # of a task's example
 NO_HEAD = answers.note("This run was trained without the loss that this tab needs: choose another one.")
@@ -211,7 +211,7 @@ class SearchTab:
         desk.on(by_image.click, imaged, [desk.run, desk.image], [self.found], {self.found: ""})
         desk.stale.append(self.found)
 
-    def about(self, chosen: "Chosen") -> str:
+    def about(self, chosen: "ChosenRun") -> str:
         """What is searched, and what is wrong with an index."""
         searched = chosen.searched
         told = f"In {searched.told}."

@@ -93,7 +93,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
 # ---------------------------------------------------------------------- what it has seen
 
 
-def is_drawn(lineage: Sequence[Mapping[str, Any]]) -> bool:
+def knows_drawn_alone(lineage: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the weights have seen scenes that this project draws, and nothing else."""
     return bool(lineage) and all(DRAWN.fullmatch(str(seen["source"])) for seen in lineage)
 
@@ -111,7 +111,7 @@ def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
     images = {seen["sha"]: seen.get("pictures") or 0 for seen in lineage}
     # A set that is streamed has no count.
     count = "" if 0 in images.values() else f"at most {sum(images.values()):,} different "
-    if is_drawn(lineage):
+    if knows_drawn_alone(lineage):
         return (
             f"It knows drawn scenes alone ({count}ones): of photographs, and of words beyond those of the scenes, it "
             "knows nothing."
@@ -147,7 +147,7 @@ def _told(seen: Mapping[str, Any], sets: Mapping[str, KnownSet]) -> str:
 
 def is_free(config: MaskVLMConfig) -> bool:
     """Whether everything that the weights are made of is this project's own."""
-    return is_drawn(config.lineage or []) and not shape_of_pretrained(config)
+    return knows_drawn_alone(config.lineage or []) and not shape_of_pretrained(config)
 
 
 def terms(config: MaskVLMConfig) -> str:

@@ -45,7 +45,7 @@ from maskvlm.inference.model_card import UNNAMED, KnownSet, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import chunks
-from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance, far_line, fit_range, mean_patch
+from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
@@ -176,7 +176,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     def _far(self, image_BCHW: Tensor) -> list[str | None]:
         if self.known is None:
             return [None] * len(image_BCHW)
-        distance_B = distance(mean_patch(self.backbone.image(image_BCHW)), self.known).tolist()
+        distance_B = distance_to(mean_patch(self.backbone.image(image_BCHW)), self.known).tolist()
         return [far_line(measured, self.known) if measured > self.known.most else None for measured in distance_B]
 
     def save_pretrained(  # type: ignore[override]

@@ -72,7 +72,7 @@ def fit_range(sample_ND: Tensor, share: float = FAR) -> KnownRange | None:
         return None
     part_N = torch.arange(len(sample_ND)) % PARTS
     # An image is nearer to a mean and a covariance that it is itself a part of.
-    parts = [distance(sample_ND[part_N == part], _fit(sample_ND[part_N != part])) for part in range(PARTS)]
+    parts = [distance_to(sample_ND[part_N == part], _fit(sample_ND[part_N != part])) for part in range(PARTS)]
     unseen_N = torch.cat(parts)
     return _fit(sample_ND)._replace(most=float(unseen_N.quantile(1 - share)))
 
@@ -86,7 +86,7 @@ def _fit(sample_ND: Tensor) -> KnownRange:
     return KnownRange(mean_D, axis_DD, variance_D.clamp(min=0) + added, 0.0)
 
 
-def distance(feature_BD: Tensor, known: KnownRange) -> Tensor:
+def distance_to(feature_BD: Tensor, known: KnownRange) -> Tensor:
     """The distance of each image to those of the sample, [B], float64.
 
     Args:
@@ -98,11 +98,11 @@ def distance(feature_BD: Tensor, known: KnownRange) -> Tensor:
 
 def is_far(feature_BD: Tensor, known: KnownRange) -> Tensor:
     """Of each image whether it is beyond the range, [B]."""
-    return distance(feature_BD, known) > known.most
+    return distance_to(feature_BD, known) > known.most
 
 
 def far_line(measured: float, known: KnownRange) -> str:
-    """The line for people; `measured` by `distance`."""
+    """The line for people; `measured` by `distance_to`."""
     return (
         f"this image is unlike those that the model was trained on: {measured / known.most:.1f} times as far from them "
         f"as {100 * (1 - FAR):g} % of such images are; take the answers with care"
