@@ -31,7 +31,8 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     """Publish; arguments are options. `allowed`: packages that a task may come from.
 
     Raises:
-        UserError: as `from_pretrained`, `compared` and `check_publishable`; no name of the hub (2), FOLDER is there (73).
+        UserError: as `from_pretrained`, `compared` and `check_publishable`; no name of the hub (2), FOLDER is there
+            (73).
     """
     parser = OptionParser("maskvlm publish", description="upload a model to the hub", allow_abbrev=False)
     parser.add_argument("--from", dest="source", required=True, help="a checkpoint, or a folder of the hub's format")

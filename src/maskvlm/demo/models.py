@@ -66,7 +66,7 @@ class FoundModels(NamedTuple):
 
 
 def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
-    """The runs of pre-training, the best first (`history.run_order`), and the newest checkpoint of each fine-tuned task.
+    """The runs of pre-training, the best first (`run_order`), and the newest checkpoint of each fine-tuned task.
 
     Args:
         folder: of runs.
