@@ -253,7 +253,7 @@ def batches_of(made: Built, count: int) -> list[Batch]:
     data.setup("fit")
     if data.tokenizer is not None:
         model.backbone.text.set_tokenizer(data.tokenizer)
-    return [batch for batch, _ in zip(data.train_dataloader(), range(count), strict=False)]
+    return [data.normalised(batch) for batch, _ in zip(data.train_dataloader(), range(count), strict=False)]
 
 
 def noise_batch(pairs: int, backbone: MaskVLM) -> Batch:

@@ -161,8 +161,8 @@ class Torchvision:
         fill = [round(255 * mean) for mean in spec.mean]
         crop = v2.RandomResizedCrop(spec.image_size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
         change = v2.RandAugment(2, 7, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
-        tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([*spec.mean], [*spec.std])]
-        self.steps = v2.Compose([crop, v2.RandomHorizontalFlip(), change, *tensor])
+        # bytes, as the others give them: a step normalises them on its device
+        self.steps = v2.Compose([crop, v2.RandomHorizontalFlip(), change, v2.PILToTensor()])
 
     def __call__(self, image: Image.Image, caption: str) -> torch.Tensor:
         return self.steps(image)
@@ -195,7 +195,8 @@ def loader(name: str, work: Path, options: argparse.Namespace, workers: int, bat
     data = own(source, options, workers, batches)
     if name == "memory-mapped" or "stream" in name:
         return data.train_dataloader()
-    transform, collate = train_transform(data.spec), Collate(Captioner(data.tokenizer, data.spec.text_length))
+    transform = train_transform(data.spec, normalise=False)
+    collate = Collate(Captioner(data.tokenizer, data.spec.text_length))
     if "torchvision" in name:
         transform = Torchvision(data.spec)
     settings: dict[str, Any] = {"batch_size": options.batch, "num_workers": workers, "collate_fn": collate}

@@ -10,7 +10,7 @@ from toy_examples import LABELS, Asked, Nameless, Questions, example
 from toy_pairs import SPEC, Squares
 from transformers import PreTrainedTokenizerFast
 
-from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
+from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples, opened_images
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.images import BadImage
 from maskvlm.data.module import PairData, some_texts
@@ -211,6 +211,16 @@ def test_the_module_deals_out_examples_as_it_does_pairs() -> None:
     assert [batch.index_B.tolist() for batch in data.val_dataloader()] == [[0, 1, 2], [3, 4, 5], [6]]
     tested = list(ready(Questions(), "test").test_dataloader())
     assert [one["id"] for batch in tested for one in batch.examples] == [f"{1100 + n}" for n in range(5)]
+
+
+def test_bytes_are_loaded_and_normalised_to_what_inference_sees() -> None:
+    data = ready(Questions(images=2, changes={"train": {3: {"images": [b"no", b"no"]}}}), augment=False, steps=4)
+    for batch in data.train_dataloader():
+        assert batch.image_BPCHW.dtype == torch.uint8
+        for image_PCHW, index in zip(data.normalised(batch).image_BPCHW, batch.index_B.tolist(), strict=True):
+            opened = [] if index == 3 else opened_images(data.splits["train"][index])
+            shown = [eval_transform(SPEC)(image) for image in opened] or [torch.zeros(3, 24, 24)] * 2
+            assert torch.equal(image_PCHW, torch.stack(shown))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

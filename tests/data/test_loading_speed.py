@@ -71,17 +71,20 @@ def test_crops_are_torchvisions_within_two_levels(size: int) -> None:
 
 
 def test_a_batch_holds_what_the_transform_gives(trained: PreTrainedTokenizerFast) -> None:
-    """Images travel as bytes; a hole among them comes as floats."""
-    rows, transform = [row(0), row(1, image=b"no"), row(2)], TrainTransform(SPEC)
-    data = TrainPairs(Rows(rows), transform, 5, 48)
-    samples = [data[Pick(number, 1)] for number in range(3)]
-    assert [sample["image_CHW"].dtype for sample in samples] == [torch.uint8, torch.float32, torch.uint8]
-    batch = Collate(Captioner(trained, 12), ToTensor(SPEC))(samples)
-    for number in (0, 2):
-        torch.manual_seed(mix(5, 1, number))
-        shown = transform(safe_open(rows[number]["image"], "x"), samples[number]["captions"][0])
-        assert torch.equal(batch.image_BCHW[number], shown)
-    assert not batch.image_BCHW[1].any()
+    """Bytes, or floats; a hole among them is blank."""
+    rows = [row(0), row(1, image=b"no"), row(2)]
+    for transform, dtype in ((TrainTransform(SPEC, normalise=False), torch.uint8), (TrainTransform(SPEC), torch.float)):
+        data = TrainPairs(Rows(rows), transform, 5, 48)
+        samples = [data[Pick(number, 1)] for number in range(3)]
+        batch = Collate(Captioner(trained, 12))(samples)
+        assert batch.image_BCHW.dtype == dtype
+        # in channels-last memory, convolutions would round otherwise
+        assert batch.image_BCHW.is_contiguous()
+        for number in (0, 2):
+            torch.manual_seed(mix(5, 1, number))
+            shown = transform(safe_open(rows[number]["image"], "x"), samples[number]["captions"][0])
+            assert torch.equal(batch.image_BCHW[number], shown)
+        assert not batch.image_BCHW[1].any()
 
 
 # ---------------------------------------------------------------------- decoding at a reduced scale

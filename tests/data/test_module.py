@@ -12,6 +12,7 @@ from maskvlm.data import module
 from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData, some_captions
 from maskvlm.data.text import tokenizer_hash
+from maskvlm.data.transforms import eval_transform
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -211,11 +212,42 @@ def test_readers_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data._readers() == 0
 
 
+# ---------------------------------------------------------------------- bytes and floats
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bytes_are_loaded_and_normalised_to_what_inference_sees(workers: int) -> None:
+    """Bit by bit; a hole becomes zeros, which no byte stands for."""
+    data = ready(Squares(train=[5]), augment=False, workers=workers)
+    holes = 0
+    for loader, split in ((data.train_dataloader(), "train"), (data.val_dataloader(), "val")):
+        for batch in loader:
+            assert batch.image_BCHW.dtype == torch.uint8
+            assert batch.image_BCHW.is_contiguous()  # in channels-last memory, convolutions would round otherwise
+            ready_made = data.normalised(batch)
+            assert_equal(ready_made._replace(image_BCHW=batch.image_BCHW), batch)
+            for image_CHW, index, valid in zip(ready_made.image_BCHW, batch.index_B, batch.valid_B, strict=True):
+                shown = torch.zeros(3, 24, 24)
+                if valid:
+                    shown = eval_transform(SPEC)(data.splits[split][int(index)]["image"])
+                assert torch.equal(image_CHW, shown)
+                holes += not valid
+    assert holes == 2  # the run shows 24 of 16 images
+
+
+def test_images_that_are_floats_are_taken_as_normalised() -> None:
+    data = ready(Squares(train=[5]))
+    batch = next(iter(data.train_dataloader()))
+    batch = batch._replace(image_BCHW=torch.randn(4, 3, 24, 24), valid_B=torch.zeros(4, dtype=torch.bool))
+    assert data.normalised(batch) is batch
+
+
 # ---------------------------------------------------------------------- bad rows
 
 
 def take_in(data: PairData, batches: int, *problems: tuple[str, str]) -> None:
     batch = next(iter(data.val_dataloader()))
+    batch = batch._replace(image_BCHW=batch.image_BCHW.float())
     hundred = batch._replace(valid_B=torch.ones(100, dtype=torch.bool), problems=problems)
     for _ in range(batches):
         data.on_after_batch_transfer(hundred, 0)

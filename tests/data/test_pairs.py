@@ -14,7 +14,7 @@ from maskvlm.data.images import BadImage
 from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
-from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
+from maskvlm.data.transforms import eval_transform, train_transform
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -152,7 +152,7 @@ def test_object_pixels_come_at_the_size_of_the_image() -> None:
 
 @pytest.fixture(scope="module")
 def collate(trained: PreTrainedTokenizerFast) -> Callable[..., object]:
-    return Collate(Captioner(trained, 12), ToTensor(SPEC))
+    return Collate(Captioner(trained, 12))
 
 
 def test_a_training_batch(collate: Collate) -> None:

@@ -157,7 +157,7 @@ def confined() -> Iterator[Forks]:
 def test_shared_memory_that_is_too_small_is_found_before_workers_start(
     confined: Forks, tmp_path: Path, build: Build
 ) -> None:
-    words = small(tmp_path / "run", "--data.workers=2", "--data.steps=1", "--data.batch_size=256")
+    words = small(tmp_path / "run", "--data.workers=2", "--data.steps=1", "--data.batch_size=1024")
     child = confined.start(words, tmp_path / "log.txt", build=build)
     assert child.wait(60) == ExitCode.IO_ERROR
     said = "error: /dev/shm: 21.0 MB are free, 1 x 2 data workers prepare 35.4 MB. Lower data.workers"

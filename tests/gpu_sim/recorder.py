@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
     the peak of the memory.
 
     Attributes:
-        waits, copies: "what at where" -> how often.
+        waits, copies: "what at where" -> how often; `copied`: bytes that the copies give.
         kernels: launched, by the phase that `phase` names.
         matmuls: (operation, dtype) -> how often.
         sent: (collective, phase) -> bytes that this process gets or hands over, whichever is more.
@@ -96,6 +96,7 @@ class Recorder(TorchDispatchMode):
         self.phase = "forward"
         self.waits: collections.Counter[str] = collections.Counter()
         self.copies: collections.Counter[str] = collections.Counter()
+        self.copied = 0
         self.kernels: collections.Counter[str] = collections.Counter()
         self.matmuls: collections.Counter[tuple[str, str]] = collections.Counter()
         self.sent: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -118,6 +119,7 @@ class Recorder(TorchDispatchMode):
         # A number of the host (0-dim) may meet a device tensor without a copy of its own.
         if len(touched) > 1 and not (name not in ("_to_copy", "copy_") and self._only_numbers(given)):
             self.copies[f"{name} at {site()}"] += 1
+            self.copied += sum(x.numel() * x.element_size() for x in made)
         if space in ("c10d", "_c10d_functional"):
             self.sent[name, self.phase] += sum(x.numel() * x.element_size() for x in self._handed_over(name, given))
         elif "cuda" in touched and name not in VIEWS and space != "prim":

@@ -18,12 +18,14 @@ fake_cuda.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import yaml  # noqa: E402
+from lightning.pytorch.utilities import move_data_to_device  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from maskvlm.data.batch import Batch  # noqa: E402
+from maskvlm.data.module import PairData  # noqa: E402
 from maskvlm.model.encoders import ImageEncoder, TextEncoder  # noqa: E402
 from maskvlm.model.maskvlm import MaskVLM  # noqa: E402
 from maskvlm.objectives.pretraining import MaskedPretraining  # noqa: E402
@@ -79,11 +81,11 @@ def put_on_device(*modules: nn.Module) -> None:
 
 
 def batch_of(pairs: int, backbone: MaskVLM) -> Batch:
-    """A batch of the longest texts."""
+    """A batch of the longest texts, as a loader gives it."""
     length, size = backbone.text.text_length, backbone.image.image_size
-    there = torch.ones(pairs, length, dtype=torch.bool, device="cuda")
-    token, numbers = torch.ones(pairs, length, dtype=torch.long, device="cuda"), torch.arange(pairs, device="cuda")
-    image, valid = torch.zeros(pairs, 3, size, size, device="cuda"), torch.ones(pairs, dtype=torch.bool, device="cuda")
+    there = torch.ones(pairs, length, dtype=torch.bool)
+    token, numbers = torch.ones(pairs, length, dtype=torch.long), torch.arange(pairs)
+    image, valid = torch.zeros(pairs, 3, size, size, dtype=torch.uint8), torch.ones(pairs, dtype=torch.bool)
     return Batch(image, token, there, ~there, torch.zeros_like(token), numbers, numbers, numbers, valid, numbers)
 
 
@@ -155,8 +157,13 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         # The two moments of AdamW are there from the first step on.
         recorder.now += 2 * sum(parameter.numel() * 4 for parameter in learned)
         recorder.peak = recorder.now
-        batch = batch_of(options.pairs, backbone)
+        data, arrival = PairData(None, backbone.input_spec, steps=1), Recorder()
+        loaded = batch_of(options.pairs, backbone)
+        with arrival:
+            batch = move_data_to_device(loaded, torch.device("cuda"))
+        data.normalised(batch)  # the first batch takes mean and deviation to the device
         with recorder:
+            batch = data.normalised(batch)
             terms, loss = forward(step, batch)
             recorder.phase = "backward"
             loss.backward()
@@ -180,6 +187,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         "world": options.world,
         "waits": dict(recorder.waits),
         "copies": dict(recorder.copies),
+        "batch_mib": round(arrival.copied / 2**20, 2),
         "kernels": dict(recorder.kernels),
         "matmuls": {" ".join(key): count for key, count in recorder.matmuls.items()},
         "sent": {" ".join(key): size for key, size in recorder.sent.items()},

@@ -54,6 +54,13 @@ def test_no_step_waits_for_the_device_or_copies_to_or_from_it(case: tuple[str, d
     assert found["no_gradient"] == []
 
 
+def test_a_batch_is_copied_to_the_device_as_bytes(case: tuple[str, dict[str, Any]]) -> None:
+    """Of images; besides them, five numbers a pair, and a token, its word and two flags for each of 30 positions."""
+    name, found = case
+    of_pair = 224 * 224 * 3 + 4 * 8 + 1 + 30 * (2 * 8 + 2)
+    assert found["batch_mib"] == pytest.approx(CASES[name][0] * of_pair / 2**20, abs=0.01)
+
+
 def test_losses_are_float32_and_nearly_all_products_bfloat16(case: tuple[str, dict[str, Any]]) -> None:
     _, found = case
     assert found["losses"] == dict.fromkeys(("itc", "itm", "mlm", "mim"), "float32 cuda:0")

@@ -186,6 +186,20 @@ def test_training_and_evaluation_in_every_precision(precision: Any) -> None:
     assert norms.norms
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_images_come_in_the_precision_of_the_weights(precision: Any, dtype: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, number: int) -> None:
+            seen.append(batch.image_BCHW.dtype)
+
+    model = make_model()
+    make_trainer(Look(), precision=precision, limit_val_batches=0).fit(model, make_data(steps=2))
+    assert seen == [dtype] * 2
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def test_a_checkpoint_brings_weights_and_tokenizer(
     run: tuple[LitModel, PairData, L.Trainer, Watch], tmp_path: Path
 ) -> None:
@@ -263,7 +277,7 @@ def test_a_checkpoint_keeps_what_its_images_look_like(
     model, data, trainer, _ = run
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     found = load(tmp_path / "x.ckpt")["known_images"]
-    images = torch.cat([batch.image_BCHW for batch in data.val_dataloader()])
+    images = torch.cat([data.normalised(batch).image_BCHW for batch in data.val_dataloader()])
     with torch.no_grad():
         expected = mean_patch(model.backbone.eval().image(images))
     torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=0)

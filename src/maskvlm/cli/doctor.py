@@ -226,7 +226,8 @@ def check_shared_memory(settings: Namespace, simulation: StepSimulation | None) 
     each, workers = processes(settings.trainer), workers_of(settings)
     if not workers or not Path(SHARED).is_dir() or simulation is None:
         return Finding("shared memory", OK, f"{workers} data workers")
-    image = 4 * 3 * simulation.model.backbone.image.image_size**2
+    # a byte for each of 3 colours
+    image = 3 * simulation.model.backbone.image.image_size**2
     check_shared(image * pairs_of(settings), workers, each)
     free = shutil.disk_usage(SHARED).free / GIB
     return Finding("shared memory", OK, f"{SHARED}: {free:.1f} GiB free, enough for {each} x {workers} data workers")

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """Images and captions, ready for the encoders; masking happens later, on the device.
 
     Attributes:
-        image_BCHW: normalised RGB, float.
+        image_BCHW: RGB: bytes as loaded, normalised floats once `PairData` has them on the device.
         token_CT: token ids, padded to the longest caption of the batch.
         attention_CT: True on tokens, False on padding.
         special_CT: True on start, end and padding: never masked.

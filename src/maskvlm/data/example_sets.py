@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples, ExampleSource
 from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.pairs import stack_images
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, clean_caption, stable_id
 from maskvlm.data.workers import at
@@ -67,7 +68,7 @@ class TrainExamples(Dataset[ExampleSample]):
                     raise BadImage(example["origin"], "empty text", "there is no word in it")
                 images = [self.transform(image, text) for image in opened_images(example)]
             except BadImage as bad:
-                blank = torch.zeros(3, self.image_size, self.image_size)
+                blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
                 # one bad image makes a hole of the whole example: a text about the rest may be untrue
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
         # P images of (3, H, W) -> (P, 3, H, W)
@@ -111,7 +112,7 @@ class CollateExamples:
         ids = [[stable_id(name) for name in example["image_ids"]] for example in examples]
         return ExampleBatch(
             # (B, P, 3, H, W): all examples of a source have as many images
-            torch.stack([sample["image_PCHW"] for sample in samples]),
+            stack_images([sample["image_PCHW"] for sample in samples]),
             # token_BT, attention_BT, special_BT, word_BT
             *self.captioner([example["text"] for example in examples]),
             self.dense(targets, examples),

@@ -93,7 +93,7 @@ class ExampleBatch(NamedTuple):
     """Examples ready for the encoders.
 
     Attributes:
-        image_BPCHW: normalised RGB, float.
+        image_BPCHW: RGB: bytes as loaded, normalised floats once `PairData` has them on the device.
         token_BT, attention_BT, special_BT, word_BT: of the texts, as in `Batch`.
         target_BK: weight of each label.
         valid_B: False where an image could not be read: a blank row that keeps its place, with weight 0.

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from maskvlm.data.batch import InputSpec, Source
 from maskvlm.data.contamination import leaks_left_out, without_leaks
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
-from maskvlm.data.examples import ExampleSource
+from maskvlm.data.examples import ExampleBatch, ExampleSource
 from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, hashed_image_ids
 from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_tokenizer
-from maskvlm.data.transforms import ToTensor, eval_transform, train_transform
+from maskvlm.data.transforms import Normalise, eval_transform, train_transform
 from maskvlm.data.unknown_words import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.utils.distributed import cores, gather_objects, rank, world_size
@@ -98,6 +98,7 @@ class PairData(L.LightningDataModule):
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
         self.captions, self.fraction, self.max_unknown = captions, fraction, max_unknown
         self.held_out, self.contamination = held_out or [], contamination
+        self._normalise = Normalise(spec)
         # in the order of `train_transform`'s arguments after `spec`
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
@@ -228,7 +229,7 @@ class PairData(L.LightningDataModule):
         check_share(self.batch_size, self.accumulate, world_size())
         # a batch of the loader is a pass; `accumulate` passes make one optimiser step
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
-        transform = train_transform(self.spec, *self.augment)
+        transform = train_transform(self.spec, *self.augment, normalise=False)
         # streamed: the shards give the order
         if hasattr(pairs, "stream"):
             reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
@@ -261,7 +262,8 @@ class PairData(L.LightningDataModule):
         # dealt out in turn, whole batches
         mine = batches[rank() :: world_size()]
         kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
-        return self._loader(kind(pairs, eval_transform(self.spec), self.spec.image_size), size, batch_sampler=mine)
+        data = kind(pairs, eval_transform(self.spec, normalise=False), self.spec.image_size)
+        return self._loader(data, size, batch_sampler=mine)
 
     def _loader(
         self, data: Dataset[Any], size: int, kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any
@@ -269,12 +271,12 @@ class PairData(L.LightningDataModule):
         """size: samples in a batch of this process."""
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
-        collate: Callable[..., Any] = Collate(captioner, ToTensor(self.spec))
+        collate: Callable[..., Any] = Collate(captioner)
         if isinstance(self.source, ExampleSource):
             collate = CollateExamples(captioner, self.source)
-        # 4 bytes a float, 3 colours
+        # a byte for each of 3 colours
         if workers := self._readers():
-            check_shared(4 * 3 * self.spec.image_size**2 * size, workers, getattr(self.trainer, "num_devices", 1))
+            check_shared(3 * self.spec.image_size**2 * size, workers, getattr(self.trainer, "num_devices", 1))
         return noted_loader(kind, data, collate, workers, pin_memory=self._on_gpu(), **kwargs)
 
     def _on_gpu(self) -> bool:
@@ -286,9 +288,25 @@ class PairData(L.LightningDataModule):
             return self.workers or 0
         return min(12, cores() // max(1, self.trainer.num_devices))  # type: ignore[union-attr]
 
-    # ------------------------------------------------------------------ bad rows
+    # ------------------------------------------------------------------ batches on the device
+
+    def normalised(self, batch: Any) -> Any:
+        """A batch as the model reads it. Loaders give bytes, a quarter of the floats to hand over and to copy to the
+        device; images that are floats are taken as normalised."""
+        name = "image_BPCHW" if isinstance(batch, ExampleBatch) else "image_BCHW"
+        pixels = getattr(batch, name)
+        if pixels.is_floating_point():
+            return batch
+        image, valid_B = self._normalise(pixels), batch.valid_B
+        # a hole has the mean colour: zero, for which there is no byte
+        image.masked_fill_(~valid_B.view(-1, *[1] * (image.ndim - 1)), 0)
+        if self.trainer is not None:
+            # Lightning converts floats before the copy, when there were none
+            image = self.trainer.precision_plugin.convert_input(image)
+        return batch._replace(**{name: image})
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch = self.normalised(batch)
         if not getattr(self.trainer, "training", True):
             return batch
         # only training counts: evaluation raises for a sample that it cannot read

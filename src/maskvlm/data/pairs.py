@@ -1,20 +1,18 @@
 """From a source's rows to samples: reading, augmentation, one caption or all, holes for what cannot be read."""
 
-import math
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from maskvlm.data.batch import Batch, Pairs, Row
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner, caption_id, clean_caption, stable_id
-from maskvlm.data.transforms import ToTensor
 from maskvlm.data.workers import at
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import ExitCode, UserError
@@ -31,8 +29,8 @@ class ProcessShare(NamedTuple):
 
 
 class Sample(TypedDict):
-    """One image and the captions shown with it; `problem` is (reason, message) or None. image_CHW: normalised floats,
-    or bytes that `Collate` normalises."""
+    """One image and the captions shown with it; `problem` is (reason, message) or None. image_CHW: bytes, or normalised
+    floats."""
 
     image_CHW: Tensor
     captions: list[str]
@@ -53,9 +51,8 @@ class TrainPairs(Dataset[Sample]):
     def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int, captions: int = 1) -> None:
         self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
         self.captions = captions
-        # plain resizing has neither: it wants the whole image, and makes the tensor itself
+        # plain resizing has none: it wants the whole image
         self.least: int | None = getattr(transform, "least", None)
-        self.augment: Callable[[Image.Image, str], Image.Image] | None = getattr(transform, "augment", None)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -84,8 +81,7 @@ class TrainPairs(Dataset[Sample]):
         try:
             # the augmentation looks for colours and sides in all captions that are shown
             image, text = safe_open(row["image"], row["origin"], self.least), " ".join(captions)
-            # bytes where possible: a quarter to hand on, and `Collate` normalises them while it copies
-            image_CHW = self.transform(image, text) if self.augment is None else as_bytes(self.augment(image, text))
+            image_CHW = self.transform(image, text)
         except BadImage as problem:
             return self.hole(pick.row, (problem.reason, str(problem)))
         return Sample(
@@ -101,8 +97,8 @@ class TrainPairs(Dataset[Sample]):
     def hole(self, index: int, problem: tuple[str, str]) -> Sample:
         """Keeps the place of a row that cannot be used."""
         return Sample(
-            # normalised floats: zero is the mean colour
-            image_CHW=torch.zeros(3, self.image_size, self.image_size),
+            # in bytes black; `PairData.normalised` makes it zero, the mean colour
+            image_CHW=torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
             # as many captions as any sample, so that C is the same in all processes
             captions=[""] * self.captions,
             # an id of its own: a hole shows the same image as no other row
@@ -112,12 +108,6 @@ class TrainPairs(Dataset[Sample]):
             problem=problem,
             foreground=None,
         )
-
-
-def as_bytes(image: Image.Image) -> Tensor:
-    """An RGB image as bytes, (3, H, W), a quarter of its floats."""
-    # (H, W, 3) -> (3, H, W), a view
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class EvalPairs(Dataset[Sample]):
@@ -154,11 +144,10 @@ class Collate:
 
     Args:
         captioner: captions to tokens.
-        normalise: for images that come as bytes.
     """
 
-    def __init__(self, captioner: Captioner, normalise: ToTensor | None = None) -> None:
-        self.captioner, self.normalise = captioner, normalise
+    def __init__(self, captioner: Captioner) -> None:
+        self.captioner = captioner
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         # C captions, those of an image one after the other
@@ -167,7 +156,7 @@ class Collate:
         # B masks of (H, W), or none
         grounds = [sample["foreground"] for sample in samples if sample["foreground"] is not None]
         return Batch(
-            self.image_batch([sample["image_CHW"] for sample in samples]),
+            stack_images([sample["image_CHW"] for sample in samples]),
             # token_CT, attention_CT, special_CT, word_CT
             *self.captioner(captions),
             # owner_C: [0, 0, 1, 1, ...]
@@ -182,18 +171,11 @@ class Collate:
             tuple(captions),
         )
 
-    def image_batch(self, images: list[Tensor]) -> Tensor:
-        """The images of a batch as floats; in a data worker written where the main process reads them (as torch's
-        own collation does), which saves 0.5 ms of 2.2 an image of 224 pixels."""
-        size = (len(images), *images[0].shape)
-        # 4 bytes a float; outside of a worker there is nobody to share with
-        shared = torch.UntypedStorage._new_shared(4 * math.prod(size)) if get_worker_info() else None
-        image_BCHW = torch.empty(size) if shared is None else torch.empty(0).set_(shared).view(size)
-        for place, image_CHW in zip(image_BCHW, images, strict=True):
-            if image_CHW.dtype == torch.uint8:
-                assert self.normalise is not None
-                self.normalise.fill(place, image_CHW.numpy())
-            else:
-                # floats: a hole, or an image that the transform made a tensor of
-                place.copy_(image_CHW)
-        return image_BCHW
+
+def stack_images(images: list[Tensor]) -> Tensor:
+    """The images of a batch: bytes, or floats where the transform gives them. In a data worker torch writes them where
+    the main process reads them."""
+    # a hole is bytes among floats, too
+    dtype = functools.reduce(torch.promote_types, (image.dtype for image in images))
+    stacked: Tensor = default_collate([image.to(dtype) for image in images])
+    return stacked
