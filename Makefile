@@ -25,7 +25,7 @@ names = $(sort $(basename $(notdir $(wildcard $1/*.yaml))))
 
 help:  ## this list
 	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. FROM=.. ARGS=\"--model.lr 1e-3 ..\"]"
-	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/RUN/best.ckpt [DATA=.. SPLIT=val|test ..]"
+	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/first/best.ckpt [DATA=.. SPLIT=val|test ..]"
 	@echo "make data SET=.. RAW=/where/it/was/downloaded [NAME=.. ARGS=--look]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 	@echo "MODEL   $(call names,conf/model)   (tiny, if left out; ENCODERS=folder: pretrained ones without a connection)"

@@ -1,8 +1,8 @@
 """Does a model tell strange images from those of its data (`objectives.novelty`)? What to ask a checkpoint before its
 warnings are believed:
 
-    python bench/familiar.py checkpoints/RUN/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
-    python bench/familiar.py checkpoints/RUN/best.ckpt --known scenes --asked photos
+    python bench/familiar.py checkpoints/first/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
+    python bench/familiar.py checkpoints/first/best.ckpt --known scenes --asked photos
 
 A place is a folder of images, `scenes` (the built-in world), or `photos` (those of the page). Of the known ones half
 are the sample, and the other half is asked: its share of far ones is the rate of false alarms. Noise and plain colours

@@ -66,7 +66,7 @@ def test_every_page_has_its_place() -> None:
 
 # ---------------------------------------------------------------------- commands
 
-CHECKPOINTS = {"RUN": "pretrain", "first": "pretrain", "mine": "pretrain", "FINETUNED": "vqa"}
+CHECKPOINTS = {"first": "pretrain", "mine": "pretrain", "vqa": "vqa"}
 OF_MAKE = ("setup", "test", "check", "docs", "gpu-check")
 """Targets that are no command of maskvlm."""
 OTHER_WORDS = ("TASK", "SET", "STUDY", "ARGS", "STREAM", "DATA_ROOT")
@@ -95,7 +95,7 @@ def words_of(line: str) -> list[str] | None:
         extra = [each for name, _, value in given if name == "ARGS" for each in shlex.split(value)]
         plain = [value for name, _, value in given if name in ("TASK", "SET", "STUDY")]
         rest = [f"{name.lower()}={value}" for name, _, value in given if name not in OTHER_WORDS]
-        named = [word.replace("=...", "=checkpoints/RUN/best.ckpt") for word in rest]
+        named = [word.replace("=...", "=checkpoints/first/best.ckpt") for word in rest]
         return [target, *plain, *named, *extra]
     if words and words[0].startswith("--"):  # a list of options
         return ["pretrain", *words]

@@ -1,7 +1,7 @@
 """MaskVLM: vision-and-language pre-training by joint masked modelling.
 
     from maskvlm import MaskVLM
-    model = MaskVLM.from_pretrained("checkpoints/RUN/best.ckpt")
+    model = MaskVLM.from_pretrained("checkpoints/first/best.ckpt")
 
 Once MaskVLM is imported, transformers' AutoModel, AutoConfig and AutoProcessor know it, too.
 """

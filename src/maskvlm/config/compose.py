@@ -305,7 +305,7 @@ def pretrain_command(words: CommandWords) -> Composed:
 
 
 def finetune_command(words: CommandWords) -> Composed:
-    """`finetune vqa data=daquar from=checkpoints/RUN/best.ckpt`."""
+    """`finetune vqa data=daquar from=checkpoints/first/best.ckpt`."""
     if not words.places:
         raise UserError("finetune", "no task is named", f"Give one of {', '.join(tasks())}, such as finetune vqa")
     task, words = words.places[0], with_model(words, "fine-tuned")
@@ -363,7 +363,7 @@ def doctor_command(words: CommandWords) -> Composed:
 
 
 def index_command(words: CommandWords) -> Composed:
-    """`index data=coco from=checkpoints/RUN/best.ckpt`: the images of a split made searchable."""
+    """`index data=coco from=checkpoints/first/best.ckpt`: the images of a split made searchable."""
     words = with_model(words, "asked")
     if any(option.partition("=")[0] == "--split" for option in words.options):
         # The folder is named after the split: an option after it would write one split under another one's name.
@@ -374,7 +374,7 @@ def index_command(words: CommandWords) -> Composed:
 
 
 def embed_command(words: CommandWords) -> Composed:
-    """`embed data=coco from=checkpoints/RUN/best.ckpt split=train`: the vectors of a split."""
+    """`embed data=coco from=checkpoints/first/best.ckpt split=train`: the vectors of a split."""
     words = with_model(words, "asked")
     part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
     given = {option.partition("=")[0] for option in words.options}
@@ -385,7 +385,7 @@ def embed_command(words: CommandWords) -> Composed:
 
 
 def publish_command(words: CommandWords) -> Composed:
-    """`publish from=checkpoints/RUN/best.ckpt to=owner/name`."""
+    """`publish from=checkpoints/first/best.ckpt to=owner/name`."""
     named = [word for name in ("from", "to") if name in words.given for word in (f"--{name}", words.get(name))]
     return ["publish", *named, *words.options]
 

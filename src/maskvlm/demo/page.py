@@ -320,7 +320,7 @@ def tabs(desk: Desk) -> list[TaskTab]:
 
 def no_task(models: Models) -> str:
     """What the tab of fine-tuned tasks says where there is none."""
-    source = models.found.pretrained.path if models.found.pretrained else "checkpoints/RUN/best.ckpt"
+    source = models.found.pretrained.path if models.found.pretrained else "checkpoints/first/best.ckpt"
     name = "/".join(Path(source).parts[-3:])
     return f"No fine-tuned checkpoint is here. Run `maskvlm finetune vqa from={name}`, then `maskvlm demo` again."
 

@@ -1,7 +1,7 @@
 """The model for those who use it: loaded from a checkpoint, a folder or the hub, and asked in plain Python.
 
     from maskvlm import MaskVLM
-    model = MaskVLM.from_pretrained("checkpoints/RUN/best.ckpt")
+    model = MaskVLM.from_pretrained("checkpoints/first/best.ckpt")
     model.fill_mask("dog.jpg", "a [MASK] dog on the grass")
 
 It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm.MaskVLM` is imported.

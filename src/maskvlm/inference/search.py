@@ -115,7 +115,7 @@ class SearchIndex:
             raise UserError(
                 place,
                 f"holds no {ABOUT}",
-                "Make one: maskvlm index from=checkpoints/RUN/best.ckpt",
+                "Make one: maskvlm index from=checkpoints/first/best.ckpt",
                 ExitCode.MISSING_INPUT,
             )
         file = place / ABOUT

@@ -1,6 +1,6 @@
 """`maskvlm embed`: the vectors of a data set's images and captions, as Parquet files, a shard each.
 
-    maskvlm embed --from checkpoints/RUN/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
+    maskvlm embed --from checkpoints/first/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
 
 A file is written under another name and renamed, so that what exists is whole; a second start makes the shards that are
 missing. Under torchrun or srun process r of W takes every W-th shard. Nothing passes between processes: there is no
