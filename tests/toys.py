@@ -19,14 +19,21 @@ CLS, SEP, MASK = 2, 3, 4
 
 
 def toy_backbone(
-    seed: int = 0, width: int = WIDTH, length: int = LENGTH, vocab: int = VOCAB, size: int = SIZE, **settings: Any
+    seed: int = 0,
+    width: int = WIDTH,
+    length: int = LENGTH,
+    vocab: int = VOCAB,
+    size: int = SIZE,
+    depth: int = 1,
+    **settings: Any,
 ) -> MaskVLM:
-    """32-px images in 4 x 4 patches, captions of at most `length` tokens, two cross blocks."""
+    """32-px images in 4 x 4 patches, captions of at most `length` tokens, `depth` blocks of each encoder, two cross
+    blocks."""
     torch.manual_seed(seed)
-    vit = {"patch_size": PATCH, "embed_dim": width, "depth": 1, "num_heads": 2}
+    vit = {"patch_size": PATCH, "embed_dim": width, "depth": depth, "num_heads": 2}
     bert = {
         "hidden_size": width,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": depth,
         "num_attention_heads": 2,
         "intermediate_size": 2 * width,
         "hidden_dropout_prob": 0.0,

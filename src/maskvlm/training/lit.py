@@ -21,6 +21,7 @@ from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
+from maskvlm.training.compiled import compile_blocks
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
@@ -67,6 +68,8 @@ class LitModel(L.LightningModule):
         chunk: pairs of a process that are computed at once; None: all. The losses are those of the whole batch, the
             memory is that of a chunk and of the batch's features, and a step costs a third more, see
             `objectives/chunks.py`.
+        compile: training steps run through compiled blocks, see `training/compiled.py`; evaluations do not. The first
+            step takes a minute or so.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class LitModel(L.LightningModule):
         lr_cross: float | None = None,
         layer_decay: float = 1.0,
         chunk: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         check_least(0, {"model.lr": lr, "model.lr_encoders": lr_encoders, "model.weight_decay": weight_decay})
@@ -97,6 +101,7 @@ class LitModel(L.LightningModule):
         self.backbone, self.task = backbone, task
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
         self.lr_cross, self.layer_decay, self.chunk = lr_cross, layer_decay, chunk
+        self.compiled = compile  # `compile` is a method of modules
         self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None
@@ -156,10 +161,16 @@ class LitModel(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the weights where the trainer's strategy does (`sharding.py`); asked before each fit and evaluation."""
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            if self.compiled:
+                what = "blocks cannot be compiled while weights are sharded"
+                raise UserError("model.compile", what, "Set it to false, or take a `where` without shards")
             shard(self, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        """Say what contrast is among where a batch is cut into passes, which is another objective than it seems."""
+        """Compile the blocks if that is wanted. Say what contrast is among where a batch is cut into passes, which is
+        another objective than it seems."""
+        if self.compiled:
+            compile_blocks(self)
         passes, batch = self.data.accumulate, self.data.batch_size
         if passes > 1 and self.task.compares_examples and rank() == 0:
             what = f"gradients of {passes} passes are added up: contrast and hard negatives are among the"
@@ -268,9 +279,12 @@ class LitModel(L.LightningModule):
         self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))
         return loss
 
+    # Evaluations have other sizes, modes and masks: they would be compiled anew.
+    @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.task.update(self.backbone, batch)
 
+    @torch.compiler.set_stance("force_eager")
     def on_validation_epoch_end(self) -> None:
         with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
             self.metrics = self.task.compute(self.backbone)

@@ -28,6 +28,7 @@ FREE = (
     "trainer.callbacks[StepGuard]",
     "trainer.callbacks[KeepState].init_args.background",
     "data.init_args.workers",
+    "model.compile",
     "patience",
 )
 """What may differ when a run goes on: on what it runs, and when it gives up. Losses stay what they are but for the

@@ -1,5 +1,6 @@
 """Whether a step may ask for values."""
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
@@ -7,4 +8,5 @@ from torch._subclasses.fake_tensor import is_fake
 def on_cpu(x: Tensor) -> bool:
     """Whether the values are at hand. A GPU's are not, as its host would wait for them; nor are those of a fake tensor,
     which has none and stands for a GPU's (`training/memory_estimate.py`)."""
-    return x.device.type == "cpu" and not is_fake(x)
+    # While code is compiled, whose tensors say where they will be; `is_fake` cannot be compiled.
+    return x.device.type == "cpu" and (torch.compiler.is_compiling() or not is_fake(x))
