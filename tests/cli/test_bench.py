@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from maskvlm.cli import bench
 from maskvlm.cli.main import main
+from maskvlm.model.feed_forward import FeedForward
 
 
 def test_a_configuration_is_timed_and_nothing_is_kept(
@@ -40,3 +42,19 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
         watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
     first, timed = ["step"] * bench.WARMUP, ["step"] * (bench.STEPS - bench.WARMUP)
     assert done == [*first, "wait", "forget", "read", *timed, "wait", "read", "step", "step"]
+
+
+def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> None:
+    """Fails where they are called while operations are counted: torch never compiles them then."""
+    block, made = FeedForward(2), CompileCounter()
+    block.compile(backend=made)
+    watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
+    trainer, module = SimpleNamespace(world_size=1, precision="32-true"), SimpleNamespace(device=torch.device("cpu"))
+    found = list[int]()
+    for step in range(3):
+        watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
+        block(torch.ones(3, 2))
+        watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
+        found.append(made.frame_count)
+    assert found == [0, 1, 1]
+    assert watch.flops == 2 * (2 * 3 * 2 * 8)

@@ -15,8 +15,9 @@ from toys import toy_backbone
 
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.compiled import compile_blocks
+from maskvlm.training.failure import user_line
 from maskvlm.training.lit import LitModel
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 STEPS, LAYERS = 4, 3  # a first, an inner and a last cross block
 KINDS = 14
@@ -152,3 +153,18 @@ def test_sharded_weights_are_refused() -> None:
     model._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"model\.compile: blocks cannot be compiled while weights are sharded"):
         model.configure_model()
+
+
+def test_a_machine_without_a_compiler_is_told_in_a_line() -> None:
+    def lacking(*_: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    model = make_model(compile=True)
+    compile_blocks(model)
+    with torch.compiler.set_stance("default", force_backend=lacking), pytest.raises(RuntimeError) as caught:
+        model.backbone.image.vit.blocks[0](torch.randn(5, 7, 16, requires_grad=True))
+    line = user_line(caught.value)
+    assert line is not None
+    assert line.code == ExitCode.UNAVAILABLE
+    assert line.text.startswith("model.compile: a block cannot be compiled (")
+    assert "No working C++ compiler found" in line.text

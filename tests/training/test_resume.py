@@ -117,6 +117,8 @@ def test_what_a_run_runs_on_may_change() -> None:
         keep = {"class_path": "maskvlm.training.checkpointing.KeepState", "init_args": {"background": background}}
         where["trainer"]["callbacks"] = [keep]
     assert differences(was, now) == []
+    was["model"], now["model"] = {"compile": False}, {"compile": True}
+    assert differences(was, now) == []
     now["trainer"]["precision"] = "16-mixed"
     now["data"]["init_args"]["b"] = [1, 2]
     assert differences(was, now) == ["trainer.precision was None, is 16-mixed", "data.b[1] was None, is 2"]

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -44,7 +45,7 @@ class Stopwatch(L.Callback):
     """Counts the operations of the first step and times those after the warm-up."""
 
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False)
+        self.counter, self.counting = FlopCounterMode(display=False), ExitStack()
         self.flops, self.started = 0, 0.0
         self.speed: BenchSpeed | None = None
 
@@ -53,13 +54,15 @@ class Stopwatch(L.Callback):
     ) -> None:
         # Not a `with` block, as it spans two hooks. Counting slows a step down: the first one is not timed.
         if batch_idx == 0:
-            self.counter.__enter__()
+            # A block that is called while something counts would never be compiled (model.compile), later neither.
+            self.counting.enter_context(torch.compiler.set_stance("force_eager"))
+            self.counting.enter_context(self.counter)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:
-            self.counter.__exit__(None, None, None)
+            self.counting.close()
             self.flops = self.counter.get_total_flops()
         # Kernels are queued: without this the clock would be read before they have run. At no other step, as training
         # does not wait after each.

@@ -81,6 +81,9 @@ def user_line(error: BaseException) -> ErrorLine | None:
             "Give --model.chunk 16 (pre-training, retrieval: the same losses in less memory), or lower data.batch_size"
         )
         return ErrorLine(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        todo = "Give --model.compile false, or what the compiler lacks (a C++ compiler, Triton)"
+        return ErrorLine(f"model.compile: a block cannot be compiled ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     return None
 
 

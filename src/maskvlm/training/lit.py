@@ -21,7 +21,6 @@ from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
-from maskvlm.training.compiled import compile_blocks
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
@@ -69,7 +68,7 @@ class LitModel(L.LightningModule):
             memory is that of a chunk and of the batch's features, and a step costs a third more, see
             `objectives/chunks.py`.
         compile: training steps run through compiled blocks, see `training/compiled.py`; evaluations do not. The first
-            step takes a minute or so.
+            step takes a minute or more.
     """
 
     def __init__(
@@ -170,6 +169,8 @@ class LitModel(L.LightningModule):
         """Compile the blocks if that is wanted. Say what contrast is among where a batch is cut into passes, which is
         another objective than it seems."""
         if self.compiled:
+            from maskvlm.training.compiled import compile_blocks  # it loads torch's compilers, which takes a second
+
             compile_blocks(self)
         passes, batch = self.data.accumulate, self.data.batch_size
         if passes > 1 and self.task.compares_examples and rank() == 0:
