@@ -7,7 +7,6 @@ import pickle
 import shutil
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,7 +134,7 @@ def test_refused_weights_come_without_advice_to_load_them_all_the_same(
 @pytest.mark.guard("maskvlm.utils.errors:Absent.check")
 def test_all_that_is_missing_is_told_at_once(build: Build, tmp_path: Path) -> None:
     """Row 34: of both splits, questions and annotations alike, in one line."""
-    spec: Any = SimpleNamespace(tokenizer=None)
+    spec = InputSpec(24, (0.5,) * 3, (0.5,) * 3, 30, 200)
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": []}')
     source = VqaV2(str(tmp_path), train=["mscoco_train2014", "mscoco_more2014"], val="mscoco_val2014")
     data = PairData(source, spec, steps=1)

@@ -164,7 +164,7 @@ class ToTensor:
         self._normalise = Normalise(spec) if normalise else None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        # a view of (H, W, 3), which would also lie so in a batch
+        # torchvision gives a view of (H, W, 3)
         pixels_CHW: Tensor = v2.functional.pil_to_tensor(image).contiguous()
         return pixels_CHW if self._normalise is None else self._normalise(pixels_CHW)
 
