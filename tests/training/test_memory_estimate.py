@@ -62,9 +62,11 @@ def test_memory_is_what_stays_and_so_much_for_each_pair() -> None:
     assert few - (some - few) == pytest.approx(512 * blocks, rel=0.03)
 
 
-def test_it_is_what_a_step_takes() -> None:
-    """The same step with values, its storages counted as they come and go."""
-    backbone, task = parts(weight_mlm=0.0)  # where a CPU takes the masked tokens alone, which a GPU does not
+def test_it_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step with values, as a GPU makes it, its storages counted as they come and go."""
+    for module in ("model.encoders", "model.feed_forward", "model.text_lengths", "objectives.pretraining_losses"):
+        monkeypatch.setattr(f"maskvlm.{module}.on_cpu", lambda x: False)
+    backbone, task = parts()
     simulation = StepSimulation(backbone, task, "32-true")
     model, batch = simulation.model.train(), simulation._batch(12)
     task.set_uniform(lambda rows, *shape: torch.rand(rows, *shape))

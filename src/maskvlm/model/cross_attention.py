@@ -225,10 +225,10 @@ class CrossEncoder(nn.Module):
             read_RK: the positions [R, K] of the first `num_full` pairs that are read; `full_RLD` then has these alone,
                 in that order.
         """
-        pairs = len(x_ULD) if row_B is None else len(row_B)
-        if attention_UL is not None and read_RK is None and worth_grouping(attention_UL, pairs):
-            rows = torch.arange(pairs, device=x_ULD.device) if row_B is None else row_B
-            return self._by_length(x_ULD, context, attention_UL, pairs if num_full is None else num_full, rows)
+        pair_B = x_ULD if row_B is None else row_B
+        if attention_UL is not None and read_RK is None and worth_grouping(attention_UL, pair_B):
+            rows = torch.arange(len(pair_B), device=x_ULD.device) if row_B is None else row_B
+            return self._by_length(x_ULD, context, attention_UL, len(pair_B) if num_full is None else num_full, rows)
         return self._forward(x_ULD, context, attention_UL, num_full, row_B, read_RK)
 
     def _by_length(

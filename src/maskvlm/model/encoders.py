@@ -477,7 +477,7 @@ class TextEncoder(Encoder):
 
     def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
-        if worth_grouping(attention_BT, len(token_BT)):
+        if worth_grouping(attention_BT, token_BT):
             return self._by_length(token_BT, attention_BT)
         mask = attention_BT
         if not traced and not on_cpu(token_BT) and takes_finished_mask(self.model):

@@ -14,10 +14,11 @@ from maskvlm.utils.on_cpu import on_cpu
 MANY, GROUPS = 16, 4  # from so many texts on, they are taken in so many groups of like length
 
 
-def worth_grouping(attention_BT: Tensor, rows: int) -> bool:
-    """Whether so many rows with this padding mask are computed in groups."""
+def worth_grouping(attention_BT: Tensor, pair_B: Tensor) -> bool:
+    """Whether texts with this padding mask are computed in groups, where there are as many as `pair_B` has rows."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
-    return not traced and on_cpu(attention_BT) and rows >= MANY
+    # Last, as to ask for the number would make it a constant of what is traced.
+    return not traced and on_cpu(attention_BT) and len(pair_B) >= MANY
 
 
 def lengths_of(attention_BT: Tensor) -> Tensor:
