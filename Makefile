@@ -20,7 +20,8 @@ typed = $(if $(findstring command line,$(origin $1)),$2'$(subst ','\'',$($1))')
 handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=) $(call typed,DATA,data=) \
     $(call typed,WHERE,where=) $(call typed,RUN,run=) $(call typed,FROM,from=) $(call typed,ENCODERS,encoders=) \
     $(call typed,SPLIT,split=) $(call typed,RAW,raw=) $(call typed,NAME,name=))
-$(foreach each,task set model data where run from encoders split raw name args,$(if $(findstring command line,$(origin $(each))),$(error $(each)=.. is no variable here. Write it in capitals)))
+small := $(shell printf '%s\n' $(foreach each,$(filter-out -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(each))),$(each))) | grep '[a-z]')
+$(if $(small),$(error $(firstword $(small))=.. is no variable here. Write variables in capitals, options in ARGS))
 names = $(sort $(basename $(notdir $(wildcard $1/*.yaml))))
 
 help:  ## this list
@@ -57,7 +58,6 @@ docs: $(call installed,-docs)  ## build this documentation as docs/_build/html; 
 	@$(PYTHON) -m sphinx -q -W --keep-going -j auto $(ARGS) docs docs/_build/html && echo "wrote docs/_build/html/index.html"
 check: $(call installed,-dev)  ## ruff and mypy
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m mypy
-
 gpu-check: $(call installed,-test)  ## the tests that need a GPU, then a table of what MODEL=base costs on it (ARGS=--cpu: a trial)
 	@$(PYTHON) -m bench.gpu_check $(ARGS)
 

@@ -81,7 +81,7 @@ def test_readme_s_make_targets_are_there() -> None:
 def test_make_takes_no_variable_in_small_letters() -> None:
     done = subprocess.run(["make", "finetune", "task=vqa"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "task=.. is no variable here. Write it in capitals" in done.stderr
+    assert "task=.. is no variable here. Write variables in capitals, options in ARGS" in done.stderr
     assert done.stdout == ""
 
 
