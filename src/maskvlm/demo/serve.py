@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.config.arguments import OptionParser
-from maskvlm.config.bundled_models import default_model
+from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.demo.terminal import printable
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -110,7 +110,9 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
 
     found = find_models(RUNS, options.sources)
     if not found.runs:
-        found = found._replace(runs=[run_of(default_model("asked"))])
+        default_model("asked")  # tells it
+    if DEFAULT not in options.sources:
+        found = found._replace(runs=[*found.runs, run_of(DEFAULT)])
     models = Models(found, options.device, allowed)
     index = options.index
     if index is None:
