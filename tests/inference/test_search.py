@@ -262,7 +262,7 @@ def test_the_commands_index_and_search_a_configured_set(
 
     assert "stranger" not in sys.modules  # a file names no class that is not allowed
     refused(lambda: main([*named, "gone.jpg"], []), ExitCode.MISSING_INPUT, "gone.jpg: no such file")
-    refused(lambda: main(["a dog"], []), ExitCode.USAGE, "maskvlm search: the following arguments are required")
+    refused(lambda: main([], []), ExitCode.USAGE, "maskvlm search: the following arguments are required")
     beside = ["--vectors", str(out / "vectors"), "--out", str(out), "--data.source.val", "8"]
     refused(lambda: make(beside, []), ExitCode.USAGE, "--data.source.val: is of no use beside --vectors")
     monkeypatch.setenv("RANK", "1")

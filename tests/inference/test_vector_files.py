@@ -278,8 +278,6 @@ def test_the_command_embeds_what_the_files_configure(
     table = rows_of(out)
     assert table["path"].to_pylist() == [None] * 6
     assert table["origin"].to_pylist()[5] == "scenes (seed 0) val image 5"
-    with pytest.raises(UserError, match=r"checkpoint is named\. Give --from"):
-        main(["--out", str(out)], [])
     with pytest.raises(UserError, match=r"--data.source.vall: unknown key \(did you mean data.source.val\?\)"):
         main([*words, *data, "--data.source.vall", "3"], [])
     files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml")

@@ -18,6 +18,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.evaluation import EVAL_SEED, PretrainingMetrics, gains, one_text
 from maskvlm.objectives.masking import mask_patches, mask_tokens
+from maskvlm.objectives.novelty import mean_patch
 from maskvlm.objectives.retrieval_metrics import recall
 from maskvlm.utils.distributed import Draw
 
@@ -205,18 +206,18 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
         assert found[f"retrieval/itc_ir_r{k}"] == value
 
 
-def test_vectors_of_the_images_are_kept_for_the_checkpoint() -> None:
+def test_features_of_the_images_are_kept_for_the_checkpoint() -> None:
     """By them a model tells later which images are unlike its data."""
     backbone, task = build()
-    assert task.measure.reference is None
+    assert task.measure.known_images is None
     batch = several()
     task.update(backbone, batch)
     task.compute(backbone)
     with torch.no_grad():
-        image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
-    assert task.measure.reference is not None
-    torch.testing.assert_close(task.measure.reference, image_BE.half(), atol=2e-3, rtol=0)
-    assert task.measure.reference.dtype == torch.float16
+        feature_BD = mean_patch(backbone.image(batch.image_BCHW))
+    assert task.measure.known_images is not None
+    torch.testing.assert_close(task.measure.known_images, feature_BD.half(), atol=2e-3, rtol=0)
+    assert task.measure.known_images.dtype == torch.float16
 
 
 def test_metrics_start_anew_after_they_were_computed() -> None:
