@@ -639,7 +639,6 @@ def test_uploads_are_removed_and_their_places_too(page: Live, monkeypatch: pytes
     monkeypatch.setattr(upload_store, "KEPT_SECONDS", -1)
     upload_store.held(page.folder)
     assert not path.parent.exists()
-    assert any(page.folder.iterdir())  # the page's own images stay
     assert page.asker.client.get("/").status_code == 200
 
 
