@@ -186,6 +186,7 @@ class CrossEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
+        self.groups_texts = True  # on a CPU; False where all processes must compute with a block equally often
         self.grid, self.pos_embed = grid, None
         if grid is not None:
             # (1, 1 + N, D); MaskVLM fills it with sine and cosine.
@@ -226,7 +227,8 @@ class CrossEncoder(nn.Module):
                 in that order.
         """
         pair_B = x_ULD if row_B is None else row_B
-        if attention_UL is not None and read_RK is None and worth_grouping(attention_UL, pair_B):
+        grouped = self.groups_texts and read_RK is None
+        if grouped and attention_UL is not None and worth_grouping(attention_UL, pair_B):
             rows = torch.arange(len(pair_B), device=x_ULD.device) if row_B is None else row_B
             return self._by_length(x_ULD, context, attention_UL, len(pair_B) if num_full is None else num_full, rows)
         return self._forward(x_ULD, context, attention_UL, num_full, row_B, read_RK)

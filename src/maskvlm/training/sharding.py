@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from maskvlm.model.cross_attention import CrossBlock
+from maskvlm.model.cross_attention import CrossBlock, CrossEncoder
 from maskvlm.training.optim import BLOCK
 from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError
@@ -63,13 +63,17 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
     if model.backbone.image.feature_cache is not None:
         what = "features cannot be cached while weights are sharded"
         raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
+    # How often a block is asked then depends on the lengths of a process's own texts.
+    for part in model.modules():
+        if isinstance(part, CrossEncoder):
+            part.groups_texts = False
     # FSDP takes no parameter without dimensions (the temperature): every process keeps it whole.
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     # From the inside out: what is a unit already stays out of the one around it.
     for block in reversed(blocks_of(model)):
         fully_shard(block, mesh=mesh, ignored_params=scalars)
-        for part in PARTS if isinstance(block, CrossBlock) else ():
-            register_fsdp_forward_method(block, part)
+        for method in PARTS if isinstance(block, CrossBlock) else ():
+            register_fsdp_forward_method(block, method)
     fully_shard(model, mesh=mesh, ignored_params=scalars)
     for name in passes:
         register_fsdp_forward_method(model, name)
