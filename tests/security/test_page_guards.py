@@ -347,7 +347,7 @@ def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build,
         assert refusal(page.asker.join("find", "click", query=each)[1]) in (400, 403)
     for each in (*files, "x", ["x"], [1.5], [True], [-1], [10**9], list(range(10**4 + 1)), None):
         assert refusal(page.asker.join("chips", "input", image=None, text=TEXT, chips=each)[1]) in (400, 403)
-    for each in (*files, "x", 1.5, True, -1, 1, 10**30, None):  # this page has one run
+    for each in (*files, "x", 1.5, True, -1, 2, 10**30, None):  # this page has two runs, its own and scenes-tiny
         assert refusal(page.asker.join("examples", "click", {"index": 0}, run=each)[1]) in (400, 403)
     assert page.asked == before
 
