@@ -211,7 +211,7 @@ def test_a_set_is_known_by_its_hash_or_by_the_folder_of_the_run(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").touch()
     monkeypatch.setattr("maskvlm.cli.publish.read_manifest", lambda _: told)
-    assert known_sets([first], None) == {first.sha: KnownSet("Mine", "CC0")}
+    assert known_sets([first], {}) == {first.sha: KnownSet("Mine", "CC0")}
 
 
 def test_what_is_not_known_is_said() -> None:

@@ -16,7 +16,7 @@ from maskvlm.data.prepared.manifest import read_manifest
 from maskvlm.data.raw import FACTS
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference.hf_config import MaskVLMConfig, processor_of
-from maskvlm.inference.model_card import DRAWN, KnownSet, is_unknown, shape_of_pretrained
+from maskvlm.inference.model_card import DRAWN, KnownSet, is_unknown, run_facts, shape_of_pretrained
 from maskvlm.inference.pretrained import MESSAGE, MaskVLMOutput, PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -77,7 +77,7 @@ def write_release(source: str, folder: Path, name: str, dtype: str, allowed: Ite
         what = f"{dtype} cannot hold numbers of {large[0]}"
         raise UserError(f"{source}: --dtype", what, "Give bfloat16 or float32", ExitCode.CANNOT_CREATE)
     config = cast(MaskVLMConfig, model.config)
-    sets = known_sets(model.origin.history, (config.evaluation or {}).get("card"))
+    sets = known_sets(model.origin.history, run_facts(config).card)
     model.save_pretrained(folder, name=name, sets=sets)
     files = sorted(file for file in folder.iterdir() if file.is_file())
     yield from (f"{file.stat().st_size:>13,}  {file.name}" for file in files)
@@ -125,7 +125,7 @@ def compared(before: MaskVLMOutput, after: MaskVLMOutput, folder: Path) -> str:
 # ---------------------------------------------------------------------- what is known of the data
 
 
-def known_sets(history: Sequence[Seen], card: Any) -> dict[str, KnownSet]:
+def known_sets(history: Sequence[Seen], card: Mapping[str, Any]) -> dict[str, KnownSet]:
     """Training sets by name, by their hash: the prepared set here with that hash; of the last one the folder that the
     run's card names."""
     manifests = []
@@ -137,7 +137,7 @@ def known_sets(history: Sequence[Seen], card: Any) -> dict[str, KnownSet]:
             continue
     here = {split["sha256"][:16]: told for told in manifests for split in told["splits"].values()}
     found = {seen.sha: KnownSet(told["title"], told["licence"]) for seen in history if (told := here.get(seen.sha))}
-    data = card.get("data") if isinstance(card, dict) else None
+    data = card.get("data")
     settings = data.get("settings") if isinstance(data, dict) else None
     root = settings.get("root") if isinstance(settings, dict) else None
     if history and isinstance(root, str) and history[-1].sha not in found:
@@ -156,13 +156,11 @@ def data_lines(history: Sequence[Seen], sets: Mapping[str, KnownSet]) -> Iterato
 
 def missing(config: MaskVLMConfig) -> Iterator[str]:
     """What somebody should see to before others get the model; only what can be known of its files."""
-    evaluation = config.evaluation or {}
-    card, metrics = evaluation.get("card") or {}, evaluation.get("metrics") or {}
+    _, versions, metrics = run_facts(config)
     if not metrics:
         yield "no metrics came with the checkpoint (metrics.json beside it): the card has no figures"
     elif metrics.get("step") not in (None, config.step):
         yield f"the card's figures are of step {metrics['step']}, these weights of step {config.step}"
-    versions = card.get("versions") or {}
     for key in ("command", "commit"):
         if not versions.get(key):
             yield f"the {key} that made it is not known (card.json beside the checkpoint tells it)"

@@ -16,14 +16,12 @@ import torch
 from maskvlm.checkpoint.model_spec import read_small
 from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.inference.model_card import DRAWN, UNKNOWN
 from maskvlm.utils.errors import UserError
 from maskvlm.utils.whole_files import check_inside
 
 WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
 """Sources of tasks that draw what they show."""
-DRAWN = (r"maskvlm\.data\.scenes\.source\.Scenes", *WORLDS)
-UNKNOWN = "unknown"
-"""Of a checkpoint of the first versions."""
 LONGEST = 60  # characters of a data set's name on the page
 
 
@@ -56,7 +54,7 @@ class Trained(NamedTuple):
 
 def is_drawn(source: str) -> bool:
     """Whether the class path of a source is one of the built-in world's."""
-    return any(re.fullmatch(world, source) for world in DRAWN)
+    return DRAWN.fullmatch(source) is not None
 
 
 def trained_run(
@@ -173,6 +171,6 @@ def score_of(metrics: Any) -> tuple[float, float]:
     """As `score_beside`, of what such a file holds."""
     try:
         score, count = float(metrics["score"]), float(metrics.get("retrieval/pictures") or 0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return 0.0, -math.inf
     return (count, score) if math.isfinite(score) and math.isfinite(count) else (0.0, -math.inf)

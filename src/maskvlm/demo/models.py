@@ -121,8 +121,9 @@ def run_of(source: str) -> Run:
     if task != PRETRAINING:
         return Run(source, task)
     heads = {name.split(".")[1] for name in content["state_dict"] if name.startswith("task.")}
-    evaluation = content.get("evaluation") or {}
-    metrics = evaluation.get("metrics") if isinstance(evaluation.get("metrics"), dict) else None
+    # A folder of the hub's format brings its metrics along.
+    evaluation = content.get("evaluation")
+    metrics = evaluation.get("metrics") if isinstance(evaluation, dict) else None
     history = training_history_of(content)
     return Run(source, task, trained_run(source, history, heads.issuperset(HEADS), metrics))
 

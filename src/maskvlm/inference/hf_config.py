@@ -129,7 +129,7 @@ def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] 
         task=spec.task,
         labels=None if origin.labels is None else list(origin.labels),
         lineage=[seen.words() for seen in origin.history],
-        evaluation=without_folders(dict(evaluation)) if evaluation else None,
+        evaluation=without_folders(dict(evaluation)) if isinstance(evaluation, Mapping) and evaluation else None,
         step=step,
     )
 

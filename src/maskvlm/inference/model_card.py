@@ -33,6 +33,33 @@ class KnownSet(NamedTuple):
     licence: str
 
 
+class RunFacts(NamedTuple):
+    """What the files beside a checkpoint tell of its run. card: of the evaluation. versions: of the packages, with
+    command and commit. metrics: numbers by name."""
+
+    card: dict[str, Any]
+    versions: dict[str, Any]
+    metrics: dict[str, float]
+
+
+def run_facts(config: MaskVLMConfig) -> RunFacts:
+    """Those of a model. They may be a stranger's: what is not of the form in which they are written is left out."""
+
+    def mapping(value: Any) -> dict[str, Any]:
+        return value if isinstance(value, dict) else {}
+
+    found = mapping(config.evaluation)
+    card = mapping(found.get("card"))
+    versions = mapping(card.get("versions"))
+    command = versions.get("command")
+    right = isinstance(command, list) and all(isinstance(word, str) for word in command)
+    versions = {**versions, "command": command if right else None, "packages": mapping(versions.get("packages"))}
+    given = mapping(found.get("metrics")).items()
+    # A whole number may be too large for a float.
+    numbers = {name: value for name, value in given if type(value) in (int, float) and abs(value) < 1e300}
+    return RunFacts(card, versions, numbers)
+
+
 def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[str, KnownSet]) -> str:
     """The text.
 
@@ -61,7 +88,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
         f"- images: {spec.image_size} x {spec.image_size} px; texts: up to {spec.text_length} tokens of "
         f"{spec.vocab_size}",
         f"- steps: {config.step:,}",
-        *_made_by((config.evaluation or {}).get("card", {})),
+        *_made_by(run_facts(config).versions),
         "",
         "## Use",
         "",
@@ -169,22 +196,20 @@ def _licence(config: MaskVLMConfig) -> list[str]:
 # ---------------------------------------------------------------------- how it was made and measured
 
 
-def _made_by(card: Mapping[str, Any]) -> list[str]:
+def _made_by(versions: Mapping[str, Any]) -> list[str]:
     """The command and the versions that a run's card tells."""
-    versions = card.get("versions") or {}
-    if not isinstance(versions, dict) or not versions.get("command"):
+    if not versions["command"]:
         return []
-    torch = (versions.get("packages") or {}).get("torch")
-    return [f"- made by: `maskvlm {' '.join(versions['command'])}`, commit {versions.get('commit')}, torch {torch}"]
+    command, torch = " ".join(versions["command"]), versions["packages"].get("torch")
+    return [f"- made by: `maskvlm {command}`, commit {versions.get('commit')}, torch {torch}"]
 
 
 def _evaluation(config: MaskVLMConfig) -> list[str]:
     """A table of the run's metrics, each beside its chance level, and what they were measured on."""
-    found = config.evaluation or {}
-    metrics: dict[str, Any] = found.get("metrics", {})
+    card, _, metrics = run_facts(config)
     if not metrics:
         return ["None came with this checkpoint."]
-    card, step = found.get("card", {}), metrics.get("step")
+    step = metrics.get("step")
     # A folder's config.json is sorted by key, a run's files are not: the card is the same of both.
     told = {key: card[key] for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)}
     where = [f"- {key}: {json.dumps(value, sort_keys=True, ensure_ascii=False)}" for key, value in told.items()]
@@ -195,7 +220,7 @@ def _evaluation(config: MaskVLMConfig) -> list[str]:
     ends = ("_chance", "_majority")
     rows = []
     for key, value in sorted(metrics.items(), key=_numbered):
-        if isinstance(value, int | float) and "/" in key and not key.endswith(ends):
+        if "/" in key and not key.endswith(ends):
             level = next((metrics[key + end] for end in ends if metrics.get(key + end) is not None), None)
             rows.append(f"| {key} | {value:.4g} | {'' if level is None else f'{level:.4g}'} |")
     return [*where, "", "| metric | value | chance level |", "|---|---|---|", *rows]

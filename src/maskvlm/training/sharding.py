@@ -63,7 +63,7 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
     if model.backbone.image.feature_cache is not None:
         what = "features cannot be cached while weights are sharded"
         raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
-    # How often a block is asked then depends on the lengths of a process's own texts.
+    # In groups of like length a process would compute with a block as often as its own texts make it.
     for part in model.modules():
         if isinstance(part, CrossEncoder):
             part.groups_texts = False
