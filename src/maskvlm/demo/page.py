@@ -178,8 +178,6 @@ class Desk:
     def changed(self, number: int, image: Image.Image, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """All that follows where one of a task's examples comes to the desk."""
         told = {self.image: image, self.sample: -1, **dict.fromkeys(self.stale, "")}
-        if not self.models.found.runs:
-            return told
         model = self.chosen(number).model
         words = self.worded.offered(text, [])
         return {
@@ -208,7 +206,7 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
     """The whole page.
 
     Args:
-        models: what was found.
+        models: what was found, with one run of pre-training at least (`serve.py` adds the one that comes along).
         index: a folder to search; None for scenes of the built-in world.
         images: where its images lie, as the user says.
     """
@@ -219,18 +217,10 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
         title="MaskVLM", analytics_enabled=False, delete_cache=(60, upload_store.KEPT_SECONDS), fill_width=True
     ) as blocks:
         gr.HTML(INTRO, elem_id="intro")
-        if found.runs:
-            # Not by `worker.run`: encoding the images of the search may take longer than an answer may.
-            worker.pool.submit(desk.chosen, 0).result()
-        lines = [f"Not used: {each}" for each in found.problems]
-        if not found.runs:
-            todo = "No checkpoint of pre-training is here. Run `maskvlm pretrain` (16 minutes on two cores), "
-            lines.insert(0, todo + "then `maskvlm demo`.")
+        # Not by `worker.run`: encoding the images of the search may take longer than an answer may.
+        worker.pool.submit(desk.chosen, 0).result()
         chooser(desk)
-        told = "".join(map(answers.problem, lines))
-        if not found.runs and not found.tasks:
-            gr.HTML(told)
-            return blocks
+        told = "".join(answers.problem(f"Not used: {each}") for each in found.problems)
         # In the order in which a telephone shows them, and the Tab key reaches them; `page.css` puts the last part
         # under the first on a wide screen.
         with gr.Column(elem_id="desk"):
@@ -241,7 +231,7 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
             with gr.Column(elem_id="more"):
                 more(desk)
                 gr.HTML(told, elem_id="problems", visible=bool(told))
-        (of_pretraining if found.runs else of_tasks)(desk)
+        of_pretraining(desk)
         for each in tasks:
             each.wire()
     # api_open: else a question could go past the queue.
@@ -255,12 +245,8 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
 
 def chooser(desk: Desk) -> None:
     """The runs, the best first, and what the chosen one is."""
-    runs = desk.models.found.runs
-    if not runs:
-        desk.run = gr.State(0)
-        return
     desk.run = gr.Dropdown(
-        [(run.choice, number) for number, run in enumerate(runs)],
+        [(run.choice, number) for number, run in enumerate(desk.models.found.runs)],
         value=0,
         label="Run, the best first",
         filterable=False,
@@ -271,27 +257,26 @@ def chooser(desk: Desk) -> None:
 
 def given(desk: Desk) -> None:
     """Image and text, and what is to be said of them."""
-    first = desk.chosen(0).samples[0] if desk.models.found.runs else None
+    first = desk.chosen(0).samples[0]
     desk.image = upload_image(
         desk,
-        first.image if first else None,
+        first.image,
         label="Image",
         alt_text="The image that is asked about",
         height=280,
         elem_id="image",
     )
     desk.status = gr.HTML("", elem_id="status")
-    desk.strange = gr.HTML(desk.worker.run(desk.chosen(0).strange, first.image) if first else "", elem_id="strange")
+    desk.strange = gr.HTML(desk.worker.run(desk.chosen(0).strange, first.image), elem_id="strange")
     desk.sample = gr.State(0)
     # Below the tabs on a telephone: rendered by `more`.
     desk.text = gr.Textbox(
-        value=first.text if first else "",
+        value=first.text,
         label=f"Text (write {MASK} or click words in the first tab to cover them)",
         max_length=input_limits.MAX_TEXT,
         lines=2,
         max_lines=3,
         elem_id="text",
-        visible=first is not None,
         render=False,
     )
 
@@ -299,17 +284,13 @@ def given(desk: Desk) -> None:
 def tabs(desk: Desk) -> list[TaskTab]:
     """All tabs; returns those of tasks, whose events are still to be wired."""
     found = desk.models.found
-    core: list[Any] = []
-    if found.runs:
-        first = desk.chosen(0).samples[0]
-        desk.worded, desk.painted = WordsTab(desk, first), Patches(desk, first)
-        desk.mask, desk.other = desk.painted.mask, desk.painted.other
-        desk.compared = match_and_caption(desk, first)
-        desk.search = SearchTab(desk, desk.index is not None)
-        desk.results = [*desk.worded.results, *desk.painted.results]
-        core = [desk.text, desk.strange, desk.worded.chips, desk.worded.known, *desk.results]
-    else:
-        desk.mask, desk.other = gr.State([]), gr.State("")
+    first = desk.chosen(0).samples[0]
+    desk.worded, desk.painted = WordsTab(desk, first), Patches(desk, first)
+    desk.mask, desk.other = desk.painted.mask, desk.painted.other
+    desk.compared = match_and_caption(desk, first)
+    desk.search = SearchTab(desk, desk.index is not None)
+    desk.results = [*desk.worded.results, *desk.painted.results]
+    core = [desk.text, desk.strange, desk.worded.chips, desk.worded.known, *desk.results]
     tasks = [TaskTab(desk, run) for run in found.tasks]
     if not tasks:
         with gr.Tab("Tasks"):
@@ -320,31 +301,19 @@ def tabs(desk: Desk) -> list[TaskTab]:
 
 def no_task(models: Models) -> str:
     """What the tab of fine-tuned tasks says where there is none."""
-    source = models.found.pretrained.path if models.found.pretrained else "checkpoints/first/best.ckpt"
-    name = "/".join(Path(source).parts[-3:])
+    name = "/".join(Path(models.found.runs[0].path).parts[-3:])
     return f"No fine-tuned checkpoint is here. Run `maskvlm finetune vqa from={name}`, then `maskvlm demo` again."
 
 
 def more(desk: Desk) -> None:
     """Text and examples."""
     desk.text.render()
-    if desk.models.found.runs:
-        desk.examples = gr.HTML(desk.chosen(0).examples, elem_id="examples", js_on_load=PRESSED)
+    desk.examples = gr.HTML(desk.chosen(0).examples, elem_id="examples", js_on_load=PRESSED)
 
 
 def hide(trigger: Any, old: list[Any]) -> None:
     """Take answers away in the browser, before anybody is asked."""
     trigger(None, None, old, js=HIDE.replace("BLANK", ", ".join(["''"] * len(old))))
-
-
-def of_tasks(desk: Desk) -> None:
-    """What happens where there are tasks alone: another image takes their answers away."""
-    outputs = [desk.sample, *desk.stale]
-    for trigger in (desk.image.upload, desk.image.clear):
-        hide(trigger, desk.stale)
-        desk.on(trigger, lambda: {**dict.fromkeys(desk.stale, ""), desk.sample: None}, [], outputs, {}).then(
-            None, js=SHOW
-        )
 
 
 def of_pretraining(desk: Desk) -> None:
