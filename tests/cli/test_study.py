@@ -119,6 +119,26 @@ def test_a_study_is_an_array_of_jobs(
     assert script.rstrip().endswith('-m maskvlm study toy.yaml --only all --where gpu1 --task "$SLURM_ARRAY_TASK_ID"')
 
 
+def test_an_array_makes_first_what_the_others_start_from(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = yaml.safe_load((plain / "toy.yaml").read_text()) | {"first": {"told": "x", "options": {"data.steps": 1}}}
+    (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["study", "toy.yaml", "--submit", "--only", "all"]) == 0
+    assert "the other 2 start from these: submit again once they are finished" in capsys.readouterr().out
+    assert "#SBATCH --array=0-1%1\n" in (plain / "checkpoints" / "toy" / "job.sh").read_text()
+    assert main(["study", "toy.yaml", "--only", "all", "--task", "2"]) == ExitCode.USAGE
+    assert "all-s0: first-s0, which it starts from, is not finished" in capsys.readouterr().err
+    for seed in range(2):
+        folder = plain / "checkpoints" / "toy" / f"first-s{seed}"
+        folder.mkdir()
+        (folder / "versions.json").write_text('{"finished": {"step": 1}}')
+        (folder / "metrics.json").write_text('{"score": 1.0}')
+    assert main(["study", "toy.yaml", "--submit", "--only", "all"]) == 0
+    assert "#SBATCH --array=0-3%1\n" in (plain / "checkpoints" / "toy" / "job.sh").read_text()
+
+
 def test_a_strangers_study_runs_no_code(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,7 +146,6 @@ def test_a_wrong_word_is_one_line(command: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-
 def test_all_processes_of_a_run_share_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a run starts repeat its command; the time of day is another one then."""
     monkeypatch.delenv(compose.RUN_NAME)

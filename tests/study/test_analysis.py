@@ -141,6 +141,19 @@ def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
         assert row["metrics_sha256"] == hashlib.sha256(content).hexdigest()
 
 
+def test_the_page_says_what_all_runs_start_from(tmp_path: Path) -> None:
+    first = {"told": "masked words alone", "options": {"data.steps": 9}}
+    study, runs = a_study(tmp_path, {"few": [10, 11]}, {"first": first})
+    page = write_page(study, runs, tmp_path / "page", "x").read_text()
+    assert (
+        "starts from the last weights of a run of its seed: masked words alone (`--data.steps=9 --model.lr=0.1`)."
+        in page
+    )
+    (tmp_path / "without").mkdir()
+    without = a_study(tmp_path / "without", {})
+    assert "starts from" not in write_page(*without, tmp_path / "without", "x").read_text()
+
+
 def test_a_study_of_no_runs_has_a_page(tmp_path: Path) -> None:
     study, runs = a_study(tmp_path, {})
     assert "from 0 of 16 runs" in write_page(study, runs, tmp_path / "page", "x").read_text()

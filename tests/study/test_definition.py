@@ -153,6 +153,16 @@ def test_metrics_are_means_and_differences() -> None:
         ({"run": "finetune vqa from=x"}, "study.yaml: grid 2: flops_of counts the operations of pretrain alone"),
         ({"arms": {8: None}}, "study.yaml: arms: expected a mapping"),
         ({"metrics": {"R@1": {"mean": ["a"], "as": "gaussian nats"}}}, "metric R@1: as: gaussian nats compares two"),
+        ({"first": {"options": {}}}, "study.yaml: first: the key told is missing"),
+        ({"first": {"told": "x", "options": {"folder": "y"}}}, "study.yaml: first: folder is not for a study's file"),
+        (
+            {"first": {"told": "x", "options": {}}, "run": "pretrain from=best.ckpt"},
+            "study.yaml: first: few has a from= of its own",
+        ),
+        (
+            {"first": {"told": "x", "options": {}}, "arms": {"first": None}, "grid": [{"arms": ["first"]}]},
+            "study.yaml: first: an arm has this name, too",
+        ),
         ({"run": "pretrain encoders=${oc.env:NOT_THERE_AT_ALL}"}, "Environment variable 'NOT_THERE_AT_ALL' not found"),
     ],
 )
@@ -220,3 +230,20 @@ def test_the_papers_arm_is_the_papers_whatever_the_built_in_recipe_takes(
     assert differs <= {"mask_block", "decoder_layers", "weight_mlm", "contrast_dim", "pixel_loss", "rerank_k"}
     assert composed.model.backbone.init_args.query_positions is False
     assert composed.data.init_args.source.init_args.relations == 0
+
+
+def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
+    first = {"told": "masked words alone", "options": {"data.steps": 9, "model.task.weight_itc": 0}}
+    blocks = [{"arms": ["few"]}, {"arms": ["all"], "seeds": [1, 4]}]
+    study = read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []}))
+    runs = runs_of(study, tmp_path)
+    assert [run.name for run in runs] == ["first-s0", "first-s1", "first-s4", "few-s0", "few-s1", "all-s1", "all-s4"]
+    assert runs[1].command[5:] == (
+        "--folder", str(tmp_path / "first-s1"), "--data.steps=9", "--model.lr=0.1", "--model.task.weight_itc=0",
+        "--seed_everything=1",
+    )  # fmt: skip
+    assert [run.start for run in runs[:3]] == [None] * 3
+    assert runs[4].start == tmp_path / "first-s1" / "last.ckpt"
+    assert runs[4].command[5:7] == (f"from={runs[4].start}", "--folder")
+    assert runs[4].about["command"] == [*runs[4].command[2:]]  # another start is another run
+    assert study.told(study.first) == "masked words alone"

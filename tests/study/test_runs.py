@@ -86,6 +86,19 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
     assert signal.getsignal(signum) == before
 
 
+def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path) -> None:
+    first = [run(tmp_path / "first", ENDS, 0), run(tmp_path / "first", FAILS, 1)]
+    others = [run(tmp_path / "other", ENDS, each.seed)._replace(start=each.folder / "last.ckpt") for each in first]
+    assert [each.waits_for for each in others] == ["all-s0", "all-s1"]
+    ended = list(Runner(4).make([*others, *first]))
+    assert {each.run.folder for each in ended[:2]} == {each.folder for each in first}
+    assert {(each.run.seed, each.code) for each in ended[2:]} == {(0, 0), (1, ExitCode.MISSING_INPUT)}
+    assert not others[1].folder.exists()
+    (said,) = (each.why for each in ended[2:] if each.code)
+    assert said == "exit status 66: all-s1, which it starts from, is not finished"
+    assert others[0].waits_for is None
+
+
 def test_a_folder_of_another_run_is_not_taken(tmp_path: Path) -> None:
     list(Runner(1).make([run(tmp_path, ENDS)]))
     check_same_run(run(tmp_path, ENDS))

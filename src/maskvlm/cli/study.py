@@ -64,6 +64,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if not 0 <= options.task < len(chosen):
             raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
         run = chosen[options.task]
+        if run.waits_for is not None:
+            todo = "Submit the study again once it is"
+            raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
         run.note(run.seconds or 0.0)
         os.execv(sys.executable, run.command)
     if options.submit:
@@ -71,9 +74,12 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         words += ["--where", options.where] if options.where else []
         from maskvlm.cli.slurm import submit_array
 
-        print(
-            submit_array(root, composed_run(chosen[0].command), words, len(chosen), options.jobs, allowed), flush=True
-        )
+        # the tasks of an array begin in any order: at first only those that the others start from, which come first
+        first = [run for run in chosen if run.start is None]
+        ready = first if any(run.waits_for is not None for run in chosen) else chosen
+        print(submit_array(root, composed_run(ready[0].command), words, len(ready), options.jobs, allowed), flush=True)
+        if len(ready) < len(chosen):
+            print(f"the other {len(chosen) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
     if options.page_only:  # also while the study is being made
         tell_page(study, every, options.page or root, options.file)
@@ -123,7 +129,7 @@ def study_file(name: str) -> str:
 def chosen_runs(
     study: Study, runs: Sequence["StudyRun"], cells: Sequence[str], seeds: Sequence[int]
 ) -> list["StudyRun"]:
-    """Those of these cells and seeds; empty: all.
+    """Those of these cells and seeds, empty: all, with the runs that they start from.
 
     Raises:
         UserError: there is no such cell, or no run of them.
@@ -136,7 +142,8 @@ def chosen_runs(
     if not found:
         known = ", ".join(map(str, sorted({run.seed for run in runs})))
         raise UserError("--seeds", "no run has these", f"There are: {known}")
-    return found
+    starts = {run.start.parent for run in found if run.start is not None}
+    return [run for run in runs if run in found or run.folder in starts]
 
 
 def composed_run(command: Sequence[str]) -> list[str]:
@@ -158,7 +165,9 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
 
     for run in {run.cell.name: run for run in runs if not run.finished}.values():
         try:
-            run_command(Parsed, composed_run(run.command), allowed)
+            # without what it starts from, which is perhaps not made yet
+            command = [word for word in run.command if word != f"from={run.start}"]
+            run_command(Parsed, composed_run(command), allowed)
         except UserError as error:
             raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error
 
@@ -176,7 +185,7 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
         spent += ended.seconds
         console.print(line_of(ended, done, len(missing), spent, jobs), highlight=False, markup=False, soft_wrap=True)
         worst = worst or (ended.code if ended.code >= 0 else 128 - ended.code)
-        if not told and (metrics := ended.run.metrics):
+        if not told and ended.run.cell is not study.first and (metrics := ended.run.metrics):
             told = True
             for line in unknown_keys(study, metrics):
                 print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -9,6 +9,9 @@ seeds: 5                                     # 0 to 4, or a list
 arms:
   contrast: {told: contrast alone, options: {model.task.weight_itm: 0}}
   all: {told: all four losses}
+first:                                       # made once for each seed; the other runs start from its last weights
+  told: masked words alone
+  options: {data.steps: 600, model.task.weight_itc: 0, model.task.weight_itm: 0, model.task.weight_mim: 0}
 grid:                                        # which arms on what
 - {arms: [contrast, all]}
 - {arms: [contrast, all], fraction: 0.25}    # of the training images
@@ -60,11 +63,12 @@ SCHEMA = Record(
     },
     {
         "title": SENTENCE, "about": Text(5000), "options": OPTIONS, "seeds": SEEDS,
-        "grid": Listed(Tree(), 200, 1), "columns": Listed(SENTENCE, 50),
+        "grid": Listed(Tree(), 200, 1), "columns": Listed(SENTENCE, 50), "first": Tree(),
     },
     ExitCode.USAGE,
 )  # fmt: skip
 ARM = Record({}, {"told": SENTENCE, "options": OPTIONS, "run": Text(1000)}, ExitCode.USAGE)
+FIRST_RUN = Record({"told": SENTENCE, "options": Entries(Tree())}, {}, ExitCode.USAGE)
 BLOCK = Record(
     {"arms": Listed(NAME, 200, 1)},
     {"fraction": Real(0, 1), "flops_of": NAME, "options": OPTIONS, "seeds": SEEDS},
@@ -90,6 +94,8 @@ QUESTION = Record(
 )
 PAIR = Record({"better": CELL, "than": CELL}, {}, ExitCode.USAGE)
 TODO = "See docs/studies.md"
+FIRST = "first"
+"""The name of the cell that all the others start from."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,8 @@ class Study:
             in: for people.
         arms: name -> what it is, for people.
         columns: names of the metrics that the table shows.
+        first: made once for each seed before all others, which start from its last weights; None: they start as their
+            command says.
     """
 
     name: str
@@ -197,6 +205,7 @@ class Study:
     metrics: Mapping[str, Metric]
     columns: tuple[str, ...]
     questions: tuple[Claim, ...]
+    first: Cell | None = None
 
     def cell(self, name: str) -> Cell:
         """By its name. Raises KeyError."""
@@ -234,6 +243,7 @@ def read_study(file: str, where: str | None = None) -> Study:
     }
     runs = {name: _words(arm.get("run", told["run"]), f"{file}: run", where) for name, arm in arms.items()}
     cells = tuple(_cells(told, arms, runs, file))
+    first = _first(told, cells, file, where)
     questions = tuple(
         _question(each, cells, metrics, f"{file}: question {number}")
         for number, each in enumerate(told["questions"], 1)
@@ -244,7 +254,8 @@ def read_study(file: str, where: str | None = None) -> Study:
     return Study(
         told["name"], told.get("title", told["name"]), told.get("about", ""),
         written["run"],
-        {name: arm.get("told", name) for name, arm in arms.items()}, cells, metrics, columns, questions,
+        {name: arm.get("told", name) for name, arm in arms.items()} | ({FIRST: told["first"]["told"]} if first else {}),
+        cells, metrics, columns, questions, first,
     )  # fmt: skip
 
 
@@ -284,6 +295,31 @@ def _metric(name: str, told: Mapping[str, Any]) -> Metric:
     return Metric(name, tuple(told["mean"]), minus, otherwise, unit, lower, gaussian)
 
 
+def _first(told: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machine: str | None) -> Cell | None:
+    """The run that the others start from, once for each of their seeds."""
+    if "first" not in told:
+        return None
+    where = f"{file}: first"
+    read = FIRST_RUN.read(told["first"], where, TODO)
+    for cell in cells:
+        if cell.arm == FIRST:
+            raise UserError(where, "an arm has this name, too", "Give the arm another name")
+        if any(word.startswith("from=") for word in cell.run):
+            raise UserError(where, f"{cell.name} has a from= of its own", "Leave out one of the two")
+    options = (told.get("options") or {}) | read["options"]
+    _check_keys(options, where)
+    seeds = dict.fromkeys(seed for cell in cells for seed in cell.seeds)
+    words = _words(told["run"], f"{file}: run", machine)
+    return Cell(FIRST, 1.0, "", tuple((key, as_text(value)) for key, value in options.items()), tuple(seeds), words)
+
+
+def _check_keys(options: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for an option that a file may not give."""
+    for key in options:
+        if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
+            raise _not_for_files(where, key)
+
+
 def _cells(
     told: Mapping[str, Any], arms: Mapping[str, Any], runs: Mapping[str, tuple[str, ...]], file: str
 ) -> Iterator[Cell]:
@@ -300,9 +336,7 @@ def _cells(
             raise UserError(where, "flops_of counts the operations of pretrain alone", "Give data.steps")
         for arm in block["arms"]:
             options = (told.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
-            for key in options:
-                if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
-                    raise _not_for_files(f"{where}: {arm}", key)
+            _check_keys(options, f"{where}: {arm}")
             cell = Cell(
                 arm, float(block.get("fraction", 1.0)), block.get("flops_of", ""),
                 tuple((key, as_text(value)) for key, value in options.items()),

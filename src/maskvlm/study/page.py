@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from maskvlm.reporting.curves import BLUE, GREY, ORANGE
 from maskvlm.study.analysis import Answer, Interval, answer, frame_of, interval, values_of
-from maskvlm.study.definition import Metric, Study
+from maskvlm.study.definition import FIRST, Metric, Study
 from maskvlm.study.runs import StudyRun
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.whole_files import whole_file
@@ -76,6 +76,9 @@ def text_of(
         "interval says so; of forty claims without any difference one is expected to hold by chance.",
         "",
     ]  # fmt: skip
+    if study.first is not None:
+        own = " ".join(f"--{key}={value}" for key, value in study.first.options)
+        lines += [f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`).", ""]
     if answers:
         lines += ["## Claims", "", "| | claim | ahead by | verdict |", "|---|---|---|---|"]
         for number, each in enumerate(answers, 1):

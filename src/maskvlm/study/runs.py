@@ -35,12 +35,14 @@ class StudyRun(NamedTuple):
     Attributes:
         folder: where it lies.
         command: what makes it, or goes on with it.
+        start: the weights of another run of the study that it starts from; None: it starts as its command says.
     """
 
     cell: Cell
     seed: int
     folder: Path
     command: tuple[str, ...]
+    start: Path | None = None
 
     @property
     def name(self) -> str:
@@ -51,6 +53,12 @@ class StudyRun(NamedTuple):
     def finished(self) -> bool:
         """Whether it has come to its end, and was measured."""
         return finished(self.folder) is not None and self.metrics is not None
+
+    @property
+    def waits_for(self) -> str | None:
+        """The name of the run that has to be finished before this one; None where nothing is in its way."""
+        waits = self.start is not None and finished(self.start.parent) is None
+        return self.start.parent.name if waits and self.start is not None else None
 
     @property
     def metrics(self) -> dict[str, float] | None:
@@ -82,7 +90,7 @@ def root_of(study: Study) -> Path:
 
 
 def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
-    """All of a study, seed by seed, so that every arm has its first seed early.
+    """All of a study: what the others start from, then seed by seed, so that every arm has its first seed early.
 
     Args:
         root: folder of the study.
@@ -94,18 +102,21 @@ def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
     steps = {cell.name: budget_in_steps(study, cell, root) if counted else None for cell in study.cells}
     every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
-    return [_run(cell, seed, steps[cell.name], root) for seed, cell in order]
+    first = {seed: _run(study.first, seed, None, root) for seed in study.first.seeds} if study.first else {}
+    starts = {seed: run.folder / "last.ckpt" for seed, run in first.items()}
+    return [*first.values(), *(_run(cell, seed, steps[cell.name], root, starts.get(seed)) for seed, cell in order)]
 
 
-def _run(cell: Cell, seed: int, steps: int | None, root: Path) -> StudyRun:
+def _run(cell: Cell, seed: int, steps: int | None, root: Path, start: Path | None = None) -> StudyRun:
     folder = root / f"{cell.name}-s{seed}"
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
     # One word each: a value that looks like an option stays a value.
     words = [f"--{key}={value}" for key, value in options.items()]
-    command = (sys.executable, "-m", "maskvlm", *cell.run, "--folder", str(folder), *words)
-    return StudyRun(cell, seed, folder, command)
+    begin = (f"from={start}",) if start is not None else ()
+    command = (sys.executable, "-m", "maskvlm", *cell.run, *begin, "--folder", str(folder), *words)
+    return StudyRun(cell, seed, folder, command, start)
 
 
 def check_same_run(run: StudyRun) -> None:
@@ -152,17 +163,21 @@ class Runner:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def make(self, runs: Sequence[StudyRun]) -> Iterator[Ended]:
-        """Make those that are not finished; yields each as it ends. On Ctrl-C or SIGTERM the runs are asked to save and
-        to end, and nothing new is begun."""
+        """Make those that are not finished, what others start from before these; yields each as it ends. On Ctrl-C or
+        SIGTERM the runs are asked to save and to end, and nothing new is begun."""
+        waves = [[run for run in runs if run.start is None], [run for run in runs if run.start is not None]]
         with ThreadPoolExecutor(self.jobs) as pool, on_signals(self.stop):
-            pending = {pool.submit(self._one, run) for run in runs if not run.finished}
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (ended for each in done if (ended := each.result()) is not None)
+            for wave in waves:
+                pending = {pool.submit(self._one, run) for run in wave if not run.finished}
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (ended for each in done if (ended := each.result()) is not None)
 
     def _one(self, run: StudyRun) -> Ended | None:
         if self.stopping.is_set():
             return None
+        if run.waits_for is not None:
+            return Ended(run, ExitCode.MISSING_INPUT, f"{run.waits_for}, which it starts from, is not finished", 0.0)
         before, start = run.seconds or 0.0, time.monotonic()
         run.note(before)
         threads = str(max(1, cores() // self.jobs))
