@@ -185,6 +185,13 @@ def test_the_front_door_knows_the_methods_that_there_are() -> None:
     assert [command.name for command in REGISTRY if command.group == ASK and command.named] == list(METHODS)
 
 
+def test_what_a_named_model_knows_is_told_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, image = str(place / "best.ckpt"), str(place / "0.png")
+    assert main(["match", "--from", source, image, TEXT, "a blue star"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert told == [f"{source}: {PretrainedMaskVLM.from_pretrained(source).knows}"]
+
+
 def test_what_moves_the_cursor_is_not_printed() -> None:
     """Texts of an index may be anybody's."""
     assert answer_line({"origin": "x\x1b[31my", "rank": 1}) == "x\ufffd[31my  1"

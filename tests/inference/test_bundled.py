@@ -136,9 +136,10 @@ def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys
     with warnings.catch_warnings():
         warnings.simplefilter("error", FarFromTraining)  # a line, not Python's warning
         assert main(["match", "--from", DEFAULT, photo, "a horse"]) == 0
-    first, second = capsys.readouterr().err.splitlines()
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: this image is unlike those that the model was trained on: ")
     assert second == "warning: words that the model's tokenizer does not know: horse; take the answers with care"
+    assert third.startswith(f"{DEFAULT}: It knows drawn scenes alone (at most ")
 
 
 def test_a_folder_of_half_precision_is_half_as_large_and_loads(tmp_path: Path, model: PretrainedMaskVLM) -> None:

@@ -46,6 +46,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     if any(word.partition("=")[0] == "--hide" for word in arguments):
         print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
     check_image_first(method, options.inputs)
+    named = options.source is not None
     options.source = options.source or default_model("asked")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     # What a task brings is known only once its checkpoint is loaded.
@@ -53,6 +54,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     with told_after(model):
         for answer in known.ask(model, options.inputs, options):
             print(json.dumps(answer, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
+    if named:  # of the model that comes along it was said
+        print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
     return 0
 
 

@@ -41,7 +41,7 @@ from maskvlm.inference.hf_config import (
     evaluation_beside,
     write_beside,
 )
-from maskvlm.inference.model_card import UNNAMED, KnownSet, model_card
+from maskvlm.inference.model_card import UNNAMED, KnownSet, limits, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import chunks
@@ -137,6 +137,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         # The modules hold the tensors by now: what is kept of the origin is its history.
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
+
+    @property
+    def knows(self) -> str:
+        """What it was trained on and so knows, in a sentence, as far as the checkpoint tells."""
+        return limits(self.config.lineage or [])
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor:
         """As of `Asked`. The first image that is unlike the training data is warned of, where a method is asked about
