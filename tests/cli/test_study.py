@@ -69,6 +69,15 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     assert "wrote elsewhere/README.md (2 of 2 runs)" in capfd.readouterr().out
     assert (place / "elsewhere" / "runs.csv").is_file()
     assert not (runs / "README.md").exists()
+    # on another machine a page has them
+    for folder in runs.glob("*-s3"):
+        folder.rename(place / folder.name)
+    assert main(["study", "toy.yaml", "--page", "page"]) == 0
+    said = capfd.readouterr().out
+    assert "0 to make" in said
+    assert "wrote page/README.md (2 of 2 runs)" in said
+    for folder in place.glob("*-s3"):
+        folder.rename(runs / folder.name)
     # another option of a run that is there
     (place / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"options": SMALL | {"model.lr": 0.1}}))
     assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE

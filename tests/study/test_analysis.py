@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from study.test_definition import STUDY, written
 
 from maskvlm.study.analysis import answer, frame_of, interval, lead, values_of, verdict_by
 from maskvlm.study.definition import Comparison, Study, read_study
+from maskvlm.study.earlier import earlier_runs
 from maskvlm.study.page import write_page
 from maskvlm.study.runs import StudyRun
+from maskvlm.utils.errors import UserError
 
 MORE = {"claim": "It grows.", "better": "all@0.25", "than": "few", "more_than": {"better": "all", "than": "few"}}
 
@@ -152,6 +155,48 @@ def test_the_page_says_what_all_runs_start_from(tmp_path: Path) -> None:
     (tmp_path / "without").mkdir()
     without = a_study(tmp_path / "without", {})
     assert "starts from" not in write_page(*without, tmp_path / "without", "x").read_text()
+
+
+def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    study, runs = a_study(tmp_path / "there", {"few": [10, 11], "all": [20, 21.5]})
+    page = write_page(study, runs, tmp_path / "page", "x").parent
+    (tmp_path / "here").mkdir()
+    _, here = a_study(tmp_path / "here", {"few": [10.5]})
+    earlier = earlier_runs(page, here)
+    assert set(earlier) == {"few-s0", "few-s1", "all-s0", "all-s1"}
+    assert earlier["all-s1"].metrics == {"a": 20.5, "b": 22.5}
+    assert earlier["all-s1"].sha256 == hashlib.sha256((runs[5].folder / "metrics.json").read_bytes()).hexdigest()
+    frame = frame_of(study, here, earlier)
+    # The run that was made here, too, counts before the other one.
+    assert values_of(frame, "few", study.metrics["R@1"]).tolist() == [10.5, 11]
+    # Written again, the table is the same, but for that run.
+    again = write_page(study, here, tmp_path / "again", "x", earlier).with_name("runs.csv").read_text().splitlines()
+    before = (page / "runs.csv").read_text().splitlines()
+    assert [line for line in again if not line.startswith("few-s0")] == [
+        line for line in before if not line.startswith("few-s0")
+    ]
+    # Made by another command it is another run.
+    others = [run._replace(cell=replace(run.cell, options=(("model.lr", "1"),))) for run in here]
+    assert earlier_runs(page, others) == {}
+    assert earlier_runs(tmp_path / "none", here) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a,b\n1,2\n", "has no column run"),
+        ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,x\n", "is no table of runs"),
+        (b"run,hours\xff\n", "is no table of runs"),
+    ],
+)
+def test_what_is_no_table_of_runs_is_one_line(tmp_path: Path, text: str | bytes, said: str) -> None:
+    _, runs = a_study(tmp_path, {})
+    content = text if isinstance(text, bytes) else text.replace("SHA", runs[0].sha256).encode()
+    (tmp_path / "runs.csv").write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        earlier_runs(tmp_path, runs)
+    assert "\n" not in str(error.value).split("\nexit status")[0]
 
 
 def test_a_study_of_no_runs_has_a_page(tmp_path: Path) -> None:

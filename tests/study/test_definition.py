@@ -214,7 +214,7 @@ def test_the_example_of_the_page_is_a_study(tmp_path: Path) -> None:
     assert len(study.questions) == 2
 
 
-@pytest.mark.parametrize(("name", "arm"), [("claims", "all"), ("candidates", "paper")])
+@pytest.mark.parametrize(("name", "arm"), [("claims", "all"), ("recipe", "paper"), ("candidates", "paper")])
 def test_the_papers_arm_is_the_papers_whatever_the_built_in_recipe_takes(
     name: str, arm: str, monkeypatch: pytest.MonkeyPatch, stack: Callable[..., list[str]]
 ) -> None:

@@ -16,6 +16,7 @@ from maskvlm.study.definition import Study, read_study
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 if TYPE_CHECKING:
+    from maskvlm.study.earlier import Outcome
     from maskvlm.study.runs import Ended, StudyRun
 
 STUDIES = "studies"
@@ -41,6 +42,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_installed()
     study = read_study(study_file(options.file), options.where)
     # From here on with torch: what is wrong with the file has been said.
+    from maskvlm.study.earlier import earlier_runs
     from maskvlm.study.runs import check_same_run, of_study, root_of, runs_of, step_of
 
     # Options of a file are not typed: not where they are parsed or their operations are counted, and not in the runs.
@@ -81,27 +83,40 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if len(ready) < len(chosen):
             print(f"the other {len(chosen) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
+    # A page that was made elsewhere has runs that need not be made again.
+    earlier = earlier_runs(options.page, every) if options.page else {}
     if options.page_only:  # also while the study is being made
-        tell_page(study, every, options.page or root, options.file)
+        tell_page(study, every, options.page or root, options.file, earlier)
         return ExitCode.DONE
     from maskvlm.utils.lock import RunLock
 
     lock = RunLock()
     lock.take(root)
     try:
-        failed = make_runs(study, chosen, options.jobs, allowed)
-        tell_page(study, every, options.page or root, options.file)
+        failed = make_runs(study, without(chosen, earlier), options.jobs, allowed)
+        tell_page(study, every, options.page or root, options.file, earlier)
     finally:
         lock.release()
     return failed
 
 
-def tell_page(study: Study, runs: "Sequence[StudyRun]", folder: Path, file: str) -> None:
+def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> list["StudyRun"]:
+    """The runs that no page has, and what they start from."""
+    starts = {run.start.parent for run in runs if run.start is not None}
+    left = [run for run in runs if run.name not in earlier and run.folder not in starts]
+    needed = {run.start.parent for run in left if run.start is not None and not run.finished}
+    return [run for run in runs if run in left or run.folder in needed]
+
+
+def tell_page(
+    study: Study, runs: Sequence["StudyRun"], folder: Path, file: str, earlier: Mapping[str, "Outcome"]
+) -> None:
     """Write the page, and say where it is."""
     from maskvlm.study.page import write_page  # with packages that only a study needs
 
-    page = write_page(study, runs, folder, f"maskvlm study {file}")
-    print(f"wrote {page} ({sum(run.finished for run in runs)} of {len(runs)} runs)", flush=True)
+    page = write_page(study, runs, folder, f"maskvlm study {file}", earlier)
+    there = sum(run.finished or run.name in earlier for run in runs)
+    print(f"wrote {page} ({there} of {len(runs)} runs)", flush=True)
 
 
 def check_installed() -> None:

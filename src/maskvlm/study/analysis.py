@@ -1,7 +1,7 @@
 """What a study's runs say: means with intervals, differences paired by seed, a verdict on each claim."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,11 +9,10 @@ import pandas as pd
 from scipy import stats
 
 from maskvlm.study.definition import Claim, Comparison, Metric, Study
+from maskvlm.study.earlier import FACTS, OF_STUDY, Outcome
 from maskvlm.study.runs import METRICS, StudyRun
 
 CONFIDENCE = 0.95
-OF_STUDY = "study: "
-"""Before the names of a study's own metrics in `runs.csv`; the others are keys of metrics.json."""
 Verdict = Literal["holds", "does not hold", "undecided"]
 
 
@@ -47,22 +46,34 @@ class Answer(NamedTuple):
     verdict: Verdict
 
 
-def frame_of(study: Study, runs: Sequence[StudyRun]) -> pd.DataFrame:
-    """One row for each finished run: what it was, what it took, every metric of its metrics.json, and the study's."""
+def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outcome] | None = None) -> pd.DataFrame:
+    """One row for each finished run: what it was, what it took, every metric of its metrics.json, and the study's.
+
+    Args:
+        earlier: what runs gave that were made elsewhere, by name; a run that is here counts before it.
+    """
     rows = []
     for run in runs:
-        metrics = run.metrics
-        if metrics is None:
+        found = outcome_of(run) or (earlier or {}).get(run.name)
+        if found is None:
             continue
-        content = (run.folder / METRICS).read_bytes()
-        facts = {
-            "run": run.name, "cell": run.cell.name, "arm": run.cell.arm, "fraction": run.cell.fraction,
-            "seed": run.seed, "hours": (run.seconds or float("nan")) / 3600,
-            "metrics_sha256": hashlib.sha256(content).hexdigest(),
-        }  # fmt: skip
+        told = (
+            run.name, run.cell.name, run.cell.arm, run.cell.fraction, run.seed, found.hours, run.sha256, found.sha256,
+        )  # fmt: skip
+        facts = dict(zip(FACTS, told, strict=True))
         # Prefixed: a study may call a metric by the name of a key, or of a fact.
-        rows.append(facts | {OF_STUDY + name: metric.of(metrics) for name, metric in study.metrics.items()} | metrics)
+        own = {OF_STUDY + name: metric.of(found.metrics) for name, metric in study.metrics.items()}
+        rows.append(facts | own | dict(found.metrics))
     return pd.DataFrame(rows)
+
+
+def outcome_of(run: StudyRun) -> Outcome | None:
+    """What a run gave that is finished here; None for another one."""
+    metrics = run.metrics
+    if metrics is None:
+        return None
+    content = (run.folder / METRICS).read_bytes()
+    return Outcome((run.seconds or float("nan")) / 3600, metrics, hashlib.sha256(content).hexdigest())
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -5,7 +5,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,20 +15,28 @@ from matplotlib.figure import Figure
 from maskvlm.reporting.curves import BLUE, GREY, ORANGE
 from maskvlm.study.analysis import Answer, Interval, answer, frame_of, interval, values_of
 from maskvlm.study.definition import FIRST, Metric, Study
+from maskvlm.study.earlier import RUNS, Outcome
 from maskvlm.study.runs import StudyRun
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.whole_files import whole_file
 
-PAGE, RUNS = "README.md", "runs.csv"
+PAGE = "README.md"
 COLOUR = {"holds": BLUE, "does not hold": ORANGE, "undecided": GREY}
 
 
-def write_page(study: Study, runs: Sequence[StudyRun], folder: Path, command: str) -> Path:
+def write_page(
+    study: Study,
+    runs: Sequence[StudyRun],
+    folder: Path,
+    command: str,
+    earlier: Mapping[str, Outcome] | None = None,
+) -> Path:
     """Write the page, its plots and `runs.csv` from the runs that are finished.
 
     Args:
         folder: where to, made where needed.
         command: what makes the study, for the page.
+        earlier: what runs gave that were made elsewhere, by name.
 
     Returns:
         the page.
@@ -36,7 +44,7 @@ def write_page(study: Study, runs: Sequence[StudyRun], folder: Path, command: st
     Raises:
         UserError: it cannot be written (73, or 74 for a full disk).
     """
-    frame = frame_of(study, runs)
+    frame = frame_of(study, runs, earlier)
     answers = [answer(frame, question) for question in study.questions]
     measured = [each for each in answers if any(one.ahead.values for one in each.compared)]
     open_claims = [each for each in answers if each not in measured]

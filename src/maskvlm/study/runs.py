@@ -3,6 +3,8 @@
 A run is an ordinary run: killed, it goes on from its latest checkpoint; finished, it is read and not made again.
 """
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -77,6 +79,15 @@ class StudyRun(NamedTuple):
         """What decides its weights, to tell whether a folder holds this very run; the machine does not."""
         words = [word for word in self.command[2:] if not word.startswith("where=")]
         return {"cell": self.cell.name, "seed": self.seed, "command": words}
+
+    @property
+    def sha256(self) -> str:
+        """Of what decides its weights, wherever its folder lies. Steps that another arm's operations give stay out:
+        counted with other versions they differ by a few."""
+        words = [word for word in self.cell.run if not word.startswith("where=")]
+        start = self.start.parent.name if self.start is not None else ""
+        told = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
         """Write down what it is, and how long its processes took so far."""

@@ -1,0 +1,70 @@
+"""Runs that were made elsewhere: the rows of a page's `runs.csv`, so that a study can go on on another machine."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from maskvlm.study.runs import StudyRun
+from maskvlm.utils.errors import ExitCode, UserError
+
+RUNS = "runs.csv"
+RUN_SHA256 = "run_sha256"
+FACTS = ("run", "cell", "arm", "fraction", "seed", "hours", RUN_SHA256, "metrics_sha256")
+"""Columns of `runs.csv` that tell what a run is; after them come its metrics."""
+OF_STUDY = "study: "
+"""Before the names of a study's own metrics in `runs.csv`; the others are keys of metrics.json."""
+MOST = 50_000_000  # bytes of a file
+
+
+class Outcome(NamedTuple):
+    """What a finished run gave.
+
+    Attributes:
+        hours: of its processes; not a number where nobody counted.
+        metrics: of its metrics.json. sha256: of that file.
+    """
+
+    hours: float
+    metrics: Mapping[str, float]
+    sha256: str
+
+
+def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
+    """The runs of a study that `runs.csv` of a page's folder has, by name. Rows of other runs, or of the same name made
+    by another command, are left out.
+
+    Raises:
+        UserError: it is no such table (65).
+    """
+    path = page / RUNS
+    if not path.is_file():
+        return {}
+    todo = "Take a runs.csv that a study has written, or another folder for the page"
+    if path.stat().st_size > MOST:
+        raise UserError(path, f"is larger than {MOST // 10**6} MB", todo, ExitCode.BAD_DATA)
+    wanted = {run.name: run.sha256 for run in runs}
+    found: dict[str, Outcome] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            missing = [name for name in ("run", "hours", "metrics_sha256") if name not in (table.fieldnames or ())]
+            if missing:
+                raise UserError(path, f"has no column {missing[0]}", todo, ExitCode.BAD_DATA)
+            for row in table:
+                if wanted.get(row["run"]) == row.get(RUN_SHA256):
+                    found[row["run"]] = _outcome(row)
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise UserError(path, f"is no table of runs ({error})", todo, ExitCode.BAD_DATA) from None
+    return found
+
+
+def _outcome(row: Mapping[str | None, str]) -> Outcome:
+    """Raises ValueError for what is no number."""
+    numbers = {
+        key: int(value) if value.isdigit() else float(value)
+        for key, value in row.items()
+        if key is not None and value and key not in FACTS and not key.startswith(OF_STUDY)
+    }
+    return Outcome(float(row["hours"] or math.nan), numbers, row["metrics_sha256"])
