@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
+from maskvlm.model.cross_attention import Context
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import EVAL_SEED, Classification, LabelPrediction, predict_labels, top_labels
@@ -23,7 +24,7 @@ from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.utils.distributed import Draw, shared_count
 from maskvlm.utils.errors import check_least
-from tasks.vqa.decoder import AnswerDecoder, Question
+from tasks.vqa.decoder import AnswerDecoder
 from tasks.vqa.metric import accuracy
 
 
@@ -100,7 +101,7 @@ class Vqa(Classification):
         """Binary cross-entropy of every answer with its soft target, summed (C, Teney et al. 2018 and METER)."""
         return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1)
 
-    def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Question:
+    def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Context:
         """Images and questions through the encoders, the cross encoders and the fusion block."""
         # (B, 1, 3, H, W) -> (B, 3, H, W); unreadable images and noise are not cached (-1).
         image_BCHW, row_B = batch.image_BPCHW[:, 0], batch.index_B.masked_fill(~batch.valid_B, -1)

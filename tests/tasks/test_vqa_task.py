@@ -17,13 +17,13 @@ from toys import CLS, LENGTH, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_atten
 
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.data.text import train_tokenizer
+from maskvlm.model.cross_attention import Context
 from maskvlm.model.encoders import TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.task import Prediction
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
-from tasks.vqa.decoder import Question
 from tasks.vqa.task import Vqa, shortened
 
 ANSWERS = [[7], [8, 9], [7, 9, 11], [30], [8], [31, 32]]
@@ -43,7 +43,7 @@ def noise(rows: int = 4, **settings: Any) -> ExampleBatch:
     return batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double())
 
 
-def asked(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Question:
+def asked(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Context:
     return task.read(backbone, batch, task.uniform)
 
 
@@ -176,7 +176,7 @@ def test_writing_stops_at_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None
     forbidden (the first of equals is written in its place) and the length is used up."""
     backbone, task = build(answer_length=6)
 
-    def said(self: object, backbone: MaskVLM, question: Question, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+    def said(self: object, backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
         steps = token_AS.shape[1]
         logits_ASV = torch.zeros(2, steps, VOCAB)
         logits_ASV[0, :, {1: 5, 2: SEP}.get(steps, 11)] = 1.0
@@ -350,7 +350,7 @@ def test_an_answer_that_was_learned_is_given_both_ways(decode: Any) -> None:
     token_KS, _ = task.vocabulary(backbone)
     spelt = token_KS[1].tolist()
 
-    def said(backbone: MaskVLM, question: Question, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+    def said(backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
         logits_ASV = torch.zeros(*token_AS.shape, 120)
         for at in range(token_AS.shape[1]):
             logits_ASV[:, at, spelt[min(at + 1, len(spelt) - 1)]] = 9.0

@@ -251,14 +251,13 @@ def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
         raise UserError(
             method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
         )
-    form = f"{found.images} image{'s' if found.images > 1 else ''} and a {found.text}"
 
     def ask(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-        take(inputs, form, found.images + 1, found.images + 1, method)
+        take(inputs, found.form, found.inputs, found.inputs, method)
         answer = getattr(model, method)(*inputs)
         yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
 
-    return ShellMethod(form, found.told, ask)
+    return ShellMethod(found.form, found.told, ask)
 
 
 METHODS: dict[str, ShellMethod] = {

@@ -295,7 +295,8 @@ class TaskTab:
         # The image on the left is the first; boxes beyond the task's number stay hidden.
         updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(self.places, 1)}
         label, line = loaded.method.text.capitalize(), f"{self.run.shown}: {loaded.method.told}."
-        return {self.told: answers.note(line), self.text: gr.update(label=label), **updates, self.started: True}
+        box = gr.update(label=label, visible=bool(label))
+        return {self.told: answers.note(line), self.text: box, **updates, self.started: True}
 
     def drawn(self, loaded: Loaded, number: int, mask: Any, other: str) -> dict[Any, Any]:
         """An example of the task's data, its first image and its text on the desk."""
@@ -330,9 +331,9 @@ class TaskTab:
         images = [self.desk.open(path)]
         # Boxes that are hidden may still hold images of an example before.
         images += [self.desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
-        example = (*images, input_limits.checked_text(words, loaded.method.text))
+        asked = [input_limits.checked_text(words, loaded.method.text)] if loaded.method.text else []
         with torch.no_grad():
-            (found,) = loaded.method.run(loaded.model.task, loaded.model, [example])
+            (found,) = loaded.method.run(loaded.model.task, loaded.model, [(*images, *asked)])
         own = said[0] and said[1] == digest(images[0])  # other tabs change the image, too
         known = answers.note(f"The example's own answer: {said[0]}") if own else ""
         return {self.answer: answers.decided(found) + known}

@@ -166,7 +166,8 @@ class Asked(nn.Module):
         """A caption written from nothing: all words masked, then the most certain one filled in again and again.
 
         Captions of several lengths (in tokens) are written so, and the one that matches the image best is given
-        (mask-predict, Ghazvininejad et al. 2019).
+        (mask-predict, Ghazvininejad et al. 2019). A checkpoint that was fine-tuned for captioning writes from left to
+        right with the decoder of that task, and asks for no lengths.
 
         Args:
             lengths: in tokens, without start and end; those that are longer than the model reads are passed over.
@@ -174,6 +175,11 @@ class Asked(nn.Module):
         Raises:
             UserError: none of the lengths can be read.
         """
+        own = self.task.methods.get("caption")
+        if own is not None:
+            given, single = as_list(image)
+            written = [str(answer[0]) for answer in own.run(self.task, self, [(each,) for each in given])]
+            return written[0] if single else written
         # The start and the end token take two places.
         longest = self.backbone.text.text_length - 2
         lengths = lengths if isinstance(lengths, Iterable) else [lengths]

@@ -305,7 +305,8 @@ def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
 
     images = ["image"] if method.images == 1 else [f"image_{number}" for number in range(1, method.images + 1)]
     kind = inspect.Parameter.POSITIONAL_ONLY
-    parameters = [inspect.Parameter(each.replace(" ", "_"), kind) for each in (*images, method.text)]
+    named = [*images, *([method.text] if method.text else [])]
+    parameters = [inspect.Parameter(each.replace(" ", "_"), kind) for each in named]
     asked.__name__ = asked.__qualname__ = name
     told = "Each input is a single one or a list; a single one goes with every row of the others."
     asked.__doc__ = f"{method.told[0].upper()}{method.told[1:]}.\n\n{told}"
@@ -316,9 +317,8 @@ def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
     """A method of the task: its images and its text, each a single one or a list."""
     method = model.task.methods[name]
-    if len(inputs) != method.images + 1:
-        needs = f"{method.images} image{'s' if method.images > 1 else ''} and a {method.text}"
-        raise UserError(name, f"{len(inputs)} inputs", f"Give {needs}")
+    if len(inputs) != method.inputs:
+        raise UserError(name, f"{len(inputs)} inputs", f"Give {method.form}")
     lists = [as_list(given) for given in inputs]
     size = max(len(rows) for rows, _ in lists)
     if not all(rows for rows, _ in lists):

@@ -130,6 +130,13 @@ class CrossBlock(nn.Module):
         # Post-norm (R): each sum is normalised.
         return self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
 
+    def attend_past(self, x_BLD: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """`attend_self` of positions that follow others and see them and each other: the features, and keys and values
+        of all of them. past: of the earlier positions; None where there are none."""
+        own = self.self_attention.keys_values(x_BLD)
+        known = own if past is None else KeyValue(*(torch.cat(pair, 2) for pair in zip(past, own, strict=True)))
+        return self.norms[0](x_BLD + self.dropout(self.self_attention(x_BLD, known, None))), known
+
     def attend_other(
         self,
         x: Tensor,

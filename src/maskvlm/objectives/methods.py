@@ -9,9 +9,9 @@ class Method(NamedTuple):
 
     Attributes:
         run: (task, model, examples) -> answers, one an example; an example is its images followed by its text. An
-            answer is a NamedTuple whose first entry is what a person wants to read.
+            answer is a NamedTuple whose first entry is what a person wants to read, and whose second is a probability.
         images: how many an example has.
-        text: what the text is called, such as `question`.
+        text: what the text is called, such as `question`; "" where an example has none.
         told: one line of help.
     """
 
@@ -19,3 +19,14 @@ class Method(NamedTuple):
     images: int
     text: str
     told: str
+
+    @property
+    def form(self) -> str:
+        """What an example is made of, in words."""
+        images = f"{self.images} image{'s' if self.images > 1 else ''}"
+        return f"{images} and a {self.text}" if self.text else images
+
+    @property
+    def inputs(self) -> int:
+        """How many parts an example has."""
+        return self.images + bool(self.text)
