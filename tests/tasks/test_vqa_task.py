@@ -11,9 +11,8 @@ import pytest
 import slow_step
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from toy_examples import LABELS, example, example_batch, matters, take_examples
-from toys import CLS, LENGTH, SEP, VOCAB, WIDTH, slow_cross, tokens, torch_attention, toy_backbone
+from toys import CLS, LENGTH, SEP, VOCAB, WIDTH, slow_causal_block, slow_cross, tokens, toy_backbone
 
 from maskvlm.data.examples import ExampleBatch
 from maskvlm.data.text import train_tokenizer
@@ -60,20 +59,8 @@ def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, sai
     words = head.words(backbone.text.model.get_input_embeddings()(torch.tensor(said)))
     x = head.norm(words + head.position_SD[: len(said)])
     for number in range(len(head.decoder.blocks)):
-        x = causal_block(head.decoder.blocks[number], x, fused_TD)
+        x = slow_causal_block(head.decoder.blocks[number], x, fused_TD)
     return head.tokens(x[-1])
-
-
-def causal_block(block: Any, x: Tensor, context: Tensor) -> Tensor:
-    """One block written out; every position is computed from the positions up to it alone."""
-    own, other = torch_attention(block.self_attention), torch_attention(block.cross_attention)
-    rows = []
-    for at in range(len(x)):
-        past = x[: at + 1]
-        y = block.norms[0](x[at : at + 1] + own(x[at : at + 1], past, past)[0])
-        y = block.norms[1](y + other(y, context, context)[0])
-        rows.append(block.norms[2](y + block.feed_forward[2](F.gelu(block.feed_forward[0](y)))))
-    return torch.cat(rows)
 
 
 # ---------------------------------------------------------------------- the decoder

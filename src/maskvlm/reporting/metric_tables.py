@@ -132,8 +132,9 @@ def sweep_table(metrics: Mapping[str, float]) -> Table | None:
 
 
 def tasks_of(metrics: Mapping[str, float]) -> list[str]:
-    """Prefixes of the downstream tasks that give an accuracy."""
-    found = (name.partition("/")[0] for name in metrics if name.count("/") == 1 and name.endswith("/accuracy"))
+    """Prefixes of the downstream tasks that give an accuracy, or say how many examples were measured."""
+    own = [name for name in metrics if name.count("/") == 1 and name.endswith(("/accuracy", "/examples"))]
+    found = dict.fromkeys(name.partition("/")[0] for name in own)
     return [name for name in found if name != "mlm"]
 
 
@@ -149,7 +150,9 @@ def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
     among = f" ({metrics[f'{task}/examples']:.0f} examples)" if f"{task}/examples" in metrics else ""
     names = percentages(task, metrics)
     levels = any(name + end in metrics for name in names for end in LEVELS)
-    table = _table(f"{task}{among}", ["%", "chance level"] if levels else ["%"])
+    # CIDEr of captions is a hundred times a mean, as percentages are, but no share of anything.
+    unit = "%" if f"{task}/accuracy" in metrics else "x 100"
+    table = _table(f"{task}{among}", [unit, "chance level"] if levels else [unit])
     for name in names:
         # The majority where there is one, else chance.
         known = [f"{metrics[name + end]:.1f} ({end[1:]})" for end in LEVELS if name + end in metrics]

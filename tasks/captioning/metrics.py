@@ -1,0 +1,61 @@
+"""What written captions are judged by: CIDEr-D (Vedantam et al. 2015, 1411.5726) by aac-metrics, and BLEU-1 to BLEU-4
+of the whole split (Papineni et al. 2002) by torchmetrics, each against all references of an image.
+
+Both read words as `bare_words` gives them: letters and digits in lower case, punctuation removed. That is about what
+the PTB tokenizer of the official COCO evaluation leaves, a Java program; but it keeps "t-shirt" whole and makes "man's"
+"man 's", so that figures of the official script differ slightly.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchmetrics.functional.text import bleu_score
+
+from maskvlm.utils.errors import ExitCode, UserError
+
+NGRAMS = (1, 2, 3, 4)
+_WORD = re.compile(r"[^\W_]+")
+
+
+def bare_words(text: str) -> str:
+    """The words of a text in lower case with one space between them; what is no letter and no digit separates words."""
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def usual_caption(references: Sequence[Sequence[str]]) -> str:
+    """Of all references the most frequent one by its words, the first of equals: the baseline that looks at nothing."""
+    return Counter(bare_words(text) for texts in references for text in texts).most_common(1)[0][0]
+
+
+def cider_function() -> Callable[..., Any]:
+    """`cider_d` of aac-metrics. Raises UserError (69) where that is not installed."""
+    try:
+        from aac_metrics.functional import cider_d  # with it sentence-transformers, which takes seconds
+    except ImportError as error:
+        todo = "pip install 'maskvlm[captioning]'"
+        raise UserError("captioning", "aac-metrics is not installed", todo, ExitCode.UNAVAILABLE) from error
+    found: Callable[..., Any] = cider_d
+    return found
+
+
+def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """CIDEr-D and BLEU-n of written captions.
+
+    Args:
+        written: one caption an image. references: captions of people, one or more an image.
+
+    Returns:
+        `cider`: 100 times the mean over images, as papers print it; 1,000 at most. Its idf is computed from these
+        references, so that figures of two splits cannot be compared. NaN for fewer than two images: the idf of all
+        words is then 0. `bleu_1` ... `bleu_4`: in percent, over all images together; a caption's length is held
+        against that of the reference nearest to it.
+    """
+    said, truths = (
+        [bare_words(text) for text in written],
+        [[bare_words(text) for text in each] for each in references],
+    )
+    cider = float(cider_function()(said, truths, return_all_scores=False)) if len(said) > 1 else float("nan")
+    bleu = {f"bleu_{n}": 100 * float(bleu_score(said, truths, n_gram=n)) for n in NGRAMS}
+    return {"cider": 100 * cider, **bleu}

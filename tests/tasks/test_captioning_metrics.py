@@ -1,0 +1,119 @@
+"""CIDEr-D and BLEU of captions against the formulas written out, and the words that both read."""
+
+import math
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from maskvlm.utils.errors import ExitCode, UserError
+from tasks.captioning.metrics import bare_words, caption_metrics, cider_function, usual_caption
+
+WRITTEN = ["a red star on the left", "two blue rings, one above", "a star", "a red red red red cross on white"]
+REFERENCES = [
+    ["A red star on the left.", "there is a red star left of nothing"],
+    ["two blue rings one above the other", "one blue ring above another", "rings"],
+    ["a small green star", "a star, on white"],
+    ["a red cross on white"],
+]
+
+
+def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    words = bare_words(text).split()
+    return Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
+
+
+def slow_cider_d(written: list[str], references: list[list[str]]) -> float:
+    """Vedantam et al. 2015, with CIDEr-D's clipping and length penalty; idf over images, lengths in 2-grams."""
+    total = []
+    for text, texts in zip(written, references, strict=True):
+        for n in (1, 2, 3, 4):
+            seen = Counter(gram for each in references for gram in {g for one in each for g in grams(one, n)})
+            gram_names = sorted({*grams(text, n), *(g for one in texts for g in grams(one, n))})
+            idf = np.array([math.log(len(references) / max(1, seen[g])) for g in gram_names])
+            one = np.array([grams(text, n)[g] for g in gram_names]) * idf
+            for truth in texts:
+                other = np.array([grams(truth, n)[g] for g in gram_names]) * idf
+                length = sum(grams(text, 2).values()) - sum(grams(truth, 2).values())
+                norm = np.linalg.norm(one) * np.linalg.norm(other)
+                cosine = np.minimum(one, other) @ other / norm if norm else 0.0
+                total.append(10 * cosine * math.exp(-(length**2) / 72) / 4 / len(texts))
+    return sum(total) / len(written)
+
+
+def slow_bleu(written: list[str], references: list[list[str]], most: int) -> float:
+    """Papineni et al. 2002, over all texts together."""
+    logs = []
+    for n in range(1, most + 1):
+        clipped = made = 0
+        for text, texts in zip(written, references, strict=True):
+            own, allowed = grams(text, n), Counter[tuple[str, ...]]()
+            for truth in texts:
+                allowed |= grams(truth, n)
+            clipped += sum((own & allowed).values())
+            made += sum(own.values())
+        logs.append(math.log(clipped / made))
+    lengths = [len(bare_words(text).split()) for text in written]
+    nearest = [
+        min((len(bare_words(one).split()) for one in texts), key=lambda size: (abs(size - length), size))
+        for length, texts in zip(lengths, references, strict=True)
+    ]
+    brevity = min(0.0, 1 - sum(nearest) / sum(lengths))
+    return math.exp(brevity + sum(logs) / most)
+
+
+def test_they_are_the_formulas() -> None:
+    found = caption_metrics(WRITTEN, REFERENCES)
+    assert found.keys() == {"cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4"}
+    assert found["cider"] == pytest.approx(100 * slow_cider_d(WRITTEN, REFERENCES), rel=1e-6)
+    for n in (1, 2, 3, 4):
+        assert found[f"bleu_{n}"] == pytest.approx(100 * slow_bleu(WRITTEN, REFERENCES, n), rel=1e-5)
+    short = [text.split()[0] + " " + text.split()[1] for text in WRITTEN]  # shorter than any reference
+    assert caption_metrics(short, REFERENCES)["bleu_1"] == pytest.approx(100 * slow_bleu(short, REFERENCES, 1))
+
+
+def test_bleu_by_hand() -> None:
+    """Of "the the cat" the one "the" of the reference and "cat" count: 2 of 3 words; 1 of 2 pairs, "the cat"."""
+    found = caption_metrics(["the the cat", "x"], [["the cat sat"], ["x"]])
+    assert found["bleu_1"] == pytest.approx(100 * 3 / 4)
+    assert found["bleu_2"] == pytest.approx(100 * math.sqrt(3 / 4 * 1 / 2))
+    assert found["bleu_3"] == found["bleu_4"] == 0.0
+
+
+def test_a_copy_of_the_only_reference_is_the_most_there_is() -> None:
+    texts = ["one two three four five", "six seven eight nine ten"]
+    assert caption_metrics(texts, [[text] for text in texts]) == pytest.approx(
+        {"cider": 1000.0, "bleu_1": 100.0, "bleu_2": 100.0, "bleu_3": 100.0, "bleu_4": 100.0}
+    )
+
+
+def test_nothing_and_one_image_are_no_error() -> None:
+    assert caption_metrics(["", ""], [["a"], ["b"]])["cider"] == 0.0
+    assert math.isnan(caption_metrics(["a"], [["a"]])["cider"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A man's T-shirt, (red)!", "a man s t shirt red"),
+        ("a man ' s t - shirt", "a man s t shirt"),  # as a WordPiece tokenizer gives it back
+        ("Über_all  2 Dogs\n", "über all 2 dogs"),
+        ("...", ""),
+    ],
+)
+def test_words(text: str, words: str) -> None:
+    assert bare_words(text) == words
+
+
+def test_the_most_frequent_caption_by_its_words() -> None:
+    assert usual_caption([["A dog.", "a cat"], ["a bird", "A Cat!"]]) == "a cat"
+    assert usual_caption([["x"], ["y"]]) == "x"
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aac_metrics.functional", None)
+    with pytest.raises(UserError) as caught:
+        cider_function()
+    assert str(caught.value) == "captioning: aac-metrics is not installed. pip install 'maskvlm[captioning]'."
+    assert caught.value.code == ExitCode.UNAVAILABLE

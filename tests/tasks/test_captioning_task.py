@@ -1,0 +1,274 @@
+"""Captioning: its loss against a loop over tokens, what it takes over, what it writes and how that is measured.
+
+Shapes: B images, C captions, S tokens, V vocabulary.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slow_step
+import torch
+from PIL import Image
+from torch import Tensor
+from toy_examples import matters
+from toy_pretrained import made, saved
+from toys import SIZE, WIDTH, slow_causal_block, take, toy_backbone, toy_batch
+
+from maskvlm.cli.main import main
+from maskvlm.data.batch import Batch
+from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import ExitCode, UserError
+from tasks.captioning.metrics import caption_metrics
+from tasks.captioning.task import Captioning, caption_images
+
+TEXTS = ("a red circle", "a blue star on the left", "two things", "a green ring", "a cross", "red", "on white")
+METRICS = [f"captioning/{name}" for name in ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4")]
+
+
+def build(**settings: Any) -> tuple[MaskVLM, Captioning]:
+    backbone, task = toy_backbone(), Captioning(**settings)
+    task.build(backbone)
+    matters(backbone, task)
+    task.set_uniform(Draw(7, 0, "cpu"))
+    return backbone, task
+
+
+def writer(**settings: Any) -> tuple[MaskVLM, Captioning]:
+    """With a tokenizer, and words of which several are likely."""
+    backbone, task, _ = made("captioning", **settings)
+    assert isinstance(task, Captioning)
+    task.writer.tokens.vocabulary.weight.data *= 0.2
+    return backbone, task
+
+
+def written_about(rows: int = 7, captions: int = 2) -> Batch:
+    """Images with captions as an evaluation has them, from the tenth of the split on."""
+    texts = tuple(f"{TEXTS[n % 7]} {n}" for n in range(rows * captions))
+    return toy_batch(rows, captions=captions)._replace(index_B=torch.arange(rows) + 10, texts=texts)
+
+
+def measured(task: Captioning, backbone: MaskVLM, batch: Batch, *sizes: int) -> dict[str, float]:
+    """Metrics of the batch in parts of these sizes, the last one first."""
+    task.eval()
+    for rows in reversed(torch.arange(len(batch.image_BCHW)).split(list(sizes))):
+        texts = tuple(batch.texts[c] for row in rows.tolist() for c, b in enumerate(batch.owner_C.tolist()) if b == row)
+        task.update(backbone, take(batch, rows)._replace(texts=texts))
+    return task.compute(backbone)
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def slow_nats(backbone: MaskVLM, task: Captioning, batch: Batch, caption: int) -> list[Tensor]:
+    """Of each token of a caption, end token included; later tokens do not exist."""
+    token_S = batch.token_CT[caption, batch.attention_CT[caption]]
+    image_LD = backbone.image(batch.image_BCHW[batch.owner_C[caption]][None])[0]
+    found = []
+    for at in range(1, len(token_S)):
+        said = token_S[:at]
+        x = task.writer.norm(backbone.text.model.get_input_embeddings()(said) + task.writer.position_SD[:at])
+        for number in range(len(task.writer.decoder.blocks)):
+            x = slow_causal_block(task.writer.decoder.blocks[number], x, image_LD)
+        found.append(-task.writer.tokens(x[-1]).log_softmax(0)[token_S[at]])
+    return found
+
+
+@pytest.mark.parametrize(("captions", "holes"), [(1, ()), (2, ()), (2, (1,))])
+def test_the_loss_is_the_mean_over_all_tokens(captions: int, holes: tuple[int, ...]) -> None:
+    """What could not be read weighs nothing."""
+    backbone, task = build()
+    batch = toy_batch(3, captions=captions, holes=holes)
+    loss = task(backbone, batch)["captioning"]
+    read = [c for c, row in enumerate(batch.owner_C.tolist()) if row not in holes]
+    nats = [value for c in read for value in slow_nats(backbone, task, batch, c)]
+    assert loss.item() == pytest.approx(torch.stack(nats).mean().item(), rel=1e-5)
+
+
+def test_whatever_can_be_trained_has_a_gradient() -> None:
+    """DDP waits for ever for one that does not come."""
+    backbone, task = build(image_ablation=True)
+    task(backbone, toy_batch(3))["captioning"].backward()
+    parameters = [*backbone.named_parameters(), *task.named_parameters()]
+    assert [name for name, p in parameters if p.requires_grad and p.grad is None] == []
+    assert [name for name, p in parameters if not p.requires_grad and p.grad is not None] == []
+    trained = {name.split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"image", "text"}
+    words = [name for name, p in backbone.text.named_parameters() if p.requires_grad]
+    assert words == ["model.embeddings.word_embeddings.weight"]
+
+
+def test_training_learns_to_write() -> None:
+    """Six images of noise by heart, with greedy search and with beams."""
+    backbone, task = writer()
+    task.set_uniform(Draw(0, 0, "cpu"))
+    batch = toy_batch(6)
+    parameters = [p for p in [*backbone.parameters(), *task.parameters()] if p.requires_grad]
+    for parameter in parameters:
+        parameter.data *= 0.3
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        task(backbone, batch)["captioning"].backward()
+        optimizer.step()
+    tokenizer: Any = backbone.text.tokenizer
+    texts = tuple(tokenizer.decode(row[1:], skip_special_tokens=True) for row in batch.token_CT)
+    for beams in (1, 3):
+        task.beams = beams
+        found = measured(task, backbone, batch._replace(texts=texts), 6)
+        assert [line["prediction"] for line in task.predictions] == [*texts]
+        assert found["captioning/bleu_1"] == pytest.approx(100)
+
+
+# ---------------------------------------------------------------------- what is taken over
+
+
+def test_it_starts_from_the_text_cross_encoder_and_the_token_head() -> None:
+    _, before = slow_step.build()
+    backbone, task = toy_backbone(seed=3), Captioning()
+    task.build(backbone)
+    taken = task.warm_start(before.state_dict())
+    own = task.state_dict()
+    for end in ("weight", "bias"):
+        assert torch.equal(own[f"writer.tokens.vocabulary.{end}"], before.state_dict()[f"tokens.vocabulary.{end}"])
+    for name, value in backbone.cross_text.state_dict().items():
+        assert torch.equal(own[f"writer.decoder.{name}"], value), name
+    new = {"writer.position_SD", "writer.norm.weight", "writer.norm.bias"}
+    assert taken == own.keys() - new
+    assert tuple(own["writer.position_SD"].shape) == (backbone.text.text_length, WIDTH)
+
+
+def test_its_own_checkpoint_brings_everything() -> None:
+    _, before = build()
+    backbone, task = toy_backbone(), Captioning()
+    task.build(backbone)
+    assert task.warm_start(before.state_dict()) == set(task.state_dict())
+    assert all(torch.equal(task.state_dict()[name], value) for name, value in before.state_dict().items())
+    longer = toy_backbone(length=12)
+    task.build(longer)
+    assert task.warm_start(before.state_dict()) == set(task.state_dict()) - {"writer.position_SD"}
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def test_metrics_are_those_of_what_was_written() -> None:
+    backbone, task = writer()
+    batch = written_about()
+    found = measured(task, backbone, batch, 4, 3)
+    assert found.keys() == {*METRICS, *(f"{name}_majority" for name in METRICS), "captioning/examples", "score"}
+    lines = task.predictions
+    said = [list(batch.texts[2 * row : 2 * row + 2]) for row in range(7)]
+    for row, line in enumerate(lines):
+        assert (line["id"], line["text"], line["index"]) == (f"image {10 + row}", f"image {10 + row}", [10 + row])
+        assert (line["truth"], line["right"], line["kind"]) == (said[row][0], None, "")
+    written = [line["prediction"] for line in lines]
+    assert len(set(written)) > 1
+    assert not any("[" in text for text in written)
+    for name, value in caption_metrics(written, said).items():
+        assert found[f"captioning/{name}"] == pytest.approx(value)
+    usual = task.card()["the most frequent caption"]
+    assert usual == "a red circle 0"
+    for name, value in caption_metrics([usual] * 7, said).items():
+        assert found[f"captioning/{name}_majority"] == pytest.approx(value)
+    assert found["score"] == found["captioning/cider"]
+    assert found["captioning/examples"] == 7.0
+    assert measured(task, backbone, batch, 7) == pytest.approx(found)  # in other batches
+    assert task.compute(backbone) == {}
+    assert task.predictions == []
+
+
+def test_the_blind_control_does_not_see_the_images() -> None:
+    batch = written_about()
+    other = batch._replace(image_BCHW=batch.image_BCHW.flip(0))
+    for blind in (True, False):
+        backbone, task = writer(image_ablation=blind)
+        assert task.card()["blind"] is blind
+        measured(task, backbone, batch, 4, 3)
+        written = [line["prediction"] for line in task.predictions]
+        measured(task, backbone, other, 4, 3)
+        assert ([line["prediction"] for line in task.predictions] == written) == blind
+        task.train()
+        terms = []
+        for one in (batch, other):
+            task.set_uniform(Draw(7, 0, "cpu"))
+            terms.append(task(backbone, one)["captioning"])
+        assert torch.allclose(*terms, rtol=1e-3) == blind  # statistics of the same images, summed twice
+
+
+def test_the_card_says_how_it_was_measured() -> None:
+    told = Captioning(beams=2).card()
+    assert told["beams"] == 2
+    assert "end token included" in told["chosen by"]
+    assert "references that were measured on" in told["cider"]
+    assert "official script" in told["words"]
+
+
+def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError) as caught:
+        Captioning(beams=0)
+    assert caught.value.where == "model.task.beams"
+    monkeypatch.setitem(sys.modules, "aac_metrics.functional", None)
+    backbone, task = writer()
+    for asked in (task, task.update):  # before the first step, not after a run of hours
+        with pytest.raises(UserError, match="aac-metrics is not installed") as caught:
+            asked(backbone, written_about())
+        assert caught.value.code == ExitCode.UNAVAILABLE
+
+
+# ---------------------------------------------------------------------- a model that is asked
+
+
+def test_a_fine_tuned_model_captions_with_its_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "last.ckpt", "captioning", beams=2)
+    model: Any = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=generator) for _ in range(3)]
+    assert model.task.beams == 2
+    model.batch_size = 2
+    answers = caption_images(model.task, model, [(image,) for image in images])
+    assert all(0 < answer.probability <= 1 for answer in answers)
+    assert model.caption(images) == [answer.caption for answer in answers]
+    assert model.caption(images[0]) == answers[0].caption
+    assert model.caption([]) == []
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
+    assert main(["caption", "--from", str(tmp_path / "last.ckpt"), str(tmp_path / "0.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["caption"] == answers[0].caption
+    with pytest.raises(UserError, match="no head for it"):
+        model.match(images[0], "a star")
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow
+def test_a_run_from_pre_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps, then the checkpoint is measured to the same numbers; pre-training itself has no such head."""
+    saved(tmp_path / "before.ckpt")
+    monkeypatch.chdir(tmp_path)
+    small = ["where=cpu", "--data.batch_size", "4", "--data.source.train", "20", "--data.source.val", "6"]
+    small += ["--data.source.size", str(SIZE)]
+    run = ["finetune", "captioning", "from=before.ckpt", "run=r", *small, "--data.steps", "2"]
+    assert main(run) == 0
+    folder = tmp_path / "checkpoints" / "r"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert all(math.isfinite(metrics[name]) for name in METRICS)
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
+    assert "scene " in json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["text"]
+    card = json.loads((folder / "card.json").read_text())
+    assert card["settings"]["beams"] == 3
+    assert card["images of the split seen in training"] == 0
+    assert main(["evaluate", "captioning", "from=checkpoints/r/last.ckpt", "run=e", *small]) == 0
+    again = json.loads((tmp_path / "checkpoints" / "e" / "metrics.json").read_text())
+    assert [again[name] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS])
+    assert "(majority)" in capsys.readouterr().out
+    assert main(["evaluate", "captioning", "from=before.ckpt", "run=z", *small]) == ExitCode.BAD_DATA
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "before.ckpt: holds no heads of Captioning (writer.position_SD, writer.norm.weight" in told
