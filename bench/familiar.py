@@ -1,16 +1,18 @@
 """Does a model tell strange images from those of its data (`objectives.novelty`)? What to ask a checkpoint before its
 warnings are believed:
 
+    python bench/familiar.py scenes-tiny --asked RAW/flickr8k/images unseen-scenes
     python bench/familiar.py checkpoints/first/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
-    python bench/familiar.py checkpoints/first/best.ckpt --known scenes --asked photos
 
-A place is a folder of images, `scenes` (the built-in world), or `photos` (those of the page). Of the known ones half
-are the sample, and the other half is asked: its share of far ones is the rate of false alarms. Noise and plain colours
-are always asked.
+A place is a folder of images, `scenes` or `unseen-scenes` (validation and test split of the built-in world), or
+`photos` (those of the page). Noise and plain colours are always asked.
+
+Without `--known` images are held against the range that the checkpoint keeps, as `far` does. With it half of those
+images are the sample, at several thresholds, and the other half is asked: its share of far ones is the rate of false
+alarms.
 """
 
 import argparse
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,19 @@ from maskvlm import MaskVLM
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
-from maskvlm.objectives.novelty import distance_to, fit_range, is_far, mean_patch, sample_of
+from maskvlm.objectives.novelty import KnownRange, distance_to, fit_range, is_far, mean_patch, sample_of
 from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
+SCENES = {"scenes": "val", "unseen-scenes": "test"}
+"""Places that are drawn, and their split. A checkpoint of the built-in world keeps its range by the first."""
 
 
 def images(place: str, most: int) -> list[Any]:
     """Files by lot, always the same, or drawn scenes."""
-    if place == "scenes":
-        return [row["image"] for row in islice(map(Scenes().split("val").__getitem__, range(500)), most)]
+    if place in SCENES:
+        split = Scenes().split(SCENES[place])
+        return [split[row]["image"] for row in range(min(len(split), most))]
     folder = PHOTOS if place == "photos" else Path(place)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
@@ -59,25 +64,35 @@ def features(model: MaskVLM, asked: list[Any]) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--known", required=True, help="images like those it was trained on, not the very same")
+    parser.add_argument("--known", help="images like those it was trained on, not the very same")
     parser.add_argument("--asked", nargs="*", default=["photos", "scenes"])
     parser.add_argument("--most", type=int, default=1000, help="images of a place")
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
+    asked = {place: features(model, images(place, options.most)) for place in options.asked}
+    asked |= {kind: features(model, made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
+    if options.known is None:
+        if model.known is None:
+            raise UserError(options.checkpoint, "does not tell what it knows", "Name images like its own with --known")
+        print_shares("the checkpoint's own range", asked, model.known)
+        return
     known_ND = features(model, images(options.known, options.most))
     # Odd places are asked, even ones are the sample: no image is compared with itself.
-    asked = {f"{options.known}, others": known_ND[1::2]}
-    asked |= {place: features(model, images(place, options.most)) for place in options.asked}
-    asked |= {kind: features(model, made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
+    asked = {f"{options.known}, others": known_ND[1::2]} | asked
     for share in SHARES:
         known = fit_range(sample_of(known_ND[::2]), share)
         if known is None:
             raise UserError("--known", f"{len(known_ND)} images are too few", "Name a folder with 100 or more")
-        print(f"\n{100 * share:g} % of the sample beyond {known.most:.3f}")
-        for name, feature_ND in asked.items():
-            far = 100 * float(is_far(feature_ND, known).float().mean())
-            median = float(distance_to(feature_ND, known).median())
-            print(f"  {name[-40:]:40} {far:5.1f} % far of {len(feature_ND):4}, median {median:.3f}")
+        print_shares(f"{100 * share:g} % of the sample", asked, known)
+
+
+def print_shares(title: str, asked: dict[str, torch.Tensor], known: KnownRange) -> None:
+    """How many images of each place are far. asked: features by place, [N, D]."""
+    print(f"\n{title}: far is beyond {known.most:.3f}")
+    for name, feature_ND in asked.items():
+        far = 100 * float(is_far(feature_ND, known).float().mean())
+        median = float(distance_to(feature_ND, known).median())
+        print(f"  {name[-40:]:40} {far:5.1f} % far of {len(feature_ND):4}, median {median:.3f}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import familiar
 from maskvlm import MaskVLM
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
@@ -111,11 +112,25 @@ def test_a_wrong_name_lists_those_that_are_there(
 
 
 def test_photographs_are_strange_to_it_and_scenes_are_not(model: PretrainedMaskVLM) -> None:
-    """A few of each; `bench/familiar.py` asks about 500."""
+    """A few of each; `bench/familiar.py` asks about 1,000 photographs and 500 scenes."""
     photos = sorted(PHOTOS.glob("*.jpg"))
     assert all(model.far(photos))
     test = Scenes().split("test")
     assert sum(line is not None for line in model.far([test[row]["image"] for row in range(60)])) <= 3
+
+
+def test_the_bench_holds_images_against_the_checkpoint_s_own_range(
+    model: PretrainedMaskVLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["familiar.py", DEFAULT, "--asked", "photos", "unseen-scenes", "--most", "60"])
+    familiar.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert model.known is not None
+    assert lines[1] == f"the checkpoint's own range: far is beyond {model.known.most:.3f}"
+    assert lines[2].split()[:2] == ["photos", "100.0"]
+    test = Scenes().split("test")
+    far = sum(line is not None for line in model.far([test[row]["image"] for row in range(60)]))
+    assert lines[3].split()[:2] == ["unseen-scenes", f"{100 * far / 60:.1f}"]
 
 
 def test_words_that_it_does_not_know_are_named_once() -> None:
