@@ -78,11 +78,18 @@ def test_readme_s_make_targets_are_there() -> None:
     assert "RUN/" not in README
 
 
-def test_make_takes_no_variable_in_small_letters() -> None:
-    done = subprocess.run(["make", "finetune", "task=vqa"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("word", ["task=vqa", "TAKS=vqa", "DATE=flickr8k"])
+def test_make_refuses_a_variable_that_it_does_not_know(word: str) -> None:
+    done = subprocess.run(["make", "finetune", word], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "task=.. is no variable here. Write variables in capitals, options in ARGS" in done.stderr
+    assert f"{word.partition('=')[0]}=.. is no variable here. There are MODEL DATA WHERE RUN FROM" in done.stderr
     assert done.stdout == ""
+
+
+def test_make_hands_on_variables_of_the_environment() -> None:
+    words = ["make", "-n", "finetune", "TASK=vqa", "CUDA_VISIBLE_DEVICES=0", "ARGS=--model.lr 1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("maskvlm finetune 'vqa' --model.lr 1")
 
 
 # ---------------------------------------------------------------------- pages

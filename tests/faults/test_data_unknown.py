@@ -8,7 +8,7 @@ from guards import Build
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.text import Captioner, train_tokenizer
-from maskvlm.data.unknown_words import check_unknown, unknown_shares
+from maskvlm.data.unknown_words import check_unknown, spelt_shares, unknown_shares
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENGLISH, ARABIC = "a red dog in the snow", "كلب أحمر في الثلج"
@@ -58,6 +58,15 @@ def test_it_is_told_and_stops_above_the_bound(
     ) as raised:
         check_unknown(split, captioner, 0.4)
     assert raised.value.code == ExitCode.BAD_DATA
+
+
+def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest.CaptureFixture[str]) -> None:
+    """All letters are known, and none of the words: two of eight."""
+    split = Two({"coco": [ENGLISH] * 3, "mine": [ENGLISH, "gods tend"]})
+    assert spelt_shares(split, captioner) == {"coco": 0.0, "mine": 2 / 8}
+    check_unknown(split, captioner, 0.5)
+    told = "words of the training texts that the tokenizer only spells, letter by letter: mine 25 %\n"
+    assert capsys.readouterr().out == told
 
 
 def test_an_empty_split_and_empty_texts_are_told_by_others(captioner: Captioner) -> None:

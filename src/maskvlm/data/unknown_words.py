@@ -14,6 +14,8 @@ from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
+SPELT = 0.2
+"""The share of words known by their letters alone from which on a user is told."""
 MOST_ROWS = 300
 """Rows that are looked at, evenly spread: a share of one half is then known to within 3 %."""
 
@@ -54,6 +56,19 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, [found["text"]] if "text" in found else list(found["captions"])
 
 
+def spelt_shares(split: Any, captioner: Captioner) -> dict[str, float]:
+    """Source -> the share of its words that the tokenizer knows by their letters alone, 0 to 1: it learns little of
+    them from a few texts. `Captioner.unknown_words` says what counts, but for those that it does not know at all."""
+    words: Counter[str] = Counter()
+    spelt: Counter[str] = Counter()
+    for name, texts in by_source(split):
+        for text in texts:
+            words[name] += len(text.split())
+            spelt[name] += len(captioner.unknown_words(text))
+    unknown = unknown_shares(split, captioner)
+    return {name: max(0.0, spelt[name] / words[name] - unknown.get(name, (0.0, 0))[0]) for name in words if words[name]}
+
+
 def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, int]]:
     """Source -> the share of its words of which the tokenizer does not know a part, 0 to 1, and how many were looked
     at; words beyond the text's length are not."""
@@ -84,6 +99,10 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
     if rank() == 0 and some:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, share in some)
         print(f"unknown words in the training texts: {told}", flush=True)
+    spelt = [(name, share) for name, share in spelt_shares(split, captioner).items() if share > SPELT]
+    if rank() == 0 and spelt:
+        told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
+        print(f"words of the training texts that the tokenizer only spells, letter by letter: {told}", flush=True)
     for name, (share, count) in found.items():
         if share > most:
             what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the training texts"
