@@ -21,7 +21,7 @@ handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=)
     $(call typed,WHERE,where=) $(call typed,RUN,run=) $(call typed,FROM,from=) $(call typed,ENCODERS,encoders=) \
     $(call typed,SPLIT,split=) $(call typed,RAW,raw=) $(call typed,NAME,name=))
 # A misspelt one would be passed over. Names with _ are the environment's: DATA_ROOT, CUDA_VISIBLE_DEVICES.
-known := MODEL DATA WHERE RUN FROM ENCODERS SPLIT RAW NAME TASK SET STUDY ARGS PYTHON PYTHONPATH
+known := MODEL DATA WHERE RUN FROM ENCODERS SPLIT RAW NAME TASK SET STUDY STREAM ARGS PYTHON PYTHONPATH
 given := $(foreach each,$(filter-out -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(each))),$(each)))
 strange := $(filter-out $(known),$(shell printf '%s\n' $(given) | grep -e '[a-z]' -e '^[A-Z0-9]*$$'))
 $(if $(strange),$(error $(firstword $(strange))=.. is no variable here. There are $(known), in capitals; options go into ARGS))

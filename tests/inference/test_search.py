@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data.toy_raw import make as make_set
+from data.toy_raw import row
 from test_vector_files import Photos, rows_of, start, toy_checkpoint, vector_of
 
-from maskvlm.cli.search import main, make
+from maskvlm.cli.search import checkpoint_of, main, make
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference import faiss_index as nearest
 from maskvlm.inference import search as searching
@@ -268,6 +270,43 @@ def test_the_commands_index_and_search_a_configured_set(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: make([*named, *data], []), ExitCode.USAGE, "index: several processes")
+
+
+def test_all_images_of_a_set_without_splits_are_indexed(
+    checkpoint: Path,
+    root: Path,
+    tmp_path: Path,
+    stack: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And the index is asked by the checkpoint that it was made with, where no other is named."""
+    make_set(tmp_path / "mine", [row(number) for number in range(40)])
+    monkeypatch.chdir(root)
+    files = [*stack(WHERE="cpu", DATA="prepared"), "--data.source.root", str(tmp_path / "mine")]
+    named = ["--from", str(checkpoint), "--device", "cpu"]
+    for split, count in (("train", 38), ("val", 2), ("all", 40)):
+        out = tmp_path / split
+        assert make([*named, "--out", str(out), "--split", split, *files], []) == 0
+        said = capsys.readouterr()
+        assert f"{out}: {count} images" in said.out
+        assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in said.err) == (split != "all")
+    assert main(["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path / "mine")], []) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"no from=: {checkpoint} is asked, which the index was made with\n")
+    assert len(said.out.splitlines()) == 10
+    refused(
+        lambda: make([*named, "--split", "all", *stack(WHERE="cpu")], []),
+        ExitCode.USAGE,
+        "all is for a prepared set that has",
+    )
+
+
+def test_a_name_of_the_hub_in_an_index_is_not_fetched(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(about | {"checkpoint": "someone/model"}))
+    assert checkpoint_of(SearchIndex.load(copy)) == "scenes-tiny"
+    assert capsys.readouterr().err.startswith("no from=: scenes-tiny is asked")
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.data.batch import Pairs, Source
 from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.prepared.manifest import read_manifest
+from maskvlm.data.prepared.source import Prepared
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.vector_files import SHARD, Process, embed
 from maskvlm.utils.errors import UserError, check_least
@@ -35,7 +37,9 @@ def data_parser(command: str, out: str, told: str) -> argparse.ArgumentParser:
     parser = OptionParser(f"maskvlm {command}", description=told, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
     parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
-    parser.add_argument("--split", default="val", help="train, val or test")
+    parser.add_argument(
+        "--split", default="val", help="train, val or test; all: of a prepared set without splits of its own"
+    )
     parser.add_argument("--shard", type=int, default=SHARD, help="images a file")
     parser.add_argument("--no-captions", dest="captions", action="store_false", help="leave out vectors of captions")
     parser.add_argument("--device", help="such as cpu; a GPU where there is one, if left out")
@@ -56,17 +60,43 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     if not isinstance(reader, Source):
         todo = "Name a set of images with captions (-c conf/data/NAME.yaml)"
         raise UserError("data.source", f"{chosen.class_path} has no captions of images", todo)
+    if options.split == "all":
+        reader = undivided(reader)
+        chosen.init_args.hold_out, options.split = 0, "train"
     pairs = reader.split(options.split)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     # Where there are more processes than GPUs, some share one.
     device = options.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
+    tell_rest(reader, options.split)
     tell_far(model, pairs)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
     # What index.json can hold: paths and other values become texts.
     told = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
     return embed(model, pairs, folder, told, options.shard, options.captions, process)
+
+
+def undivided(source: Source) -> Prepared:
+    """A set without splits of its own, of which no part is held out.
+
+    Raises:
+        UserError: another data set.
+    """
+    there = read_manifest(source.root)["splits"] if isinstance(source, Prepared) else {}
+    if not isinstance(source, Prepared) or list(there) != ["train"]:
+        what = "all is for a prepared set that has no splits of its own"
+        raise UserError("--split", what, f"Name one of {', '.join(there) or 'train, val, test'}")
+    return Prepared(str(source.root))
+
+
+def tell_rest(source: Source, split: str) -> None:
+    """On stderr, which part of a set without splits of its own is not among the images."""
+    if isinstance(source, Prepared) and source.hold_out and split in ("train", "val"):
+        other = "val" if split == "train" else "train"
+        if list(read_manifest(source.root)["splits"]) == ["train"]:
+            count = len(source.split(other))
+            print(f"note: {count:,} images of {source.root} are in split={other}; split=all has all", file=sys.stderr)
 
 
 def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, help_of, overview
-from maskvlm.config.compose import find_packages, find_tasks, home, own_home
+from maskvlm.config.compose import find_packages, find_tasks, home, own_home, same_command
 from maskvlm.config.given_options import given_places, nearest
 from maskvlm.config.given_options import options as settings
 from maskvlm.config.safe_yaml import cut
@@ -169,7 +169,7 @@ def interrupted(folder: Path | None) -> int:
     """Ctrl-C is no error; 130 is what shells expect. Says what is left of a training run."""
     told = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
-        told += f"; {folder / 'last.ckpt'} holds its latest checkpoint: the same command goes on from it"
+        told += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} goes on from it"
     elif folder is not None:
         told += f" before the first checkpoint of {folder}"
     print(told, file=sys.stderr)

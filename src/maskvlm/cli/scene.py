@@ -1,5 +1,6 @@
 """`maskvlm scene`: an image of the built-in world to try a model with."""
 
+import sys
 from pathlib import Path
 
 from maskvlm.config.arguments import OptionParser
@@ -21,10 +22,11 @@ def scene(arguments: list[str], allowed: list[str]) -> str:
     split = Scenes().split("val")
     if not 0 <= options.number < len(split):
         raise UserError("scene", f"{options.number} is none of them", f"Give a number from 0 to {len(split) - 1}")
-    row = split[options.number]
+    row, there = split[options.number], options.out.exists()
     try:
         open_image(row["image"]).save(options.out)
     except (OSError, ValueError) as error:  # the second: no format has such an ending
         what, todo = f"cannot be written ({error})", "Give a file such as scene.png in a folder that is there"
         raise UserError(options.out, what, todo, ExitCode.IO_ERROR) from error
+    print(f"{'replaced' if there else 'wrote'} {options.out}", file=sys.stderr, flush=True)
     return "\n".join(str(getattr(caption, "text", caption)) for caption in row["captions"])

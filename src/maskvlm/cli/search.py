@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from maskvlm.cli.ask import answer_line, told_after
@@ -42,12 +43,24 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     return 0
 
 
+def checkpoint_of(index: SearchIndex) -> str:
+    """The checkpoint that an index was made with, where it lies here; else the model that comes along. A line on stderr
+    says which. An index may be a stranger's: a name of the hub that stands in it is not fetched."""
+    made_with = str(index.about["checkpoint"])
+    if made_with == DEFAULT or not Path(made_with).exists():
+        return default_model("asked")
+    print(f"no from=: {made_with} is asked, which the index was made with", file=sys.stderr, flush=True)
+    return made_with
+
+
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`; arguments as in the shell."""
     parser = OptionParser("maskvlm search", description="images, by a text or an image", allow_abbrev=False)
     parser.add_argument("query", help="a text, or the file of an image")
     parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
-    parser.add_argument("--from", dest="source", help=f"the checkpoint that the index was made with ({DEFAULT})")
+    parser.add_argument(
+        "--from", dest="source", help="the checkpoint that the index was made with (taken from the index)"
+    )
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
     parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
     parser.add_argument("--images", type=Path, help="where the images lie (a folder, a prepared set), for --rerank")
@@ -58,7 +71,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
-    source = options.source or default_model("asked")
+    source = options.source or checkpoint_of(index)
     model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)
     with told_after(model):
         found = search_index(index, model, options.query, options.k, options.rerank)

@@ -286,6 +286,12 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
     return ["--folder", str(Path("checkpoints") / name)]
 
 
+def same_command(folder: Path) -> str:
+    """How a person goes on with the run in this folder: a name that was made of the time has to be given."""
+    name = folder.name
+    return f"the same command with run={name}" if os.environ.get(RUN_NAME) == name else "the same command"
+
+
 def moment() -> str:
     """One for all processes of a job: the time of day would differ between them."""
     # SLURM starts each process anew, so none inherits what another one sets
@@ -367,8 +373,8 @@ def index_command(words: CommandWords) -> Composed:
     words = with_model(words, "asked")
     if any(option.partition("=")[0] == "--split" for option in words.options):
         # The folder is named after the split: an option after it would write one split under another one's name.
-        raise UserError("index: --split", "is a word of this command", "Write split=train, split=val or split=test")
-    part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
+        raise UserError("index: --split", "is a word of this command", "Write split=train, val, test or all")
+    part, data = split(words, ("train", *SPLITS, "all")), words.get("data", "scenes")
     out = f"checkpoints/index-{data}-{part}"
     return ["index", "--from", words.get("from"), "--split", part, "--out", out, *data_alone(words), *words.options]
 
@@ -376,10 +382,10 @@ def index_command(words: CommandWords) -> Composed:
 def embed_command(words: CommandWords) -> Composed:
     """`embed data=coco from=checkpoints/first/best.ckpt split=train`: the vectors of a split."""
     words = with_model(words, "asked")
-    part, data = split(words, ("train", *SPLITS)), words.get("data", "scenes")
+    part, data = split(words, ("train", *SPLITS, "all")), words.get("data", "scenes")
     given = {option.partition("=")[0] for option in words.options}
     if "--split" in given:
-        raise UserError("embed: --split", "is a word of this command", "Write split=train, split=val or split=test")
+        raise UserError("embed: --split", "is a word of this command", "Write split=train, val, test or all")
     out = [] if "--out" in given else ["--out", f"checkpoints/vectors-{data}-{part}"]
     return ["embed", "--from", words.get("from"), "--split", part, *out, *data_alone(words), *words.options]
 

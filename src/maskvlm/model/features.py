@@ -40,7 +40,10 @@ class FrozenBlocks:
     def __init__(self, vit: Any, frozen: Frozen, folder: str | None = None) -> None:
         depth = len(vit.blocks)
         if frozen != "all" and not 0 <= frozen <= depth:
-            what, todo = f"{frozen} frozen blocks, but the ViT has {depth}", f"Give a number from 0 to {depth}, or all"
+            what = f"{frozen} frozen blocks, but the ViT has {depth}"
+            todo = (
+                f"Give a number from 0 to {depth}, or all; with from= leave out a model= that is not the checkpoint's"
+            )
             raise UserError("model.backbone.image.frozen", what, todo)
         self.vit, self.all_frozen, self.folder = vit, frozen == "all", folder
         self.blocks: int = depth if frozen == "all" else frozen

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from maskvlm.checkpoint.io import SafeCheckpointIO
+from maskvlm.config.compose import same_command
 from maskvlm.training.attempts import Attempt
 from maskvlm.training.csv_log import RunLog
 from maskvlm.training.lightning_private import (
@@ -175,7 +176,8 @@ class KeepState(Checkpoint):
         trainer.strategy.barrier("KeepState")
         signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
         name, path = signal.Signals(signum).name, self.folder / LAST
-        text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: the same command goes on from there"
+        how = same_command(self.folder)
+        text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: {how} goes on from there"
         return Stopped(text, signum)
 
     # ------------------------------------------------------------------ evaluation
