@@ -221,6 +221,40 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not_killed(tmp_path: Path
     assert len(there) - len(again) >= len(noted) >= 3
 
 
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from toy_raw import row
+from maskvlm.data.prepare.rows import Settings
+from maskvlm.data.prepare.shards import Job
+from maskvlm.data.streaming.pool import Pool
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)  # unlike SIG_IGN nothing that is inherited
+    root = Path(sys.argv[2])
+    for name in (".making", "train"):
+        (root / name).mkdir(parents=True)
+    with Pool(1, root, Settings("toy", 48)) as pool:
+        made = pool.submit(Job("train", 0, [row(0)]))
+        for _ in range(10):  # at whatever the server is: its start, its imports
+            os.killpg(0, signal.SIGINT)
+            time.sleep(0.2)
+        print(made.result())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_ctrl_c_is_left_to_the_first_process(tmp_path: Path) -> None:
+    """Fails where the server of processes is started with SIGINT open: it would end within its imports, with a
+    traceback."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "toy")]
+    ended = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
+
+
 def shard_of(root: Path, rows: list[RawRow | BadRow], side: int = 48) -> Any:
     for name in (MAKING, "train"):
         (root / name).mkdir(parents=True, exist_ok=True)

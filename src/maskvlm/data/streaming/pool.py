@@ -34,7 +34,23 @@ def process_context() -> Any:
     if server:
         # the server imports once; each process is forked from it with the imports done
         context.set_forkserver_preload(["maskvlm.data.prepare.shards"])
+        start_server()
     return context
+
+
+def start_server() -> None:
+    """Start the server of processes deaf to Ctrl-C, which reaches every process of a terminal: it, and what is forked
+    from it, would end in the middle of an import with a traceback. The first process alone decides."""
+    from multiprocessing import forkserver, resource_tracker
+
+    # the server would start it first, which opens SIGINT again
+    resource_tracker.ensure_running()
+    # a new process inherits what is blocked; here the signal waits, and is not lost
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ------------------------------------------------------------------ in the processes
