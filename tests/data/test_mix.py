@@ -84,7 +84,8 @@ def test_what_two_sets_share_is_told_and_kept(root: Path, capsys: pytest.Capture
 
 
 def test_left_out_rows_carry_the_name_of_their_set(root: Path) -> None:
-    assert mixed(root, coco=1.0, vg=1.0).skipped == {"no image": ["vg: row 7"]}
+    pairs = mixed(root, coco=1.0, vg=1.0)
+    assert (pairs.unprepared, pairs.skipped) == ({"no image": ["vg: row 7"]}, {})
 
 
 def test_the_fingerprint_is_of_the_parts_and_the_weights(root: Path) -> None:

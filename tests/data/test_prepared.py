@@ -23,6 +23,8 @@ from maskvlm.data.prepare.rows import Settings, prepare_image
 from maskvlm.data.prepared.manifest import MAKING
 from maskvlm.data.prepared.source import Prepared, PreparedPairs, read_skipped
 from maskvlm.data.raw.base import BadRow
+from maskvlm.data.subset import fraction_of
+from maskvlm.training.run_record import rows_left_out
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -58,8 +60,19 @@ def test_rows_come_back(toy: Path) -> None:
 
 
 def test_a_split_tells_what_was_left_out_of_it(toy: Path) -> None:
-    assert Prepared(str(toy)).split("train").skipped == {"not an image (unknown)": ["toy.csv:22"]}
-    assert Prepared(str(toy)).split("val").skipped == {"gone": ["x:1"]}
+    train, val = Prepared(str(toy)).split("train"), Prepared(str(toy)).split("val")
+    assert train.unprepared == {"not an image (unknown)": ["toy.csv:22"]}
+    assert val.unprepared == {"gone": ["x:1"]}
+    # told when it was prepared: a run's own list has none of them, its card counts them
+    assert rows_left_out(train) == rows_left_out(fraction_of(train, 0.5, 0)) == {}
+    assert rows_left_out(fraction_of(train, 0.5, 0), prepared=True) == {"not an image (unknown)": 1}
+
+
+def test_a_row_left_out_counts_once_where_val_is_held_out_of_train(tmp_path: Path) -> None:
+    make(tmp_path / "toy", [*(row(number) for number in range(40)), BadRow("gone", "x:1", "x:1 is gone", "train")])
+    source = Prepared(str(tmp_path / "toy"), hold_out=2)
+    assert source.split("train").unprepared == {"gone": ["x:1"]}
+    assert source.split("val").unprepared == {}
 
 
 def test_of_many_rows_left_out_the_first_thousand_are_listed(tmp_path: Path) -> None:

@@ -177,8 +177,8 @@ def test_a_damaged_list_of_what_was_skipped_stops_nothing(root: Path, build: Bui
     lines = [good, "{", "[]", "5", '{"split": 1}', '{"split": "val", "reason": "x", "origin": "y"}', "\x00", "[" * 9000]
     (root / SKIPPED).write_text("\n".join(lines))
     pairs = Prepared(str(root)).split("train")
-    assert pairs.skipped["gone"] == ["toy:9"]
-    assert len(pairs.skipped[UNREADABLE]) == 6
+    assert pairs.unprepared["gone"] == ["toy:9"]
+    assert len(pairs.unprepared[UNREADABLE]) == 6
     assert pairs[0]["image_id"] == "toy 0"
 
 

@@ -32,7 +32,7 @@ class MixedPairs:
     Attributes:
         ends: where each part's rows end.
         rows: of each part, the rows shown, in order; repeated ones follow.
-        skipped: reason -> places, of all parts.
+        skipped, unprepared: reason -> places, of all parts (see `PreparedPairs`).
     """
 
     def __init__(self, parts: "dict[str, PreparedPairs]", weights: dict[str, float], seed: int) -> None:
@@ -42,9 +42,10 @@ class MixedPairs:
         self.rows = [_weighted(ids, weights[name], seed) for name, ids in zip(self.names, self.ids, strict=True)]
         self.ends = [*accumulate(map(len, self.rows))]
         self.skipped: dict[str, list[str]] = {}
+        self.unprepared: dict[str, list[str]] = {}
         for name, pairs in parts.items():
-            for reason, places in pairs.skipped.items():
-                self.skipped.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
+            for reason, places in pairs.unprepared.items():
+                self.unprepared.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
         # the order of the parts counts: it numbers the rows
         identity = [(name, weights[name], pairs.fingerprint) for name, pairs in parts.items()]
         self.fingerprint = hashlib.sha256(repr((seed, identity)).encode()).hexdigest()[:16]

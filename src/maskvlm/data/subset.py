@@ -38,6 +38,7 @@ class Chosen:
     def __init__(self, pairs: Any, row_N: NDArray[np.int64], how: str, left_out: dict[str, list[str]]) -> None:
         self.pairs, self.row_N = pairs, row_N
         self.skipped = {**getattr(pairs, "skipped", {}), **left_out}
+        self.unprepared: dict[str, list[str]] = getattr(pairs, "unprepared", {})
         identity = hashlib.sha256(f"{how} {pairs.fingerprint}".encode())
         # little-endian on every machine
         identity.update(row_N.astype("<i8").tobytes())

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -251,9 +252,16 @@ def file_suffix(folder: Path, split: str, trained: bool) -> str:
     return f"-{split}" if is_training_run(folder) and not trained else ""
 
 
-def rows_left_out(rows: Any) -> dict[str, int]:
-    """Rows of a split that its reader left out or mended, by reason; empty where it tells none."""
-    return {reason: len(places) for reason, places in getattr(rows, "skipped", {}).items() if places}
+def rows_left_out(rows: Any, prepared: bool = False) -> dict[str, int]:
+    """Rows of a split that its reader left out or mended, by reason; empty where it tells none.
+
+    Args:
+        prepared: also those that `maskvlm data` left out or mended, which it has told when it prepared the set.
+    """
+    counts = Counter({reason: len(places) for reason, places in getattr(rows, "skipped", {}).items() if places})
+    if prepared:
+        counts.update({reason: len(places) for reason, places in getattr(rows, "unprepared", {}).items()})
+    return dict(counts)
 
 
 def bad_rows_of(trainer: L.Trainer) -> dict[str, Any]:

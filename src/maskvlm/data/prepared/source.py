@@ -37,7 +37,9 @@ class PreparedPairs:
 
     Attributes:
         fingerprint: of what the rows hold; the same wherever the set lies and however it is cut into shards.
-        skipped: reason -> rows that preparing left out or mended, the first MOST_LISTED of each.
+        skipped: rows that a run leaves out: none, as all that are here can be used.
+        unprepared: reason -> rows that preparing left out or mended, the first MOST_LISTED of each. Preparing has told
+            them, so that only an evaluation's card counts them again.
         row_N: the rows of the stored split that are in this one; None: all.
     """
 
@@ -45,7 +47,8 @@ class PreparedPairs:
         self.root, self.name = root, name
         self._shards = PreparedShards(root, split["shards"])
         self.fingerprint = str(split["sha256"])[:16]
-        self.skipped = read_skipped(root / SKIPPED, name)
+        self.skipped: dict[str, list[str]] = {}
+        self.unprepared = read_skipped(root / SKIPPED, name)
         self.row_N: np.ndarray | None = None
         self._length = len(self._shards)
 
@@ -145,7 +148,10 @@ class Prepared(Source):
                 way = "kept, as all others do" if copies == len(train_N) else "left out"
                 told += f", {copies:,} that look like one of them are {way}"
             print(f"{self.root} has no val split: {told}", flush=True)
-        return pairs.only(train_N if name == "train" else val_N)
+        part = pairs.only(train_N if name == "train" else val_N)
+        if name == "val":
+            part.unprepared = {}  # they were rows of `train`: no row counts twice
+        return part
 
 
 def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
