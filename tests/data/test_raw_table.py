@@ -1,6 +1,7 @@
 """Tables of text: what a damaged row costs, how columns are found, and that no bytes lead astray."""
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,31 @@ def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:
         (("one",), "3"),
         *[("unsafe name", f"{n}") for n in range(4, 8)],
         ("missing image", "8"),
+    ]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_may_be_written_otherwise_on_the_disk(tmp_path: Path, forms: tuple[Any, Any]) -> None:
+    """Fails where the table's own spelling alone is looked for: macOS writes NFD, most tables are NFC."""
+    listed, lies = (unicodedata.normalize(form, "café.jpg") for form in forms)
+    touch(tmp_path, f"images/{lies}")
+    (row,) = read(tmp_path / "x.csv", f"image,caption\n{listed},one\n")
+    assert isinstance(row, RawRow)
+    assert row.image == str(tmp_path / "images" / lies)
+
+
+def test_why_a_name_is_no_file(tmp_path: Path) -> None:
+    touch(tmp_path, "UPPER.JPG", "images/sub/É.jpg", "outside.jpg")
+    (tmp_path / "LINK.jpg").symlink_to("/etc/hostname")
+    names = ["upper.jpg", "sub/é.jpg", "sub", "https://a.org/b.jpg", "no.jpg", "link.jpg"]
+    rows = read(tmp_path / "x.csv", "image,caption\n" + "".join(f"{name},one\n" for name in names))
+    assert [(row.reason, row.message) for row in rows if isinstance(row, BadRow)] == [
+        ("missing image", f"'upper.jpg' is not in {tmp_path}; did you mean 'UPPER.JPG'?"),
+        ("missing image", f"'sub/é.jpg' is not in {tmp_path}; did you mean 'sub/É.jpg'?"),
+        ("folder", "'sub' is a folder; name an image in it"),
+        ("address", "'https://a.org/b.jpg': addresses are not fetched; download the images first"),
+        ("missing image", f"'no.jpg' is not in {tmp_path}"),
+        ("missing image", f"'link.jpg' is not in {tmp_path}"),
     ]
 
 

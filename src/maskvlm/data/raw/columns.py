@@ -3,9 +3,11 @@
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line
@@ -83,6 +85,12 @@ def split_of_path(path: str) -> str:
 # ------------------------------------------------------------------ images
 
 
+FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
+MOST_BESIDE = 200_000
+"""Files, and folders of them, that are looked at for names that are nearly the same; beyond it nothing is proposed."""
+
+
 def name_problem(name: str) -> str | None:
     """Why an image is not to be looked for under this name, or None."""
     # the fast way, for nearly all names
@@ -99,12 +107,16 @@ def name_problem(name: str) -> str | None:
 class Folder:
     """Where the images of a table lie: relative to the table, or in `images/` beside it.
 
-    A name with the whole path is taken too where that is inside; no other file can be named.
+    A name with the whole path is taken too where that is inside; no other file can be named. A letter with an accent
+    may be one character in the table and two on the disk (as macOS writes names), or the reverse: it is found.
     """
 
     def __init__(self, root: Path) -> None:
         self.root, self._real = str(root.absolute()), os.path.realpath(root)
         self._inside = Inside(root)
+        # folder -> its names by what they are without regard to case; read where a name in it is missing
+        self._beside: dict[str, dict[str, str]] = {}
+        self._room = MOST_BESIDE
 
     def place(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The path of an existing file, or (reason, message)."""
@@ -116,10 +128,50 @@ class Folder:
                 inside = name[len(str(root)) + 1 :]
         if problem := name_problem(inside):
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}")
-        for folder in ("", "images"):
-            if os.path.isfile(path := os.path.join(self.root, folder, inside)):
-                return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
-        return "", ("missing image", f"{one_line(name)!r} is not in {one_line(self.root)}")
+        for spelled in spellings(inside):
+            for folder in ("", "images"):
+                if os.path.isfile(path := os.path.join(self.root, folder, spelled)):
+                    return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
+        return "", self._absence(name, inside)
+
+    def _absence(self, name: str, inside: str) -> tuple[str, str]:
+        """(reason, message) for a name that no file has."""
+        told = repr(one_line(name))
+        if ADDRESS.match(name):
+            return "address", f"{told}: addresses are not fetched; download the images first"
+        if any(os.path.isdir(os.path.join(self.root, folder, inside)) for folder in ("", "images")):
+            return "folder", f"{told} is a folder; name an image in it"
+        near = next((found for folder in ("", "images") if (found := self._other_case(folder, inside))), None)
+        question = f"; did you mean {one_line(near)!r}?" if near else ""
+        return "missing image", f"{told} is not in {one_line(self.root)}{question}"
+
+    def _other_case(self, folder: str, inside: str) -> str | None:
+        """The name of a file that differs in capitals alone, as the table would have it. It is told and not taken: it
+        may be another image."""
+        place, last = os.path.split(inside)
+        looked_at = os.path.join(self.root, folder, place)
+        if looked_at not in self._beside and self._room > 0:
+            try:
+                with os.scandir(looked_at) as entries:
+                    names = {folded_name(entry.name): entry.name for entry in islice(entries, self._room)}
+            except OSError:
+                names = {}
+            self._beside[looked_at] = names
+            self._room -= len(names) + 1
+        near = self._beside.get(looked_at, {}).get(folded_name(last))
+        path = os.path.join(looked_at, near) if near else ""
+        # a link out of the folder is not even named
+        return os.path.join(place, near) if near and os.path.isfile(path) and self._inside.holds(path) else None
+
+
+def spellings(name: str) -> list[str]:
+    """The name, and the same text with accents as characters of their own, and without such."""
+    return [name] if name.isascii() else [*dict.fromkeys([name, *(unicodedata.normalize(f, name) for f in FORMS)])]
+
+
+def folded_name(name: str) -> str:
+    """Equal for names that differ in capitals, or in how accents are written."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def leads_out(name: str, root: object) -> tuple[str, str]:
