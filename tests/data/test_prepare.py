@@ -447,6 +447,27 @@ def test_an_attempt_that_made_nothing_binds_nobody(tmp_path: Path) -> None:
     assert make(root, [row(number) for number in range(3)])["pictures"] == 3
 
 
+def test_a_table_that_cannot_be_read_leaves_no_folder(tmp_path: Path) -> None:
+    """Fails where `.making` stays: `data=toy` would be an unfinished set that nobody has begun."""
+
+    class Unreadable(Toy):
+        def rows(self) -> Iterator[RawRow | BadRow]:
+            yield from self.list
+            raise UserError("toy.csv", "no column for the image", "Name it", ExitCode.BAD_DATA)
+
+    for look in (False, True):
+        if look:
+            (tmp_path / "toy").mkdir()
+            (tmp_path / "toy" / "first-look.png").touch()
+        with pytest.raises(UserError, match="no column for the image"):
+            prepare(Unreadable([]), plan(), tmp_path / "toy", 1, lambda line: None)
+        assert [file.name for file in tmp_path.rglob("*")] == (["toy", "first-look.png"] if look else [])
+    # shards that are whole are kept, as the same command goes on from them
+    with pytest.raises(UserError, match="no column for the image"):
+        prepare(Unreadable(ROWS), plan(), tmp_path / "other", 1, lambda line: None)
+    assert [*(tmp_path / "other").glob("train/data-*.arrow")]
+
+
 # ------------------------------------------------------------------ the benchmark
 
 

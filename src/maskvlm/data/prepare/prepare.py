@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
     claim_set(root, plan)
     started = time.monotonic()
     try:
-        with locked(root):
+        with locked(root), nothing_for_nothing(root):
             remove_temporaries(root)
             with (
                 Pool(workers, root, plan.settings) as pool,
@@ -196,6 +196,20 @@ def locked(root: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+@contextmanager
+def nothing_for_nothing(root: Path) -> Iterator[None]:
+    """An error before the first shard leaves no folder behind; a first look stays. Ctrl-C is no error."""
+    try:
+        yield
+    except Exception:
+        if not any(root.glob("*/data-*.arrow")):
+            for name in (*SPLITS, MAKING):
+                shutil.rmtree(root / name, ignore_errors=True)
+            with suppress(OSError):
+                root.rmdir()
+        raise
 
 
 def remove_temporaries(root: Path) -> None:
