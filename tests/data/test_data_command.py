@@ -86,7 +86,8 @@ def test_the_folder_of_sets_is_named_by_the_environment(
             "--columns: 'image' is not ROLE=COLUMN. Roles are: image, caption, id, split",
         ),
         (["csv", "RAW", "--columns", "picture=x"], "--columns: 'picture=x' is not ROLE=COLUMN"),
-        (["csv"], "data: 0 folders or files are named. Give a set"),
+        (["csv"], "data: raw= is missing. maskvlm data csv raw=FILE.csv."),
+        (["csv", "RAW", "--colums", "a"], "unrecognized arguments: --colums a (did you mean --columns?)"),
         (["csv", "RAW", "--workers", "0"], "--workers: 0 is not from 1 to 1024"),
         (["csv", "RAW", "--out", "PARENT"], "RAW lies in the folder that is to be made"),
         (["folder", "PARENT", "--out", "PARENT/set"], "lies in RAW and would be read as a part of it"),
@@ -149,6 +150,12 @@ def test_a_prepared_set_needs_no_file_of_its_own(
     with pytest.raises(
         UserError, match=f"data=half: no such data set. There are: .*prepared in {tmp_path}/s p: coco, mine"
     ):
+        stack(DATA="half")
+    (tmp_path / "s p" / "half" / "first-look.png").touch()
+    with pytest.raises(UserError, match=r"data=half: was only looked at \(.*\. Prepare it: the same `maskvlm data` with"):
+        stack(DATA="half")
+    (tmp_path / "s p" / "half" / ".making").mkdir()
+    with pytest.raises(UserError, match=r"data=half: is not finished\. Run the same `maskvlm data` again"):
         stack(DATA="half")
 
 

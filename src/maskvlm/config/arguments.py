@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+from maskvlm.config.given_options import nearest
 from maskvlm.utils.errors import UserError
 
 
@@ -10,4 +11,10 @@ class OptionParser(argparse.ArgumentParser):
     """Raises UserError where the original prints its usage and ends the process."""
 
     def error(self, message: str) -> NoReturn:
+        # of options that are not known argparse names the words alone
+        if message.startswith("unrecognized arguments: "):
+            options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = next((found for option in options if (found := nearest(option, known, 0.6))), None)
+            message += f" (did you mean {near}?)" if near else ""
         raise UserError(self.prog, message, f"See {self.prog} --help")

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.config.bundled_models import default_model
+from maskvlm.config.given_options import nearest
 from maskvlm.utils.errors import ExitCode, UserError
 
 PACKAGED = "_home"
 """Folder of the installed package that holds what a clone has at its top: conf/ and tasks/."""
 IMAGE_WEIGHTS, TOKENIZERS = (".safetensors", ".bin", ".pth"), ("tokenizer.json", "vocab.txt", "vocab.json")
 SPLITS = ("val", "test")
+TABLES = {"csv": (".csv", ".tsv", ".tab"), "jsonl": (".jsonl", ".ndjson", ".json")}
+"""Kinds of people's own tables by the ends of their names."""
 RUN_NAME = "MASKVLM_RUN_NAME"
 """Environment variable by which processes that a run starts know the run's folder."""
 
@@ -175,9 +178,25 @@ def data_files(name: str) -> tuple[list[Path], list[str]]:
         return [chosen("data", name)], []
     if name and name in prepared():
         return [chosen("data", "prepared")], ["--data.source.root", str(data_root() / name)]
+    raise no_data(name)
+
+
+def no_data(name: str) -> UserError:
+    """Why `data=NAME` is nothing to train on, and what would make it so."""
+    where, folder = f"data={name}", data_root() / name
+    # a name alone; os.path takes any text for one
+    if name and "/" not in name and os.path.isdir(folder / ".making"):
+        return UserError(where, "is not finished", "Run the same `maskvlm data` again: it goes on where it stopped")
+    if name and "/" not in name and os.path.isfile(folder / "first-look.png"):
+        what = f"was only looked at ({folder / 'first-look.png'})"
+        return UserError(where, what, "Prepare it: the same `maskvlm data` without --look")
+    kind = next((kind for kind, ends in TABLES.items() if name.lower().endswith(ends)), None)
     own = ", ".join(prepared()) or "none"
     told = f"There are: {', '.join(choices('data'))}; prepared in {data_root()}: {own}"
-    raise UserError(f"data={name}", "no such data set", told)
+    if kind:
+        return UserError(where, "no such data set", f"Prepare it first: maskvlm data {kind} raw={name} name=NAME")
+    near = nearest(name, [*choices("data"), *prepared()], 0.6)
+    return UserError(where, "no such data set" + (f" (did you mean {near}?)" if near else ""), told)
 
 
 def encoder_options(folder: str) -> list[str]:
@@ -215,7 +234,9 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     folder = task_folder(task)
     data, start = words.get("data", "scenes"), words.get("from")
     if data not in sets_of(task):
-        raise UserError(f"data={data}", f"no such data set of {task}", f"There are: {', '.join(sets_of(task))}")
+        near = nearest(data, sets_of(task), 0.6)
+        what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
+        raise UserError(f"data={data}", what, f"There are: {', '.join(sets_of(task))}")
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
     first = ["--from", start]
     if start == "random":
@@ -406,6 +427,9 @@ def data_command(words: CommandWords) -> Composed:
     # the second place may be named: raw=
     found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
     if len(found) != 2:
+        if words.places and len(found) == 1:
+            place = f"FILE.{found[0]}" if found[0] in TABLES else "FOLDER"
+            raise UserError("data", "raw= is missing", f"maskvlm data {found[0]} raw={place}")
         what = "no set is named" if not words.places else f"{len(found) - 1} folders or files are named"
         todo = (
             "Give a set (`maskvlm data --help` lists them) and where it lies as distributed: data flickr8k raw=FOLDER"
