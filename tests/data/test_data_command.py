@@ -42,6 +42,7 @@ COLUMNS = ["--columns", "image=ding,caption=spruch"]
 def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["csv", str(pairs), "--out", str(tmp_path / "sets" / "mine"), "--workers", "1", *COLUMNS]
     assert main([*command, "--look"], []) == 0
+    assert capsys.readouterr().out.startswith("mine: 6 images with 6 captions (train 6)\n")
     assert [file.name for file in (tmp_path / "sets" / "mine").iterdir()] == ["first-look.png"]
     assert main(command, []) == 0
     split = Prepared(str(tmp_path / "sets" / "mine")).split("train")
@@ -49,7 +50,8 @@ def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest
     assert split.column("source").unique().to_pylist() == ["mine"]
     told = capsys.readouterr().out
     assert f"{tmp_path / 'sets' / 'mine'}: 6 images (train 6), 6 captions; licence: " in told
-    assert "left out: 1 rows (missing image: 1), listed in " in told
+    assert "left out: 1 row (missing image: 1), listed in " in told
+    assert f"skipped.jsonl; the first: 'lost.jpg' is not in {pairs.parent}\n" in told
     pairs.unlink()  # what is complete needs its raw files no more
     assert main(command, []) == 0
     assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out

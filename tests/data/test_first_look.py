@@ -35,8 +35,7 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
     rows += [row(42, image=encoded(photo(1))[:300]), row(43, "val"), BadRow("gone", "x", "x", "train")]  # type: ignore[list-item]
     lines = look_at_raw(Toy(rows), SETTINGS, tmp_path / "mine" / "first-look.png")  # type: ignore[arg-type]
     assert lines == [
-        "mine: 36 rows",
-        "32 images with 64 captions (train 31, val 1)",
+        "mine: 32 images with 64 captions (train 31, val 1)",
         "captions have 3 words (3 to 3 for nine of ten); 48.4 % say what another one says",
         "would be left out: 4",
         "          1  duplicate image id",
@@ -55,7 +54,7 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
 def test_of_a_long_set_the_first_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_look, "MOST_ROWS", 5)
     lines = look_at_raw(Toy([row(number) for number in range(9)]), SETTINGS, tmp_path / "a.png")
-    assert lines[0] == "mine: the first 5 rows"
+    assert lines[0] == "mine, the first 5: 5 images with 10 captions (train 5)"
 
 
 def test_nothing_to_look_at_says_why(tmp_path: Path) -> None:

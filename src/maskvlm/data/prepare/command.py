@@ -73,7 +73,10 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         print(f"note: {note}")
     if left_out:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
-        print(f"left out: {left_out:,} rows ({reasons}), listed in {root / SKIPPED}")
+        # rows of a table, or images of an archive: what the reader hands out
+        rows = "1 row" if left_out == 1 else f"{left_out:,} rows"
+        first = next(iter(manifest["left_out"].values()))["examples"][0]["message"]
+        print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; the first: {first}")
     # data=NAME would mean the file of that name, not this set
     if settings.name != given.set and settings.name in choices("data"):
         print(f"note: data={settings.name} is a word of its own: conf/data/{settings.name}.yaml holds for this set")

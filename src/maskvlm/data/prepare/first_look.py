@@ -131,8 +131,9 @@ class Stored:
 def counted(images: dict[str, int], captions: int) -> str:
     """`950 images with 1,400 captions (train 900, val 50)`."""
     parts = ", ".join(f"{name} {count:,}" for name, count in images.items())
-    told = f" with {captions:,} captions" if captions else ""
-    return f"{sum(images.values()):,} images{told} ({parts})"
+    told = f" with {'1 caption' if captions == 1 else f'{captions:,} captions'}" if captions else ""
+    number = sum(images.values())
+    return f"{'1 image' if number == 1 else f'{number:,} images'}{told} ({parts or 'no split'})"
 
 
 def table(name: str, reasons: dict[str, Any]) -> list[str]:
@@ -165,17 +166,17 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
         captions.add(usable)
         sample.add(row)
     # one row more than was looked at: the set goes on
-    more = "the first " if next(every, None) is not None else ""
+    part = f", the first {rows:,}" if next(every, None) is not None else ""
     # what opening them tells, of few
     broken = sample.broken(settings)
-    lines = [f"{settings.name}: {more}{rows:,} rows", counted(counts, len(captions)), captions.line()]
+    lines = [f"{settings.name}{part}: {counted(counts, len(captions))}", captions.line()]
     lines += table("would be left out", {reason: {"count": count} for reason, count in reasons.most_common()})
     title = f"and of {len(sample.rows):,} images that were opened"
     lines += table(title, {reason: {"count": count} for reason, count in broken.most_common()}) + raw.notes
     shown = sample.shown()
     if not shown:
         where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
-        raise UserError(where, f"no row can be used ({'; '.join(lines[3:])[:300]})", todo, ExitCode.BAD_DATA)
+        raise UserError(where, f"no row can be used ({'; '.join(lines[2:])[:300]})", todo, ExitCode.BAD_DATA)
     draw_look(LookReport(lines, shown, captions.words), path)
     return lines
 
