@@ -148,6 +148,12 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     ]
 
 
+def test_of_several_tables_one_is_to_be_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.csv", "b.csv", "a.jpg")
+    with pytest.raises(UserError, match=r"holds 2 tables \(a\.csv, b\.csv\)\. Name one: raw=.*/a\.csv\. Tables for each"):
+        open_raw("csv", str(tmp_path))
+
+
 def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:
     """Fails where a name may lead out, through `..` or a whole path."""
     touch(tmp_path, "outside.jpg", "in/a.jpg")
@@ -190,13 +196,22 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty file"),
-        (b"\n\n", "empty file"),
+        (b"", "x.csv: is empty. It needs a header and a row for each text."),
+        (b"\n\n", "is empty"),
         (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
         (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3"),
         (b"a\x00b\n", "x.csv:1: null bytes"),
         (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),
-        (b"name,words\na,b\n", "no column for the image (there are 'name', 'words'). Name one of them 'image'"),
+        (
+            b"name,words\na,b\n",
+            "no column for the image and none for the caption (there are 'name', 'words'). Name one of them 'image' "
+            "and another 'caption', or say which it is: --columns image=NAME,caption=NAME (make: ARGS=).",
+        ),
+        (
+            b"Datei;Worte\na.jpg;Stra\xdfe\n",
+            "x.csv:2: is not UTF-8 text; and no column for the image and none for the caption (there are 'Datei', "
+            "'Worte'). Save the file as UTF-8. Name one of them",
+        ),
         (b"image,words\na,b\n", "no column for the caption (there are 'image', 'words')"),
     ],
 )

@@ -56,11 +56,13 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
         fitting = [folded[each] for each in names if each in folded]
         if fitting and role not in found:
             found[role] = fitting[0]
-    for role in ("image", "caption"):
-        if role not in found:
-            what = f"no column for the {role} (there are {listed})"
-            todo = f"Name one of them {ROLES[role][0]!r}, or say which it is: --columns {role}=NAME (make: ARGS=)"
-            raise UserError(where, what, todo, ExitCode.BAD_DATA)
+    # all that lack in one line: who mends the first need not come back for the second
+    if lacking := [role for role in ("image", "caption") if role not in found]:
+        what = f"no column for the {' and none for the '.join(lacking)} (there are {listed})"
+        option = ",".join(f"{role}=NAME" for role in lacking)
+        names = " and another ".join(repr(ROLES[role][0]) for role in lacking)
+        todo = f"Name one of them {names}, or say which it is: --columns {option} (make: ARGS=)"
+        raise UserError(where, what, todo, ExitCode.BAD_DATA)
     return found
 
 

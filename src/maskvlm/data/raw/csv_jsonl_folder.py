@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from maskvlm.data.files import image_names, load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
-from maskvlm.data.raw.lines import json_items, one_line, read_text, short_value, text_lines
+from maskvlm.data.raw.lines import NOT_UTF8, json_items, one_line, read_text, short_value, text_lines
 from maskvlm.data.raw.table import RawTable
 from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import flaw
@@ -80,7 +80,15 @@ def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Fi
         yield from _objects(file, given)
         return
     table = RawTable(file)
-    columns = find_columns(table.columns, given, file)
+    try:
+        columns = find_columns(table.columns, given, file)
+    except UserError as error:
+        # both in one line, the encoding first: whoever saves the file anew may write other names
+        if (number := first_not_text(file)) is not None:
+            what = f"is not UTF-8 text; and {error.what}"
+            todo = f"Save the file as UTF-8. {error.todo}"
+            raise UserError(f"{file}:{number}", what, todo, error.code) from error
+        raise
     # told once: a wrong guess of a column would otherwise go unnoticed
     if (left := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
         note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(left))}"
@@ -90,6 +98,12 @@ def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Fi
     at = {role: table.columns.index(name) for role, name in columns.items()}
     for number, fields, problem in table.records():
         yield FileRow(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
+
+
+def first_not_text(file: Path) -> int | None:
+    """The first of the first PROBE lines that is no UTF-8 text, as in a table that was saved in Latin-1."""
+    lines = islice(text_lines(file), PROBE)
+    return next((line.number for line in lines if line.problem and line.problem[0] == NOT_UTF8), None)
 
 
 def _listed(columns: dict[str, str]) -> str:
@@ -259,10 +273,10 @@ class FolderSet(RawSet):
 
 
 def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, ...]) -> RawSet:
-    """A file of one of these kinds, or a folder with some of them.
+    """A file of one of these kinds, or a folder with one, or with one for each split.
 
     Raises:
-        UserError: the folder has no such file.
+        UserError: the folder has no such file, or several of a split.
     """
     path = Path(raw)
     if path.is_file():
@@ -276,6 +290,11 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         raise UserError(raw, what, "Name the file itself", ExitCode.MISSING_INPUT)
     for file in files:
         check_below(file, path)
+    # one table for each split; of others nobody can say which is meant
+    if len({split_of_path(file.stem) for file in files}) < len(files):
+        named = ", ".join(one_line(file.name, 60) for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        todo = f"Name one: raw={path / files[0].name}. Tables for each split are called train, val and test"
+        raise UserError(raw, f"holds {len(files)} tables ({named})", todo)
     return TableSet(files, name, columns)
 
 

@@ -13,6 +13,8 @@ from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 CHUNK = 1_000_000
+NOT_UTF8 = "not UTF-8 text"
+"""The reason of a line that is none."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -50,7 +52,7 @@ def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
     try:
         return content.decode(), None
     except UnicodeDecodeError as error:
-        return "", ("not UTF-8 text", f"byte {error.start} is no UTF-8; save the file as UTF-8")
+        return "", (NOT_UTF8, f"byte {error.start} is no UTF-8; save the file as UTF-8")
 
 
 def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, str] | None]:
