@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from toy_images import NOISE, SEEDS, SMOOTH, encode, make_png, reason
 
 from maskvlm.data.images import FORMATS, MAX_PIXELS, MAX_SCANS, BadImage, safe_open
+from maskvlm.data.inputs import open_image
 from maskvlm.utils.errors import ExitCode, UserError
 
 HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"
@@ -206,7 +207,8 @@ def test_a_missing_file_says_which_and_where(tmp_path: Path) -> None:
 def test_what_is_no_regular_file_is_missing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "pipe", tmp_path / "file" / "x.jpg", "a\x00b", "/dev/zero"):
+    assert reason(tmp_path) == "a folder"
+    for path in (tmp_path / "pipe", tmp_path / "file" / "x.jpg", "a\x00b", "/dev/zero"):
         assert reason(path) == "missing"
 
 
@@ -237,6 +239,33 @@ def test_a_bad_image_is_a_user_error_that_survives_the_way_from_a_data_worker() 
     sent = pickle.loads(pickle.dumps(error))
     assert isinstance(sent, BadImage)
     assert (sent.reason, sent.code, str(sent)) == ("not an image (text/html)", ExitCode.BAD_DATA, str(error))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"just some words", "not an image (unknown). Give an image (JPEG, PNG, WEBP, GIF or BMP)."),
+        (encode(SMOOTH, "TIFF"), "format not allowed (image/tiff). Give an image (JPEG, PNG, WEBP, GIF or BMP)."),
+        (None, "a folder. Give an image (JPEG, PNG, WEBP, GIF or BMP)."),
+        (encode(SMOOTH, "JPEG")[:-200], "Give another image."),
+    ],
+)
+def test_an_image_that_is_asked_about_by_itself_has_no_row(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "a.jpg"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(BadImage) as caught:
+        open_image(path)
+    assert str(caught.value).startswith(f"{path}: bad image, ")
+    assert str(caught.value).endswith(said)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_row_of_another_format_is_told_which_are_allowed() -> None:
+    with pytest.raises(BadImage, match="Save it as JPEG, PNG, WEBP, GIF or BMP, or drop its row"):
+        safe_open(encode(SMOOTH, "TIFF"), "a.csv:3")
 
 
 def test_a_hostile_name_cannot_reach_the_terminal() -> None:

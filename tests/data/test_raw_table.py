@@ -150,7 +150,9 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
 
 def test_of_several_tables_one_is_to_be_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv", "b.csv", "a.jpg")
-    with pytest.raises(UserError, match=r"holds 2 tables \(a\.csv, b\.csv\)\. Name one: raw=.*/a\.csv\. Tables for each"):
+    with pytest.raises(
+        UserError, match=r"holds 2 tables \(a\.csv, b\.csv\)\. Name one: raw=.*/a\.csv\. Tables for"
+    ):
         open_raw("csv", str(tmp_path))
 
 

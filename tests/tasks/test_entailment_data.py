@@ -169,7 +169,7 @@ def test_training_needs_no_correction_and_each_evaluated_split_one(
         ),
         ("a.csv", b'pairID,gold_label\nx,"neutral', "a.csv:2: not comma-separated text (quote left open: "),
         ("a.csv", b"pairID,gold_label\nx,neutral\ny,\xff\n", "a.csv:3: not comma-separated text (not UTF-8 text: "),
-        ("a.csv", b"", "a.csv: empty file"),
+        ("a.csv", b"", "a.csv: is empty"),
         ("a.csv", b"pairID,gold_label\n", "a.csv: no label in this file"),
         ("a.jsonl", b'{"pairID": "x"}', "a.jsonl:1: no columns 'pairID' and 'gold_label' (there is 'pairID')"),
         ("a.jsonl", b"{}", "(there is nothing)"),

@@ -27,12 +27,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What the web and the public data sets hand out. TIFF stays out: no set uses it, and its library reads a
 dozen compressions with a long record of memory faults; EPS would start Ghostscript."""
 
+ALLOWED = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 200_000_000
 MAX_ASPECT = 200
 MIN_SIDE = 8  # pixels: the smallest patch of any of our models
 MAX_SCANS = 500  # a progressive JPEG has about ten; thousands keep a decoder busy for minutes
 
+_NOT_ALLOWED = "format not allowed"
 _TODO = {
     "missing": "Check the folder of the images and the name",
     "unreadable": "Check the disk and the permissions",
@@ -59,22 +62,34 @@ class BadImage(UserError):
     """An image that cannot be used.
 
     Attributes:
-        reason: short key to count by: "missing", "unreadable", "empty", "not an image (text/html)",
+        reason: short key to count by: "missing", "a folder", "unreadable", "empty", "not an image (text/html)",
             "format not allowed (image/tiff)", "bomb", "too small", "too narrow", "truncated", "crc",
             "corrupt", "not finite".
         detail: more about this one, may be empty.
+
+    Args:
+        todo: what to do about it, where the image is no row of a data set.
     """
 
-    def __init__(self, where: object, reason: str, detail: str = "") -> None:
+    def __init__(self, where: object, reason: str, detail: str = "", todo: str = "") -> None:
         self.reason, self.detail = reason, clean_caption(detail)[0][:200]
-        codes = {"missing": ExitCode.MISSING_INPUT, "unreadable": ExitCode.IO_ERROR}
+        codes = {"unreadable": ExitCode.IO_ERROR} | dict.fromkeys(("missing", "a folder"), ExitCode.MISSING_INPUT)
         what = f"bad image, {reason}" + (f" ({self.detail})" if self.detail else "")
-        todo = _TODO.get(reason, "Replace it or drop its row")
+        if not todo and reason.startswith(_NOT_ALLOWED):
+            todo = f"Save it as {ALLOWED}, or drop its row"
+        todo = todo or _TODO.get(reason, "Replace it or drop its row")
         super().__init__(clean_caption(str(where))[0], what, todo, codes.get(reason, ExitCode.BAD_DATA))
 
-    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str, str]]:  # type: ignore[override]
-        """Pickled with its own three arguments."""
-        return type(self), (self.where, self.reason, self.detail)
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str, str, str]]:  # type: ignore[override]
+        """Pickled with its own arguments."""
+        return type(self), (self.where, self.reason, self.detail, self.todo)
+
+    def asked(self) -> "BadImage":
+        """The same of an image that somebody asks about by itself: it has no row."""
+        if self.reason.startswith((_NOT_ALLOWED, "not an image", "a folder")):
+            return BadImage(self.where, self.reason, self.detail, f"Give an image ({ALLOWED})")
+        todo = {"missing": "Check the path", "bomb": "Shrink it"}.get(self.reason) or _TODO.get(self.reason)
+        return BadImage(self.where, self.reason, self.detail, todo or "Give another image")
 
 
 def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | None = None) -> Image.Image:
@@ -140,6 +155,8 @@ def _read(path: Path, name: str) -> bytes:
     try:
         # before it is opened: reading a pipe would wait for ever
         status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage(name, "a folder", str(path) if str(path) != name else "")
         if not stat.S_ISREG(status.st_mode):
             raise BadImage(name, "missing", f"{path} is not a file")
         if status.st_size > MAX_FILE_BYTES:
@@ -194,13 +211,13 @@ def _kind(data: bytes) -> str:
     if b"<html" in head or head.startswith(b"<!doctype html"):
         return "not an image (text/html)"
     if b"<svg" in head:
-        return "format not allowed (image/svg+xml)"
+        return f"{_NOT_ALLOWED} (image/svg+xml)"
     # the first four bytes are the size of a box
     if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1"):
-        return "format not allowed (image/heif)"
+        return f"{_NOT_ALLOWED} (image/heif)"
     for start, kind in _OTHER_FORMATS.items():
         if head.startswith(start):
-            return f"format not allowed ({kind})"
+            return f"{_NOT_ALLOWED} ({kind})"
     for start, kind in _NOT_IMAGES.items():
         if head.startswith(start):
             return f"not an image ({kind})"

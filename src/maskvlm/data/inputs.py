@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskvlm.data.images import safe_open
+from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.text import Captioner, CaptionTokens, clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -63,7 +63,10 @@ def open_image(given: ImageInput, name: str = "image") -> Image.Image:
     if not isinstance(given, str | bytes | Image.Image):
         todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
         raise UserError(name, f"{type(given).__name__} is no image", todo)
-    return safe_open(given, name)
+    try:
+        return safe_open(given, name)
+    except BadImage as bad:
+        raise bad.asked() from bad
 
 
 def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:

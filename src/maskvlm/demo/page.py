@@ -140,8 +140,8 @@ class Desk:
             try:
                 return {self.status: "", **self.worker.run(function, *inputs)}
             except UserError as error:
-                # What a bad image advises is meant for data sets, too; here there is no row.
-                line = str(error).replace(" or drop its row", "") if isinstance(error, BadImage) else str(error)
+                # What a bad image advises is meant for data sets; here there is no row.
+                line = str(error.asked() if isinstance(error, BadImage) else error)
                 return {**clear, self.status: answers.problem(" ".join(line.split())[:400])}
             except Exception as error:
                 # The traceback is for the terminal: a visitor sees the kind of error alone.

@@ -60,8 +60,8 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
     if lacking := [role for role in ("image", "caption") if role not in found]:
         what = f"no column for the {' and none for the '.join(lacking)} (there are {listed})"
         option = ",".join(f"{role}=NAME" for role in lacking)
-        names = " and another ".join(repr(ROLES[role][0]) for role in lacking)
-        todo = f"Name one of them {names}, or say which it is: --columns {option} (make: ARGS=)"
+        usual = " and another ".join(repr(ROLES[role][0]) for role in lacking)
+        todo = f"Name one of them {usual}, or say which it is: --columns {option} (make: ARGS=)"
         raise UserError(where, what, todo, ExitCode.BAD_DATA)
     return found
 
