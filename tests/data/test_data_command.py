@@ -154,9 +154,7 @@ def test_a_prepared_set_needs_no_file_of_its_own(
     ):
         stack(DATA="half")
     (tmp_path / "s p" / "half" / "first-look.png").touch()
-    with pytest.raises(
-        UserError, match=r"data=half: was only looked at \(.*\. Prepare it: the same `maskvlm data"
-    ):
+    with pytest.raises(UserError, match=r"data=half: was only looked at \(.*\. Prepare it: the same `maskvlm data"):
         stack(DATA="half")
     (tmp_path / "s p" / "half" / ".making").mkdir()
     with pytest.raises(UserError, match=r"data=half: is not finished\. Run the same `maskvlm data` again"):

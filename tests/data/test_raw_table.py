@@ -150,9 +150,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
 
 def test_of_several_tables_one_is_to_be_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv", "b.csv", "a.jpg")
-    with pytest.raises(
-        UserError, match=r"holds 2 tables \(a\.csv, b\.csv\)\. Name one: raw=.*/a\.csv\. Tables for"
-    ):
+    with pytest.raises(UserError, match=r"holds 2 tables \(a\.csv, b\.csv\)\. Name one: raw=.*/a\.csv\. Tables for"):
         open_raw("csv", str(tmp_path))
 
 
@@ -201,7 +199,7 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
         (b"", "x.csv: is empty. It needs a header and a row for each text."),
         (b"\n\n", "is empty"),
         (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
-        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3"),
+        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is no UTF-8). Save the file as UTF-8."),
         (b"a\x00b\n", "x.csv:1: null bytes"),
         (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),
         (

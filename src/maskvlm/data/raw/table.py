@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.data.files import IMAGE_SUFFIXES
-from maskvlm.data.raw.lines import MAX_LINE_BYTES, TextLine, text_lines
+from maskvlm.data.raw.lines import MAX_LINE_BYTES, NOT_UTF8, TextLine, text_lines
 from maskvlm.utils.errors import ExitCode, UserError
 
 DELIMITERS = ",\t;|"
@@ -43,7 +43,11 @@ class RawTable:
             raise UserError(file, "is empty", "It needs a header and a row for each text", ExitCode.BAD_DATA)
         where, todo = f"{file}:{header.number}", "The first line must name the columns"
         if header.problem:
-            raise UserError(where, f"{header.problem[0]} ({header.problem[1]})", todo, ExitCode.BAD_DATA)
+            reason, why = header.problem
+            if reason == NOT_UTF8:
+                # what to do stands after the semicolon
+                why, todo = why.partition(";")[0], "Save the file as UTF-8"
+            raise UserError(where, f"{reason} ({why})", todo, ExitCode.BAD_DATA)
         self.delimiter = delimiter or _delimiter(file, header.text)
         names = _split(header.text, self.delimiter)
         if isinstance(names, str) or not any(name.strip() for name in names):
