@@ -148,10 +148,13 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     ]
 
 
-def test_of_several_tables_one_is_to_be_named(tmp_path: Path) -> None:
-    touch(tmp_path, "a.csv", "b.csv", "a.jpg")
-    with pytest.raises(UserError, match=r"holds 2 tables \(a\.csv, b\.csv\)\. Name one: raw=.*/a\.csv\. Tables for"):
-        open_raw("csv", str(tmp_path))
+def test_several_tables_of_a_folder_are_read_and_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(f"image,caption\n{name}.jpg,one\n")
+    found = open_raw("csv", str(tmp_path))
+    assert found.notes == ["2 tables of this folder are read: a.csv, b.csv; for one alone name the file itself"]
+    assert len([*found.rows()]) == 2
 
 
 def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The built-in world in the layouts that suites read: `python world.py FOLDER` writes held-out scenes as
 
-    FOLDER/captions/captions.jsonl, images   for `maskvlm suite aro_order --set jsonl`
-    FOLDER/classes/COLOUR_SHAPE/*.png        scenes of one thing, for `zeroshot`
-    FOLDER/entities/Sentences, Annotations   captions with the boxes of the things they name, for `pointing`
+FOLDER/captions/captions.jsonl, images   for `maskvlm suite aro_order --set jsonl`
+FOLDER/classes/COLOUR_SHAPE/*.png        scenes of one thing, for `zeroshot`
+FOLDER/entities/Sentences, Annotations   captions with the boxes of the things they name, for `pointing`
 """
 
 import json

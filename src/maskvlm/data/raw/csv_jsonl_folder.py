@@ -273,10 +273,10 @@ class FolderSet(RawSet):
 
 
 def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, ...]) -> RawSet:
-    """A file of one of these kinds, or a folder with one, or with one for each split.
+    """A file of one of these kinds, or a folder with some of them: all are read.
 
     Raises:
-        UserError: the folder has no such file, or several of a split.
+        UserError: the folder has no such file.
     """
     path = Path(raw)
     if path.is_file():
@@ -290,12 +290,12 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         raise UserError(raw, what, "Name the file itself", ExitCode.MISSING_INPUT)
     for file in files:
         check_below(file, path)
-    # one table for each split; of others nobody can say which is meant
-    if len({split_of_path(file.stem) for file in files}) < len(files):
+    found = TableSet(files, name, columns)
+    # Parts of one table, or tables that nobody meant: told, so that a stray one does not go unnoticed.
+    if len(files) > 1:
         named = ", ".join(one_line(file.name, 60) for file in files[:5]) + (", ..." if len(files) > 5 else "")
-        todo = f"Name one: raw={path / files[0].name}. Tables for each split are called train, val and test"
-        raise UserError(raw, f"holds {len(files)} tables ({named})", todo)
-    return TableSet(files, name, columns)
+        found.notes.append(f"{len(files)} tables of this folder are read: {named}; for one alone name the file itself")
+    return found
 
 
 def open_csv(raw: str, name: str, columns: dict[str, str]) -> RawSet:
