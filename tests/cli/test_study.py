@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,10 +196,24 @@ def test_two_studies_of_one_name_do_not_meet(plain: Path, capsys: pytest.Capture
 
 def test_a_key_that_no_run_measures_is_told() -> None:
     metric = Metric("R@1", ("retrieval/tr_r11",), otherwise=("mlm/accuracy",))
-    study = SimpleNamespace(metrics={"R@1": metric})
-    assert unknown_keys(study, {"retrieval/tr_r1": 1.0, "mlm/accuracy": 1.0}) == [  # type: ignore[arg-type]
-        "metric R@1: the first run has no retrieval/tr_r11 (did you mean retrieval/tr_r1?)"
-    ]
+    found = {"retrieval/tr_r1": 1.0, "mlm/accuracy": 1.0}
+    told = "retrieval/tr_r11 (did you mean retrieval/tr_r1?)"
+    assert unknown_keys([metric], found) == [f"metric R@1: the first run has no {told}"]
+    assert unknown_keys([metric], found, "no run") == [f"metric R@1: no run has {told}"]
+
+
+def test_a_list_and_a_page_say_what_does_not_fit(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = plain / "checkpoints" / "toy" / "all-s0"
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text('{"cell": "all", "seed": 0, "command": ["maskvlm", "pretrain"]}')
+    (folder / "versions.json").write_text('{"finished": {"step": 1}}')
+    (folder / "metrics.json").write_text('{"score": 1.0}')
+    assert main(["study", "toy.yaml", "--list"]) == 0
+    states = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["other options", "step 0", "step 0", "step 0"]
+    (folder / "study.json").unlink()
+    assert main(["study", "toy.yaml", "--page-only"]) == 0
+    assert "warning: metric R@1: no run has retrieval/tr_r1" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told_before_any_run(

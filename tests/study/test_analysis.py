@@ -186,7 +186,8 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("a,b\n1,2\n", "has no column run"),
-        ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,x\n", "is no table of runs"),
+        ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,x\n", "runs.csv:2: a: 'x' is no number"),
+        ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,1\nall-s0,0.1\n", "runs.csv:3: expected 5 fields"),
         (b"run,hours\xff\n", "is no table of runs"),
     ],
 )

@@ -1,9 +1,11 @@
 """`maskvlm study FILE`: makes the runs of a study that are missing, and writes its page (`study/`)."""
 
 import importlib.util
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import home
 from maskvlm.config.given_options import nearest
-from maskvlm.study.definition import Study, read_study
+from maskvlm.study.definition import Metric, Study, read_study
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     study = read_study(study_file(options.file), options.where)
     # From here on with torch: what is wrong with the file has been said.
     from maskvlm.study.earlier import earlier_runs
-    from maskvlm.study.runs import check_same_run, of_study, root_of, runs_of, step_of
+    from maskvlm.study.runs import check_same_run, holds_another, of_study, root_of, runs_of, step_of
 
     # Options of a file are not typed: not where they are parsed or their operations are counted, and not in the runs.
     os.environ |= of_study(allowed, 0)
@@ -54,7 +56,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             steps = (
                 "" if not run.cell.flops_of else f"  (and as many steps as cost the operations of {run.cell.flops_of})"
             )
-            state = "finished" if run.finished else f"step {step_of(run)}"
+            # How many steps another arm's operations are is not counted for a list.
+            other = not run.cell.flops_of and holds_another(run)
+            state = "other options" if other else "finished" if run.finished else f"step {step_of(run)}"
             print(f"{number}  {state}  {' '.join(run.command[2:])}{steps}")
         return ExitCode.DONE
     check_cells(chosen, allowed)
@@ -115,6 +119,11 @@ def tell_page(
     from maskvlm.study.page import write_page  # with packages that only a study needs
 
     page = write_page(study, runs, folder, f"maskvlm study {file}", earlier)
+    reached = [each for run in runs if (each := run.metrics)] + [each.metrics for each in earlier.values()]
+    silent = [metric for metric in study.metrics.values() if all(math.isnan(metric.of(each)) for each in reached)]
+    if reached:
+        for line in unknown_keys(silent, dict(chain.from_iterable(each.items() for each in reached)), "no run"):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     there = sum(run.finished or run.name in earlier for run in runs)
     print(f"wrote {page} ({there} of {len(runs)} runs)", flush=True)
 
@@ -202,7 +211,7 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
         worst = worst or (ended.code if ended.code >= 0 else 128 - ended.code)
         if not told and ended.run.cell is not study.first and (metrics := ended.run.metrics):
             told = True
-            for line in unknown_keys(study, metrics):
+            for line in unknown_keys(study.metrics.values(), metrics):
                 print(f"warning: {line}", file=sys.stderr, flush=True)
     if runner.stopping.is_set():
         console.print("stopped; the same command goes on", highlight=False)
@@ -210,16 +219,16 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
     return worst
 
 
-def unknown_keys(study: Study, metrics: Mapping[str, float]) -> list[str]:
-    """A line for each key of the study's metrics that a run has not measured; it may be of a head that others have."""
+def unknown_keys(asked: Iterable[Metric], metrics: Mapping[str, float], who: str = "the first run") -> list[str]:
+    """A line for each key of a study's metrics that is not among what was measured; it may be of a head that other
+    runs have. who: measured it."""
     lines = []
-    for metric in study.metrics.values():
+    has = f"{who} has" if who.startswith("no ") else f"{who} has no"
+    for metric in asked:
         for key in (*metric.mean, *metric.minus, *metric.otherwise):
             if key not in metrics:
                 near = nearest(key, metrics, 0.8)
-                lines.append(
-                    f"metric {metric.name}: the first run has no {key}" + (f" (did you mean {near}?)" if near else "")
-                )
+                lines.append(f"metric {metric.name}: {has} {key}" + (f" (did you mean {near}?)" if near else ""))
     return lines
 
 

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -145,10 +146,13 @@ def _find(path: str, load: bool) -> Any:
 
 
 def _place_of(error: Exception) -> str:
-    """`file:line` of the last line that ran, or of the one that is no Python."""
+    """`file:line` of the last line that ran, or of the one that is no Python; not one of Python or of an installed
+    package, if the way there led through a file that is neither."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
+    installed = (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    frames = [each for each in frames if not each.filename.startswith(installed)] or frames
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "its file"
 
 

@@ -279,8 +279,10 @@ def task_folder(task: str) -> Path:
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
     known = ", ".join(tasks()) or "none yet"
-    todo = f"There are: {known}, and package.task of an installed package"
-    raise UserError(f"task {task}", "no such task", todo, ExitCode.MISSING_INPUT if "." in task else ExitCode.USAGE)
+    todo = f"There are: {known}, and package.task of a package that is installed or lies here (with __init__.py)"
+    near = nearest(task, tasks(), 0.6)
+    what = "no such task" + (f" (did you mean {near}?)" if near else "")
+    raise UserError(f"task {task}", what, todo, ExitCode.MISSING_INPUT if "." in task else ExitCode.USAGE)
 
 
 # ---------------------------------------------------------------------- runs

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from maskvlm.checkpoint.hf_folder import WEIGHTS
 from maskvlm.checkpoint.integrity import sha256_of, stated
 from maskvlm.checkpoint.warm_start import overlap
+from maskvlm.config.bundled_models import bundled_folder
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.callbacks import say, try_drawing
@@ -161,9 +162,10 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     """The file the measured weights come from and its sha256; where this run trained them, what it started from."""
     origin = pl_module.backbone.origin
     path = trainer.ckpt_path or (origin.path if origin else None)
-    name = None if path is None else f"{Path(path).parent.name}/{Path(path).name}"
+    bundled = None if path is None else bundled_folder(str(path))
+    name = None if path is None else str(path) if bundled else f"{Path(path).parent.name}/{Path(path).name}"
     trained = getattr(trainer, "global_step", 0)
-    sha = None if path is None else hash_of(Path(path))
+    sha = None if path is None else hash_of(bundled or Path(path))
     # The weights that were measured are in no file that was named: what is known is where they began.
     if trained and trainer.ckpt_path is None:
         return {"started from": name, "sha256 of that": sha, "measured after steps": trained}

@@ -49,22 +49,29 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
-            missing = [name for name in ("run", "hours", "metrics_sha256") if name not in (table.fieldnames or ())]
+            columns = list(table.fieldnames or ())
+            missing = [name for name in ("run", "hours", "metrics_sha256") if name not in columns]
             if missing:
                 raise UserError(path, f"has no column {missing[0]}", todo, ExitCode.BAD_DATA)
             for row in table:
-                if wanted.get(row["run"]) == row.get(RUN_SHA256):
-                    found[row["run"]] = _outcome(row)
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+                if None in row or None in row.values():
+                    what = f"expected {len(columns)} fields"
+                    raise UserError(f"{path}:{table.line_num}", what, todo, ExitCode.BAD_DATA)
+                # A table of an earlier version has no hash: its runs cannot be told from others.
+                if wanted.get(row["run"], "none") == row.get(RUN_SHA256):
+                    found[row["run"]] = _outcome(row, f"{path}:{table.line_num}", todo)
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(path, f"is no table of runs ({error})", todo, ExitCode.BAD_DATA) from None
     return found
 
 
-def _outcome(row: Mapping[str | None, str]) -> Outcome:
-    """Raises ValueError for what is no number."""
-    numbers = {
-        key: int(value) if value.isdigit() else float(value)
-        for key, value in row.items()
-        if key is not None and value and key not in FACTS and not key.startswith(OF_STUDY)
-    }
-    return Outcome(float(row["hours"] or math.nan), numbers, row["metrics_sha256"])
+def _outcome(row: Mapping[str, str], where: str, todo: str) -> Outcome:
+    """Raises UserError for what is no number."""
+    numbers: dict[str, float] = {}
+    for key, value in row.items():
+        if value and (key == "hours" or not (key in FACTS or key.startswith(OF_STUDY))):
+            try:
+                numbers[key] = int(value) if value.isdigit() else float(value)
+            except ValueError:
+                raise UserError(where, f"{key}: {value[:40]!r} is no number", todo, ExitCode.BAD_DATA) from None
+    return Outcome(numbers.pop("hours", math.nan), numbers, row["metrics_sha256"])

@@ -136,10 +136,15 @@ def check_same_run(run: StudyRun) -> None:
     Raises:
         UserError: it was made by another command (73): a table would mix two things.
     """
-    before = read_json(run.folder / ABOUT)
-    if before and {key: before.get(key) for key in run.about} != run.about:
+    if holds_another(run):
         todo = "Give the arm another name, or remove that folder"
         raise UserError(run.folder, "holds a run of this name with other options", todo, ExitCode.CANNOT_CREATE)
+
+
+def holds_another(run: StudyRun) -> bool:
+    """Whether its folder is that of a run of this name that another command made."""
+    before = read_json(run.folder / ABOUT)
+    return bool(before) and {key: before.get(key) for key in run.about} != run.about
 
 
 class Ended(NamedTuple):
