@@ -391,7 +391,7 @@ def test_a_set_of_the_hub(tmp_path: Path, own_cache: None, monkeypatch: pytest.M
     assert [safe_open(row.image, "x").size for row in found if isinstance(row, RawRow)] == [(16, 16)] * 2
     if form != "imagefolder":
         reasons = [row.reason for row in found if isinstance(row, BadRow)]
-        assert reasons == ["no image", "no caption"] + ["missing image"] * (form == "parquet")
+        assert reasons == ["no image", "no caption"] + ["address"] * (form == "parquet")
 
 
 def test_a_set_of_the_hub_names_no_file_outside(tmp_path: Path, own_cache: None) -> None:

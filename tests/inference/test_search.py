@@ -17,7 +17,7 @@ from data.toy_raw import make as make_set
 from data.toy_raw import row
 from test_vector_files import Photos, rows_of, start, toy_checkpoint, vector_of
 
-from maskvlm.cli.search import checkpoint_of, main, make
+from maskvlm.cli.search import checkpoint_of_index, main, make
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference import faiss_index as nearest
 from maskvlm.inference import search as searching
@@ -305,7 +305,7 @@ def test_all_images_of_a_set_without_splits_are_indexed(
 def test_a_name_of_the_hub_in_an_index_is_not_fetched(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(about | {"checkpoint": "someone/model"}))
-    assert checkpoint_of(SearchIndex.load(copy)) == "scenes-tiny"
+    assert checkpoint_of_index(SearchIndex.load(copy)) == "scenes-tiny"
     assert capsys.readouterr().err.startswith("no from=: scenes-tiny is asked")
 
 

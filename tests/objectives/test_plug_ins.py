@@ -276,7 +276,7 @@ def test_a_reader_of_somebody_elses_prepares_a_set(tmp_path: Path, capsys: pytes
     told = capsys.readouterr().out
     assert "Birds" not in told.split("licence: ")[0]
     assert "licence: CC0" in told
-    assert "left out: 1 rows (no tab: 1)" in told
+    assert "left out: 1 row (no tab: 1)" in told
     split = Prepared(str(tmp_path / "birds")).split("train")
     assert [split[row]["captions"] for row in range(4)] == [[f"a bird of kind {n}"] for n in range(4)]
 

@@ -43,7 +43,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     return 0
 
 
-def checkpoint_of(index: SearchIndex) -> str:
+def checkpoint_of_index(index: SearchIndex) -> str:
     """The checkpoint that an index was made with, where it lies here; else the model that comes along. A line on stderr
     says which. An index may be a stranger's: a name of the hub that stands in it is not fetched."""
     made_with = str(index.about["checkpoint"])
@@ -71,7 +71,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
-    source = options.source or checkpoint_of(index)
+    source = options.source or checkpoint_of_index(index)
     model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)
     with told_after(model):
         found = search_index(index, model, options.query, options.k, options.rerank)

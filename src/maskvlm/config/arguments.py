@@ -14,7 +14,7 @@ class OptionParser(argparse.ArgumentParser):
         # of options that are not known argparse names the words alone
         if message.startswith("unrecognized arguments: "):
             options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
+            known = [name for name in self._option_string_actions if name.startswith("--") and name != "--help"]
             near = next((found for option in options if (found := nearest(option, known, 0.6))), None)
             message += f" (did you mean {near}?)" if near else ""
         raise UserError(self.prog, message, f"See {self.prog} --help")
