@@ -85,12 +85,12 @@ def filled(head: dict[str, str], page: Live) -> dict[str, str]:
     return {name: value.replace("PORT", str(page.port)) for name, value in head.items()}
 
 
-def refused_upload(client: httpx.Client, head: dict[str, str]) -> httpx.Response:
-    """The answer to a small upload. One that comes before all of it was sent may be lost: then it is sent again."""
+def sent(client: httpx.Client, method: str, path: str, head: dict[str, str], **content: Any) -> httpx.Response:
+    """The answer to a request. A refusal that comes before all of a request was sent may be lost: it is sent again."""
     for _ in range(9):
         with suppress(httpx.TransportError):
-            return client.post(UPLOAD, files={"files": ("a.png", GOOD)}, headers=head)
-    return client.post(UPLOAD, files={"files": ("a.png", GOOD)}, headers=head)
+            return client.request(method, path, headers=head, **content)
+    return client.request(method, path, headers=head, **content)
 
 
 @pytest.mark.guard("maskvlm.demo.request_origin:check_origin")
@@ -101,15 +101,15 @@ def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str
     # Without an image it is short: a refusal that comes before the whole of a long one was sent may be lost.
     before, question = (page.kept, page.asked), json.dumps(page.asker.question("match", image=None, texts=TEXT))
     replies = [
-        client.post(JOIN, content=question, headers=head | JSON),
-        client.post(JOIN, content=question, headers=head | {"content-type": "text/plain"}),
-        refused_upload(client, head),
-        client.request("OPTIONS", JOIN, headers=head | {"access-control-request-method": "POST"}),
-        *(client.get(path, headers=head) for path in ("/config", "/theme.css", f"/gradio_api/file={image}")),
-        client.get("/gradio_api/queue/data?session_hash=x", headers=head),
-        client.head("/config", headers=head),
-        client.get("/", headers=head | {"sec-fetch-mode": "no-cors"}),
-        client.get("/", headers=head | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}),
+        sent(client, "POST", JOIN, head | JSON, content=question),
+        sent(client, "POST", JOIN, head | {"content-type": "text/plain"}, content=question),
+        sent(client, "POST", UPLOAD, head, files={"files": ("a.png", GOOD)}),
+        sent(client, "OPTIONS", JOIN, head | {"access-control-request-method": "POST"}),
+        *(sent(client, "GET", path, head) for path in ("/config", "/theme.css", f"/gradio_api/file={image}")),
+        sent(client, "GET", "/gradio_api/queue/data?session_hash=x", head),
+        sent(client, "HEAD", "/config", head),
+        sent(client, "GET", "/", head | {"sec-fetch-mode": "no-cors"}),
+        sent(client, "GET", "/", head | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}),
     ]
     assert {refusal(each) for each in replies} == {403}
     assert (page.kept, page.asked) == before
