@@ -63,10 +63,16 @@ def test_it_is_told_and_stops_above_the_bound(
 def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest.CaptureFixture[str]) -> None:
     """All letters are known, and none of the words: two of eight."""
     split = Two({"coco": [ENGLISH] * 3, "mine": [ENGLISH, "gods tend"]})
-    assert spelt_shares(split, captioner) == {"coco": 0.0, "mine": 2 / 8}
+    assert spelt_shares(split, captioner, unknown_shares(split, captioner)) == {"coco": 0.0, "mine": 2 / 8}
     check_unknown(split, captioner, 0.5)
     told = "words of the training texts that the tokenizer only spells, letter by letter: mine 25 %\n"
     assert capsys.readouterr().out == told
+
+
+def test_unknown_words_are_not_spelt_ones(captioner: Captioner) -> None:
+    """Nor is a text without spaces more than its words."""
+    split = Two({"mine": ["\u72d7\u5728\u96ea\u5730\u91cc", ENGLISH]})
+    assert spelt_shares(split, captioner, unknown_shares(split, captioner)) == {"mine": 0.0}
 
 
 def test_an_empty_split_and_empty_texts_are_told_by_others(captioner: Captioner) -> None:

@@ -283,8 +283,15 @@ def test_all_images_of_a_set_without_splits_are_indexed(
     """And the index is asked by the checkpoint that it was made with, where no other is named."""
     make_set(tmp_path / "mine", [row(number) for number in range(40)])
     monkeypatch.chdir(root)
-    files = [*stack(WHERE="cpu", DATA="prepared"), "--data.source.root", str(tmp_path / "mine")]
-    named = ["--from", str(checkpoint), "--device", "cpu"]
+    world, prepared = (
+        [str(root / word) if word.endswith(".yaml") else word for word in stack(WHERE="cpu", DATA=data)]
+        for data in ("scenes", "prepared")
+    )
+    files = [*prepared, "--data.source.root", str(tmp_path / "mine")]
+    (tmp_path / "checkpoints" / "mine").mkdir(parents=True)
+    shutil.copy(checkpoint, tmp_path / "checkpoints" / "mine" / "best.ckpt")
+    named = ["--from", "checkpoints/mine/best.ckpt", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
     for split, count in (("train", 38), ("val", 2), ("all", 40)):
         out = tmp_path / split
         assert make([*named, "--out", str(out), "--split", split, *files], []) == 0
@@ -293,18 +300,25 @@ def test_all_images_of_a_set_without_splits_are_indexed(
         assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in said.err) == (split != "all")
     assert main(["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path / "mine")], []) == 0
     said = capsys.readouterr()
-    assert said.err.startswith(f"no from=: {checkpoint} is asked, which the index was made with\n")
+    assert said.err.startswith("no from=: checkpoints/mine/best.ckpt is asked, which the index was made with\n")
     assert len(said.out.splitlines()) == 10
     refused(
-        lambda: make([*named, "--split", "all", *stack(WHERE="cpu")], []),
+        lambda: make([*named, "--split", "all", *world], []),
         ExitCode.USAGE,
         "all is for a prepared set that has",
     )
 
 
-def test_a_name_of_the_hub_in_an_index_is_not_fetched(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("named", ["someone/model", "ELSEWHERE", "checkpoints/../elsewhere.ckpt", "checkpoints"])
+def test_no_place_that_an_index_names_is_opened_but_a_run_of_one_s_own(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "elsewhere.ckpt").touch()
+    named = named.replace("ELSEWHERE", str(tmp_path / "elsewhere.ckpt"))
     about = json.loads((copy / "index.json").read_text())
-    (copy / "index.json").write_text(json.dumps(about | {"checkpoint": "someone/model"}))
+    (copy / "index.json").write_text(json.dumps(about | {"checkpoint": named}))
     assert checkpoint_of_index(SearchIndex.load(copy)) == "scenes-tiny"
     assert capsys.readouterr().err.startswith("no from=: scenes-tiny is asked")
 

@@ -234,6 +234,10 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
         fit({"model": {"task": f"tasks.{name}.task.Cuonting"}})
     with pytest.raises(UserError, match=r"broken\.X: cannot be imported .SyntaxError"):
         fit({"model": {"task": f"tasks.{name}.broken.X"}})
+    # The line to mend is the file's own, not that of the library in which it went wrong.
+    (tmp_path / name / "wrong.py").write_text("from fractions import Fraction\n\nHALF = Fraction('half')\n")
+    with pytest.raises(UserError, match=r"wrong\.X: cannot be imported .ValueError.*Mend .*/wrong\.py:3"):
+        fit({"model": {"task": f"tasks.{name}.wrong.X"}})
 
 
 @pytest.mark.guard("maskvlm.config.parser:build_typed_values_alone")

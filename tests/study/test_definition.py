@@ -243,7 +243,12 @@ def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
         "--seed_everything=1",
     )  # fmt: skip
     assert [run.start for run in runs[:3]] == [None] * 3
-    assert runs[4].start == tmp_path / "first-s1" / "last.ckpt"
-    assert runs[4].command[5:7] == (f"from={runs[4].start}", "--folder")
+    assert runs[4].start == runs[1]
+    assert runs[4].command[5:7] == (f"from={tmp_path / 'first-s1' / 'last.ckpt'}", "--folder")
     assert runs[4].about["command"] == [*runs[4].command[2:]]  # another start is another run
     assert study.told(study.first) == "masked words alone"
+    # What it starts from decides its weights, too: made otherwise it is another run.
+    first["options"]["data.steps"] = 10
+    others = runs_of(read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []})), tmp_path)
+    assert others[4].command == runs[4].command
+    assert others[4].sha256 != runs[4].sha256

@@ -88,7 +88,7 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
 
 def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path) -> None:
     first = [run(tmp_path / "first", ENDS, 0), run(tmp_path / "first", FAILS, 1)]
-    others = [run(tmp_path / "other", ENDS, each.seed)._replace(start=each.folder / "last.ckpt") for each in first]
+    others = [run(tmp_path / "other", ENDS, each.seed)._replace(start=each) for each in first]
     assert [each.waits_for for each in others] == ["all-s0", "all-s1"]
     ended = list(Runner(4).make([*others, *first]))
     assert {each.run.folder for each in ended[:2]} == {each.folder for each in first}

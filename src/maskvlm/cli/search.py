@@ -8,7 +8,7 @@ from pathlib import Path
 from maskvlm.cli.ask import answer_line, told_after
 from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
-from maskvlm.config.bundled_models import DEFAULT, default_model
+from maskvlm.config.bundled_models import default_model
 from maskvlm.data.inputs import check_absent
 from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -44,13 +44,16 @@ def make(arguments: list[str], allowed: list[str]) -> int:
 
 
 def checkpoint_of_index(index: SearchIndex) -> str:
-    """The checkpoint that an index was made with, where it lies here; else the model that comes along. A line on stderr
-    says which. An index may be a stranger's: a name of the hub that stands in it is not fetched."""
-    made_with = str(index.about["checkpoint"])
-    if made_with == DEFAULT or not Path(made_with).exists():
+    """The checkpoint that an index was made with, if it is a run's in checkpoints/; else the model that comes along. A
+    line on stderr says which. An index may be a stranger's: no other place that it names is opened, and no name of the
+    hub is fetched."""
+    named, runs = str(index.about["checkpoint"]), Path("checkpoints")
+    # The path is a run's own, not one that the index says: found among them, not opened as it stands there.
+    own = next((file for file in runs.glob("*/*.ckpt") if file.is_file() and str(file) == named), None)
+    if own is None:
         return default_model("asked")
-    print(f"no from=: {made_with} is asked, which the index was made with", file=sys.stderr, flush=True)
-    return made_with
+    print(f"no from=: {own} is asked, which the index was made with", file=sys.stderr, flush=True)
+    return str(own)
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:

@@ -106,10 +106,10 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> list["StudyRun"]:
     """The runs that no page has, and what they start from."""
-    starts = {run.start.parent for run in runs if run.start is not None}
-    left = [run for run in runs if run.name not in earlier and run.folder not in starts]
-    needed = {run.start.parent for run in left if run.start is not None and not run.finished}
-    return [run for run in runs if run in left or run.folder in needed]
+    starts = {run.start for run in runs}
+    left = [run for run in runs if run.name not in earlier and run not in starts]
+    needed = {run.start for run in left if not run.finished}
+    return [run for run in runs if run in left or run in needed]
 
 
 def tell_page(
@@ -166,8 +166,8 @@ def chosen_runs(
     if not found:
         known = ", ".join(map(str, sorted({run.seed for run in runs})))
         raise UserError("--seeds", "no run has these", f"There are: {known}")
-    starts = {run.start.parent for run in found if run.start is not None}
-    return [run for run in runs if run in found or run.folder in starts]
+    starts = {run.start for run in found}
+    return [run for run in runs if run in found or run in starts]
 
 
 def composed_run(command: Sequence[str]) -> list[str]:
@@ -190,7 +190,8 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
     for run in {run.cell.name: run for run in runs if not run.finished}.values():
         try:
             # without what it starts from, which is perhaps not made yet
-            command = [word for word in run.command if word != f"from={run.start}"]
+            start = "" if run.start is None else f"from={run.start.last_weights}"
+            command = [word for word in run.command if word != start]
             run_command(Parsed, composed_run(command), allowed)
         except UserError as error:
             raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error

@@ -151,7 +151,7 @@ def _place_of(error: Exception) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
-    installed = (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    installed = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
     frames = [each for each in frames if not each.filename.startswith(installed)] or frames
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "its file"
 

@@ -5,7 +5,7 @@ A tokenizer of one language reads another as nothing but unknown words: the run 
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -56,17 +56,17 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, [found["text"]] if "text" in found else list(found["captions"])
 
 
-def spelt_shares(split: Any, captioner: Captioner) -> dict[str, float]:
+def spelt_shares(split: Any, captioner: Captioner, unknown: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """Source -> the share of its words that the tokenizer knows by their letters alone, 0 to 1: it learns little of
-    them from a few texts. `Captioner.unknown_words` says what counts, but for those that it does not know at all."""
-    words: Counter[str] = Counter()
-    spelt: Counter[str] = Counter()
+    them from a few texts.
+
+    Args:
+        unknown: what `unknown_shares` gives for the same split; such words are none of these.
+    """
+    strange: Counter[str] = Counter()  # both kinds
     for name, texts in by_source(split):
-        for text in texts:
-            words[name] += len(text.split())
-            spelt[name] += len(captioner.unknown_words(text))
-    unknown = unknown_shares(split, captioner)
-    return {name: max(0.0, spelt[name] / words[name] - unknown.get(name, (0.0, 0))[0]) for name in words if words[name]}
+        strange[name] += sum(len(captioner.unknown_words(text)) for text in texts)
+    return {name: max(0.0, strange[name] / count - share) for name, (share, count) in unknown.items()}
 
 
 def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, int]]:
@@ -99,7 +99,7 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
     if rank() == 0 and some:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, share in some)
         print(f"unknown words in the training texts: {told}", flush=True)
-    spelt = [(name, share) for name, share in spelt_shares(split, captioner).items() if share > SPELT]
+    spelt = [(name, share) for name, share in spelt_shares(split, captioner, found).items() if share > SPELT]
     if rank() == 0 and spelt:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
         print(f"words of the training texts that the tokenizer only spells, letter by letter: {told}", flush=True)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from maskvlm.study.budget import STEPS, budget_in_steps
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.resume import finished
+from maskvlm.training.resume import LAST, finished
 from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.distributed import cores
 from maskvlm.utils.errors import ExitCode, UserError
@@ -37,14 +37,14 @@ class StudyRun(NamedTuple):
     Attributes:
         folder: where it lies.
         command: what makes it, or goes on with it.
-        start: the weights of another run of the study that it starts from; None: it starts as its command says.
+        start: the run of the study whose last weights it starts from; None: it starts as its command says.
     """
 
     cell: Cell
     seed: int
     folder: Path
     command: tuple[str, ...]
-    start: Path | None = None
+    start: "StudyRun | None" = None
 
     @property
     def name(self) -> str:
@@ -59,8 +59,12 @@ class StudyRun(NamedTuple):
     @property
     def waits_for(self) -> str | None:
         """The name of the run that has to be finished before this one; None where nothing is in its way."""
-        waits = self.start is not None and finished(self.start.parent) is None
-        return self.start.parent.name if waits and self.start is not None else None
+        return self.start.name if self.start is not None and not self.start.finished else None
+
+    @property
+    def last_weights(self) -> Path:
+        """Its checkpoint at its end, which others may start from."""
+        return self.folder / LAST
 
     @property
     def metrics(self) -> dict[str, float] | None:
@@ -85,7 +89,7 @@ class StudyRun(NamedTuple):
         """Of what decides its weights, wherever its folder lies. Steps that another arm's operations give stay out:
         counted with other versions they differ by a few."""
         words = [word for word in self.cell.run if not word.startswith("where=")]
-        start = self.start.parent.name if self.start is not None else ""
+        start = self.start.sha256 if self.start is not None else ""
         told = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -114,18 +118,17 @@ def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
     every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
     first = {seed: _run(study.first, seed, None, root) for seed in study.first.seeds} if study.first else {}
-    starts = {seed: run.folder / "last.ckpt" for seed, run in first.items()}
-    return [*first.values(), *(_run(cell, seed, steps[cell.name], root, starts.get(seed)) for seed, cell in order)]
+    return [*first.values(), *(_run(cell, seed, steps[cell.name], root, first.get(seed)) for seed, cell in order)]
 
 
-def _run(cell: Cell, seed: int, steps: int | None, root: Path, start: Path | None = None) -> StudyRun:
+def _run(cell: Cell, seed: int, steps: int | None, root: Path, start: StudyRun | None = None) -> StudyRun:
     folder = root / f"{cell.name}-s{seed}"
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
     # One word each: a value that looks like an option stays a value.
     words = [f"--{key}={value}" for key, value in options.items()]
-    begin = (f"from={start}",) if start is not None else ()
+    begin = (f"from={start.last_weights}",) if start is not None else ()
     command = (sys.executable, "-m", "maskvlm", *cell.run, *begin, "--folder", str(folder), *words)
     return StudyRun(cell, seed, folder, command, start)
 
