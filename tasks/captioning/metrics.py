@@ -30,12 +30,12 @@ def usual_caption(references: Sequence[Sequence[str]]) -> str:
 
 
 def cider_function() -> Callable[..., Any]:
-    """`cider_d` of aac-metrics. Raises UserError (69) where that is not installed."""
+    """`cider_d` of aac-metrics. Raises UserError (69) where that, or what it needs, is not installed."""
     try:
         from aac_metrics.functional import cider_d  # with it sentence-transformers, which takes seconds
     except ImportError as error:
-        todo = "pip install 'maskvlm[captioning]'"
-        raise UserError("captioning", "aac-metrics is not installed", todo, ExitCode.UNAVAILABLE) from error
+        what = f"aac-metrics cannot be used ({error})"
+        raise UserError("captioning", what, "pip install 'maskvlm[captioning]'", ExitCode.UNAVAILABLE) from error
     found: Callable[..., Any] = cider_d
     return found
 

@@ -216,7 +216,7 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aac_metrics.functional", None)
     backbone, task = writer()
     for asked in (task, task.update):  # before the first step, not after a run of hours
-        with pytest.raises(UserError, match="aac-metrics is not installed") as caught:
+        with pytest.raises(UserError, match="aac-metrics cannot be used") as caught:
             asked(backbone, written_about())
         assert caught.value.code == ExitCode.UNAVAILABLE
 
