@@ -1,8 +1,11 @@
 """A run's folder: what a short real run leaves, and that no run overwrites another."""
 
+import contextlib
 import csv
+import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.provenance import Origin, Provenance
@@ -51,11 +55,27 @@ def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("runs") / "short"
     before = Path.cwd()
     os.chdir(ROOT)
+    told = io.StringIO()
     try:
-        assert main(["fit", "--run", str(folder), *words]) == 0
+        with contextlib.redirect_stderr(told):
+            assert main(["fit", "--run", str(folder), *words]) == 0
     finally:
         os.chdir(before)
+    (folder.parent / "told.txt").write_text(told.getvalue())
     return folder
+
+
+def test_the_last_line_is_a_command_that_asks_the_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, line = (finished.parent / "told.txt").read_text().splitlines()
+    where, command = line.split(": finished; ask it: maskvlm ")
+    assert where == str(finished)
+    Image.new("RGB", (48, 48)).save(tmp_path / "grey.png")
+    words = [str(tmp_path / "grey.png") if word == "IMAGE" else word for word in shlex.split(command)]
+    assert words[words.index("--from") + 1] == str(finished / "best.ckpt")
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1  # words for the one [MASK]
 
 
 def test_everything_lies_in_the_folder(finished: Path) -> None:

@@ -24,6 +24,7 @@ from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import MASK
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
 from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
 Answer = dict[str, Any]
@@ -237,6 +238,18 @@ def save_image(image: Image.Image, out: Path | None, name: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(path, f"cannot be written ({error})", "Name another file, such as out.png") from error
     return str(path)
+
+
+def how_to_ask(task: Task, checkpoint: Path) -> str | None:
+    """The command that asks a trained model: by the first method of its task, or the first that its heads allow; None
+    where there is neither."""
+    own = next(((name, method.shell_form) for name, method in task.methods.items()), None)
+    core = ((name, known.form) for name, known in METHODS.items() if getattr(task, known.head, None) is not None)
+    found = own or next(core, None)
+    if found is None:
+        return None
+    name, form = found
+    return f"maskvlm {name} --from {checkpoint} {form}"
 
 
 def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
+from maskvlm.cli.ask import how_to_ask
 from maskvlm.config.given_options import options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
@@ -242,7 +243,18 @@ class LightningCommand(LightningCLI):
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            finish_run(Path(self.trainer.default_root_dir), self.trainer.global_step)
+            folder = Path(self.trainer.default_root_dir)
+            finish_run(folder, self.trainer.global_step)
+            self._tell_end(folder)
+
+    def _tell_end(self, folder: Path) -> None:
+        """Where the weights are, and how they are asked: whoever has waited for them wants to try them."""
+        best = Path(kept_best(self.trainer) or folder / LAST)
+        # As the run was named; Lightning keeps whole paths.
+        best = folder / best.name if best.parent == folder.resolve() else best
+        if best.is_file():  # not where checkpoints are turned off
+            how = how_to_ask(self.model.task, best)
+            print(f"{folder}: finished; {f'ask it: {how}' if how else best}", file=sys.stderr, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -295,8 +307,14 @@ def best_of(trainer: L.Trainer) -> str | None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     # A run that ended at its full length is measured with its last weights, whatever the best ones are.
     stopped = any(isinstance(each, EarlyStopping) and each.wait_count >= each.patience for each in callbacks)
-    keeper = next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path), None)
-    return keeper.best_model_path if stopped and keeper is not None else None
+    return kept_best(trainer) if stopped else None
+
+
+def kept_best(trainer: L.Trainer) -> str | None:
+    """The checkpoint of the highest score so far; None where none is kept."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    keepers = (each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path)
+    return next((keeper.best_model_path for keeper in keepers), None)
 
 
 class Parsed(LightningCommand):

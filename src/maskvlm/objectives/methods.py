@@ -27,6 +27,11 @@ class Method(NamedTuple):
         return f"{images} and a {self.text}" if self.text else images
 
     @property
+    def shell_form(self) -> str:
+        """The same as it is typed in a shell: `IMAGE IMAGE SENTENCE`."""
+        return " ".join(["IMAGE"] * self.images + ([self.text.upper()] if self.text else []))
+
+    @property
     def inputs(self) -> int:
         """How many parts an example has."""
         return self.images + bool(self.text)
