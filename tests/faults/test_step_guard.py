@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_the_step_changes_nothing_and_names_its_samples(
     assert said.err.count("warning: step ") == 1
     assert "steps skipped: 1; listed in" in said.out
     assert guard.in_a_row == 0
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"), [(NAN, "its loss is not finite (nan; of mlm)"), (1e9, "; most of it mlm, ")]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_that_is_to_blame_is_named(factor: float, reason: str, accumulate: int, tmp_path: Path) -> None:
+    model, passes = Poisoned(set()), itertools.count()
+
+    def spoil(task: Any, given: Any, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return terms | {"mlm": terms["mlm"] * factor} if next(passes) == 18 else terms
+
+    model.task.register_forward_hook(spoil)
+    fit(tmp_path, model, steps=24 // accumulate, accumulate_grad_batches=accumulate)
+    (step,) = json.loads((tmp_path / "bad_samples.json").read_text())["skipped_steps"]["steps"]
+    assert step["step"] == 18 // accumulate + 1
+    assert reason in step["reason"]
 
 
 def test_a_healthy_run_is_what_it_is_without_the_guard(tmp_path: Path) -> None:

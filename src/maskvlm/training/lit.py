@@ -274,7 +274,9 @@ class LitModel(L.LightningModule):
         self.task.run_progress = self.trainer.global_step / max(1, self.data.total_steps)
         terms = self.task(self.backbone, batch)
         self.terms = tuple(terms)
-        loss = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        weighted_S = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()])
+        self.weighted_S = weighted_S.detach()
+        loss = weighted_S.sum()
         # Logged without their weights, so that each can be held against its chance level.
         logged = {f"train/{name}": term.detach() for name, term in terms.items()}
         self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))

@@ -5,9 +5,10 @@ it), and with it set leaves weights and moments as they are, to the bit. No step
 GPU's verdicts are copied aside and read a few steps later. All processes decide alike by construction: the norm is that
 of gradients that are averaged already, the loss is averaged here.
 
-Shapes: W losses of the window.
+Shapes: W losses of the window, S losses of a step.
 """
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -87,12 +88,14 @@ def verdict_of(loss: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
 
 
 class Verdict(NamedTuple):
-    """Of one step. facts: verdict, loss and limit; ready: waits until they have arrived."""
+    """Of one step. facts: verdict, loss, limit, and each of `terms` with its weight, whose sum the loss is; ready:
+    waits until they have arrived."""
 
     step: int
     facts: Tensor
     ready: Callable[[], object]
     rows: list[tuple[Tensor, Tensor]]
+    terms: tuple[str, ...]
 
 
 class StepGuard(Callback):
@@ -110,6 +113,7 @@ class StepGuard(Callback):
         self.skipped: list[dict[str, Any]] = []
         self.pending: deque[Verdict] = deque()
         self.losses: list[Tensor] = []
+        self.weighted: list[Tensor] = []
         self.rows: list[tuple[Tensor, Tensor]] = []
         self.step = 0
         self.terms: tuple[str, ...] | None = None  # whose sum the losses of the window are
@@ -140,7 +144,7 @@ class StepGuard(Callback):
     # ------------------------------------------------------------------ a step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.trainer, self.losses, self.rows = trainer, [], []
+        self.trainer, self.losses, self.weighted, self.rows = trainer, [], [], []
         self.pending.clear()
         pl_module.guard = self  # type: ignore[assignment]
 
@@ -161,6 +165,8 @@ class StepGuard(Callback):
         self.terms = terms
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.losses.append(loss.detach().float() / (scaler.get_scale() if scaler is not None else 1.0))
+        if terms is not None:
+            self.weighted.append(pl_module.weighted_S.float())  # type: ignore[operator, union-attr]
 
     def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None:
         """Let the coming update pass, or make it change nothing.
@@ -172,7 +178,10 @@ class StepGuard(Callback):
                 device anyway, the skip is decided on the host.
         """
         # Shares of accumulated passes add up to the loss of the step, then processes are averaged.
-        loss = shared_count(torch.stack(self.losses).sum())
+        loss = torch.stack(self.losses).sum()
+        weighted_S = torch.stack(self.weighted).sum(0) if self.weighted else loss.new_zeros(0)
+        loss, weighted_S = shared_count(torch.cat([loss[None], weighted_S])).tensor_split([1])
+        loss = loss[0]
         norm = torch.zeros_like(loss) if scaled else norm.to(loss)
         # The limit first: a loss is not held against a window that holds it.
         limit = self.window.limit(loss.device)
@@ -183,9 +192,9 @@ class StepGuard(Callback):
             optimizer.found_inf = (verdict > 0).float()  # type: ignore[attr-defined]
         elif int(verdict) > 0:
             optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left as it is
-        facts, ready = copy_to_host(torch.stack([verdict.float(), loss, limit]))
-        self.pending.append(Verdict(self.step, facts, ready, self.rows))
-        self.losses, self.rows = [], []
+        facts, ready = copy_to_host(torch.cat([torch.stack([verdict.float(), loss, limit]), weighted_S]))
+        self.pending.append(Verdict(self.step, facts, ready, self.rows, self.terms or ()))
+        self.losses, self.weighted, self.rows = [], [], []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -211,15 +220,17 @@ class StepGuard(Callback):
             verdict = self.pending.popleft()
             # Of a GPU the copy is as old as `late` steps, so that hardly anything is waited for.
             verdict.ready()
-            reason, loss, limit = verdict.facts.tolist()
+            reason, loss, limit, *weighted = verdict.facts.tolist()
             self.in_a_row = self.in_a_row + 1 if reason else 0
             if reason:
-                self._tell(verdict, REASONS[int(reason)], loss, limit)
+                blamed = to_blame(int(reason), dict(zip(verdict.terms, weighted, strict=True)))
+                self._tell(verdict, REASONS[int(reason)], loss, limit, blamed)
 
-    def _tell(self, verdict: Verdict, reason: str, loss: float, limit: float) -> None:
+    def _tell(self, verdict: Verdict, reason: str, loss: float, limit: float, blamed: str) -> None:
         trainer = self.trainer
         assert trainer is not None
-        told = f"{reason} ({loss:.3g}" + (f", healthy up to {limit:.3g})" if reason == REASONS[SPIKE] else ")")
+        healthy = f", healthy up to {limit:.3g}" if reason == REASONS[SPIKE] else ""
+        told = f"{reason} ({loss:.3g}{healthy}{f'; {blamed}' if blamed else ''})"
         # A collective: all processes read this verdict at the same time.
         samples = [one for part in gather_objects(samples_of(trainer, verdict.rows)) for one in part]  # type: ignore[attr-defined]
         self.steps += 1
@@ -240,6 +251,18 @@ class StepGuard(Callback):
         assert self.trainer is not None
         what = f"{self.in_a_row} steps in a row were skipped up to step {step}, the last as {reason}"
         raise UserError(folder_of(self.trainer), what, HOW_ON, ExitCode.BAD_DATA)
+
+
+def to_blame(reason: int, weighted: dict[str, float]) -> str:
+    """Of the losses that a step's loss is the sum of, those that made it what it is; "" where it is one loss, or not
+    the loss is what is wrong."""
+    if reason == LOSS:
+        lost = [name for name, value in weighted.items() if not math.isfinite(value)]
+        return "of " + ", ".join(lost) if len(weighted) > 1 and lost else ""
+    if reason == SPIKE and len(weighted) > 1:
+        name = max(weighted, key=lambda name: weighted[name])
+        return f"most of it {name}, {weighted[name]:.3g}"
+    return ""
 
 
 def copy_to_host(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
