@@ -17,6 +17,7 @@ from maskvlm.data.text import tokenizer_hash, tokenizer_json
 from maskvlm.objectives.novelty import mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task
+from maskvlm.reporting.progress import StuckLoss
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import UserError
@@ -313,3 +314,12 @@ def test_what_a_task_gets_for_nothing() -> None:
     assert torch.equal(task.other.weight, before)  # of another shape
     assert (task.card(), task.files(), task.chance_levels(4), task.predictions) == ({}, {}, {}, [])
     assert task.weights.get("anything", 1.0) == 1.0
+
+
+def test_a_loss_without_gradient_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    model.task.register_forward_hook(lambda task, given, terms: terms | {"mim": terms["mim"].detach()})
+    with caplog.at_level("WARNING", logger="maskvlm"):
+        make_trainer(StuckLoss()).fit(model, make_data())
+    (said,) = [line for line in caplog.messages if "no gradient" in line]
+    assert said.startswith("warning: mim has no gradient")

@@ -222,7 +222,8 @@ LEAST_PATIENCE = 50
 
 
 class StuckLoss(Callback):
-    """Warns, once for each loss, when it sits at its chance level past warm-up: nothing is learned.
+    """Warns, once for each loss, of one that teaches nothing: it has no gradient, or it sits at its chance level past
+    warm-up.
 
     Args:
         share: of the level above which a loss counts as sitting at it.
@@ -245,6 +246,10 @@ class StuckLoss(Callback):
         if not trainer.is_global_zero:
             return
         self.losses.take(trainer)
+        for name, there in getattr(pl_module, "has_gradient", {}).items():
+            if not there and name not in self.told:
+                self.told.add(name)
+                log.warning("%s", no_gradient_line(name))
         step = trainer.global_step
         # Not at every pass of an accumulated step.
         if step != self.step and step % reading_interval(trainer) == 0:
@@ -273,6 +278,12 @@ class StuckLoss(Callback):
                 self.told.add(name)
                 hint = hints.get(name, STUCK_HINTS.get(name, PretrainingLoss.stuck_hint))
                 log.warning("%s", stuck_line(name, loss, level, self.since[name], step, hint))
+
+
+def no_gradient_line(name: str) -> str:
+    """The warning of a loss that is logged and trains nothing, in one line."""
+    todo = "compute it from the step's tensors without detach, item or no_grad, and leave what it reads unfrozen"
+    return f"warning: {name} has no gradient, so nothing is learned from it; {todo}"
 
 
 def stuck_line(name: str, loss: float, level: float, since: int, step: int, hint: str) -> str:

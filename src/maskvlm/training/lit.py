@@ -111,6 +111,7 @@ class LitModel(L.LightningModule):
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
+        self.has_gradient: dict[str, bool] = {}  # of each term, when it first came
         # The heads must exist before those of a checkpoint are taken over.
         task.build(backbone)
         if chunk is not None:
@@ -274,6 +275,8 @@ class LitModel(L.LightningModule):
         self.task.run_progress = self.trainer.global_step / max(1, self.data.total_steps)
         terms = self.task(self.backbone, batch)
         self.terms = tuple(terms)
+        for name, term in terms.items():
+            self.has_gradient.setdefault(name, term.requires_grad)
         weighted_S = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()])
         self.weighted_S = weighted_S.detach()
         loss = weighted_S.sum()
