@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import inspect
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
+from maskvlm.cli.commands import COMMANDS, REGISTRY, TASK_METHODS, WORDS, help_of, overview
 from maskvlm.cli.main import common, main
 from maskvlm.config.compose import choices, sets_of, tasks
+from maskvlm.objectives.task import Task
+from maskvlm.utils.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +57,23 @@ def test_help_of_a_task_has_the_data_sets_of_that_task(capsys: pytest.CaptureFix
     assert "coco" not in told
     assert "of nlvr" in help_of(COMMANDS["finetune"])
     assert "coco" in help_of(COMMANDS["evaluate"])  # which measures pre-training, too
+
+
+def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureFixture[str]) -> None:
+    brought = {
+        name: task
+        for task in tasks()
+        for module in [importlib.import_module(f"tasks.{task}.task")]
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Task) and kind.__module__ == module.__name__
+        for name in kind(**({"labels": ["a", "b"]} if "labels" in inspect.signature(kind).parameters else {})).methods
+        if name not in COMMANDS
+    }
+    assert brought == TASK_METHODS
+    assert main(["entail", "scene.png", "there is a star"]) == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert "asks a model that was fine-tuned as entailment" in told
+    assert "maskvlm finetune entailment" in told
 
 
 def complete(*words: str) -> list[str]:

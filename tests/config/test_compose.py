@@ -151,6 +151,16 @@ def test_a_wrong_word_is_one_line(command: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_task_without_yaml_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bare_task").mkdir()
+    (tmp_path / "bare_task" / "__init__.py").write_text("")
+    (tmp_path / "bare_task" / "counting").mkdir()
+    (tmp_path / "bare_task" / "counting" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="no data is known to the task bare_task.counting: there is no YAML file"):
+        composed("finetune bare_task.counting from=x")
+
+
 def test_all_processes_of_a_run_share_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a run starts repeat its command; the time of day is another one then."""
     monkeypatch.delenv(compose.RUN_NAME)

@@ -409,7 +409,7 @@ def test_measuring_in_a_trainings_folder_touches_none_of_its_files(
 REFUSED = [
     (["--from", "p/last.ckpt"], "nlvr", ExitCode.BAD_DATA, "p/last.ckpt: holds no heads of Nlvr (head.layers.0.weight"),
     (["--from", "p/last.ckpt"], "vqa", ExitCode.BAD_DATA, "p/last.ckpt: holds no heads of Vqa (answer.position_SD"),
-    (["--from", "f/last.ckpt"], "entailment", ExitCode.BAD_DATA, "f/last.ckpt: its head decides among "),
+    (["--from", "f/last.ckpt"], "entailment", ExitCode.USAGE, "f/last.ckpt: was fine-tuned as vqa, not as entailment"),
     (
         ["--from", "p/last.ckpt", "--model.task.contrast_dim=64"],
         "retrieval",

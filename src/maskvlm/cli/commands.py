@@ -152,6 +152,9 @@ ELSEWHERE = {
 }
 """Commands that LightningCLI has elsewhere, and what does their work here."""
 
+TASK_METHODS = {"answer": "vqa", "compare": "nlvr", "entail": "entailment"}
+"""What the tasks of this project bring to ask, and which task it is; a package's own are found in its checkpoint."""
+
 USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
 {commands}
 TASK.TOOL and methods of tasks

@@ -191,7 +191,11 @@ class LightningCommand(LightningCLI):
         """A checkpoint without the task's heads is refused before anything is written. One that is loaded by
         --ckpt_path brings them later."""
         if self.settings.get("ckpt_path") is None:
-            self.model.on_validation_start()
+            try:
+                self.model.on_validation_start()
+            except UserError:
+                check_same_task(self.start, self.settings["from"], self.settings.model.task.class_path)
+                raise
 
     before_test = before_validate
 
@@ -328,6 +332,29 @@ class Parsed(LightningCommand):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
+
+
+def check_same_task(start: ModelSpec | None, path: str, measured: str) -> None:
+    """Whether a fine-tuned checkpoint is measured as what it was fine-tuned as.
+
+    Args:
+        path: of the checkpoint.
+        measured: class path of the task.
+
+    Raises:
+        UserError: it is not (2).
+    """
+    if start is None or start.task is None or start.task["class_path"] == measured:
+        return
+    theirs, asked = (task_name(path) for path in (start.task["class_path"], measured))
+    if theirs.startswith("maskvlm."):  # pre-training, which every task may begin from
+        return
+    raise UserError(path, f"was fine-tuned as {theirs}, not as {asked}", f"Name its task: evaluate {theirs}")
+
+
+def task_name(class_path: str) -> str:
+    """As `finetune` takes it: `vqa` of `tasks.vqa.task.Vqa`."""
+    return class_path.rpartition(".")[0].removesuffix(".task").removeprefix("tasks.")
 
 
 def wrong_trainer(error: Exception) -> UserError:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, help_of, overview
+from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, TASK_METHODS, help_of, overview
 from maskvlm.config.compose import find_packages, find_tasks, home, own_home, same_command
 from maskvlm.config.given_options import given_places, nearest
 from maskvlm.config.given_options import options as settings
@@ -132,6 +132,10 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
     if name in ELSEWHERE:
         raise UserError(name, "no such command", ELSEWHERE[name])
     if not any(word == "--from" or word.startswith("--from=") for word in arguments):
+        if name in TASK_METHODS and not {"-h", "--help"} & {*arguments}:
+            task = TASK_METHODS[name]
+            todo = f"Give --from CHECKPOINT of a run of: maskvlm finetune {task} from=scenes-tiny"
+            raise UserError(name, f"asks a model that was fine-tuned as {task}, and none is named", todo)
         near = nearest(name, COMMANDS, 0.5)
         if {"-h", "--help"} & {*arguments} and not nearest(name, COMMANDS, 0.7):
             return show_method_help(name)

@@ -233,6 +233,9 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     """The stack of a task, from a checkpoint; `from=random` is the control: the model with random weights."""
     folder = task_folder(task)
     data, start = words.get("data", "scenes"), words.get("from")
+    if not sets_of(task):
+        what = f"no data is known to the task {task}: there is no YAML file"
+        raise UserError(folder, what, "Write one, such as tasks/vqa/daquar.yaml", ExitCode.MISSING_INPUT)
     if data not in sets_of(task):
         near = nearest(data, sets_of(task), 0.6)
         what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
@@ -250,7 +253,7 @@ def downstream(task: str, words: CommandWords) -> list[str]:
 def sets_of(task: str) -> list[str]:
     """Names of the data sets that a task has a file for. Raises as `task_folder`."""
     # conf.yaml is the task on the built-in world; each other file is a data set
-    return sorted({"scenes", *(path.stem for path in task_folder(task).glob("*.yaml") if path.stem != "conf")})
+    return sorted("scenes" if path.stem == "conf" else path.stem for path in task_folder(task).glob("*.yaml"))
 
 
 def with_model(words: CommandWords, told: str) -> CommandWords:
