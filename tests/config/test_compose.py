@@ -157,7 +157,7 @@ def test_a_task_without_yaml_files_is_told(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "bare_task" / "counting").mkdir()
     (tmp_path / "bare_task" / "counting" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="no data is known to the task bare_task.counting: there is no YAML file"):
+    with pytest.raises(UserError, match=r"no data is known to the task bare_task\.counting: there is no YAML file"):
         composed("finetune bare_task.counting from=x")
 
 

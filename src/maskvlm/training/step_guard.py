@@ -165,8 +165,9 @@ class StepGuard(Callback):
         self.terms = terms
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.losses.append(loss.detach().float() / (scaler.get_scale() if scaler is not None else 1.0))
-        if terms is not None:
-            self.weighted.append(pl_module.weighted_S.float())  # type: ignore[operator, union-attr]
+        weighted_S: Tensor | None = getattr(pl_module, "weighted_S", None)
+        if terms is not None and weighted_S is not None:
+            self.weighted.append(weighted_S.float())
 
     def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None:
         """Let the coming update pass, or make it change nothing.
