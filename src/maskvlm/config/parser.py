@@ -249,7 +249,11 @@ def check_group(place: KeyPlace) -> None:
     # a mapping typed as one value is fine
     if place.key in GROUPS and place.value and not isinstance(_keys(place.value), dict):
         where = place.where if place.where.startswith("-") else f"{place.where}: {place.key}"
-        raise UserError(where, f"{cut(place.value)} does not fit", "Give keys of it, and files with -c")
+        # `lr:1e-3` is a text to YAML.
+        key, colon, value = str(place.value).partition(":")
+        spaced = f"Write a space behind the colon: {cut(key)}: {cut(value)}"
+        todo = spaced if colon and key.isidentifier() and value else "Give keys of it, and files with -c"
+        raise UserError(where, f"{cut(place.value)} does not fit", todo)
 
 
 def _keys(text: str) -> Any:
