@@ -102,7 +102,8 @@ def check_yaml(text: str, where: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         what = f"not YAML ({cut(error.problem or '')})"
         # What is never closed is noticed at the end of the file; the line to mend is where it began.
-        begun = str(error.context).startswith(("while parsing a flow", "while scanning a quoted", "while scanning a simple"))
+        unclosed = ("while parsing a flow", "while scanning a quoted", "while scanning a simple")
+        begun = str(error.context).startswith(unclosed)
         mark = error.context_mark if begun and error.context_mark else error.problem_mark
         raise NotPlain(at_line(where, mark), what, "Mend the line, or put the value in quotes") from None
     except yaml.reader.ReaderError as error:
