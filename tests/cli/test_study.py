@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from maskvlm.cli.main import main
+from maskvlm.cli.slurm import ranges
 from maskvlm.cli.study import unknown_keys
 from maskvlm.study.definition import Metric
 from maskvlm.utils.errors import ExitCode
@@ -75,6 +76,15 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     said = capfd.readouterr().out
     assert "0 to make" in said
     assert "wrote page/README.md (2 of 2 runs)" in said
+    assert main(["study", "toy.yaml", "--page", "page", "--submit"]) == 0
+    assert "nothing to submit: 2 runs are finished" in capfd.readouterr().out
+    rows = (place / "page" / "runs.csv").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if not row.startswith("contrast")]
+    assert len(kept) == len(rows) - 1
+    (place / "fewer").mkdir()
+    (place / "fewer" / "runs.csv").write_text("".join(kept))
+    assert main(["study", "toy.yaml", "--page", "fewer", "--submit"]) == 0
+    assert "#SBATCH --array=1%1\n" in (runs / "job.sh").read_text()
     for folder in place.glob("*-s3"):
         folder.rename(runs / folder.name)
     # another option of a run that is there
@@ -144,7 +154,12 @@ def test_an_array_makes_first_what_the_others_start_from(
         (folder / "versions.json").write_text('{"finished": {"step": 1}}')
         (folder / "metrics.json").write_text('{"score": 1.0}')
     assert main(["study", "toy.yaml", "--submit", "--only", "all"]) == 0
-    assert "#SBATCH --array=0-3%1\n" in (plain / "checkpoints" / "toy" / "job.sh").read_text()
+    assert "#SBATCH --array=2-3%1\n" in (plain / "checkpoints" / "toy" / "job.sh").read_text()
+
+
+def test_numbers_of_an_array_are_ranges() -> None:
+    assert ranges([0]) == "0"
+    assert ranges([7, 1, 2, 3, 9, 10]) == "1-3,7,9-10"
 
 
 def test_a_strangers_study_runs_no_code(

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -61,14 +61,16 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     return f"{told}\n{folder} holds a run already: the job goes on from {goes_on}" if goes_on else told
 
 
-def submit_array(folder: Path, run: list[str], words: list[str], count: int, at_once: int, allowed: list[str]) -> str:
+def submit_array(
+    folder: Path, run: list[str], words: list[str], numbers: Sequence[int], at_once: int, allowed: list[str]
+) -> str:
     """The same for many runs that need one kind of machine, as an array.
 
     Args:
         folder: where the script is written.
         run: the subcommand and options of one of them, which tell the machine.
-        words: of the command of every task, which is followed by the task's number from 0.
-        count: tasks. at_once: of these, at most so many at the same time.
+        words: of the command of every task, which is followed by the task's number.
+        numbers: of the tasks, at least one. at_once: of these, at most so many at the same time.
 
     Raises:
         UserError: as `submit`.
@@ -76,7 +78,18 @@ def submit_array(folder: Path, run: list[str], words: list[str], count: int, at_
     settings = run_command(Parsed, run, allowed).settings
     settings.run = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return hand_over(folder / "job.sh", batch_script(settings, words, allowed, f"0-{count - 1}%{at_once}"))
+    return hand_over(folder / "job.sh", batch_script(settings, words, allowed, f"{ranges(numbers)}%{at_once}"))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers as sbatch takes them: `0-3,7`."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def hand_over(path: Path, script: str) -> str:

@@ -66,6 +66,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     chosen = chosen_runs(study, every, options.only, options.seeds)
     for run in every:
         check_same_run(run)
+    # A page that was made elsewhere has runs that need not be made again.
+    earlier = earlier_runs(options.page, every) if options.page else {}
     if options.task is not None:
         if not 0 <= options.task < len(chosen):
             raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
@@ -80,15 +82,17 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         words += ["--where", options.where] if options.where else []
         from maskvlm.cli.slurm import submit_array
 
-        # the tasks of an array begin in any order: at first only those that the others start from, which come first
-        first = [run for run in chosen if run.start is None]
-        ready = first if any(run.waits_for is not None for run in chosen) else chosen
-        print(submit_array(root, composed_run(ready[0].command), words, len(ready), options.jobs, allowed), flush=True)
-        if len(ready) < len(chosen):
-            print(f"the other {len(chosen) - len(ready)} start from these: submit again once they are finished")
+        left = [run for run in without(chosen, earlier) if not run.finished]
+        if not left:
+            print(f"nothing to submit: {len(chosen)} runs are finished")
+            return ExitCode.DONE
+        # the tasks of an array begin in any order: at first only those that the others start from
+        ready = [run for run in left if run.waits_for is None]
+        numbers = [chosen.index(run) for run in ready]
+        print(submit_array(root, composed_run(ready[0]), words, numbers, options.jobs, allowed), flush=True)
+        if len(ready) < len(left):
+            print(f"the other {len(left) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
-    # A page that was made elsewhere has runs that need not be made again.
-    earlier = earlier_runs(options.page, every) if options.page else {}
     if options.page_only:  # also while the study is being made
         tell_page(study, every, options.page or root, options.file, earlier)
         return ExitCode.DONE
@@ -170,11 +174,13 @@ def chosen_runs(
     return [run for run in runs if run in found or run in starts]
 
 
-def composed_run(command: Sequence[str]) -> list[str]:
-    """The command of a run as subcommand, files and options."""
+def composed_run(run: "StudyRun") -> list[str]:
+    """The command of a run as subcommand, files and options, but for what it starts from, which is perhaps not made
+    yet."""
     from maskvlm.cli.commands import COMMANDS
 
-    name, *rest = command[3:]
+    start = "" if run.start is None else f"from={run.start.last_weights}"
+    name, *rest = [word for word in run.command[3:] if word != start]
     return COMMANDS[name].full(rest)
 
 
@@ -189,10 +195,7 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
 
     for run in {run.cell.name: run for run in runs if not run.finished}.values():
         try:
-            # without what it starts from, which is perhaps not made yet
-            start = "" if run.start is None else f"from={run.start.last_weights}"
-            command = [word for word in run.command if word != start]
-            run_command(Parsed, composed_run(command), allowed)
+            run_command(Parsed, composed_run(run), allowed)
         except UserError as error:
             raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error
 
