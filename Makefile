@@ -71,9 +71,9 @@ define find-python
 for p in python3 python3.14 python3.13 python3.12 python3.11; do \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$$p; break; fi; done; \
 if [ -z "$$base" ]; then \
-  echo "error: Python 3.11 or newer is needed, found $$(python3 --version 2>&1 || true). Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 69; fi; \
+  echo "error: Python 3.11 or newer is needed, found $$(python3 --version 2>&1 || true). Install one, or put it first in PATH" >&2; exit 69; fi; \
 if ! $$base -c 'import venv, ensurepip' 2>/dev/null; then \
-  echo "error: $$base cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv), or name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 69; fi
+  echo "error: $$base cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv), or put another Python first in PATH" >&2; exit 69; fi
 endef
 # pip's own words go to a log; a terminal sees the current line only. Fails with pip's last lines.
 define install

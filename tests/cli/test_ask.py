@@ -115,6 +115,16 @@ def test_which_patches_a_box_touches() -> None:
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x.nope"], "cannot be written", ExitCode.USAGE),
+        (
+            ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "0.png"],
+            "0.png: is the image itself",
+            ExitCode.USAGE,
+        ),
+        (
+            ["explain", "--from", "best.ckpt", "0.png", TEXT, "circle", "--out", "./0.png"],
+            "would be lost",
+            ExitCode.USAGE,
+        ),
         (["explain", "--from", "best.ckpt", "0.png", "a dog", "cat"], "'cat' is not in the text", ExitCode.USAGE),
         (["fot", "--from", "best.ckpt"], "did you mean fit?", ExitCode.USAGE),
         (["convert", "best.ckpt"], "required: target. See maskvlm convert --help", ExitCode.USAGE),

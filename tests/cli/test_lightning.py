@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.cli import commands
-from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.cli.lightning import Parsed, run_command, told_of_interval
 from maskvlm.cli.main import main
 from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
@@ -52,6 +52,29 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
         return error.removeprefix("error: ").rstrip()
 
     return call
+
+
+def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A source may be of two kinds, and the parser keeps the complaint of the first."""
+    for task, option, said in (
+        ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Ask for a multiple of 4"),
+        ("entailment", "val -1", "SceneHypotheses.val: -1 is too small"),
+    ):
+        words = ["finetune", task, "from=random", "where=cpu", f"run=never-{task}", *f"--data.source.{option}".split()]
+        assert main(words) != 0
+        assert f"error: {said}" in capsys.readouterr().err
+        assert not Path("checkpoints", f"never-{task}").exists()
+
+
+def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
+    said = fails("--data.steps=6", "--trainer.val_check_interval=7")
+    assert said == "trainer.val_check_interval: 7, but the run has 6 batches. Give at most 6, or 1.0: at the end."
+    with pytest.raises(UserError, match="9, but the run has 8 batches"), told_of_interval():
+        raise ValueError(
+            " `val_check_interval` (9) must be less than or equal to the number of the training batches (8)."
+        )
+    with pytest.raises(ValueError, match="other"), told_of_interval():
+        raise ValueError("other")
 
 
 # Options: the key itself is the place.
@@ -119,6 +142,7 @@ def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said:
         ("model:\n  lr\n  seed: 1\n", "mine.yaml:3: not YAML ("),
         ('model:\n  lr: "1e-3\n  seed: 1\n', "mine.yaml:2: not YAML ("),
         ("model:\n  lr:1e-3\n", "model: lr:1e-3 does not fit. Write a space behind the colon: lr: 1e-3."),
+        ("# nothing yet\n", "mine.yaml: is empty. Write keys into it"),
         ("- 1\n- 2\n", "mine.yaml:1: holds no `key: value` lines"),
         ("model:\n  lr: 1\n  lr: 2\n", "mine.yaml:2: the key lr is given twice"),
         ("model:\n  lr: ${oc.env:NO_SUCH_VARIABLE}\n", "Environment variable 'NO_SUCH_VARIABLE' not found"),

@@ -52,6 +52,12 @@ def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest
     assert f"{tmp_path / 'sets' / 'mine'}: 6 images (train 6), 6 captions; licence: " in told
     assert "left out: 1 row (missing image: 1), listed in " in told
     assert f"skipped.jsonl; the first: 'lost.jpg' is not in {pairs.parent}\n" in told
+    assert main(command, []) == 0
+    assert capsys.readouterr().err == ""
+    later = (tmp_path / "sets" / "mine" / "manifest.json").stat().st_mtime + 2
+    os.utime(pairs, (later, later))
+    assert main(command, []) == 0
+    assert f"warning: {pairs} was written after this set; to make the set anew, delete" in capsys.readouterr().err
     pairs.unlink()  # what is complete needs its raw files no more
     assert main(command, []) == 0
     assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out

@@ -155,8 +155,8 @@ def test_a_row_holds_all_that_is_asked_for() -> None:
         "phash": image.phash,
     }
     assert [*maker.mended] == [
-        ("caption control", "toy.csv:7", "toy.csv:7: caption 0 of 3"),
-        ("empty caption", "toy.csv:7", "toy.csv:7: caption 1 of 3"),
+        ("caption control", "toy.csv:7", "toy.csv:7: caption 1 of 3"),
+        ("empty caption", "toy.csv:7", "toy.csv:7: caption 2 of 3"),
     ]
     assert (maker.captions, maker.left_out) == (2, [])
 

@@ -1,6 +1,7 @@
 """Rows 30 to 33 of the fault matrix and what is around them: wrong keys, values, YAML, files and words."""
 
 import os
+import sys
 import threading
 import time
 from argparse import ArgumentError
@@ -372,3 +373,11 @@ def test_a_damaged_record_of_a_run_is_one_line(tmp_path: Path) -> None:
             newest_of(tmp_path, "a: 1\n", print)
         assert caught.value.where.startswith(str(tmp_path / "config-fit.yaml"))
         assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_package_that_is_not_installed_is_no_bug() -> None:
+    line = user_line(ModuleNotFoundError("No module named 'lightning.pytorch'", name="lightning.pytorch"))
+    assert line is not None
+    assert line.code == ExitCode.UNAVAILABLE
+    assert f"lightning is not installed in {sys.executable}" in line.text
+    assert user_line(ModuleNotFoundError("No module named 'nowhere'", name="nowhere")) is None

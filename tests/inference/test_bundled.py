@@ -152,7 +152,7 @@ def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys
         warnings.simplefilter("error", FarFromTraining)  # a line, not Python's warning
         assert main(["match", "--from", DEFAULT, photo, "a horse"]) == 0
     first, second, third = capsys.readouterr().err.splitlines()
-    assert first.startswith("warning: this image is unlike those that the model was trained on: ")
+    assert first.startswith(f"warning: {photo}: this image is unlike those that the model was trained on: ")
     assert second == "warning: words that the model's tokenizer does not know: horse; take the answers with care"
     assert third.startswith(f"{DEFAULT}: It knows drawn scenes alone (at most ")
 

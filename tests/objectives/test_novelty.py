@@ -1,6 +1,5 @@
 """An image that is unlike the training data is told from one that is not: on vectors, in files, in the shell."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
+from maskvlm.data.inputs import open_image
 from maskvlm.objectives.novelty import (
     LEAST,
     MOST,
@@ -135,16 +135,19 @@ def test_a_model_that_knows_an_image_says_nothing(tmp_path: Path, recwarn: pytes
     assert [each for each in recwarn if issubclass(each.category, FarFromTraining)] == []
 
 
-def test_a_strange_image_is_warned_of_once(tmp_path: Path) -> None:
+def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
     model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt", sign=-1))
     with pytest.warns(FarFromTraining, match="unlike those that the model was trained on"):
         model.caption(toy_image(3), lengths=[3])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FarFromTraining)
+    with pytest.warns(FarFromTraining, match="unlike those that the model was trained on"):
         model.fill_mask(toy_image(3), "a [MASK] circle")
     (line,) = model.far([toy_image(3)])
     assert line is not None
-    assert model.told_far == line
+    assert list(model.told_far) == [line]
+    open_image(toy_image(4)).save(tmp_path / "x.png")
+    with pytest.warns(FarFromTraining, match=r"x\.png: this image is unlike"):
+        model.match([toy_image(3), str(tmp_path / "x.png")], ["a circle", "a circle"])
+    assert len(model.told_far) == 2
 
 
 def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:
@@ -194,9 +197,7 @@ def test_vectors_of_another_width_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_shell_says_it_once_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str], sign: int) -> None:
-    from maskvlm.data.inputs import open_image
-
+def test_the_shell_says_it_once_for_each_image(tmp_path: Path, capsys: pytest.CaptureFixture[str], sign: int) -> None:
     path = write(tmp_path / "a.ckpt", sign=sign)
     files = [str(tmp_path / f"{seed}.png") for seed in (3, 4)]
     for seed, file in zip((3, 4), files, strict=True):
@@ -205,6 +206,6 @@ def test_the_shell_says_it_once_on_stderr(tmp_path: Path, capsys: pytest.Capture
     assert main(["caption", "--from", path, *files]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if "unlike" in line]
-    assert len(lines) == (0 if sign == 1 else 2)  # one a command
-    assert all(line.startswith("warning: this image is") for line in lines)
+    told = [] if sign == 1 else [files[0], *files]  # of one command, then of the other
+    assert [line.partition(": this image is")[0] for line in lines] == [f"warning: {file}" for file in told]
     assert "unlike" not in said.out

@@ -207,6 +207,17 @@ def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCapt
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
+def test_a_loss_that_comes_down_from_far_above_its_level_does_not_sit(caplog: pytest.LogCaptureFixture) -> None:
+    stuck = StuckLoss()
+    with caplog.at_level(logging.WARNING, logger="maskvlm"):
+        for step, loss in ((10, 9.0), (20, 6.0), (30, 4.4), (40, 3.6), (50, 3.4)):
+            stuck.look(step, 20, Readings({"new": loss}, {"new": 2.9}))
+        assert caplog.records == []
+        for step in (60, 70, 80):
+            stuck.look(step, 20, Readings({"new": 3.4}, {"new": 2.9}))
+    assert len(caplog.records) == 1
+
+
 def test_the_warning_of_an_unknown_loss_is_one_line_too() -> None:
     assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.stuck_hint) == (
         "warning: vqa sits at 8.05 since step 300 (now step 600); its chance level is 8.05, "

@@ -187,14 +187,16 @@ def test_any_bytes_are_a_table_or_none(content: bytes) -> None:
 # ------------------------------------------------------------------ signals
 
 
-def test_a_signal_is_noted_and_nothing_else() -> None:
+def test_a_signal_is_noted_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
     before = {each: signal.getsignal(each) for each in SIGNALS}
     caught = Caught()
     caught.install()
     os.kill(os.getpid(), signal.SIGTERM)
     assert (caught.last, caught.count) == (signal.SIGTERM, 1)
+    assert capfd.readouterr().err == ""
     os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C is like any other; the second one is impatient
     assert caught.count == 2
+    assert "stopping: the run is saved first; Ctrl-C again ends it now" in capfd.readouterr().err
     caught.restore()
     assert {each: signal.getsignal(each) for each in SIGNALS} == before
 

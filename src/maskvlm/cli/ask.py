@@ -62,15 +62,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 @contextmanager
 def told_after(model: PretrainedMaskVLM) -> Iterator[None]:
-    """At the end a line on stderr for what the model was asked about that is unlike its training data."""
+    """At the end a line on stderr for each image that is unlike the training data, and for words that are not known."""
     with warnings.catch_warnings():
         # Python would show a place in the code with each.
         for kind in (FarFromTraining, UnknownWords):
             warnings.simplefilter("ignore", kind)
         yield
-    for line in (model.told_far, unknown_line(model.told_words) if model.told_words else None):
-        if line is not None:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+    for line in (*model.told_far, *([unknown_line(model.told_words)] if model.told_words else [])):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def method_parser(method: str) -> argparse.ArgumentParser:
@@ -174,6 +173,7 @@ def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Nam
 def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     """Where the heat map was written, and which patches weigh most."""
     image, text, word = take(inputs, METHODS["explain"].form, 3, 3, "explain")
+    check_out(image, options.out, "explain.png")
     found: Any = model.explain(image, text, word)
     # Place in the flat map -> (row, column)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
@@ -199,6 +199,7 @@ def paint(
 ) -> Iterator[Answer]:
     """Mask patches by the options, fill them in by `how`, and write the image."""
     image, text = take(inputs, METHODS[method].form, 2, 2, method)
+    check_out(image, options.out, f"{method}.png")
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
     yield {"written": save_image(how(image, mask, text), options.out, f"{method}.png"), "masked": int(mask.sum())}
 
@@ -227,6 +228,13 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
     found: np.ndarray[Any, Any] = down & across
     return found
+
+
+def check_out(image: str, out: Path | None, name: str) -> None:
+    """Raises UserError where the answer would be written over the image that is asked about."""
+    path = out or Path(name)
+    if path.exists() and Path(image).exists() and path.samefile(image):
+        raise UserError(path, "is the image itself, which would be lost", "Name another file: --out filled.png")
 
 
 def save_image(image: Image.Image, out: Path | None, name: str) -> str:
@@ -274,7 +282,7 @@ def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:
 
 
 METHODS: dict[str, ShellMethod] = {
-    "fill": ShellMethod(f'IMAGE "a {MASK} on the grass"', "fill in masked words from the image", ask_fill, "tokens"),
+    "fill": ShellMethod(f'IMAGE "a {MASK} on the {MASK}"', "fill in masked words from the image", ask_fill, "tokens"),
     "match": ShellMethod("IMAGE TEXT ...", "probability that image and text belong together", ask_match, "matching"),
     "rank": ShellMethod(
         "IMAGE TEXT ...  or  TEXT IMAGE ...", "texts or images, the best first", ask_rank, "projection"

@@ -5,6 +5,7 @@ Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -262,11 +263,33 @@ class LightningCommand(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            with attempted(Path(self.settings.run)), writing(self.settings.run):
+            with attempted(Path(self.settings.run)), writing(self.settings.run), told_of_interval():
                 super()._run_subcommand(subcommand)
         finally:
             CAUGHT.restore()
             HELD.release()
+
+
+@contextmanager
+def told_of_interval() -> Iterator[None]:
+    """Of a run whose length is given in passes: Lightning knows its batches only once the data is there.
+
+    Raises:
+        UserError: an evaluation was asked for after more steps than there are (2).
+    """
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"`val_check_interval` \((\d+)\) must be .*? batches \((\d+)\)", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise interval_too_long(int(found[1]), int(found[2])) from error
+
+
+def interval_too_long(interval: int, batches: int) -> UserError:
+    """An evaluation after more batches than a run has."""
+    what, todo = f"{interval}, but the run has {batches} batches", f"Give at most {batches}, or 1.0: at the end"
+    return UserError("trainer.val_check_interval", what, todo)
 
 
 def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
@@ -302,6 +325,9 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
         data.steps, data.epochs = trainer.max_steps, None
     elif passes != 1:
         data.steps, data.epochs = None, float(passes)
+    interval, batches = trainer.val_check_interval, (data.steps or 0) * trainer.accumulate_grad_batches
+    if batches and isinstance(interval, int) and interval > batches:
+        raise interval_too_long(interval, batches)
     # Lightning sees one epoch; `data` ends it. Its own count of epochs is wrong once a run has resumed twice.
     trainer.max_steps, trainer.max_epochs = -1, 1
 

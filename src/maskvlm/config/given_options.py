@@ -33,18 +33,19 @@ class KeyPlace(NamedTuple):
     value: str
 
 
-def read_config_file(name: str) -> yaml.MappingNode | None:
-    """The checked tree of one `-c` file; None for an empty one.
+def read_config_file(name: str) -> yaml.MappingNode:
+    """The checked tree of one `-c` file.
 
     Raises:
         UserError: with file and line, whatever is wrong with the file or its YAML; a key such as `__path__` (77).
     """
     # nodes rather than values: they know their lines
     root = check_yaml(config_text(name), name)
-    if root is not None and not isinstance(root, yaml.MappingNode):
+    if root is None:
+        raise UserError(name, "is empty", "Write keys into it, such as `model: {lr: 1e-3}`, or leave it out")
+    if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}:1", "holds no `key: value` lines", "Begin it with a key")
-    if root is not None:
-        check_names(root, name)
+    check_names(root, name)
     return root
 
 

@@ -84,6 +84,29 @@ class CommandParser(LightningArgumentParser):
         keep_nulls(shown)
         return super().dump(shown, *args, **kwargs)
 
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """As the base class; but of an argument that may be of several kinds, such as a data set's reader, that keeps
+        the complaint of the first kind alone, and what the class itself says of its arguments would be lost.
+
+        Raises:
+            UserError: what a class said.
+        """
+        refused: list[UserError] = []
+
+        def build(kind: type, *given: Any, **named: Any) -> Any:
+            try:
+                return kind(*given, **named)
+            except UserError as error:
+                refused.append(error)
+                raise
+
+        try:
+            return super().instantiate(namespace, *args, instantiators=[(build, object, True)], **kwargs)
+        except ValueError as error:
+            failed = error
+        # Out here: raised in the handler, the two could be each other's cause.
+        raise refused[0] if refused else failed
+
     def validate(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().validate(*args, **kwargs)

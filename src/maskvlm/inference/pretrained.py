@@ -11,6 +11,7 @@ Shapes: B images, C texts, E contrast width, T tokens, D width.
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,11 +76,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
     Its methods are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of an
-    image that is unlike its training data it warns once (`FarFromTraining`), where the checkpoint tells of these.
+    image that is unlike its training data it warns (`FarFromTraining`), where the checkpoint tells of these.
 
     Attributes:
         known: the range of the images that it knows; None where the checkpoint does not tell it.
-        told_far: that warning; None before it.
+        told_far: the latest of these warnings, each once.
         told_words: words that it has been asked with and does not know; each was warned of once (`UnknownWords`).
     """
 
@@ -90,7 +91,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         super().__init__(config)
         self.backbone, self.task, self.origin = backbone, task, origin
         self.known = known_of(backbone, origin)
-        self.told_far: str | None = None
+        self.told_far: deque[str] = deque(maxlen=WATCHED)
         self.told_words: list[str] = []
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
@@ -144,13 +145,16 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return limits(self.config.lineage or [])
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor:
-        """As of `Asked`. The first image that is unlike the training data is warned of, where a method is asked about
-        few: the encoder runs once more for that."""
+        """As of `Asked`. Images that are unlike the training data are warned of, by their names where they have some,
+        where a method is asked about few: the encoder runs once more for that."""
         image_BCHW = super().pixels(images)
-        if self.known is not None and self.told_far is None and 0 < len(image_BCHW) <= WATCHED:
-            self.told_far = next(filter(None, self._far(image_BCHW)), None)
-            if self.told_far is not None:
-                warnings.warn(self.told_far, FarFromTraining, stacklevel=3)
+        if self.known is not None and 0 < len(image_BCHW) <= WATCHED:
+            for image, line in zip(images, self._far(image_BCHW), strict=True):
+                if line is not None:
+                    told = f"{image}: {line}" if isinstance(image, str | Path) else line
+                    if told not in self.told_far:
+                        self.told_far.append(told)
+                    warnings.warn(told, FarFromTraining, stacklevel=3)
         return image_BCHW
 
     @property

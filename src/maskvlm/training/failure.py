@@ -16,6 +16,10 @@ from maskvlm.training.peers import blamed
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.write_errors import cannot_write
 
+REQUIRED = {"torch", "torchvision", "lightning", "torchmetrics", "transformers", "timm", "omegaconf", "datasets"}
+REQUIRED |= {"jsonargparse", "numpy", "PIL", "yaml", "rich", "tokenizers", "safetensors"}
+"""Packages that setup.cfg asks for, by the names that they are imported by."""
+
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
 EARLIER: list[tuple[str, int]] = []  # what stood there when this process started: of an earlier job
 
@@ -70,6 +74,8 @@ def user_line(error: BaseException) -> ErrorLine | None:
         )
     if isinstance(error, OSError) and (told := cannot_write(error)):
         return ErrorLine(_one_line(str(told)), told.code)
+    if missing := _missing_package(error):
+        return missing
     # By name: neither Lightning nor torch is imported for a command that needs none.
     if name == "MisconfigurationException":
         return ErrorLine(f"trainer: {text}", ExitCode.USAGE)
@@ -113,6 +119,15 @@ def _worker_lost(error: BaseException) -> UserError | None:
 def _all_subclasses(kind: type) -> list[type]:
     subclasses: list[type] = kind.__subclasses__()
     return [deep for sub in subclasses for deep in (sub, *_all_subclasses(sub))]
+
+
+def _missing_package(error: BaseException) -> ErrorLine | None:
+    """Of an interpreter that this project is not installed in, as one that `make` was told by PYTHON= may be."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in REQUIRED:
+        return None
+    text = f"{name} is not installed in {sys.executable}. Install this project there: {sys.executable} -m pip install ."
+    return ErrorLine(text, ExitCode.UNAVAILABLE)
 
 
 def _bug(error: BaseException, folder: Path | None) -> ErrorLine:

@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from maskvlm.utils.distributed import world_size
+from maskvlm.utils.distributed import rank, world_size
 from maskvlm.utils.launch import PR_SET_PDEATHSIG
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -48,6 +49,11 @@ class Caught:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         impatient = signum == self.last == signal.SIGINT
         self.last, self.count = signum, self.count + 1
+        if signum == signal.SIGINT and not impatient and rank() == 0:
+            # A handler may run in the middle of a print: this one goes past Python's buffers.
+            again = "Ctrl-C again ends it now, and all since its last checkpoint is lost"
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"\nstopping: the run is saved first; {again}\n".encode())
         # A second Ctrl-C in a row: its user is at the terminal, and does not wait for the end of the step.
         if impatient:
             raise KeyboardInterrupt

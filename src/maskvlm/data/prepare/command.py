@@ -11,7 +11,7 @@ from maskvlm.data.prepare.first_look import look_at_raw
 from maskvlm.data.prepare.prepare import complete, prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepared.check import check_set
-from maskvlm.data.prepared.manifest import LOOK, SKIPPED, check_set_path, read_manifest
+from maskvlm.data.prepared.manifest import LOOK, MANIFEST, SKIPPED, check_set_path, read_manifest
 from maskvlm.data.raw import SETS, open_raw
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.data.text import clean_caption
@@ -53,6 +53,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     known = given.set in SETS or "." in given.set
     if known and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
         print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
+        tell_newer(Path(given.raw), root)
         return ExitCode.DONE
     raw = open_raw(given.set, given.raw, columns or None, settings.name)
     if given.look:
@@ -142,3 +143,11 @@ def named_columns(given: list[str]) -> dict[str, str]:
             raise UserError("--columns", f"'{part}' is not ROLE=COLUMN", f"Roles are: {', '.join(ROLES)}")
         columns[role.strip()] = column.strip()
     return columns
+
+
+def tell_newer(raw: Path, root: Path) -> None:
+    """A line where the one file that a set was made from was written after the set: a corrected table would otherwise
+    be passed over without a word."""
+    if raw.is_file() and raw.stat().st_mtime > (root / MANIFEST).stat().st_mtime:
+        todo = f"to make the set anew, delete {root} first, or give it another name (NAME=)"
+        print(f"warning: {raw} was written after this set; {todo}", file=sys.stderr, flush=True)

@@ -124,7 +124,7 @@ class RowMaker:
         captions, notes = [], []
         if isinstance(row.captions, str):  # its letters would be taken for captions
             raise UserError(row.origin, "captions are one text", "A reader gives a tuple of texts: (text,)")
-        for number, text in enumerate(row.captions):
+        for number, text in enumerate(row.captions, 1):
             caption, note = clean_caption(text) if len(text) <= LONGEST else ("", "too long")
             if note:
                 reason = "empty caption" if note == "empty" else f"caption {note}"

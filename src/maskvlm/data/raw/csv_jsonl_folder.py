@@ -193,6 +193,9 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     captions = texts_in(values.get("caption"))
     if captions is None:
         return "no caption", f"the caption is {short_value(values.get('caption'))}"
+    # Here, where its line is known; rows of the same image are put together later.
+    if not any(text.strip() for text in captions):
+        return "empty caption", "the caption is empty"
     # a split that is given must be one; an empty one is train
     split = default if given is None else split_named(given)
     if split is None:
