@@ -151,6 +151,14 @@ def test_a_wrong_word_is_one_line(command: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_place_where_a_set_belongs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "five.csv").write_text("image,caption\n")
+    for place, kind in ((tmp_path / "five.csv", "csv"), (tmp_path, "folder")):
+        with pytest.raises(UserError) as error:
+            composed(f"data {place}")
+        assert f"data: {place} is no set, but a place. maskvlm data {kind} raw={place} name=NAME." in str(error.value)
+
+
 def test_a_task_without_yaml_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bare_task").mkdir()
     (tmp_path / "bare_task" / "__init__.py").write_text("")

@@ -190,7 +190,10 @@ def tool(name: str) -> Callable[[list[str]], int]:
     if name not in found:
         near = nearest(name, found, 0.5)
         what = "no such tool" + (f" (did you mean {near}?)" if near else "")
-        raise UserError(cut(name), what, f"There are: {', '.join(found)}")
+        todo = f"There are: {', '.join(found)}"
+        if Path(name).is_file():
+            what, todo = "a file, and no command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
+        raise UserError(cut(name), what, todo)
     main: Callable[[list[str]], int] = importlib.import_module(f"tasks.{task}.{module}").main
     return main
 

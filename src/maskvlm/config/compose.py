@@ -432,6 +432,13 @@ def data_command(words: CommandWords) -> Composed:
     # the second place may be named: raw=
     found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
     if len(found) != 2:
+        if words.places and len(found) == 1 and Path(found[0]).exists():
+            end = Path(found[0]).suffix.lower()
+            table = next((kind for kind, ends in TABLES.items() if end in ends), "SET")
+            kind = "folder" if Path(found[0]).is_dir() else table
+            raise UserError(
+                "data", f"{found[0]} is no set, but a place", f"maskvlm data {kind} raw={found[0]} name=NAME"
+            )
         if words.places and len(found) == 1:
             place = f"FILE.{found[0]}" if found[0] in TABLES else "FOLDER"
             raise UserError("data", "raw= is missing", f"maskvlm data {found[0]} raw={place}")
