@@ -255,6 +255,38 @@ def test_ctrl_c_is_left_to_the_first_process(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
 
 
+IN_THE_START = (
+    INTERRUPTED[: INTERRUPTED.index("if __name__")]
+    + """
+import threading
+
+if __name__ == "__main__":
+    root = Path(sys.argv[2])
+    for name in (".making", "train"):
+        (root / name).mkdir(parents=True)
+    try:
+        with Pool(2, root, Settings("toy", 48)) as pool:
+            threading.Timer(0.3, lambda: os.killpg(0, signal.SIGINT)).start()  # the server still imports
+            pool.submit(Job("train", 0, [row(0)]))
+            time.sleep(20)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_ctrl_c_while_processes_are_started_leaves_no_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(IN_THE_START)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "toy")]
+    ended = subprocess.run(
+        command, start_new_session=True, capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "interrupted\n", "")
+
+
 def shard_of(root: Path, rows: list[RawRow | BadRow], side: int = 48) -> Any:
     for name in (MAKING, "train"):
         (root / name).mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ def start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def interrupted_later() -> Iterator[None]:
+    """A Ctrl-C in here takes effect at the end. A process that is being started is not known to its pool yet, so that
+    nobody would wait for it: it would find what it shares with the first one gone, and end with a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, _: noted.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 # ------------------------------------------------------------------ in the processes
@@ -127,7 +145,9 @@ class Pool:
     def submit(self, job: Job) -> Future[int]:
         """Hand a job over."""
         try:
-            return self._pool.submit(work, job)
+            # the first job starts the processes
+            with interrupted_later():
+                return self._pool.submit(work, job)
         except (EOFError, ConnectionError) as error:  # the server of the processes is gone
             raise BrokenProcessPool("no process can be started") from error
 
