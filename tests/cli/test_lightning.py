@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.cli import commands
-from maskvlm.cli.lightning import Parsed, run_command, told_of_interval
+from maskvlm.cli.lightning import Parsed, check_interval, run_command, told_of_interval
 from maskvlm.cli.main import main
 from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
@@ -54,7 +55,7 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
     return call
 
 
-def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A source may be of two kinds, and the parser keeps the complaint of the first."""
     for task, option, said in (
         ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Ask for a multiple of 4"),
@@ -69,6 +70,25 @@ def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFix
 def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
     said = fails("--data.steps=6", "--trainer.val_check_interval=7")
     assert said == "trainer.val_check_interval: 7, but the run has 6 batches. Give at most 6, or 1.0: at the end."
+    settings = SimpleNamespace(
+        data={"init_args": {"steps": 3}},
+        trainer=SimpleNamespace(
+            val_check_interval=7, accumulate_grad_batches=2, limit_val_batches=None, check_val_every_n_epoch=1,
+            fast_dev_run=False,
+        ),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="7, but the run has 6 batches"):
+        check_interval(settings)  # type: ignore[arg-type]
+    # Lightning takes these: nothing is evaluated, or not by batches of an epoch, or the whole is a trial.
+    for key, value in (
+        ("val_check_interval", 6),
+        ("val_check_interval", 1.0),
+        ("limit_val_batches", 0),
+        ("check_val_every_n_epoch", None),
+        ("fast_dev_run", True),
+    ):
+        trainer = SimpleNamespace(**{**vars(settings.trainer), key: value})
+        check_interval(SimpleNamespace(data=settings.data, trainer=trainer))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="9, but the run has 8 batches"), told_of_interval():
         raise ValueError(
             " `val_check_interval` (9) must be less than or equal to the number of the training batches (8)."

@@ -76,6 +76,17 @@ def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureF
     assert "maskvlm finetune entailment" in told
 
 
+def test_a_file_where_a_command_belongs_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["scene.png"]) == ExitCode.USAGE
+    assert "no such tool" in capsys.readouterr().err
+    Path("scene.png").touch()
+    assert main(["scene.png"]) == ExitCode.USAGE
+    assert "scene.png: a file, and no command. Write the command first" in capsys.readouterr().err
+
+
 def complete(*words: str) -> list[str]:
     """What bash offers for the last of these words, as it takes them apart."""
     from maskvlm.cli.completion import main as script

@@ -159,6 +159,13 @@ def test_a_place_where_a_set_belongs_is_told(tmp_path: Path) -> None:
         assert f"data: {place} is no set, but a place. maskvlm data {kind} raw={place} name=NAME." in str(error.value)
 
 
+def test_a_folder_here_may_have_the_name_of_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("coco").mkdir()
+    with pytest.raises(UserError, match=r"raw= is missing\. maskvlm data coco raw=FOLDER"):
+        composed("data coco")
+
+
 def test_a_task_without_yaml_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bare_task").mkdir()
     (tmp_path / "bare_task" / "__init__.py").write_text("")

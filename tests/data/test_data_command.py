@@ -36,6 +36,22 @@ def pairs(tmp_path: Path) -> Path:
     return folder / "pairs.csv"
 
 
+def test_a_row_without_a_caption_is_listed_by_its_own_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not by the first line of its image, which has a caption."""
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / name).write_bytes(encoded(photo(0 if name == "0.jpg" else 1)))
+    rows = ["image,caption", "0.jpg,a photo", "1.jpg,another", '0.jpg," "']
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    assert main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], []) == 0
+    assert "left out: 1 row (empty caption: 1)" in capsys.readouterr().out
+    (line,) = (tmp_path / "mine" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["origin"] == "pairs.csv:4"
+    assert [len(each) for each in Prepared(str(tmp_path / "mine")).split("train").column("captions").to_pylist()] == [
+        1,
+        1,
+    ]
+
+
 COLUMNS = ["--columns", "image=ding,caption=spruch"]
 
 

@@ -1,6 +1,8 @@
 """Rows 30 to 33 of the fault matrix and what is around them: wrong keys, values, YAML, files and words."""
 
+import configparser
 import os
+import re
 import sys
 import threading
 import time
@@ -19,7 +21,7 @@ from maskvlm.cli.main import main
 from maskvlm.config.given_options import fill_environment, read_config_file
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.safe_yaml import MOST_LEVELS, NotPlain, read_yaml
-from maskvlm.training.failure import user_line
+from maskvlm.training.failure import REQUIRED, user_line
 from maskvlm.training.resume import newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -381,3 +383,12 @@ def test_a_package_that_is_not_installed_is_no_bug() -> None:
     assert line.code == ExitCode.UNAVAILABLE
     assert f"lightning is not installed in {sys.executable}" in line.text
     assert user_line(ModuleNotFoundError("No module named 'nowhere'", name="nowhere")) is None
+
+
+def test_every_required_package_is_known_by_the_name_it_is_imported_by() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options"]["install_requires"].split("\n")
+    names = {re.split(r"[ \[><=]", line)[0] for line in lines if line and not line.startswith("#")}
+    imported = {"pillow": "PIL", "pyyaml": "yaml"}
+    assert {imported.get(name, name) for name in names} == REQUIRED

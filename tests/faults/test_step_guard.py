@@ -158,6 +158,18 @@ def test_the_loss_that_is_to_blame_is_named(factor: float, reason: str, accumula
     assert reason in step["reason"]
 
 
+def test_a_module_that_tells_its_terms_alone_is_guarded_too(tmp_path: Path) -> None:
+    class Other(Poisoned):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.weighted_S = None
+            return loss
+
+    fit(tmp_path, Other({AT}, factor=NAN))
+    (step,) = json.loads((tmp_path / "bad_samples.json").read_text())["skipped_steps"]["steps"]
+    assert step["reason"] == "its loss is not finite (nan)"
+
+
 def test_a_healthy_run_is_what_it_is_without_the_guard(tmp_path: Path) -> None:
     guarded, _ = fit(tmp_path, Poisoned(set()))
     bare = Shas()

@@ -148,6 +148,12 @@ def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
     with pytest.warns(FarFromTraining, match=r"x\.png: this image is unlike"):
         model.match([toy_image(3), str(tmp_path / "x.png")], ["a circle", "a circle"])
     assert len(model.told_far) == 2
+    # A file's name may be anybody's: nothing that a terminal obeys is told.
+    open_image(toy_image(5)).save(tmp_path / "\x1b[2Jy.png")
+    with pytest.warns(FarFromTraining):
+        model.match(str(tmp_path / "\x1b[2Jy.png"), "a circle")
+    assert model.told_far[-1].partition(": this image")[0].endswith("[2Jy.png")
+    assert "\x1b" not in model.told_far[-1]
 
 
 def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:

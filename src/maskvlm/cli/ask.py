@@ -6,6 +6,7 @@ Answers are for reading; with `--json` one line of JSON each. Images go to `--ou
 import argparse
 import json
 import random
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ import numpy as np
 from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS
+from maskvlm.config.allowed_classes import OWN
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import MASK
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
+from maskvlm.inference.rebuild import PARTS
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
@@ -249,15 +252,19 @@ def save_image(image: Image.Image, out: Path | None, name: str) -> str:
 
 
 def how_to_ask(task: Task, checkpoint: Path) -> str | None:
-    """The command that asks a trained model: by the first method of its task, or the first that its heads allow; None
-    where there is neither."""
+    """The command that asks a trained model: by the first method of its task, or the first that its heads allow, with
+    the packages of others that its parts are from; None where there is no such method."""
     own = next(((name, method.shell_form) for name, method in task.methods.items()), None)
     core = ((name, known.form) for name, known in METHODS.items() if getattr(task, known.head, None) is not None)
     found = own or next(core, None)
     if found is None:
         return None
     name, form = found
-    return f"maskvlm {name} --from {checkpoint} {form}"
+    several = [each for value in vars(task).values() for each in (value if isinstance(value, list) else [value])]
+    parts = [task, *(each for each in several if isinstance(each, PARTS))]
+    packages = sorted({type(part).__module__.partition(".")[0] for part in parts} - {*OWN})
+    trusted = [word for package in packages for word in ("--allow-import", package)]
+    return f"{shlex.join(['maskvlm', name, *trusted, '--from', str(checkpoint)])} {form}"
 
 
 def task_method(model: PretrainedMaskVLM, method: str) -> ShellMethod:

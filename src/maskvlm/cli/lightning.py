@@ -30,7 +30,7 @@ from maskvlm.config.safe_yaml import cut
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
-from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of
+from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task_name
 from maskvlm.training.attempts import attempted
 from maskvlm.training.checkpointing import LAST, check_finite
 from maskvlm.training.failure import FIRST, process_rank
@@ -102,6 +102,8 @@ class LightningCommand(LightningCLI):
         for line in parts_left_behind(self.start, self.settings.model.task):
             warn(line)
         set_length(self.settings, {option.key for option in options(self.arguments)})
+        if self.config.subcommand == "fit":
+            check_interval(self.settings)
 
     @property
     def settings(self) -> Namespace:
@@ -270,9 +272,23 @@ class LightningCommand(LightningCLI):
             HELD.release()
 
 
+def check_interval(settings: Namespace) -> None:
+    """Of a run whose length is given in steps, before anything of it is written.
+
+    Raises:
+        UserError: an evaluation was asked for after more steps than there are (2).
+    """
+    trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
+    batches = (data.get("steps") or 0) * trainer.accumulate_grad_batches
+    evaluates = trainer.limit_val_batches != 0 and trainer.check_val_every_n_epoch is not None
+    interval = trainer.val_check_interval
+    if batches and evaluates and not trainer.fast_dev_run and isinstance(interval, int) and interval > batches:
+        raise interval_too_long(interval, batches)
+
+
 @contextmanager
 def told_of_interval() -> Iterator[None]:
-    """Of a run whose length is given in passes: Lightning knows its batches only once the data is there.
+    """The same of a run whose length is given in passes: Lightning knows its batches only once the data is there.
 
     Raises:
         UserError: an evaluation was asked for after more steps than there are (2).
@@ -325,9 +341,6 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
         data.steps, data.epochs = trainer.max_steps, None
     elif passes != 1:
         data.steps, data.epochs = None, float(passes)
-    interval, batches = trainer.val_check_interval, (data.steps or 0) * trainer.accumulate_grad_batches
-    if batches and isinstance(interval, int) and interval > batches:
-        raise interval_too_long(interval, batches)
     # Lightning sees one epoch; `data` ends it. Its own count of epochs is wrong once a run has resumed twice.
     trainer.max_steps, trainer.max_epochs = -1, 1
 
@@ -376,11 +389,6 @@ def check_same_task(start: ModelSpec | None, path: str, measured: str) -> None:
     if theirs.startswith("maskvlm."):  # pre-training, which every task may begin from
         return
     raise UserError(path, f"was fine-tuned as {theirs}, not as {asked}", f"Name its task: evaluate {theirs}")
-
-
-def task_name(class_path: str) -> str:
-    """As `finetune` takes it: `vqa` of `tasks.vqa.task.Vqa`."""
-    return class_path.rpartition(".")[0].removesuffix(".task").removeprefix("tasks.")
 
 
 def wrong_trainer(error: Exception) -> UserError:

@@ -432,7 +432,12 @@ def data_command(words: CommandWords) -> Composed:
     # the second place may be named: raw=
     found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
     if len(found) != 2:
-        if words.places and len(found) == 1 and Path(found[0]).exists():
+        # a folder here may have the name of a set
+        if (
+            words.places
+            and len(found) == 1
+            and (os.path.isfile(found[0]) or ("/" in found[0] and os.path.isdir(found[0])))
+        ):
             end = Path(found[0]).suffix.lower()
             table = next((kind for kind, ends in TABLES.items() if end in ends), "SET")
             kind = "folder" if Path(found[0]).is_dir() else table

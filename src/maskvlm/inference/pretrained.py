@@ -31,6 +31,7 @@ from maskvlm.checkpoint.model_spec import model_spec_of, portable
 from maskvlm.checkpoint.text_files import quiet
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
+from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import ImageInput, MarkedTexts, as_list
 from maskvlm.data.text import Captioner
 from maskvlm.inference.api import Asked
@@ -151,7 +152,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         if self.known is not None and 0 < len(image_BCHW) <= WATCHED:
             for image, line in zip(images, self._far(image_BCHW), strict=True):
                 if line is not None:
-                    told = f"{image}: {line}" if isinstance(image, str | Path) else line
+                    # A file's name may be anybody's.
+                    told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
                     if told not in self.told_far:
                         self.told_far.append(told)
                     warnings.warn(told, FarFromTraining, stacklevel=3)

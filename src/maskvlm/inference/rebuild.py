@@ -112,10 +112,15 @@ def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ())
         raise UserError(path, "does not say how it was pre-trained", "Name the recipe's files", ExitCode.MISSING_INPUT)
     kind = task_class(spec.task["class_path"], path, allowed)
     if not issubclass(kind, MaskedPretraining):
-        name = kind.__module__.removesuffix(".task").removeprefix("tasks.")
-        raise UserError(path, f"was fine-tuned as {kind.__name__}", f"Name its task: evaluate {name}")
+        todo = f"Name its task: evaluate {task_name(spec.task['class_path'])}"
+        raise UserError(path, f"was fine-tuned as {kind.__name__}", todo)
     read_arguments(kind, spec.task["init_args"], f"{path}: task", allowed)
     return spec.task
+
+
+def task_name(class_path: str) -> str:
+    """As `finetune` takes it: `vqa` of `tasks.vqa.task.Vqa`."""
+    return class_path.rpartition(".")[0].removesuffix(".task").removeprefix("tasks.")
 
 
 def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> None:

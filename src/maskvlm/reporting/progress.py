@@ -237,7 +237,7 @@ class StuckLoss(Callback):
         self.share, self.patience, self.warmup = share, patience, warmup
         self.losses = LossMeter()
         self.since: dict[str, int] = {}
-        self.began: dict[str, float] = {}  # the lowest value of each by so much, from where it is counted
+        self.lowest: dict[str, float] = {}  # of each; by a further fall its time begins anew
         self.told: set[str] = set()
         self.step = -1
 
@@ -272,11 +272,11 @@ class StuckLoss(Callback):
         """
         for name, loss in readings.losses.items():
             level = readings.levels.get(name, 0.0)
-            # Below its level once, and it is counted anew; so is a loss that comes down from far above.
-            began = self.began.setdefault(name, loss)
-            if level <= 0 or loss < self.share * level or loss < self.share * began:
+            # Below its level once, and it is counted anew; so is a loss that still comes down from far above.
+            lowest = self.lowest.setdefault(name, loss)
+            if level <= 0 or loss < self.share * level or loss < self.share * lowest:
                 self.since.pop(name, None)
-                self.began[name] = loss
+                self.lowest[name] = loss
             elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
                 self.told.add(name)
                 hint = hints.get(name, STUCK_HINTS.get(name, PretrainingLoss.stuck_hint))

@@ -78,7 +78,7 @@ def text_of(
     lines = [
         f"# {study.title}", "", *([study.about.strip(), ""] if study.about.strip() else []),
         f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(study.cells)} cells, seeds "
-        f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs). The command of a run begins "
+        f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs, waiting included). The command of a run begins "
         f"`maskvlm {study.run}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
         "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
         "interval says so; of forty claims without any difference one is expected to hold by chance.",

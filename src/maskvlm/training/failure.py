@@ -16,8 +16,8 @@ from maskvlm.training.peers import blamed
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.write_errors import cannot_write
 
-REQUIRED = {"torch", "torchvision", "lightning", "torchmetrics", "transformers", "timm", "omegaconf", "datasets"}
-REQUIRED |= {"jsonargparse", "numpy", "PIL", "yaml", "rich", "tokenizers", "safetensors"}
+REQUIRED = {"torch", "torchvision", "lightning", "jsonargparse", "torchmetrics", "transformers", "tokenizers", "timm"}
+REQUIRED |= {"datasets", "safetensors", "tensorboard", "rich", "matplotlib", "PIL", "numpy", "yaml"}
 """Packages that setup.cfg asks for, by the names that they are imported by."""
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts

@@ -111,6 +111,7 @@ class LitModel(L.LightningModule):
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
+        self.weighted_S: Tensor | None = None  # these, each with its weight
         self.has_gradient: dict[str, bool] = {}  # of each term, when it first came
         # The heads must exist before those of a checkpoint are taken over.
         task.build(backbone)

@@ -194,7 +194,9 @@ class StepGuard(Callback):
         elif int(verdict) > 0:
             optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left as it is
         facts, ready = copy_to_host(torch.cat([torch.stack([verdict.float(), loss, limit]), weighted_S]))
-        self.pending.append(Verdict(self.step, facts, ready, self.rows, self.terms or ()))
+        # A module of somebody else's may tell its terms without their values.
+        terms = (self.terms or ()) if self.weighted else ()
+        self.pending.append(Verdict(self.step, facts, ready, self.rows, terms))
         self.losses, self.weighted, self.rows = [], [], []
 
     def on_train_batch_end(
@@ -255,8 +257,8 @@ class StepGuard(Callback):
 
 
 def to_blame(reason: int, weighted: dict[str, float]) -> str:
-    """Of the losses that a step's loss is the sum of, those that made it what it is; "" where it is one loss, or not
-    the loss is what is wrong."""
+    """Of the losses that a step's loss is the sum of, those that made it what it is; "" where there is one alone, or
+    where a gradient is what is wrong."""
     if reason == LOSS:
         lost = [name for name, value in weighted.items() if not math.isfinite(value)]
         return "of " + ", ".join(lost) if len(weighted) > 1 and lost else ""
