@@ -78,7 +78,18 @@ def test_packages_import_those_before_them_alone() -> None:
     assert not [*(ROOT / "src" / "maskvlm" / "models").rglob("*.py")]
 
 
-@pytest.mark.parametrize("words", ["fit -c nope.yaml", "pretrain model=nope", "fitt", "--help", "finetune vq"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fit -c nope.yaml",
+        "pretrain model=nope",
+        "fitt",
+        "--help",
+        "finetune vq",
+        "fill README.md",
+        "match no.png dog --k 2",
+    ],
+)
 def test_the_command_refuses_before_it_imports_torch(words: str) -> None:
     """What finds a wrong file or word must not cost seconds."""
     code = f"import sys; from maskvlm.cli.main import end_of; end_of({words.split()}); print(*sys.modules)"
@@ -87,6 +98,17 @@ def test_the_command_refuses_before_it_imports_torch(words: str) -> None:
     modules = {*done.stdout.splitlines()[-1].split()}
     assert "maskvlm.config.given_options" in modules
     assert not {"torch", "lightning", "transformers", "timm", "numpy"} & modules
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["fill no.png [MASK]", "inpaint README.md dog --out x.nope", "data csv no.csv", "data-check nope", "fill -h"],
+)
+def test_the_command_looks_at_files_before_it_imports_torch(words: str) -> None:
+    code = f"import sys; from maskvlm.cli.main import end_of; end_of({words.split()}); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": "src"}, cwd=ROOT, capture_output=True, text=True)
+    assert not {"torch", "lightning", "transformers"} & {*done.stdout.splitlines()[-1].split()}, done.stderr
 
 
 def test_one_name_means_one_thing() -> None:

@@ -16,8 +16,9 @@ from maskvlm.checkpoint.model_spec import model_spec_of
 from maskvlm.checkpoint.warm_start import Seen, overlap, part, read_content, read_start
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.scenes.source import Scenes
-from maskvlm.data.text import stable_id, tokenizer_hash
+from maskvlm.data.text import tokenizer_hash
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.errors import ExitCode, UserError

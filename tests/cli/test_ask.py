@@ -10,10 +10,11 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask import METHODS, answer_line, box_mask, lot_mask
+from maskvlm.cli.ask_model import ASKS, answer_line, box_mask, lot_mask
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
+from maskvlm.cli.shell_methods import METHODS
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -102,7 +103,20 @@ def test_which_patches_a_box_touches() -> None:
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [
-        (["fill", "--from", "best.ckpt", "0.png"], "1 inputs. Give IMAGE", ExitCode.USAGE),
+        (["fill", "--from", "best.ckpt", "0.png"], "1 input. Give IMAGE", ExitCode.USAGE),
+        (
+            ["rank", "--from", "best.ckpt", "0.png", "a", "--top", "3"],
+            "--top: rank has no such option; it is of fill",
+            ExitCode.USAGE,
+        ),
+        (["answer", "--from", "vqa.ckpt", "0.png", "a", "--hide=1"], "it is of reconstruct, inpaint", ExitCode.USAGE),
+        (["rank", "--from", "best.ckpt", "0.png", "a", "--k", "0"], "--k: 0 is too few", ExitCode.USAGE),
+        (["caption", "--from", "best.ckpt", "0.png", "no.png"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
+        (
+            ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x"],
+            "x: cannot be written (has no ending)",
+            ExitCode.USAGE,
+        ),
         (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is masked", ExitCode.USAGE),
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
@@ -192,7 +206,7 @@ def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_front_door_knows_the_methods_that_there_are() -> None:
     """The registry keeps their names, so that none of the core is imported to know a command."""
-    assert [command.name for command in REGISTRY if command.group == ASK and command.named] == list(METHODS)
+    assert [command.name for command in REGISTRY if command.group == ASK and command.named] == [*METHODS] == [*ASKS]
 
 
 def test_what_a_named_model_knows_is_told_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,3 +219,9 @@ def test_what_a_named_model_knows_is_told_once(place: Path, capsys: pytest.Captu
 def test_what_moves_the_cursor_is_not_printed() -> None:
     """Texts of an index may be anybody's."""
     assert answer_line({"origin": "x\x1b[31my", "rank": 1}) == "x\ufffd[31my  1"
+
+
+def test_of_several_figures_each_is_named() -> None:
+    ranked = {"rank": 1, "match": 0.9876, "similarity": None, "candidate": "a dog"}
+    assert answer_line(ranked) == "rank 1  match 0.988  a dog"
+    assert answer_line({"match": 0.5, "text": "a dog"}) == "0.500  a dog"

@@ -144,7 +144,7 @@ def test_help_of_a_method_that_tasks_may_bring(capsys: pytest.CaptureFixture[str
 def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`from=` is `--from` to a method, too."""
     for given in (["from=no.ckpt"], ["--from", "no.ckpt"]):
-        assert main(["fill", *given, "x.png", "[MASK]"]) == 66
+        assert main(["fill", *given, __file__, "[MASK]"]) == 66
         assert "no.ckpt" in capsys.readouterr().err
 
 
@@ -171,6 +171,7 @@ def test_no_code_of_a_strangers_folder_runs_where_a_model_is_asked(words: str, t
     for name in ("conf/base.yaml", "tasks/__init__.py", "tasks/vqa/__init__.py", "tasks/vqa/score.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("open('marker', 'w')\n\n\ndef main(words): ...\n" if name.endswith(".py") else "")
+    (tmp_path / "a.png").touch()  # one that is not there is told before the model is looked at
     for name in ("faiss", "onnx", "torch", "yaml", "x"):
         (tmp_path / f"{name}.py").write_text("open('marker', 'w')\n")
     code = f"import sys; sys.path.remove(''); from maskvlm.cli.main import end_of; sys.exit(end_of({words.split()}))"

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from toy_images import SEEDS, SMOOTH, encode, make_png
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.raw import BadRow, RawRow, RawSet
-from maskvlm.data.text import clean_caption
 
 KINDS = ("csv", "jsonl", "webdataset")
 LONGEST = 100_000  # characters; what is longer is no caption

@@ -10,12 +10,13 @@ from toy_examples import LABELS, Asked, Nameless, Questions, example
 from toy_pairs import SPEC, Squares
 from transformers import PreTrainedTokenizerFast
 
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples, opened_images
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.images import BadImage
 from maskvlm.data.module import PairData, some_texts
 from maskvlm.data.sampler import Pick
-from maskvlm.data.text import Captioner, stable_id
+from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import eval_transform, train_transform
 from maskvlm.utils.errors import ExitCode, UserError
 

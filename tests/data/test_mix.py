@@ -9,11 +9,11 @@ from prepared_sets import jpeg, make, raw, toy_image
 from toy_pairs import SPEC
 
 from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
 from maskvlm.data.raw.base import BadRow
 from maskvlm.data.subset import row_hashes, row_ids
-from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from bad_raw import GOOD_CAPTIONS, KINDS, found_in, make_bad_raw
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.raw import open_raw
-from maskvlm.data.text import clean_caption
 
 
 @pytest.mark.parametrize("kind", KINDS)

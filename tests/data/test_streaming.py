@@ -19,10 +19,10 @@ from toy_pairs import COLOURS, SPEC, png, square
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.data import module
 from maskvlm.data.batch import Batch
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.module import PairData
 from maskvlm.data.streaming.remote import list_shards, read_shards
 from maskvlm.data.streaming.source import Stream
-from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
 
 BAD = b"no image"

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from toy_pairs import SPEC, Rows, Squares, row
 
 from maskvlm.data.batch import Source
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.subset import FRACTION, WEIGHT, first_images, fraction_of, hashed_image_ids, lots, row_hashes, row_ids
-from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import UserError
 
 

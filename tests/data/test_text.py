@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from maskvlm.data.text import (
-    MAX_CAPTION_BYTES,
-    SPECIAL_TOKENS,
-    Captioner,
-    caption_id,
-    clean_caption,
-    stable_id,
-)
+from maskvlm.data.caption_text import MAX_CAPTION_BYTES, caption_id, clean_caption, stable_id
+from maskvlm.data.text import SPECIAL_TOKENS, Captioner
 from maskvlm.utils.errors import UserError
 
 EXAMPLES = [

@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 def warm() -> None:
     """Import once what each command needs: children are forks."""
-    import maskvlm.cli.ask
+    import maskvlm.cli.ask_model
     import maskvlm.cli.bench
     import maskvlm.cli.convert
     import maskvlm.cli.lightning

@@ -792,7 +792,7 @@ def test_a_subset_keeps_all_items_of_an_image(tmp_path: Path) -> None:
 
 
 def test_images_that_were_trained_on_are_counted(model: PretrainedMaskVLM) -> None:
-    from maskvlm.data.text import stable_id
+    from maskvlm.data.caption_text import stable_id
 
     items = [SuiteItem(("x",), ("a",), 0, "", "", (f"coco {n}",)) for n in (1, 1, 2, 3)]
     history = (model.origin.history[0]._replace(ids=torch.tensor(sorted([stable_id("coco 1"), stable_id("coco 3")]))),)

@@ -33,7 +33,7 @@ from maskvlm.training.failure import process_rank
 from maskvlm.training.memory_estimate import GIB, StepSimulation, estimate_memory
 from maskvlm.training.precision import alone
 from maskvlm.training.run_record import machine
-from maskvlm.utils.distributed import cores
+from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 
 OK, LOOK, FAILS = "ok", "look", "fails"

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
-from maskvlm.cli.ask import how_to_ask
+from maskvlm.cli.ask_model import how_to_ask
 from maskvlm.config.given_options import options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed

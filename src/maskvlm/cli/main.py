@@ -149,7 +149,7 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
 
 def show_method_help(method: str) -> int:
     """Of a method that a task may bring."""
-    from maskvlm.cli.ask import method_parser
+    from maskvlm.cli.shell_methods import method_parser
 
     print("A method of the task that the checkpoint was fine-tuned on, if that has one.")
     print(method_parser(method).format_help())

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskvlm.cli.ask import answer_line, told_after
+from maskvlm.cli.ask_model import answer_line, told_after
 from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import default_model

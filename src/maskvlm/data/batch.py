@@ -4,11 +4,16 @@ Shapes: B images, C captions (training: C = B, one caption an image; evaluation:
 image, C >= B), T tokens, H and W pixels.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from PIL import Image
-from torch import Tensor
+
+# Preparing a data set needs rows, and no torch, whose import takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 # A NamedTuple: jsonargparse cannot link a dataclass to a required argument.

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples, ExampleSource
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.pairs import stack_images
 from maskvlm.data.sampler import Pick
-from maskvlm.data.text import Captioner, clean_caption, stable_id
+from maskvlm.data.text import Captioner
 from maskvlm.data.workers import at
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import ExitCode, UserError

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.safe_open import TODO, Walk, byte_lines, check_below, opened
 from maskvlm.data.strict_json import BadJson, json_kind, parse_json
-from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import Absent, ExitCode, UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL import WebPImagePlugin as _webp  # noqa: F401  Pillow registers WEBP late; importing it does so now
 
-from maskvlm.data.text import clean_caption
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 Image.core.set_blocks_max(4)

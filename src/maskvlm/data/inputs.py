@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.images import BadImage, safe_open
-from maskvlm.data.text import Captioner, CaptionTokens, clean_caption
+from maskvlm.data.text import Captioner, CaptionTokens
 from maskvlm.utils.errors import ExitCode, UserError
 
 ImageInput = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor

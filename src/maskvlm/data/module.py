@@ -15,17 +15,19 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.batch import InputSpec, Source
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.contamination import leaks_left_out, without_leaks
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
 from maskvlm.data.examples import ExampleBatch, ExampleSource
 from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, hashed_image_ids
-from maskvlm.data.text import Captioner, clean_caption, tokenizer_hash, train_tokenizer
+from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import Normalise, eval_transform, train_transform
 from maskvlm.data.unknown_words import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
-from maskvlm.utils.distributed import cores, gather_objects, rank, world_size
+from maskvlm.utils.cores import cores
+from maskvlm.utils.distributed import gather_objects, rank, world_size
 from maskvlm.utils.errors import Absent, ExitCode, UserError, check_least
 
 MOST_LISTED = 1000

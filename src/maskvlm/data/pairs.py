@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from maskvlm.data.batch import Batch, Pairs, Row
+from maskvlm.data.caption_text import caption_id, clean_caption, stable_id
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
-from maskvlm.data.text import Captioner, caption_id, clean_caption, stable_id
+from maskvlm.data.text import Captioner
 from maskvlm.data.workers import at
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import ExitCode, UserError

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from maskvlm.data.text import stable_id
+from maskvlm.data.caption_text import stable_id
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import ExitCode, UserError
 

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.examples import Example
 from maskvlm.data.files import ImagesByKey, check_missing
-from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:

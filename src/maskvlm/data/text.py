@@ -1,4 +1,4 @@
-"""Captions: cleaning, token ids, identity, and a WordPiece tokenizer trained on the spot.
+"""Captions: token ids, and a WordPiece tokenizer trained on the spot.
 
 Whatever becomes tokens passes `clean_caption` first, and no text can smuggle in a special token: `[MASK]`
 or `</s>` written in a caption is split like any other text.
@@ -6,8 +6,6 @@ or `</s>` written in a caption is split like any other text.
 
 import hashlib
 import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -17,10 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
-
-MAX_CAPTION_BYTES = 4096
-"""Longer captions are cut here before tokenizing: over a hundred times the 30 tokens a model reads."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Ids 0 to 4 of a tokenizer trained here, in this order."""
@@ -28,9 +24,6 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MOST_TOKENS = 2_000_000
 MOST_RULES, MOST_GROWTH = 40, 256  # rules of a tokenizer; how many times as long they may make a text together
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
-_TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class CaptionTokens(NamedTuple):
@@ -49,60 +42,6 @@ class CaptionTokens(NamedTuple):
     attention_CT: Tensor
     special_CT: Tensor
     word_CT: Tensor
-
-
-def clean_caption(text: str) -> tuple[str, str | None]:
-    """Plain, printable, composed (NFC) text on one line, at most MAX_CAPTION_BYTES bytes of UTF-8.
-
-    Returns:
-        The text, "" where nothing is left, and what had to be mended, the worst first: "empty", "cut",
-        "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters
-        dropped, zero-width joiners and terminal escapes too); None where nothing but white space changed.
-    """
-    # the fast way, which most captions take: in printable ASCII nothing is to be composed or dropped
-    if text.isascii() and text.isprintable() and len(text) <= MAX_CAPTION_BYTES:
-        text = " ".join(text.split())
-        return text, None if text else "empty"
-    notes = set()
-    if len(text) > MAX_CAPTION_BYTES:  # a character is at least a byte; composing a huge text can be slow
-        text = text[:MAX_CAPTION_BYTES]
-        notes.add("cut")
-    # a whole pair becomes its character, a lone half U+FFFD
-    if _SURROGATES.search(text):
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        notes.add("surrogate")
-    folded = " ".join(text.split())
-    # white space is folded first: line ends and tabs are control characters, too
-    printable = _drop_controls(folded)
-    if printable != folded:
-        notes.add("control")
-    # folded once more: where a character was dropped two spaces may meet
-    text = " ".join(unicodedata.normalize("NFC", printable).split())
-    if len(text.encode()) > MAX_CAPTION_BYTES:
-        # "ignore" drops the character that the cut goes through
-        text = text.encode()[:MAX_CAPTION_BYTES].decode(errors="ignore").rstrip()
-        notes.add("cut")
-    if not text:
-        notes.add("empty")
-    return text, next((note for note in ("empty", "cut", "surrogate", "control") if note in notes), None)
-
-
-def _drop_controls(text: str) -> str:
-    # whole sequences first: without its first character the rest of one is printable
-    text = _TERMINAL_ESCAPE.sub("", text)
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
-
-
-def stable_id(text: str) -> int:
-    """63-bit hash that is the same in every process and on every machine; fits a signed int64."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    # one bit less, so that it fits torch's signed 64 bits
-    return int.from_bytes(digest, "big") >> 1
-
-
-def caption_id(text: str) -> int:
-    """`stable_id` of the cleaned caption in lower case: equal for captions that say the same word by word."""
-    return stable_id(clean_caption(text)[0].lower())
 
 
 class Captioner:

@@ -26,14 +26,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.data.batch import Pairs
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.images import BadImage, safe_open
-from maskvlm.data.text import clean_caption, tokenizer_hash
+from maskvlm.data.text import tokenizer_hash
 from maskvlm.data.transforms import eval_transform
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.objectives.loaded_model import chunks
 from maskvlm.reporting.meters import duration, number
 from maskvlm.training.failure import process_rank
-from maskvlm.utils.distributed import cores
+from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.status_bar import StatusBar
 from maskvlm.utils.whole_files import whole_file

@@ -21,7 +21,7 @@ from maskvlm.study.budget import STEPS, budget_in_steps
 from maskvlm.study.definition import Cell, Study
 from maskvlm.training.resume import LAST, finished
 from maskvlm.training.run_record import read_json, write_json
-from maskvlm.utils.distributed import cores
+from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import STUDY
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.raw import SETS, BadRow, open_raw
-from maskvlm.data.text import clean_caption
 from maskvlm.suites.metrics import first_is_best, percent_right
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import UserError

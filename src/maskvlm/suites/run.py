@@ -12,10 +12,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.files import digest_of
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
-from maskvlm.data.text import stable_id
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.training.run_record import json_ready, write_json, write_text

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.files import image_folder, load_json
 from maskvlm.data.images import BadImage
 from maskvlm.data.raw.captions import ImagesByName
 from maskvlm.data.raw.coco_flickr import find_file, no_files
 from maskvlm.data.raw.lines import text_lines
 from maskvlm.data.safe_open import content_of
-from maskvlm.data.text import clean_caption
 from maskvlm.suites.scores import WAYS, pair_scores
 from maskvlm.utils.errors import ExitCode, UserError
 

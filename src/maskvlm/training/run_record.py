@@ -24,7 +24,7 @@ from rich.console import Console
 
 from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.training.attempts import forget
-from maskvlm.utils.distributed import cores
+from maskvlm.utils.cores import cores
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.whole_files import whole_file
 from maskvlm.utils.write_errors import cannot_write

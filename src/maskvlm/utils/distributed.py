@@ -2,7 +2,6 @@
 that are the same for any number of processes. Without a process group every function is the identity."""
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -123,12 +122,6 @@ def without_gradient(compute: Callable[[], Tensor]) -> Tensor:
             return compute()
     value = compute()
     return value.detach() + 0.0 * value
-
-
-def cores() -> int:
-    """Processor cores this process may use; macOS and Windows do not tell the share, so all there are."""
-    share = getattr(os, "sched_getaffinity", None)
-    return len(share(0)) if share else os.cpu_count() or 1
 
 
 def gather_objects(value: object) -> list[object]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import choices
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.prepare.finish import ROWS, Plan
 from maskvlm.data.prepare.first_look import look_at_raw
 from maskvlm.data.prepare.prepare import complete, prepare
@@ -14,8 +15,7 @@ from maskvlm.data.prepared.check import check_set
 from maskvlm.data.prepared.manifest import LOOK, MANIFEST, SKIPPED, check_set_path, read_manifest
 from maskvlm.data.raw import SETS, open_raw
 from maskvlm.data.raw.columns import ROLES
-from maskvlm.data.text import clean_caption
-from maskvlm.utils.distributed import cores
+from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvlm.data.batch import Row
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.images import BadImage
 from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_image, screened
 from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_set_file
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
-from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
 
 SHOWN = 24  # images on the sheet

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from PIL import Image
 
+from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.phash import phash
 from maskvlm.data.prepared.manifest import SCHEMA, SPLITS
 from maskvlm.data.raw.base import BadRow, RawRow
-from maskvlm.data.text import clean_caption, stable_id
 from maskvlm.utils.errors import UserError
 
 BATCH = 100  # rows of an Arrow record batch: a few MB

@@ -21,9 +21,9 @@ from typing import IO, Any
 import pyarrow as pa
 from PIL import features
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.safe_open import check_below, content_of, opened
-from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import whole_file
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.files import load_json
 from maskvlm.data.strict_json import json_kind
-from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 FORMAT = 1

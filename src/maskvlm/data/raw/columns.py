@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.safe_open import LEADS_OUT, Inside
-from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROLES = {

@@ -7,9 +7,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.safe_open import MAX_LINE_BYTES, byte_lines, content_of, opened
 from maskvlm.data.strict_json import parse_first
-from maskvlm.data.text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 CHUNK = 1_000_000

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.files import load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.captions import ImagesByName
@@ -24,7 +25,6 @@ from maskvlm.data.raw.lines import json_items, one_line, text_lines
 from maskvlm.data.raw.photos import SCHEMES, PhotoIndex, photo_of, stem_of
 from maskvlm.data.safe_open import Inside, opened
 from maskvlm.data.strict_json import flaw
-from maskvlm.data.text import stable_id
 from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE = 2000

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.safe_open import Walk
-from maskvlm.data.text import stable_id
 
 _PHOTOS = {  # the same photo has the same id in every set, so that leaks are seen by id
     "coco": re.compile(r"cocodataset\.org/.*?0*(\d+)\.jpg", re.I),

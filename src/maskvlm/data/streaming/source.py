@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from maskvlm.data.batch import Row, Source
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.pairs import ProcessShare, Sample, TrainPairs
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw.base import RawRow
 from maskvlm.data.sampler import Pick
 from maskvlm.data.streaming.remote import ENDINGS, list_shards, read_shards
-from maskvlm.data.text import stable_id
 from maskvlm.utils.distributed import mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 

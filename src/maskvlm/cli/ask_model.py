@@ -1,0 +1,232 @@
+"""What the methods of the shell (`shell_methods.py`) ask of a model, and how its answers are printed."""
+
+import argparse
+import json
+import random
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maskvlm.cli.commands import COMMANDS
+from maskvlm.cli.shell_methods import METHODS, check_count, check_masked_share, read_box
+from maskvlm.config.allowed_classes import OWN
+from maskvlm.config.bundled_models import default_model
+from maskvlm.config.given_options import nearest
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
+from maskvlm.inference.rebuild import PARTS
+from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.objectives.task import Task
+from maskvlm.utils.errors import UserError
+
+Answer = dict[str, Any]
+Ask = Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Answer]]
+
+
+def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> int:
+    """Load the model, ask it, and print the answers.
+
+    Args:
+        options: of `shell_methods.method_parser`, checked.
+        allowed: packages that its classes may come from.
+    """
+    named = options.source is not None
+    options.source = options.source or default_model("asked")
+    model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
+    # What a task brings is known only once its checkpoint is loaded.
+    found = ASKS.get(method) or task_ask(model, method)
+    with told_after(model):
+        for answer in found(model, options.inputs, options):
+            print(json.dumps(answer, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
+    if named:  # of the model that comes along it was said
+        print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
+    return 0
+
+
+@contextmanager
+def told_after(model: PretrainedMaskVLM) -> Iterator[None]:
+    """At the end a line on stderr for each image that is unlike the training data, and for words that are not known."""
+    with warnings.catch_warnings():
+        # Python would show a place in the code with each.
+        for kind in (FarFromTraining, UnknownWords):
+            warnings.simplefilter("ignore", kind)
+        yield
+    for line in (*model.told_far, *([unknown_line(model.told_words)] if model.told_words else [])):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def answer_line(answer: Answer) -> str:
+    """Its entries on one line; numbers with three digits, each behind its name where there are several."""
+    several = sum(isinstance(value, int | float) for value in answer.values()) > 1
+
+    def word(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        if isinstance(value, dict):
+            return "  ".join(f"{key} {word(each)}" for key, each in value.items())
+        # Words and names may be anybody's: nothing that a terminal obeys is printed.
+        return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
+
+    return "  ".join(
+        f"{name} {word(value)}" if several and isinstance(value, int | float) else word(value)
+        for name, value in answer.items()
+        if value is not None
+    )
+
+
+# ---------------------------------------------------------------------- the core's methods
+
+
+def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """The likeliest words of each [MASK]."""
+    image, text = inputs
+    for guesses in model.fill_mask(image, text, options.top):
+        yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
+
+
+def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Probability of each text."""
+    image, *texts = inputs
+    for text, probability in zip(texts, model.match(image, texts), strict=True):  # type: ignore[arg-type]
+        yield {"match": probability, "text": text}
+
+
+def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """What was given, the best first."""
+    query, *candidates = inputs
+    for place, one in enumerate(model.rank(query, candidates, options.k), 1):
+        ranked: Any = one
+        told = {"rank": place, "match": ranked.match, "similarity": ranked.similarity}
+        yield told | {"candidate": candidates[ranked.place]}
+
+
+def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """A caption of each image."""
+    for image in inputs:
+        told = {"caption": model.caption(image)}
+        yield {"image": image, **told} if len(inputs) > 1 or options.json else told
+
+
+def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Nats of each text."""
+    image, *texts = inputs
+    for text, value in zip(texts, model.score(image, texts), strict=True):  # type: ignore[arg-type]
+        yield {"score": value, "text": text}
+
+
+def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Where the heat map was written, and which patches weigh most."""
+    image, text, word = inputs
+    found: Any = model.explain(image, text, word)
+    # Place in the flat map -> (row, column)
+    row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
+    yield {"written": save_image(found.image, options.out)} | (
+        {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
+        if options.json
+        else {"peak": f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"}
+    )
+
+
+def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Where the image was written; all patches at once."""
+    yield from paint(model.reconstruct, model, inputs, options)
+
+
+def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Where the image was written; patches in rounds."""
+    yield from paint(model.inpaint, model, inputs, options)
+
+
+def paint(
+    how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace
+) -> Iterator[Answer]:
+    """Mask patches by the options, fill them in by `how`, and write the image."""
+    image, text = inputs
+    mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
+    written, masked = save_image(how(image, mask, text), options.out), int(mask.sum())
+    yield {"written": written, "masked": masked if options.json else f"{masked} of {mask.size} patches masked"}
+
+
+def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """A share of the patches, masked at random."""
+    check_masked_share(share)
+    patches = grid[0] * grid[1]
+    # A generator of its own: the same patches whatever else has drawn numbers.
+    chosen = random.Random(seed).sample(range(patches), round(share * patches))
+    return np.isin(np.arange(patches), chosen).reshape(grid)
+
+
+def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The patches that a box touches."""
+    left, top, right, bottom = read_box(box)
+    # (rows, 1) and (1, columns); a patch that only shares an edge with the box is not touched.
+    rows, columns = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
+    down = (rows + 1 > top * grid[0]) & (rows < bottom * grid[0])
+    across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
+    found: np.ndarray[Any, Any] = down & across
+    return found
+
+
+def save_image(image: Image.Image, path: Path) -> str:
+    """Write an image; returns where."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(path, f"cannot be written ({error})", "Name another file, such as out.png") from error
+    return str(path)
+
+
+def how_to_ask(task: Task, checkpoint: Path) -> str | None:
+    """The command that asks a trained model: by the first method of its task, or the first that its heads allow, with
+    the packages of others that its parts are from; None where there is no such method."""
+    own = next(((name, method.shell_form) for name, method in task.methods.items()), None)
+    core = ((name, known.form) for name, known in METHODS.items() if getattr(task, known.head, None) is not None)
+    found = own or next(core, None)
+    if found is None:
+        return None
+    name, form = found
+    several = [each for value in vars(task).values() for each in (value if isinstance(value, list) else [value])]
+    parts = [task, *(each for each in several if isinstance(each, PARTS))]
+    packages = sorted({type(part).__module__.partition(".")[0] for part in parts} - {*OWN})
+    trusted = [word for package in packages for word in ("--allow-import", package)]
+    return f"{shlex.join(['maskvlm', name, *trusted, '--from', str(checkpoint)])} {form}"
+
+
+def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
+    """The method that the model's task brings. Raises UserError, which lists those there are."""
+    found = model.task.methods.get(method)
+    if found is None:
+        # The core's methods for which this checkpoint has the head, then the task's own.
+        core = [name for name, known in METHODS.items() if getattr(model.task, known.head, None) is not None]
+        known = ", ".join([*core, *model.task.methods])
+        near = nearest(method, COMMANDS, 0.6)
+        meant = f"; did you mean {near}?" if near else ""
+        raise UserError(
+            method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
+        )
+
+    def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+        check_count(inputs, found.form, found.inputs, found.inputs, method)
+        answer = getattr(model, method)(*inputs)
+        yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
+
+    return answers
+
+
+ASKS: dict[str, Ask] = {
+    "fill": ask_fill,
+    "match": ask_match,
+    "rank": ask_rank,
+    "caption": ask_caption,
+    "score": ask_score,
+    "explain": ask_explain,
+    "reconstruct": ask_reconstruct,
+    "inpaint": ask_inpaint,
+}

@@ -1,0 +1,182 @@
+"""The methods of a model in the shell: what they take, and what can be wrong with what was typed.
+
+Nothing here imports torch, which takes seconds: a mistake is told before.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import DEFAULT
+from maskvlm.config.safe_yaml import cut
+from maskvlm.utils.errors import UserError
+
+
+class ShellMethod(NamedTuple):
+    """A method in the shell.
+
+    Attributes:
+        form: what follows it.
+        told: what it is for.
+        least, most: how many inputs it takes; most is None where any number may follow.
+        options: of OPTIONS those that it takes.
+        head: which head it needs.
+    """
+
+    form: str
+    told: str
+    least: int
+    most: int | None
+    options: tuple[str, ...] = ()
+    head: str = ""
+
+
+PAINT = ("--out", "--mask-ratio", "--box", "--seed")
+METHODS: dict[str, ShellMethod] = {
+    "fill": ShellMethod(
+        'IMAGE "a [MASK] on the [MASK]"', "fill in masked words from the image", 2, 2, ("--top",), "tokens"
+    ),
+    "match": ShellMethod("IMAGE TEXT ...", "probability that image and text belong together", 2, None, head="matching"),
+    "rank": ShellMethod(
+        "IMAGE TEXT ...  or  TEXT IMAGE ...", "texts or images, the best first", 2, None, ("--k",), "projection"
+    ),
+    "caption": ShellMethod("IMAGE ...", "write a caption", 1, None, head="tokens"),
+    "score": ShellMethod("IMAGE TEXT ...", "pseudo-log-likelihood of texts, nats", 2, None, head="tokens"),
+    "explain": ShellMethod("IMAGE TEXT WORD", "where the model looks for a word (--out)", 3, 3, ("--out",), "tokens"),
+    "reconstruct": ShellMethod("IMAGE TEXT", "fill in masked patches from the text (--out)", 2, 2, PAINT, "pixels"),
+    "inpaint": ShellMethod("IMAGE TEXT", "the same in rounds, the most certain first (--out)", 2, 2, PAINT, "pixels"),
+}
+
+OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "--out": ((), {"type": Path, "help": "where the image is written"}),
+    "--k": ((), {"type": int, "default": 16, "help": "candidates that matching looks at again (%(default)s)"}),
+    "--top": ((), {"type": int, "default": 5, "help": "guesses for each masked word (%(default)s)"}),
+    "--mask-ratio": (
+        ("--hide",),
+        {
+            "type": float,
+            "default": 0.6,
+            "help": "share of patches masked at random (%(default)s; --hide in earlier versions)",
+        },
+    ),
+    "--box": (
+        (),
+        {"help": "or the patches that this box touches: left,top,right,bottom as shares of 0 to 1"},
+    ),
+    "--seed": ((), {"type": int, "default": 0, "help": "of the patches masked at random (%(default)s)"}),
+}
+"""Options of some methods: other names, and what argparse is told of each."""
+
+
+def method_parser(method: str) -> argparse.ArgumentParser:
+    """The options of a method; of one that a task brings those that all have."""
+    known = METHODS.get(method)
+    told = known.told if known else "what a fine-tuned model answers: its images, then the text"
+    form = known.form if known else "IMAGE ... TEXT"
+    parser = OptionParser(f"maskvlm {method}", description=told, allow_abbrev=False)
+    parser.usage = f"maskvlm {method} [--from CHECKPOINT] {form} [options]"
+    parser.add_argument("inputs", nargs="*", help=form)
+    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
+    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    for name in known.options if known else ():
+        others, told_of = OPTIONS[name]
+        parser.add_argument(name, *others, **told_of)
+    return parser
+
+
+# ---------------------------------------------------------------------- what can be wrong
+
+
+def check_options(method: str, words: list[str]) -> None:
+    """Raises UserError where an option of other methods is given."""
+    own = METHODS[method].options if method in METHODS else ()
+    for name, (others, _) in OPTIONS.items():
+        typed = next((word for word in words if word.partition("=")[0] in (name, *others)), None)
+        if typed is not None and name not in own:
+            takers = [each for each, known in METHODS.items() if name in known.options]
+            what = f"{method} has no such option; it is of {', '.join(takers)}"
+            raise UserError(typed.partition("=")[0], what, f"Leave it out, or see maskvlm {method} --help")
+
+
+def check_typed(method: str, options: argparse.Namespace) -> None:
+    """What can be known of inputs and options before a model is loaded. Of a method that a task brings nothing is.
+
+    Raises:
+        UserError: it cannot be meant so.
+    """
+    known = METHODS.get(method)
+    if known is None:
+        return
+    inputs: list[str] = options.inputs
+    check_count(inputs, known.form, known.least, known.most, method)
+    if "TEXT IMAGE" not in known.form:
+        check_images(method, inputs if known.form == "IMAGE ..." else inputs[:1], inputs[1:])
+    # A tokenizer may have a word of its own for a masked word; in brackets it is, whatever it says.
+    if method == "fill" and not any(sign in inputs[1] for sign in "[<") and "mask" not in inputs[1].lower():
+        raise UserError("text", "no word in it is masked", "Write [MASK] in the place of one")
+    for name in ("k", "top"):
+        if getattr(options, name, 1) < 1:
+            raise UserError(f"--{name}", f"{getattr(options, name)} is too few", "Give 1 or more")
+    if "--box" in known.options:
+        if options.box is not None:
+            read_box(options.box)
+        check_masked_share(options.mask_ratio)
+    if "--out" in known.options:
+        options.out = options.out or Path(f"{method}.png")
+        check_out(inputs[0], options.out)
+
+
+def check_count(inputs: list[str], form: str, least: int, most: int | None, method: str) -> None:
+    """Raises UserError unless there are as many inputs as the method takes."""
+    if len(inputs) < least or (most is not None and len(inputs) > most):
+        raise UserError(method, f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}", f"Give {form}")
+
+
+def check_images(method: str, images: list[str], rest: list[str]) -> None:
+    """Whether the images are there.
+
+    Raises:
+        UserError: a text stands where an image belongs, and an image after it.
+        BadImage: there is no such file.
+    """
+    absent = next((each for each in images if not Path(each).exists()), None)
+    if absent is None:
+        return
+    after = next((each for each in rest if Path(each).is_file()), None)
+    if len(images) == 1 and after is not None:
+        what = f"'{cut(absent)}' is no file, and {after} after it is one"
+        raise UserError(method, what, "Give the image before the text")
+    from maskvlm.data.images import BadImage
+
+    raise BadImage(absent, "missing")
+
+
+def check_masked_share(share: float) -> None:
+    """Raises UserError unless it is a share of patches."""
+    if not 0 <= share <= 1:
+        raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
+
+
+def read_box(box: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of `--box`, as shares of the image. Raises UserError."""
+    try:
+        left, top, right, bottom = (float(part) for part in box.split(","))
+    except ValueError:
+        raise UserError("--box", f"'{box}' is no box", "Give left,top,right,bottom such as 0.2,0.2,0.7,0.7") from None
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise UserError("--box", f"{box} is outside of the image or empty", "Give shares of 0 to 1, left before right")
+    return left, top, right, bottom
+
+
+def check_out(image: str, out: Path) -> None:
+    """Raises UserError where the answer would be written over the image that is asked about, or under a name of no
+    format of images."""
+    if out.exists() and Path(image).exists() and out.samefile(image):
+        raise UserError(out, "is the image itself, which would be lost", "Name another file: --out filled.png")
+    from PIL import Image
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        what = f"'{out.suffix}' is the ending of no image" if out.suffix else "has no ending"
+        raise UserError(out, f"cannot be written ({what})", "Name a file such as out.png")
