@@ -166,7 +166,9 @@ def wait(pid: int, seconds: float) -> int | str:
 
 def serve() -> None:
     import maskvlm.cli.lightning
-    import maskvlm.objectives.pretraining  # noqa: F401
+    import maskvlm.data.scenes.source
+    import maskvlm.objectives.pretraining
+    import maskvlm.training.step_guard  # noqa: F401
 
     for line in sys.stdin:
         question = json.loads(line)

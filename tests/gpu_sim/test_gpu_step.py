@@ -142,12 +142,14 @@ def test_a_share_of_64_pairs_fits_a_card_of_16_gib() -> None:
     assert simulated(*CASES["1 x 64"])["peak_gib"] < 16
 
 
-def test_the_papers_batch_fits_a_card_of_16_gib_in_chunks() -> None:
-    """512 pairs, 64 at a time (at once: 130). Nothing waits, and a third more is computed."""
-    found = simulated(512, 1, "--chunk", "64", "--memory-alone")
-    assert found["waits"] == found["copies"] == {}
-    assert found["peak_gib"] < 15
-    check_table("1 x 512 in chunks of 64", {"peak_gib": found["peak_gib"]})
+def test_a_batch_in_chunks_fits_a_card_of_16_gib() -> None:
+    """64 at a time. Nothing waits, and a third more is computed. The paper's 512 pairs (at once: 130 GiB) take two
+    minutes to simulate: they are looked at where the table is written anew; here half of them."""
+    for pairs in (256, 512) if os.environ.get("MASKVLM_WRITE_TABLE") else (256,):
+        found = simulated(pairs, 1, "--chunk", "64", "--memory-alone")
+        assert found["waits"] == found["copies"] == {}
+        assert found["peak_gib"] < 15
+        check_table(f"1 x {pairs} in chunks of 64", {"peak_gib": found["peak_gib"]})
     whole, found = simulated(*CASES["1 x 64"]), simulated(32, 1, "--chunk", "16")
     assert found["gflop_per_pair"] == pytest.approx(4 / 3 * whole["gflop_per_pair"], rel=0.03)
 
