@@ -105,8 +105,8 @@ def bad_images() -> list[tuple[str, bytes]]:
         ("truncated", jpeg[: len(jpeg) // 2]),
         ("crc", bytes(png)),
         ("corrupt", b"\xff\xd8\xff\xe0"),
-        ("bomb", make_png(60_000, 60_000, b"")),
-        ("bomb", b"\xff\xd8" + b"\xff\xda" * 600),
+        ("too large", make_png(60_000, 60_000, b"")),
+        ("too large", b"\xff\xd8" + b"\xff\xda" * 600),
         ("too small", encode(SMOOTH.resize((4, 4)), "PNG")),
         ("too narrow", encode(Image.new("RGB", (8, 1700)), "PNG")),
     ]
@@ -323,7 +323,7 @@ def _bomb(tars: _Tars) -> None:
     info = tarfile.TarInfo("bomb.jpg")
     info.size = 10_000_000_000
     tars.tar.fileobj.write(info.tobuf() + bytes(100_000))  # type: ignore[union-attr]
-    tars.expected.bad.setdefault("bomb", []).append(f"{tars.file.name}!bomb.jpg")
+    tars.expected.bad.setdefault("too large", []).append(f"{tars.file.name}!bomb.jpg")
     tars.end(images=tars.images + 1)
 
 

@@ -290,7 +290,7 @@ def bomb() -> bytes:
 
 SVG = f'<svg xmlns="http://www.w3.org/2000/svg">{SCRIPT}</svg>'.encode()
 UPLOADS = {
-    "bomb": (bomb(), "bomb"),
+    "bomb": (bomb(), "too large"),
     "bomb of scans": (b"\xff\xd8" + b"\xff\xda" * 1000 + b"\xff\xd9", "scans"),
     "page as an image": (b"<!doctype html>" + SCRIPT.encode(), "text/html"),
     "polyglot of PDF and JPEG": (b"%PDF-1.4\n" + encoded(noise(), "JPEG"), "application/pdf"),
@@ -504,7 +504,7 @@ def test_in_a_browser(server: Server, tmp_path: Path) -> None:
             page.locator("#board button").first.click()
             page.wait_for_function("src => document.querySelector('#left img').src != src", arg=left)
             page.locator("#image input[type=file]").set_input_files(tmp_path / "bomb.png")
-            page.wait_for_function("document.querySelector('#status').innerText.includes('bomb')")
+            page.wait_for_function("document.querySelector('#status').innerText.includes('too large')")
             page.locator("#image input[type=file]").set_input_files(tmp_path / "good.png")
             page.wait_for_function("!document.querySelector('#status p')")
             page.wait_for_selector("#board img")

@@ -39,7 +39,7 @@ _NOT_ALLOWED = "format not allowed"
 _TODO = {
     "missing": "Check the folder of the images and the name",
     "unreadable": "Check the disk and the permissions",
-    "bomb": "Shrink it or drop its row",
+    "too large": "Shrink it or drop its row",
 }
 _NOT_IMAGES = {
     b"%pdf": "application/pdf",
@@ -63,7 +63,7 @@ class BadImage(UserError):
 
     Attributes:
         reason: short key to count by: "missing", "a folder", "unreadable", "empty", "not an image (text/html)",
-            "format not allowed (image/tiff)", "bomb", "too small", "too narrow", "truncated", "crc",
+            "format not allowed (image/tiff)", "too large", "too small", "too narrow", "truncated", "crc",
             "corrupt", "not finite".
         detail: more about this one, may be empty.
 
@@ -88,7 +88,7 @@ class BadImage(UserError):
         """The same of an image that somebody asks about by itself: it has no row."""
         if self.reason.startswith((_NOT_ALLOWED, "not an image", "a folder")):
             return BadImage(self.where, self.reason, self.detail, f"Give an image ({ALLOWED})")
-        todo = {"missing": "Check the path", "bomb": "Shrink it"}.get(self.reason) or _TODO.get(self.reason)
+        todo = {"missing": "Check the path", "too large": "Shrink it"}.get(self.reason) or _TODO.get(self.reason)
         return BadImage(self.where, self.reason, self.detail, todo or "Give another image")
 
 
@@ -119,7 +119,7 @@ def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | 
         except BadImage:
             raise
         except (Image.DecompressionBombError, MemoryError) as error:
-            raise BadImage(name, "bomb", f"more than {MAX_PIXELS:,} pixels") from error
+            raise BadImage(name, "too large", f"more than {MAX_PIXELS:,} pixels") from error
         except Exception as error:  # Pillow's decoders raise over a dozen types
             raise BadImage(name, _reason(error), str(error)) from error
 
@@ -160,7 +160,7 @@ def _read(path: Path, name: str) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise BadImage(name, "missing", f"{path} is not a file")
         if status.st_size > MAX_FILE_BYTES:
-            raise BadImage(name, "bomb", f"a file of {status.st_size:,} bytes")
+            raise BadImage(name, "too large", f"a file of {status.st_size:,} bytes, of at most {MAX_FILE_BYTES:,}")
         return path.read_bytes()
     # ValueError: a null byte in the name; BadImage is one, too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -178,7 +178,7 @@ def _check_bytes(data: bytes, name: str) -> None:
         raise BadImage(name, "empty", f"{len(data)} bytes")
     # JPEG: each scan begins with FF DA, and each is decoded over the whole image
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
-        raise BadImage(name, "bomb", f"more than {MAX_SCANS} scans")
+        raise BadImage(name, "too large", f"more than {MAX_SCANS} scans of a progressive JPEG")
     # WebP: its header tells how many bytes follow
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") > len(data) - 8:
         raise BadImage(name, "truncated", f"{len(data)} bytes")
@@ -258,13 +258,13 @@ def _check_size(width: int, height: int, name: str) -> None:
     # the first reason that holds is the one told
     shorter, longer = sorted((width, height))
     broken = {
-        "bomb": width * height > MAX_PIXELS,
-        "too small": shorter < MIN_SIDE,
-        "too narrow": longer > MAX_ASPECT * shorter,
+        "too large": (width * height > MAX_PIXELS, f"at most {MAX_PIXELS:,} in all"),
+        "too small": (shorter < MIN_SIDE, f"at least {MIN_SIDE} a side"),
+        "too narrow": (longer > MAX_ASPECT * shorter, f"at most {MAX_ASPECT} times as long as wide"),
     }
-    for reason in broken:
-        if broken[reason]:
-            raise BadImage(name, reason, f"{width} x {height} pixels")
+    for reason, (is_so, limit) in broken.items():
+        if is_so:
+            raise BadImage(name, reason, f"{width} x {height} pixels; {limit}")
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -141,7 +141,7 @@ def members(file: Path | IO[bytes]) -> Iterator[Member]:
     """The plain files of an archive, folders and hidden files left out; damage is a member with a problem.
 
     Reasons: "unsafe member name" (it leads out of the archive, or is not text), "not a plain file" (links, devices),
-    "bomb" (over MAX_FILE_BYTES; the rest of a compressed archive is then not read, as that would unpack it),
+    "too large" (over MAX_FILE_BYTES; the rest of a compressed archive is then not read, as that would unpack it),
     "truncated archive", "damaged archive", "data after the end marker" (and no archive).
 
     Args:
@@ -205,7 +205,7 @@ def _members(source: Forward, packed: bool) -> Generator[Member, None, bool]:
             base = header.name.rpartition("/")[2]
             # going on would unpack it
             if packed and header.size > MAX_FILE_BYTES:
-                yield Member(one_line(header.name) or NAMELESS, b"", ("bomb", f"a file of {header.size:,} bytes"))
+                yield Member(one_line(header.name) or NAMELESS, b"", ("too large", f"a file of {header.size:,} bytes"))
                 return False
             # ".." is no hidden file but a name that leads out, which `_member` tells
             if not header.isdir() and (not base.startswith(".") or base == ".."):
@@ -220,7 +220,7 @@ def _member(tar: tarfile.TarFile, header: tarfile.TarInfo) -> Member:
     if not header.isreg() or header.issparse():
         return Member(name, b"", ("not a plain file", "a link, a device or a file with holes"))
     if header.size > MAX_FILE_BYTES:
-        return Member(name, b"", ("bomb", f"a file of {header.size:,} bytes"))
+        return Member(name, b"", ("too large", f"a file of {header.size:,} bytes"))
     # a file object within the archive; nothing is written
     stream = tar.extractfile(header)
     return Member(name, stream.read() if stream else b"")  # raises where the archive ends within it

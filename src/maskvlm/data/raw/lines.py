@@ -60,7 +60,7 @@ def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, 
     try:
         content = content_of(file, limit)
     except UserError as error:
-        return "", ("bomb" if error.code == ExitCode.BAD_DATA else "unreadable", error.what)
+        return "", ("too large" if error.code == ExitCode.BAD_DATA else "unreadable", error.what)
     return decoded(content.removeprefix(b"\xef\xbb\xbf"))
 
 

@@ -100,7 +100,7 @@ class WebShards(RawSet):
         # the `.txt`, unless another key was asked for and is there
         if "text" in sample.parts and (wanted is None or wanted not in meta):
             if len(sample.parts["text"]) > MAX_TEXT_BYTES:
-                return "bomb", f"a caption of {len(sample.parts['text']):,} bytes"
+                return "too large", f"a caption of {len(sample.parts['text']):,} bytes"
             text, problem = decoded(sample.parts["text"])
             return problem or [text]
         for name in [wanted] if wanted else ROLES["caption"]:
