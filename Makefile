@@ -57,7 +57,7 @@ finetune evaluate: $(if $(filter 'captioning',$(call typed,TASK)),$(call install
 $(COMPOSED) index demo:
 	@$(PYTHON) -m maskvlm $@ $(handed) $(ARGS)
 test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
-	@$(PYTHON) -m pytest -n 2 $(ARGS)
+	@$(PYTHON) -m pytest -n 3 --dist worksteal $(ARGS)
 
 docs: $(call installed,-docs)  ## build this documentation as docs/_build/html; its tutorials are run meanwhile
 	@$(PYTHON) -m sphinx -q -W --keep-going -j auto $(ARGS) docs docs/_build/html && echo "wrote docs/_build/html/index.html"
