@@ -415,6 +415,23 @@ def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: floa
     assert len(drawn) > 12
 
 
+@pytest.mark.parametrize("settings", [{}, {"weight_itm": 0.0}, {"mask_both": True}, {"masks_per_text": 2}])
+def test_alone_contrast_leaves_the_cross_encoders_one_pair(settings: dict[str, Any]) -> None:
+    """With the rows that it meets: they project all that they are given."""
+    backbone, task = build(contrast_first=0.5, **settings)
+    projected: list[int] = []
+    for encoder in (backbone.cross_image, backbone.cross_text):
+        given = encoder.context
+        encoder.context = lambda rows, *more, given=given: projected.append(len(rows)) or given(rows, *more)  # type: ignore[method-assign, func-returns-value]
+    for done in (0.4, 0.5):
+        task.run_progress = done
+        task.set_uniform(Draw(7, 0, "cpu"))
+        task(backbone, eventful_batch())
+    assert all(count <= 3 for count in projected[:2])
+    assert all(count >= 8 for count in projected[2:])
+    assert len(projected) == 4
+
+
 def test_the_mean_patch_is_one_of_the_patches_that_contrast_sees() -> None:
     """The mask tokens in the places of the others tell nothing: whatever they are, contrast is the same."""
     settings = {"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0}

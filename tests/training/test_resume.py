@@ -39,14 +39,14 @@ def kills(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_killed_five_times_and_nothing_is_lost(workers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "times"), [("0", 5), ("2", 3)])
+def test_killed_and_killed_again_nothing_is_lost(workers: str, times: int, tmp_path: Path) -> None:
     """Fails, for example, with `--break position` or `--break random` (tried: every run differs from its first resumed
     step on)."""
-    done = kills("--kills", "5", "--workers", workers, "--folder", str(tmp_path), "--seed", workers)
+    done = kills("--kills", str(times), "--workers", workers, "--folder", str(tmp_path), "--seed", workers)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = yaml.safe_load(done.stdout.partition("\n0 wrong")[0])["counts"]
-    assert counts.get("SIGKILL", 0) + counts.get("SIGTERM", 0) == 5
+    assert counts.get("SIGKILL", 0) + counts.get("SIGTERM", 0) == times
     assert counts["runs"] >= 1
 
 

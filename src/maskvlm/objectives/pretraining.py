@@ -323,7 +323,13 @@ class MaskedPretraining(Task):
         aligned = self.run_progress >= self.contrast_first
         step, matched, pairs = self.step(backbone, batch, aligned)
         if self.pairs_at_once is None:
-            step = step._replace(crossed=self.cross(backbone, step.encoded, step.batch.attention_CT, matched, pairs))
+            encoded, attention_CT = step.encoded, step.batch.attention_CT
+            if not aligned:
+                # A cross encoder projects every row that it is given: none but those of the few pairs.
+                rows = slice(0, pairs)
+                matched = None if matched is None else chunks.take_matched(matched, rows)
+                encoded, attention_CT = chunks.take_encoded(encoded, rows), attention_CT[rows]
+            step = step._replace(crossed=self.cross(backbone, encoded, attention_CT, matched, pairs))
             terms = {loss.name: scalar(loss, loss(self, step)) for loss in self.losses}
         else:
             terms = self.in_chunks(backbone, step, matched, pairs)
