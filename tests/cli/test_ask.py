@@ -110,7 +110,13 @@ def test_which_patches_a_box_touches() -> None:
             ExitCode.USAGE,
         ),
         (["answer", "--from", "vqa.ckpt", "0.png", "a", "--hide=1"], "it is of reconstruct, inpaint", ExitCode.USAGE),
-        (["rank", "--from", "best.ckpt", "0.png", "a", "--k", "0"], "--k: 0 is too few", ExitCode.USAGE),
+        (["rank", "--from", "best.ckpt", "0.png", "a", "--k", "-1"], "--k: -1 is too few", ExitCode.USAGE),
+        (
+            ["match", "--from", "best.ckpt", "a dog " * 80, "0.png"],
+            "is no file, and 0.png after it is one",
+            ExitCode.USAGE,
+        ),
+        (["fill", "--from", "best.ckpt", "0.png", "--", "--out"], "no word in it is masked", ExitCode.USAGE),
         (["caption", "--from", "best.ckpt", "0.png", "no.png"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x"],

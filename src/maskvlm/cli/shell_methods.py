@@ -4,6 +4,7 @@ Nothing here imports torch, which takes seconds: a mistake is told before.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ def method_parser(method: str) -> argparse.ArgumentParser:
 def check_options(method: str, words: list[str]) -> None:
     """Raises UserError where an option of other methods is given."""
     own = METHODS[method].options if method in METHODS else ()
+    # What stands behind `--` is no option.
+    words = words[: words.index("--")] if "--" in words else words
     for name, (others, _) in OPTIONS.items():
         typed = next((word for word in words if word.partition("=")[0] in (name, *others)), None)
         if typed is not None and name not in own:
@@ -116,9 +119,9 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
     # A tokenizer may have a word of its own for a masked word; in brackets it is, whatever it says.
     if method == "fill" and not any(sign in inputs[1] for sign in "[<") and "mask" not in inputs[1].lower():
         raise UserError("text", "no word in it is masked", "Write [MASK] in the place of one")
-    for name in ("k", "top"):
-        if getattr(options, name, 1) < 1:
-            raise UserError(f"--{name}", f"{getattr(options, name)} is too few", "Give 1 or more")
+    for name, least in (("k", 0), ("top", 1)):
+        if getattr(options, name, least) < least:
+            raise UserError(f"--{name}", f"{getattr(options, name)} is too few", f"Give {least} or more")
     if "--box" in known.options:
         if options.box is not None:
             read_box(options.box)
@@ -141,10 +144,11 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
         UserError: a text stands where an image belongs, and an image after it.
         BadImage: there is no such file.
     """
-    absent = next((each for each in images if not Path(each).exists()), None)
+    # Not Path's: a text that is too long for a name is no file either, where Path raises OSError.
+    absent = next((each for each in images if not os.path.exists(each)), None)
     if absent is None:
         return
-    after = next((each for each in rest if Path(each).is_file()), None)
+    after = next((each for each in rest if os.path.isfile(each)), None)
     if len(images) == 1 and after is not None:
         what = f"'{cut(absent)}' is no file, and {after} after it is one"
         raise UserError(method, what, "Give the image before the text")
@@ -173,7 +177,7 @@ def read_box(box: str) -> tuple[float, float, float, float]:
 def check_out(image: str, out: Path) -> None:
     """Raises UserError where the answer would be written over the image that is asked about, or under a name of no
     format of images."""
-    if out.exists() and Path(image).exists() and out.samefile(image):
+    if out.exists() and os.path.exists(image) and out.samefile(image):
         raise UserError(out, "is the image itself, which would be lost", "Name another file: --out filled.png")
     from PIL import Image
 
