@@ -154,7 +154,7 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
         raise UserError(method, what, "Give the image before the text")
     from maskvlm.data.images import BadImage
 
-    raise BadImage(absent, "missing")
+    raise BadImage(absent, "missing").asked()
 
 
 def check_masked_share(share: float) -> None:
