@@ -134,7 +134,9 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
 def check_count(inputs: list[str], form: str, least: int, most: int | None, method: str) -> None:
     """Raises UserError unless there are as many inputs as the method takes."""
     if len(inputs) < least or (most is not None and len(inputs) > most):
-        raise UserError(method, f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}", f"Give {form}")
+        raise UserError(
+            method, f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}", f"Give {form} (maskvlm {method} --help)"
+        )
 
 
 def check_images(method: str, images: list[str], rest: list[str]) -> None:
