@@ -86,7 +86,7 @@ def one_is_frozen(forks: Forks, tmp_path: Path, build: Build, whom: int) -> None
     started = two(forks, tmp_path, build)
     started[whom].signal(signal.SIGSTOP)
     began = time.monotonic()
-    codes = ends(started, 20)
+    codes = ends(started, 30)
     assert codes[whom] == -signal.SIGKILL
     assert codes[1 - whom] == ExitCode.UNAVAILABLE
     assert time.monotonic() - began >= 3  # the last sign of life was up to a beat before
