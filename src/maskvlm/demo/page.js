@@ -16,4 +16,14 @@
     if (Number.isFinite(move)) all[aim]?.focus();
     else all.at(move > 0 ? -1 : 0).focus();
   });
+  // Gradio shows an uploaded image a frame before it tells of the upload. An observer is called before that frame is
+  // drawn: old answers go with the old image. They are shown again when the upload was answered. Images that come with
+  // their answers, as examples do, are data.
+  let known = document.querySelector("#image img")?.src;
+  new MutationObserver(() => {
+    const image = document.querySelector("#image img");
+    if (!image || image.src === known) return;
+    known = image.src;
+    if (!known.startsWith("data:")) document.querySelector("#tabs").classList.add("old");
+  }).observe(document.body, {subtree: true, childList: true, attributes: true, attributeFilter: ["src"]});
 }
