@@ -362,7 +362,11 @@ def test_what_stops_where_contrast_ends() -> None:
 
 @pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("freeze", [True, "image"])
-@pytest.mark.parametrize("settings", [{}, {"negative_queue": 8}, {"mask_both": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"negative_queue": 8}, {"mask_both": True}, {"matching_trains_encoders": False, "negative_queue": 8}],
+    ids=str,
+)
 def test_what_is_aligned_may_stand_still(
     settings: dict[str, Any], freeze: bool | Literal["image"], captions: int
 ) -> None:
@@ -430,6 +434,28 @@ def test_alone_contrast_leaves_the_cross_encoders_one_pair(settings: dict[str, A
     assert all(count <= 3 for count in projected[:2])
     assert all(count >= 8 for count in projected[2:])
     assert len(projected) == 4
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_images_that_stand_still_are_projected_once_and_get_no_gradient(left_out: bool) -> None:
+    """Although the mask token of the masked ones, which stand in the same pass, learns."""
+    rows = {}
+    for still in (False, "image"):
+        backbone, task = build(contrast_first=0.5, freeze_aligned=still, matching_trains_encoders=False)
+        backbone.image.left_out = left_out
+        task.run_progress, given = 0.5, backbone.cross_text.context
+        seen: list[Tensor] = []
+
+        def looked_at(x_USD: Tensor, *more: Any, seen: list[Tensor] = seen, given: Any = given) -> Any:
+            seen.append(x_USD)
+            return given(x_USD, *more)
+
+        backbone.cross_text.context = looked_at  # type: ignore[method-assign]
+        sum(task(backbone, pad_text(eventful_batch(), LENGTH, 1)).values()).backward()
+        rows[still] = [(len(seen_ULD), seen_ULD.requires_grad) for seen_ULD in seen]
+        assert (backbone.image.mask_token.grad is not None) == (left_out or not still)
+    # Eight images; and once more, for masked words, where these give them a gradient that matching does not give.
+    assert rows == {False: [(16, True)], "image": [(8, False)]}
 
 
 def test_the_mean_patch_is_one_of_the_patches_that_contrast_sees() -> None:

@@ -76,6 +76,11 @@ class Encoder(nn.Module):
             what = f"the weights of {type(self).__name__} are not loaded"
             raise UserError("model.backbone", what, "Call load_pretrained, or set random_init")
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether features of whole inputs have no gradient now: detached, without an adapter, which would learn."""
+        return self.detached and not any(True for _ in self.adapter.parameters())
+
     def _detached_if_frozen(self, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, without gradient while the encoder is frozen."""
         return without_gradient(compute) if self.detached else compute()

@@ -332,7 +332,9 @@ def cross_all(
         # others.
         image, text = image.detach(), text.detach()
         if not mask_both:
-            seen_text, seen_image = encoded.text_BTD[:masked], encoded.image_BLD[:pairs]
+            # Of an encoder that stands still the rows that matching reads do as well: no row is projected twice.
+            seen_text = encoded.text_BTD[:masked] if encoded.text_BTD.requires_grad else None
+            seen_image = encoded.image_BLD[:pairs] if encoded.image_BLD.requires_grad else None
     # The two run in parallel: each reads the other encoder's output, not the other cross encoder's.
     image_side, text_side = RowPool(image, None), RowPool(text, attention)
     image_out = cross_pairs(backbone.cross_image, masked_image, image_side, text_side, seen_text, images, texts, masked)
