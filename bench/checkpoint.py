@@ -7,8 +7,9 @@ Random tensors in the place of weights and moments, written by the code that a t
 (`check_finite`), then `SafeCheckpointIO`. Needs memory for the state and a copy of it, and disk space for two files.
 
 Prints the median, least and largest seconds of each; beside the time that passed that of the processor in this thread,
-which tells more where the machine is busy with other things. Then the first save in the background, whose snapshot gets
-its memory from the system, how long a write takes, and how much longer small steps of work take meanwhile.
+which tells more where the machine is busy with other things. Then the first save in the background, whose memory was
+reserved before; how long that takes in the background; how long a write takes; and how much longer small steps of work
+take meanwhile.
 """
 
 import argparse
@@ -50,6 +51,11 @@ class State:
         }
         self.trainer: Any = SimpleNamespace(lightning_module=self.module, global_step=0)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Weights and moments."""
+        moments = self.content["optimizer_states"][0]["state"].values()
+        return [*self.module.parameters(), *(value for pair in moments for value in pair.values())]
+
     def save(self, io: SafeCheckpointIO, folder: Path) -> Held:
         """As KeepState saves it."""
         began, used = time.perf_counter(), time.thread_time()
@@ -71,6 +77,10 @@ def measure(state: State, folder: Path, times: int) -> dict[str, Any]:
     """Both ways in turn; a first save of each is kept apart."""
     front, back = SafeCheckpointIO(), SafeCheckpointIO()
     back.begin()
+    began = time.perf_counter()
+    back.reserve(state.tensors())
+    back.finish()
+    reserved = time.perf_counter() - began
     held: dict[str, list[Held]] = {"background": [], "foreground": []}
     writes, quiet, meanwhile = [], [], []
     for _ in range(times + 1):
@@ -85,7 +95,7 @@ def measure(state: State, folder: Path, times: int) -> dict[str, Any]:
         held["foreground"].append(state.save(front, folder))
     back.end()
     slower = statistics.median(meanwhile) / statistics.median(quiet) if meanwhile else 1.0
-    return {"held": held, "writes": writes, "slower": slower}
+    return {"held": held, "writes": writes, "slower": slower, "reserved": reserved}
 
 
 def line(name: str, held: list[Held]) -> str:
@@ -109,6 +119,7 @@ def main() -> int:
     ratio = [back.clock / front.clock for back, front in zip(*(each[1:] for each in held.values()), strict=True)]
     print(f"background / foreground, median of pairs: {statistics.median(ratio):.3f}")
     print(line("the first in the background", held["background"][:1]))
+    print(f"its memory is reserved in the background: {found['reserved']:.1f} s")
     print(f"a write in the background: {statistics.median(found['writes'][1:]):.1f} s")
     print(f"a step of work meanwhile: {found['slower']:.2f} times as long")
     return 0

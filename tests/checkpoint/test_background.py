@@ -86,9 +86,34 @@ def test_host_memory_is_used_again() -> None:
     second = snapshot.take(state(2.0))["state_dict"]
     assert [value.data_ptr() for value in second.values()] == places
     assert second["a"].unique().tolist() == [2.0]
-    assert len(snapshot.buffers) == 3  # a (tied and view are in it), b, and the empty one
+    assert sorted(room.bytes for room in snapshot.buffers) == [0, 56, 800]  # a (tied and view are in it), and b
     larger = snapshot.take({"state_dict": {"a": torch.ones(30, 10)}})["state_dict"]["a"]
     assert torch.equal(larger, torch.ones(30, 10))
+
+
+def test_memory_is_reserved_before_the_first_save(plugin: SafeCheckpointIO, tmp_path: Path) -> None:
+    """Each storage once; what is saved beside it gets memory of its own."""
+    content = state()
+    assert plugin.writer is not None
+    plugin.reserve([*content["state_dict"].values(), torch.zeros(3)])
+    plugin.finish()
+    reserved = plugin.writer.free.queue[-1]
+    kept = {room.bytes: [buffer.data_ptr() for buffer in buffers] for room, buffers in reserved.buffers.items()}
+    assert {size: len(places) for size, places in kept.items()} == {800: 1, 56: 1, 12: 1}
+    plugin.save_checkpoint({**content, "more": torch.ones(5)}, tmp_path / "x.ckpt")
+    plugin.finish()
+    now = {room.bytes: [buffer.data_ptr() for buffer in buffers] for room, buffers in reserved.buffers.items()}
+    assert now.keys() == {800, 56, 0, 20}  # what was not needed is given up
+    assert (now[800], now[56]) == (kept[800], kept[56])
+
+
+def test_nobody_waits_for_memory_to_be_reserved(plugin: SafeCheckpointIO, writes: "Writes", tmp_path: Path) -> None:
+    """Where both snapshots are in use, a save that came first has made them."""
+    for step in range(2):
+        plugin.save_checkpoint({**state(), "global_step": step}, tmp_path / "x.ckpt")
+    plugin.reserve([torch.ones(3)])
+    writes.gate.release(2)
+    plugin.finish()
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +81,29 @@ def ended(trainer: L.Trainer) -> None:
     io: Any = trainer.strategy.checkpoint_io
     for job in io.writer.pending:
         job.exception(timeout=30)
+
+
+class Reserving(SafeCheckpointIO):
+    """Notes what memory was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[tuple[int, ...]]] = []
+
+    def reserve(self, values: Iterable[Tensor]) -> None:
+        values = list(values)
+        self.asked.append([tuple(value.shape) for value in values])
+        super().reserve(values)
+
+
+def test_after_the_first_step_memory_is_reserved_for_weights_and_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Line, "configure_optimizers", lambda line: torch.optim.AdamW(line.parameters()))
+    io = Reserving()
+    fit(tmp_path, io=io)
+    # The weight, its two moments, and the count of steps.
+    assert [sorted(shapes) for shapes in io.asked] == [[(), (1,), (1,), (1,)]]
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> None:

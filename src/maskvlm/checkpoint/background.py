@@ -5,11 +5,11 @@ save or at the end. Here two snapshots are all there are, and a failure is told 
 """
 
 import copy
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from queue import LifoQueue
-from typing import Any
+from queue import Empty, LifoQueue
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,38 @@ from maskvlm.checkpoint.content import leaves_of
 SNAPSHOTS = 2  # one is written, one waits
 
 
+class Room(NamedTuple):
+    """What the copy of a storage needs. bytes: of host memory. pinned: as the storage lies on a GPU."""
+
+    bytes: int
+    pinned: bool
+
+    @classmethod
+    def of(cls, value: Tensor) -> "Room":
+        return cls(value.untyped_storage().nbytes(), value.is_cuda)
+
+    def buffer(self) -> Tensor:
+        """Bytes that mean nothing yet."""
+        return torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self.pinned)
+
+
 class Snapshot:
     """Host memory for a copy of a run's state; pinned where the state lies on a GPU.
 
     It is kept for the next copy, as getting it from the system takes several times as long as filling it.
+
+    Attributes:
+        buffers: one for each storage of the state.
     """
 
     def __init__(self) -> None:
-        self.buffers: list[Tensor] = []  # bytes, one buffer for each storage of the state, in its order
+        self.buffers: dict[Room, list[Tensor]] = {}
+
+    def reserve(self, rooms: Iterable[Room]) -> None:
+        """Get memory from the system before there is anything to copy."""
+        for room in rooms:
+            # Written to: until then the system has only promised it.
+            self.buffers.setdefault(room, []).append(room.buffer().zero_())
 
     def take(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a state.
@@ -38,13 +62,15 @@ class Snapshot:
             An equal one that later changes of the state do not reach, valid until the next call. Tensors that share
             memory share it there as well, so that the file does not grow.
         """
+        # What this copy has no use for is given up at its end.
+        spare, self.buffers = self.buffers, defaultdict(list)
         buffers: dict[int, Tensor] = {}  # by the address of what they are a copy of
         copies: dict[int, Any] = {}  # by the `id` of a tensor: what `deepcopy` takes in its place
         for _, value in leaves_of(content):
             if isinstance(value, Tensor):
                 address = value.untyped_storage().data_ptr()
                 if address not in buffers:
-                    buffers[address] = self._copied(value, len(buffers))
+                    buffers[address] = self._copied(value, spare.get(Room.of(value), []))
                 # The same view of the buffer as the tensor is of its storage.
                 view = torch.empty(0, dtype=value.dtype)
                 view.set_(buffers[address].untyped_storage(), value.storage_offset(), value.shape, value.stride())
@@ -53,14 +79,13 @@ class Snapshot:
             torch.cuda.synchronize()  # copies to pinned memory are under way
         return copy.deepcopy(dict(content), copies)
 
-    def _copied(self, value: Tensor, place: int) -> Tensor:
-        """All bytes of the tensor's storage, in the buffer of that place, which is made where none of the size is."""
-        storage = value.untyped_storage()
-        if place == len(self.buffers) or self.buffers[place].nbytes != storage.nbytes():
-            made = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=value.is_cuda)
-            self.buffers[place : place + 1] = [made]
-        whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-        return self.buffers[place].copy_(whole, non_blocking=value.is_cuda)
+    def _copied(self, value: Tensor, spare: list[Tensor]) -> Tensor:
+        """All bytes of the tensor's storage, in one of the spare buffers, or in one that is made."""
+        room = Room.of(value)
+        buffer = spare.pop() if spare else room.buffer()
+        self.buffers[room].append(buffer)
+        whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+        return buffer.copy_(whole, non_blocking=value.is_cuda)
 
 
 class BackgroundWriter:
@@ -74,6 +99,22 @@ class BackgroundWriter:
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: deque[Future[None]] = deque()
         self.failed = False
+
+    def reserve(self, values: Iterable[Tensor]) -> None:
+        """Have the memory of a first snapshot of these, and what they share it with, made in the background."""
+        rooms = {value.untyped_storage().data_ptr(): Room.of(value) for value in values}
+        self.run(self._reserve, list(rooms.values()))
+
+    def _reserve(self, rooms: list[Room]) -> None:
+        try:
+            # Not one that is waited for: this thread alone gives them back.
+            snapshot = self.free.get_nowait()
+        except Empty:
+            return
+        try:
+            snapshot.reserve(rooms)
+        finally:
+            self.free.put(snapshot)
 
     def save(self, write: Callable[[dict[str, Any]], None], content: Mapping[str, Any]) -> None:
         """Have a snapshot of the content written; waits for the first of two that are not written yet.

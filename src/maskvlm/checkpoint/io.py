@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from packaging.version import InvalidVersion, Version
+from torch import Tensor
 
 from maskvlm.checkpoint.background import BackgroundWriter
 from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content, leaves_of
@@ -192,6 +193,12 @@ class SafeCheckpointIO(CheckpointIO):
         """From now on a save returns once it has a snapshot."""
         self.end()
         self.writer = BackgroundWriter()
+
+    def reserve(self, values: Iterable[Tensor]) -> None:
+        """Have the memory made that the first save in the background takes for these: it takes several times as long
+        as the copy itself."""
+        if self.writer is not None:
+            self.writer.reserve(values)
 
     def check(self) -> None:
         """Raises UserError: a write in the background has failed; the file that was there before is untouched."""

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.config.compose import same_command
@@ -32,7 +33,7 @@ from maskvlm.training.lightning_private import (
     replace_signal_handlers,
 )
 from maskvlm.training.resume import LAST, PREVIOUS
-from maskvlm.training.sharding import own_part
+from maskvlm.training.sharding import is_sharded, own_part
 from maskvlm.utils.distributed import shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.launch import Stopped
@@ -68,6 +69,7 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
         self.shared_batches = 0
+        self.reserved = False  # memory for the first snapshot was asked for
         self.attempt: Attempt | None = None
 
     # ------------------------------------------------------------------ what a checkpoint tells
@@ -138,6 +140,10 @@ class KeepState(Checkpoint):
         # Between two passes of one step no checkpoint is whole: gradients are not in it.
         if trainer.fast_dev_run or is_accumulating(trainer):  # type: ignore[attr-defined]
             return
+        if not self.reserved and trainer.is_global_zero:
+            # Now, as the optimiser's state comes with the first step.
+            self.reserved = True
+            self.io.reserve(state_of(trainer))
         # Known before the checkpoint is written, which holds it.
         self.unmeasured = evaluation_is_due(trainer)
         # In every step of every process: where one leaves it out, the others wait for it.
@@ -210,6 +216,17 @@ class KeepState(Checkpoint):
         # Checkpoint callbacks come last, in the configuration's order: the best checkpoint is written by now.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
+
+
+def state_of(trainer: L.Trainer) -> list[Tensor]:
+    """The large tensors of a checkpoint: weights and optimiser state; none where they are sharded, as what is saved
+    then is gathered first."""
+    weights = list(trainer.lightning_module.state_dict().values())
+    if any(is_sharded(value) for value in weights):
+        return []
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [*weights, *moments]
 
 
 def check_finite(trainer: L.Trainer, folder: Path) -> None:

@@ -115,6 +115,11 @@ def unsharded(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of it at most."""
+    return isinstance(tensor, DTensor)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a sharded tensor, maybe no number; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
