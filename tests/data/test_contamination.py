@@ -12,7 +12,7 @@ from prepared_sets import jpeg, make, raw, toy_image
 from toy_pairs import SPEC
 
 from maskvlm.checkpoint.warm_start import Seen
-from maskvlm.data.contamination import held_out, without_leaks
+from maskvlm.data.contamination import held_out, leaks_left_out, without_leaks
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
 from maskvlm.data.phash import NEAR, distance, near, phash
@@ -122,6 +122,21 @@ def test_leaks_are_dropped_with_counts_and_listed(root: Path, capsys: pytest.Cap
     assert "coco/test, same id: 1; coco/test, same look: 2; left out" in capsys.readouterr().out
 
 
+def test_a_place_that_is_named_twice_holds_out_what_it_holds(root: Path) -> None:
+    place = str(root / "coco" / "test")
+    kept = without_leaks(Prepared(str(root / "vg")).split("train"), [place, f"{place}/"], "drop")
+    assert len(kept) == 10
+    assert leaks_left_out(kept, [place, place]) == {"coco/test": 3}
+
+
+def test_places_whose_names_end_alike_both_count(root: Path, tmp_path: Path) -> None:
+    make(tmp_path, "coco", [raw(number, "test", f"vg {number}") for number in (100, 101)])
+    places = [str(folder / "coco" / "test") for folder in (root, tmp_path)]
+    kept = without_leaks(Prepared(str(root / "vg")).split("train"), places, "drop")
+    assert len(kept) == 8
+    assert leaks_left_out(kept, places) == {places[0]: 3, places[1]: 2}
+
+
 def test_where_nothing_is_held_out_the_split_stays_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = Prepared(str(root / "coco")).split("train")
     assert without_leaks(pairs, [], "refuse") is pairs
@@ -147,7 +162,7 @@ def test_a_set_that_is_all_held_out_is_refused_in_any_case(root: Path) -> None:
 )
 def test_a_held_out_split_that_is_not_there_is_one_line(root: Path, place: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        held_out(place if "/" not in place else str(root / place))
+        held_out(place if "/" not in place else str(root / place), "x")
     with pytest.raises(UserError, match="'ignore' is no way"):
         without_leaks(None, [], "ignore")
 

@@ -119,6 +119,19 @@ def test_a_place_without_shards_is_one_line(tmp_path: Path) -> None:
         list_shards("nowhere://bucket/*.tar")
 
 
+def test_shards_of_other_splits_in_a_folder_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train-0", "val-0", "test-0", "more"):
+        (tmp_path / f"{name}.tar").write_bytes(tar(range(2)))
+    assert [each.rpartition("/")[2] for each in list_shards(str(tmp_path))] == ["more.tar", "train-0.tar"]
+    assert "shards named after another split than train, left out: 2" in capsys.readouterr().out
+    # Asked for by name.
+    assert len(list_shards(f"{tmp_path}/val-*.tar")) == 1
+    (tmp_path / "train-0.tar").unlink()
+    (tmp_path / "more.tar").unlink()
+    with pytest.raises(UserError, match="no shard of training here"):
+        list_shards(str(tmp_path))
+
+
 def test_the_fingerprint_changes_with_the_shards(tmp_path: Path) -> None:
     root = tars(tmp_path)
     first = Stream(root, "x").split("train").fingerprint

@@ -11,6 +11,7 @@ would be taken for copies that are none.
 Shapes: N training rows, P images a row, M held-out images.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,23 +33,27 @@ class HeldOut(NamedTuple):
     hash_M: Ids
 
 
-def split_name(place: str) -> str:
-    """`.../data/coco/test` -> coco/test."""
-    return "/".join(place.rstrip("/").split("/")[-2:])
+def split_names(places: list[str]) -> dict[str, str]:
+    """Place -> its name: `.../data/coco/test` is coco/test, unless another place ends so, too; each place once."""
+    places = list(dict.fromkeys(place.rstrip("/") for place in places))
+    short = {place: "/".join(place.split("/")[-2:]) for place in places}
+    count = Counter(short.values())
+    return {place: name if count[name] == 1 else place for place, name in short.items()}
 
 
 def leaks_left_out(pairs: Any, places: list[str]) -> dict[str, int]:
     """Rows that `without_leaks` left out, of each held-out split."""
     counts = {way: len(rows) for way, rows in getattr(pairs, "skipped", {}).items()}
-    names = map(split_name, places)
+    names = split_names(places).values()
     return {name: sum(counts.get(f"in {name}, {way}", 0) for way in WAYS) for name in names}
 
 
-def held_out(place: str) -> HeldOut:
+def held_out(place: str, name: str) -> HeldOut:
     """The images of a split of a prepared set.
 
     Args:
         place: folder of the set, a slash, the split: `data/coco/test`.
+        name: what it is called; no other split has it.
 
     Raises:
         UserError: the place names no split, or there is no such set.
@@ -63,7 +68,7 @@ def held_out(place: str) -> HeldOut:
     assert id_NP is not None
     assert hash_N is not None
     # of several images a row all count: (M, P) -> (M',)
-    return HeldOut(split_name(place), np.unique(id_NP), np.unique(hash_N))
+    return HeldOut(name, np.unique(id_NP), np.unique(hash_N))
 
 
 def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str, NDArray[np.int64]]:
@@ -108,7 +113,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     if id_NP is None:
         what = "this data set does not tell its images' ids without opening them"
         raise UserError("data.held_out", what, "Prepare the data (maskvlm data), or leave data.held_out empty")
-    found = find_leaks(id_NP, hash_N, [held_out(place) for place in places])
+    found = find_leaks(id_NP, hash_N, [held_out(*named) for named in split_names(places).items()])
     count, names = sum(map(len, found.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
     # told also then: that the search took place is worth knowing

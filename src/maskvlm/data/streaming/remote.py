@@ -13,17 +13,20 @@ from maskvlm.data.prepared.manifest_schema import MOST_BYTES, checked_manifest
 from maskvlm.data.prepared.shards import Shard, ShardSource, damaged
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.columnar import parquet_samples
+from maskvlm.data.raw.columns import split_of_path
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.raw.samples import tar_samples
 from maskvlm.data.raw.shards import WebShards
 from maskvlm.data.safe_open import check_below
+from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".parquet", ".arrow")
 
 
 def list_shards(root: str | list[str]) -> dict[str, int]:
-    """Address and size of each shard, in the order of their names.
+    """Address and size of each shard of training, in the order of their names. In a folder those that are named after
+    another split (`val-000.tar`) are left out, which is told; a shard or a pattern that is named itself is taken.
 
     Raises:
         UserError: there is none, or the file system cannot be asked.
@@ -31,17 +34,22 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     import fsspec
 
     found: dict[str, int] = {}
+    others = 0
     for place in [root] if isinstance(root, str) else root:
         try:
             # path: the place without its protocol
             files, path = fsspec.core.url_to_fs(place)
-            if not path.endswith(ENDINGS):
+            named = path.endswith(ENDINGS)
+            if not named:
                 # a folder: of a prepared set its train split, else all shards in it
                 path = f"{path.rstrip('/')}/train/*.arrow" if files.isfile(f"{path}/{MANIFEST}") else f"{path}/*"
             for name, facts in files.glob(path, detail=True).items():
                 if name.endswith(ENDINGS) and facts["type"] == "file":
                     if facts.get("islink") and path != name:  # a link that the user did not name
                         check_below(Path(name), Path(path.partition("*")[0]).parent)
+                    if not named and split_of_path(name.rpartition("/")[2]) != "train":
+                        others += 1
+                        continue
                     # some servers tell no size
                     found[files.unstrip_protocol(name)] = facts["size"] or 0
         except UserError:
@@ -51,8 +59,10 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
         except Exception as error:  # file systems raise what their libraries do
             what = f"cannot be listed ({type(error).__name__}: {one_line(error)})"
             raise UserError(place, what, "Check the address and the network", ExitCode.IO_ERROR) from error
+    if others and rank() == 0:
+        print(f"{root}: shards named after another split than train, left out: {others}", flush=True)
     if not found:
-        what = "no shard here (.tar, .parquet or .arrow)"
+        what = "no shard of training here" if others else "no shard here (.tar, .parquet or .arrow)"
         raise UserError(root, what, "Correct data.source.root", ExitCode.MISSING_INPUT)
     # every process must arrive at the same list
     return dict(sorted(found.items()))
@@ -101,6 +111,7 @@ class Streamed(WebShards):
                 read = parquet_samples if inside.suffix == ".parquet" else tar_samples
                 for sample in read(stream, self.columns):
                     origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
+                    # what a shard's name says was looked at in `list_shards`
                     yield self._row(sample, inside, origin, "train")
         except UserError as error:
             # a bad row, not an error: one lost shard of thousands must not end a run of days
