@@ -122,6 +122,53 @@ def test_nothing_in_a_file_is_ever_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+class Calls:
+    """What a hostile file asks for."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.what, (300_000_000,)
+
+
+def with_pickle(saved: Path, content: bytes, *first: tuple[str, bytes]) -> Path:
+    """The checkpoint with another index, behind other members."""
+    path = saved.with_name("hostile.ckpt")
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
+        for name, member in first:
+            new.writestr(name, member)
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("/data.pkl") else old.read(name))
+    return path
+
+
+@pytest.mark.parametrize("what", [bytearray, torch.Tensor, torch.FloatTensor, torch.UntypedStorage], ids=str)
+def test_what_takes_the_memory_that_it_is_told_to_is_not_called(saved: Path, what: Any) -> None:
+    hostile = pickle.dumps({"state_dict": {"a": Calls(what)}}, protocol=2)
+    error = error_of(lambda: load(with_pickle(saved, hostile)))
+    assert "of any size" in error.what
+    assert error.code == ExitCode.REFUSED
+
+
+@pytest.mark.parametrize("decoy", ["{}/adata.pkl", "{}/data.pkl", "data.pkl"])
+def test_a_decoy_hides_no_pickle(saved: Path, decoy: str) -> None:
+    """What is looked at is what torch reads."""
+    with zipfile.ZipFile(saved) as archive:
+        first = archive.namelist()[0].partition("/")[0]
+        harmless = archive.read(f"{first}/data.pkl")
+    hostile = pickle.dumps({"state_dict": {"a": Calls(bytearray)}}, protocol=2)
+    error = error_of(lambda: load(with_pickle(saved, hostile, (decoy.format(first), harmless))))
+    assert error.code in (ExitCode.REFUSED, ExitCode.BAD_DATA)
+
+
+def test_a_pipe_is_not_waited_for_and_a_link_to_nowhere_is_no_checkpoint(saved: Path) -> None:
+    (saved.parent / "best.ckpt").symlink_to(saved.parent / "gone.ckpt")
+    os.mkfifo(saved.parent / "other.ckpt")
+    assert "is a pipe" in str(error_of(lambda: load(saved.parent / "other.ckpt")))
+    assert newest_valid(saved.parent, print) == saved
+
+
 def test_other_kinds_of_file_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")

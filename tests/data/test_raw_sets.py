@@ -394,6 +394,21 @@ def test_a_set_of_the_hub(tmp_path: Path, own_cache: None, monkeypatch: pytest.M
         assert reasons == ["no image", "no caption"] + ["address"] * (form == "parquet")
 
 
+def test_other_images_of_one_id_are_not_merged(
+    tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty id is none."""
+    put(tmp_path / "pictures", "a.jpg")
+    images = [(tmp_path / "pictures" / "a.jpg").read_bytes() + end for end in (b"", b"x")]
+    (tmp_path / "raw").mkdir()
+    for own, expected in (("cat", ["hf cat", "hf cat"]), ("", ["hf train 0", "hf train 1"])):
+        rows = [{"image": {"bytes": each, "path": None}, "caption": "one", "image_id": own} for each in images]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw" / "train-00000-of-00001.parquet")
+        found = rows_of("hf", tmp_path / "raw")
+        assert [row[2] for row in found] == expected
+        assert [row[0] for row in found] == images
+
+
 def test_a_set_of_the_hub_names_no_file_outside(tmp_path: Path, own_cache: None) -> None:
     """Fails where a path in somebody's Parquet is followed to wherever it leads."""
     import datasets

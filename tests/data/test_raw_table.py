@@ -148,6 +148,36 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     ]
 
 
+def test_an_image_of_two_files_is_in_one_split(tmp_path: Path) -> None:
+    """Also where the files give it other ids."""
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "train.csv").write_text("image,caption,id\na.jpg,one,1\n")
+    (tmp_path / "val.csv").write_text("image,caption,id\nb.jpg,two,10\na.jpg,three,11\n")
+    rows = [*open_raw("csv", str(tmp_path), as_name="mine").rows()]
+    bad = BadRow("image in two splits", "val.csv:3", "its image is in split 'train' at train.csv:2", "val")
+    assert [row if isinstance(row, BadRow) else row.image_id for row in rows] == ["mine 1", bad, "mine val 10"]
+
+
+def test_ids_may_start_anew_in_the_file_of_each_split(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    for split, image in (("train", "a"), ("val", "b")):
+        (tmp_path / f"{split}.csv").write_text(f"image,caption,id\n{image}.jpg,one,0\n")
+    rows = [*open_raw("csv", str(tmp_path), as_name="mine").rows()]
+    assert [row[2] for row in rows] == ["mine 0", "mine val 0"]
+
+
+def test_names_that_look_alike_in_one_line_have_ids_of_their_own(tmp_path: Path) -> None:
+    long = "x" * 120 + "/" + "y" * 90
+    names = ["a b.jpg", "a  b.jpg", f"{long}/1.jpg", f"{long}/2.jpg"]
+    touch(tmp_path, *names)
+    rows = read(tmp_path / "x.csv", "image,caption\n" + "".join(f"{name},one\n" for name in names))
+    assert [type(row) for row in rows] == [RawRow] * 4
+    ids = [row[2] for row in rows]
+    assert ids[0] == "csv a b.jpg"  # an ordinary name is its id
+    assert len({*ids}) == 4
+    assert all(len(image_id) <= 200 for image_id in ids)
+
+
 def test_several_tables_of_a_folder_are_read_and_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     for name in "ab":

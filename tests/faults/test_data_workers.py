@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from guards import Build
 from maskvlm.data.workers import ALONE, ENDS, LARGER, NOTE, READS, At, Board, cannot_hand_over, lost_worker, uncaught
 from maskvlm.training.failure import user_line
 from maskvlm.training.peers import alive
-from maskvlm.utils.errors import ExitCode
+from maskvlm.utils.errors import ExitCode, UserError
 
 SAMPLE = "sample 33 (scenes (seed 0) train image 33, scene d423ee8d041a9a75)"
 LOST, NAMED = "maskvlm.data.workers:lost_worker", "maskvlm.data.workers:no_memory"
@@ -86,6 +87,16 @@ except RuntimeError as error:
     print(workers.lost_worker(str(error)), flush=True)
 sys.exit(7)
 """
+
+
+def test_a_strangers_name_in_a_workers_mistake_is_one_line_without_escapes() -> None:
+    """As torch raises it anew: the traceback of the worker as text."""
+    told = UserError("/d/a\x1b[2J\nb.png", "is damaged", "Mend it", ExitCode.IO_ERROR)
+    text = "".join(traceback.format_exception(told))
+    line = user_line(RuntimeError(f"Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n{text}"))
+    assert line is not None
+    assert line.text == "/d/a [2J b.png: is damaged. Mend it."
+    assert line.code == ExitCode.IO_ERROR
 
 
 def test_the_signal_is_told_where_torch_hides_it_in_the_cause() -> None:

@@ -157,6 +157,24 @@ def test_a_silent_holder_elsewhere_is_taken_for_dead(tmp_path: Path, quick: None
     mine.release()
 
 
+def test_a_holder_that_withdraws_while_it_is_watched_is_no_silent_one(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(tmp_path)
+
+    def ends(path: Path, said: Holder) -> bool:
+        path.unlink()
+        return False
+
+    monkeypatch.setattr("maskvlm.utils.lock.beats", ends)
+    told: list[str] = []
+    mine = RunLock()
+    mine.take(tmp_path, told.append)
+    assert told == []
+    assert (tmp_path / NAME).exists()  # held by a file that others find
+    mine.release()
+
+
 def test_without_locks_of_the_kernel_signs_of_life_decide(tmp_path: Path, quick: None) -> None:
     """As on a file system that has none: the kernel's answer is replaced, as no such file system is at hand."""
     first, second = RunLock(), RunLock()

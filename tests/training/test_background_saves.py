@@ -106,6 +106,16 @@ def test_after_the_first_step_memory_is_reserved_for_weights_and_moments(
     assert [sorted(shapes) for shapes in io.asked] == [[(), (1,), (1,), (1,)]]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_a_run_goes_on_from_is_not_lost_for_a_file_that_was_passed_over(tmp_path: Path, damaged: bool) -> None:
+    fit(tmp_path, max_steps=4)
+    name, step = ("previous.ckpt", 2) if damaged else ("last.ckpt", 4)
+    # One save: two steps on.
+    fit(tmp_path, ckpt_path=tmp_path / name, max_steps=step + 2)
+    found = [load(tmp_path / each)["global_step"] for each in ("previous.ckpt", "last.ckpt")]
+    assert found == [step, step + 2]
+
+
 def slow(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> None:
     """Writing takes longer than the steps; one of a step has no space."""
     write = checkpoint._write

@@ -23,6 +23,7 @@ from maskvlm.checkpoint.io import load, save
 from maskvlm.cli.main import main, stopped_early
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.training.csv_log import Writer, rows_in
+from maskvlm.training.lit import LitModel
 from maskvlm.training.resume import differences, newest_of
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished, Stopped, requeue
@@ -122,6 +123,18 @@ def test_what_a_run_runs_on_may_change() -> None:
     now["trainer"]["precision"] = "16-mixed"
     now["data"]["init_args"]["b"] = [1, 2]
     assert differences(was, now) == ["trainer.precision was None, is 16-mixed", "data.b[1] was None, is 2"]
+
+
+def test_an_option_that_is_new_and_a_list_hinders_no_older_run() -> None:
+    """Left at its default; of a list each entry is a key."""
+    path = f"{LitModel.__module__}.LitModel"  # imported, as a command's classes are
+    assert differences({"model": {"lr": 1.0}}, {"model": {"lr": 1.0, "betas": [0.9, 0.999]}}) == []
+    assert differences({"model": {}}, {"model": {"betas": [0.9, 0.5]}}) == ["model.betas[1] was None, is 0.5"]
+    longer = {"model": {"betas": [0.9, 0.999]}}
+    assert differences({"model": {"betas": [0.9]}}, longer) == ["model.betas[1] was None, is 0.999"]
+    was = {"data": {"class_path": path, "init_args": {}}}
+    now = {"data": {"class_path": path, "init_args": {"betas": [0.9, 0.999]}}}
+    assert differences(was, now) == []
 
 
 def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from maskvlm.checkpoint.integrity import sha256_of
 from maskvlm.checkpoint.tokenizer_files import file_text, read_tokenizer
-from maskvlm.checkpoint.weights import check_file
+from maskvlm.checkpoint.weights import check_file, is_safetensors
 from maskvlm.config.plain_schema import Entries, Listed, OneOf, Record, Text, Tree, Whole, maybe
 from maskvlm.data.files import load_json
 from maskvlm.data.text import tokenizer_json
@@ -56,6 +56,8 @@ def read_folder(path: Path) -> dict[str, Any]:
     # A file that was cut short is told as such, before its sum is called wrong.
     for file in (path / WEIGHTS, *(file for file in (seen, known) if file.is_file())):
         check_file(file)
+        if not is_safetensors(file):  # whole, but of another kind
+            raise UserError(file, "is no safetensors file", AGAIN, ExitCode.BAD_DATA)
     check_sums(path)
     # Hashes of image ids lie beside the texts of the lineage, by the entry's number.
     ids = load_file(seen) if seen.is_file() else {}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from maskvlm.checkpoint.pickles import check_pickle
 from maskvlm.config.bundled_models import bundled_models
-from maskvlm.data.safe_open import content_of
+from maskvlm.data.safe_open import content_of, opened
 from maskvlm.utils.errors import ExitCode, UserError
 
 SIDE = ".sha256"
@@ -56,14 +56,15 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
 
     Args:
         folder: a run's folder.
-        warn: told, once each, of newer ones that were passed over. They stay where they are, as evidence.
+        warn: told, once each, of newer ones that were passed over, which stay where they are.
 
     Raises:
         UserError: there are checkpoints and every one is damaged (77): starting afresh must be asked for.
     """
     # In a copy of the folder times tell nothing: these two are what a run goes on from, in this order.
     first = {"last.ckpt": 2, "previous.ckpt": 1}
-    candidates = sorted(Path(folder).glob("*.ckpt"), key=lambda p: (first.get(p.name, 0), p.stat().st_mtime_ns))[::-1]
+    there = [path for path in Path(folder).glob("*.ckpt") if path.exists()]  # not a link that leads nowhere
+    candidates = sorted(there, key=lambda p: (first.get(p.name, 0), p.stat().st_mtime_ns))[::-1]
     for path in candidates:
         try:
             verify_checkpoint(path)
@@ -78,7 +79,7 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
 
 
 def _check_kind(path: Path, facts: list[Fact]) -> None:
-    with path.open("rb") as file:
+    with opened(path) as file:  # a plain one: a pipe would be waited for
         head = file.read(512)
     text = head.lstrip().lower()
     if head.startswith(ZIP):

@@ -5,6 +5,7 @@
 """
 
 import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_BYTES = 256_000_000  # of the pickle itself; tensors lie beside it
 DEEPEST = 6  # tuples in tuples: those of a tensor are three deep
-REFUSED = frozenset({"builtins bytearray", "__builtin__ bytearray"})
+CALLED = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* \w*(?:Tensor|Storage)")
+"""What takes as much memory as it is told to when it is called; a plain tensor is made of its own bytes."""
 TODO = "Take a checkpoint from a source you trust"
 LEAVES = frozenset({
     "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
@@ -29,9 +31,15 @@ TO_MARK = frozenset({"SETITEMS", "APPENDS", "ADDITEMS", "POP_MARK"})
 def check_pickle(path: Path) -> None:
     """Raise UserError (77) where the pickle asks for what no checkpoint holds. Damage passes: torch tells it."""
     with zipfile.ZipFile(path) as archive:
-        info = next((each for each in archive.infolist() if each.filename.endswith("data.pkl")), None)
-        if info is None:
+        names = archive.namelist()
+        found = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
+        if not found:
             return
+        # torch reads the one in the folder of the first member: another would be a decoy.
+        info = found[0]
+        if len(found) > 1 or len({*names}) < len(names) or info.filename != f"{names[0].partition('/')[0]}/data.pkl":
+            what = "more than one pickle, or a member twice, in its archive"
+            raise UserError(path, what, TODO, ExitCode.REFUSED)
         if info.file_size > MOST_BYTES:
             raise UserError(path, f"its index has {info.file_size:,} bytes", TODO, ExitCode.REFUSED)
         # Stored, not compressed, so that its size is what it says (`integrity.py`).
@@ -46,16 +54,20 @@ def check_pickle(path: Path) -> None:
 
 
 def _walk(content: bytes) -> str | None:
-    """What is wrong. The stack holds how deep each value nests tuples; None is a mark."""
-    stack: list[int | None] = []
-    memo: dict[Any, int | None] = {}
+    """What is wrong. The stack holds how deep each value nests tuples, the names of what may be called; None is a
+    mark."""
+    stack: list[int | str | None] = []
+    memo: dict[Any, int | str | None] = {}
 
-    # What was put on the stack since the latest mark.
+    # How deep what was put on the stack since the latest mark nests tuples.
     def to_mark() -> list[int]:
         found: list[int] = []
         while (top := stack.pop()) is not None:
-            found.append(top)
+            found.append(depth_of(top))
         return found
+
+    def depth_of(value: int | str | None) -> int:
+        return value if isinstance(value, int) else 0
 
     for code, value, _ in pickletools.genops(content):
         name = code.name
@@ -63,19 +75,20 @@ def _walk(content: bytes) -> str | None:
             stack.append(0)
         # "module name", in one text.
         elif name == "GLOBAL":
-            if value in REFUSED:
-                return f"asks for a {value.split()[1]}, which no checkpoint holds"
-            stack.append(0)
+            stack.append(str(value))
         elif name == "MARK":
             stack.append(None)
         elif name in TUPLES or name in ("TUPLE", "FROZENSET"):
-            parts = to_mark() if name not in TUPLES else [stack.pop() or 0 for _ in range(TUPLES[name])]
+            parts = to_mark() if name not in TUPLES else [depth_of(stack.pop()) for _ in range(TUPLES[name])]
             depth = 1 + max(parts, default=0)
             if depth > DEEPEST:
                 return f"holds tuples nested more than {DEEPEST} deep"
             stack.append(depth)
         # A call: whatever it makes counts as a leaf.
         elif name in TAKE:
+            called = stack[-2] if name in ("REDUCE", "NEWOBJ") else None
+            if isinstance(called, str) and CALLED.fullmatch(called):
+                return f"asks for a {called.split()[1]} of any size, which no checkpoint holds"
             del stack[-TAKE[name] :]
             stack.append(0)
         elif name in DROP:

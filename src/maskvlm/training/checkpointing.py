@@ -69,6 +69,7 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
         self.shared_batches = 0
+        self.passed_over = False  # last.ckpt is damaged: the run goes on from another, which must not be lost
         self.reserved = False  # memory for the first snapshot was asked for
         self.attempt: Attempt | None = None
 
@@ -98,6 +99,7 @@ class KeepState(Checkpoint):
                 self.io.begin()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.attempt = Attempt(self.folder)
+        self.passed_over = bool(trainer.ckpt_path) and Path(str(trainer.ckpt_path)) != self.folder / LAST
         for logger in trainer.loggers:
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
                 # Rows after the checkpoint will be logged again.
@@ -105,6 +107,8 @@ class KeepState(Checkpoint):
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
         if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
+            if self.attempt is not None:  # one that kills the process is on record, too
+                self.attempt.note(trainer.global_step)
             evaluate_now(trainer)
         # No step is left: the end of the run is logged under the last one.
         if trainer.ckpt_path and trainer.fit_loop.done:
@@ -163,7 +167,8 @@ class KeepState(Checkpoint):
         return SAVE if late and trainer.is_global_zero else GO_ON
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`. In the background that is still to come.
+        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`, unless it was passed over as damaged.
+        In the background that is still to come.
 
         The row of this step is logged first: a run that goes on from here does not make the step again.
 
@@ -173,7 +178,9 @@ class KeepState(Checkpoint):
         check_finite(trainer, self.folder)
         if trainer.state.fn == TrainerFn.FITTING and trainer.training:
             log_this_step(trainer)
-        trainer.save_checkpoint(self.folder / LAST, storage_options=self.folder / PREVIOUS)
+        previous = None if self.passed_over else self.folder / PREVIOUS
+        trainer.save_checkpoint(self.folder / LAST, storage_options=previous)
+        self.passed_over = False
         self.saved_at = time.monotonic()
 
     def _stopped(self, trainer: L.Trainer) -> Stopped:

@@ -94,13 +94,17 @@ def user_line(error: BaseException) -> ErrorLine | None:
 
 
 def _from_worker(text: str) -> ErrorLine | None:
-    """A mistake found in a data worker arrives as the text of its traceback: the last line names it."""
+    """A mistake found in a data worker arrives as the text of its traceback: its end names it."""
     # Subclasses too: a traceback names the class itself.
     for kind in (UserError, *_all_subclasses(UserError)):
-        found = re.findall(rf"^{re.escape(kind.__module__)}\.{kind.__qualname__}: (.+)$", text, re.MULTILINE)
-        if found:
-            status = re.findall(r"^exit status (\d+)$", text, re.MULTILINE)
-            return ErrorLine(found[-1], ExitCode(int(status[-1])) if status else ExitCode.BAD_DATA)
+        name = rf"{re.escape(kind.__module__)}\.{kind.__qualname__}"
+        # A name of a stranger's in it may have several lines, and what moves the cursor.
+        found = re.split(rf"^{name}: ", text, flags=re.MULTILINE)
+        if len(found) > 1:
+            said, *status = re.split(r"^exit status (\d+)$", found[-1], flags=re.MULTILINE)
+            if not status:  # other text may follow
+                return ErrorLine(_one_line(said.partition("\n")[0]), ExitCode.BAD_DATA)
+            return ErrorLine(_one_line(said), ExitCode(int(status[-2])))
     return None
 
 
@@ -140,7 +144,8 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     path = (folder or Path("checkpoints")) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)))
+        # Names of files need not be text.
+        path.write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
     except OSError:
         traceback.print_exception(error)
         return ErrorLine(text, ExitCode.OUR_BUG)

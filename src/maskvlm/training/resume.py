@@ -2,6 +2,7 @@
 interrupted or finished, and whether the command is the same one."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ FREE = (
     "patience",
 )
 """What may differ when a run goes on: on what it runs, and when it gives up. Losses stay what they are but for the
-rounding of sums."""
+rounding of sums, and for dropout, which each process draws for its own rows."""
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 RECORD = "config-fit.yaml"
 CHOOSE = "Choose another folder (--folder, or run=)"
@@ -140,14 +141,19 @@ def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     same = bool(parent) and path is not None and path == after.get(f"{parent}.class_path")
     if not parent and key.startswith("model."):  # of the LightningModule, which no configuration names
         name, path, same = key.removeprefix("model."), "maskvlm.training.lit.LitModel", True
-    if key in before or path is None or not same:
+    # Of a list each entry has a key of its own: `betas[0]`.
+    part = re.sub(r"^\w*", "", name)
+    name, option = name.removesuffix(part), key.removesuffix(part)
+    known = any(each == option or each.startswith((f"{option}[", f"{option}.")) for each in before)
+    if known or path is None or not same:
         return False
     module, _, kind = path.rpartition(".")
     found = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
-    option = inspect.signature(found).parameters.get(name) if inspect.isclass(found) else None
-    default = option.default if option is not None else inspect.Parameter.empty
+    parameter = inspect.signature(found).parameters.get(name) if inspect.isclass(found) else None
+    default = parameter.default if parameter is not None else inspect.Parameter.empty
     # YAML has no tuples.
-    return bool((list(default) if isinstance(default, tuple) else default) == after[key])
+    leaves = dict(_leaves(list(default) if isinstance(default, tuple) else default, name))
+    return name + part in leaves and bool(leaves[name + part] == after[key])
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,6 +103,8 @@ class RunLock:
         if said is not None and said.inode == inode and (said.boot != boot() or locked is None):
             if beats(folder / NAME, said):
                 raise taken(folder, said)
+            if read_holder(folder / NAME) != said:  # it has withdrawn meanwhile
+                return False
             warn(f"{folder}: {who(said)} trained here and gave no sign of life for {WATCH:.0f} s: taken over")
         self.folder, self.handle, self.rival = folder, handle, None
         self.me = Holder(socket.gethostname()[:100], os.getpid(), boot(), inode)

@@ -22,8 +22,9 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     Yields:
         A path beside it, of a file that is not there yet or is left over from a writer that was killed.
     """
-    # Cut, as file systems allow 255 bytes for a name.
-    temporary = path.with_name(f".{path.name[:100]}{writer}.tmp")
+    # Cut, as file systems allow 255 bytes for a name, which may be one letter in four bytes.
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    temporary = path.with_name(f".{name}{writer}.tmp")
     try:
         yield temporary
         # The contents must be on the disk before the name is. fsync is for the file, whichever handle wrote it.

@@ -34,6 +34,7 @@ ROWS = 1000
 """Of a shard, at most."""
 
 EXAMPLES = 5  # rows of each reason that the manifest shows; skipped.jsonl has all
+MOST_REASONS, OTHER = 100, "other reasons"
 
 
 class Plan(NamedTuple):
@@ -121,9 +122,11 @@ class Reasons:
         self.first: dict[str, list[dict[str, str]]] = {}
 
     def add(self, entry: RowNote) -> None:
-        """Count a row under its reason; the first ones are listed by name."""
-        self.count[entry.reason] += 1
-        if len(shown := self.first.setdefault(entry.reason, [])) < EXAMPLES:
+        """Count a row under its reason; the first ones are listed by name. A set of a stranger names any number of
+        reasons: beyond MOST_REASONS they are one."""
+        reason = entry.reason if entry.reason in self.count or len(self.count) < MOST_REASONS else OTHER
+        self.count[reason] += 1
+        if len(shown := self.first.setdefault(reason, [])) < EXAMPLES:
             shown.append({"origin": entry.origin, "message": entry.message})
 
     def card(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from maskvlm.data.safe_open import content_of
 from maskvlm.data.streaming.pool import Pool, Stage
 from maskvlm.utils.errors import ExitCode, UserError
 
-MOST_PLAN = 1_000_000  # bytes
+PLAN, MOST_PLAN = "plan.json", 1_000_000  # bytes
 MOST_BYTES = 64_000_000
 """Of the images of a shard that do not lie in files: it ends there, however few rows it has."""
 
@@ -56,10 +56,11 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
         say(f"{root}: already prepared, {manifest['coverage']}")
         return manifest
     # `.making` must be there before the lock, which lies in it
-    claim_set(root, plan)
+    make_room(root)
     started = time.monotonic()
     try:
         with locked(root), nothing_for_nothing(root):
+            claim_set(root, plan)
             remove_temporaries(root)
             with (
                 Pool(workers, root, plan.settings) as pool,
@@ -147,23 +148,24 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
         raise UserError(root, f"holds {what} made with {told}", todo, ExitCode.CANNOT_CREATE)
 
 
-def claim_set(root: Path, plan: Plan) -> None:
-    """Make the folder ready to be written to, or found to hold the same set half made."""
-    state, file = root / MAKING, root / MAKING / "plan.json"
+def make_room(root: Path) -> None:
+    """Make the folder, if it holds nothing but a set that is half made, or a first look."""
     try:
-        if file.is_file():
-            if any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
-                check_same(root, read_plan(file, root), plan, "an unfinished set")
-            write_set_json(file, plan.card())
-            return
-        # a first look may lie there already
-        if root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
+        begun = (root / MAKING / PLAN).is_file()
+        if not begun and root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
             todo = "Name another one (NAME=, DATA_ROOT=); it is made"
             raise UserError(root, "holds other files than a prepared set", todo, ExitCode.CANNOT_CREATE)
-        state.mkdir(parents=True, exist_ok=True)
-        write_set_json(file, plan.card())
+        (root / MAKING).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write_set(root, error) from error
+
+
+def claim_set(root: Path, plan: Plan) -> None:
+    """Write down how the set is made, where the folder does not hold another one half made; under the lock."""
+    file = root / MAKING / PLAN
+    if file.is_file() and any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
+        check_same(root, read_plan(file, root), plan, "an unfinished set")
+    write_set_json(file, plan.card())
 
 
 def read_plan(file: Path, root: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from maskvlm.data.prepared.manifest_schema import MOST_BYTES
 from maskvlm.data.prepared.shards import check_shard_size, read_shard
 from maskvlm.data.safe_open import check_below, content_of
 from maskvlm.data.streaming.pool import process_context, watched
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 SAMPLE = 500
 """Images of a split that are decoded where not all are."""
@@ -47,7 +49,7 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
     decoded = 0
     context = process_context()
     # starts no process before it is used
-    with ProcessPoolExecutor(workers, context, watched) as pool:
+    with told_of_kills(root), ProcessPoolExecutor(workers, context, watched) as pool:
         # both keep the order of the shards, on which the split's hash depends
         spread: Callable[..., Iterator[CheckedShard]] = pool.map if workers > 1 else map
         for name, split in manifest["splits"].items():
@@ -70,6 +72,16 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
     if not faults:
         say(f"{root}: as its manifest says ({counts} images, {captions:,} captions; {decoded:,} images decoded)")
     return faults
+
+
+@contextmanager
+def told_of_kills(root: Path) -> Iterator[None]:
+    """Raises UserError (74) where a process of the check was killed."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        what = "a process of the check was killed, perhaps for want of memory"
+        raise UserError(root, what, "Run it again with fewer --workers", ExitCode.IO_ERROR) from error
 
 
 def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:

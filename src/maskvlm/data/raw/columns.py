@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.raw.base import BadRow, RawRow
-from maskvlm.data.raw.lines import one_line
+from maskvlm.data.raw.lines import one_line, one_line_id
 from maskvlm.data.safe_open import LEADS_OUT, Inside
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -220,7 +220,7 @@ class Merged:
                 return BadRow("image in two splits", f"{self._file}:{place}", what, split)
             row.extend(captions)
             return None
-        image_id = one_line(self._identity(name or path, own))
+        image_id = one_line_id(self._identity(name or path, own))
         if (other := self._path_of.setdefault(image_id, path)) != path:
             what = f"id {image_id!r} is that of another image, at {self._file}:{self._rows[other][0]}"
             return BadRow("duplicate id", f"{self._file}:{place}", what, split)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from maskvlm.data.files import image_names, load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
-from maskvlm.data.raw.lines import NOT_UTF8, json_items, one_line, read_text, short_value, text_lines
+from maskvlm.data.raw.lines import NOT_UTF8, json_items, one_line, one_line_id, read_text, short_value, text_lines
 from maskvlm.data.raw.table import RawTable
 from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import flaw
@@ -45,14 +45,30 @@ class TableSet(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Of each file first the bad rows, then the images in the order in which they came first."""
+        seen: dict[str, Seen] = {}
         for file in self.files:
-            yield from file_rows(file, self.name, self.columns, self.notes)
+            yield from file_rows(file, self.name, self.columns, self.notes, seen)
+
+
+class Seen(NamedTuple):
+    """Where an image stood first: `origin` is file and line."""
+
+    split: str
+    origin: str
 
 
 def file_rows(
-    file: Path, name: str, given: dict[str, str], notes: list[str] | None = None
+    file: Path,
+    name: str,
+    given: dict[str, str],
+    notes: list[str] | None = None,
+    seen: dict[str, Seen] | None = None,
 ) -> Iterator[RawRow | BadRow]:
     """The rows of one file; `notes` is told which columns were taken.
+
+    Args:
+        seen: images of the files before, by path; those of this one are added. An id of a file that is named after a
+            split is of that split: in each file they may count from 0.
 
     Raises:
         UserError: the file cannot be read, or has no column for image or caption.
@@ -65,9 +81,16 @@ def file_rows(
         if isinstance(found, Values):
             path, problem = folder.place(found.image)
             # the image's path is its identity: two names may lead to it
-            bad = merged.add(path, found.captions, found.split, entry.place, found.id, found.image) if path else None
+            before = seen.setdefault(path, Seen(found.split, origin)) if path and seen is not None else None
+            own = f"{default} {found.id}" if found.id and seen is not None and default != "train" else found.id
+            bad: BadRow | None
             if problem:
                 bad = BadRow(problem[0], origin, problem[1], found.split)
+            elif before is not None and before.split != found.split:
+                what = f"its image is in split {before.split!r} at {before.origin}"
+                bad = BadRow("image in two splits", origin, what, found.split)
+            else:
+                bad = merged.add(path, found.captions, found.split, entry.place, own, found.image)
             if bad:
                 yield bad
         else:
@@ -233,6 +256,8 @@ class FolderSet(RawSet):
         named: set[str] = set()
         # a metadata file may stand in any folder below
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
+        # nor in hidden ones, as `Walk`
+        tables = [file for file in tables if not any(part[0] == "." for part in file.relative_to(self.root).parts)]
         within = Inside(self.root)
         for file in sorted(tables):
             if not within.holds(file):
@@ -250,7 +275,7 @@ class FolderSet(RawSet):
                 # ids are relative to RAW, so that two metadata files may use the same names
                 own = Path(str(row.image)).relative_to(self.root.absolute())
                 split = split_of_path(own.parent.as_posix())
-                image_id = one_line(f"{self.name} {own.as_posix()}")
+                image_id = one_line_id(f"{self.name} {own.as_posix()}")
                 # a folder's name goes before the table's column
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
         left_out: dict[str, list[str]] = {}
@@ -269,7 +294,7 @@ class FolderSet(RawSet):
         text, problem = read_text(beside) if within.holds(beside) else ("", leads_out(beside.name, self.root))
         if problem:
             return BadRow(problem[0], one_line(beside.name), problem[1], split)
-        return RawRow(str(path), (text,), one_line(f"{self.name} {name}"), split, one_line(name))
+        return RawRow(str(path), (text,), one_line_id(f"{self.name} {name}"), split, one_line(name))
 
 
 # ------------------------------------------------------------------ opening

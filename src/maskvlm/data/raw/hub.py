@@ -12,7 +12,7 @@ from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, find_columns, split_named
 from maskvlm.data.raw.csv_jsonl_folder import texts_in
-from maskvlm.data.raw.lines import one_line, short_value
+from maskvlm.data.raw.lines import one_line, one_line_id, short_value
 from maskvlm.data.safe_open import Walk, check_plain, content_of
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -79,8 +79,9 @@ class HubSet(RawSet):
         if problem:
             return BadRow(problem[0], origin, problem[1], split or default)
         own = values.get("id")
-        identity = own if isinstance(own, int | str) else f"{part} {number}"
-        return RawRow(content, tuple(captions or ()), one_line(f"{self.name} {identity}"), split or default, origin)
+        # an empty text is no id
+        identity = own if isinstance(own, int | str) and own != "" else f"{part} {number}"
+        return RawRow(content, tuple(captions or ()), one_line_id(f"{self.name} {identity}"), split or default, origin)
 
 
 def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] | None]:
@@ -107,11 +108,12 @@ def _is_fetched(path: str) -> bool:
 
 
 def _merged(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
-    """Captions of rows of the same image that follow each other, under the first of them."""
+    """Captions of rows of the same image that follow each other, under the first of them. Another image of the same id
+    goes on as it is: whoever sees all rows counts it."""
     held: RawRow | None = None
     for row in rows:
         # the held row may still get captions, so it is handed out when the next image comes
-        if isinstance(row, RawRow) and held and (row.image_id, row.split) == (held.image_id, held.split):
+        if isinstance(row, RawRow) and held and row[:1] + row[2:4] == held[:1] + held[2:4]:
             held = held._replace(captions=held.captions + row.captions)
             continue
         if isinstance(row, BadRow):

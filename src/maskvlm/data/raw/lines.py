@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskvlm.data.caption_text import clean_caption
+from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.safe_open import MAX_LINE_BYTES, byte_lines, content_of, opened
 from maskvlm.data.strict_json import parse_first
 from maskvlm.utils.errors import ExitCode, UserError
@@ -126,6 +126,12 @@ def one_line(text: object, most: int = 200) -> str:
     # cut before cleaning: the text may be a megabyte
     cleaned = clean_caption(str(text)[: most * 2])[0][:most]
     return cleaned if cleaned.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in cleaned)
+
+
+def one_line_id(text: str) -> str:
+    """`one_line`, by which different texts stay different: a hash stands behind one that it changes."""
+    line = one_line(text)
+    return line if line == text else f"{line[:180]} {stable_id(text):016x}"
 
 
 def short_value(value: object, most: int = 60) -> str:

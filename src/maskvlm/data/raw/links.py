@@ -21,7 +21,7 @@ from maskvlm.data.files import load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.captions import ImagesByName
 from maskvlm.data.raw.columns import SPLITS, split_of_path
-from maskvlm.data.raw.lines import json_items, one_line, text_lines
+from maskvlm.data.raw.lines import json_items, one_line, one_line_id, text_lines
 from maskvlm.data.raw.photos import SCHEMES, PhotoIndex, photo_of, stem_of
 from maskvlm.data.safe_open import Inside, opened
 from maskvlm.data.strict_json import flaw
@@ -85,7 +85,7 @@ class Links(RawSet):
                     yield BadRow(problem[0], link.origin, problem[1], part.split)
                 else:
                     # nine digits, so that ids sort by row
-                    image_id = photo_of(link.url) or one_line(f"{prefix} {link.row:09d}")
+                    image_id = photo_of(link.url) or one_line_id(f"{prefix} {link.row:09d}")
                     yield RawRow(path, (link.caption,), image_id, part.split, link.origin)
 
     def _scheme(self, part: LinkList, index: PhotoIndex) -> tuple[str, set[int]]:

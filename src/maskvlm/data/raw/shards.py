@@ -10,7 +10,7 @@ from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columnar import has_images, parquet_samples
 from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
 from maskvlm.data.raw.csv_jsonl_folder import texts_in
-from maskvlm.data.raw.lines import decoded, one_line, read_text
+from maskvlm.data.raw.lines import decoded, one_line, one_line_id, read_text
 from maskvlm.data.raw.photos import photo_of
 from maskvlm.data.raw.samples import KeyedFiles, file_samples, images_of, tar_samples
 from maskvlm.data.safe_open import Inside, Walk
@@ -93,7 +93,7 @@ class WebShards(RawSet):
         prefix = self.name if split == "train" else f"{self.name} {split}"  # keys count from 0 in each download
         # the photo's own id first, so that leaks are seen by id
         image_id = photo_of(meta.get("url")) or f"{prefix} {own}"
-        return RawRow(sample.parts["image"], tuple(captions), one_line(image_id), split, origin)
+        return RawRow(sample.parts["image"], tuple(captions), one_line_id(image_id), split, origin)
 
     def _captions(self, sample: KeyedFiles, meta: dict[str, Any]) -> list[str] | tuple[str, str]:
         wanted = self.columns.get("caption")
