@@ -21,6 +21,7 @@ from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
 from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import whole_file
 
 
 def content(fill: float = 1.0) -> dict[str, Any]:
@@ -203,6 +204,14 @@ def test_a_newer_format_is_refused_with_both_numbers(saved: Path, monkeypatch: p
     save(content(), saved)
     monkeypatch.undo()
     assert "format 7, this version reads up to 1" in error_of(lambda: load(saved)).what
+
+
+def test_a_name_may_have_as_many_bytes_as_the_file_system_allows(tmp_path: Path) -> None:
+    """In letters of three bytes each; what is written first has a name beside it."""
+    path = tmp_path / ("\u6587" * 83 + ".npz")
+    with whole_file(path) as temporary:
+        temporary.write_text("x")
+    assert path.read_text() == "x"
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:

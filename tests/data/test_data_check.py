@@ -6,6 +6,7 @@ How to break the code so that these fail: leave a comparison out of `check_shard
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from toy_raw import Toy, plan, row
 
 from maskvlm.data.prepare.command import verify_set
 from maskvlm.data.prepare.prepare import prepare
-from maskvlm.data.prepared.check import check_set
+from maskvlm.data.prepared.check import check_set, told_of_kills
 from maskvlm.data.prepared.manifest import SCHEMA
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.utils.errors import ExitCode, UserError
@@ -32,6 +33,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     prepare(raw, plan(), folder / "toy", 1, lambda line: None)
     files = (file for file in (folder / "toy").rglob("*") if file.is_file())
     return {str(file.relative_to(folder / "toy")): file.read_bytes() for file in files}
+
+
+def test_a_killed_process_of_the_check_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a process of the check was killed") as caught, told_of_kills(tmp_path):
+        raise BrokenProcessPool
+    assert caught.value.code == ExitCode.IO_ERROR
 
 
 @pytest.fixture

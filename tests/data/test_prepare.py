@@ -23,11 +23,11 @@ from PIL import Image
 from toy_raw import Toy, encoded, files_of, make, many, photo, plan, row
 
 from bench import prepare as benchmark
-from maskvlm.data.prepare.prepare import cut_jobs, locked, prepare
+from maskvlm.data.prepare.prepare import claim_set, cut_jobs, locked, make_room, prepare
 from maskvlm.data.prepare.rows import Settings
 from maskvlm.data.prepare.shards import HashingSink, Job, make_shard, note_file
 from maskvlm.data.prepared import manifest as manifests
-from maskvlm.data.prepared.manifest import FEATURES, MAKING, SCHEMA, amount, coverage, whole_set_file
+from maskvlm.data.prepared.manifest import FEATURES, MAKING, SCHEMA, amount, coverage, read_manifest, whole_set_file
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -349,6 +349,26 @@ def test_a_complete_set_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"made with raw 'toy\.csv' instead of 'new\.csv'"):
         make(root, ROWS, raw="new.csv")
     assert {file: file.stat().st_mtime_ns for file in root.rglob("*")} == before
+
+
+def test_any_number_of_reasons_is_a_set_that_can_be_read(tmp_path: Path) -> None:
+    """Reasons of a stranger's table: beyond a hundred they are one."""
+    bad = [BadRow(f"timeout after {number} ms", f"x:{number}", "no answer", "train") for number in range(150)]
+    manifest = make(tmp_path / "toy", [*ROWS, *bad])
+    counts = {reason: entry["count"] for reason, entry in manifest["left_out"].items()}
+    assert counts["other reasons"] >= 50
+    assert sum(count for reason, count in counts.items() if reason.startswith(("timeout", "other"))) == 150
+    assert read_manifest(tmp_path / "toy")["left_out"] == manifest["left_out"]
+
+
+def test_who_is_refused_leaves_the_plan_of_the_one_at_work(tmp_path: Path) -> None:
+    root = tmp_path / "toy"
+    make_room(root)
+    with locked(root):
+        claim_set(root, plan())
+        with pytest.raises(UserError, match="another process prepares this set"):
+            make(root, ROWS, side=40)
+        assert json.loads((root / MAKING / "plan.json").read_text()) == plan().card()
 
 
 def test_an_unfinished_set_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:

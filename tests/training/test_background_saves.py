@@ -1,6 +1,7 @@
 """A training that saves in the background: what its user is told is true, and no failure is lost."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.checkpoint.io import SafeCheckpointIO, load
-from maskvlm.training import checkpointing
+from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.training import attempts, checkpointing
 from maskvlm.training.checkpointing import KeepState, check_finite
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
@@ -114,6 +115,25 @@ def test_what_a_run_goes_on_from_is_not_lost_for_a_file_that_was_passed_over(tmp
     fit(tmp_path, ckpt_path=tmp_path / name, max_steps=step + 2)
     found = [load(tmp_path / each)["global_step"] for each in ("previous.ckpt", "last.ckpt")]
     assert found == [step, step + 2]
+
+
+def test_a_death_in_the_evaluation_that_a_run_goes_on_with_is_counted(tmp_path: Path) -> None:
+    """Before its first step: else it would be tried for ever."""
+    fit(tmp_path, max_steps=2)
+    content = load(tmp_path / "last.ckpt")
+    kept = next(state for name, state in content["callbacks"].items() if "KeepState" in name)
+    kept["unmeasured"] = True
+    save(content, tmp_path / "last.ckpt")
+    noted: list[Any] = []
+
+    class Dies(L.Callback):
+        def on_validation_start(self, *_: Any) -> None:
+            noted.append(json.loads((tmp_path / attempts.NAME).read_text())["step"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, Dies(), ckpt_path=tmp_path / "last.ckpt", limit_val_batches=1)
+    assert noted == [2]
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> None:

@@ -129,11 +129,12 @@ def test_an_option_that_is_new_and_a_list_hinders_no_older_run() -> None:
     """Left at its default; of a list each entry is a key."""
     path = f"{LitModel.__module__}.LitModel"  # imported, as a command's classes are
     assert differences({"model": {"lr": 1.0}}, {"model": {"lr": 1.0, "betas": [0.9, 0.999]}}) == []
-    assert differences({"model": {}}, {"model": {"betas": [0.9, 0.5]}}) == ["model.betas[1] was None, is 0.5"]
+    other = {"model": {"lr": 1.0, "betas": [0.9, 0.5]}}
+    assert differences({"model": {"lr": 1.0}}, other) == ["model.betas[1] was None, is 0.5"]
     longer = {"model": {"betas": [0.9, 0.999]}}
     assert differences({"model": {"betas": [0.9]}}, longer) == ["model.betas[1] was None, is 0.999"]
-    was = {"data": {"class_path": path, "init_args": {}}}
-    now = {"data": {"class_path": path, "init_args": {"betas": [0.9, 0.999]}}}
+    was = {"data": {"class_path": path, "init_args": {"lr": 1.0}}}
+    now = {"data": {"class_path": path, "init_args": {"lr": 1.0, "betas": [0.9, 0.999]}}}
     assert differences(was, now) == []
 
 
