@@ -35,6 +35,7 @@ from tasks.vqa.genome import parse_genome
 from tasks.vqa.vocabulary import (
     SAME_PART,
     Annotation,
+    answer_shares,
     build_vocabulary,
     check_image,
     check_majorities,
@@ -113,6 +114,10 @@ class VqaV2(ExampleSource):
     def targets(self, answers: list[str]) -> dict[str, float]:
         """Answers of the vocabulary with what the official accuracy gives for them."""
         return {answer: weight for answer, weight in soft_targets(answers).items() if answer in self._inside}
+
+    def shares(self, answers: list[str]) -> dict[str, float]:
+        """Weights for a head that writes answers."""
+        return {answer: share for answer, share in answer_shares(answers).items() if answer in self._inside}
 
     def split(self, name: str) -> "Joined":
         """The questions of `train`, `val` or `test`.

@@ -25,7 +25,7 @@ from maskvlm.objectives.methods import Method
 from maskvlm.utils.distributed import Draw, shared_count
 from maskvlm.utils.errors import check_least
 from tasks.vqa.decoder import AnswerDecoder
-from tasks.vqa.metric import accuracy
+from tasks.vqa.metric import accuracy, normalise
 
 
 class Vqa(Classification):
@@ -135,9 +135,10 @@ class Vqa(Classification):
         tokenizer: Any = backbone.text.tokenizer
         # Every label begins and ends with them: read from the first.
         start, end = (int(token_KS[0, place]) for place in (0, int(attention_KS[0].sum()) - 1))
-        # The end token ends the answer; no other special token belongs in one.
-        forbidden = [token for token in tokenizer.all_special_ids if token != end]
-        written_BS = self.answer.write(backbone, question, rows, start, end, forbidden)
+        # The end token ends the answer; no other special token belongs in one. The head may have fewer entries.
+        entries = backbone.text.vocab_size
+        forbidden = [token for token in tokenizer.all_special_ids if token != end and token < entries]
+        written_BS = self.answer.search(backbone, question, rows, start, end, forbidden).token_BS
         return [self.words(row, end, tokenizer) for row in written_BS.tolist()]
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
@@ -201,7 +202,12 @@ class Vqa(Classification):
         usual = Counter(one.truth for one in known).most_common(1)[0][0]
         # Ceiling: the best that the vocabulary allows. Prior: one answer to all questions.
         labels, given = set(self.labels), [one.example["answers"] for one in known]
-        best = [max((accuracy(one, answers) for one in {*answers} & labels), default=0.0) for answers in given]
+        # An answer counts as it is written and as the vocabulary writes it.
+        named = [{*answers, *map(normalise, answers)} & labels for answers in given]
+        best = [
+            max((accuracy(one, answers) for one in found), default=0.0)
+            for found, answers in zip(named, given, strict=True)
+        ]
         prior = [accuracy(usual, answers) for answers in given]
         return {"accuracy_prior": 100 * sum(prior) / len(known), "accuracy_ceiling": 100 * sum(best) / len(known)}
 
@@ -227,5 +233,12 @@ class Vqa(Classification):
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:
-    """At most `length` tokens of each answer; what is longer loses its end."""
-    return answers._replace(token_AT=answers.token_AT[:, :length], attention_AT=answers.attention_AT[:, :length])
+    """At most `length` tokens of each answer; what is longer loses its last words, but not its end token, as the
+    answers of the vocabulary."""
+    token_AT, attention_AT = answers.token_AT[:, :length], answers.attention_AT[:, :length]
+    size_A = answers.attention_AT.sum(1)
+    # (A, T) -> (A, 1): the end token is the last one of an answer.
+    end_A1 = answers.token_AT.gather(1, (size_A - 1).clamp(min=0)[:, None])
+    last_T = torch.arange(token_AT.shape[1], device=token_AT.device) == length - 1
+    token_AT = torch.where((size_A > length)[:, None] & last_T, end_A1, token_AT)
+    return answers._replace(token_AT=token_AT, attention_AT=attention_AT)

@@ -158,6 +158,20 @@ class Soft(ExampleSource):
         return {label: min(1.0, 0.3 * answers.count(label)) for label in dict.fromkeys(answers)}
 
 
+class Shared(Soft):
+    """With other weights for a head that writes them."""
+
+    def shares(self, answers: list[str]) -> dict[str, float]:
+        return {label: answers.count(label) / len(answers) for label in dict.fromkeys(answers)}
+
+
+def test_answers_that_are_written_may_have_weights_of_their_own(trained: PreTrainedTokenizerFast) -> None:
+    data = evaluation({"answers": ["blue"] * 3 + ["red"]})
+    batch = CollateExamples(Captioner(trained, 12), Shared())([data[0]])
+    torch.testing.assert_close(batch.target_BK, torch.tensor([[0.3, 0, 0.9]]))
+    torch.testing.assert_close(batch.answers.weight_A, torch.tensor([0.75, 0.25]))
+
+
 def test_soft_targets_reach_both_heads(trained: PreTrainedTokenizerFast) -> None:
     captioner = Captioner(trained, 12)
     people = [["blue"] * 3 + ["red"], [], ["green"] * 9]

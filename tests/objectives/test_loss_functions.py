@@ -333,6 +333,16 @@ def test_words_present_is_noisy_or() -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_word_that_is_there_and_denied_has_its_gradient() -> None:
+    """However sure the model is: the loss of one word at one position is -log sigmoid, whose slope is -1 there."""
+    logits = torch.full((1, 1, 1), -40.0, requires_grad=True)
+    loss = words_present(logits, torch.ones(1, 1), torch.ones(1), torch.tensor(1.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(40.0, rel=1e-5)
+    assert logits.grad is not None
+    assert logits.grad.item() == pytest.approx(-1.0, rel=1e-4)
+
+
 def test_words_present_stays_finite() -> None:
     logits = torch.tensor([[[200.0, -200.0], [200.0, -200.0]]], requires_grad=True)
     loss = words_present(logits, torch.tensor([[0.0, 1.0]]), torch.ones(1), torch.tensor(1.0))

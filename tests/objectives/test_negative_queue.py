@@ -27,7 +27,7 @@ def encoded_of(batch: Batch, seed: int) -> tuple[Encoded, Contrast]:
     excluded = torch.eye(rows, dtype=torch.bool)
     vectors = random(4), random(4)
     return Encoded(image, text, None, None), Contrast(
-        *vectors, *vectors, torch.tensor(9.0), torch.arange(rows), excluded
+        *vectors, *vectors, torch.tensor(9.0), torch.arange(rows), excluded, batch.text_id_C[:, None]
     )
 
 
@@ -138,6 +138,32 @@ def test_a_checkpoint_holds_no_more_than_the_queue() -> None:
     task(backbone, whole(0))
     for value in task.resume_state().values():
         assert value.untyped_storage().nbytes() == value.nbytes
+
+
+@pytest.mark.parametrize("weight_itc", [0.0, 1.0])
+def test_what_is_kept_fits_whether_contrast_is_learned_or_not(weight_itc: float) -> None:
+    backbone, task = build(negative_queue=8, weight_itc=weight_itc)
+    task(backbone, whole(0))
+    task.load_resume_state(task.resume_state())
+
+
+def test_a_kept_pair_with_one_of_the_captions_is_no_negative() -> None:
+    """Whichever of its captions; and one of which an earlier version kept the first alone."""
+    queue, batch = NegativeQueue(8), whole(0)
+    encoded, contrast = encoded_of(batch, 0)
+    own = torch.stack([torch.arange(8), torch.arange(100, 108)], 1)
+    queue.push(batch, encoded, contrast._replace(text_id_Bm=own))
+    now = whole(1)._replace(image_id_B=torch.arange(1000, 1008))
+    other = torch.stack([torch.arange(200, 208), torch.arange(300, 308)], 1)
+    other[3, 1] = 105  # the second caption of what is kept in place 5
+    wide = queue.append_to(encoded_of(now, 1)[1]._replace(text_id_Bm=other), now)
+    assert wide.excluded_BG[:, 8:].nonzero().tolist() == [[3, 5]]
+    state = queue.state()
+    state["text_id_Q"] = state.pop("text_id_Qm")[:, 0]
+    queue.restore(state, 5, LENGTH, 16, 4)
+    queue.push(now, encoded, contrast._replace(text_id_Bm=other))
+    assert queue.pairs is not None
+    assert queue.pairs.text_id_Qm.tolist() == other.tolist()
 
 
 def test_without_matching_nothing_is_kept() -> None:

@@ -17,7 +17,7 @@ from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 from maskvlm.data.batch import Batch
 from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, pad_text
+from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, gather_contrast, pad_text
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.pretraining_losses import WordsPresent
 from maskvlm.utils.distributed import Draw
@@ -158,7 +158,7 @@ def test_negatives_are_the_most_alike_where_contrast_is_sure() -> None:
     image, text = (F.normalize(torch.randn(8, 6), dim=1) for _ in range(2))
     excluded = torch.eye(8, dtype=torch.bool)
     excluded[0, 1] = excluded[1, 0] = True
-    sure = Contrast(image, text, image, text, torch.tensor(1e4), torch.arange(8), excluded)
+    sure = Contrast(image, text, image, text, torch.tensor(1e4), torch.arange(8), excluded, torch.arange(8)[:, None])
     captions, images = task.negatives(sure, 8)
     similar = (image @ text.T).masked_fill(excluded, -2.0)
     assert captions.index_B.tolist() == similar.argmax(1).tolist()
@@ -456,6 +456,33 @@ def test_images_that_stand_still_are_projected_once_and_get_no_gradient(left_out
         assert (backbone.image.mask_token.grad is not None) == (left_out or not still)
     # Eight images; and once more, for masked words, where these give them a gradient that matching does not give.
     assert rows == {False: [(16, True)], "image": [(8, False)]}
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_mim": 0.0}], ids=str)
+def test_of_several_processes_images_that_stand_still_have_gradients_of_zero(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP waits for each parameter. One process here, which takes the way of several."""
+    monkeypatch.setattr("maskvlm.model.encoders.without_gradient", lambda compute: (x := compute()).detach() + 0.0 * x)
+    backbone, task = build(contrast_first=0.5, freeze_aligned="image", **settings)
+    backbone.image.left_out = True
+    task.run_progress = 0.5
+    sum(task(backbone, pad_text(eventful_batch(), LENGTH, 1)).values()).backward()
+    used = [p for p in backbone.image.parameters() if p is not backbone.image.mask_token and p.requires_grad]
+    assert used
+    assert all(p.grad is not None and not p.grad.any() for p in used)
+
+
+def test_an_image_with_one_of_the_captions_is_no_negative() -> None:
+    """Whichever of its captions it is."""
+    batch = toy_batch(4, captions=2)
+    text_id_C = torch.arange(8)
+    text_id_C[3] = text_id_C[0]  # image 1's second caption is image 0's first
+    text_id_C[7] = text_id_C[5]  # image 3's second is image 2's second
+    every = first_and_all_captions(pad_text(batch._replace(text_id_C=text_id_C), LENGTH, 1))[1]
+    vector = torch.zeros(4, 3)
+    excluded = gather_contrast(every, vector, vector, torch.ones(())).excluded_BG
+    assert excluded.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_the_mean_patch_is_one_of_the_patches_that_contrast_sees() -> None:

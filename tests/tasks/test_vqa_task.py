@@ -4,7 +4,6 @@ Shapes: A answers, S answer tokens, K candidates, V vocabulary.
 """
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from toy_examples import LABELS, example, example_batch, matters, take_examples
 from toys import CLS, LENGTH, SEP, VOCAB, WIDTH, slow_causal_block, slow_cross, tokens, toy_backbone
 
-from maskvlm.data.examples import ExampleBatch
+from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import train_tokenizer
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.encoders import TextEncoder
@@ -160,32 +159,30 @@ def test_ranking_a_few_takes_those_with_the_likeliest_first_word(most: int) -> N
 
 def test_writing_stops_at_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that says 5, the end and then 11 to the first question, and 6, 7, 8, 9, 10 to the second, where 9 is
-    forbidden (the first of equals is written in its place) and the length is used up."""
+    forbidden (0 is written in its place) and the length is used up: the end token is the last."""
     backbone, task = build(answer_length=6)
 
-    def said(self: object, backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
-        steps = token_AS.shape[1]
-        logits_ASV = torch.zeros(2, steps, VOCAB)
-        logits_ASV[0, :, {1: 5, 2: SEP}.get(steps, 11)] = 1.0
-        logits_ASV[1, :, 5 + steps] = 1.0
-        logits_ASV[:, :, 9] = 2.0
-        return logits_ASV
+    def said(_: object, __: MaskVLM, ___: Context, token_A: Tensor, place: int, past: Any) -> tuple[Tensor, list[Any]]:
+        logits_AV = torch.zeros(2, VOCAB)
+        logits_AV[0, {0: 5, 1: SEP}.get(place, 11)] = 1.0
+        logits_AV[1, 6 + place] = 1.0
+        logits_AV[:, 0], logits_AV[:, 9] = 0.5, 2.0
+        return logits_AV, []
 
-    monkeypatch.setattr(type(task.answer), "forward", said)
-    question: Any = SimpleNamespace()
-    written_BS = task.answer.write(backbone, question, 2, CLS, SEP, [9])
-    assert written_BS.tolist() == [[CLS, 5, SEP, SEP, SEP, SEP], [CLS, 6, 7, 8, 0, 10]]
+    monkeypatch.setattr(type(task.answer), "follow", said)
+    written_BS = task.answer.search(backbone, Context([], None, None), 2, CLS, SEP, [9]).token_BS
+    assert written_BS.tolist() == [[CLS, 5, SEP, SEP, SEP, SEP], [CLS, 6, 7, 8, 0, SEP]]
 
 
 def test_writing_takes_the_likeliest_token_each_time() -> None:
     backbone, task = build(answer_length=5)
     batch = noise(5)
-    written_BS = task.answer.write(backbone, asked(backbone, task, batch), 5, CLS, SEP, [0, CLS])
-    assert written_BS.shape[1] <= 5
+    written_BS = task.answer.search(backbone, asked(backbone, task, batch), 5, CLS, SEP, [0, CLS]).token_BS
+    assert written_BS.shape[1] == 5
     for row, written in enumerate(written_BS.tolist()):
         assert written[0] == CLS
         for at in range(1, len(written)):
-            if SEP in written[1:at]:
+            if SEP in written[1:at] or at == 4:
                 assert written[at] == SEP
                 continue
             logits_V = slow_logits(backbone, task, batch, row, written[:at])
@@ -293,12 +290,17 @@ def test_answer_classes_start_as_likely_as_one_of_them_is() -> None:
     assert task.head.last.bias.sigmoid().tolist() == pytest.approx([1 / len(LABELS)] * len(LABELS))
 
 
-def test_long_answers_lose_their_end() -> None:
-    answers = example_batch(2).answers
-    cut = shortened(answers, 3)
-    assert cut.token_AT.tolist() == answers.token_AT[:, :3].tolist()
-    assert cut.attention_AT.shape == cut.token_AT.shape
-    assert shortened(answers, 99).token_AT.shape == answers.token_AT.shape
+def test_long_answers_lose_their_last_words_and_keep_their_end() -> None:
+    """As `Captioner` cuts the answers of the vocabulary."""
+    token_AT = torch.tensor([[2, 5, 6, 7, 3], [2, 5, 6, 3, 1], [2, 5, 3, 1, 1]])
+    answers = AnswerTokens(token_AT, token_AT != 1, torch.arange(3), torch.ones(3))
+    cut = shortened(answers, 4)
+    assert cut.token_AT.tolist() == [[2, 5, 6, 3], [2, 5, 6, 3], [2, 5, 3, 1]]
+    assert cut.attention_AT.tolist() == (cut.token_AT != 1).tolist()
+    for length in (5, 99):
+        assert torch.equal(shortened(answers, length).token_AT, token_AT)
+    none = AnswerTokens(token_AT[:0], token_AT[:0] != 1, torch.arange(0), torch.ones(0))
+    assert shortened(none, 3).token_AT.shape == (0, 3)
 
 
 # ---------------------------------------------------------------------- what is said
@@ -343,7 +345,11 @@ def test_an_answer_that_was_learned_is_given_both_ways(decode: Any) -> None:
             logits_ASV[:, at, spelt[min(at + 1, len(spelt) - 1)]] = 9.0
         return logits_ASV
 
+    def goes_on(_: MaskVLM, __: Context, token_A: Tensor, place: int, past: Any) -> tuple[Tensor, list[Any]]:
+        return said(backbone, __, token_A[:, None].expand(-1, place + 1), token_A)[:, -1], []
+
     task.answer.forward = said  # type: ignore[method-assign]
+    task.answer.follow = goes_on  # type: ignore[method-assign]
     batch = example_batch(3)._replace(examples=tuple(example(n, answers=["new york's"] * 10) for n in range(3)))
     assert task.answers(backbone, batch) == ["new york's"] * 3
     task.update(backbone, batch)
@@ -371,6 +377,11 @@ def test_metrics_by_hand() -> None:
     assert found["accuracy_prior"] == pytest.approx(100 * (1 + 0 + 1) / 3)  # always `blue`
     assert found["accuracy_ceiling"] == pytest.approx(100 * (0.6 + 1 + 0) / 3)  # `blue` is not in the vocabulary
     assert task.extra_metrics(rows[3:]) == {}
+    # The metric compares normalised answers: so does the best choice.
+    numbers = Vqa(("2", "dog")).extra_metrics(
+        [ScoredExample(0, example(0, answers=["two"] * 6 + ["three"] * 4), "2", 1.0)]
+    )
+    assert numbers["accuracy_ceiling"] == 100
 
 
 def said(name: str, answer: str) -> Prediction:

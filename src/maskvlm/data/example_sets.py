@@ -121,7 +121,7 @@ class CollateExamples:
             torch.tensor([sample["index"] for sample in samples]),
             # (B, P)
             torch.tensor(ids),
-            self.answers(targets),
+            self.answers([self.source.shares(example["answers"]) for example in examples]),
             # without images: each would be handed from worker to main process a second time
             tuple(Example(**{**example, "images": []}) for example in examples),
             tuple(sample["problem"] for sample in samples if sample["problem"]),

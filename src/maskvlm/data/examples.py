@@ -79,6 +79,11 @@ class ExampleSource(ABC):
         # an example without an answer has no target: {}
         return dict.fromkeys(answers[:1], 1.0)
 
+    def shares(self, answers: list[str]) -> dict[str, float]:
+        """The same for a head that writes answers, which makes their weights add up to 1: the share of people who gave
+        each, where that is another thing than what it is worth."""
+        return self.targets(answers)
+
 
 class AnswerTokens(NamedTuple):
     """All target answers of a batch as text. owner_A: row of the example; weight_A: its target's weight."""

@@ -280,7 +280,7 @@ class CrossEncoder(nn.Module):
             attention_BL = None if attention_UL is None else attention_UL[row_B]
         shared = row_B is not None and len(blocks) > 1
         if shared:
-            x_BLD = self._run(blocks[0].attend_self, x_ULD, key_mask(attention_UL), ALL, place_LD)
+            x_BLD = self.run_part(blocks[0].attend_self, x_ULD, key_mask(attention_UL), ALL, place_LD)
         if row_B is not None:
             x_BLD = x_BLD.index_select(0, row_B)
         num_full = x_BLD.shape[0] if num_full is None else num_full
@@ -289,9 +289,9 @@ class CrossEncoder(nn.Module):
         for block, key_value in zip(blocks[:-1], context.blocks[:-1], strict=True):
             seen = (key_value.rows(context.index_B), context_mask, ALL, place_LD)
             if shared and block is blocks[0]:
-                x_BLD = self._run(block.attend_other, x_BLD, *seen)
+                x_BLD = self.run_part(block.attend_other, x_BLD, *seen)
             else:
-                x_BLD = self._run(block, x_BLD, self_mask, *seen)
+                x_BLD = self.run_part(block, x_BLD, self_mask, *seen)
         # The last block in two parts: what is read of the first `num_full` pairs, the first position of the others.
         last = context.blocks[-1].rows(context.index_B)
         parts: list[Tensor] = []
@@ -300,13 +300,14 @@ class CrossEncoder(nn.Module):
             if x_BLD[rows].shape[0]:
                 mask = None if self_mask is None else self_mask[rows]
                 picked = KeyValue(last.key[rows], last.value[rows])
-                parts.append(self._run(blocks[-1], x_BLD[rows], mask, picked, context.mask(rows), asking, place_LD))
+                parts.append(self.run_part(blocks[-1], x_BLD[rows], mask, picked, context.mask(rows), asking, place_LD))
         # (num_full, L, D) and (B, D); a batch without pairs leaves `parts` empty.
         whole = parts[0] if num_full else x_BLD[:0]
         # A sum of one position, or of none where nothing is read: then it is 0.
         return CrossOutput(whole, torch.cat([part[:, :1].sum(1) for part in parts or [x_BLD]]))
 
-    def _run(self, compute: Callable[..., Tensor], *args: object) -> Tensor:
+    def run_part(self, compute: Callable[..., Tensor], *args: object) -> Tensor:
+        """A block, or a part of one; with `checkpointing` its activations are recomputed in the backward pass."""
         if self.checkpointing and self.training:
             # The reentrant kind does not see tensors inside a tuple, so KeyValue would get no gradient.
             return checkpoint(compute, *args, use_reentrant=False)

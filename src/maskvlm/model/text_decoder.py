@@ -84,7 +84,7 @@ class TextDecoder(nn.Module):
         mask = seen.mask(slice(None))
         # Block by block: CrossEncoder.forward takes padding masks, no causal one.
         for block, key_value in zip(self.decoder.blocks, seen.blocks, strict=True):
-            x_ASD = block(x_ASD, causal_11SS, key_value.rows(owner_A), mask)
+            x_ASD = self.decoder.run_part(block, x_ASD, causal_11SS, key_value.rows(owner_A), mask)
         return self.tokens(x_ASD)
 
     def log_likelihood(

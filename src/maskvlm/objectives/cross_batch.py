@@ -1,7 +1,7 @@
 """Which rows meet which: in contrast, as hard negatives, and in the one pass of each cross encoder.
 
 Shapes: B pairs of this process, G of all processes, M negatives, U rows to pick from, L positions, T tokens,
-E contrast width, D width.
+E contrast width, D width, m captions of each image.
 """
 
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Crossed(NamedTuple):
 class Contrast(NamedTuple):
     """Unit vectors of this process's pairs and of all processes' (and of a queue, behind them). scale: 1 /
     temperature. own_B: int64 column of each row's partner. excluded_BG: bool, True where a column is no negative; the
-    own one is none."""
+    own one is none. text_id_Bm: int64, of the m captions of each image."""
 
     image_BE: Tensor
     text_BE: Tensor
@@ -66,22 +66,33 @@ class Contrast(NamedTuple):
     scale: Tensor
     own_B: Tensor
     excluded_BG: Tensor
+    text_id_Bm: Tensor
 
 
-def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
-    """Gather the unit vectors of all processes and exclude as negatives the same image, the same text and invalid
-    rows."""
+def same_pairs(image_id_B: Tensor, text_id_Bm: Tensor, image_id_G: Tensor, text_id_Gm: Tensor) -> Tensor:
+    """Which of G pairs show the same image as a pair of the batch, or have one of its m captions: no negatives of each
+    other, [B, G]."""
+    # (B, 1, m, 1) and (1, G, 1, m): any caption of the one with any of the other.
+    said_BG = (text_id_Bm[:, None, :, None] == text_id_Gm[None, :, None, :]).flatten(2).any(2)
+    return said_BG | (image_id_B[:, None] == image_id_G)
+
+
+def gather_contrast(all_captions: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
+    """Gather the unit vectors of all processes and exclude as negatives the same image, an image that has one of its
+    captions, and invalid rows. all_captions: by `first_and_all_captions`, as many of each image."""
+    batch = all_captions
     # Processes hold equally many rows, gathered in the order of their ranks.
     own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
-    same_BG = batch.image_id_B[:, None] == gather(batch.image_id_B)
-    same_BG |= batch.text_id_C[:, None] == gather(batch.text_id_C)
+    # (m * B) -> (m, B) -> (B, m)
+    text_id_Bm = batch.text_id_C.unflatten(0, (-1, len(image_BE))).T.contiguous()
+    same_BG = same_pairs(batch.image_id_B, text_id_Bm, gather(batch.image_id_B), gather(text_id_Bm))
     excluded_BG = same_BG | ~gather(batch.valid_B.to(torch.uint8)).bool()
-    return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG)
+    return Contrast(image_BE, text_BE, gather(image_BE), gather(text_BE), scale, own_B, excluded_BG, text_id_Bm)
 
 
 class QueuedPairs(NamedTuple):
     """Pairs of earlier steps as they were encoded then, without gradient: features, unit vectors, what they show and
-    say, and whether they could be read."""
+    what their images' m captions say, and whether they could be read."""
 
     image_QLD: Tensor
     text_QTD: Tensor
@@ -89,7 +100,7 @@ class QueuedPairs(NamedTuple):
     image_QE: Tensor
     text_QE: Tensor
     image_id_Q: Tensor
-    text_id_Q: Tensor
+    text_id_Qm: Tensor
     valid_Q: Tensor
 
 

@@ -118,8 +118,9 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
     """
     # log(1 - sigmoid(x)) = -softplus(x), and of independent positions the logs add up: (B, L, V) -> (B, V).
     absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
-    # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf.
-    present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-6)))
+    # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf. So small, as there the
+    # gradient ends: just where a word that is there is denied the most.
+    present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-30)))
     # Per different token (words_BV has a 1 for each), so that captions of many words do not weigh more.
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
     return (loss_B * weight_B).sum() / count.clamp(min=1)

@@ -1,7 +1,7 @@
 """Hard negatives out of earlier steps.
 
 Shapes: B pairs of this process, G of all processes, Q pairs that are kept, L image positions, T tokens, D width,
-E contrast width.
+E contrast width, m captions an image.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskvlm.data.batch import Batch
-from maskvlm.objectives.cross_batch import Contrast, Encoded, QueuedPairs
+from maskvlm.objectives.cross_batch import Contrast, Encoded, QueuedPairs, same_pairs
 
 
 class NegativeQueue:
@@ -28,11 +28,13 @@ class NegativeQueue:
         """Take in this step's pairs; texts are all padded to the same length."""
         new = QueuedPairs(
             encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE,
-            batch.image_id_B, batch.text_id_C, batch.valid_B,
+            batch.image_id_B, contrast.text_id_Bm, batch.valid_B,
         )  # fmt: skip
         # Without the graph, which would keep each step's activations alive.
         new = QueuedPairs(*(part.detach()[-self.size :] for part in invalidate_nonfinite(new)))
         old = self.pairs
+        if old is not None and old.text_id_Qm.shape[1] == 1:  # kept by a version that knew the first caption alone
+            old = old._replace(text_id_Qm=old.text_id_Qm.expand(-1, new.text_id_Qm.shape[1]))
         # The newest last; the oldest fall off the front.
         self.pairs = (
             new if old is None else QueuedPairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
@@ -51,8 +53,14 @@ class NegativeQueue:
         Raises:
             ValueError: a tensor is missing or of another form.
         """
+        first_Q = state.get("text_id_Q")
+        if first_Q is not None and first_Q.dim() == 1:  # as an earlier version named the first captions
+            state = {name: part for name, part in state.items() if name != "text_id_Q"}
+            state["text_id_Qm"] = first_Q[:, None]
+        ids = state.get("text_id_Qm", torch.empty(0))
+        captions = ids.shape[1] if ids.dim() == 2 and ids.shape[1] else 1
         # One entry a field of QueuedPairs, in order: shape without the rows, and kind of number.
-        sizes = ((positions, width), (length, width), (length,), (dim,), (dim,), (), (), ())
+        sizes = ((positions, width), (length, width), (length,), (dim,), (dim,), (), (captions,), ())
         kinds = ("float", "float", "bool", "float", "float", "int", "int", "bool")
         # A checkpoint is data of others: every tensor is checked before one is taken.
         if set(state) != set(QueuedPairs._fields):
@@ -75,7 +83,7 @@ class NegativeQueue:
         kept = self.pairs = QueuedPairs(
             *(part.to(contrast.scale.device) for part in self.pairs)
         )  # a checkpoint's: the CPU
-        same_BQ = (batch.image_id_B[:, None] == kept.image_id_Q) | (batch.text_id_C[:, None] == kept.text_id_Q)
+        same_BQ = same_pairs(batch.image_id_B, contrast.text_id_Bm, kept.image_id_Q, kept.text_id_Qm)
         # Columns of the queue stand behind those of the batch, so own_B stays right.
         return contrast._replace(
             image_GE=torch.cat([contrast.image_GE, kept.image_QE]),

@@ -390,7 +390,7 @@ class MaskedPretraining(Task):
             exchanged = self.exchange(backbone, batch, pairs)
             encoded = self.encode(backbone, all_captions, masks, subset_BV, exchanged)
         # Contrast before negatives, which are drawn by its similarities; these before the pairs that are crossed.
-        contrast = self.contrast(batch, encoded, subset_BV)
+        contrast = self.contrast(all_captions, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
         matched = None
         if negatives is not None:
@@ -451,14 +451,14 @@ class MaskedPretraining(Task):
             pairs: of the first so many pairs; None: of all.
         """
         # In evaluation there are more texts than images: None takes all of both.
-        texts, pairs = pairs, len(batch.valid_B) if pairs is None else pairs
+        images = len(batch.valid_B) if pairs is None else pairs
         # Of a single pair, as in the ITC-only phase, a sound masking may mask nothing.
-        first = training and pairs > 1 and not self.masked_before
+        first = training and images > 1 and not self.masked_before
         masks_per_text, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
             # The first images of the batch, which is in random order in training.
-            valid_B, size = batch.valid_B[: max(1, round(share * pairs))], backbone.image.patch_size
+            valid_B, size = batch.valid_B[: max(1, round(share * images))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
             check_mask(self.image_masking, patch, PatchMask)
             if first:
@@ -466,7 +466,7 @@ class MaskedPretraining(Task):
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
             # (C, T) -> (C * masks_per_text, T), the maskings of a text side by side.
-            token_CT, special_CT, word_CT = (part[:texts].repeat_interleave(masks_per_text, 0) for part in parts)
+            token_CT, special_CT, word_CT = (part[:pairs].repeat_interleave(masks_per_text, 0) for part in parts)
             rows = Texts(token_CT, special_CT, word_CT, masks_per_text, training)
             text = backbone.text
             token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
@@ -541,7 +541,7 @@ class MaskedPretraining(Task):
                     backbone.image, self.pairs_at_once, len(images),
                     lambda rows: (images[rows], masked_BN[rows], None, visible),
                 )  # fmt: skip
-        if backbone.image.stands_still:
+        if backbone.image.stands_still and masks.patch is not None:
             # Masked images train the mask token. Left in one graph with them, whole ones would get a gradient that
             # nothing reads: about 3 % of a step's time.
             whole = whole.detach()
@@ -564,24 +564,30 @@ class MaskedPretraining(Task):
             None if exchanged is None else exchanged.changed_C,
         )
 
-    def contrast(self, batch: Batch, encoded: Encoded, subset_BV: Tensor | None = None) -> Contrast:
-        """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform."""
+    def contrast(self, all_captions: Batch, encoded: Encoded, subset_BV: Tensor | None = None) -> Contrast:
+        """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform.
+        all_captions: the first ones of all images in front."""
+        pairs = len(all_captions.valid_B)
         if self.weights["itc"]:
             if self.training:
                 self.projection.clamp_temperature()
-            image = self.projection.embed_image(encoded.image_BLD, subset_BV)
-            text, scale = self.projection.embed_text(encoded.text_BTD, batch.attention_CT), self.projection.logit_scale
+            image, attention_BT = (
+                self.projection.embed_image(encoded.image_BLD, subset_BV),
+                all_captions.attention_CT[:pairs],
+            )
+            text, scale = self.projection.embed_text(encoded.text_BTD, attention_BT), self.projection.logit_scale
         else:
-            image = text = torch.zeros_like(encoded.image_BLD[:, 0]).float()
+            # As wide as they would be: a queue of them is kept in checkpoints.
+            image = text = encoded.image_BLD.new_zeros(pairs, self.contrastive.width, dtype=torch.float32)
             scale = torch.ones((), device=image.device)
-        return gather_contrast(batch, image, text, scale)
+        return gather_contrast(all_captions, image, text, scale)
 
     def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
         """For each of the first `pairs` images a hard caption, for each of their captions a hard image, out of the
         global batch and, after it, the queue."""
         if not self.weights["itm"]:
             return None
-        image, text, image_all, text_all, scale, _, excluded = contrast
+        image, text, image_all, text_all, scale, _, excluded, _ = contrast
         with torch.no_grad():
             # One exclusion serves both directions: whether two pairs share image or text does not depend on the side.
             drawn = [
