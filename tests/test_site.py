@@ -66,7 +66,8 @@ def test_every_page_has_its_place() -> None:
 
 # ---------------------------------------------------------------------- commands
 
-CHECKPOINTS = {"first": "pretrain", "mine": "pretrain", "photos": "pretrain", "vqa": "vqa", "captioning": "captioning"}
+TRAINED = dict.fromkeys(("first", "mine", "photos", "paper"), "pretrain")
+CHECKPOINTS = {**TRAINED, "vqa": "vqa", "captioning": "captioning"}
 OF_MAKE = ("setup", "test", "check", "docs", "gpu-check")
 """Targets that are no command of maskvlm."""
 OTHER_WORDS = ("TASK", "SET", "STUDY", "ARGS", "STREAM", "DATA_ROOT")

@@ -119,6 +119,20 @@ def test_a_place_without_shards_is_one_line(tmp_path: Path) -> None:
         list_shards("nowhere://bucket/*.tar")
 
 
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_stream_that_is_read_over_goes_on_with_as_many_workers(tmp_path: Path, replay: bool) -> None:
+    """With another number each would read other shards: samples would come twice, and others never."""
+    root = tars(tmp_path)
+    state = ready(root, workers=2, replay=replay).state_dict()
+    ready(root, workers=2, replay=replay).load_state_dict(state)
+    other = ready(root, workers=1, replay=replay)
+    if replay:
+        with pytest.raises(UserError, match=r"1 processes with 1 data workers each, in the checkpoint to 1 .* 2 data"):
+            other.load_state_dict(state)
+        del state["dealt"]  # of an older version
+    other.load_state_dict(state)
+
+
 def test_shards_of_other_splits_in_a_folder_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train-0", "val-0", "test-0", "more"):
         (tmp_path / f"{name}.tar").write_bytes(tar(range(2)))

@@ -162,10 +162,11 @@ TASK.TOOL and methods of tasks
   answer, compare, entail        what a fine-tuned model answers: METHOD --from CHECKPOINT IMAGE "TEXT"
 
 Options of every command
-  --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
-  --print_config        print the composed configuration and stop
   --allow-import NAME   let files name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
   --debug               show tracebacks
+Of those that train and measure
+  --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
+  --print_config        print the composed configuration and stop
 
 `maskvlm COMMAND --help` says what a command takes; `maskvlm fit --help` lists all keys."""
 
@@ -191,7 +192,7 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "from": ("the checkpoint to start from, or a folder of the hub's format; finetune: also random", list, ""),
     "to": ("the name on the hub: owner/name", list, ""),
     "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
-    "split": ("what is measured; index, embed: also train", lambda: SPLITS, "val"),
+    "split": ("what is measured; index, embed: also train, all", lambda: SPLITS, "val"),
     "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),
     "name": ("of the prepared set", list, "as the set"),
 }

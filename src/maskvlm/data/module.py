@@ -204,7 +204,15 @@ class PairData(L.LightningDataModule):
         rows = self.bad_rows() | {"left_out": None}  # the reader finds it again
         batches: int = progress.current.processed if progress else 0  # type: ignore[attr-defined]
         data = self.splits["train"].fingerprint if "train" in self.splits else None
-        return {"batches": batches, "share": self.share, "data": data, "rows": rows}
+        return {"batches": batches, "share": self.share, "data": data, "rows": rows, "dealt": self._dealt()}
+
+    def _dealt(self) -> list[int] | None:
+        """How many processes, and data workers of each, a stream is dealt out to that is to be read over when a run
+        goes on; None of other data, whose order is one for any number of them."""
+        pairs: Any = self.splits.get("train")
+        if not hasattr(pairs, "stream") or not pairs.replay:
+            return None
+        return [world_size(), self._readers()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stands. Raises UserError where batches have another size now, or hold other data."""
@@ -220,6 +228,12 @@ class PairData(L.LightningDataModule):
             what = f"a pass has {self.share} pairs, in the checkpoint {state_dict['share']}"
             todo = "Go on with the same batch_size and accumulate, or start a new run --from this checkpoint"
             raise UserError("data.batch_size", what, todo)
+        # a checkpoint of an older version does not tell
+        before, now = state_dict.get("dealt"), self._dealt()
+        if before and now and before != now:
+            what = f"the stream is dealt out to {_parts(now)}, in the checkpoint to {_parts(before)}: other samples"
+            todo = "Go on with as many (--data.workers), or start a new run --from this checkpoint"
+            raise UserError("data.workers", what, todo)
         self.start, rows = state_dict["batches"], state_dict["rows"]
         if rank() == 0:  # the counts are of all processes
             self.seen, self.problems, self.examples = rows["samples"], Counter(rows["problems"]), rows["examples"]
@@ -341,3 +355,8 @@ class PairData(L.LightningDataModule):
             for reason, messages in shard.items():  # type: ignore[attr-defined]
                 examples[reason] = list(dict.fromkeys([*examples.get(reason, []), *messages]))[:MOST_LISTED]
         return {"samples": samples, "problems": dict(counts), "examples": examples, "left_out": left_out}
+
+
+def _parts(dealt: list[int]) -> str:
+    """Processes and data workers of each, in words."""
+    return f"{dealt[0]} processes with {dealt[1]} data workers each"

@@ -45,12 +45,12 @@ class TableSet(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Of each file first the bad rows, then the images in the order in which they came first."""
-        seen: dict[str, Seen] = {}
+        seen: dict[str, FirstPlace] = {}
         for file in self.files:
             yield from file_rows(file, self.name, self.columns, self.notes, seen)
 
 
-class Seen(NamedTuple):
+class FirstPlace(NamedTuple):
     """Where an image stood first: `origin` is file and line."""
 
     split: str
@@ -62,7 +62,7 @@ def file_rows(
     name: str,
     given: dict[str, str],
     notes: list[str] | None = None,
-    seen: dict[str, Seen] | None = None,
+    seen: dict[str, FirstPlace] | None = None,
 ) -> Iterator[RawRow | BadRow]:
     """The rows of one file; `notes` is told which columns were taken.
 
@@ -81,7 +81,7 @@ def file_rows(
         if isinstance(found, Values):
             path, problem = folder.place(found.image)
             # the image's path is its identity: two names may lead to it
-            before = seen.setdefault(path, Seen(found.split, origin)) if path and seen is not None else None
+            before = seen.setdefault(path, FirstPlace(found.split, origin)) if path and seen is not None else None
             own = f"{default} {found.id}" if found.id and seen is not None and default != "train" else found.id
             bad: BadRow | None
             if problem:
