@@ -40,7 +40,7 @@ help:  ## this list
 setup: $(call installed)  ## make .venv and install into it (the other targets do it when needed)
 data:  ## prepare SET from its files RAW, once, as DATA_ROOT/NAME (ARGS=--look: only look at it)
 data-check:  ## verify the prepared set SET (or NAME) against its manifest
-pretrain:  ## pre-train, measure, and draw: everything lands in checkpoints/RUN (FROM=: go on from a checkpoint)
+pretrain:  ## pre-train, measure, and draw: everything lands in checkpoints/RUN (FROM=: start from a checkpoint)
 finetune:  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
 evaluate:  ## measure TASK, or without it pre-training, with the checkpoint FROM as it is (SPLIT=val or test)
 config:  ## print the composed configuration of pretrain, or of finetune with TASK and FROM, and stop

@@ -31,7 +31,8 @@ from maskvlm.utils.errors import UserError, check_least
 
 
 class CaptionContrast(NamedTuple):
-    """Cosines times the scale of this process's rows with the columns of all processes, and what the columns are.
+    """Unit vectors of this process's rows and of all processes' columns, the scale of their cosines, and what the
+    columns are.
 
     image_BE ... text_HE: unit vectors. image_targets: [B, H] of images; text_targets: [C, G] of captions.
     """
@@ -206,6 +207,7 @@ class Retrieval(Task):
         # Here, since of what is computed again the processes may not exchange anything.
         count = shared_count(weight_M.sum())
 
+        # The tensor is not read: it tells torch, which computes again, whose random numbers to draw again (dropout's).
         def of(pairs: slice, image_ULD: Tensor) -> Tensor:
             fused_m = cross(backbone, rows, image_M[pairs], text_M[pairs])
             return formulas.matching(self.matching(fused_m.product_MD), match_M[pairs], weight_M[pairs], count)

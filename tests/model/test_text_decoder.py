@@ -57,6 +57,20 @@ def written(row: list[int]) -> tuple[int, ...]:
     return tuple(row[1:end])
 
 
+def test_checkpointing_reaches_the_blocks_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, decoder, context = build(6)
+    decoder.decoder.checkpointing = True
+    passes: list[Any] = []
+
+    def noted(compute: Any, *args: Any, use_reentrant: bool) -> Any:
+        passes.append(compute)
+        return compute(*args)
+
+    monkeypatch.setattr("maskvlm.model.cross_attention.checkpoint", noted)
+    decoder.train()(backbone, context, torch.tensor([[CLS, 7, 8]]), torch.tensor([0]))
+    assert passes == [*decoder.decoder.blocks]
+
+
 def test_a_token_at_a_time_is_the_whole_text_at_once() -> None:
     backbone, decoder, context = build(6, rows=2)
     token_AS = torch.tensor([[CLS, 7, 30, 9, 12], [CLS, 8, 8, 11, 5]])

@@ -101,7 +101,7 @@ class Classifier(nn.Module):
     """Two linear layers on the fused vectors of one image or of several (NLVR2, SNLI-VE; R).
 
     Args:
-        width: of the input: 3 * D for each image.
+        width: of the input: of fused vectors 3 * D for each image.
         hidden: width between the two.
         labels: K, classes.
         dropout: before the second layer, 0 to 1.

@@ -3,7 +3,7 @@
 | part | linear layers |
 | --- | --- |
 | encoders with `random_init`, adapters, contrast projections | Xavier uniform, bias 0 (MAE's rule) |
-| classification head; word detector, but for its bias | Xavier uniform, bias 0 |
+| classification head; spread's head; word detector, but for its bias | Xavier uniform, bias 0 |
 | positions of an image encoder with `random_init` | 2-D sine and cosine, learned from there (MAE's start) |
 | cross-attention in cross encoders and pixel decoder | Xavier uniform, bias 0 |
 | the rest of cross encoders and pixel decoder; other heads | N(0, 0.02), bias 0 (C, BERT's rule) |

@@ -72,7 +72,7 @@ class Classification(Task):
         name: prefix of the metrics.
 
     Raises:
-        UserError: no labels, a share outside [0, 1], or `scores` without the heads of pre-training.
+        UserError: no labels, a share outside [0, 1], or `scores` from a checkpoint without the heads of pre-training.
     """
 
     name = "classification"
