@@ -189,7 +189,7 @@ class Asked(nn.Module):
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
         given, single = as_list(image)
-        parts = embeddings.chunks(given, self.batch_size)
+        parts = embeddings.in_batches(given, self.batch_size)
         found = [one for part in parts for one in infill.best_captions(self, part, sizes)]
         return found[0] if single else found
 
@@ -352,5 +352,5 @@ class Asked(nn.Module):
         (images, one_image), (texts, one_text) = as_list(image), as_list(text)
         # Paired first and cut into parts then, so that a single image or text is repeated.
         pairs = [(images[i], check_text(texts[t])) for i, t in embeddings.pair_up(len(images), len(texts))]
-        parts = [([i for i, _ in part], [t for _, t in part]) for part in embeddings.chunks(pairs, self.batch_size)]
+        parts = [([i for i, _ in part], [t for _, t in part]) for part in embeddings.in_batches(pairs, self.batch_size)]
         return parts, one_image and one_text

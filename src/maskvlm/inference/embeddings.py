@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskvlm.model.heads import Matching, Projection
-from maskvlm.objectives.loaded_model import Model, chunks
+from maskvlm.objectives.loaded_model import Model, in_batches
 from maskvlm.utils.errors import UserError
 
 
@@ -32,7 +32,7 @@ class EncodedSide(NamedTuple):
 
 def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
     """Of the image encoder, [L, D] of each image."""
-    parts = (model.backbone.image(model.pixels(part)) for part in chunks(images, model.batch_size))
+    parts = (model.backbone.image(model.pixels(part)) for part in in_batches(images, model.batch_size))
     return [image_LD for image_BLD in parts for image_LD in image_BLD]
 
 
@@ -43,7 +43,7 @@ def text_features(model: Model, texts: Sequence[str]) -> list[Tensor]:
 
 def texts_encoded(model: Model, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
     """Features [C, T, D] and attention [C, T] of so many texts at a time."""
-    for part in chunks(texts, model.batch_size):
+    for part in in_batches(texts, model.batch_size):
         tokens = model.tokens(part)
         yield model.backbone.text(tokens.token_CT, tokens.attention_CT), tokens.attention_CT
 
@@ -60,7 +60,7 @@ def encode_image(model: Model, images: Sequence[Any]) -> EncodedSide:
     projection: Projection = model.head("projection", "encode_image")
     # The empty first part makes torch.cat work where there is nothing to encode.
     features, vectors = [], [no_vectors(projection)]
-    for part in chunks(images, model.batch_size):
+    for part in in_batches(images, model.batch_size):
         image_BLD = model.backbone.image(model.pixels(part))
         features += list(image_BLD)
         vectors.append(projection.embed_image(image_BLD))
@@ -99,7 +99,7 @@ def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequ
     head: Matching = model.head("matching", "match")
     found = []
     for image, text in zip(
-        chunks(image_features, model.batch_size), chunks(text_features, model.batch_size), strict=True
+        in_batches(image_features, model.batch_size), in_batches(text_features, model.batch_size), strict=True
     ):
         # Texts were encoded in other batches: padded anew to the longest of these, [T, D] each -> (M, T, D).
         text_MTD = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)

@@ -148,7 +148,7 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
         Written(model.words.decode(row[1 : length + 1]), total / length)
         for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(looked.which), strict=True)
     ]
-    return [list(each) for each in embed.chunks(written, len(lengths))]
+    return [list(each) for each in embed.in_batches(written, len(lengths))]
 
 
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:

@@ -46,7 +46,7 @@ from maskvlm.inference.hf_config import (
 from maskvlm.inference.model_card import UNNAMED, KnownSet, limits, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
-from maskvlm.objectives.loaded_model import chunks
+from maskvlm.objectives.loaded_model import in_batches
 from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
 from maskvlm.training.run_record import write_text
@@ -179,7 +179,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """Of each image a line that says how unlike the training data it is; None where it is not, or where nobody
         knows."""
         given, found = as_list(images)[0], list[str | None]()
-        for part in chunks(given, self.batch_size):
+        for part in in_batches(given, self.batch_size):
             found += self._far(super().pixels(part))
         return found
 

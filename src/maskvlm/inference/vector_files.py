@@ -31,7 +31,7 @@ from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.data.transforms import eval_transform
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.objectives.loaded_model import chunks
+from maskvlm.objectives.loaded_model import in_batches
 from maskvlm.reporting.meters import duration, number
 from maskvlm.training.failure import process_rank
 from maskvlm.utils.cores import cores
@@ -113,7 +113,7 @@ def embed(
     # What this process has to do: its own shards, without those that are there.
     mine = [part for part in range(count)[process[0] :: process[1]] if not file_of(folder, part, count).exists()]
     ranges = [range(part * shard, min((part + 1) * shard, len(pairs))) for part in mine]
-    batches = [[list(rows) for rows in chunks(whole, model.batch_size)] for whole in ranges]
+    batches = [[list(rows) for rows in in_batches(whole, model.batch_size)] for whole in ranges]
     # One loader for all shards: its workers read on across their ends. On a CPU the model needs the cores.
     loader = DataLoader(
         RowsToEmbed(pairs, model),
@@ -146,7 +146,7 @@ def embed(
 def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]], width: int) -> pa.Table:
     """Rows of CAPTION with their vectors."""
     rows = [{**row, "caption": text} for row in images for text in row["captions"]]
-    parts = [model.encode_text([row["caption"] for row in part]).cpu() for part in chunks(rows, model.batch_size)]
+    parts = [model.encode_text([row["caption"] for row in part]).cpu() for part in in_batches(rows, model.batch_size)]
     return table_of(rows, CAPTION, torch.cat([torch.zeros(0, width), *parts]))
 
 

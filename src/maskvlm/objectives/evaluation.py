@@ -47,7 +47,7 @@ class PretrainingMetrics:
     """
 
     def __init__(self, rerank_k: int, contrast: float = 0.0, chunk: int = CHUNK) -> None:
-        self.rerank_k, self.itc_weight, self.chunk = rerank_k, contrast, chunk
+        self.rerank_k, self.rerank_contrast, self.chunk = rerank_k, contrast, chunk
         self.known_images: Tensor | None = None
         self.reset()
 
@@ -192,7 +192,7 @@ class PretrainingMetrics:
     def retrieval(self, task: "MaskedPretraining", backbone: MaskVLM, gallery: Gallery) -> dict[str, float]:
         """Recall@1/5/10 both ways over all captions, by contrast alone and re-ranked by matching."""
         matched = bool(task.weights["itm"])
-        head, added = task.matching if matched else None, self.itc_weight * float(task.projection.logit_scale)
+        head, added = task.matching if matched else None, self.rerank_contrast * float(task.projection.logit_scale)
         scores = score_gallery(backbone, head, gallery, self.rerank_k, self.chunk, added)
         return retrieval_metrics(scores, rankings(scores, [0, self.rerank_k] if matched else [0]), self.rerank_k)
 

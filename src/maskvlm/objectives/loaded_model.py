@@ -42,6 +42,6 @@ def device_of(model: Model) -> torch.device:
     return next(model.backbone.parameters()).device
 
 
-def chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def in_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Parts of at most `size`."""
     return (rows[start : start + size] for start in range(0, len(rows), size))

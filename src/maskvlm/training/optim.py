@@ -33,9 +33,9 @@ def parameter_groups(
 
     Parameters of `late` and of `stopping` have groups of their own, marked so for `schedule`.
 
-    Not decayed (C): biases, norms, class and mask tokens, positions of encoders, word embeddings and the temperature, that
-    is, what has one dimension or fewer, or is no weight matrix by name. (Positions of a text decoder are decayed: in a
-    group of their own they would stand in the way of runs that began with an older version.)
+    Not decayed (C): biases, norms, class and mask tokens, positions of encoders, word embeddings and the temperature,
+    that is, what has one dimension or fewer, or is no weight matrix by name. (Positions of a text decoder are decayed:
+    in a group of their own they would stand in the way of runs that began with an older version.)
     """
     below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
     rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
