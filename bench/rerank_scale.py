@@ -67,15 +67,16 @@ def main() -> None:
     total += timed("ranks of both stages", started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{int(wanted_BC.sum()):,} pairs to match; the CPU's part {total:.2f} s, {peak:.2f} GiB at most")
-    of_image = {image: set((owner_C == image).nonzero().flatten().tolist()) for image in range(options.queries)}
+    queries = min(options.queries, images)
+    of_image = {image: set((owner_C == image).nonzero().flatten().tolist()) for image in range(queries)}
     started = time.process_time()
-    ranks = [loop_rank(contrast_BC[b], match_BC[b], of_image[b], k) for b in range(options.queries)]
-    loop = (time.process_time() - started) / options.queries * images
-    assert ranks == found[k].text.rank_Q[: options.queries].tolist()
+    ranks = [loop_rank(contrast_BC[b], match_BC[b], of_image[b], k) for b in range(queries)]
+    loop = (time.process_time() - started) / queries * images
+    assert ranks == found[k].text.rank_Q[:queries].tolist()
     started = time.process_time()
-    ranks = [loop_rank(contrast_BC[:, c], match_BC[:, c], {int(owner_C[c])}, k) for c in range(options.queries)]
-    loop += (time.process_time() - started) / options.queries * len(owner_C)
-    assert ranks == found[k].image.rank_Q[: options.queries].tolist()
+    ranks = [loop_rank(contrast_BC[:, c], match_BC[:, c], {int(owner_C[c])}, k) for c in range(queries)]
+    loop += (time.process_time() - started) / queries * len(owner_C)
+    assert ranks == found[k].image.rank_Q[:queries].tolist()
     print(f"one query at a time: {loop:.0f} s, {loop / total:.0f} times as long, the same ranks")
 
 

@@ -56,6 +56,12 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
         [bare_words(text) for text in written],
         [[bare_words(text) for text in each] for each in references],
     )
+    # A reference without a letter or digit says nothing; an image without another is left out.
+    truths = [[text for text in each if text] for each in truths]
+    kept = [row for row, each in enumerate(truths) if each]
+    said, truths = [said[row] for row in kept], [truths[row] for row in kept]
+    if not truths:
+        return {"cider": float("nan"), **{f"bleu_{n}": float("nan") for n in NGRAMS}}
     cider = float(cider_function()(said, truths, return_all_scores=False)) if len(said) > 1 else float("nan")
     bleu = {f"bleu_{n}": 100 * float(bleu_score(said, truths, n_gram=n)) for n in NGRAMS}
     return {"cider": 100 * cider, **bleu}

@@ -21,7 +21,8 @@ STEPS = 25
 
 class BenchSpeed(NamedTuple):
     """Of one process. Operations are counted in the forward and backward pass of a step as they are carried out, so
-    recomputed activations count too."""
+    recomputed activations count too. contrast_first: share of the steps that are cheaper; the first of them was
+    counted."""
 
     device: str
     precision: str
@@ -31,13 +32,18 @@ class BenchSpeed(NamedTuple):
     flops_per_second: float
     peak_flops: float | None
     memory_gib: float | None
+    contrast_first: float = 0.0
 
     def __str__(self) -> str:
         use = f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
         memory = f", {self.memory_gib:.2f} GiB at most" if self.memory_gib is not None else ""
+        # What was counted is a step of contrast alone; what was timed are both kinds.
+        work = f", {self.flops_per_second / 1e12:.3f} TFLOP/s{use}"
+        if self.contrast_first:
+            work = f", {self.contrast_first:.0%} of the steps contrast alone (model.task.contrast_first)"
         return (
             f"{self.device}, {self.precision}: {self.pairs_per_second:.1f} pairs/s, "
-            f"{self.milliseconds:.0f} ms a step, {self.flops_per_second / 1e12:.3f} TFLOP/s{use}{memory}"
+            f"{self.milliseconds:.0f} ms a step{work}{memory}"
         )
 
 
@@ -76,7 +82,9 @@ class Stopwatch(L.Callback):
         elif batch_idx + 1 == STEPS:
             seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
             pairs = len(batch.valid_B) * trainer.world_size
-            self.speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
+            speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
+            first = getattr(getattr(pl_module, "task", None), "contrast_first", 0.0)
+            self.speed = speed._replace(contrast_first=first) if first else speed
 
 
 def measured(device: torch.device, precision: str, pairs: int, seconds: float, flops: int) -> BenchSpeed:

@@ -26,7 +26,7 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
     """
     if not cell.flops_of:
         return None
-    other = next((one for one in study.cells if one.arm == cell.flops_of and not one.flops_of), None)
+    other = spent_by(study.cells, cell)
     asked = dict(other.options).get(STEPS) if other is not None else None
     if other is None or asked is None:
         todo = f"Give it {STEPS}, and a place in the grid without flops_of"
@@ -34,6 +34,21 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
     if not asked.isdigit():
         raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {asked}", "Give a whole number")
     return max(1, round(int(asked) * flops_of(other, folder) / flops_of(cell, folder)))
+
+
+def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
+    """The cell whose operations another one spends: of its arm with as many pairs, or else with others; None where
+    there is none.
+
+    Raises:
+        UserError: there are several, which make other numbers of steps.
+    """
+    found = [one for one in cells if one.arm == cell.flops_of and not one.flops_of]
+    found = [one for one in found if one.fraction == cell.fraction] or found
+    if len({dict(one.options).get(STEPS) for one in found}) > 1:
+        what = f"has cells with other numbers of steps: {', '.join(one.name for one in found)}"
+        raise UserError(f"flops_of: {cell.flops_of}", what, f"Give it one {STEPS} for that many pairs")
+    return found[0] if found else None
 
 
 def flops_of(cell: Cell, folder: Path) -> int:
@@ -60,5 +75,9 @@ def _counted(words: Sequence[str]) -> int:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Mend that")
-    flops: int = json.loads(done.stdout.strip().splitlines()[-1])["flops"]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    if found["contrast_first"]:
+        what = f"maskvlm bench {' '.join(words)}: the first steps learn contrast alone, and cost less than the others"
+        raise UserError("flops_of", what[:500], f"Give {STEPS} in its place, or set model.task.contrast_first to 0")
+    flops: int = found["flops"]
     return flops

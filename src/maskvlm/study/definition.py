@@ -365,6 +365,12 @@ def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric],
     for name in (read["better"], *than, *(more.values() if more else ())):
         _known(name, names, where)
     _known(read["metric"], metrics, where)
+    if read["better"] in than:
+        raise UserError(where, f"{read['better']} is compared with itself", "Name another cell")
+    for name in than:
+        if not set(names[read["better"]].seeds) & set(names[name].seeds):
+            what = f"{read['better']} and {name} have no seed in common"
+            raise UserError(where, what, "Give them the same seeds: differences are paired by seed")
     return Claim(
         read["claim"], tuple(Comparison(read["better"], name) for name in than), metrics[read["metric"]],
         Comparison(**more) if more else None, float(read.get("by", 0.0)), read.get("source", ""),

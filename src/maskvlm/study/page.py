@@ -112,7 +112,12 @@ def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
         if not len(rows):
             continue
         hours = f"{rows['hours'].mean():.2f}" if len(rows) and rows["hours"].notna().any() else ""
-        told = [_mean(interval(values_of(frame, cell.name, metric).tolist()), metric) for metric in metrics]
+        found = [interval(values_of(frame, cell.name, metric).tolist()) for metric in metrics]
+        told = [
+            # Of which runs have the metric, where not all have it.
+            _mean(each, metric) + (f" ({each.values})" if 0 < each.values < len(rows) else "")
+            for each, metric in zip(found, metrics, strict=True)
+        ]
         lines.append(f"| {_cell(study.told(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
     return lines
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from maskvlm.study.budget import STEPS, budget_in_steps
+from maskvlm.study.budget import STEPS, budget_in_steps, spent_by
 from maskvlm.study.definition import Cell, Study
 from maskvlm.training.resume import LAST, finished
 from maskvlm.training.run_record import read_json, write_json
@@ -38,6 +38,7 @@ class StudyRun(NamedTuple):
         folder: where it lies.
         command: what makes it, or goes on with it.
         start: the run of the study whose last weights it starts from; None: it starts as its command says.
+        spent: the cell whose operations it spends (`flops_of`); None where its options say its steps.
     """
 
     cell: Cell
@@ -45,6 +46,7 @@ class StudyRun(NamedTuple):
     folder: Path
     command: tuple[str, ...]
     start: "StudyRun | None" = None
+    spent: Cell | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +92,9 @@ class StudyRun(NamedTuple):
         counted with other versions they differ by a few."""
         words = [word for word in self.cell.run if not word.startswith("where=")]
         start = self.start.sha256 if self.start is not None else ""
-        told = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
+        told: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
+        if self.spent is not None:
+            told += [list(self.spent.run), self.spent.fraction, sorted(self.spent.options)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
@@ -118,10 +122,16 @@ def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
     every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
     first = {seed: _run(study.first, seed, None, root) for seed in study.first.seeds} if study.first else {}
-    return [*first.values(), *(_run(cell, seed, steps[cell.name], root, first.get(seed)) for seed, cell in order)]
+    spent = {cell.name: spent_by(study.cells, cell) if cell.flops_of else None for cell in study.cells}
+    return [
+        *first.values(),
+        *(_run(cell, seed, steps[cell.name], root, first.get(seed), spent[cell.name]) for seed, cell in order),
+    ]
 
 
-def _run(cell: Cell, seed: int, steps: int | None, root: Path, start: StudyRun | None = None) -> StudyRun:
+def _run(
+    cell: Cell, seed: int, steps: int | None, root: Path, start: StudyRun | None = None, spent: Cell | None = None
+) -> StudyRun:
     folder = root / f"{cell.name}-s{seed}"
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
@@ -130,7 +140,7 @@ def _run(cell: Cell, seed: int, steps: int | None, root: Path, start: StudyRun |
     words = [f"--{key}={value}" for key, value in options.items()]
     begin = (f"from={start.last_weights}",) if start is not None else ()
     command = (sys.executable, "-m", "maskvlm", *cell.run, *begin, "--folder", str(folder), *words)
-    return StudyRun(cell, seed, folder, command, start)
+    return StudyRun(cell, seed, folder, command, start, spent)
 
 
 def check_same_run(run: StudyRun) -> None:

@@ -12,7 +12,7 @@ from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.raw import SETS, BadRow, open_raw
 from maskvlm.suites.metrics import first_is_best, percent_right
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 MAX_WORDS = 30
 TRIES = 20
@@ -93,15 +93,20 @@ class AroOrder(Suite):
     def read(self, path: Path, images: Path | None) -> ItemRows:
         if images is not None:
             raise UserError("--images", "the set itself tells where its images are", "Leave it out")
-        rows = ItemRows(path, None)
+        rows, splits = ItemRows(path, None), set[str]()
         for row in open_raw(self.set, str(path)).rows():
-            if row.split != self.split:
-                continue
+            # Of a bad row the split may not be known.
             if isinstance(row, BadRow):
                 rows.skip(row.reason, f"{row.origin}: {row.message}")
                 continue
+            splits.add(row.split)
+            if row.split != self.split:
+                continue
             for number, caption in enumerate(row.captions):
                 self._add(rows, row.image, caption, row.image_id, f"{row.origin} caption {number}")
+        if splits and self.split not in splits:
+            what = f"no row of '{self.split}'; there are: {', '.join(sorted(splits))}"
+            raise UserError("--split", what, "Name one of these", ExitCode.MISSING_INPUT)
         return rows
 
     def _add(self, rows: ItemRows, image: str | bytes, caption: str, image_id: str, origin: str) -> None:

@@ -1,4 +1,5 @@
-"""Figures out of scores, whatever gave them. A tie, or a score that is no number, counts against the model.
+"""Figures out of scores, whatever gave them. A tie, or a score that is no number, counts against the model: ranked, it
+is the lowest.
 
 Shapes: P positives, N negatives, J judged pairs.
 """
@@ -6,13 +7,11 @@ Shapes: P positives, N negatives, J judged pairs.
 import math
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
-from torchmetrics.functional import kendall_rank_corrcoef, spearman_corrcoef
+from scipy import stats
 
 from maskvlm.suites.suite import SuiteMetric
-
-NORMAL_95 = 1.959964
-"""Standard errors on either side of a mean that hold 95 % of a normal distribution."""
 
 
 def first_is_best(scores: Sequence[float]) -> bool:
@@ -20,13 +19,24 @@ def first_is_best(scores: Sequence[float]) -> bool:
     return all(scores[0] > other for other in scores[1:])
 
 
-def clustered_error(values: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """Standard error of a mean whose values depend on each other within a group, such as the captions of an image."""
+def clustered_interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float] | None:
+    """95 % interval of the mean of shares, 0 to 1, that depend on each other within a group, such as those of the
+    captions of an image: by Student's t over the groups, and by Wilson's rule for so many groups where all values are 0
+    or all are 1. None for fewer than two groups.
+    """
     mean = sum(values) / len(values)
     sums: dict[Hashable, float] = {}
     for value, group in zip(values, groups, strict=True):
         sums[group] = sums.get(group, 0.0) + value - mean
-    return math.sqrt(sum(each**2 for each in sums.values())) / len(values)
+    count = len(sums)
+    if count < 2:
+        return None
+    if mean in (0.0, 1.0):
+        wilson = stats.binomtest(round(mean * count), count).proportion_ci(method="wilson")
+        return float(wilson.low), float(wilson.high)
+    error = math.sqrt(sum(each**2 for each in sums.values()) * count / (count - 1)) / len(values)
+    margin = float(stats.t.ppf(0.975, count - 1)) * error
+    return max(0.0, mean - margin), min(1.0, mean + margin)
 
 
 def percent_right(
@@ -39,9 +49,10 @@ def percent_right(
     """
     if not right:
         return SuiteMetric(name, math.nan, chance, 0)
-    values = [100.0 * float(each) for each in right]
-    mean, margin = sum(values) / len(values), NORMAL_95 * clustered_error(values, groups)
-    return SuiteMetric(name, mean, chance, len(values), (max(0.0, mean - margin), min(100.0, mean + margin)))
+    values = [float(each) for each in right]
+    within = clustered_interval(values, groups)
+    percent = None if within is None else (100 * within[0], 100 * within[1])
+    return SuiteMetric(name, 100 * sum(values) / len(values), chance, len(values), percent)
 
 
 def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> float:
@@ -53,16 +64,30 @@ def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> 
 
 
 def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str) -> float:
-    """Kendall's tau, -1 to 1. variant: `b`, or `c` where the two have scales of different lengths (Stuart)."""
-    score_J, truth_J = torch.tensor(scores, dtype=torch.float64), torch.tensor(truth, dtype=torch.float64)
-    found = kendall_rank_corrcoef(score_J, truth_J, variant=variant)  # type: ignore[arg-type]
-    assert isinstance(found, torch.Tensor)
-    return float(found)
+    """Kendall's tau, -1 to 1; 0 of scores that are all alike. variant: `b`, or `c` where the two have scales of
+    different lengths (Stuart)."""
+    return _number(stats.kendalltau(ranked(scores), truth, variant=variant).statistic)
 
 
 def spearman_rho(scores: Sequence[float], truth: Sequence[float]) -> float:
-    """Spearman's rank correlation, -1 to 1; ties get their mean rank."""
-    return float(spearman_corrcoef(torch.tensor(scores, dtype=torch.float64), torch.tensor(truth, dtype=torch.float64)))
+    """Spearman's rank correlation, -1 to 1; 0 of scores that are all alike. Ties get their mean rank."""
+    score_J = ranked(scores)
+    # scipy would warn of a correlation that is not defined.
+    return 0.0 if np.ptp(score_J) == 0 else _number(stats.spearmanr(score_J, truth).statistic)
+
+
+def ranked(scores: Sequence[float]) -> np.ndarray:
+    """The scores' ranks, [J], of which 0 is that of all that are no numbers."""
+    score_J = np.asarray(scores, dtype=np.float64)
+    lost_J = np.isnan(score_J)
+    rank_J = np.zeros(len(score_J))
+    rank_J[~lost_J] = stats.rankdata(score_J[~lost_J])
+    return rank_J
+
+
+def _number(value: float) -> float:
+    """0 where nothing is known of the order."""
+    return 0.0 if math.isnan(value) else float(value)
 
 
 def map_at_r_chance(relevant: int, total: int) -> float:

@@ -87,6 +87,10 @@ class Pointing(Suite):
                 if chain in boxes:
                     with rows.row():
                         caption = plain_text(PHRASE.sub(r"\3", line), "the caption", where)
+                        # `explain` is asked for words, and takes the first place where they stand.
+                        if len(re.findall(rf"\b{re.escape(phrase)}\b", caption, re.IGNORECASE)) > 1:
+                            rows.skip("phrase stands there twice", f"{where}: '{phrase}'")
+                            continue
                         truth = Boxed(plain_text(phrase, "the phrase", where), boxes[chain])
                         ids = (flickr_id(name),)
                         rows.items.append(SuiteItem((image,), (caption,), truth, kind.strip("/"), where, ids))

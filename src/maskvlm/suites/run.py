@@ -85,7 +85,7 @@ def run_suite(
         what = f"{sum(map(len, found.skipped.values()))} rows cannot be used, the first: {first}"
         raise UserError(path, what, "Mend them: this suite needs all its items", ExitCode.BAD_DATA)
     if not items:  # rows of images that are all bad, or of no images
-        first = next(iter(found.skipped.values()), ["the files are empty"])[0]
+        first = next(iter(found.skipped.values()), ["; ".join(found.notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
         # The images are strange by intention, and the line would be about one of thousands.
@@ -94,6 +94,8 @@ def run_suite(
     metrics = {}
     for way in ways:
         asked = [row for row, each in enumerate(scores[way]) if len(each)]
+        if left := len(items) - len(asked):
+            found.notes.append(f"by {way}: {left} of {len(items)} items cannot be asked, and are left out")
         metrics[way] = suite.metrics([items[row] for row in asked], [scores[way][row] for row in asked], way)
     return SuiteReport(metrics, scores, items, total, found.skipped, found.files, found.notes, trained_on(model, items))
 

@@ -2,6 +2,7 @@
 github.com/cambridgeltl/visual-spatial-reasoning)."""
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,10 @@ class Vsr(Suite):
         # A cosine has no value that divides true from false.
         if way != "match":
             return [area]
-        right = [(each[0] > 0.5) == bool(item.truth) for each, item in zip(scores, items, strict=True)]
+        right = [
+            not math.isnan(each[0]) and (each[0] > 0.5) == bool(item.truth)
+            for each, item in zip(scores, items, strict=True)
+        ]
         images = [item.images[0] for item in items]
         majority = 100 * max(map(len, sides)) / len(items)
         found = [percent_right("accuracy", right, majority, images), area]
