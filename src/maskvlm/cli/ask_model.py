@@ -69,7 +69,7 @@ def answer_line(answer: Answer) -> str:
         if isinstance(value, float):
             return f"{value:.3f}"
         if isinstance(value, dict):
-            return "  ".join(f"{key} {word(each)}" for key, each in value.items())
+            return "  ".join(f"{word(key)} {word(each)}" for key, each in value.items())
         # Words and names may be anybody's: nothing that a terminal obeys is printed.
         return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
 
@@ -87,7 +87,11 @@ def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
     """The likeliest words of each [MASK]."""
     image, text = inputs
     for guesses in model.fill_mask(image, text, options.top):
-        yield {"words": {guess.word: guess.probability for guess in guesses}}  # type: ignore[union-attr]
+        words: dict[str, float] = {}
+        for guess in guesses:
+            # Some tokenizers have several tokens that read alike: the likeliest counts.
+            words.setdefault(guess.word, guess.probability)  # type: ignore[union-attr]
+        yield {"words": words}
 
 
 def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
@@ -126,10 +130,13 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     found: Any = model.explain(image, text, word)
     # Place in the flat map -> (row, column)
     row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
+    peak = f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"
+    if not found.gradcam.any():
+        peak = f"no patch speaks for '{word}' (Grad-CAM is 0 everywhere; --json has the attention)"
     yield {"written": save_image(found.image, options.out)} | (
         {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
         if options.json
-        else {"peak": f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"}
+        else {"peak": peak}
     )
 
 

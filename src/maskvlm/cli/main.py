@@ -116,8 +116,10 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(error.argument_name, error.message, "Write the option and then its value") from None
     options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
     takes_words = bool(rest) and rest[0] in COMMANDS and bool(COMMANDS[rest[0]].words)
-    at = next((at for at, word in enumerate(rest) if word.startswith("from=")), None)
-    if at is not None and not takes_words and not any(word.partition("=")[0] == "--from" for word in rest):
+    # What stands behind -- is a text, whatever it looks like.
+    front_part = rest[: rest.index("--")] if "--" in rest else rest
+    at = next((at for at, word in enumerate(front_part) if word.startswith("from=")), None)
+    if at is not None and not takes_words and not any(word.partition("=")[0] == "--from" for word in front_part):
         rest[at : at + 1] = ["--from", rest[at].removeprefix("from=")]
     return options, rest
 

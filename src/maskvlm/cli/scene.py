@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from maskvlm.cli.shell_methods import check_out
 from maskvlm.config.arguments import OptionParser
 from maskvlm.data.inputs import open_image
 from maskvlm.data.scenes.source import Scenes
@@ -22,6 +23,7 @@ def scene(arguments: list[str], allowed: list[str]) -> str:
     split = Scenes().split("val")
     if not 0 <= options.number < len(split):
         raise UserError("scene", f"{options.number} is none of them", f"Give a number from 0 to {len(split) - 1}")
+    check_out("", options.out)
     row, there = split[options.number], options.out.exists()
     try:
         open_image(row["image"]).save(options.out)

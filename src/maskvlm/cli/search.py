@@ -16,6 +16,9 @@ from maskvlm.inference.search import ABOUT, SearchIndex, index_folder, search_in
 from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import UserError
 
+OPTION_OF = {"source": "--from", "captions": "--no-captions"}
+"""Options whose values have other names."""
+
 
 def make(arguments: list[str], allowed: list[str]) -> int:
     """`index`: embed where no vectors are named, and build; arguments as in the shell."""
@@ -28,8 +31,14 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     faiss_module()
     if process_of(os.environ)[1] > 1:
         raise UserError("index", "several processes", "`embed` with them, then `index --vectors FOLDER` with one")
-    if options.vectors is not None and rest:
-        raise UserError(rest[0], "is of no use beside --vectors", "Leave it out")
+    if options.vectors is not None:
+        # What `embed` was told is in the vectors by now.
+        own = ("vectors", "out", "kind", "recall")
+        given = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
+        for name in (*(OPTION_OF.get(name, f"--{name}") for name in given), *rest):
+            raise UserError(name, "is of no use beside --vectors", "Leave it out")
+    if not 0 < options.recall <= 1:
+        raise UserError("--recall", f"{options.recall} is no share", "Give a number above 0, up to 1")
     vectors = options.vectors or options.out / "vectors"
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)

@@ -183,6 +183,7 @@ def check_out(image: str, out: Path) -> None:
         raise UserError(out, "is the image itself, which would be lost", "Name another file: --out filled.png")
     from PIL import Image
 
-    if out.suffix.lower() not in Image.registered_extensions():
+    # Some formats are read alone.
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         what = f"'{out.suffix}' is the ending of no image" if out.suffix else "has no ending"
         raise UserError(out, f"cannot be written ({what})", "Name a file such as out.png")

@@ -33,8 +33,13 @@ MASK = "[MASK]"
 def as_list(given: Any) -> tuple[list[Any], bool]:
     """A list of what was given, and whether it was a single one; arrays and tensors of four dimensions are lists."""
     if isinstance(given, list | tuple) or (isinstance(given, Tensor | np.ndarray) and given.ndim == 4):
-        return list(given), False
-    return [given], True
+        return [read_once(each) for each in given], False
+    return [read_once(given)], True
+
+
+def read_once(given: Any) -> Any:
+    """The content of an open file, which is empty when it is read again; anything else as it is."""
+    return given.read() if isinstance(given, IOBase) and not isinstance(given, TextIOBase) else given
 
 
 def is_image(given: object) -> bool:
@@ -58,8 +63,7 @@ def open_image(given: ImageInput, name: str = "image") -> Image.Image:
         given = bytes(given)
     if isinstance(given, TextIOBase):
         raise UserError(name, "a file that is open as text", "Open it with 'rb'")
-    if isinstance(given, IOBase):  # an open file, or BytesIO
-        given = given.read()
+    given = read_once(given)
     # everything else has become one of these by now
     if not isinstance(given, str | bytes | Image.Image):
         todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from maskvlm.data.inputs import MASK, ImageInput
+from maskvlm.demo.samples import Hit
 from maskvlm.inference.infill import Guess
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
@@ -116,11 +117,11 @@ def choice_buttons(images: Iterable[tuple[Image.Image, str]]) -> str:
     return f'<div class="choices">{"".join(made)}</div>'
 
 
-def hits(found: Iterable[tuple[Image.Image, str]], title: str) -> str:
+def hits(found: Iterable[Hit], title: str) -> str:
     """Images that were found, the best first, each with its caption."""
     made = [
-        f"<li><figure>{picture(image, f'Number {number}')}<figcaption>{escape(told)}</figcaption></figure></li>"
-        for number, (image, told) in enumerate(found, 1)
+        f"<li><figure>{picture(hit.image, f'Number {number}')}<figcaption>{escape(hit.told)}</figcaption></figure></li>"
+        for number, hit in enumerate(found, 1)
     ]
     return f'<h2>{escape(title)}</h2><ol class="hits">{"".join(made)}</ol>'
 

@@ -92,9 +92,18 @@ def check_origin(scope: Scope, head: Head) -> None:
         own = own and site in ("", "same-origin", "none")
         # A browser that sends neither of the two may send this.
         if origin is None and not site and b"referer" in head:
-            own = own and is_own("{0.scheme}://{0.netloc}".format(urlsplit(header_text(head, b"referer"))), host)
+            own = own and is_own(origin_of(header_text(head, b"referer")), host)
     if not own:
         raise Refused(403, "That request comes from another page.")
+
+
+def origin_of(address: str) -> str:
+    """Scheme, host and port of an address; "" of one that is none."""
+    try:
+        found = urlsplit(address)
+    except ValueError:
+        return ""
+    return f"{found.scheme}://{found.netloc}"
 
 
 def is_entry(scope: Scope, head: Head) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from maskvlm.data.inputs import ImageInput, open_image
 from maskvlm.data.scenes.source import SMALLEST, ScenePairs
 from maskvlm.data.scenes.world import COLOURS, SHAPES
+from maskvlm.inference.embeddings import contrast_counts
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
@@ -37,10 +39,11 @@ class PageSample(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """An image that was found, and what is said of it."""
+    """An image that was found, what is said of it, and its cosine."""
 
     image: Image.Image
     told: str
+    similarity: float
 
 
 def enlarged(image: Image.Image) -> Image.Image:
@@ -150,7 +153,10 @@ class Searched:
         # Contrast finds three times as many as are shown, matching chooses among them.
         near = self.nearest(self.model.encode_text(text), 3 * k)
         likely: Any = self.model.match([hit.image for hit in near], text)
-        order = sorted(zip(near, likely, strict=True), key=lambda pair: -pair[1])[:k]
+        # As `search_index` orders them: log-odds, and the cosine where it counts; 1e-6 keeps those of 0 and 1 finite.
+        cosine_K = torch.tensor([hit.similarity for hit in near])
+        score_K = torch.tensor(likely).logit(1e-6) + contrast_counts(self.model) * cosine_K
+        order = [(near[at], likely[at]) for at in score_K.argsort(descending=True, stable=True).tolist()[:k]]
         # The match takes the place of the cosine in front of the caption.
         return [hit._replace(told=f"{100 * share:.0f} %  {hit.told.partition('  ')[2]}") for hit, share in order]
 
@@ -166,7 +172,7 @@ class Searched:
             rows = [self.rows[place] for place in order]
             drawn = [(row["image"], row["captions"]) for row in rows]
             return [
-                Hit(enlarged(image), f"{similarity_N[place]:.2f}  {captions[0]}")
+                Hit(enlarged(image), f"{similarity_N[place]:.2f}  {captions[0]}", float(similarity_N[place]))
                 for place, (image, captions) in zip(order, drawn, strict=True)
             ]
         from maskvlm.inference.search import SearchResult
@@ -176,7 +182,11 @@ class Searched:
         rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()
         found = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
         return [
-            Hit(thumbnail(given, each.id), f"{each.similarity:.2f}  {each.captions[0] if each.captions else ''}")
+            Hit(
+                thumbnail(given, each.id),
+                f"{each.similarity:.2f}  {each.captions[0] if each.captions else ''}",
+                each.similarity,
+            )
             for given, each in zip(self.index.open_images(found), found, strict=True)
         ]
 

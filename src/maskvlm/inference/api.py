@@ -182,7 +182,7 @@ class Asked(nn.Module):
             return written[0] if single else written
         # The start and the end token take two places.
         longest = self.backbone.text.text_length - 2
-        lengths = lengths if isinstance(lengths, Iterable) else [lengths]
+        lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
         for length in lengths:
             check_whole("caption", "a length", length, 1)
         sizes = sorted({length for length in lengths if length <= longest})
@@ -199,7 +199,7 @@ class Asked(nn.Module):
     ) -> float | list[float]:
         """Pseudo-log-likelihood of a text given the image: the sum of log p(word | other words, image) over its
         words, in nats, at most 0; higher is likelier (Salazar et al. 2020). It compares texts of one length, such as
-        one with two words swapped.
+        one with two words swapped. Of a text longer than the model reads the first words count alone.
 
         Args:
             image: None for the text alone (an image of the mean colour).

@@ -61,7 +61,10 @@ def trained_index(kind: IndexKind, vector_NE: Array) -> Any:
     index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
     # 50 vectors a list: k-means in FAISS warns below 39, and more costs time.
     most = 50 * faiss.extract_index_ivf(index).nlist if kind.knob == "nprobe" else 65_536
-    index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
+    try:
+        index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
+    except RuntimeError:  # k-means wants more points than it has centres
+        raise UserError("index", f"{count} vectors are too few for {kind.factory}", "Take --kind flat") from None
     return index
 
 

@@ -99,7 +99,8 @@ def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], 
             top = logits_KV.softmax(-1).topk(min(top_k, logits_KV.shape[1]))
             found.append(
                 [
-                    [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True)]
+                    # What is forbidden has none.
+                    [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True) if p > 0]
                     for ids, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 ]
             )
@@ -154,15 +155,20 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
 def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
     """Of captions of these lengths those that match their images best; without a matching head the most certain."""
     looked = look(model, images)
-    # Tokens can decode to an empty text; one is kept only where there is no other.
-    written = [[one for one in each if one.text] or each[:1] for each in write_captions(model, looked, lengths)]
+    # Tokens can decode to an empty text.
+    written = [[one for one in each if one.text.strip()] for each in write_captions(model, looked, lengths)]
+    if not any(written):
+        return [""] * len(written)
     if getattr(model.task, "matching", None) is None:
-        return [max(each, key=lambda one: one.certainty).text for each in written]
+        return [max(each, key=lambda one: one.certainty).text if each else "" for each in written]
     pairs = [(row, one.text) for row, each in zip(looked.which, written, strict=True) for one in each]
     texts = embed.text_features(model, [text for _, text in pairs])
-    # One probability a pair, used up in the order of `pairs` by the last line.
+    # One probability a pair, used up in the order of `pairs`.
     likely = iter(embed.match(model, [looked.image_XLD[row] for row, _ in pairs], texts).tolist())
-    return [max(((next(likely), one.text) for one in each), key=lambda pair: pair[0])[1] for each in written]
+    return [
+        max(((next(likely), one.text) for one in each), default=(0, ""), key=lambda pair: pair[0])[1]
+        for each in written
+    ]
 
 
 def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[str]) -> list[Tensor]:
@@ -242,8 +248,9 @@ def inpaint_images(
         values_BNP = patches(model, given, left_BN, text_BTD, tokens.attention_CT)
         others = []
         for _ in range(3):
-            more_BN = torch.rand(mask_BN.shape, generator=generator).to(mask_BN.device) < 0.25
-            others.append(patches(model, given, left_BN | more_BN, text_BTD, tokens.attention_CT))
+            # One for all images: an image's does not depend on those beside it.
+            more_N = torch.rand(mask_BN.shape[1], generator=generator).to(mask_BN.device) < 0.25
+            others.append(patches(model, given, left_BN | more_N, text_BTD, tokens.attention_CT))
         # Variance of the predictions, (3, B, N, P) -> (B, N); -1 sorts visible patches behind all masked ones.
         doubt_BN = torch.stack(others).var(0).mean(-1).masked_fill(~left_BN, -1.0)
         # argsort of argsort is the place of each patch in that order.

@@ -23,6 +23,7 @@ USES = {
     "Vqa": 'model.answer("image.jpg", "what is the dog doing?")',
     "Nlvr": 'model.compare("left.jpg", "right.jpg", "there are two dogs")',
     "Entailment": 'model.entail("image.jpg", "a dog sleeps")',
+    "Captioning": 'model.caption("image.jpg")',
 }
 
 

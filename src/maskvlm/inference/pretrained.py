@@ -53,6 +53,7 @@ from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
 WATCHED = 16  # images or texts of one call that are looked at
+MOST_WORDS = 1_000  # unknown ones that are remembered
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -93,7 +94,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         self.backbone, self.task, self.origin = backbone, task, origin
         self.known = known_of(backbone, origin)
         self.told_far: deque[str] = deque(maxlen=WATCHED)
-        self.told_words: list[str] = []
+        self.told_words: deque[str] = deque(maxlen=MOST_WORDS)
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 

@@ -52,18 +52,24 @@ def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_B
 
 
 def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
-    """Tokens of a text, [T], and where among them the first occurrence of a word (or of several) stands, [K].
+    """Tokens of a text, [T], and where among them the first occurrence of a word (or of several) stands, [K]. A part of
+    a word is none: `circle` is not in `circles`.
 
     Raises:
         UserError: the text does not hold the word.
     """
     check_text(word)
-    token_T = model.tokens([text]).token_CT[0]
+    tokens = model.tokens([text])
+    token_T, word_T = tokens.token_CT[0], tokens.word_CT[0].tolist()
     whole = token_T.tolist()
+    # A place between two tokens of the same word is no border; start and end token (-1) are words of their own.
+    inside = {at for at in range(1, len(whole)) if word_T[at - 1] == word_T[at] >= 0}
+    borders = {*range(len(whole) + 1)} - inside
     for spelt in (word, f" {word}"):  # byte-level tokenizers keep the space before a word
         inner = model.words.captioner.inner(spelt)
         for start in range(len(whole) - len(inner) + 1):
-            if inner and whole[start : start + len(inner)] == inner:
+            end = start + len(inner)
+            if inner and whole[start:end] == inner and {start, end} <= borders:
                 return token_T, torch.arange(start, start + len(inner), device=token_T.device)
     cut = f" of which {model.words.text_length - 2} tokens are read" if len(whole) == model.words.text_length else ""
     what = f"'{word}' is not in the text '{text}'{cut}"

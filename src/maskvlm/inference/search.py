@@ -24,7 +24,7 @@ from maskvlm.config.old_names import current
 from maskvlm.config.plain_schema import Entries, OneOf, Record, Text, Tree, Whole, maybe, shown
 from maskvlm.data.batch import Pairs, Source
 from maskvlm.data.files import load_json
-from maskvlm.data.inputs import ImageInput, is_image
+from maskvlm.data.inputs import ImageInput, is_image, read_once
 from maskvlm.data.prepared.manifest import MANIFEST
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.scenes.source import Scenes
@@ -211,6 +211,7 @@ def search_index(
         todo = f"Give {index.about['checkpoint']}, or make the index again"
         raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
     index.model = model
+    query = read_once(query)
     seen = is_image(query)
     vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
@@ -220,7 +221,10 @@ def search_index(
     if not rerank:
         return found
     if seen:  # a match is of an image and a text
-        likely = [max(model.match([query], each.captions)) if each.captions else 0.0 for each in found]  # type: ignore
+        # One image and all captions; of each hit the best counts.
+        captions = [caption for each in found for caption in each.captions]
+        matches = iter(model.match([query], captions) if captions else ())  # type: ignore[arg-type]
+        likely = [max((next(matches) for _ in each.captions), default=0.0) for each in found]
     else:
         likely = model.match(index.open_images(found), str(query))  # type: ignore[assignment]
     matched = [each._replace(match=match) for each, match in zip(found, likely, strict=True)]
