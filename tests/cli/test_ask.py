@@ -1,7 +1,9 @@
 """The methods in the shell: what they print equals what the model answers, and every mistake is one line."""
 
+import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask_model import ASKS, answer_line, box_mask, lot_mask
+from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, lot_mask
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
 from maskvlm.cli.shell_methods import METHODS
+from maskvlm.inference.infill import Guess
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -225,6 +228,20 @@ def test_what_a_named_model_knows_is_told_once(place: Path, capsys: pytest.Captu
 def test_what_moves_the_cursor_is_not_printed() -> None:
     """Texts of an index may be anybody's."""
     assert answer_line({"origin": "x\x1b[31my", "rank": 1}) == "x\ufffd[31my  1"
+    assert answer_line({"words": {"\x1b[31mred": 0.5}}) == "\ufffd[31mred 0.500"
+
+
+def test_a_text_behind_the_dashes_is_a_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, image = str(place / "best.ckpt"), str(place / "0.png")
+    assert main(["match", "--from", source, image, "--", "from=left to right", TEXT]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[2] for line in lines] == ["from=left to right", TEXT]
+
+
+def test_of_tokens_that_read_alike_the_likeliest_counts() -> None:
+    guesses = [Guess("dog", 0.6), Guess("cat", 0.2), Guess("dog", 0.1)]
+    model: Any = SimpleNamespace(fill_mask=lambda *_: [guesses])
+    assert [*ask_fill(model, ["x.png", "a [MASK]"], argparse.Namespace(top=3))] == [{"words": {"dog": 0.6, "cat": 0.2}}]
 
 
 def test_of_several_figures_each_is_named() -> None:

@@ -71,6 +71,42 @@ def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: p
     assert budget_in_steps(study, study.cell("all"), tmp_path) is None
 
 
+def test_a_budget_is_that_of_the_arm_on_as_many_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda cell, folder: 1)
+    few = [{"arms": ["all"], "fraction": 0.1, "options": {"data.steps": 40}}]
+    every = [{"arms": ["few", "all"], "options": {"data.steps": 400}}, {"arms": ["few"], "flops_of": "all"}]
+    study = read_study(written(tmp_path, STUDY | {"grid": [*few, *every]}))
+    assert budget_in_steps(study, study.cell("few@flops-of-all"), tmp_path) == 400
+    more = [{"arms": ["all"], "fraction": 0.2, "options": {"data.steps": 80}}]
+    study = read_study(written(tmp_path, STUDY | {"grid": [*few, *more, every[1]], "questions": []}))
+    with pytest.raises(UserError, match=r"flops_of: all: has cells with other numbers of steps: all@0\.1, all@0\.2"):
+        budget_in_steps(study, study.cell("few@flops-of-all"), tmp_path)
+
+
+def test_a_run_that_spends_another_budget_is_another_run(tmp_path: Path) -> None:
+    found = []
+    for steps in (6, 60):
+        study = read_study(written(tmp_path, STUDY | {"options": {"data.steps": steps}}))
+        runs = runs_of(study, tmp_path / "runs", counted=False)
+        found.append({run.name: run.sha256 for run in runs})
+    assert all(found[0][name] != found[1][name] for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"better": "all", "than": ["few", "all"]}, "all is compared with itself"),
+        ({"better": "all", "than": "other"}, "all and other have no seed in common"),
+    ],
+)
+def test_a_question_that_cannot_be_decided_is_refused(tmp_path: Path, question: Any, message: str) -> None:
+    arms = STUDY["arms"] | {"other": None}
+    grid = [{"arms": ["few", "all"]}, {"arms": ["other"], "seeds": [7, 8]}]
+    questions = [{"claim": "x", "metric": "R@1", **question}]
+    with pytest.raises(UserError, match=message):
+        read_study(written(tmp_path, STUDY | {"arms": arms, "grid": grid, "questions": questions}))
+
+
 def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -512,12 +512,49 @@ def test_area_under_the_curve_counts_pairs(positives: list[int], negatives: list
     assert metrics.area_under_curve(positives, negatives) == pytest.approx(u / len(positives) / len(negatives))
 
 
-@given(st.lists(st.floats(0, 100), min_size=2, max_size=12), st.integers(2, 4))
-def test_an_interval_does_not_shrink_by_saying_it_again(values: list[float], times: int) -> None:
-    alone = metrics.clustered_error(values, range(len(values)))
-    assert alone == pytest.approx(statistics.pstdev(values) / math.sqrt(len(values)), abs=1e-9)
-    again = metrics.clustered_error(values * times, [*range(len(values))] * times)
+def test_scores_that_tell_nothing_are_told_so() -> None:
+    """All alike: 0. No number: the lowest."""
+    for variant in "bc":
+        assert metrics.kendall_tau([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], variant) == 0
+        assert metrics.kendall_tau([math.nan, 1.0, 2.0], [3.0, 1.0, 2.0], variant) == pytest.approx(-1 / 3)
+    assert metrics.spearman_rho([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) == 0
+    assert metrics.spearman_rho([math.nan, 2.0, 3.0], [1.0, 2.0, 3.0]) == pytest.approx(1)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=12), st.integers(2, 4))
+def test_an_interval_is_students_and_does_not_shrink_by_saying_it_again(values: list[float], times: int) -> None:
+    mean, count = sum(values) / len(values), len(values)
+    if mean in (0, 1):
+        return
+    alone = metrics.clustered_interval(values, range(count))
+    margin = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
+    assert alone == pytest.approx((max(0, mean - margin), min(1, mean + margin)), abs=1e-9)
+    again = metrics.clustered_interval(values * times, [*range(count)] * times)
     assert again == pytest.approx(alone, abs=1e-9)
+
+
+def test_an_interval_of_all_right_is_wilsons_and_of_one_image_none() -> None:
+    low, high = metrics.clustered_interval([1.0] * 5, range(5)) or (0, 0)
+    z2 = stats.norm.ppf(0.975) ** 2
+    assert (low, high) == pytest.approx((5 / (5 + z2), 1))
+    assert metrics.clustered_interval([0.0] * 5, range(5)) == pytest.approx((0, 1 - low))
+    assert metrics.clustered_interval([1.0, 0.0, 1.0], ["a", "a", "a"]) is None
+
+
+def test_a_phrase_that_stands_twice_is_left_out(tmp_path: Path) -> None:
+    """Which of its places is meant cannot be told to the model."""
+    entities(tmp_path)
+    file = tmp_path / "Sentences" / "36979.txt"
+    file.write_text(file.read_text().replace("a star] .", "a star] and a red circle ."))
+    found = Pointing().read(tmp_path, None)
+    assert found.skipped == {"phrase stands there twice": [f"{file}:1: 'A red circle'"]}
+    assert len(found.items) == 1
+
+
+def test_order_tells_bad_rows_and_a_split_that_is_not_there(tmp_path: Path) -> None:
+    captions(tmp_path)
+    with pytest.raises(UserError, match=r"--split: no row of 'validation'; there are: .*val"):
+        AroOrder(split="validation").read(tmp_path, None)
 
 
 @pytest.mark.parametrize(("relevant", "total"), [(1, 1), (1, 4), (2, 4), (3, 5), (4, 4)])

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from maskvlm.cli.shell_methods import check_out
 from maskvlm.config.arguments import OptionParser
 from maskvlm.data.inputs import open_image
 from maskvlm.data.scenes.source import Scenes
@@ -23,11 +22,10 @@ def scene(arguments: list[str], allowed: list[str]) -> str:
     split = Scenes().split("val")
     if not 0 <= options.number < len(split):
         raise UserError("scene", f"{options.number} is none of them", f"Give a number from 0 to {len(split) - 1}")
-    check_out("", options.out)
     row, there = split[options.number], options.out.exists()
     try:
         open_image(row["image"]).save(options.out)
-    except (OSError, ValueError) as error:  # the second: no format has such an ending
+    except (OSError, ValueError, KeyError) as error:  # no format has such an ending; one that is read alone
         what, todo = f"cannot be written ({error})", "Give a file such as scene.png in a folder that is there"
         raise UserError(options.out, what, todo, ExitCode.IO_ERROR) from error
     print(f"{'replaced' if there else 'wrote'} {options.out}", file=sys.stderr, flush=True)

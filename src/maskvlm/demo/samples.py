@@ -43,7 +43,7 @@ class Hit(NamedTuple):
 
     image: Image.Image
     told: str
-    similarity: float
+    similarity: float = 0.0
 
 
 def enlarged(image: Image.Image) -> Image.Image:
