@@ -1,9 +1,11 @@
 """The model that comes along: what it claims, that it is asked where none is named, what it says it does not know."""
 
+import io
 import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +16,11 @@ from maskvlm.cli.main import main
 from maskvlm.config.bundled_models import DEFAULT, FOLDER, bundled_folder, bundled_models
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
+from maskvlm.inference import infill
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
+from maskvlm.inference.saliency import word_places
 from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.utils.errors import UserError
 
 MOST_BYTES = 4_000_000
 
@@ -167,3 +172,40 @@ def test_a_folder_of_half_precision_is_half_as_large_and_loads(tmp_path: Path, m
     assert loaded.dtype == torch.float32
     scene = Scenes().split("val")[0]["image"]
     torch.testing.assert_close(loaded.encode_image([scene]), model.encode_image([scene]), atol=0.02, rtol=0)
+
+
+# ---------------------------------------------------------------------- what an answer does not depend on
+
+
+def test_a_part_of_a_word_is_not_the_word(model: PretrainedMaskVLM) -> None:
+    token_T, at_K = word_places(model, "two circles and a circle", "circle")
+    assert at_K.tolist() == [len(token_T) - 2]  # before the end token
+    with pytest.raises(UserError, match="'circle' is not in the text 'two circles'"):
+        word_places(model, "two circles", "circle")
+
+
+def test_an_image_is_painted_as_it_is_alone(model: PretrainedMaskVLM) -> None:
+    rows = Scenes().split("val")
+    images, texts = [rows[n]["image"] for n in range(3)], [str(rows[n]["captions"][0]) for n in range(3)]
+    mask = np.ones(model.grid, bool)
+    together = model.inpaint(images, mask, texts, steps=3)
+    for image, text, painted in zip(images, texts, together, strict=True):  # type: ignore[arg-type]
+        alone = np.asarray(model.inpaint(image, mask, text, steps=3), int)
+        assert np.abs(alone - np.asarray(painted, int)).max() <= 2  # rounding
+
+
+def test_an_open_file_is_read_once_for_all_that_is_asked(model: PretrainedMaskVLM) -> None:
+    buffer = io.BytesIO()
+    Scenes().split("val")[3]["image"].save(buffer, "PNG")
+    buffer.seek(0)
+    assert len(model.explain(buffer, "a blue star", ["blue", "star"])) == 2  # type: ignore[arg-type]
+
+
+def test_where_no_word_is_found_the_caption_is_empty(model: PretrainedMaskVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Scenes().split("val")[3]["image"]
+    empty = infill.Written("", -1.0)
+    monkeypatch.setattr(infill, "write_captions", lambda *_: [[empty, empty]])
+    assert model.caption(image) == ""
+    some = infill.Written("blue star", -3.0)
+    monkeypatch.setattr(infill, "write_captions", lambda *_: [[empty], [empty, some]])
+    assert model.caption([image, image]) == ["", "blue star"]
