@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,6 +13,8 @@ from PIL import Image
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.inputs import check_text
+from maskvlm.inference.pretrained import UnknownWords
+from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.utils.errors import ExitCode, UserError
 
 ANSWER_SECONDS = 20.0
@@ -37,7 +40,7 @@ class Worker:
 
     def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Raises UserError: no answer in time; and whatever the function raises."""
-        future = self.pool.submit(function, *arguments)
+        future = self.pool.submit(_quietly, function, *arguments)
         # Not by `result(seconds)`: its TimeoutError may as well be the function's own.
         done, _ = wait([future], self.seconds)
         if not done:
@@ -46,6 +49,15 @@ class Worker:
             what, todo = f"no answer within {self.seconds:g} seconds", "Try again, with less at once"
             raise UserError("model", what, todo, ExitCode.UNAVAILABLE)
         return future.result()
+
+
+def _quietly(function: Callable[..., T], *arguments: Any) -> T:
+    """Without warnings of strange words and images: Python remembers each that it has shown, and visitors bring any
+    number. Of an image the page tells it in a place of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FarFromTraining)
+        warnings.simplefilter("ignore", UnknownWords)
+        return function(*arguments)
 
 
 class Opener:
