@@ -204,7 +204,9 @@ class PairData(L.LightningDataModule):
         rows = self.bad_rows() | {"left_out": None}  # the reader finds it again
         batches: int = progress.current.processed if progress else 0  # type: ignore[attr-defined]
         data = self.splits["train"].fingerprint if "train" in self.splits else None
-        return {"batches": batches, "share": self.share, "data": data, "rows": rows, "dealt": self._dealt()}
+        dealt = self._dealt()
+        state = {"batches": batches, "share": self.share, "data": data, "rows": rows}
+        return state if dealt is None else {**state, "dealt": dealt}
 
     def _dealt(self) -> list[int] | None:
         """How many processes, and data workers of each, a stream is dealt out to that is to be read over when a run

@@ -15,6 +15,8 @@ from maskvlm.config.plain_schema import shown
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
+LATER = ("dealt",)
+"""What the state of earlier versions lacks; who reads it does without."""
 TODO = "Go on from another checkpoint of the run, or start a new run --from this one"
 
 
@@ -54,6 +56,8 @@ def check_like(wanted: Any, found: Any, where: str) -> None:
         if not isinstance(found, dict):
             raise _unfit(where, "", f"expected a mapping, found {shown(found)}")
         for key, part in wanted.items():
+            if key not in found and key in LATER:
+                continue
             if key not in found:
                 raise _unfit(where, str(key), "is missing")
             check_like(part, found[key], f"{where}.{key}")
