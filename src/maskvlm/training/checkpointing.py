@@ -69,7 +69,7 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
         self.shared_batches = 0
-        self.passed_over = False  # last.ckpt is damaged: the run goes on from another, which must not be lost
+        self.passed_over = False  # the run goes on from another than last.ckpt, which must not be lost
         self.reserved = False  # memory for the first snapshot was asked for
         self.attempt: Attempt | None = None
 
@@ -167,7 +167,7 @@ class KeepState(Checkpoint):
         return SAVE if late and trainer.is_global_zero else GO_ON
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`, unless it was passed over as damaged.
+        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`, unless the run went on from another one.
         In the background that is still to come.
 
         The row of this step is logged first: a run that goes on from here does not make the step again.
