@@ -4,7 +4,6 @@ Shapes: N rows of a table.
 """
 
 import hashlib
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maskvlm.data.examples import Example, ExampleSource
-from maskvlm.data.files import ImagesByKey, digest_of, get, load_json, opened
+from maskvlm.data.files import ImagesByKey, digest_of, family_of, get, images_by_number, load_json, opened
 from maskvlm.data.prepare.example_images import Album, open_album
 from maskvlm.data.safe_open import check_below
 from maskvlm.data.table import (
@@ -49,7 +48,6 @@ VERSION = 3
 """Raise it when the same files give another table or vocabulary, also where answers are normalised otherwise."""
 
 LAYOUT = "VQA v2"
-DIGITS = 12  # how wide the number in the name of a COCO image is
 TODO = "Prepare the set (maskvlm data vqav2 FOLDER), or set data.source.root to the folder of its files"
 VOCABULARY_TODO = "Lower data.source.min_count, or set data.source.answers"
 
@@ -141,7 +139,7 @@ class VqaV2(ExampleSource):
         album = open_album(self.images, self.root)
         chosen = []
         for part, table in zip(parts, tables, strict=True):
-            images = album.images(numbered(album.names, part))
+            images = album.images(images_by_number(album.names, part))
             chosen.append(self._choose(table, self._origin(part), name, images, self._if_dropped()))
         if name == "train" and self.visual_genome:
             chosen.append(self._genome(self.visual_genome))
@@ -283,13 +281,13 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
         rows.add(
             place=place,
             id=str(number),
-            images=[f"{family(part)} {image}"],
+            images=[f"{family_of(part)} {image}"],
             text=get(record, "question", str, where, LAYOUT),
             # Of VQA v2 as people wrote them, which the official accuracy asks for. Of a set with one answer a question
             # that accuracy would compare the raw texts: `garbage_bin`, which no head is taught to say.
-            answers=given.answers if family(part) == "coco" else [normalise(each) for each in given.answers],
+            answers=given.answers if family_of(part) == "coco" else [normalise(each) for each in given.answers],
             kind=given.question_type,
-            majority=given.majority if family(part) == "coco" else normalise(given.majority),
+            majority=given.majority if family_of(part) == "coco" else normalise(given.majority),
         )
     # And the other way round: an annotation without a question means files of two parts.
     for each in answered.values():
@@ -297,27 +295,3 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
             what = f"question {each.question_id} is not in {origin.file}"
             raise UserError(each.origin, what, SAME_PART, ExitCode.BAD_DATA)
     return rows.made()
-
-
-def family(part: str) -> str:
-    """The data set that a part's images are of: COCO's own ids are shared with other tasks, `daquar 3` with none."""
-    name = part.split("_")[0]
-    return "coco" if name == "mscoco" else name
-
-
-def numbered(names: list[str], part: str) -> dict[str, str]:
-    """Image id -> file, by the number that ends its name.
-
-    Where any file has COCO's twelve digits, only those count: Visual Genome's `9.jpg` in the same tree is another
-    image. Of several files with one number the one with most of the part's words in its path is taken.
-    """
-    # (digits at the end of the name, name) of all files that have some.
-    found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
-    padded = [each for each in found if len(each[0]) == DIGITS]
-    words = set(part.split("_"))
-    # The best fit first: setdefault then keeps it.
-    best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
-    chosen: dict[str, str] = {}
-    for number, name in best:
-        chosen.setdefault(f"{family(part)} {int(number)}", name)
-    return chosen

@@ -13,13 +13,12 @@ import pytest
 from karpathy_rows import image
 from PIL import Image
 
-from maskvlm.data.files import image_folder, image_names
+from maskvlm.data.files import image_folder, image_names, images_by_number
 from maskvlm.data.images import safe_open
 from maskvlm.data.raw import SETS, BadRow, RawRow, open_raw
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
-from tasks.vqa.data import numbered
 
 
 def rows_of(name: str, raw: Path, **columns: str) -> list[RawRow | BadRow]:
@@ -106,7 +105,7 @@ def test_the_tasks_find_the_same_images_under_the_same_ids(shared_data: Path) ->
     folder = shared_data / "daquar_vqa"
     names = image_names(image_folder(None, folder))
     ours = {row.image_id: row.name for row in rows_of("daquar", folder) if isinstance(row, RawRow)}
-    theirs = numbered(names, "daquar_train")
+    theirs = images_by_number(names, "daquar_train")
     assert ours.items() <= theirs.items()
     sets: list[tuple[str, str, Any]] = [("snli_ve", "snli_ve", SnliVe), ("nlvr_pairs", "nlvr_pairs", Nlvr2)]
     for name, place, task in sets:

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskvlm.data.files import images_by_number
 from maskvlm.data.images import safe_open
 from maskvlm.data.table import RowOrigin
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.vqa.data import VqaV2, numbered, parse_vqa
+from tasks.vqa.data import VqaV2, parse_vqa
 from tasks.vqa.genome import parse_genome
 
 PART = "mscoco_train2014"
@@ -216,10 +217,10 @@ def test_the_part_s_own_image_is_preferred() -> None:
         "vg/9.jpg",
         "vg/10.jpg",
     ]
-    assert numbered(names, "mscoco_train2014") == {"coco 9": names[0]}
-    assert numbered(names, "mscoco_val2014") == {"coco 9": names[1]}
-    assert numbered(names[2:], "mscoco_val2014") == {"coco 9": "vg/9.jpg", "coco 10": "vg/10.jpg"}
-    assert numbered(["train2017/000000000009.jpg", "x.jpg"], PART) == {"coco 9": "train2017/000000000009.jpg"}
+    assert images_by_number(names, "mscoco_train2014") == {"coco 9": names[0]}
+    assert images_by_number(names, "mscoco_val2014") == {"coco 9": names[1]}
+    assert images_by_number(names[2:], "mscoco_val2014") == {"coco 9": "vg/9.jpg", "coco 10": "vg/10.jpg"}
+    assert images_by_number(["train2017/000000000009.jpg", "x.jpg"], PART) == {"coco 9": "train2017/000000000009.jpg"}
 
 
 def test_a_few_questions_without_image_are_skipped_in_training_alone(source: Any, tmp_path: Path) -> None:

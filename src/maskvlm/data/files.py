@@ -6,6 +6,7 @@ Shapes: N keys looked up.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar, cast
@@ -21,6 +22,8 @@ from maskvlm.utils.errors import Absent, ExitCode, UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 """NLVR2 calls everything .png and VQA v2 everything .jpg; what is inside is found out on opening."""
+
+DIGITS = 12  # how wide the number in the name of a COCO image is
 
 T = TypeVar("T")
 
@@ -251,3 +254,28 @@ def check_missing(
     if (skipped := folder / "skipped.jsonl").is_file():  # of a prepared set
         todo = f"{skipped} tells which were left out; mend and prepare them again, or {way}"
     raise UserError(where, what, todo, ExitCode.MISSING_INPUT)
+
+
+def family_of(part: str) -> str:
+    """The data set that the images of a part of VQA's questions are of: COCO's own ids are shared with other tasks,
+    `daquar 3` with none."""
+    name = part.split("_")[0]
+    return "coco" if name == "mscoco" else name
+
+
+def images_by_number(names: list[str], part: str) -> dict[str, str]:
+    """Image id -> file, by the number that ends its name.
+
+    Where any file has COCO's twelve digits, only those count: Visual Genome's `9.jpg` in the same tree is another
+    image. Of several files with one number the one with most of the part's words in its path is taken.
+    """
+    # (digits at the end of the name, name) of all files that have some.
+    found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
+    padded = [each for each in found if len(each[0]) == DIGITS]
+    words = set(part.split("_"))
+    # The best fit first: setdefault then keeps it.
+    best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
+    chosen: dict[str, str] = {}
+    for number, name in best:
+        chosen.setdefault(f"{family_of(part)} {int(number)}", name)
+    return chosen

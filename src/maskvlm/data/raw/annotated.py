@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from maskvlm.data.files import get, get_name, image_folder, image_names, json_lines, load_json, opened
+from maskvlm.data.files import (
+    family_of,
+    get,
+    get_name,
+    image_folder,
+    image_names,
+    images_by_number,
+    json_lines,
+    load_json,
+    opened,
+)
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.coco_flickr import no_files
 from maskvlm.data.raw.columns import not_looked_at
@@ -16,7 +26,6 @@ from maskvlm.data.raw.lines import json_items, one_line
 from maskvlm.data.safe_open import check_below
 
 SPLIT = "pictures"
-DIGITS = 12
 
 # VQA v2 (Goyal et al. 2017) is on COCO's 82,783 + 40,504 + 81,434 images; SNLI-VE (Xie et al. 2019) has 29,783 +
 # 1,000 + 1,000 of Flickr30k's; DAQUAR (Malinowski and Fritz 2014) has NYU-Depth v2's 1,449. NLVR2 (Suhr et al. 2019)
@@ -115,29 +124,17 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
             # v2_OpenEnded_mscoco_train2014_questions.json -> mscoco_train2014
             part = re.sub(r"^v2_OpenEnded_|_?questions\.json$", "", file.name) or str(document.get("data_type"))
             # what the ids begin with
-            family = "coco" if part.split("_")[0] == "mscoco" else part.split("_")[0]
+            family = family_of(part)
             places = ((f"{file} questions[{place}]", each) for place, each in enumerate(found))
             # the same ids as in `tasks/vqa/data.py`
             ids = [f"{family} {get(each, 'image_id', int, where, 'VQA v2')}" for where, each in places]
-            yield Wanted(file, ids, _numbered(names, part, family))
+            yield Wanted(file, ids, images_by_number(names, part))
         for file in genome:
             # Visual Genome's questions: a list, too large to be read at once
             ids = [f"vg {get(each, 'id', int, str(file), 'Visual Genome')}" for each in json_items(file)]
             yield Wanted(file, ids, {f"vg {PurePosixPath(name).stem}": name for name in reversed(names)})
 
     return Annotated(root, facts, [*questions, *answers, *genome], wanted)
-
-
-def _numbered(names: list[str], part: str, family: str) -> dict[str, str]:
-    """By the number that ends a name: as `numbered` in `tasks/vqa/data.py` has it."""
-    found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
-    # COCO's names have twelve digits; where some do, all others are passed over
-    padded = [each for each in found if len(each[0]) == DIGITS]
-    words = set(part.split("_"))
-    # names that share words with the file's part first: val2014/ for mscoco_val2014
-    best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
-    # reversed: of names with the same number the best one stays
-    return {f"{family} {int(number)}": name for number, name in reversed(best)}
 
 
 # ------------------------------------------------------------------ NLVR2, SNLI-VE
