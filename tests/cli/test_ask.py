@@ -137,6 +137,16 @@ def test_which_patches_a_box_touches() -> None:
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"], "7.0 is no share", ExitCode.USAGE),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
+        (
+            ["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,1,1", "--seed", "5"],
+            "--seed: is of no use beside --box",
+            ExitCode.USAGE,
+        ),
+        (
+            ["explain", "--from", "best.ckpt", "0.png", TEXT, "red", "--out", "x.psd"],
+            "cannot be written",
+            ExitCode.USAGE,
+        ),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x.nope"], "cannot be written", ExitCode.USAGE),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "0.png"],

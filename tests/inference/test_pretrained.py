@@ -330,7 +330,7 @@ def test_masked_words_stand_where_they_are_written(words: list[str]) -> None:
         (lambda m: m.match(IMAGES[:2], TEXTS), "2 images and 3 texts"),
         (lambda m: m.rank(IMAGES[0], IMAGES), "images on both sides"),
         (lambda m: m.rank("a", TEXTS), "texts on both sides"),
-        (lambda m: m.rank(IMAGES[0], []), "nothing on both sides"),
+        (lambda m: m.rank(IMAGES[0], []), "no candidates"),
         (lambda m: m.fill_mask(IMAGES[0], "a red circle"), "no word in it is masked"),
         (lambda m: m.fill_mask(IMAGES[0], "red " * 40 + "[MASK]"), "beyond the 22 tokens"),
         (lambda m: m.fill_mask(IMAGES[0], "[MASK]", 0), "top_k is 0"),

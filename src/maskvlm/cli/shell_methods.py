@@ -125,6 +125,11 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
     if "--box" in known.options:
         if options.box is not None:
             read_box(options.box)
+            for name, value in (("--mask-ratio", options.mask_ratio), ("--seed", options.seed)):
+                if value != OPTIONS[name][1]["default"]:
+                    raise UserError(
+                        name, "is of no use beside --box, which says what is masked", "Leave out one of them"
+                    )
         check_masked_share(options.mask_ratio)
     if "--out" in known.options:
         options.out = options.out or Path(f"{method}.png")

@@ -131,8 +131,10 @@ class Asked(nn.Module):
         if not queries or not gallery or images == is_image(gallery[0]):
             # A misspelt file name looks like a text: that is told first.
             check_absent([*queries, *gallery])
-            kinds = ("images" if images else "texts") if queries and gallery else "nothing"
-            raise UserError("rank", f"{kinds} on both sides", "Give an image and texts, or a text and images")
+            what = f"{'images' if images else 'texts'} on both sides"
+            if not queries or not gallery:
+                what = "no candidates" if queries else "no query"
+            raise UserError("rank", what, "Give an image and texts, or a text and images")
         if images:
             sides = embeddings.encode_image(self, queries), embeddings.encode_text(self, gallery)
         else:
