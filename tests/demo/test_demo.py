@@ -210,6 +210,15 @@ def test_examples_and_what_is_searched_come_from_the_built_in_world(models: Mode
     assert len(searched.by_text("/etc/passwd")) == len(searched.by_image(noise())) == 8  # a text, not a file
 
 
+def test_a_run_without_contrast_can_be_asked_all_but_a_search(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.core()
+    monkeypatch.delattr(model.task, "projection")
+    searched = Searched(model, None)
+    assert searched.query
+    with pytest.raises(UserError, match="no head for it"):
+        searched.by_text("a red circle")
+
+
 def test_a_wrong_option_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="--port"):
         main(["--port", "high"], [])

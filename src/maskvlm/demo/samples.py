@@ -1,6 +1,8 @@
 """What the page brings along, and what it searches: held-out scenes of the built-in world, drawn when it starts; for a
 model of photographs those in `photos/`."""
 
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,18 +136,26 @@ class Searched:
             self.told = f"{self.index.about['count']:,} images of the index in {folder.name}"
         elif photos:
             self.rows = [{"image": photo(name), "captions": row["captions"]} for name, row in photo_rows().items()]
-            self.vector_NE = model.encode_image([row["image"] for row in self.rows])
             self.query = "a cat"
             self.told = f"the {len(self.rows)} photographs that come with this page"
         else:
             pairs = ScenePairs("test", SEARCHED, max(model.image_size, SMALLEST), 0)
             self.rows = [dict(pairs[row]) for row in range(SEARCHED)]
-            self.vector_NE = model.encode_image([row["image"] for row in self.rows])
             thing = next(
                 things[0] for things in (pairs.scene(row).things for row in range(SEARCHED)) if len(things) == 1
             )
             self.query = f"a {thing.colour} {thing.shape}"
             self.told = f"{SEARCHED} scenes of the built-in world that the model has not seen"
+        if self.index is None:
+            # Now, as it may take longer than an answer may. A run without contrast has no vectors: a search says so.
+            with suppress(UserError):
+                _ = self.vector_NE
+
+    @cached_property
+    def vector_NE(self) -> Tensor:
+        """Of the images that come along, [N, E]. Raises UserError where the run has no head for it."""
+        vectors: Tensor = self.model.encode_image([row["image"] for row in self.rows])
+        return vectors
 
     def by_text(self, text: str, k: int = 8) -> list[Hit]:
         """The nearest images of a text, and of these the ones that match it best. It is never taken for the name of a
