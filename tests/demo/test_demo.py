@@ -190,7 +190,7 @@ def test_what_ends_just_after_its_time_is_given_up_too(monkeypatch: pytest.Monke
             return True
 
     worker = Worker(0.01)
-    monkeypatch.setattr(worker.pool, "submit", lambda _: Late())
+    monkeypatch.setattr(worker.pool, "submit", lambda *_: Late())
     with pytest.raises(UserError, match="no answer within"):
         worker.run(lambda: 1)
 

@@ -17,7 +17,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.write_errors import cannot_write
 
 REQUIRED = {"torch", "torchvision", "lightning", "jsonargparse", "torchmetrics", "transformers", "tokenizers", "timm"}
-REQUIRED |= {"datasets", "safetensors", "tensorboard", "rich", "matplotlib", "PIL", "numpy", "yaml"}
+REQUIRED |= {"datasets", "safetensors", "tensorboard", "rich", "scipy", "matplotlib", "PIL", "numpy", "yaml"}
 """Packages that setup.cfg asks for, by the names that they are imported by."""
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
