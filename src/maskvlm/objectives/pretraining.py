@@ -543,7 +543,7 @@ class MaskedPretraining(Task):
                 )  # fmt: skip
         if backbone.image.stands_still and masks.patch is not None:
             # Masked images train the mask token. Left in one graph with them, whole ones would get a gradient that
-            # nothing reads: about 3 % of a step's time.
+            # nothing reads.
             whole = whole.detach()
         if self.needs == {Need.IMAGE}:
             every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
