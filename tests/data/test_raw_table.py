@@ -406,3 +406,10 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, captions: list[
     records = [*RawTable(file).records()]
     swallowed = any(any(suffix in text for suffix in (".jpg", ".png")) for text in captions)
     assert swallowed or [record.fields for record in records] == [[f"{n}.jpg", text] for n, text in enumerate(captions)]
+
+
+def test_a_table_in_a_hidden_folder_is_none_of_the_set(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", ".cache/b.jpg")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.jpg,one\n")
+    (tmp_path / ".cache" / "metadata.csv").write_text("x,y\n1,2\n")
+    assert [row[1] for row in open_raw("folder", str(tmp_path)).rows()] == [("one",)]

@@ -17,7 +17,7 @@ from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.warm_start import Seen
 from maskvlm.demo.history import Trained, is_drawn, photographs, run_order, told_of, trained_run
-from maskvlm.demo.models import Models, find_models
+from maskvlm.demo.models import Models, find_models, task_on_card
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
 from maskvlm.objectives.novelty import mean_patch, sample_of
 
@@ -237,3 +237,20 @@ def test_photographs_are_searched(tmp_path: Path) -> None:
     searched = Searched(Models(find_models(tmp_path)).core(), None, photos=True)
     assert len(searched.by_text("a cat")) == len(searched.by_image(PHOTOS / "chelsea.jpg")) == 5
     assert searched.by_image(PHOTOS / "chelsea.jpg")[0].told.startswith("1.00  a brown cat")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "long"])
+def test_a_strangers_card_is_no_more_than_data(tmp_path: Path, kind: str) -> None:
+    """Not waited for, not followed out of the folder, no title of any length."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    card = folder / "card.json"
+    told = json.dumps({"task": "acme.tasks.Task" if kind != "long" else "a." * 3000})
+    if kind == "pipe":
+        os.mkfifo(card)
+    elif kind == "link":
+        (tmp_path / "outside.json").write_text(told)
+        card.symlink_to(tmp_path / "outside.json")
+    else:
+        card.write_text(told)
+    assert task_on_card(str(folder / "best.ckpt")) is None

@@ -345,3 +345,17 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
         write_index(index, tmp_path / "file" / "index.faiss")
     assert caught.value.code == ExitCode.CANNOT_CREATE
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--split", "train"], "--split: is of no use beside --vectors"),
+        (["--no-captions"], "--no-captions: is of no use beside --vectors"),
+        (["--from", "a.ckpt"], "--from: is of no use beside --vectors"),
+        (["--recall", "7"], "--recall: 7.0 is no share"),
+    ],
+)
+def test_what_embedding_was_told_is_not_asked_again(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make(["--vectors", str(tmp_path), *words], [])

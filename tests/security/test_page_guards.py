@@ -68,6 +68,7 @@ ELSEWHERE: list[dict[str, str]] = [
     {"sec-fetch-site": "SAME-ORIGIN,cross-site"},
     {"referer": "http://evil.example/127.0.0.1:PORT"},
     {"referer": "about:blank"},
+    {"referer": "http://["},
 ]
 OWN: list[dict[str, str]] = [
     {},

@@ -620,6 +620,8 @@ def test_vsr_has_a_threshold_by_match_alone(tmp_path: Path) -> None:
     u = stats.mannwhitneyu(*sides).statistic / len(sides[0]) / len(sides[1])
     assert by_name(found)["area under the curve"] == pytest.approx(100 * u)
     assert {each.name for each in found} >= {"accuracy, left of", "accuracy, above"}
+    unknown = Vsr().metrics(items, [[math.nan]] * len(items), "match")
+    assert unknown[0].value == 0  # a score that is no number is no right answer, whatever is true
     assert [each.name for each in Vsr().metrics(items, scores, "contrast")] == ["area under the curve"]
 
 

@@ -118,3 +118,9 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     assert str(caught.value).startswith("captioning: aac-metrics cannot be used (")
     assert str(caught.value).endswith("pip install 'maskvlm[captioning]'.")
     assert caught.value.code == ExitCode.UNAVAILABLE
+
+
+def test_references_without_words_are_left_out() -> None:
+    found = caption_metrics([*WRITTEN, "a cat"], [*([*each, "!"] for each in REFERENCES), ["?"]])
+    assert found == pytest.approx(caption_metrics(WRITTEN, REFERENCES))
+    assert all(math.isnan(value) for value in caption_metrics(["a cat"], [["?"]]).values())

@@ -97,9 +97,21 @@ def test_labels_are_the_frequent_answers_of_training(source: Any, tmp_path: Path
     assert source(min_count=2).labels == ("cat", "dog")
     assert source(min_count=3).labels == ("cat",)
     assert source(min_count=2).targets(["dog"] * 3 + ["cow"] * 7) == {"dog": pytest.approx(0.9)}
+    assert source(min_count=2).shares(["dog"] * 3 + ["cow"] * 7) == {"dog": pytest.approx(0.3)}
     with pytest.raises(UserError, match=r"is shared by 4 questions\. Lower data\.source\.min_count") as caught:
         _ = source(min_count=4).labels
     assert (caught.value.where, caught.value.code) == ("data.source.min_count", ExitCode.USAGE)
+
+
+def test_of_a_set_with_one_answer_a_question_answers_are_in_the_form_that_is_taught(tmp_path: Path) -> None:
+    """The official accuracy compares raw texts there. COCO's stay as people wrote them."""
+    found = {}
+    for part in ("daquar_val", "mscoco_val2014"):
+        write(tmp_path, part, [question(1)], [annotation(1, "garbage_bin")])
+        origin = RowOrigin(tmp_path / f"v2_OpenEnded_{part}_questions.json", "{file} questions[{place}]")
+        columns = parse_vqa(origin, part, tmp_path / f"v2_{part}_annotations.json")
+        found[part] = {*columns.columns["answers"][0]}
+    assert found == {"daquar_val": {"garbage bin"}, "mscoco_val2014": {"garbage_bin"}}
 
 
 @pytest.mark.parametrize("majority", [{"multiple_choice_answer": ""}, {}])

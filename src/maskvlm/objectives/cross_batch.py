@@ -77,10 +77,9 @@ def same_pairs(image_id_B: Tensor, text_id_Bm: Tensor, image_id_G: Tensor, text_
     return said_BG | (image_id_B[:, None] == image_id_G)
 
 
-def gather_contrast(all_captions: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
+def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
     """Gather the unit vectors of all processes and exclude as negatives the same image, an image that has one of its
-    captions, and invalid rows. all_captions: by `first_and_all_captions`, as many of each image."""
-    batch = all_captions
+    captions, and invalid rows. batch: with all captions, by `first_and_all_captions`; as many of each image."""
     # Processes hold equally many rows, gathered in the order of their ranks.
     own_B = torch.arange(len(image_BE), device=image_BE.device) + rank() * len(image_BE)
     # (m * B) -> (m, B) -> (B, m)
