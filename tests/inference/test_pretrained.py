@@ -256,6 +256,18 @@ def test_lists_equal_singles(model: PretrainedMaskVLM) -> None:
     model.batch_size = 64
 
 
+@pytest.mark.parametrize("method", ["reconstruct", "inpaint"])
+def test_batch_size_bounds_what_is_painted_at_once(
+    model: PretrainedMaskVLM, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    sizes: list[int] = []
+    encode = model.backbone.image.forward
+    monkeypatch.setattr(model.backbone.image, "forward", lambda x, *rest: sizes.append(len(x)) or encode(x, *rest))
+    monkeypatch.setattr(model, "batch_size", 2)
+    assert len(getattr(model, method)(IMAGES, np.eye(4, dtype=bool), "a red star")) == 3
+    assert max(sizes) == 2
+
+
 def test_ranking_is_contrast_and_then_matching(model: PretrainedMaskVLM) -> None:
     found: Any = model.rank(IMAGES[0], TEXTS, k=2)
     cosine = (model.encode_text(TEXTS) @ model.encode_image(IMAGES[0])).tolist()

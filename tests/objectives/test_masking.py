@@ -1,6 +1,7 @@
 """Which patches and words are masked: against written-out NumPy, and what must hold for every input."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from toys import MASK, VOCAB, tokens
 
 from maskvlm.objectives.masking import (
+    ChosenPhrases,
     DrawnBlocks,
     DrawnTokens,
     PatchMask,
@@ -172,6 +174,74 @@ def test_drawn_tokens_are_of_every_size_in_training_alone() -> None:
     expected = torch.tensor([500.0, 1000, 1000, 1000, 500])
     assert count_S[2:7].sum() == 4000
     assert ((count_S[2:7] - expected) ** 2 / expected).sum() < 18.5  # chi-square, four degrees of freedom
+
+
+# ---------------------------------------------------------------------- chosen phrases
+
+WORDS = {"left of": [11, 12], "above": [13], "left": [11], "unknown": [], "a very long phrase": [11] * 99}
+
+
+def chosen(rows: list[list[int]], training: bool = True, **settings: Any) -> tuple[TokenMask, TokenMask]:
+    """What is masked with phrases, and what without them from the same numbers."""
+    parts = tokens(rows)
+    texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=training)
+    vocabulary = Vocabulary(MASK, VOCAB, texts.token_CT.shape[1], WORDS.__getitem__)
+    masking = ChosenPhrases(**({"phrases": ["left of", "above"], "ratio": 0.5} | settings))
+    return masking(texts, vocabulary, Noise()), RandomTokens(0.5)(texts, vocabulary, Noise())
+
+
+def test_chosen_phrases_are_masked_alone_and_other_texts_as_always() -> None:
+    # A phrase; one of which the second word is missing; two phrases; a phrase at the end; none.
+    rows = [[5, 11, 12, 6, 7], [5, 11, 6, 12, 7], [13, 5, 11, 12, 6], [5, 6, 7, 11, 12], [5, 6, 7, 8, 9]]
+    found, usual = chosen(rows)
+    assert_positions(found.mask_CT, found)
+    inner_CT = found.mask_CT[:, 1:-1].int().tolist()
+    assert [inner_CT[row] for row in (0, 2, 3)] == [[0, 1, 1, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+    for row in (1, 4):
+        assert torch.equal(found.mask_CT[row], usual.mask_CT[row])
+        assert torch.equal(found.token_CT[row], usual.token_CT[row])
+    parts = tokens(rows)
+    assert torch.equal(found.token_CT, parts["token_CT"].masked_fill(found.mask_CT, MASK))
+
+
+def test_chosen_phrases_are_for_training_alone() -> None:
+    found, usual = chosen([[5, 11, 12, 6, 7]] * 3, training=False)
+    assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
+
+
+def test_phrases_that_no_text_can_hold_are_passed_over() -> None:
+    found, usual = chosen([[5, 11, 12, 6, 7]] * 3, phrases=["unknown", "a very long phrase"])
+    assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
+
+
+def test_a_share_of_the_texts_with_a_phrase() -> None:
+    found, _ = chosen([[5, 11, 12, 6, 7, 8]] * 4000, share=0.25)
+    alone_C = (found.mask_CT[:, 1:-1] == torch.tensor([0, 1, 1, 0, 0, 0]).bool()).all(1)
+    # of the others, which mask three of six, none masks these two alone
+    assert abs(int(alone_C.sum()) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(10, 14), min_size=1, max_size=9), min_size=1, max_size=4), ratios)
+def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> None:
+    found, _ = chosen(rows, ratio=ratio)
+    assert_positions(found.mask_CT, found)
+    length = max(map(len, rows)) + 2
+    assert found.index_CK.shape[1] == count_masked(length, ratio)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"phrases": []}, "phrases \\[\\] are no list of words"),
+        ({"phrases": "above"}, "phrases 'above' are no list of words"),
+        ({"phrases": ["above", " "]}, "phrases .* are no list of words"),
+        ({"phrases": ["above"], "share": 1.5}, "share 1.5 is no share"),
+    ],
+)
+def test_phrases_and_shares_that_are_none_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=f"model.task.text_masking: {told}"):
+        ChosenPhrases(**options)
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.4, 0.3), (-0.1, 0.4, 0.3), (0.1, 1.1, 0.3), (0.1, 0.4, 1.5)])

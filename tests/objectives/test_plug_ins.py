@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from maskvlm.cli.main import main
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import open_raw
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.objectives.masking import RandomBlocks, RandomTokens
+from maskvlm.inference.rebuild import make_part
+from maskvlm.objectives.masking import ChosenPhrases, RandomBlocks, RandomTokens, TextMasking
 from maskvlm.objectives.pretraining_losses import ImageTextContrast, Need, PretrainingLoss, Step
 from maskvlm.training.failure import report
 from maskvlm.utils.errors import ExitCode, UserError
@@ -127,6 +129,36 @@ def test_maskings_are_asked_in_training_and_in_evaluation() -> None:
     later = task.mask(backbone, batch, task.uniform)
     assert later.patch is not None
     assert torch.equal(later.patch.mask_BN, masks.patch.mask_BN)
+
+
+def test_phrases_are_found_by_the_models_tokenizer() -> None:
+    backbone, task = build(text_masking=ChosenPhrases(["these", "nowhere"]))
+    batch = eventful_batch()
+    word = int(batch.token_CT[0][~batch.special_CT[0]][0])
+    asked = {"these": [word], "nowhere": [1]}  # 1: the id of what it does not know
+    backbone.text.tokenizer = SimpleNamespace(
+        mask_token_id=backbone.text.mask_id, pad_token_id=0, unk_token_id=1,
+        encode=lambda words, add_special_tokens: asked[words] if not add_special_tokens else [2, *asked[words], 3],
+    )  # fmt: skip
+    assert [backbone.text.ids_of(words) for words in asked] == [[word], []]
+    task(backbone, batch)
+    assert task.masks.token is not None
+    holds_CT = (batch.token_CT == word) & ~batch.special_CT
+    rows = holds_CT.any(1)
+    assert torch.equal(task.masks.token.mask_CT[rows], holds_CT[rows])
+    assert (task.masks.token.token_CT[rows][holds_CT[rows]] == backbone.text.mask_id).all()
+
+
+def test_a_checkpoint_may_name_the_masking_and_its_phrases() -> None:
+    told = {"phrases": ["left of", "above"], "share": 0.5, "most": None}
+    path = "maskvlm.objectives.masking.ChosenPhrases"
+    found = make_part({"class_path": path, "init_args": told}, TextMasking, "task", ())
+    assert isinstance(found, ChosenPhrases)
+    assert (found.phrases, found.share) == (["left of", "above"], 0.5)
+    for wrong in ({"phrases": "above"}, {"phrases": [7]}, {"phrases": ["above"], "more": 1}):
+        with pytest.raises(UserError) as refused:
+            make_part({"class_path": path, "init_args": wrong}, TextMasking, "task", ())
+        assert refused.value.code == ExitCode.REFUSED
 
 
 def test_the_paper_masks_unless_told_otherwise() -> None:

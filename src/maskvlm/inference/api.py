@@ -282,20 +282,29 @@ class Asked(nn.Module):
             raise UserError("reconstruct", what, "Give as many of each")
         if not given:
             return []
-        image_BCHW = self.pixels(given)
         # (1, N) or (B, N) -> (B, N)
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
+        found: list[Image.Image] = []
+        for start in range(0, len(given), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            found += self._painted(given[rows], mask_BN[rows], words[rows], steps)
+        return found[0] if single else found
+
+    def _painted(
+        self, images: Sequence[Any], mask_BN: Tensor, texts: Sequence[str], steps: int | None
+    ) -> list[Image.Image]:
+        """Images painted at once, or in as many rounds."""
+        image_BCHW = self.pixels(images)
         # Trained with `pixel_norm`, the pixel head predicts patches without their mean and contrast.
         true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
-            painted_BCHW = infill.reconstruct_images(self, image_BCHW, mask_BN, words, true_statistics)
+            painted_BCHW = infill.reconstruct_images(self, image_BCHW, mask_BN, texts, true_statistics)
         else:
-            painted_BCHW = infill.inpaint_images(self, image_BCHW, mask_BN, words, steps, true_statistics)
+            painted_BCHW = infill.inpaint_images(self, image_BCHW, mask_BN, texts, steps, true_statistics)
         # Pillow takes bytes, colours last: (B, 3, H, W) -> (B, H, W, 3)
         rgb_BHWC = (to_rgb(self.backbone, painted_BCHW) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        found = [Image.fromarray(each) for each in rgb_BHWC]
-        return found[0] if single else found
+        return [Image.fromarray(each) for each in rgb_BHWC]
 
     # ------------------------------------------------------------------ what the methods stand on
 

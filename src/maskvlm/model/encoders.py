@@ -447,6 +447,12 @@ class TextEncoder(Encoder):
         assert self.tokenizer is not None, "the tokenizer is set before the first step"
         return int(self.tokenizer.pad_token_id)
 
+    def ids_of(self, words: str) -> list[int]:
+        """Token ids of words, without start and end; none where the tokenizer does not know all of them."""
+        assert self.tokenizer is not None, "the tokenizer is set before the first step"
+        ids: list[int] = self.tokenizer.encode(words, add_special_tokens=False)
+        return [] if self.tokenizer.unk_token_id in ids else ids
+
     @property
     def word_embeddings(self) -> Tensor:
         """One row a token of the vocabulary, [V, own width]."""

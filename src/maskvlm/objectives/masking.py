@@ -5,7 +5,7 @@ Shapes: B images, C captions, N patches, T tokens, K positions at most masked in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -172,11 +172,13 @@ def positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 class Vocabulary(NamedTuple):
-    """What a masking must know of the text encoder: the id of [MASK], the number of ids, the longest text in tokens."""
+    """What a masking must know of the text encoder: the id of [MASK], the number of ids, the longest text in tokens,
+    and how words are cut into ids, without start and end (None: not known)."""
 
     mask_id: int
     size: int
     length: int
+    encode: Callable[[str], list[int]] | None = None
 
 
 class Texts(NamedTuple):
@@ -322,6 +324,60 @@ class RandomTokens(TextMasking):
             first_C = torch.arange(len(drawn_C), device=drawn_C.device) % texts.masks_per_text == 0
             drawn_C = drawn_C.masked_fill(first_C, 0.0)
         return Ratio.drawn(self.ratio, self.most, drawn_C)
+
+
+class ChosenPhrases(RandomTokens):
+    """In training, a text that holds some of these phrases has them masked and nothing else; other texts as
+    `RandomTokens`. For words that say something only together with all the others: how two things stand to each other
+    is learned where both are named, and hardly at all where their names are masked, too.
+
+    Args:
+        phrases: words as the captions have them, such as "left of".
+        share: of the texts that hold one, 0 to 1: how many have it masked so, drawn anew each time.
+        ratio, most: as in `RandomTokens`.
+
+    Raises:
+        UserError: no phrase, one without words, or a share that is none.
+    """
+
+    def __init__(
+        self, phrases: Sequence[str], share: float = 1.0, ratio: float = 0.3, most: float | None = None
+    ) -> None:
+        super().__init__(ratio, most)
+        where = "model.task.text_masking"
+        if isinstance(phrases, str) or not phrases or not all(phrase.strip() for phrase in phrases):
+            raise UserError(
+                where, f"phrases {phrases!r} are no list of words", 'Give some, such as ["left of", "above"]'
+            )
+        if not 0 <= share <= 1:
+            raise UserError(where, f"share {share} is no share", "Give 0 to 1")
+        self.phrases, self.share = list(phrases), share
+
+    def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
+        found = super().__call__(texts, vocabulary, uniform)
+        if not texts.training or vocabulary.encode is None:
+            return found
+        at_CT = self.phrases_in(texts, vocabulary.encode)
+        # No more than there are places to read; a phrase that is cut there is masked in part.
+        at_CT &= at_CT.cumsum(1) <= found.index_CK.shape[1]
+        chosen_C1 = at_CT.any(1, keepdim=True) & (uniform(len(at_CT))[:, None] < self.share)
+        mask_CT = torch.where(chosen_C1, at_CT, found.mask_CT)
+        shown_CT = torch.where(chosen_C1, texts.token_CT.masked_fill(at_CT, vocabulary.mask_id), found.token_CT)
+        return TokenMask(shown_CT, mask_CT, *positions(mask_CT, found.index_CK.shape[1]))
+
+    def phrases_in(self, texts: Texts, encode: Callable[[str], list[int]]) -> Tensor:
+        """True on the tokens of the phrases, [C, T]."""
+        at_CT = torch.zeros_like(texts.special_CT)
+        for phrase in self.phrases:
+            ids = encode(phrase)
+            if not 0 < len(ids) <= at_CT.shape[1]:
+                continue
+            # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
+            windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
+            starts_CW = torch.stack([windows_CWP[..., place] == token for place, token in enumerate(ids)]).all(0)
+            for place in range(len(ids)):
+                at_CT[:, place : place + starts_CW.shape[1]] |= starts_CW
+        return at_CT & ~texts.special_CT
 
 
 class DrawnTokens(TextMasking):

@@ -105,6 +105,7 @@ class MaskedPretraining(Task):
             fully_masked_share). `masking.DrawnBlocks`: each image has a share of its own.
         text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
             keep_and_swap). `masking.DrawnTokens`: each masking has a share of its own.
+            `masking.ChosenPhrases`: given phrases are masked alone.
         mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
@@ -469,7 +470,8 @@ class MaskedPretraining(Task):
             token_CT, special_CT, word_CT = (part[:pairs].repeat_interleave(masks_per_text, 0) for part in parts)
             rows = Texts(token_CT, special_CT, word_CT, masks_per_text, training)
             text = backbone.text
-            token = self.text_masking(rows, Vocabulary(text.mask_id, text.vocab_size, text.text_length), uniform)
+            words = Vocabulary(text.mask_id, text.vocab_size, text.text_length, text.ids_of)
+            token = self.text_masking(rows, words, uniform)
             check_mask(self.text_masking, token, TokenMask)
             if first:
                 check_masks_some(self.text_masking, token.mask_CT, (~special_CT).any(), "token")

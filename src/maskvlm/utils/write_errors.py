@@ -37,8 +37,9 @@ def cannot_write(error: OSError, where: object = None, kept: str = "") -> UserEr
     if error.errno in REFUSED:
         todo = f"Make it writable, or choose another folder{end}"
         return UserError(place, f"cannot be written ({error.strerror})", todo, ExitCode.CANNOT_CREATE)
-    if error.errno in BROKEN:
-        return UserError(place, f"could not be written ({error.strerror})", f"Check the disk{end}", ExitCode.IO_ERROR)
+    if error.errno in BROKEN:  # reading a checkpoint on the way fails so, too
+        what = f"could not be read or written ({error.strerror})"
+        return UserError(place, what, f"Check the disk{end}", ExitCode.IO_ERROR)
     return None
 
 
