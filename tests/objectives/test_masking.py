@@ -221,6 +221,16 @@ def test_a_share_of_the_texts_with_a_phrase() -> None:
     assert abs(int(alone_C.sum()) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
 
 
+def test_of_several_maskings_of_a_text_the_first_alone() -> None:
+    parts = tokens([[5, 11, 12, 6, 7, 8]] * 6)
+    texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], masks_per_text=3, training=True)
+    masking, vocabulary = ChosenPhrases(["left of"], ratio=0.5), Vocabulary(MASK, VOCAB, 8, WORDS.__getitem__)
+    found, usual = masking(texts, vocabulary, Noise()), RandomTokens(0.5)(texts, vocabulary, Noise())
+    alone_T = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0]).bool()
+    for row in range(6):
+        assert torch.equal(found.mask_CT[row], usual.mask_CT[row] if row % 3 else alone_T)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(10, 14), min_size=1, max_size=9), min_size=1, max_size=4), ratios)
 def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> None:

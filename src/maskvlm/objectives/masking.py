@@ -333,7 +333,8 @@ class ChosenPhrases(RandomTokens):
 
     Args:
         phrases: words as the captions have them, such as "left of".
-        share: of the texts that hold one, 0 to 1: how many have it masked so, drawn anew each time.
+        share: of the texts that hold one, 0 to 1: how many have it masked so, drawn anew each time. Of several maskings
+            of a text the first alone.
         ratio, most: as in `RandomTokens`.
 
     Raises:
@@ -361,6 +362,8 @@ class ChosenPhrases(RandomTokens):
         # No more than there are places to read; a phrase that is cut there is masked in part.
         at_CT &= at_CT.cumsum(1) <= found.index_CK.shape[1]
         chosen_C1 = at_CT.any(1, keepdim=True) & (uniform(len(at_CT))[:, None] < self.share)
+        if texts.masks_per_text > 1:
+            chosen_C1 &= (torch.arange(len(at_CT), device=at_CT.device) % texts.masks_per_text == 0)[:, None]
         mask_CT = torch.where(chosen_C1, at_CT, found.mask_CT)
         shown_CT = torch.where(chosen_C1, texts.token_CT.masked_fill(at_CT, vocabulary.mask_id), found.token_CT)
         return TokenMask(shown_CT, mask_CT, *positions(mask_CT, found.index_CK.shape[1]))
