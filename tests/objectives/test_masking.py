@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import MASK, VOCAB, tokens
+from toys import MASK, SEP, VOCAB, tokens
 
 from maskvlm.objectives.masking import (
     ChosenPhrases,
@@ -165,7 +165,10 @@ def test_drawn_blocks_are_of_every_size_in_training_alone() -> None:
 def test_drawn_tokens_are_of_every_size_in_training_alone() -> None:
     parts = tokens([[5] * 8] * 4000)
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"])
-    vocabulary, masking = Vocabulary(MASK, VOCAB, texts.token_CT.shape[1]), DrawnTokens(0.25, 0.75, 0.5)
+    vocabulary, masking = (
+        Vocabulary(MASK, VOCAB, texts.token_CT.shape[1], WORDS.__getitem__),
+        DrawnTokens(0.25, 0.75, 0.5),
+    )
     measured = masking(texts, vocabulary, Noise())
     assert torch.equal(measured.mask_CT, RandomTokens(0.5)(texts, vocabulary, Noise()).mask_CT)
     found = masking(texts._replace(training=True), vocabulary, Noise())
@@ -178,7 +181,7 @@ def test_drawn_tokens_are_of_every_size_in_training_alone() -> None:
 
 # ---------------------------------------------------------------------- chosen phrases
 
-WORDS = {"left of": [11, 12], "above": [13], "left": [11], "unknown": [], "a very long phrase": [11] * 99}
+WORDS = {"left of": [11, 12], "above": [13], "[SEP]": [SEP], "unknown": [], "a very long phrase": [11] * 99}
 
 
 def chosen(rows: list[list[int]], training: bool = True, **settings: Any) -> tuple[TokenMask, TokenMask]:
@@ -210,8 +213,13 @@ def test_chosen_phrases_are_for_training_alone() -> None:
 
 
 def test_phrases_that_no_text_can_hold_are_passed_over() -> None:
-    found, usual = chosen([[5, 11, 12, 6, 7]] * 3, phrases=["unknown", "a very long phrase"])
+    found, usual = chosen([[5, 11, 12, 6, 7]] * 3, phrases=["[SEP]", "a very long phrase"])
     assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
+
+
+def test_a_phrase_that_the_tokenizer_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match="the tokenizer does not know all words of 'unknown'"):
+        chosen([[5, 11, 12, 6, 7]], phrases=["left of", "unknown"])
 
 
 def test_a_share_of_the_texts_with_a_phrase() -> None:

@@ -285,10 +285,11 @@ class Asked(nn.Module):
         # (1, N) or (B, N) -> (B, N)
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
-        found: list[Image.Image] = []
-        for start in range(0, len(given), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            found += self._painted(given[rows], mask_BN[rows], words[rows], steps)
+        size = self.batch_size
+        parts = zip(
+            embeddings.in_batches(given, size), mask_BN.split(size), embeddings.in_batches(words, size), strict=True
+        )
+        found = [one for part in parts for one in self._painted(*part, steps)]
         return found[0] if single else found
 
     def _painted(

@@ -173,12 +173,12 @@ def positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 class Vocabulary(NamedTuple):
     """What a masking must know of the text encoder: the id of [MASK], the number of ids, the longest text in tokens,
-    and how words are cut into ids, without start and end (None: not known)."""
+    and how words are cut into ids, without start and end (none where it does not know all of them)."""
 
     mask_id: int
     size: int
     length: int
-    encode: Callable[[str], list[int]] | None = None
+    encode: Callable[[str], list[int]]
 
 
 class Texts(NamedTuple):
@@ -338,7 +338,8 @@ class ChosenPhrases(RandomTokens):
         ratio, most: as in `RandomTokens`.
 
     Raises:
-        UserError: no phrase, one without words, or a share that is none.
+        UserError: no phrase, one without words, or a share that is none; in the first step a phrase of words that the
+            tokenizer does not know.
     """
 
     def __init__(
@@ -356,7 +357,7 @@ class ChosenPhrases(RandomTokens):
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
         found = super().__call__(texts, vocabulary, uniform)
-        if not texts.training or vocabulary.encode is None:
+        if not texts.training:
             return found
         at_CT = self.phrases_in(texts, vocabulary.encode)
         # No more than there are places to read; a phrase that is cut there is masked in part.
@@ -373,7 +374,10 @@ class ChosenPhrases(RandomTokens):
         at_CT = torch.zeros_like(texts.special_CT)
         for phrase in self.phrases:
             ids = encode(phrase)
-            if not 0 < len(ids) <= at_CT.shape[1]:
+            if not ids:
+                what, todo = f"the tokenizer does not know all words of '{phrase}'", "Leave it out of phrases"
+                raise UserError("model.task.text_masking", what, todo)
+            if len(ids) > at_CT.shape[1]:  # longer than any text of this batch
                 continue
             # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
             windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
