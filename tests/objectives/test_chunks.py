@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "contrast first": {"contrast_first": 0.5},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},
     "images stand still": {"contrast_first": 0.5, "freeze_aligned": "image"},
+    "images have been learned": {"image_learns": 0.5},
 }
 
 

@@ -360,6 +360,33 @@ def test_what_stops_where_contrast_ends() -> None:
         assert {id(p) for p in task.late(backbone).stopping} == expected
 
 
+@pytest.mark.parametrize("left_out", [False, True])
+def test_the_image_encoder_learns_in_a_share_of_the_run(left_out: bool) -> None:
+    """Before it all as without; after it the same losses, no gradient in the encoder, the others' as without. A mask
+    token behind the encoder goes on learning."""
+    for done in (0.4, 0.5):
+        found = {}
+        for share in (1.0, 0.5):
+            backbone, task = build(image_learns=share)
+            backbone.image.left_out = left_out
+            task.run_progress = done
+            task.set_uniform(Draw(7, 0, "cpu"))
+            terms = task(backbone, pad_text(toy_batch(8), LENGTH, 1))
+            total(task, terms).backward()
+            found[share] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
+        torch.testing.assert_close(found[0.5][0], found[1.0][0])
+        still = {f"0.image.{name}" for name, _ in backbone.image.named_parameters()}
+        still -= {"0.image.mask_token"} if left_out else set()
+        assert still & set(found[1.0][1])
+        assert set(found[0.5][1]) == set(found[1.0][1]) - (still if done == 0.5 else set())
+        for name in found[0.5][1]:
+            torch.testing.assert_close(found[0.5][1][name], found[1.0][1][name], atol=1e-6, rtol=1e-5)
+    share, late, stopping = task.late(backbone)
+    assert (share, late) == (0.5, ())
+    name_of = {id(parameter): f"0.image.{name}" for name, parameter in backbone.image.named_parameters()}
+    assert {name_of[id(parameter)] for parameter in stopping} == still
+
+
 @pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("freeze", [True, "image"])
 @pytest.mark.parametrize(
@@ -848,6 +875,8 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
         ({"masked_image_share": 1.5}, "model.task.masked_image_share: 1.5 is no share"),
         ({"masked_image_share": 0.5, "mask_both": True}, "model.task.masked_image_share: mask_both masks every image"),
         ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is no share below 1"),
+        ({"image_learns": 0.0}, "model.task.image_learns: 0.0 is no share above 0"),
+        ({"image_learns": 0.5, "contrast_first": 0.5}, "model.task.image_learns: contrast_first has phases of its own"),
         ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
         ({"freeze_aligned": True}, "model.task.freeze_aligned: nothing is aligned first: contrast_first is 0"),
         (

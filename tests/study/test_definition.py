@@ -293,9 +293,18 @@ def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
     assert others[4].sha256 != runs[4].sha256
 
 
-def test_operations_of_a_run_with_two_kinds_of_steps_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step is the cheap kind."""
-    told = json.dumps({"flops": 7, "contrast_first": 0.6})
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ({"contrast_first": 0.6, "image_learns": 1.0}, "the first steps learn contrast alone"),
+        ({"contrast_first": 0.0, "image_learns": 0.5}, "cost less than the first"),
+    ],
+)
+def test_operations_of_a_run_with_two_kinds_of_steps_are_not_counted(
+    kinds: dict[str, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is the cheap kind, or the dear one."""
+    told = json.dumps({"flops": 7} | kinds)
     monkeypatch.setattr(budget.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=told))
-    with pytest.raises(UserError, match="the first steps learn contrast alone"):
+    with pytest.raises(UserError, match=said):
         budget._counted(["model=compact"])

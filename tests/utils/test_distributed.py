@@ -344,6 +344,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},
     "images stand still": {"contrast_first": 0.5, "freeze_aligned": "image"},
+    "images have been learned": {"image_learns": 0.5},
 }
 
 

@@ -22,7 +22,8 @@ STEPS = 25
 class BenchSpeed(NamedTuple):
     """Of one process. Operations are counted in the forward and backward pass of a step as they are carried out, so
     recomputed activations count too. contrast_first: share of the steps that are cheaper; the first of them was
-    counted."""
+    counted. image_learns: share of the steps in which the image encoder learns, of which the first was counted; the
+    others are cheaper."""
 
     device: str
     precision: str
@@ -33,6 +34,7 @@ class BenchSpeed(NamedTuple):
     peak_flops: float | None
     memory_gib: float | None
     contrast_first: float = 0.0
+    image_learns: float = 1.0
 
     def __str__(self) -> str:
         use = f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
@@ -41,6 +43,8 @@ class BenchSpeed(NamedTuple):
         work = f", {self.flops_per_second / 1e12:.3f} TFLOP/s{use}"
         if self.contrast_first:
             work = f", {self.contrast_first:.0%} of the steps contrast alone (model.task.contrast_first)"
+        elif self.image_learns < 1:
+            work = f", the image encoder learning in {self.image_learns:.0%} of the steps (model.task.image_learns)"
         return (
             f"{self.device}, {self.precision}: {self.pairs_per_second:.1f} pairs/s, "
             f"{self.milliseconds:.0f} ms a step{work}{memory}"
@@ -83,8 +87,9 @@ class Stopwatch(L.Callback):
             seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
             pairs = len(batch.valid_B) * trainer.world_size
             speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
-            first = getattr(getattr(pl_module, "task", None), "contrast_first", 0.0)
-            self.speed = speed._replace(contrast_first=first) if first else speed
+            task = getattr(pl_module, "task", None)
+            first, learns = getattr(task, "contrast_first", 0.0), getattr(task, "image_learns", 1.0)
+            self.speed = speed._replace(contrast_first=first, image_learns=learns)
 
 
 def measured(device: torch.device, precision: str, pairs: int, seconds: float, flops: int) -> BenchSpeed:

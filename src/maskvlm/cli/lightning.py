@@ -101,7 +101,9 @@ class LightningCommand(LightningCLI):
             warn(line)
         for line in parts_left_behind(self.start, self.settings.model.task):
             warn(line)
-        set_length(self.settings, {option.key for option in options(self.arguments)})
+        typed = {option.key for option in options(self.arguments)}
+        refuse_linked(typed)
+        set_length(self.settings, typed)
         if self.config.subcommand == "fit":
             check_interval(self.settings)
 
@@ -306,6 +308,23 @@ def interval_too_long(interval: int, batches: int) -> UserError:
     """An evaluation after more batches than a run has."""
     what, todo = f"{interval}, but the run has {batches} batches", f"Give at most {batches}, or 1.0: at the end"
     return UserError("trainer.val_check_interval", what, todo)
+
+
+LINKED = {
+    "model.backbone.start": "from=CHECKPOINT",
+    "model.backbone.image.random_init": "--model.random_init",
+    "model.backbone.text.random_init": "--model.random_init",
+    "data.seed": "--seed_everything",
+    "data.accumulate": "--trainer.accumulate_grad_batches",
+}
+"""Settings that another option sets, and that option: jsonargparse drops what is given for them inside a class."""
+
+
+def refuse_linked(typed: Collection[str]) -> None:
+    """Raises UserError for a typed option that would change nothing, as another one sets it."""
+    for key in LINKED:
+        if key in typed:
+            raise UserError(f"--{key}", "changes nothing: another option sets it", f"Give {LINKED[key]}")
 
 
 def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:

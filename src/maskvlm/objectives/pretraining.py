@@ -95,6 +95,9 @@ class MaskedPretraining(Task):
         freeze_aligned: true: both encoders and the contrast projections are frozen after the ITC-only phase (false,
             P); their learning rates end with it, and later steps cost less. `image`: only the image encoder is
             frozen; the text encoder and ITC go on learning against fixed image features (LiT, Zhai et al. 2022).
+        image_learns: share of the run's steps, above 0 to 1, in which the image encoder learns (1, P); its learning
+            rate ends there, and later steps cost less. What comes late, such as how two things stand to each other, is
+            then learned on image features that do not move (docs/results/scenes).
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
@@ -160,6 +163,7 @@ class MaskedPretraining(Task):
         negative_queue: int = 0,
         matching_trains_encoders: bool = True,
         freeze_aligned: bool | Literal["image"] = False,
+        image_learns: float = 1.0,
         fully_masked_share: float = 0.0,
         contrast_patches: float = 1.0,
         contrast_reads: Literal["class", "class_and_mean"] = "class",
@@ -217,6 +221,13 @@ class MaskedPretraining(Task):
             what = "contrast is the only loss: after contrast_first nothing would learn"
             raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
         self.freeze_aligned = freeze_aligned
+        if not 0 < image_learns <= 1:
+            todo = "Give 1, or a smaller share"
+            raise UserError("model.task.image_learns", f"{image_learns} is no share above 0", todo)
+        if image_learns < 1 and contrast_first:
+            what, todo = "contrast_first has phases of its own", "Give freeze_aligned: image, or contrast_first: 0"
+            raise UserError("model.task.image_learns", what, todo)
+        self.image_learns = image_learns
         self.rerank_contrast = rerank_contrast
         # The words that are present (weight_words) train the image encoder alone.
         if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim or weight_spread):
@@ -384,9 +395,12 @@ class MaskedPretraining(Task):
         # `image` freezes one encoder; ITC still learns the other. True freezes both, and ITC is only logged.
         still = aligned and self.freeze_aligned is True
         stand = [backbone.image, *([backbone.text] if still else [])]
+        # A share of 1 is that of the whole run, also where no run counts its steps (run_progress is 1 there).
+        learned = self.image_learns < 1 and self.run_progress >= self.image_learns
+        frozen = learned or (aligned and bool(self.freeze_aligned))
         # Contrast alone can do with some of the patches; the other losses read all positions.
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
-        with encoders_frozen(stand, aligned and bool(self.freeze_aligned)):
+        with encoders_frozen(stand, frozen):
             subset_BV = self.sample_patches(backbone, batch) if alone else None
             exchanged = self.exchange(backbone, batch, pairs)
             encoded = self.encode(backbone, all_captions, masks, subset_BV, exchanged)
@@ -426,8 +440,9 @@ class MaskedPretraining(Task):
         return cross_all(backbone, *parts)
 
     def late(self, backbone: MaskVLM) -> TrainingPhases:
-        """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT."""
-        if not self.contrast_first:
+        """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT. Or
+        all learn from the beginning, and the image encoder no longer than it shall."""
+        if not self.contrast_first and self.image_learns == 1:
             return TrainingPhases()
         first = (backbone.image, backbone.text, self.projection)
         # By id: == between tensors compares their values.
@@ -436,8 +451,10 @@ class MaskedPretraining(Task):
             early.remove(id(backbone.image.mask_token))
         every = (*backbone.parameters(), *self.parameters())
         waiting = [parameter for parameter in every if id(parameter) not in early]
-        stop = {True: first, "image": first[:1], False: ()}[self.freeze_aligned]
+        stop = first[:1] if self.image_learns < 1 else {True: first, "image": first[:1], False: ()}[self.freeze_aligned]
         stopping = [parameter for module in stop for parameter in module.parameters() if id(parameter) in early]
+        if not self.contrast_first:
+            return TrainingPhases(self.image_learns, (), stopping)
         return TrainingPhases(self.contrast_first, waiting, stopping)
 
     def mask(

@@ -79,5 +79,8 @@ def _counted(words: Sequence[str]) -> int:
     if found["contrast_first"]:
         what = f"maskvlm bench {' '.join(words)}: the first steps learn contrast alone, and cost less than the others"
         raise UserError("flops_of", what[:500], f"Give {STEPS} in its place, or set model.task.contrast_first to 0")
+    if found["image_learns"] < 1:
+        what = f"maskvlm bench {' '.join(words)}: steps whose image encoder stands still cost less than the first"
+        raise UserError("flops_of", what[:500], f"Give {STEPS} in its place, or set model.task.image_learns to 1")
     flops: int = found["flops"]
     return flops
