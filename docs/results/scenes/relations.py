@@ -1,11 +1,12 @@
-"""How soon a model learns how two things stand to each other, by what else is masked.
+"""How soon a model learns how two things stand to each other, by what else is masked and whether its image encoder
+moves meanwhile.
 
-The image encoder stands still: its features are computed once. The text encoder, its cross encoder and the token head
-go on learning from masked words alone, at one rate, from captions of the built-in world. Printed are the captions of
-which the relation alone was masked so far, and how often the true relation word is likelier than its opposite in 1,500
-held-out scenes of two things (chance 50 %).
+The text encoder, its cross encoder and the token head go on learning from masked words alone, at one rate, from
+captions of the built-in world; the image encoder stands still, or learns at a share of that rate. Printed are the
+captions of which the relation alone was masked so far, and how often the true relation word is likelier than its
+opposite in 1,500 held-out scenes of two things (chance 50 %).
 
-.venv/bin/python docs/results/scenes/relations.py [CHECKPOINT] [--share 1] [--masked 0.3 0.9] [--pairs]
+.venv/bin/python docs/results/scenes/relations.py [CHECKPOINT] [--share 1] [--masked 0.3 0.9] [--pairs] [--images 0]
 """
 
 import argparse
@@ -29,20 +30,18 @@ SCENES, HELD_OUT, LENGTH = 12_000, 1_500, 28
 
 
 class Captions(NamedTuple):
-    """image_XLD: features of images. token_XCT, special_XCT: captions of each."""
+    """image_XCHW: images as the encoder reads them. token_XCT, special_XCT: captions of each."""
 
-    image_XLD: Tensor
+    image_XCHW: Tensor
     token_XCT: Tensor
     special_XCT: Tensor
 
 
 def read(model: MaskVLM, scenes: list[Scene], texts: list[list[str]]) -> Captions:
-    """Images through the encoder, captions through the tokenizer."""
+    """Images drawn, captions through the tokenizer."""
     parts = []
-    with torch.no_grad():
-        for start in range(0, len(scenes), 250):
-            images = [draw_scene(scene, model.image_size) for scene in scenes[start : start + 250]]
-            parts.append(model.backbone.image(model.pixels(images)))
+    for start in range(0, len(scenes), 250):
+        parts.append(model.pixels([draw_scene(scene, model.image_size) for scene in scenes[start : start + 250]]))
     words = model.backbone.text.tokenizer(
         [text for each in texts for text in each], padding="max_length", max_length=LENGTH, truncation=True,
         return_tensors="pt", return_special_tokens_mask=True,
@@ -52,8 +51,9 @@ def read(model: MaskVLM, scenes: list[Scene], texts: list[list[str]]) -> Caption
     return Captions(torch.cat(parts), words["input_ids"].view(shape), special_XCT)
 
 
-def hidden(model: MaskVLM, token_BT: Tensor, image_BLD: Tensor) -> Tensor:
+def hidden(model: MaskVLM, token_BT: Tensor, image_BCHW: Tensor) -> Tensor:
     """What the token head reads, [B, T, D]."""
+    image_BLD = model.backbone.image(image_BCHW)
     attention_BT = token_BT != model.backbone.text.pad_id
     text_BTD, cross = model.backbone.text(token_BT, attention_BT), model.backbone.cross_text
     return cross(text_BTD, cross.context(image_BLD), attention_BT).full_RLD
@@ -72,7 +72,7 @@ def percent_right(model: MaskVLM, held: Captions) -> float:
         row_B = torch.arange(len(rows))
         true_B = token_BT[row_B, at_B]
         token_BT[row_B, at_B] = model.backbone.text.mask_id
-        logits_BV = model.task.tokens(hidden(model, token_BT, held.image_XLD[rows])[row_B, at_B])
+        logits_BV = model.task.tokens(hidden(model, token_BT, held.image_XCHW[rows])[row_B, at_B])
         turned_B = torch.tensor([opposite[word] for word in true_B.tolist()])
         right.append(logits_BV[row_B, true_B] > logits_BV[row_B, turned_B])
     return 100 * float(torch.cat(right).float().mean())
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=7e-4)
+    parser.add_argument("--images", type=float, default=0.0, help="rate of the image encoder, as a share of --rate")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = MaskVLM.from_pretrained(options.checkpoint).requires_grad_(False)
@@ -108,9 +109,11 @@ def main() -> None:
     masking = ChosenPhrases(PHRASES, options.share, *options.masked)
     vocabulary = Vocabulary(text.mask_id, text.vocab_size, LENGTH, text.ids_of)
     weights = [*text.parameters(), *model.backbone.cross_text.parameters(), *model.task.tokens.parameters()]
-    for weight in weights:
+    seeing = [*model.backbone.image.parameters()] if options.images else []
+    for weight in (*weights, *seeing):
         weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, options.rate, betas=(0.9, 0.98), weight_decay=0.05)
+    groups = [{"params": weights}, {"params": seeing, "lr": options.images * options.rate}]
+    optimizer = torch.optim.AdamW(groups, options.rate, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
     alone = 0
     for step in range(1, options.steps + 1):
@@ -119,10 +122,10 @@ def main() -> None:
         token_BT, special_BT = learned.token_XCT[image_B, caption_B], learned.special_XCT[image_B, caption_B]
         word_BT = torch.arange(LENGTH).expand_as(token_BT).masked_fill(special_BT, -1)
         masked = masking(Texts(token_BT, special_BT, word_BT, training=True), vocabulary, torch.rand)
-        logits_MV = model.task.tokens(hidden(model, masked.token_CT, learned.image_XLD[image_B])[masked.mask_CT])
+        logits_MV = model.task.tokens(hidden(model, masked.token_CT, learned.image_XCHW[image_B])[masked.mask_CT])
         optimizer.zero_grad()
         cross_entropy(logits_MV, token_BT[masked.mask_CT]).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_([*weights, *seeing], 1.0)
         optimizer.step()
         warmup.step()
         holds_BT = masking.phrases_in(Texts(token_BT, special_BT, word_BT), text.ids_of)
