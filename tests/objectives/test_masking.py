@@ -1,6 +1,7 @@
 """Which patches and words are masked: against written-out NumPy, and what must hold for every input."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,13 @@ def test_chosen_phrases_are_masked_alone_and_other_texts_as_always() -> None:
     assert torch.equal(found.token_CT, parts["token_CT"].masked_fill(found.mask_CT, MASK))
 
 
+def test_chosen_phrases_may_count_more() -> None:
+    rows = [[5, 11, 12, 6, 7], [5, 6, 7, 8, 9]]
+    found, plain = chosen(rows, weight=3.0)[0], chosen(rows)[0]
+    assert torch.equal(found.weight_CK, plain.weight_CK * torch.tensor([[3.0], [1.0]]))
+    assert all(torch.equal(*pair) for pair in zip(found[:3], plain[:3], strict=True))
+
+
 def test_chosen_phrases_are_for_training_alone() -> None:
     found, usual = chosen([[5, 11, 12, 6, 7]] * 3, training=False)
     assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
@@ -255,6 +263,8 @@ def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> 
         ({"phrases": "above"}, "phrases 'above' are no list of words"),
         ({"phrases": ["above", " "]}, "phrases .* are no list of words"),
         ({"phrases": ["above"], "share": 1.5}, "share 1.5 is no share"),
+        ({"phrases": ["above"], "weight": 0.0}, "weight 0.0 is no weight above 0"),
+        ({"phrases": ["above"], "weight": math.nan}, "weight nan is no weight above 0"),
     ],
 )
 def test_phrases_and_shares_that_are_none_are_refused(options: dict[str, Any], told: str) -> None:

@@ -6,7 +6,8 @@ captions of the built-in world; the image encoder stands still, or learns at a s
 captions of which the relation alone was masked so far, and how often the true relation word is likelier than its
 opposite in 1,500 held-out scenes of two things (chance 50 %).
 
-.venv/bin/python docs/results/scenes/relations.py [CHECKPOINT] [--share 1] [--masked 0.3 0.9] [--pairs] [--images 0]
+.venv/bin/python docs/results/scenes/relations.py [CHECKPOINT] [--share 1] [--masked 0.3 0.9] [--weight 1] [--pairs]
+    [--images 0]
 """
 
 import argparse
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=7e-4)
+    parser.add_argument("--weight", type=float, default=1.0, help="of a relation that is masked alone")
     parser.add_argument("--images", type=float, default=0.0, help="rate of the image encoder, as a share of --rate")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -123,13 +125,16 @@ def main() -> None:
         word_BT = torch.arange(LENGTH).expand_as(token_BT).masked_fill(special_BT, -1)
         masked = masking(Texts(token_BT, special_BT, word_BT, training=True), vocabulary, torch.rand)
         logits_MV = model.task.tokens(hidden(model, masked.token_CT, learned.image_XCHW[image_B])[masked.mask_CT])
+        holds_BT = masking.phrases_in(Texts(token_BT, special_BT, word_BT), text.ids_of)
+        alone_B = holds_BT.any(1) & (masked.mask_CT == holds_BT).all(1)
+        weight_M = torch.where(alone_B[:, None], options.weight, 1.0).expand_as(holds_BT)[masked.mask_CT]
+        loss_M = cross_entropy(logits_MV, token_BT[masked.mask_CT], reduction="none")
         optimizer.zero_grad()
-        cross_entropy(logits_MV, token_BT[masked.mask_CT]).backward()
+        ((loss_M * weight_M).sum() / weight_M.sum()).backward()
         torch.nn.utils.clip_grad_norm_([*weights, *seeing], 1.0)
         optimizer.step()
         warmup.step()
-        holds_BT = masking.phrases_in(Texts(token_BT, special_BT, word_BT), text.ids_of)
-        alone += int((holds_BT.any(1) & (masked.mask_CT == holds_BT).all(1)).sum())
+        alone += int(alone_B.sum())
         if step % 200 == 0:
             print(f"step {step}: {alone:6d} relations masked alone, {percent_right(model, held):.1f} % right")
 

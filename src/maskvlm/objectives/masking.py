@@ -4,6 +4,7 @@ configurations name. A masking of your own is a class of `ImageMasking` or `Text
 Shapes: B images, C captions, N patches, T tokens, K positions at most masked in a row.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class PatchMask(NamedTuple):
 
 class TokenMask(NamedTuple):
     """token_CT: int64 ids with the masked ones replaced. mask_CT: bool, True where the loss looks. index_CK,
-    weight_CK as in `PatchMask`."""
+    weight_CK as in `PatchMask`; the weight of a masked one may be another than 1, above 0."""
 
     token_CT: Tensor
     mask_CT: Tensor
@@ -336,14 +337,20 @@ class ChosenPhrases(RandomTokens):
         share: of the texts that hold one, 0 to 1: how many have it masked so, drawn anew each time. Of several maskings
             of a text the first alone.
         ratio, most: as in `RandomTokens`.
+        weight: how much a token that is masked so counts in the loss beside any other, above 0.
 
     Raises:
-        UserError: no phrase, one without words, or a share that is none; in the first step a phrase of words that the
-            tokenizer does not know.
+        UserError: no phrase, one without words, a share or a weight that is none; in the first step a phrase of words
+            that the tokenizer does not know.
     """
 
     def __init__(
-        self, phrases: Sequence[str], share: float = 1.0, ratio: float = 0.3, most: float | None = None
+        self,
+        phrases: Sequence[str],
+        share: float = 1.0,
+        ratio: float = 0.3,
+        most: float | None = None,
+        weight: float = 1.0,
     ) -> None:
         super().__init__(ratio, most)
         where = "model.task.text_masking"
@@ -353,7 +360,9 @@ class ChosenPhrases(RandomTokens):
             )
         if not 0 <= share <= 1:
             raise UserError(where, f"share {share} is no share", "Give 0 to 1")
-        self.phrases, self.share = list(phrases), share
+        if not 0 < weight < math.inf:
+            raise UserError(where, f"weight {weight} is no weight above 0", "Give 1, or a larger number")
+        self.phrases, self.share, self.weight = list(phrases), share, weight
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
         found = super().__call__(texts, vocabulary, uniform)
@@ -367,7 +376,8 @@ class ChosenPhrases(RandomTokens):
             chosen_C1 &= (torch.arange(len(at_CT), device=at_CT.device) % texts.masks_per_text == 0)[:, None]
         mask_CT = torch.where(chosen_C1, at_CT, found.mask_CT)
         shown_CT = torch.where(chosen_C1, texts.token_CT.masked_fill(at_CT, vocabulary.mask_id), found.token_CT)
-        return TokenMask(shown_CT, mask_CT, *positions(mask_CT, found.index_CK.shape[1]))
+        index_CK, weight_CK = positions(mask_CT, found.index_CK.shape[1])
+        return TokenMask(shown_CT, mask_CT, index_CK, torch.where(chosen_C1, self.weight * weight_CK, weight_CK))
 
     def phrases_in(self, texts: Texts, encode: Callable[[str], list[int]]) -> Tensor:
         """True on the tokens of the phrases, [C, T]."""

@@ -311,7 +311,7 @@ class MaskedTokens(PretrainingLoss):
         return self._masked(step)[2].sum()
 
     def _masked(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked positions, the ids that stood there, and 1.0 where there is one, [C, K] each."""
+        """Masked positions, the ids that stood there, and how much each counts, 0 where there is none, [C, K] each."""
         token = step.masks.token
         assert token is not None
         # The captions as they were, each as often as it was masked.
