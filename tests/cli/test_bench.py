@@ -33,7 +33,7 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("forget"))
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(done.append("read") or len(done))))
-    monkeypatch.setattr(bench, "measured", lambda *told: told)
+    monkeypatch.setattr(bench, "measured", lambda *_: SimpleNamespace(_replace=lambda **kinds: kinds))
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
     trainer, module = SimpleNamespace(world_size=1, precision="32-true"), SimpleNamespace(device=torch.device("cuda"))
     for step in range(bench.STEPS + 2):
