@@ -35,13 +35,15 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(done.append("read") or len(done))))
     monkeypatch.setattr(bench, "measured", lambda *_: SimpleNamespace(_replace=lambda **kinds: kinds))
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
-    trainer, module = SimpleNamespace(world_size=1, precision="32-true"), SimpleNamespace(device=torch.device("cuda"))
+    trainer = SimpleNamespace(world_size=1, precision="32-true")
+    module = SimpleNamespace(device=torch.device("cuda"), task=SimpleNamespace(image_learns=0.5))
     for step in range(bench.STEPS + 2):
         watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
         done.append("step")
         watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
     first, timed = ["step"] * bench.WARMUP, ["step"] * (bench.STEPS - bench.WARMUP)
     assert done == [*first, "wait", "forget", "read", *timed, "wait", "read", "step", "step"]
+    assert watch.speed == {"contrast_first": 0.0, "image_learns": 0.5}  # of a task that has no contrast first
 
 
 def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> None:
