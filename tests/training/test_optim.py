@@ -10,7 +10,9 @@ from torch import nn
 
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.training.lit import LitModel
 from maskvlm.training.optim import blocks_above, build_adamw, parameter_groups, schedule, warmup_cosine
+from maskvlm.utils.errors import UserError
 
 
 def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
@@ -124,6 +126,25 @@ def test_rate_at_written_out_steps() -> None:
 def test_runs_without_warm_up_and_runs_that_only_warm_up() -> None:
     assert [warmup_cosine(2, 0, 0.0)(step) for step in range(3)] == pytest.approx([1.0, 0.5, 0.0])
     assert [warmup_cosine(2, 4, 0.0)(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_a_stable_rate_stays_at_its_peak_and_then_falls() -> None:
+    """Two steps of rise, four at the peak, a cosine over the last four."""
+    down = [0.55 + 0.45 * math.cos(math.pi * n / 4) for n in range(5)]
+    factor = warmup_cosine(total=10, warmup=2, floor=0.1, stable=4)
+    assert [factor(step) for step in range(12)] == pytest.approx([0.5, *[1.0] * 5, *down, 0.1])
+
+
+def test_the_stable_share_is_one_of_the_steps_of_each_group_after_its_rise() -> None:
+    """Of 12 steps 2 rise, half of the other ten are stable; of the last four of late ones 2 rise and 1 is stable."""
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "late": late} for late in (False, True)]
+    optimizer = build_adamw(groups, (0.9, 0.98), fused=False)
+    early, late = schedule(optimizer, 12, 2, 0.0, start=8, stable=0.5).lr_lambdas
+    assert [early(step) for step in (1, 2, 7)] == pytest.approx([1.0] * 3)
+    assert early(8) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 5))
+    assert [late(step) for step in range(7, 13)] == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 0.0])
+    with pytest.raises(UserError, match=r"model\.stable: 1\.0 is no share"):
+        LitModel(*build(), stable=1.0)
 
 
 def rates(lrs: list[float], min_lr: float) -> list[list[float]]:

@@ -59,7 +59,7 @@ def _stray(match: re.Match[str], _: MessageContext) -> UserError:
 
 ELSEWHERE = {
     "optimizer": "AdamW is the model's own: set model.lr, model.lr_encoders, model.weight_decay, model.betas",
-    "lr_scheduler": "Warm-up and cosine are the model's own: set model.warmup and model.min_lr",
+    "lr_scheduler": "Warm-up and cosine are the model's own: set model.warmup, model.stable and model.min_lr",
 }
 """Keys that LightningCLI has elsewhere, and what is in their place here: rates differ by part of the model, and a run
 that goes on must find the schedule that it began with."""

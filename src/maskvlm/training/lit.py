@@ -60,6 +60,8 @@ class LitModel(L.LightningModule):
         betas: of AdamW (C).
         warmup: share of the run's steps, or a number of steps from 1 on (paper: 5 of 50 epochs).
         min_lr: where the cosine ends (3e-5, R).
+        stable: share of the steps after warm-up in which the rates keep their peak before the cosine begins, 0 to below
+            1 (warm-up, stable, decay, as in 2404.06395; paper: 0).
         seed: of masks, negatives and dropout; together with the step it determines them.
         lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
         random_init: both encoders start from random weights; the command line hands it on to them.
@@ -87,12 +89,15 @@ class LitModel(L.LightningModule):
         layer_decay: float = 1.0,
         chunk: int | None = None,
         compile: bool = False,
+        stable: float = 0.0,
     ) -> None:
         super().__init__()
         check_least(0, {"model.lr": lr, "model.lr_encoders": lr_encoders, "model.weight_decay": weight_decay})
         check_least(0, {"model.lr_cross": lr_cross})
         check_least(1, {"model.chunk": chunk})
         check_least(0, {"model.warmup": warmup, "model.min_lr": min_lr})
+        if not 0 <= stable < 1:
+            raise UserError("model.stable", f"{stable} is no share", "Give a number from 0 to below 1")
         if not 0 < layer_decay <= 1:
             raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
         if not all(0 <= beta < 1 for beta in betas):
@@ -101,7 +106,7 @@ class LitModel(L.LightningModule):
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
         self.lr_cross, self.layer_decay, self.chunk = lr_cross, layer_decay, chunk
         self.compiled = compile  # `compile` is a method of modules
-        self.warmup, self.min_lr, self.seed = warmup, min_lr, seed
+        self.warmup, self.stable, self.min_lr, self.seed = warmup, stable, min_lr, seed
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None
         self.task_yaml: str | None = None
@@ -237,7 +242,7 @@ class LitModel(L.LightningModule):
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         # Not Lightning's `estimated_stepping_batches`, which makes the loaders in order to count.
         total = self.data.total_steps
-        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total))
+        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total), self.stable)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property

@@ -1,4 +1,4 @@
-"""AdamW with the paper's two learning rates, and warm-up then cosine by step."""
+"""AdamW with the paper's two learning rates, and warm-up, peak, cosine by step."""
 
 import math
 import re
@@ -88,26 +88,30 @@ def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused:
     return AdamW(groups, betas=betas, fused=fused)
 
 
-def warmup_cosine(total: int, warmup: int, floor: float) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: linear from 0 to 1, then cosine down to `floor`.
+def warmup_cosine(total: int, warmup: int, floor: float, stable: int = 0) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear from 0 to 1, then 1, then cosine down to `floor`.
 
     Args:
         total: steps of the run.
         warmup: steps of the rise; the first step already learns.
         floor: final factor, 0 to 1.
+        stable: steps at 1 between the rise and the way down.
     """
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        down = warmup + stable
+        done = min(1.0, max(0, step - down) / max(1, total - down))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
 
 
-def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0) -> LambdaLR:
-    """Warm-up and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
+def schedule(
+    optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0, stable: float = 0.0
+) -> LambdaLR:
+    """Warm-up, peak and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
     encoders: 1e-5 under a floor of 3e-5).
 
     Args:
@@ -115,6 +119,7 @@ def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: 
         warmup: share of the steps in which a group learns, or a number of steps from 1 on.
         start: step at which groups marked `late` begin; before it their rate is 0. The cosine of those marked
             `stopping` ends there; from it on their rate is 0.
+        stable: share of the steps after warm-up in which a group keeps its peak, 0 to below 1.
     """
 
     def factor(group: dict[str, Any]) -> Callable[[int], float]:
@@ -123,7 +128,8 @@ def schedule(optimizer: AdamW, total: int, warmup: float, min_lr: float, start: 
         steps = (total if end is None else end) - first
         # LambdaLR multiplies a group's own peak, so that one lowest rate is another factor for each.
         floor = min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0
-        of_step = warmup_cosine(steps, int(warmup if warmup >= 1 else warmup * steps), floor)
+        rise = int(warmup if warmup >= 1 else warmup * steps)
+        of_step = warmup_cosine(steps, rise, floor, int(stable * max(0, steps - rise)))
         return lambda step: of_step(step - first) if first <= step and (end is None or step < end) else 0.0
 
     return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])
