@@ -69,7 +69,7 @@ def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("words", "steps", "epochs"),
-    [("", 5000, None), ("--trainer.max_steps 7", 7, None), ("--trainer.max_epochs 3", None, 3.0),
+    [("", 4500, None), ("--trainer.max_steps 7", 7, None), ("--trainer.max_epochs 3", None, 3.0),
      ("--data.epochs 3", None, 3.0), ("--data.steps 7", 7, None)],
 )  # fmt: skip
 def test_the_trainers_length_is_the_datas(stack: Stack, words: str, steps: int | None, epochs: float | None) -> None:
