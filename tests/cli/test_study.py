@@ -22,7 +22,7 @@ from maskvlm.utils.lock import RunLock
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "data.steps": 2, "data.batch_size": 4, "data.eval_batch_size": 6, "data.source.train": 24, "data.source.val": 6,
-    "model.task.weight_words": 0, "model.task.rerank_k": 2,
+    "model.task.weight_words": 0, "model.task.rerank_k": 2, "model.task.image_learns": 1,
 }  # fmt: skip
 STUDY: dict[str, Any] = {
     "name": "toy",
