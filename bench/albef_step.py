@@ -55,7 +55,10 @@ from maskvlm.training.lit import LitModel
 from maskvlm.training.optim import build_adamw, parameter_groups
 from maskvlm.utils.distributed import Draw, gather
 
-FOUR_LOSSES = ("--model.task.weight_words=0", "--model.task.weight_spread=0")
+FOUR_LOSSES = (
+    "--model.task.weight_words=0", "--model.task.weight_spread=0",
+    "--model.task.text_masking=null", "--model.task.masks_per_text=1", "--model.task.image_learns=1",
+)  # fmt: skip
 Indices = tuple[Sequence[int], Sequence[int]]
 """Of each image the row of its hard caption, of each caption the row of its hard image."""
 

@@ -101,6 +101,7 @@ def test_a_run_whose_aligned_encoders_stand_still(
     monkeypatch.setattr(LitModel, "on_train_batch_end", record)
     settings = {
         "model.task.contrast_first": 0.5,
+        "model.task.image_learns": 1.0,
         "model.task.freeze_aligned": freeze,
         "model.task.contrast_patches": 0.5,
         "model.task.fully_masked_share": 0.5,

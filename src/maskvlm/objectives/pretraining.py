@@ -225,7 +225,8 @@ class MaskedPretraining(Task):
             todo = "Give 1, or a smaller share"
             raise UserError("model.task.image_learns", f"{image_learns} is no share above 0", todo)
         if image_learns < 1 and contrast_first:
-            what, todo = "contrast_first has phases of its own", "Give freeze_aligned: image, or contrast_first: 0"
+            what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
+            todo = "Set it to 1, or contrast_first to 0"
             raise UserError("model.task.image_learns", what, todo)
         self.image_learns = image_learns
         self.rerank_contrast = rerank_contrast

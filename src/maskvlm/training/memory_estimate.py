@@ -212,9 +212,11 @@ class StepSimulation:
                 faked[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
             for buffer in self.model.buffers():
                 faked[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        # The data may have yet to train the tokenizer; a step asks it for two numbers.
+        # The data may have yet to train the tokenizer; a step asks it for three numbers and for the ids of phrases.
         text = self.model.backbone.text
-        tokens = SimpleNamespace(mask_token_id=0, pad_token_id=text.config.pad_token_id or 0)
+        tokens = SimpleNamespace(
+            mask_token_id=0, pad_token_id=text.config.pad_token_id or 0, unk_token_id=None, encode=lambda *_, **__: [1]
+        )
         if text.tokenizer is not None:
             faked[id(text.tokenizer)] = tokens
         # Outside of the mode, in which what is no parameter or buffer could not be copied.
