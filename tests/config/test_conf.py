@@ -67,6 +67,15 @@ def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path
     assert settings.model.task.init_args.text_mask_ratio == 0.3
 
 
+def test_what_goes_on_from_a_checkpoint_trains_all_of_it_to_the_end() -> None:
+    """The phases of a recipe from nothing are off: its image encoder would stand still after a part of the run."""
+    shares = []
+    for words in ([], ["from=scenes-tiny"]):
+        settings = run_command(Parsed, COMMANDS["pretrain"].full([*words, "run=x"])).settings
+        shares.append(settings.model.task.init_args.image_learns)
+    assert shares == [0.45, 1.0]
+
+
 @pytest.mark.parametrize(
     ("words", "steps", "epochs"),
     [("", 4500, None), ("--trainer.max_steps 7", 7, None), ("--trainer.max_epochs 3", None, 3.0),
