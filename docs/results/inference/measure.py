@@ -8,16 +8,19 @@ Held-out scenes. Of each number the chance level is printed beside it.
 import argparse
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from maskvlm import MaskVLM
-from maskvlm.data.scenes.captions import describes, tell_all, tell_relations
+from maskvlm.data.scenes.captions import NOTES, SENTENCES, Statement, describes, tell_all, tell_relations
 from maskvlm.data.scenes.drawing import draw_scene
 from maskvlm.data.scenes.source import ScenePairs, Scenes
-from maskvlm.data.scenes.world import COLOURS, SHAPES, Scene
+from maskvlm.data.scenes.world import COLOURS, PATTERNS, PLACES, SHAPES
 
 TURNED = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
+SIZES = (*SENTENCES.sizes.values(), *NOTES.sizes.values())
+EXCHANGED = {"colours": COLOURS, "shapes": SHAPES, "sizes": SIZES, "patterns": PATTERNS, "places": PLACES}
 
 
 def named(text: str) -> list[tuple[str, str]]:
@@ -25,16 +28,25 @@ def named(text: str) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairwise(re.findall("[a-z]+", text)) if a in COLOURS and b in SHAPES]
 
 
-def swapped(scene: Scene, text: str, which: tuple[str, ...]) -> str | None:
-    """The text with two things' colours (or shapes) exchanged; None where that changes nothing."""
-    words = text.split(" ")
-    at = [place for place, word in enumerate(words) if word.strip(",:") in which]
-    if len(at) < 2 or words[at[0]].strip(",:") == words[at[1]].strip(",:"):
+def exchange(text: str, phrases: tuple[str, ...]) -> str | None:
+    """The text with the first two of these phrases exchanged; None where there are no two, or they are the same."""
+    longest_first = sorted(phrases, key=len, reverse=True)  # "top left" is neither "top" nor "left"
+    at = list(re.finditer(rf"\b({'|'.join(longest_first)})\b", text))[:2]
+    if len(at) < 2 or at[0][0] == at[1][0]:
         return None
-    first, second = (words[place].strip(",:") for place in at[:2])
-    words[at[0]] = words[at[0]].replace(first, second)
-    words[at[1]] = words[at[1]].replace(second, first)
-    return " ".join(words)
+    first, second = at
+    return text[: first.start()] + second[0] + text[first.end() : second.start()] + first[0] + text[second.end() :]
+
+
+def turn(text: str) -> str:
+    """The text with its relation turned round: left of, right of."""
+    return " ".join(TURNED.get(word, word) for word in text.split(" "))
+
+
+def change_places(text: str) -> str:
+    """The text with the two things around its relation exchanged: "a over b", "b over a"."""
+    first, relation, second = re.split(r"( (?:is )?(?:to the )?(?:left of|right of|above|below|over|under) )", text)
+    return second + relation + first
 
 
 def share(found: list[bool]) -> str:
@@ -53,30 +65,34 @@ def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, b
 
 
 def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
-    """Whether `score` prefers the true text over one with attributes exchanged, or with its relation turned round."""
-    asked: dict[str, list[tuple[Any, str, str]]] = {name: [] for name in ("colours", "shapes", "relation")}
+    """Whether `score` prefers the true text over one with two things' attributes exchanged, with its relation turned
+    round, or with the things around it exchanged. The built-in recipe trains with none of these false texts."""
+    asked: dict[str, list[tuple[Any, str, str]]] = {f"{kind} exchanged": [] for kind in EXCHANGED}
+    asked |= {"relation turned round": [], "things exchanged around the relation": []}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
         if len(scene.things) < 2:
             continue
         image, whole = draw_scene(scene, pairs.size), tell_all(scene, rng)
-        for kind, which in (("colours", COLOURS), ("shapes", SHAPES)):
-            other = swapped(scene, whole.text, which)
-            if other is not None:
-                asked[kind].append((image, whole.text, other))
+        for kind, phrases in EXCHANGED.items():
+            other = exchange(whole.text, phrases)
+            # Things that are the same but for their places: the text is true with these exchanged as well.
+            same = len({replace(mention, place=None) for mention in whole.statement.mentions[:2]}) == 1
+            if other is not None and not (kind == "places" and same):
+                asked[f"{kind} exchanged"].append((image, whole.text, other))
         related = tell_relations(scene, rng)
         if len(scene.things) == 2 and related.statement.relations:
-            false_text = " ".join(TURNED.get(word, word) for word in related.text.split(" "))
             (relation,) = related.statement.relations
             back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation.name]
-            turned = related.statement.__class__(related.statement.mentions, (relation._replace(name=back),))
-            if not describes(turned, scene):
-                asked["relation"].append((image, related.text, false_text))
+            if not describes(Statement(related.statement.mentions, (relation._replace(name=back),)), scene):
+                asked["relation turned round"].append((image, related.text, turn(related.text)))
+                false_text = change_places(related.text)  # says the same as the relation turned round
+                asked["things exchanged around the relation"].append((image, related.text, false_text))
     found = {}
     for kind, rows in asked.items():
         images, true, false = ([row[place] for row in rows] for place in range(3))
         scores = zip(model.score(images, true), model.score(images, false), strict=True)
-        found[f"{kind} {'turned round' if kind == 'relation' else 'exchanged'}"] = [a > b for a, b in scores]
+        found[kind] = [a > b for a, b in scores]
     return found
 
 
