@@ -104,6 +104,14 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
         assert load(folder / "last.ckpt")["global_step"] == 3
 
 
+def test_the_last_checkpoint_keeps_images_of_the_evaluation_of_all(words: list[str], tmp_path: Path) -> None:
+    images = ["--data.source.val=70", "--trainer.limit_val_batches=1"]
+    assert main(["fit", "--run", str(tmp_path / "run"), *words, "--data.steps=2", *images]) == 0
+    last = load(tmp_path / "run" / "last.ckpt")
+    assert len(last["known_images"]) == 70
+    assert last["global_step"] == 2
+
+
 def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: dict[str, Any] = {"samples": 32, "problems": {"truncated": 2}, "examples": {"truncated": ["a.jpg"]}}
     rows["left_out"] = {"val": {}, "train": {"missing image": ["toy.json image 3 (3.png)"]}}

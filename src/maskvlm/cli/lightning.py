@@ -239,20 +239,25 @@ class LightningCommand(LightningCLI):
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
         along the way looked at a part (limit_val_batches). Of a run that ended because its score no longer rose, the
         best weights are measured."""
+        folder = Path(self.trainer.default_root_dir)
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = Path(self.trainer.default_root_dir)
             # Weights that are not finite must not become the last checkpoint.
             check_finite(self.trainer, folder)
             self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.fast_dev_run and self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+            limit = self.trainer.limit_val_batches
+            in_part = isinstance(limit, int) or limit < 1  # 1 is one batch, 1.0 all of them
             self.trainer.limit_val_batches = 1.0
             best = best_of(self.trainer)
             if best is not None:
                 warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            # Once more, with what the evaluation of all images keeps of them. Not after it alone: it may take long, and
+            # whatever stops it must not take the last steps with it.
+            if in_part and best is None and self.trainer.checkpoint_callbacks:
+                self.trainer.save_checkpoint(folder / LAST)
         # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = Path(self.trainer.default_root_dir)
             finish_run(folder, self.trainer.global_step)
             self._tell_end(folder)
 
