@@ -361,13 +361,14 @@ def test_what_stops_where_contrast_ends() -> None:
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-def test_the_image_encoder_learns_in_a_share_of_the_run(left_out: bool) -> None:
+@pytest.mark.parametrize("contrast", [1.0, 0.0])
+def test_the_image_encoder_learns_in_a_share_of_the_run(left_out: bool, contrast: float) -> None:
     """Before it all as without; after it the same losses, no gradient in the encoder, the others' as without. A mask
     token behind the encoder goes on learning."""
     for done in (0.4, 0.5):
         found = {}
         for share in (1.0, 0.5):
-            backbone, task = build(image_learns=share)
+            backbone, task = build(image_learns=share, weight_itc=contrast)
             backbone.image.left_out = left_out
             task.run_progress = done
             task.set_uniform(Draw(7, 0, "cpu"))

@@ -445,7 +445,8 @@ class MaskedPretraining(Task):
         all learn from the beginning, and the image encoder no longer than it shall."""
         if not self.contrast_first and self.image_learns == 1:
             return TrainingPhases()
-        first = (backbone.image, backbone.text, self.projection)
+        projection = [self.projection] if self.weights["itc"] else []
+        first = [backbone.image, backbone.text, *projection]
         # By id: == between tensors compares their values.
         early = {id(parameter) for module in first for parameter in module.parameters()}
         if backbone.image.left_out:
