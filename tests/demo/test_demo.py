@@ -448,7 +448,7 @@ def test_nothing_was_written_elsewhere(asker: Asker, server: Server) -> None:
 def test_without_a_run_the_page_asks_the_model_that_comes_along(tmp_path: Path, root: Path) -> None:
     for server in served(tmp_path, root):
         shown = json.dumps(httpx.get(f"{server.base}/config", timeout=60).json())
-        assert "scenes-tiny: step 4,500, score 93.9, drawn scenes of the built-in world (16,784 images)" in shown
+        assert "scenes-tiny: step 4,500, score 94.3, drawn scenes of the built-in world (16,784 images)" in shown
 
 
 @needs_gradio

@@ -60,9 +60,9 @@ def test_it_is_asked_where_no_checkpoint_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / DEFAULT).mkdir()  # a folder of that name is ./scenes-tiny
-    assert main(["scene", "3"]) == 0
+    assert main(["scene", "6"]) == 0
     captions = capsys.readouterr().out.splitlines()
-    text = "on white, a red square on the right and a blue star on the left"
+    text = "the background is white with a pink heart at the bottom and a blue star at the top"
     assert text in captions
     assert main(["fill", "scene.png", text.replace("blue", "[MASK]")]) == 0
     answer = capsys.readouterr()
@@ -70,7 +70,7 @@ def test_it_is_asked_where_no_checkpoint_is_named(
     assert answer.err == (
         "no from=: scenes-tiny is asked, the model that comes along; it knows drawn scenes alone\n"
     )  # and no warning: such scenes are what it knows
-    assert main(["match", "scene.png", text, text.replace("left", "middle")]) == 0
+    assert main(["match", "scene.png", text, text.replace("at the top", "in the middle")]) == 0
     right, wrong = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
     assert right > 0.9
     assert wrong < 0.1
