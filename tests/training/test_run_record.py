@@ -100,11 +100,17 @@ def test_a_start_that_fails_leaves_no_folder(words: list[str], tmp_path: Path) -
 def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str], tmp_path: Path) -> None:
     """And with it images of the evaluation of all, where that along the way saw one batch of 64."""
     part = ["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--data.source.val=70"]
-    for number, settings in enumerate([part, ["--trainer.limit_val_batches=0"]]):
+    at_the_end = ["--trainer.val_check_interval=3", *part[1:]]
+    for number, settings in enumerate([part, ["--trainer.limit_val_batches=0"], at_the_end]):
         folder = tmp_path / str(number)
         assert main(["fit", "--run", str(folder), *words, "--data.steps=3", *settings]) == 0
         assert load(folder / "last.ckpt")["global_step"] == 3
-    assert len(load(tmp_path / "0" / "last.ckpt")["known_images"]) == 70
+    kept = {
+        f"{at}/{name}": len(load(tmp_path / at / f"{name}.ckpt")["known_images"])
+        for at in "02"
+        for name in ("last", "best")
+    }
+    assert kept == {"0/last": 70, "0/best": 64, "2/last": 70, "2/best": 70}  # the best of 0 are weights of step 2
 
 
 def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
+from maskvlm.checkpoint.io import load
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
 from maskvlm.cli.ask_model import how_to_ask
 from maskvlm.config.given_options import options
@@ -256,10 +257,18 @@ class LightningCommand(LightningCLI):
             # whatever stops it must not take the last steps with it.
             if in_part and best is None and self.trainer.checkpoint_callbacks:
                 self.trainer.save_checkpoint(folder / LAST)
+                self._best_knows_as_much(folder)
         # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             finish_run(folder, self.trainer.global_step)
             self._tell_end(folder)
+
+    def _best_knows_as_much(self, folder: Path) -> None:
+        """Where the best weights are those of the last step, too, they keep the same images."""
+        best = Path(kept_best(self.trainer) or folder / LAST)
+        # A sharded one is a folder; it keeps what it has.
+        if best.name != LAST and best.is_file() and load(best)["global_step"] == self.trainer.global_step:
+            self.trainer.save_checkpoint(best)
 
     def _tell_end(self, folder: Path) -> None:
         """Where the weights are, and how they are asked: whoever has waited for them wants to try them."""
