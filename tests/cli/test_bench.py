@@ -1,5 +1,6 @@
 """`make bench`: a few steps, and nothing left behind."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,19 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     monkeypatch.setattr(bench, "STEPS", 3)
     monkeypatch.setattr(bench, "WARMUP", 1)
-    assert main(["bench", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), "--data.batch_size=8"]) == 0
-    assert " pairs/s, " in capsys.readouterr().out
+    words = ["bench", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), "--data.batch_size=8"]
+    assert main([*words, "--model.task.image_learns=1"]) == 0
+    said = capsys.readouterr().out
+    assert " pairs/s, " in said
+    assert " ms a step, " in said  # of one kind
+    # Of two kinds the mean counts: the image encoder learns in the first 45 of 100 steps.
+    assert main([*words, "--model.task.image_learns=0.45", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    (learns, first_seconds, first_flops), (still, later_seconds, later_flops) = found["phases"]
+    assert (learns, still) == pytest.approx((0.45, 0.55))
+    assert later_flops < first_flops
+    assert found["flops"] == round(0.45 * first_flops + 0.55 * later_flops)
+    assert found["milliseconds"] == pytest.approx(450 * first_seconds + 550 * later_seconds)
     assert not (tmp_path / "run").exists()
 
 
@@ -33,17 +45,19 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("forget"))
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(done.append("read") or len(done))))
-    monkeypatch.setattr(bench, "measured", lambda *_: SimpleNamespace(_replace=lambda **kinds: kinds))
+    monkeypatch.setattr(bench, "measured", lambda *given: given[-1])
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
+    watch.begins = (0.0, 0.25)
     trainer = SimpleNamespace(world_size=1, precision="32-true")
-    module = SimpleNamespace(device=torch.device("cuda"), task=SimpleNamespace(image_learns=0.5))
-    for step in range(bench.STEPS + 2):
+    module = SimpleNamespace(device=torch.device("cuda"))
+    for step in range(watch.steps + 2):
         watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
         done.append("step")
         watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
     first, timed = ["step"] * bench.WARMUP, ["step"] * (bench.STEPS - bench.WARMUP)
-    assert done == [*first, "wait", "forget", "read", *timed, "wait", "read", "step", "step"]
-    assert watch.speed == {"contrast_first": 0.0, "image_learns": 0.5}  # of a task that has no contrast first
+    later = [*first, "wait", "read", *timed, "wait", "read"]  # the most memory of both phases is told
+    assert done == [*first, "wait", "forget", "read", *timed, "wait", "read", *later, "step", "step"]
+    assert [phase.share for phase in watch.speed] == [0.25, 0.75]  # type: ignore[union-attr]
 
 
 def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> None:

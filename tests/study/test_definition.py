@@ -1,11 +1,9 @@
 """A study's file: cells, what questions compare, and one line for each mistake."""
 
 import inspect
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.study import budget
 from maskvlm.study.budget import budget_in_steps
 from maskvlm.study.definition import Metric, read_study
 from maskvlm.study.runs import runs_of
@@ -291,20 +288,3 @@ def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
     others = runs_of(read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []})), tmp_path)
     assert others[4].command == runs[4].command
     assert others[4].sha256 != runs[4].sha256
-
-
-@pytest.mark.parametrize(
-    ("kinds", "said"),
-    [
-        ({"contrast_first": 0.6, "image_learns": 1.0}, "the first steps learn contrast alone"),
-        ({"contrast_first": 0.0, "image_learns": 0.5}, "cost less than the first"),
-    ],
-)
-def test_operations_of_a_run_with_two_kinds_of_steps_are_not_counted(
-    kinds: dict[str, float], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first step is the cheap kind, or the dear one."""
-    told = json.dumps({"flops": 7} | kinds)
-    monkeypatch.setattr(budget.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=told))
-    with pytest.raises(UserError, match=said):
-        budget._counted(["model=compact"])

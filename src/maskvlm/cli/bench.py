@@ -1,8 +1,9 @@
-"""How fast a configuration trains here: pairs per second, share of the device's peak, memory."""
+"""How fast a configuration trains here: pairs per second, share of the device's peak, memory; of runs whose steps cost
+differently (`contrast_first`, `image_learns`) the mean, and each kind of step."""
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,11 +20,24 @@ WARMUP = 5  # steps that are not timed: kernels are chosen, memory is reserved
 STEPS = 25
 
 
+class PhaseSpeed(NamedTuple):
+    """Of the steps of one phase of a run, of one process.
+
+    Attributes:
+        share: of the run's steps, 0 to 1.
+        seconds: of a step.
+        flops: of the forward and backward pass of a step, counted as they are carried out: recomputed activations
+            count too.
+    """
+
+    share: float
+    seconds: float
+    flops: int
+
+
 class BenchSpeed(NamedTuple):
-    """Of one process. Operations are counted in the forward and backward pass of a step as they are carried out, so
-    recomputed activations count too. contrast_first: share of the steps that are cheaper; the first of them was
-    counted. image_learns: share of the steps in which the image encoder learns, of which the first was counted; the
-    others are cheaper."""
+    """Of one process, the mean over the steps of a run. phases: where steps cost differently (contrast_first,
+    image_learns), each kind by itself, else one."""
 
     device: str
     precision: str
@@ -33,37 +47,51 @@ class BenchSpeed(NamedTuple):
     flops_per_second: float
     peak_flops: float | None
     memory_gib: float | None
-    contrast_first: float = 0.0
-    image_learns: float = 1.0
+    phases: tuple[PhaseSpeed, ...]
 
     def __str__(self) -> str:
         use = f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
         memory = f", {self.memory_gib:.2f} GiB at most" if self.memory_gib is not None else ""
-        # What was counted is a step of contrast alone; what was timed are both kinds.
-        work = f", {self.flops_per_second / 1e12:.3f} TFLOP/s{use}"
-        if self.contrast_first:
-            work = f", {self.contrast_first:.0%} of the steps contrast alone (model.task.contrast_first)"
-        elif self.image_learns < 1:
-            work = f", the image encoder learning in {self.image_learns:.0%} of the steps (model.task.image_learns)"
+        each = ", then ".join(f"{phase.share:.0%} of {1000 * phase.seconds:.0f}" for phase in self.phases)
+        kinds = f" ({each})" if len(self.phases) > 1 else ""
         return (
             f"{self.device}, {self.precision}: {self.pairs_per_second:.1f} pairs/s, "
-            f"{self.milliseconds:.0f} ms a step{work}{memory}"
+            f"{self.milliseconds:.0f} ms a step{kinds}, {self.flops_per_second / 1e12:.3f} TFLOP/s{use}{memory}"
         )
 
 
 class Stopwatch(L.Callback):
-    """Counts the operations of the first step and times those after the warm-up."""
+    """Counts the operations of the first step and times those after the warm-up; both in each phase of a run, one
+    after the other.
+
+    Attributes:
+        begins: the shares of a run at which its phases begin.
+    """
 
     def __init__(self) -> None:
+        self.begins: tuple[float, ...] = (0.0,)
         self.counter, self.counting = FlopCounterMode(display=False), ExitStack()
-        self.flops, self.started = 0, 0.0
+        self.phase, self.flops, self.started = 0, 0, 0.0
+        self.found: list[PhaseSpeed] = []
         self.speed: BenchSpeed | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return STEPS * len(self.begins)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # These few steps are no run: a step is told which part of one it is to be.
+        task: Any = pl_module.task
+        task.register_forward_pre_hook(lambda task, _: setattr(task, "run_progress", self.begins[self.phase]))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self.phase, step = divmod(min(batch_idx, self.steps - 1), STEPS)
         # Not a `with` block, as it spans two hooks. Counting slows a step down: the first one is not timed.
-        if batch_idx == 0:
+        if step == 0:
+            self.counter = FlopCounterMode(display=False)
             # A block that is called while something counts would never be compiled (model.compile), later neither.
             self.counting.enter_context(torch.compiler.set_stance("force_eager"))
             self.counting.enter_context(self.counter)
@@ -71,30 +99,36 @@ class Stopwatch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0:
+        if batch_idx >= self.steps:
+            return
+        step = batch_idx % STEPS + 1
+        if step == 1:
             self.counting.close()
             self.flops = self.counter.get_total_flops()
         # Kernels are queued: without this the clock would be read before they have run. At no other step, as training
         # does not wait after each.
-        if batch_idx + 1 in (WARMUP, STEPS) and pl_module.device.type == "cuda":
+        if step in (WARMUP, STEPS) and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
+            # The most that any phase takes is asked for at the end.
             if batch_idx + 1 == WARMUP:
                 # What counts operations keeps the first step's activations alive longer than training does.
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
-        if batch_idx + 1 == WARMUP:
+        if step == WARMUP:
             self.started = time.perf_counter()
-        elif batch_idx + 1 == STEPS:
+        elif step == STEPS:
             seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
-            pairs = len(batch.valid_B) * trainer.world_size
-            speed = measured(pl_module.device, str(trainer.precision), pairs, seconds, self.flops)
-            task = getattr(pl_module, "task", None)
-            first, learns = getattr(task, "contrast_first", 0.0), getattr(task, "image_learns", 1.0)
-            self.speed = speed._replace(contrast_first=first, image_learns=learns)
+            ends = (*self.begins[1:], 1.0)[self.phase]
+            self.found.append(PhaseSpeed(ends - self.begins[self.phase], seconds, self.flops))
+            if len(self.found) == len(self.begins):
+                pairs = len(batch.valid_B) * trainer.world_size
+                self.speed = measured(pl_module.device, str(trainer.precision), pairs, self.found)
 
 
-def measured(device: torch.device, precision: str, pairs: int, seconds: float, flops: int) -> BenchSpeed:
-    """The speed of one step of `seconds`."""
+def measured(device: torch.device, precision: str, pairs: int, phases: Sequence[PhaseSpeed]) -> BenchSpeed:
+    """The speed of a run whose steps are of these kinds."""
     cuda = device.type == "cuda"
+    seconds = sum(phase.share * phase.seconds for phase in phases)
+    flops = round(sum(phase.share * phase.flops for phase in phases))
     kind = torch.bfloat16 if "bf16" in precision else torch.float32
     return BenchSpeed(
         torch.cuda.get_device_name(device) if cuda else machine()["processor"],
@@ -105,6 +139,7 @@ def measured(device: torch.device, precision: str, pairs: int, seconds: float, f
         flops / seconds,
         get_available_flops(device, kind) if cuda else None,
         torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None,
+        tuple(phases),
     )
 
 
@@ -119,6 +154,13 @@ class Bench(LightningCommand):
         trainer.enable_checkpointing = trainer.enable_progress_bar = False
         data.steps, data.epochs = STEPS, None
         self.save_config_callback = None
+
+    def before_fit(self) -> None:
+        """As many steps of each phase."""
+        super().before_fit()
+        share = self.model.task.late(self.model.backbone).share
+        self.stopwatch.begins = (0.0, share) if share else (0.0,)
+        self.datamodule.steps = self.stopwatch.steps
 
     def after_fit(self) -> None:
         """Nothing is kept."""
