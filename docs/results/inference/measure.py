@@ -13,7 +13,15 @@ from itertools import pairwise
 from typing import Any
 
 from maskvlm import MaskVLM
-from maskvlm.data.scenes.captions import NOTES, SENTENCES, Statement, describes, tell_all, tell_relations
+from maskvlm.data.scenes.captions import (
+    NOTES,
+    SENTENCES,
+    Statement,
+    describes,
+    tell_all,
+    tell_background_first,
+    tell_relations,
+)
 from maskvlm.data.scenes.drawing import draw_scene
 from maskvlm.data.scenes.source import ScenePairs, Scenes
 from maskvlm.data.scenes.world import COLOURS, PATTERNS, PLACES, SHAPES
@@ -96,6 +104,31 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
     return found
 
 
+def mask_last(text: str, words: str) -> str:
+    """The text with the last of these words masked, each by itself."""
+    at = list(re.finditer(rf"\b{words}\b", text))[-1]
+    return text[: at.start()] + " ".join("[MASK]" for _ in words.split()) + text[at.end() :]
+
+
+def filled(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
+    """Whether colour and place of the last thing that is told are filled in rightly, both masked; scenes of two things
+    of different shapes."""
+    found: dict[str, list[bool]] = {"colour": [], "place": []}
+    for index in range(count):
+        scene, rng = pairs.scene(index), random.Random(index)
+        if len(scene.things) != 2 or scene.things[0].shape == scene.things[1].shape:
+            continue
+        said = tell_background_first(scene, rng)
+        last = said.statement.mentions[-1]
+        colour, place = str(last.colour), str(last.place)
+        # The place stands behind the colour in this kind of caption.
+        masked = mask_last(mask_last(said.text, place), colour)
+        guesses = [one[0].word for one in model.fill_mask(draw_scene(scene, pairs.size), masked, top_k=1)]
+        found["colour"].append(guesses[0] == colour)
+        found["place"].append(guesses[1:] == place.split())
+    return found
+
+
 def looks(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
     """Whether the peak of the map for a thing's shape is on the thing: 3 x 3 patches are the world's 3 x 3 cells."""
     found: dict[str, list[bool]] = {"attention": [], "Grad-CAM": []}
@@ -116,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--only", nargs="+", default=["caption", "score", "explain"])
+    parser.add_argument("--only", nargs="+", default=["caption", "fill", "score", "explain"])
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
     pairs = Scenes().split("val")
@@ -126,6 +159,9 @@ def main() -> None:
             print(f"  {'right' if right else 'wrong'}  {text}")
         print(f"caption: names a thing with its colour and shape: {share([right for _, right, _ in written])}")
         print(f"caption: all things it names are there:           {share([every for _, _, every in written])}")
+    if "fill" in options.only:
+        for name, values in filled(model, pairs, options.scenes).items():
+            print(f"fill: {name}, beside the other masked: {share(values)}")
     if "score" in options.only:
         for name, values in preferred(model, pairs, options.scenes).items():
             print(f"score: true text over one with {name}: {share(values)} (chance 50 %)")
