@@ -121,7 +121,7 @@ def as_on_cuda(world: int) -> Iterator[None]:
             "torch.amp.is_autocast_available": True,  # for activations that are computed again
         }.items():
             stack.enter_context(mock.patch(name, return_value=answer))
-        for place in ("torch.nn.functional", "maskvlm.model.cross_attention"):
+        for place in ("torch.nn.functional", "maskvlm.model.attention_kernel"):
             stack.enter_context(mock.patch(f"{place}.scaled_dot_product_attention", attention))
         if world > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)

@@ -67,7 +67,7 @@ def test_the_plain_step_writes_attention_out(monkeypatch: pytest.MonkeyPatch) ->
 
     backbone, task, batch = ready(torch.device("cpu"), monkeypatch)
     with monkeypatch.context() as patch:
-        for place in ("torch.nn.functional", "maskvlm.model.cross_attention"):
+        for place in ("torch.nn.functional", "maskvlm.model.attention_kernel"):
             patch.setattr(f"{place}.scaled_dot_product_attention", fused)
         terms = PlainStep(backbone, task)(batch)
         assert all(term.isfinite() for term in terms.values())

@@ -43,6 +43,7 @@ from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run, give_up_folder
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
+from maskvlm.utils.process_memory import keep_freed_memory
 from maskvlm.utils.signals import CAUGHT
 from maskvlm.utils.write_errors import writing
 
@@ -208,6 +209,8 @@ class LightningCommand(LightningCLI):
     def before_fit(self) -> None:
         """Say what a step takes of the card, while there is time to change it."""
         trainer: Any = self.trainer
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         if process_rank() == 0 and trainer.strategy.root_device.type == "cuda":
             self._tell_memory(trainer, torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory)
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from maskvlm.model.attention_kernel import attend
 from maskvlm.model.feed_forward import FeedForward, LastNorm, LayerNorm
 from maskvlm.model.text_lengths import length_groups, lengths_of, worth_grouping
 
@@ -35,7 +35,7 @@ class Context(NamedTuple):
     index_B: Tensor | None
 
     def mask(self, rows: slice) -> Tensor | None:
-        """Mask [B, 1, 1, S] of the pairs in `rows` for scaled_dot_product_attention."""
+        """Mask [B, 1, 1, S] of the pairs in `rows` for attention."""
         if self.attention_US is None:
             return None
         picked = self.attention_US if self.index_B is None else self.attention_US[self.index_B]
@@ -58,7 +58,13 @@ ALL, FIRST = slice(None), slice(0, 1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values can be kept (for cached re-ranking)."""
+    """Multi-head attention whose keys and values can be kept (for cached re-ranking).
+
+    Attributes:
+        by_products: see `attention_kernel.attend`.
+    """
+
+    by_products = False
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -79,7 +85,7 @@ class Attention(nn.Module):
         """Attend from the queries [B, L, D] to S keys and values, [B, L, D]. mask: bool, broadcast to [B, H, L, S],
         True where a query may attend. position_LD: added to the queries alone."""
         asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
-        mixed = scaled_dot_product_attention(self._split(self.query(asking_BLD)), *context, attn_mask=mask)
+        mixed = attend(self._split(self.query(asking_BLD)), *context, mask, self.by_products)
         # (B, H, L, D/H) -> (B, L, D)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -315,5 +321,5 @@ class CrossEncoder(nn.Module):
 
 
 def key_mask(attention_BL: Tensor | None) -> Tensor | None:
-    """A padding mask for scaled_dot_product_attention, [B, 1, 1, L]: the same for all heads and queries."""
+    """A padding mask for attention, [B, 1, 1, L]: the same for all heads and queries."""
     return None if attention_BL is None else attention_BL[:, None, None, :]

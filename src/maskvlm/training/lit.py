@@ -19,6 +19,7 @@ from maskvlm.checkpoint.warm_start import Seen, training_history_of
 from maskvlm.data.batch import Batch
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
+from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
@@ -175,6 +176,8 @@ class LitModel(L.LightningModule):
     def on_fit_start(self) -> None:
         """Compile the blocks if that is wanted. Say what contrast is among where a batch is cut into passes, which is
         another objective than it seems."""
+        if self.device.type == "cpu" and str(self.trainer.precision) == "bf16-mixed":
+            attend_by_products(self)
         if self.compiled:
             from maskvlm.training.compiled import compile_blocks  # it loads torch's compilers, which takes a second
 

@@ -1,0 +1,40 @@
+"""Which kernel attention runs in. Elsewhere torch chooses; for bfloat16 on a CPU its choice is the slower one."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, by_products: bool) -> Tensor:
+    """softmax(QK^T / sqrt(D)) V.
+
+    Args:
+        query: [B, H, L, D]. key, value: [B, H, S, D].
+        mask: bool, broadcast to [B, H, L, S], True where a query may attend; each to one position at least.
+        by_products: two matrix products and a softmax, [B, H, L, S] in memory; False: torch's fused kernel.
+
+    Returns:
+        [B, H, L, D].
+    """
+    if not by_products:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    score_BHLS = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        score_BHLS = score_BHLS.masked_fill(~mask, -torch.inf)
+    return score_BHLS.softmax(-1) @ value
+
+
+def attend_by_products(model: nn.Module) -> None:
+    """Let all attention of the model, timm's and transformers' too, be two matrix products and a softmax.
+
+    For bfloat16 on a CPU, where torch's fused kernel takes 1.5 to 5 times as long, forwards and backwards
+    (bench/attention.py). In float32 that kernel is the faster one for images.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation("eager")
+        elif hasattr(module, "fused_attn"):  # timm's
+            module.fused_attn = False
+        elif hasattr(module, "by_products"):
+            module.by_products = True
