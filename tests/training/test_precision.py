@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from maskvlm.training import precision
@@ -52,6 +53,17 @@ def test_a_trial_leaves_the_block_as_it_was() -> None:
         trial(block, torch.randn(2, 3, 8), torch.bfloat16)
     assert all(parameter.grad is None for parameter in block.parameters())
     assert all(torch.equal(*pair) for pair in zip(before, block.parameters(), strict=True))
+
+
+def test_each_trial_has_the_attention_of_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Products in bfloat16, torch's kernel in single precision, as the block itself keeps it."""
+    found = dict[torch.dtype | None, bool]()
+    monkeypatch.setattr(precision, "in_hardware", lambda: True)
+    monkeypatch.setattr(precision, "trial", lambda block, _, kind: found.update({kind: block.attn.fused_attn}))
+    block = Block(256, 4)
+    cpu_precision(block, 10, 256, tmp_path)
+    assert found == {None: True, torch.bfloat16: False}
+    assert block.attn.fused_attn
 
 
 def test_of_several_processes_none_tries(monkeypatch: pytest.MonkeyPatch) -> None:
