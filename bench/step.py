@@ -22,6 +22,10 @@ SINCE = {
     "data.source.relations": "0",
     "model.task.weight_spread": "0",
     "model.task.text_mask_most": "null",
+    "model.task.text_masking": "null",
+    "model.task.masks_per_text": "1",
+    "model.task.image_learns": "1",
+    "model.backbone.text.name": "bert",
     "model.task.decoder_positions": "false",
     "model.backbone.query_positions": "false",
 }

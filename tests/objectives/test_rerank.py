@@ -186,7 +186,8 @@ class Largest(nn.Module):
         return self.encoder.context(other, *rest)
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
-        self.most = max(self.most, x.numel())
+        pairs = len(named.get("row_B", x))
+        self.most = max(self.most, pairs * x[0].numel())
         return self.encoder(x, *rest, **named)
 
 
@@ -220,6 +221,23 @@ def test_keys_and_values_of_a_tile_are_projected_once(world: World, monkeypatch:
     assert seen["image"] == [2, 3]
     assert max(seen["text"]) <= 4
     assert sum(seen["text"]) < 2 * 2 * len(OWNER)  # a caption again only where a chunk ends within its pairs
+
+
+def test_what_pairs_share_is_computed_once_a_chunk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first self-attention, of each image and caption that a chunk has."""
+    seen: dict[str, list[int]] = {"image": [], "text": []}
+    for name, encoder in (("image", world.backbone.cross_image), ("text", world.backbone.cross_text)):
+        block: Any = encoder.blocks[0]
+        original = block.attend_self
+
+        def note(x: Tensor, *rest: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            seen[name].append(len(x))
+            return original(x, *rest)
+
+        monkeypatch.setattr(block, "attend_self", note)
+        monkeypatch.setattr(encoder, "groups_texts", False)
+    score_gallery(world.backbone, world.head, world.gallery, None, chunk=1000)
+    assert seen == {"image": [2, 3], "text": [len(OWNER)] * 2}  # tiles of two and three images, each with all captions
 
 
 def test_rounds_hand_out_every_item() -> None:

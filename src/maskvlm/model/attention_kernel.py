@@ -28,7 +28,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, by_pr
 def attend_by_products(model: nn.Module) -> None:
     """Let all attention of the model, timm's and transformers' too, be two matrix products and a softmax.
 
-    For bfloat16 on a CPU, where torch's fused kernel takes 1.5 to 5 times as long, forwards and backwards
+    For bfloat16 on a CPU, where torch's fused kernel takes 1.8 to 6.5 times as long, forwards and backwards
     (bench/attention.py). In float32 that kernel is the faster one for images.
     """
     for module in model.modules():

@@ -5,8 +5,8 @@ encoded and scores the pairs of those, a batch (a tile) at a time; captions, whi
 lies on the device at once is a tile's images and a chunk of pairs, however large the gallery is, and each tile is
 computed alike by whichever process, so that metrics do not depend on their number.
 
-Shapes: B images of the gallery, P of a tile, C captions, U captions of a chunk, E contrast width, L and T positions,
-D width, M pairs, m pairs of a chunk.
+Shapes: B images of the gallery, P of a tile, C captions, X images and U captions of a chunk, E contrast width, L and T
+positions, D width, M pairs, m pairs of a chunk.
 """
 
 from collections.abc import Iterable, Iterator
@@ -181,7 +181,8 @@ def match_tile(
     """Log-odds [P, C] of the wanted pairs of the tile that starts at row `first`, in host memory; NaN elsewhere.
 
     Pairs go by caption, so that a chunk has few captions; keys and values of the tile's images are projected once,
-    those of captions once a chunk. Under autocast or not: features take the dtype of the weights on the device.
+    those of captions once a chunk, and so is the first self-attention of both. Under autocast or not: features take the
+    dtype of the weights on the device.
     """
     weight = next(backbone.parameters())
     image_PLD = gallery.tiles[first].to(weight)
@@ -198,12 +199,14 @@ def match_tile(
         length = int(gallery.attention_CT[row_U].sum(1).max())
         attention_UT = gallery.attention_CT[row_U, :length].to(weight.device)
         text_UTD = gallery.text_CTD[row_U, :length].to(weight)
-        picked_m, at_m = image_m.to(weight.device), at_m.to(weight.device)
+        # Images as well: what pairs share, the self-attention of the first block, is computed once.
+        used_X, of_m = image_m.unique(return_inverse=True)
+        used_X, of_m, at_m = used_X.to(weight.device), of_m.to(weight.device), at_m.to(weight.device)
         context = backbone.cross_image.context(text_UTD, attention_UT, at_m)
-        there = Context(seen.blocks, None, picked_m)
+        there = Context(seen.blocks, None, used_X[of_m])
         fused = Fused(
-            backbone.cross_image(image_PLD[picked_m], context, num_full=0).cls_BD,
-            backbone.cross_text(text_UTD[at_m], there, attention_UT[at_m], num_full=0).cls_BD,
+            backbone.cross_image(image_PLD[used_X], context, num_full=0, row_B=of_m).cls_BD,
+            backbone.cross_text(text_UTD, there, attention_UT, num_full=0, row_B=at_m).cls_BD,
         )
         # (m, 2): no match, match. Their difference is log p - log(1 - p).
         logits_m2 = head(fused.product_MD).float()
