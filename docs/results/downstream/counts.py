@@ -1,6 +1,6 @@
 """What a baseline that sees by construction finds in NLVR's drawings: counted shapes, in kernel ridge regression.
 
-    DATA_ROOT=/data .venv/bin/python docs/results/downstream/counts.py checkpoints/RUN/best.ckpt
+    DATA_ROOT=/data PYTHONPATH=. .venv/bin/python docs/results/downstream/counts.py checkpoints/RUN/best.ckpt
 
 The checkpoint reads the sentences alone. Of each of the three boxes the yellow, blue and black shapes are found as
 connected pixels: how many, how many squares, circles and triangles, how many at the wall, their area, the largest, the

@@ -1,6 +1,6 @@
 """What can be read from a model that is not trained any further: kernel ridge regression on its features.
 
-    DATA_ROOT=/data .venv/bin/python docs/results/downstream/probe.py checkpoints/RUN/best.ckpt daquar nlvr_pairs
+    DATA_ROOT=/data PYTHONPATH=. .venv/bin/python docs/results/downstream/probe.py checkpoints/RUN/best.ckpt daquar
 
 Three columns: the text alone; text and photo, so that what a photo says depends on the text (the product of both
 kernels); text and scores, that is contrast's cosine and matching's log-odds. Penalty and width of the kernel are chosen
