@@ -1,5 +1,7 @@
 """Which kernel attention runs in. Elsewhere torch chooses; for bfloat16 on a CPU its choice is the slower one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,6 +33,7 @@ def attend_by_products(model: nn.Module) -> None:
     For bfloat16 on a CPU, where torch's fused kernel takes 1.8 to 6.5 times as long, forwards and backwards
     (bench/attention.py). In float32 that kernel is the faster one for images.
     """
+    module: Any
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")
