@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from maskvlm.cli import bench
@@ -29,14 +30,15 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     said = capsys.readouterr().out
     assert " pairs/s, " in said
     assert " ms a step, " in said  # of one kind
-    # Of two kinds the mean counts: the image encoder learns in the first 45 of 100 steps.
-    assert main([*words, "--model.task.image_learns=0.45", "--json"]) == 0
+    # Of two kinds the mean counts: the image encoder learns in the first 90 of 100 steps. Of the six that are made
+    # none comes that late by itself.
+    assert main([*words, "--model.task.image_learns=0.9", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     (learns, first_seconds, first_flops), (still, later_seconds, later_flops) = found["phases"]
-    assert (learns, still) == pytest.approx((0.45, 0.55))
+    assert (learns, still) == pytest.approx((0.9, 0.1))
     assert later_flops < first_flops
-    assert found["flops"] == round(0.45 * first_flops + 0.55 * later_flops)
-    assert found["milliseconds"] == pytest.approx(450 * first_seconds + 550 * later_seconds)
+    assert found["flops"] == round(learns * first_flops + still * later_flops)
+    assert found["milliseconds"] == pytest.approx(900 * first_seconds + 100 * later_seconds)
     assert not (tmp_path / "run").exists()
 
 
@@ -74,3 +76,19 @@ def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> No
         found.append(made.frame_count)
     assert found == [0, 1, 1]
     assert watch.flops == 2 * (2 * 3 * 2 * 8)
+
+
+def test_each_step_is_one_of_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few there are: a run of so many would not come to its second phase."""
+    monkeypatch.setattr(bench, "STEPS", 2)
+    watch, batch, task = bench.Stopwatch(), SimpleNamespace(valid_B=[True]), nn.Identity()
+    watch.begins = (0.0, 0.9)
+    module = SimpleNamespace(device=torch.device("cpu"), task=task)
+    watch.on_fit_start(None, module)  # type: ignore[arg-type]
+    found = []
+    for step in range(watch.steps):
+        watch.on_train_batch_start(None, module, batch, step)  # type: ignore[arg-type]
+        task(torch.ones(1))
+        found.append(task.run_progress)
+        watch.counting.close()
+    assert found == [0.0, 0.0, 0.9, 0.9]

@@ -187,11 +187,12 @@ def test_training_and_evaluation_in_every_precision(precision: Any) -> None:
     assert norms.norms
 
 
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(("precision", "by_products"), [("bf16-mixed", True), ("32-true", False)])
-def test_attention_on_a_cpu_is_two_products_in_bfloat16_alone(precision: Any, by_products: bool) -> None:
-    """There torch's own kernel is the slower one (bench/attention.py)."""
+def test_attention_on_a_cpu_is_two_products_in_bfloat16_alone(precision: Any, by_products: bool, trained: bool) -> None:
+    """Of a run, and where a checkpoint is measured: torch's kernel is the slower one there (bench/attention.py)."""
     model, trainer = make_model(), make_trainer(precision=precision, limit_val_batches=0)
-    trainer.fit(model, make_data())
+    (trainer.fit if trained else trainer.validate)(model, make_data())
     own = [module for module in model.modules() if hasattr(module, "by_products")]
     assert own
     assert all(module.by_products is by_products for module in own)

@@ -1,5 +1,6 @@
 """Freed memory is used again."""
 
+import platform
 import subprocess
 import sys
 
@@ -21,11 +22,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_a_block_that_was_freed_is_not_cleared_again() -> None:
-    """Each new one of 100 MB is 24,414 pages of 4 KiB otherwise."""
+    """Each new one of 100 MB is 24,414 pages of 4 KiB otherwise, or 48 of 2 MiB."""
     faults = {
         way: int(subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout)
         for way in ("give back", "keep")
     }
-    assert faults["keep"] < 1000 < faults["give back"]
+    assert 10 * faults["keep"] < faults["give back"]

@@ -91,7 +91,6 @@ class Stopwatch(L.Callback):
         self.phase, step = divmod(min(batch_idx, self.steps - 1), STEPS)
         # Not a `with` block, as it spans two hooks. Counting slows a step down: the first one is not timed.
         if step == 0:
-            self.counter = FlopCounterMode(display=False)
             # A block that is called while something counts would never be compiled (model.compile), later neither.
             self.counting.enter_context(torch.compiler.set_stance("force_eager"))
             self.counting.enter_context(self.counter)

@@ -180,6 +180,8 @@ class LightningCommand(LightningCLI):
         except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
             raise wrong_trainer(error) from error
         watch(made, Path(self.settings.run), self.settings.get("patience"))
+        if made.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         return made
 
     def _precision(self, trainer: Namespace) -> str | None:
@@ -209,8 +211,6 @@ class LightningCommand(LightningCLI):
     def before_fit(self) -> None:
         """Say what a step takes of the card, while there is time to change it."""
         trainer: Any = self.trainer
-        if trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
         if process_rank() == 0 and trainer.strategy.root_device.type == "cuda":
             self._tell_memory(trainer, torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory)
 
@@ -268,10 +268,15 @@ class LightningCommand(LightningCLI):
 
     def _best_knows_as_much(self, folder: Path) -> None:
         """Where the best weights are those of the last step, too, they keep the same images."""
-        best = Path(kept_best(self.trainer) or folder / LAST)
+        trainer: Any = self.trainer
+        best = Path(kept_best(trainer) or folder / LAST)
+        same = False
         # A sharded one is a folder; it keeps what it has.
-        if best.name != LAST and best.is_file() and load(best)["global_step"] == self.trainer.global_step:
-            self.trainer.save_checkpoint(best)
+        if trainer.is_global_zero and best.name != LAST and best.is_file():
+            same = load(best)["global_step"] == trainer.global_step
+        # All processes take part in saving, or none.
+        if trainer.strategy.broadcast(same):
+            trainer.save_checkpoint(best)
 
     def _tell_end(self, folder: Path) -> None:
         """Where the weights are, and how they are asked: whoever has waited for them wants to try them."""

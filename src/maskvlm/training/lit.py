@@ -155,6 +155,9 @@ class LitModel(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.trained |= stage == "fit"
+        # Before an evaluation, too: it measures with the attention that the run had.
+        if self.trainer.strategy.root_device.type == "cpu" and str(self.trainer.precision) == "bf16-mixed":
+            attend_by_products(self)
         tokenizer = getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
@@ -176,8 +179,6 @@ class LitModel(L.LightningModule):
     def on_fit_start(self) -> None:
         """Compile the blocks if that is wanted. Say what contrast is among where a batch is cut into passes, which is
         another objective than it seems."""
-        if self.device.type == "cpu" and str(self.trainer.precision) == "bf16-mixed":
-            attend_by_products(self)
         if self.compiled:
             from maskvlm.training.compiled import compile_blocks  # it loads torch's compilers, which takes a second
 
