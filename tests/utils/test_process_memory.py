@@ -1,4 +1,4 @@
-"""Freed memory is used again."""
+"""Freed memory is used again, while a run lasts."""
 
 import platform
 import subprocess
@@ -6,27 +6,65 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+
 FAULTS = """
 import resource, sys
+from contextlib import nullcontext
 import torch
-from maskvlm.utils.process_memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
-def touch():
+from maskvlm.utils.process_memory import freed_memory_kept
+def faults():
     torch.ones(25_000_000)  # 100 MB
-touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    touch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(25_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+with freed_memory_kept() as told:
+    assert told
+    print(faults())
+print(faults())
+"""
+
+HUGE = """
+import ctypes
+from maskvlm.utils.process_memory import freed_memory_kept
+def resident_and_mapped():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(fields[name].split()[0]) // 1024 for name in ("VmRSS", "VmSize")]
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+before = resident_and_mapped()
+with freed_memory_kept():
+    block = library.malloc(8 << 30)
+    assert block and resident_and_mapped()[1] - before[1] > 8000
+    library.free(block)
+    print(resident_and_mapped()[1] - before[1])
+    block = library.malloc(512 << 20)
+    ctypes.memset(block, 1, 512 << 20)
+    library.free(block)
+    print(resident_and_mapped()[0] - before[0])
+print(resident_and_mapped()[0] - before[0])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def printed(program: str) -> list[int]:
+    """The numbers of a process of its own, as the allocator's settings are a process's."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
 def test_a_block_that_was_freed_is_not_cleared_again() -> None:
     """Each new one of 100 MB is 24,414 pages of 4 KiB otherwise, or 48 of 2 MiB."""
-    faults = {
-        way: int(subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout)
-        for way in ("give back", "keep")
-    }
-    assert 10 * faults["keep"] < faults["give back"]
+    before, kept, after = printed(FAULTS)
+    assert 10 * kept < before
+    assert 10 * kept < after
+
+
+def test_what_a_damaged_image_asks_for_is_given_back_at_once_and_the_rest_at_the_end() -> None:
+    """In MiB. A process that holds more than the machine has cannot start data workers."""
+    mapped_after_huge, resident_while, resident_after = printed(HUGE)
+    assert mapped_after_huge < 100
+    assert resident_while > 500
+    assert resident_after < 100

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run, give_up_folder
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
-from maskvlm.utils.process_memory import keep_freed_memory
+from maskvlm.utils.process_memory import freed_memory_kept
 from maskvlm.utils.signals import CAUGHT
 from maskvlm.utils.write_errors import writing
 
@@ -180,8 +180,6 @@ class LightningCommand(LightningCLI):
         except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
             raise wrong_trainer(error) from error
         watch(made, Path(self.settings.run), self.settings.get("patience"))
-        if made.strategy.root_device.type == "cpu":
-            keep_freed_memory()
         return made
 
     def _precision(self, trainer: Namespace) -> str | None:
@@ -288,8 +286,10 @@ class LightningCommand(LightningCLI):
             print(f"{folder}: finished; {f'ask it: {how}' if how else best}", file=sys.stderr, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        memory = freed_memory_kept() if on_cpu else nullcontext()
         try:
-            with attempted(Path(self.settings.run)), writing(self.settings.run), told_of_interval():
+            with attempted(Path(self.settings.run)), writing(self.settings.run), told_of_interval(), memory:
                 super()._run_subcommand(subcommand)
         finally:
             CAUGHT.restore()
