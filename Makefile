@@ -17,11 +17,11 @@ export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # What is typed as NAME=value goes on as name=value, TASK and SET without their names. A variable of the environment does
 # not: a stray one must not choose a model.
 typed = $(if $(findstring command line,$(origin $1)),$2'$(subst ','\'',$($1))')
-handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=) $(call typed,DATA,data=) \
+handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=) $(call typed,RECIPE,recipe=) $(call typed,DATA,data=) \
     $(call typed,WHERE,where=) $(call typed,RUN,run=) $(call typed,FROM,from=) $(call typed,ENCODERS,encoders=) \
     $(call typed,SPLIT,split=) $(call typed,RAW,raw=) $(call typed,NAME,name=))
 # A misspelt one would be passed over. Names with _ are the environment's: DATA_ROOT, CUDA_VISIBLE_DEVICES.
-known := MODEL DATA WHERE RUN FROM ENCODERS SPLIT RAW NAME TASK SET STUDY STREAM ARGS PYTHON PYTHONPATH
+known := MODEL RECIPE DATA WHERE RUN FROM ENCODERS SPLIT RAW NAME TASK SET STUDY STREAM ARGS PYTHON PYTHONPATH
 given := $(foreach each,$(filter-out -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(each))),$(each)))
 strange := $(filter-out $(known),$(shell printf '%s\n' $(given) | grep -e '[a-z]' -e '^[A-Z0-9]*$$'))
 $(if $(strange),$(error $(firstword $(strange))=.. is no variable here. There are $(known), in capitals; options go into ARGS))
@@ -33,6 +33,7 @@ help:  ## this list
 	@echo "make data SET=.. RAW=/where/it/was/downloaded [NAME=.. ARGS=--look]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 	@echo "MODEL   $(call names,conf/model)   (tiny, if left out; ENCODERS=folder: pretrained ones without a connection)"
+	@echo "RECIPE  $(call names,conf/recipe)   (the model's own, if left out)"
 	@echo "DATA    $(call names,conf/data)   (scenes, if left out), or the name of a prepared set"
 	@echo "TASK    $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))   (with DATA=scenes or a YAML file of its folder)"
 	@echo "WHERE   $(call names,conf/where)   (auto, if left out: this machine's GPUs, or else its CPU)"

@@ -82,7 +82,7 @@ def test_readme_s_make_targets_are_there() -> None:
 def test_make_refuses_a_variable_that_it_does_not_know(word: str) -> None:
     done = subprocess.run(["make", "finetune", word], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{word.partition('=')[0]}=.. is no variable here. There are MODEL DATA WHERE RUN FROM" in done.stderr
+    assert f"{word.partition('=')[0]}=.. is no variable here. There are MODEL RECIPE DATA WHERE RUN FROM" in done.stderr
     assert done.stdout == ""
 
 

@@ -36,6 +36,15 @@ def test_pretraining_is_a_stack_of_files_and_then_the_options() -> None:
     ]  # fmt: skip
 
 
+def test_a_recipe_stands_in_the_place_of_the_models_own() -> None:
+    own, named = composed("pretrain model=compact run=x"), composed("pretrain model=compact recipe=ours run=x")
+    assert named == [word.replace("conf/pretrain-compact", "conf/recipe/ours") for word in own] != own
+    for command in ("config", "submit", "bench", "doctor"):
+        assert "conf/recipe/ours.yaml" in composed(f"{command} model=base recipe=ours")
+    goes_on = composed("pretrain recipe=ours from=a/b.ckpt")
+    assert goes_on.index("conf/recipe/ours.yaml") < goes_on.index("conf/continue.yaml")
+
+
 def test_training_images_are_searched_under_their_own_name() -> None:
     found = composed("index data=flickr8k from=x.ckpt split=train")
     assert found[:7] == ["index", "--from", "x.ckpt", "--split", "train", "--out", "checkpoints/index-flickr8k-train"]
@@ -112,6 +121,9 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
     [
         ("pretrain model=nope", "model=nope: no such model. There are: base, compact, large, small, tiny."),
         ("pretrain model=../base", "model=../base: no such model"),
+        ("pretrain recipe=theirs", "recipe=theirs: no such recipe. There are: ours."),
+        ("finetune vqa recipe=ours", "finetune: recipe=ours: no such word"),
+        ("config vqa recipe=ours", "recipe=ours: is one of pre-training; a task has its own. Leave it out"),
         ("pretrain where=here", "where=here: no such where"),
         ("pretrain data=", "data=: no such data set"),
         ("pretrain data=a/../coco", "no such data set"),
@@ -119,7 +131,7 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("finetune vqa from=x data=daqar", "data=daqar: no such data set of vqa (did you mean daquar?)"),
         ("pretrain data=photos/pairs.csv",
          "data=photos/pairs.csv: no such data set. Prepare it first: maskvlm data csv raw=photos/pairs.csv name=NAME."),
-        ("pretrain modle=tiny", "pretrain: modle=tiny: no such word. There are: model= data= where= run= from="),
+        ("pretrain modle=tiny", "pretrain: modle=tiny: no such word. There are: model= recipe= data= where= run="),
         ("pretrain tiny", "pretrain: tiny: no such word"),
         ("pretrain model=tiny model=base", "model is given twice"),
         ("finetune", "finetune: no task is named. Give one of captioning, entailment, nlvr, retrieval, vqa"),

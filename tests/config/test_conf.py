@@ -59,6 +59,20 @@ def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
     assert backbone.image.init_args.name == "vit_base_patch16_224"
 
 
+def test_our_recipe_for_the_paper_s_model_keeps_its_rates_its_batch_and_its_losses(stack: Stack) -> None:
+    ours = run_command(Parsed, COMMANDS["pretrain"].full(["model=base", "recipe=ours", "data=coco", "run=x"])).settings
+    paper = run_command(Parsed, COMMANDS["pretrain"].full(["model=base", "data=coco", "run=x"])).settings
+    for key in ("lr", "lr_encoders", "weight_decay", "betas", "warmup", "min_lr"):
+        assert ours.model[key] == paper.model[key]
+    assert ours.data == paper.data
+    before, after = (vars(settings.model.task.init_args) for settings in (paper, ours))
+    kept = [key for key in before if key.startswith("weight_")]
+    assert len(kept) >= 4
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    assert after["contrast_first"] == 0.6
+    assert ours.model.backbone.init_args.image.init_args.masked_patches == "left_out"
+
+
 def test_later_files_win_and_options_win_over_files(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: {lr: 0.5, weight_decay: 0.25}\n")
     files = [*stack(), "-c", str(tmp_path / "mine.yaml")]

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.config import compose
-from maskvlm.config.compose import SPLITS, TRAINING, CommandWords, Composed, choices, prepared, read_words, tasks
+from maskvlm.config.compose import (
+    PRETRAINING,
+    SPLITS,
+    TRAINING,
+    CommandWords,
+    Composed,
+    choices,
+    prepared,
+    read_words,
+    tasks,
+)
 from maskvlm.config.given_options import config_files
 
 LEARN, DATA, ASK, SEARCH, KEEP = "Learn and measure", "Data", "Ask a model", "Find images", "Checkpoints"
@@ -78,7 +88,7 @@ def _lightning(name: str, told: str) -> Command:
 
 LOOK = ("model", "data", "where")
 REGISTRY = (
-    Command("pretrain", LEARN, "learn from image-text pairs", words=TRAINING, compose=compose.pretrain_command),
+    Command("pretrain", LEARN, "learn from image-text pairs", words=PRETRAINING, compose=compose.pretrain_command),
     Command("finetune", LEARN, "train a task", words=TRAINING, places=("TASK",), compose=compose.finetune_command),
     Command(
         "evaluate", LEARN, "measure a checkpoint: on a task, or as pre-training is judged",
@@ -86,19 +96,19 @@ REGISTRY = (
     ),
     Command(
         "config", LEARN, "print the composed configuration of pretrain or finetune",
-        words=TRAINING, places=("[TASK]",), compose=compose.config_command,
+        words=PRETRAINING, places=("[TASK]",), compose=compose.config_command,
     ),
     Command(
         "submit", LEARN, "the same as a SLURM job: write its script and submit it", "maskvlm.cli.slurm:submit",
-        TRAINING, ("[TASK]",), compose.submit_command,
+        PRETRAINING, ("[TASK]",), compose.submit_command,
     ),
     Command(
-        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", (*LOOK, "encoders"),
+        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", (*LOOK, "recipe", "encoders"),
         compose=compose.bench_command,
     ),
     Command(
         "doctor", LEARN, "check machine, weights and data for a run; predict its memory, speed and hours",
-        "maskvlm.cli.doctor:main", TRAINING, compose=compose.doctor_command,
+        "maskvlm.cli.doctor:main", PRETRAINING, compose=compose.doctor_command,
     ),
     Command("study", LEARN, "make many runs and compare them: means, intervals, verdicts", "maskvlm.cli.study:main"),
     Command(
@@ -186,6 +196,7 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
         lambda: choices("model"),
         "tiny",
     ),
+    "recipe": ("another way to train it", lambda: choices("recipe"), "the model's own"),
     "data": ("the data set", lambda: [*choices("data"), *prepared()], "scenes"),
     "where": ("the machine", lambda: choices("where"), "auto"),
     "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),

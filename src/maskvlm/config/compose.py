@@ -2,7 +2,8 @@
 
 Later files win over earlier ones, and the options that follow the words win over all files:
 
-    base < model/MODEL < pretrain | finetune < pretrain-MODEL < data/DATA | tasks/TASK/DATA < where/WHERE < options
+    base < model/MODEL < pretrain | finetune < pretrain-MODEL | recipe/RECIPE < data/DATA | tasks/TASK/DATA
+         < where/WHERE < options
 
 Nothing here imports torch: a wrong word is refused before seconds of imports.
 """
@@ -219,8 +220,9 @@ def pretraining(words: CommandWords) -> list[str]:
     data, options = data_files(words.get("data", "scenes"))
     where = chosen("where", words.get("where", "auto"))
     architecture, start = chosen("model", model), words.get("from")
-    # what exists of these: a model need not have a recipe of its own
-    recipe = there("pretrain", f"pretrain-{model}")
+    # A model need not have a recipe of its own, and another one can be named in its place.
+    named = words.get("recipe")
+    recipe = there("pretrain") + ([chosen("recipe", named)] if named else there(f"pretrain-{model}"))
     if start:
         # Without model/MODEL: the architecture is the checkpoint's. The files for continued training win over `where`.
         continued = there("continue", f"continue-{model}")
@@ -326,6 +328,7 @@ def moment() -> str:
 
 TRAINING = ("model", "data", "where", "run", "from", "encoders")
 """Names of the words that both kinds of training take."""
+PRETRAINING = ("model", "recipe", *TRAINING[1:])
 Composed = list[str]
 """A command that takes files and options, and those."""
 
@@ -373,6 +376,9 @@ def submit_command(words: CommandWords) -> Composed:
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
     """With a task `finetune`, without one `pretrain`."""
+    recipe = words.get("recipe")
+    if words.places and recipe:
+        raise UserError(f"recipe={recipe}", "is one of pre-training; a task has its own", "Leave it out")
     return finetune_command(words) if words.places else pretrain_command(words)
 
 
