@@ -22,8 +22,8 @@ def freed_memory_kept() -> Iterator[bool]:
     process, and the system clears it page by page: a fifth of a step's time, where tensors are large
     (bench/attention.py).
 
-    Blocks above 1 GiB (32 MiB before glibc 2.35) are given back as ever. A damaged image may ask for 34 GB and use none of it; kept, they would
-    be cleared for the next image, and no data worker could be started beside them.
+    Blocks above 1 GiB (32 MiB before glibc 2.35) are given back as ever. A damaged image may ask for 34 GB and use none
+    of it; kept, they would be cleared for the next image, and no data worker could be started beside them.
 
     Yields:
         Whether this C library was told; glibc alone can be.
