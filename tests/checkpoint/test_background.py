@@ -116,6 +116,17 @@ def test_nobody_waits_for_memory_to_be_reserved(plugin: SafeCheckpointIO, writes
     plugin.finish()
 
 
+def test_no_thread_stays_behind(plugin: SafeCheckpointIO, tmp_path: Path) -> None:
+    """One that has computed would keep OpenMP's threads, beside which the training sleeps between two operations."""
+    plugin.reserve([torch.ones(3)])
+    plugin.save_checkpoint(state(), tmp_path / "x.ckpt")
+    plugin.finish()
+    left = [each for each in threading.enumerate() if each.name.startswith("checkpoint")]
+    for each in left:
+        each.join(30)
+    assert not any(each.is_alive() for each in left)
+
+
 @pytest.mark.gpu
 def test_a_state_on_a_card_is_copied_to_pinned_memory() -> None:
     content = {"a": torch.rand(1000, 1000, device="cuda"), "step": torch.tensor(3.0)}

@@ -89,14 +89,18 @@ class Snapshot:
 
 
 class BackgroundWriter:
-    """One thread that does what it is told, in order. Its errors are raised by `check` and `finish`, in the caller."""
+    """Does what it is told beside the caller, in order. Errors are raised by `check` and `finish`, in the caller.
+
+    Each action has a thread of its own, which ends with it. A thread that has computed keeps OpenMP threads of its own;
+    while there are more of them than cores, those of the training sleep between two operations instead of waiting for
+    the next one, which doubles the time of a step that has thousands (libgomp's throttled spin count).
+    """
 
     def __init__(self) -> None:
         # The last one that was given back comes first: the second gets its memory when two are needed at once.
         self.free: LifoQueue[Snapshot] = LifoQueue()
         for _ in range(SNAPSHOTS):
             self.free.put(Snapshot())
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: deque[Future[None]] = deque()
         self.failed = False
 
@@ -138,7 +142,16 @@ class BackgroundWriter:
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
         """Have something done after what was told before."""
-        self.pending.append(self.thread.submit(action, *args))
+        before = [self.pending[-1]] if self.pending else []
+
+        def in_turn() -> None:
+            wait(before)
+            action(*args)
+
+        with_own_thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending.append(with_own_thread.submit(in_turn))
+        # Takes nothing more; what it was given is done.
+        with_own_thread.shutdown(wait=False)
 
     def check(self) -> None:
         """Raise what has failed since the last call. A disk that is full fails all: the first failure alone is told."""
@@ -155,4 +168,4 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """No more after this; waits, and raises nothing."""
-        self.thread.shutdown()
+        wait(self.pending)
