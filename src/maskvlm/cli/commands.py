@@ -103,7 +103,7 @@ REGISTRY = (
         PRETRAINING, ("[TASK]",), compose.submit_command,
     ),
     Command(
-        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", (*LOOK, "recipe", "encoders"),
+        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", ("model", "recipe", "data", "where", "encoders"),
         compose=compose.bench_command,
     ),
     Command(
