@@ -103,8 +103,8 @@ REGISTRY = (
         PRETRAINING, ("[TASK]",), compose.submit_command,
     ),
     Command(
-        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench", ("model", "recipe", "data", "where", "encoders"),
-        compose=compose.bench_command,
+        "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench",
+        ("model", "recipe", "data", "where", "encoders"), compose=compose.bench_command,
     ),
     Command(
         "doctor", LEARN, "check machine, weights and data for a run; predict its memory, speed and hours",
