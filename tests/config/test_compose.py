@@ -122,6 +122,7 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("pretrain model=nope", "model=nope: no such model. There are: base, compact, large, small, tiny."),
         ("pretrain model=../base", "model=../base: no such model"),
         ("pretrain recipe=theirs", "recipe=theirs: no such recipe. There are: ours."),
+        ("pretrain recipe=", "recipe=: no such recipe"),
         ("finetune vqa recipe=ours", "finetune: recipe=ours: no such word"),
         ("config vqa recipe=ours", "recipe=ours: is one of pre-training; a task has its own. Leave it out"),
         ("pretrain where=here", "where=here: no such where"),

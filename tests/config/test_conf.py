@@ -59,7 +59,7 @@ def test_base_keeps_the_recipe_of_the_paper(stack: Stack) -> None:
     assert backbone.image.init_args.name == "vit_base_patch16_224"
 
 
-def test_our_recipe_for_the_paper_s_model_keeps_its_rates_its_batch_and_its_losses(stack: Stack) -> None:
+def test_our_recipe_keeps_the_rates_the_batch_and_the_losses_of_the_paper() -> None:
     ours = run_command(Parsed, COMMANDS["pretrain"].full(["model=base", "recipe=ours", "data=coco", "run=x"])).settings
     paper = run_command(Parsed, COMMANDS["pretrain"].full(["model=base", "data=coco", "run=x"])).settings
     for key in ("lr", "lr_encoders", "weight_decay", "betas", "warmup", "min_lr"):

@@ -221,8 +221,8 @@ def pretraining(words: CommandWords) -> list[str]:
     where = chosen("where", words.get("where", "auto"))
     architecture, start = chosen("model", model), words.get("from")
     # A model need not have a recipe of its own, and another one can be named in its place.
-    named = words.get("recipe")
-    recipe = there("pretrain") + ([chosen("recipe", named)] if named else there(f"pretrain-{model}"))
+    named = words.given.get("recipe")
+    recipe = there("pretrain") + ([chosen("recipe", named)] if named is not None else there(f"pretrain-{model}"))
     if start:
         # Without model/MODEL: the architecture is the checkpoint's. The files for continued training win over `where`.
         continued = there("continue", f"continue-{model}")
@@ -376,8 +376,8 @@ def submit_command(words: CommandWords) -> Composed:
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
     """With a task `finetune`, without one `pretrain`."""
-    recipe = words.get("recipe")
-    if words.places and recipe:
+    recipe = words.given.get("recipe")
+    if words.places and recipe is not None:
         raise UserError(f"recipe={recipe}", "is one of pre-training; a task has its own", "Leave it out")
     return finetune_command(words) if words.places else pretrain_command(words)
 
