@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from guards import HERE, Build, without
 
+from maskvlm.training.failure import user_line
 from maskvlm.utils import lock
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read_holder, state
@@ -244,3 +245,17 @@ def test_a_file_that_was_withdrawn_locks_nothing(tmp_path: Path, monkeypatch: py
         third.take(tmp_path)
     second.withdraw()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_is_gone_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised from itself, this error once had a chain of causes without an end."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UserError, match=r"checkpoints/x: cannot be made \(No such file") as raised:
+        RunLock().take(Path("checkpoints/x"))
+    assert raised.value.code == ExitCode.CANNOT_CREATE
+    error = OSError(0, "of itself")
+    error.__cause__ = error
+    assert user_line(error) is None

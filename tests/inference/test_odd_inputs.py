@@ -57,6 +57,10 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m.caption(io.StringIO("a")), "image 1: a file that is open as text. Open it with 'rb'"),
         (lambda m: m.match([IMAGE, {}], ["a", "b"]), "image 2: dict is no image"),
         (lambda m: m.reconstruct(IMAGE, None, "a"), "mask: NoneType is no mask"),
+        (lambda m: m.reconstruct([IMAGE] * 2, [[[True]], [[True, False]]], "a"), r"mask: a mask of shape \[1, 1\]"),
+        (lambda m: m.reconstruct(IMAGE, np.full(m.grid, np.nan), "a"), "mask: holds what is no number"),
+        (lambda m: m.encode_image(np.array([["a", "b"]], dtype=object)), "image 1: array of object"),
+        (lambda m: m.encode_image(np.ones((4, 4, 3), complex)), "image 1: array of complex128"),
         (lambda m: m.reconstruct([IMAGE] * 2, [MASK] * 3, "a"), "2 images, 3 masks and 1 texts"),
     ],
 )  # fmt: skip

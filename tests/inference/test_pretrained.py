@@ -633,3 +633,11 @@ def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:
     assert again.config.labels == list(LABELS)
     assert again.answer(IMAGES[0], TEXTS[0]) == model.answer(IMAGES[0], TEXTS[0])
     assert "3 labels" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_misspelt_argument_is_told_and_others_pass(path: Path) -> None:
+    """`AutoModel` hands on what is transformers' own."""
+    for wrong, right in {"devise": "device", "dtyp": "dtype", "allow_imports": "allow_import"}.items():
+        with pytest.raises(UserError, match=rf"no argument {wrong} \(did you mean {right}\?\)"):
+            PretrainedMaskVLM.from_pretrained(path, **{wrong: None})
+    PretrainedMaskVLM.from_pretrained(path, torch_dtype=None, subfolder="", trust_remote_code=False)

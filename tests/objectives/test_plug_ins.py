@@ -225,9 +225,36 @@ class Nothing(LastWords):
         return None
 
 
+class Short(Middle):
+    """Leaves the last patch out."""
+
+    def __call__(self, *args: Any) -> Any:
+        mask = super().__call__(*args)
+        return mask._replace(mask_BN=mask.mask_BN[:, :-1])
+
+
+class Numbers(LastWords):
+    """Gives numbers in the place of true and false."""
+
+    def __call__(self, *args: Any) -> Any:
+        mask = super().__call__(*args)
+        return mask._replace(mask_CT=mask.mask_CT.long())
+
+
+class Uneven(LastWords):
+    """Gives fewer weights than places."""
+
+    def __call__(self, *args: Any) -> Any:
+        mask = super().__call__(*args)
+        return mask._replace(index_CK=mask.index_CK.repeat(1, 2))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"image_masking": Short()}, "model.task: Short: gave mask_BN of shape ["),
+        ({"text_masking": Numbers()}, "torch.int64. Return ["),
+        ({"text_masking": Uneven()}, "model.task: Uneven: gave index_CK of shape ["),
         ({"image_masking": Bare()}, "model.task: Bare: gave a Tensor. Return a masking.PatchMask"),
         ({"text_masking": Nothing()}, "model.task: Nothing: gave a NoneType. Return a masking.TokenMask"),
     ],

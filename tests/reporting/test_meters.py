@@ -145,3 +145,15 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_was_never_a_number_is_none_and_one_slip_is_passed_over() -> None:
+    """A loss of 0 would look as if it were learned."""
+    means = RunningMeans(0.5)
+    means.take({"lost": math.nan, "slips": 2.0})
+    assert math.isnan(means.read()["lost"])
+    means.take({"lost": math.inf, "slips": math.nan})
+    assert math.isnan(means.read()["lost"])
+    assert means.read()["slips"] == 2.0
+    means.take({"lost": 1.0, "slips": 2.0})
+    assert math.isfinite(means.read()["lost"])

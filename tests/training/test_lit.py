@@ -16,7 +16,7 @@ from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
 from maskvlm.objectives.novelty import mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.task import Task
+from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.reporting.progress import StuckLoss
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.distributed import mix
@@ -326,6 +326,45 @@ def test_what_a_task_gets_for_nothing() -> None:
     assert torch.equal(task.other.weight, before)  # of another shape
     assert (task.card(), task.files(), task.chance_levels(4), task.predictions) == ({}, {}, {}, [])
     assert task.weights.get("anything", 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        (torch.zeros(()), "Plain.forward: gave a tensor of shape []"),
+        ({}, "Plain.forward: gave no loss"),
+        ({"own": torch.zeros(3)}, "Plain.forward: gave own as a tensor of shape [3]"),
+        ({"own": 0.5}, "Plain.forward: gave own as a float"),
+    ],
+)
+def test_a_task_that_gives_no_losses_is_told(terms: Any, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        checked_terms(Plain(), terms)
+    model = make_model()
+    model.task.register_forward_hook(lambda *_: terms)
+    with pytest.raises(UserError, match=re.escape(said.partition(".")[2])):
+        make_trainer().fit(model, make_data())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ([1.0], "Plain.compute: gave a list"),
+        ({"score": 1.0, "own": torch.zeros(3)}, "Plain.compute: gave own as a tensor of shape [3]"),
+        ({"own": 1.0}, "Plain.compute: gave no 'score'"),
+    ],
+)
+def test_a_task_that_gives_no_metrics_is_told(metrics: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        checked_metrics(Plain(), metrics, True)
+    monkeypatch.setattr(MaskedPretraining, "compute", lambda *_: metrics)
+    with pytest.raises(UserError, match=re.escape(said.partition(".")[2])):
+        make_trainer().fit(make_model(), make_data())
+
+
+def test_an_evaluation_needs_no_score() -> None:
+    """Nothing is chosen by it there."""
+    assert checked_metrics(Plain(), {"own": torch.ones(1)}, False) == {"own": torch.ones(1)}
 
 
 def test_a_loss_without_gradient_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -45,7 +45,8 @@ class Unreachable(UserError):
         self.names = names
         what = f"no weights for {' and '.join(names)}: not on this machine, and the hub cannot be reached"
         todo = (
-            "Name local ones (--model.backbone.image.weights FILE, --model.backbone.text.name FOLDER), "
+            "Name local ones (encoders=FOLDER, or --model.backbone.image.weights FILE and "
+            "--model.backbone.text.name FOLDER), "
             "or start from random ones with --model.random_init true"
         )
         super().__init__("model.backbone", what, todo, ExitCode.MISSING_INPUT)

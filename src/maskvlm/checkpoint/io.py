@@ -93,7 +93,9 @@ def _write(content: Mapping[str, Any], path: Path) -> Fact:
             # To a stream torch only writes, from first to last, so that the hash of what passes is that of the file.
             torch.save(content, cast(IO[bytes], tee))
         except RuntimeError as error:  # torch hides the writer's OSError behind its own
-            raise tee.error or error from error
+            if tee.error is None:
+                raise
+            raise tee.error from error
         file.flush()
         os.fsync(file.fileno())
     return Fact(tee.size, tee.sha256.hexdigest())

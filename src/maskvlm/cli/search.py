@@ -82,6 +82,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     # A misspelt file name would be searched for as a text.
     check_absent([options.query])
     made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
+    if options.index is None and len(made) > 1:
+        print(f"no --index: {made[-1].parent} is searched, the newest of {len(made)}", file=sys.stderr, flush=True)
     index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
     source = options.source or checkpoint_of_index(index)
     model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)

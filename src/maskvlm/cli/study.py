@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -59,7 +60,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             # How many steps another arm's operations are is not counted for a list.
             other = not run.cell.flops_of and holds_another(run)
             state = "other options" if other else "finished" if run.finished else f"step {step_of(run)}"
-            print(f"{number}  {state}  {' '.join(run.command[2:])}{steps}")
+            print(f"{number}  {state}  {shlex.join(run.command[2:])}{steps}")
         return ExitCode.DONE
     check_cells(chosen, allowed)
     every = runs_of(study, root)
@@ -94,7 +95,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             print(f"the other {len(left) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
     if options.page_only:  # also while the study is being made
-        tell_page(study, every, options.page or root, options.file, earlier)
+        tell_page(study, every, options.page or root, options.file, allowed, earlier)
         return ExitCode.DONE
     from maskvlm.utils.lock import RunLock
 
@@ -102,7 +103,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     lock.take(root)
     try:
         failed = make_runs(study, without(chosen, earlier), options.jobs, allowed)
-        tell_page(study, every, options.page or root, options.file, earlier)
+        tell_page(study, every, options.page or root, options.file, allowed, earlier)
     finally:
         lock.release()
     return failed
@@ -117,12 +118,18 @@ def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> lis
 
 
 def tell_page(
-    study: Study, runs: Sequence["StudyRun"], folder: Path, file: str, earlier: Mapping[str, "Outcome"]
+    study: Study,
+    runs: Sequence["StudyRun"],
+    folder: Path,
+    file: str,
+    allowed: Sequence[str],
+    earlier: Mapping[str, "Outcome"],
 ) -> None:
-    """Write the page, and say where it is."""
+    """Write the page, and say where it is. allowed: what the study may import, part of the command."""
     from maskvlm.study.page import write_page  # with packages that only a study needs
 
-    page = write_page(study, runs, folder, f"maskvlm study {file}", earlier)
+    trusted = chain.from_iterable(("--allow-import", name) for name in allowed)
+    page = write_page(study, runs, folder, shlex.join(["maskvlm", "study", file, *trusted]), earlier)
     reached = [each for run in runs if (each := run.metrics)] + [each.metrics for each in earlier.values()]
     silent = [metric for metric in study.metrics.values() if all(math.isnan(metric.of(each)) for each in reached)]
     if reached:

@@ -241,7 +241,11 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     if data not in sets_of(task):
         near = nearest(data, sets_of(task), 0.6)
         what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
-        raise UserError(f"data={data}", what, f"There are: {', '.join(sets_of(task))}")
+        todo = f"There are: {', '.join(sets_of(task))}"
+        own = Path(os.environ.get("DATA_ROOT") or "data") / data
+        if "prepared" in sets_of(task) and own.is_dir():
+            what, todo = "is a set of your own", f"Give data=prepared --data.source.root {own}"
+        raise UserError(f"data={data}", what, todo)
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
     first = ["--from", start]
     if start == "random":
@@ -344,23 +348,29 @@ def finetune_command(words: CommandWords) -> Composed:
     if not words.places:
         raise UserError("finetune", "no task is named", f"Give one of {', '.join(tasks())}, such as finetune vqa")
     task, words = words.places[0], with_model(words, "fine-tuned")
-    run = run_options(words, f"finetune-{task}-{words.get('data', 'scenes')}")
+    run = run_options(words, f"finetune-{task}{data_of(task, words)}")
     return ["fit", *run, *downstream(task, words), *words.options]
 
 
 def evaluate_command(words: CommandWords) -> Composed:
     """`evaluate vqa from=... split=test`; without a task what pre-training is measured by."""
-    task, data = "".join(words.places), words.get("data", "scenes")
+    task = "".join(words.places)
     # Lightning's names of the two
     command = {"val": "validate", "test": "test"}[split(words)]
     if not task and words.get("from") == "random":
         raise UserError("from=random", "has learned nothing to be measured", "Name a checkpoint, or a task beside it")
     words = with_model(words, "measured")
-    run = run_options(words, f"evaluate-{task or 'pretraining'}-{data}")
+    run = run_options(words, f"evaluate-{task or 'pretraining'}{data_of(task, words)}")
     # Losses and masking are the checkpoint's own: by others it would be measured for what it never learned.
     stack = downstream(task, words) if task else [*pretraining(words), "--task_from", words.get("from")]
     # after the files, which may validate on a part; before the options, which win
     return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
+
+
+def data_of(task: str, words: CommandWords) -> str:
+    """What a run's folder says of its data. A task of a package has data of its own, whose name nobody has typed."""
+    data = words.get("data", "" if "." in task else "scenes")
+    return f"-{data}" if data else ""
 
 
 def config_command(words: CommandWords) -> Composed:

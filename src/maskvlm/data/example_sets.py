@@ -130,6 +130,9 @@ class CollateExamples:
     def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:
         """Weights of all labels, [B, K]."""
         target_BK = torch.zeros(len(targets), len(self.column))
+        # without classes, as of a regression, a task reads the answers themselves
+        if not self.column:
+            return target_BK
         # labels that are not listed stay 0; an example without any label is a row of zeros
         for row, (target, example) in enumerate(zip(targets, examples, strict=True)):
             for label, weight in target.items():

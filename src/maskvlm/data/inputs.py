@@ -79,6 +79,8 @@ def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     # `float`: numpy has no bfloat16
     array = given.detach().float().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     integers = not given.is_floating_point() if isinstance(given, Tensor) else array.dtype.kind in "iub"
+    if array.dtype.kind not in "uifb":
+        raise UserError(name, f"array of {array.dtype}", "Give 8-bit integers from 0 to 255, or floats from 0 to 1")
     shape, wanted = list(array.shape), "[3, H, W]" if is_tensor else "[H, W, 3]"
     if array.ndim == 2:
         # (H, W) -> (H, W, 3)
@@ -115,7 +117,7 @@ def check_whole(method: str, name: str, given: object, least: int) -> None:
 def check_text(given: object) -> str:
     """A text with a word in it. Raises UserError."""
     if not isinstance(given, str):
-        raise UserError("text", f"{type(given).__name__} is no text", "Give a string")
+        raise UserError("text", f"{type(given).__name__} is no text", "Give a string, or a list of strings")
     text = clean_caption(given)[0]
     if not text:
         raise UserError("text", "it holds no word", "Write one")

@@ -14,6 +14,7 @@ from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
+SHOWN = 5  # of the unknown words, the most frequent
 SPELT = 0.2
 """The share of words known by their letters alone from which on a user is told."""
 MOST_ROWS = 300
@@ -98,7 +99,12 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
     some = [(name, share) for name, (share, _) in found.items() if share > 0]
     if rank() == 0 and some:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, share in some)
-        print(f"unknown words in the training texts: {told}", flush=True)
+        often = Counter(
+            word for _, texts in by_source(split) for text in texts for word in captioner.unknown_words(text)
+        )
+        words = ", ".join(word for word, _ in often.most_common(SHOWN))
+        stay = "; they stay unknown, as the tokenizer is the model's"
+        print(f"unknown words in the training texts: {told}{f' ({words})' if words else ''}{stay}", flush=True)
     spelt = [(name, share) for name, share in spelt_shares(split, captioner, found).items() if share > SPELT]
     if rank() == 0 and spelt:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)

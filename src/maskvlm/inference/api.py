@@ -53,7 +53,8 @@ class Asked(nn.Module):
 
     A method takes one image or text and gives one answer, or takes lists and gives lists. Which methods there are
     depends on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
-    Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W].
+    Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W], grey ones [H, W]: 8-bit
+    integers from 0 to 255, or floats from 0 to 1. An empty list gives an empty one, but `rank` wants candidates.
 
     Every method raises UserError for what is no image or no text (65, 66 where the file is not there), for lists of
     different lengths, and where the checkpoint has no head for it.
@@ -275,7 +276,7 @@ class Asked(nn.Module):
     def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
         given, single = as_list(image)
         # Of two dimensions it is one mask, for all images.
-        masks = [mask] if single or np.ndim(mask) == 2 else list(mask)
+        masks = [mask] if single or _dimensions(mask) == 2 else list(mask)
         texts, _ = as_list(text)
         if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
             what = f"{len(given)} images, {len(masks)} masks and {len(texts)} texts"
@@ -343,9 +344,12 @@ class Asked(nn.Module):
         todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
             # The copy matters: torch refuses negative strides (a flipped mask) and warns of read-only arrays.
-            found = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))).bool()
+            given = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)))
         except (ValueError, TypeError) as error:
             raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
+        if given.is_floating_point() and bool(given.isnan().any()):
+            raise UserError("mask", "holds what is no number", todo)
+        found = given.bool()
         if tuple(found.shape) != (rows, columns):
             what = f"a mask of shape {list(found.shape)}, the model has {rows} rows of {columns} patches"
             raise UserError("mask", what, todo)
@@ -366,3 +370,11 @@ class Asked(nn.Module):
         pairs = [(images[i], check_text(texts[t])) for i, t in embeddings.pair_up(len(images), len(texts))]
         parts = [([i for i, _ in part], [t for _, t in part]) for part in embeddings.in_batches(pairs, self.batch_size)]
         return parts, one_image and one_text
+
+
+def _dimensions(mask: Any) -> int:
+    """Of one mask 2, of a list of them 3; 0 of a list of masks of different shapes, which numpy has no array for."""
+    try:
+        return np.ndim(mask)
+    except ValueError:
+        return 0

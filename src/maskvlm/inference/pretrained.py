@@ -10,6 +10,7 @@ Shapes: B images, C texts, E contrast width, T tokens, D width.
 """
 
 import inspect
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from maskvlm.checkpoint.model_spec import model_spec_of, portable
 from maskvlm.checkpoint.text_files import quiet
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
+from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import ImageInput, MarkedTexts, as_list
 from maskvlm.data.text import Captioner
@@ -53,6 +55,7 @@ from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
 WATCHED = 16  # images or texts of one call that are looked at
+KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
 MOST_WORDS = 1_000  # unknown ones that are remembered
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
@@ -124,6 +127,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             UserError: not there (66), damaged or of another kind (65), it would run code (77), no such device (69) or
                 precision.
         """
+        for name in hub:
+            # Others may be transformers' own, which `AutoModel` hands on.
+            if name not in KEYWORDS and (near := nearest(name, KEYWORDS, 0.75)):
+                what = f"there is no argument {name} (did you mean {near}?)"
+                raise UserError("from_pretrained", what, "Correct or remove it")
         # transformers' own names for device and dtype are understood, too.
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
         device, dtype = usable_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
@@ -151,13 +159,14 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         where a method is asked about few: the encoder runs once more for that."""
         image_BCHW = super().pixels(images)
         if self.known is not None and 0 < len(image_BCHW) <= WATCHED:
-            for image, line in zip(images, self._far(image_BCHW), strict=True):
+            for number, (image, line) in enumerate(zip(images, self._far(image_BCHW), strict=True), 1):
                 if line is not None:
                     # A file's name may be anybody's.
-                    told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
+                    name = cut(str(image), 300) if isinstance(image, str | Path) else f"image {number}"
+                    told = line if name == "image 1" and len(images) == 1 else f"{name}: {line}"
                     if told not in self.told_far:
                         self.told_far.append(told)
-                    warnings.warn(told, FarFromTraining, stacklevel=3)
+                    warnings.warn(told, FarFromTraining, stacklevel=calls_within())
         return image_BCHW
 
     @property
@@ -173,7 +182,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         new = [word for word in found if word not in self.told_words]
         if new:
             self.told_words += new
-            warnings.warn(unknown_line(new), UnknownWords, stacklevel=3)
+            warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
@@ -285,6 +294,15 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.task.methods]
+
+
+def calls_within() -> int:
+    """The `stacklevel` at which a warning of the calling function names the user's line: the first outside of this
+    package and of torch, whose decorators stand between."""
+    frame, calls = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("maskvlm", "torch"):
+        frame, calls = frame.f_back, calls + 1
+    return calls
 
 
 def unknown_line(words: Sequence[str]) -> str:

@@ -19,16 +19,24 @@ from maskvlm.utils.distributed import RowExchange, gather, rank, world_size
 
 
 class Masks(NamedTuple):
-    """What is masked in this step; None where no loss of weight above 0 needs it."""
+    """What is masked in this step. patch: of images, where a loss needs MASKED_IMAGE; token: of texts, where one needs
+    MASKED_TEXT; else None."""
 
     patch: PatchMask | None
     token: TokenMask | None
 
 
 class Encoded(NamedTuple):
-    """Encoder outputs: the whole inputs, and the masked ones where they are wanted; the `masks_per_text` masked rows
-    of a text are adjacent. other_CTD: the further captions of the images that have several. exchanged_STD: the captions
-    of the first S images with two words exchanged, and exchanged_S: False where that changed nothing.
+    """Encoder outputs.
+
+    Attributes:
+        image_BLD, text_BTD: of whole images [B, 1 + N, D] and whole texts [B, T, D], the class token first; there in
+            every step, with a gradient where a loss needs IMAGE or TEXT.
+        masked_image_BLD, masked_text_BTD: of masked ones, where a loss needs MASKED_IMAGE or MASKED_TEXT; else None.
+            The `masks_per_text` masked rows of a text are adjacent.
+        other_CTD: the further captions of the images that have several.
+        exchanged_STD: the captions of the first S images with two words exchanged. exchanged_S: False where that
+            changed nothing.
     """
 
     image_BLD: Tensor
@@ -47,7 +55,14 @@ class Encoded(NamedTuple):
 
 
 class Crossed(NamedTuple):
-    """Cross encoder outputs: all positions of the masked rows, class tokens of the 3B matching pairs."""
+    """Cross encoder outputs.
+
+    Attributes:
+        image_BLD: all positions of the masked images, informed by whole texts (MASKED_IMAGE; else no rows).
+        text_BTD: all positions of the masked texts, informed by whole images (MASKED_TEXT; else no rows).
+        fused_M: class tokens of the 3B matching pairs: the own ones, images with a hard text, texts with a hard image
+            (PAIRS; else no rows).
+    """
 
     image_BLD: Tensor
     text_BTD: Tensor

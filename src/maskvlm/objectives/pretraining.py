@@ -480,7 +480,7 @@ class MaskedPretraining(Task):
             # The first images of the batch, which is in random order in training.
             valid_B, size = batch.valid_B[: max(1, round(share * images))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
-            check_mask(self.image_masking, patch, PatchMask)
+            check_mask(self.image_masking, patch, PatchMask, (len(valid_B), math.prod(backbone.image.grid)))
             if first:
                 check_masks_some(self.image_masking, patch.mask_BN, valid_B.any(), "patch")
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
@@ -491,7 +491,7 @@ class MaskedPretraining(Task):
             text = backbone.text
             words = Vocabulary(text.mask_id, text.vocab_size, text.text_length, text.ids_of)
             token = self.text_masking(rows, words, uniform)
-            check_mask(self.text_masking, token, TokenMask)
+            check_mask(self.text_masking, token, TokenMask, (token_CT.shape[0], token_CT.shape[1]))
             if first:
                 check_masks_some(self.text_masking, token.mask_CT, (~special_CT).any(), "token")
         self.masked_before |= first
@@ -656,11 +656,24 @@ def count_exchanged(texts: Negatives, exchanged: ExchangedCaptions) -> Negatives
     return texts._replace(weight_B=torch.cat([there_S, texts.weight_B[first:]]))
 
 
-def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type) -> None:
-    """Raises UserError where a masking, which may be a plug-in, gave something else than a mask."""
+def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, shape: tuple[int, int]) -> None:
+    """Raises UserError where a masking, which may be a plug-in, gave something else than a mask of this shape: rows by
+    patches or tokens."""
+    where = f"model.task: {type(masking).__name__}"
     if not isinstance(mask, kind):
-        where = f"model.task: {type(masking).__name__}"
         raise UserError(where, f"gave a {type(mask).__name__}", f"Return a masking.{kind.__name__}")
+    fields = {name: value for name, value in mask._asdict().items() if name != "visible"}  # type: ignore[attr-defined]
+    no_tensor = next((name for name, value in fields.items() if not isinstance(value, Tensor)), None)
+    if no_tensor is not None:
+        raise UserError(where, f"gave no tensor as {no_tensor}", f"See masking.{kind.__name__}")
+    # The last two are of the K places that the loss looks at.
+    names, places = list(fields), fields[list(fields)[-1]].shape[-1:]
+    wanted = dict.fromkeys(names[:-2], shape) | dict.fromkeys(names[-2:], (shape[0], *places))
+    for name, value in fields.items():
+        if value.shape != wanted[name] or (value.dtype == torch.bool) != name.startswith("mask"):
+            what = f"gave {name} of shape {list(value.shape)}, {value.dtype}"
+            dtype = {"mask": "torch.bool", "weig": "floats"}.get(name[:4], "torch.int64")
+            raise UserError(where, what, f"Return {list(wanted[name])}, {dtype}, see masking.{kind.__name__}")
 
 
 def check_masks_some(masking: ImageMasking | TextMasking, mask: Tensor, could: Tensor, what: str) -> None:

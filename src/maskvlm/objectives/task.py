@@ -144,3 +144,37 @@ class Task(nn.Module, ABC):
     def set_uniform(self, uniform: Uniform) -> None:
         """Take the random numbers of the coming step; LitModel derives them from (seed, step)."""
         self.uniform = uniform
+
+
+def checked_terms(task: Task, terms: object) -> dict[str, Tensor]:
+    """What `Task.forward` gave. Raises UserError where it is no dict of scalar tensors, which a plug-in may give."""
+    todo = "Return a dict: each loss by its name, a scalar tensor, the mean over the batch"
+    if not isinstance(terms, dict) or not terms:
+        raise UserError(f"{_name(task)}.forward", "gave no loss" if terms == {} else f"gave a {_kind(terms)}", todo)
+    for name, term in terms.items():
+        if not isinstance(term, Tensor) or term.ndim:
+            raise UserError(f"{_name(task)}.forward", f"gave {name} as a {_kind(term)}", todo)
+    return terms
+
+
+def checked_metrics(task: Task, metrics: object, needs_score: bool) -> dict[str, float]:
+    """What `Task.compute` gave. Raises UserError where it is no dict of numbers, or has no `score` to choose the best
+    checkpoint by, where one is needed."""
+    todo = "Return a dict: each metric by its name, a number"
+    if not isinstance(metrics, dict):
+        raise UserError(f"{_name(task)}.compute", f"gave a {_kind(metrics)}", todo)
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise UserError(f"{_name(task)}.compute", f"gave {name} as a {_kind(value)}", todo)
+    if needs_score and "score" not in metrics:
+        todo = "Return one, higher is better: the best checkpoint is chosen by it"
+        raise UserError(f"{_name(task)}.compute", "gave no 'score'", todo)
+    return metrics
+
+
+def _name(task: Task) -> str:
+    return f"{type(task).__module__}.{type(task).__qualname__}"
+
+
+def _kind(value: object) -> str:
+    return f"tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

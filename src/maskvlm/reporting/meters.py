@@ -25,11 +25,13 @@ class RunningMeans:
     def __init__(self, decay: float) -> None:
         self.decay, self.weight = decay, 0.0
         self.sums: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}  # whether there was a finite value
 
     def take(self, values: Mapping[str, Tensor | float]) -> None:
         """One value of each name; names that come or go start anew."""
         if values.keys() != self.sums.keys():
             self.weight, self.sums = 0.0, {name: torch.zeros(()) for name in values}
+            self.found = {name: torch.zeros((), dtype=torch.bool) for name in values}
         # 1 + decay + decay^2 + ...: what the sums are divided by.
         self.weight = self.decay * self.weight + 1
         for name, value in values.items():
@@ -39,13 +41,15 @@ class RunningMeans:
             # (weight - 1) / decay is the weight before this value.
             mean = before / ((self.weight - 1) / self.decay if self.weight > 1 else 1)
             self.sums[name] = self.decay * before + torch.where(value.isfinite(), value, mean)
+            self.found[name] = self.found[name].to(value.device) | value.isfinite()
 
     def read(self) -> dict[str, float]:
-        """The means so far, copied to the host in one go."""
+        """The means so far, copied to the host in one go; not a number where no value was finite."""
         if not self.sums:
             return {}
         # One copy for all names: each copy waits for the device.
-        means = torch.stack(list(self.sums.values())) / self.weight
+        found = torch.stack(list(self.found.values()))
+        means = (torch.stack(list(self.sums.values())) / self.weight).masked_fill(~found, math.nan)
         return dict(zip(self.sums, means.tolist(), strict=True))
 
 

@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from maskvlm.reporting.meters import number
+
 KS = (1, 5, 10)
 SIZES = {"retrieval/pictures": "images", "retrieval/captions": "captions"}
 RETRIEVAL = (
@@ -230,7 +232,7 @@ def score_line(metrics: Mapping[str, float]) -> str:
     """What a downstream task is judged by, in a few words: `accuracy 71.3 (majority 29.7)`."""
     names = [name for name in metrics if name.count("/") == 1 and name.endswith("/accuracy")]
     if not names:
-        return f"score {metrics['score']:.1f}" if "score" in metrics else ""
+        return f"score {number(metrics['score'])}" if "score" in metrics else ""
     # A share of right answers says nothing without what the most frequent answer reaches.
     level = metrics.get(f"{names[0]}_majority", math.nan)
     known = "" if math.isnan(level) else f" (majority {level:.1f})"

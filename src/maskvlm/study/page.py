@@ -4,6 +4,7 @@
 """
 
 import math
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def text_of(
         "",
     ]  # fmt: skip
     if study.first is not None:
-        own = " ".join(f"--{key}={value}" for key, value in study.first.options)
+        own = shlex.join(f"--{key}={value}" for key, value in study.first.options)
         lines += [f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`).", ""]
     if answers:
         lines += ["## Claims", "", "| | claim | ahead by | verdict |", "|---|---|---|---|"]
@@ -144,6 +145,8 @@ def _ahead(found: Interval, metric: Metric) -> str:
         return "not measured"
     if math.isnan(found.low):
         return f"{found.mean:+.3g} {metric.unit} (one seed)"
+    if found.low == found.high:
+        return f"{found.mean:+.3g} {metric.unit} ({found.values} seeds, all the same, so no interval)"
     return f"{found.mean:+.3g} {metric.unit} ({found.low:+.3g} to {found.high:+.3g}, {found.values} seeds)"
 
 

@@ -63,9 +63,12 @@ def user_line(error: BaseException) -> ErrorLine | None:
     if lost := _worker_lost(error):
         return ErrorLine(_one_line(str(lost)), lost.code)
     cause: BaseException | None = error
-    while cause is not None:
+    seen = set[int]()
+    # An error can be raised from itself, by any library.
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, UserError):
             return ErrorLine(_one_line(str(cause)), cause.code)
+        seen.add(id(cause))
         cause = cause.__cause__
     name, text = type(error).__name__, _one_line(str(error))
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -21,7 +21,7 @@ from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.task import Task
+from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.training.optim import build_adamw, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
@@ -283,7 +283,7 @@ class LitModel(L.LightningModule):
         # batch_idx counts through the whole run: the trainer makes one epoch of it (conf/base.yaml, data/sampler.py).
         self.task.set_uniform(Draw(self.seed, batch_idx, self.device))
         self.task.run_progress = self.trainer.global_step / max(1, self.data.total_steps)
-        terms = self.task(self.backbone, batch)
+        terms = checked_terms(self.task, self.task(self.backbone, batch))
         self.terms = tuple(terms)
         for name, term in terms.items():
             self.has_gradient.setdefault(name, term.requires_grad)
@@ -303,7 +303,8 @@ class LitModel(L.LightningModule):
     @torch.compiler.set_stance("force_eager")
     def on_validation_epoch_end(self) -> None:
         with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
-            self.metrics = self.task.compute(self.backbone)
+            found = self.task.compute(self.backbone)
+        self.metrics = checked_metrics(self.task, found, self.trainer.state.fn == TrainerFn.FITTING)
         # Every process has the numbers of all: nothing is left to average.
         self.log_dict(self.metrics, sync_dist=False)
 

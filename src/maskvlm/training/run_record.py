@@ -90,7 +90,10 @@ def write_text(path: Path, text: str) -> None:
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise cannot_write(error, path) or error from error
+        told = cannot_write(error, path)
+        if told is None:
+            raise
+        raise told from error
 
 
 def versions() -> dict[str, Any]:

@@ -73,7 +73,10 @@ class RunLock:
                 folder.mkdir(parents=True, exist_ok=True)
                 handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
-                raise cannot_write(error, folder) or error from error
+                # Such as where the folder that the process was started in is gone.
+                what, todo = f"cannot be made ({error.strerror})", "Choose another folder"
+                other = UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
+                raise cannot_write(error, folder) or other from error
             try:
                 if self._take(folder, handle, warn):
                     return

@@ -60,7 +60,10 @@ def writing(folder: object = None) -> Iterator[None]:
         yield
     except OSError as error:
         # A failed `open` names its file, a failed `write` none.
-        raise cannot_write(error, None if error.filename else folder) or error from error
+        told = cannot_write(error, None if error.filename else folder)
+        if told is None:
+            raise
+        raise told from error
     finally:
         threading.excepthook = before
 

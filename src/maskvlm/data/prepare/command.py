@@ -76,11 +76,13 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
         # rows of a table, or images of an archive: what the reader hands out
         rows = "1 row" if left_out == 1 else f"{left_out:,} rows"
-        first = next(iter(manifest["left_out"].values()))["examples"][0]["message"]
-        print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; the first: {first}")
+        example = next(iter(manifest["left_out"].values()))["examples"][0]
+        told = f"{example['origin']}: {example['message']}" if example["origin"] else example["message"]
+        print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {told}")
     # data=NAME would mean the file of that name, not this set
     if settings.name != given.set and settings.name in choices("data"):
-        print(f"note: data={settings.name} is a word of its own: conf/data/{settings.name}.yaml holds for this set")
+        told = f"data={settings.name} still means the set of conf/data/{settings.name}.yaml"
+        print(f"note: {told}, not this one: prepare it under another name to train on it")
     print(f"look at {root / LOOK}")
     return ExitCode.DONE
 

@@ -152,7 +152,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     every = screened(raw.rows())
     captions, reasons, counts = Captions(), Counter[str](), Counter[str]()
     sample = DrawnSample()
-    rows = 0
+    rows, example = 0, ""
     # what can be told without opening images, of many rows
     for row in islice(every, MOST_ROWS):
         rows += 1
@@ -160,6 +160,8 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
         # a reason; captions are a list
         if isinstance(usable, str):
             reasons[usable] += 1
+            if not example and isinstance(row, BadRow):
+                example = f"; for example {row.origin}: {row.message}"
             continue
         assert isinstance(row, RawRow)
         counts[row.split] += 1
@@ -176,7 +178,9 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     shown = sample.shown()
     if not shown:
         where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
-        raise UserError(where, f"no row can be used ({'; '.join(lines[2:])[:300]})", todo, ExitCode.BAD_DATA)
+        raise UserError(
+            where, f"no row can be used ({'; '.join(lines[2:])[:300]}{example[:300]})", todo, ExitCode.BAD_DATA
+        )
     draw_look(LookReport(lines, shown, captions.words), path)
     return lines
 

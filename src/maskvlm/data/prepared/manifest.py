@@ -150,7 +150,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
             todo = "Run the same `maskvlm data` again: it goes on where it stopped"
             raise UserError(root, "this prepared set is unfinished", todo, ExitCode.MISSING_INPUT)
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
-        todo = f"Make it with `maskvlm data {root.name} FOLDER` (DATA_ROOT is the folder that holds the sets)"
+        own = f"of a table of yours: `maskvlm data csv raw=FILE name={root.name}`"
+        todo = f"Make it with `maskvlm data {root.name} FOLDER`; {own} (DATA_ROOT holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
     check_below(path, root)
     return checked_manifest(content_of(path, MOST_BYTES), path)
