@@ -198,3 +198,10 @@ def test_the_prepared_sets_file_parses_with_the_root_that_make_gives() -> None:
         os.chdir(here)
     assert settings.data.init_args.source.init_args.root == "/d/mine"
     assert settings.data.init_args.source.init_args.hold_out == 1000
+
+
+def test_a_table_without_names_of_columns_is_told(tmp_path: Path) -> None:
+    """Naming a column after its first value would lose the first row."""
+    (tmp_path / "pairs.csv").write_text("photos/one.jpg,a red bird\nphotos/two.jpg,a blue bird\n")
+    with pytest.raises(UserError, match=r"pairs.csv.*the first line is a row.* Write one above it: image,caption"):
+        main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], [])

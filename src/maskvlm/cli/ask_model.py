@@ -129,8 +129,9 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     image, text, word = inputs
     found: Any = model.explain(image, text, word)
     # Place in the flat map -> (row, column)
-    row, column = divmod(int(found.gradcam.argmax()), found.gradcam.shape[1])
-    peak = f"'{word}' is seen most in row {row + 1}, column {column + 1} of {found.gradcam.shape}"
+    rows, columns = found.gradcam.shape
+    row, column = divmod(int(found.gradcam.argmax()), columns)
+    peak = f"'{word}' is seen most in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
     if not found.gradcam.any():
         peak = f"no patch speaks for '{word}' (Grad-CAM is 0 everywhere; --json has the attention)"
     yield {"written": save_image(found.image, options.out)} | (

@@ -585,7 +585,8 @@ def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]
         if (before.get(name) or None) != (now.get(name) or None):
             was, here = (_class_paths(told.get(name)) or "the default" for told in (before, now))
             other = f"the checkpoint's was {was}" if was != here else "the checkpoint's has other settings"
-            yield f"model.task.{name}: {here}; {other} (--task_from CHECKPOINT takes the checkpoint's whole task)"
+            way = "right for data of another kind; --task_from CHECKPOINT takes the checkpoint's whole task"
+            yield f"model.task.{name}: {here}; {other} ({way})"
 
 
 def _class_paths(part: Any) -> str:

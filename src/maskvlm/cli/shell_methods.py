@@ -50,7 +50,7 @@ METHODS: dict[str, ShellMethod] = {
 }
 
 OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--out": ((), {"type": Path, "help": "where the image is written"}),
+    "--out": ((), {"type": Path, "help": "where the image is written (by the method: explain.png, ...)"}),
     "--k": ((), {"type": int, "default": 16, "help": "candidates that matching looks at again (%(default)s)"}),
     "--top": ((), {"type": int, "default": 5, "help": "guesses for each masked word (%(default)s)"}),
     "--mask-ratio": (

@@ -120,8 +120,11 @@ class Prepared(Source):
         if name not in splits:
             there = ", ".join(f"{other} with {splits[other]['pictures']:,} images" for other in splits)
             what = f"no split '{name}' (there is {there or 'none'})"
-            way = "set data.source.hold_out to take a part of train for it" if name == "val" else "name another split"
-            todo = f"Name another set, or {way}"
+            # What `train` and `val` are made of is told where neither is a split of its own.
+            parted = self.hold_out and "train" in splits
+            ways = {"val": "set data.source.hold_out to take a part of train for it"}
+            other = "take val, a part of train that is held out" if parted else "name another split"
+            todo = f"Name another set, or {ways.get(name, other)}"
             raise UserError(self.root, what, todo, ExitCode.MISSING_INPUT)
         return PreparedPairs(self.root, name, splits[name])
 

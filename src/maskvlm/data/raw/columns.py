@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from maskvlm.data.caption_text import clean_caption
+from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line, one_line_id
 from maskvlm.data.safe_open import LEADS_OUT, Inside
@@ -62,6 +63,9 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
         option = ",".join(f"{role}=NAME" for role in lacking)
         usual = " and another ".join(repr(ROLES[role][0]) for role in lacking)
         todo = f"Name one of them {usual}, or say which it is: --columns {option} (make: ARGS=)"
+        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in there):
+            what = f"the first line is a row, not the names of the columns ({listed})"
+            todo = f"Write one above it: {','.join(lacking)}"
         raise UserError(where, what, todo, ExitCode.BAD_DATA)
     return found
 
