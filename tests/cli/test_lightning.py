@@ -123,6 +123,10 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--xyzzy 3", "--xyzzy: unknown key. Keys there: "),
         ("--model.lr fast", "--model.lr: fast does not fit. Give a number."),
         ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),
+        (
+            "--model.task.image_masking maskvlm.objectives.masking.ImageMasking",
+            "is an abstract class. Define in it: __call__.",
+        ),
         ("--model.task.pixel_loss l3", "l3 does not fit. Give one of l1, squared, smooth_l1."),
         ("--model.task nope.X", "--model.task: class nope.X cannot be used (No module named 'nope')"),
         (

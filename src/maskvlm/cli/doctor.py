@@ -157,7 +157,8 @@ def check_machine(trainer: Namespace) -> Finding:
     here = machine()
     cards = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
     check_cards(trainer)
-    todo = "" if on_cards(trainer) else "The run would be on the processor; what follows of a card is a prediction"
+    told = "The run would be on the processor, whose speed `maskvlm bench` measures; what follows is of a card"
+    todo = "" if on_cards(trainer) else told
     return Finding("machine", OK if not todo else LOOK, f"{here['processor']}, {here['cores']} cores, {cards}", todo)
 
 

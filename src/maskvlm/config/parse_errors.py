@@ -1,6 +1,7 @@
 """The argument parser's messages, many lines long, as one line: the place, what is wrong, the nearest key."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -123,6 +124,9 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
     place = find_place(match["key"], context.found, value) or KeyPlace("configuration", match["key"], value or "")
     if value and len(value) > MOST_WIDE // 2:
         value = place.value or value  # the whole of it
+    if lacking := _undefined(value or place.value):
+        todo = f"Define in it: {lacking}"
+        return UserError(_where(place), f"{cut(value or place.value)} is an abstract class", todo)
     # two forms of the parser: a union lists its members, a plain type stands in a sentence
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
     if types is None and "Subclass types expect" in text:
@@ -130,6 +134,13 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
     if types is None:
         return UserError(_where(place), cut(text, 300).rstrip("."), "See --help")
     return UserError(_where(place), f"{cut(value or place.value)} does not fit", f"Give {_plain_type(types[1])}")
+
+
+def _undefined(path: str) -> str:
+    """What a class, if this is the path of one that the parser has imported, leaves to be defined; "" for nothing."""
+    module, _, name = path.rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    return ", ".join(sorted(getattr(kind, "__abstractmethods__", ()))) if isinstance(kind, type) else ""
 
 
 def _plain_type(text: str) -> str:
