@@ -43,7 +43,8 @@ def test_unreachable_weights_are_named_together(monkeypatch: pytest.MonkeyPatch,
     assert str(caught.value) == (
         "model.backbone: no weights for vit_base_patch16_224 (timm) and roberta-base (Hugging Face): "
         "not on this machine, and the hub cannot be reached. "
-        "Name local ones (encoders=FOLDER, or --model.backbone.image.weights FILE and --model.backbone.text.name FOLDER), "
+        "Name local ones (encoders=FOLDER, or --model.backbone.image.weights FILE and "
+        "--model.backbone.text.name FOLDER), "
         "or start from random ones with --model.random_init true."
     )
     assert caught.value.code is ExitCode.MISSING_INPUT
