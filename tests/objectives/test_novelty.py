@@ -148,6 +148,9 @@ def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
     with pytest.warns(FarFromTraining, match=r"x\.png: this image is unlike"):
         model.match([toy_image(3), str(tmp_path / "x.png")], ["a circle", "a circle"])
     assert len(model.told_far) == 2
+    with pytest.warns(FarFromTraining, match="^image 2: this image is unlike") as warned:
+        model.encode_image([toy_image(3), toy_image(4)])
+    assert {each.filename for each in warned} == {__file__}  # the user's line, not one of this package
     # A file's name may be anybody's: nothing that a terminal obeys is told.
     open_image(toy_image(5)).save(tmp_path / "\x1b[2Jy.png")
     with pytest.warns(FarFromTraining):

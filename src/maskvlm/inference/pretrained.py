@@ -162,11 +162,12 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             for number, (image, line) in enumerate(zip(images, self._far(image_BCHW), strict=True), 1):
                 if line is not None:
                     # A file's name may be anybody's.
-                    name = cut(str(image), 300) if isinstance(image, str | Path) else f"image {number}"
-                    told = line if name == "image 1" and len(images) == 1 else f"{name}: {line}"
+                    told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
                     if told not in self.told_far:
                         self.told_far.append(told)
-                    warnings.warn(told, FarFromTraining, stacklevel=calls_within())
+                    # Of several images without names the warning says which.
+                    which = f"image {number}: " if told == line and len(images) > 1 else ""
+                    warnings.warn(which + told, FarFromTraining, stacklevel=calls_within())
         return image_BCHW
 
     @property
