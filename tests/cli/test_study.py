@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +260,15 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_commands_that_are_told_can_be_copied(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = yaml.safe_load((plain / "toy.yaml").read_text())
+    study["options"]["model.task.text_masking"] = {"class_path": "maskvlm.objectives.masking.DrawnTokens"}
+    (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    assert main(["study", "toy.yaml", "--list"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert '--model.task.text_masking={"class_path": "maskvlm.objectives.masking.DrawnTokens"}' in shlex.split(line)
+    assert main(["study", "toy.yaml", "--page-only", "--allow-import", "acme"]) == 0
+    page = (plain / "checkpoints" / "toy" / "README.md").read_text()
+    assert "Made by `maskvlm study toy.yaml --allow-import acme`" in page

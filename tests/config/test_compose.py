@@ -279,3 +279,26 @@ def test_packages_of_the_working_directory_are_found_where_the_command_names_one
     (elsewhere / "one.py").touch()
     compose.find_packages(names)
     assert (sys.path[-1] == str(elsewhere)) == found
+
+
+def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=rf"data=mine: .*data=prepared --data.source.root {tmp_path / 'mine'}"):
+        composed("finetune captioning from=x data=mine")
+    with pytest.raises(UserError, match="data=other: no such data set of captioning"):
+        composed("finetune captioning from=x data=other")
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "told"),
+    [
+        ("acme.counting", {}, ""),
+        ("acme.counting", {"data": "more"}, "-more"),
+        ("vqa", {}, "-scenes"),
+        ("", {"data": "flickr8k"}, "-flickr8k"),
+    ],
+)
+def test_a_folder_names_the_data_that_was_named(task: str, words: dict[str, str], told: str) -> None:
+    """A task of a package has data of its own, and no drawn scenes."""
+    assert compose.data_of(task, compose.CommandWords([task], words, [])) == told

@@ -172,6 +172,22 @@ def test_answers_that_are_written_may_have_weights_of_their_own(trained: PreTrai
     torch.testing.assert_close(batch.answers.weight_A, torch.tensor([0.75, 0.25]))
 
 
+class Measured(Questions):
+    """A regression: numbers, and no classes."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ()
+
+
+def test_a_source_without_classes_has_no_targets(trained: PreTrainedTokenizerFast) -> None:
+    """A task reads the answers themselves."""
+    data = evaluation({"answers": ["0.565"]}, {"answers": ["12"]})
+    batch = CollateExamples(Captioner(trained, 12), Measured())([data[0], data[1]])
+    assert batch.target_BK.shape == (2, 0)
+    assert [each["answers"] for each in batch.examples] == [["0.565"], ["12"]]
+
+
 def test_soft_targets_reach_both_heads(trained: PreTrainedTokenizerFast) -> None:
     captioner = Captioner(trained, 12)
     people = [["blue"] * 3 + ["red"], [], ["green"] * 9]
