@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from toys import SIZE, toy_backbone
@@ -364,7 +365,8 @@ def test_a_task_that_gives_no_metrics_is_told(metrics: Any, said: str, monkeypat
 
 def test_an_evaluation_needs_no_score() -> None:
     """Nothing is chosen by it there."""
-    assert checked_metrics(Plain(), {"own": torch.ones(1)}, False) == {"own": torch.ones(1)}
+    metrics = {"own": torch.ones(1), "numpy": np.float32(0.5), "count": 3}
+    assert checked_metrics(Plain(), metrics, False) == metrics
 
 
 def test_a_loss_without_gradient_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

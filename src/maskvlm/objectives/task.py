@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -164,7 +165,7 @@ def checked_metrics(task: Task, metrics: object, needs_score: bool) -> dict[str,
     if not isinstance(metrics, dict):
         raise UserError(f"{_name(task)}.compute", f"gave a {_kind(metrics)}", todo)
     for name, value in metrics.items():
-        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
             raise UserError(f"{_name(task)}.compute", f"gave {name} as a {_kind(value)}", todo)
     if needs_score and "score" not in metrics:
         todo = "Return one, higher is better: the best checkpoint is chosen by it"
