@@ -1,5 +1,6 @@
 """The words of a command as the stack of files that they stand for."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -283,11 +284,14 @@ def test_packages_of_the_working_directory_are_found_where_the_command_names_one
 
 def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    (tmp_path / "mine").mkdir()
+    for name in ("mine", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine" / "manifest.json").touch()
     with pytest.raises(UserError, match=rf"data=mine: .*data=prepared --data.source.root {tmp_path / 'mine'}"):
         composed("finetune captioning from=x data=mine")
-    with pytest.raises(UserError, match="data=other: no such data set of captioning"):
-        composed("finetune captioning from=x data=other")
+    for name in ("other", "empty", ".."):
+        with pytest.raises(UserError, match=rf"data={re.escape(name)}: no such data set of captioning"):
+            composed(f"finetune captioning from=x data={name}")
 
 
 @pytest.mark.parametrize(

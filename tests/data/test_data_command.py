@@ -205,3 +205,19 @@ def test_a_table_without_names_of_columns_is_told(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("photos/one.jpg,a red bird\nphotos/two.jpg,a blue bird\n")
     with pytest.raises(UserError, match=r"pairs.csv.*the first line is a row.* Write one above it: image,caption"):
         main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], [])
+
+
+def test_where_no_row_can_be_used_one_is_named(tmp_path: Path) -> None:
+    """A wrong folder is the usual reason: the place that was searched is told."""
+    (tmp_path / "pairs.csv").write_text("image,caption\nlost.jpg,a red bird\n")
+    with pytest.raises(UserError, match=r"no row can be used \(.*for example \S+:2: 'lost.jpg' is not in "):
+        main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--look"], [])
+
+
+def test_the_example_of_a_bad_row_names_its_place_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.jpg").write_bytes(encoded(photo(1)))
+    (tmp_path / "two.jpg").write_bytes(encoded(photo(2)))
+    (tmp_path / "pairs.csv").write_text("image,caption\none.jpg,a red bird\ntwo.jpg,\n")
+    assert main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], []) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("left out:")]
+    assert line.count("pairs.csv:3") == 1

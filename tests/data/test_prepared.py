@@ -166,6 +166,7 @@ def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
 def test_a_split_that_is_not_there_lists_those_that_are(toy: Path) -> None:
     error = error_of(toy, "test")
     assert f"{toy}: no split 'test' (there is train with 11 images, val with 2 images)" in str(error)
+    assert "or name another split" in str(error)
     assert error.code == ExitCode.MISSING_INPUT
 
 
@@ -227,7 +228,7 @@ def test_a_set_without_validation_holds_a_part_out(tmp_path: Path, capsys: pytes
     make(tmp_path / "more", [row(number) for number in range(39, -1, -1)])
     again = Prepared(str(tmp_path / "more"), hold_out=1000).split("val")
     assert {*again.image_ids()} == {*val.image_ids()}
-    with pytest.raises(UserError, match="no split 'test'"):
+    with pytest.raises(UserError, match=r"no split 'test'.* or take val, a part of train that is held out"):
         source.split("test")
     assert pickle.loads(pickle.dumps(val))[1] == val[1]
 

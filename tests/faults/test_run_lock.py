@@ -1,5 +1,6 @@
 """One training at a time in a folder: processes that hold the lock, are killed, or sit on another machine."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,17 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from guards import HERE, Build, without
 
+from maskvlm.checkpoint.io import save
+from maskvlm.training import run_record
 from maskvlm.training.failure import user_line
 from maskvlm.utils import lock
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read_holder, state
+from maskvlm.utils.write_errors import writing
 
 SRC = Path(lock.__file__).parents[2]
 HOLD = """
@@ -259,3 +264,33 @@ def test_a_folder_that_is_gone_ends_in_one_line(tmp_path: Path, monkeypatch: pyt
     error = OSError(0, "of itself")
     error.__cause__ = error
     assert user_line(error) is None
+
+
+def write_a_text(folder: Path) -> None:
+    run_record.write_text(folder / "x", "")
+
+
+def write_within(folder: Path) -> None:
+    with writing(folder):
+        os.open(folder / "x", os.O_RDONLY)  # not there: no line tells what that means for an output
+
+
+def write_a_checkpoint(folder: Path) -> None:
+    save({}, folder / "x.ckpt")
+
+
+@pytest.mark.parametrize("write", [write_a_text, write_within, write_a_checkpoint])
+def test_an_error_without_a_line_of_its_own_is_no_cause_of_itself(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: Exception) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(run_record, "whole_file", fails(OSError(errno.EINVAL, "strange")))
+    monkeypatch.setattr(torch, "save", fails(RuntimeError("torch's own")))
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        write(tmp_path)
+    assert raised.value.__cause__ is None

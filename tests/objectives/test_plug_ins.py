@@ -254,7 +254,7 @@ class Uneven(LastWords):
     [
         ({"image_masking": Short()}, "model.task: Short: gave mask_BN of shape ["),
         ({"text_masking": Numbers()}, "torch.int64. Return ["),
-        ({"text_masking": Uneven()}, "model.task: Uneven: gave index_CK of shape ["),
+        ({"text_masking": Uneven()}, "model.task: Uneven: gave weight_CK of shape ["),
         ({"image_masking": Bare()}, "model.task: Bare: gave a Tensor. Return a masking.PatchMask"),
         ({"text_masking": Nothing()}, "model.task: Nothing: gave a NoneType. Return a masking.TokenMask"),
     ],

@@ -175,7 +175,8 @@ def principal_parts(own_MPD: Tensor, other_MPD: Tensor) -> tuple[Tensor, Tensor]
     place_PX = F.pad(place_PX, (0, 0, 1, 0))  # the class token has none
     scale = ((own_MPD - mean_D) / std_D @ axes_DQ).std()
     own, other = (((each - mean_D) / std_D) @ axes_DQ / scale for each in (own_MPD, other_MPD))
-    return tuple(torch.cat([each, place_PX.expand(len(each), -1, -1)], 2) for each in (own, other))  # type: ignore[return-value]
+    own, other = (torch.cat([each, place_PX.expand(len(each), -1, -1)], 2) for each in (own, other))
+    return own, other
 
 
 def difference(full_N: np.ndarray, alone_N: np.ndarray) -> str:

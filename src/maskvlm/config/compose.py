@@ -242,9 +242,8 @@ def downstream(task: str, words: CommandWords) -> list[str]:
         near = nearest(data, sets_of(task), 0.6)
         what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
         todo = f"There are: {', '.join(sets_of(task))}"
-        own = Path(os.environ.get("DATA_ROOT") or "data") / data
-        if "prepared" in sets_of(task) and own.is_dir():
-            what, todo = "is a set of your own", f"Give data=prepared --data.source.root {own}"
+        if "prepared" in sets_of(task) and data in prepared():
+            what, todo = "is a set of your own", f"Give data=prepared --data.source.root {data_root() / data}"
         raise UserError(f"data={data}", what, todo)
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
     first = ["--from", start]

@@ -139,7 +139,8 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
 def _undefined(path: str) -> str:
     """What a class, if this is the path of one that the parser has imported, leaves to be defined; "" for nothing."""
     module, _, name = path.rpartition(".")
-    kind = getattr(sys.modules.get(module), name, None)
+    # Not getattr: a package may import what it is asked for.
+    kind = vars(sys.modules[module]).get(name) if module in sys.modules else None
     return ", ".join(sorted(getattr(kind, "__abstractmethods__", ()))) if isinstance(kind, type) else ""
 
 

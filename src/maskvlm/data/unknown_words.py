@@ -14,7 +14,7 @@ from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
-SHOWN = 5  # of the unknown words, the most frequent
+SHOWN, LONGEST = 5, 40  # of the unknown words the most frequent are told, so many letters of each
 SPELT = 0.2
 """The share of words known by their letters alone from which on a user is told."""
 MOST_ROWS = 300
@@ -102,7 +102,9 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
         often = Counter(
             word for _, texts in by_source(split) for text in texts for word in captioner.unknown_words(text)
         )
-        words = ", ".join(word for word, _ in often.most_common(SHOWN))
+        # without those that are spelt, which are told below
+        lost = (word for word, _ in often.most_common() if captioner.unknown in captioner([word]).token_CT)
+        words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, SHOWN))
         stay = "; they stay unknown, as the tokenizer is the model's"
         print(f"unknown words in the training texts: {told}{f' ({words})' if words else ''}{stay}", flush=True)
     spelt = [(name, share) for name, share in spelt_shares(split, captioner, found).items() if share > SPELT]

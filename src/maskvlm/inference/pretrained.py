@@ -10,7 +10,6 @@ Shapes: B images, C texts, E contrast width, T tokens, D width.
 """
 
 import inspect
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -299,9 +298,9 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
 def calls_within() -> int:
     """The `stacklevel` at which a warning of the calling function names the user's line: the first outside of this
-    package and of torch, whose decorators stand between."""
-    frame, calls = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("maskvlm", "torch"):
+    project and of torch, whose decorators stand between."""
+    frame, calls = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("maskvlm", "tasks", "torch"):
         frame, calls = frame.f_back, calls + 1
     return calls
 

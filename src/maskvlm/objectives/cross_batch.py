@@ -20,7 +20,7 @@ from maskvlm.utils.distributed import RowExchange, gather, rank, world_size
 
 class Masks(NamedTuple):
     """What is masked in this step. patch: of images, where a loss needs MASKED_IMAGE; token: of texts, where one needs
-    MASKED_TEXT; else None."""
+    MASKED_TEXT; else None. With `mask_both` either needs both."""
 
     patch: PatchMask | None
     token: TokenMask | None
@@ -30,8 +30,7 @@ class Encoded(NamedTuple):
     """Encoder outputs.
 
     Attributes:
-        image_BLD, text_BTD: of whole images [B, 1 + N, D] and whole texts [B, T, D], the class token first; there in
-            every step, with a gradient where a loss needs IMAGE or TEXT.
+        image_BLD, text_BTD: of whole images [B, 1 + N, D] and whole texts [B, T, D], the class token first.
         masked_image_BLD, masked_text_BTD: of masked ones, where a loss needs MASKED_IMAGE or MASKED_TEXT; else None.
             The `masks_per_text` masked rows of a text are adjacent.
         other_CTD: the further captions of the images that have several.

@@ -656,24 +656,31 @@ def count_exchanged(texts: Negatives, exchanged: ExchangedCaptions) -> Negatives
     return texts._replace(weight_B=torch.cat([there_S, texts.weight_B[first:]]))
 
 
+MASK_FIELDS: dict[type, tuple[dict[str, torch.dtype], str, str]] = {
+    PatchMask: ({"mask_BN": torch.bool}, "index_BK", "weight_BK"),
+    TokenMask: ({"token_CT": torch.int64, "mask_CT": torch.bool}, "index_CK", "weight_CK"),
+}
+"""Of all positions, by their dtype; numbers of the places that the loss looks at; weights of these."""
+
+
 def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, shape: tuple[int, int]) -> None:
     """Raises UserError where a masking, which may be a plug-in, gave something else than a mask of this shape: rows by
     patches or tokens."""
     where = f"model.task: {type(masking).__name__}"
     if not isinstance(mask, kind):
         raise UserError(where, f"gave a {type(mask).__name__}", f"Return a masking.{kind.__name__}")
-    fields = {name: value for name, value in mask._asdict().items() if name != "visible"}  # type: ignore[attr-defined]
-    no_tensor = next((name for name, value in fields.items() if not isinstance(value, Tensor)), None)
-    if no_tensor is not None:
-        raise UserError(where, f"gave no tensor as {no_tensor}", f"See masking.{kind.__name__}")
-    # The last two are of the K places that the loss looks at.
-    names, places = list(fields), fields[list(fields)[-1]].shape[-1:]
-    wanted = dict.fromkeys(names[:-2], shape) | dict.fromkeys(names[-2:], (shape[0], *places))
-    for name, value in fields.items():
-        if value.shape != wanted[name] or (value.dtype == torch.bool) != name.startswith("mask"):
+    whole, index, weight = MASK_FIELDS[kind]
+    for name, dtype in {**whole, index: torch.int64, weight: None}.items():
+        value = getattr(mask, name)
+        if not isinstance(value, Tensor):
+            raise UserError(where, f"gave a {type(value).__name__} as {name}", f"See masking.{kind.__name__}")
+        # Index and weight are of as many places as the loss looks at.
+        wanted = shape if name in whole else (shape[0], *getattr(mask, index).shape[1:])
+        fits = value.is_floating_point() if dtype is None else value.dtype == dtype
+        if value.shape != wanted or not fits:
             what = f"gave {name} of shape {list(value.shape)}, {value.dtype}"
-            dtype = {"mask": "torch.bool", "weig": "floats"}.get(name[:4], "torch.int64")
-            raise UserError(where, what, f"Return {list(wanted[name])}, {dtype}, see masking.{kind.__name__}")
+            todo = f"Return {list(wanted)}, {dtype or 'floating point'}, see masking.{kind.__name__}"
+            raise UserError(where, what, todo)
 
 
 def check_masks_some(masking: ImageMasking | TextMasking, mask: Tensor, could: Tensor, what: str) -> None:

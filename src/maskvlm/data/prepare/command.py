@@ -77,7 +77,9 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         # rows of a table, or images of an archive: what the reader hands out
         rows = "1 row" if left_out == 1 else f"{left_out:,} rows"
         example = next(iter(manifest["left_out"].values()))["examples"][0]
-        told = f"{example['origin']}: {example['message']}" if example["origin"] else example["message"]
+        # Some messages begin with it.
+        begun = example["message"].startswith(example["origin"])
+        told = example["message"] if begun else f"{example['origin']}: {example['message']}"
         print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {told}")
     # data=NAME would mean the file of that name, not this set
     if settings.name != given.set and settings.name in choices("data"):

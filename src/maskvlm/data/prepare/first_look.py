@@ -160,8 +160,8 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
         # a reason; captions are a list
         if isinstance(usable, str):
             reasons[usable] += 1
-            if not example and isinstance(row, BadRow):
-                example = f"; for example {row.origin}: {row.message}"
+            if not example:
+                example = f"; for example {row.origin}: {row.message if isinstance(row, BadRow) else usable}"
             continue
         assert isinstance(row, RawRow)
         counts[row.split] += 1
@@ -178,9 +178,8 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     shown = sample.shown()
     if not shown:
         where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
-        raise UserError(
-            where, f"no row can be used ({'; '.join(lines[2:])[:300]}{example[:300]})", todo, ExitCode.BAD_DATA
-        )
+        what = f"no row can be used ({'; '.join(lines[2:])[:300]}{example[:300]})"
+        raise UserError(where, what, todo, ExitCode.BAD_DATA)
     draw_look(LookReport(lines, shown, captions.words), path)
     return lines
 

@@ -120,11 +120,13 @@ class Prepared(Source):
         if name not in splits:
             there = ", ".join(f"{other} with {splits[other]['pictures']:,} images" for other in splits)
             what = f"no split '{name}' (there is {there or 'none'})"
-            # What `train` and `val` are made of is told where neither is a split of its own.
-            parted = self.hold_out and "train" in splits
-            ways = {"val": "set data.source.hold_out to take a part of train for it"}
-            other = "take val, a part of train that is held out" if parted else "name another split"
-            todo = f"Name another set, or {ways.get(name, other)}"
+            if name == "val":
+                way = "set data.source.hold_out to take a part of train for it"
+            elif self.hold_out and "train" in splits and "val" not in splits:
+                way = "take val, a part of train that is held out"
+            else:
+                way = "name another split"
+            todo = f"Name another set, or {way}"
             raise UserError(self.root, what, todo, ExitCode.MISSING_INPUT)
         return PreparedPairs(self.root, name, splits[name])
 
