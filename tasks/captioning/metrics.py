@@ -7,6 +7,7 @@ the PTB tokenizer of the official COCO evaluation leaves, a Java program; but it
 """
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,25 @@ def cider_function() -> Callable[..., Any]:
     return found
 
 
+def cider_of_images(written: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of each image, times 100; their mean is the split's.
+
+    Args:
+        written: one caption an image. references: captions of people, one or more an image.
+
+    Returns:
+        0 to 1,000, one an image, in order. NaN for an image none of whose references has a letter or digit, as it is
+        left out; and for all where fewer than two are left: the idf of all words is then 0.
+    """
+    said, truths, kept = _readable(written, references)
+    found = [float("nan")] * len(written)
+    if len(kept) > 1:
+        _, of_images = cider_function()(said, truths)
+        for row, value in zip(kept, of_images["cider_d"].tolist(), strict=True):
+            found[row] = 100 * value
+    return found
+
+
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """CIDEr-D and BLEU-n of written captions.
 
@@ -52,16 +72,17 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
         words is then 0. `bleu_1` ... `bleu_4`: in percent, over all images together; a caption's length is held
         against that of the reference nearest to it.
     """
-    said, truths = (
-        [bare_words(text) for text in written],
-        [[bare_words(text) for text in each] for each in references],
-    )
-    # A reference without a letter or digit says nothing; an image without another is left out.
-    truths = [[text for text in each if text] for each in truths]
-    kept = [row for row, each in enumerate(truths) if each]
-    said, truths = [said[row] for row in kept], [truths[row] for row in kept]
-    if not truths:
+    said, truths, kept = _readable(written, references)
+    if not kept:
         return {"cider": float("nan"), **{f"bleu_{n}": float("nan") for n in NGRAMS}}
-    cider = float(cider_function()(said, truths, return_all_scores=False)) if len(said) > 1 else float("nan")
+    of_images = cider_of_images(written, references)
     bleu = {f"bleu_{n}": 100 * float(bleu_score(said, truths, n_gram=n)) for n in NGRAMS}
-    return {"cider": 100 * cider, **bleu}
+    return {"cider": statistics.fmean(of_images[row] for row in kept), **bleu}
+
+
+def _readable(written: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]], list[int]]:
+    """The words of captions and references, and the rows that are kept: a reference without a letter or digit says
+    nothing, an image without another is left out."""
+    truths = [[words for text in each if (words := bare_words(text))] for each in references]
+    kept = [row for row, each in enumerate(truths) if each]
+    return [bare_words(written[row]) for row in kept], [truths[row] for row in kept], kept

@@ -3,6 +3,7 @@
 Shapes: B images, C captions, S tokens of a caption, L image positions, D width.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from maskvlm.objectives.methods import Method
 from maskvlm.objectives.task import Prediction, Task
 from maskvlm.utils.distributed import Draw, gather_objects, shared_count
 from maskvlm.utils.errors import check_least
-from tasks.captioning.metrics import caption_metrics, cider_function, usual_caption
+from tasks.captioning.metrics import caption_metrics, cider_function, cider_of_images, usual_caption
 
 
 class WrittenCaption(NamedTuple):
@@ -163,8 +164,9 @@ class Captioning(Task):
         found = sorted((one for shard in shards for one in shard), key=lambda one: one.row)
         if not found:
             return {}
-        self.predictions = [prediction_of(one) for one in found]
         references = [one.references for one in found]
+        ciders = cider_of_images([one.caption for one in found], references)
+        self.predictions = [prediction_of(one, cider) for one, cider in zip(found, ciders, strict=True)]
         usual = usual_caption(references)
         self.measured = {"the most frequent caption": usual}
         metrics: dict[str, float] = {}
@@ -184,9 +186,11 @@ class Captioning(Task):
         }
 
 
-def prediction_of(one: CaptionedImage) -> Prediction:
-    """Its line of predictions.jsonl; truth: the first reference. No caption is simply right or wrong."""
+def prediction_of(one: CaptionedImage, cider: float) -> Prediction:
+    """Its line of predictions.jsonl; truth: the first reference. No caption is simply right or wrong: `cider` is its
+    CIDEr-D times 100, NaN where it has none."""
     name = f"image {one.row}"
-    return Prediction(
+    line = Prediction(
         id=name, text=name, truth=one.references[0], prediction=one.caption, right=None, index=[one.row], kind=""
     )
+    return line if math.isnan(cider) else {**line, "measured": {"cider": cider}}

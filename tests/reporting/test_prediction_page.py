@@ -45,6 +45,7 @@ def test_words_of_a_cell() -> None:
         "what is it", "truth:     cat", "predicted: dog",
     ]  # fmt: skip
     assert words(shown(truth="", right=None))[1:] == ["what is it", "predicted: dog"]
+    assert words(shown(right=None, measured={"cider": 61.25}))[2:] == ["truth:     cat", "predicted: dog", "cider 61.2"]
     assert words(shown(right=1.0), shown(right=0.3), shown(right=None))[0].endswith("; 1.3 of these 2 right")
     assert words(shown(right=None))[0].endswith("through the split")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.captioning.metrics import bare_words, caption_metrics, cider_function, usual_caption
+from tasks.captioning.metrics import bare_words, caption_metrics, cider_function, cider_of_images, usual_caption
 
 WRITTEN = ["a red star on the left", "two blue rings, one above", "a star", "a red red red red cross on white"]
 REFERENCES = [
@@ -71,6 +71,17 @@ def test_they_are_the_formulas() -> None:
         assert found[f"bleu_{n}"] == pytest.approx(100 * slow_bleu(WRITTEN, REFERENCES, n), rel=1e-5)
     short = [text.split()[0] + " " + text.split()[1] for text in WRITTEN]  # shorter than any reference
     assert caption_metrics(short, REFERENCES)["bleu_1"] == pytest.approx(100 * slow_bleu(short, REFERENCES, 1))
+
+
+def test_each_image_has_its_own_cider() -> None:
+    """By the formula where all others say nothing, with the idf of all; none for a row without a reference."""
+    found = cider_of_images([*WRITTEN, "a cat"], [*REFERENCES, ["?"]])
+    for row, text in enumerate(WRITTEN):
+        alone = [text if other == row else "" for other in range(len(WRITTEN))]
+        assert found[row] == pytest.approx(len(WRITTEN) * 100 * slow_cider_d(alone, REFERENCES), rel=1e-6)
+    assert len({round(value) for value in found[:4]}) == 4
+    assert math.isnan(found[4])
+    assert all(math.isnan(value) for value in cider_of_images(["a", "b"], [["a"], ["!"]]))
 
 
 def test_bleu_by_hand() -> None:

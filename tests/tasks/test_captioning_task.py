@@ -24,7 +24,7 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.captioning.metrics import caption_metrics
+from tasks.captioning.metrics import caption_metrics, cider_of_images
 from tasks.captioning.task import Captioning, caption_images
 
 TEXTS = ("a red circle", "a blue star on the left", "two things", "a green ring", "a cross", "red", "on white")
@@ -172,6 +172,8 @@ def test_metrics_are_those_of_what_was_written() -> None:
     assert not any("[" in text for text in written)
     for name, value in caption_metrics(written, said).items():
         assert found[f"captioning/{name}"] == pytest.approx(value)
+    each = cider_of_images(written, said)
+    assert [line.get("measured") for line in lines] == [{"cider": pytest.approx(value)} for value in each]
     usual = task.card()["the most frequent caption"]
     assert usual == "a red circle 0"
     for name, value in caption_metrics([usual] * 7, said).items():

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ class Prediction(TypedDict):
         right: 0 to 1, None where the truth is not published.
         index: rows of the evaluated split whose images belong to it: the examples' own, or those that were found.
         kind: question type, or "".
+        measured: what this example alone gets, by the metric's name, where no answer is simply right or wrong; left
+            out by other tasks, and of an example that the metric does not judge.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Prediction(TypedDict):
     right: float | None
     index: list[int]
     kind: str
+    measured: NotRequired[dict[str, float]]
 
 
 class TrainingPhases(NamedTuple):

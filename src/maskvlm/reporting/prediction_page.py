@@ -62,6 +62,7 @@ def draw_cell(page: Page, left: float, top: float, shown: Shown, most: int) -> N
         page.line(left + place * (IMAGE + GAP), top + IMAGE + GAP / 3, [Segment(label, GREY)])
     # What was asked, the truth where it is known, what was said.
     parts = [(prediction["text"] or " ", ASKED, BLACK), (f"predicted: {prediction['prediction']}", SAID, colour)]
+    parts += [(f"{name} {value:.1f}", 1, GREY) for name, value in prediction.get("measured", {}).items()]
     if prediction["truth"]:
         parts.insert(1, (f"truth:     {prediction['truth']}", SAID, GREY))
     lines = [(line, shade) for words, most_lines, shade in parts for line in page.wrap(words, TEXT - GAP, most_lines)]
