@@ -80,7 +80,9 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
     return {"cider": statistics.fmean(of_images[row] for row in kept), **bleu}
 
 
-def _readable(written: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]], list[int]]:
+def _readable(
+    written: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]], list[int]]:
     """The words of captions and references, and the rows that are kept: a reference without a letter or digit says
     nothing, an image without another is left out."""
     truths = [[words for text in each if (words := bare_words(text))] for each in references]

@@ -120,6 +120,8 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--trainer.max_epochs 2 --trainer.max_steps 3", "trainer.max_steps: beside 2 trainer.max_epochs"),
         ("--trainer.max_steps 3 --data.steps 5", "--trainer.max_steps: beside --data.steps. Give one of the two"),
         ("--trainer.max_epochs 3 --data.epochs 5", "--trainer.max_epochs: beside --data.epochs"),
+        ("--data.steps 3 --data.epochs=5", "--data.epochs: beside --data.steps"),
+        ("--data.steps 3 --data.epochs 5 --print_config", "--data.epochs: beside --data.steps"),
         ("--xyzzy 3", "--xyzzy: unknown key. Keys there: "),
         ("--model.lr fast", "--model.lr: fast does not fit. Give a number."),
         ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),

@@ -38,12 +38,13 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
         "mine: 32 images with 64 captions (train 31, val 1)",
         "captions have 3 words (3 to 3 for nine of ten); 48.4 % say what another one says",
         "would be left out: 4",
-        "          1  duplicate image id",
-        "          1  empty caption",
-        "          1  missing",
-        "          1  gone",
+        "          1  duplicate image id; for example toy.csv:3: the image 'toy 3' stands there for the second time",
+        "          1  empty caption; for example toy.csv:40: no caption is left",
+        "          1  missing; for example toy.csv:41: /no.jpg: there is no such file",
+        "          1  gone; for example x",
         "and of 32 images that were opened: 1",
-        "          1  truncated",
+        "          1  truncated; for example toy.csv:42: bad image, truncated (Truncated File Read). Replace it or"
+        " drop its row.",
     ]
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["first-look.png"]
     with Image.open(tmp_path / "mine" / "first-look.png") as image:
@@ -59,7 +60,8 @@ def test_of_a_long_set_the_first_rows_are_read(tmp_path: Path, monkeypatch: pyte
 
 def test_nothing_to_look_at_says_why(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"mine: no row can be used \(would be left out: 1; +1  missing; and of 0"
+        UserError,
+        match=r"mine: no row can be used \(would be left out: 1; +1  missing; for example toy.csv:1: /no.jpg: there is",
     ) as caught:
         look_at_raw(Toy([row(1, image="/no.jpg")]), SETTINGS, tmp_path / "a.png")
     assert caught.value.code == ExitCode.BAD_DATA

@@ -7,6 +7,8 @@ import pytest
 from guards import Build
 from transformers import PreTrainedTokenizerFast
 
+from maskvlm.data.batch import InputSpec
+from maskvlm.data.module import PairData
 from maskvlm.data.text import Captioner, train_tokenizer
 from maskvlm.data.unknown_words import check_unknown, spelt_shares, unknown_shares
 from maskvlm.utils.errors import ExitCode, UserError
@@ -61,6 +63,17 @@ def test_it_is_told_and_stops_above_the_bound(
     ) as raised:
         check_unknown(split, captioner, 0.4)
     assert raised.value.code == ExitCode.BAD_DATA
+
+
+def test_an_evaluation_tells_it_and_goes_on(captioner: Captioner, capsys: pytest.CaptureFixture[str]) -> None:
+    class Source:
+        def split(self, name: str) -> Two:
+            return Two({"mine": [ARABIC]} if name == "val" else {"mine": [ENGLISH]})
+
+    spec = InputSpec(16, (0.5,) * 3, (0.5,) * 3, 30, 100, captioner.tokenizer)
+    PairData(Source(), spec, 2, steps=1).setup("validate")  # type: ignore[arg-type]
+    told = capsys.readouterr().out
+    assert told.startswith("unknown words in the measured texts: mine 100.0 % (")
 
 
 def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,12 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m.encode_image(np.array([["a", "b"]], dtype=object)), "image 1: array of object"),
         (lambda m: m.encode_image(np.ones((4, 4, 3), complex)), "image 1: array of complex128"),
         (lambda m: m.reconstruct([IMAGE] * 2, [MASK] * 3, "a"), "2 images, 3 masks and 1 texts"),
+        (lambda m: setattr(m, "batch_size", 0), "batch_size: it is 0. Give a whole number, 1 or more"),
+        (lambda m: m(torch.zeros(1, 3, 7, 7)), r"pixel_values: \[1, 3, 7, 7\] where \[B, 3, \d+, \d+\] is read"),
+        (lambda m: m(torch.zeros(3, 16)), r"pixel_values: \[3, 16\] where"),
+        (lambda m: m(input_ids=torch.zeros(1, 4)), r"input_ids: torch.float32 \[1, 4\] where whole numbers"),
+        (lambda m: m(input_ids=torch.zeros(4).long()), r"input_ids: torch.int64 \[4\]"),
+        (lambda m: m(None, torch.ones(1, 4).long(), torch.ones(1, 3)), r"attention_mask: \[1, 3\] beside input_ids"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:

@@ -98,6 +98,8 @@ class LightningCommand(LightningCLI):
         parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Before --print_config ends the command.
+        refuse_two_lengths(self.arguments)
         self.config = parsed(parser, self.arguments)
         for line in old_names_given(self.arguments):
             warn(line)
@@ -347,6 +349,14 @@ def refuse_linked(typed: Collection[str]) -> None:
     for key in LINKED:
         if key in typed:
             raise UserError(f"--{key}", "changes nothing: another option sets it", f"Give {LINKED[key]}")
+
+
+def refuse_two_lengths(arguments: list[str]) -> None:
+    """Raises UserError where the command line gives both steps and passes, neither of them null."""
+    given = {option.key: option.value for option in options(arguments)}
+    both = [key for key in ("data.steps", "data.epochs") if given.get(key, "null") != "null"]
+    if len(both) == 2:
+        raise UserError(f"--{both[1]}", f"beside --{both[0]}", "Give one of the two")
 
 
 def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:

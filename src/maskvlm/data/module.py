@@ -143,8 +143,12 @@ class PairData(L.LightningDataModule):
             # Deterministic, so every process arrives at the same tokenizer without a word between them.
             texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
             self.tokenizer = train_tokenizer(texts(self.splits["train"]), self.spec.vocab_size)
+        captioner = Captioner(self.tokenizer, self.spec.text_length)
         if stage == "fit":
-            check_unknown(self.splits["train"], Captioner(self.tokenizer, self.spec.text_length), self.max_unknown)
+            check_unknown(self.splits["train"], captioner, self.max_unknown)
+        else:
+            # Told and measured all the same: the figure is what it is.
+            check_unknown(self.splits[needed[0]], captioner, 1.0, "measured")
 
     def token_counts(self, most: int = 2000) -> Tensor:
         """How often each token stands in the texts of at most `most` training rows, [entries of the tokenizer]; start,

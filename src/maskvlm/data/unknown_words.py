@@ -86,11 +86,12 @@ def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, i
     return {name: (unknown[name] / count, count) for name, count in words.items() if count}
 
 
-def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
-    """Tell how many words of a training split the tokenizer does not know; the first process tells.
+def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str = "training") -> None:
+    """Tell how many words of a split the tokenizer does not know; the first process tells.
 
     Args:
-        most: the largest share that is trained on, 0 to 1.
+        most: the largest share that is trained on or measured, 0 to 1.
+        texts_of: what the split is called.
 
     Raises:
         UserError: a source has more.
@@ -106,13 +107,13 @@ def check_unknown(split: Any, captioner: Captioner, most: float) -> None:
         lost = (word for word, _ in often.most_common() if captioner.unknown in captioner([word]).token_CT)
         words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, SHOWN))
         stay = "; they stay unknown, as the tokenizer is the model's"
-        print(f"unknown words in the training texts: {told}{f' ({words})' if words else ''}{stay}", flush=True)
+        print(f"unknown words in the {texts_of} texts: {told}{f' ({words})' if words else ''}{stay}", flush=True)
     spelt = [(name, share) for name, share in spelt_shares(split, captioner, found).items() if share > SPELT]
     if rank() == 0 and spelt:
         told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
-        print(f"words of the training texts that the tokenizer only spells, letter by letter: {told}", flush=True)
+        print(f"words of the {texts_of} texts that the tokenizer only spells, letter by letter: {told}", flush=True)
     for name, (share, count) in found.items():
         if share > most:
-            what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the training texts"
+            what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the {texts_of} texts"
             todo = "Take a tokenizer of their language (model.backbone.text.name), or raise data.max_unknown"
             raise UserError(f"data.source ({name})" if name else "data.source", what, todo, ExitCode.BAD_DATA)

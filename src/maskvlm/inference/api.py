@@ -66,7 +66,16 @@ class Asked(nn.Module):
 
     backbone: MaskVLM
     task: Task
-    batch_size: int = 64
+    _batch_size: int = 64
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        check_whole("batch_size", "it", size, 1)
+        self._batch_size = size
 
     # ------------------------------------------------------------------ images and texts compared
 

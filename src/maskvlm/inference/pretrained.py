@@ -257,8 +257,12 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """Row-by-row pairs of what `AutoProcessor` makes, or one side alone.
 
         Args:
-            pixel_values: normalised, [B, 3, H, W]. input_ids, attention_mask: [B, T].
+            pixel_values: normalised, [B, 3, H, W], of the model's image size. input_ids, attention_mask: [B, T].
+
+        Raises:
+            UserError: a tensor of another shape, or token ids that are no whole numbers.
         """
+        self._check_inputs(pixel_values, input_ids, attention_mask)
         out, image_BLD, text_BTD = MaskVLMOutput(), None, None
         projection = getattr(self.task, "projection", None)
         if pixel_values is not None:
@@ -276,6 +280,21 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
                 logits_B2 = matching(fused.product_MD).float()
                 out.match = logits_B2[:, 1] - logits_B2[:, 0]
         return out
+
+    def _check_inputs(
+        self, pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> None:
+        todo = "Give what AutoProcessor makes"
+        size = self.backbone.image.image_size
+        if pixel_values is not None and pixel_values.shape[1:] != (3, size, size):
+            what = f"[{', '.join(map(str, pixel_values.shape))}] where [B, 3, {size}, {size}] is read"
+            raise UserError("pixel_values", what, todo)
+        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+            what = f"{input_ids.dtype} [{', '.join(map(str, input_ids.shape))}] where whole numbers [B, T] are read"
+            raise UserError("input_ids", what, todo)
+        if input_ids is not None and attention_mask is not None and attention_mask.shape != input_ids.shape:
+            what = f"{list(attention_mask.shape)} beside input_ids of {list(input_ids.shape)}"
+            raise UserError("attention_mask", what, todo)
 
     def __getattr__(self, name: str) -> Any:
         """Methods of the task: `model.answer(image, question)`."""

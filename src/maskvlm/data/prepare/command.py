@@ -10,7 +10,7 @@ from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.prepare.finish import ROWS, Plan
 from maskvlm.data.prepare.first_look import look_at_raw
 from maskvlm.data.prepare.prepare import complete, prepare
-from maskvlm.data.prepare.rows import Settings
+from maskvlm.data.prepare.rows import Settings, first_example
 from maskvlm.data.prepared.check import check_set
 from maskvlm.data.prepared.manifest import LOOK, MANIFEST, SKIPPED, check_set_path, read_manifest
 from maskvlm.data.raw import SETS, open_raw
@@ -76,11 +76,8 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
         # rows of a table, or images of an archive: what the reader hands out
         rows = "1 row" if left_out == 1 else f"{left_out:,} rows"
-        example = next(iter(manifest["left_out"].values()))["examples"][0]
-        # Some messages begin with it.
-        begun = example["message"].startswith(example["origin"])
-        told = example["message"] if begun else f"{example['origin']}: {example['message']}"
-        print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {told}")
+        example = first_example(next(iter(manifest["left_out"].values())))
+        print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {example}")
     # data=NAME would mean the file of that name, not this set
     if settings.name != given.set and settings.name in choices("data"):
         told = f"data={settings.name} still means the set of conf/data/{settings.name}.yaml"

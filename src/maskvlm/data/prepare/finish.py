@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.phash import KIND
 from maskvlm.data.prepare.first_look import look_at_prepared
-from maskvlm.data.prepare.rows import RowNote, Settings
+from maskvlm.data.prepare.rows import Reasons, Settings
 from maskvlm.data.prepare.shards import ShardNote, note_file, read_note
 from maskvlm.data.prepared.manifest import (
     LOOK,
@@ -32,9 +32,6 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 ROWS = 1000
 """Of a shard, at most."""
-
-EXAMPLES = 5  # rows of each reason that the manifest shows; skipped.jsonl has all
-MOST_REASONS, OTHER = 100, "other reasons"
 
 
 class Plan(NamedTuple):
@@ -112,26 +109,6 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
     # last: it says that all else is complete
     write_set_json(root / MANIFEST, manifest)
     return manifest
-
-
-class Reasons:
-    """Rows by reason: how many, and the first of them."""
-
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-        self.first: dict[str, list[dict[str, str]]] = {}
-
-    def add(self, entry: RowNote) -> None:
-        """Count a row under its reason; the first ones are listed by name. A set of a stranger names any number of
-        reasons: beyond MOST_REASONS they are one."""
-        reason = entry.reason if entry.reason in self.count or len(self.count) < MOST_REASONS else OTHER
-        self.count[reason] += 1
-        if len(shown := self.first.setdefault(reason, [])) < EXAMPLES:
-            shown.append({"origin": entry.origin, "message": entry.message})
-
-    def card(self) -> dict[str, Any]:
-        """The most frequent first."""
-        return {name: {"count": count, "examples": self.first[name]} for name, count in self.count.most_common()}
 
 
 class Summary:

@@ -15,7 +15,16 @@ import numpy as np
 from maskvlm.data.batch import Row
 from maskvlm.data.caption_text import stable_id
 from maskvlm.data.images import BadImage
-from maskvlm.data.prepare.rows import RowMaker, Settings, Unusable, prepare_image, screened
+from maskvlm.data.prepare.rows import (
+    Reasons,
+    RowMaker,
+    RowNote,
+    Settings,
+    Unusable,
+    first_example,
+    prepare_image,
+    screened,
+)
 from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_set_file
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
@@ -136,12 +145,18 @@ def counted(images: dict[str, int], captions: int) -> str:
     return f"{'1 image' if number == 1 else f'{number:,} images'}{told} ({parts or 'no split'})"
 
 
-def table(name: str, reasons: dict[str, Any]) -> list[str]:
-    """A line for each reason, the most frequent first."""
+def table(name: str, reasons: dict[str, Any], examples: bool = False) -> list[str]:
+    """A line for each reason, the most frequent first; `examples`: and the first row of it, which is too long for the
+    picture."""
     total = sum(entry["count"] for entry in reasons.values())
     if not total:
         return [f"{name}: nothing"]
-    return [f"{name}: {total:,}", *(f"  {entry['count']:>9,}  {reason}" for reason, entry in reasons.items())]
+    lines = [f"{name}: {total:,}"]
+    for reason, entry in reasons.items():
+        lines.append(f"  {entry['count']:>9,}  {reason}")
+        if examples and (example := first_example(entry)):
+            lines[-1] += f"; for example {example}"
+    return lines
 
 
 # ------------------------------------------------------------------ a raw set
@@ -150,18 +165,15 @@ def table(name: str, reasons: dict[str, Any]) -> list[str]:
 def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     """Read a part of a set that is not prepared, draw it, and tell in lines what preparing would make of it."""
     every = screened(raw.rows())
-    captions, reasons, counts = Captions(), Counter[str](), Counter[str]()
+    captions, reasons, counts = Captions(), Reasons(), Counter[str]()
     sample = DrawnSample()
-    rows, example = 0, ""
+    rows = 0
     # what can be told without opening images, of many rows
     for row in islice(every, MOST_ROWS):
         rows += 1
         usable = clean(row)
-        # a reason; captions are a list
-        if isinstance(usable, str):
-            reasons[usable] += 1
-            if not example:
-                example = f"; for example {row.origin}: {row.message if isinstance(row, BadRow) else usable}"
+        if isinstance(usable, RowNote):
+            reasons.add(usable)
             continue
         assert isinstance(row, RawRow)
         counts[row.split] += 1
@@ -171,31 +183,33 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     part = f", the first {rows:,}" if next(every, None) is not None else ""
     # what opening them tells, of few
     broken = sample.broken(settings)
-    lines = [f"{settings.name}{part}: {counted(counts, len(captions))}", captions.line()]
-    lines += table("would be left out", {reason: {"count": count} for reason, count in reasons.most_common()})
+    begin = [f"{settings.name}{part}: {counted(counts, len(captions))}", captions.line()]
     title = f"and of {len(sample.rows):,} images that were opened"
-    lines += table(title, {reason: {"count": count} for reason, count in broken.most_common()}) + raw.notes
+    drawn, lines = (
+        [*begin, *table("would be left out", reasons.card(), told), *table(title, broken.card(), told), *raw.notes]
+        for told in (False, True)
+    )
     shown = sample.shown()
     if not shown:
         where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
-        what = f"no row can be used ({'; '.join(lines[2:])[:300]}{example[:300]})"
+        what = f"no row can be used ({'; '.join(lines[2:])[:600]})"
         raise UserError(where, what, todo, ExitCode.BAD_DATA)
-    draw_look(LookReport(lines, shown, captions.words), path)
+    draw_look(LookReport(drawn, shown, captions.words), path)
     return lines
 
 
-def clean(row: RawRow | BadRow) -> list[str] | str:
-    """The cleaned captions of a row, or the reason why it cannot be used, as far as is known without opening it."""
+def clean(row: RawRow | BadRow) -> list[str] | RowNote:
+    """The cleaned captions of a row, or why it cannot be used, as far as is known without opening it."""
     if isinstance(row, BadRow):
-        return row.reason
+        return RowNote(row.reason, row.origin, row.message)
     if isinstance(row.image, str) and not os.path.isfile(row.image):
-        return "missing"
+        return RowNote("missing", row.origin, f"{row.image}: there is no such file")
     # only its `clean` is used, which needs no settings
     maker = RowMaker(row.split != IMAGES, Settings(""), lambda used: None)
     try:
         return maker.clean(row)[0]
     except Unusable as problem:
-        return str(problem.args[0])
+        return RowNote(problem.args[0], row.origin, problem.args[1])
 
 
 class DrawnSample:
@@ -214,14 +228,14 @@ class DrawnSample:
         elif (place := self._random.randrange(self._seen)) < SAMPLE:
             self.rows[place] = row
 
-    def broken(self, settings: Settings) -> Counter[str]:
+    def broken(self, settings: Settings) -> Reasons:
         """Images that cannot be used, by reason."""
-        reasons: Counter[str] = Counter()
+        reasons = Reasons()
         for row in self.rows:
             try:
                 prepare_image(row.image, row.origin, settings)
             except BadImage as bad:
-                reasons[bad.reason] += 1
+                reasons.add(RowNote(bad.reason, row.origin, str(bad)))
         return reasons
 
     def shown(self) -> list[Row | UserError]:

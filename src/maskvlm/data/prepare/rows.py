@@ -1,7 +1,8 @@
 """Raw rows -> rows of the prepared form: images upright, made small and encoded, captions cleaned."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.utils.errors import UserError
 
 BATCH = 100  # rows of an Arrow record batch: a few MB
+EXAMPLES = 5  # rows of each reason that the manifest shows; skipped.jsonl has all
+MOST_REASONS, OTHER = 100, "other reasons"
 LONGEST = 100_000
 """Characters; what is longer is no caption but a file, or many rows after a quote left open."""
 
@@ -44,6 +47,36 @@ class RowNote(NamedTuple):
     reason: str
     origin: str
     message: str
+
+
+class Reasons:
+    """Rows by reason: how many, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.first: dict[str, list[dict[str, str]]] = {}
+
+    def add(self, entry: RowNote) -> None:
+        """Count a row under its reason; the first ones are listed by name. A set of a stranger names any number of
+        reasons: beyond MOST_REASONS they are one."""
+        reason = entry.reason if entry.reason in self.count or len(self.count) < MOST_REASONS else OTHER
+        self.count[reason] += 1
+        if len(shown := self.first.setdefault(reason, [])) < EXAMPLES:
+            shown.append({"origin": entry.origin, "message": entry.message})
+
+    def card(self) -> dict[str, Any]:
+        """The most frequent first."""
+        return {name: {"count": count, "examples": self.first[name]} for name, count in self.count.most_common()}
+
+
+def first_example(entry: Mapping[str, Any]) -> str:
+    """The first row of a reason of `Reasons.card` or of a manifest, `FILE:LINE: why`; "" where none is listed."""
+    if not entry["examples"]:
+        return ""
+    example = entry["examples"][0]
+    # Some messages begin with the row's place.
+    begun = example["message"].startswith(example["origin"])
+    return str(example["message"] if begun else f"{example['origin']}: {example['message']}")
 
 
 class Unusable(Exception):
