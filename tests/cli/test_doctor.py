@@ -54,6 +54,8 @@ def test_the_built_in_world_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4,500 steps" in found["speed"][1]
     assert "assum" in found["speed"][1]
     assert "(simulated)" in found["memory"][1]  # not "cannot be simulated"
+    assert found["machine"][0] == "look"
+    assert "whose speed `maskvlm bench` measures" in found["machine"][1]
 
 
 def test_a_missing_set_and_card_fail_with_what_to_do(

@@ -4,6 +4,7 @@ Shapes: N vectors, Q queries, E width.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -270,6 +271,23 @@ def test_the_commands_index_and_search_a_configured_set(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: make([*named, *data], []), ExitCode.USAGE, "index: several processes")
+
+
+def test_of_several_indexes_the_newest_is_searched_and_named(
+    made: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--from", str(checkpoint), "a red circle", "--k", "1"]
+    for age, name in enumerate(("index-new", "index-old")):
+        folder = shutil.copytree(made, tmp_path / "checkpoints" / name)
+        when = (folder / "index.json").stat().st_mtime - 100 * age
+        os.utime(folder / "index.json", (when, when))
+        assert main(words, []) == 0
+        told = [] if age == 0 else ["no --index: checkpoints/index-new is searched, the newest of 2"]
+        # A word of the query that the toy does not know is told, too.
+        assert [line for line in capsys.readouterr().err.splitlines() if "index" in line] == told
+    assert main([*words, "--index", "checkpoints/index-old"], []) == 0
+    assert "searched" not in capsys.readouterr().err
 
 
 def test_all_images_of_a_set_without_splits_are_indexed(
