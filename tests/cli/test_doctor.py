@@ -35,7 +35,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "driver_version", lambda: None)
     # What is simulated has tests of its own, and takes seconds each time.
     monkeypatch.setattr(StepSimulation, "memory", lambda _, pairs, chunk=None: 10**9 + 10**7 * (chunk or pairs))
-    monkeypatch.setattr(StepSimulation, "work", lambda _, pairs, chunk=None: StepWork(pairs, 4e11, 4000))
+    monkeypatch.setattr(StepSimulation, "work", lambda _, pairs, chunk=None: (StepWork(1.0, pairs, 4e11, 4000),))
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, tuple[str, str]]]:
@@ -118,6 +118,25 @@ def test_speed_and_workers_follow_from_the_peak(
     assert " 100 pairs/s" in found["speed"][1]
     assert "4,500 steps in 0.60 hours" in found["speed"][1]
     assert "a card needs 4," in found["data workers"][1]
+
+
+def test_of_a_run_of_two_phases_each_counts_by_its_share(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 TFLOP/s through 200 GFLOP a pair in a quarter of the steps and 440 in the others, 380 on average; and where
+    launching is what takes time in the first of them."""
+    phases = (StepWork(0.25, 48, 2e11, 4000), StepWork(0.75, 48, 4.4e11, 5000))
+    monkeypatch.setattr(StepSimulation, "work", lambda *_: phases)
+    monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
+    monkeypatch.setattr(doctor, "LAUNCH", 1e-9)
+    _, found = run(capsys, "where=cpu", "--peak", "100")
+    assert f" {40e12 / 3.8e11:.0f} pairs/s" in found["speed"][1]
+    assert "380.0 (25 % of the steps 200.0, 75 % 440.0) GFLOP a pair" in found["speed"][1]
+    monkeypatch.setattr(doctor, "LAUNCH", 1e-4)
+    _, found = run(capsys, "where=cpu", "--peak", "100")
+    seconds = 0.25 * 0.4 + 0.75 * 48 * 4.4e11 / 40e12
+    assert f" {48 / seconds:.0f} pairs/s" in found["speed"][1]
+    assert "up to 5,000 kernels a step" in found["speed"][1]
 
 
 def test_of_a_small_model_the_launches_of_kernels_are_what_takes_time(

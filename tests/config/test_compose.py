@@ -201,6 +201,18 @@ def test_all_processes_of_a_run_share_its_folder(monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_a_run_is_called_after_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose, "moment", lambda: "1")
+    for command, name in (
+        ("pretrain model=base data=coco recipe=ours", "pretrain-coco-base-ours-1"),
+        ("pretrain data=flickr8k model=small", "pretrain-flickr8k-small-1"),
+        ("finetune vqa data=daquar from=x", "finetune-vqa-daquar-1"),
+        ("evaluate from=x", "evaluate-pretraining-scenes-1"),
+    ):
+        monkeypatch.delenv(compose.RUN_NAME, raising=False)
+        assert composed(command)[2] == f"checkpoints/{name}"
+
+
 def test_under_torchrun_a_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process would else name it by its own time of day."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

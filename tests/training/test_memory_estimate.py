@@ -169,3 +169,16 @@ def test_a_card_takes_what_was_simulated() -> None:
         loss.backward()
         optimizer.step()
     assert needed == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+
+
+def test_the_phases_of_a_run_are_counted_each() -> None:
+    """Contrast alone costs less than all losses; an image encoder that stands still less than one that learns."""
+    alone, every = StepSimulation(*parts(contrast_first=0.25), "32-true").work(8)
+    assert (alone.share, every.share) == (0.25, 0.75)
+    assert alone.flops < every.flops
+    learning, still = StepSimulation(*parts(image_learns=0.4), "32-true").work(8)
+    assert (learning.share, still.share) == (0.4, 0.6)
+    assert still.flops < learning.flops
+    (whole,) = StepSimulation(*parts(), "32-true").work(8)
+    assert (whole.share, whole.flops) == (1.0, learning.flops)
+    assert whole.flops == every.flops

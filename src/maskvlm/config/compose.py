@@ -338,7 +338,8 @@ Composed = list[str]
 
 def pretrain_command(words: CommandWords) -> Composed:
     """`pretrain model=compact data=flickr8k --model.lr 1e-3`."""
-    kind = f"pretrain-{words.get('data', 'scenes')}-{words.get('model', 'tiny')}"
+    recipe = words.get("recipe")
+    kind = f"pretrain-{words.get('data', 'scenes')}-{words.get('model', 'tiny')}{f'-{recipe}' if recipe else ''}"
     return ["fit", *run_options(words, kind), *pretraining(words), *words.options]
 
 

@@ -220,7 +220,6 @@ class MaskedPretraining(Task):
         if freeze_aligned is True and not any(weight for name, weight in self.weights.items() if name != "itc"):
             what = "contrast is the only loss: after contrast_first nothing would learn"
             raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
-        self.freeze_aligned = freeze_aligned
         if not 0 < image_learns <= 1:
             todo = "Give 1, or a smaller share"
             raise UserError("model.task.image_learns", f"{image_learns} is no share above 0", todo)
@@ -228,7 +227,9 @@ class MaskedPretraining(Task):
             what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
             todo = "Set it to 1, or contrast_first to 0"
             raise UserError("model.task.image_learns", what, todo)
-        self.image_learns = image_learns
+        # One mechanism: freezing what is aligned ends the image encoder's learning with the ITC-only phase.
+        self.image_learns = contrast_first if freeze_aligned else image_learns
+        self.aligned_stops = freeze_aligned is True  # the text encoder and the projections stop with it
         self.rerank_contrast = rerank_contrast
         # The words that are present (weight_words) train the image encoder alone.
         if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim or weight_spread):
@@ -393,12 +394,11 @@ class MaskedPretraining(Task):
         # parameter.
         pairs = len(batch.valid_B) if aligned else 1
         masks = self.mask(backbone, batch, self.uniform, True, pairs)
-        # `image` freezes one encoder; ITC still learns the other. True freezes both, and ITC is only logged.
-        still = aligned and self.freeze_aligned is True
-        stand = [backbone.image, *([backbone.text] if still else [])]
         # A share of 1 is that of the whole run, also where no run counts its steps (run_progress is 1 there).
-        learned = self.image_learns < 1 and self.run_progress >= self.image_learns
-        frozen = learned or (aligned and bool(self.freeze_aligned))
+        frozen = self.image_learns < 1 and self.run_progress >= self.image_learns
+        # Where the text encoder stops as well, ITC is only logged; else it still learns that one.
+        still = frozen and self.aligned_stops
+        stand = [backbone.image, *([backbone.text] if still else [])]
         # Contrast alone can do with some of the patches; the other losses read all positions.
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
         with encoders_frozen(stand, frozen):
@@ -453,7 +453,7 @@ class MaskedPretraining(Task):
             early.remove(id(backbone.image.mask_token))
         every = (*backbone.parameters(), *self.parameters())
         waiting = [parameter for parameter in every if id(parameter) not in early]
-        stop = first[:1] if self.image_learns < 1 else {True: first, "image": first[:1], False: ()}[self.freeze_aligned]
+        stop = first if self.aligned_stops else first[:1] if self.image_learns < 1 else []
         stopping = [parameter for module in stop for parameter in module.parameters() if id(parameter) in early]
         if not self.contrast_first:
             return TrainingPhases(self.image_learns, (), stopping)

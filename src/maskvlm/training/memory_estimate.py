@@ -96,14 +96,16 @@ class Simulated(nn.Module):
 
 
 class StepWork(NamedTuple):
-    """Of one process in one pass.
+    """Of one process in one pass, in one phase of a run.
 
     Attributes:
+        share: of the run's steps, 0 to 1.
         pairs: B.
         flops: floating-point operations of products for each pair, forwards and backwards.
         launched: kernels of the whole step.
     """
 
+    share: float
     pairs: int
     flops: float
     launched: int
@@ -121,8 +123,10 @@ class StepSimulation:
     def __init__(self, backbone: MaskVLM, task: Task, precision: str, captions: int = 1) -> None:
         self.model = Simulated(backbone, task)
         self.kind, self.captions = AUTOCAST[precision], captions
-        # ITC alone at first (model.task.contrast_first), or all losses: whichever takes more.
-        self.phases = (0.0, 1.0) if task.late(backbone).share else (1.0,)
+        # ITC alone at first (model.task.contrast_first), or an image encoder that learns at first alone.
+        first = task.late(backbone).share
+        self.phases = {0.0: first, 1.0: 1 - first} if first else {1.0: 1.0}
+        """Progress of a run in a phase -> the phase's share of its steps."""
 
     @property
     def gradient_bytes(self) -> int:
@@ -162,18 +166,21 @@ class StepSimulation:
         )
         return chunks[fitting - 1] if fitting else None
 
-    def work(self, pairs: int, chunk: int | None = None) -> "StepWork":
-        """What a step of B = `pairs` computes. Raises as `memory`."""
+    def work(self, pairs: int, chunk: int | None = None) -> tuple[StepWork, ...]:
+        """What a step of B = `pairs` computes in each phase of a run. Raises as `memory`."""
+        return tuple(self._work(pairs, chunk, progress) for progress in self.phases)
+
+    def _work(self, pairs: int, chunk: int | None, progress: float) -> StepWork:
         few = min(pairs, 16 if chunk is None else 2 * chunk)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = self._faked(mode, chunk, 1.0)
+        model = self._faked(mode, chunk, progress)
         with mode:
             batch = self._batch(few)
             with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, LiveBytes() as live:
                 self._forward(model, batch).backward()
         # As many kernels for any number of pairs, but in chunks for each of them.
         launched = live.launched if chunk is None else round(live.launched * pairs / few)
-        return StepWork(pairs, counter.get_total_flops() / few, launched)
+        return StepWork(self.phases[progress], pairs, counter.get_total_flops() / few, launched)
 
     def _peak(self, pairs: int, chunk: int | None, progress: float) -> int:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
