@@ -15,7 +15,7 @@ from maskvlm.data.batch import Batch
 from maskvlm.data.inputs import MarkedTexts
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.model.text_decoder import TextDecoder
+from maskvlm.model.text_decoder import TextDecoder, heads_to_start_from
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.loaded_model import Model, in_batches
@@ -91,11 +91,8 @@ class Captioning(Task):
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """From pre-training the token head is taken over; the decoder has its weights already."""
-        renamed = {f"writer.{name}": value for name, value in heads.items() if name.startswith("tokens.")}
-        # Copied from the text cross encoder when it was built: the report is not to call it random.
-        copied = {name for name in self.state_dict() if name.startswith("writer.decoder.")}
-        # A checkpoint of captioning has names of its own, which win.
-        return super().warm_start({**renamed, **heads}) | copied
+        found, copied = heads_to_start_from("writer", heads, self.state_dict())
+        return super().warm_start(found) | copied
 
     # ------------------------------------------------------------------ training
 

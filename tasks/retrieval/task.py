@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskvlm.data.batch import Batch
 from maskvlm.model.heads import Matching, Projection
-from maskvlm.model.init import init_normal, init_xavier
+from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import chunks
 from maskvlm.objectives import loss_functions as formulas
@@ -108,7 +108,7 @@ class Retrieval(Task):
         """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen: DDP would wait for
         its gradient for ever."""
         # Also without ITC: contrast picks the candidates that matching looks at.
-        self.project(backbone.width, self.contrast_dim or 256)
+        self._project(torch.empty(self.contrast_dim or 256, backbone.width), backbone.width)
         if self.weights["itm"]:
             self.matching = Matching(backbone.width)
             init_normal(self.matching)
@@ -116,22 +116,19 @@ class Retrieval(Task):
         for part in (backbone.cross_image, backbone.cross_text):
             part.requires_grad_(bool(self.weights["itm"]))
 
-    def project(self, width: int, dim: int, mean: bool = False) -> None:
-        """New projections from features of `width` to `dim`."""
-        self.projection = Projection(width, width, dim, self.temperature, mean)
-        init_xavier(self.projection)
+    def _project(self, like_ED: Tensor, width: int) -> None:
+        self.projection = Projection.shaped_as(like_ED, width, self.temperature)
         self.projection.requires_grad_(bool(self.weights["itc"]))
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width, and read what they read there: left random they would cost the
         contrast it has learned."""
-        # The weight is [E, D], or [E, 2D] where contrast reads the mean patch, too.
         theirs, own = heads.get("projection.image.weight"), self.projection.image
         if theirs is not None and theirs.shape != own.weight.shape:
             if self.contrast_dim is not None and len(theirs) != own.out_features:
                 what = f"{self.contrast_dim}, but the checkpoint's projections are {len(theirs)} wide"
                 raise UserError("model.task.contrast_dim", what, f"Leave it out, or give {len(theirs)}")
-            self.project(own.in_features, len(theirs), mean=theirs.shape[1] == 2 * own.in_features)
+            self._project(theirs, own.in_features)
         return super().warm_start(heads)
 
     # ------------------------------------------------------------------ training

@@ -18,6 +18,7 @@ from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.model.text_decoder import heads_to_start_from
 from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import EVAL_SEED, Classification, LabelPrediction, predict_labels, top_labels
 from maskvlm.objectives.masking import Uniform
@@ -77,11 +78,8 @@ class Vqa(Classification):
         """From pre-training, the generative head takes over the token head; its decoder has its weights already."""
         if not self.generates:
             return super().warm_start(heads)
-        # The token head goes by `tokens.` in pre-training; a checkpoint of VQA has its own name, which wins.
-        renamed = {f"answer.{name}": value for name, value in heads.items() if name.startswith("tokens.")}
-        # The decoder was copied from the text cross encoder when it was built: the report is not to call it random.
-        copied = {name for name in self.state_dict() if name.startswith("answer.decoder.")}
-        return super().warm_start({**renamed, **heads}) | copied
+        found, copied = heads_to_start_from("answer", heads, self.state_dict())
+        return super().warm_start(found) | copied
 
     # ------------------------------------------------------------------ training
 

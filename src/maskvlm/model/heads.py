@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskvlm.model.cross_attention import CrossEncoder, gather_positions
+from maskvlm.model.init import init_xavier
 from maskvlm.utils.errors import UserError
 
 
@@ -40,6 +41,18 @@ class Projection(nn.Module):
         self.text = nn.Linear((1 + mean) * text_width, dim)
         # The log is learned: the scale is then positive, and steps change it by a factor.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+
+    @classmethod
+    def shaped_as(cls, weight: Tensor, width: int, temperature: float = 0.07) -> "Projection":
+        """New projections (Xavier) of the shape that those of a checkpoint have.
+
+        Args:
+            weight: of its image projection, [E, D], or [E, 2D] where contrast reads the means, too.
+            width: D, of both encoders.
+        """
+        found = cls(width, width, len(weight), temperature, mean=weight.shape[1] == 2 * width)
+        init_xavier(found)
+        return found
 
     @property
     def logit_scale(self) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: A texts, S tokens of a text with its start token, U rows that are looked
 B rows with K texts (beams) each, X = B * K.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,6 +28,23 @@ class SearchedTexts(NamedTuple):
 
     token_BS: Tensor
     mean_B: Tensor
+
+
+def heads_to_start_from(
+    name: str, heads: Mapping[str, Tensor], own: Iterable[str]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """What a `TextDecoder` takes over of a checkpoint's heads, for `Task.warm_start`.
+
+    Args:
+        name: of the decoder within its task. heads: of the checkpoint's task. own: names of the task's tensors.
+
+    Returns:
+        The heads, with pre-training's token head (`tokens.`) by the decoder's name for it; a head that has this name
+        already, as in a checkpoint of the same task, wins. And the names of what was copied from the text cross encoder
+        when the decoder was built: a report is not to call it random.
+    """
+    renamed = {f"{name}.{each}": value for each, value in heads.items() if each.startswith("tokens.")}
+    return {**renamed, **heads}, {each for each in own if each.startswith(f"{name}.decoder.")}
 
 
 class TextDecoder(nn.Module):

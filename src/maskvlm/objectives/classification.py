@@ -115,12 +115,11 @@ class Classification(Task):
             self.matching = Matching(width)
             init_normal(self.matching)
             self.matching.requires_grad_(False)
-            self._project(width)
+            self._project(Projection.shaped_as(torch.empty(256, width), width))
         backbone.image.mask_token.requires_grad_(False)  # nothing is masked; DDP would wait for its gradient
 
-    def _project(self, width: int, dim: int = 256, mean: bool = False) -> None:
-        self.projection = Projection(width, width, dim, mean=mean)
-        init_xavier(self.projection)
+    def _project(self, projection: Projection) -> None:
+        self.projection = projection
         self.projection.requires_grad_(False)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
@@ -130,9 +129,8 @@ class Classification(Task):
             if missing:
                 what = f"scores, but the checkpoint holds no {missing[0]}"
                 raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
-            # Contrast that reads the mean patch, too, has an input twice as wide.
-            width, theirs = self.projection.image.in_features, heads["projection.image.weight"]
-            self._project(width, len(theirs), mean=theirs.shape[1] == 2 * width)
+            width = self.projection.image.in_features
+            self._project(Projection.shaped_as(heads["projection.image.weight"], width))
         return super().warm_start(heads)
 
     def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
