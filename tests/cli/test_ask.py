@@ -258,4 +258,5 @@ def test_of_several_figures_each_is_named() -> None:
     ranked = {"rank": 1, "match": 0.9876, "similarity": None, "candidate": "a dog"}
     assert answer_line(ranked) == "rank 1  match 0.988  a dog"
     assert answer_line({"match": 0.5, "text": "a dog"}) == "0.500  a dog"
+    assert answer_line({"words": {"red": 0.00031}}) == "red 0.000"
     assert [answer_line({"match": x}) for x in (0.0, 0.00031, 0.0005, 0.9999)] == ["0.000", "3.1e-04", "0.001", "1.000"]

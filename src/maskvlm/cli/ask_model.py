@@ -62,16 +62,15 @@ def told_after(model: PretrainedMaskVLM) -> Iterator[None]:
 
 
 def answer_line(answer: Answer) -> str:
-    """Its entries on one line; numbers with three digits, or a power of ten where those would be 0, each behind its
-    name where there are several."""
+    """Its entries on one line; numbers with three digits, each behind its name where there are several. A small
+    probability by itself keeps a digit: a rank still tells it from another one."""
     several = sum(isinstance(value, int | float) for value in answer.values()) > 1
 
-    def word(value: Any) -> str:
+    def word(value: Any, alone: bool = True) -> str:
         if isinstance(value, float):
-            # Three digits would make 0 of a small probability, which a rank still tells apart.
-            return f"{value:.1e}" if 0 < value < 0.0005 else f"{value:.3f}"
+            return f"{value:.1e}" if alone and 0 < value < 5e-4 else f"{value:.3f}"
         if isinstance(value, dict):
-            return "  ".join(f"{word(key)} {word(each)}" for key, each in value.items())
+            return "  ".join(f"{word(key)} {word(each, alone=False)}" for key, each in value.items())
         # Words and names may be anybody's: nothing that a terminal obeys is printed.
         return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
 

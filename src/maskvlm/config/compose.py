@@ -214,6 +214,15 @@ def encoder_options(folder: str) -> list[str]:
     return ["--model.backbone.image.weights", str(image[0]), "--model.backbone.text.name", str(text)]
 
 
+def refuse_encoders(words: CommandWords) -> None:
+    """Raises UserError for a word that would change nothing: the encoders are those of `from=`."""
+    if words.get("encoders"):
+        what = "changes nothing: the encoders are those of the checkpoint that the run starts from"
+        if words.get("from") == "random":
+            what = "changes nothing: from=random is the model with random weights"
+        raise UserError(f"encoders={words.get('encoders')}", what, "Leave it out")
+
+
 def pretraining(words: CommandWords) -> list[str]:
     """The stack of pre-training; from a checkpoint the model is the checkpoint's, and `model` names the recipe."""
     model = words.get("model", "tiny")
@@ -224,6 +233,7 @@ def pretraining(words: CommandWords) -> list[str]:
     named = words.given.get("recipe")
     recipe = there("pretrain") + ([chosen("recipe", named)] if named is not None else there(f"pretrain-{model}"))
     if start:
+        refuse_encoders(words)
         # Without model/MODEL: the architecture is the checkpoint's. The files for continued training win over `where`.
         continued = there("continue", f"continue-{model}")
         return ["--from", start, *files([*there("base"), *recipe, *data, where, *continued]), *options]
@@ -246,6 +256,7 @@ def downstream(task: str, words: CommandWords) -> list[str]:
             what, todo = "is a set of your own", f"Give data=prepared --data.source.root {data_root() / data}"
         raise UserError(f"data={data}", what, todo)
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
+    refuse_encoders(words)
     first = ["--from", start]
     if start == "random":
         # no checkpoint gives the model, so a file must

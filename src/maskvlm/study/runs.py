@@ -138,8 +138,10 @@ def _run(
     options |= {STEPS: str(steps)} if steps is not None else {}
     # One word each: a value that looks like an option stays a value.
     words = [f"--{key}={value}" for key, value in options.items()]
-    begin = (f"from={start.last_weights}",) if start is not None else ()
-    command = (sys.executable, "-m", "maskvlm", *cell.run, *begin, "--folder", str(folder), *words)
+    begin, given = (f"from={start.last_weights}",) if start is not None else (), cell.run
+    if start is not None:  # which has the encoders
+        given = tuple(word for word in given if not word.startswith("encoders="))
+    command = (sys.executable, "-m", "maskvlm", *given, *begin, "--folder", str(folder), *words)
     return StudyRun(cell, seed, folder, command, start, spent)
 
 
