@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
 
 from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, run_command
+from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.run_record import read_json
 
 SMALL = {
@@ -27,13 +29,14 @@ SMALL = {
 }
 
 
-def fit(folder: Path, stack: Callable[..., list[str]], patience: int | None) -> None:
+def fit(folder: Path, stack: Callable[..., list[str]], patience: int | None, **more_options: object) -> None:
     stop = {"monitor": "score", "mode": "max", "patience": patience}
     callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
     more = folder.parent / "stop.yaml"
     more.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]} if patience else {}}))
     words = ["fit", "--folder", str(folder), *stack(WHERE="cpu"), "-c", str(more)]
-    run_command(LightningCommand, [*words, *(f"--{key}={value}" for key, value in SMALL.items())])
+    options = {**SMALL, **{key.replace("__", "."): value for key, value in more_options.items()}}
+    run_command(LightningCommand, [*words, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
@@ -56,3 +59,50 @@ def test_a_run_that_comes_to_its_end_measures_its_last_weights(
     fit(tmp_path / "run", stack, patience=None)
     assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
+
+
+def test_a_run_that_was_ending_does_not_train_on_when_it_is_started_again(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last step, before it was measured."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LightningCommand, "after_fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "run", stack, patience=1)
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 6
+    fit(tmp_path / "run", stack, patience=1)
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 6
+    assert read_json(tmp_path / "run" / "metrics.json")["step"] == 3
+
+
+def test_a_run_that_loses_patience_at_its_end_measures_its_last_weights(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    fit(tmp_path / "run", stack, patience=3)
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
+    assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
+
+
+def test_an_evaluation_never_falls_between_two_passes_of_a_step(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six passes make three steps, a quarter of them is one pass: evaluated after whole steps alone."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    evaluated: list[tuple[int, int]] = []
+    start = KeepState.on_validation_start
+
+    def noted(self: KeepState, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.training or (trainer.validating and trainer.fit_loop.epoch_loop.batch_progress.current.ready):
+            evaluated.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
+        start(self, trainer, module)
+
+    monkeypatch.setattr(KeepState, "on_validation_start", noted)
+    fit(tmp_path / "run", stack, None, data__steps=3, trainer__accumulate_grad_batches=2)
+    assert [pair for pair in evaluated if pair[1] != 2 * pair[0]] == []
+    assert [step for step, _ in evaluated][:3] == [1, 2, 3]

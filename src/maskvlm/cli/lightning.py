@@ -400,7 +400,9 @@ def best_of(trainer: L.Trainer) -> str | None:
     """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     # A run that ended at its full length is measured with its last weights, whatever the best ones are.
-    stopped = any(isinstance(each, EarlyStopping) and each.wait_count >= each.patience for each in callbacks)
+    early = trainer.global_step < trainer.datamodule.total_steps  # type: ignore[attr-defined]
+    # `should_stop`: also where the score was no number any more.
+    stopped = early and trainer.should_stop and any(isinstance(each, EarlyStopping) for each in callbacks)
     return kept_best(trainer) if stopped else None
 
 

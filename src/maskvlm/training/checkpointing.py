@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -26,6 +26,7 @@ from maskvlm.training.csv_log import RunLog
 from maskvlm.training.lightning_private import (
     batches_that_stepped,
     count_last_step,
+    evaluate_after_whole_steps,
     evaluate_now,
     evaluation_is_due,
     is_accumulating,
@@ -104,6 +105,10 @@ class KeepState(Checkpoint):
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
                 # Rows after the checkpoint will be logged again.
                 logger.forget(batches_that_stepped(trainer), self.unmeasured)
+        evaluate_after_whole_steps(trainer)
+        # In no checkpoint stands that the run was ending, only for how long the score has not risen.
+        if any(has_lost_patience(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.should_stop = True
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
         if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
@@ -223,6 +228,11 @@ class KeepState(Checkpoint):
         # Checkpoint callbacks come last, in the configuration's order: the best checkpoint is written by now.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
+
+
+def has_lost_patience(callback: Any) -> bool:
+    """Whether it is an `EarlyStopping` that has ended the run."""
+    return isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience
 
 
 def state_of(trainer: L.Trainer) -> list[Tensor]:

@@ -31,6 +31,15 @@ def is_accumulating(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def evaluate_after_whole_steps(trainer: L.Trainer) -> None:
+    """Evaluations along the way follow the last pass of a step: Lightning counts passes, and would evaluate, and keep
+    checkpoints, between two passes whose gradients are added up."""
+    every, passes = trainer.val_check_batch, trainer.accumulate_grad_batches
+    # Infinite where the length is not known, or nothing is evaluated on the way.
+    if isinstance(every, int):
+        trainer.val_check_batch = -(-every // passes) * passes
+
+
 def evaluation_is_due(trainer: L.Trainer) -> bool:
     """Whether an evaluation follows this batch."""
     assert trainer.fit_loop._data_fetcher is not None
