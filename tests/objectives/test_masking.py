@@ -185,11 +185,23 @@ def test_drawn_tokens_are_of_every_size_in_training_alone() -> None:
 WORDS = {"left of": [11, 12], "above": [13], "[SEP]": [SEP], "unknown": [], "a very long phrase": [11] * 99}
 
 
+def ids(words: str) -> list[int]:
+    """As a tokenizer of whole words has them: a space before them changes nothing."""
+    return WORDS[words.strip()]
+
+
+def whole_words(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """The toys' words have two pieces; here every token is a word of its own."""
+    parts = tokens(rows)
+    number_CT = torch.arange(parts["token_CT"].shape[1]).expand_as(parts["token_CT"])
+    return parts | {"word_CT": number_CT.masked_fill(parts["special_CT"], -1)}
+
+
 def chosen(rows: list[list[int]], training: bool = True, **settings: Any) -> tuple[TokenMask, TokenMask]:
     """What is masked with phrases, and what without them from the same numbers."""
-    parts = tokens(rows)
+    parts = whole_words(rows)
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=training)
-    vocabulary = Vocabulary(MASK, VOCAB, texts.token_CT.shape[1], WORDS.__getitem__)
+    vocabulary = Vocabulary(MASK, VOCAB, texts.token_CT.shape[1], ids)
     masking = ChosenPhrases(**({"phrases": ["left of", "above"], "ratio": 0.5} | settings))
     return masking(texts, vocabulary, Noise()), RandomTokens(0.5)(texts, vocabulary, Noise())
 
@@ -204,8 +216,40 @@ def test_chosen_phrases_are_masked_alone_and_other_texts_as_always() -> None:
     for row in (1, 4):
         assert torch.equal(found.mask_CT[row], usual.mask_CT[row])
         assert torch.equal(found.token_CT[row], usual.token_CT[row])
-    parts = tokens(rows)
+    parts = whole_words(rows)
     assert torch.equal(found.token_CT, parts["token_CT"].masked_fill(found.mask_CT, MASK))
+
+
+def test_behind_a_space_a_phrase_may_have_other_tokens() -> None:
+    """As of RoBERTa: "left of" at the beginning is 11 12, and 14 12 behind another word."""
+    parts = whole_words([[11, 12, 5, 6, 7], [5, 14, 12, 6, 7], [5, 11, 6, 12, 14]])
+    texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=True)
+    vocabulary = Vocabulary(MASK, VOCAB, 7, lambda words: [14, 12] if words[0] == " " else [11, 12])
+    found = ChosenPhrases(["left of"], ratio=0.5)(texts, vocabulary, Noise())
+    assert found.mask_CT[:2, 1:-1].int().tolist() == [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
+    assert torch.equal(found.mask_CT[2], RandomTokens(0.5)(texts, vocabulary, Noise()).mask_CT[2])
+
+
+def test_a_part_of_a_word_is_no_phrase() -> None:
+    """13 is a word in the first text, and the first or last piece of one in the others."""
+    parts = whole_words([[5, 13, 6, 7, 8]] * 3)
+    parts["word_CT"][1, 1:-1] = torch.tensor([0, 1, 1, 2, 3])
+    parts["word_CT"][2, 1:-1] = torch.tensor([0, 0, 1, 2, 3])
+    texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=True)
+    found = ChosenPhrases(["above"], ratio=0.5).phrases_in(texts, ids)
+    assert found[:, 1:-1].int().tolist() == [[0, 1, 0, 0, 0], [0] * 5, [0] * 5]
+
+
+def test_shares_that_are_none_are_refused_by_every_masking() -> None:
+    for make, told in (
+        (lambda: RandomTokens(30), "text_masking: ratio 30 is no share"),
+        (lambda: RandomTokens(0.6, 0.2), "text_masking: most 0.2 is below ratio 0.6"),
+        (lambda: ChosenPhrases(["above"], ratio=0.5, most=0.3), "text_masking: most 0.3 is below"),
+        (lambda: RandomBlocks(60), "image_masking: ratio 60 is no share"),
+        (lambda: RandomBlocks(0.6, whole=math.nan), "image_masking: whole nan is no share"),
+    ):
+        with pytest.raises(UserError, match=f"model.task.{told}"):
+            make()
 
 
 def test_chosen_phrases_may_count_more() -> None:
@@ -238,9 +282,9 @@ def test_a_share_of_the_texts_with_a_phrase() -> None:
 
 
 def test_of_several_maskings_of_a_text_the_first_alone() -> None:
-    parts = tokens([[5, 11, 12, 6, 7, 8]] * 6)
+    parts = whole_words([[5, 11, 12, 6, 7, 8]] * 6)
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], masks_per_text=3, training=True)
-    masking, vocabulary = ChosenPhrases(["left of"], ratio=0.5), Vocabulary(MASK, VOCAB, 8, WORDS.__getitem__)
+    masking, vocabulary = ChosenPhrases(["left of"], ratio=0.5), Vocabulary(MASK, VOCAB, 8, ids)
     found, usual = masking(texts, vocabulary, Noise()), RandomTokens(0.5)(texts, vocabulary, Noise())
     alone_T = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0]).bool()
     for row in range(6):

@@ -15,7 +15,7 @@ import yaml
 from acme.lengths import TextLength
 from acme.masks import LastWords, Middle
 from data.toy_raw import encoded, photo
-from slow_step import build, eventful_batch
+from slow_step import build, each_token_a_word, eventful_batch
 from torch import Tensor
 
 from maskvlm.cli.main import main
@@ -133,12 +133,14 @@ def test_maskings_are_asked_in_training_and_in_evaluation() -> None:
 
 def test_phrases_are_found_by_the_models_tokenizer() -> None:
     backbone, task = build(text_masking=ChosenPhrases(["these"]))
-    batch = eventful_batch()
+    batch = each_token_a_word(eventful_batch())
     word = int(batch.token_CT[0][~batch.special_CT[0]][0])
     asked = {"these": [word], "nowhere": [1]}  # 1: the id of what it does not know
     backbone.text.tokenizer = SimpleNamespace(
         mask_token_id=backbone.text.mask_id, pad_token_id=0, unk_token_id=1,
-        encode=lambda words, add_special_tokens: asked[words] if not add_special_tokens else [2, *asked[words], 3],
+        encode=lambda words, add_special_tokens: (
+            asked[words.strip()] if not add_special_tokens else [2, *asked[words.strip()], 3]
+        ),
     )  # fmt: skip
     assert [backbone.text.ids_of(words) for words in asked] == [[word], []]
     task(backbone, batch)

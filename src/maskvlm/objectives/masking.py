@@ -223,9 +223,13 @@ class RandomBlocks(ImageMasking):
         ratio: share of the blocks, 0 to 1.
         block: side of a block in pixels; a multiple of the patch size.
         whole: in training the probability that all of an image is masked.
+
+    Raises:
+        UserError: shares that are none.
     """
 
     def __init__(self, ratio: float = 0.6, block: int = 32, whole: float = 0.0) -> None:
+        check_shares("model.task.image_masking", ratio=ratio, whole=whole)
         self.ratio, self.block, self.whole = ratio, block, whole
 
     def check(self, patch_size: int) -> None:
@@ -259,8 +263,8 @@ class DrawnBlocks(RandomBlocks):
     def __init__(
         self, low: float = 0.4, high: float = 0.95, measured: float = 0.6, block: int = 32, whole: float = 0.0
     ) -> None:
-        super().__init__(measured, block, whole)
         check_range("model.task.image_masking", low, high, measured)
+        super().__init__(measured, block, whole)
         self.low, self.high = low, high
 
     def __call__(
@@ -270,6 +274,14 @@ class DrawnBlocks(RandomBlocks):
             return super().__call__(valid_B, grid, patch_size, uniform, training)
         ratio = Ratio.drawn(self.low, self.high, uniform(len(valid_B)))
         return mask_patches(valid_B, grid, self.block // patch_size, ratio, uniform, self.whole)
+
+
+def check_shares(where: str, **shares: float | None) -> None:
+    """Raises UserError where one of these is no share, 0 to 1; None passes."""
+    for name, share in shares.items():
+        # Not `share < 0`, which is false of NaN.
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(where, f"{name} {share} is no share", "Give 0 to 1")
 
 
 def check_range(where: str, low: float, high: float, measured: float) -> None:
@@ -301,11 +313,17 @@ class RandomTokens(TextMasking):
             text the first has `ratio`.
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
+
+    Raises:
+        UserError: shares that are none, or in the wrong order.
     """
 
     def __init__(
         self, ratio: float = 0.3, most: float | None = None, whole_word: bool = False, keep_and_swap: bool = False
     ) -> None:
+        check_shares("model.task.text_masking", ratio=ratio, most=most)
+        if most is not None and most < ratio:
+            raise UserError("model.task.text_masking", f"most {most} is below ratio {ratio}", "Give a larger one")
         self.ratio, self.most = ratio, ratio if most is None else most
         self.whole_word, self.keep_and_swap = whole_word, keep_and_swap
 
@@ -330,7 +348,8 @@ class RandomTokens(TextMasking):
 class ChosenPhrases(RandomTokens):
     """In training, a text that holds some of these phrases has them masked and nothing else; other texts as
     `RandomTokens`. For words that say something only together with all the others: how two things stand to each other
-    is learned where both are named, and hardly at all where their names are masked, too.
+    is learned where both are named, and hardly at all where their names are masked, too. Of a text with many of them as
+    many tokens are masked as there are places in the batch, `ratio` of its longest text.
 
     Args:
         phrases: words as the captions have them, such as "left of".
@@ -358,8 +377,7 @@ class ChosenPhrases(RandomTokens):
             raise UserError(
                 where, f"phrases {phrases!r} are no list of words", 'Give some, such as ["left of", "above"]'
             )
-        if not 0 <= share <= 1:
-            raise UserError(where, f"share {share} is no share", "Give 0 to 1")
+        check_shares(where, share=share)
         if not 0 < weight < math.inf:
             raise UserError(where, f"weight {weight} is no weight above 0", "Give 1, or a larger number")
         self.phrases, self.share, self.weight = list(phrases), share, weight
@@ -382,18 +400,26 @@ class ChosenPhrases(RandomTokens):
     def phrases_in(self, texts: Texts, encode: Callable[[str], list[int]]) -> Tensor:
         """True on the tokens of the phrases, [C, T]."""
         at_CT = torch.zeros_like(texts.special_CT)
+        word_CT, length = texts.word_CT, at_CT.shape[1]
+        # Where a token is the first of its word, and the last: "of" is not the beginning of "often".
+        other_C1 = torch.full_like(word_CT[:, :1], -2)
+        first_CT = word_CT != torch.cat([other_C1, word_CT[:, :-1]], 1)
+        last_CT = word_CT != torch.cat([word_CT[:, 1:], other_C1], 1)
         for phrase in self.phrases:
-            ids = encode(phrase)
-            if not ids:
+            # Byte-level BPE (RoBERTa) has other ids for a word behind a space than for one at the beginning.
+            forms = {tuple(encode(phrase)), tuple(encode(f" {phrase}"))}
+            if () in forms:
                 what, todo = f"the tokenizer does not know all words of '{phrase}'", "Leave it out of phrases"
                 raise UserError("model.task.text_masking", what, todo)
-            if len(ids) > at_CT.shape[1]:  # longer than any text of this batch
-                continue
-            # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
-            windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
-            starts_CW = torch.stack([windows_CWP[..., place] == token for place, token in enumerate(ids)]).all(0)
-            for place in range(len(ids)):
-                at_CT[:, place : place + starts_CW.shape[1]] |= starts_CW
+            for ids in forms:
+                if len(ids) > length:  # longer than any text of this batch
+                    continue
+                # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
+                windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
+                starts_CW = torch.stack([windows_CWP[..., place] == token for place, token in enumerate(ids)]).all(0)
+                starts_CW &= first_CT[:, : length - len(ids) + 1] & last_CT[:, len(ids) - 1 :]
+                for place in range(len(ids)):
+                    at_CT[:, place : place + starts_CW.shape[1]] |= starts_CW
         return at_CT & ~texts.special_CT
 
 
