@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from maskvlm import MaskVLM
+from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.errors import UserError
@@ -124,6 +125,10 @@ def test_a_run_whose_aligned_encoders_stand_still(
     assert not any(name.startswith(stops) for name in set.union(*learned[2:]))
     assert all(any(name.startswith(part) for name in learned[-1]) for part in early if part not in stops)
     assert image + "mask_token" in set.union(*learned[2:])
+    # Adam's own count begins with each parameter's learning.
+    state = load(tmp_path / "run" / "last.ckpt")["optimizer_states"][0]
+    late = {place for group in state["param_groups"] if group.get("late") for place in group["params"]}
+    assert {int(state["state"][place]["step"]) for place in late} == {3}
     model = MaskVLM.from_pretrained(tmp_path / "run" / "last.ckpt")
     photo = Image.new("RGB", (48, 48), "red")
     filled = [model.reconstruct(photo, np.arange(9).reshape(3, 3) % 9 == at, "a red ball") for at in (0, 4)]

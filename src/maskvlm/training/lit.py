@@ -22,7 +22,7 @@ from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
-from maskvlm.training.optim import build_adamw, parameter_groups, schedule
+from maskvlm.training.optim import begin_late, build_adamw, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
@@ -246,7 +246,8 @@ class LitModel(L.LightningModule):
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         # Not Lightning's `estimated_stepping_batches`, which makes the loaders in order to count.
         total = self.data.total_steps
-        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, math.ceil(share * total), self.stable)
+        self.late_step = math.ceil(share * total)
+        scheduler = schedule(optimizer, total, self.warmup, self.min_lr, self.late_step, self.stable)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
@@ -276,6 +277,10 @@ class LitModel(L.LightningModule):
             nn.utils.clip_grad_value_(parameters, limit)
         if self.guard is not None:
             self.guard.judge(optimizer, norm, self.scales_gradients)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.global_step == self.late_step:
+            begin_late(self.trainer.optimizers[0])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.

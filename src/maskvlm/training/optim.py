@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -86,6 +86,16 @@ def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
 def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> AdamW:
     """AdamW over the groups; fused where the device has it."""
     return AdamW(groups, betas=betas, fused=fused)
+
+
+def begin_late(optimizer: Optimizer) -> None:
+    """Let the groups marked `late` begin as if this were the optimiser's first step. While they waited their gradients
+    were 0: Adam's averages stayed 0 and its count of steps went on, so that it would take its first steps for the
+    thousandth, whose averages need no correction, and make them several times too large (betas of 0.9 and 0.999)."""
+    for group in optimizer.param_groups:
+        if group.get("late"):
+            for parameter in group["params"]:
+                optimizer.state.pop(parameter, None)
 
 
 def warmup_cosine(total: int, warmup: int, floor: float, stable: int = 0) -> Callable[[int], float]:
