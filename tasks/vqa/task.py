@@ -74,6 +74,10 @@ class Vqa(Classification):
         self.answer = AnswerDecoder(backbone, self.answer_length)
         backbone.image.mask_token.requires_grad_(False)
 
+    def heads_of_labels(self) -> tuple[str, ...]:
+        # An answer that is written knows no vocabulary.
+        return () if self.generates else super().heads_of_labels()
+
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """From pre-training, the generative head takes over the token head; its decoder has its weights already."""
         if not self.generates:

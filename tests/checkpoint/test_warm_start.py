@@ -13,7 +13,7 @@ from toys import SIZE, toy_backbone
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.model_spec import model_spec_of
-from maskvlm.checkpoint.warm_start import Seen, overlap, part, read_content, read_start
+from maskvlm.checkpoint.warm_start import Seen, Start, overlap, part, read_content, read_start
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.data.caption_text import stable_id
@@ -25,6 +25,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.task import Entailment
 from tasks.nlvr.task import Nlvr
 from tasks.retrieval.task import Retrieval
+from tasks.vqa.task import Vqa
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,6 +280,30 @@ def test_an_older_checkpoint_has_seen_unknown_data(tmp_path: Path) -> None:
 def test_part() -> None:
     one = torch.ones(1)
     assert part({"a.b": one, "ab": one, "a.a.c": one}, "a.") == {"b": one, "a.c": one}
+
+
+# ---------------------------------------------------------------------- other labels
+
+
+def with_other_labels(**settings: Any) -> set[str]:
+    """What VQA takes over from a checkpoint of VQA with other answers; and of all its tensors, which there are."""
+    backbone, before = toy_backbone(), Vqa(("red", "blue"), **settings)
+    before.build(backbone)
+    backbone.origin = Start("x.ckpt", {}, before.state_dict(), None, ("red", "blue"), ())
+    found = LitModel(backbone, Vqa(("red", "blue", "green"), **settings))
+    for name in found.warm_started:
+        assert torch.equal(found.task.state_dict()[name], before.state_dict()[name]), name
+    return set(found.task.state_dict()) - found.warm_started
+
+
+def test_an_answer_that_is_written_is_taken_over_whatever_the_vocabulary_was() -> None:
+    assert with_other_labels() == set()
+
+
+def test_a_head_among_other_labels_is_new() -> None:
+    left = with_other_labels(head="classify")
+    assert left
+    assert all(name.startswith("head.") for name in left)
 
 
 # ---------------------------------------------------------------------- measuring what cannot be measured

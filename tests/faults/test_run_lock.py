@@ -113,6 +113,25 @@ def test_a_lock_that_was_let_go_is_free_and_says_nothing(tmp_path: Path) -> None
 # ------------------------------------------------------------------ machines whose locks do not see each other
 
 
+def test_it_is_let_go_in_the_middle_of_a_beat(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow file system; the beat then neither fails nor writes into a file that is closed."""
+    slow, failed = threading.Event(), list[object]()
+
+    def read(path: Path) -> Holder | None:
+        slow.set()
+        time.sleep(0.3)
+        return read_holder(path)
+
+    monkeypatch.setattr(lock, "read_holder", read)
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    HELD.take(tmp_path)
+    assert slow.wait(5)
+    HELD.release()
+    time.sleep(0.5)
+    assert failed == []
+    assert not [thread for thread in threading.enumerate() if thread.name == "run.lock"]
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.05)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_the_loss_that_is_to_blame_is_named(factor: float, reason: str, accumula
     (step,) = json.loads((tmp_path / "bad_samples.json").read_text())["skipped_steps"]["steps"]
     assert step["step"] == 18 // accumulate + 1
     assert reason in step["reason"]
+    # "its loss shot up (4.9e+08, usually below 9; most of it mlm, 4.9e+08)": the whole and its largest part.
+    if numbers := re.findall(r"[0-9.]+e\+[0-9]+", step["reason"]):
+        assert float(numbers[0]) == pytest.approx(float(numbers[1]), rel=0.02)
 
 
 def test_a_module_that_tells_its_terms_alone_is_guarded_too(tmp_path: Path) -> None:

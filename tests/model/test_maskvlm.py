@@ -6,6 +6,7 @@ import torch
 from toys import LENGTH, SIZE, VOCAB, slow_cross, toy_backbone, toy_batch
 
 from maskvlm.checkpoint.warm_start import Start
+from maskvlm.model.encoders import ImageEncoder
 from maskvlm.model.init import init_positions
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.utils.errors import UserError
@@ -63,6 +64,14 @@ def test_encoders_of_one_width_are_left_as_they_are() -> None:
 def test_heads_that_do_not_divide_the_width() -> None:
     with pytest.raises(UserError, match=r"cross_heads: 5 do not divide width 16\. give a divisor of 16"):
         toy_backbone(cross_heads=5)
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
+def test_shares_that_are_none_are_named(share: float) -> None:
+    with pytest.raises(UserError, match=f"model.backbone.dropout: {share} is no share"):
+        toy_backbone(dropout=share)
+    with pytest.raises(UserError, match=f"model.backbone.image.drop_path: {share} is no share"):
+        ImageEncoder("vit_tiny_patch16_224", 32, random_init=True, drop_path=share)
 
 
 def test_places_of_queries_follow_the_size_of_the_image() -> None:

@@ -166,6 +166,21 @@ def test_a_kept_pair_with_one_of_the_captions_is_no_negative() -> None:
     assert queue.pairs.text_id_Qm.tolist() == other.tolist()
 
 
+@pytest.mark.parametrize("captions", [1, 3])
+def test_a_run_may_go_on_with_another_number_of_captions(captions: int) -> None:
+    """Two captions an image are kept; what follows has fewer or more."""
+    queue, batch = NegativeQueue(16), whole(0)
+    encoded, contrast = encoded_of(batch, 0)
+    kept = torch.stack([torch.arange(8), torch.arange(100, 108)], 1)
+    queue.push(batch, encoded, contrast._replace(text_id_Bm=kept))
+    now = torch.arange(200, 200 + 8 * captions).reshape(8, captions)
+    queue.push(batch, encoded, contrast._replace(text_id_Bm=now))
+    assert queue.pairs is not None
+    found = [set(row) for row in queue.pairs.text_id_Qm.tolist()]
+    assert found == [*map(set, kept.tolist()), *map(set, now.tolist())]
+    queue.restore(queue.state(), 5, LENGTH, 16, 4)
+
+
 def test_without_matching_nothing_is_kept() -> None:
     assert build(weight_itm=0.0, negative_queue=8)[1].queue is None
     with pytest.raises(UserError, match=r"model\.task\.negative_queue: -1"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from slow_step import Slow, build, eventful_batch, gradients
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
@@ -932,6 +933,21 @@ def test_the_decoder_knows_places_where_it_is_told_to() -> None:
     for task, alike in ((plain, True), (placed, False)):
         painted_BKP = task.pixels(image_BLD, text_BTD, torch.ones(2, 5, dtype=torch.bool), torch.tensor([[0, 7]] * 2))
         assert torch.allclose(painted_BKP[:, 0], painted_BKP[:, 1], atol=1e-6) == alike
+
+
+def test_the_decoders_places_follow_the_size_of_the_image() -> None:
+    """A checkpoint of 32 px taken over at 64: resized as the encoder's are, so that everything is taken over."""
+    tasks = []
+    for size in (32, 64):
+        backbone = toy_backbone(size=size)
+        tasks.append(MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, decoder_positions=True))
+        tasks[-1].build(backbone)
+    small, large = tasks
+    assert large.warm_start(small.state_dict()) == set(large.state_dict())
+    theirs, ours = small.pixels.blocks.pos_embed, large.pixels.blocks.pos_embed
+    assert theirs is not None
+    assert ours is not None
+    assert torch.equal(ours, resample_abs_pos_embed(theirs, list(large.pixels.blocks.grid or ())))
 
 
 # ---------------------------------------------------------------------- it learns

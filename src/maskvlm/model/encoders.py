@@ -42,7 +42,7 @@ from maskvlm.model.init import init_xavier
 from maskvlm.model.text_lengths import length_groups, lengths_of, worth_grouping
 from maskvlm.model.vit_weights import HEADS, create_vit, read_vit_state
 from maskvlm.utils.distributed import without_gradient
-from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError, check_shares
 from maskvlm.utils.on_cpu import on_cpu
 
 Triple = tuple[float, float, float]
@@ -124,8 +124,8 @@ class ImageEncoder(Encoder):
         drop_path: rate of stochastic depth.
         checkpointing: recompute activations in the backward pass.
         frozen: the first so many blocks, and patches and positions before them, are not trained; `all`: the whole ViT.
-            The mask token is then fixed to the patch embedding of a mean-colour patch, unless masked_patches is
-            left_out.
+            The mask token is fixed, too, unless masked_patches is left_out: to the patch embedding of a mean-colour
+            patch where pretrained weights are loaded, else as it is (a checkpoint's, or random).
         masked_patches: token: masked patches enter the ViT as the mask token (P). left_out: the ViT runs on the
             visible patches only, and mask tokens are inserted after it (MAE, He et al. 2022); cheaper the more is
             masked. Inserted tokens have no position unless `query_positions` is set.
@@ -158,6 +158,7 @@ class ImageEncoder(Encoder):
         masked_patches: Literal["token", "left_out"] = "token",
     ) -> None:
         super().__init__(random_init)
+        check_shares({"model.backbone.image.drop_path": drop_path})
         if random_init and weights is not None:
             what = f"weights {weights} are given, and random_init is true"
             raise UserError("model.backbone.image.weights", what, "Give --model.random_init false, or no weights")

@@ -15,7 +15,7 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.model.cross_attention import CrossEncoder
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.init import init_normal, init_positions, init_xavier
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_least, check_shares
 
 
 class Fused(NamedTuple):
@@ -74,6 +74,7 @@ class MaskVLM(nn.Module):
         super().__init__()
         check_least(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
         check_least(1, {"model.backbone.width": width})
+        check_shares({"model.backbone.dropout": dropout})
         width = text.width if width is None else width
         if width % cross_heads:
             todo = f"give a divisor of {width}"

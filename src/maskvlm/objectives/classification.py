@@ -122,6 +122,9 @@ class Classification(Task):
         self.projection = projection
         self.projection.requires_grad_(False)
 
+    def heads_of_labels(self) -> tuple[str, ...]:
+        return ("head.",)
+
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """The projections take the checkpoint's width, and read what they read there."""
         if self.reads == "scores":

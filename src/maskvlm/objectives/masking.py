@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import UserError, check_shares
 
 Uniform = Callable[..., Tensor]
 """`uniform(rows, ...)`: float32 in [0, 1) of that shape, on the device of the batch. It draws for the global batch
@@ -229,7 +229,7 @@ class RandomBlocks(ImageMasking):
     """
 
     def __init__(self, ratio: float = 0.6, block: int = 32, whole: float = 0.0) -> None:
-        check_shares("model.task.image_masking", ratio=ratio, whole=whole)
+        check_shares({"model.task.image_masking.ratio": ratio, "model.task.image_masking.whole": whole})
         self.ratio, self.block, self.whole = ratio, block, whole
 
     def check(self, patch_size: int) -> None:
@@ -276,14 +276,6 @@ class DrawnBlocks(RandomBlocks):
         return mask_patches(valid_B, grid, self.block // patch_size, ratio, uniform, self.whole)
 
 
-def check_shares(where: str, **shares: float | None) -> None:
-    """Raises UserError where one of these is no share, 0 to 1; None passes."""
-    for name, share in shares.items():
-        # Not `share < 0`, which is false of NaN.
-        if share is not None and not 0 <= share <= 1:
-            raise UserError(where, f"{name} {share} is no share", "Give 0 to 1")
-
-
 def check_range(where: str, low: float, high: float, measured: float) -> None:
     """Raises UserError where these are no shares, or in the wrong order."""
     if not (0 <= low <= high <= 1 and 0 <= measured <= 1):
@@ -321,7 +313,7 @@ class RandomTokens(TextMasking):
     def __init__(
         self, ratio: float = 0.3, most: float | None = None, whole_word: bool = False, keep_and_swap: bool = False
     ) -> None:
-        check_shares("model.task.text_masking", ratio=ratio, most=most)
+        check_shares({"model.task.text_masking.ratio": ratio, "model.task.text_masking.most": most})
         if most is not None and most < ratio:
             raise UserError("model.task.text_masking", f"most {most} is below ratio {ratio}", "Give a larger one")
         self.ratio, self.most = ratio, ratio if most is None else most
@@ -377,7 +369,7 @@ class ChosenPhrases(RandomTokens):
             raise UserError(
                 where, f"phrases {phrases!r} are no list of words", 'Give some, such as ["left of", "above"]'
             )
-        check_shares(where, share=share)
+        check_shares({f"{where}.share": share})
         if not 0 < weight < math.inf:
             raise UserError(where, f"weight {weight} is no weight above 0", "Give 1, or a larger number")
         self.phrases, self.share, self.weight = list(phrases), share, weight

@@ -33,8 +33,9 @@ class NegativeQueue:
         # Without the graph, which would keep each step's activations alive.
         new = QueuedPairs(*(part.detach()[-self.size :] for part in invalidate_nonfinite(new)))
         old = self.pairs
-        if old is not None and old.text_id_Qm.shape[1] == 1:  # kept by a version that knew the first caption alone
-            old = old._replace(text_id_Qm=old.text_id_Qm.expand(-1, new.text_id_Qm.shape[1]))
+        if old is not None:  # of a run with another `data.captions`, or a version that knew the first caption alone
+            most = max(old.text_id_Qm.shape[1], new.text_id_Qm.shape[1])
+            old, new = (part._replace(text_id_Qm=widened(part.text_id_Qm, most)) for part in (old, new))
         # The newest last; the oldest fall off the front.
         self.pairs = (
             new if old is None else QueuedPairs(*(torch.cat(x)[-self.size :] for x in zip(old, new, strict=True)))
@@ -90,6 +91,11 @@ class NegativeQueue:
             text_GE=torch.cat([contrast.text_GE, kept.text_QE]),
             excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~kept.valid_Q], 1),
         )
+
+
+def widened(text_id_Qm: Tensor, captions: int) -> Tensor:
+    """So many ids an image; the first is repeated, which tells of no other caption."""
+    return torch.cat([text_id_Qm, text_id_Qm[:, :1].expand(-1, captions - text_id_Qm.shape[1])], 1)
 
 
 def invalidate_nonfinite(pairs: QueuedPairs) -> QueuedPairs:

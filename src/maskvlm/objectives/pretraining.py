@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from maskvlm.checkpoint.weights import resize_positions
 from maskvlm.data.batch import Batch
 from maskvlm.model.encoders import encoders_frozen
 from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
@@ -319,7 +320,8 @@ class MaskedPretraining(Task):
             reads = "class_and_mean" if self.contrastive.reads == "class" else "class"
             what = f"{self.contrastive.reads}, but contrast of the checkpoint reads {reads}"
             raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
-        return super().warm_start(heads)
+        # As the backbone's: the pixel decoder may know places, and the image may have another size.
+        return super().warm_start(resize_positions(heads, self))
 
     def compute_in_chunks(self, size: int) -> None:
         names = [loss.name for loss in self.losses if not loss.adds_up and loss.needs - {Need.IMAGE, Need.TEXT}]

@@ -97,6 +97,11 @@ class Task(nn.Module, ABC):
         losses in nats. `score` chooses the best checkpoint, higher is better; chance levels end in `_chance` or
         `_majority`."""
 
+    def heads_of_labels(self) -> tuple[str, ...]:
+        """What the names of those tensors begin with that decide among `labels`, where the task has such: they are not
+        taken over from a checkpoint with other labels. By default all of the task's."""
+        return ("",)
+
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.
 

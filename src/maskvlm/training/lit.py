@@ -126,13 +126,14 @@ class LitModel(L.LightningModule):
         self.warm_started = self._warm_start()
 
     def _warm_start(self) -> set[str]:
-        """Heads of the checkpoint that the backbone starts from, unless they decide among other labels."""
+        """Heads of the checkpoint that the backbone starts from, but for those that decide among other labels."""
         origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
         if origin is None:
             return set()
+        heads = origin.heads
         if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
-            # Asked all the same: a task may refuse to start without heads.
-            return self.task.warm_start({})
+            others = self.task.heads_of_labels()
+            heads = {name: value for name, value in heads.items() if not name.startswith(others)}
         # The module keeps no second copy of the heads' tensors.
         self.backbone.origin = origin._replace(heads={})
         # A note where a loss of the same task has been left out, not where another task leaves them behind.
@@ -143,7 +144,7 @@ class LitModel(L.LightningModule):
             log.warning(
                 "%s", f"note: heads of the checkpoint that this run has no use for: {', '.join(sorted(unused))}; {todo}"
             )
-        return self.task.warm_start(origin.heads)
+        return self.task.warm_start(heads)
 
     @property
     def provenance(self) -> Provenance:

@@ -180,7 +180,8 @@ class StepGuard(Callback):
         """
         # Shares of accumulated passes add up to the loss of the step, then processes are averaged.
         loss = torch.stack(self.losses).sum()
-        weighted_S = torch.stack(self.weighted).sum(0) if self.weighted else loss.new_zeros(0)
+        # Terms come whole: of accumulated passes their mean is what adds up to the loss.
+        weighted_S = torch.stack(self.weighted).mean(0) if self.weighted else loss.new_zeros(0)
         loss, weighted_S = shared_count(torch.cat([loss[None], weighted_S])).tensor_split([1])
         loss = loss[0]
         norm = torch.zeros_like(loss) if scaled else norm.to(loss)

@@ -74,6 +74,21 @@ class Absent:
         raise UserError(first.where, what, first.todo, first.code)
 
 
+def check_shares(values: Mapping[str, float | None]) -> None:
+    """Refuse what is no share, 0 to 1; None passes.
+
+    Args:
+        values: by configuration key.
+
+    Raises:
+        UserError: names the key and the value.
+    """
+    for key, value in values.items():
+        # Not `value < 0`, which is false of NaN.
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(key, f"{value} is no share", "Give 0 to 1")
+
+
 def check_least(least: float, values: Mapping[str, float | None]) -> None:
     """Refuse numbers below `least`; None passes.
 

@@ -113,18 +113,22 @@ class RunLock:
         self.me = Holder(socket.gethostname()[:100], os.getpid(), boot(), inode)
         state(handle, self.me)
         self._end = threading.Event()
-        threading.Thread(target=self._beat, args=(self._end,), daemon=True, name="run.lock").start()
+        self._beats = threading.Thread(target=self._beat, args=(self._end,), daemon=True, name="run.lock")
+        self._beats.start()
         return True
 
     def _beat(self, end: threading.Event) -> None:
-        while not end.wait(BEAT) and self.me is not None:
+        while not end.wait(BEAT) and (me := self.me) is not None:
             try:
                 said = read_holder(self.folder / NAME)
+                # On a slow file system the lock may have been released meanwhile.
+                if end.is_set():
+                    return
                 # All but the beat.
-                if said is not None and said[:4] != self.me[:4]:
+                if said is not None and said[:4] != me[:4]:
                     self.rival = said
                     return
-                self.me = self.me._replace(beat=self.me.beat + 1)
+                self.me = me._replace(beat=me.beat + 1)
                 state(self.handle, self.me)
             except OSError:  # the disk is full or gone: whoever writes next will tell
                 continue
@@ -150,6 +154,8 @@ class RunLock:
         if self.me is None:
             return
         self._end.set()
+        # It may be in the middle of a beat, and write into the file that is closed here.
+        self._beats.join(BEAT)
         if self.rival is None:
             with suppress(OSError):
                 # Emptied, not removed: who has it open would lock a file that nobody else finds.
