@@ -118,9 +118,10 @@ def test_it_is_let_go_in_the_middle_of_a_beat(tmp_path: Path, quick: None, monke
     slow, failed = threading.Event(), list[object]()
 
     def read(path: Path) -> Holder | None:
+        found = read_holder(path)
         slow.set()
         time.sleep(0.3)
-        return read_holder(path)
+        return found
 
     monkeypatch.setattr(lock, "read_holder", read)
     monkeypatch.setattr(threading, "excepthook", failed.append)
