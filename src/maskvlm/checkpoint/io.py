@@ -1,7 +1,8 @@
 """The one place that reads and writes checkpoints.
 
 Writing: a temporary file in the same folder, fsync, rename, fsync of the folder, and a `.sha256` beside it
-that `sha256sum -c` understands. At every instant the file under the checkpoint's name is whole, old or new.
+that `sha256sum -c` understands. At every instant the file under the checkpoint's name is whole, old or new; where the
+old one is kept as `previous`, it has that name alone for the moment in between.
 Reading: `integrity.py` checks the file before a single byte is unpickled, then plain types only are unpickled, and
 `content.py` holds them against one schema: nothing in a checkpoint is ever imported or called.
 """

@@ -32,8 +32,10 @@ FREE = (
     "model.compile",
     "patience",
 )
-"""What may differ when a run goes on: on what it runs, and when it gives up. Losses stay what they are but for the
-rounding of sums, and for dropout, which each process draws for its own rows."""
+"""What may differ when a run goes on: on what it runs, and when it gives up. With as many processes
+losses stay what they are but for the rounding of sums. With another number each process also has other rows: it draws
+dropout for them, takes of them the first as `masked_image_share` and `exchanged_share` say, keeps a queue of negatives
+of its own (a checkpoint has that of the first), and some negatives of other processes may not arrive (docs/gpus.md)."""
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 RECORD = "config-fit.yaml"
 CHOOSE = "Choose another folder (--folder, or run=)"
