@@ -62,6 +62,10 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m.encode_image(np.array([["a", "b"]], dtype=object)), "image 1: array of object"),
         (lambda m: m.encode_image(np.ones((4, 4, 3), complex)), "image 1: array of complex128"),
         (lambda m: m.reconstruct([IMAGE] * 2, [MASK] * 3, "a"), "2 images, 3 masks and 1 texts"),
+        (lambda m: m.encode_image([IMAGE] * 69 + [b"x"]), "image 70: "),
+        (lambda m: m.fill_mask([IMAGE, IMAGE, b"x"], "[MASK]"), "image 3: "),
+        (lambda m: m.reconstruct([IMAGE] * 65 + [b"x"], MASK, "a"), "image 66: "),
+        (lambda m: m.rank("a" * 300 + ".png", ["a"]), "no such file"),
         (lambda m: setattr(m, "batch_size", 0), "batch_size: it is 0. Give a whole number, 1 or more"),
         (lambda m: m(torch.zeros(1, 3, 7, 7)), r"pixel_values: \[1, 3, 7, 7\] where \[B, 3, \d+, \d+\] is read"),
         (lambda m: m(torch.zeros(3, 16)), r"pixel_values: \[3, 16\] where"),
@@ -84,6 +88,23 @@ def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
         model.reconstruct([], [], []), model.inpaint([], MASK, "a"),
     ):  # fmt: skip
         assert answer == []
+
+
+def test_a_text_may_be_longer_than_a_name_of_a_file(model: PretrainedMaskVLM) -> None:
+    long = "a red star " * 40
+    assert {one.place for one in model.rank(IMAGE, [long, "a"])} == {0, 1}
+    assert model.rank(long, [IMAGE])[0].place == 0
+    assert model.rank("a \0 star", [IMAGE])[0].place == 0
+
+
+def test_masks_are_tensors_of_any_kind(model: PretrainedMaskVLM) -> None:
+    """With a gradient, too; those of a card are read like these."""
+    one = torch.zeros(model.grid)
+    one[0, 0] = 1
+    both = model.reconstruct([IMAGE] * 2, [one.requires_grad_(), one.bool()], "a")
+    assert [list(each.getdata()) for each in both] == [list(model.reconstruct(IMAGE, one, "a").getdata())] * 2
+    with pytest.raises(UserError, match="masks"):
+        model.reconstruct([IMAGE] * 2, [torch.zeros(1, 1), torch.zeros(1, 2)][:1] * 3, "a")
 
 
 def test_open_files_and_bytes_in_any_wrapping_are_images(model: PretrainedMaskVLM) -> None:

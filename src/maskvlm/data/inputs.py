@@ -3,6 +3,7 @@
 Shapes: B images, C texts, T tokens, H and W pixels.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from io import IOBase, TextIOBase
@@ -44,7 +45,8 @@ def read_once(given: Any) -> Any:
 
 def is_image(given: object) -> bool:
     """Whether this is an image rather than a text: of strings those that name a file."""
-    return not isinstance(given, str) or (len(given) < 4096 and "\0" not in given and Path(given).is_file())
+    # Not Path.is_file, which raises where a text is longer than a name may be.
+    return not isinstance(given, str) or os.path.isfile(given)
 
 
 def open_image(given: ImageInput, name: str = "image") -> Image.Image:

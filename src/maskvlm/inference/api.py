@@ -28,6 +28,7 @@ from maskvlm.inference import embeddings, infill, saliency
 from maskvlm.inference.embeddings import Ranked
 from maskvlm.inference.infill import STEPS, Guess
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.loaded_model import numbered
 from maskvlm.objectives.reconstructed_examples import to_rgb
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
@@ -296,17 +297,15 @@ class Asked(nn.Module):
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
         words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
         size = self.batch_size
-        parts = zip(
-            embeddings.in_batches(given, size), mask_BN.split(size), embeddings.in_batches(words, size), strict=True
-        )
+        shown = (self.pixels(*part) for part in numbered(given, size))
+        parts = zip(shown, mask_BN.split(size), embeddings.in_batches(words, size), strict=True)
         found = [one for part in parts for one in self._painted(*part, steps)]
         return found[0] if single else found
 
     def _painted(
-        self, images: Sequence[Any], mask_BN: Tensor, texts: Sequence[str], steps: int | None
+        self, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int | None
     ) -> list[Image.Image]:
         """Images painted at once, or in as many rounds."""
-        image_BCHW = self.pixels(images)
         # Trained with `pixel_norm`, the pixel head predicts patches without their mean and contrast.
         true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
@@ -336,10 +335,12 @@ class Asked(nn.Module):
             raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
         return MarkedTexts(self.backbone.text.tokenizer, self.backbone.text.text_length)
 
-    def pixels(self, images: Sequence[ImageInput]) -> Tensor:
-        """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares images."""
+    def pixels(self, images: Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
+        """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares images. numbers: what
+        errors call images that have no name, 1 to B if left out."""
         transform = eval_transform(self.backbone.input_spec)
-        made = [transform(open_image(each, f"image {number}")) for number, each in enumerate(images, 1)]
+        named = zip(images, numbers or range(1, len(images) + 1), strict=True)
+        made = [transform(open_image(each, f"image {number}")) for each, number in named]
         return torch.stack(made).to(next(self.backbone.parameters()))
 
     def tokens(self, texts: Sequence[str]) -> CaptionTokens:
@@ -353,7 +354,7 @@ class Asked(nn.Module):
         todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
             # The copy matters: torch refuses negative strides (a flipped mask) and warns of read-only arrays.
-            given = torch.from_numpy(np.array(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)))
+            given = torch.from_numpy(np.array(np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)))
         except (ValueError, TypeError) as error:
             raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
         if given.is_floating_point() and bool(given.isnan().any()):
@@ -383,7 +384,10 @@ class Asked(nn.Module):
 
 def _dimensions(mask: Any) -> int:
     """Of one mask 2, of a list of them 3; 0 of a list of masks of different shapes, which numpy has no array for."""
+    shapes = [tuple(each.shape) for each in mask if isinstance(each, Tensor)] if isinstance(mask, list | tuple) else []
+    if shapes:  # numpy reads no tensors of a card
+        return 1 + len(shapes[0]) if len(shapes) == len(mask) and len({*shapes}) == 1 else 0
     try:
-        return np.ndim(mask)
+        return mask.dim() if isinstance(mask, Tensor) else np.ndim(mask)
     except ValueError:
         return 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskvlm.model.heads import Matching, Projection
-from maskvlm.objectives.loaded_model import Model, in_batches
+from maskvlm.objectives.loaded_model import Model, in_batches, numbered
 from maskvlm.utils.errors import UserError
 
 
@@ -32,7 +32,7 @@ class EncodedSide(NamedTuple):
 
 def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
     """Of the image encoder, [L, D] of each image."""
-    parts = (model.backbone.image(model.pixels(part)) for part in in_batches(images, model.batch_size))
+    parts = (model.backbone.image(model.pixels(*part)) for part in numbered(images, model.batch_size))
     return [image_LD for image_BLD in parts for image_LD in image_BLD]
 
 
@@ -60,8 +60,8 @@ def encode_image(model: Model, images: Sequence[Any]) -> EncodedSide:
     projection: Projection = model.head("projection", "encode_image")
     # The empty first part makes torch.cat work where there is nothing to encode.
     features, vectors = [], [no_vectors(projection)]
-    for part in in_batches(images, model.batch_size):
-        image_BLD = model.backbone.image(model.pixels(part))
+    for part in numbered(images, model.batch_size):
+        image_BLD = model.backbone.image(model.pixels(*part))
         features += list(image_BLD)
         vectors.append(projection.embed_image(image_BLD))
     return EncodedSide(features, torch.cat(vectors))

@@ -41,13 +41,15 @@ def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
     """Features of the different ones of these images; of the mean colour for None."""
     # By identity: an image that is given with several texts is encoded once.
     each = {id(image): image for image in images}
+    numbers = {id(image): number for number, image in reversed([*enumerate(images, 1)])}  # where each comes first
     order = {known: number for number, known in enumerate(each)}
     size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
     # Zeros are the mean colour, as pixels are normalised.
     pixels_XCHW = weight.new_zeros(len(each), 3, size, size)
     given = [number for number, image in enumerate(each.values()) if image is not None]
     if given:
-        pixels_XCHW[given] = model.pixels([image for image in each.values() if image is not None])
+        shown = [image for image in each.values() if image is not None]
+        pixels_XCHW[given] = model.pixels(shown, [numbers[id(image)] for image in shown])
     return SeenImages(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
 
 

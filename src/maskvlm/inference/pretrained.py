@@ -47,7 +47,7 @@ from maskvlm.inference.hf_config import (
 from maskvlm.inference.model_card import UNNAMED, KnownSet, limits, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
-from maskvlm.objectives.loaded_model import in_batches
+from maskvlm.objectives.loaded_model import numbered
 from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
 from maskvlm.training.run_record import write_text
@@ -153,12 +153,13 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """What it was trained on and so knows, in a sentence, as far as the checkpoint tells."""
         return limits(self.config.lineage or [])
 
-    def pixels(self, images: Sequence[ImageInput]) -> Tensor:
+    def pixels(self, images: Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
         """As of `Asked`. Images that are unlike the training data are warned of, by their names where they have some,
         where a method is asked about few: the encoder runs once more for that."""
-        image_BCHW = super().pixels(images)
+        image_BCHW = super().pixels(images, numbers)
         if self.known is not None and 0 < len(image_BCHW) <= WATCHED:
-            for number, (image, line) in enumerate(zip(images, self._far(image_BCHW), strict=True), 1):
+            order = numbers or range(1, len(images) + 1)
+            for number, image, line in zip(order, images, self._far(image_BCHW), strict=True):
                 if line is not None:
                     # A file's name may be anybody's.
                     told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
@@ -189,8 +190,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """Of each image a line that says how unlike the training data it is; None where it is not, or where nobody
         knows."""
         given, found = as_list(images)[0], list[str | None]()
-        for part in in_batches(given, self.batch_size):
-            found += self._far(super().pixels(part))
+        for part in numbered(given, self.batch_size):
+            found += self._far(super().pixels(*part))
         return found
 
     @torch.no_grad()

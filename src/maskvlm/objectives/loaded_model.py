@@ -24,8 +24,9 @@ class Model(Protocol):
         """Texts to tokens and back."""
         ...
 
-    def pixels(self, images: Sequence[Any]) -> Tensor:
-        """Normalised [B, 3, H, W] on the model's device, in its precision."""
+    def pixels(self, images: Sequence[Any], numbers: Sequence[int] | None = None) -> Tensor:
+        """Normalised [B, 3, H, W] on the model's device, in its precision. numbers: what errors call images that have
+        no name, 1 to B if left out."""
         ...
 
     def tokens(self, texts: Sequence[str]) -> CaptionTokens:
@@ -40,6 +41,12 @@ class Model(Protocol):
 def device_of(model: Model) -> torch.device:
     """Where its weights are."""
     return next(model.backbone.parameters()).device
+
+
+def numbered(rows: Sequence[Any], size: int) -> Iterator[tuple[Sequence[Any], range]]:
+    """`in_batches`, each with the numbers of its rows among all, from 1 on."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size], range(start + 1, min(len(rows), start + size) + 1)
 
 
 def in_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
