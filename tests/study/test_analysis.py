@@ -90,6 +90,9 @@ def test_at_least_so_much(tmp_path: Path) -> None:
     assert verdict_by(ahead, 3) == "undecided"
     assert verdict_by(ahead, 4) == "does not hold"
     assert verdict_by(interval([3.0, 3.0]), 0) == "undecided"  # how much seeds differ is not known
+    # As two seeds with the same lead are written in binary.
+    assert verdict_by(interval([50.1 - 50.0, 20.1 - 20.0]), 0) == "undecided"
+    assert interval([0.0, 0.0])[:3] == (0.0, 0.0, 0.0)
 
 
 def test_one_lead_against_another(tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_the_page_says_what_all_runs_start_from(tmp_path: Path) -> None:
     assert "starts from" not in write_page(*without, tmp_path / "without", "x").read_text()
 
 
-def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path) -> None:
+def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     study, runs = a_study(tmp_path / "there", {"few": [10, 11], "all": [20, 21.5]})
     page = write_page(study, runs, tmp_path / "page", "x").parent
@@ -178,7 +181,9 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path) -> None:
     ]
     # Made by another command it is another run.
     others = [run._replace(cell=replace(run.cell, options=(("model.lr", "1"),))) for run in here]
+    capsys.readouterr()
     assert earlier_runs(page, others) == {}
+    assert "runs.csv: 4 of 4 rows are of other commands" in capsys.readouterr().err
     assert earlier_runs(tmp_path / "none", here) == {}
 
 

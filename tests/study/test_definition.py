@@ -97,6 +97,10 @@ def test_a_run_that_spends_another_budget_is_another_run(tmp_path: Path) -> None
     [
         ({"better": "all", "than": ["few", "all"]}, "all is compared with itself"),
         ({"better": "all", "than": "other"}, "all and other have no seed in common"),
+        (
+            {"better": "all", "than": "few", "more_than": {"better": "other", "than": "other"}},
+            "all and other have no seed in common",
+        ),
     ],
 )
 def test_a_question_that_cannot_be_decided_is_refused(tmp_path: Path, question: Any, message: str) -> None:
@@ -114,6 +118,13 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     run = "pretrain encoders=${oc.env:ENCODERS_OF_THIS_TEST}"
     study = read_study(written(tmp_path, STUDY | {"run": run}))
     assert study.cells[0].run == ("pretrain", "encoders=/here/encoders")
+    run_here = runs_of(study, tmp_path, counted=False)[0]
+    assert "encoders=/here/encoders" in run_here.command
+    monkeypatch.setenv("ENCODERS_OF_THIS_TEST", "/there/enc")
+    there = runs_of(read_study(written(tmp_path, STUDY | {"run": run})), tmp_path, counted=False)[0]
+    assert there.sha256 == run_here.sha256
+    other = STUDY | {"run": run.replace("pretrain", "pretrain model=small")}
+    assert runs_of(read_study(written(tmp_path, other)), tmp_path, counted=False)[0].sha256 != run_here.sha256
     assert study.run == run
 
 

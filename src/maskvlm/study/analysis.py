@@ -83,7 +83,8 @@ def interval(values: Sequence[float]) -> Interval:
     if len(given) < 2:
         return Interval(mean, float("nan"), float("nan"), len(given))
     error = stats.sem(given)
-    if error == 0:  # scipy's interval of no spread is not a number
+    # Scipy's interval of no spread is not a number; and what only rounding makes differ has no spread.
+    if error <= 1e-9 * np.abs(given).max():
         return Interval(mean, mean, mean, len(given))
     low, high = stats.t.interval(CONFIDENCE, len(given) - 1, loc=mean, scale=error)
     return Interval(mean, float(low), float(high), len(given))

@@ -35,7 +35,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +140,8 @@ class Cell:
         flops_of: the arm whose operations it may spend; "" where the options say how many steps.
         options: key -> value, of the study, then the block, then the arm: the last one wins.
         seeds: of its runs.
-        run: the words of their command.
+        run: the words of their command. written: as the file has them, before the environment is filled in; what a
+            machine calls its folders does not make another run.
     """
 
     arm: str
@@ -149,6 +150,7 @@ class Cell:
     options: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
     run: tuple[str, ...]
+    written: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -243,7 +245,13 @@ def read_study(file: str, where: str | None = None) -> Study:
     }
     runs = {name: _words(arm.get("run", told["run"]), f"{file}: run", where) for name, arm in arms.items()}
     cells = tuple(_cells(told, arms, runs, file))
+    as_written = {
+        name: _words((written["arms"][name] or {}).get("run", written["run"]), f"{file}: run", where) for name in arms
+    }
+    cells = tuple(replace(cell, written=as_written[cell.arm]) for cell in cells)
     first = _first(told, cells, file, where)
+    if first is not None:
+        first = replace(first, written=_words(written["run"], f"{file}: run", where))
     questions = tuple(
         _question(each, cells, metrics, f"{file}: question {number}")
         for number, each in enumerate(told["questions"], 1)
@@ -367,7 +375,8 @@ def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric],
     _known(read["metric"], metrics, where)
     if read["better"] in than:
         raise UserError(where, f"{read['better']} is compared with itself", "Name another cell")
-    for name in than:
+    others = [*than, *(more.values() if more else ())]
+    for name in others:
         if not set(names[read["better"]].seeds) & set(names[name].seeds):
             what = f"{read['better']} and {name} have no seed in common"
             raise UserError(where, what, "Give them the same seeds: differences are paired by seed")

@@ -2,10 +2,12 @@
 
 import csv
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from maskvlm.config.safe_yaml import cut
 from maskvlm.study.runs import StudyRun
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -33,7 +35,7 @@ class Outcome(NamedTuple):
 
 def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
     """The runs of a study that `runs.csv` of a page's folder has, by name. Rows of other runs, or of the same name made
-    by another command, are left out.
+    by another command, are left out, which is told.
 
     Raises:
         UserError: it is no such table (65).
@@ -44,7 +46,7 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
     todo = "Take a runs.csv that a study has written, or another folder for the page"
     if path.stat().st_size > MOST:
         raise UserError(path, f"is larger than {MOST // 10**6} MB", todo, ExitCode.BAD_DATA)
-    wanted = {run.name: run.sha256 for run in runs}
+    wanted, others = {run.name: run.sha256 for run in runs}, list[str]()
     found: dict[str, Outcome] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -60,8 +62,13 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
                 # A table of an earlier version has no hash: its runs cannot be told from others.
                 if wanted.get(row["run"], "none") == row.get(RUN_SHA256):
                     found[row["run"]] = _outcome(row, f"{path}:{table.line_num}", todo)
+                else:
+                    others.append(row["run"])
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(path, f"is no table of runs ({error})", todo, ExitCode.BAD_DATA) from None
+    if others:
+        what = f"{len(others)} of {len(others) + len(found)} rows are of other commands, of another study's file"
+        print(f"note: {path}: {what} or version: they are left out ({cut(', '.join(others))})", file=sys.stderr)
     return found
 
 

@@ -90,11 +90,11 @@ class StudyRun(NamedTuple):
     def sha256(self) -> str:
         """Of what decides its weights, wherever its folder lies. Steps that another arm's operations give stay out:
         counted with other versions they differ by a few."""
-        words = [word for word in self.cell.run if not word.startswith("where=")]
+        words = [word for word in self.cell.written or self.cell.run if not word.startswith("where=")]
         start = self.start.sha256 if self.start is not None else ""
         told: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
         if self.spent is not None:
-            told += [list(self.spent.run), self.spent.fraction, sorted(self.spent.options)]
+            told += [list(self.spent.written or self.spent.run), self.spent.fraction, sorted(self.spent.options)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
