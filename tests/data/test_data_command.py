@@ -56,7 +56,9 @@ def test_a_row_without_a_caption_is_listed_by_its_own_line(tmp_path: Path, capsy
 COLUMNS = ["--columns", "image=ding,caption=spruch"]
 
 
-def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spreadsheet_becomes_a_set(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["csv", str(pairs), "--out", str(tmp_path / "sets" / "mine"), "--workers", "1", *COLUMNS]
     assert main([*command, "--look"], []) == 0
     assert capsys.readouterr().out.startswith("mine: 6 images with 6 captions (train 6)\n")
@@ -77,6 +79,9 @@ def test_a_spreadsheet_becomes_a_set(pairs: Path, tmp_path: Path, capsys: pytest
     assert f"warning: {pairs} was written after this set; to make the set anew, delete" in capsys.readouterr().err
     pairs.unlink()  # what is complete needs its raw files no more
     assert main(command, []) == 0
+    assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out
+    monkeypatch.chdir(pairs.parent)
+    assert main(["csv", pairs.name, *command[2:]], []) == 0  # also where its place was typed otherwise
     assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "sets" / "mine" / "manifest.json").read_text())
     assert manifest["settings"]["columns"] == {"image": "ding", "caption": "spruch"}

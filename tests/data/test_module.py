@@ -44,6 +44,23 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
             PairData(Squares(), SPEC, steps=steps, epochs=epochs)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"crop_scale": (0.0, 1.0)}, "data.crop_scale: "),
+        ({"crop_scale": (-0.2, 1.0)}, "data.crop_scale: "),
+        ({"crop_scale": (0.9, 0.2)}, "data.crop_scale: "),
+        ({"crop_scale": (0.5, 1.2)}, "data.crop_scale: "),
+        ({"randaugment": (2, 31)}, "data.randaugment: "),
+        ({"randaugment": (-1, 7)}, "data.randaugment: "),
+    ],
+)
+def test_augmentation_that_no_image_can_have_is_refused_at_once(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ready(**settings)
+    assert ready(randaugment=None, crop_scale=(1.0, 1.0)).total_steps == 6
+
+
 # ---------------------------------------------------------------------- training
 
 

@@ -384,13 +384,23 @@ def test_a_set_of_the_hub(tmp_path: Path, own_cache: None, monkeypatch: pytest.M
         write(raw / "validation/metadata.csv", "file_name,caption,image_id\na.jpg,one,7\nb.jpg,five,10\n")
     found = rows_of("hf", raw)
     assert [row[1:4] for row in found if isinstance(row, RawRow)] == [
-        (("one", "two", "three") if form != "imagefolder" else ("one",), "hf 7", "val"),
-        (("five",), "hf 10", "val"),
+        (("one", "two", "three") if form != "imagefolder" else ("one",), "hf val 7", "val"),
+        (("five",), "hf val 10", "val"),
     ]
     assert [safe_open(row.image, "x").size for row in found if isinstance(row, RawRow)] == [(16, 16)] * 2
     if form != "imagefolder":
         reasons = [row.reason for row in found if isinstance(row, BadRow)]
         assert reasons == ["no image", "no caption"] + ["address"] * (form == "parquet")
+
+
+def test_ids_may_count_from_0_in_each_part(tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "pictures", "a.jpg", "b.jpg")
+    (tmp_path / "raw").mkdir()
+    for part, name in (("train", "a.jpg"), ("test", "b.jpg")):
+        image = {"bytes": (tmp_path / "pictures" / name).read_bytes(), "path": None}
+        table = pa.Table.from_pylist([{"image": image, "caption": "one", "id": 0}])
+        pq.write_table(table, tmp_path / "raw" / f"{part}-00000-of-00001.parquet")
+    assert [(row[2], row[3]) for row in rows_of("hf", tmp_path / "raw")] == [("hf 0", "train"), ("hf test 0", "test")]
 
 
 def test_other_images_of_one_id_are_not_merged(

@@ -124,6 +124,9 @@ def test_rows_of_an_image_are_one(tmp_path: Path) -> None:
         "file_name,text,image_id,split\na.jpg,one,7,train\nb.jpg,two,8,val\na.jpg,three,7,train\na.jpg,four,7,test\n"
     )
     rows = read(tmp_path / "x.csv", table)
+    # One photo, however its place is spelled.
+    spelled = table.replace("a.jpg,four", ".//a.jpg,four").replace("a.jpg,three", "images/a.jpg,three")
+    assert read(tmp_path / "x.csv", spelled) == rows
     assert rows == [
         BadRow("image in two splits", "x.csv:5", "its image is in split 'train' at x.csv:2", "test"),
         RawRow(str(tmp_path / "images/a.jpg"), ("one", "three"), "csv 7", "train", "x.csv:2"),

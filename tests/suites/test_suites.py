@@ -652,6 +652,7 @@ def test_cxc_samples_one_pair_of_half_of_the_queries(tmp_path: Path) -> None:
     assert all(value == pytest.approx(100, abs=1e-3) for name, value in found.items() if "STS" not in name)
     # Queries a and b, each with two pairs: half of them is at least two.
     said, rated, queries = [1.0, 2.0, 3.0, 4.0], [1.0, 1.5, 0.5, 4.0], ["a", "a", "b", "b"]
+    assert cxc.sampled_spearman([1.0] * 4, [1.0, 2.0, 3.0, 4.0], ["one"] * 4, seed=0, samples=3) == [0.0] * 3
     samples = cxc.sampled_spearman(said, rated, queries, seed=0, samples=400)
     # Of the four choices of a pair of a and one of b, the two with the second of b are in people's order.
     assert {round(each) for each in samples} == {-1, 1}
@@ -824,10 +825,31 @@ def test_a_run_counts_and_lists_what_it_leaves_out(model: PretrainedMaskVLM, tmp
 
 def test_a_subset_keeps_all_items_of_an_image(tmp_path: Path) -> None:
     items = read("cxc", tmp_path).items
-    kept = subset(items, 2, seed=0)
-    assert len({item.images for item in kept}) == 2
-    assert [item for item in items if item.images in {one.images for one in kept}] == kept
+    for limit in (1, 2, 3):
+        kept = subset(items, limit, seed=0)
+        images = {image for item in kept for image in item.images}
+        assert 0 < len(images) <= limit
+        # All items that ask for no other image, those about no image among them.
+        assert [item for item in items if images.issuperset(item.images)] == kept
+        assert any(not item.images for item in kept) == any(not item.images for item in items)
     assert subset(items, 99, seed=0) == items
+
+
+def test_a_subset_of_single_images_has_as_many_as_are_asked_for() -> None:
+    items = [SuiteItem((f"{n // 2}",), ("a",), 0, "", "", ()) for n in range(20)]
+    assert [len(subset(items, limit, seed=1)) for limit in (1, 4, 10)] == [2, 8, 20]
+
+
+def test_of_own_data_nobody_knows_what_was_trained_on_without_its_name(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "1000268201_693b08cb0e.jpg")
+    (tmp_path / "p.csv").write_text("image,caption,split\n1000268201_693b08cb0e.jpg,a red dog on a hill,val\n")
+    path = tmp_path / "p.csv"
+    assert not AroOrder("csv").read(path, None).ids_known
+    found = AroOrder("csv", name="mine").read(path, None)
+    assert found.ids_known
+    assert found.items[0].image_ids == ("mine 1000268201_693b08cb0e.jpg",)
+    (tmp_path / "flickr8k").mkdir()
+    assert read("aro_order", tmp_path / "flickr8k").ids_known
 
 
 def test_images_that_were_trained_on_are_counted(model: PretrainedMaskVLM) -> None:
@@ -837,6 +859,10 @@ def test_images_that_were_trained_on_are_counted(model: PretrainedMaskVLM) -> No
     history = (model.origin.history[0]._replace(ids=torch.tensor(sorted([stable_id("coco 1"), stable_id("coco 3")]))),)
     told = type("Told", (), {"origin": model.origin._replace(history=history)})()
     assert trained_on(told, items) == 2
+    # As training hashes them: a photo of Flickr by its own number, whatever the set calls it.
+    photo = SuiteItem(("x",), ("a",), 0, "", "", ("mine 1000268201_693b08cb0e.jpg",))
+    flickr = (history[0]._replace(ids=torch.tensor([stable_id("flickr 1000268201")])),)
+    assert trained_on(type("Told", (), {"origin": model.origin._replace(history=flickr)})(), [photo]) == 1
     unknown = (*history, history[0]._replace(ids=None))
     told = type("Told", (), {"origin": model.origin._replace(history=unknown)})()
     assert trained_on(told, items) is None

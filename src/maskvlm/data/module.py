@@ -23,7 +23,7 @@ from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, hashed_image_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
-from maskvlm.data.transforms import Normalise, eval_transform, train_transform
+from maskvlm.data.transforms import Normalise, check_augmentation, eval_transform, train_transform
 from maskvlm.data.unknown_words import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.utils.cores import cores
@@ -95,6 +95,7 @@ class PairData(L.LightningDataModule):
         )
         check_least(0, {"data.workers": workers, "data.max_bad_fraction": max_bad_fraction})
         check_least(0, {"data.max_unknown": max_unknown})
+        check_augmentation(crop_scale, randaugment)
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction

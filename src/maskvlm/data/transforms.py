@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from maskvlm.data.batch import InputSpec
+from maskvlm.utils.errors import UserError
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 SQUAREST = 3 / 4  # crops are from 3:4 to 4:3
@@ -79,6 +80,16 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         # (1, 4, H, W) -> (H, W, 4); reading as RGBX drops the fourth band
         pixels_HWC = image_BCHW[0].permute(1, 2, 0).contiguous().numpy()
         return Image.frombytes("RGB", (self.size[1], self.size[0]), pixels_HWC.tobytes(), "raw", "RGBX")
+
+
+def check_augmentation(crop_scale: tuple[float, float], randaugment: tuple[int, int] | None) -> None:
+    """Raises UserError for settings of `TrainTransform` that no image can be augmented by."""
+    low, high = crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError("data.crop_scale", f"[{low}, {high}] are no shares of an image", "Give 0 < low <= high <= 1")
+    if randaugment is not None and (randaugment[0] < 0 or not 0 <= randaugment[1] <= 30):
+        what = f"[{randaugment[0]}, {randaugment[1]}] are no operations and magnitude"
+        raise UserError("data.randaugment", what, "Give 0 or more operations and a magnitude of 0 to 30, or null")
 
 
 class TrainTransform:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.data.caption_text import clean_caption
-from maskvlm.data.raw import SETS, BadRow, open_raw
+from maskvlm.data.raw import FACTS, SETS, BadRow, open_raw
 from maskvlm.suites.metrics import first_is_best, percent_right
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
@@ -67,6 +67,8 @@ class AroOrder(Suite):
     Args:
         set: how the captions are kept, as `maskvlm data` knows it.
         split: whose captions.
+        name: of people's own data the name of the prepared set, which begins the ids of its images; without it nobody
+            can tell which of them a model has seen.
         seed: of the shuffles.
     """
 
@@ -86,15 +88,18 @@ class AroOrder(Suite):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--set", default="flickr8k", help=f"how the captions are kept (flickr8k): {' '.join(SETS)}")
         parser.add_argument("--split", default="val", help="whose captions (val)")
+        told = "of your own data the name that it was prepared under, to tell which images a model has seen"
+        parser.add_argument("--name", help=told)
 
-    def __init__(self, set: str = "flickr8k", split: str = "val", seed: int = 0) -> None:
-        self.set, self.split, self.seed = set, split, seed
+    def __init__(self, set: str = "flickr8k", split: str = "val", seed: int = 0, name: str | None = None) -> None:
+        self.set, self.split, self.seed, self.name = set, split, seed, name
 
     def read(self, path: Path, images: Path | None) -> ItemRows:
         if images is not None:
             raise UserError("--images", "the set itself tells where its images are", "Leave it out")
         rows, splits = ItemRows(path, None), set[str]()
-        for row in open_raw(self.set, str(path)).rows():
+        rows.ids_known = self.name is not None or self.set in FACTS
+        for row in open_raw(self.set, str(path), None, self.name or self.set).rows():
             # Of a bad row the split may not be known.
             if isinstance(row, BadRow):
                 rows.skip(row.reason, f"{row.origin}: {row.message}")

@@ -12,10 +12,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from maskvlm.data.caption_text import stable_id
 from maskvlm.data.files import digest_of
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
+from maskvlm.data.subset import hash_of_photo
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.training.run_record import json_ready, write_json, write_text
@@ -97,16 +97,23 @@ def run_suite(
         if left := len(items) - len(asked):
             found.notes.append(f"by {way}: {left} of {len(items)} items cannot be asked, and are left out")
         metrics[way] = suite.metrics([items[row] for row in asked], [scores[way][row] for row in asked], way)
-    return SuiteReport(metrics, scores, items, total, found.skipped, found.files, found.notes, trained_on(model, items))
+    seen = trained_on(model, items) if found.ids_known else None
+    return SuiteReport(metrics, scores, items, total, found.skipped, found.files, found.notes, seen)
 
 
 def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteItem]:
-    """The items of so many images, in their order."""
-    groups = list(dict.fromkeys(item.images for item in items))
-    if limit is None or limit >= len(groups):
+    """The items of at most so many images, in their order; those without an image are all kept."""
+    groups = list(dict.fromkeys(item.images for item in items if item.images))
+    if limit is None or limit >= len({image for group in groups for image in group}):
         return items
-    kept = set(random.Random(seed).sample(groups, limit))
-    return [item for item in items if item.images in kept]
+    kept: set[str | bytes] = set()
+    if all(len(group) == 1 for group in groups):
+        kept.update(image for (image,) in random.Random(seed).sample(groups, limit))
+    else:  # of items with several images whole ones, as long as there is room
+        for group in random.Random(seed).sample(groups, len(groups)):
+            if len(kept.union(group)) <= limit:
+                kept.update(group)
+    return [item for item in items if kept.issuperset(item.images)]
 
 
 def with_images(items: list[SuiteItem], found: ItemRows) -> list[SuiteItem]:
@@ -131,7 +138,7 @@ def with_images(items: list[SuiteItem], found: ItemRows) -> list[SuiteItem]:
 def trained_on(model: "PretrainedMaskVLM", items: Sequence[SuiteItem]) -> int | None:
     """How many images of the items are in the data that the weights have seen, by their ids."""
     history = model.origin.history
-    wanted = {stable_id(image_id) for item in items for image_id in item.image_ids}
+    wanted = {hash_of_photo(image_id) for item in items for image_id in item.image_ids}
     if not history or not wanted or any(seen.ids is None for seen in history):
         return None
     seen = torch.cat([seen.ids for seen in history if seen.ids is not None])

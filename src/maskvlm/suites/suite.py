@@ -122,7 +122,11 @@ class ItemRows:
         skipped: reason -> the others, a message each.
         files: that were read, for the record.
         notes: one line each about the files as a whole.
+        ids_known: False where the items' image ids cannot be those that training kept, as the name of the prepared set
+            begins them and is not known.
     """
+
+    ids_known = True
 
     def __init__(self, path: Path, images: Path | None) -> None:
         if not path.exists():

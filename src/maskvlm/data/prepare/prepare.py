@@ -142,6 +142,9 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
     """Refuse to touch what was made otherwise."""
     # through json, as what was stored: tuples are lists there
     asked = json.loads(json.dumps(plan.card()))
+    # Where the raw files are gone by now, what was typed is no place any more, but it was the same one.
+    if there.get("raw") == str(Path(asked["raw"]).expanduser().resolve()):
+        asked["raw"] = there["raw"]
     if other := [name for name in asked if there.get(name) != asked[name]]:
         told = ", ".join(f"{name} {there.get(name)!r} instead of {asked[name]!r}" for name in other)
         todo = "Delete this folder to make it anew, or give this one another name (NAME=)"

@@ -137,7 +137,10 @@ class Folder:
         for spelled in spellings(inside):
             for folder in ("", "images"):
                 if os.path.isfile(path := os.path.join(self.root, folder, spelled)):
-                    return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
+                    # one spelling of a path, by which images are told apart: `a.jpg` and `./a.jpg` are one
+                    return (
+                        (os.path.normpath(path), None) if self._inside.holds(path) else ("", leads_out(name, self.root))
+                    )
         return "", self._absence(name, inside)
 
     def _absence(self, name: str, inside: str) -> tuple[str, str]:

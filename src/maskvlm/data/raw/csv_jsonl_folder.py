@@ -28,7 +28,8 @@ class FileRow(NamedTuple):
 
 
 class TableSet(RawSet):
-    """Rows of one or several csv, tsv, jsonl or json files; rows of the same image are one image's captions.
+    """Rows of one or several csv, tsv, jsonl or json files; rows of the same image in one file are one image's
+    captions, in another file of the split they are duplicates.
 
     Images are named relative to their file, or to `images/` beside it. Where no column says the split, the file's
     name does (`val.csv`), else it is `train`.

@@ -81,6 +81,9 @@ class HubSet(RawSet):
         own = values.get("id")
         # an empty text is no id
         identity = own if isinstance(own, int | str) and own != "" else f"{part} {number}"
+        # in each part of the set they may count from 0, as in the files of a table
+        if identity is own and default not in ("", "train"):
+            identity = f"{default} {own}"
         return RawRow(content, tuple(captions or ()), one_line_id(f"{self.name} {identity}"), split or default, origin)
 
 
