@@ -155,6 +155,19 @@ def test_the_chooser_has_the_best_first_and_another_run_answers(opened: Any) -> 
     assert shown(tab).keys() == {"#words", "#board", "#left"}  # nothing else that the other one said
 
 
+def test_another_run_leaves_what_somebody_wrote(opened: Any) -> None:
+    """And takes an example's text for that of its own, where nobody has written."""
+    tab = opened()
+    tab.fill("#text textarea", "a green ring somewhere")
+    tab.press("#text textarea", "Tab")
+    tab.wait_for_function("[...document.querySelectorAll('#chips label')].some(x => x.innerText.includes('somewhere'))")
+    tab.click("#run input")
+    tab.get_by_role("option").nth(1).click()
+    tab.wait_for_function("document.querySelector('#about').innerText.startsWith('second/best.ckpt')")
+    tab.wait_for_function("!document.querySelector('#tabs.old')")
+    assert tab.locator("#text textarea").input_value() == "a green ring somewhere"
+
+
 # ---------------------------------------------------------------------- old answers
 
 

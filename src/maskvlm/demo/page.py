@@ -348,9 +348,10 @@ def of_pretraining(desk: Desk) -> None:
         # The box was left without a change.
         if text == known:
             return {}
-        return {**worded.offered(text, []), **all_anew(number, path, text, [], mask, other)}
+        # No example any more: another run does not put its own in the place of what somebody wrote.
+        return {**worded.offered(text, []), **all_anew(number, path, text, [], mask, other), desk.sample: None}
 
-    followed = [worded.chips, worded.known, desk.strange, *desk.results]
+    followed = [worded.chips, worded.known, desk.strange, desk.sample, *desk.results]
     for trigger in (desk.text.blur, desk.text.submit):
         desk.on(trigger, retold, [*inputs, worded.known], followed, dict.fromkeys(desk.results, ""))
 

@@ -97,7 +97,7 @@ class Patches:
                 lot = gr.Button("Cover six in ten at random", size="sm", elem_id="lot")
                 clear = gr.Button("Uncover all", size="sm", elem_id="uncover")
         self.results: list[Any] = [self.board, self.left, self.right]
-        inputs, outputs = [*desk.given, self.mask, self.other], [self.mask, *self.results]
+        inputs, outputs = [*desk.given, self.mask, self.other], [self.mask, desk.sample, *self.results]
         nothing = dict.fromkeys(self.results, "")
 
         def turned(number: int, path: str, text: str, mask: answers.Mask, other: str, place: Any) -> dict[Any, Any]:
@@ -132,7 +132,8 @@ class Patches:
 
     def with_mask(self, number: int, path: str, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """All of the tab for another mask."""
-        return {self.mask: mask, **self.answer(number, path, text, mask, other)}
+        # No example any more, as of a text of one's own.
+        return {self.mask: mask, self.desk.sample: None, **self.answer(number, path, text, mask, other)}
 
     def answer(self, number: int, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """Raises UserError."""
