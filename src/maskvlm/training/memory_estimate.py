@@ -123,10 +123,10 @@ class StepSimulation:
     def __init__(self, backbone: MaskVLM, task: Task, precision: str, captions: int = 1) -> None:
         self.model = Simulated(backbone, task)
         self.kind, self.captions = AUTOCAST[precision], captions
-        # ITC alone at first (model.task.contrast_first), or an image encoder that learns at first alone.
+        # Where ITC is alone at first (model.task.contrast_first), or the image encoder learns at first alone.
         first = task.late(backbone).share
+        # Progress of a run within a phase -> the phase's share of its steps.
         self.phases = {0.0: first, 1.0: 1 - first} if first else {1.0: 1.0}
-        """Progress of a run in a phase -> the phase's share of its steps."""
 
     @property
     def gradient_bytes(self) -> int:
