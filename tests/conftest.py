@@ -1,5 +1,6 @@
 """What every test shares: an offline, single-threaded process, and the skips that name their reason."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def card_to_itself(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test on a card finds none of what another one left there: memory is measured."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    import torch
+
+    for before in (True, False):
+        gc.collect()
+        torch.cuda.empty_cache()
+        if before:
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,18 @@ def test_a_run_on_processors_asks_for_no_cards(
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=" in script
 
 
+def test_a_run_that_chooses_its_data_workers_has_cores_for_them(
+    stack: Callable[..., list[str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`where=auto` leaves their number to the run: on a card ten, and two cores for the training itself."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    for accelerator, cores in (("gpu", 12), ("cpu", 2)):
+        words = [*stack(WHERE="auto"), "--trainer.devices", "8", "--trainer.accelerator", accelerator]
+        assert main(["submit", "--run", str(tmp_path / accelerator), *words]) == 0
+        assert f"#SBATCH --cpus-per-task={cores}\n" in (tmp_path / accelerator / "job.sh").read_text()
+
+
 def test_a_second_submission_says_that_the_run_goes_on_and_the_data_are_looked_at(
     cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from toy_pairs import SPEC, Rows, Squares, row
 from transformers import PreTrainedTokenizerFast
 
@@ -225,6 +226,15 @@ def test_readers_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data._readers() == 5
     monkeypatch.setattr(module, "cores", lambda: 200)
     assert data._readers() == 12
+    # A task of SLURM has cores of its own: they are not shared out once more, and two are the training's.
+    slurm = SimpleNamespace(root_device=torch.device("cuda", 0), cluster_environment=SLURMEnvironment())
+    monkeypatch.setattr(Card, "strategy", slurm)
+    monkeypatch.setattr(module, "cores", lambda: 12)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert data._readers() == 10
+    for own, readers in (("8", 6), ("1", 1), ("64", 12)):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", own)
+        assert data._readers() == readers
     data.workers = 0
     assert data._readers() == 0
 

@@ -1,5 +1,6 @@
 """A step that is simulated without values: what it takes, against exact counts and against a step that is made."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -155,6 +156,14 @@ def test_a_card_takes_what_was_simulated() -> None:
     """Two steps of AdamW at a width where activations, not blocks of 512 bytes, are what is measured."""
     backbone, task = parts()
     needed = StepSimulation(backbone, task, "bf16-mixed").memory(256)
+    # The first product of a thread, also of the backward pass, takes a workspace for cuBLAS and keeps it: 32 MiB on an
+    # H100, where this step takes 50.
+    x_XX = torch.ones(64, 64, device="cuda", requires_grad=True)
+    for kind in (torch.float32, torch.bfloat16):
+        (x_XX.to(kind) @ x_XX.to(kind)).sum().backward()
+    del x_XX
+    gc.collect()
+    workspaces = torch.cuda.memory_allocated()
     simulation = StepSimulation(backbone, task, "bf16-mixed")
     model = simulation.model.cuda().train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -168,7 +177,7 @@ def test_a_card_takes_what_was_simulated() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert needed == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+    assert needed == pytest.approx(torch.cuda.max_memory_allocated() - workspaces, rel=0.2)
 
 
 def test_the_phases_of_a_run_are_counted_each() -> None:

@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from maskvlm.checkpoint.io import load, save
 from maskvlm.cli.main import main, stopped_early
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
+from maskvlm.training import checkpointing
 from maskvlm.training.csv_log import Writer, rows_in
+from maskvlm.training.failure import process_rank
 from maskvlm.training.lit import LitModel
 from maskvlm.training.resume import differences, newest_of
 from maskvlm.utils.errors import ExitCode, UserError
@@ -328,6 +330,40 @@ def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
     content = load(tmp_path / "run" / "last.ckpt")
     assert content["global_step"] == 3
     assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+def test_weights_that_all_processes_hold_are_not_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a run has ended they lie on the processor, where NCCL exchanges nothing. Parts of sharded ones are."""
+    module, asked = torch.nn.Linear(2, 2), list[int]()
+    trainer: Any = SimpleNamespace(lightning_module=module, global_step=3)
+    monkeypatch.setattr(checkpointing, "shared_count", lambda found_N: asked.append(len(found_N)) or found_N)
+    checkpointing.check_finite(trainer, Path("run"))
+    assert asked == []
+    monkeypatch.setattr(checkpointing, "is_sharded", lambda value: value.ndim == 2)
+    checkpointing.check_finite(trainer, Path("run"))
+    assert asked == [2]
+    module.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="1 of 2 tensors are not finite at step 3"):
+        checkpointing.check_finite(trainer, Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        ({}, 0),
+        ({"RANK": "5", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}, 5),  # torchrun within a job
+        ({"LOCAL_RANK": "3", "SLURM_PROCID": "0"}, 3),  # Lightning's own, in an interactive shell of SLURM
+        ({"SLURM_PROCID": "4"}, 4),
+    ],
+)
+def test_the_number_of_a_process_before_it_meets_others(
+    given: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert process_rank() == number
 
 
 def test_other_data_or_batches_are_refused() -> None:

@@ -6,6 +6,7 @@ Every class path in a file is a plug-in: its base class is the whole registry.
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -477,11 +478,14 @@ def fill_in(value: Any, run: str) -> Any:
 
 
 def check_cards(trainer: Namespace) -> None:
-    """A card that is asked for must be there.
+    """A card that is asked for must be there; one that cannot be used is told of.
 
     Raises:
         UserError: it is not (69).
     """
+    asleep = torch.version.cuda is not None and not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
+    if asleep and trainer.accelerator == "auto":
+        warn("CUDA does not start, though NVIDIA's tools are here: the processor is used; `maskvlm doctor` looks why")
     if trainer.accelerator not in ("gpu", "cuda"):
         return
     found, asked = torch.cuda.device_count(), trainer.devices

@@ -165,8 +165,8 @@ def stopped_early(stopped: Stopped) -> int:
         # SLURM sends USR1 before the time limit (`--signal` in the batch script).
         if stopped.signum == signal.SIGUSR1 and (told := requeue()):
             print(told, file=sys.stderr, flush=True)
-    # Neither torchrun nor SLURM started it, so Lightning did.
-    elif not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ):
+    # Neither torchrun nor SLURM started it, so Lightning did; which it may within a step of SLURM, too.
+    elif "TORCHELASTIC_RUN_ID" not in os.environ and ("LOCAL_RANK" in os.environ or "SLURM_PROCID" not in os.environ):
         leave_after_parent()
     return 130 if stopped.signum == signal.SIGINT else int(ExitCode.REQUEUE)
 

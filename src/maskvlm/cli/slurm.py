@@ -34,6 +34,7 @@ cd {here}
 srun --wait=900 {command}
 """
 
+READERS = 10  # data workers of a task whose configuration leaves their number to the run
 PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
 
 
@@ -116,7 +117,9 @@ def batch_script(
         arguments: of `python -m maskvlm`.
         array: of sbatch: the numbers of its tasks, each of which is handed to the command last.
     """
-    devices, workers = settings.trainer.devices, settings.data.init_args.get("workers") or 0
+    devices, workers = settings.trainer.devices, settings.data.init_args.get("workers")
+    if workers is None:  # as the run will choose: none on a processor
+        workers = 0 if settings.trainer.accelerator == "cpu" else READERS
     if not str(devices).isdigit():
         what = f"a batch job needs a number of devices a node, not {devices}"
         raise UserError("trainer.devices", what, "Choose where=slurm4x8 or give --trainer.devices 8")

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -309,6 +311,10 @@ class PairData(L.LightningDataModule):
     def _readers(self) -> int:
         if self.workers is not None or not self._on_gpu():
             return self.workers or 0
+        strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
+        # A task of SLURM has cores of its own, of which two are for the training itself (`cli/slurm.py`).
+        if isinstance(getattr(strategy, "cluster_environment", None), SLURMEnvironment):
+            return max(1, min(12, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores()) - 2))
         return min(12, cores() // max(1, self.trainer.num_devices))  # type: ignore[union-attr]
 
     # ------------------------------------------------------------------ batches on the device

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -91,8 +92,8 @@ class Report(Callback):
             backbone: Any = pl_module.backbone
 
             def fill(path: Path) -> None:
-                # In the precision of an evaluation, which Lightning sets for steps alone.
-                with trainer.precision_plugin.val_step_context():
+                # In the precision of an evaluation, which Lightning sets for steps alone; not compiled, as none is.
+                with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.val_step_context():
                     reconstructions(backbone, task, batch, backbone.text.tokenizer, path, self.count)
 
             name = "reconstructions.png" if self.trained else "reconstructions-validate.png"

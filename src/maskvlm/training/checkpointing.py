@@ -56,7 +56,8 @@ class KeepState(Checkpoint):
         steps: of the optimiser, between two checkpoints; None for no such rule.
         minutes: the same by the clock of the first process.
         background: the training goes on while a checkpoint is written, from a snapshot in host memory, of which there
-            are two at most, each as large as the checkpoint. False where that memory is not there.
+            are two at most, each as large as the checkpoint; of a GPU's state up to twice as large, as torch rounds
+            pinned memory up to powers of two. False where that memory is not there.
     """
 
     def __init__(
@@ -254,13 +255,15 @@ def check_finite(trainer: L.Trainer, folder: Path) -> None:
     """
     named = list(trainer.lightning_module.named_parameters())
     own = [own_part(value.detach()) for _, value in named]
+    # Where weights are sharded each process sees its own part: 1 where all of all processes is finite. Whole weights
+    # are the same in all, and after a run Lightning has moved them to the processor, where NCCL exchanges nothing.
+    of_all = shared_count if any(is_sharded(value) for _, value in named) else lambda found_N: found_N
     # A sum is finite only where every value is; it costs a seventh of looking at each (`isfinite`) on a CPU.
     sums_N = torch.stack([value.sum(dtype=torch.float32) for value in own])
-    # Where weights are sharded each process sees its own part: 1 where all of all processes is finite.
-    if bool((shared_count(sums_N.isfinite().float()) == 1).all()):  # one look at the device, however many tensors
+    if bool((of_all(sums_N.isfinite().float()) == 1).all()):  # one look at the device, however many tensors
         return
     # The sum of finite values may be too large for a number.
-    finite_N = shared_count(torch.stack([value.isfinite().all() for value in own]).float()) == 1
+    finite_N = of_all(torch.stack([value.isfinite().all() for value in own]).float()) == 1
     if lost := [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]:
         what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"
         todo = f"Lower model.lr or warm up longer; {LAST} is of an earlier step, and whole"

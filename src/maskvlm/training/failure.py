@@ -174,8 +174,10 @@ def _of_others(error: BaseException) -> str:
 
 
 def process_rank() -> int:
-    """This process's number before any process group exists: torchrun's, SLURM's, or the launcher's."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    """This process's number before any process group exists: torchrun's, the launcher's, or SLURM's. In this order,
+    Lightning's own: processes that it starts within a step of SLURM, as of an interactive shell, all inherit that
+    step's number."""
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 

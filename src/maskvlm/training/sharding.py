@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -25,6 +26,7 @@ from maskvlm.training.optim import BLOCK
 from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError
 
+TORCH = "2.13"  # the first that is known to
 PARTS = ("keys_values", "attend_self", "attend_past", "attend_other")
 """What a cross block is asked for beside a whole pass."""
 PASSES = ("training_step", "validation_step", "test_step", "on_validation_epoch_end", "on_test_epoch_end")
@@ -60,6 +62,10 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
     if mesh.size() != world_size():
         what = f"shares weights among {mesh.size()} of {world_size()} processes"
         raise UserError("trainer.strategy", what, "Take maskvlm.training.sharding.ShardedStrategy (where=sharded8)")
+    if mesh.device_type == "cuda" and Version(torch.__version__) < Version(TORCH):
+        # There FSDP2 fails on a hook without arguments, on a card alone: the evaluation's end.
+        what = f"torch {torch.__version__} cannot measure with sharded weights on a card"
+        raise UserError("trainer.strategy", what, f"Install torch {TORCH} or newer, or take a `where` without shards")
     if model.backbone.image.feature_cache is not None:
         what = "features cannot be cached while weights are sharded"
         raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
