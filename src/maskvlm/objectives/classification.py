@@ -21,7 +21,7 @@ from maskvlm.objectives.loaded_model import Model, in_batches
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.task import Task
 from maskvlm.utils.distributed import Draw, shared_count
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import UserError, check_least, check_shares
 
 EVAL_SEED = 20230502
 SHOWN = 5  # labels of a decision
@@ -91,8 +91,7 @@ class Classification(Task):
             what = "it has no labels for the task to decide among"
             raise UserError("data.source", what, "Choose the task's own data")
         check_least(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
-        if not 0 <= dropout <= 1:
-            raise UserError("model.task.dropout", f"{dropout} is no share", "Give a number from 0 to 1")
+        check_shares({"model.task.dropout": dropout})
         self.labels, self.images_per_example, self.hidden, self.dropout = (
             tuple(labels),
             images_per_example,

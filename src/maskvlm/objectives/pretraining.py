@@ -60,7 +60,7 @@ from maskvlm.objectives.pretraining_losses import (
 )
 from maskvlm.objectives.task import Task, TrainingPhases
 from maskvlm.utils.distributed import shared_count, world_size
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import UserError, check_least, check_shares
 
 
 class MaskedPretraining(Task):
@@ -176,10 +176,9 @@ class MaskedPretraining(Task):
         exchanged_share: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_shares(
-            image_mask_ratio=image_mask_ratio, text_mask_ratio=text_mask_ratio, fully_masked_share=fully_masked_share,
-            exchanged_share=exchanged_share,
-        )  # fmt: skip
+        shares = (image_mask_ratio, text_mask_ratio, fully_masked_share, exchanged_share)
+        names = ("image_mask_ratio", "text_mask_ratio", "fully_masked_share", "exchanged_share")
+        check_shares({f"model.task.{name}": share for name, share in zip(names, shares, strict=True)})
         check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
         # The losses and what they need to know.
@@ -190,6 +189,11 @@ class MaskedPretraining(Task):
         self.losses = self._order(paper, [WordsPresent(weight_words), PatchSpread(weight_spread), *losses])
         # How inputs are masked: a given class makes the settings of the built-in one idle.
         self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
+        # Here, as the maskings know nothing of the names of these options.
+        if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
+            what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
+            todo = "Give such a share, or null, or a lower text_mask_ratio"
+            raise UserError("model.task.text_mask_most", what, todo)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
         self.mask_both, self.masks_per_text = mask_both, masks_per_text
         # Settings that depend on each other; an error names the one to change.
@@ -207,10 +211,6 @@ class MaskedPretraining(Task):
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
             what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
-        if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
-            what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
-            todo = "Give such a share, or null, or a lower text_mask_ratio"
-            raise UserError("model.task.text_mask_most", what, todo)
         self.masked_image_share, self.contrast_first = masked_image_share, contrast_first
         if freeze_aligned and not contrast_first:
             what, todo = (
@@ -700,9 +700,3 @@ def scalar(loss: PretrainingLoss, value: Tensor) -> Tensor:
     what = f"gave a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"gave {value!r:.60}"
     todo = "Return a scalar tensor, the mean over the batch"
     raise UserError(f"model.task.losses: {type(loss).__name__}", what, todo)
-
-
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"model.task.{name}", f"{value} is no share", "give a number from 0 to 1")
