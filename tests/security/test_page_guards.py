@@ -1,5 +1,6 @@
 """The page's guards, each with the real Gradio on a real port, and each without itself (`guards.py`)."""
 
+import asyncio
 import json
 import socket
 import struct
@@ -556,6 +557,18 @@ def test_pages_that_stay_in_touch_leave_room_for_questions(
         talk.close()
     assert told == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"] * 2
     until(lambda: page.guard.open == 0)
+
+
+def test_what_comes_while_the_folder_is_counted_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = upload_store.Shelf(tmp_path, set())
+
+    def slow(folder: Path) -> tuple[int, int]:
+        shelf.put_in_all = (3, 300)  # as three uploads leave it that end meanwhile
+        return 5, 500
+
+    monkeypatch.setattr(upload_store, "held", slow)
+    asyncio.run(shelf.check_room())
+    assert shelf.held == (8, 800)
 
 
 @pytest.mark.guard("maskvlm.demo.upload_store:Shelf.check_room", gives="__import__('asyncio').sleep(0)")
