@@ -60,11 +60,11 @@ def card_to_itself(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     import torch
 
-    for before in (True, False):
-        gc.collect()
-        torch.cuda.empty_cache()
-        if before:
-            yield
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

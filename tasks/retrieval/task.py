@@ -6,7 +6,7 @@ E contrast width, M matching pairs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ class Retrieval(Task):
         """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen: DDP would wait for
         its gradient for ever."""
         # Also without ITC: contrast picks the candidates that matching looks at.
-        self._project(torch.empty(self.contrast_dim or 256, backbone.width), backbone.width)
+        self._project((self.contrast_dim or 256, backbone.width), backbone.width)
         if self.weights["itm"]:
             self.matching = Matching(backbone.width)
             init_normal(self.matching)
@@ -116,8 +116,8 @@ class Retrieval(Task):
         for part in (backbone.cross_image, backbone.cross_text):
             part.requires_grad_(bool(self.weights["itm"]))
 
-    def _project(self, like_ED: Tensor, width: int) -> None:
-        self.projection = Projection.shaped_as(like_ED, width, self.temperature)
+    def _project(self, shape: Sequence[int], width: int) -> None:
+        self.projection = Projection.shaped_as(shape, width, self.temperature)
         self.projection.requires_grad_(bool(self.weights["itc"]))
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
@@ -128,7 +128,7 @@ class Retrieval(Task):
             if self.contrast_dim is not None and len(theirs) != own.out_features:
                 what = f"{self.contrast_dim}, but the checkpoint's projections are {len(theirs)} wide"
                 raise UserError("model.task.contrast_dim", what, f"Leave it out, or give {len(theirs)}")
-            self._project(theirs, own.in_features)
+            self._project(theirs.shape, own.in_features)
         return super().warm_start(heads)
 
     # ------------------------------------------------------------------ training

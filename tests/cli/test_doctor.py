@@ -131,7 +131,7 @@ def test_of_a_run_of_two_phases_each_counts_by_its_share(
     monkeypatch.setattr(doctor, "LAUNCH", 1e-9)
     _, found = run(capsys, "where=cpu", "--peak", "100")
     assert f" {40e12 / 3.8e11:.0f} pairs/s" in found["speed"][1]
-    assert "380.0 (25 % of the steps 200.0, 75 % 440.0) GFLOP a pair" in found["speed"][1]
+    assert "380.0 (25 % of the steps 200.0, 75 % of the steps 440.0) GFLOP a pair" in found["speed"][1]
     monkeypatch.setattr(doctor, "LAUNCH", 1e-4)
     _, found = run(capsys, "where=cpu", "--peak", "100")
     seconds = 0.25 * 0.4 + 0.75 * 48 * 4.4e11 / 40e12

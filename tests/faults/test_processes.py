@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forks import PAIR, Child, Forks, elastic, small
 from guards import Build
+from jsonargparse import Namespace
 
+from maskvlm.cli.lightning import check_cards
 from maskvlm.training import peers, process_watch
 from maskvlm.training.failure import FIRST, failed_first
 from maskvlm.training.peers import Peers, blamed
@@ -189,6 +192,20 @@ def test_fewer_cards_than_asked_for(forks: Forks, tmp_path: Path, build: Build) 
     assert child.wait(30) == ExitCode.UNAVAILABLE
     assert child.said("error: ")[0].startswith("error: trainer.devices: found ")
     assert child.said("error: ")[0].endswith("of 999 GPUs. Use where=cpu (--trainer.accelerator cpu) or fewer devices.")
+
+
+def test_a_card_whose_cuda_does_not_start_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under a driver that is too old: a run that chooses by itself would use the processor without a word."""
+    (tmp_path / "nvidia-smi").write_text("")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for built, accelerator, told in (("12.8", "auto", True), ("12.8", "cpu", False), (None, "auto", False)):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        check_cards(Namespace(accelerator=accelerator, devices="auto"))
+        assert ("CUDA does not start" in capsys.readouterr().err) == told
 
 
 # ---------------------------------------------------------------------- what is judged, without processes

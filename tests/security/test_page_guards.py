@@ -563,7 +563,7 @@ def test_what_comes_while_the_folder_is_counted_counts(tmp_path: Path, monkeypat
     shelf = upload_store.Shelf(tmp_path, set())
 
     def slow(folder: Path) -> tuple[int, int]:
-        shelf.put_in_all = (3, 300)  # as three uploads leave it that end meanwhile
+        shelf.added = (3, 300)  # as three uploads leave it that end meanwhile
         return 5, 500
 
     monkeypatch.setattr(upload_store, "held", slow)

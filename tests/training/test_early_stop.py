@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 
 from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.checkpointing import KeepState
+from maskvlm.training.lightning_private import evaluate_after_whole_steps
 from maskvlm.training.run_record import read_json
 
 SMALL = {
@@ -52,11 +56,13 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in said
 
 
+@pytest.mark.parametrize("patience", [None, 3])
 def test_a_run_that_comes_to_its_end_measures_its_last_weights(
-    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patience: int | None, stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where patience is lost at that very end."""
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    fit(tmp_path / "run", stack, patience=None)
+    fit(tmp_path / "run", stack, patience)
     assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
 
@@ -80,15 +86,6 @@ def test_a_run_that_was_ending_does_not_train_on_when_it_is_started_again(
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 3
 
 
-def test_a_run_that_loses_patience_at_its_end_measures_its_last_weights(
-    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    fit(tmp_path / "run", stack, patience=3)
-    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
-    assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
-
-
 def test_an_evaluation_never_falls_between_two_passes_of_a_step(
     stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,11 +95,28 @@ def test_an_evaluation_never_falls_between_two_passes_of_a_step(
     start = KeepState.on_validation_start
 
     def noted(self: KeepState, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.training or (trainer.validating and trainer.fit_loop.epoch_loop.batch_progress.current.ready):
+        if trainer.state.fn == TrainerFn.FITTING:
             evaluated.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
         start(self, trainer, module)
 
     monkeypatch.setattr(KeepState, "on_validation_start", noted)
     fit(tmp_path / "run", stack, None, data__steps=3, trainer__accumulate_grad_batches=2)
-    assert [pair for pair in evaluated if pair[1] != 2 * pair[0]] == []
-    assert [step for step, _ in evaluated][:3] == [1, 2, 3]
+    assert evaluated == [(1, 2), (2, 4), (3, 6)]
+
+
+def test_a_run_that_time_ends_measures_its_last_weights(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says nothing of a score that no longer rose: patience is not lost."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    fit(tmp_path / "run", stack, patience=3, trainer__max_time="00:00:00:00")
+    last = load(tmp_path / "run" / "last.ckpt")["global_step"]
+    assert last < 12
+    assert read_json(tmp_path / "run" / "metrics.json")["step"] == last
+
+
+def test_what_is_shorter_than_a_step_is_evaluated_at_its_end() -> None:
+    for every, batches, expected in ((1, 6, 2), (5, 6, 6), (5, 5, 5), (1, 1, 1)):
+        trainer: Any = SimpleNamespace(val_check_batch=every, accumulate_grad_batches=2, num_training_batches=batches)
+        evaluate_after_whole_steps(trainer)
+        assert trainer.val_check_batch == expected

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskvlm.checkpoint.io import load, save
+from maskvlm.cli import main as main_module
 from maskvlm.cli.main import main, stopped_early
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder
 from maskvlm.training import checkpointing
@@ -364,6 +365,28 @@ def test_the_number_of_a_process_before_it_meets_others(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert process_rank() == number
+
+
+@pytest.mark.parametrize(
+    ("given", "waits"),
+    [
+        ({"LOCAL_RANK": "1"}, True),
+        ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, True),  # Lightning's own, in an interactive shell of SLURM
+        ({"SLURM_PROCID": "1"}, False),
+        ({"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, False),
+    ],
+)
+def test_a_process_that_lightning_started_leaves_after_the_first(
+    given: dict[str, str], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    waited = list[bool]()
+    monkeypatch.setattr(main_module, "leave_after_parent", lambda: waited.append(True))
+    assert stopped_early(Stopped("x", signal.SIGTERM)) == ExitCode.REQUEUE
+    assert waited == [True] * waits
 
 
 def test_other_data_or_batches_are_refused() -> None:

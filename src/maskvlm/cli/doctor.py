@@ -404,12 +404,12 @@ def predicted_lines(
 
 
 def flops_told(phases: Sequence[StepWork]) -> str:
-    """`98.7`, or of a run of phases `61.2 (60 % of the steps 30.1, 40 % 107.9)`: GFLOP a pair."""
+    """`98.7`, or of a run of phases `61.2 (60 % of the steps 30.1, 40 % of the steps 107.9)`: GFLOP a pair."""
     mean = sum(each.share * each.flops for each in phases) / 1e9
     if len(phases) == 1:
         return f"{mean:,.1f}"
-    first, *rest = [f"{each.share:.0%} of the steps {each.flops / 1e9:,.1f}".replace("%", " %") for each in phases]
-    return f"{mean:,.1f} ({', '.join([first, *(each.replace('of the steps ', '') for each in rest)])})"
+    told = [f"{100 * each.share:.0f} % of the steps {each.flops / 1e9:,.1f}" for each in phases]
+    return f"{mean:,.1f} ({', '.join(told)})"
 
 
 def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -34,7 +34,7 @@ from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task_name
 from maskvlm.training.attempts import attempted
-from maskvlm.training.checkpointing import LAST, check_finite
+from maskvlm.training.checkpointing import LAST, check_finite, has_lost_patience
 from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lit import LitModel
 from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, estimate_memory
@@ -402,9 +402,8 @@ def best_of(trainer: L.Trainer) -> str | None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     # A run that ended at its full length is measured with its last weights, whatever the best ones are.
     early = trainer.global_step < trainer.datamodule.total_steps  # type: ignore[attr-defined]
-    # `should_stop`: also where the score was no number any more.
-    stopped = early and trainer.should_stop and any(isinstance(each, EarlyStopping) for each in callbacks)
-    return kept_best(trainer) if stopped else None
+    # Another cause, such as trainer.max_time, ends a run with its last weights, too.
+    return kept_best(trainer) if early and any(map(has_lost_patience, callbacks)) else None
 
 
 def kept_best(trainer: L.Trainer) -> str | None:

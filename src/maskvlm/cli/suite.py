@@ -24,7 +24,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--path", type=Path, help="the suite's folder or file, as it is distributed")
     parser.add_argument("--images", type=Path, help="the folder of its images (images/ in --path, or --path)")
     parser.add_argument("--by", nargs="+", default=[], metavar="WAY", help="how the model is asked; all: every way")
-    parser.add_argument("--limit", type=int, help="only so many images, drawn by --seed, with all their items")
+    parser.add_argument("--limit", type=int, help="only so many images, drawn by --seed, with all items of them alone")
     parser.add_argument("--seed", type=int, default=0, help="of that lot, and of what a suite draws (0)")
     parser.add_argument("--out", type=Path, help="the folder of result.json and scores.jsonl (checkpoints/suite-...)")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")

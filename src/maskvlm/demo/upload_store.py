@@ -33,7 +33,7 @@ class Shelf:
     def __init__(self, folder: Path, known: MutableSet[str]) -> None:
         self.folder, self.known, self.turns = folder, known, asyncio.Semaphore(AT_ONCE)
         self.measured, self.held = -1.0, (0, 0)
-        self.put_in_all = (0, 0)  # files and bytes, ever
+        self.added = (0, 0)  # files and bytes, ever
 
     async def put(self, scope: Scope, receive: Receive) -> str:
         """Keep the one file of a form. Its name is not used, and of an upload that breaks off nothing stays.
@@ -59,7 +59,7 @@ class Shelf:
             self.known.add(path)
             # Counted on from the last look at the folder.
             size = Path(path).stat().st_size
-            self.held, self.put_in_all = ((n + 1, total + size) for n, total in (self.held, self.put_in_all))
+            self.held, self.added = ((n + 1, total + size) for n, total in (self.held, self.added))
         return path
 
     def write(self, file: IO[bytes]) -> str:
@@ -81,10 +81,10 @@ class Shelf:
     async def check_room(self) -> None:
         """Raises Refused: too much is kept at the moment. It is counted once a second at most."""
         if time.monotonic() - self.measured > 1:
-            self.measured, (count, size) = time.monotonic(), self.put_in_all
+            self.measured, (count, size) = time.monotonic(), self.added
             found = await asyncio.to_thread(held, self.folder)
             # What was put there while it was counted may not have been seen: rather twice than not at all.
-            self.held = found[0] + self.put_in_all[0] - count, found[1] + self.put_in_all[1] - size
+            self.held = found[0] + self.added[0] - count, found[1] + self.added[1] - size
         count, size = self.held
         if count > MAX_FILES or size > MAX_KEPT:
             minutes = KEPT_SECONDS // 60

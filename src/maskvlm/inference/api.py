@@ -71,6 +71,7 @@ class Asked(nn.Module):
 
     @property
     def batch_size(self) -> int:
+        """Images, texts or pairs computed at once, 1 or more. Raises UserError where it is set to anything else."""
         return self._batch_size
 
     @batch_size.setter

@@ -1,6 +1,7 @@
 """Heads that read the backbone's features; each is built to the backbone's widths by the task that uses it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,14 @@ class Projection(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @classmethod
-    def shaped_as(cls, weight: Tensor, width: int, temperature: float = 0.07) -> "Projection":
+    def shaped_as(cls, shape: Sequence[int], width: int, temperature: float = 0.07) -> "Projection":
         """New projections (Xavier) of the shape that those of a checkpoint have.
 
         Args:
-            weight: of its image projection, [E, D], or [E, 2D] where contrast reads the means, too.
+            shape: of its image projection's weight, [E, D], or [E, 2D] where contrast reads the means, too.
             width: D, of both encoders.
         """
-        found = cls(width, width, len(weight), temperature, mean=weight.shape[1] == 2 * width)
+        found = cls(width, width, shape[0], temperature, mean=shape[1] == 2 * width)
         init_xavier(found)
         return found
 

@@ -114,7 +114,7 @@ class Classification(Task):
             self.matching = Matching(width)
             init_normal(self.matching)
             self.matching.requires_grad_(False)
-            self._project(Projection.shaped_as(torch.empty(256, width), width))
+            self._project(Projection.shaped_as((256, width), width))
         backbone.image.mask_token.requires_grad_(False)  # nothing is masked; DDP would wait for its gradient
 
     def _project(self, projection: Projection) -> None:
@@ -132,7 +132,7 @@ class Classification(Task):
                 what = f"scores, but the checkpoint holds no {missing[0]}"
                 raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
             width = self.projection.image.in_features
-            self._project(Projection.shaped_as(heads["projection.image.weight"], width))
+            self._project(Projection.shaped_as(heads["projection.image.weight"].shape, width))
         return super().warm_start(heads)
 
     def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:

@@ -37,7 +37,8 @@ def evaluate_after_whole_steps(trainer: L.Trainer) -> None:
     every, passes = trainer.val_check_batch, trainer.accumulate_grad_batches
     # Infinite where the length is not known, or nothing is evaluated on the way.
     if isinstance(every, int):
-        trainer.val_check_batch = -(-every // passes) * passes
+        # The last pass of a run ends a step, however many passes that has.
+        trainer.val_check_batch = int(min(-(-every // passes) * passes, trainer.num_training_batches))
 
 
 def evaluation_is_due(trainer: L.Trainer) -> bool:

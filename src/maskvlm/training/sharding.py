@@ -26,7 +26,7 @@ from maskvlm.training.optim import BLOCK
 from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError
 
-TORCH = "2.13"  # the first that is known to
+TORCH = "2.13"  # the first that is known to measure with sharded weights on a card
 PARTS = ("keys_values", "attend_self", "attend_past", "attend_other")
 """What a cross block is asked for beside a whole pass."""
 PASSES = ("training_step", "validation_step", "test_step", "on_validation_epoch_end", "on_test_epoch_end")

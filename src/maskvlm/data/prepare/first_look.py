@@ -29,6 +29,7 @@ from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
+from maskvlm.data.raw.lines import one_line
 from maskvlm.utils.errors import ExitCode, UserError
 
 SHOWN = 24  # images on the sheet
@@ -203,7 +204,7 @@ def clean(row: RawRow | BadRow) -> list[str] | RowNote:
     if isinstance(row, BadRow):
         return RowNote(row.reason, row.origin, row.message)
     if isinstance(row.image, str) and not os.path.isfile(row.image):
-        return RowNote("missing", row.origin, f"{row.image}: there is no such file")
+        return RowNote("missing", row.origin, f"{one_line(row.image)}: there is no such file")
     # only its `clean` is used, which needs no settings
     maker = RowMaker(row.split != IMAGES, Settings(""), lambda used: None)
     try:
