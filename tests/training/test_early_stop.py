@@ -8,10 +8,11 @@ from typing import Any
 import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import LightningCommand, run_command
+from maskvlm.cli.lightning import LightningCommand, best_of, run_command
 from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lightning_private import evaluate_after_whole_steps
 from maskvlm.training.run_record import read_json
@@ -104,15 +105,16 @@ def test_an_evaluation_never_falls_between_two_passes_of_a_step(
     assert evaluated == [(1, 2), (2, 4), (3, 6)]
 
 
-def test_a_run_that_time_ends_measures_its_last_weights(
-    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And says nothing of a score that no longer rose: patience is not lost."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    fit(tmp_path / "run", stack, patience=3, trainer__max_time="00:00:00:00")
-    last = load(tmp_path / "run" / "last.ckpt")["global_step"]
-    assert last < 12
-    assert read_json(tmp_path / "run" / "metrics.json")["step"] == last
+def test_the_best_is_measured_where_patience_was_lost_alone() -> None:
+    """Whatever else ends a run early, such as `trainer.max_time`, leaves it with its last weights."""
+    stop, kept = EarlyStopping("score", patience=2), ModelCheckpoint()
+    kept.best_model_path = "best.ckpt"
+    for lost, step, best in ((0, 5, None), (2, 5, "best.ckpt"), (2, 12, None)):
+        stop.wait_count = lost
+        trainer: Any = SimpleNamespace(
+            should_stop=True, callbacks=[stop, kept], global_step=step, datamodule=SimpleNamespace(total_steps=12)
+        )
+        assert best_of(trainer) == best
 
 
 def test_what_is_shorter_than_a_step_is_evaluated_at_its_end() -> None:
