@@ -18,7 +18,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.model.text_decoder import TextDecoder, heads_to_start_from
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.image_ablation import ImageAblation
-from maskvlm.objectives.loaded_model import Model, in_batches
+from maskvlm.objectives.loaded_model import Model, numbered
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.objectives.task import Prediction, Task
@@ -45,8 +45,8 @@ class CaptionedImage(NamedTuple):
 def caption_images(task: "Captioning", model: Model, examples: list[tuple[Any, ...]]) -> list[WrittenCaption]:
     """A `Method`: a caption of each image."""
     found: list[WrittenCaption] = []
-    for part in in_batches(examples, model.batch_size):
-        image_BCHW = model.pixels([image for (image,) in part])
+    for part, numbers in numbered(examples, model.batch_size):
+        image_BCHW = model.pixels([image for (image,) in part], numbers)
         # Random numbers are asked for by the image ablation alone.
         context = task.look(model.backbone, image_BCHW, None, Draw(EVAL_SEED, 0, image_BCHW.device).local)
         found += task.written(model.backbone, context, len(part))

@@ -244,6 +244,15 @@ def test_weights_in_several_files(tmp_path: Path, bert_folder: Path) -> None:
     torch.testing.assert_close(encoder.model.state_dict(), whole.model.state_dict())
 
 
+def test_an_index_that_was_left_behind_does_not_count(tmp_path: Path, bert_folder: Path) -> None:
+    """transformers removes the parts when it writes one file, and leaves their index."""
+    model = AutoModel.from_pretrained(bert_folder)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert read_state(tmp_path).source == str(tmp_path / "model.safetensors")
+
+
 # ---------------------------------------------------------------------- what does not fit
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,41 @@ def test_re_ranking_orders_as_the_model_does(made: Path, model: PretrainedMaskVL
     assert [each.row for each in found] != [each.row for each in search_index(index, model, text, 6)]
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.05, 3.0])
+def test_re_ranking_counts_the_cosine_as_the_model_does(
+    made: Path, model: PretrainedMaskVLM, photos: Photos, weight: float
+) -> None:
+    """Also where matches are so unlikely that their probabilities hardly differ."""
+    model = deepcopy(model)
+    model.task.rerank_contrast = weight  # type: ignore[assignment]
+    with torch.no_grad():
+        model.head("matching", "match").classify.bias[1] -= 30
+    index = SearchIndex.load(made, photos.path(0).parent)
+    index.model = model  # its weights are others than those that the index knows
+    for text in ("a red square over a green circle", "a blue circle"):
+        ranked: Any = model.rank(text, [photos.path(n) for n in range(12)], 12)
+        found = search_index(index, model, text, 12, rerank=True)
+        assert [each.row for each in found] == [each.place for each in ranked]
+
+
+def test_what_is_no_single_query_is_refused(made: Path, model: PretrainedMaskVLM) -> None:
+    index = SearchIndex.load(made)
+    for several in (["a red square", "b"], np.zeros((2, 40, 40, 3), np.uint8)):
+        with pytest.raises(UserError, match="search: several queries"):
+            search_index(index, model, several)  # type: ignore[arg-type]
+    for k in ("3", 2.5):
+        with pytest.raises(UserError, match="search: k is"):
+            search_index(index, model, "a circle", k)  # type: ignore[arg-type]
+
+
+def test_vectors_of_nothing_make_no_index(made: Path, tmp_path: Path) -> None:
+    facts = json.loads((made / "vectors" / "vectors.json").read_text()) | {"pictures": 0, "shards": 0}
+    (tmp_path / "vectors.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="holds no vectors") as caught:
+        index_folder(tmp_path, tmp_path / "out")
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
 def test_an_image_finds_itself_and_is_re_ranked_by_captions(
     made: Path, model: PretrainedMaskVLM, photos: Photos
 ) -> None:
@@ -153,9 +189,13 @@ def test_an_image_finds_itself_and_is_re_ranked_by_captions(
     assert found[0].row == 7
     assert found[0].similarity == pytest.approx(1, abs=1e-5)
     ranked = search_index(index, model, path, 4, rerank=True)
-    best = {each.row: max(model.match(path, text) for text in each.captions) for each in found}  # type: ignore[type-var]
-    assert [each.row for each in ranked] == sorted(best, key=lambda row: -best[row])  # type: ignore[operator]
-    assert [each.match for each in ranked] == pytest.approx(sorted(best.values(), reverse=True), abs=1e-5)
+    rows = [each.row for each in found for _ in each.captions]
+    order: Any = model.rank(path, [caption for each in found for caption in each.captions], len(rows))
+    best: dict[int, float] = {}
+    for each in order:
+        best.setdefault(rows[each.place], each.match)
+    assert [each.row for each in ranked] == list(best)
+    assert [each.match for each in ranked] == pytest.approx(list(best.values()), abs=1e-5)
 
 
 # ---------------------------------------------------------------------- what does not fit
@@ -196,7 +236,7 @@ def test_what_is_no_index_is_refused(copy: Path, made: Path) -> None:
     refused(lambda: SearchIndex.load(copy), ExitCode.MISSING_INPUT, "holds no index.json")
     index = SearchIndex.load(made)
     refused(lambda: index.search(np.zeros((1, 9), np.float32)), ExitCode.USAGE, "vectors of width 9, the index has 8")
-    refused(lambda: index.search(np.zeros((1, 8), np.float32), 0), ExitCode.USAGE, "0 is too small")
+    refused(lambda: index.search(np.zeros((1, 8), np.float32), 0), ExitCode.USAGE, "k is 0")
 
 
 def test_missing_and_damaged_shards_are_refused(copy: Path) -> None:

@@ -159,6 +159,19 @@ def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
     assert "\x1b" not in model.told_far[-1]
 
 
+@pytest.mark.parametrize(("images", "warned"), [(16, 16), (17, 0)])
+@pytest.mark.parametrize("batch", [3, 64])
+def test_whether_few_are_asked_about_does_not_depend_on_the_batch(
+    tmp_path: Path, images: int, warned: int, batch: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt", sign=-1))
+    model.batch_size = batch
+    shown = [toy_image(seed) for seed in range(images)]
+    model.encode_image(shown)
+    told = [str(each.message).partition(":")[0] for each in recwarn if issubclass(each.category, FarFromTraining)]
+    assert told == [f"image {number}" for number in range(1, warned + 1)]
+
+
 def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:
     first = write(tmp_path / "a.ckpt", sign=-1)
     convert([first, str(tmp_path / "folder")])

@@ -118,6 +118,29 @@ def test_held_out_metrics_show_the_right_partner_and_the_wrong_one() -> None:
     assert [line.get_label() for line in panels["a"].lines] == ["b"]
 
 
+def test_a_task_shows_what_it_is_judged_by_first_and_the_level_of_each() -> None:
+    """Kinds of examples stand in the table: there are dozens of some."""
+    kinds = {f"x/accuracy/{kind}{end}": 50.0 for kind in "abcdefg" for end in ("", "_majority")}
+    judged = {"x/accuracy": 60.0, "x/accuracy_majority": 40.0, "x/accuracy_ceiling": 99.0, "x/consistency": 70.0}
+    row = kinds | judged | {"x/consistency_chance": 6.0, "x/examples": 200.0, "score": 70.0}
+    axes = drawn([{"step": step, **row} for step in (1, 2)])["x"]
+    lines = [(line.get_label(), line.get_ydata()[0], line.get_linestyle()) for line in axes.lines]
+    assert [(y, style) for _, y, style in lines] == [(70.0, "-"), (6.0, "--"), (60.0, "-"), (40.0, "--")]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["consistency", "chance level", "accuracy"]
+
+
+def test_a_task_without_percentages_shows_its_metrics() -> None:
+    panel = drawn([{"step": step, "y/mean_error": 3.0, "y/examples": 200.0} for step in (1, 2)])["y"]
+    assert [line.get_label() for line in panel.lines] == ["mean_error"]
+
+
+def test_a_rate_without_decay_is_drawn_where_it_has_no_twin() -> None:
+    rows = [{"step": s, "lr-AdamW/encoders (no decay)": 1e-5, "lr-AdamW/rest": 1e-3} for s in (1, 2)]
+    assert len(drawn(rows)["learning rate"].lines) == 2
+    rows = [{**row, "lr-AdamW/rest (no decay)": 5e-4} for row in rows]
+    assert len(drawn(rows)["learning rate"].lines) == 2
+
+
 @pytest.mark.parametrize(
     ("rows", "size"),
     [

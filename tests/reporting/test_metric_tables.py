@@ -117,6 +117,12 @@ def test_a_task_without_an_accuracy_is_told_by_its_number_of_examples() -> None:
     ]
 
 
+@pytest.mark.parametrize("label", ["[/x]", "[red]"])
+def test_a_label_is_shown_as_it_is(label: str) -> None:
+    """rich would take it for markup, and end the evaluation or leave it out."""
+    assert "".join(lines({"x/accuracy": 60.0, f"x/confusion/{label}_as_{label}": 3.0})).count(label) == 2
+
+
 def test_recall_and_confusion_of_classes() -> None:
     metrics = {"entailment/accuracy": 60.0, "entailment/accuracy_prior": 40.0, "entailment/recall/yes": 75.0}
     for truth, said, count in (("yes", "yes", 3), ("yes", "no", 1), ("no", "yes", 0), ("no", "no", 12)):

@@ -521,12 +521,19 @@ def test_scores_that_tell_nothing_are_told_so() -> None:
     assert metrics.spearman_rho([math.nan, 2.0, 3.0], [1.0, 2.0, 3.0]) == pytest.approx(1)
 
 
+def test_groups_that_do_not_differ_say_nothing_of_the_spread() -> None:
+    assert metrics.clustered_interval([1, 0, 1, 0], ["a", "a", "b", "b"]) is None
+    assert metrics.percent_right("x", [True, False, True, False], 50, ["a", "a", "b", "b"]).interval is None
+
+
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12), st.integers(2, 4))
 def test_an_interval_is_students_and_does_not_shrink_by_saying_it_again(values: list[float], times: int) -> None:
     mean, count = sum(values) / len(values), len(values)
     if mean in (0, 1):
         return
     alone = metrics.clustered_interval(values, range(count))
+    if statistics.stdev(values) < 1e-9:
+        return
     margin = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
     assert alone == pytest.approx((max(0, mean - margin), min(1, mean + margin)), abs=1e-9)
     again = metrics.clustered_interval(values * times, [*range(count)] * times)
@@ -683,6 +690,9 @@ def test_pointing_hits_boxes(tmp_path: Path) -> None:
     assert [each.value for each in found] == [50.0, 50.0, 100.0]
     assert found[0].chance == pytest.approx(100 * (0.25 + 0.125) / 2)
     assert pointing.peak(np.array([[0, 1, 0, 0], [0, 0, 0, 0]])) == (0.375, 0.25)
+    # A map without a peak points nowhere: it would be the first patch, and might be right.
+    for nowhere in (np.zeros((2, 4)), np.full((2, 4), np.nan), np.array([[1, 0], [1, 0]])):
+        assert not pointing.inside(pointing.peak(nowhere), [(0, 0, 1, 1)])
     assert pointing.covered_share(((0.0, 0.0, 0.5, 0.5), (0.25, 0.25, 0.75, 0.5))) == pytest.approx(0.25 + 0.0625)
 
 
@@ -757,6 +767,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> PretrainedMaskVLM:
     return PretrainedMaskVLM.from_pretrained(checkpoint)
+
+
+def test_a_score_per_word_counts_the_words_that_are_read(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+    """What is cut would make a text look likelier."""
+    longest = "a red circle " * 40
+    item = read("sugarcrepe", tmp_path).items[0]._replace(texts=(longest, longest + longest))
+    ((once, twice),) = pair_scores(model, [item], "score_per_word")
+    assert once == pytest.approx(twice, abs=1e-5)
 
 
 def test_scores_are_what_the_methods_say(model: PretrainedMaskVLM, tmp_path: Path) -> None:

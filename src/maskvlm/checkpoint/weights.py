@@ -77,8 +77,10 @@ def read_state(path: str | Path) -> State:
         UserError: not there (66); damaged, or holds no weights (65); holds what could run code (77).
     """
     path = Path(path).expanduser()
-    if path.is_dir() and (index := next(iter(sorted(path.glob("*.index.json"))), None)) is not None:
-        return _read_parts(path, index)
+    # An index counts where there is no whole file, as in transformers: it may be left from weights that were replaced.
+    if path.is_dir() and not any((path / name).is_file() for name in WEIGHT_FILES):
+        for index in sorted(path.glob("*.index.json")):
+            return _read_parts(path, index)
     path = find_weights(path)
     content = _read(path)
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
@@ -242,7 +244,7 @@ def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...] = ()) -> None:
-    """Raise UserError (65) unless names and shapes are the model's; it may be on the meta device."""
+    """Raise UserError (65) unless names, shapes and kinds of numbers are the model's; it may be on the meta device."""
     # All misfits at once, counted by kind: a wrong size shows in many tensors.
     own = model.state_dict()
     reshaped = [
@@ -250,16 +252,23 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: t
         for name, value in own.items()
         if name in state and value.shape != state[name].shape
     ]
+    # Of any precision; but whole numbers in the place of weights would be copied without a word.
+    others = [
+        f"{name} {state[name].dtype} -> {value.dtype}"
+        for name, value in own.items()
+        if name in state and value.is_floating_point() != state[name].is_floating_point()
+    ]
     missing = [name for name in own if name not in state and not (new and name.startswith(new))]
     left = [name for name in state if name not in own]
     misfits = (
         _count(reshaped, "of another shape"),
+        _count(others, "of another kind of number"),
         _count(missing, f"missing of the model's {len(own)}"),
         _count(left, f"left over of the file's {len(state)}"),
     )
     if any(misfits):
         what = f"does not fit {type(model).__name__}: {'; '.join(filter(None, misfits))}"
-        raise UserError(source, what, _advice(reshaped, missing or left), ExitCode.BAD_DATA)
+        raise UserError(source, what, _advice(reshaped, others or missing or left), ExitCode.BAD_DATA)
 
 
 def check_finite_weights(state: Mapping[str, Tensor], source: str) -> None:

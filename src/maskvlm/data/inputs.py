@@ -5,7 +5,7 @@ Shapes: B images, C texts, T tokens, H and W pixels.
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from io import IOBase, TextIOBase
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     integers = not given.is_floating_point() if isinstance(given, Tensor) else array.dtype.kind in "iub"
     if array.dtype.kind not in "uifb":
         raise UserError(name, f"array of {array.dtype}", "Give 8-bit integers from 0 to 255, or floats from 0 to 1")
+    if given.dtype in (bool, torch.bool):
+        array, integers = array * np.float32(1), False  # true is white, as in Pillow
     shape, wanted = list(array.shape), "[3, H, W]" if is_tensor else "[H, W, 3]"
     if array.ndim == 2:
         # (H, W) -> (H, W, 3)
@@ -131,20 +133,15 @@ class MarkedTexts:
 
     Args:
         tokenizer, text_length: of the model.
-        watch: is told of the texts of each call, without their masked words.
     """
 
-    def __init__(
-        self, tokenizer: Any, text_length: int, watch: Callable[[list[str]], None] = lambda texts: None
-    ) -> None:
-        self.tokenizer, self.text_length, self.watch = tokenizer, text_length, watch
+    def __init__(self, tokenizer: Any, text_length: int) -> None:
+        self.tokenizer, self.text_length = tokenizer, text_length
         self.captioner = Captioner(tokenizer, text_length)
 
     def __call__(self, texts: list[str]) -> CaptionTokens:
         """C texts, as training tokenizes them."""
-        checked = [check_text(text) for text in texts]
-        self.watch(checked)
-        return self.captioner(checked)
+        return self.captioner([check_text(text) for text in texts])
 
     def masked(self, text: str) -> Tensor:
         """Ids of one text with the mask token's where [MASK] (or the tokenizer's own word for it) stands: [T].
@@ -156,7 +153,6 @@ class MarkedTexts:
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
             raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
-        self.watch([" ".join(pieces)])
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1

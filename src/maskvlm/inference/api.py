@@ -5,6 +5,7 @@ Shapes: B images, C texts, E contrast width, N patches.
 """
 
 from collections.abc import Iterable, Sequence
+from io import IOBase
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -49,25 +50,37 @@ class Explained(NamedTuple):
     image: Image.Image
 
 
+class Part(NamedTuple):
+    """Some of the pairs that a method is asked about: images (None: without one), their numbers among those given, from
+    1 on, and texts."""
+
+    images: list[Any]
+    numbers: list[int]
+    texts: list[str]
+
+
 class Asked(nn.Module):
     """The methods of a backbone with the heads of its task.
 
     A method takes one image or text and gives one answer, or takes lists and gives lists. Which methods there are
     depends on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
     Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W], grey ones [H, W]: 8-bit
-    integers from 0 to 255, or floats from 0 to 1. An empty list gives an empty one, but `rank` wants candidates.
+    integers from 0 to 255, or floats from 0 to 1. An empty list gives an empty one, but `rank` wants a query and
+    candidates.
 
     Every method raises UserError for what is no image or no text (65, 66 where the file is not there), for lists of
     different lengths, and where the checkpoint has no head for it.
 
     Attributes:
         backbone, task: in evaluation mode.
-        batch_size: images, texts or pairs computed at once; a bound on memory.
+        batch_size: images, texts or pairs computed at once; a bound on memory, but `match` and `rank` keep the
+            encoders' features of all images and texts that they pair.
     """
 
     backbone: MaskVLM
     task: Task
     _batch_size: int = 64
+    _words: MarkedTexts | None = None
 
     @property
     def batch_size(self) -> int:
@@ -85,16 +98,16 @@ class Asked(nn.Module):
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
         """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32. Their product with those of
         `encode_text` is the cosine, -1 to 1."""
-        given, single = as_list(images)
-        vector_BE = embeddings.encode_image(self, given).vector_XE
+        given, single = self._images(images)
+        vector_BE = embeddings.encode(self, given, True).vector_XE
         return vector_BE[0] if single else vector_BE
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32. A text longer than the model reads
         is cut."""
-        given, single = as_list(texts)
-        vector_CE = embeddings.encode_text(self, given).vector_XE
+        given, single = self._texts(texts)
+        vector_CE = embeddings.encode(self, given, False).vector_XE
         return vector_CE[0] if single else vector_CE
 
     @torch.no_grad()
@@ -106,8 +119,8 @@ class Asked(nn.Module):
         Raises:
             UserError: two lists of different lengths, or a checkpoint without this head.
         """
-        (shown, one_image), (words, one_text) = as_list(images), as_list(texts)
-        pairs = embeddings.pair_up(len(shown), len(words))
+        (shown, one_image), (words, one_text) = self._images(images), self._texts(texts)
+        pairs = embeddings.pair_up("match", len(shown), len(words))
         # A missing head is told before anything is encoded.
         self.head("matching", "match")
         # Each image and text is encoded once, however many pairs it is in; the cross encoders run for each pair.
@@ -134,9 +147,9 @@ class Asked(nn.Module):
             Of each query; `place` is the candidate's in the list.
         """
         queries, single = as_list(cast(Any, query))
-        if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
+        gallery, one = as_list(_listed(candidates))
+        if one:
             raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of images")
-        gallery = list(cast(Any, candidates))
         check_whole("rank", "k", k, 0)
         # The first of each side decides what that side is.
         images = bool(queries) and is_image(queries[0])
@@ -147,11 +160,9 @@ class Asked(nn.Module):
             if not queries or not gallery:
                 what = "no candidates" if queries else "no query"
             raise UserError("rank", what, "Give an image and texts, or a text and images")
-        if images:
-            sides = embeddings.encode_image(self, queries), embeddings.encode_text(self, gallery)
-        else:
-            sides = embeddings.encode_text(self, queries), embeddings.encode_image(self, gallery)
-        found = embeddings.rank_candidates(self, *sides, min(k, len(gallery)), images)
+        self.read_over(gallery if images else queries)
+        queries, gallery = (self.look_at(queries), gallery) if images else (queries, self.look_at(gallery))
+        found = embeddings.rank_candidates(self, queries, gallery, min(k, len(gallery)), images)
         return found[0] if single else found
 
     # ------------------------------------------------------------------ words
@@ -171,8 +182,8 @@ class Asked(nn.Module):
             For each masked word its guesses, the likeliest first; probabilities among all words, 0 to 1.
         """
         check_whole("fill_mask", "top_k", top_k, 1)
-        parts, single = self._parts(image, text)
-        found = [one for images, texts in parts for one in infill.fill_mask(self, images, texts, top_k)]
+        parts, single = self._parts("fill_mask", image, text)
+        found = [one for part in parts for one in infill.fill_mask(self, *part, top_k)]
         return found[0] if single else found
 
     @torch.no_grad()
@@ -189,9 +200,9 @@ class Asked(nn.Module):
         Raises:
             UserError: none of the lengths can be read.
         """
+        given, single = self._images(image)
         own = self.task.methods.get("caption")
         if own is not None:
-            given, single = as_list(image)
             written = [str(answer[0]) for answer in own.run(self.task, self, [(each,) for each in given])]
             return written[0] if single else written
         # The start and the end token take two places.
@@ -202,9 +213,8 @@ class Asked(nn.Module):
         sizes = sorted({length for length in lengths if length <= longest})
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
-        given, single = as_list(image)
-        parts = embeddings.in_batches(given, self.batch_size)
-        found = [one for part in parts for one in infill.best_captions(self, part, sizes)]
+        parts = numbered(given, self.batch_size)
+        found = [one for part in parts for one in infill.best_captions(self, *part, sizes)]
         return found[0] if single else found
 
     @torch.no_grad()
@@ -218,7 +228,7 @@ class Asked(nn.Module):
         Args:
             image: None for the text alone (an image of the mean colour).
         """
-        parts, single = self._parts(image, text)
+        parts, single = self._parts("score", image, text)
         found = [float(one_T.sum()) for part in parts for one_T in infill.log_likelihood(self, *part)]
         return found[0] if single else found
 
@@ -231,8 +241,8 @@ class Asked(nn.Module):
         Args:
             word: of the text, or several that follow each other; one for all texts, for each one, or several of one.
         """
-        parts, single = self._parts(image, text)
-        rows = [row for images, texts in parts for row in zip(images, texts, strict=True)]
+        parts, single = self._parts("explain", image, text)
+        rows = [row for part in parts for row in zip(*part, strict=True)]
         words, one_word = as_list(word)
         if len(words) != len(rows) and 1 not in (len(words), len(rows)):
             raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
@@ -240,7 +250,10 @@ class Asked(nn.Module):
         size = max(len(rows), len(words)) if rows and words else 0
         rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
         # A pair at a time: each word needs a backward pass of its own.
-        found = [self._explained(open_image(each), text, one) for (each, text), one in zip(rows, words, strict=True)]
+        found = [
+            self._explained(open_image(each, f"image {number}"), text, one)
+            for (each, number, text), one in zip(rows, words, strict=True)
+        ]
         return found[0] if single and one_word else found
 
     def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
@@ -285,13 +298,13 @@ class Asked(nn.Module):
         return self._paint(image, mask, text, steps)
 
     def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
-        given, single = as_list(image)
+        given, single = self._images(image)
         # Of two dimensions it is one mask, for all images.
         masks = [mask] if single or _dimensions(mask) == 2 else list(mask)
-        texts, _ = as_list(text)
+        texts, _ = self._texts(text)
         if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
             what = f"{len(given)} images, {len(masks)} masks and {len(texts)} texts"
-            raise UserError("reconstruct", what, "Give as many of each")
+            raise UserError("reconstruct" if steps is None else "inpaint", what, "Give as many of each")
         if not given:
             return []
         # (1, N) or (B, N) -> (B, N)
@@ -332,9 +345,31 @@ class Asked(nn.Module):
     @property
     def words(self) -> MarkedTexts:
         """Tokenizer and text length. Raises UserError where the checkpoint holds no tokenizer."""
-        if self.backbone.text.tokenizer is None:
+        tokenizer, text_length = self.backbone.text.tokenizer, self.backbone.text.text_length
+        if tokenizer is None:
             raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
-        return MarkedTexts(self.backbone.text.tokenizer, self.backbone.text.text_length)
+        # Kept: it holds a copy of the tokenizer, which takes a tenth of a second to make of 30,000 words.
+        if self._words is None or (self._words.tokenizer, self._words.text_length) != (tokenizer, text_length):
+            self._words = MarkedTexts(tokenizer, text_length)
+        return self._words
+
+    def _images(self, images: Any) -> tuple[list[Any], bool]:
+        """A list of the images that were given to a method, and whether it was a single one."""
+        given, single = as_list(images)
+        return self.look_at(given), single
+
+    def _texts(self, texts: Any) -> tuple[list[Any], bool]:
+        """A list of the texts that were given to a method, and whether it was a single one."""
+        given, single = as_list(texts)
+        self.read_over(given)
+        return given, single
+
+    def read_over(self, texts: list[Any]) -> None:
+        """Is told of the texts of each call, before they are encoded; here it does nothing."""
+
+    def look_at(self, images: list[Any]) -> list[Any]:
+        """Is told of the images of each call, before they are encoded, and may open them; here it does nothing."""
+        return images
 
     def pixels(self, images: Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
         """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares images. numbers: what
@@ -374,13 +409,20 @@ class Asked(nn.Module):
             raise UserError(method, what, "Take the checkpoint of pre-training")
         return found
 
-    def _parts(self, image: Any, text: Any) -> tuple[list[tuple[list[Any], list[str]]], bool]:
+    def _parts(self, method: str, image: Any, text: Any) -> tuple[list[Part], bool]:
         """Images with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
-        (images, one_image), (texts, one_text) = as_list(image), as_list(text)
+        (images, one_image), (texts, one_text) = self._images(image), self._texts(text)
         # Paired first and cut into parts then, so that a single image or text is repeated.
-        pairs = [(images[i], check_text(texts[t])) for i, t in embeddings.pair_up(len(images), len(texts))]
-        parts = [([i for i, _ in part], [t for _, t in part]) for part in embeddings.in_batches(pairs, self.batch_size)]
+        pairs = embeddings.pair_up(method, len(images), len(texts))
+        rows = [(images[i], i + 1, check_text(texts[t])) for i, t in pairs]
+        parts = [Part(*map(list, zip(*part, strict=True))) for part in embeddings.in_batches(rows, self.batch_size)]
         return parts, one_image and one_text
+
+
+def _listed(given: Any) -> Any:
+    """A list of what can be gone through; what is a single image or text as it is."""
+    single = isinstance(given, str | bytes | bytearray | memoryview | IOBase | Tensor | np.ndarray)
+    return list(given) if isinstance(given, Iterable) and not single else given
 
 
 def _dimensions(mask: Any) -> int:

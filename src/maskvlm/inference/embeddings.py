@@ -23,17 +23,32 @@ class Ranked(NamedTuple):
     match: float | None
 
 
-class EncodedSide(NamedTuple):
-    """Encoded images or texts. features: of the encoder, [L, D] each. vector_XE: unit vectors."""
+class Encoded(NamedTuple):
+    """Images or texts. given: as they came. images: which of both they are. vector_XE: unit vectors. features: of the
+    encoder, [L, D] each, where all were encoded at once, else nothing."""
 
-    features: list[Tensor]
+    given: Sequence[Any]
+    images: bool
     vector_XE: Tensor
+    features: list[Tensor]
+
+
+def features_of(model: Model, side: Encoded, rows: Sequence[int]) -> list[Tensor]:
+    """The encoder's features of some of them, [L, D] each."""
+    if side.features:
+        return [side.features[row] for row in rows]
+    chosen = [side.given[row] for row in rows]
+    return image_features(model, chosen) if side.images else text_features(model, chosen)
 
 
 def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
     """Of the image encoder, [L, D] of each image."""
-    parts = (model.backbone.image(model.pixels(*part)) for part in numbered(images, model.batch_size))
-    return [image_LD for image_BLD in parts for image_LD in image_BLD]
+    return [image_LD for image_BLD in images_encoded(model, images) for image_LD in image_BLD]
+
+
+def images_encoded(model: Model, images: Sequence[Any]) -> Iterator[Tensor]:
+    """Features [B, L, D] of so many images at a time."""
+    return (model.backbone.image(model.pixels(*part)) for part in numbered(images, model.batch_size))
 
 
 def text_features(model: Model, texts: Sequence[str]) -> list[Tensor]:
@@ -55,26 +70,21 @@ def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
     return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
 
 
-def encode_image(model: Model, images: Sequence[Any]) -> EncodedSide:
-    """Features and unit vector of each image."""
-    projection: Projection = model.head("projection", "encode_image")
+def encode(model: Model, given: Sequence[Any], images: bool) -> Encoded:
+    """Unit vectors of images or texts. Features are large (a photograph's take 1.8 MB in a base model): those of one
+    batch are kept, of more none, so that memory does not grow with the list."""
+    projection: Projection = model.head("projection", "encode_image" if images else "encode_text")
     # The empty first part makes torch.cat work where there is nothing to encode.
-    features, vectors = [], [no_vectors(projection)]
-    for part in numbered(images, model.batch_size):
-        image_BLD = model.backbone.image(model.pixels(*part))
-        features += list(image_BLD)
-        vectors.append(projection.embed_image(image_BLD))
-    return EncodedSide(features, torch.cat(vectors))
-
-
-def encode_text(model: Model, texts: Sequence[str]) -> EncodedSide:
-    """Features and unit vector of each text."""
-    projection: Projection = model.head("projection", "encode_text")
-    features, vectors = [], [no_vectors(projection)]
-    for text_CTD, attention_CT in texts_encoded(model, texts):
-        features += without_padding(text_CTD, attention_CT)
-        vectors.append(projection.embed_text(text_CTD, attention_CT))
-    return EncodedSide(features, torch.cat(vectors))
+    features, vectors, keep = list[Tensor](), [no_vectors(projection)], len(given) <= model.batch_size
+    if images:
+        for image_BLD in images_encoded(model, given):
+            features += list(image_BLD) if keep else []
+            vectors.append(projection.embed_image(image_BLD))
+    else:
+        for text_CTD, attention_CT in texts_encoded(model, given):
+            features += without_padding(text_CTD, attention_CT) if keep else []
+            vectors.append(projection.embed_text(text_CTD, attention_CT))
+    return Encoded(given, images, torch.cat(vectors), features)
 
 
 def no_vectors(projection: Projection) -> Tensor:
@@ -113,43 +123,52 @@ def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequ
     return torch.cat(found) if found else torch.zeros(0)
 
 
-def pair_up(images: int, texts: int) -> list[tuple[int, int]]:
+def pair_up(method: str, images: int, texts: int) -> list[tuple[int, int]]:
     """Which image meets which text: row by row, or the single one with each of the others; none where one side is
-    empty.
+    empty. method: whose error it is.
 
     Raises:
         UserError: two lists of different lengths.
     """
     if images != texts and 1 not in (images, texts):
         what = f"{images} images and {texts} texts do not make pairs"
-        raise UserError("match", what, "Give one of a kind, or as many of both")
+        raise UserError(method, what, "Give one of a kind, or as many of both")
     count = max(images, texts) if images and texts else 0
     # A side of a single image or text stays at its row 0.
     return [(i if images > 1 else 0, i if texts > 1 else 0) for i in range(count)]
 
 
 def rank_candidates(
-    model: Model, queries: EncodedSide, gallery: EncodedSide, k: int, images: bool
+    model: Model, queries: Sequence[Any], candidates: Sequence[Any], k: int, images: bool
 ) -> list[list[Ranked]]:
     """For each query all candidates, the best first: the k most similar by their match (and their cosine, where the
     task re-ranks by both), then the others by cosine.
 
     Args:
-        images: whether the queries are images.
+        images: whether the queries are images, and so the candidates texts; or the other way round.
     """
-    similarity_QG = queries.vector_XE @ gallery.vector_XE.T
+    asked, gallery = encode(model, queries, images), encode(model, candidates, not images)
+    similarity_QG = asked.vector_XE @ gallery.vector_XE.T
     # Stable: of equal cosines the earlier candidate comes first.
-    order_QG = similarity_QG.argsort(dim=1, descending=True, stable=True)
+    order = similarity_QG.argsort(dim=1, descending=True, stable=True).tolist()
+    # Only what is matched is needed whole.
+    matched = sorted({row for order_G in order for row in order_G[:k]})
+    whole = dict(zip(matched, features_of(model, gallery, matched), strict=True))
+    asking = features_of(model, asked, range(len(queries))) if k else []
     every = []
-    for row, order_G in enumerate(order_QG.tolist()):
+    for row, order_G in enumerate(order):
         found, cosine, first = order_G[:k], similarity_QG[row].tolist(), []
         if found:
             # `log_odds` takes images first, whichever side asks.
-            sides = [queries.features[row]] * len(found), [gallery.features[g] for g in found]
+            sides = [asking[row]] * len(found), [whole[g] for g in found]
             odds_K = log_odds(model, *(sides if images else sides[::-1])).cpu()
-            score_K = odds_K + contrast_counts(model) * similarity_QG[row, found].cpu()
-            best = score_K.argsort(descending=True, stable=True).tolist()
+            best = by_match(model, odds_K, similarity_QG[row, found].cpu())
             # The probability that is told is of matching alone; only the order may count the cosine, too.
             first = [Ranked(found[at], cosine[found[at]], float(odds_K[at].sigmoid())) for at in best]
         every.append(first + [Ranked(g, cosine[g], None) for g in order_G[k:]])
     return every
+
+
+def by_match(model: Model, odds_K: Tensor, cosine_K: Tensor) -> list[int]:
+    """The order of candidates, the best first, by log-odds of a match and, where the task re-ranks by both, cosine."""
+    return (odds_K + contrast_counts(model) * cosine_K).argsort(descending=True, stable=True).tolist()

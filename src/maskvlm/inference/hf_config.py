@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
@@ -20,6 +21,7 @@ from maskvlm.checkpoint.warm_start import Start
 from maskvlm.config.plain_schema import Listed, Real, Record, Tree, Whole
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.files import load_json
+from maskvlm.data.inputs import as_list, open_image
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 
@@ -50,6 +52,13 @@ class MaskVLMConfig(PreTrainedConfig):
 class MaskVLMImageProcessor(ViTImageProcessorPil):
     """Images as evaluation prepares them. With a name of its own, because Auto classes would choose torchvision's
     resizing for a ViT's, which differs."""
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers. Pillow images and files are made upright 8-bit RGB first: photos are often stored on
+        their side. Arrays are left to transformers."""
+        given, single = as_list(images)
+        opened = [open_image(each) if isinstance(each, str | Path | bytes | Image.Image) else each for each in given]
+        return super().preprocess(opened[0] if single else opened, *args, **kwargs)
 
 
 SIDE = Whole(1, 4096)
@@ -171,6 +180,9 @@ def _shown(file: Path) -> dict[str, Any]:
 def write_beside(folder: Path, origin: Start, spec: InputSpec) -> None:
     """Tokenizer, image processing, ids of the images seen, features of known ones."""
     processor_of(spec).save_pretrained(folder)
+    # What another model saw and knew may lie there, and would be taken for this one's.
+    for name in (SEEN, KNOWN):
+        (folder / name).unlink(missing_ok=True)
     # By place in the history: an entry without ids leaves its number out.
     ids = {str(n): seen.ids for n, seen in enumerate(origin.history) if seen.ids is not None}
     if ids:

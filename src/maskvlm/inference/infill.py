@@ -37,11 +37,11 @@ class SeenImages(NamedTuple):
     which: list[int]
 
 
-def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
-    """Features of the different ones of these images; of the mean colour for None."""
+def look(model: Model, images: Sequence[Any | None], numbers: Sequence[int]) -> SeenImages:
+    """Features of the different ones of these images; of the mean colour for None. numbers: what errors call them."""
     # By identity: an image that is given with several texts is encoded once.
     each = {id(image): image for image in images}
-    numbers = {id(image): number for number, image in reversed([*enumerate(images, 1)])}  # where each comes first
+    named = {id(image): number for number, image in zip(numbers, images, strict=True)}
     order = {known: number for number, known in enumerate(each)}
     size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
     # Zeros are the mean colour, as pixels are normalised.
@@ -49,7 +49,7 @@ def look(model: Model, images: Sequence[Any | None]) -> SeenImages:
     given = [number for number, image in enumerate(each.values()) if image is not None]
     if given:
         shown = [image for image in each.values() if image is not None]
-        pixels_XCHW[given] = model.pixels(shown, [numbers[id(image)] for image in shown])
+        pixels_XCHW[given] = model.pixels(shown, [named[id(image)] for image in shown])
     return SeenImages(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
 
 
@@ -89,10 +89,12 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
         yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).full_RLD
 
 
-def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], top_k: int) -> list[list[list[Guess]]]:
+def fill_mask(
+    model: Model, images: Sequence[Any | None], numbers: Sequence[int], texts: Sequence[str], top_k: int
+) -> list[list[list[Guess]]]:
     """For each [MASK] of each text, about its image, the likeliest words; each masked place by itself."""
     head = model.head("tokens", "fill_mask")
-    rows = pair_rows(model, *look(model, images), [model.words.masked(text) for text in texts])
+    rows = pair_rows(model, *look(model, images, numbers), [model.words.masked(text) for text in texts])
     found = []
     for chosen_B, text_BTD in text_cross(model, rows):
         for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
@@ -110,10 +112,11 @@ def fill_mask(model: Model, images: Sequence[Any | None], texts: Sequence[str], 
 
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
-    """Start, end, padding and mask token are no words."""
+    """Start, end, padding and mask token are no words, nor is what the head has more of than the tokenizer."""
+    tokenizer, count = model.words.tokenizer, logits_KV.shape[-1]
     # A tokenizer may know special tokens that the head has no logit for.
-    special = [i for i in model.words.tokenizer.all_special_ids if i < logits_KV.shape[-1]]
-    return logits_KV.index_fill(-1, torch.tensor(special, device=logits_KV.device), float("-inf"))
+    no_words = [*(i for i in tokenizer.all_special_ids if i < count), *range(len(tokenizer), count)]
+    return logits_KV.index_fill(-1, torch.tensor(no_words, device=logits_KV.device), float("-inf"))
 
 
 class Written(NamedTuple):
@@ -154,9 +157,9 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
     return [list(each) for each in embed.in_batches(written, len(lengths))]
 
 
-def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -> list[str]:
+def best_captions(model: Model, images: Sequence[Any], numbers: Sequence[int], lengths: Sequence[int]) -> list[str]:
     """Of captions of these lengths those that match their images best; without a matching head the most certain."""
-    looked = look(model, images)
+    looked = look(model, images, numbers)
     # Tokens can decode to an empty text.
     written = [[one for one in each if one.text.strip()] for each in write_captions(model, looked, lengths)]
     if not any(written):
@@ -173,7 +176,9 @@ def best_captions(model: Model, images: Sequence[Any], lengths: Sequence[int]) -
     ]
 
 
-def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[str]) -> list[Tensor]:
+def log_likelihood(
+    model: Model, images: Sequence[Any | None], numbers: Sequence[int], texts: Sequence[str]
+) -> list[Tensor]:
     """log p(word | all other words, image) of each token of each text, [T] each, nats (Salazar et al. 2020)."""
     head, mask = model.head("tokens", "score"), model.backbone.text.mask_id
     whole = [model.tokens([text]).token_CT[0] for text in texts]
@@ -183,7 +188,7 @@ def log_likelihood(model: Model, images: Sequence[Any | None], texts: Sequence[s
     # A row for each token of each text: that token is masked there, all others are visible.
     text_B = [number for number, words in enumerate(inner) for _ in range(words)]
     place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
-    image_XLD, which = look(model, images)
+    image_XLD, which = look(model, images, numbers)
     rows = pair_rows(model, image_XLD, [which[number] for number in text_B], [whole[number] for number in text_B])
     row_B = torch.arange(len(place_B), device=place_B.device)
     target_B = rows.token_BT[row_B, place_B]  # read before it is masked
@@ -245,6 +250,8 @@ def inpaint_images(
     generator = torch.Generator().manual_seed(0)
     size, total_B = model.backbone.image.patch_size, mask_BN.sum(1)
     for step in range(steps):
+        if not left_BN.any():
+            break
         keep_B = (total_B * (steps - 1 - step)) // steps  # masked patches that remain after this round
         given = painted_BCHW.to(image_BCHW.dtype)
         values_BNP = patches(model, given, left_BN, text_BTD, tokens.attention_CT)

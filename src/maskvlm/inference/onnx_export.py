@@ -27,6 +27,7 @@ from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.training.run_record import write_json
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.write_errors import cannot_write
 
 Format = Literal["onnx", "torch"]
 Shapes = dict[str, list[str | int]]
@@ -214,9 +215,9 @@ def export(
             # Takes the place of an empty folder, never of one that holds something.
             os.replace(made, folder)
     except OSError as error:
-        # 28 and 122: ENOSPC and EDQUOT, a full disk.
-        code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
-        raise UserError(folder, f"cannot be written ({first_line(error)})", "Choose another folder", code) from error
+        told = f"cannot be written ({first_line(error)})"
+        other = UserError(folder, told, "Choose another folder", ExitCode.CANNOT_CREATE)
+        raise (cannot_write(error, folder, "whole files stay") or other) from error
     return report
 
 

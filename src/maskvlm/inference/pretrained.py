@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, cast
@@ -33,8 +32,7 @@ from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
-from maskvlm.data.inputs import ImageInput, MarkedTexts, as_list
-from maskvlm.data.text import Captioner
+from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
 from maskvlm.inference.api import Asked
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
@@ -55,7 +53,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 WATCHED = 16  # images or texts of one call that are looked at
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
-MOST_WORDS = 1_000  # unknown ones that are remembered
+MOST_TOLD = 1_000  # warnings and unknown words that are remembered
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -84,7 +82,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     Attributes:
         known: the range of the images that it knows; None where the checkpoint does not tell it.
-        told_far: the latest of these warnings, each once.
+        told_far: the latest of these warnings, each once; at most 1,000.
         told_words: words that it has been asked with and does not know; each was warned of once (`UnknownWords`).
     """
 
@@ -95,8 +93,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         super().__init__(config)
         self.backbone, self.task, self.origin = backbone, task, origin
         self.known = known_of(backbone, origin)
-        self.told_far: deque[str] = deque(maxlen=WATCHED)
-        self.told_words: deque[str] = deque(maxlen=MOST_WORDS)
+        self.told_far: deque[str] = deque(maxlen=MOST_TOLD)
+        self.told_words: deque[str] = deque(maxlen=MOST_TOLD)
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 
@@ -153,33 +151,35 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """What it was trained on and so knows, in a sentence, as far as the checkpoint tells."""
         return limits(self.config.lineage or [])
 
-    def pixels(self, images: Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
-        """As of `Asked`. Images that are unlike the training data are warned of, by their names where they have some,
-        where a method is asked about few: the encoder runs once more for that."""
-        image_BCHW = super().pixels(images, numbers)
-        if self.known is not None and 0 < len(image_BCHW) <= WATCHED:
-            order = numbers or range(1, len(images) + 1)
-            for number, image, line in zip(order, images, self._far(image_BCHW), strict=True):
-                if line is not None:
-                    # A file's name may be anybody's.
-                    told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
-                    if told not in self.told_far:
-                        self.told_far.append(told)
-                    # Of several images without names the warning says which.
-                    which = f"image {number}: " if told == line and len(images) > 1 else ""
-                    warnings.warn(which + told, FarFromTraining, stacklevel=calls_within())
-        return image_BCHW
+    def look_at(self, images: list[Any]) -> list[Any]:
+        """As of `Asked`. Of a few images those that are unlike the training data are warned of, by their names where
+        they have some: the encoder runs once more for that."""
+        if self.known is None or len(images) > WATCHED:
+            return images
+        # Each is opened once; an image that is given several times stays one.
+        opened = {
+            id(each): open_image(each, f"image {number}") for number, each in enumerate(images, 1) if each is not None
+        }
+        far = dict(zip(opened, self.far([*opened.values()]), strict=True))
+        for number, image in enumerate(images, 1):
+            if (line := far.get(id(image))) is None:
+                continue
+            # A file's name may be anybody's.
+            told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
+            if told not in self.told_far:
+                self.told_far.append(told)
+            # Of several images without names the warning says which.
+            which = f"image {number}: " if told == line and len(images) > 1 else ""
+            warnings.warn(which + told, FarFromTraining, stacklevel=calls_within())
+        return [opened.get(id(each)) for each in images]
 
-    @property
-    def words(self) -> MarkedTexts:
+    def read_over(self, texts: list[Any]) -> None:
         """As of `Asked`. Of a few texts, words that the tokenizer does not know are named."""
-        known = super().words
-        return MarkedTexts(known.tokenizer, known.text_length, partial(self._name_unknown, known.captioner))
-
-    def _name_unknown(self, captioner: Captioner, texts: list[str]) -> None:
         if len(texts) > WATCHED:
             return
-        found = dict.fromkeys(word for text in texts for word in captioner.unknown_words(text))
+        # Masked words are none; what is no text is told later.
+        read = [str(text).replace(MASK, " ").replace(str(self.words.tokenizer.mask_token), " ") for text in texts]
+        found = dict.fromkeys(word for text in read for word in self.words.captioner.unknown_words(text))
         new = [word for word in found if word not in self.told_words]
         if new:
             self.told_words += new
@@ -191,7 +191,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         knows."""
         given, found = as_list(images)[0], list[str | None]()
         for part in numbered(given, self.batch_size):
-            found += self._far(super().pixels(*part))
+            found += self._far(self.pixels(*part))
         return found
 
     @torch.no_grad()
@@ -208,26 +208,35 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         *,
         name: str = UNNAMED,
         sets: Mapping[str, KnownSet] | None = None,
-        **more: Any,
+        **to_hub: Any,
     ) -> None:
-        """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle.
+        """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle. A model
+        that lies in the folder is replaced.
 
-        Args: as in transformers; `push_to_hub=True` uploads the folder, by its own name or as `repo_id`.
+        Args:
+            push_to_hub: upload the folder, by its own name or as `repo_id`.
             name: by which the card loads the model; that on the hub, where it is uploaded.
             sets: what the card says of training data whose history does not name them, by their hash.
+            to_hub: repo_id, commit_message, private, token, revision, create_pr, as of `push_to_hub`. Nothing else that
+                transformers knows: weights lie in one file.
+
+        Raises:
+            UserError: another argument, a file instead of a folder, or a model without tokenizer.
         """
         folder = Path(save_directory)
+        if other := next((key for key in to_hub if key not in TO_HUB), None):
+            raise UserError("save_pretrained", f"there is no argument {other}", f"There are: {', '.join(TO_HUB)}")
         if folder.is_file():
             raise UserError(folder, "is a file", "Name a folder")
+        # Before anything is written: a model without tokenizer could not be loaded again.
+        _ = self.words
         folder.mkdir(parents=True, exist_ok=True)
-        # These go to `upload` alone: transformers would upload before the sums are written.
-        to_hub = {key: more.pop(key) for key in TO_HUB if key in more}
         repository = (to_hub.pop("repo_id", None) or folder.resolve().name) if push_to_hub else None
         config, spec = cast(MaskVLMConfig, self.config), self.backbone.input_spec
         write_beside(folder, self.origin, spec)
         write_text(folder / "README.md", model_card(config, spec, repository or name, sets or {}))
         with quiet():
-            super().save_pretrained(folder, **more)
+            super().save_pretrained(folder)
         # Last, as the sums are of all other files in the folder.
         write_sums(folder)
         if repository is not None:
@@ -365,6 +374,9 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
     if len(inputs) != method.inputs:
         raise UserError(name, f"{len(inputs)} inputs", f"Give {method.form}")
     lists = [as_list(given) for given in inputs]
+    lists = [(model.look_at(rows) if n < method.images else rows, single) for n, (rows, single) in enumerate(lists)]
+    for rows, _ in lists[method.images :]:
+        model.read_over(rows)
     size = max(len(rows) for rows, _ in lists)
     if not all(rows for rows, _ in lists):
         return []

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.checkpoint.model_spec import TODO, ModelSpec, model_spec_of
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
-from maskvlm.checkpoint.weights import check_fit
+from maskvlm.checkpoint.weights import check_finite_weights, check_fit
 from maskvlm.config.compose import find_tasks
 from maskvlm.config.plain_schema import (
     NOTHING,
@@ -154,6 +154,9 @@ def _check_heads(task: Task, origin: Start) -> None:
         what = f"holds no {missing[0]}" + (f" and {len(missing) - 1} other tensors" if len(missing) > 1 else "")
         todo = f"Give a checkpoint that {name} wrote"
         raise UserError(origin.path, f"{what} of {name}", todo, ExitCode.BAD_DATA)
+    heads = {key: origin.heads[key] for key in own}
+    check_fit(task, heads, origin.path)
+    check_finite_weights(heads, origin.path)
 
 
 @contextmanager

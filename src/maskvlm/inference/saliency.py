@@ -56,9 +56,10 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
     a word is none: `circle` is not in `circles`.
 
     Raises:
-        UserError: the text does not hold the word.
+        UserError: the text does not hold the word, or the tokenizer does not know it.
     """
     check_text(word)
+    captioner = model.words.captioner
     tokens = model.tokens([text])
     token_T, word_T = tokens.token_CT[0], tokens.word_CT[0].tolist()
     whole = token_T.tolist()
@@ -66,7 +67,10 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
     inside = {at for at in range(1, len(whole)) if word_T[at - 1] == word_T[at] >= 0}
     borders = {*range(len(whole) + 1)} - inside
     for spelt in (word, f" {word}"):  # byte-level tokenizers keep the space before a word
-        inner = model.words.captioner.inner(spelt)
+        inner = captioner.inner(spelt)
+        # All unknown words are one token: it would be found where another one stands.
+        if captioner.unknown in inner:
+            raise UserError("word", f"the model's tokenizer does not know '{word}'", "Ask about another word")
         for start in range(len(whole) - len(inner) + 1):
             end = start + len(inner)
             if inner and whole[start:end] == inner and {start, end} <= borders:
@@ -108,12 +112,12 @@ def _shared(map_N: Tensor) -> Tensor:
 
 
 def overlay(image: Image.Image, map_RC: Any) -> Image.Image:
-    """A map over the patches as a warm layer on an image, at its own size."""
+    """A map over the patches as a warm layer on an image, at its own size: where the map is highest, 70 % of the
+    colour is the layer's."""
     top = float(map_RC.max())
-    level = (np.asarray(map_RC, dtype=np.float32) / top if top else np.zeros_like(map_RC)).astype(np.float32)
-    grown = Image.fromarray(level).resize(image.size, Image.Resampling.BICUBIC)
-    share_HW1 = np.clip(np.asarray(grown), 0, 1)[..., None]  # bicubic overshoots
-    warm_HWC = colormaps["inferno"](share_HW1[..., 0])[..., :3] * 255
-    base_HWC = np.asarray(image, dtype=np.float32)
-    mixed_HWC = base_HWC * (1 - 0.7 * share_HW1) + warm_HWC * 0.7 * share_HW1
-    return Image.fromarray(np.rint(mixed_HWC).clip(0, 255).astype(np.uint8))
+    level_RC = np.rint(255 * np.asarray(map_RC, dtype=np.float32) / (top or 1.0)).astype(np.uint8)
+    # Bytes throughout, some ten a pixel where floats take a hundred: photos have up to 50 million pixels.
+    level = Image.fromarray(level_RC).resize(image.size, Image.Resampling.BICUBIC)
+    layer = level.copy()
+    layer.putpalette((colormaps["inferno"](np.arange(256), bytes=True)[:, :3]).tobytes())
+    return Image.composite(layer.convert("RGB"), image, level.point(lambda value: round(0.7 * value)))

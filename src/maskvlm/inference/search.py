@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from maskvlm.checkpoint.integrity import sha256_of
@@ -24,16 +23,16 @@ from maskvlm.config.old_names import current
 from maskvlm.config.plain_schema import Entries, OneOf, Record, Text, Tree, Whole, maybe, shown
 from maskvlm.data.batch import Pairs, Source
 from maskvlm.data.files import load_json
-from maskvlm.data.inputs import ImageInput, is_image, read_once
+from maskvlm.data.inputs import ImageInput, as_list, check_whole, is_image
 from maskvlm.data.prepared.manifest import MANIFEST
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.scenes.source import Scenes
-from maskvlm.inference.embeddings import contrast_counts
+from maskvlm.inference.embeddings import by_match, encode, features_of, log_odds, pair_up
 from maskvlm.inference.faiss_index import RECALL, Array, build_index, faiss_module, kinds, turn, write_index
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import read_arguments
 from maskvlm.inference.vector_files import KEPT, Facts, facts_of, file_of, identity, write_file
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError
 
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
 WORLD = "maskvlm.data.scenes.source.Scenes"
@@ -49,6 +48,8 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     """Index a folder of vectors; returns what `index.json` says. Raises UserError: a shard is missing or damaged."""
     facts = facts_of(vectors)
     parts, width = range(facts["shards"]), facts["width"]
+    if not parts:
+        raise UserError(vectors, "holds no vectors: nothing was embedded", "Embed another split", ExitCode.BAD_DATA)
     asked = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []  # some captions are enough to ask with
     images = [read_vectors(file_of(vectors, part, len(parts)), width) for part in parts]
     captions = [read_vectors(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
@@ -137,7 +138,7 @@ class SearchIndex:
     def search(self, vector_QE: Array | Tensor, k: int = 10) -> tuple[Array, Array]:
         """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
         fewer in the lists it looked at."""
-        check_least(1, {"k": k})
+        check_whole("search", "k", k, 1)
         # FAISS takes rows of float32 that lie one after another.
         query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
         if query_QE.shape[1] != self.index.d:
@@ -203,15 +204,18 @@ def search_index(
 ) -> list[SearchResult]:
     """The k nearest images of a text or an image (of strings those that name a file), the nearest first.
 
-    rerank: these ordered by their match (ITM): a text's with the images themselves, an image's with their captions,
-    of which the best counts. Raises UserError: the index was not made with this model (65).
+    rerank: these ordered as `rank` orders, by their match (ITM) and, where the model's task re-ranks by both, the
+    cosine of what is matched: a text with the images themselves, an image with their captions, of which the best
+    counts. Raises UserError: the index was not made with this model (65).
     """
     # That hashes all weights, so a model that has passed is remembered.
     if model is not index.model and identity(model) != index.about["weights"]:
         todo = f"Give {index.about['checkpoint']}, or make the index again"
         raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
     index.model = model
-    query = read_once(query)
+    (query, *more), single = as_list(query)
+    if more or not single:
+        raise UserError("search", "several queries", "Give one text or image; for more call it again")
     seen = is_image(query)
     vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
@@ -220,18 +224,22 @@ def search_index(
     found = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
     if not rerank:
         return found
-    if seen:  # a match is of an image and a text
-        # One image and all captions; of each hit the best counts.
-        captions = [caption for each in found for caption in each.captions]
-        matches = iter(model.match([query], captions) if captions else ())  # type: ignore[arg-type]
-        likely = [max((next(matches) for _ in each.captions), default=0.0) for each in found]
-    else:
-        likely = model.match(index.open_images(found), str(query))  # type: ignore[assignment]
-    matched = [each._replace(match=match) for each, match in zip(found, likely, strict=True)]
-    counts = contrast_counts(model)
-    if not counts:
-        return sorted(matched, key=lambda each: -(each.match or 0))
-    # 1e-6 keeps the log-odds of 0 and 1 finite.
-    odds_K = torch.tensor([each.match or 0.0 for each in matched]).logit(1e-6)
-    score_K = odds_K + counts * torch.tensor([each.similarity for each in matched])
-    return [matched[at] for at in score_K.argsort(descending=True, stable=True).tolist()]
+    # A match is of an image and a text: of an image that is asked about, with the captions of what was found.
+    asked = [query] if seen else index.open_images(found)
+    texts = [caption for each in found for caption in each.captions] if seen else [str(query)]
+    if not (asked and texts):
+        return found
+    image, text = encode(model, asked, True), encode(model, texts, False)
+    pairs = pair_up("search", len(asked), len(texts))
+    image_features = features_of(model, image, range(len(asked)))
+    text_features = features_of(model, text, range(len(texts)))
+    odds_M = log_odds(model, [image_features[i] for i, _ in pairs], [text_features[t] for _, t in pairs]).cpu()
+    cosine_M = (image.vector_XE @ text.vector_XE.T).flatten().cpu()
+    # Each pair's place among what was found: an image's captions share theirs, and the best one counts.
+    places = [place for place, each in enumerate(found) for _ in each.captions] if seen else list(range(len(found)))
+    best: dict[int, float] = {}
+    for at in by_match(model, odds_M, cosine_M):
+        best.setdefault(places[at], float(odds_M[at].sigmoid()))
+    # What has no caption cannot be matched, and comes last.
+    best |= {place: 0.0 for place in range(len(found)) if place not in best}
+    return [found[place]._replace(match=match) for place, match in best.items()]

@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from maskvlm.checkpoint.integrity import first_line
 from maskvlm.data.batch import Pairs
 from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.images import BadImage, safe_open
@@ -38,6 +39,7 @@ from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.status_bar import StatusBar
 from maskvlm.utils.whole_files import whole_file
+from maskvlm.utils.write_errors import cannot_write
 
 FACTS, BAD = "vectors.json", "bad_samples.json"
 SHARD = 4096  # images
@@ -135,7 +137,7 @@ def embed(
             bad += [row["bad"] for row in rows if "bad" in row]
             line.advance(len(rows))
         if captions:  # first: a shard counts as done when its images are there
-            write_file(file_of(folder, part, count, "captions"), captions_table(model, good, width))
+            write_file(file_of(folder, part, count, "captions"), captions_table(model, good))
         # What failed is kept in the shard itself, where whichever process ends last finds it.
         table = table_of(good, KEPT, torch.cat(vectors))
         write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
@@ -143,11 +145,10 @@ def embed(
     return close(folder, pairs, count)
 
 
-def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]], width: int) -> pa.Table:
+def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]]) -> pa.Table:
     """Rows of CAPTION with their vectors."""
     rows = [{**row, "caption": text} for row in images for text in row["captions"]]
-    parts = [model.encode_text([row["caption"] for row in part]).cpu() for part in in_batches(rows, model.batch_size)]
-    return table_of(rows, CAPTION, torch.cat([torch.zeros(0, width), *parts]))
+    return table_of(rows, CAPTION, model.encode_text([row["caption"] for row in rows]).cpu())
 
 
 def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) -> pa.Table:
@@ -255,7 +256,6 @@ def write_file(path: Path, content: pa.Table | Facts) -> None:
                 # Vectors hardly repeat: a dictionary of them would save nothing.
                 pq.write_table(content, temporary, use_dictionary=False)
     except OSError as error:
-        # 28 and 122: ENOSPC and EDQUOT, a full disk.
-        code = ExitCode.IO_ERROR if error.errno in (28, 122) else ExitCode.CANNOT_CREATE
-        todo = "Free some space, or choose another folder; whole files stay"
-        raise UserError(path, f"cannot be written ({error.strerror})", todo, code) from error
+        told = f"cannot be written ({first_line(error)})"
+        other = UserError(path, told, "Choose another folder", ExitCode.CANNOT_CREATE)
+        raise (cannot_write(error, path, "whole files stay") or other) from error

@@ -17,7 +17,7 @@ from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.answers import ScoredExample, ScoredExamples, by_kind, majority, percent
 from maskvlm.objectives.image_ablation import ImageAblation
-from maskvlm.objectives.loaded_model import Model, in_batches
+from maskvlm.objectives.loaded_model import Model, numbered
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.task import Task
 from maskvlm.utils.distributed import Draw, shared_count
@@ -237,8 +237,11 @@ def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPredi
 def predict_labels(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[LabelPrediction]:
     """A `Method`: what the task says of each example, its images followed by its text."""
     found: list[LabelPrediction] = []
-    for part in in_batches(examples, model.batch_size):
-        image_BPCHW = torch.stack([model.pixels(example[:-1]) for example in part])
+    for part, numbers in numbered(examples, model.batch_size):
+        # All images of an example have its number.
+        image_BPCHW = torch.stack(
+            [model.pixels(example[:-1], [n] * (len(example) - 1)) for n, example in zip(numbers, part, strict=True)]
+        )
         text = model.tokens([example[-1] for example in part])
         found += task.decisions(model.backbone, asked(image_BPCHW, text))
     return found

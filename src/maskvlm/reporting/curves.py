@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maskvlm.reporting.meters import NOT_LOSSES, number
+from maskvlm.reporting.metric_tables import LEVELS, percentages
 
 Rows = Sequence[Mapping[str, float]]
 """What was logged, in order; every row has `step`."""
@@ -17,6 +18,8 @@ Rows = Sequence[Mapping[str, float]]
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9601a", "#7a7a7a"
 COLOURS = (BLUE, ORANGE, "#2e9350", "#8a5bb5", "#b0892b", GREY)
 COLUMNS = 3
+NO_DECAY = " (no decay)"
+"""What Lightning's names of such parameter groups end with here."""
 TITLES = {
     "itc": "ITC: contrast",
     "itm": "ITM: matching",
@@ -107,8 +110,8 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
     held_out.append((PIXELS, "squared error of masked pixels"))
     shown = [part for part in held_out if any(line.key in keys for line in part[0])]
     others = sorted({key.split("/")[0] for key in keys if "/" in key and not key.startswith(KNOWN)})
-    # A group without decay has the rate of its twin.
-    rates = [key for key in sorted(keys) if key.startswith("lr") and "no decay" not in key]
+    # A group without decay has the rate of its twin, where it has one.
+    rates = [key for key in sorted(keys) if key.startswith("lr") and key.removesuffix(NO_DECAY) not in keys - {key}]
     speed = "train/pairs_per_second" in keys
     count = len(losses) + len(shown) + len(others) + bool(rates) + speed
     figure, panels = grid(count, title)
@@ -117,9 +120,7 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
     for lines, name in shown:
         draw_lines(next(panels), rows, lines, name)
     for group in others:
-        names = sorted(key for key in keys if key.startswith(f"{group}/"))[: len(COLOURS)]
-        lines = tuple(Curve(key, key.split("/", 1)[1], COLOURS[n]) for n, key in enumerate(names))
-        draw_lines(next(panels), rows, lines, group)
+        draw_lines(next(panels), rows, task_curves(group, rows), group)
     if rates:
         draw_rates(next(panels), rows, rates)
     if speed:
@@ -129,6 +130,26 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
     for axes in figure.axes:
         axes.set_xlim(0, 1.02 * max(last, 1))
     return figure
+
+
+def task_curves(group: str, rows: Rows) -> tuple[Curve, ...]:
+    """What a task is judged by: its percentages of all examples, dashed the chance level of each; where it has none,
+    all of its metrics. The one that is the score comes first. Kinds of examples stand in the table alone."""
+    keys = {key: 0.0 for row in rows for key in row}
+    own = [key for key in sorted(keys) if key.startswith(f"{group}/") and key.count("/") == 1]
+    own = [key for key in own if not key.endswith((*LEVELS, "/examples"))]
+    shares = [key for key in percentages(group, keys) if key in own]
+    # Not what is said of another one, such as the `accuracy_ceiling` of an accuracy.
+    names = [key for key in shares or own if not any(key.startswith(f"{other}_") for other in own)]
+    score = {key for row in rows for key in names if key in row and row[key] == row.get("score")}
+    names.sort(key=lambda key: key not in score)
+    lines: list[Curve] = []
+    for key, colour in zip(names, COLOURS, strict=False):
+        lines.append(Curve(key, key.split("/", 1)[1], colour))
+        # The dashed lines stand in the legend once: an underscore keeps a label out of it.
+        told = "_level" if any(line.style == "--" for line in lines) else "chance level"
+        lines += [Curve(f"{key}{end}", told, colour, "--") for end in LEVELS if f"{key}{end}" in keys]
+    return tuple(lines)
 
 
 def grid(count: int, title: str) -> tuple[Figure, "Panels"]:
@@ -208,8 +229,10 @@ def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> No
     if retrieval:
         axes.set_ylim(bottom=0)
     low, top = axes.get_ylim()
-    axes.set_ylim(low, top + 0.12 * len(lines) / 2 * (top - low))  # room for the legend
-    axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
+    told = sum(not line.label.startswith("_") for line in lines)
+    axes.set_ylim(low, top + 0.12 * told / 2 * (top - low))  # room for the legend
+    if told:
+        axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
 
 
 def draw_rates(axes: Axes, rows: Rows, keys: Sequence[str]) -> None:

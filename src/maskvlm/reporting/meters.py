@@ -23,33 +23,29 @@ class RunningMeans:
     """
 
     def __init__(self, decay: float) -> None:
-        self.decay, self.weight = decay, 0.0
+        self.decay = decay
         self.sums: dict[str, Tensor] = {}
-        self.found: dict[str, Tensor] = {}  # whether there was a finite value
+        self.weights: dict[str, Tensor] = {}  # 1 + decay + decay^2 + ...: what the sums are divided by
 
     def take(self, values: Mapping[str, Tensor | float]) -> None:
         """One value of each name; names that come or go start anew."""
         if values.keys() != self.sums.keys():
-            self.weight, self.sums = 0.0, {name: torch.zeros(()) for name in values}
-            self.found = {name: torch.zeros((), dtype=torch.bool) for name in values}
-        # 1 + decay + decay^2 + ...: what the sums are divided by.
-        self.weight = self.decay * self.weight + 1
+            self.sums = {name: torch.zeros(()) for name in values}
+            self.weights = {name: torch.zeros(()) for name in values}
         for name, value in values.items():
             value = torch.as_tensor(value).detach().float()
-            before = self.sums[name].to(value.device)
-            # One value that is not finite must not outlast its step: it counts as the mean so far.
-            # (weight - 1) / decay is the weight before this value.
-            mean = before / ((self.weight - 1) / self.decay if self.weight > 1 else 1)
-            self.sums[name] = self.decay * before + torch.where(value.isfinite(), value, mean)
-            self.found[name] = self.found[name].to(value.device) | value.isfinite()
+            finite = value.isfinite()
+            # A value that is not finite has no weight, and what was before keeps its own: it does not outlast its step.
+            for kept, new in ((self.sums, value.nan_to_num()), (self.weights, torch.ones_like(value))):
+                before = kept[name].to(value.device)
+                kept[name] = torch.where(finite, self.decay * before + new, before)
 
     def read(self) -> dict[str, float]:
         """The means so far, copied to the host in one go; not a number where no value was finite."""
         if not self.sums:
             return {}
-        # One copy for all names: each copy waits for the device.
-        found = torch.stack(list(self.found.values()))
-        means = (torch.stack(list(self.sums.values())) / self.weight).masked_fill(~found, math.nan)
+        # One copy for all names: each copy waits for the device. 0 / 0 is not a number.
+        means = torch.stack(list(self.sums.values())) / torch.stack(list(self.weights.values()))
         return dict(zip(self.sums, means.tolist(), strict=True))
 
 
@@ -168,9 +164,9 @@ def reading_interval(trainer: L.Trainer) -> int:
 
 
 def number(value: float) -> str:
-    """Three digits: 4.16, 0.637, 0.0985, 123."""
+    """Three digits: 4.16, 0.637, 0.0985, 123; above a thousand all before the point: 5,200."""
     # `#` keeps zeros at the end (4.10), and a point after 123.
-    return f"{value:#.3g}".rstrip(".")
+    return f"{value:,.0f}" if abs(value) >= 999.5 and math.isfinite(value) else f"{value:#.3g}".rstrip(".")
 
 
 def duration(seconds: float) -> str:

@@ -96,9 +96,10 @@ def metrics_table(metrics: Mapping[str, float]) -> Table:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(title, no_wrap=True)
+    table.add_column(Text(title), no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        # `Text`, as a label may hold what rich takes for markup.
+        table.add_column(Text(column), justify="right", no_wrap=True)
     return table
 
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from maskvlm.suites.coco import CocoTexts, coco_id, read_coco_texts
 from maskvlm.suites.metrics import spearman_rho
-from maskvlm.suites.scores import image_vectors, pair_scores, text_vectors
+from maskvlm.suites.scores import pair_scores
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -97,11 +99,9 @@ class Cxc(Suite):
             return [next(found) if item.kind == "sits" else [] for item in items]
         images = list(dict.fromkeys(image for item in items for image in item.images))
         texts = list(dict.fromkeys(text for item in items for text in item.texts))
-        vector_of: dict[tuple[bool, str | bytes], Any] = {}
-        for is_image, things, encode in ((True, images, image_vectors), (False, texts, text_vectors)):
-            if things:
-                vectors = encode(model, things)  # type: ignore[arg-type]
-                vector_of |= {(is_image, each): vectors[row] for row, each in enumerate(things)}
+        image_BE, text_CE = model.encode_image(images).cpu(), model.encode_text(texts).cpu()
+        vector_of: dict[tuple[bool, str | bytes], Tensor] = {(True, each): image_BE[n] for n, each in enumerate(images)}
+        vector_of |= {(False, each): text_CE[n] for n, each in enumerate(texts)}
         scores = []
         for item in items:
             first, second = [vector_of[True, each] for each in item.images] + [vector_of[False, t] for t in item.texts]

@@ -15,7 +15,6 @@ from maskvlm.data.images import BadImage
 from maskvlm.objectives.retrieval_metrics import BLOCK, top_items
 from maskvlm.suites.coco import read_coco_texts
 from maskvlm.suites.metrics import map_at_r_chance
-from maskvlm.suites.scores import image_vectors, text_vectors
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -65,8 +64,8 @@ class EccvCaption(Suite):
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
         """Cosine of each image with every caption, [C] each."""
-        image_BE = image_vectors(model, [item.images[0] for item in items])
-        return list(image_BE @ text_vectors(model, [text for item in items for text in item.texts]).T)
+        image_BE = model.encode_image([item.images[0] for item in items]).cpu()
+        return list(image_BE @ model.encode_text([text for item in items for text in item.texts]).cpu().T)
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
         contrast_BC = torch.stack(list(scores))

@@ -22,7 +22,7 @@ def first_is_best(scores: Sequence[float]) -> bool:
 def clustered_interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float] | None:
     """95 % interval of the mean of shares, 0 to 1, that depend on each other within a group, such as those of the
     captions of an image: by Student's t over the groups, and by Wilson's rule for so many groups where all values are 0
-    or all are 1. None for fewer than two groups.
+    or all are 1. None for fewer than two groups, and where all groups have one mean: they say nothing of the spread.
     """
     mean = sum(values) / len(values)
     sums: dict[Hashable, float] = {}
@@ -35,6 +35,8 @@ def clustered_interval(values: Sequence[float], groups: Sequence[Hashable]) -> t
         wilson = stats.binomtest(round(mean * count), count).proportion_ci(method="wilson")
         return float(wilson.low), float(wilson.high)
     error = math.sqrt(sum(each**2 for each in sums.values()) * count / (count - 1)) / len(values)
+    if error < 1e-12:
+        return None
     margin = float(stats.t.ppf(0.975, count - 1)) * error
     return max(0.0, mean - margin), min(1.0, mean + margin)
 

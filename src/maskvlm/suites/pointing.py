@@ -97,7 +97,7 @@ class Pointing(Suite):
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
         """Where the maps of attention and of Grad-CAM peak: x, y, x, y, as shares of the image; [] where the phrase is
-        beyond what the model reads of the text."""
+        beyond what the model reads of the text; -1, -1 of a map without a peak."""
         found: list[list[float]] = []
         for item in items:
             try:
@@ -125,8 +125,11 @@ class Pointing(Suite):
 
 
 def peak(map_RC: Any) -> tuple[float, float]:
-    """x and y of the middle of the patch with the highest value (the first of equals), as shares of the image."""
+    """x and y of the middle of the patch with the highest value, as shares of the image; -1, -1, which is in no box,
+    where no single patch has it, as of a map of zeros."""
     rows, columns = map_RC.shape
+    if (map_RC == map_RC.max()).sum() != 1:
+        return -1.0, -1.0
     row, column = divmod(int(map_RC.argmax()), columns)
     return (column + 0.5) / columns, (row + 0.5) / rows
 

@@ -202,6 +202,8 @@ def write_result(
         },
     }
     write_json(folder / RESULT, result)
+    # Of an earlier measurement: its lines would stand beside these figures.
+    (folder / SCORES).unlink(missing_ok=True)
     if sum(map(len, next(iter(report.scores.values())))) > MAX_SCORES:
         return
     lines = []

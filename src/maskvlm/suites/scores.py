@@ -3,10 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from maskvlm.data.inputs import open_image
 from maskvlm.utils.errors import UserError
@@ -31,7 +29,10 @@ def _score(model: "PretrainedMaskVLM", image: Image.Image | None, texts: list[st
 
 
 def _score_per_word(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> list[float]:
-    return [nats / len(text.split()) for nats, text in zip(_score(model, image, texts), texts, strict=True)]
+    # Of a text longer than the model reads the words that are read count, as in `score`.
+    word_CT = model.words.captioner(texts).word_CT
+    counts = [len({*words} - {-1}) for words in word_CT.tolist()]
+    return [nats / count for nats, count in zip(_score(model, image, texts), counts, strict=True)]
 
 
 def _score_no_image(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> Any:
@@ -47,8 +48,8 @@ _SCORERS: dict[str, Callable[["PretrainedMaskVLM", Image.Image, list[str]], Any]
 }
 WAYS = tuple(_SCORERS)
 """contrast: cosine (ITC). match: probability of a match (ITM). score: pseudo-log-likelihood of the text given the
-image, nats (MLM), and the same divided by the words. score_no_image: without the image, the control for what the text
-alone gives away."""
+image, nats (MLM), and the same divided by the words that are read, punctuation marks being words, too. score_no_image:
+without the image, the control for what the text alone gives away."""
 
 
 def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: str) -> list[list[float]]:
@@ -73,17 +74,3 @@ def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: s
             found[row] = [scores[text] for text in items[row].texts]
     bar.close()
     return found
-
-
-def image_vectors(model: "PretrainedMaskVLM", images: Sequence[str | bytes]) -> Tensor:
-    """Contrast vectors, [B, E], on the CPU; the encoder's features are not kept."""
-    size = model.batch_size
-    parts = [model.encode_image(list(images[start : start + size])).cpu() for start in range(0, len(images), size)]
-    return torch.cat(parts)
-
-
-def text_vectors(model: "PretrainedMaskVLM", texts: Sequence[str]) -> Tensor:
-    """Contrast vectors, [C, E], on the CPU."""
-    size = model.batch_size
-    parts = [model.encode_text(list(texts[start : start + size])).cpu() for start in range(0, len(texts), size)]
-    return torch.cat(parts)

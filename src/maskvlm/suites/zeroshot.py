@@ -17,7 +17,7 @@ from maskvlm.data.files import image_names, load_json
 from maskvlm.data.raw.lines import text_lines
 from maskvlm.data.safe_open import content_of
 from maskvlm.suites.metrics import percent_right
-from maskvlm.suites.scores import image_vectors, pair_scores, text_vectors
+from maskvlm.suites.scores import pair_scores
 from maskvlm.suites.suite import MAX_FILE_BYTES, ItemRows, Suite, SuiteItem, SuiteMetric, plain_text
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -98,8 +98,9 @@ class Zeroshot(Suite):
         count = len(self.templates)
         if way == "contrast":
             # (classes * templates, E) -> (classes, templates, E) -> (classes, E)
-            text_KE = F.normalize(text_vectors(model, items[0].texts).unflatten(0, (-1, count)).mean(1), dim=-1)
-            image_BE = image_vectors(model, [item.images[0] for item in items])
+            text_CE = model.encode_text(list(items[0].texts)).cpu()
+            text_KE = F.normalize(text_CE.unflatten(0, (-1, count)).mean(1), dim=-1)
+            image_BE = model.encode_image([item.images[0] for item in items]).cpu()
             return list(image_BE @ text_KE.T)
         return [torch.tensor(each).unflatten(0, (-1, count)).mean(1) for each in pair_scores(model, items, way)]
 
