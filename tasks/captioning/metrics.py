@@ -26,8 +26,10 @@ def bare_words(text: str) -> str:
 
 
 def usual_caption(references: Sequence[Sequence[str]]) -> str:
-    """Of all references the most frequent one by its words, the first of equals: the baseline that looks at nothing."""
-    return Counter(bare_words(text) for texts in references for text in texts).most_common(1)[0][0]
+    """The most frequent reference by its words, the first of equals: the baseline that looks at nothing. References
+    without a word do not count; "" where there are no others."""
+    counts = Counter(words for texts in references for text in texts if (words := bare_words(text)))
+    return next((words for words, _ in counts.most_common(1)), "")
 
 
 def cider_function() -> Callable[..., Any]:

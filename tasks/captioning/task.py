@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskvlm.data.batch import Batch
 from maskvlm.data.inputs import MarkedTexts
+from maskvlm.data.text import no_words
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.model.text_decoder import TextDecoder, heads_to_start_from
@@ -134,7 +135,7 @@ class Captioning(Task):
             self.texts = MarkedTexts(tokenizer, backbone.text.text_length)
         start, end = self.texts.ends
         # The end token ends a caption; no other special token belongs in one, nor what the head has no logit for.
-        special = [token for token in tokenizer.all_special_ids if token != end and token < backbone.text.vocab_size]
+        special = [token for token in no_words(tokenizer, backbone.text.vocab_size) if token != end]
         found = self.writer.search(backbone, context, rows, start, end, special, self.beams)
         texts = [self.texts.decode(row[1:]) for row in found.token_BS.tolist()]
         probability = found.mean_B.exp().tolist()

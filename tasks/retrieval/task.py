@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskvlm.data.batch import Batch
-from maskvlm.model.heads import Matching, Projection
+from maskvlm.model.heads import Matching, Projection, check_temperature
 from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import chunks
@@ -90,7 +90,7 @@ class Retrieval(Task):
         check_least(
             1, {"model.task.contrast_dim": contrast_dim, "model.task.rerank_k": rerank_k, "model.task.chunk": chunk}
         )
-        check_least(0.001, {"model.task.temperature": temperature})
+        check_temperature(temperature)
         if not weight_itc and not weight_itm:
             raise UserError("model.task", "both loss weights are 0", "Give at least one weight above 0")
         self.weights = {"itc": weight_itc, "itm": weight_itm}

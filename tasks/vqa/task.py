@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
-from maskvlm.data.text import Captioner
+from maskvlm.data.text import Captioner, no_words
 from maskvlm.model.cross_attention import Context
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.model.text_decoder import heads_to_start_from
@@ -128,20 +128,31 @@ class Vqa(Classification):
         """The generative head's answer to each question."""
         device = batch.image_BPCHW.device
         question = self.read(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), device).local)
-        token_KS, attention_KS = self.vocabulary(backbone)
-        token_KS, attention_KS = token_KS.to(device), attention_KS.to(device)
         rows = len(batch.valid_B)
         if self.decode == "rank":
+            token_KS, attention_KS = (part.to(device) for part in self.vocabulary(backbone))
             best_B = self.answer.rank(backbone, question, token_KS, attention_KS, rows, self.candidates)
             return [self.labels[number] for number in best_B.tolist()]
+        return self.spelt_out(backbone, self.written(backbone, question, rows))
+
+    def written(self, backbone: MaskVLM, question: Context, rows: int) -> Tensor:
+        """Tokens of the answers that are decoded freely, [B, S]."""
         tokenizer: Any = backbone.text.tokenizer
-        # Every label begins and ends with them: read from the first.
-        start, end = (int(token_KS[0, place]) for place in (0, int(attention_KS[0].sum()) - 1))
-        # The end token ends the answer; no other special token belongs in one. The head may have fewer entries.
-        entries = backbone.text.vocab_size
-        forbidden = [token for token in tokenizer.all_special_ids if token != end and token < entries]
-        written_BS = self.answer.search(backbone, question, rows, start, end, forbidden).token_BS
-        return [self.words(row, end, tokenizer) for row in written_BS.tolist()]
+        start, end = self.ends(backbone)
+        # The end token ends the answer; no other special token belongs in one.
+        forbidden = [token for token in no_words(tokenizer, backbone.text.vocab_size) if token != end]
+        device = self.answer.position_SD.device
+        return self.answer.search(backbone, question, rows, start, end, forbidden).token_BS.to(device)
+
+    def spelt_out(self, backbone: MaskVLM, token_BS: Tensor) -> list[str]:
+        """The texts of answers that were written."""
+        _, end = self.ends(backbone)
+        return [self.words(row, end, backbone.text.tokenizer) for row in token_BS.tolist()]
+
+    def ends(self, backbone: MaskVLM) -> tuple[int, int]:
+        """Ids of the start and the end token: every label begins and ends with them."""
+        token_KS, attention_KS = self.vocabulary(backbone)
+        return int(token_KS[0, 0]), int(token_KS[0, int(attention_KS[0].sum()) - 1])
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
         """Answers of the vocabulary with their probability; of free decoding what was written, with its own."""
@@ -149,13 +160,16 @@ class Vqa(Classification):
             return super().decisions(backbone, batch)
         device, rows = batch.image_BPCHW.device, len(batch.valid_B)
         question = self.read(backbone, batch, Draw(EVAL_SEED, 0, device).local)
-        token_KS, attention_KS = (part.to(device) for part in self.vocabulary(backbone))
         if self.decode == "free":
-            predicted = self.answers(backbone, batch)
-            token_AS, attention_AS = (part.to(device) for part in self.spell(backbone, predicted))
+            token_BS = self.written(backbone, question, rows)
+            # Up to the first end token and with it: (B, S)
+            ends_BS = token_BS == self.ends(backbone)[1]
+            attention_BS = ends_BS.cumsum(1) - ends_BS.long() == 0
             own = torch.arange(rows, device=device)
-            likelihood = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, own).exp().tolist()
+            likelihood = self.answer.log_likelihood(backbone, question, token_BS, attention_BS, own).exp().tolist()
+            predicted = self.spelt_out(backbone, token_BS)
             return [LabelPrediction(word, p, {word: p}) for word, p in zip(predicted, likelihood, strict=True)]
+        token_KS, attention_KS = (part.to(device) for part in self.vocabulary(backbone))
         found = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
         chosen_BM, likelihood_BM = found
         # (B, M) -> (B, K): candidates that were not compared get 0.
@@ -165,11 +179,6 @@ class Vqa(Classification):
     def probability(self, logits_BK: Tensor) -> Tensor:
         """Independent probability of each answer (sigmoid), [B, K]."""
         return logits_BK.sigmoid()
-
-    def spell(self, backbone: MaskVLM, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens of answers and their padding mask, [A, S] each."""
-        made = Captioner(backbone.text.tokenizer, self.answer_length)(list(answers))  # type: ignore[arg-type]
-        return made.token_CT, made.attention_CT
 
     def words(self, tokens: list[int], end: int, tokenizer: Any) -> str:
         """The label with these tokens, or else the tokens as text: a tokenizer need not give back a label's spaces."""

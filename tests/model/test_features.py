@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from maskvlm.model.encoders import ImageEncoder
-from maskvlm.model.features import FeatureCache
+from maskvlm.model.features import FeatureCache, FrozenBlocks
 from maskvlm.utils.errors import UserError
 
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 14, "init_values": 0.5}
@@ -40,6 +41,17 @@ def test_the_first_blocks_and_what_is_before_them_are_not_trained() -> None:
     assert trained(tower(2)) == everything - lower
     assert {name.split(".")[1] for name in trained(tower(3))} == {"norm"}
     assert trained(tower("all")) == set()
+
+
+def test_blocks_that_stand_after_all_others_are_not_among_the_first() -> None:
+    """Those of a CaiT's class token."""
+    vit = timm.create_model("cait_xxs24_224", depth=2, embed_dim=32, num_heads=2, img_size=32)
+    frozen = FrozenBlocks(vit, 1)
+    names = [name for name, _ in vit.named_parameters()]
+    trained = {name.split(".")[0] for name in names if not frozen.is_frozen(name)}
+    assert trained >= {"blocks", "blocks_token_only", "norm"}
+    assert frozen.is_frozen("blocks.0.attn.proj.weight")
+    assert not frozen.is_frozen("blocks.1.attn.proj.weight")
 
 
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_as_ever() -> None:

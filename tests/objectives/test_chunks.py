@@ -142,6 +142,25 @@ class Doubtful(PretrainingLoss):
         return step.crossed.image_BLD.mean()
 
 
+class Aligned(PretrainingLoss):
+    """Of each pair the distance of its two unit vectors; reads what is compared of the step."""
+
+    name: ClassVar[str] = "aligned"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGE, Need.TEXT})
+    adds_up: ClassVar[bool] = True
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        own = step.contrast
+        assert len(own.own_B) == len(own.excluded_BG) == len(own.text_id_Bm) == len(step.batch.valid_B)
+        return (1 - (own.image_BE * own.text_BE).sum(1)).sum() / step.batch.image_BCHW.new_tensor(8.0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_a_loss_that_reads_the_contrast_of_its_pairs_adds_up(size: int) -> None:
+    (whole, *_), (parts, *_) = (one_step(chunk, {"losses": [Aligned(2.0)]}) for chunk in (None, size))
+    torch.testing.assert_close(parts["aligned"], whole["aligned"], atol=1e-10, rtol=1e-10)
+
+
 def test_a_loss_that_may_not_add_up_is_refused() -> None:
     backbone, _ = build()
     task = MaskedPretraining(mask_block=16, losses=[Doubtful()])

@@ -220,6 +220,13 @@ def test_features_of_the_images_are_kept_for_the_checkpoint() -> None:
     assert task.measure.known_images.dtype == torch.float16
 
 
+def test_without_anything_to_choose_a_checkpoint_by_there_is_no_score() -> None:
+    """A constant one would keep the first, and end the run for lack of patience."""
+    backbone, task = build(weight_itc=0.0, weight_mlm=0.0, weight_mim=0.0)
+    task.update(backbone, several())
+    assert "score" not in task.compute(backbone)
+
+
 def test_metrics_start_anew_after_they_were_computed() -> None:
     backbone, task = build()
     first = task

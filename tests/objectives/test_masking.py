@@ -266,7 +266,17 @@ def test_chosen_phrases_are_for_training_alone() -> None:
 
 def test_phrases_that_no_text_can_hold_are_passed_over() -> None:
     found, usual = chosen([[5, 11, 12, 6, 7]] * 3, phrases=["[SEP]", "a very long phrase"])
-    assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
+    assert torch.equal(found.mask_CT, usual.mask_CT)
+    assert torch.equal(found.token_CT, usual.token_CT)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
+def test_a_phrase_is_masked_whole_however_long_the_other_texts_are(ratio: float) -> None:
+    for others in ([], [[5, 6, 7, 8, 9, 13, 14, 5, 6, 7, 8, 9]]):
+        found, _ = chosen([[5, 11, 12, 6, 7], *others], ratio=ratio)
+        assert found.mask_CT[0, :7].tolist() == [False, False, True, True, False, False, False]
+        assert found.weight_CK[0].tolist()[:2] == [1.0, 1.0]
+        assert found.index_CK[0].tolist()[:2] == [2, 3]
 
 
 def test_a_phrase_that_the_tokenizer_does_not_know_is_refused() -> None:
@@ -297,7 +307,7 @@ def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> 
     found, _ = chosen(rows, ratio=ratio)
     assert_positions(found.mask_CT, found)
     length = max(map(len, rows)) + 2
-    assert found.index_CK.shape[1] == count_masked(length, ratio)
+    assert found.index_CK.shape[1] == max(2, count_masked(length, ratio))  # 2: of "left of"
 
 
 @pytest.mark.parametrize(

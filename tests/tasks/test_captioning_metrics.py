@@ -120,6 +120,8 @@ def test_words(text: str, words: str) -> None:
 def test_the_most_frequent_caption_by_its_words() -> None:
     assert usual_caption([["A dog.", "a cat"], ["a bird", "A Cat!"]]) == "a cat"
     assert usual_caption([["x"], ["y"]]) == "x"
+    assert usual_caption([["!!!", "a dog"], ["!!!", "a dog"], ["...", "a cat"]]) == "a dog"
+    assert usual_caption([["!!!"]]) == ""
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Shapes: A answers, S answer tokens, K candidates, V vocabulary.
 """
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -354,6 +355,29 @@ def test_an_answer_that_was_learned_is_given_both_ways(decode: Any) -> None:
     assert task.answers(backbone, batch) == ["new york's"] * 3
     task.update(backbone, batch)
     assert task.compute(backbone)["vqa/accuracy"] == 100
+
+
+def test_the_probability_of_a_written_answer_is_that_of_its_tokens() -> None:
+    """Three pieces of words, which no text spells so: made tokens again they would be others."""
+    backbone, task, tokenizer = speaking(decode="free")
+    start, end = task.ends(backbone)
+    piece = next(number for word, number in tokenizer.get_vocab().items() if word.startswith("##"))
+    written = [start, piece, piece, piece, end]
+
+    def said(backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+        logits_ASV = torch.zeros(*token_AS.shape, 120)
+        for at in range(token_AS.shape[1]):
+            logits_ASV[:, at, written[min(at + 1, 4)]] = 3.0
+        return logits_ASV
+
+    def goes_on(_: MaskVLM, __: Context, token_A: Tensor, place: int, past: Any) -> tuple[Tensor, list[Any]]:
+        return said(backbone, __, token_A[:, None].expand(-1, place + 1), token_A)[:, -1], []
+
+    task.answer.forward = said  # type: ignore[method-assign]
+    task.answer.follow = goes_on  # type: ignore[method-assign]
+    (found, _) = task.decisions(backbone, example_batch(2))
+    share = math.exp(3) / (math.exp(3) + 119)
+    assert found.probability == pytest.approx(share**4, rel=1e-4)
 
 
 # ---------------------------------------------------------------------- metrics and files

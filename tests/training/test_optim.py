@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from slow_step import build
 from torch import nn
 
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.training.lit import LitModel
-from maskvlm.training.optim import blocks_above, build_adamw, parameter_groups, schedule, warmup_cosine
+from maskvlm.training.optim import blocks_above, build_adamw, first_step, parameter_groups, schedule, warmup_cosine
 from maskvlm.utils.errors import UserError
 
 
@@ -192,6 +194,15 @@ def test_cross_encoders_may_have_a_rate_of_their_own(lr_cross: float | None, exp
     for name, parameter in backbone.named_parameters():
         assert rate[id(parameter)] == (expected if name.startswith("cross_") else 1e-5), name
     assert {rate[id(parameter)] for parameter in task.parameters()} == {3e-4}
+
+
+@given(st.integers(0, 100), st.integers(1, 5_000))
+def test_the_first_step_of_a_share_is_the_one_that_the_task_sees(percent: int, total: int) -> None:
+    """0.28 of 800 is a little more than 224 to a computer."""
+    share = percent / 100
+    step = first_step(share, total)
+    assert step / total >= share
+    assert step == 0 or (step - 1) / total < share
 
 
 def test_what_is_late_rises_from_its_step_on() -> None:

@@ -430,6 +430,19 @@ def test_updates_of_sharded_weights_are_clipped_and_skipped_as_those_of_one_proc
         assert all(torch.equal(value, before[name]) for name, value in found["skipped"].items())
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_random_numbers_have_32_bits_whatever_the_default_is(default: torch.dtype) -> None:
+    """8 bits would tie, and the first negative of a tie be taken."""
+    wanted = Draw(0, 5, "cpu")(4, 50)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(Draw(0, 5, "cpu")(4, 50), wanted)
+    finally:
+        torch.set_default_dtype(before)
+    assert wanted.dtype == torch.float32
+
+
 def test_all_processes_hear_of_a_weight_that_one_has_lost(pair: Pair) -> None:
     assert pair(lost_weight, -1) == ["", ""]
     for where in range(WORLD):

@@ -133,6 +133,12 @@ class Captioner:
         return token_CT.masked_fill(torch.isin(token_CT, forbidden) & ~special_CT, self._unknown)
 
 
+def no_words(tokenizer: Any, entries: int) -> list[int]:
+    """Ids among `entries` that are never a word: special tokens, and those beyond the tokenizer, of which a head may
+    have some."""
+    return [*(token for token in tokenizer.all_special_ids if token < entries), *range(len(tokenizer), entries)]
+
+
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """BERT-style lower-case WordPiece tokenizer of at most vocab_size entries (our choice for small worlds).
 

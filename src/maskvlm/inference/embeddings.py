@@ -23,7 +23,7 @@ class Ranked(NamedTuple):
     match: float | None
 
 
-class Encoded(NamedTuple):
+class EncodedSide(NamedTuple):
     """Images or texts. given: as they came. images: which of both they are. vector_XE: unit vectors. features: of the
     encoder, [L, D] each, where all were encoded at once, else nothing."""
 
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     features: list[Tensor]
 
 
-def features_of(model: Model, side: Encoded, rows: Sequence[int]) -> list[Tensor]:
+def features_of(model: Model, side: EncodedSide, rows: Sequence[int]) -> list[Tensor]:
     """The encoder's features of some of them, [L, D] each."""
     if side.features:
         return [side.features[row] for row in rows]
@@ -70,7 +70,7 @@ def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
     return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
 
 
-def encode(model: Model, given: Sequence[Any], images: bool) -> Encoded:
+def encode(model: Model, given: Sequence[Any], images: bool) -> EncodedSide:
     """Unit vectors of images or texts. Features are large (a photograph's take 1.8 MB in a base model): those of one
     batch are kept, of more none, so that memory does not grow with the list."""
     projection: Projection = model.head("projection", "encode_image" if images else "encode_text")
@@ -84,7 +84,7 @@ def encode(model: Model, given: Sequence[Any], images: bool) -> Encoded:
         for text_CTD, attention_CT in texts_encoded(model, given):
             features += without_padding(text_CTD, attention_CT) if keep else []
             vectors.append(projection.embed_text(text_CTD, attention_CT))
-    return Encoded(given, images, torch.cat(vectors), features)
+    return EncodedSide(given, images, torch.cat(vectors), features)
 
 
 def no_vectors(projection: Projection) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from maskvlm.data.text import no_words
 from maskvlm.inference import embeddings as embed
 from maskvlm.model.heads import patchify
 from maskvlm.objectives.loaded_model import Model, device_of
@@ -113,10 +114,8 @@ def fill_mask(
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
     """Start, end, padding and mask token are no words, nor is what the head has more of than the tokenizer."""
-    tokenizer, count = model.words.tokenizer, logits_KV.shape[-1]
-    # A tokenizer may know special tokens that the head has no logit for.
-    no_words = [*(i for i in tokenizer.all_special_ids if i < count), *range(len(tokenizer), count)]
-    return logits_KV.index_fill(-1, torch.tensor(no_words, device=logits_KV.device), float("-inf"))
+    forbidden = no_words(model.words.tokenizer, logits_KV.shape[-1])
+    return logits_KV.index_fill(-1, torch.tensor(forbidden, device=logits_KV.device), float("-inf"))
 
 
 class Written(NamedTuple):

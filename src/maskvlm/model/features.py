@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from maskvlm.utils.errors import ExitCode, UserError
 
 Frozen = int | Literal["all"]
-AFTER = ("norm", "fc_norm")  # what follows the last block
+AFTER = ("norm", "fc_norm", "blocks_token_only")  # what follows the last block; the last in a CaiT
 
 
 class FrozenBlocks:
@@ -31,7 +31,7 @@ class FrozenBlocks:
         folder: where the outputs of that part are kept; None computes them anew each time.
 
     Attributes:
-        blocks: how many are frozen. whole: all of the ViT is.
+        blocks: how many are frozen. all_frozen: the whole ViT is.
 
     Raises:
         UserError: more blocks than there are, or features to be kept of what cannot be cut after a block.
@@ -70,10 +70,13 @@ class FrozenBlocks:
 
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of the ViT, or a module in it, belongs to the frozen part."""
-        part, _, rest = name.partition(".")
-        # `blocks.7.attn` goes by its number. The container `blocks` itself has none and counts as trained.
-        above = int(rest.partition(".")[0] or self.blocks) >= self.blocks if part == "blocks" else part in AFTER
-        return self.all_frozen or (self.blocks > 0 and not above)
+        if self.all_frozen or self.blocks == 0:
+            return self.all_frozen
+        part, *rest = name.split(".")
+        if part == "blocks":
+            # `blocks.7.attn` goes by its number. The container `blocks` itself has none and counts as trained.
+            return bool(rest) and int(rest[0]) < self.blocks
+        return part not in AFTER
 
     def forward_frozen(self, image_BCHW: Tensor) -> Tensor:
         """What leaves the frozen part, [B, L, D]; where nothing is frozen, what enters the first block."""

@@ -99,6 +99,14 @@ def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
     return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
 
 
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature of contrast beyond the bounds that training keeps it in. Raises UserError."""
+    hot, cold = (math.exp(-bound) for bound in Projection.LOG_BOUNDS)
+    if not cold - 1e-9 <= temperature <= hot + 1e-9:
+        todo = f"Give {cold:.3g} to {hot:.3g}"
+        raise UserError("model.task.temperature", f"{temperature} is beyond what training keeps it in", todo)
+
+
 class Matching(nn.Module):
     """Match or not, from the product of the two class tokens after the cross encoders (ITM, R)."""
 

@@ -99,8 +99,16 @@ def take_step(step: Step, rows: slice) -> Step:
     if negatives is not None:
         texts, images = (Negatives(each.index_B[rows], each.weight_B[rows]) for each in negatives)
         negatives = texts, images
-    batch = take_pairs(step.batch, rows)
+    batch, contrast = take_pairs(step.batch, rows), step.contrast
     return step._replace(
+        # Of the pairs; what they are compared with stays whole.
+        contrast=contrast._replace(
+            image_BE=contrast.image_BE[rows],
+            text_BE=contrast.text_BE[rows],
+            own_B=contrast.own_B[rows],
+            excluded_BG=contrast.excluded_BG[rows],
+            text_id_Bm=contrast.text_id_Bm[rows],
+        ),
         batch=batch,
         all_captions=batch,
         masks=take_masks(step.masks, rows, step.masks_per_text),

@@ -171,8 +171,8 @@ class PretrainingMetrics:
             if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been masked
                 # `score` is the mean of the two R@1 so far: the mean of three has it twice.
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
-        else:  # no contrast to retrieve with: the masked losses themselves, higher is better
-            metrics["score"] = -sum(metrics.get(name, 0.0) for name in ("mlm/nats", "mim/l1"))
+        elif losses := [metrics[name] for name in ("mlm/nats", "mim/l1") if name in metrics]:
+            metrics["score"] = -sum(losses)  # no contrast to retrieve with; higher is better
         everywhere: list[Any] = gather_objects(self.features)
         if features := [part for one in everywhere for part in one]:
             self.known_images = sample_of(torch.cat(features))

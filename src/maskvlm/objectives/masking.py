@@ -379,15 +379,27 @@ class ChosenPhrases(RandomTokens):
         if not texts.training:
             return found
         at_CT = self.phrases_in(texts, vocabulary.encode)
-        # No more than there are places to read; a phrase that is cut there is masked in part.
-        at_CT &= at_CT.cumsum(1) <= found.index_CK.shape[1]
+        # As many tokens as there are places to read, room for the longest phrase at least. Of a text with more phrases
+        # than fit the last one may be masked in part.
+        longest = max(len(ids) for phrase in self.phrases for ids in self.forms(phrase, vocabulary.encode))
+        room = min(max(found.index_CK.shape[1], longest), at_CT.shape[1])
+        at_CT &= at_CT.cumsum(1) <= room
         chosen_C1 = at_CT.any(1, keepdim=True) & (uniform(len(at_CT))[:, None] < self.share)
         if texts.masks_per_text > 1:
             chosen_C1 &= (torch.arange(len(at_CT), device=at_CT.device) % texts.masks_per_text == 0)[:, None]
         mask_CT = torch.where(chosen_C1, at_CT, found.mask_CT)
         shown_CT = torch.where(chosen_C1, texts.token_CT.masked_fill(at_CT, vocabulary.mask_id), found.token_CT)
-        index_CK, weight_CK = positions(mask_CT, found.index_CK.shape[1])
+        index_CK, weight_CK = positions(mask_CT, room)
         return TokenMask(shown_CT, mask_CT, index_CK, torch.where(chosen_C1, self.weight * weight_CK, weight_CK))
+
+    def forms(self, phrase: str, encode: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
+        """Token ids of a phrase. Byte-level BPE (RoBERTa) has other ones for a word behind a space than for one at the
+        beginning. Raises UserError: the tokenizer does not know it."""
+        forms = {tuple(encode(phrase)), tuple(encode(f" {phrase}"))}
+        if () in forms:
+            what, todo = f"the tokenizer does not know all words of '{phrase}'", "Leave it out of phrases"
+            raise UserError("model.task.text_masking", what, todo)
+        return forms
 
     def phrases_in(self, texts: Texts, encode: Callable[[str], list[int]]) -> Tensor:
         """True on the tokens of the phrases, [C, T]."""
@@ -398,12 +410,7 @@ class ChosenPhrases(RandomTokens):
         first_CT = word_CT != torch.cat([other_C1, word_CT[:, :-1]], 1)
         last_CT = word_CT != torch.cat([word_CT[:, 1:], other_C1], 1)
         for phrase in self.phrases:
-            # Byte-level BPE (RoBERTa) has other ids for a word behind a space than for one at the beginning.
-            forms = {tuple(encode(phrase)), tuple(encode(f" {phrase}"))}
-            if () in forms:
-                what, todo = f"the tokenizer does not know all words of '{phrase}'", "Leave it out of phrases"
-                raise UserError("model.task.text_masking", what, todo)
-            for ids in forms:
+            for ids in self.forms(phrase, encode):
                 if len(ids) > length:  # longer than any text of this batch
                     continue
                 # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.

@@ -320,6 +320,9 @@ class MaskedPretraining(Task):
             reads = "class_and_mean" if self.contrastive.reads == "class" else "class"
             what = f"{self.contrastive.reads}, but contrast of the checkpoint reads {reads}"
             raise UserError("model.task.contrast_reads", what, f"Set it to {reads}")
+        if theirs is not None and own is not None and len(theirs) != len(own):
+            what = f"{len(own)}, but contrast of the checkpoint has vectors of width {len(theirs)}"
+            raise UserError("model.task.contrast_dim", what, f"Set it to {len(theirs)}")
         # As the backbone's: the pixel decoder may know places, and the image may have another size.
         return super().warm_start(resize_positions(heads, self))
 
@@ -608,7 +611,7 @@ class MaskedPretraining(Task):
     def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
         """For each of the first `pairs` images a hard caption, for each of their captions a hard image, out of the
         global batch and, after it, the queue."""
-        if not self.weights["itm"]:
+        if Need.PAIRS not in self.needs:
             return None
         image, text, image_all, text_all, scale, _, excluded, _ = contrast
         with torch.no_grad():

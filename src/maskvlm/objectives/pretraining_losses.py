@@ -22,6 +22,7 @@ from maskvlm.model.heads import (
     Projection,
     TokenHead,
     WordDetector,
+    check_temperature,
     normalise_patches,
     patchify,
 )
@@ -109,8 +110,8 @@ class PretrainingLoss(ABC):
         if not isinstance(needs, frozenset) or not needs or not all(isinstance(need, Need) for need in needs):
             todo = f"Give its class `needs`, a frozenset of some of {', '.join(f'Need.{need.name}' for need in Need)}"
             raise UserError(where, f"needs {needs!r:.80}", todo)
-        if weight < 0:
-            raise UserError(f"model.task.weight_{self.name}", f"{weight} is negative", "give 0 (off) or more")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"model.task.weight_{self.name}", f"{weight} is no weight", "Give 0 (off) or more")
         self.weight = weight
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
@@ -188,7 +189,7 @@ class ImageTextContrast(PretrainingLoss):
     ) -> None:
         super().__init__(weight)
         check_least(1, {"model.task.contrast_dim": width})
-        check_least(0.001, {"model.task.temperature": temperature})
+        check_temperature(temperature)
         self.width, self.temperature, self.reads = width, temperature, reads
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:

@@ -169,7 +169,7 @@ def match_pairs(backbone: MaskVLM, head: Matching, gallery: Gallery, wanted_BC: 
         (first, match_tile(backbone, head, gallery, first, wanted_BC[first : first + len(tile)], chunk))
         for first, tile in gallery.tiles.items()
     )
-    match_BC = torch.full(wanted_BC.shape, torch.nan)
+    match_BC = torch.full(wanted_BC.shape, torch.nan, dtype=torch.float32)
     for first, tile in in_rounds(own, len(gallery.tiles)):
         match_BC[first : first + len(tile)] = tile
     return match_BC
@@ -211,7 +211,7 @@ def match_tile(
         # (m, 2): no match, match. Their difference is log p - log(1 - p).
         logits_m2 = head(fused.product_MD).float()
         log_odds.append(logits_m2[:, 1] - logits_m2[:, 0])
-    log_odds_PC = torch.full(wanted_PC.shape, torch.nan)
+    log_odds_PC = torch.full(wanted_PC.shape, torch.nan, dtype=torch.float32)
     if log_odds:
         # One copy a tile: no chunk waits for the one before it.
         log_odds_PC[image_M, text_M] = torch.cat(log_odds).cpu()

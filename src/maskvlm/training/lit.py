@@ -1,7 +1,6 @@
 """The only LightningModule: it sums and logs the task's losses, and knows none of them."""
 
 import logging
-import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
-from maskvlm.training.optim import begin_late, build_adamw, parameter_groups, schedule
+from maskvlm.training.optim import begin_late, build_adamw, first_step, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
@@ -247,7 +246,7 @@ class LitModel(L.LightningModule):
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
         # Not Lightning's `estimated_stepping_batches`, which makes the loaders in order to count.
         total = self.data.total_steps
-        self.late_step = math.ceil(share * total)
+        self.late_step = first_step(share, total)
         scheduler = schedule(optimizer, total, self.warmup, self.min_lr, self.late_step, self.stable)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

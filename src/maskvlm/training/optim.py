@@ -71,6 +71,13 @@ def parameter_groups(
 BLOCK = re.compile(r"\.(?:blocks|layers?|h)\.(\d+)\.")
 
 
+def first_step(share: float, total: int) -> int:
+    """The first step of which `step / total >= share`, which is how tasks compare `run_progress`. The product alone may
+    be rounded up to the step after it."""
+    step = math.ceil(share * total)
+    return step - 1 if step and (step - 1) / total >= share else step
+
+
 def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     """Each parameter of an encoder, without its adapter, with how many blocks lie above: 0 in the last block and in the
     norm after it, as many as there are blocks below the first one."""

@@ -134,7 +134,7 @@ def gather_objects(value: object) -> list[object]:
 
 
 class Draw:
-    """Uniform random numbers of one step: drawn for the global batch, cut to this process's rows.
+    """Uniform random numbers of one step, float32: drawn for the global batch, cut to this process's rows.
 
     Masks and negatives depend on (seed, step) alone, not on how many processes share the batch.
     """
@@ -148,7 +148,8 @@ class Draw:
 
     def local(self, rows: int, *shape: int) -> Tensor:
         """For this process alone: in evaluation, where processes hold different numbers of rows."""
-        return torch.rand(rows, *shape, generator=self.generator, device=self.generator.device)
+        # Lightning sets another default where all is bfloat16: its 8 bits would tie, and the first of a tie is taken.
+        return torch.rand(rows, *shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
 
 
 def mix(*values: int) -> int:
