@@ -60,7 +60,7 @@ FOUR_LOSSES = (
     "--model.task.text_masking=null", "--model.task.masks_per_text=1", "--model.task.image_learns=1",
 )  # fmt: skip
 Indices = tuple[Sequence[int], Sequence[int]]
-"""Of each image the row of its hard caption, of each caption the row of its hard image."""
+"""Row of the hard caption of each image, and row of the hard image of each caption."""
 
 
 # ---------------------------------------------------------------------- the plain step
@@ -218,7 +218,7 @@ def draw_one_by_one(weight_BG: Tensor) -> list[int]:
 
 @contextlib.contextmanager
 def explicit_attention(backbone: MaskVLM) -> Iterator[None]:
-    """In which both encoders' attention is a product, a mask and a softmax; afterwards as it was."""
+    """Context in which both encoders' attention is a product, a mask and a softmax; afterwards it is as before."""
     fused: list[Any] = [module for module in backbone.image.vit.modules() if getattr(module, "fused_attn", False)]
     config = backbone.text.model.config
     before = config._attn_implementation
@@ -314,7 +314,7 @@ class Trained:
         self.optimizer.step()
 
     def seconds(self, way: str, batches: Sequence[Batch], steps: int) -> float:
-        """Of one step, the mean of so many."""
+        """Time of one step, the mean of `steps` steps."""
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         self.wait()
         started = clock()
@@ -324,7 +324,7 @@ class Trained:
         return (clock() - started) / steps
 
     def wait(self) -> None:
-        """Until the device has done what was asked of it."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -336,8 +336,8 @@ class Trained:
 
     @torch.no_grad()
     def furthest(self, batch: Batch) -> float:
-        """By how much a loss of the plain steps differs from ours at most, relative to it, with the same masks and
-        negatives, without dropout."""
+        """Largest relative difference between a loss of the plain steps and ours, with the same masks and negatives and
+        without dropout."""
         self.modules.eval()
         self.task.set_uniform(Draw(0, 0, self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

@@ -38,7 +38,7 @@ SIZES = ((192, 6, 122, 122, 64), (256, 6, 122, 30, 64), (64, 6, 122, 122, 64), (
 
 
 def milliseconds(words: list[str], change: str, steps: int) -> float:
-    """Of a step, the mean of a run."""
+    """Time of a step, the mean of a run."""
     command = [sys.executable, "-c", RUN.format(change=change, steps=steps), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return float(json.loads(done.stdout.strip().splitlines()[-1])["milliseconds"])

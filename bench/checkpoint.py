@@ -57,7 +57,7 @@ class State:
         return [*self.module.parameters(), *(value for pair in moments for value in pair.values())]
 
     def save(self, io: SafeCheckpointIO, folder: Path) -> Held:
-        """As KeepState saves it."""
+        """Save a checkpoint as KeepState does, and time it."""
         began, used = time.perf_counter(), time.thread_time()
         check_finite(self.trainer, folder)
         io.save_checkpoint(self.content, folder / "last.ckpt")

@@ -56,7 +56,7 @@ def made(kind: str, count: int, side: int) -> list[Image.Image]:
 
 @torch.no_grad()
 def features(model: MaskVLM, asked: list[Any]) -> torch.Tensor:
-    """By `mean_patch`, [N, D]."""
+    """Features of the images by `mean_patch`, [N, D]."""
     parts = (asked[start : start + 64] for start in range(0, len(asked), 64))
     return torch.cat([mean_patch(model.backbone.image(model.pixels(part))) for part in parts])
 

@@ -46,7 +46,7 @@ OLD = ROOT / "tests" / "fixtures" / "89274c0"
 LIMIT = 10.0  # seconds of one mutant
 MEMORY = 12 * 2**30
 SHARES = {"image": 7000, "annotation": 6000, "checkpoint": 2500, "folder": 2000, "config": 1500, "line": 1000}
-"""Of 20,000."""
+"""Number of mutants of each kind, of 20,000 in all."""
 
 
 class Silent(Exception):
@@ -270,7 +270,7 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
 
 
 def worker(kind: str, seed: int, numbers: range, place: Path) -> None:
-    """In a process of its own: the outcomes of some mutants, a line each, written as they come."""
+    """Write the outcomes of some mutants, a line each, as they come; runs in a process of its own."""
     # A mutant that asks for endless memory ends with MemoryError, not with the machine.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_WRONLY)

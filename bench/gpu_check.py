@@ -190,7 +190,7 @@ def simulated_gib(case: Case) -> float | None:
 
 
 def in_gib(value: float | None) -> str:
-    """For a table."""
+    """A value in GiB for a table."""
     return MISSING if value is None else f"{value:.2f}"
 
 

@@ -156,7 +156,7 @@ def wait(child: int, seconds: float = 300.0) -> int:
 
 
 def result(folder: Path) -> Result:
-    """Of a finished run. Raises AssertionError where its checkpoint is of another step."""
+    """Result of a finished run. Raises AssertionError where its checkpoint is of another step."""
     with (folder / "metrics.csv").open(newline="") as file:
         log = [{k: v for k, v in row.items() if v and k not in VOLATILE} for row in csv.DictReader(file)]
     content = load(folder / "last.ckpt")

@@ -215,7 +215,7 @@ def loader(name: str, work: Path, options: argparse.Namespace, workers: int, bat
 
 
 def cpu_seconds(processes: list[int]) -> float:
-    """Of other processes, so far; 0 where the system does not tell."""
+    """CPU time of other processes so far, in seconds; 0 for one whose time the system does not tell."""
     total = 0.0
     for process in processes:
         try:
@@ -276,7 +276,7 @@ def resident(processes: list[int]) -> dict[str, float]:
 
 
 def memory(name: str, work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """At each tenth of the way through `--memory` samples, with two data workers, which end with the last batches."""
+    """Memory at each tenth of `--memory` samples, with two data workers, which end with the last batches."""
     count = options.memory // options.batch
     batches = iter(loader(name, work, options, 2, count))
     pids = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]

@@ -24,7 +24,7 @@ from maskvlm.objectives.retrieval_metrics import (
 
 
 def loop_rank(contrast_G: torch.Tensor, match_G: torch.Tensor, relevant: set[int], k: int) -> int:
-    """Of one query: its k best by contrast in the order of matching, then the others by contrast."""
+    """Rank of the best relevant item of one query: its k best by contrast in the order of matching, then the others."""
     order = contrast_G.argsort(descending=True).tolist()
     match = match_G.tolist()
     order[:k] = sorted(order[:k], key=lambda item: -match[item])

@@ -32,7 +32,7 @@ SINCE = {
 
 
 def pairs_a_second(checkout: Path, options: list[str]) -> float:
-    """Of a bench of 25 steps in a process of its own."""
+    """Pairs a second, measured by a bench of 25 steps in a process of its own."""
     files = [word for name in FILES for word in ("-c", f"conf/{name}.yaml")]
     done = subprocess.run(
         [sys.executable, "-m", "maskvlm", "bench", *files, *options],

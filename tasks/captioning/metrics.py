@@ -26,8 +26,8 @@ def bare_words(text: str) -> str:
 
 
 def usual_caption(references: Sequence[Sequence[str]]) -> str:
-    """The most frequent reference by its words, the first of equals: the baseline that looks at nothing. References
-    without a word do not count; "" where there are no others."""
+    """The most frequent of all references by its words, the first of equals: a baseline that looks at no image.
+    References without a word do not count; "" where there are no others."""
     counts = Counter(words for texts in references for text in texts if (words := bare_words(text)))
     return next((words for words, _ in counts.most_common(1)), "")
 

@@ -91,7 +91,7 @@ class Captioning(Task):
         backbone.image.mask_token.requires_grad_(False)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """From pre-training the token head is taken over; the decoder has its weights already."""
+        """Take over the token head of pre-training; the decoder has its weights already."""
         found, copied = heads_to_start_from("writer", heads, self.state_dict())
         return super().warm_start(found) | copied
 

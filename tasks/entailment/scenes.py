@@ -201,8 +201,9 @@ SAY: dict[str, Callable[[random.Random, View, tuple[str, ...]], Hypothesis | Non
 """Kind -> a hypothesis of that kind, not yet of a class; None where the lot fell on an unfit one."""
 KINDS = tuple(SAY)
 SHARES = {"place": 8, "region": 2}
-"""Of the kinds in training, beside 1: which words are which places, and what lies behind the curtain, these teach, and
-the others need. With fewer of them this was learned late or not at all (docs/results/downstream)."""
+"""How often these kinds occur in training; all others occur once. They teach which words name which places and what
+lies behind the curtain, which the other kinds need. With fewer of them that was learned late or not at all
+(docs/results/downstream)."""
 LOTS = lots_of(KINDS, SHARES)
 
 

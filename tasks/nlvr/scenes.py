@@ -63,8 +63,8 @@ NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 BESIDE = {2: (3, 4), 3: (2, 5), 4: (2, 5), 5: (3, 4)}
 KINDS = (*ROLES, "sides", "background", "count")
 SHARES = {"left": 3, "right": 3, "both": 2}
-"""Of the kinds in training, beside 1. What one kind of sentence teaches another denies ("left" and "right", "both" and
-"none"): where all were as frequent, a model stayed at guessing in the first thousand steps, all it was given."""
+"""How often these kinds occur in training; all others occur once. Some kinds contradict each other ("left" and "right",
+"both" and "none"): with all kinds equally frequent, a model still guessed after 1,000 steps, all that it was given."""
 LOTS = lots_of(KINDS, SHARES)
 
 

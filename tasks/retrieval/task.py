@@ -314,7 +314,7 @@ def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
 
 
 def _firsts(found: Ranking) -> list[tuple[int, float]]:
-    """Of each query the item in the first place, and 1 where it is relevant, else 0."""
+    """First item of each query, with 1 where it is relevant, else 0."""
     return list(zip(found.found_Q.tolist(), (found.rank_Q == 0).double().tolist(), strict=True))
 
 

@@ -242,11 +242,11 @@ class Joined:
         return self.lists[number][position - self._end[number]]  # counted from its end
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """As of each list, one after the other."""
+        """Column of all lists, one after the other."""
         return pa.chunked_array([chunk for each in self.lists for chunk in each.column(name).chunks])
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its images, each once a list."""
+        """Ids of all its images, each once for each list."""
         return chain.from_iterable(each.image_ids() for each in self.lists)
 
 

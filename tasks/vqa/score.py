@@ -106,7 +106,7 @@ def compare(asked: Collection[int], source: Path, given: Collection[int], path: 
 
 
 def as_json(measured: VqaAccuracy) -> dict[str, object]:
-    """In percent, not rounded; the keys of the official code, and the number of questions."""
+    """Accuracies in percent, not rounded, under the keys of the official code, and the number of questions."""
 
     def percent(by: Mapping[str, Mean]) -> dict[str, float]:
         return {kind: mean.percent for kind, mean in by.items()}

@@ -79,7 +79,7 @@ class Vqa(Classification):
         return () if self.generates else super().heads_of_labels()
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """From pre-training, the generative head takes over the token head; its decoder has its weights already."""
+        """Take over the token head of pre-training into the generative head, whose decoder has its weights already."""
         if not self.generates:
             return super().warm_start(heads)
         found, copied = heads_to_start_from("answer", heads, self.state_dict())
@@ -244,8 +244,8 @@ class Vqa(Classification):
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:
-    """At most `length` tokens of each answer; what is longer loses its last words, but not its end token, as the
-    answers of the vocabulary."""
+    """Answers cut to at most `length` tokens; a longer one loses its last words, but not its end token, as the answers
+    of the vocabulary do."""
     token_AT, attention_AT = answers.token_AT[:, :length], answers.attention_AT[:, :length]
     size_A = answers.attention_AT.sum(1)
     # (A, T) -> (A, 1): the end token is the last one of an answer.

@@ -136,7 +136,7 @@ def stated(path: Path) -> list[Fact]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of the whole file, in hex."""
+    """SHA-256 of the whole file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -193,7 +193,7 @@ class SafeCheckpointIO(CheckpointIO):
         self.writer: BackgroundWriter | None = None
 
     def begin(self) -> None:
-        """From now on a save returns once it has a snapshot."""
+        """Save in the background: from now on a save returns once it has a snapshot."""
         self.end()
         self.writer = BackgroundWriter()
 
@@ -214,7 +214,7 @@ class SafeCheckpointIO(CheckpointIO):
             self.writer.finish()
 
     def end(self) -> None:
-        """As `finish`; from now on a save returns when the file is there."""
+        """Finish as `finish` does; from now on a save returns when the file is there."""
         writer, self.writer = self.writer, None
         if writer is not None:
             writer.close()

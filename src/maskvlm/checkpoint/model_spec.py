@@ -48,7 +48,7 @@ NOT_READ = frozenset({
     "model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label",
     "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
 })  # fmt: skip
-"""Of a Hugging Face configuration: what names its origin or a head, not the encoder's shape."""
+"""Keys of a Hugging Face configuration that name its origin or a head and do not affect the encoder's shape."""
 FETCH_CODE = frozenset({"yoso", "mra"})
 """Types whose code in transformers fetches compiled code from the hub."""
 AS_IS = frozenset({"is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_word_embeddings"})
@@ -72,7 +72,7 @@ class Bounds(NamedTuple):
 
 
 def bounds_of(state: Mapping[str, Tensor]) -> Bounds:
-    """Of a checkpoint's tensors. Small sizes are allowed whatever they are."""
+    """Bounds on sizes that a checkpoint's tensors allow; small sizes are allowed whatever the tensors are."""
     longest = max((size for value in state.values() for size in value.shape), default=0)
     return Bounds(max(4096, longest), max(64, len(state)))
 
@@ -290,7 +290,7 @@ def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
 
 
 def backbone_yaml(spec: ModelSpec) -> str:
-    """As a `-c` file says it."""
+    """The backbone as a `-c` file states it."""
     return yaml.safe_dump({"model": {"random_init": True, "backbone": spec.backbone}}, sort_keys=False)
 
 

@@ -21,7 +21,7 @@ NAMED = 3
 
 
 class Origin(NamedTuple):
-    """Of one tensor: its shape, the file it was read from, and its shape there if that was another one."""
+    """Origin of one tensor: its shape, the file it was read from, and its shape there if that was different."""
 
     how: How
     shape: tuple[int, ...]

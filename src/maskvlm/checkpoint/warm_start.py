@@ -39,7 +39,7 @@ class Seen(NamedTuple):
     held_out: dict[str, int] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint, which holds plain types and tensors alone; `images` is called "pictures" in files."""
+        """Entry of a checkpoint, which holds plain types and tensors alone; `images` is called "pictures" in files."""
         told = self._asdict()
         return {"pictures" if name == "images" else name: value for name, value in told.items()}
 
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
         return cls(**{"images" if name == "pictures" else name: value for name, value in plain.items()})
 
     def words(self) -> dict[str, Any]:
-        """For people: without the ids, and without `held_out` where there was none."""
+        """The entry for people: without the ids, and without `held_out` where there was none."""
         absent = {"ids"} if self.held_out is not None else {"ids", "held_out"}
         return {name: value for name, value in self.plain().items() if name not in absent}
 

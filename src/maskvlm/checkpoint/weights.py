@@ -164,7 +164,7 @@ def check_file(path: Path) -> None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """By content: the length of the header in 8 bytes, then JSON."""
+    """Whether a file is safetensors, by its content: the length of the header in 8 bytes, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 

@@ -51,7 +51,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
 
 @contextmanager
 def told_after(model: PretrainedMaskVLM) -> Iterator[None]:
-    """At the end a line on stderr for each image that is unlike the training data, and for words that are not known."""
+    """Context that ends with a line on stderr for each image unlike the training data, and one for unknown words."""
     with warnings.catch_warnings():
         # Python would show a place in the code with each.
         for kind in (FarFromTraining, UnknownWords):

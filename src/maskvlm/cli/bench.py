@@ -21,11 +21,11 @@ STEPS = 25
 
 
 class PhaseSpeed(NamedTuple):
-    """Of the steps of one phase of a run, of one process.
+    """Speed of one process in the steps of one phase of a run.
 
     Attributes:
         share: of the run's steps, 0 to 1.
-        seconds: of a step.
+        seconds: time of a step.
         flops: of the forward and backward pass of a step, counted as they are carried out: recomputed activations
             count too.
     """
@@ -36,8 +36,8 @@ class PhaseSpeed(NamedTuple):
 
 
 class BenchSpeed(NamedTuple):
-    """Of one process, the mean over the steps of a run. phases: where steps cost differently (contrast_first,
-    image_learns), each kind by itself, else one."""
+    """Speed of one process, the mean over the steps of a run. phases: one entry for each phase whose steps cost
+    differently (contrast_first, image_learns), else a single one."""
 
     device: str
     precision: str
@@ -77,7 +77,7 @@ class Stopwatch(L.Callback):
 
     @property
     def steps(self) -> int:
-        """Of all phases."""
+        """Number of steps to run, over all phases."""
         return STEPS * len(self.begins)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -155,7 +155,7 @@ class Bench(LightningCommand):
         self.save_config_callback = None
 
     def before_fit(self) -> None:
-        """As many steps of each phase."""
+        """Run the same number of steps in each phase."""
         super().before_fit()
         share = self.model.task.late(self.model.backbone).share
         self.stopwatch.begins = (0.0, share) if share else (0.0,)

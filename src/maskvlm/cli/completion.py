@@ -7,7 +7,7 @@ PREPARED = (
     '$(compgen -G "${DATA_ROOT:-data}/*/manifest.json" | while read -r file; do file="${file%/*}"; '
     'echo "${file##*/}"; done)'
 )
-"""In the shell: names of the prepared sets."""
+"""Shell code that gives the names of the prepared sets."""
 
 SCRIPT = """# eval "$(maskvlm completion)" in ~/.bashrc; in ~/.zshrc after `autoload -U +X bashcompinit && bashcompinit`
 _maskvlm() {{

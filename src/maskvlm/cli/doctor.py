@@ -82,7 +82,7 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
 
 
 def findings(settings: Namespace, peak: float | None = None, memory: float | None = None) -> Iterator[Finding]:
-    """Of all checks, each as soon as it is known.
+    """Findings of all checks, each as soon as it is known.
 
     Args:
         settings: of a pre-training, as composed.
@@ -130,7 +130,7 @@ def examined(check: str, look: Callable[[], Finding]) -> Finding:
 
 
 def failure(check: str, error: UserError) -> Finding:
-    """Of an error that the run would end with."""
+    """Finding for an error that the run would end with."""
     return Finding(check, FAILS, f"{error.where}: {error.what}", error.todo)
 
 
@@ -143,7 +143,7 @@ def on_cards(trainer: Namespace) -> bool:
 
 
 def processes(trainer: Namespace) -> int:
-    """Of one machine: one a device."""
+    """Number of processes on one machine: one for each device."""
     asked = trainer.devices
     if isinstance(asked, list):
         return len(asked)
@@ -359,7 +359,7 @@ def described(peak: float | None, memory: float | None) -> Card:
 
 
 def pairs_of(settings: Namespace) -> int:
-    """Of one process in one pass."""
+    """Number of pairs of one process in one pass."""
     data, trainer = settings.data.init_args, settings.trainer
     return max(1, data.batch_size // (data.accumulate or 1) // (processes(trainer) * trainer.num_nodes))
 
@@ -428,7 +428,7 @@ def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:
 
 
 def images_per_second(data: PairData) -> float:
-    """Of one data worker, which has one core: some training images are read, augmented and put into batches here."""
+    """Images a second of one data worker, which has one core: some training images are read, augmented and batched."""
     data.batch_size, data.accumulate, data.workers = BATCH, 1, 0
     data.steps, data.epochs = 1 + BATCHES, None
     threads = torch.get_num_threads()

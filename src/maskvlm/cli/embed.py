@@ -91,7 +91,7 @@ def undivided(source: Source) -> Prepared:
 
 
 def tell_rest(source: Source, split: str) -> None:
-    """On stderr, which part of a set without splits of its own is not among the images."""
+    """Print to stderr which part of a set without splits of its own is not among the images."""
     if isinstance(source, Prepared) and source.hold_out and split in ("train", "val"):
         other = "val" if split == "train" else "train"
         if list(read_manifest(source.root)["splits"]) == ["train"]:
@@ -100,7 +100,7 @@ def tell_rest(source: Source, split: str) -> None:
 
 
 def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
-    """On stderr, how many of a few images, evenly spread over a split, are unlike the model's training data."""
+    """Print to stderr how many of a few images, evenly spread over a split, are unlike the model's training data."""
     rows = sorted({number * len(pairs) // LOOKED_AT for number in range(LOOKED_AT)}) if len(pairs) else []
     images = []
     for row in rows:
@@ -113,7 +113,7 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
 
 
 def process_of(environment: Mapping[str, str]) -> Process:
-    """By torchrun's variables, or else SLURM's; the only one without either."""
+    """This process's number and how many there are, by torchrun's variables, else SLURM's; (0, 1) without either."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in environment and world in environment:
             return int(environment[rank]), int(environment[world])

@@ -152,7 +152,7 @@ class LightningCommand(LightningCLI):
                 self.claimed = True
 
     def instantiate_classes(self) -> None:
-        """With `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
+        """Instantiate with `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
         settings = self.settings
         portable = settings.clone()
         self.save_config_kwargs = {"portable": portable}
@@ -300,7 +300,7 @@ class LightningCommand(LightningCLI):
 
 
 def check_interval(settings: Namespace) -> None:
-    """Of a run whose length is given in steps, before anything of it is written.
+    """Check the evaluation interval of a run whose length is given in steps, before anything of it is written.
 
     Raises:
         UserError: an evaluation was asked for after more steps than there are (2).
@@ -574,7 +574,7 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
 
 
 def _place_of(arguments: Sequence[str]) -> int | None:
-    """Of `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`."""
+    """Index of the first `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`; None without one."""
     found = (at for at, word in enumerate(arguments) if word.partition("=")[0] == "--task_from")
     return next((at for at in found if "=" in arguments[at] or at + 1 < len(arguments)), None)
 

@@ -96,7 +96,7 @@ def end_of(argv: list[str] | None) -> int:
 
 
 def version() -> str:
-    """Of the installed package."""
+    """Version line of the installed package."""
     try:
         return f"maskvlm {importlib.metadata.version('maskvlm')}"
     except importlib.metadata.PackageNotFoundError:  # a clone that runs by PYTHONPATH alone
@@ -150,7 +150,7 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
 
 
 def show_method_help(method: str) -> int:
-    """Of a method that a task may bring."""
+    """Print the help of a method that a task may bring."""
     from maskvlm.cli.shell_methods import method_parser
 
     print("A method of the task that the checkpoint was fine-tuned on, if that has one.")

@@ -56,8 +56,8 @@ LIGHTNING = {
         "TorchElasticEnvironment"
     ),
 }
-"""By module. Not here: what is made of callables (LambdaCallback, ThroughputMonitor,
-BackboneFinetuning), what sends to an address (WandbLogger and others), what reads checkpoints in its own way."""
+"""Allowed classes by module. Left out: classes made of callables (LambdaCallback, ThroughputMonitor,
+BackboneFinetuning), that send to an address (WandbLogger and others), or that read checkpoints in their own way."""
 LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 NO_CLASSES = ("run", "from", "task_from", "ckpt_path", "out", "allow-import")  # options whose values are names of files

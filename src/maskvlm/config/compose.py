@@ -161,7 +161,7 @@ def tasks() -> list[str]:
 
 
 def files(paths: Sequence[Path]) -> list[str]:
-    """As `-c` options."""
+    """The paths as `-c` options."""
     return [word for path in paths for word in ("-c", str(path))]
 
 
@@ -201,7 +201,7 @@ def no_data(name: str) -> UserError:
 
 
 def encoder_options(folder: str) -> list[str]:
-    """Of a folder with one folder for each encoder; the text encoder's is the one with a tokenizer."""
+    """Options that name both encoders of a folder; it has one folder for each, the text encoder's with a tokenizer."""
     if not folder:
         return []
     inside = sorted(path for path in Path(folder).glob("*") if path.is_dir())
@@ -273,7 +273,7 @@ def sets_of(task: str) -> list[str]:
 
 
 def with_model(words: CommandWords, told: str) -> CommandWords:
-    """With the model that comes along as from=, where no checkpoint is named; `told` as of `default_model`."""
+    """The words with the bundled model as from=, where they name no checkpoint; `told` as of `default_model`."""
     return words if words.get("from") else words._replace(given=words.given | {"from": default_model(told)})
 
 
@@ -396,7 +396,7 @@ def submit_command(words: CommandWords) -> Composed:
 
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
-    """With a task `finetune`, without one `pretrain`."""
+    """Compose `finetune` where a task is given, else `pretrain`."""
     recipe = words.given.get("recipe")
     if words.places and recipe is not None:
         raise UserError(f"recipe={recipe}", "is one of pre-training; a task has its own", "Leave it out")

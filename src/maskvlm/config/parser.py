@@ -34,7 +34,7 @@ KNOWN_WARNINGS = (
 
 
 class Complaint(Exception):
-    """The parser's message, with the names it would have accepted; `explain` makes one line of it."""
+    """The parser's message, with the names it would have accepted; `explain_message` makes one line of it."""
 
     def __init__(self, message: str, known: Iterable[str], siblings: Iterable[str]) -> None:
         self.message, self.known, self.siblings = message, set(known), set(siblings)
@@ -68,25 +68,26 @@ class CommandParser(LightningArgumentParser):
         return super().add_argument(*args, **without_files(kwargs))
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """As `add_argument`."""
+        """Add arguments as `add_argument` does: no value is the name of a file to read."""
         return super().add_class_arguments(*args, **without_files(kwargs))
 
     def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """As `add_argument`."""
+        """Add arguments as `add_argument` does: no value is the name of a file to read."""
         # it has no such setting: the files are forgotten afterwards
         super().add_subclass_arguments(*args, **kwargs)
         forget_files(self)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
-        """As YAML, also for --print_config."""
+        """The configuration as YAML, also for --print_config."""
         # the configuration itself stays as parsed
         shown = cfg.clone()
         keep_nulls(shown)
         return super().dump(shown, *args, **kwargs)
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
-        """As the base class; but of an argument that may be of several kinds, such as a data set's reader, that keeps
-        the complaint of the first kind alone, and what the class itself says of its arguments would be lost.
+        """Instantiate as the base class does, and keep the errors that classes raise about their own arguments. For an
+        argument of several possible kinds, such as a data set's reader, the base class keeps only the complaint of
+        the first kind.
 
         Raises:
             UserError: what a class said.
@@ -133,12 +134,12 @@ class CommandParser(LightningArgumentParser):
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
-    """Of an argument: its value is never the name of a file to read."""
+    """Settings of an argument whose value is never the name of a file to read."""
     return settings | {"sub_configs": False}
 
 
 def forget_files(parser: CommandParser) -> None:
-    """The same for arguments that are there already; those of a class have no setting for it."""
+    """Apply `without_files` to arguments that are there already; those of a class have no setting for it."""
     for action in parser._actions:
         # private to jsonargparse, as the setting is missing
         if hasattr(action, "_enable_path"):

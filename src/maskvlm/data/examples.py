@@ -58,7 +58,7 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its images, each at least once, without opening them."""
+        """Ids of all its images, each at least once, without opening them."""
         ...
 
 

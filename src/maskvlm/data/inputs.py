@@ -25,7 +25,7 @@ ImageInput = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image 
 numbers, or floats from 0 to 1."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of file names that people give for images."""
+"""Endings of the file names that people give for images."""
 
 MASK = "[MASK]"
 """How people write a masked word, whatever the tokenizer calls it."""

@@ -90,7 +90,7 @@ class MixedPairs:
         return np.concatenate([ids[rows] for ids, rows in parts])[:, None]
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its images, each once, without opening them."""
+        """Ids of all its images, each once, without opening them."""
         for image in pc.unique(self.column("image_id")):
             yield image.as_py()
 

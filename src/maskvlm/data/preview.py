@@ -80,7 +80,7 @@ def draw_sheet(rows: list[Row | UserError]) -> Figure:
 
 
 class Layout(NamedTuple):
-    """Of a sheet: columns, heights of images and captions in turn, width and height in inches."""
+    """Layout of a sheet: columns; heights of image rows and caption rows in turn; width and height. In inches."""
 
     columns: int
     heights: list[float]

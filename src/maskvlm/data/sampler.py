@@ -65,7 +65,7 @@ class FlatBatchSampler(Sampler[list[Pick]]):
         self.rank, self.world, self.start = rank, world, start
 
     def __len__(self) -> int:
-        """Of the whole run: a run that goes on counts from its beginning, and so does Lightning."""
+        """Number of batches in the whole run: a resumed run counts from its beginning, and so does Lightning."""
         return self.steps
 
     def __iter__(self) -> Iterator[list[Pick]]:

@@ -95,7 +95,7 @@ def row_hashes(pairs: Any) -> Ids | None:
 
 
 def hashed_image_ids(pairs: Any) -> Ids | None:
-    """As `row_ids`, each image once, sorted."""
+    """Ids as `row_ids` gives them, each image once, sorted."""
     ids_NP = row_ids(pairs)
     if ids_NP is not None:
         return np.unique(ids_NP)

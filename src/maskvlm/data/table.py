@@ -131,11 +131,11 @@ class RowOrigin(NamedTuple):
     pattern: str
 
     def short(self, place: int) -> str:
-        """With the file's name alone, as examples carry it."""
+        """Origin with the file's name alone, as examples carry it."""
         return self.pattern.format(file=self.file.name, place=place)
 
     def full(self, place: int) -> str:
-        """With the file's path, as errors name it."""
+        """Origin with the file's path, as errors name it."""
         return self.pattern.format(file=self.file, place=place)
 
 
@@ -241,7 +241,7 @@ class TableExamples:
         )
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its images, each once, without opening them."""
+        """Ids of all its images, each once, without opening them."""
         for image in pc.unique(pc.list_flatten(self.column("images"))):
             yield image.as_py()
 

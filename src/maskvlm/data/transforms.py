@@ -143,7 +143,7 @@ class TrainTransform:
 
 
 def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.Transform, v2.Transform]:
-    """With and without colour operations; what moves in from outside has the mean colour."""
+    """RandAugment with and without colour operations; pixels that move in from outside have the mean colour."""
     if setting is None:
         return v2.Identity(), v2.Identity()
     number, magnitude = setting

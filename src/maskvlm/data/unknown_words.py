@@ -32,7 +32,7 @@ def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
 
 
 def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
-    """As `some_captions`: texts and answers."""
+    """Texts and answers of some examples, chosen as `some_captions` does."""
     for index in range(0, len(examples), math.ceil(len(examples) / most)):
         example = examples[index]
         yield example["text"]

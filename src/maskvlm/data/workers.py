@@ -67,7 +67,7 @@ class Board:
         self.shared_WN[worker].numpy()[: len(row)] = np.frombuffer(row, np.uint8)
 
     def read(self) -> list[At]:
-        """Of all workers."""
+        """The notes of all workers, in their order."""
         rows = [row.numpy().tobytes() for row in self.shared_WN]
         texts = [row[HEAD.size :].partition(b"\0")[0].decode(errors="replace") for row in rows]
         return [At._make((*HEAD.unpack_from(row), text)) for row, text in zip(rows, texts, strict=True)]
@@ -116,13 +116,13 @@ class Begin:
 
 
 def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """In a worker, of threads that hand over memory: where the main process has ended meanwhile, it has said why."""
+    """Print an exception of a thread in a worker, except a broken connection: then the main process has said why."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
 
 def cannot_hand_over(error: Exception, thing: object) -> None:
-    """In a worker whose finished batch does not reach the main process: say why, and end."""
+    """End a worker whose finished batch does not reach the main process, and say why."""
     full = NO_SPACE in str(error)
     NOTE(ENDS, NOTE.now.sample, FULL if full else f"it could not hand over a batch: {error}")
     # at once: this runs in the queue's own thread, where an exception would end nothing else
@@ -221,7 +221,7 @@ def noted_loader(
 
 @atexit.register
 def end_workers() -> None:
-    """At the end of this process: those that hang would be waited for, and do not heed SIGTERM (`signals.py`)."""
+    """Kill the remaining workers at the end of this process, which would wait for them (SIGTERM: `signals.py`)."""
     # pids that workers wrote themselves: no child of another kind is killed
     if pids := {at.pid for board in BOARDS for at in board.read()}:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever else ends now

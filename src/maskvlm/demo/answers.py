@@ -22,7 +22,7 @@ MAX_SHOWN = 400  # pixels of a side; a board has a little more or less than BOAR
 DRAWN_COLOURS = 4096  # that a drawn scene has at most
 COVER, LINE, FRAME = (64, 72, 88), (148, 163, 184), (245, 158, 11)
 LENGTHS = (5, 8, 12)
-"""Of captions that are tried: a page must answer soon."""
+"""Caption lengths in tokens that are tried; few, as a page must answer soon."""
 _WORD = re.compile(rf"{re.escape(MASK)}|[\w'’-]+")
 
 
@@ -180,7 +180,7 @@ def seen(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
 
 
 def enlarge(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
-    """To about BOARD pixels, whole pixels a patch."""
+    """Enlarge an image to about BOARD pixels, with whole pixels for each patch."""
     rows, columns = model.grid
     width, height = (max(1, round(BOARD / count)) * count for count in (columns, rows))
     return image.resize((width, height), Image.Resampling.NEAREST)

@@ -168,7 +168,7 @@ def score_beside(path: str) -> tuple[float, float]:
 
 
 def score_of(metrics: Any) -> tuple[float, float]:
-    """As `score_beside`, of what such a file holds."""
+    """Score as `score_beside` gives it, from the contents of such a file."""
     try:
         score, count = float(metrics["score"]), float(metrics.get("retrieval/pictures") or 0)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):

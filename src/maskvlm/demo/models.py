@@ -21,9 +21,9 @@ from maskvlm.utils.whole_files import check_inside
 
 PRETRAINING = "maskvlm.objectives.pretraining.MaskedPretraining"
 WEIGHTS = ("best.ckpt", "last.ckpt")
-"""Of a run's folder, the first that is there."""
+"""Checkpoints of a run's folder; the first one that exists is loaded."""
 HEADS = ("projection", "matching", "tokens", "pixels")
-"""Of pre-training, what the tabs ask."""
+"""Heads of pre-training that the tabs need."""
 
 
 class Run(NamedTuple):
@@ -129,7 +129,7 @@ def run_of(source: str) -> Run:
 
 
 def task_on_card(source: str) -> str | None:
-    """By the card beside a checkpoint; None where it does not say it."""
+    """Class of the task by the card beside a checkpoint; None where the card does not say it."""
     try:
         file = Path(source).parent / "card.json"
         # A stranger's, as the files beside it are.

@@ -25,8 +25,8 @@ KEPT = 3  # runs that stay loaded, beside the first
 INTRO = "<h1>MaskVLM</h1><p>Cover words: the image fills them in. Cover patches of the image: the words do.</p>"
 HIDE = "() => { document.querySelector('#tabs').classList.add('old'); return [BLANK]; }"
 SHOW = "() => { document.querySelector('#tabs').classList.remove('old'); }"
-"""Of answers about an image that is no more there: in the browser at once, while the question for new ones is on its
-way, so that no answer that arrives in between is seen beside another image."""
+"""HIDE hides the answers about the image before, SHOW shows answers again. HIDE runs in the browser at once, while the
+new question is on its way, so that no answer that arrives in between is seen beside another image."""
 
 
 class ChosenRun:

@@ -20,7 +20,7 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
 CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
-"""Of the validation split, one thing and several, all shapes but one."""
+"""Rows of the validation split: scenes with one thing and with several, with all shapes but one."""
 PHOTOS = Path(__file__).with_name("photos")
 SEARCHED = 200  # images of the test split
 SHOWN = 288  # pixels, at least, of a drawn scene on the page
@@ -153,7 +153,7 @@ class Searched:
 
     @cached_property
     def vector_NE(self) -> Tensor:
-        """Of the images that come along, [N, E]. Raises UserError where the run has no head for it."""
+        """Unit vectors of the page's images, [N, E]. Raises UserError where the run has no head for them."""
         vectors: Tensor = self.model.encode_image([row["image"] for row in self.rows])
         return vectors
 

@@ -426,7 +426,7 @@ def _listed(given: Any) -> Any:
 
 
 def _dimensions(mask: Any) -> int:
-    """Of one mask 2, of a list of them 3; 0 of a list of masks of different shapes, which numpy has no array for."""
+    """Number of dimensions: 2 for one mask, 3 for a list of masks, 0 for a list of masks of different shapes."""
     shapes = [tuple(each.shape) for each in mask if isinstance(each, Tensor)] if isinstance(mask, list | tuple) else []
     if shapes:  # numpy reads no tensors of a card
         return 1 + len(shapes[0]) if len(shapes) == len(mask) and len({*shapes}) == 1 else 0

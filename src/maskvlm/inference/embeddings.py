@@ -42,7 +42,7 @@ def features_of(model: Model, side: EncodedSide, rows: Sequence[int]) -> list[Te
 
 
 def image_features(model: Model, images: Sequence[Any]) -> list[Tensor]:
-    """Of the image encoder, [L, D] of each image."""
+    """Features of each image from the image encoder, [L, D] each."""
     return [image_LD for image_BLD in images_encoded(model, images) for image_LD in image_BLD]
 
 
@@ -52,7 +52,7 @@ def images_encoded(model: Model, images: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def text_features(model: Model, texts: Sequence[str]) -> list[Tensor]:
-    """Of the text encoder, [T, D] of each text, without padding."""
+    """Features of each text from the text encoder, [T, D] each, without padding."""
     return [text_TD for part in texts_encoded(model, texts) for text_TD in without_padding(*part)]
 
 

@@ -90,7 +90,7 @@ def tune(index: Any, kind: IndexKind, vector_NE: Array, query_QE: Array, least: 
 
 
 def milliseconds(index: Any, query_QE: Array) -> Array:
-    """Of each query, asked alone: [Q]."""
+    """Search time of each query, asked alone, in milliseconds, [Q]."""
     times = [time.perf_counter()]
     for query_1E in query_QE[:, None]:
         index.search(query_1E, 10)

@@ -54,8 +54,8 @@ class MaskVLMImageProcessor(ViTImageProcessorPil):
     resizing for a ViT's, which differs."""
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers. Pillow images and files are made upright 8-bit RGB first: photos are often stored on
-        their side. Arrays are left to transformers."""
+        """Prepare images as transformers does. Pillow images and files are made upright 8-bit RGB first, as photos are
+        often stored on their side. Arrays are left to transformers."""
         given, single = as_list(images)
         opened = [open_image(each) if isinstance(each, str | Path | bytes | Image.Image) else each for each in given]
         return super().preprocess(opened[0] if single else opened, *args, **kwargs)
@@ -92,7 +92,8 @@ class MaskVLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **hub: Any) -> Self:  # type: ignore[override]
-        """Of a folder that this project wrote, or a name on the hub. transformers' own takes classes from the files.
+        """Load the processor of a folder that this project wrote, or of a name on the hub. The method of transformers
+        takes class names from the files; this one does not.
 
         Raises:
             UserError: as `hf_folder.read_folder`; only size, mean and deviation of images are read, and the tokenizer.

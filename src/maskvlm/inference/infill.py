@@ -93,7 +93,7 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
 def fill_mask(
     model: Model, images: Sequence[Any | None], numbers: Sequence[int], texts: Sequence[str], top_k: int
 ) -> list[list[list[Guess]]]:
-    """For each [MASK] of each text, about its image, the likeliest words; each masked place by itself."""
+    """The likeliest words for each [MASK] of each text, given its image; each masked place is filled by itself."""
     head = model.head("tokens", "fill_mask")
     rows = pair_rows(model, *look(model, images, numbers), [model.words.masked(text) for text in texts])
     found = []
@@ -126,8 +126,8 @@ class Written(NamedTuple):
 
 
 def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
-    """Of each image a caption of each length in tokens, start and end not counted: all words masked at first, then
-    the most certain one of the masked is written, again and again (mask-predict's order; Ghazvininejad et al. 2019)."""
+    """One caption of each length for each image; lengths are in tokens, without start and end. All words are masked at
+    first, and each round writes the most certain masked one (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
     # A row for each length of each image, all of them in one batch.
@@ -157,7 +157,7 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
 
 
 def best_captions(model: Model, images: Sequence[Any], numbers: Sequence[int], lengths: Sequence[int]) -> list[str]:
-    """Of captions of these lengths those that match their images best; without a matching head the most certain."""
+    """The best matching caption of each image, of one for each length; without a matching head the most certain one."""
     looked = look(model, images, numbers)
     # Tokens can decode to an empty text.
     written = [[one for one in each if one.text.strip()] for each in write_captions(model, looked, lengths)]
@@ -237,7 +237,7 @@ def reconstruct_images(
 def inpaint_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int, true_statistics: bool
 ) -> Tensor:
-    """As `reconstruct`, in rounds: of the masked patches the most certain ones are painted and seen from then on.
+    """Paint as `reconstruct` does, but in rounds: the most certain masked patches are painted and seen from then on.
 
     Squared error gives no probability, so a patch counts as certain where three predictions agree, each made with a
     different quarter of the visible patches masked, too.

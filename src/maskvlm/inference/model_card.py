@@ -12,7 +12,7 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.inference.hf_config import MaskVLMConfig
 
 UNNAMED = "THIS_FOLDER_OR_HUB_NAME"
-"""In a card of which nobody knows where it will lie."""
+"""Placeholder in a card for the folder or hub name, where neither is known yet."""
 DRAWN = re.compile(r"(maskvlm\.data|tasks\.\w+)\.scenes\.[\w.]+")
 """Sources that this project draws: the built-in world, and the tasks' questions about it."""
 UNKNOWN = "unknown"

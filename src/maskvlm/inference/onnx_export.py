@@ -31,7 +31,7 @@ from maskvlm.utils.write_errors import cannot_write
 
 Format = Literal["onnx", "torch"]
 Shapes = dict[str, list[str | int]]
-"""By name, in order; `batch` and `length` vary."""
+"""Shape of each tensor by name, in order; `batch` and `length` vary."""
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET, NEWEST_OPSET = 18, 22
 """The lowest is what torch writes without converting, and most runtimes read. From 23 on attention is one node, with

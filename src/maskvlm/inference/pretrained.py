@@ -152,8 +152,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return limits(self.config.lineage or [])
 
     def look_at(self, images: list[Any]) -> list[Any]:
-        """As of `Asked`. Of a few images those that are unlike the training data are warned of, by their names where
-        they have some: the encoder runs once more for that."""
+        """See `Asked.look_at`. Warns of images that are unlike the training data, by their names where they have some,
+        if only a few images are given: the encoder runs once more for that."""
         if self.known is None or len(images) > WATCHED:
             return images
         # Each is opened once; an image that is given several times stays one.
@@ -174,7 +174,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return [opened.get(id(each)) for each in images]
 
     def read_over(self, texts: list[Any]) -> None:
-        """As of `Asked`. Of a few texts, words that the tokenizer does not know are named."""
+        """See `Asked.read_over`. Names the words that the tokenizer does not know, if only a few texts are given."""
         if len(texts) > WATCHED:
             return
         # Masked words are none; what is no text is told later.
@@ -187,8 +187,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
-        """Of each image a line that says how unlike the training data it is; None where it is not, or where nobody
-        knows."""
+        """For each image a line that says how unlike the training data it is; None where it is not unlike, or where the
+        model has no sample of its training data."""
         given, found = as_list(images)[0], list[str | None]()
         for part in numbered(given, self.batch_size):
             found += self._far(self.pixels(*part))

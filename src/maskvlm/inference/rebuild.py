@@ -119,7 +119,7 @@ def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ())
 
 
 def task_name(class_path: str) -> str:
-    """As `finetune` takes it: `vqa` of `tasks.vqa.task.Vqa`."""
+    """Name of a task as `finetune` takes it: `vqa` for `tasks.vqa.task.Vqa`."""
     return class_path.rpartition(".")[0].removesuffix(".task").removeprefix("tasks.")
 
 
@@ -179,7 +179,7 @@ def at_most(tensors: int, path: str) -> Iterator[None]:
 
 
 def new_backbone(spec: ModelSpec) -> MaskVLM:
-    """With random weights, by the constructors of this project alone."""
+    """Backbone with random weights, built by the constructors of this project alone."""
     # The constructors are named here: a spec's class paths never choose what is called.
     args = dict(spec.backbone["init_args"])
     image, text = (args.pop(name)["init_args"] for name in ("image", "text"))

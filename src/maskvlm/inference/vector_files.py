@@ -69,9 +69,9 @@ def identity(model: PretrainedMaskVLM) -> str:
 
 TEXTS = dict.fromkeys(("id", "origin", "path"), pa.string())
 KEPT = pa.schema({"row": pa.int64(), **TEXTS, "captions": pa.list_(pa.string())})
-"""Of an image, beside its vector: its place in the split, what it is called, its file or null."""
+"""Columns of an image beside its vector: row in the split, id, origin, file (null without one), captions."""
 CAPTION = pa.schema({"row": pa.int64(), "id": pa.string(), "caption": pa.string()})
-"""Of a caption, beside its vector; row and id are its image's."""
+"""Columns of a caption beside its vector; row and id are its image's."""
 
 
 class RowsToEmbed(Dataset[dict[str, Any]]):
@@ -210,7 +210,7 @@ def facts_of(folder: Path) -> Facts:
 
 
 def shards_there(folder: Path, count: int) -> list[Path]:
-    """Of `count` shards of images those that are written."""
+    """Paths of the image shards that are written already, of `count` in all."""
     paths = [file_of(folder, part, count) for part in range(count)]
     return [path for path in paths if path.exists()]
 

@@ -44,8 +44,8 @@ class Context(NamedTuple):
 
 
 class CrossOutput(NamedTuple):
-    """full_RLD: all positions of the first R pairs, or those that were asked for. cls_BD: the first position (class
-    token) of all, of the first R pairs the first one asked for."""
+    """full_RLD: features of the first R pairs at all positions, or at those that were asked for. cls_BD: features of
+    all pairs at the first position (class token); of the first R pairs at the first position that was asked for."""
 
     full_RLD: Tensor
     cls_BD: Tensor
@@ -117,19 +117,19 @@ class CrossBlock(nn.Module):
 
         position_LD: added to what queries are made of, in both attentions.
         """
-        # By the class: of a sharded block the methods of the object gather its weights, which are here already.
+        # Called on the class: in a sharded block the object's methods would gather its weights, which are here already.
         x = CrossBlock.attend_self(self, x_BLD, self_mask, asking, position_LD)
         return CrossBlock.attend_other(self, x, context, context_mask, asking, position_LD)
 
     def keys_values(self, context_USD: Tensor) -> KeyValue:
-        """Of what the cross-attention looks at, [U, H, S, D / H] each."""
+        """Keys and values that the cross-attention makes of its context, [U, H, S, D / H] each."""
         return self.cross_attention.keys_values(context_USD)
 
     def attend_self(
         self, x_BLD: Tensor, self_mask: Tensor | None, asking: Asking = ALL, position_LD: Tensor | None = None
     ) -> Tensor:
-        """The first third of the block, which does not depend on what is looked at: rows that several pairs share need
-        it once."""
+        """The first part of the block, self-attention. It does not depend on the context, so a row that several pairs
+        share needs it only once."""
         # Keys and values of all positions, also where only some of them ask.
         own = self.self_attention.keys_values(x_BLD)
         x, place = positions_of(x_BLD, asking), places_of(position_LD, asking)
@@ -137,8 +137,8 @@ class CrossBlock(nn.Module):
         return self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
 
     def attend_past(self, x_BLD: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """`attend_self` of positions that follow others and see them and each other: the features, and keys and values
-        of all of them. past: of the earlier positions; None where there are none."""
+        """`attend_self` for new positions, which see the earlier ones and each other. Returns their features, and keys
+        and values of all positions. past: keys and values of the earlier positions; None where there are none."""
         own = self.self_attention.keys_values(x_BLD)
         known = own if past is None else KeyValue(*(torch.cat(pair, 2) for pair in zip(past, own, strict=True)))
         return self.norms[0](x_BLD + self.dropout(self.self_attention(x_BLD, known, None))), known
@@ -151,7 +151,7 @@ class CrossBlock(nn.Module):
         asking: Asking = ALL,
         position_LD: Tensor | None = None,
     ) -> Tensor:
-        """The rest: cross-attention and feed-forward, of the positions that `attend_self` has left."""
+        """The rest of the block, cross-attention and feed-forward, for the positions that `attend_self` returned."""
         place = places_of(position_LD, asking)
         x = self.norms[1](x + self.dropout(self.cross_attention(x, context, context_mask, place)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
@@ -163,7 +163,7 @@ def positions_of(x_BLD: Tensor, asking: Asking) -> Tensor:
 
 
 def places_of(position_LD: Tensor | None, asking: Asking) -> Tensor | None:
-    """The learned positions of those that ask, [K, D] or [B, K, D]."""
+    """Position embeddings of the positions that ask, [K, D] or [B, K, D]."""
     return None if position_LD is None else position_LD[asking]
 
 
@@ -249,7 +249,7 @@ class CrossEncoder(nn.Module):
     def _by_length(
         self, x_ULD: Tensor, context: Context, attention_UL: Tensor, num_full: int, row_B: Tensor
     ) -> CrossOutput:
-        """The same in groups of pairs whose queries have like length (`text_lengths.py`)."""
+        """`_forward` in groups of pairs whose querying texts have similar length (`text_lengths.py`)."""
         seen_B = torch.arange(len(row_B), device=row_B.device) if context.index_B is None else context.index_B
         groups: list[Tensor] = []
         full: list[Tensor] = []
@@ -309,7 +309,7 @@ class CrossEncoder(nn.Module):
                 parts.append(self.run_part(blocks[-1], x_BLD[rows], mask, picked, context.mask(rows), asking, place_LD))
         # (num_full, L, D) and (B, D); a batch without pairs leaves `parts` empty.
         whole = parts[0] if num_full else x_BLD[:0]
-        # A sum of one position, or of none where nothing is read: then it is 0.
+        # The sum over one position is that position; where nothing is read there is none, and it is 0.
         return CrossOutput(whole, torch.cat([part[:, :1].sum(1) for part in parts or [x_BLD]]))
 
     def run_part(self, compute: Callable[..., Tensor], *args: object) -> Tensor:

@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 
     Attributes:
         width: D.
-        detached: nothing is learned now; for a part of a run, see `encoders_frozen`.
+        detached: whether the encoder runs without gradient at the moment, see `encoders_frozen`.
     """
 
     width: int
@@ -78,15 +78,15 @@ class Encoder(nn.Module):
 
     @property
     def stands_still(self) -> bool:
-        """Whether features of whole inputs have no gradient now: detached, without an adapter, which would learn."""
+        """Whether features of whole inputs have no gradient now: detached, and without an adapter to train."""
         return self.detached and not any(True for _ in self.adapter.parameters())
 
     def _detached_if_frozen(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` gives, without gradient while the encoder is frozen."""
+        """Result of `compute`, without gradient while the encoder is detached."""
         return without_gradient(compute) if self.detached else compute()
 
     def adapt(self, width: int) -> None:
-        """Give features of this width from now on, by one linear layer where the encoder has another."""
+        """Give features of this width from now on; where the encoder has another one, a linear layer is added."""
         if width != self.width:
             self.adapter, self.width = nn.Linear(self.width, width), width
             init_xavier(self.adapter)
@@ -189,7 +189,7 @@ class ImageEncoder(Encoder):
         self.mask_token.requires_grad_(self.left_out or not self.frozen_blocks)
 
     def check_plain(self, where: str, todo: str) -> None:
-        """Raises UserError where patches cannot be left out, as where positions are told block by block."""
+        """Raises UserError where patches cannot be left out, as in a ViT that adds positions in every block."""
         if type(self.vit) is not VisionTransformer:
             raise UserError(where, f"patches can be left out of a plain ViT alone, which {self.name} is not", todo)
 
@@ -246,7 +246,7 @@ class ImageEncoder(Encoder):
         return torch.cat([part.to(parts[0].dtype) for part in parts])
 
     def _adapted(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Features of the width that is wanted, [B, L, D], from what `compute` makes by the ViT."""
+        """Features of the wanted width, [B, L, D]; `compute` runs the ViT."""
         features_BLD: Tensor = self.adapter(self._detached_if_frozen(compute))
         return features_BLD
 
@@ -265,8 +265,8 @@ class ImageEncoder(Encoder):
     def _insert_mask_tokens(
         self, features_BLD: Tensor, visible_BV: Tensor, is_visible_BV: Tensor | None = None
     ) -> Tensor:
-        """Class token and the patches `visible_BV` at their places, [B, 1 + N, D]; the mask token at the others, and
-        where `is_visible_BV` is False."""
+        """Features [B, 1 + N, D]: the class token, the patches `visible_BV` at their places, and the mask token at all
+        others and where `is_visible_BV` is False."""
         # The token has the ViT's width, the features have the adapter's.
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
         # (B, 1 + V, D) -> (B, V, D)
@@ -279,7 +279,7 @@ class ImageEncoder(Encoder):
         return torch.cat([features_BLD[:, :1], every_BND], 1)
 
     def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, subset_BV: Tensor) -> Tensor:
-        """As `_features` of whole images, of which the frozen blocks see all patches and the others some."""
+        """Features of whole images, [B, 1 + V, own D]: frozen blocks see all patches, the others `subset_BV`."""
         # A cached row holds the frozen blocks' output for all patches: each step can pick others from it.
         kept = self._cache_for(row_B)
         hidden_BLD = (
@@ -290,7 +290,7 @@ class ImageEncoder(Encoder):
         return self._drop_extra_prefix(self.frozen_blocks.forward_trained(self._with_prefix(hidden_BLD, subset_BV)))
 
     def _with_prefix(self, hidden_BLD: Tensor, index_BV: Tensor) -> Tensor:
-        """The prefix tokens and these patches."""
+        """The prefix tokens and the patches `index_BV`, [B, prefix + V, D]."""
         # (B, L, D) -> (B, prefix, D) and (B, N, D)
         prefix_BLD, patch_BND = hidden_BLD.tensor_split([self.vit.num_prefix_tokens], 1)
         index_BVD = index_BV[..., None].expand(-1, -1, patch_BND.shape[-1])
@@ -310,7 +310,7 @@ class ImageEncoder(Encoder):
         return self._drop_extra_prefix(vit.norm(hidden_BLD))
 
     def _drop_extra_prefix(self, hidden_BLD: Tensor) -> Tensor:
-        """Without prefix tokens other than the class token."""
+        """Remove the prefix tokens other than the class token."""
         first = self.vit.num_prefix_tokens
         return hidden_BLD if first == 1 else torch.cat([hidden_BLD[:, :1], hidden_BLD[:, first:]], 1)
 
@@ -329,7 +329,7 @@ class ImageEncoder(Encoder):
         return self.frozen_blocks.cache if self.training and row_W is not None else None
 
     def _features_cached(self, kept: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
-        """The same, with what the frozen blocks give for the first W images read from the disk."""
+        """`_features`, with the frozen blocks' output for the first W images read from disk."""
         whole = len(row_W)
         lower = [kept.get(row_W, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[:whole][at_M]))]
         if whole < len(image_BCHW):
@@ -347,8 +347,8 @@ class ImageEncoder(Encoder):
 
     @contextmanager
     def _masked(self, mask_BN: Tensor | None) -> Iterator[None]:
-        """In which the mask token stands in the places of masked patches. A hook behind the patch embedding fits every
-        ViT of timm, whatever its blocks and positions are; their `forward_features` take no mask."""
+        """Context in which the mask token replaces masked patches. A hook behind the patch embedding fits every ViT of
+        timm, whatever its blocks and positions are; timm's `forward_features` takes no mask."""
         if mask_BN is None:
             yield
             return
@@ -498,7 +498,7 @@ class TextEncoder(Encoder):
         return hidden_BTD
 
     def _by_length(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        """The same in groups of like length, each padded to its own longest text."""
+        """`_features` in groups of texts of similar length, each padded to its own longest text."""
         groups, parts = list[Tensor](), []
         for row_G, longest in length_groups(lengths_of(attention_BT)):
             token_GT, attention_GT = token_BT[row_G, :longest], attention_BT[row_G, :longest]

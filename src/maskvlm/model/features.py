@@ -1,4 +1,4 @@
-"""Frozen blocks of an image encoder: the first ones are not trained, and what they give can be kept on disk.
+"""Frozen blocks of an image encoder: the first ones are not trained, and their output can be kept on disk.
 
 Shapes: B rows, W whole images among them, L positions, D width, R rows of the data set.
 """
@@ -31,7 +31,7 @@ class FrozenBlocks:
         folder: where the outputs of that part are kept; None computes them anew each time.
 
     Attributes:
-        blocks: how many are frozen. all_frozen: the whole ViT is.
+        blocks: number of frozen blocks. all_frozen: whether the whole ViT is frozen.
 
     Raises:
         UserError: more blocks than there are, or features to be kept of what cannot be cut after a block.
@@ -79,7 +79,7 @@ class FrozenBlocks:
         return part not in AFTER
 
     def forward_frozen(self, image_BCHW: Tensor) -> Tensor:
-        """What leaves the frozen part, [B, L, D]; where nothing is frozen, what enters the first block."""
+        """Output of the frozen part, [B, L, D]; where nothing is frozen, the input of the first block."""
         vit = self.vit
         # As timm's forward_features, up to the cut; no graph is kept of frozen blocks.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self):
@@ -119,8 +119,8 @@ class FrozenBlocks:
 
 
 def run_blocks(vit: Any, first: int, hidden_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """The blocks of a plain ViT from number `first` on, [B, L, D]; where the ViT is set so, activations are recomputed
-    in the backward pass. attn_mask: added to the attention logits of every block."""
+    """Run the blocks of a plain ViT from number `first` on, [B, L, D]; where the ViT checkpoints its activations they
+    are recomputed in the backward pass. attn_mask: added to the attention logits of every block."""
     # One by one: `blocks` is a Sequential, which cannot hand a mask on.
     for block in vit.blocks[first:]:
         # As timm's forward_features, which however does not recompute where there is a mask.

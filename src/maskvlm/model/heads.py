@@ -13,8 +13,8 @@ from maskvlm.utils.errors import UserError
 
 
 def linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer in float32, also under autocast: of what it gives the order counts, and in bfloat16 many scores of
-    a large gallery would be alike."""
+    """A linear layer in float32, also under autocast: the order of its outputs matters, and in bfloat16 many scores of
+    a large gallery would be equal."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
@@ -62,8 +62,8 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Clamp the parameter itself before a step: `logit_scale` clamps too, so outside the bounds the gradient is 0
-        and it would stay there (ALBEF does the same)."""
+        """Clamp the parameter itself before a step. `logit_scale` clamps as well, so outside the bounds the gradient is
+        0 and the parameter would never return (ALBEF does the same)."""
         self.log_scale.clamp_(*self.LOG_BOUNDS)
 
     def embed_image(self, image_BLD: Tensor, subset_BV: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class Projection(nn.Module):
 
 
 def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
-    """Mean over what is no padding, [B, D]."""
+    """Mean over the tokens that are not padding, [B, D]."""
     # The sum is never 0: even an empty text has its start and end token.
     there_BT1 = attention_BT[..., None]
     return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
@@ -154,7 +154,7 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def init_from_embeddings(self, words_VD: Tensor) -> None:
-        """Start from word embeddings: words that mean alike have rows alike from the first step on.
+        """Start from word embeddings, so that words of similar meaning have similar rows from the first step on.
 
         Raises:
             UserError: they have another width.

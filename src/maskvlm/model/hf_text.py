@@ -28,19 +28,19 @@ def build_text_encoder(config: PreTrainedConfig, checkpointing: bool = False) ->
     return model
 
 
-# Of these it is tested that a finished mask gives what a padding mask gives.
+# Tests check that these give the same with a finished mask as with a padding mask.
 FINISHED_MASK = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "electra"})
 
 
 def takes_finished_mask(model: Any) -> bool:
-    """Whether the model takes a mask [B, 1, T, T], True where a position may look, as it is. Of a padding mask
-    transformers asks whether there is any padding at all, and a GPU's host waits for the answer in every step."""
+    """Whether the model takes a finished mask [B, 1, T, T], True where a position may look. Given a padding mask,
+    transformers checks whether there is any padding, and a GPU's host waits for the answer in every step."""
     config = model.config
     return config.model_type in FINISHED_MASK and config._attn_implementation == "sdpa"
 
 
 def random_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFast | None:
-    """For random weights: the one asked for, or a folder's own; None where one is to be trained."""
+    """Tokenizer for random weights: the one asked for, or the folder's own; None where one is to be trained."""
     if other is None:
         return None if is_type(name) or not is_folder(name) else read_text_tokenizer(name)
     tokenizer = read_text_tokenizer(other, "Name a folder, or leave it out: one is trained on the captions")
@@ -98,9 +98,9 @@ def fit_config(
     settings: dict[str, Any],
     keep_positions: bool,
 ) -> None:
-    """For random weights: agree with the tokenizer, or with the one to be trained (its padding is token 0).
+    """Make the config of random weights fit the tokenizer, or the one to be trained (its padding is token 0).
 
-    What `settings` gives stays. A mere model type gets as many positions as text_length needs; RoBERTa's
+    Values in `settings` stay. A mere model type gets as many positions as text_length needs; RoBERTa's
     begin after the padding token's id.
     """
     pad = settings.get("pad_token_id", 0 if tokenizer is None else tokenizer.pad_token_id)

@@ -26,12 +26,12 @@ class Fused(NamedTuple):
 
     @property
     def product_MD(self) -> Tensor:
-        """What matching reads."""
+        """Product of the two class tokens, [M, D], which matching reads."""
         return self.image_MD * self.text_MD
 
     @property
     def joined_MX(self) -> Tensor:
-        """What classifiers read, [M, 3 * D]: both and their product."""
+        """Both class tokens and their product, [M, 3 * D], which classifiers read."""
         return torch.cat([self.image_MD, self.text_MD, self.product_MD], 1)
 
 

@@ -33,7 +33,7 @@ class SearchedTexts(NamedTuple):
 def heads_to_start_from(
     name: str, heads: Mapping[str, Tensor], own: Iterable[str]
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """What a `TextDecoder` takes over of a checkpoint's heads, for `Task.warm_start`.
+    """What a `TextDecoder` takes over from a checkpoint's heads, for `Task.warm_start`.
 
     Args:
         name: of the decoder within its task. heads: of the checkpoint's task. own: names of the task's tensors.
@@ -82,7 +82,7 @@ class TextDecoder(nn.Module):
         self.decoder.load_state_dict(backbone.cross_text.state_dict())
 
     def embed(self, backbone: MaskVLM, token_AS: Tensor, first: int = 0) -> Tensor:
-        """What the first block reads of tokens that stand at the positions from `first` on, [A, S, D]."""
+        """Input of the first block for tokens at the positions from `first` on, [A, S, D]."""
         embedded_ASD = self.words(backbone.text.model.get_input_embeddings()(token_AS))
         x_ASD: Tensor = self.norm(embedded_ASD + self.position_SD[first : first + token_AS.shape[1]])
         return x_ASD
@@ -118,7 +118,7 @@ class TextDecoder(nn.Module):
     def follow(
         self, backbone: MaskVLM, context: Context, token_A: Tensor, place: int, past: Sequence[KeyValue] | None
     ) -> tuple[Tensor, list[KeyValue]]:
-        """What `forward` gives at the last position of texts whose earlier ones have been computed.
+        """Logits of `forward` at the last position of texts whose earlier positions have been computed.
 
         Args:
             context: of each text its own row.

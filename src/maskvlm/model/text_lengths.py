@@ -1,5 +1,5 @@
-"""Texts in groups of like length: captions are half as long as the longest of a batch, and a CPU pays for every
-position. On a GPU lengths are not read, as that would make the host wait for the device.
+"""Texts are computed in groups of similar length: captions are on average half as long as the longest of a batch, and a
+CPU spends time on every position. On a GPU lengths are not read, as the host would have to wait for the device.
 
 Shapes: B rows, T tokens, G rows of a group.
 """
@@ -11,25 +11,24 @@ from torch import Tensor
 
 from maskvlm.utils.on_cpu import on_cpu
 
-MANY, GROUPS = 16, 4  # from so many texts on, they are taken in so many groups of like length
+MANY, GROUPS = 16, 4  # number of texts from which on they are grouped; number of groups
 
 
 def worth_grouping(attention_BT: Tensor, pair_B: Tensor) -> bool:
-    """Whether texts with this padding mask are computed in groups, where there are as many as `pair_B` has rows."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
-    # Last, as to ask for the number would make it a constant of what is traced.
+    """Whether texts with this padding mask are computed in groups; `pair_B` has one row for each of them."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a traced graph must take any number of rows
+    # The number of rows is read last: while tracing, reading it would make it a constant of the graph.
     return not traced and on_cpu(attention_BT) and len(pair_B) >= MANY
 
 
 def lengths_of(attention_BT: Tensor) -> Tensor:
-    """The place of the last attended position of each text, from 1, [B]. At least 1, so that no group is cut to no
-    position."""
+    """Length of each text up to its last attended position, [B]. At least 1, so that no group is cut to length 0."""
     place_T = torch.arange(1, attention_BT.shape[1] + 1, device=attention_BT.device)
     return (attention_BT * place_T).amax(1).clamp(min=1)
 
 
 def length_groups(length_B: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Rows [G] of each of GROUPS groups of equal size, the shortest first, and the length of its longest text."""
+    """Yield GROUPS groups of equal size, the shortest texts first: the rows [G] and the length of the longest text."""
     # Stable: equal lengths keep their order.
     for row_G in length_B.argsort(stable=True).chunk(GROUPS):
         yield row_G, int(length_B[row_G].max())

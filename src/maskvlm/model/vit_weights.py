@@ -18,7 +18,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 WHERE = "model.backbone.image"
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
-"""What comes after the last norm in timm's ViTs, of no use here."""
+"""Names of tensors behind the last norm in timm's ViTs, which are not used here."""
 
 
 def create_vit(name: str, settings: dict[str, Any]) -> Any:

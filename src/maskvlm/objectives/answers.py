@@ -24,7 +24,7 @@ class ScoredExample(NamedTuple):
 
     @property
     def line(self) -> Prediction:
-        """As it is written to predictions.jsonl."""
+        """The example as predictions.jsonl holds it."""
         example = self.example
         return Prediction(
             id=example["id"], text=example["text"], truth=self.truth, prediction=self.prediction, right=self.correct,
@@ -44,7 +44,7 @@ class ScoredExamples:
         self.own += [ScoredExample(*row) for row in rows]
 
     def all(self) -> list[ScoredExample]:
-        """Those of every process, in the data set's order; the collection is empty afterwards."""
+        """The answers of all processes, in the data set's order; the collection is empty afterwards."""
         shards: list[list[ScoredExample]] = gather_objects(self.own)  # type: ignore[assignment]
         self.own = []
         return sorted((scored for shard in shards for scored in shard), key=lambda scored: scored.row)

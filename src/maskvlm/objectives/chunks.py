@@ -2,7 +2,7 @@
 
 Contrast and hard negatives need every pair of the batch, but only its features: these are kept, what led to them is
 computed again in the backward pass, chunk by chunk (GradCache, Gao et al. 2021, by torch's own activation checkpoints).
-To accumulate gradients over small batches instead would make another objective of contrast: one among fewer pairs.
+Accumulating gradients over small batches would change the objective: contrast would compare fewer pairs.
 
 Shapes: B pairs, n of a chunk, M masked images, T tokens.
 """
@@ -23,7 +23,7 @@ from maskvlm.objectives.pretraining_losses import Step
 
 
 def computed_again(compute: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """What `compute` gives; in the backward pass it is called once more, so that nothing of its inside is kept."""
+    """Result of `compute`, which the backward pass calls again, so that none of its intermediate tensors is kept."""
     result: Tensor = checkpoint(compute, *arguments, use_reentrant=False)
     return result
 
@@ -31,8 +31,8 @@ def computed_again(compute: Callable[..., Tensor], *arguments: object) -> Tensor
 def encoded_in_chunks(
     encoder: Encoder, size: int | None, rows: int, arguments: Callable[[slice], tuple[object, ...]]
 ) -> Tensor:
-    """Features of so many rows, `size` at a time. `arguments` gives what the encoder is called with for some."""
-    # A frozen encoder keeps nothing anyway, and is frozen for a part of the step only.
+    """Features of `rows` rows, `size` at a time. `arguments` returns the encoder's arguments for a slice of rows."""
+    # A frozen encoder keeps nothing anyway, and it is frozen only during a part of the step.
     run = encoder if size is None or encoder.detached else functools.partial(computed_again, encoder)
     parts = [run(*arguments(part)) for part in slices(rows, size)]
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts])
@@ -81,7 +81,7 @@ def take_encoded(encoded: Encoded, rows: slice) -> Encoded:
 
 
 def take_matched(matched: MatchingRows, rows: slice) -> MatchingRows:
-    """What these pairs pick from: their own rows, and behind them their negatives."""
+    """The rows that these pairs pick from: their own ones, followed by their negatives."""
     image_C, text_B = matched.hard_image_C[rows], matched.hard_text_B[rows]
     own = torch.arange(rows.stop - rows.start, device=text_B.device)
     return MatchingRows(

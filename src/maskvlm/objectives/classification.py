@@ -184,13 +184,13 @@ class Classification(Task):
         self.scored.add(batch, predicted, correct)
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
-        """The labels of examples whose truth nobody knows."""
+        """Predicted labels of examples without a known answer."""
         # Random numbers are asked for by the image ablation alone.
         draw = Draw(EVAL_SEED, 0, batch.image_BPCHW.device)
         return top_labels(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
 
     def probability(self, logits_BK: Tensor) -> Tensor:
-        """Of each label."""
+        """Probability of each label (softmax), [B, K]."""
         return logits_BK.softmax(1)
 
     def correct(self, prediction: str, answers: list[str]) -> float | None:

@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 
     @property
     def first_masked_BTD(self) -> Tensor | None:
-        """Of each text one masking."""
+        """Features of the first masking of each text, [B, T, D]; None where no loss needs masked texts."""
         return None if self.masked_text_BTD is None else self.masked_text_BTD[:: self.masks_per_text]
 
 
@@ -84,8 +84,8 @@ class Contrast(NamedTuple):
 
 
 def same_pairs(image_id_B: Tensor, text_id_Bm: Tensor, image_id_G: Tensor, text_id_Gm: Tensor) -> Tensor:
-    """Which of G pairs show the same image as a pair of the batch, or have one of its m captions: no negatives of each
-    other, [B, G]."""
+    """Whether each of the G pairs shows the same image as a pair of the batch or has one of its m captions, so that
+    they are no negatives of each other, [B, G]."""
     # (B, 1, m, 1) and (1, G, 1, m): any caption of the one with any of the other.
     said_BG = (text_id_Bm[:, None, :, None] == text_id_Gm[None, :, None, :]).flatten(2).any(2)
     return said_BG | (image_id_B[:, None] == image_id_G)
@@ -232,8 +232,8 @@ def matching_rows(
 
 
 def with_exchanged(matched: MatchingRows, encoded: Encoded, attention_BT: Tensor) -> MatchingRows:
-    """The first images meet their own caption with two words exchanged, in the place of a hard one; one that stayed as
-    it is would be no negative."""
+    """Replace the hard caption of the first images by their own caption with two words exchanged. Where nothing was
+    exchanged the hard caption stays: the unchanged caption would be no negative."""
     if encoded.exchanged_STD is None or encoded.exchanged_S is None:
         return matched
     first, hard_text = len(encoded.exchanged_S), matched.hard_text_B
@@ -247,8 +247,8 @@ def with_exchanged(matched: MatchingRows, encoded: Encoded, attention_BT: Tensor
 
 
 def _fetch(own: list[Tensor], queued: list[Tensor | None], index_M: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The rows `index_M` of each of `own`, in the global batch or in the queue behind it; False where one did not
-    arrive."""
+    """The rows `index_M`, counted through the global batch and the queue behind it, of each tensor in `own`; and
+    whether each row arrived, bool [M]."""
     here = len(own[0])
     everywhere = here * world_size()
     if world_size() == 1:

@@ -136,7 +136,7 @@ class PretrainingMetrics:
     def pixel_errors(
         self, name: str, predicted: Tensor, target: Tensor, weight_BK: Tensor, objects_BKP: Tensor | None
     ) -> None:
-        """Of all masked patches, and of those of their values that show an object, where the data tells."""
+        """Add the error of all masked patches and, where the data marks objects, of the values that show one."""
         for key, kind in (("mse", "squared"), ("l1", "l1")):
             error_BKP = pixel_error(predicted, target, kind)  # type: ignore[arg-type]
             self.add(f"mim/{key}{name}", error_BKP.mean(-1), weight_BK)

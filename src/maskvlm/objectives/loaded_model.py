@@ -30,7 +30,7 @@ class Model(Protocol):
         ...
 
     def tokens(self, texts: Sequence[str]) -> CaptionTokens:
-        """On the model's device."""
+        """Token ids and masks of the texts, on the model's device."""
         ...
 
     def head(self, name: str, method: str) -> Any:
@@ -39,7 +39,7 @@ class Model(Protocol):
 
 
 def device_of(model: Model) -> torch.device:
-    """Where its weights are."""
+    """Device that holds the model's weights."""
     return next(model.backbone.parameters()).device
 
 

@@ -118,8 +118,8 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
     """
     # log(1 - sigmoid(x)) = -softplus(x), and of independent positions the logs add up: (B, L, V) -> (B, V).
     absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
-    # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf. So small, as there the
-    # gradient ends: just where a word that is there is denied the most.
+    # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf. The bound is so small
+    # because the gradient is 0 beyond it, exactly where a word that is there is denied the most.
     present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-30)))
     # Per different token (words_BV has a 1 for each), so that captions of many words do not weigh more.
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
@@ -143,7 +143,7 @@ def masked_pixel(
 
 
 def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:
-    """What a model draws that knows nothing: the mean colour of the masked patches as values of a patch, [P]; zeros
+    """Mean colour of the masked patches, as the values of a patch, [P]: what a model draws that knows nothing. Zeros
     where nothing is masked."""
     # (B, K, P) -> (B, K, pixels, 3): the last axis of a patch is the channel.
     colour_BK3 = target_BKP.float().unflatten(-1, (-1, 3)).mean(2)

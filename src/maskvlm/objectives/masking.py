@@ -22,8 +22,8 @@ and returns the rows of this process (`distributed.Draw`)."""
 
 class PatchMask(NamedTuple):
     """mask_BN: bool, True where a patch is masked. index_BK: int64 patch numbers, row by row from the top left.
-    weight_BK: 1.0 masked, 0.0 visible; these fill up, so that the shape is known without asking the device. visible:
-    at most so many patches are visible in a row that is masked; None: not known."""
+    weight_BK: 1.0 for a masked patch; 0.0 for a visible one, which only fills the row, so that the shape is known
+    without asking the device. visible: upper bound on the visible patches of a masked row; None: not known."""
 
     mask_BN: Tensor
     index_BK: Tensor
@@ -33,7 +33,7 @@ class PatchMask(NamedTuple):
 
 class TokenMask(NamedTuple):
     """token_CT: int64 ids with the masked ones replaced. mask_CT: bool, True where the loss looks. index_CK,
-    weight_CK as in `PatchMask`; the weight of a masked one may be another than 1, above 0."""
+    weight_CK: as in `PatchMask`; the weight of a masked token may be any number above 0."""
 
     token_CT: Tensor
     mask_CT: Tensor
@@ -48,13 +48,13 @@ def count_masked(units: int, ratio: float) -> int:
 
 
 def count_each(units: Tensor | int, share_C1: Tensor) -> Tensor:
-    """As `count_masked`, row by row and on the device: [C, 1], whole numbers as floats."""
+    """`count_masked` for each row, computed on the device: [C, 1], whole numbers as floats."""
     return torch.maximum((units * share_C1 + 0.5).floor(), (share_C1 > 0).float())
 
 
 class Ratio(NamedTuple):
-    """Which share of each caption, or image, is masked. share_C1: [C, 1], 0 to 1. most, least: the largest and the
-    smallest there can be."""
+    """Share of each caption, or image, that is masked. share_C1: [C, 1], 0 to 1. most, least: the largest and the
+    smallest share that can be drawn."""
 
     share_C1: Tensor
     most: float
@@ -62,7 +62,7 @@ class Ratio(NamedTuple):
 
     @classmethod
     def drawn(cls, low: float, high: float, uniform_C: Tensor) -> "Ratio":
-        """Uniform between both, for each row anew."""
+        """A share for each row, uniform between `low` and `high`."""
         return cls((low + (high - low) * uniform_C)[:, None], high, low)
 
 
@@ -326,7 +326,7 @@ class RandomTokens(TextMasking):
         )  # fmt: skip
 
     def _share(self, texts: Texts, uniform: Uniform) -> float | Ratio:
-        """Of each row; in evaluation all have the same."""
+        """Share of tokens to mask: in training with `most` drawn for each row, else the same for all."""
         if not texts.training or self.most == self.ratio:
             return self.ratio
         drawn_C = uniform(len(texts.token_CT))
@@ -338,10 +338,10 @@ class RandomTokens(TextMasking):
 
 
 class ChosenPhrases(RandomTokens):
-    """In training, a text that holds some of these phrases has them masked and nothing else; other texts as
-    `RandomTokens`. For words that say something only together with all the others: how two things stand to each other
-    is learned where both are named, and hardly at all where their names are masked, too. Of a text with many of them as
-    many tokens are masked as there are places in the batch, `ratio` of its longest text.
+    """In training, a text that holds some of these phrases has them masked and nothing else; other texts are masked as
+    by `RandomTokens`. This is for words that say something only together with all the others: how two things stand to
+    each other is learned where both are named, and hardly at all where their names are masked, too. At most K tokens of
+    a text are masked, where K is the width of the index tensor: `most` (else `ratio`) of the batch's longest text.
 
     Args:
         phrases: words as the captions have them, such as "left of".

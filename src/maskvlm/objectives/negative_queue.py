@@ -42,7 +42,7 @@ class NegativeQueue:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, by the names of `QueuedPairs`; copies, because saving a view writes its whole storage."""
+        """State for a checkpoint, by the names of `QueuedPairs`; copies, as saving a view writes its whole storage."""
         return {} if self.pairs is None else {name: part.clone() for name, part in self.pairs._asdict().items()}
 
     def restore(self, state: Mapping[str, Tensor], positions: int, length: int, width: int, dim: int) -> None:
@@ -78,7 +78,7 @@ class NegativeQueue:
         self.pairs = invalidate_nonfinite(QueuedPairs(**{name: value.clone() for name, value in state.items()}))
 
     def append_to(self, contrast: Contrast, batch: Batch) -> Contrast:
-        """The vectors of all processes, and then those of the queue."""
+        """Contrast with the queue's vectors behind those of all processes."""
         if self.pairs is None:
             return contrast
         kept = self.pairs = QueuedPairs(
@@ -94,7 +94,7 @@ class NegativeQueue:
 
 
 def widened(text_id_Qm: Tensor, captions: int) -> Tensor:
-    """So many ids an image; the first is repeated, which tells of no other caption."""
+    """Caption ids [Q, captions]: the first id of each image is repeated, which adds no caption."""
     return torch.cat([text_id_Qm, text_id_Qm[:, :1].expand(-1, captions - text_id_Qm.shape[1])], 1)
 
 

@@ -19,11 +19,11 @@ LEAST = 50  # below that their distances have no upper end to speak of
 FAR = 0.01
 """Share of images like the sample's that lie beyond the threshold."""
 SHRINKAGE = 0.1
-"""Of the mean variance, added to the variance along each axis: fewer images than axes leave some with none."""
+"""Share of the mean variance that is added along each axis: with fewer images than axes some have no variance."""
 
 
 PARTS = 4
-"""Of a sample; each is measured by the others."""
+"""Number of parts of a sample; the distances of each part are measured with a range fitted to the others."""
 
 
 class FarFromTraining(UserWarning):
@@ -31,7 +31,7 @@ class FarFromTraining(UserWarning):
 
 
 class KnownRange(NamedTuple):
-    """What a model knows.
+    """Range of the features that a model was trained on.
 
     Attributes:
         mean_D: of the sample's features.
@@ -56,7 +56,7 @@ def mean_patch(image_BLD: Tensor) -> Tensor:
 
 
 def sample_of(feature_ND: Tensor, most: int = MOST) -> Tensor:
-    """At most `most` of a split's features, at even distances, as float16 in host memory: what is kept."""
+    """Sample of at most `most` of a split's features, evenly spaced, as float16 in host memory, for checkpoints."""
     place_N = torch.linspace(0, len(feature_ND) - 1, min(most, len(feature_ND))).round().long()
     return feature_ND.detach().cpu()[place_N].half()
 
@@ -97,7 +97,7 @@ def distance_to(feature_BD: Tensor, known: KnownRange) -> Tensor:
 
 
 def is_far(feature_BD: Tensor, known: KnownRange) -> Tensor:
-    """Of each image whether it is beyond the range, [B]."""
+    """Whether each image lies beyond the range, bool [B]."""
     return distance_to(feature_BD, known) > known.most
 
 

@@ -300,7 +300,7 @@ class MaskedPretraining(Task):
                 self.add_module(name, head)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
-        """Parts that no wanted loss reaches get no gradient; DDP would wait for it for ever."""
+        """Freeze the parts that no wanted loss reaches: they get no gradient, and DDP would wait for it forever."""
         needs, pairs = self.needs, Need.PAIRS in self.needs
         masked = Need.MASKED_IMAGE in needs or (self.mask_both and Need.MASKED_TEXT in needs)
         reached: list[tuple[nn.Parameter | nn.Module, bool]] = [
@@ -446,8 +446,9 @@ class MaskedPretraining(Task):
         return cross_all(backbone, *parts)
 
     def late(self, backbone: MaskVLM) -> TrainingPhases:
-        """The cross encoders and all heads but contrast's wait for contrast; so does a mask token behind the ViT. Or
-        all learn from the beginning, and the image encoder no longer than it shall."""
+        """With `contrast_first` the cross encoders, all heads but contrast's and a mask token behind the ViT train only
+        after contrast has trained alone. Otherwise all parameters train from the start; the image encoder stops after
+        `image_learns` of the steps."""
         if not self.contrast_first and self.image_learns == 1:
             return TrainingPhases()
         projection = [self.projection] if self.weights["itc"] else []
@@ -471,13 +472,13 @@ class MaskedPretraining(Task):
 
         Args:
             batch: in training with one text an image; in evaluation an image has several.
-            training: `masks_per_text` masks a text, whose rows follow each other, and masks of `masked_image_share` of
-                the images; else one of each.
-            pairs: of the first so many pairs; None: of all.
+            training: draw `masks_per_text` masks for each text, in adjacent rows, and masks for `masked_image_share`
+                of the images; else one mask for each.
+            pairs: how many of the pairs, from the first one on, are masked; None: all.
         """
-        # In evaluation there are more texts than images: None takes all of both.
+        # In evaluation there are more texts than images: `pairs` is None, and all of both are masked.
         images = len(batch.valid_B) if pairs is None else pairs
-        # Of a single pair, as in the ITC-only phase, a sound masking may mask nothing.
+        # With a single pair, as in the ITC-only phase, a valid masking may mask nothing.
         first = training and images > 1 and not self.masked_before
         masks_per_text, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
@@ -591,8 +592,8 @@ class MaskedPretraining(Task):
         )
 
     def contrast(self, all_captions: Batch, encoded: Encoded, subset_BV: Tensor | None = None) -> Contrast:
-        """Unit vectors of all processes; where no contrast is learned, all alike: negatives are then uniform.
-        all_captions: the first ones of all images in front."""
+        """Unit vectors of all processes. Where no contrast is learned all are zero, and negatives are drawn uniformly.
+        all_captions: the batch with the first captions of all images in front."""
         pairs = len(all_captions.valid_B)
         if self.weights["itc"]:
             if self.training:
@@ -609,8 +610,8 @@ class MaskedPretraining(Task):
         return gather_contrast(all_captions, image, text, scale)
 
     def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
-        """For each of the first `pairs` images a hard caption, for each of their captions a hard image, out of the
-        global batch and, after it, the queue."""
+        """A hard caption for each of the first `pairs` images and a hard image for each of their captions, by their
+        numbers in the global batch or, after it, in the queue; None where no loss needs pairs."""
         if Need.PAIRS not in self.needs:
             return None
         image, text, image_all, text_all, scale, _, excluded, _ = contrast
@@ -649,13 +650,13 @@ class MaskedPretraining(Task):
 
 
 def nothing_crossed(encoded: Encoded) -> Crossed:
-    """Tensors of 0 rows, where no loss reads the cross encoders, or they have not been run."""
+    """Crossed features of 0 rows, for a step in which the cross encoders are not read, or not run yet."""
     none_D = encoded.image_BLD[:0, 0]
     return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
 
 
 def count_exchanged(texts: Negatives, exchanged: ExchangedCaptions) -> Negatives:
-    """The hard captions, of which an exchanged one counts also where the batch has no negative for its image."""
+    """The hard captions and their weights; an exchanged one counts even if the batch has no negative for its image."""
     first = len(exchanged.changed_C)
     there_S = torch.maximum(texts.weight_B[:first], exchanged.changed_C.to(texts.weight_B))
     return texts._replace(weight_B=torch.cat([there_S, texts.weight_B[first:]]))
@@ -665,11 +666,12 @@ MASK_FIELDS: dict[type, tuple[dict[str, torch.dtype], str, str]] = {
     PatchMask: ({"mask_BN": torch.bool}, "index_BK", "weight_BK"),
     TokenMask: ({"token_CT": torch.int64, "mask_CT": torch.bool}, "index_CK", "weight_CK"),
 }
-"""Of all positions, by their dtype; numbers of the places that the loss looks at; weights of these."""
+"""Kind of mask -> its fields with an entry for every position, with dtypes; its field with the positions that the loss
+reads; its field with their weights."""
 
 
 def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, shape: tuple[int, int]) -> None:
-    """Raises UserError where a masking, which may be a plug-in, gave something else than a mask of this shape: rows by
+    """Raises UserError where a masking, which may be a plug-in, returned anything but a mask of this shape: rows by
     patches or tokens."""
     where = f"model.task: {type(masking).__name__}"
     if not isinstance(mask, kind):
@@ -679,7 +681,7 @@ def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, sh
         value = getattr(mask, name)
         if not isinstance(value, Tensor):
             raise UserError(where, f"gave a {type(value).__name__} as {name}", f"See masking.{kind.__name__}")
-        # Index and weight are of as many places as the loss looks at.
+        # Index and weight have one column for each place that the loss looks at.
         wanted = shape if name in whole else (shape[0], *getattr(mask, index).shape[1:])
         fits = value.is_floating_point() if dtype is None else value.dtype == dtype
         if value.shape != wanted or not fits:

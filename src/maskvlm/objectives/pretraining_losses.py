@@ -61,11 +61,11 @@ class Step(NamedTuple):
         contrast: unit vectors; all zero where weight_itc is 0.
         negatives: a hard text for each image and a hard image for each text; None without matching. With
             `exchanged_share` the first images met their own text with two words exchanged instead.
-        crossed: what the cross encoders gave; nothing where the step is made in chunks and this is the whole of it.
+        crossed: outputs of the cross encoders; no rows where the step is computed in chunks and this is the whole step.
         counts: of each loss by its name, what its sum is divided by, see `PretrainingLoss.count`.
         masks_per_text: maskings of each text.
         mask_both: each side is reconstructed from the masked other one.
-        itc_frozen: contrast has learned before and is only told now.
+        itc_frozen: contrast no longer learns; its loss is only logged.
     """
 
     batch: Batch
@@ -132,17 +132,17 @@ class PretrainingLoss(ABC):
         """
 
     def count(self, step: Step) -> Tensor:
-        """What the sum of a loss that adds up is divided by, of this process's share, a scalar; by default its valid
-        images. `step.counts` has it as a mean over processes, of the whole step."""
+        """Divisor of the sum of a loss that adds up, a scalar, for this process's share; by default the number of its
+        valid images. `step.counts` has its mean over processes, for the whole step."""
         return step.batch.valid_B.float().sum()
 
     def observe(self, heads: Any, step: Step) -> None:
-        """Called after each training step, without gradient: what the chance level is reckoned from, of this process's
-        share alone."""
+        """Called after each training step, without gradient, to note what the chance level is computed from, for this
+        process's share alone."""
         return
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
-        """What a model that has learned nothing pays; None: not known (yet).
+        """Loss of a model that has learned nothing; None: not known (yet).
 
         Args:
             batch_size: images of the global batch.
@@ -258,7 +258,7 @@ class ImageTextMatching(PretrainingLoss):
 
     @staticmethod
     def _weight(step: Step) -> Tensor:
-        """Of each matching pair, in the order of `cross_all`: true pairs, hard texts, hard images."""
+        """Weight of each matching pair, [3 * B], in the order of `cross_all`: true pairs, hard texts, hard images."""
         assert step.negatives is not None
         texts, images = step.negatives
         valid = step.batch.valid_B[: len(texts.weight_B)].float()
@@ -302,7 +302,7 @@ class MaskedTokens(PretrainingLoss):
         index_CK, target_CK, weight_CK = self._masked(step)
         # (C, T, D) -> (C, K, D): the head gives V numbers for each position, so it gets the masked ones alone.
         read_CKD = gather_positions(step.crossed.text_BTD, index_CK)
-        if on_cpu(weight_CK):  # about half of the places hold nothing; asking a GPU which would stall it
+        if on_cpu(weight_CK):  # about half of the places are empty; to ask a GPU which ones would stall it
             # (C, K, ...) -> (masked, 1, ...)
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
@@ -460,18 +460,18 @@ class WordsPresent(PretrainingLoss):
         share_V = (self.count_V / self.seen.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
         # Sum of w log p + (1 - w) log(1 - p) over words = w logit(p) + log(1 - p).
         absent = torch.log1p(-share_V).sum()
-        # Knowing how frequent each word is, and nothing of the image: as `formulas.words_present`.
+        # `loss_functions.words_present` of a model that knows how frequent each word is, and nothing of the image.
         nats_B = -(words_BV @ torch.logit(share_V) + absent) / words_BV.sum(1).clamp(min=1)
         self.level = (nats_B * valid_B).sum() / valid_B.sum().clamp(min=1)
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
-        """What word frequencies alone cost on the latest batch."""
+        """Loss on the latest batch of a model that knows word frequencies alone."""
         return None if self.level is None else float(self.level)
 
 
 class PatchSpread(PretrainingLoss):
-    """How much each masked patch varies, told from what its pixels are told from, which the paper does not have: the
-    standard deviation of its pixels, mean of the channels, by squared error.
+    """Spread of each masked patch, predicted from the same features as its pixels: the standard deviation of its
+    pixels, averaged over the channels, by squared error. The paper does not have this loss.
 
     It tells the image cross encoder *where* something is before it can tell *what*. To paint a thing at its place takes
     place, colour and ground at once: over all colours and grounds a thing is neither lighter nor darker than what is

@@ -93,7 +93,7 @@ def offload(projection: Projection, batch: Batch, image_BLD: Tensor, text_CTD: T
 
 
 def _host(x: Tensor, precision: torch.dtype | None = None) -> Tensor:
-    """A copy in host memory: a view would hold, and send, the whole that it is a part of."""
+    """A copy in host memory: a view would keep, and send, the whole tensor that it is a part of."""
     return x.detach().to("cpu", precision or x.dtype, copy=True)
 
 

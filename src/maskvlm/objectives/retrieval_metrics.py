@@ -142,7 +142,7 @@ def _rankings(
     ks: Sequence[int],
     best_QK: Tensor | None,
 ) -> dict[int, Ranking]:
-    """Of one direction; a query and an item of the same image are relevant to each other."""
+    """Ranking of one direction at each k of `ks`; a query and an item of the same image are relevant to each other."""
     parts: dict[int, list[Ranking]] = {k: [] for k in ks}
     relevant_QR = relevant_items(query_Q, item_G)
     for first in range(0, len(query_Q), BLOCK):

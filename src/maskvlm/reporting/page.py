@@ -83,7 +83,7 @@ class Page:
         return max(size[0] for size in sizes) / DPI
 
     def wrap(self, words: str, width: float, most: int) -> list[str]:
-        """At most so many lines, none wider than `width` inches; dots say that there is more."""
+        """The words in at most `most` lines, none wider than `width` inches; dots say that there is more."""
         # Broken by letters, then held against the inches that they take; with each round there are fewer.
         letters = int(width / self.inches("m"))
         while True:

@@ -95,8 +95,8 @@ def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
 
 
 def shown_with(rows: Any, prediction: Prediction) -> Shown:
-    """With its images, of pairs or of examples, as the source hands them out, and what each is where there are two:
-    of an example by their place, of pairs (retrieval) the one that was found, then the true one."""
+    """A prediction with its images, as the source returns them, and a label for each where there are two: "left" and
+    "right" for an example, "found" and "truth" for pairs (retrieval)."""
     found = [rows[place] for place in prediction["index"]]
     images = [image for row in found for image in (row["images"] if "images" in row else [row["image"]])]
     # An example of NLVR has two images; of retrieval these are two rows.
@@ -173,8 +173,8 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
 
 
 def hash_of(path: Path) -> str | None:
-    """As the `.sha256` beside it states it, else of the file itself (of a folder its weights); None where it has gone
-    since it was read."""
+    """SHA-256 of a file, as the `.sha256` beside it states it, else computed; of a folder that of its weights. None
+    where the file has gone since it was read."""
     facts = stated(path)
     # Two are stated where a save was interrupted at its rename: the file itself tells which of them it is.
     if len(facts) == 1:

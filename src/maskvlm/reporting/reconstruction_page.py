@@ -222,5 +222,5 @@ def guess_segments(guesses: Guesses, row: int, position: int, target: int, token
 
 
 def shorten(text: str, most: int) -> str:
-    """At most so many characters; dots say that there were more."""
+    """The text cut to `most` characters; dots say that there were more."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -77,7 +77,7 @@ def outcome_of(run: StudyRun) -> Outcome | None:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of independent values, such as one for each seed."""
+    """Mean and confidence interval of independent values, such as one for each seed."""
     given = np.asarray(values, float)
     mean = float(given.mean()) if len(given) else float("nan")
     if len(given) < 2:
@@ -91,7 +91,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[float]":
-    """Of the runs of a cell: seed -> value."""
+    """Value of a metric in the runs of a cell: seed -> value."""
     if frame.empty:
         return pd.Series(dtype=float)
     found = frame[frame["cell"] == cell].set_index("seed")[OF_STUDY + metric.name]

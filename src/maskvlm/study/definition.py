@@ -49,7 +49,7 @@ COMMANDS = ("pretrain", "finetune")
 NOT_IN_FILES = ("allow-import", "debug", "folder", "run", "print_config")
 """Options that only who starts a study gives."""
 KEY = r"[A-Za-z_]\w*(\.\w+)*\+?"
-"""Of an option in a file: a dotted key, perhaps with the + that adds to a list."""
+"""Pattern of an option in a file: a dotted key, perhaps with the + that adds to a list."""
 NAME = Text(60, r"[a-z0-9]+([._+-][a-z0-9]+)*")
 CELL = Text(200, r"[a-z0-9._+-]+(@[a-z0-9._+-]+)*")
 SENTENCE = Text(500)
@@ -210,7 +210,7 @@ class Study:
     first: Cell | None = None
 
     def cell(self, name: str) -> Cell:
-        """By its name. Raises KeyError."""
+        """The cell of this name. Raises KeyError."""
         return {cell.name: cell for cell in self.cells}[name]
 
     def told(self, cell: Cell) -> str:
@@ -331,7 +331,7 @@ def _check_keys(options: Mapping[str, Any], where: str) -> None:
 def _cells(
     told: Mapping[str, Any], arms: Mapping[str, Any], runs: Mapping[str, tuple[str, ...]], file: str
 ) -> Iterator[Cell]:
-    """Of all blocks of `grid`; without one, every arm once."""
+    """Cells of all blocks of `grid`; without a grid, every arm once."""
     seen: dict[str, Cell] = {}
     for number, each in enumerate(told.get("grid", [{"arms": list(arms)}]), 1):
         where = f"{file}: grid {number}"

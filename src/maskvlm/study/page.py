@@ -58,7 +58,7 @@ def write_page(
 
 
 def plot_name(number: int) -> str:
-    """Of the plot of a question, counted from 1."""
+    """File name of the plot of a question; questions are counted from 1."""
     return f"question-{number}.png"
 
 
@@ -159,7 +159,7 @@ def _mean(found: Interval, metric: Metric) -> str:
 
 
 def _cell(text: str) -> str:
-    """As a cell of a table."""
+    """The text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 

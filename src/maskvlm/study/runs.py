@@ -26,7 +26,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import STUDY
 
 ABOUT, LOG, METRICS = "study.json", "study.log", "metrics.json"
-"""In a run's folder: what it is a run of; what its processes printed; what it measured."""
+"""Files in a run's folder: what it is a run of; what its processes printed; what it measured."""
 ALLOWED = "MASKVLM_ALLOW_IMPORT"
 TICK = 30.0  # seconds between two notes of how long a run has taken
 
@@ -76,7 +76,7 @@ class StudyRun(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """That its processes took, in all; None where it was not made by a study."""
+        """Time that its processes took, in all; None where it was not made by a study."""
         told = read_json(self.folder / ABOUT).get("seconds")
         return float(told) if isinstance(told, int | float) else None
 
@@ -88,8 +88,8 @@ class StudyRun(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of what decides its weights, wherever its folder lies. Steps that another arm's operations give stay out:
-        counted with other versions they differ by a few."""
+        """SHA-256 of what decides its weights, wherever its folder lies. Steps that follow from another arm's
+        operations stay out: other versions count them slightly differently."""
         words = [word for word in self.cell.written or self.cell.run if not word.startswith("where=")]
         start = self.start.sha256 if self.start is not None else ""
         told: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
@@ -172,7 +172,7 @@ class Ended(NamedTuple):
 
     @property
     def why(self) -> str:
-        """In words; "" where it came to its end."""
+        """Why the run ended, in words; "" where it came to its end."""
         if self.code < 0:
             return f"ended by {signal.Signals(-self.code).name}"
         if self.code == ExitCode.REQUEUE:

@@ -19,7 +19,7 @@ class CocoTexts(NamedTuple):
 
 
 def coco_id(name: str) -> str:
-    """Of an image by its file: 000000397133.jpg or COCO_val2014_000000397133.jpg -> coco 397133."""
+    """Id of a COCO image by its file name: 000000397133.jpg or COCO_val2014_000000397133.jpg -> coco 397133."""
     digits = re.findall(r"\d+", name)
     return f"coco {int(digits[-1])}" if digits else f"coco {name}"
 

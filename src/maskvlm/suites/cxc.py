@@ -92,7 +92,7 @@ class Cxc(Suite):
         rows.items.append(SuiteItem((*shown,), (*said,), (rated, fields[0]), kind, where, (*ids,)))
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
-        """By contrast the cosine of whatever the two are; by match of a text and an image alone."""
+        """Scores of the items: by contrast the cosine of any two inputs; by match only those of a text and an image."""
         if way == "match":
             mixed = [item for item in items if item.kind == "sits"]
             found = iter(pair_scores(model, mixed, way))

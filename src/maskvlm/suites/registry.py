@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def suite_names() -> list[str]:
-    """Of this project."""
+    """Names of this project's suites, sorted."""
     # By their text: importing them all would only cost time.
     return sorted(path.stem for path in HERE.glob("*.py") if "(Suite):\n" in path.read_text(encoding="utf-8"))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 MAX_FILE_BYTES = 500_000_000
-"""Of a suite's JSON file; the captions of COCO train2014 have 67 MB."""
+"""Largest size of a suite's JSON file, in bytes; the captions of COCO train2014 have 67 MB."""
 
 
 class SuiteItem(NamedTuple):

@@ -1,4 +1,4 @@
-"""In which step a run died, and how often: a side file, so that the same command does not die the same way for ever.
+"""Notes in a side file in which step a run died, and how often, so that one command does not die the same way forever.
 
 `attempts.json` holds the step that is under way. It is there while a training runs, and after one that died, however it
 died. A training that ends well, or is asked to end, or meets a full disk or the like, removes it. Reading it changes
@@ -18,7 +18,7 @@ from maskvlm.utils.write_errors import cannot_write
 
 NAME = "attempts.json"
 BEFORE, MOST = 2, 4
-"""After so many failures in one step a run goes on from the checkpoint before; after so many not at all."""
+"""After BEFORE failures in one step a run goes on from the checkpoint before the latest; after MOST not at all."""
 SIZE = 100  # bytes
 # Device, folder and disk: the same step may pass elsewhere.
 NOT_THE_RUNS = (ExitCode.UNAVAILABLE, ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
@@ -32,7 +32,7 @@ class Failures(NamedTuple):
 
 
 def failures(folder: Path) -> Failures:
-    """What the side file of a run tells; no failure where it is missing or damaged."""
+    """The failures that the side file of a run tells; none where it is missing or damaged."""
     try:
         with (folder / NAME).open("rb") as file:
             said = json.loads(file.read(SIZE))
@@ -48,7 +48,7 @@ def failures(folder: Path) -> Failures:
 
 
 def forget(folder: Path) -> None:
-    """The run ended as it should."""
+    """Remove the side file of a run that ended as it should."""
     with suppress(OSError):
         (folder / NAME).unlink(missing_ok=True)
 
@@ -89,7 +89,7 @@ class Attempt:
                 os.pwrite(self.handle, json.dumps(facts).ljust(SIZE - 1).encode() + b"\n", 0)
 
     def close(self) -> None:
-        """No more notes. The last one stays until the run has come to its end."""
+        """Stop noting. The last note stays until the run has come to its end."""
         if self.handle >= 0:
             os.close(self.handle)
             self.handle = -1
@@ -97,7 +97,7 @@ class Attempt:
 
 @contextmanager
 def attempted(folder: Path) -> Iterator[None]:
-    """A training. Not held against the run: a request to stop, and what lies in a disk, a device or a folder."""
+    """Context of a training. A request to stop and a fault of a disk, device or folder count as no failure."""
     try:
         yield
     except BaseException as error:

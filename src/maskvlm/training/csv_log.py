@@ -52,10 +52,10 @@ class Writer(ExperimentWriter):
         self._rewrite()
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning's deletes what it finds."""
+        """Do nothing: Lightning's method deletes the files that it finds."""
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """As the base class; the same row of the same step a second time is dropped."""
+        """Log as the base class does; the same row of the same step is dropped the second time."""
         super().log_metrics(metrics_dict, step)
         # KeepState has a step's row logged before it saves; Lightning logs it again after.
         known = self.metrics[-2:-1] or self.rows[-1:]
@@ -114,7 +114,7 @@ def _keeps(row: Row, step: int, unmeasured: bool) -> bool:
 
 
 def _measured(key: str) -> bool:
-    """Whether a column comes of an evaluation."""
+    """Whether a column comes from an evaluation."""
     return key not in ("step", "epoch") and not key.startswith(("train/", "level/", "lr-"))
 
 

@@ -129,7 +129,7 @@ def _all_subclasses(kind: type) -> list[type]:
 
 
 def _missing_package(error: BaseException) -> ErrorLine | None:
-    """Of an interpreter that this project is not installed in, as one that `make` was told by PYTHON= may be."""
+    """Error line for an interpreter without a required package, such as one given to `make` by PYTHON=; else None."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name not in REQUIRED:
         return None
@@ -158,8 +158,8 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
 
 
 def _of_others(error: BaseException) -> str:
-    """Where in code that is neither this project's nor an installed library's it happened, such as in a loss of the
-    user's: file and line; "" for none."""
+    """File and line of the deepest frame outside this project and installed libraries, such as in a user's own loss;
+    "" where there is none."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     # This project, its tasks, Python and what is installed. The deepest frame outside of them counts.

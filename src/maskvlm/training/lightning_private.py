@@ -16,13 +16,13 @@ def replace_signal_handlers(trainer: L.Trainer, install: Callable[[], None]) -> 
 
 
 def batches_that_stepped(trainer: L.Trainer) -> int:
-    """The step under which this batch's row is logged; in `on_train_start` of a run that goes on that of the last row
-    that was logged, as Lightning counts on after that."""
+    """The step under which the row of this batch is logged. In `on_train_start` of a run that goes on it is still the
+    step of the last row that was logged, as Lightning counts on later."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def count_last_step(trainer: L.Trainer) -> None:
-    """Of a run that is complete already: Lightning counts its last step when the next one begins."""
+    """Count the last step of a run that is complete: Lightning counts a step only when the next one begins."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def class_path(kind: type) -> str:
-    """As a configuration names a class."""
+    """Path of a class, as configurations name it."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -190,7 +190,7 @@ class LitModel(L.LightningModule):
             log.warning("%s", f"note: {what}")
 
     def _open_feature_cache(self) -> None:
-        """Of the frozen part of the image encoder; only where each image always looks the same."""
+        """Open the cache of the frozen blocks' features. Raises UserError where images are augmented or streamed."""
         if self.data.augments:
             what = "an image that is augmented looks different each time, so that its features cannot be kept"
             todo = "Set data.augment false, or model.backbone.image.feature_cache null"

@@ -96,13 +96,13 @@ class Simulated(nn.Module):
 
 
 class StepWork(NamedTuple):
-    """Of one process in one pass, in one phase of a run.
+    """Work of one process in one pass, in one phase of a run.
 
     Attributes:
         share: of the run's steps, 0 to 1.
         pairs: B.
-        flops: floating-point operations of products for each pair, forwards and backwards.
-        launched: kernels of the whole step.
+        flops: floating-point operations of matrix products for each pair, forwards and backwards.
+        launched: kernels that the whole step launches.
     """
 
     share: float
@@ -130,7 +130,7 @@ class StepSimulation:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all that is learned."""
+        """Memory of the gradients of all trained parameters, in bytes."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     @property
@@ -258,14 +258,14 @@ def chunks_below(pairs: int) -> Iterator[int]:
 
 
 class MemoryEstimate(NamedTuple):
-    """Of a run's step on one card, in bytes.
+    """Memory that a training step takes on one card, in bytes.
 
     Attributes:
         pairs: of one process in one pass.
-        needed: at the fullest moment.
-        state: of it what stays from step to step.
+        needed: memory at the fullest moment of the step.
+        state: the part of `needed` that stays from step to step.
         card: memory of the card.
-        chunk: that fits, where the step as configured does not; None: it fits, or none does.
+        chunk: a chunk that fits where the configured step does not; None: the step fits, or no chunk does.
     """
 
     pairs: int
@@ -276,7 +276,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """With room for what is not in the estimate."""
+        """Whether the step fits the card, with room for what is not in the estimate."""
         return self.needed <= SHARE * self.card
 
     def __str__(self) -> str:
@@ -293,7 +293,7 @@ class MemoryEstimate(NamedTuple):
         return "lower data.batch_size, take more cards, or recompute activations (checkpointing, see conf/model/large)"
 
     def check(self) -> None:
-        """Raises UserError (69) where not even what stays from step to step has a place."""
+        """Raises UserError (69) where the card cannot even hold what stays from step to step."""
         if self.state > self.card:
             what = f"parameters, gradients and AdamW's moments take {self.state / GIB:.1f} GiB"
             what += f", the card has {self.card / GIB:.1f}"

@@ -93,13 +93,13 @@ class Peers:
         folder.joinpath(FOLDER).mkdir(parents=True, exist_ok=True)
 
     def move(self, step: int, phase: int, at: str) -> None:
-        """The main thread has come to this point."""
+        """Note the point that the main thread has come to."""
         self.place, self.at = (step, phase), at
 
     # ------------------------------------------------------------------ records
 
     def path(self, rank: int) -> Path:
-        """Of the record of a process."""
+        """Path of the record of process `rank`."""
         return self.folder / FOLDER / f"rank-{rank}"
 
     def write(self, code: int | None = None, because: int | None = None, why: str = "") -> None:
@@ -122,7 +122,7 @@ class Peers:
                 self.writes = False
 
     def read(self, rank: int) -> PeerRecord | None:
-        """Another's record; None where there is none of this start (it may have ended well)."""
+        """The record of process `rank`; None where it has none of this start (it may have ended well)."""
         try:
             with self.path(rank).open("rb") as file:
                 values: list[Any] = json.loads(file.read(WIDTH))
@@ -137,14 +137,14 @@ class Peers:
         return record._replace(place=(step, phase)) if record.pid > 1 else None  # 0 and -1 mean whole groups
 
     def clear(self) -> None:
-        """Of the first process: records of earlier starts."""
+        """Remove the records of earlier starts; only the first process does this."""
         for path in self.folder.joinpath(FOLDER).glob("rank-*"):
             number = path.name.removeprefix("rank-")
             if not number.isdigit() or int(number) >= self.world or self.read(int(number)) is None:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """This process ends well."""
+        """Remove the record of this process, which ends well."""
         self.path(self.rank).unlink(missing_ok=True)
         try:
             self.folder.joinpath(FOLDER).rmdir()
@@ -273,7 +273,7 @@ def alive(pid: int) -> bool:
 
 
 def end_frozen(record: PeerRecord | None) -> None:
-    """A process that is frozen does not see that the run is over."""
+    """Kill a frozen process of this machine: it does not see that the run is over."""
     if record is not None and record.where == machine_id() and alive(record.pid) and record.pid != os.getpid():
         # A stopped process takes no other signal before it goes on.
         os.kill(record.pid, signal.SIGKILL)
@@ -297,7 +297,7 @@ def blamed(error: BaseException) -> LostProcess | None:
 
 
 def leave(code: int) -> None:
-    """This process ends with that status: those that go on must know."""
+    """Tell the other processes that this one ends with that exit status."""
     if not CURRENT:
         return
     peers = CURRENT.pop()

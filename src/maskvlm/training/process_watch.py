@@ -157,7 +157,7 @@ def new_store() -> Iterator[None]:
 
 
 def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
-    """All processes have met."""
+    """Start the watch of this process; called when all processes have met."""
     token = trainer.strategy.broadcast(uuid.uuid4().hex)
     timeout = getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
     still = PART_OF_TIMEOUT * timeout.total_seconds()

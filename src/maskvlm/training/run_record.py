@@ -84,7 +84,7 @@ def json_ready(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_json`, any text. Raises UserError (73, or 74 for a full disk)."""
+    """Write any text whole or not at all, as `write_json`. Raises UserError (73, or 74 for a full disk)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:

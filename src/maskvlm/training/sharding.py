@@ -28,7 +28,7 @@ from maskvlm.utils.errors import UserError
 
 TORCH = "2.13"  # the first that is known to measure with sharded weights on a card
 PARTS = ("keys_values", "attend_self", "attend_past", "attend_other")
-"""What a cross block is asked for beside a whole pass."""
+"""Methods of a cross block that are called besides its forward pass."""
 PASSES = ("training_step", "validation_step", "test_step", "on_validation_epoch_end", "on_test_epoch_end")
 """Methods of `LitModel` that read weights outside of any block."""
 
@@ -89,7 +89,7 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
 
 
 def _average_gradient(parameter: Tensor) -> None:
-    """Of a parameter that FSDP does not look after."""
+    """Average over all processes the gradient of a parameter that FSDP does not shard."""
     assert parameter.grad is not None
     parameter.grad = shared_count(parameter.grad)
 
@@ -105,7 +105,7 @@ def gather_weights(model: nn.Module) -> None:
 
 
 def release_weights(model: nn.Module) -> None:
-    """Back to a part of them."""
+    """Undo `gather_weights`: each process holds its part of the weights again."""
     for unit in _units(model):
         unit.reshard()
         # What lies outside of blocks is read again at once, in the backward pass.
@@ -117,17 +117,17 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def unsharded(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, of which every process holds a part; all processes ask. Any other as it is."""
+    """The whole of a sharded tensor, for which all processes must call this; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of it at most."""
+    """Whether a tensor is sharded: this process then holds a part of it at most."""
     return isinstance(tensor, DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor, maybe no number; any other as it is."""
+    """This process's part of a sharded tensor, which may be empty; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -88,8 +88,8 @@ def verdict_of(loss: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
 
 
 class Verdict(NamedTuple):
-    """Of one step. facts: verdict, loss, limit, and each of `terms` with its weight, whose sum the loss is; ready:
-    waits until they have arrived."""
+    """Verdict on one step. facts: verdict, loss, limit, and each weighted term of the loss, in the order of `terms`;
+    ready: waits until they have arrived on the host. rows: row numbers and image ids of each pass."""
 
     step: int
     facts: Tensor
@@ -138,7 +138,7 @@ class StepGuard(Callback):
 
     @property
     def skipped_steps(self) -> dict[str, Any]:
-        """For `bad_samples.json`; empty where no step was skipped."""
+        """Entry of `bad_samples.json`; empty where no step was skipped."""
         return {SAMPLES: {"count": self.steps, "steps": self.skipped}} if self.steps else {}
 
     # ------------------------------------------------------------------ a step
@@ -258,8 +258,8 @@ class StepGuard(Callback):
 
 
 def to_blame(reason: int, weighted: dict[str, float]) -> str:
-    """Of the losses that a step's loss is the sum of, those that made it what it is; "" where there is one alone, or
-    where a gradient is what is wrong."""
+    """Which terms of a step's loss made it a spike or not finite, in words; "" where the loss has one term alone, or
+    where a gradient is the reason."""
     if reason == LOSS:
         lost = [name for name, value in weighted.items() if not math.isfinite(value)]
         return "of " + ", ".join(lost) if len(weighted) > 1 and lost else ""

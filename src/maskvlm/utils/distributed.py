@@ -42,8 +42,8 @@ class RowExchange:
     """Rows of the global batch that each process wants, from those that hold them, with gradient; no process gets all.
 
     No host waits: how many rows go from one process to another is fixed beforehand, a little more than an even share
-    (`most_rows`). What a process asks of one other beyond that does not arrive: `arrived_M` tells, and what stands
-    there is the row of some other number.
+    (`most_rows`). What a process asks of one other beyond that does not arrive. Where `arrived_M` is False
+    the row is another one and must not be used.
 
     Args:
         index_M: int64 numbers of the wanted rows, counted through all processes in rank order. A number beyond all
@@ -147,7 +147,7 @@ class Draw:
         return self.local(rows * world_size(), *shape)[rank() * rows : (rank() + 1) * rows]
 
     def local(self, rows: int, *shape: int) -> Tensor:
-        """For this process alone: in evaluation, where processes hold different numbers of rows."""
+        """Random numbers for this process alone, for evaluations, in which processes hold different numbers of rows."""
         # Lightning sets another default where all is bfloat16: its 8 bits would tie, and the first of a tie is taken.
         return torch.rand(rows, *shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
 

@@ -30,14 +30,14 @@ class Finished(Exception):
 
 
 def end_with_study() -> None:
-    """In a run of a study: let the system ask it to save and to end when the study's process is killed. Otherwise it
-    would train on, and the study, begun again, would find its folder taken."""
+    """Let the system ask a run of a study to save and to end when the study's process is killed. Otherwise the run
+    would train on, and the study, started again, would find its folder taken."""
     if sys.platform == "linux" and os.environ.get(STUDY) == str(os.getppid()):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_after_parent(seconds: float = 30.0) -> None:
-    """In a process that Lightning started: wait until the first one has ended, at most so long.
+    """Wait, in a process that Lightning started, until the first process has ended, at most `seconds`.
 
     Lightning kills the first process when one that it started ends with another status than 0.
     """

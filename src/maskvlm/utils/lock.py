@@ -203,7 +203,7 @@ def holder_of(handle: int) -> Holder | None:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """As `holder_of`, newly opened: a network file system then asks its server."""
+    """The holder as `holder_of` reads it, from a newly opened file: a network file system then asks its server."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -226,7 +226,7 @@ def beats(path: Path, said: Holder) -> bool:
 
 
 def _alive(holder: Holder | None) -> bool:
-    """Of a holder on this machine: whether its process is there; one of another machine may be."""
+    """Whether a holder's process exists; True for one on another machine, as that cannot be known."""
     if holder is None or holder.boot != boot():
         return holder is not None
     try:

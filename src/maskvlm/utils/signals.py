@@ -33,14 +33,14 @@ class Caught:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """From now on signals are noted; only the main thread can."""
+        """Note signals from now on; only the main thread can do this."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self.last, self.count = 0, 0
         self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
 
     def restore(self) -> None:
-        """As it was before `install`."""
+        """Restore the handlers that were there before `install`."""
         for signum, handler in self._before.items():
             # None stands for a handler that C code has set, which Python cannot set again.
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)

@@ -31,7 +31,7 @@ class PreparedImages(ImagesByKey):
 
 
 def all_shards(root: Path) -> PreparedShards:
-    """Of all splits, one after the other."""
+    """Shards of all splits, one split after the other."""
     return PreparedShards(
         root, [shard for split in read_manifest(root)["splits"].values() for shard in split["shards"]]
     )
@@ -71,7 +71,7 @@ def open_album(images: str | Path | None, root: Path) -> Album:
 
 
 def prepared_names(root: Path) -> list[str]:
-    """Of all images; where a set of pairs has no names, the ids serve ("flickr 12" -> flickr/12)."""
+    """Names of all images; where a set of pairs has no names, the ids serve ("flickr 12" -> flickr/12)."""
     shards = all_shards(root)
     name_N = shards.column("name")
     # as a path, so that both kinds of names can be looked for in the same way

@@ -31,7 +31,7 @@ from maskvlm.data.raw.base import RawSet
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROWS = 1000
-"""Of a shard, at most."""
+"""Largest number of rows in a shard."""
 
 
 class Plan(NamedTuple):
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     rows: int = ROWS
 
     def card(self) -> dict[str, Any]:
-        """As the manifest keeps it."""
+        """Entry of the manifest."""
         return {"set": self.set, "raw": self.raw, "columns": self.columns, "rows": self.rows, **self.settings._asdict()}
 
 

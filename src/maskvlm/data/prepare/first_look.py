@@ -34,7 +34,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 SHOWN = 24  # images on the sheet
 MOST_ROWS, SAMPLE = 50_000, 300
-"""Of a set that is not prepared: rows read, and images of them opened."""
+"""Limits for a set that is not prepared: number of rows to read, and of images among them to open."""
 
 TOP_INCHES, LONGEST_BAR = 3.6, 60
 
@@ -62,7 +62,7 @@ class Captions:
         return len(ids) - len(np.unique(ids))
 
     def card(self) -> dict[str, Any]:
-        """As the manifest keeps it; lengths in words."""
+        """Entry of the manifest; lengths in words."""
         low, middle, high = self.percentiles(5, 50, 95)
         return {"repeated_captions": self.repeated(), "caption_words": {"5 %": low, "50 %": middle, "95 %": high}}
 
@@ -74,7 +74,7 @@ class Captions:
         return [lengths[int(np.searchsorted(upto, share / 100 * upto[-1]))] if lengths else 0 for share in shares]
 
     def line(self) -> str:
-        """In words."""
+        """Summary line of the captions."""
         if not len(self):
             return "no captions"
         low, middle, high = self.percentiles(5, 50, 95)

@@ -30,7 +30,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 PLAN, MOST_PLAN = "plan.json", 1_000_000  # bytes
 MOST_BYTES = 64_000_000
-"""Of the images of a shard that do not lie in files: it ends there, however few rows it has."""
+"""Most bytes of images that do not lie in files: a shard ends when it has so many, however few its rows."""
 
 
 # ------------------------------------------------------------------ the whole

@@ -28,12 +28,12 @@ EXTRAS = {"exif", "xmp", "icc_profile", "comment", "photoshop", "progressive", "
 
 
 class Settings(NamedTuple):
-    """Of a prepared set.
+    """Settings of a prepared set.
 
     Attributes:
         name: the set's; each row's `source`.
-        side: pixels of the shorter side at most, 8 or more.
-        quality: of JPEG, 1 to 100.
+        side: largest length of an image's shorter side in pixels, 8 or more.
+        quality: JPEG quality, 1 to 100.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Reasons:
             shown.append({"origin": entry.origin, "message": entry.message})
 
     def card(self) -> dict[str, Any]:
-        """The most frequent first."""
+        """Reasons with their counts and first examples, the most frequent first."""
         return {name: {"count": count, "examples": self.first[name]} for name, count in self.count.most_common()}
 
 
@@ -98,7 +98,7 @@ class RowMaker:
         self.mended: list[RowNote] = []
 
     def batches(self, rows: list[RawRow | BadRow]) -> Iterator[pa.RecordBatch]:
-        """Of at most BATCH rows; none where no row can be used."""
+        """Record batches of at most BATCH rows; none where no row can be used."""
         waiting: list[dict[str, Any]] = []
         for row in rows:
             # None is counted, but takes no place in the batch
@@ -222,7 +222,7 @@ def prepare_image(source: bytes | str, name: str, settings: Settings) -> Prepare
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
-    """To that shorter side, by bicubic interpolation over all pixels (antialiased)."""
+    """Scale an image to this shorter side, by bicubic interpolation over all pixels (antialiased)."""
     shorter = min(image.size)
     width, height = (max(1, round(length * side / shorter)) for length in image.size)
     # reducing_gap: first shrunk by a whole factor to three times the size or more, which is faster

@@ -40,10 +40,11 @@ class Piece(NamedTuple):
 
 
 class Column(NamedTuple):
-    """Of a batch: where offsets and values lie. A list of texts has offsets of the texts, and theirs in `inner`.
+    """A column of a batch: where its offsets and values lie. A list of texts has the offsets of its texts here; the
+    offsets within them are in `inner`.
 
     Attributes:
-        rows: how many values.
+        rows: number of values.
     """
 
     rows: int
@@ -225,7 +226,7 @@ def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
 
 
 def value(read: Read, column: Column, kind: Any, row: int) -> Any:
-    """Of one row of a batch. kind: as in `manifest.VALUES`. Raises Damaged."""
+    """Value of a column in one row of a batch. kind: as in `manifest.VALUES`. Raises Damaged."""
     if kind == "uint64":
         return struct.unpack("<Q", read(column.values.offset + 8 * row, 8))[0]
     start, end = numbers(read, column, row, 1)
@@ -254,7 +255,7 @@ def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]
 
 
 def read_text_field(content: bytes) -> str:
-    """As UTF-8."""
+    """Text of a field, decoded from UTF-8. Raises Damaged."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:

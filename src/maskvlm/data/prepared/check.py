@@ -24,7 +24,7 @@ SAMPLE = 500
 
 
 class CheckedShard(NamedTuple):
-    """In a shard. faults: lines; digests: of its rows, joined."""
+    """Findings in a shard. faults: lines; digests: those of its rows, joined."""
 
     faults: list[str]
     digests: str

@@ -49,7 +49,7 @@ FEATURES = {
     else {"dtype": kind, "_type": "Value"}
     for name, kind in VALUES.items()
 }
-"""As `datasets` notes them; written out here so that no process of a preparation need import it (a second)."""
+"""Types of the columns as `datasets` notes them; written out here so that no process has to import it (a second)."""
 
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.string()) if isinstance(kind, list) else getattr(pa, kind)()) for name, kind in VALUES.items()],
@@ -96,7 +96,7 @@ def check_set_path(path: Path) -> None:
 
 
 def plain_name(path: Path) -> str:
-    """For messages: printable, and not longer than a line."""
+    """A path for messages: printable, and not longer than a line."""
     text = clean_caption(str(path))[0]
     return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
 
@@ -112,7 +112,7 @@ def cannot_write_set(path: Path, error: OSError) -> UserError:
 
 
 def write_set_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """As `whole_set_file`, plain data."""
+    """Write plain data as JSON into a `whole_set_file`."""
     with whole_set_file(path) as file:
         file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
@@ -169,7 +169,7 @@ def tool_versions() -> dict[str, str | None]:
 
 
 def sha256_of_part(path: Path) -> str:
-    """Of a file's bytes. Raises UserError where it cannot be read."""
+    """SHA-256 of a file's bytes, in hex. Raises UserError where it cannot be read."""
     with opened(path, "Run `maskvlm data` again, or fetch the file") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

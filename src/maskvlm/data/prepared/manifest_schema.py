@@ -15,10 +15,10 @@ from maskvlm.data.strict_json import json_kind
 from maskvlm.utils.errors import ExitCode, UserError
 
 FORMAT = 1
-"""Of the prepared form. Raise it when an older reader would misread a new set."""
+"""Version of the prepared form. Raise it when an older reader would misread a new set."""
 
 MOST_BYTES = 200_000_000
-"""Of a manifest: a shard takes 200 bytes, so this is a billion images."""
+"""Largest size of a manifest: a shard takes 200 bytes, so this is a billion images."""
 
 MOST = 2**53  # of anything that is counted
 PLAIN = r"(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}"

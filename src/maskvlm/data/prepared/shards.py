@@ -51,7 +51,7 @@ class ShardSource:
             raise damaged(self.path, f"cannot be read ({error.strerror or error})", ExitCode.IO_ERROR) from error
 
     def size(self) -> int:
-        """Of the shard, in bytes."""
+        """Size of the shard, in bytes."""
         if self._content is not None:
             return len(self._content)
         with self._opened() as file:
@@ -84,7 +84,7 @@ class Shard:
             raise self._told(error) from error
 
     def value(self, batch: Placed, name: str, row: int) -> Any:
-        """Of a column in a row of a batch."""
+        """Value of a column in one row of a batch."""
         try:
             return value(self._source.read, batch.columns[name], VALUES[name], row)
         except Damaged as error:
@@ -160,7 +160,7 @@ class PreparedShards:
         return self._parts
 
     def value(self, name: str, index: int) -> Any:
-        """Of a column in a row, counted from 0."""
+        """Value of a column in one row, counted from 0."""
         parts = self.parts()
         # the first batch that ends beyond the row
         number = bisect_right(self._ends, index)

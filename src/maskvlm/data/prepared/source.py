@@ -84,12 +84,12 @@ class PreparedPairs:
         return list(self._shards.value("captions", self.place(index)))
 
     def image_ids(self) -> Iterator[str]:
-        """Of all its images, each once, without reading them."""
+        """Ids of all its images, each once, without reading them."""
         for image in self.column("image_id"):
             yield image.as_py()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Of all rows: `captions`, `image_id`, `source`, `origin`, `phash`."""
+        """A column of all rows: `captions`, `image_id`, `source`, `origin` or `phash`."""
         column = self._shards.column(name)
         return column if self.row_N is None else column.take(pa.array(self.row_N))
 

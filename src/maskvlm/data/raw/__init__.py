@@ -61,7 +61,7 @@ FACTS: dict[str, Facts] = {
     "nlvr_pairs": annotated.NLVR_PAIRS,
     "snli_ve": annotated.SNLI_VE,
 }
-"""Of the published ones among SETS; the others are ways in which people keep their own."""
+"""Facts about the published sets among SETS; the other entries are forms in which people keep their own data."""
 
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 

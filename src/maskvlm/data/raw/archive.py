@@ -38,7 +38,7 @@ class Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """As of raw streams. Raises EOFError where a stream is cut short, OSError or LZMAError where it is damaged."""
+        """Read as raw streams do. Raises EOFError for a stream cut short, OSError or LZMAError for a damaged one."""
         while True:
             packed = b""
             if self._unpacker.eof:

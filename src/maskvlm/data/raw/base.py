@@ -43,7 +43,7 @@ class BadRow(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Of a set, as published.
+    """Facts about a set, as published.
 
     Attributes:
         title: its full name.

@@ -58,7 +58,7 @@ class CaptionSet(RawSet):
         self.facts, self.notes, self._root, self._read = facts, [], root, read
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """In the order of the file."""
+        """Rows in the order of the file."""
         images = ImagesByName(self._root)
         for found in self._read():
             if isinstance(found, BadRow):
@@ -230,7 +230,7 @@ def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | B
 
 
 def split_lists(folder: Path) -> Callable[[str], str]:
-    """By lists of photos in val.txt, test.txt, flickr30k_val.txt, Flickr_8k.devImages.txt ...; "train" without them."""
+    """Split of a photo by the lists val.txt, flickr30k_val.txt, Flickr_8k.devImages.txt ...; "train" without one."""
     named: dict[str, str] = {}
     kinds = {"val": "val", "dev": "val", "test": "test"}
     for file in sorted(folder.glob("*.txt")):

@@ -235,6 +235,6 @@ class Merged:
         return None
 
     def rows(self) -> Iterator[RawRow]:
-        """In the order in which images came first."""
+        """Rows in the order in which their images first appear."""
         for path, (place, image_id, split, *captions) in self._rows.items():
             yield RawRow(path, tuple(captions), image_id, split, f"{self._file}:{place}")

@@ -45,7 +45,7 @@ class TableSet(RawSet):
         self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Of each file first the bad rows, then the images in the order in which they came first."""
+        """Rows of each file: first the bad rows, then the images, in the order in which they first appear."""
         seen: dict[str, FirstPlace] = {}
         for file in self.files:
             yield from file_rows(file, self.name, self.columns, self.notes, seen)

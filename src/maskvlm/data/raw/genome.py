@@ -30,7 +30,7 @@ class Genome(RawSet):
         self.root, self.regions, self.images, self.notes = root, regions, images, []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """In the order of region_descriptions.json."""
+        """Rows in the order of region_descriptions.json."""
         coco = self._coco_ids()
         index = PhotoIndex(self.root)
         for position, entry in enumerate(json_items(self.regions)):

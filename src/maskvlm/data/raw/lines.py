@@ -122,7 +122,7 @@ def _damaged(file: Path, what: str) -> UserError:
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """For messages and ids: one line, printable, encodable."""
+    """A text for messages and ids: one line, printable, encodable."""
     # cut before cleaning: the text may be a megabyte
     cleaned = clean_caption(str(text)[: most * 2])[0][:most]
     return cleaned if cleaned.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in cleaned)

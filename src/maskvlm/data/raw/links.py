@@ -61,7 +61,7 @@ class Links(RawSet):
         self.root, self.name, self.facts, self.parts, self.notes = root, name, facts, parts, []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """In the order of the lists."""
+        """Rows in the order of the lists."""
         self.notes = []
         named = ImagesByName(self.root)
         for part in self.parts:

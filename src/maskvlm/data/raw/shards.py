@@ -44,7 +44,7 @@ class WebShards(RawSet):
         self._asked = self._got = 0
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """In the order of the shards' names and of what is in them; a duplicate key is refused within its shard."""
+        """Rows in the order of the shards' names and of their contents; a duplicate key is refused within its shard."""
         self._asked = self._got = 0
         yield from not_looked_at(self._left_out, self.root, "train")
         for shard in self._shards:

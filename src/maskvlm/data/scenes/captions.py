@@ -199,7 +199,7 @@ def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_part(scene: Scene, rng: random.Random) -> Caption:
-    """At most two things in full, or that there is one only, or how many there are, and their colours and shapes."""
+    """Name at most two things in full, or say that there is one only, or how many, and their colours and shapes."""
     style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
     # One or two things in full, else the count and all names.

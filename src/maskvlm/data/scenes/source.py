@@ -58,7 +58,7 @@ class ScenePairs:
         )
 
     def image_ids(self) -> Iterator[str]:
-        """Of all images, without drawing them: images of which the same can be said share one."""
+        """Ids of all images, without drawing them; images of which the same can be said share an id."""
         return (self.scene(index).id for index in range(self.count))
 
     def scene(self, index: int) -> Scene:

@@ -63,12 +63,12 @@ class Thing:
 
     @property
     def row(self) -> int:
-        """Of the grid, 0 at the top."""
+        """Row in the grid, 0 at the top."""
         return self.cell // 3
 
     @property
     def column(self) -> int:
-        """Of the grid, 0 at the left."""
+        """Column in the grid, 0 at the left."""
         return self.cell % 3
 
     @property

@@ -97,7 +97,7 @@ class Streamed(WebShards):
         self.address, self.name, self.columns = address, name, dict[str, str]()
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """In their order; what cannot be read is one bad row, and the rest of the shard is left out."""
+        """Rows in their order; where a row cannot be read, one bad row stands for it and the rest of the shard."""
         import fsspec
 
         inside = Path(self.address.rsplit("/", 1)[-1])

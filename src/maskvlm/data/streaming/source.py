@@ -81,7 +81,7 @@ class StreamedPairs:
         return StreamSamples(self, reader, part, batches, start)
 
     def first_captions(self, most: int) -> Iterator[str]:
-        """Of the first rows, shard by shard in the order of their names: the same for all processes."""
+        """Captions of the first `most` readable rows, shard by shard by name: the same for all processes."""
         for found in read_shards(self.shards, self.name):
             # `most` counts images
             if most <= 0:
