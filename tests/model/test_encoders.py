@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
 from maskvlm.model.encoders import ImageEncoder, TextEncoder, encoders_frozen
-from maskvlm.model.hf_text import FINISHED_MASK, takes_finished_mask
+from maskvlm.model.hf_text import FINISHED_MASK, IGNORE_PADDING, takes_finished_mask
 from maskvlm.model.text_lengths import MANY
 from maskvlm.utils.errors import UserError
 
@@ -340,6 +340,32 @@ def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
     assert ours_BTD.shape == (2, 7, encoder.width) == (2, 7, 32)
     torch.testing.assert_close(ours_BTD[attention_BT], theirs_BTD[attention_BT], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours_BTD[1, :4], alone_1TD[0], atol=1e-5, rtol=0)  # padding changes nothing
+
+
+@pytest.mark.parametrize("kind", [*sorted(IGNORE_PADDING), "convbert"])
+def test_texts_are_grouped_only_where_padding_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty texts of 4 to 10 tokens, in groups and not."""
+    settings = {"pad_token_id": 0, "vocab_size": 50, "max_position_embeddings": 40}
+    settings |= BERT if kind != "distilbert" else DISTILBERT
+    torch.manual_seed(0)
+    encoder, count = TextEncoder(kind, 10, random_init=True, vocab_size=50, config=settings).eval(), 0
+    token_BT = torch.randint(5, 50, (20, 10), generator=torch.Generator().manual_seed(0))
+    attention_BT = torch.arange(10) < torch.arange(20)[:, None] % 7 + 4
+    token_BT = token_BT.masked_fill(~attention_BT, 0)
+    by_length = encoder._by_length
+
+    def counted(*inputs: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return by_length(*inputs)
+
+    monkeypatch.setattr(encoder, "_by_length", counted)
+    with torch.no_grad():
+        found = encoder(token_BT, attention_BT)
+        monkeypatch.setattr("maskvlm.model.encoders.worth_grouping", lambda *_: False)
+        wanted = encoder(token_BT, attention_BT)
+    assert count == (kind != "convbert")
+    torch.testing.assert_close(found[attention_BT], wanted[attention_BT], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", sorted(FINISHED_MASK))

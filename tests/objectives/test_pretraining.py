@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from toys import LENGTH, PATCH, VOCAB, take, tokens, toy_backbone, toy_batch
 
 from maskvlm.data.batch import Batch
+from maskvlm.model.features import FrozenBlocks
 from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, gather_contrast, pad_text
@@ -999,3 +1001,15 @@ def test_special_tokens_are_no_words_of_an_image() -> None:
     for row, words_V in enumerate(plain):
         there = batch.token_CT[row][~batch.special_CT[row]]
         assert set(words_V.nonzero().flatten().tolist()) == {*there.tolist()}
+
+
+def test_an_image_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
+    """Its blank would be taken for its features from then on."""
+    backbone, task = build()
+    backbone.train()
+    backbone.image.frozen_blocks = FrozenBlocks(backbone.image.vit, 1, str(tmp_path))
+    backbone.image.frozen_blocks.open_cache("data", 8)
+    kept = backbone.image.frozen_blocks.cache
+    assert kept is not None
+    task(backbone, toy_batch(8, holes=(4,))._replace(index_B=torch.arange(8)))
+    assert kept.written_R.tolist() == [row != 4 for row in range(8)]

@@ -99,7 +99,8 @@ def match(model: Model, image_features: Sequence[Tensor], text_features: Sequenc
 
 
 def contrast_counts(model: Model) -> float:
-    """What a cosine is multiplied by before it is added to log-odds of a match (see `rerank.score`); 0: not at all."""
+    """What a cosine is multiplied by before it is added to log-odds of a match (see `rerank.score_gallery`); 0 where it
+    is not added."""
     share = float(getattr(model.task, "rerank_contrast", 0.0))
     return share * float(model.head("projection", "rank").logit_scale) if share else 0.0
 

@@ -30,6 +30,7 @@ from maskvlm.checkpoint.weights import load_state
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.model.features import FeatureCache, Frozen, FrozenBlocks, run_blocks
 from maskvlm.model.hf_text import (
+    IGNORE_PADDING,
     build_text_encoder,
     check_positions,
     check_tokenizer,
@@ -489,7 +490,7 @@ class TextEncoder(Encoder):
 
     def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
-        if worth_grouping(attention_BT, token_BT):
+        if self.model.config.model_type in IGNORE_PADDING and worth_grouping(attention_BT, token_BT):
             return self._by_length(token_BT, attention_BT)
         mask = attention_BT
         if not traced and not on_cpu(token_BT) and takes_finished_mask(self.model):

@@ -106,7 +106,9 @@ def text_of(
 def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
     """Each cell that has been run, with the means of the study's columns and half the width of their intervals."""
     metrics = [study.metrics[name] for name in study.columns]
-    lines = [f"| | seeds | hours a run, waiting included | {' | '.join(_cell(f'{m.name}, {m.unit}') for m in metrics)} |"]
+    lines = [
+        f"| | seeds | hours a run, waiting included | {' | '.join(_cell(f'{m.name}, {m.unit}') for m in metrics)} |"
+    ]
     lines.append(f"|---|---|---|{'---|' * len(metrics)}")
     for cell in study.cells:
         rows = frame[frame["cell"] == cell.name] if len(frame) else frame

@@ -1,4 +1,4 @@
-"""Lightning's private parts that a run which goes on needs, all in one place: a later version may have others.
+"""Private parts of Lightning that a run which goes on needs: a later version may have others.
 
 `tests/training/test_lightning_private.py` holds that the installed version has them.
 """
