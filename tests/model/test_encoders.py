@@ -345,8 +345,7 @@ def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
 @pytest.mark.parametrize("kind", [*sorted(IGNORE_PADDING), "convbert"])
 def test_texts_are_grouped_only_where_padding_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty texts of 4 to 10 tokens, in groups and not."""
-    settings = {"pad_token_id": 0, "vocab_size": 50, "max_position_embeddings": 40}
-    settings |= BERT if kind != "distilbert" else DISTILBERT
+    settings = {"pad_token_id": 0, "vocab_size": 50} | (BERT if kind != "distilbert" else DISTILBERT)
     torch.manual_seed(0)
     encoder, count = TextEncoder(kind, 10, random_init=True, vocab_size=50, config=settings).eval(), 0
     token_BT = torch.randint(5, 50, (20, 10), generator=torch.Generator().manual_seed(0))

@@ -73,6 +73,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ([10, 11, 12], [30, 31, 32], "does not hold"),
         ([10, 11, 12], [10, 31, 12], "undecided"),
         ([10], [10], "undecided"),
+        ([10, 11, 12, math.nan], [10, 11, 12], "undecided"),  # one run diverged
         ([], [], "undecided"),
     ],
 )

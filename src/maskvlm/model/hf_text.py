@@ -110,7 +110,9 @@ def fit_config(
     if tokenizer is not None:
         wanted["vocab_size"] = len(tokenizer)
     if not keep_positions:
-        wanted["max_position_embeddings"] = text_length + pad + 1
+        # MPNet's positions begin behind 1 at least.
+        first = max(pad, 1) if config.model_type == "mpnet" else pad
+        wanted["max_position_embeddings"] = text_length + first + 1
     for key, value in wanted.items():
         if key not in settings and hasattr(config, key):
             setattr(config, key, value)

@@ -103,7 +103,8 @@ def is_far(feature_BD: Tensor, known: KnownRange) -> Tensor:
 
 def far_line(measured: float, known: KnownRange) -> str:
     """The line for people; `measured` by `distance_to`."""
+    times = measured / max(known.most, 1e-12)  # 0 where all of them are alike
     return (
-        f"this image is unlike those that the model was trained on: {measured / known.most:.1f} times as far from them "
+        f"this image is unlike those that the model was trained on: {times:.1f} times as far from them "
         f"as {100 * (1 - FAR):g} % of such images are; take the answers with care"
     )

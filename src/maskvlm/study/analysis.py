@@ -98,6 +98,12 @@ def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[floa
     return found.dropna().astype(float)
 
 
+def has_lost_runs(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> bool:
+    """Whether a finished run of either cell lacks a metric that its other runs have, as one that diverged does."""
+    found = [frame[frame["cell"] == cell][OF_STUDY + metric.name] for cell in comparison] if len(frame) else []
+    return any(0 < values.count() < len(values) for values in found)
+
+
 def lead(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> "pd.Series[float]":
     """Seed -> how far `better` is ahead, over the seeds that both have."""
     better, than = (values_of(frame, cell, metric) for cell in comparison)
@@ -113,7 +119,11 @@ def answer(frame: pd.DataFrame, question: Claim) -> Answer:
         if question.more_than is not None:
             ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
         found = interval(ahead.tolist())
-        compared.append(Compared(comparison, found, tuple(ahead), verdict_by(found, question.by)))
+        # Without the run that diverged an arm would look better than it is.
+        lost = has_lost_runs(frame, comparison, question.metric)
+        compared.append(
+            Compared(comparison, found, tuple(ahead), "undecided" if lost else verdict_by(found, question.by))
+        )
     verdicts = {each.verdict for each in compared}
     # all have to hold; one that does not decides
     every: Verdict = "holds" if verdicts == {"holds"} else "undecided"
