@@ -7,6 +7,7 @@ E contrast width, M matching pairs.
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.hard_negatives import Negatives, draw_hard_negatives
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.loss_functions import ContrastTargets
+from maskvlm.objectives.pretraining_losses import ImageTextContrast, ImageTextMatching
 from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.objectives.task import Prediction, Task
@@ -71,6 +73,8 @@ class Retrieval(Task):
     Raises:
         UserError: a negative weight, both weights 0, a size below 1; projections of another width are inherited.
     """
+
+    stuck_hints = MappingProxyType({loss.name: loss.stuck_hint for loss in (ImageTextContrast, ImageTextMatching)})
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ def training(*rows: dict[str, Any], images: int = 1, augment: bool = True, seed:
 
 def evaluation(*rows: dict[str, Any], images: int = 1) -> EvalExamples:
     asked = Asked([example(number, images, **changes) for number, changes in enumerate(rows)])
-    return EvalExamples(asked, eval_transform(SPEC), SPEC.image_size)
+    return EvalExamples(asked, eval_transform(SPEC))
 
 
 @pytest.fixture(scope="module")

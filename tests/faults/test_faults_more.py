@@ -227,7 +227,7 @@ def test_what_an_evaluation_keeps_of_an_example_holds_no_image() -> None:
     captioner = Captioner(train_tokenizer([split[index]["text"] for index in range(12)], 200), 30)
     spec = InputSpec(24, (0.5,) * 3, (0.5,) * 3, 30, 200, captioner.tokenizer)
     data, collate, kept = (
-        EvalExamples(split, eval_transform(spec), 24),
+        EvalExamples(split, eval_transform(spec)),
         CollateExamples(captioner, source),
         ScoredExamples(),
     )

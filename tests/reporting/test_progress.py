@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import toy_batch
 
-from maskvlm.objectives.pretraining_losses import PretrainingLoss
+from maskvlm.objectives.pretraining_losses import ImageTextMatching, PretrainingLoss
 from maskvlm.reporting.meters import Readings, StepSpeed
 from maskvlm.reporting.progress import LEGEND, StuckLoss, TrainingProgress, status_line, steps_of, stuck_line
 
@@ -32,7 +32,10 @@ class Module(L.LightningModule):
         super().__init__()
         self.layer = nn.Linear(1, 1)
         self.losses, self.warmup = losses, warmup
-        self.task: Any = SimpleNamespace(chance_levels=lambda pairs: {"itc": math.log(pairs), "itm": 0.6365})
+        self.task: Any = SimpleNamespace(
+            chance_levels=lambda pairs: {"itc": math.log(pairs), "itm": 0.6365},
+            stuck_hints={"itm": ImageTextMatching.stuck_hint},
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.0)
@@ -199,10 +202,10 @@ def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCapt
     stuck = StuckLoss()
     with caplog.at_level(logging.WARNING, logger="maskvlm"):
         for step, loss in ((10, 1.0), (20, 0.97), (30, 0.99), (40, 1.2)):
-            stuck.look(step, 20, Readings({"new": loss, "free": 9.0}, {"new": 1.0}))
+            stuck.look(step, 20, Readings({"new": loss, "free": 9.0}, {"new": 1.0}), {})
         assert caplog.records == []
-        stuck.look(50, 20, Readings({"new": 1.1}, {"new": 1.0}))
-        stuck.look(60, 20, Readings({"new": 1.1}, {"new": 1.0}))
+        stuck.look(50, 20, Readings({"new": 1.1}, {"new": 1.0}), {})
+        stuck.look(60, 20, Readings({"new": 1.1}, {"new": 1.0}), {})
     said = stuck_line("new", 1.1, 1.0, 30, 50, PretrainingLoss.stuck_hint)
     assert [record.getMessage() for record in caplog.records] == [said]
 
@@ -211,10 +214,10 @@ def test_a_loss_that_comes_down_from_far_above_its_level_does_not_sit(caplog: py
     stuck = StuckLoss()
     with caplog.at_level(logging.WARNING, logger="maskvlm"):
         for step, loss in ((10, 9.0), (20, 6.0), (30, 4.4), (40, 3.6), (50, 3.4)):
-            stuck.look(step, 20, Readings({"new": loss}, {"new": 2.9}))
+            stuck.look(step, 20, Readings({"new": loss}, {"new": 2.9}), {})
         assert caplog.records == []
         for step in (60, 70, 80):
-            stuck.look(step, 20, Readings({"new": 3.4}, {"new": 2.9}))
+            stuck.look(step, 20, Readings({"new": 3.4}, {"new": 2.9}), {})
     assert len(caplog.records) == 1
 
 

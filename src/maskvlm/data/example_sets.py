@@ -80,7 +80,7 @@ class TrainExamples(Dataset[ExampleSample]):
 class EvalExamples(Dataset[ExampleSample]):
     """Every example as it is; one that cannot be read is an error, never skipped."""
 
-    def __init__(self, examples: Examples, transform: Any, image_size: int) -> None:
+    def __init__(self, examples: Examples, transform: Any) -> None:
         self.examples, self.transform = examples, transform
 
     def __len__(self) -> int:

@@ -286,8 +286,12 @@ class PairData(L.LightningDataModule):
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         # dealt out in turn, whole batches
         mine = batches[rank() :: world_size()]
-        kind = EvalExamples if isinstance(self.source, ExampleSource) else EvalPairs
-        data = kind(pairs, eval_transform(self.spec, normalise=False), self.spec.image_size)
+        transform = eval_transform(self.spec, normalise=False)
+        data: Dataset[Any]
+        if isinstance(self.source, ExampleSource):
+            data = EvalExamples(pairs, transform)
+        else:
+            data = EvalPairs(pairs, transform, self.spec.image_size)
         return self._loader(data, size, batch_sampler=mine)
 
     def _loader(

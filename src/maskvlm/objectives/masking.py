@@ -341,7 +341,8 @@ class ChosenPhrases(RandomTokens):
     """In training, a text that holds some of these phrases has them masked and nothing else; other texts are masked as
     by `RandomTokens`. This is for words that say something only together with all the others: how two things stand to
     each other is learned where both are named, and hardly at all where their names are masked, too. At most K tokens of
-    a text are masked, where K is the width of the index tensor: `most` (else `ratio`) of the batch's longest text.
+    a text are masked, where K is the width of the index tensor: `most` (else `ratio`) of the batch's longest text, or
+    the tokens of the longest phrase.
 
     Args:
         phrases: words as the captions have them, such as "left of".

@@ -16,15 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from maskvlm.data.batch import Batch
-from maskvlm.objectives.pretraining_losses import (
-    ImageTextContrast,
-    ImageTextMatching,
-    MaskedPixels,
-    MaskedTokens,
-    PatchSpread,
-    PretrainingLoss,
-    WordsPresent,
-)
+from maskvlm.objectives.pretraining_losses import PretrainingLoss
 from maskvlm.reporting.meters import (
     LossMeter,
     Readings,
@@ -38,11 +30,6 @@ from maskvlm.reporting.meters import (
 from maskvlm.utils.status_bar import StatusBar
 
 log = logging.getLogger(__name__)
-
-KNOWN = (ImageTextContrast, ImageTextMatching, MaskedTokens, MaskedPixels, WordsPresent, PatchSpread)
-STUCK_HINTS = {loss.name: loss.stuck_hint for loss in KNOWN}
-"""What sitting at the level means, and where to look."""
-
 
 LEGEND = "each loss stands beside its chance level: loss/chance; data wait: share of the time spent waiting for images"
 
@@ -264,7 +251,7 @@ class StuckLoss(Callback):
                 hints = getattr(getattr(pl_module, "task", None), "stuck_hints", {})
                 self.look(step, patience, self.losses.read(trainer, pl_module, batch), hints)
 
-    def look(self, step: int, patience: float, readings: Readings, hints: Mapping[str, str] = STUCK_HINTS) -> None:
+    def look(self, step: int, patience: float, readings: Readings, hints: Mapping[str, str]) -> None:
         """Follow which losses sit at their level, and warn of those that have sat there for long enough.
 
         Args:
@@ -279,7 +266,7 @@ class StuckLoss(Callback):
                 self.lowest[name] = loss
             elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
                 self.told.add(name)
-                hint = hints.get(name, STUCK_HINTS.get(name, PretrainingLoss.stuck_hint))
+                hint = hints.get(name, PretrainingLoss.stuck_hint)
                 log.warning("%s", stuck_line(name, loss, level, self.since[name], step, hint))
 
 
