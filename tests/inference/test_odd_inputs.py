@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from toy_pretrained import saved
+from toys import SIZE
 from transformers import AutoProcessor
 
 from maskvlm.data.inputs import MarkedTexts
@@ -72,6 +73,11 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m(input_ids=torch.zeros(1, 4)), r"input_ids: torch.float32 \[1, 4\] where whole numbers"),
         (lambda m: m(input_ids=torch.zeros(4).long()), r"input_ids: torch.int64 \[4\]"),
         (lambda m: m(None, torch.ones(1, 4).long(), torch.ones(1, 3)), r"attention_mask: \[1, 3\] beside input_ids"),
+        (lambda m: m(None, torch.ones(1, 4).bool()), r"input_ids: torch.bool \[1, 4\] where whole numbers"),
+        (lambda m: m(None, torch.ones(1, 600).long()), "input_ids: 600 tokens, the model reads 24"),
+        (lambda m: m(None, torch.tensor([[2, 10**6]])), "input_ids: ids 2 to 1000000, the model has 0 to"),
+        (lambda m: m(torch.zeros(1, 3, SIZE, SIZE).byte()), "pixel_values: torch.uint8, the model's weights"),
+        (lambda m: m(torch.zeros(1, 3, SIZE, SIZE).double()), "pixel_values: torch.float64, the model's weights"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:

@@ -491,6 +491,8 @@ def test_a_device_or_precision_that_is_not_there_is_one_line(path: Path) -> None
         ({"device": "nonsense"}, "device nonsense: cannot be used here", ExitCode.UNAVAILABLE),
         ({"dtype": "nonsense"}, "dtype nonsense: is no precision", ExitCode.USAGE),
         ({"dtype": "int8"}, "dtype int8: is no precision", ExitCode.USAGE),
+        ({"dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn: is no precision", ExitCode.USAGE),
+        ({"device": "meta"}, "device meta: holds no numbers", ExitCode.UNAVAILABLE),
         ({"dtype": "nn"}, "dtype nn: is no precision", ExitCode.USAGE),
         ({"device": "cuda:99"}, "device cuda:99: cannot be used here", ExitCode.UNAVAILABLE),
     ):

@@ -270,7 +270,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             pixel_values: normalised, [B, 3, H, W], of the model's image size. input_ids, attention_mask: [B, T].
 
         Raises:
-            UserError: a tensor of another shape, or token ids that are no whole numbers.
+            UserError: a tensor of another shape or type, token ids that the model does not have, or more of them than
+                it reads.
         """
         self._check_inputs(pixel_values, input_ids, attention_mask)
         out, image_BLD, text_BTD = MaskVLMOutput(), None, None
@@ -295,13 +296,28 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         self, pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> None:
         todo = "Give what AutoProcessor makes"
-        size = self.backbone.image.image_size
-        if pixel_values is not None and pixel_values.shape[1:] != (3, size, size):
-            what = f"[{', '.join(map(str, pixel_values.shape))}] where [B, 3, {size}, {size}] is read"
-            raise UserError("pixel_values", what, todo)
-        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
-            what = f"{input_ids.dtype} [{', '.join(map(str, input_ids.shape))}] where whole numbers [B, T] are read"
-            raise UserError("input_ids", what, todo)
+        size, text = self.backbone.image.image_size, self.backbone.text
+        if pixel_values is not None:
+            shape = ", ".join(map(str, pixel_values.shape))
+            if pixel_values.shape[1:] != (3, size, size):
+                raise UserError("pixel_values", f"[{shape}] where [B, 3, {size}, {size}] is read", todo)
+            mixed = pixel_values.is_floating_point() and torch.is_autocast_enabled(pixel_values.device.type)
+            if pixel_values.dtype != self.dtype and not mixed:
+                what = f"{pixel_values.dtype}, the model's weights are {self.dtype}"
+                raise UserError("pixel_values", what, f"{todo}, and turn it to that: pixel_values.to(model.dtype)")
+        if input_ids is not None:
+            shape = ", ".join(map(str, input_ids.shape))
+            if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+                what = f"{input_ids.dtype} [{shape}] where whole numbers [B, T] are read"
+                raise UserError("input_ids", what, todo)
+            if input_ids.shape[1] > text.text_length:
+                what = f"{input_ids.shape[1]} tokens, the model reads {text.text_length}"
+                raise UserError("input_ids", what, f"{todo}, with truncation=True")
+            # Only on a CPU: a card's host would wait for the numbers.
+            on_cpu = input_ids.device.type == "cpu" and input_ids.numel()
+            if on_cpu and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < text.vocab_size:
+                what = f"ids {int(input_ids.min())} to {int(input_ids.max())}, the model has 0 to {text.vocab_size - 1}"
+                raise UserError("input_ids", what, todo)
         if input_ids is not None and attention_mask is not None and attention_mask.shape != input_ids.shape:
             what = f"{list(attention_mask.shape)} beside input_ids of {list(input_ids.shape)}"
             raise UserError("attention_mask", what, todo)
@@ -393,6 +409,10 @@ def usable_device(device: str | torch.device | None) -> torch.device | None:
     """The device, if this machine has it; None and "auto" are the CPU. Raises UserError (69)."""
     if device is None or device == "auto":
         return None
+    if str(device) == "meta":
+        raise UserError(
+            "device meta", "holds no numbers", "Give cpu, or cuda where there is a GPU", ExitCode.UNAVAILABLE
+        )
     try:
         # torch.device alone accepts "cuda" where there is none; an empty tensor must find it.
         return torch.empty(0, device=device).device
@@ -406,8 +426,8 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found is None and dtype in (None, "auto"):
         return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UserError(f"dtype {dtype}", "is no precision", "Give float32, bfloat16 or float16")
+    if found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype {dtype}", "is no precision to compute in", "Give float32, bfloat16 or float16")
     return found
 
 
