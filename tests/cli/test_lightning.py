@@ -141,7 +141,7 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("stray", "stray: neither an option nor its value"),
         ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is no share"),
         ("--model.task.rerank_k -1", "model.task.rerank_k: -1 is too small. Give 1 or more."),
-        ("--model.task.temperature 0", "model.task.temperature: 0.0 is too small"),
+        ("--model.task.temperature 0", "model.task.temperature: 0.0 is beyond what training keeps it in"),
         ("--model.task.decoder_layers 0", "model.task.decoder_layers: 0 is too small"),
         ("--model.backbone.cross_layers 0", "model.backbone.cross_layers: 0 is too small"),
         ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 do not divide width 96"),
