@@ -73,8 +73,6 @@ class Asked(nn.Module):
 
     Attributes:
         backbone, task: in evaluation mode.
-        batch_size: images, texts or pairs computed at once; a bound on memory, but `match` and `rank` keep the
-            encoders' features of all images and texts that they pair.
     """
 
     backbone: MaskVLM
@@ -84,7 +82,8 @@ class Asked(nn.Module):
 
     @property
     def batch_size(self) -> int:
-        """Images, texts or pairs computed at once, 1 or more. Raises UserError where it is set to anything else."""
+        """Images, texts or pairs computed at once, 1 or more. A bound on memory, but `match` and `rank` keep the
+        encoders' features of all that they pair. Raises UserError where it is set to anything else."""
         return self._batch_size
 
     @batch_size.setter
