@@ -296,6 +296,15 @@ def test_a_few_samples_do_not_judge_a_data_set() -> None:
         take_in(data, 1, ("missing", "toy:1"))
 
 
+def test_where_nothing_can_be_read_the_run_stops_at_once() -> None:
+    """A run of a few hundred samples would end as finished, and have learned nothing."""
+    data = ready(max_bad_fraction=0.5)
+    with pytest.raises(UserError, match="100 of 100 samples could not be read, first: toy:1"):
+        take_in(data, 1, *[("missing", "toy:1")] * 100)
+    data = ready(max_bad_fraction=1.0)
+    take_in(data, 1, *[("missing", "toy:1")] * 100)
+
+
 def test_mended_captions_are_counted_and_do_not_stop_the_run() -> None:
     data = ready(max_bad_fraction=0.0)
     take_in(data, 20, ("caption cut", "toy:3"))

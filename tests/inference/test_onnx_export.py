@@ -350,7 +350,9 @@ def test_a_folder_with_something_in_it_is_left_alone(path: Path, tmp_path: Path)
 
 def test_a_place_that_is_no_folder(model: PretrainedMaskVLM, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)\. Make it writable, or choose another folder") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot be written \(Not a directory\)\. Make it writable, or choose another folder"
+    ) as caught:
         export.export(model, tmp_path / "file" / "new", "torch")
     assert caught.value.code == ExitCode.CANNOT_CREATE
 

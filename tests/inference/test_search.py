@@ -163,6 +163,18 @@ def test_re_ranking_counts_the_cosine_as_the_model_does(
         assert [each.row for each in found] == [each.place for each in ranked]
 
 
+def test_a_search_keeps_no_graph(
+    made: Path, model: PretrainedMaskVLM, photos: Photos, recwarn: pytest.WarningsRecorder
+) -> None:
+    seen: list[bool] = []
+    hook = model.backbone.text.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    search_index(SearchIndex.load(made, photos.path(0).parent), model, "a blue circle", 4, rerank=True)
+    hook.remove()
+    assert seen
+    assert not any(seen)
+    assert not [each for each in recwarn if "requires_grad" in str(each.message)]
+
+
 def test_what_is_no_single_query_is_refused(made: Path, model: PretrainedMaskVLM) -> None:
     index = SearchIndex.load(made)
     for several in (["a red square", "b"], np.zeros((2, 40, 40, 3), np.uint8)):

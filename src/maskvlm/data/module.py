@@ -351,8 +351,11 @@ class PairData(L.LightningDataModule):
                 listed.append(message)
         # a reason "caption ..." is a caption that was mended: its sample is used
         unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
-        # of fewer samples a share says little: one bad row at the start would end the run
-        if batch.problems and self.seen >= 1000 and unread > self.max_bad_fraction * self.seen:
+        # of fewer samples a share says little: one bad row at the start would end the run; but where none could be read
+        # there is nothing to learn
+        many = self.seen >= 1000 and unread > self.max_bad_fraction * self.seen
+        none = self.seen >= 16 and unread >= self.seen and self.max_bad_fraction < 1
+        if batch.problems and (many or none):
             what = f"{unread} of {self.seen} samples could not be read, first: {batch.problems[0][1]}"
             todo = "mend the data or raise data.max_bad_fraction"
             raise UserError("training data", what, todo, ExitCode.BAD_DATA)

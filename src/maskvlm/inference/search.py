@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from maskvlm.checkpoint.integrity import sha256_of
@@ -199,6 +200,7 @@ class SearchIndex:
         return pairs
 
 
+@torch.no_grad()
 def search_index(
     index: SearchIndex, model: PretrainedMaskVLM, query: ImageInput, k: int = 10, rerank: bool = False
 ) -> list[SearchResult]:
