@@ -106,6 +106,21 @@ def test_how_a_folder_stands(tmp_path: Path) -> None:
         newest_of(folder, SAME, told.append)
 
 
+def test_a_start_that_failed_does_not_hold_its_folder(tmp_path: Path) -> None:
+    """As one with a batch that the processes cannot share: the corrected command has other settings."""
+    folder, other = folder_with(tmp_path), SAME.replace("4", "5")
+    assert newest_of(folder, other, print) is None
+    assert newest_of(folder, SAME, print) is None
+    # Figures of a step are a run's, whether it came to a checkpoint or not.
+    (folder / "metrics.csv").write_text("step,train/loss\n9,3.2\n")
+    with pytest.raises(UserError, match="already holds a run with other settings"):
+        newest_of(folder, other, print)
+    (folder / "metrics.csv").unlink()
+    save({"state_dict": {}}, folder / "best.ckpt")
+    with pytest.raises(UserError, match="already holds a run with other settings"):
+        newest_of(folder, other, print)
+
+
 def test_checkpoints_without_a_record_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
     with pytest.raises(UserError, match=r"no config-fit\.yaml"):

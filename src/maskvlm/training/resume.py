@@ -79,6 +79,8 @@ def may_go_on(folder: Path, composed: str) -> bool:
         raise UserError(folder, what, CHOOSE, ExitCode.CANNOT_CREATE)
     # The same settings, but for those of FREE?
     changed = differences(recorded(record), read_yaml(composed, "configuration"))
+    if changed and not has_begun(folder):
+        return False
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         what = f"already holds a run with other settings ({'; '.join(changed[:3])}{more})"
@@ -88,6 +90,13 @@ def may_go_on(folder: Path, composed: str) -> bool:
     if end is not None:
         raise Finished(f"{folder}: finished at step {end}; another RUN begins anew")
     return True
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run left anything of its training: a checkpoint, or figures of a step. A start that failed, as with a
+    batch that the processes cannot share, left its settings alone, and the corrected command may replace them."""
+    figures = folder / "metrics.csv"
+    return any(folder.glob("*.ckpt")) or (figures.is_file() and figures.stat().st_size > 0)
 
 
 def recorded(record: Path) -> dict[str, Any]:
