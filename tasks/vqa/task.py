@@ -141,8 +141,7 @@ class Vqa(Classification):
         start, end = self.ends(backbone)
         # The end token ends the answer; no other special token belongs in one.
         forbidden = [token for token in no_words(tokenizer, backbone.text.vocab_size) if token != end]
-        device = self.answer.position_SD.device
-        return self.answer.search(backbone, question, rows, start, end, forbidden).token_BS.to(device)
+        return self.answer.search(backbone, question, rows, start, end, forbidden).token_BS
 
     def spelt_out(self, backbone: MaskVLM, token_BS: Tensor) -> list[str]:
         """The texts of answers that were written."""

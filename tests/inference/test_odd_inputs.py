@@ -86,6 +86,14 @@ def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_true_is_white_and_false_black(model: PretrainedMaskVLM) -> None:
+    """As Pillow has images of one bit."""
+    bits = np.eye(40, dtype=bool)
+    wanted = model.pixels([Image.fromarray(bits).convert("1")])
+    for given in (bits, torch.tensor(bits), np.repeat(bits[..., None], 3, 2)):
+        assert torch.equal(model.pixels([given]), wanted)
+
+
 def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 8)
     for answer in (

@@ -236,7 +236,7 @@ def test_a_part_of_a_word_is_no_phrase() -> None:
     parts["word_CT"][1, 1:-1] = torch.tensor([0, 1, 1, 2, 3])
     parts["word_CT"][2, 1:-1] = torch.tensor([0, 0, 1, 2, 3])
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=True)
-    found = ChosenPhrases(["above"], ratio=0.5).phrases_in(texts, ids)
+    found = ChosenPhrases(["above"], ratio=0.5).phrases_in(texts, [tuple(ids("above"))])
     assert found[:, 1:-1].int().tolist() == [[0, 1, 0, 0, 0], [0] * 5, [0] * 5]
 
 

@@ -22,7 +22,7 @@ from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, gather_contrast, pad_text
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.objectives.pretraining_losses import WordsPresent
+from maskvlm.objectives.pretraining_losses import Need, PretrainingLoss, Step, WordsPresent
 from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
 
@@ -262,6 +262,41 @@ def test_all_captions_of_an_image_are_to_be_found(reads: str) -> None:
     assert float(task(backbone, with_captions(2))["itc"]) != pytest.approx(
         float(task(backbone, batch)["itc"]), rel=1e-3
     )
+
+
+def test_a_checkpoint_whose_contrast_has_another_width_is_refused() -> None:
+    """Its projections would be dropped, and its temperature kept."""
+    with pytest.raises(UserError, match=r"model\.task\.contrast_dim: 12, .* of width 8\. Set it to 8"):
+        build(contrast_dim=12)[1].warm_start(build()[1].state_dict())
+
+
+class Paired(PretrainingLoss):
+    """Reads fused pairs, without being matching."""
+
+    name, needs = "paired", frozenset({Need.PAIRS})
+
+    def __call__(self, heads: Any, step: Step) -> Tensor:
+        assert step.negatives is not None
+        assert len(step.crossed.fused_M.product_MD) == 3 * len(step.batch.valid_B)
+        return step.crossed.fused_M.product_MD.square().mean()
+
+
+@pytest.mark.parametrize("weight_itm", [0.0, 1.0])
+def test_a_loss_that_needs_pairs_has_them_whether_matching_is_trained_or_not(weight_itm: float) -> None:
+    backbone, task = build(weight_itm=weight_itm, losses=[Paired()])
+    assert float(task(backbone, toy_batch(4))["paired"]) > 0
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_what_is_no_weight_is_refused(weight: float) -> None:
+    with pytest.raises(UserError, match=r"model\.task\.weight_itc: .* is no weight"):
+        build(weight_itc=weight)
+
+
+@pytest.mark.parametrize(("temperature", "right"), [(0.0005, False), (0.001, True), (0.5, True), (2.0, False)])
+def test_a_temperature_is_within_what_training_keeps_it_in(temperature: float, right: bool) -> None:
+    with nullcontext() if right else pytest.raises(UserError, match=r"model\.task\.temperature"):
+        build(temperature=temperature)
 
 
 @pytest.mark.parametrize(("reads", "theirs"), [("class", "class_and_mean"), ("class_and_mean", "class")])

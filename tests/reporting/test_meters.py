@@ -133,7 +133,16 @@ def test_time_left_follows_the_latest_kind_of_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(4.1589, "4.16"), (0.63651, "0.637"), (0.0985, "0.0985"), (123.4, "123"), (4, "4.00")]
+    ("value", "text"),
+    [
+        (4.1589, "4.16"),
+        (0.63651, "0.637"),
+        (0.0985, "0.0985"),
+        (123.4, "123"),
+        (4, "4.00"),
+        (5200.4, "5,200"),
+        (999.6, "1,000"),
+    ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text

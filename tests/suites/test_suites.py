@@ -29,7 +29,7 @@ from maskvlm.suites.eccv_caption import EccvCaption
 from maskvlm.suites.flickr8k_judgements import Flickr8kJudgements
 from maskvlm.suites.pointing import Boxed, Pointing
 from maskvlm.suites.registry import suite_class, suite_names
-from maskvlm.suites.run import run_suite, subset, trained_on
+from maskvlm.suites.run import run_suite, subset, trained_on, write_result
 from maskvlm.suites.scores import WAYS, pair_scores
 from maskvlm.suites.sugarcrepe import SugarCrepe
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
@@ -884,6 +884,18 @@ def test_images_that_were_trained_on_are_counted(model: PretrainedMaskVLM) -> No
     unknown = (*history, history[0]._replace(ids=None))
     told = type("Told", (), {"origin": model.origin._replace(history=unknown)})()
     assert trained_on(told, items) is None
+
+
+def test_scores_of_an_earlier_measurement_do_not_stay(
+    model: PretrainedMaskVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are too many to be written, the figures would stand beside those of another way."""
+    report = run_suite(SugarCrepe(), model, read("sugarcrepe", tmp_path), ("contrast",))
+    write_result(tmp_path, "sugarcrepe", SugarCrepe(), {}, report, model)
+    assert (tmp_path / "scores.jsonl").is_file()
+    monkeypatch.setattr("maskvlm.suites.run.MAX_SCORES", 0)
+    write_result(tmp_path, "sugarcrepe", SugarCrepe(), {}, report, model)
+    assert not (tmp_path / "scores.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))

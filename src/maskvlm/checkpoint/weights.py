@@ -78,9 +78,9 @@ def read_state(path: str | Path) -> State:
     """
     path = Path(path).expanduser()
     # An index counts where there is no whole file, as in transformers: it may be left from weights that were replaced.
-    if path.is_dir() and not any((path / name).is_file() for name in WEIGHT_FILES):
-        for index in sorted(path.glob("*.index.json")):
-            return _read_parts(path, index)
+    indexes = sorted(path.glob("*.index.json")) if path.is_dir() else []
+    if indexes and not any((path / name).is_file() for name in WEIGHT_FILES):
+        return _read_parts(path, indexes[0])
     path = find_weights(path)
     content = _read(path)
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)

@@ -351,8 +351,8 @@ class PairData(L.LightningDataModule):
                 listed.append(message)
         # a reason "caption ..." is a caption that was mended: its sample is used
         unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
-        # of fewer samples a share says little: one bad row at the start would end the run; but where none could be read
-        # there is nothing to learn
+        # of fewer samples a share says little: one bad row at the start would end the run. But where none of the first
+        # ones could be read, a short run would end as finished and have learned nothing
         many = self.seen >= 1000 and unread > self.max_bad_fraction * self.seen
         none = self.seen >= 16 and unread >= self.seen and self.max_bad_fraction < 1
         if batch.problems and (many or none):

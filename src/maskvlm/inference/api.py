@@ -159,8 +159,8 @@ class Asked(nn.Module):
             if not queries or not gallery:
                 what = "no candidates" if queries else "no query"
             raise UserError("rank", what, "Give an image and texts, or a text and images")
-        self.read_over(gallery if images else queries)
-        queries, gallery = (self.look_at(queries), gallery) if images else (queries, self.look_at(gallery))
+        self.notice_texts(gallery if images else queries)
+        queries, gallery = (self.notice_images(queries), gallery) if images else (queries, self.notice_images(gallery))
         found = embeddings.rank_candidates(self, queries, gallery, min(k, len(gallery)), images)
         return found[0] if single else found
 
@@ -355,18 +355,18 @@ class Asked(nn.Module):
     def _images(self, images: Any) -> tuple[list[Any], bool]:
         """A list of the images that were given to a method, and whether it was a single one."""
         given, single = as_list(images)
-        return self.look_at(given), single
+        return self.notice_images(given), single
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
         """A list of the texts that were given to a method, and whether it was a single one."""
         given, single = as_list(texts)
-        self.read_over(given)
+        self.notice_texts(given)
         return given, single
 
-    def read_over(self, texts: list[Any]) -> None:
+    def notice_texts(self, texts: list[Any]) -> None:
         """Is told of the texts of each call, before they are encoded; here it does nothing."""
 
-    def look_at(self, images: list[Any]) -> list[Any]:
+    def notice_images(self, images: list[Any]) -> list[Any]:
         """Is told of the images of each call, before they are encoded, and may open them; here it does nothing."""
         return images
 

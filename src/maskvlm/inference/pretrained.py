@@ -151,9 +151,9 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """What it was trained on and so knows, in a sentence, as far as the checkpoint tells."""
         return limits(self.config.lineage or [])
 
-    def look_at(self, images: list[Any]) -> list[Any]:
-        """See `Asked.look_at`. Warns of images that are unlike the training data, by their names where they have some,
-        if only a few images are given: the encoder runs once more for that."""
+    def notice_images(self, images: list[Any]) -> list[Any]:
+        """See `Asked.notice_images`. Of a few images it warns of those that are unlike the training data, by their
+        names where they have some: the encoder runs once more for that."""
         if self.known is None or len(images) > WATCHED:
             return images
         # Each is opened once; an image that is given several times stays one.
@@ -173,8 +173,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             warnings.warn(which + told, FarFromTraining, stacklevel=calls_within())
         return [opened.get(id(each)) for each in images]
 
-    def read_over(self, texts: list[Any]) -> None:
-        """See `Asked.read_over`. Names the words that the tokenizer does not know, if only a few texts are given."""
+    def notice_texts(self, texts: list[Any]) -> None:
+        """See `Asked.notice_texts`. Names the words that the tokenizer does not know, if only a few texts are given."""
         if len(texts) > WATCHED:
             return
         # Masked words are none; what is no text is told later.
@@ -390,9 +390,11 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
     if len(inputs) != method.inputs:
         raise UserError(name, f"{len(inputs)} inputs", f"Give {method.form}")
     lists = [as_list(given) for given in inputs]
-    lists = [(model.look_at(rows) if n < method.images else rows, single) for n, (rows, single) in enumerate(lists)]
+    for place in range(method.images):
+        rows, single = lists[place]
+        lists[place] = model.notice_images(rows), single
     for rows, _ in lists[method.images :]:
-        model.read_over(rows)
+        model.notice_texts(rows)
     size = max(len(rows) for rows, _ in lists)
     if not all(rows for rows, _ in lists):
         return []

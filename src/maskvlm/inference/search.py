@@ -229,8 +229,6 @@ def search_index(
     # A match is of an image and a text: of an image that is asked about, with the captions of what was found.
     asked = [query] if seen else index.open_images(found)
     texts = [caption for each in found for caption in each.captions] if seen else [str(query)]
-    if not (asked and texts):
-        return found
     image, text = encode(model, asked, True), encode(model, texts, False)
     pairs = pair_up("search", len(asked), len(texts))
     image_features = features_of(model, image, range(len(asked)))

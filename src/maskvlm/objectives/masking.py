@@ -6,7 +6,7 @@ Shapes: B images, C captions, N patches, T tokens, K positions at most masked in
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -379,11 +379,11 @@ class ChosenPhrases(RandomTokens):
         found = super().__call__(texts, vocabulary, uniform)
         if not texts.training:
             return found
-        at_CT = self.phrases_in(texts, vocabulary.encode)
+        forms = [ids for phrase in self.phrases for ids in self.forms(phrase, vocabulary.encode)]
+        at_CT = self.phrases_in(texts, forms)
         # As many tokens as there are places to read, room for the longest phrase at least. Of a text with more phrases
         # than fit the last one may be masked in part.
-        longest = max(len(ids) for phrase in self.phrases for ids in self.forms(phrase, vocabulary.encode))
-        room = min(max(found.index_CK.shape[1], longest), at_CT.shape[1])
+        room = min(max(found.index_CK.shape[1], *map(len, forms)), at_CT.shape[1])
         at_CT &= at_CT.cumsum(1) <= room
         chosen_C1 = at_CT.any(1, keepdim=True) & (uniform(len(at_CT))[:, None] < self.share)
         if texts.masks_per_text > 1:
@@ -402,24 +402,23 @@ class ChosenPhrases(RandomTokens):
             raise UserError("model.task.text_masking", what, todo)
         return forms
 
-    def phrases_in(self, texts: Texts, encode: Callable[[str], list[int]]) -> Tensor:
-        """True on the tokens of the phrases, [C, T]."""
+    def phrases_in(self, texts: Texts, forms: Iterable[tuple[int, ...]]) -> Tensor:
+        """True on the tokens of phrases with these ids, [C, T]."""
         at_CT = torch.zeros_like(texts.special_CT)
         word_CT, length = texts.word_CT, at_CT.shape[1]
         # Where a token is the first of its word, and the last: "of" is not the beginning of "often".
         other_C1 = torch.full_like(word_CT[:, :1], -2)
         first_CT = word_CT != torch.cat([other_C1, word_CT[:, :-1]], 1)
         last_CT = word_CT != torch.cat([word_CT[:, 1:], other_C1], 1)
-        for phrase in self.phrases:
-            for ids in self.forms(phrase, encode):
-                if len(ids) > length:  # longer than any text of this batch
-                    continue
-                # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
-                windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
-                starts_CW = torch.stack([windows_CWP[..., place] == token for place, token in enumerate(ids)]).all(0)
-                starts_CW &= first_CT[:, : length - len(ids) + 1] & last_CT[:, len(ids) - 1 :]
-                for place in range(len(ids)):
-                    at_CT[:, place : place + starts_CW.shape[1]] |= starts_CW
+        for ids in forms:
+            if len(ids) > length:  # longer than any text of this batch
+                continue
+            # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
+            windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
+            starts_CW = torch.stack([windows_CWP[..., place] == token for place, token in enumerate(ids)]).all(0)
+            starts_CW &= first_CT[:, : length - len(ids) + 1] & last_CT[:, len(ids) - 1 :]
+            for place in range(len(ids)):
+                at_CT[:, place : place + starts_CW.shape[1]] |= starts_CW
         return at_CT & ~texts.special_CT
 
 

@@ -93,10 +93,11 @@ def may_go_on(folder: Path, composed: str) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run left anything of its training: a checkpoint, or figures of a step. A start that failed, as with a
-    batch that the processes cannot share, left its settings alone, and the corrected command may replace them."""
+    """Whether a run left anything of its training: a checkpoint, figures of a step, or its end. A start that failed, as
+    with a batch that the processes cannot share, left its settings alone; the corrected command may replace them."""
     figures = folder / "metrics.csv"
-    return any(folder.glob("*.ckpt")) or (figures.is_file() and figures.stat().st_size > 0)
+    has_figures = figures.is_file() and figures.stat().st_size > 0
+    return has_figures or any(folder.glob("*.ckpt")) or finished(folder) is not None
 
 
 def recorded(record: Path) -> dict[str, Any]:
