@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import LightningCommand, run_command
+from maskvlm.checkpoint.model_spec import ModelSpec
+from maskvlm.cli.lightning import LightningCommand, recipe_of_another, run_command
+from maskvlm.config.compose import PRETRAINING, pretraining, read_words
 
 SMALL = {
     "data.steps": 2,
@@ -58,3 +60,27 @@ def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
     )
     measured = json.loads((tmp_path / "third" / "metrics.json").read_text())
     assert {"retrieval/tr_r1", "mlm/accuracy_wrong_image", "mim/mse_wrong_text"} <= set(measured)
+
+
+def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without model= it is tiny's, whatever the checkpoint is."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+
+    def checkpoint(name: str, width: int | None = None) -> ModelSpec:
+        image = {"name": name, "config": None if width is None else {"embed_dim": width}}
+        return ModelSpec({"init_args": {"image": {"init_args": image}}}, None)
+
+    def line(start: ModelSpec, *words: str, command: str = "pretrain") -> str | None:
+        composed = pretraining(read_words(command, ["from=x.ckpt", *words], PRETRAINING))
+        return recipe_of_another(start, ["fit" if command == "pretrain" else "validate", *composed])
+
+    dino = checkpoint("vit_small_patch14_dinov2.lvd142m")
+    said = line(dino)
+    assert said == "the recipe is that of model=tiny, the checkpoint a model=compact: give model=compact beside from="
+    assert line(dino, "model=compact") is None
+    assert line(dino, command="evaluate") is None
+    assert line(dino, "recipe=ours") is None
+    assert line(checkpoint("vit_tiny_patch16_224", 96)) is None
+    assert "a model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
+    # One of nobody's has no recipe that could be named.
+    assert line(checkpoint("vit_tiny_patch16_224", 64)) is None

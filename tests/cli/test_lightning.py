@@ -150,10 +150,33 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--model.lr -1", "model.lr: -1.0 is too small"),
         ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are no decay rates"),
         ("--model.backbone.image.weights a.pth", "weights a.pth are given, and random_init is true"),
+        ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val: -1 is too small. Give 0 or more."),
+        ("--trainer.strategy ddp_spawn", "trainer.strategy=ddp_spawn: starts its processes as copies of this one"),
+        (
+            "--trainer.callbacks+ maskvlm.training.checkpointing.KeepState --trainer.callbacks.folder x",
+            "trainer: Found more than one stateful callback of type `KeepState`",
+        ),
+        (
+            "--trainer.callbacks+ lightning.pytorch.callbacks.EarlyStopping --trainer.callbacks.monitor score "
+            "--trainer.callbacks.mode best",
+            "EarlyStopping: `mode` can be min, max, got best. Correct it in trainer",
+        ),
+        ("--data lightning.pytorch.LightningDataModule", "--data: lightning.pytorch.LightningDataModule does not fit"),
     ],
 )
 def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said: str) -> None:
     assert said in fails(*words.split())
+
+
+def test_a_logger_without_its_package_is_no_bug(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one of Lightning's own whose package may be there."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("Requirement 'comet' not met")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger.__init__", missing)
+    said = fails("--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "x")
+    assert said.startswith("TensorBoardLogger: Requirement 'comet' not met")
 
 
 # Files: file and line are the place.

@@ -17,18 +17,20 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.io import load
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
 from maskvlm.cli.ask_model import how_to_ask
-from maskvlm.config.given_options import options
+from maskvlm.config.compose import choices, chosen
+from maskvlm.config.given_options import config_text, options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
-from maskvlm.config.safe_yaml import cut
+from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
@@ -49,6 +51,7 @@ from maskvlm.utils.signals import CAUGHT
 from maskvlm.utils.write_errors import writing
 
 COMMANDS = ("fit", "validate", "test")
+RECIPE_FILE = re.compile(r"(?:^|/)pretrain-(\w+)\.yaml$")
 AnyCommand = TypeVar("AnyCommand", bound="LightningCommand")
 
 
@@ -65,7 +68,7 @@ class LightningCommand(LightningCLI):
         self.claimed = False  # the folder, for a run that begins
         super().__init__(
             LitModel,
-            L.LightningDataModule,
+            PairData,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -106,6 +109,9 @@ class LightningCommand(LightningCLI):
             warn(line)
         for line in parts_left_behind(self.start, self.settings.model.task):
             warn(line)
+        other = None if self.start is None else recipe_of_another(self.start, self.arguments)
+        if other is not None:
+            warn(other)
         typed = {option.key for option in options(self.arguments)}
         refuse_linked(typed)
         set_length(self.settings, typed)
@@ -124,7 +130,10 @@ class LightningCommand(LightningCLI):
         settings = self.settings
         folder = Path(settings.run)
         check_least(1, {"patience": settings.get("patience")})
+        # 0 clips nothing; below it nothing would be clipped either, without a word.
+        check_least(0, {"trainer.gradient_clip_val": settings.trainer.gradient_clip_val})
         check_cards(settings.trainer)
+        check_strategy(settings.trainer.strategy)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
         # An evaluation with --from measures the model that it starts from; any other names a checkpoint.
@@ -182,6 +191,11 @@ class LightningCommand(LightningCLI):
             raise
         except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
             raise wrong_trainer(error) from error
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            raise wrong_trainer(error) from error
+        keep_profile(made, Path(self.settings.run))
         watch(made, Path(self.settings.run), self.settings.get("patience"))
         return made
 
@@ -262,10 +276,15 @@ class LightningCommand(LightningCLI):
             if in_part and best is None and self.trainer.checkpoint_callbacks:
                 self.trainer.save_checkpoint(folder / LAST)
                 self._best_knows_as_much(folder)
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        stopped = stopped_before_its_end(self.trainer)
+        if stopped is not None:
+            warn(f"{folder}: not finished: {stopped}")
+            return
         # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            finish_run(folder, self.trainer.global_step)
-            self._tell_end(folder)
+        finish_run(folder, self.trainer.global_step)
+        self._tell_end(folder)
 
     def _best_knows_as_much(self, folder: Path) -> None:
         """Where the best weights are those of the last step, too, they keep the same images."""
@@ -397,6 +416,21 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     trainer.max_steps, trainer.max_epochs = -1, 1
 
 
+def stopped_before_its_end(trainer: L.Trainer) -> str | None:
+    """Of a run that ended with steps left, where, by what, and how it goes on; None of one that has come to its end, or
+    whose score no longer rose."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    step, steps = trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
+    if step >= steps or any(map(has_lost_patience, callbacks)):
+        return None
+    where = f"stopped at step {step} of {steps}"
+    if any(isinstance(each, Timer) and (each.time_remaining() or 0) <= 0 for each in callbacks):
+        return f"{where}, as trainer.max_time is over; the same command with a larger one goes on from there"
+    if trainer.num_training_batches < steps * trainer.accumulate_grad_batches:
+        return f"{where}, as trainer.limit_train_batches or overfit_batches says; without them it is another run"
+    return f"{where} by a callback; the same command goes on from there"
+
+
 def best_of(trainer: L.Trainer) -> str | None:
     """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -493,6 +527,22 @@ def check_cards(trainer: Namespace) -> None:
         todo = "Use where=cpu (--trainer.accelerator cpu) or fewer devices"
         what = f"found {found} of {max(1, wanted)} GPUs"
         raise UserError("trainer.devices", what, todo, ExitCode.UNAVAILABLE)
+
+
+def keep_profile(trainer: Any, folder: Path) -> None:
+    """Let what `trainer.profiler` measures go into the run's folder, unless it has a file: Lightning would log it at a
+    level that is not shown."""
+    profiler = trainer.profiler
+    if isinstance(profiler, SimpleProfiler | AdvancedProfiler | PyTorchProfiler) and profiler.filename is None:
+        profiler.dirpath, profiler.filename = profiler.dirpath or str(folder), "profile"
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raises UserError for a strategy that copies this process: a model is not handed over in the middle, and a run of
+    such processes could not be watched or started again."""
+    if isinstance(strategy, str) and re.search(r"_(spawn|fork|notebook)(_|$)", strategy):
+        what = "starts its processes as copies of this one, which training here does not support"
+        raise UserError(f"trainer.strategy={strategy}", what, "Give ddp, or where=gpu8 or the like")
 
 
 def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None:
@@ -602,6 +652,31 @@ def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]
             other = f"the checkpoint's was {was}" if was != here else "the checkpoint's has other settings"
             way = "right for data of another kind; --task_from CHECKPOINT takes the checkpoint's whole task"
             yield f"model.task.{name}: {here}; {other} ({way})"
+
+
+def recipe_of_another(start: ModelSpec, arguments: Sequence[str]) -> str | None:
+    """A line where pre-training goes on by the recipe of another model than the checkpoint's, as it does where `model=`
+    is left out: the rates of one that learns drawn scenes are far from those of pretrained encoders.
+
+    Args:
+        start: what the checkpoint says of itself.
+        arguments: the subcommand, and the files and options that it is composed of.
+    """
+    recipe = next((found[1] for word in arguments if (found := RECIPE_FILE.search(word))), None)
+    if arguments[0] != "fit" or recipe is None:
+        return None
+    files = {name: str(chosen("model", name)) for name in choices("model")}
+    models = {name: read_yaml(config_text(file), file)["model"] for name, file in files.items()}
+    own = [name for name, model in models.items() if _size_of(model["backbone"]) == _size_of(start.backbone)]
+    if not own or recipe in own:
+        return None
+    return f"the recipe is that of model={recipe}, the checkpoint a model={own[0]}: give model={own[0]} beside from="
+
+
+def _size_of(backbone: Any) -> tuple[str, int | None]:
+    """Name of the ViT, and its width where that is not the name's."""
+    image = backbone["init_args"]["image"]["init_args"]
+    return image["name"], (image.get("config") or {}).get("embed_dim")
 
 
 def _class_paths(part: Any) -> str:

@@ -87,7 +87,7 @@ class CommandParser(LightningArgumentParser):
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Instantiate as the base class does, and keep the errors that classes raise about their own arguments. For an
         argument of several possible kinds, such as a data set's reader, the base class keeps only the complaint of
-        the first kind.
+        the first kind. What a class of Lightning's says is the user's to read, too.
 
         Raises:
             UserError: what a class said.
@@ -100,6 +100,12 @@ class CommandParser(LightningArgumentParser):
             except UserError as error:
                 refused.append(error)
                 raise
+            except Exception as error:
+                # A logger whose package is missing, a value that the types allow. Of other classes it is a bug.
+                if kind.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning"):
+                    raise
+                refused.append(UserError(kind.__name__, cut(str(error), 300).rstrip("."), "Correct it in trainer"))
+                raise refused[-1] from error
 
         try:
             return super().instantiate(namespace, *args, instantiators=[(build, object, True)], **kwargs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -31,6 +31,7 @@ from maskvlm.training.lightning_private import (
     evaluation_is_due,
     is_accumulating,
     log_this_step,
+    reopen_pass,
     replace_signal_handlers,
 )
 from maskvlm.training.resume import LAST, PREVIOUS
@@ -82,6 +83,17 @@ class KeepState(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.unmeasured = bool(state_dict["unmeasured"])
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Of a training alone: an evaluation reads the weights, and goes on with nothing."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        # Given more steps than before, or ended by its time. Without this project's data no length is known.
+        if checkpoint["global_step"] < getattr(trainer.datamodule, "total_steps", 0):  # type: ignore[attr-defined]
+            reopen_pass(checkpoint)
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, ModelCheckpoint) and keeper.state_key in checkpoint["callbacks"]:
+                follow_folder(checkpoint["callbacks"][keeper.state_key], Path(str(keeper.dirpath)))
 
     # ------------------------------------------------------------------ start
 
@@ -229,6 +241,29 @@ class KeepState(Checkpoint):
         # Checkpoint callbacks come last, in the configuration's order: the best checkpoint is written by now.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
+
+
+def follow_folder(state: dict[str, Any], folder: Path) -> None:
+    """Let what `ModelCheckpoint` remembers follow a run's folder that was moved: it keeps whole paths, and would begin
+    anew in another folder, where the first score, however low, replaces the best weights.
+
+    Args:
+        state: of the callback, changed in place.
+        folder: where the run's checkpoints lie now.
+    """
+    before = state.get("dirpath")
+    if not before or Path(before) == folder:
+        return
+    here = {path: folder / Path(path).name for path in state.get("best_k_models", {})}
+    best = here.get(state.get("best_model_path", ""))
+    # A run that goes on in a new folder, from a checkpoint named by --ckpt_path, has no best weights there.
+    if best is None or not best.exists():
+        state["best_model_path"] = ""
+        return
+    state["dirpath"], state["best_model_path"] = str(folder), str(best)
+    state["best_k_models"] = {str(here[path]): score for path, score in state["best_k_models"].items()}
+    worst = state.get("kth_best_model_path", "")
+    state["kth_best_model_path"] = str(here.get(worst, worst))
 
 
 def has_lost_patience(callback: Any) -> bool:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 
@@ -55,6 +56,19 @@ def evaluate_now(trainer: L.Trainer) -> None:
     trainer.validating, loop.restarting = True, False
     loop.run()
     trainer.training, results._first_loop_iter = True, first
+
+
+def reopen_pass(checkpoint: dict[str, Any]) -> None:
+    """Let a run of which steps are left train on: to Lightning it is one pass over the data, which had ended when this
+    checkpoint was written, and nothing would follow it."""
+    loops = checkpoint["loops"]["fit_loop"]
+    passes = loops["epoch_progress"]
+    if passes["current"]["processed"]:
+        # As in a checkpoint along the way: begun, and neither processed nor completed.
+        passes["current"] |= {"processed": 0, "completed": 0}
+        for count in ("processed", "completed"):
+            passes["total"][count] -= 1
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
 
 
 def log_this_step(trainer: L.Trainer) -> None:

@@ -24,6 +24,7 @@ FREE = (
     "trainer.num_nodes",
     "trainer.accelerator",
     "trainer.strategy",
+    "trainer.max_time",
     "trainer.profiler",
     "trainer.enable_progress_bar",
     "trainer.callbacks[StepGuard]",

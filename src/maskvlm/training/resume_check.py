@@ -41,7 +41,7 @@ def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: O
     callbacks = content.get("callbacks")
     # A callback that joined the run later has no state yet.
     known = {key: state for key, state in saved.items() if isinstance(callbacks, dict) and key in callbacks}
-    wanted["callbacks"] = known
+    wanted["callbacks"] = _any_number(known)
     where = str(trainer.ckpt_path)
     for key, part in wanted.items():
         if key not in content:
@@ -109,6 +109,16 @@ def restore(task: Task, state: Any, where: str) -> None:
         task.load_resume_state(state)
     except ValueError as error:
         raise _unfit(f"{where}: task_state", "", str(error)) from None
+
+
+def _any_number(state: Any) -> Any:
+    """The state of callbacks with a float in the place of each whole number: what they begin to count with 0 may be of
+    any kind and sign later, as the seconds of `trainer.max_time`."""
+    if isinstance(state, dict):
+        return {key: _any_number(part) for key, part in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(_any_number, state))
+    return float(state) if type(state) is int else state
 
 
 def _size(value: Any) -> str:

@@ -1,0 +1,171 @@
+"""A run that ended with steps left, or is given more of them, or whose folder was moved, trains on."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+from maskvlm.checkpoint.io import load
+from maskvlm.cli.lightning import LightningCommand, run_command
+from maskvlm.training.checkpointing import KeepState, follow_folder
+from maskvlm.training.resume import finished
+from maskvlm.training.run_record import read_json
+from maskvlm.utils.launch import Finished
+
+SMALL = {
+    "data.steps": 12,
+    "data.batch_size": 4,
+    "data.eval_batch_size": 6,
+    "data.source.train": 24,
+    "data.source.val": 6,
+    "model.lr": 1e-3,
+    "model.lr_encoders": 1e-3,
+    "model.task.weight_words": 0,
+    "model.task.rerank_k": 2,
+    "model.backbone.image.config": "{patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
+    "model.backbone.text.config": "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 64}",
+    "trainer.val_check_interval": 3,
+}
+
+
+@pytest.fixture
+def fit(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, object]]:
+    """Trains in a folder of this name, and returns its last checkpoint."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+
+    def run(name: str, **more: object) -> dict[str, object]:
+        options = {**SMALL, **{key.replace("__", "."): value for key, value in more.items()}}
+        words = ["fit", "--folder", str(tmp_path / name), *stack(WHERE="cpu")]
+        run_command(LightningCommand, [*words, *(f"--{key}={value}" for key, value in options.items())])
+        return load(tmp_path / name / "last.ckpt")
+
+    return run
+
+
+def end_time_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of `trainer.max_time` is over after this step, however long it took."""
+    check = Timer._check_time_remaining
+
+    def checked(timer: Timer, trainer: L.Trainer) -> None:
+        timer._offset = 1e6 if trainer.global_step >= step else timer._offset  # type: ignore[assignment]
+        check(timer, trainer)
+
+    monkeypatch.setattr(Timer, "_check_time_remaining", checked)
+
+
+def test_a_run_that_its_time_ended_goes_on_with_more(
+    fit: Callable[..., dict[str, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To the bit as one that had the time; what stopped is not finished."""
+    whole = fit("whole")
+    with monkeypatch.context() as patch:
+        end_time_at(5, patch)
+        assert fit("run", trainer__max_time="00:01:00:00")["global_step"] == 5
+        assert "stopped at step 5 of 12, as trainer.max_time is over; the same" in capsys.readouterr().err
+        # Without more time it stays where it is.
+        assert fit("run", trainer__max_time="00:01:00:00")["global_step"] == 5
+    assert finished(tmp_path / "run") is None
+    went_on = fit("run", trainer__max_time="99:00:00:00")
+    assert went_on["global_step"] == finished(tmp_path / "run") == 12
+    torch.testing.assert_close(went_on["state_dict"], whole["state_dict"], rtol=0, atol=0)
+    assert read_json(tmp_path / "run" / "metrics.json") == read_json(tmp_path / "whole" / "metrics.json")
+
+
+def test_a_callback_that_stops_a_run_does_not_finish_it(
+    fit: Callable[..., dict[str, object]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = KeepState.on_train_batch_end
+
+    def stops(self: KeepState, trainer: L.Trainer, *rest: object) -> None:
+        end(self, trainer, *rest)  # type: ignore[arg-type]
+        trainer.should_stop = trainer.global_step == 6
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeepState, "on_train_batch_end", stops)
+        assert fit("run")["global_step"] == 6
+    assert "stopped at step 6 of 12 by a callback; the same command goes on" in capsys.readouterr().err
+    assert fit("run")["global_step"] == 12
+
+
+def test_a_profile_lies_in_the_runs_folder(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:
+    fit("run", data__steps=1, trainer__val_check_interval=1, trainer__profiler="simple")
+    assert "training_step" in (tmp_path / "run" / "fit-profile.txt").read_text()
+
+
+def test_a_part_of_the_batches_is_no_finished_run(
+    fit: Callable[..., dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("run", trainer__limit_train_batches=4)["global_step"] == 4
+    assert "stopped at step 4 of 12, as trainer.limit_train_batches or overfit" in capsys.readouterr().err
+    assert finished(tmp_path / "run") is None
+
+
+def test_a_finished_run_is_given_more_steps(
+    fit: Callable[..., dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the very next samples, and its folder is that of the longer run."""
+    begun: list[int] = []
+    start = KeepState.on_train_start
+
+    def noted(self: KeepState, trainer: L.Trainer, module: L.LightningModule) -> None:
+        start(self, trainer, module)
+        begun.append(trainer.datamodule.start)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(KeepState, "on_train_start", noted)
+    short = fit("run", data__steps=6)
+    longer = fit("run", ckpt_path="last")
+    assert begun == [0, 6]
+    assert longer["global_step"] == finished(tmp_path / "run") == 12
+    assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
+    before, after = short["state_dict"], longer["state_dict"]
+    assert any(not torch.equal(before[key], after[key]) for key in after)  # type: ignore[attr-defined,index]
+    with pytest.raises(Finished, match="finished at step 12"):
+        fit("run")
+    assert yaml.safe_load((tmp_path / "run" / "config-fit.yaml").read_text())["data"]["init_args"]["steps"] == 12
+
+
+def test_the_best_weights_of_a_moved_run_stay(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:
+    """At a rate of 0 all scores are alike: the first evaluation's weights are the best of all."""
+    still = {"model__lr": 0, "model__lr_encoders": 0}
+    fit("run", data__steps=6, **still)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert fit("moved", ckpt_path="last", **still)["global_step"] == 12
+    assert load(tmp_path / "moved" / "best.ckpt")["global_step"] == 3
+
+
+def keeper(folder: Path) -> ModelCheckpoint:
+    """What keeps the best of a run in this folder, with a score of 5."""
+    made = ModelCheckpoint(folder, monitor="score", mode="max")
+    made.best_model_path = made.kth_best_model_path = str(folder / "best.ckpt")
+    made.best_model_score = made.kth_value = torch.tensor(5.0)
+    made.best_k_models = {made.best_model_path: torch.tensor(5.0)}
+    return made
+
+
+def test_what_is_remembered_of_the_best_follows_the_folder(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    state, found = keeper(before).state_dict(), ModelCheckpoint(after, monitor="score", mode="max")
+    after.mkdir()
+    (after / "best.ckpt").touch()
+    follow_folder(state, after)
+    found.load_state_dict(state)
+    assert found.state_dict() == keeper(after).state_dict()
+
+
+def test_of_another_run_no_best_weights_are_remembered(tmp_path: Path) -> None:
+    """A run that begins in a new folder from another's checkpoint."""
+    state = keeper(tmp_path / "before").state_dict()
+    follow_folder(state, tmp_path / "after")
+    assert state["best_model_path"] == ""
+    assert state["dirpath"] == str(tmp_path / "before")
