@@ -113,6 +113,14 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--lr_scheduler.init_args.T_max 3", "Warm-up and cosine are the model's own"),
         ("--model.backbone.start scenes-tiny", "--model.backbone.start: changes nothing: another option sets"),
         ("--model.backbone.init_args.image.init_args.random_init=false", "Give --model.random_init"),
+        (
+            "--model.task.image_masking DrawnBlocks --model.task.image_mask_ratio 0.5",
+            "--model.task.image_mask_ratio: changes nothing: image_masking is DrawnBlocks",
+        ),
+        (
+            "--model.task.text_masking DrawnTokens --model.task.init_args.whole_word=true",
+            "--model.task.whole_word: changes nothing: text_masking is DrawnTokens",
+        ),
         ("--data.seed 3", "Give --seed_everything"),
         ("--data.init_args.accumulate=3", "Give --trainer.accumulate_grad_batches"),
         ("--trainer.max_epochs 0", "trainer.max_epochs: 0 passes over the data"),
@@ -147,6 +155,7 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 do not divide width 96"),
         ("--data.eval_batch_size 0", "data.eval_batch_size: 0 is too small"),
         ("--data.workers -1", "data.workers: -1 is too small. Give 0 or more."),
+        ("--data.workers 99999", "data.workers: 99999 are too many for "),
         ("--model.lr -1", "model.lr: -1.0 is too small"),
         ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are no decay rates"),
         ("--model.backbone.image.weights a.pth", "weights a.pth are given, and random_init is true"),

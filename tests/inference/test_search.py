@@ -370,6 +370,8 @@ def test_all_images_of_a_set_without_splits_are_indexed(
         assert f"{out}: {count} images" in said.out
         assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in said.err) == (split != "all")
     assert main(["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path / "mine")], []) == 0
+    of_files = ["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path)]
+    refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, and the index names rows of")
     said = capsys.readouterr()
     assert said.err.startswith("no from=: checkpoints/mine/best.ckpt is asked, which the index was made with\n")
     assert len(said.out.splitlines()) == 10

@@ -114,6 +114,7 @@ class LightningCommand(LightningCLI):
             warn(other)
         typed = {option.key for option in options(self.arguments)}
         refuse_linked(typed)
+        refuse_idle(typed, self.settings.model.task)
         set_length(self.settings, typed)
         if self.config.subcommand == "fit":
             check_interval(self.settings)
@@ -369,6 +370,26 @@ def refuse_linked(typed: Collection[str]) -> None:
     for key in LINKED:
         if key in typed:
             raise UserError(f"--{key}", "changes nothing: another option sets it", f"Give {LINKED[key]}")
+
+
+IDLE = {
+    "image_masking": ("image_mask_ratio", "mask_block", "fully_masked_share"),
+    "text_masking": ("text_mask_ratio", "text_mask_most", "whole_word", "keep_and_swap"),
+}
+"""Arguments of pre-training that take a masking of one's own, and those of the built-in one that it sets aside."""
+
+
+def refuse_idle(typed: Collection[str], task: Namespace) -> None:
+    """Raises UserError for a typed option of the built-in masking beside another masking. In files they may stand:
+    recipes set them for whoever gives no masking."""
+    given = task.get("init_args") or Namespace()
+    for masking, names in IDLE.items():
+        kind = given.get(masking)
+        for name in names:
+            # null turns off what nobody asks for: a study's arms share such options.
+            if kind and f"model.task.{name}" in typed and given.get(name) is not None:
+                what = f"changes nothing: {masking} is {kind['class_path'].rpartition('.')[2]}, which masks by its own"
+                raise UserError(f"--model.task.{name}", what, f"Give it to that: --model.task.{masking}.NAME")
 
 
 def refuse_two_lengths(arguments: list[str]) -> None:

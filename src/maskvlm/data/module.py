@@ -97,6 +97,9 @@ class PairData(L.LightningDataModule):
         )
         check_least(0, {"data.workers": workers, "data.max_bad_fraction": max_bad_fraction})
         check_least(0, {"data.max_unknown": max_unknown})
+        # Each is a process with all libraries in memory: thousands freeze the machine before the first step.
+        if workers is not None and workers > (most := max(64, 8 * cores())):
+            raise UserError("data.workers", f"{workers} are too many for {cores()} cores", f"Give at most {most}")
         check_augmentation(crop_scale, randaugment)
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers

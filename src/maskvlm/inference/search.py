@@ -165,7 +165,10 @@ class SearchIndex:
         # Links are followed on both sides, so that none leads out unseen.
         root = os.path.realpath(self.images)
         for each in found:
-            if each.path is None or not Path(os.path.realpath(each.path)).is_relative_to(root):
+            if each.path is None:
+                todo = f"Name the prepared set that the index was made of, the folder of its {MANIFEST}"
+                raise UserError("--images", "is a folder of files, and the index names rows of a set", todo)
+            if not Path(os.path.realpath(each.path)).is_relative_to(root):
                 todo = "Name the folder that holds its images, or search without --rerank"
                 raise UserError("--images", f"{shown(each.path)} is not in {root}", todo, ExitCode.REFUSED)
             if not Path(each.path).is_file():

@@ -35,7 +35,7 @@ class PretrainingMetrics:
     The wrong partner is the next row's in the batch; a batch of one image has none. "None" is an image of
     the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
     in the data set and on its size (`eval_batch_size`) alone, so that every checkpoint is asked the same, by any number
-    of processes.
+    of processes, as long as there is a batch of that size for each (`data.sampler.size_for_all`).
 
     Args:
         rerank_k: candidates a query that matching looks at again.

@@ -96,11 +96,6 @@ def distance_to(feature_BD: Tensor, known: KnownRange) -> Tensor:
     return (along_BD.square() / known.variance_D).sum(1).sqrt()
 
 
-def is_far(feature_BD: Tensor, known: KnownRange) -> Tensor:
-    """Whether each image lies beyond the range, bool [B]."""
-    return distance_to(feature_BD, known) > known.most
-
-
 def far_line(measured: float, known: KnownRange) -> str:
     """The line for people; `measured` by `distance_to`."""
     times = measured / max(known.most, 1e-12)  # 0 where all of them are alike

@@ -9,9 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from maskvlm.objectives.retrieval_metrics import KS
 from maskvlm.reporting.meters import number
 
-KS = (1, 5, 10)
 SIZES = {"retrieval/pictures": "images", "retrieval/captions": "captions"}
 RETRIEVAL = (
     ("captions of an image, contrast alone", "retrieval/itc_tr_r"),

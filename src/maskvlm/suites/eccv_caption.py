@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskvlm.data.images import BadImage
-from maskvlm.objectives.retrieval_metrics import BLOCK, top_items
+from maskvlm.objectives.retrieval_metrics import BLOCK, KS, top_items
 from maskvlm.suites.coco import read_coco_texts
 from maskvlm.suites.metrics import map_at_r_chance
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
@@ -21,7 +21,6 @@ from maskvlm.utils.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
 
-KS = (1, 5, 10)
 Relevant = Mapping[int, Sequence[int]]
 
 
