@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.model.maskvlm import MaskVLM
-from maskvlm.objectives.pretraining_losses import Need, PretrainingLoss, Step
+from maskvlm.objectives.pretraining_losses import EvaluatedBatch, Need, PretrainingLoss, Step
 from maskvlm.utils.distributed import shared_count
 
 
@@ -33,6 +33,11 @@ class TextLength(PretrainingLoss):
 
     def observe(self, heads: Any, step: Step) -> None:
         self.level = self.words(step)[step.batch.valid_B].var(unbiased=False)
+
+    def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        words_C = (~seen.batch.special_CT).sum(1).float() / self.unit
+        found_C = heads.length(seen.image_BLD[:, 0])[:, 0][seen.batch.owner_C]
+        return {"error": ((found_C - words_C).square(), torch.ones_like(words_C))}
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         return None if self.level is None else float(torch.as_tensor(self.level))

@@ -4,7 +4,7 @@ import csv
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from acme.masks import LastWords, Middle
 from data.toy_raw import encoded, photo
 from slow_step import build, each_token_a_word, eventful_batch
 from torch import Tensor
+from toys import toy_batch
 
 from maskvlm.cli.main import main
 from maskvlm.data.prepared.source import Prepared
@@ -24,7 +25,7 @@ from maskvlm.data.raw import open_raw
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import make_part
 from maskvlm.objectives.masking import ChosenPhrases, RandomBlocks, RandomTokens, TextMasking
-from maskvlm.objectives.pretraining_losses import ImageTextContrast, Need, PretrainingLoss, Step
+from maskvlm.objectives.pretraining_losses import EvaluatedBatch, ImageTextContrast, Need, PretrainingLoss, Step
 from maskvlm.training.failure import report
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -66,7 +67,9 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     assert len(rows) == 2
     assert float(rows[-1]["train/length"]) >= 0
     assert float(rows[-1]["level/length"]) > 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mlm/accuracy"] >= 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["mlm/accuracy"] >= 0
+    assert metrics["length/error"] >= 0
     path = tmp_path / "run" / "best.ckpt"
     assert {"length.weight", "length.bias"} <= PretrainedMaskVLM.from_pretrained(
         path, allow_import=["acme"]
@@ -204,6 +207,32 @@ class Number(TextLength):
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         return 1.0  # type: ignore[return-value]
+
+
+class Spread(TextLength):
+    """Measures rows that are weighed by a number."""
+
+    def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return {"error": (seen.image_BLD[:, 0, 0], torch.ones(()))}
+
+
+def test_a_loss_is_measured_on_held_out_images() -> None:
+    """The weighted mean over all batches, and nothing of a loss without weight."""
+    batches = [toy_batch(3, captions=2), toy_batch(5, captions=2)]
+    backbone, task = build(losses=[TextLength(0.5)])
+    for batch in batches:
+        task.update(backbone, batch)
+    found = task.compute(backbone)["length/error"]
+    errors = []
+    for batch in batches:
+        told_C = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.owner_C]
+        errors.append((told_C - (~batch.special_CT).sum(1) / 10).square())
+    assert found == pytest.approx(torch.cat(errors).mean().item(), rel=1e-6)
+    backbone, task = build(losses=[Spread()])
+    with pytest.raises(UserError, match=r"Spread.measure: error has values \[3\] and weights \[\]"):
+        task.update(backbone, batches[0])
+    backbone, task = build(losses=[Spread(0.0)])
+    task.update(backbone, batches[0])
 
 
 @pytest.mark.parametrize(("loss", "gave"), [(Rows, "a tensor of shape [8]"), (Number, "1.0")])

@@ -19,9 +19,11 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Masks
 from maskvlm.objectives.loss_functions import mean_colour, pixel_error
 from maskvlm.objectives.novelty import mean_patch, sample_of
+from maskvlm.objectives.pretraining_losses import EvaluatedBatch
 from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_gallery, offload, score_gallery
 from maskvlm.objectives.retrieval_metrics import rankings, retrieval_metrics
 from maskvlm.utils.distributed import Draw, gather_objects
+from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
     from maskvlm.objectives.pretraining import MaskedPretraining
@@ -70,8 +72,24 @@ class PretrainingMetrics:
             self.update_mlm(task, backbone, batch, masks, image_BLD)
         if task.weights["mim"]:
             self.update_mim(task, backbone, batch, masks, text_CTD)
+        self.update_others(task, EvaluatedBatch(backbone, batch, masks, image_BLD, text_CTD))
         if task.weights["itc"]:
             self.kept.append(offload(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
+
+    def update_others(self, task: "MaskedPretraining", seen: EvaluatedBatch) -> None:
+        """What losses say of themselves, see `PretrainingLoss.measure`.
+
+        Raises:
+            UserError: values and weights of other shapes (2).
+        """
+        for loss in task.losses:
+            for key, (value, weight) in loss.measure(task, seen).items() if loss.weight else ():
+                # Of other shapes the two would be spread over each other.
+                if value.shape != weight.shape:
+                    what = f"{key} has values {list(value.shape)} and weights {list(weight.shape)}"
+                    where, todo = f"model.task.losses: {type(loss).__name__}.measure", "Give two tensors of one shape"
+                    raise UserError(where, what, todo)
+                self.add(f"{loss.name}/{key}", value.float(), weight.float())
 
     def update_mlm(
         self, task: "MaskedPretraining", backbone: MaskVLM, batch: Batch, masks: Masks, image_BLD: Tensor

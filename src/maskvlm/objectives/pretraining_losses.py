@@ -81,6 +81,23 @@ class Step(NamedTuple):
     itc_frozen: bool
 
 
+class EvaluatedBatch(NamedTuple):
+    """A batch of held-out images and what an evaluation computed of it, without gradient.
+
+    Attributes:
+        backbone: in evaluation mode.
+        batch: B images with all their C captions; `owner_C` is the row of each caption's image.
+        masks: of images and of captions, the same for every checkpoint.
+        image_BLD, text_CTD: features of whole images and whole captions.
+    """
+
+    backbone: MaskVLM
+    batch: Batch
+    masks: Masks
+    image_BLD: Tensor
+    text_CTD: Tensor
+
+
 class PretrainingLoss(ABC):
     """One term of the sum that pre-training minimises.
 
@@ -140,6 +157,17 @@ class PretrainingLoss(ABC):
         """Called after each training step, without gradient, to note what the chance level is computed from, for this
         process's share alone."""
         return
+
+    def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What is measured of it on held-out images, by name: values and their weights, of one shape. `metrics.json`
+        and the log have the weighted mean of the whole split as `NAME/KEY`; a key that ends in `_chance` is the level
+        of the one before it. The paper's four are measured by `evaluation.PretrainingMetrics`.
+
+        Args:
+            heads: as `__call__` has them.
+            seen: a batch of the split.
+        """
+        return {}
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         """Loss of a model that has learned nothing; None: not known (yet).
