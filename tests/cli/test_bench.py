@@ -42,6 +42,14 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     assert not (tmp_path / "run").exists()
 
 
+def test_attention_on_a_cpu_counts_as_operations() -> None:
+    """Two products of [4, 10, 16] and [4, 16, 10] for two rows, and two operations a multiplication with a sum."""
+    query = torch.randn(2, 4, 10, 16)
+    with bench.Stopwatch().counter as counter:
+        nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 4 * 10 * 10 * 16)
+
+
 def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     done = list[str]()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))

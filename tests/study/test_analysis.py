@@ -104,6 +104,24 @@ def test_one_lead_against_another(tmp_path: Path) -> None:
     assert compared.verdict == "holds"
 
 
+@pytest.mark.parametrize("cell", ["few", "all", "all@0.25"])
+def test_a_run_that_was_lost_on_either_side_leaves_it_undecided(tmp_path: Path, cell: str) -> None:
+    """Also one of the lead that is held against."""
+    values = {"few": [10, 11, 12], "all": [12, 13, 14.1], "all@0.25": [17, 18, 19]}
+    values[cell] = [*values[cell], math.nan]
+    study, runs = a_study(tmp_path, values, {"questions": [{**MORE, "metric": "R@1"}]})
+    assert answer(frame_of(study, runs), study.questions[0]).verdict == "undecided"
+
+
+def test_each_comparison_has_a_verdict_of_its_own(tmp_path: Path) -> None:
+    values = {"few": [10, 31, 12], "few@flops-of-all": [30, 31, 32], "all": [20.5, 21, 22]}
+    study, runs = a_study(tmp_path, values)
+    page = write_page(study, runs, tmp_path / "page", "x").read_text()
+    assert "| few losses<br>few losses, with the operations of all | " in page
+    assert " | undecided<br>does not hold |" in page
+    assert "As a whole: **does not hold**. Judged by" in page
+
+
 def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     change = {"title": "A toy", "questions": [*STUDY["questions"], {**MORE, "metric": "R@1"}]}
     study, runs = a_study(
@@ -111,17 +129,18 @@ def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     )
     page = write_page(study, runs, tmp_path / "page", "maskvlm study toy").read_text()
     assert page.startswith("# A toy\n")
-    assert "; differences are paired by seed. A claim holds, or does not, where the whole interval says so; " in page
+    assert "; differences are paired by seed. A comparison holds, or does not, where the whole interval says " in page
     assert "from 9 of 16 runs" in page
     assert "| few losses | 3 |  | 11.0 ± 2.5 |  |" in page
     ahead = "+10.1 points (+9.67 to +10.5, 3 seeds)<br>+5.1 points (+2.24 to +7.96, 3 seeds)"
-    assert f"| 1 | More is better. | {ahead} | holds |" in page
+    against = "few losses<br>few losses, with the operations of all"
+    assert f"| 1 | More is better. | {against} | {ahead} | holds<br>holds |" in page
     # What no run tells of is named, without a row, a section or a plot.
     assert "\nNot measured yet:\n\n- It grows.\n" in page
     assert page.count("It grows.") == 1
     assert "25 %" not in page
     assert (
-        "| all | few losses, with the operations of all | +5.1 points (+2.24 to +7.96, 3 seeds) | +5, +4, +6.3 |"
+        "| all | few losses, with the operations of all | +5.1 points (+2.24 to +7.96, 3 seeds) | holds | +5, +4, +6.3 |"
         in page
     )
     assert (tmp_path / "page" / "question-1.png").read_bytes().startswith(b"\x89PNG")

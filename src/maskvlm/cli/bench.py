@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskvlm.cli.lightning import LightningCommand, check_cards, run_command
 from maskvlm.training.failure import process_rank
+from maskvlm.training.memory_estimate import ATTENTION
 from maskvlm.training.run_record import machine
 
 WARMUP = 5  # steps that are not timed: kernels are chosen, memory is reserved
@@ -70,7 +71,7 @@ class Stopwatch(L.Callback):
 
     def __init__(self) -> None:
         self.begins: tuple[float, ...] = (0.0,)
-        self.counter, self.counting = FlopCounterMode(display=False), ExitStack()
+        self.counter, self.counting = FlopCounterMode(display=False, custom_mapping=ATTENTION), ExitStack()
         self.phase, self.flops, self.started = 0, 0, 0.0
         self.found: list[PhaseSpeed] = []
         self.speed: BenchSpeed | None = None

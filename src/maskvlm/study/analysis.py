@@ -119,8 +119,9 @@ def answer(frame: pd.DataFrame, question: Claim) -> Answer:
         if question.more_than is not None:
             ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
         found = interval(ahead.tolist())
-        # Without the run that diverged an arm would look better than it is.
-        lost = has_lost_runs(frame, comparison, question.metric)
+        # Without the run that diverged an arm would look better than it is, or what it is held against worse.
+        pairs = [comparison, *([question.more_than] if question.more_than is not None else [])]
+        lost = any(has_lost_runs(frame, pair, question.metric) for pair in pairs)
         compared.append(
             Compared(comparison, found, tuple(ahead), "undecided" if lost else verdict_by(found, question.by))
         )

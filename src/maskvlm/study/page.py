@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maskvlm.reporting.curves import BLUE, GREY, ORANGE
-from maskvlm.study.analysis import Answer, Interval, answer, frame_of, interval, values_of
+from maskvlm.study.analysis import Answer, Compared, Interval, answer, frame_of, interval, values_of
 from maskvlm.study.definition import FIRST, Metric, Study
 from maskvlm.study.earlier import RUNS, Outcome
 from maskvlm.study.runs import StudyRun
@@ -81,18 +81,21 @@ def text_of(
         f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(study.cells)} cells, seeds "
         f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs, waiting included). The command of a run begins "
         f"`maskvlm {study.run}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
-        "Student's t over the seeds; differences are paired by seed. A claim holds, or does not, where the whole "
-        "interval says so; of forty claims without any difference one is expected to hold by chance.",
+        "Student's t over the seeds; differences are paired by seed. A comparison holds, or does not, where the whole "
+        "interval says so; of forty without any difference one is expected to hold, and one not to, by chance, and more "
+        "where a page is looked at while its seeds are still made. A claim holds where all of its comparisons do.",
         "",
     ]  # fmt: skip
     if study.first is not None:
         own = shlex.join(f"--{key}={value}" for key, value in study.first.options)
         lines += [f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`).", ""]
     if answers:
-        lines += ["## Claims", "", "| | claim | ahead by | verdict |", "|---|---|---|---|"]
+        lines += ["## Claims", "", "| | claim | against | ahead by | verdict |", "|---|---|---|---|---|"]
         for number, each in enumerate(answers, 1):
-            ahead = "<br>".join(_ahead(one.ahead, each.question.metric) for one in each.compared)
-            lines.append(f"| {number} | {_cell(each.question.claim)} | {ahead} | {each.verdict} |")
+            # What it is held against stands beside each: a claim can fail in one comparison and be open in another.
+            told = [(_than(study, one), _ahead(one.ahead, each.question.metric), one.verdict) for one in each.compared]
+            columns = ("<br>".join(column) for column in zip(*told, strict=True))
+            lines.append(f"| {number} | {_cell(each.question.claim)} | {' | '.join(columns)} |")
         lines.append("")
     if open_claims:
         lines += ["Not measured yet:", "", *(f"- {each.question.claim}" for each in open_claims), ""]
@@ -130,16 +133,25 @@ def _answered(study: Study, each: Answer) -> list[str]:
     unit = question.metric.unit
     asked = f"`{question.metric.name}` in {unit}" + (", less is better" if question.metric.lower else "")
     least = f", by more than {question.by:g} {unit}" if question.by else ""
-    lines = [f"**{each.verdict}**. Judged by {asked}{least}{f' ({question.source})' if question.source else ''}."]
+    whole = "As a whole: " if len(each.compared) > 1 else ""
+    lines = [
+        f"{whole}**{each.verdict}**. Judged by {asked}{least}{f' ({question.source})' if question.source else ''}."
+    ]
     if question.more_than is not None:
         better, than = (study.told(study.cell(name)) for name in question.more_than)
         lines.append(f"Ahead by more than {better} is ahead of {than}.")
-    lines += ["", "| better | than | ahead by | seed by seed |", "|---|---|---|---|"]
+    lines += ["", "| better | than | ahead by | verdict | seed by seed |", "|---|---|---|---|---|"]
     for one in each.compared:
-        better, than = (_cell(study.told(study.cell(name))) for name in one.comparison)
+        better = _cell(study.told(study.cell(one.comparison.better)))
         seeds = ", ".join(f"{value:+.3g}" for value in one.by_seed)
-        lines.append(f"| {better} | {than} | {_ahead(one.ahead, question.metric)} | {seeds} |")
+        ahead = _ahead(one.ahead, question.metric)
+        lines.append(f"| {better} | {_than(study, one)} | {ahead} | {one.verdict} | {seeds} |")
     return lines
+
+
+def _than(study: Study, one: Compared) -> str:
+    """What the better one is held against, for people."""
+    return _cell(study.told(study.cell(one.comparison.than)))
 
 
 def _ahead(found: Interval, metric: Metric) -> str:
