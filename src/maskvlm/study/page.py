@@ -82,7 +82,7 @@ def text_of(
         f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs, waiting included). The command of a run begins "
         f"`maskvlm {study.run}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
         "Student's t over the seeds; differences are paired by seed. A comparison holds, or does not, where the whole "
-        "interval says so; of forty without any difference one is expected to hold, and one not to, by chance, and more "
+        "interval says so; of forty without any difference one is expected to hold, and one not to, by chance, more "
         "where a page is looked at while its seeds are still made. A claim holds where all of its comparisons do.",
         "",
     ]  # fmt: skip
