@@ -378,3 +378,8 @@ def test_a_loss_without_gradient_is_told_once(caplog: pytest.LogCaptureFixture) 
         make_trainer(StuckLoss()).fit(model, make_data())
     (said,) = [line for line in caplog.messages if "no gradient" in line]
     assert said.startswith("warning: mim has no gradient")
+
+
+def test_lightnings_way_to_load_says_what_loads_a_checkpoint() -> None:
+    with pytest.raises(UserError, match=r"first\.ckpt: is data alone: .* MaskVLM\.from_pretrained\(path\) builds it"):
+        LitModel.load_from_checkpoint("first.ckpt")

@@ -316,6 +316,17 @@ class LitModel(L.LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **__: Any) -> "LitModel":
+        """Refused: Lightning would build what the file names, and the files of this project name no classes.
+
+        Raises:
+            UserError: always; says what builds a model from it (2).
+        """
+        what = "is data alone: LitModel.load_from_checkpoint has no arguments to build a model with"
+        todo = "MaskVLM.from_pretrained(path) builds it: its .backbone and .task are those of LitModel(backbone, task)"
+        raise UserError(str(checkpoint_path), what, todo)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # What a reader of this one file needs beside the tensors: tokenizer, model spec, labels, training history.
         if self.backbone.text.tokenizer is not None:
