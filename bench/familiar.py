@@ -24,7 +24,7 @@ from maskvlm import MaskVLM
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
-from maskvlm.objectives.novelty import KnownRange, distance_to, fit_range, is_far, mean_patch, sample_of
+from maskvlm.objectives.novelty import KnownRange, distance_to, fit_range, mean_patch, sample_of
 from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
@@ -90,7 +90,7 @@ def print_shares(title: str, asked: dict[str, torch.Tensor], known: KnownRange) 
     """How many images of each place are far. asked: features by place, [N, D]."""
     print(f"\n{title}: far is beyond {known.most:.3f}")
     for name, feature_ND in asked.items():
-        far = 100 * float(is_far(feature_ND, known).float().mean())
+        far = 100 * float((distance_to(feature_ND, known) > known.most).float().mean())
         median = float(distance_to(feature_ND, known).median())
         print(f"  {name[-40:]:40} {far:5.1f} % far of {len(feature_ND):4}, median {median:.3f}")
 

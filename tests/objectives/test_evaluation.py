@@ -326,6 +326,7 @@ def telling_world() -> tuple[Any, Any, Batch]:
 
     task = SimpleNamespace(
         weights={"itc": 0, "itm": 0, "mlm": 1, "mim": 1},
+        losses=(),
         mask=mask,
         tokens=lambda x: 50 * x,
         pixels=pixels,
