@@ -15,6 +15,7 @@ from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, best_of, run_command
 from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lightning_private import evaluate_after_whole_steps
+from maskvlm.training.resume import finished
 from maskvlm.training.run_record import read_json
 
 SMALL = {
@@ -54,6 +55,8 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     assert (best["global_step"], last["global_step"]) == (3, 9)
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 3
     said = capsys.readouterr().err
+    assert finished(tmp_path / "run") == 9
+    assert "not finished" not in said
     assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in said
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.checkpointing import KeepState, follow_folder
+from maskvlm.training.lightning_private import reopen_pass
 from maskvlm.training.resume import finished
 from maskvlm.training.run_record import read_json
 from maskvlm.utils.launch import Finished
@@ -101,6 +102,34 @@ def test_a_callback_that_stops_a_run_does_not_finish_it(
 def test_a_profile_lies_in_the_runs_folder(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:
     fit("run", data__steps=1, trainer__val_check_interval=1, trainer__profiler="simple")
     assert "training_step" in (tmp_path / "run" / "fit-profile.txt").read_text()
+
+
+def test_a_run_is_stopped_after_whole_steps(
+    fit: Callable[..., dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is over after the first of two passes whose gradients are added up."""
+    check = Timer._check_time_remaining
+
+    def checked(timer: Timer, trainer: L.Trainer) -> None:
+        timer._offset = 1e6 if trainer.fit_loop.epoch_loop.batch_progress.current.ready >= 3 else 0
+        check(timer, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "_check_time_remaining", checked)
+        stopped = fit("run", trainer__max_time="00:01:00:00", trainer__accumulate_grad_batches=2, data__steps=6)
+    assert (stopped["global_step"], stopped["PairData"]["batches"]) == (2, 4)  # type: ignore[index]
+    assert not (tmp_path / "run" / "attempts.json").exists()
+    assert yaml.safe_load((tmp_path / "run" / "config-fit.yaml").read_text())["ckpt_path"] is None
+
+
+def test_a_pass_is_reopened_whatever_of_it_was_counted() -> None:
+    for processed, completed in ((1, 1), (1, 0), (0, 0)):
+        current = {"ready": 1, "started": 1, "processed": processed, "completed": completed}
+        progress = {"current": current, "total": dict(current)}
+        loops = {"epoch_progress": progress, "epoch_loop.batch_progress": {"is_last_batch": True}}
+        reopen_pass({"loops": {"fit_loop": loops}})
+        assert progress["current"] == progress["total"] == {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        assert loops["epoch_loop.batch_progress"] == {"is_last_batch": False}
 
 
 def test_a_part_of_the_batches_is_no_finished_run(

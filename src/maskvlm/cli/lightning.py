@@ -35,7 +35,7 @@ from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task_name
-from maskvlm.training.attempts import attempted
+from maskvlm.training.attempts import attempted, forget
 from maskvlm.training.checkpointing import LAST, check_finite, has_lost_patience
 from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lit import LitModel
@@ -165,6 +165,8 @@ class LightningCommand(LightningCLI):
         """Instantiate with `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
         settings = self.settings
         portable = settings.clone()
+        if self.subcommand == "fit":
+            portable.ckpt_path = None  # where this start goes on from is no setting of the run
         self.save_config_kwargs = {"portable": portable}
         settings.trainer = fill_in(settings.trainer, settings.run)
         settings.trainer.default_root_dir = settings.run
@@ -260,6 +262,8 @@ class LightningCommand(LightningCLI):
         along the way looked at a part (limit_val_batches). Of a run that ended because its score no longer rose, the
         best weights are measured."""
         folder = Path(self.trainer.default_root_dir)
+        # Asked now: measuring the best weights brings back what callbacks knew when they were written.
+        stopped = stopped_before_its_end(self.trainer)
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Weights that are not finite must not become the last checkpoint.
             check_finite(self.trainer, folder)
@@ -279,8 +283,8 @@ class LightningCommand(LightningCLI):
                 self._best_knows_as_much(folder)
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        stopped = stopped_before_its_end(self.trainer)
         if stopped is not None:
+            forget(folder)  # it died of nothing
             warn(f"{folder}: not finished: {stopped}")
             return
         # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
@@ -445,7 +449,8 @@ def stopped_before_its_end(trainer: L.Trainer) -> str | None:
     if step >= steps or any(map(has_lost_patience, callbacks)):
         return None
     where = f"stopped at step {step} of {steps}"
-    if any(isinstance(each, Timer) and (each.time_remaining() or 0) <= 0 for each in callbacks):
+    left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in left):
         return f"{where}, as trainer.max_time is over; the same command with a larger one goes on from there"
     if trainer.num_training_batches < steps * trainer.accumulate_grad_batches:
         return f"{where}, as trainer.limit_train_batches or overfit_batches says; without them it is another run"

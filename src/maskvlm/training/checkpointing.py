@@ -74,6 +74,7 @@ class KeepState(Checkpoint):
         self.shared_batches = 0
         self.passed_over = False  # the run goes on from another than last.ckpt, which must not be lost
         self.reserved = False  # memory for the first snapshot was asked for
+        self.stops = False  # something wants the run to end
         self.attempt: Attempt | None = None
 
     # ------------------------------------------------------------------ what a checkpoint tells
@@ -159,8 +160,13 @@ class KeepState(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        # Between two passes of one step no checkpoint is whole: gradients are not in it.
-        if trainer.fast_dev_run or is_accumulating(trainer):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # Between two passes of one step no checkpoint is whole: gradients are not in it. Whoever wants the run to end
+        # there, as `trainer.max_time`, waits for the step.
+        self.stops |= trainer.should_stop
+        trainer.should_stop = self.stops and not is_accumulating(trainer)
+        if is_accumulating(trainer):
             return
         if not self.reserved and trainer.is_global_zero:
             # Now, as the optimiser's state comes with the first step.
@@ -268,7 +274,7 @@ def follow_folder(state: dict[str, Any], folder: Path) -> None:
 
 def has_lost_patience(callback: Any) -> bool:
     """Whether it is an `EarlyStopping` that has ended the run."""
-    return isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience
+    return isinstance(callback, EarlyStopping) and callback.wait_count >= max(1, callback.patience)
 
 
 def state_of(trainer: L.Trainer) -> list[Tensor]:

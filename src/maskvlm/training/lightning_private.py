@@ -63,12 +63,12 @@ def reopen_pass(checkpoint: dict[str, Any]) -> None:
     checkpoint was written, and nothing would follow it."""
     loops = checkpoint["loops"]["fit_loop"]
     passes = loops["epoch_progress"]
-    if passes["current"]["processed"]:
-        # As in a checkpoint along the way: begun, and neither processed nor completed.
-        passes["current"] |= {"processed": 0, "completed": 0}
-        for count in ("processed", "completed"):
-            passes["total"][count] -= 1
-        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    # As in a checkpoint along the way: begun, and neither processed nor completed.
+    for count in ("processed", "completed"):
+        passes["total"][count] -= passes["current"][count]
+        passes["current"][count] = 0
+    # Also of one that was written at the last batch, before the pass had ended.
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
 
 
 def log_this_step(trainer: L.Trainer) -> None:
