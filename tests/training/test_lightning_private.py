@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -103,6 +104,34 @@ def test_an_evaluation_before_the_first_step() -> None:
     module = Line()
     fit(AtOnce(), module, val_check_interval=6)
     assert module.seen == [("evaluated", 0), ("evaluated", 6)]
+
+
+class Scored(Line):
+    """Of which an evaluation has a score."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("score", 1.0)
+
+
+def test_the_best_weights_are_there_when_an_evaluation_ends(tmp_path: Path) -> None:
+    """Also at the end of the pass; one that was told otherwise keeps to that."""
+    keeper = ModelCheckpoint(tmp_path, "best", "score", mode="max")
+    told = ModelCheckpoint(tmp_path, "told", "score", save_on_train_epoch_end=True)
+    private.judge_after_evaluations(keeper)
+    private.judge_after_evaluations(told)
+    seen: list[bool] = []
+
+    class Late(L.Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            seen.append((tmp_path / "best.ckpt").exists())
+
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, callbacks=[Late(), keeper, told],
+    )  # fmt: skip
+    trainer.fit(Scored(), DataLoader(torch.ones(2, 1)), DataLoader(torch.ones(1, 1)))
+    assert seen == [True]
+    assert told._save_on_train_epoch_end is True
 
 
 class Handlers(L.Callback):

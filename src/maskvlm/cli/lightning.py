@@ -38,6 +38,7 @@ from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task
 from maskvlm.training.attempts import attempted, forget
 from maskvlm.training.checkpointing import LAST, check_finite, has_lost_patience
 from maskvlm.training.failure import FIRST, process_rank
+from maskvlm.training.lightning_private import judge_after_evaluations
 from maskvlm.training.lit import LitModel
 from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, estimate_memory
 from maskvlm.training.precision import alone, cpu_precision
@@ -199,6 +200,9 @@ class LightningCommand(LightningCLI):
                 raise
             raise wrong_trainer(error) from error
         keep_profile(made, Path(self.settings.run))
+        # Without evaluations they are left to look at what training logs.
+        for callback in made.callbacks if made.limit_val_batches else ():  # type: ignore[attr-defined]
+            judge_after_evaluations(callback)
         watch(made, Path(self.settings.run), self.settings.get("patience"))
         return made
 

@@ -71,6 +71,15 @@ def reopen_pass(checkpoint: dict[str, Any]) -> None:
     loops["epoch_loop.batch_progress"]["is_last_batch"] = False
 
 
+def judge_after_evaluations(callback: L.Callback) -> None:
+    """Let `ModelCheckpoint` and `EarlyStopping` judge an evaluation when it ends, also the one at the end of the pass,
+    for which Lightning waits until the pass is over: a run that is stopped in between would go on without its best
+    weights, as an evaluation that is made again belongs to no pass. One that was told when to judge keeps to that."""
+    for name in ("_save_on_train_epoch_end", "_check_on_train_epoch_end"):
+        if getattr(callback, name, True) is None:
+            setattr(callback, name, False)
+
+
 def log_this_step(trainer: L.Trainer) -> None:
     """Hand what this step logged to the loggers, if it is its turn."""
     trainer._logger_connector.update_train_step_metrics()
