@@ -9,30 +9,17 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from training.test_early_stop import SMALL as STILL
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import LightningCommand, run_command
+from maskvlm.cli.lightning import LightningCommand, kept_best, run_command
 from maskvlm.training.checkpointing import KeepState, follow_folder
 from maskvlm.training.lightning_private import reopen_pass
 from maskvlm.training.resume import finished
-from maskvlm.training.run_record import read_json
+from maskvlm.training.run_record import RunRecord, read_json
 from maskvlm.utils.launch import Finished
 
-SMALL = {
-    "data.steps": 12,
-    "data.batch_size": 4,
-    "data.eval_batch_size": 6,
-    "data.source.train": 24,
-    "data.source.val": 6,
-    "model.lr": 1e-3,
-    "model.lr_encoders": 1e-3,
-    "model.task.weight_words": 0,
-    "model.task.rerank_k": 2,
-    "model.backbone.image.config": "{patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
-    "model.backbone.text.config": "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
-    "intermediate_size: 64}",
-    "trainer.val_check_interval": 3,
-}
+SMALL = STILL | {"model.lr": 1e-3, "model.lr_encoders": 1e-3, "trainer.val_check_interval": 3}
 
 
 @pytest.fixture
@@ -97,6 +84,17 @@ def test_a_callback_that_stops_a_run_does_not_finish_it(
         assert fit("run")["global_step"] == 6
     assert "stopped at step 6 of 12 by a callback; the same command goes on" in capsys.readouterr().err
     assert fit("run")["global_step"] == 12
+
+
+def test_the_best_weights_are_written_before_the_pass_ends(
+    fit: Callable[..., dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that is evaluated at its end alone: a stop after that evaluation must not cost them."""
+    seen: list[str | None] = []
+    # Asked of the callback: the file itself is written in the background.
+    monkeypatch.setattr(RunRecord, "on_train_epoch_end", lambda _, trainer, module: seen.append(kept_best(trainer)))
+    fit("run", data__steps=2, trainer__val_check_interval=1.0)
+    assert seen == [str(tmp_path / "run" / "best.ckpt")]
 
 
 def test_a_profile_lies_in_the_runs_folder(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:

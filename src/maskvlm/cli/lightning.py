@@ -568,8 +568,8 @@ def keep_profile(trainer: Any, folder: Path) -> None:
 
 
 def check_strategy(strategy: Any) -> None:
-    """Raises UserError for a strategy that copies this process: a model is not handed over in the middle, and a run of
-    such processes could not be watched or started again."""
+    """Raises UserError for a strategy that starts its processes as copies of this one: what is built by then cannot be
+    copied, and such processes could not be watched."""
     if isinstance(strategy, str) and re.search(r"_(spawn|fork|notebook)(_|$)", strategy):
         what = "starts its processes as copies of this one, which training here does not support"
         raise UserError(f"trainer.strategy={strategy}", what, "Give ddp, or where=gpu8 or the like")
@@ -695,12 +695,20 @@ def recipe_of_another(start: ModelSpec, arguments: Sequence[str]) -> str | None:
     recipe = next((found[1] for word in arguments if (found := RECIPE_FILE.search(word))), None)
     if arguments[0] != "fit" or recipe is None:
         return None
-    files = {name: str(chosen("model", name)) for name in choices("model")}
-    models = {name: read_yaml(config_text(file), file)["model"] for name, file in files.items()}
-    own = [name for name, model in models.items() if _size_of(model["backbone"]) == _size_of(start.backbone)]
-    if not own or recipe in own:
+    sizes = {name: _size_in(str(chosen("model", name))) for name in choices("model")}
+    own = [name for name, size in sizes.items() if size == _size_of(start.backbone)]
+    # A file of the user's own may have such a name, too.
+    if not own or recipe in own or recipe not in sizes:
         return None
     return f"the recipe is that of model={recipe}, the checkpoint a model={own[0]}: give model={own[0]} beside from="
+
+
+def _size_in(file: str) -> tuple[str, int | None] | None:
+    """The same in a model's file; None for one that says nothing of encoders, or cannot be read: nobody named it."""
+    try:
+        return _size_of(read_yaml(config_text(file), file)["model"]["backbone"])
+    except (UserError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _size_of(backbone: Any) -> tuple[str, int | None]:

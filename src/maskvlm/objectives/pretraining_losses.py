@@ -160,8 +160,8 @@ class PretrainingLoss(ABC):
 
     def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What is measured of it on held-out images, by name: values and their weights, of one shape. `metrics.json`
-        and the log have the weighted mean of the whole split as `NAME/KEY`; a key that ends in `_chance` is the level
-        of the one before it. The paper's four are measured by `evaluation.PretrainingMetrics`.
+        and the log have the weighted mean of the whole split as `NAME/KEY`. The paper's four are measured by
+        `evaluation.PretrainingMetrics`.
 
         Args:
             heads: as `__call__` has them.

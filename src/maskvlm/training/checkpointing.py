@@ -106,7 +106,7 @@ class KeepState(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # By now the process group exists; before, and in an evaluation alone, a process agrees with itself.
-        self.agree, self.saved_at = Agreement(), time.monotonic()
+        self.agree, self.saved_at, self.stops = Agreement(), time.monotonic(), False
         # A strategy that brings its own is left alone.
         if isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO):
             self.io = trainer.strategy.checkpoint_io
