@@ -68,6 +68,8 @@ def test_a_run_that_its_time_ended_goes_on_with_more(
     assert went_on["global_step"] == finished(tmp_path / "run") == 12
     torch.testing.assert_close(went_on["state_dict"], whole["state_dict"], rtol=0, atol=0)
     assert read_json(tmp_path / "run" / "metrics.json") == read_json(tmp_path / "whole" / "metrics.json")
+    # Repeated elsewhere, the configuration begins anew: it names no checkpoint.
+    assert yaml.safe_load((tmp_path / "run" / "config-fit.yaml").read_text())["ckpt_path"] is None
 
 
 def test_a_callback_that_stops_a_run_does_not_finish_it(
@@ -117,7 +119,6 @@ def test_a_run_is_stopped_after_whole_steps(
         stopped = fit("run", trainer__max_time="00:01:00:00", trainer__accumulate_grad_batches=2, data__steps=6)
     assert (stopped["global_step"], stopped["PairData"]["batches"]) == (2, 4)  # type: ignore[index]
     assert not (tmp_path / "run" / "attempts.json").exists()
-    assert yaml.safe_load((tmp_path / "run" / "config-fit.yaml").read_text())["ckpt_path"] is None
 
 
 def test_a_pass_is_reopened_whatever_of_it_was_counted() -> None:
