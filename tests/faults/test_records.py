@@ -72,7 +72,7 @@ def test_any_bytes_are_a_table_that_goes_on(tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("log", numbered=True)
     (folder / "metrics.csv").write_bytes(b"step,train/loss\n" + content)
     log = Writer(str(folder))
-    log.forget(3, unmeasured=True)
+    log.forget(3, unmeasured=True, ended=False)
     log.log_metrics({"train/loss": 1.5}, 3)
     log.save()
     row = rows_in((folder / "metrics.csv").read_bytes())[-1]

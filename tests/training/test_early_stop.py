@@ -36,7 +36,9 @@ SMALL = {
 
 
 def fit(folder: Path, stack: Callable[..., list[str]], patience: int | None, **more_options: object) -> None:
-    stop = {"monitor": "score", "mode": "max", "patience": patience}
+    """more_options: dots as two underscores; `threshold`: the score that ends a run."""
+    threshold = more_options.pop("threshold", None)
+    stop = {"monitor": "score", "mode": "max", "patience": patience, "stopping_threshold": threshold}
     callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
     more = folder.parent / "stop.yaml"
     more.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]} if patience else {}}))
@@ -69,6 +71,26 @@ def test_a_run_that_comes_to_its_end_measures_its_last_weights(
     fit(tmp_path / "run", stack, patience)
     assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 12
+
+
+def test_more_patience_trains_on(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would restore the old one from the checkpoint."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    fit(tmp_path / "run", stack, patience=1)
+    assert finished(tmp_path / "run") == 6
+    fit(tmp_path / "run", stack, patience=3, ckpt_path="last")
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == finished(tmp_path / "run") == 12
+
+
+def test_a_score_that_was_reached_finishes_a_run(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    fit(tmp_path / "run", stack, patience=3, threshold=-1.0)
+    assert finished(tmp_path / "run") == 3
+    assert "the score reached -1.0: the run ends at step 3" in capsys.readouterr().err
 
 
 def test_a_run_that_was_ending_does_not_train_on_when_it_is_started_again(

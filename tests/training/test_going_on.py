@@ -1,8 +1,10 @@
 """A run that ended with steps left, or is given more of them, or whose folder was moved, trains on."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -14,9 +16,11 @@ from training.test_early_stop import SMALL as STILL
 from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, kept_best, run_command
 from maskvlm.training.checkpointing import KeepState, follow_folder
+from maskvlm.training.csv_log import rows_in
 from maskvlm.training.lightning_private import reopen_pass
 from maskvlm.training.resume import finished
 from maskvlm.training.run_record import RunRecord, read_json
+from maskvlm.utils.errors import UserError
 from maskvlm.utils.launch import Finished
 
 SMALL = STILL | {"model.lr": 1e-3, "model.lr_encoders": 1e-3, "trainer.val_check_interval": 3}
@@ -125,8 +129,10 @@ def test_a_pass_is_reopened_whatever_of_it_was_counted() -> None:
     for processed, completed in ((1, 1), (1, 0), (0, 0)):
         current = {"ready": 1, "started": 1, "processed": processed, "completed": completed}
         progress = {"current": current, "total": dict(current)}
-        loops = {"epoch_progress": progress, "epoch_loop.batch_progress": {"is_last_batch": True}}
-        reopen_pass({"loops": {"fit_loop": loops}})
+        loops: dict[str, Any] = {"epoch_progress": progress, "epoch_loop.batch_progress": {"is_last_batch": True}}
+        loops["epoch_loop.state_dict"] = {"_batches_that_stepped": 5 + completed}
+        assert reopen_pass({"loops": {"fit_loop": loops}, "global_step": 6}) == bool(completed)
+        assert loops["epoch_loop.state_dict"]["_batches_that_stepped"] == 5
         assert progress["current"] == progress["total"] == {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         assert loops["epoch_loop.batch_progress"] == {"is_last_batch": False}
 
@@ -161,6 +167,56 @@ def test_a_finished_run_is_given_more_steps(
     with pytest.raises(Finished, match="finished at step 12"):
         fit("run")
     assert yaml.safe_load((tmp_path / "run" / "config-fit.yaml").read_text())["data"]["init_args"]["steps"] == 12
+
+
+def rows_of(folder: Path) -> list[tuple[str, str]]:
+    """Step and loss of each training row."""
+    rows = rows_in((folder / "metrics.csv").read_bytes())
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+def test_the_steps_after_an_end_are_logged_under_their_numbers(
+    fit: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    """At a constant rate, row by row those of the longer run; the evaluation of the shorter one's end stays."""
+    constant = {"trainer__log_every_n_steps": 1, "model__min_lr": 1e-3, "model__warmup": 1}
+    constant["model__task__image_learns"] = 1  # not a share of the length
+    fit("whole", **constant)
+    fit("run", data__steps=6, **constant)
+    fit("run", ckpt_path="last", **constant)
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    measured = [row["step"] for row in rows_in((tmp_path / "run" / "metrics.csv").read_bytes()) if "score" in row]
+    assert measured == ["2", "5", "6", "8", "11", "12"]
+
+
+def test_a_run_that_goes_on_has_the_rates_of_its_command(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:
+    fit("run", data__steps=6, model__warmup=1)
+    other = {"model__lr": 5e-4, "model__lr_encoders": 2e-4, "model__weight_decay": 0.3, "model__betas": "[0.8,0.9]"}
+    every = {"trainer__log_every_n_steps": 1}
+    found: Any = fit("run", ckpt_path="last", model__warmup=1, model__min_lr=1e-6, model__stable=0, **every, **other)
+    groups = found["optimizer_states"][0]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {5e-4, 2e-4} == set(found["lr_schedulers"][0]["base_lrs"])
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
+    rates = [
+        row["lr-AdamW/rest"]
+        for row in rows_in((tmp_path / "run" / "metrics.csv").read_bytes())
+        if "lr-AdamW/rest" in row
+    ]
+    # A cosine of twelve steps after one of warm-up, at its sixth.
+    assert float(rates[-6]) == pytest.approx(1e-6 + (5e-4 - 1e-6) * (1 + math.cos(math.pi * 5 / 11)) / 2)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_record_of_its_run(
+    fit: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    fit("run", data__steps=6)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.[jy]*")}
+    with pytest.raises(UserError, match="batch"):
+        fit("run", data__batch_size=6, ckpt_path="last")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.[jy]*")} == before
+    fit("run", ckpt_path="last")
+    assert len(read_json(tmp_path / "run" / "versions.json")["earlier"]) == 1
 
 
 def test_the_best_weights_of_a_moved_run_stay(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("0.5,")  # killed in the middle of a row
     again = Writer(str(tmp_path))
-    again.forget(3, unmeasured=True)  # goes on after the fourth step, which is still to be measured
+    again.forget(3, unmeasured=True, ended=False)  # goes on after the fourth step, which is still to be measured
     again.log_metrics({"score": 2.5}, 3)
     again.log_metrics({"train/loss": 2.0}, 4)
     again.save()
@@ -192,6 +192,20 @@ def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:
         ("0", "0.0", None), ("1", "0.5", None), ("2", "1.0", None), ("3", "1.5", None), ("3", None, "2.5"),
         ("4", "2.0", None),
     ]  # fmt: skip
+
+
+def test_the_evaluation_of_an_end_stays_and_the_step_after_it_is_logged_anew(tmp_path: Path) -> None:
+    """Both stand under the step that comes next: of a run that ended after two steps, and then died in its third."""
+    log = Writer(str(tmp_path))
+    for row, step in (({"train/loss": 1.0}, 1), ({"score": 5.0}, 2), ({"train/loss": 2.0}, 2), ({"score": 6.0}, 3)):
+        log.log_metrics(row, step)
+    log.forget(1, unmeasured=False, ended=True)
+    assert log.rows == []  # nothing is written yet
+    log.save()
+    log.forget(1, unmeasured=False, ended=True)
+    assert [(int(row["step"]), set(row) - {"step"}) for row in log.rows] == [(1, {"train/loss"}), (2, {"score"})]
+    log.forget(1, unmeasured=False, ended=False)
+    assert [int(row["step"]) for row in log.rows] == [1]
 
 
 def test_a_new_column_never_leaves_half_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task_name
 from maskvlm.training.attempts import attempted, forget
-from maskvlm.training.checkpointing import LAST, check_finite, has_lost_patience
+from maskvlm.training.checkpointing import LAST, check_finite, ended_by_score
 from maskvlm.training.failure import FIRST, process_rank
 from maskvlm.training.lightning_private import judge_after_evaluations
 from maskvlm.training.lit import LitModel
@@ -44,7 +44,7 @@ from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, estimate_
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
-from maskvlm.training.run_record import SaveConfig, claim_folder, finish_run, give_up_folder
+from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, give_up_folder
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.process_memory import freed_memory_kept
@@ -199,6 +199,9 @@ class LightningCommand(LightningCLI):
             if "more than one stateful callback" not in str(error):
                 raise
             raise wrong_trainer(error) from error
+        for callback in made.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunRecord | SaveConfig):
+                callback.goes_on = self.settings.get("ckpt_path") is not None
         keep_profile(made, Path(self.settings.run))
         # Without evaluations they are left to look at what training logs.
         for callback in made.callbacks if made.limit_val_batches else ():  # type: ignore[attr-defined]
@@ -263,7 +266,7 @@ class LightningCommand(LightningCLI):
 
     def after_fit(self) -> None:
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
-        along the way looked at a part (limit_val_batches). Of a run that ended because its score no longer rose, the
+        along the way looked at a part (limit_val_batches). Of a run that `EarlyStopping` ended, the
         best weights are measured."""
         folder = Path(self.trainer.default_root_dir)
         # Asked now: measuring the best weights brings back what callbacks knew when they were written.
@@ -278,7 +281,8 @@ class LightningCommand(LightningCLI):
             self.trainer.limit_val_batches = 1.0
             best = best_of(self.trainer)
             if best is not None:
-                warn(f"the score no longer rose: the run ends at step {self.trainer.global_step}, {best} is measured")
+                why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
+                warn(f"{why}: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
             # Once more, with what the evaluation of all images keeps of them. Not after it alone: it may take long, and
             # whatever stops it must not take the last steps with it.
@@ -447,10 +451,10 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
 
 def stopped_before_its_end(trainer: L.Trainer) -> str | None:
     """Of a run that ended with steps left, where, by what, and how it goes on; None of one that has come to its end, or
-    whose score no longer rose."""
+    that its score ended."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     step, steps = trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
-    if step >= steps or any(map(has_lost_patience, callbacks)):
+    if step >= steps or any(map(ended_by_score, callbacks)):
         return None
     where = f"stopped at step {step} of {steps}"
     left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
@@ -467,7 +471,7 @@ def best_of(trainer: L.Trainer) -> str | None:
     # A run that ended at its full length is measured with its last weights, whatever the best ones are.
     early = trainer.global_step < trainer.datamodule.total_steps  # type: ignore[attr-defined]
     # Another cause, such as trainer.max_time, ends a run with its last weights, too.
-    return kept_best(trainer) if early and any(map(has_lost_patience, callbacks)) else None
+    return kept_best(trainer) if early and any(map(ended_by_score, callbacks)) else None
 
 
 def kept_best(trainer: L.Trainer) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -72,6 +73,7 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
         self.shared_batches = 0
+        self.ended = False  # training had ended where this run goes on
         self.passed_over = False  # the run goes on from another than last.ckpt, which must not be lost
         self.reserved = False  # memory for the first snapshot was asked for
         self.stops = False  # something wants the run to end
@@ -91,7 +93,11 @@ class KeepState(Checkpoint):
             return
         # Given more steps than before, or ended by its time. Without this project's data no length is known.
         if checkpoint["global_step"] < getattr(trainer.datamodule, "total_steps", 0):  # type: ignore[attr-defined]
-            reopen_pass(checkpoint)
+            self.ended = reopen_pass(checkpoint)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # With more patience than before a run trains on; Lightning would restore the old one.
+            if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, ModelCheckpoint) and keeper.state_key in checkpoint["callbacks"]:
                 follow_folder(checkpoint["callbacks"][keeper.state_key], Path(str(keeper.dirpath)))
@@ -118,10 +124,10 @@ class KeepState(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
                 # Rows after the checkpoint will be logged again.
-                logger.forget(batches_that_stepped(trainer), self.unmeasured)
+                logger.forget(batches_that_stepped(trainer), self.unmeasured, self.ended)
         evaluate_after_whole_steps(trainer)
         # In no checkpoint stands that the run was ending, only for how long the score has not risen.
-        if any(has_lost_patience(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(ended_by_score(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
@@ -272,9 +278,15 @@ def follow_folder(state: dict[str, Any], folder: Path) -> None:
     state["kth_best_model_path"] = str(here.get(worst, worst))
 
 
-def has_lost_patience(callback: Any) -> bool:
-    """Whether it is an `EarlyStopping` that has ended the run."""
-    return isinstance(callback, EarlyStopping) and callback.wait_count >= max(1, callback.patience)
+def ended_by_score(callback: Any) -> str | None:
+    """Why an `EarlyStopping` has ended the run; None where it has not, or is another callback."""
+    if not isinstance(callback, EarlyStopping):
+        return None
+    if callback.wait_count >= max(1, callback.patience):
+        return f"the {callback.monitor} no longer {'rose' if callback.mode == 'max' else 'fell'}"
+    if callback.stopping_reason == EarlyStoppingReason.STOPPING_THRESHOLD:
+        return f"the {callback.monitor} reached {callback.stopping_threshold}"
+    return None
 
 
 def state_of(trainer: L.Trainer) -> list[Tensor]:

@@ -29,14 +29,15 @@ class RunLog(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
     @rank_zero_only
-    def forget(self, step: int, unmeasured: bool) -> None:
+    def forget(self, step: int, unmeasured: bool, ended: bool) -> None:
         """Drop what a run that goes on will log again.
 
         Args:
             step: the last one whose training row stays.
             unmeasured: its evaluation is still to be made: rows that hold its numbers go, too.
+            ended: training had ended there. The evaluation of its end stands under the step that comes next, and stays.
         """
-        self.experiment.forget(step, unmeasured)
+        self.experiment.forget(step, unmeasured, ended)
 
 
 class Writer(ExperimentWriter):
@@ -77,9 +78,9 @@ class Writer(ExperimentWriter):
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(_table(new, keys, header=False))
 
-    def forget(self, step: int, unmeasured: bool) -> None:
+    def forget(self, step: int, unmeasured: bool, ended: bool) -> None:
         """See `RunLog.forget`."""
-        kept = [row for row in self.rows if _keeps(row, step, unmeasured)]
+        kept = [row for row in self.rows if _keeps(row, step, unmeasured, ended)]
         if len(kept) < len(self.rows):
             self.rows = kept
             self._rewrite()
@@ -104,13 +105,14 @@ def rows_in(content: bytes) -> list[Row]:
         return []
 
 
-def _keeps(row: Row, step: int, unmeasured: bool) -> bool:
+def _keeps(row: Row, step: int, unmeasured: bool, ended: bool) -> bool:
     try:
         at = int(float(row.get("step", 0)))
     except (ValueError, OverflowError):  # a damaged row
         return False
+    measured = any(_measured(key) for key in row)
     # The step's training row was logged before the checkpoint was written; its evaluation may be still to come.
-    return at < step or (at == step and not (unmeasured and any(_measured(key) for key in row)))
+    return at < step or (at == step and not (unmeasured and measured)) or (ended and at == step + 1 and measured)
 
 
 def _measured(key: str) -> bool:

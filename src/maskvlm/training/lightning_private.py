@@ -58,9 +58,13 @@ def evaluate_now(trainer: L.Trainer) -> None:
     trainer.training, results._first_loop_iter = True, first
 
 
-def reopen_pass(checkpoint: dict[str, Any]) -> None:
+def reopen_pass(checkpoint: dict[str, Any]) -> bool:
     """Let a run of which steps are left train on: to Lightning it is one pass over the data, which had ended when this
-    checkpoint was written, and nothing would follow it."""
+    checkpoint was written, and nothing would follow it.
+
+    Returns:
+        whether training had ended there: an evaluation that follows is logged under the step that comes next.
+    """
     loops = checkpoint["loops"]["fit_loop"]
     passes = loops["epoch_progress"]
     # As in a checkpoint along the way: begun, and neither processed nor completed.
@@ -69,6 +73,11 @@ def reopen_pass(checkpoint: dict[str, Any]) -> None:
         passes["current"][count] = 0
     # Also of one that was written at the last batch, before the pass had ended.
     loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    # Along the way the last step is not counted yet, as its row is logged under it; Lightning does so when it goes on.
+    counts, steps = loops["epoch_loop.state_dict"], checkpoint["global_step"]
+    ended = bool(counts["_batches_that_stepped"] == steps)
+    counts["_batches_that_stepped"] = steps - 1
+    return ended
 
 
 def judge_after_evaluations(callback: L.Callback) -> None:

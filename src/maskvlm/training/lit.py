@@ -21,7 +21,7 @@ from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
-from maskvlm.training.optim import begin_late, build_adamw, first_step, parameter_groups, schedule
+from maskvlm.training.optim import begin_late, build_adamw, first_step, keep_settings, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
@@ -376,8 +376,10 @@ class LitModel(L.LightningModule):
         """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""
         if self.trained and self.trainer.state.fn == TrainerFn.FITTING:
             made = self.configure_optimizers()
-            scheduler: Any = made["lr_scheduler"]
-            check_resumable(checkpoint, self.trainer, made["optimizer"], scheduler["scheduler"])
+            optimizer: Any = made["optimizer"]
+            scheduler: Any = made["lr_scheduler"]["scheduler"]  # type: ignore[index]
+            check_resumable(checkpoint, self.trainer, optimizer, scheduler)
+            keep_settings(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], optimizer, scheduler)
             if "task_state" in checkpoint:
                 restore(self.task, checkpoint["task_state"], str(self.trainer.ckpt_path))
         if "tokenizer" in checkpoint:

@@ -95,6 +95,25 @@ def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused:
     return AdamW(groups, betas=betas, fused=fused)
 
 
+def keep_settings(
+    states: list[dict[str, Any]], schedules: list[dict[str, Any]], optimizer: Optimizer, scheduler: LambdaLR
+) -> None:
+    """Let a run that goes on have the rates, decays and betas of its own configuration, which `--ckpt_path` may give
+    other ones than the checkpoint's; what Adam has averaged, and the count of steps, are the checkpoint's.
+
+    Args:
+        states, schedules: `optimizer_states` and `lr_schedulers` of a checkpoint, of one optimiser; changed in place.
+        optimizer, scheduler: as the run makes them, new.
+    """
+    step = schedules[0]["last_epoch"]
+    peaks = [group["initial_lr"] for group in optimizer.param_groups]
+    # As LambdaLR computes them: a run whose settings are the checkpoint's goes on to the bit.
+    rates = [peak * factor(step) for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]
+    for group, own, rate in zip(states[0]["param_groups"], optimizer.param_groups, rates, strict=True):
+        group.update({key: value for key, value in own.items() if key != "params"} | {"lr": rate})
+    schedules[0].update(base_lrs=peaks, _last_lr=rates)
+
+
 def begin_late(optimizer: Optimizer) -> None:
     """Let the groups marked `late` begin as if this were the optimiser's first step. While they waited their gradients
     were 0: Adam's averages stayed 0 and its count of steps went on, so that it would take its first steps for the

@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from maskvlm.checkpoint.provenance import Provenance
@@ -163,16 +164,30 @@ class RunRecord(L.Callback):
 
     def __init__(self) -> None:
         self.trained = False
+        # From a checkpoint, as the command line knows before the trainer does. One that does not fit must leave the
+        # record of its run as it is: it is written only once that is known.
+        self.goes_on = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.trained |= stage == "fit"
         if not trainer.is_global_zero or stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a trial of a few batches may stand on a finished run's folder
+        if not self.goes_on:
+            self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        """Write what is known before the first step."""
         fingerprint = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
         facts: dict[str, Any] = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
         facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None
         write_json(folder_of(trainer) / "versions.json", versions() | facts | earlier(folder_of(trainer)))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run goes on: the checkpoint was found to fit. Model and data are restored by now."""
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if fits and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._begin(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the weights come from; of a run that goes on, the checkpoint brings every tensor."""
@@ -237,6 +252,15 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, parser: Any, config: Any, portable: Any = None, **kwargs: Any) -> None:
         # Lightning's own way refuses a folder that holds a configuration, as that of a run which goes on does.
         super().__init__(parser, config if portable is None else portable, save_to_log_dir=False, **kwargs)
+        self.goes_on = False  # as RunRecord's
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not self.goes_on:
+            super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
