@@ -34,6 +34,7 @@ def test_a_line_of_predictions_holds_what_was_asked_and_said() -> None:
         "truth": "red",
         "prediction": "green",
         "right": 0.5,
+        "images": ["toy 2 0"],
         "index": [7],
         "kind": "odd one",
     }

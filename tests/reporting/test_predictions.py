@@ -80,7 +80,7 @@ def test_predictions_are_lines_of_json_in_the_order_of_the_split(measured: tuple
     assert 100 * sum(known) / len(known) == pytest.approx(model.metrics["nlvr/accuracy"])
     for row in rows:
         assert row["prediction"] in LABELS
-        assert set(row) == {"id", "text", "truth", "prediction", "right", "index", "kind"}
+        assert set(row) == {"id", "text", "truth", "prediction", "right", "index", "kind", "images"}
 
 
 def test_the_page_is_drawn(measured: tuple[Path, LitModel]) -> None:
@@ -284,10 +284,11 @@ def test_images_of_pairs_and_of_examples_and_what_they_are() -> None:
 def test_an_image_of_pairs_is_called_by_its_id() -> None:
     one = Prediction(id="7", text="an image 1", truth="image 0", prediction="image 1", right=0.0, index=[1, 0], kind="")
     (found,) = with_ids([one], PAIRS)
-    assert found == {**one, "truth": "image 0, flickr 1", "prediction": "image 1, flickr 23"}
+    told = {"truth": "image 0, flickr 1", "prediction": "image 1, flickr 23", "images": ["flickr 23", "flickr 1"]}
+    assert found == {**one, **told}
     asked = [Prediction(**{**line(0), "text": "image 0"})]
     assert with_ids(asked, PAIRS)[0]["text"] == "image 0, flickr 1"
-    assert with_ids(asked, [{"images": ["b"]}]) is asked  # an example has an id of its own
+    assert with_ids(asked, [{"images": ["b"]}]) is asked  # an example says its own
     nowhere = [Prediction(**{**line(0), "index": []})]
     assert with_ids(nowhere, PAIRS) is nowhere
 

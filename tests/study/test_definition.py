@@ -194,6 +194,10 @@ def test_metrics_are_means_and_differences() -> None:
         ({"options": {"allow-import": "evil"}}, "study.yaml: grid 1: few: allow-import is not for a study's file"),
         ({"options": {"allow-import=evil": 1}}, "grid 1: few: allow-import=evil is not for a study's file"),
         ({"options": {"model.lr --debug": 1}}, "grid 1: few: model.lr --debug is not for a study's file"),
+        (
+            {"options": {"trainer.max_time": "00:01:00:00"}},
+            "grid 1: few: trainer.max_time is no budget: a run that its",
+        ),
         ({"options": {"folder": "/elsewhere"}}, "grid 1: few: folder is not for a study's file"),
         ({"run": "pretrain run=x"}, "study.yaml: run: run=x is not for a study's file"),
         ({"run": "pretrain 'x"}, "study.yaml: run: No closing quotation"),

@@ -46,10 +46,12 @@ def parse() -> argparse.Namespace:
 
 
 class Run(NamedTuple):
-    """What a run measured. right: of each example of the validation split, by its id, 0 to 1."""
+    """What a run measured. right: of each example of the validation split, by its id, 0 to 1. images: of each, their
+    ids as one text; its own id where the file is of a version that kept none."""
 
     metrics: dict[str, float]
     right: dict[str, float]
+    images: dict[str, str]
 
 
 def run(task: str, way: str, seed: int, options: argparse.Namespace) -> Run:
@@ -66,8 +68,10 @@ def run(task: str, way: str, seed: int, options: argparse.Namespace) -> Run:
         command += [f"RUN={folder}", f"ARGS={words}", f"PYTHON={sys.executable}"]
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
-    lines = map(json.loads, path.with_name("predictions.jsonl").read_text().splitlines())
-    return Run(json.loads(path.read_text()), {line["id"]: line["right"] for line in lines if line["right"] is not None})
+    lines = [json.loads(line) for line in path.with_name("predictions.jsonl").read_text().splitlines()]
+    judged = {line["id"]: line for line in lines if line["right"] is not None}
+    images = {key: " ".join(line.get("images", [key])) for key, line in judged.items()}
+    return Run(json.loads(path.read_text()), {key: line["right"] for key, line in judged.items()}, images)
 
 
 def cell(values: list[float]) -> str:
@@ -78,11 +82,15 @@ def cell(values: list[float]) -> str:
 
 
 def worth(full: list[Run], ablated: list[Run]) -> str:
-    """What the image adds, in points: mean of all seeds and its interval, then seed by seed."""
+    """What the image adds, in points: mean of all seeds and its interval, then seed by seed. The interval is over the
+    images: questions about one photo are right and wrong together (a cluster-robust standard error)."""
     examples = sorted(full[0].right)
     with_N, without_N = (np.array([[each.right[key] for key in examples] for each in runs]) for runs in (full, ablated))
     difference_N = 100 * (with_N.mean(0) - without_N.mean(0))
-    mean, error = difference_N.mean(), difference_N.std(ddof=1) / len(examples) ** 0.5
+    mean = difference_N.mean()
+    _, image_N = np.unique([full[0].images[key] for key in examples], return_inverse=True)
+    sums_I = np.bincount(image_N, weights=difference_N - mean)
+    error = (len(sums_I) / (len(sums_I) - 1) * (sums_I**2).sum()) ** 0.5 / len(examples)
     by_seed = 100 * (with_N.mean(1) - without_N.mean(1)) if len(full) == len(ablated) else np.array([])
     interval = f"{mean - 1.96 * error:+.1f} to {mean + 1.96 * error:+.1f}"
     return f"{mean:+.1f} ({interval}) | {', '.join(f'{seed:+.1f}' for seed in by_seed)}"

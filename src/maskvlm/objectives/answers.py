@@ -28,7 +28,7 @@ class ScoredExample(NamedTuple):
         example = self.example
         return Prediction(
             id=example["id"], text=example["text"], truth=self.truth, prediction=self.prediction, right=self.correct,
-            index=[self.row], kind=example["kind"],
+            index=[self.row], kind=example["kind"], images=list(example["image_ids"]),
         )  # fmt: skip
 
 

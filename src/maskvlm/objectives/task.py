@@ -26,6 +26,7 @@ class Prediction(TypedDict):
         right: 0 to 1, None where the truth is not published.
         index: rows of the evaluated split whose images belong to it: the examples' own, or those that were found.
         kind: question type, or "".
+        images: their ids in the data set. Examples of one photo are not independent: who wants an interval groups them.
         measured: what this example alone gets, by the metric's name, where no answer is simply right or wrong; left
             out by other tasks, and of an example that the metric does not judge.
     """
@@ -37,6 +38,7 @@ class Prediction(TypedDict):
     right: float | None
     index: list[int]
     kind: str
+    images: NotRequired[list[str]]
     measured: NotRequired[dict[str, float]]
 
 

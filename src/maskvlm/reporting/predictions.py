@@ -80,16 +80,17 @@ def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
 
 def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
     """An image of pairs, which a task can only call `image ROW`, is followed by its id in the data set: nobody finds
-    a photo by its place in a split. Examples have an id of their own."""
+    a photo by its place in a split. Also by itself, as `images`. Examples say their own."""
     places = sorted({place for one in predictions for place in one["index"]})
     # Rows with `images` are examples, those with `image` pairs.
     if not places or "images" in rows[places[0]]:
         return predictions
-    names = {f"image {place}": f"image {place}, {rows[place]['image_id']}" for place in places}
+    ids = {place: rows[place]["image_id"] for place in places}
+    names = {f"image {place}": f"image {place}, {id}" for place, id in ids.items()}
 
     def told(one: Prediction) -> Prediction:
         text, truth, said = (names.get(words, words) for words in (one["text"], one["truth"], one["prediction"]))
-        return {**one, "text": text, "truth": truth, "prediction": said}
+        return {**one, "text": text, "truth": truth, "prediction": said, "images": [ids[at] for at in one["index"]]}
 
     return [told(one) for one in predictions]
 

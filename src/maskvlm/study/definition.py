@@ -324,6 +324,9 @@ def _first(told: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machine:
 def _check_keys(options: Mapping[str, Any], where: str) -> None:
     """Raises UserError for an option that a file may not give."""
     for key in options:
+        if key == "trainer.max_time":
+            what = "is no budget: a run that its time ends is not finished, and is gone on with each time"
+            raise UserError(where, f"{key} {what}", "Give data.steps, or flops_of")
         if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
             raise _not_for_files(where, key)
 
