@@ -6,6 +6,7 @@ have. Nothing else is read, nothing is instantiated here, no name leads to a fil
 modules of it.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,6 +285,30 @@ def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
     return spec._replace(backbone={**spec.backbone, "init_args": {**args, "start": None}})
 
 
+def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
+    """The same of modules that no configuration has built, by the arguments that they keep.
+
+    Returns:
+        the backbone, and the task where its arguments are plain values; None for a backbone that no checkpoint can
+        tell: of another class, or with encoders of other classes.
+    """
+    made = [_built(part) for part in (backbone, backbone.image, backbone.text)]
+    if [None if part is None else part["class_path"] for part in made] != [BACKBONE, IMAGE, TEXT]:
+        return None
+    whole, image, text = (part for part in made if part is not None)
+    whole["init_args"] |= {"image": image, "text": text}
+    return portable(ModelSpec(whole, _built(task)), backbone.text.config)
+
+
+def _built(part: Any) -> dict[str, Any] | None:
+    """class_path and init_args; None where an argument is an object that no text can hold."""
+    try:
+        args = json.loads(json.dumps(part.arguments, allow_nan=False))
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": args}
+
+
 def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
     """The part of a composed configuration that a model's weights depend on, for a checkpoint."""
     return backbone_yaml(portable(ModelSpec(config["model"]["backbone"], None), text_config))
@@ -294,8 +319,7 @@ def backbone_yaml(spec: ModelSpec) -> str:
     return yaml.safe_dump({"model": {"random_init": True, "backbone": spec.backbone}}, sort_keys=False)
 
 
-def task_yaml(config: Mapping[str, Any]) -> str:
-    """The part of a composed configuration that says what the heads are; labels come with the checkpoint."""
-    task = config["model"]["task"]
+def task_yaml(task: Mapping[str, Any]) -> str:
+    """What the heads are, of a task's class_path and init_args; labels come with the checkpoint."""
     args = {name: value for name, value in (task.get("init_args") or {}).items() if name != "labels"}
     return yaml.safe_dump({"class_path": task["class_path"], "init_args": args}, sort_keys=False)

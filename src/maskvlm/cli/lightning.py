@@ -182,7 +182,7 @@ class LightningCommand(LightningCLI):
         # Of the built model, as its text encoder's shape goes into what a checkpoint will say.
         written = portable.as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
-        self.model.task_yaml = task_yaml(written)
+        self.model.task_yaml = task_yaml(written["model"]["task"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """bf16 wherever the GPU has it, and on a CPU where that is faster (`precision.py`), unless told otherwise."""

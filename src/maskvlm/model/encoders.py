@@ -42,6 +42,7 @@ from maskvlm.model.hf_text import (
 from maskvlm.model.init import init_xavier
 from maskvlm.model.text_lengths import length_groups, lengths_of, worth_grouping
 from maskvlm.model.vit_weights import HEADS, create_vit, read_vit_state
+from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.distributed import without_gradient
 from maskvlm.utils.errors import ExitCode, UserError, check_shares
 from maskvlm.utils.on_cpu import on_cpu
@@ -60,12 +61,14 @@ class Encoder(nn.Module):
     Attributes:
         width: D.
         detached: whether the encoder runs without gradient at the moment, see `encoders_frozen`.
+        arguments: that it was built with.
     """
 
     width: int
 
     def __init__(self, random_init: bool) -> None:
         super().__init__()
+        self.arguments = given_arguments(self)
         self.random_init = random_init
         self.ready = random_init
         self.adapter: nn.Module = nn.Identity()

@@ -15,6 +15,7 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.model.cross_attention import CrossEncoder
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.init import init_normal, init_positions, init_xavier
+from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.errors import ExitCode, UserError, check_least, check_shares
 
 
@@ -72,6 +73,8 @@ class MaskVLM(nn.Module):
         query_positions: bool = False,
     ) -> None:
         super().__init__()
+        # Encoders say theirs themselves.
+        self.arguments = {k: value for k, value in given_arguments(self).items() if k not in ("image", "text")}
         check_least(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
         check_least(1, {"model.backbone.width": width})
         check_shares({"model.backbone.dropout": dropout})

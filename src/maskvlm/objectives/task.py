@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
+from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Task(nn.Module, ABC):
         stuck_hints: of each loss term, what it means that it stays at its chance level, and where to look.
         run_progress: share of the run's steps that were made before the current one; 1 outside a run.
         compares_examples: a loss depends on which examples are together in a pass, as contrast does.
+        arguments: that it was built with.
     """
 
     uniform: Uniform
@@ -78,6 +80,7 @@ class Task(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        self.arguments = given_arguments(self)
         self.predictions = []
 
     @abstractmethod

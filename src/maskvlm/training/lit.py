@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from maskvlm.checkpoint.model_spec import backbone_yaml, spec_of_modules, task_yaml
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.warm_start import Seen, training_history_of
 from maskvlm.data.batch import Batch
@@ -331,6 +332,10 @@ class LitModel(L.LightningModule):
         # What a reader of this one file needs beside the tensors: tokenizer, model spec, labels, training history.
         if self.backbone.text.tokenizer is not None:
             checkpoint["tokenizer"] = tokenizer_json(self.backbone.text.tokenizer)
+        if self.model_yaml is None and (spec := spec_of_modules(self.backbone, self.task)) is not None:
+            # Without the command line, which has a configuration to tell it from.
+            self.model_yaml = backbone_yaml(spec)
+            self.task_yaml = None if spec.task is None else task_yaml(spec.task)
         if self.model_yaml is not None:
             checkpoint["model"] = self.model_yaml
         if self.task_yaml is not None:
