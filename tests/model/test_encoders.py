@@ -248,6 +248,7 @@ def test_what_the_data_module_must_know() -> None:
         ("vit_base_patch16_siglip_224", 64, {}, "class token"),
         ("vit_small_r26_s32_224", 64, {}, "plain patches"),  # a CNN before the ViT
         ("resnet18", 64, {}, "resnet18"),
+        ("tnt_s_patch16_224", 64, {}, "plain patches"),  # a transformer without a patch embedding of its own
         ("vit_tiny_patch16_224", 70, {}, "multiple of 16"),
         ("vit_tiny_patch16_224", 64, {"embed_dimm": 3}, "embed_dimm"),
         ("vit_tiny_patch16_224", 64, {"num_heads": 5}, "divisible"),
@@ -508,6 +509,7 @@ def test_a_given_tokenizer_sizes_the_random_model(tmp_path: Path, tokenizer: Pre
         ("bert", {"num_attention_heads": 5}, "model.backbone.text.config", "32.*5"),
         ("bert", {"hidden_size": "wide"}, "model.backbone.text", "hidden_size"),
         ("./nowhere/roberta", {}, "./nowhere/roberta", "no such folder"),
+        ("layoutlm", BERT, "model.backbone.text.name", "gives no features of a text alone"),
         (
             "some-org/some-model",
             {},
@@ -524,6 +526,17 @@ def test_text_encoders_that_cannot_be(name: str, config: dict[str, Any], where: 
 
 
 # ---------------------------------------------------------------------- readiness
+
+
+def test_quantised_positions_are_counted_and_the_trial_draws_nothing() -> None:
+    """I-BERT's tables are modules of its own; convbert has dropout, and is tried out when it is built."""
+    with pytest.raises(UserError, match="has 511 positions"):
+        TextEncoder("ibert", 600, random_init=True, vocab_size=50, config=BERT | {"max_position_embeddings": 512})
+    torch.manual_seed(0)
+    encoder, after = TextEncoder("convbert", 12, random_init=True, vocab_size=50, config=BERT), torch.rand(1)
+    torch.manual_seed(0)
+    type(encoder.model)(encoder.config)
+    assert torch.equal(torch.rand(1), after)
 
 
 def test_random_weights_must_be_asked_for() -> None:

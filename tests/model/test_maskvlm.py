@@ -98,6 +98,11 @@ def test_cross_encoders_start_small_but_for_cross_attention_and_encoders_from_xa
         assert not layer.bias.any()
 
 
+def test_a_width_without_positions_is_named() -> None:
+    with pytest.raises(UserError, match=r"embed_dim 90 is no multiple of 4.*Set it to 92"):
+        init_positions(torch.nn.Parameter(torch.zeros(1, 5, 90)), (2, 2))
+
+
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
 def test_positions_start_as_sines_and_cosines_that_tell_patches_apart(grid: tuple[int, int]) -> None:
     """Against a few lines of NumPy; the class token starts at 0."""

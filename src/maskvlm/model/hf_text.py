@@ -5,6 +5,7 @@ What its files say is read by `text_files.py`.
 
 from typing import Any, NoReturn
 
+import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerFast
 
 from maskvlm.checkpoint.integrity import first_line
@@ -25,7 +26,27 @@ def build_text_encoder(config: PreTrainedConfig, checkpointing: bool = False) ->
         name = "activation_checkpointing_enable"
         enable = getattr(model, name, None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if config.model_type not in IGNORE_PADDING:
+        _try(model)
     return model
+
+
+def _try(model: Any) -> None:
+    """Raise UserError for a model that gives no features of a text alone: some ask for more, such as boxes, or for the
+    layer behind the encoder that is left out here. Found now, not in the first step."""
+    device = next(model.parameters()).device
+    if (
+        device.type == "meta"
+    ):  # laid out without memory, to be compared with a checkpoint: of a model that was built once
+        return
+    token_BT = torch.zeros(1, 3, dtype=torch.long, device=device)
+    try:
+        # Dropout draws here: what is drawn after it must not depend on that.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(input_ids=token_BT, attention_mask=torch.ones_like(token_BT)).last_hidden_state.shape  # noqa: B018
+    except Exception as error:  # each model has its own error
+        what = f"{model.config.model_type} gives no features of a text alone ({first_line(error)})"
+        raise UserError(f"{WHERE}.name", what, "Choose another encoder, such as bert or roberta") from error
 
 
 # Tests check that these give the same with a finished mask as with a padding mask.
@@ -125,6 +146,7 @@ def check_positions(model: Any, text_length: int) -> None:
         return
     # RoBERTa's positions begin behind the padding id.
     first = 0 if table.padding_idx is None else table.padding_idx + 1
-    if text_length > table.num_embeddings - first:
-        what = f"{text_length} tokens, but the model has {table.num_embeddings - first} positions"
-        raise UserError(f"{WHERE}.text_length", what, f"Set it to {table.num_embeddings - first} or less")
+    most = len(table.weight) - first
+    if text_length > most:
+        what = f"{text_length} tokens, but the model has {most} positions"
+        raise UserError(f"{WHERE}.text_length", what, f"Set it to {most} or less")

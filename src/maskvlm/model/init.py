@@ -18,6 +18,8 @@ import torch
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
+from maskvlm.utils.errors import UserError
+
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:
     """Linear layers N(0, std) cut at two standard deviations, cross-attention Xavier; biases 0, norms 1 and 0."""
@@ -47,8 +49,14 @@ def init_positions(position_1LD: nn.Parameter, grid: tuple[int, int]) -> None:
     Wavelengths from 2 pi patches to 2 pi times the grid's side: with the usual 10,000 nearly all dimensions are
     constant over a small grid, and the features hardly say where they are. Of mean square 1, as text features are.
     """
+    width = position_1LD.shape[-1]
+    if width % 4:
+        what = f"embed_dim {width} is no multiple of 4, as positions of random weights need it (sine, cosine)"
+        raise UserError(
+            "model.backbone.image.config", what, f"Set it to {width + 4 - width % 4}, or take another model"
+        )
     # (N, D): the sines of row and column, then the cosines.
-    table_ND = build_sincos2d_pos_embed(list(grid), dim=position_1LD.shape[-1], temperature=max(grid))
+    table_ND = build_sincos2d_pos_embed(list(grid), dim=width, temperature=max(grid))
     # At the end, behind prefix tokens. The root of 2: sine and cosine have mean square 1/2.
     position_1LD.zero_()[0, -len(table_ND) :] = 2**0.5 * table_ND
 

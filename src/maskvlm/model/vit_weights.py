@@ -42,7 +42,7 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         todo = "Mend its config, or choose a ViT with a class token such as vit_base_patch16_224"
         raise UserError(WHERE, f"{name} cannot be built ({first_line(error)})", todo) from error
     # A PatchEmbed is one convolution; timm's hybrids have a CNN in its place.
-    if getattr(vit, "cls_token", None) is None or not isinstance(vit.patch_embed, PatchEmbed):
+    if getattr(vit, "cls_token", None) is None or not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
         what = f"{name} is no ViT with plain patches and a class token"
         raise UserError(f"{WHERE}.name", what, "Choose one such as vit_base_patch16_224")
     # The norm behind the blocks stays as it is: its float32 is what contrast compares.
