@@ -268,7 +268,7 @@ def test_images_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: P
     photos.path(1).unlink()
     index = SearchIndex.load(tmp_path, tmp_path / "photos")
     assert len(search_index(index, model, "a circle", 3)) == 3
-    said = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank."
+    said = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank and --show."
     refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, said)
 
 
@@ -300,8 +300,19 @@ def test_the_commands_index_and_search_a_configured_set(
     ranked: Any = model.rank("a red circle", [pairs[n]["image"] for n in range(7)], 3)
     assert [line["id"] for line in lines] == [pairs[each.place]["image_id"] for each in ranked[:3]]
     assert [line["match"] for line in lines] == pytest.approx([each.match for each in ranked[:3]], abs=1e-5)
-    assert main([*named, "--index", str(out), "a red circle", "--k", "1"], []) == 0
+    assert (
+        main([*named, "--index", str(out), "a red circle", "--k", "1", "--show", str(tmp_path / "found.png")], []) == 0
+    )
     assert "scenes (seed 0) val image" in capsys.readouterr().out
+    with Image.open(tmp_path / "found.png") as sheet:
+        shown = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24) or []}
+    best = pairs[next(n for n in range(7) if pairs[n]["image_id"] == lines[0]["id"])]["image"]
+    assert max(best.getcolors(1 << 24))[1] in shown  # the ground of the drawn scene
+    refused(
+        lambda: main([*named, "--index", str(out), "a red circle", "--show", str(out)], []),
+        ExitCode.CANNOT_CREATE,
+        f"{out}: ",
+    )
 
     (tmp_path / "stranger.py").write_text(
         "from maskvlm.data.scenes.source import Scenes\n\n\nclass Mine(Scenes): ...\n"

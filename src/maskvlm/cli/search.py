@@ -10,9 +10,10 @@ from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import default_model
 from maskvlm.data.inputs import check_absent
+from maskvlm.data.preview import open_row, save_sheet
 from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
-from maskvlm.inference.search import ABOUT, SearchIndex, index_folder, search_index
+from maskvlm.inference.search import ABOUT, SearchIndex, SearchResult, index_folder, search_index
 from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import UserError
 
@@ -75,7 +76,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     )
     parser.add_argument("--k", type=int, default=10, help="how many (10)")
     parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
-    parser.add_argument("--images", type=Path, help="where the images lie (a folder, a prepared set), for --rerank")
+    parser.add_argument("--images", type=Path, help="where the images lie (a folder, a set), for --rerank and --show")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="write a PNG of what was found")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     options = parser.parse_args(arguments)
@@ -94,4 +96,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         told |= {"image": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
         whole = {**told, "id": each.id, "captions": each.captions}
         print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(told), flush=True)
+    if options.show is not None:
+        print(f"wrote {show(index, found, options.show)}", file=sys.stderr, flush=True)
     return 0
+
+
+def show(index: SearchIndex, found: list[SearchResult], path: Path) -> Path:
+    """Write a contact sheet of what was found, best first. Raises UserError: see `SearchIndex.open_images`; the file
+    cannot be written (73)."""
+    titles = [f"{place}. {each.id}, similarity {each.similarity:.3f}" for place, each in enumerate(found, 1)]
+    rows = zip(index.open_images(found), found, titles, strict=True)
+    return save_sheet([open_row(image, each.captions, title, each.origin) for image, each, title in rows], path)

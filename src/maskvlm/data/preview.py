@@ -2,7 +2,7 @@
 
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
@@ -34,7 +34,19 @@ def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
         raise UserError("preview", "no images to show", "Check the data set and the count")
     # evenly spread, always the same
     indices = [number * len(pairs) // count for number in range(count)]
-    figure = draw_sheet([read_row(pairs, index) for index in indices])
+    return save_sheet([read_row(pairs, index) for index in indices], path)
+
+
+def save_sheet(rows: list[Row | UserError], path: Path) -> Path:
+    """Write a PNG of these rows, their images opened, or the reason why there is none.
+
+    Returns:
+        `path`; its folder is made when missing.
+
+    Raises:
+        UserError: the file cannot be written (73).
+    """
+    figure = draw_sheet(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", dpi=100)
@@ -48,13 +60,15 @@ def read_row(pairs: Pairs, index: int) -> Row | UserError:
     """The row with its image opened, or why it cannot be read."""
     try:
         row = pairs[index]
-        return Row(
-            # opened here, so that what cannot be read becomes a cell of the sheet
-            image=safe_open(row["image"], row["origin"]),
-            captions=row["captions"],
-            image_id=row["image_id"],
-            origin=row["origin"],
-        )
+        return open_row(row["image"], row["captions"], row["image_id"], row["origin"])
+    except UserError as error:
+        return error
+
+
+def open_row(image: Any, captions: list[str], title: str, origin: str) -> Row | UserError:
+    """A row of a sheet, its image opened here: what cannot be read becomes a cell that says so."""
+    try:
+        return Row(image=safe_open(image, origin), captions=captions, image_id=title, origin=origin)
     except UserError as error:
         return error
 

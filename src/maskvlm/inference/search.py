@@ -169,10 +169,10 @@ class SearchIndex:
                 todo = f"Name the prepared set that the index was made of, the folder of its {MANIFEST}"
                 raise UserError("--images", "is a folder of files, and the index names rows of a set", todo)
             if not Path(os.path.realpath(each.path)).is_relative_to(root):
-                todo = "Name the folder that holds its images, or search without --rerank"
+                todo = "Name the folder that holds its images, or search without --rerank and --show"
                 raise UserError("--images", f"{shown(each.path)} is not in {root}", todo, ExitCode.REFUSED)
             if not Path(each.path).is_file():
-                todo = "Bring it back, or search without --rerank"
+                todo = "Bring it back, or search without --rerank and --show"
                 raise UserError(each.path, "the images are not on disk", todo, ExitCode.MISSING_INPUT)
         return [Path(str(each.path)) for each in found]
 
@@ -193,9 +193,8 @@ class SearchIndex:
             root = args.get("root") if isinstance(args, dict) else None
             kept = root or next((os.path.dirname(each.path) for each in found if each.path), "a place it does not name")
             what = f"the images lie in {shown(kept)}, says {ABOUT}; what it names is not opened unasked"
-            todo = (
-                "If you trust that place, say so: --images FOLDER (a folder or a prepared set); or leave out --rerank"
-            )
+            todo = "If you trust that place, say so: --images FOLDER (a folder or a prepared set)"
+            todo += "; or leave out --rerank and --show"
             raise UserError("search", what, todo, ExitCode.REFUSED)
         pairs = made.split(self.about["split"])
         if pairs.fingerprint != self.about["data"]:
