@@ -17,6 +17,7 @@ import pytest
 import torch
 from data.toy_raw import make as make_set
 from data.toy_raw import row
+from PIL import Image
 from test_vector_files import Photos, rows_of, start, toy_checkpoint, vector_of
 
 from maskvlm.cli.search import checkpoint_of_index, main, make
@@ -300,12 +301,11 @@ def test_the_commands_index_and_search_a_configured_set(
     ranked: Any = model.rank("a red circle", [pairs[n]["image"] for n in range(7)], 3)
     assert [line["id"] for line in lines] == [pairs[each.place]["image_id"] for each in ranked[:3]]
     assert [line["match"] for line in lines] == pytest.approx([each.match for each in ranked[:3]], abs=1e-5)
-    assert (
-        main([*named, "--index", str(out), "a red circle", "--k", "1", "--show", str(tmp_path / "found.png")], []) == 0
-    )
+    sheet = str(tmp_path / "found.png")
+    assert main([*named, "--index", str(out), "a red circle", "--k", "1", "--show", sheet], []) == 0
     assert "scenes (seed 0) val image" in capsys.readouterr().out
-    with Image.open(tmp_path / "found.png") as sheet:
-        shown = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24) or []}
+    with Image.open(sheet) as page:
+        shown = {colour for _, colour in page.convert("RGB").getcolors(1 << 24) or []}
     best = pairs[next(n for n in range(7) if pairs[n]["image_id"] == lines[0]["id"])]["image"]
     assert max(best.getcolors(1 << 24))[1] in shown  # the ground of the drawn scene
     refused(
