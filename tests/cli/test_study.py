@@ -141,7 +141,7 @@ def test_a_study_is_an_array_of_jobs(
 def test_an_array_makes_first_what_the_others_start_from(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = yaml.safe_load((plain / "toy.yaml").read_text()) | {"first": {"told": "x", "options": {"data.steps": 1}}}
+    study = yaml.safe_load((plain / "toy.yaml").read_text()) | {"first": {"label": "x", "options": {"data.steps": 1}}}
     (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["study", "toy.yaml", "--submit", "--only", "all"]) == 0

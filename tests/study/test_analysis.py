@@ -63,7 +63,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         1: -2,
         2: -2,
     }
-    assert values_of(frame, "few", study.metrics["told"]).empty  # that no run has measured
+    assert values_of(frame, "few", study.metrics["nats"]).empty  # that no run has measured
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_all_runs_start_from(tmp_path: Path) -> None:
-    first = {"told": "masked words alone", "options": {"data.steps": 9}}
+    first = {"label": "masked words alone", "options": {"data.steps": 9}}
     study, runs = a_study(tmp_path, {"few": [10, 11]}, {"first": first})
     page = write_page(study, runs, tmp_path / "page", "x").read_text()
     assert (

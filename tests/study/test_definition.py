@@ -25,11 +25,11 @@ STUDY: dict[str, Any] = {
     "options": {"data.steps": 6, "model.lr": 0.1},
     "seeds": 2,
     "arms": {
-        "few": {"told": "few losses", "options": {"model.task.weight_mlm": 0, "model.lr": 0.2}},
+        "few": {"label": "few losses", "options": {"model.task.weight_mlm": 0, "model.lr": 0.2}},
         "all": None,
     },
     "grid": [{"arms": ["few", "all"]}, {"arms": ["few"], "flops_of": "all"}, {"arms": ["all"], "fraction": 0.25}],
-    "metrics": {"R@1": {"mean": ["a", "b"]}, "told": {"mean": ["c"], "minus": ["d"], "unit": "nats"}},
+    "metrics": {"R@1": {"mean": ["a", "b"]}, "nats": {"mean": ["c"], "minus": ["d"], "unit": "nats"}},
     "questions": [{"claim": "More is better.", "better": "all", "than": ["few", "few@flops-of-all"], "metric": "R@1"}],
 }
 
@@ -47,7 +47,7 @@ def test_cells_are_arms_on_parts_of_the_data(tmp_path: Path) -> None:
     # the arm's options win over the study's
     assert dict(study.cell("few").options) == {"data.steps": "6", "model.lr": "0.2", "model.task.weight_mlm": "0"}
     assert dict(study.cell("all").options) == {"data.steps": "6", "model.lr": "0.1"}
-    assert [study.told(cell) for cell in study.cells] == [
+    assert [study.label(cell) for cell in study.cells] == [
         "few losses", "all", "few losses, with the operations of all", "all, 25 % of the images",
     ]  # fmt: skip
     (question,) = study.questions
@@ -181,7 +181,7 @@ def test_metrics_are_means_and_differences() -> None:
         ({"grid": [{"arms": ["few", "few"]}]}, "study.yaml: grid 1: few is there twice"),
         ({"grid": [{"arms": ["few"], "fraction": 2}]}, "study.yaml: grid 1: fraction: expected a number from 0 to 1"),
         ({"metrics": {"R@1": {"mean": []}}}, "study.yaml: metrics.R@1: mean: expected a list of 1 to 20"),
-        ({"columns": ["R@2"]}, "study.yaml: columns: there is no R@2. There are: R@1, told"),
+        ({"columns": ["R@2"]}, "study.yaml: columns: there is no R@2. There are: R@1, nats"),
         ({"seeds": []}, "study.yaml: seeds: expected a whole number"),
         ({"questions": [{"claim": "x"}]}, "study.yaml: question 1: the key better is missing"),
         (
@@ -204,14 +204,14 @@ def test_metrics_are_means_and_differences() -> None:
         ({"run": "finetune vqa from=x"}, "study.yaml: grid 2: flops_of counts the operations of pretrain alone"),
         ({"arms": {8: None}}, "study.yaml: arms: expected a mapping"),
         ({"metrics": {"R@1": {"mean": ["a"], "as": "gaussian nats"}}}, "metric R@1: as: gaussian nats compares two"),
-        ({"first": {"options": {}}}, "study.yaml: first: the key told is missing"),
-        ({"first": {"told": "x", "options": {"folder": "y"}}}, "study.yaml: first: folder is not for a study's file"),
+        ({"first": {"options": {}}}, "study.yaml: first: the key label is missing"),
+        ({"first": {"label": "x", "options": {"folder": "y"}}}, "study.yaml: first: folder is not for a study's file"),
         (
-            {"first": {"told": "x", "options": {}}, "run": "pretrain from=best.ckpt"},
+            {"first": {"label": "x", "options": {}}, "run": "pretrain from=best.ckpt"},
             "study.yaml: first: few has a from= of its own",
         ),
         (
-            {"first": {"told": "x", "options": {}}, "arms": {"first": None}, "grid": [{"arms": ["first"]}]},
+            {"first": {"label": "x", "options": {}}, "arms": {"first": None}, "grid": [{"arms": ["first"]}]},
             "study.yaml: first: an arm has this name, too",
         ),
         ({"run": "pretrain encoders=${oc.env:NOT_THERE_AT_ALL}"}, "Environment variable 'NOT_THERE_AT_ALL' not found"),
@@ -284,7 +284,7 @@ def test_the_papers_arm_is_the_papers_whatever_the_built_in_recipe_takes(
 
 
 def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
-    first = {"told": "masked words alone", "options": {"data.steps": 9, "model.task.weight_itc": 0}}
+    first = {"label": "masked words alone", "options": {"data.steps": 9, "model.task.weight_itc": 0}}
     blocks = [{"arms": ["few"]}, {"arms": ["all"], "seeds": [1, 4]}]
     study = read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []}))
     runs = runs_of(study, tmp_path)
@@ -297,7 +297,7 @@ def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
     assert runs[4].start == runs[1]
     assert runs[4].command[5:7] == (f"from={tmp_path / 'first-s1' / 'last.ckpt'}", "--folder")
     assert runs[4].about["command"] == [*runs[4].command[2:]]  # another start is another run
-    assert study.told(study.first) == "masked words alone"
+    assert study.label(study.first) == "masked words alone"
     # What it starts from decides its weights, too: made otherwise it is another run.
     first["options"]["data.steps"] = 10
     others = runs_of(read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []})), tmp_path)

@@ -7,10 +7,10 @@ run: pretrain model=tiny data=scenes         # the command of every run
 options: {data.steps: 2400}                  # of every run
 seeds: 5                                     # 0 to 4, or a list
 arms:
-  contrast: {told: contrast alone, options: {model.task.weight_itm: 0}}
-  all: {told: all four losses}
+  contrast: {label: contrast alone, options: {model.task.weight_itm: 0}}
+  all: {label: all four losses}
 first:                                       # made once for each seed; the other runs start from its last weights
-  told: masked words alone
+  label: masked words alone
   options: {data.steps: 600, model.task.weight_itc: 0, model.task.weight_itm: 0, model.task.weight_mim: 0}
 grid:                                        # which arms on what
 - {arms: [contrast, all]}
@@ -67,8 +67,8 @@ SCHEMA = Record(
     },
     ExitCode.USAGE,
 )  # fmt: skip
-ARM = Record({}, {"told": SENTENCE, "options": OPTIONS, "run": Text(1000)}, ExitCode.USAGE)
-FIRST_RUN = Record({"told": SENTENCE, "options": Entries(Tree())}, {}, ExitCode.USAGE)
+ARM = Record({}, {"label": SENTENCE, "options": OPTIONS, "run": Text(1000)}, ExitCode.USAGE)
+FIRST_RUN = Record({"label": SENTENCE, "options": Entries(Tree())}, {}, ExitCode.USAGE)
 BLOCK = Record(
     {"arms": Listed(NAME, 200, 1)},
     {"fraction": Real(0, 1), "flops_of": NAME, "options": OPTIONS, "seeds": SEEDS},
@@ -213,7 +213,7 @@ class Study:
         """The cell of this name. Raises KeyError."""
         return {cell.name: cell for cell in self.cells}[name]
 
-    def told(self, cell: Cell) -> str:
+    def label(self, cell: Cell) -> str:
         """What it is, for people."""
         words = [self.arms[cell.arm]]
         words += [f"{100 * cell.fraction:g} % of the images"] if cell.fraction < 1 else []
@@ -234,36 +234,36 @@ def read_study(file: str, where: str | None = None) -> Study:
     if read_config_file(file) is None:
         raise UserError(file, "is empty", TODO)
     written = read_yaml(Path(file).read_text("utf-8-sig"), file)
-    told = SCHEMA.read(fill_environment(written, file), file, TODO)
-    arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(told, "arms", file)}
+    content = SCHEMA.read(fill_environment(written, file), file, TODO)
+    arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(content, "arms", file)}
     for name in arms:
         if not NAME.fits(name):
             raise UserError(f"{file}: arms", f"{name!r} is no name of a folder", "Use a-z, 0-9 and - . _ +")
     metrics = {
         name: _metric(name, METRIC.read(each, f"{file}: metrics.{name}", TODO))
-        for name, each in _mapping(told, "metrics", file)
+        for name, each in _mapping(content, "metrics", file)
     }
-    runs = {name: _words(arm.get("run", told["run"]), f"{file}: run", where) for name, arm in arms.items()}
-    cells = tuple(_cells(told, arms, runs, file))
+    runs = {name: _words(arm.get("run", content["run"]), f"{file}: run", where) for name, arm in arms.items()}
+    cells = tuple(_cells(content, arms, runs, file))
     as_written = {
         name: _words((written["arms"][name] or {}).get("run", written["run"]), f"{file}: run", where) for name in arms
     }
     cells = tuple(replace(cell, written=as_written[cell.arm]) for cell in cells)
-    first = _first(told, cells, file, where)
+    first = _first(content, cells, file, where)
     if first is not None:
         first = replace(first, written=_words(written["run"], f"{file}: run", where))
     questions = tuple(
         _question(each, cells, metrics, f"{file}: question {number}")
-        for number, each in enumerate(told["questions"], 1)
+        for number, each in enumerate(content["questions"], 1)
     )
-    columns = tuple(told.get("columns") or metrics)
+    columns = tuple(content.get("columns") or metrics)
+    labels = {name: arm.get("label", name) for name, arm in arms.items()}
+    labels |= {FIRST: content["first"]["label"]} if first else {}
     for name in columns:
         _known(name, metrics, f"{file}: columns")
     return Study(
-        told["name"], told.get("title", told["name"]), told.get("about", ""),
-        written["run"],
-        {name: arm.get("told", name) for name, arm in arms.items()} | ({FIRST: told["first"]["told"]} if first else {}),
-        cells, metrics, columns, questions, first,
+        content["name"], content.get("title", content["name"]), content.get("about", ""),
+        written["run"], labels, cells, metrics, columns, questions, first,
     )  # fmt: skip
 
 
@@ -288,36 +288,36 @@ def _not_for_files(where: str, option: str) -> UserError:
     return UserError(where, f"{option} is not for a study's file", "Give it to `maskvlm study`, or leave it out")
 
 
-def _mapping(told: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
-    if not isinstance(told[key], dict) or not told[key]:
+def _mapping(content: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
+    if not isinstance(content[key], dict) or not content[key]:
         raise UserError(f"{file}: {key}", "expected names with values", TODO)
-    return list(told[key].items())
+    return list(content[key].items())
 
 
-def _metric(name: str, told: Mapping[str, Any]) -> Metric:
-    gaussian = told.get("as") == GAUSSIAN
-    if gaussian and "minus" not in told:
+def _metric(name: str, content: Mapping[str, Any]) -> Metric:
+    gaussian = content.get("as") == GAUSSIAN
+    if gaussian and "minus" not in content:
         raise UserError(f"metric {name}", f"as: {GAUSSIAN} compares two errors", "Give minus, the larger one")
-    unit, lower = told.get("unit", "points"), told.get("lower", False)
-    minus, otherwise = (tuple(told.get(key, ())) for key in ("minus", "otherwise"))
-    return Metric(name, tuple(told["mean"]), minus, otherwise, unit, lower, gaussian)
+    unit, lower = content.get("unit", "points"), content.get("lower", False)
+    minus, otherwise = (tuple(content.get(key, ())) for key in ("minus", "otherwise"))
+    return Metric(name, tuple(content["mean"]), minus, otherwise, unit, lower, gaussian)
 
 
-def _first(told: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machine: str | None) -> Cell | None:
+def _first(content: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machine: str | None) -> Cell | None:
     """The run that the others start from, once for each of their seeds."""
-    if "first" not in told:
+    if "first" not in content:
         return None
     where = f"{file}: first"
-    read = FIRST_RUN.read(told["first"], where, TODO)
+    read = FIRST_RUN.read(content["first"], where, TODO)
     for cell in cells:
         if cell.arm == FIRST:
             raise UserError(where, "an arm has this name, too", "Give the arm another name")
         if any(word.startswith("from=") for word in cell.run):
             raise UserError(where, f"{cell.name} has a from= of its own", "Leave out one of the two")
-    options = (told.get("options") or {}) | read["options"]
+    options = (content.get("options") or {}) | read["options"]
     _check_keys(options, where)
     seeds = dict.fromkeys(seed for cell in cells for seed in cell.seeds)
-    words = _words(told["run"], f"{file}: run", machine)
+    words = _words(content["run"], f"{file}: run", machine)
     return Cell(FIRST, 1.0, "", tuple((key, as_text(value)) for key, value in options.items()), tuple(seeds), words)
 
 
@@ -332,11 +332,11 @@ def _check_keys(options: Mapping[str, Any], where: str) -> None:
 
 
 def _cells(
-    told: Mapping[str, Any], arms: Mapping[str, Any], runs: Mapping[str, tuple[str, ...]], file: str
+    content: Mapping[str, Any], arms: Mapping[str, Any], runs: Mapping[str, tuple[str, ...]], file: str
 ) -> Iterator[Cell]:
     """Cells of all blocks of `grid`; without a grid, every arm once."""
     seen: dict[str, Cell] = {}
-    for number, each in enumerate(told.get("grid", [{"arms": list(arms)}]), 1):
+    for number, each in enumerate(content.get("grid", [{"arms": list(arms)}]), 1):
         where = f"{file}: grid {number}"
         block = BLOCK.read(each, where, TODO)
         for arm in (*block["arms"], *([block["flops_of"]] if "flops_of" in block else [])):
@@ -346,12 +346,12 @@ def _cells(
         if "flops_of" in block and any(runs[arm][0] != "pretrain" for arm in (*block["arms"], block["flops_of"])):
             raise UserError(where, "flops_of counts the operations of pretrain alone", "Give data.steps")
         for arm in block["arms"]:
-            options = (told.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
+            options = (content.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
             _check_keys(options, f"{where}: {arm}")
             cell = Cell(
                 arm, float(block.get("fraction", 1.0)), block.get("flops_of", ""),
                 tuple((key, as_text(value)) for key, value in options.items()),
-                _seeds(block.get("seeds", told.get("seeds", 1))), runs[arm],
+                _seeds(block.get("seeds", content.get("seeds", 1))), runs[arm],
             )  # fmt: skip
             if cell.name in seen:
                 raise UserError(where, f"{cell.name} is there twice", "Keep one of them")
@@ -359,8 +359,8 @@ def _cells(
             yield cell
 
 
-def _seeds(told: int | list[int]) -> tuple[int, ...]:
-    return tuple(range(told)) if isinstance(told, int) else tuple(dict.fromkeys(told))
+def _seeds(content: int | list[int]) -> tuple[int, ...]:
+    return tuple(range(content)) if isinstance(content, int) else tuple(dict.fromkeys(content))
 
 
 def as_text(value: Any) -> str:
@@ -368,8 +368,8 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _question(told: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric], where: str) -> Claim:
-    read = QUESTION.read(told, where, TODO)
+def _question(content: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metric], where: str) -> Claim:
+    read = QUESTION.read(content, where, TODO)
     names = {cell.name: cell for cell in cells}
     than = [read["than"]] if isinstance(read["than"], str) else read["than"]
     more = PAIR.read(read["more_than"], f"{where}: more_than", TODO) if "more_than" in read else None

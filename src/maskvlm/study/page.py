@@ -124,7 +124,7 @@ def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
             _mean(each, metric) + (f" ({each.values})" if 0 < each.values < len(rows) else "")
             for each, metric in zip(found, metrics, strict=True)
         ]
-        lines.append(f"| {_cell(study.told(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
+        lines.append(f"| {_cell(study.label(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
     return lines
 
 
@@ -138,11 +138,11 @@ def _answered(study: Study, each: Answer) -> list[str]:
         f"{whole}**{each.verdict}**. Judged by {asked}{least}{f' ({question.source})' if question.source else ''}."
     ]
     if question.more_than is not None:
-        better, than = (study.told(study.cell(name)) for name in question.more_than)
+        better, than = (study.label(study.cell(name)) for name in question.more_than)
         lines.append(f"Ahead by more than {better} is ahead of {than}.")
     lines += ["", "| better | than | ahead by | verdict | seed by seed |", "|---|---|---|---|---|"]
     for one in each.compared:
-        better = _cell(study.told(study.cell(one.comparison.better)))
+        better = _cell(study.label(study.cell(one.comparison.better)))
         seeds = ", ".join(f"{value:+.3g}" for value in one.by_seed)
         ahead = _ahead(one.ahead, question.metric)
         lines.append(f"| {better} | {_than(study, one)} | {ahead} | {one.verdict} | {seeds} |")
@@ -151,7 +151,7 @@ def _answered(study: Study, each: Answer) -> list[str]:
 
 def _than(study: Study, one: Compared) -> str:
     """What the better one is held against, for people."""
-    return _cell(study.told(study.cell(one.comparison.than)))
+    return _cell(study.label(study.cell(one.comparison.than)))
 
 
 def _ahead(found: Interval, metric: Metric) -> str:
@@ -205,7 +205,7 @@ def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[s
         axes.plot(values, [place] * len(values), "o", color=GREY, alpha=0.5, markersize=4)
         if values:
             _bar(axes, interval(values), place, BLUE)
-    axes.set_yticks(range(len(cells)), [label_lines(study.told(study.cell(name))) for name in cells], fontsize=8)
+    axes.set_yticks(range(len(cells)), [label_lines(study.label(study.cell(name))) for name in cells], fontsize=8)
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlabel(f"{metric.name}, {metric.unit}", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -218,7 +218,7 @@ def draw_differences(axes: Axes, study: Study, each: Answer) -> None:
         axes.plot(one.by_seed, [place] * len(one.by_seed), "o", color=GREY, alpha=0.5, markersize=4)
         if one.ahead.values:
             _bar(axes, one.ahead, place, COLOUR[one.verdict])
-    than = [study.told(study.cell(one.comparison.than)) for one in each.compared]
+    than = [study.label(study.cell(one.comparison.than)) for one in each.compared]
     axes.set_yticks(range(len(than)), [label_lines(f"ahead of {name}") for name in than], fontsize=8)
     axes.set_ylim(len(than) - 0.5, -0.5)
     axes.set_xlabel(f"ahead by, {each.question.metric.unit} (95 %)", fontsize=8)
