@@ -99,7 +99,7 @@ def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
     for answer in (
         model.match([], []), model.match([IMAGE], []), model.match([], "a"), model.score(IMAGE, []),
         model.fill_mask(IMAGE, []), model.explain(IMAGE, TEXT, []), model.caption([]),
-        model.reconstruct([], [], []), model.inpaint([], MASK, "a"),
+        model.reconstruct([], [], []), model.inpaint([], MASK, "a"), model.reconstruct(IMAGE, MASK, []),
     ):  # fmt: skip
         assert answer == []
 
@@ -136,6 +136,18 @@ def test_one_mask_serves_several_images(model: PretrainedMaskVLM) -> None:
         many: Any = model.reconstruct([IMAGE, IMAGE], mask, "a")
         assert len(many) == 2
         assert np.array_equal(np.asarray(many[0]), np.asarray(model.reconstruct(IMAGE, MASK, "a")))
+
+
+def test_one_image_goes_with_several_texts_and_masks(model: PretrainedMaskVLM) -> None:
+    other = np.roll(MASK, 1, axis=0)
+    by_text: Any = model.reconstruct(IMAGE, MASK, ["a red star", "a blue star"])
+    by_mask: Any = model.inpaint([IMAGE], [MASK, other], "a red star", steps=1)
+    alone = [model.reconstruct(IMAGE, mask, text) for mask, text in ((MASK, "a red star"), (MASK, "a blue star"))]
+    assert [one.tobytes() for one in by_text] == [one.tobytes() for one in alone]  # type: ignore[union-attr]
+    wanted = model.inpaint(IMAGE, other, "a red star", steps=1)
+    assert len(by_mask) == 2
+    assert by_mask[1].tobytes() == wanted.tobytes()  # type: ignore[union-attr]
+    assert len(model.reconstruct(IMAGE, MASK, ["a red star"])) == 1  # type: ignore[arg-type]
 
 
 def test_one_length_and_one_word_serve_several_images(model: PretrainedMaskVLM) -> None:

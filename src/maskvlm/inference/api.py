@@ -271,7 +271,8 @@ class Asked(nn.Module):
 
         Args:
             mask: [rows, columns] of patches (`model.grid`), true where one is masked; a list of such for several.
-            text: one for all images, or one for each.
+            image, mask, text: of a list each one; a single one goes with all of the others, as one image with several
+                texts.
 
         Returns:
             At the model's resolution (`model.image_size`). A model that was trained with `pixel_norm` knows patches up
@@ -297,20 +298,20 @@ class Asked(nn.Module):
         return self._paint(image, mask, text, steps)
 
     def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
-        given, single = self._images(image)
-        # Of two dimensions it is one mask, for all images.
-        masks = [mask] if single or _dimensions(mask) == 2 else list(mask)
-        texts, _ = self._texts(text)
-        if len(masks) not in (1, len(given)) or len(texts) not in (1, len(given)):
-            what = f"{len(given)} images, {len(masks)} masks and {len(texts)} texts"
-            raise UserError("reconstruct" if steps is None else "inpaint", what, "Give as many of each")
-        if not given:
+        (given, one_image), (texts, one_text) = self._images(image), self._texts(text)
+        masks, one_mask = ([mask], True) if _is_one_mask(mask) else (list(mask), False)
+        if not given or not texts:
             return []
+        counts = len(given), len(masks), len(texts)
+        total = max(counts)
+        if not {*counts} <= {1, total}:
+            what = f"{len(given)} images, {len(masks)} masks and {len(texts)} texts"
+            raise UserError("reconstruct" if steps is None else "inpaint", what, "Give as many of each, or one")
         # (1, N) or (B, N) -> (B, N)
-        mask_BN = torch.stack([self.mask(each) for each in masks]).expand(len(given), -1)
-        words = [check_text(each) for each in texts] * (len(given) if len(texts) == 1 else 1)
-        size = self.batch_size
-        shown = (self.pixels(*part) for part in numbered(given, size))
+        mask_BN = torch.stack([self.mask(each) for each in masks]).expand(total, -1)
+        words = [check_text(each) for each in texts] * (total // len(texts))
+        size, single = self.batch_size, one_image and one_mask and one_text
+        shown = (self.pixels(*part) for part in numbered(given * (total // len(given)), size))
         parts = zip(shown, mask_BN.split(size), embeddings.in_batches(words, size), strict=True)
         found = [one for part in parts for one in self._painted(*part, steps)]
         return found[0] if single else found
@@ -422,6 +423,12 @@ def _listed(given: Any) -> Any:
     """A list of what can be gone through; what is a single image or text as it is."""
     single = isinstance(given, str | bytes | bytearray | memoryview | IOBase | Tensor | np.ndarray)
     return list(given) if isinstance(given, Iterable) and not single else given
+
+
+def _is_one_mask(mask: Any) -> bool:
+    """Whether it is a mask, perhaps of a wrong shape, and no list of masks."""
+    dimensions = _dimensions(mask)
+    return dimensions != 3 and not (dimensions == 0 and isinstance(mask, list | tuple))
 
 
 def _dimensions(mask: Any) -> int:
