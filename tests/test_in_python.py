@@ -3,21 +3,31 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
+from acme.lengths import TextLength as TextCount
 from torch import Tensor
 from toys import toy_backbone
 
 from maskvlm import MaskVLM
 from maskvlm.checkpoint.model_spec import spec_of_modules
+from maskvlm.data.module import PairData
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.inference.rebuild import read_arguments
 from maskvlm.model.encoders import ImageEncoder
 from maskvlm.objectives.masking import RandomBlocks
 from maskvlm.objectives.pretraining import MaskedPretraining
+from maskvlm.training.checkpointing import KeepState
+from maskvlm.training.lit import LitModel, check_length
 from maskvlm.utils.constructor import given_arguments
+from maskvlm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/how-to/in-python.md"
@@ -46,6 +56,122 @@ def test_the_page_runs_and_its_checkpoint_is_one_of_ours(tmp_path: Path, monkeyp
     assert content["lineage"][0]["steps"] == 20
     maskvlm("finetune", "vqa", "from=mine.ckpt", "run=vqa", "where=cpu", *SIZES, folder=tmp_path)
     assert (tmp_path / "checkpoints/vqa/card.json").is_file()
+    more = ("model=tiny", "from=mine.ckpt", "run=more", "where=cpu", "--task_from", "mine.ckpt", *SIZES)
+    maskvlm("pretrain", *more, folder=tmp_path)
+    assert (tmp_path / "checkpoints/more/best.ckpt").is_file()
+    # The folder of the third block holds what was trained there.
+    kept = MaskVLM.from_pretrained("mine")
+    for name, value in kept.task.state_dict().items():
+        torch.testing.assert_close(value, known["task"].state_dict()[name], rtol=0, atol=0)
+
+
+class Keyed(MaskedPretraining):
+    """Hands on what it does not know itself."""
+
+    def __init__(self, extra: float = 0.5, **kw: Any) -> None:
+        super().__init__(**kw)
+        self.extra = extra
+
+
+class Listed(MaskedPretraining):
+    """Hands on what it does not name."""
+
+    def __init__(self, extra: float = 0.5, *rest: Any) -> None:
+        super().__init__(*rest)
+
+
+class Untyped(MaskedPretraining):
+    """Does not say what it takes."""
+
+    def __init__(self, extra=0.5) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+
+
+def read(task: MaskedPretraining) -> dict[str, Any]:
+    """The arguments of its class, as they are read from a checkpoint."""
+    spec = spec_of_modules(toy_backbone(), task)
+    assert spec is not None
+    assert spec.task is not None
+    return read_arguments(type(task), spec.task["init_args"], "x.ckpt: task")
+
+
+def test_a_class_that_hands_on_arguments_comes_back_with_them() -> None:
+    found = read(Keyed(0.25, mask_block=16, image_mask_ratio=0.9))
+    assert (found["extra"], found["mask_block"], found["image_mask_ratio"]) == (0.25, 16, 0.9)
+    with pytest.raises(UserError, match=r"x\.ckpt: task\.extra: its class does not say of which type it is\. Annotate"):
+        read(Untyped(0.75))
+    spec = spec_of_modules(toy_backbone(), Listed(0.25, 0.9, 0.15))
+    assert spec is not None
+    assert spec.task is None  # no name says which of them is which
+
+
+def test_what_is_changed_after_a_model_was_built_is_not_told() -> None:
+    vit = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    image = ImageEncoder("vit_tiny_patch16_224", 32, config=vit, random_init=True, drop_path=np.float32(0.5))  # type: ignore[arg-type]
+    vit["num_heads"] = 4
+    backbone = toy_backbone()
+    backbone.image = image
+    spec = spec_of_modules(backbone, MaskedPretraining())
+    assert spec is not None
+    args = spec.backbone["init_args"]["image"]["init_args"]
+    assert (args["config"]["num_heads"], args["drop_path"]) == (2, 0.5)
+
+
+def test_heads_that_are_there_stay() -> None:
+    """Of an earlier training, or of a loaded model, which is in the mode of evaluation."""
+    backbone, task = toy_backbone(), MaskedPretraining(mask_block=8, contrast_dim=8)
+    LitModel(backbone, task)
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    asked = MaskVLM.of(backbone, task)
+    assert not asked.task.training
+    again = LitModel(asked.backbone, asked.task)
+    assert all(module.training for module in again.modules())
+    for name, value in task.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(UserError, match="MaskedPretraining has no heads yet"):
+        MaskVLM.of(toy_backbone(), MaskedPretraining())
+    with pytest.raises(UserError, match="cannot be told"):
+        MaskVLM.of(backbone, MaskedPretraining(image_masking=RandomBlocks(0.5, 16, 0.0)))
+
+
+def data() -> PairData:
+    return PairData(Scenes(train=8, val=4), toy_backbone().input_spec, batch_size=4, steps=2, accumulate=1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: MaskedPretraining(losses=TextCount()), "model.task.losses: expected a list of objects of Pretr"),
+        (lambda: MaskedPretraining(image_masking=RandomBlocks), "image_masking: expected an object of ImageMasking"),
+        (lambda: MaskedPretraining(text_masking="words"), "text_masking: expected an object of TextMasking"),
+        (lambda: LitModel(MaskedPretraining(), toy_backbone()), "LitModel: MaskedPretraining and MaskVLM were given"),
+        (lambda: PairData(Scenes, toy_backbone().input_spec, steps=1), "source is the class Scenes and spec InputSpec"),
+        (lambda: PairData(Scenes(), toy_backbone(), steps=1), "source is Scenes and spec MaskVLM"),
+        (
+            lambda: check_length(L.Trainer(max_epochs=3, logger=False), data()),
+            r"Trainer\(max_epochs\): 3, but",
+        ),
+        (lambda: check_length(L.Trainer(max_epochs=1, max_steps=1, logger=False), data()), r"Trainer\(max_steps\): 1"),
+        (
+            lambda: check_length(L.Trainer(max_epochs=1, accumulate_grad_batches=2, logger=False), data()),
+            r"accumulate_grad_batches\): 2, and PairData\(accumulate\) is 1",
+        ),
+        (
+            lambda: KeepState("x").setup(L.Trainer(logger=False), Any, "fit"),
+            r"KeepState: .*Give Trainer\(plugins=\[SafeCheckpointIO\(\)\]\)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_script_is_one_line(ask: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        ask()
+    assert "\n" not in str(caught.value).removesuffix("\nexit status 2")
+
+
+def test_a_model_is_not_trained_on_loaders_alone() -> None:
+    trainer = L.Trainer(max_epochs=1, logger=False, accelerator="cpu", enable_checkpointing=False)
+    with pytest.raises(UserError, match="trainer: has no PairData"):
+        trainer.fit(LitModel(toy_backbone(), MaskedPretraining(mask_block=8)), [1])
 
 
 class Narrow(ImageEncoder):

@@ -265,7 +265,7 @@ def test_without_both_it_is_one_line(tmp_path: Path) -> None:
         model_spec_of(read_content(path), path)
     assert str(caught.value) == (
         f"{path}: does not say which model it is, and there is no config-fit.yaml beside it. "
-        "Put that file of its run beside it."
+        "Put that file of its run beside it; the model of a script is built there, with MaskVLM(..., start=this file)."
     )
     assert caught.value.code == ExitCode.MISSING_INPUT
 

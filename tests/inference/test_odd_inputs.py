@@ -138,6 +138,13 @@ def test_one_mask_serves_several_images(model: PretrainedMaskVLM) -> None:
         assert np.array_equal(np.asarray(many[0]), np.asarray(model.reconstruct(IMAGE, MASK, "a")))
 
 
+def test_a_single_image_or_text_is_one(model: PretrainedMaskVLM) -> None:
+    """A tensor [3, H, W] is no three images, a text no letters."""
+    one = torch.from_numpy(np.asarray(IMAGE)).permute(2, 0, 1)
+    torch.testing.assert_close(model.pixels(one), model.pixels([IMAGE]), rtol=0, atol=0)
+    assert torch.equal(model.tokens("a star").token_CT, model.tokens(["a star"]).token_CT)
+
+
 def test_one_image_goes_with_several_texts_and_masks(model: PretrainedMaskVLM) -> None:
     other = np.roll(MASK, 1, axis=0)
     by_text: Any = model.reconstruct(IMAGE, MASK, ["a red star", "a blue star"])

@@ -45,6 +45,9 @@ BACKBONE, IMAGE, TEXT = (
 CLASS_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 MOST_SIDE = 4096  # pixels of an image
 TODO = "Take a checkpoint from somebody you trust"
+NOT_TOLD = (
+    "Put that file of its run beside it; the model of a script is built there, with MaskVLM(..., start=this file)"
+)
 NOT_READ = frozenset({
     "model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label",
     "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
@@ -115,7 +118,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
     """A checkpoint of the first versions, which says it in another file; that file is as strange as the checkpoint."""
     if not file.is_file():
         what = f"does not say which model it is, and there is no {file.name} beside it"
-        raise UserError(path, what, "Put that file of its run beside it", ExitCode.MISSING_INPUT)
+        raise UserError(path, what, NOT_TOLD, ExitCode.MISSING_INPUT)
     check_inside(file)
     # Of a whole run's configuration two parts are read.
     config = read_yaml(read_small(file), str(file))
@@ -303,8 +306,11 @@ def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
 def _built(part: Any) -> dict[str, Any] | None:
     """class_path and init_args; None where an argument is an object that no text can hold."""
     try:
-        args = json.loads(json.dumps(part.arguments, allow_nan=False))
+        # Of NumPy's numbers `item` gives Python's.
+        args = json.loads(json.dumps(part.arguments, allow_nan=False, default=lambda value: value.item()))
     except (AttributeError, TypeError, ValueError):
+        return None
+    if any(name.startswith("*") for name in args):  # which of them is which no name says
         return None
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": args}
 

@@ -86,6 +86,10 @@ class PairData(L.LightningDataModule):
         max_unknown: float = 0.5,
     ) -> None:
         super().__init__()
+        if not isinstance(source, Source | ExampleSource) or not isinstance(spec, InputSpec):
+            what = f"source is {_kind(source)} and spec {_kind(spec)}"
+            todo = "Give a Source or an ExampleSource, and the model's backbone.input_spec"
+            raise UserError("PairData", what, todo)
         if (steps is None) == (epochs is None):
             todo = "Set exactly one of the two, the other to null, such as --data.epochs null --data.steps 500"
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
@@ -378,6 +382,11 @@ class PairData(L.LightningDataModule):
             for reason, messages in shard.items():  # type: ignore[attr-defined]
                 examples[reason] = list(dict.fromkeys([*examples.get(reason, []), *messages]))[:MOST_LISTED]
         return {"samples": samples, "problems": dict(counts), "examples": examples, "left_out": left_out}
+
+
+def _kind(value: Any) -> str:
+    """What was given, for people: an object by its class."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _parts(dealt: list[int]) -> str:

@@ -371,18 +371,18 @@ class Asked(nn.Module):
         """Is told of the images of each call, before they are encoded, and may open them; here it does nothing."""
         return images
 
-    def pixels(self, images: Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
+    def pixels(self, images: ImageInput | Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
         """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares images. numbers: what
         errors call images that have no name, 1 to B if left out."""
-        transform = eval_transform(self.backbone.input_spec)
+        transform, images = eval_transform(self.backbone.input_spec), as_list(images)[0]
         named = zip(images, numbers or range(1, len(images) + 1), strict=True)
         made = [transform(open_image(each, f"image {number}")) for each, number in named]
         return torch.stack(made).to(next(self.backbone.parameters()))
 
-    def tokens(self, texts: Sequence[str]) -> CaptionTokens:
+    def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
         """Ids and masks of texts, [C, T] each, on the model's device."""
         device = next(self.backbone.parameters()).device
-        return CaptionTokens(*(part.to(device) for part in self.words(list(texts))))
+        return CaptionTokens(*(part.to(device) for part in self.words(as_list(texts)[0])))
 
     def mask(self, mask: Mask) -> Tensor:
         """One mask over the patches, [N], on the model's device. Raises UserError for another shape."""

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from maskvlm.checkpoint.hf_folder import write_sums
 from maskvlm.checkpoint.hub_client import folder_of_hub, upload
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import model_spec_of, portable
+from maskvlm.checkpoint.model_spec import model_spec_of, portable, spec_of_modules
 from maskvlm.checkpoint.text_files import quiet
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
@@ -145,6 +145,27 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         # The modules hold the tensors by now: what is kept of the origin is its history.
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         return model.to(device=device, dtype=dtype)
+
+    @classmethod
+    def of(cls, backbone: Backbone, task: Task) -> Self:
+        """A model out of modules that a script has built and trained, in evaluation mode. It shares them.
+
+        Raises:
+            UserError: they cannot be told in a configuration: a class of one's own as backbone or encoder, or an
+                object among the task's arguments; a task without heads.
+        """
+        spec = spec_of_modules(backbone, task)
+        if spec is None or spec.task is None:
+            what = f"{type(backbone).__name__} with {type(task).__name__} cannot be told in a configuration"
+            todo = "Take this project's backbone and encoders, and a task whose arguments are plain values"
+            raise UserError("MaskVLM.of", what, todo)
+        if not task.built:
+            raise UserError("MaskVLM.of", f"{type(task).__name__} has no heads yet", "Call task.build_once(backbone)")
+        labels, measure = getattr(task, "labels", None), getattr(task, "measure", None)
+        history = () if backbone.origin is None else backbone.origin.history
+        known = getattr(measure, "known_images", None)
+        origin = Start("", {}, {}, backbone.text.tokenizer, None if labels is None else tuple(labels), history, known)
+        return cls(configuration(spec, origin, None, 0), backbone, task, origin).eval()
 
     @property
     def knows(self) -> str:

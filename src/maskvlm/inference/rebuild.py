@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import TODO, ModelSpec, model_spec_of
+from maskvlm.checkpoint.model_spec import NOT_TOLD, TODO, ModelSpec, model_spec_of
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.checkpoint.weights import check_finite_weights, check_fit
 from maskvlm.config.compose import find_tasks
@@ -69,8 +69,8 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
             missing (65).
     """
     if spec.task is None:
-        what = "does not say which task it was trained for"
-        raise UserError(origin.path, what, "Put the config-fit.yaml of its run beside it", ExitCode.MISSING_INPUT)
+        what = "does not say which task it was trained for, and there is no config-fit.yaml beside it"
+        raise UserError(origin.path, what, NOT_TOLD, ExitCode.MISSING_INPUT)
     kind = task_class(spec.task["class_path"], origin.path, allowed)
     args = read_arguments(kind, spec.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
@@ -80,7 +80,7 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     backbone, task = new_backbone(spec), _made(lambda: kind(**args), origin.path)
     # Tokenizer and backbone first: `build` and `warm_start` of a task may read them.
     backbone.take_over(origin)
-    task.build(backbone)
+    task.build_once(backbone)
     task.warm_start(origin.heads)
     return backbone.eval(), task.eval()
 
@@ -256,13 +256,17 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
     Raises:
         UserError: a setting that it does not have, or of another type (77).
     """
-    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    hints = hints_of(kind)
     # Labels come with the checkpoint's tensors (`build_model`), not with its settings.
-    names = [name for name in inspect.signature(kind).parameters if name != "labels"]
+    names = [name for name in hints if name != "labels"]
     parts = {name: base for name in names if (base := kind_of_part(hints.get(name))) is not None}
     # Settings of any other type have no kind here, so that naming one is refused.
     kinds: dict[str, Kind] = {name: maybe(Tree()) for name in parts}
     kinds |= {n: found for n in names if n not in parts and (found := kind_of_hint(hints.get(n))) is not None}
+    for name in args:
+        if name in hints and hints[name] is None:
+            todo = f"Annotate it where {kind.__name__} is written, such as `{name}: float`"
+            raise UserError(f"{where}.{name}", "its class does not say of which type it is", todo, ExitCode.REFUSED)
     read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
     # Parts are made last, of mappings that have passed the schema.
     for name, base in parts.items():
@@ -272,6 +276,25 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
         elif told is not None:
             read[name] = make_part(told, base, f"{where}.{name}", allowed)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """Arguments of a class with their types, None where one is not annotated. What it hands on as `**kwargs` are those
+    of the class above it."""
+    found: dict[str, Any] = {}
+    for each in kind.__mro__:
+        if "__init__" not in vars(each) or each is object:
+            continue
+        hints, parameters = (
+            typing.get_type_hints(vars(each)["__init__"]),
+            inspect.signature(vars(each)["__init__"]).parameters,
+        )
+        kinds = {parameter.kind for parameter in parameters.values()}
+        plain = [name for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        found = {name: hints.get(name) for name in plain if name != "self"} | found
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return found
 
 
 def kind_of_part(hint: Any) -> type | None:

@@ -89,7 +89,7 @@ class Classification(Task):
         super().__init__()
         if labels is None:
             what = "it has no labels for the task to decide among"
-            raise UserError("data.source", what, "Choose the task's own data")
+            raise UserError("data.source", what, "Choose the task's own data; in a script give labels=data.labels")
         check_least(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
         check_shares({"model.task.dropout": dropout})
         self.labels, self.images_per_example, self.hidden, self.dropout = (

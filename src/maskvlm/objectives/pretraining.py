@@ -63,6 +63,17 @@ from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError, check_least, check_shares
 
 
+def check_parts(losses: object, image_masking: object, text_masking: object) -> None:
+    """Raise UserError for further losses or maskings that are no objects of their classes."""
+    given = [("image_masking", image_masking, ImageMasking), ("text_masking", text_masking, TextMasking)]
+    wrong = [(name, kind) for name, value, kind in given if value is not None and not isinstance(value, kind)]
+    listed = isinstance(losses, Sequence) and all(isinstance(loss, PretrainingLoss) for loss in losses)
+    wrong += [] if listed else [("losses", PretrainingLoss)]
+    for name, kind in wrong:
+        what = f"expected {'a list of objects' if name == 'losses' else 'an object'} of {kind.__name__}"
+        raise UserError(f"model.task.{name}", what, "Build it: an object, not its class or name")
+
+
 class MaskedPretraining(Task):
     """The paper's four losses in one step: ITC + ITM + MLM + MIM.
 
@@ -176,6 +187,7 @@ class MaskedPretraining(Task):
         exchanged_share: float = 0.0,
     ) -> None:
         super().__init__()
+        check_parts(losses, image_masking, text_masking)
         shares = (image_mask_ratio, text_mask_ratio, fully_masked_share, exchanged_share)
         names = ("image_mask_ratio", "text_mask_ratio", "fully_masked_share", "exchanged_share")
         check_shares({f"model.task.{name}": share for name, share in zip(names, shares, strict=True)})

@@ -68,8 +68,10 @@ class Task(nn.Module, ABC):
         run_progress: share of the run's steps that were made before the current one; 1 outside a run.
         compares_examples: a loss depends on which examples are together in a pass, as contrast does.
         arguments: that it was built with.
+        built: whether it has its heads.
     """
 
+    built: bool = False
     uniform: Uniform
     run_progress: float = 1.0
     compares_examples: bool = False
@@ -86,6 +88,18 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def build(self, backbone: "MaskVLM") -> None:
         """Create the heads to fit the backbone's widths; called once, before the optimiser exists."""
+
+    def build_once(self, backbone: "MaskVLM") -> bool:
+        """Create the heads where there are none yet: those of a loaded model, or of an earlier training, stay.
+
+        Returns:
+            whether they are new.
+        """
+        if self.built:
+            return False
+        self.build(backbone)
+        self.built = True
+        return True
 
     @abstractmethod
     def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -107,6 +108,9 @@ class KeepState(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            todo = "Give Trainer(plugins=[SafeCheckpointIO()]), of maskvlm.checkpoint.io"
+            raise UserError("KeepState", "the trainer's checkpoints are not those that it keeps", todo)
         replace_signal_handlers(trainer, CAUGHT.install)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly
 

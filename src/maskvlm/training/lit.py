@@ -31,6 +31,26 @@ from maskvlm.utils.errors import ExitCode, UserError, check_least
 log = logging.getLogger(__name__)
 
 
+def check_length(trainer: L.Trainer, data: PairData) -> None:
+    """Hold a trainer's length against the data's, which says how long a run is: the order of the samples, the learning
+    rate and the progress follow that. The command line sees to it.
+
+    Raises:
+        UserError: they differ.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if trainer.accumulate_grad_batches != data.accumulate:
+        what = f"{trainer.accumulate_grad_batches}, and PairData(accumulate) is {data.accumulate}"
+        raise UserError("Trainer(accumulate_grad_batches)", what, "Give both the same number")
+    if trainer.max_epochs != 1:
+        what = f"{trainer.max_epochs}, but one epoch of Lightning is the whole run"
+        raise UserError("Trainer(max_epochs)", what, "Give 1, and the length to PairData: steps or epochs")
+    if trainer.max_steps != -1:
+        what = f"{trainer.max_steps}, but the length of a run is the data's"
+        raise UserError("Trainer(max_steps)", what, "Leave it out, and give PairData(steps=...)")
+
+
 def class_path(kind: type) -> str:
     """Path of a class, as configurations name it."""
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -54,7 +74,7 @@ class LitModel(L.LightningModule):
 
     Args:
         backbone: the two encoders and the two cross encoders.
-        task: pre-training or a downstream task; its heads are built here.
+        task: pre-training or a downstream task; its heads are built here, where it has none.
         lr: peak learning rate of cross encoders, decoder and heads (3e-4, P).
         lr_encoders: peak learning rate of the two encoders (1e-5, P).
         weight_decay: of weight matrices (0.05, P).
@@ -103,6 +123,9 @@ class LitModel(L.LightningModule):
             raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
         if not all(0 <= beta < 1 for beta in betas):
             raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
+        if not isinstance(backbone, MaskVLM) or not isinstance(task, Task):
+            what = f"{type(backbone).__name__} and {type(task).__name__} were given"
+            raise UserError("LitModel", what, "Give a backbone (maskvlm.model.maskvlm.MaskVLM), then a task")
         self.backbone, self.task = backbone, task
         self.lr, self.lr_encoders, self.weight_decay, self.betas = lr, lr_encoders, weight_decay, betas
         self.lr_cross, self.layer_decay, self.chunk = lr_cross, layer_decay, chunk
@@ -120,10 +143,11 @@ class LitModel(L.LightningModule):
         self.weighted_S: Tensor | None = None  # these, each with its weight
         self.has_gradient: dict[str, bool] = {}  # of each term, when it first came
         # The heads must exist before those of a checkpoint are taken over.
-        task.build(backbone)
+        new = task.build_once(backbone)
         if chunk is not None:
             task.compute_in_chunks(chunk)
-        self.warm_started = self._warm_start()
+        self.warm_started = self._warm_start() if new else set(task.state_dict())
+        self.train()  # Lightning keeps modes, and a loaded model is in that of evaluation
 
     def _warm_start(self) -> set[str]:
         """Heads of the checkpoint that the backbone starts from, but for those that decide among other labels."""
@@ -156,6 +180,10 @@ class LitModel(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.trained |= stage == "fit"
+        if not isinstance(self.data, PairData):
+            raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
+        if stage == "fit":
+            check_length(self.trainer, self.data)
         # Before an evaluation, too: it measures with the attention that the run had.
         if self.trainer.strategy.root_device.type == "cpu" and str(self.trainer.precision) == "bf16-mixed":
             attend_by_products(self)
