@@ -86,7 +86,7 @@ class PairData(L.LightningDataModule):
         max_unknown: float = 0.5,
     ) -> None:
         super().__init__()
-        if not isinstance(source, Source | ExampleSource) or not isinstance(spec, InputSpec):
+        if isinstance(source, type | str) or not isinstance(spec, InputSpec):
             what = f"source is {_kind(source)} and spec {_kind(spec)}"
             todo = "Give a Source or an ExampleSource, and the model's backbone.input_spec"
             raise UserError("PairData", what, todo)

@@ -63,7 +63,7 @@ from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError, check_least, check_shares
 
 
-def check_parts(losses: object, image_masking: object, text_masking: object) -> None:
+def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
     """Raise UserError for further losses or maskings that are no objects of their classes."""
     given = [("image_masking", image_masking, ImageMasking), ("text_masking", text_masking, TextMasking)]
     wrong = [(name, kind) for name, value, kind in given if value is not None and not isinstance(value, kind)]
@@ -187,7 +187,7 @@ class MaskedPretraining(Task):
         exchanged_share: float = 0.0,
     ) -> None:
         super().__init__()
-        check_parts(losses, image_masking, text_masking)
+        check_plug_ins(losses, image_masking, text_masking)
         shares = (image_mask_ratio, text_mask_ratio, fully_masked_share, exchanged_share)
         names = ("image_mask_ratio", "text_mask_ratio", "fully_masked_share", "exchanged_share")
         check_shares({f"model.task.{name}": share for name, share in zip(names, shares, strict=True)})
