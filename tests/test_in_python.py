@@ -220,3 +220,7 @@ def test_a_base_class_sees_what_the_most_specific_class_was_given() -> None:
     assert made.given == {"size": 0.5, "extra": 2}
     assert made.part.given == {"name": "part"}
     assert Base(number=3).given == {"number": 3}
+    names: Any = ["a"]
+    later = Middle(names)
+    names.append("b")
+    assert later.given == {"name": ["a"]}
