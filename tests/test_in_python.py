@@ -122,16 +122,16 @@ def test_heads_that_are_there_stay() -> None:
     backbone, task = toy_backbone(), MaskedPretraining(mask_block=8, contrast_dim=8)
     LitModel(backbone, task)
     before = {name: value.clone() for name, value in task.state_dict().items()}
-    asked = MaskVLM.of(backbone, task)
+    asked = MaskVLM.from_modules(backbone, task)
     assert not asked.task.training
     again = LitModel(asked.backbone, asked.task)
     assert all(module.training for module in again.modules())
     for name, value in task.state_dict().items():
         assert torch.equal(value, before[name])
     with pytest.raises(UserError, match="MaskedPretraining has no heads yet"):
-        MaskVLM.of(toy_backbone(), MaskedPretraining())
+        MaskVLM.from_modules(toy_backbone(), MaskedPretraining())
     with pytest.raises(UserError, match="cannot be told"):
-        MaskVLM.of(backbone, MaskedPretraining(image_masking=RandomBlocks(0.5, 16, 0.0)))
+        MaskVLM.from_modules(backbone, MaskedPretraining(image_masking=RandomBlocks(0.5, 16, 0.0)))
 
 
 def data() -> PairData:

@@ -358,7 +358,8 @@ def test_the_folder_of_an_installed_package_is_found(plugin: tuple[str, Path], t
 
 def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str]) -> None:
     said = fails("--model.task", "tasks.nlvr.task.Nlvr")
-    assert said.startswith("data.source: it has no labels for the task to decide among. Choose the task's own data; ")
+    todo = "Choose the task's own data; in a script give labels=data.labels."
+    assert said == f"data.source: it has no labels for the task to decide among. {todo}"
 
 
 def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:

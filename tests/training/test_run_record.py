@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from maskvlm.checkpoint.io import load, save
@@ -368,3 +369,18 @@ def test_a_folder_without_a_training_holds_the_metrics_themselves(tmp_path: Path
     RunRecord().on_validation_end(trainer, module)
     assert json.loads((tmp_path / "metrics.json").read_text())["score"] == 1.5
     assert json.loads((tmp_path / "metrics-validate.json").read_text())["score"] == 2.5
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_start_that_goes_on_is_written_once(goes_on: bool, tmp_path: Path) -> None:
+    """By the command line after the checkpoint is found to fit; in a script, which does not say so, before."""
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING), is_global_zero=True, fast_dev_run=False, world_size=1,
+        precision="32-true", datamodule=None, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    record, path = RunRecord(), tmp_path / "versions.json"
+    record.goes_on = goes_on
+    record.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    assert path.exists() != goes_on
+    record.on_load_checkpoint(trainer, None, {})  # type: ignore[arg-type]
+    assert "earlier" not in json.loads(path.read_text())

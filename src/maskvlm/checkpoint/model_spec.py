@@ -289,7 +289,7 @@ def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
 
 
 def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
-    """The same of modules that no configuration has built, by the arguments that they keep.
+    """The portable model spec of modules that a script has built, from the arguments that they keep.
 
     Returns:
         the backbone, and the task where its arguments are plain values; None for a backbone that no checkpoint can

@@ -147,7 +147,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return model.to(device=device, dtype=dtype)
 
     @classmethod
-    def of(cls, backbone: Backbone, task: Task) -> Self:
+    def from_modules(cls, backbone: Backbone, task: Task) -> Self:
         """A model out of modules that a script has built and trained, in evaluation mode. It shares them.
 
         Raises:
@@ -158,9 +158,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         if spec is None or spec.task is None:
             what = f"{type(backbone).__name__} with {type(task).__name__} cannot be told in a configuration"
             todo = "Take this project's backbone and encoders, and a task whose arguments are plain values"
-            raise UserError("MaskVLM.of", what, todo)
+            raise UserError("MaskVLM.from_modules", what, todo)
         if not task.built:
-            raise UserError("MaskVLM.of", f"{type(task).__name__} has no heads yet", "Call task.build_once(backbone)")
+            raise UserError(
+                "MaskVLM.from_modules", f"{type(task).__name__} has no heads yet", "Call task.build_once(backbone)"
+            )
         labels, measure = getattr(task, "labels", None), getattr(task, "measure", None)
         history = () if backbone.origin is None else backbone.origin.history
         known = getattr(measure, "known_images", None)

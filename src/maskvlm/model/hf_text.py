@@ -35,9 +35,8 @@ def _try(model: Any) -> None:
     """Raise UserError for a model that gives no features of a text alone: some ask for more, such as boxes, or for the
     layer behind the encoder that is left out here. Found now, not in the first step."""
     device = next(model.parameters()).device
-    if (
-        device.type == "meta"
-    ):  # laid out without memory, to be compared with a checkpoint: of a model that was built once
+    # Laid out without memory, to be compared with a checkpoint, whose model was tried when it was trained.
+    if device.type == "meta":
         return
     token_BT = torch.zeros(1, 3, dtype=torch.long, device=device)
     try:

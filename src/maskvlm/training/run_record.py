@@ -185,8 +185,8 @@ class RunRecord(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run goes on: the checkpoint was found to fit. Model and data are restored by now."""
-        fits = trainer.state.fn == TrainerFn.FITTING
-        if fits and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        begins = self.goes_on and trainer.state.fn == TrainerFn.FITTING  # in a script `setup` has written it
+        if begins and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._begin(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
