@@ -115,6 +115,8 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     one.folder.mkdir()
     (one.folder / "metrics.csv").write_text("epoch,step,loss\n0,9,1.5\n0,19,1.25\n")
     assert step_of(one) == 19
+    (one.folder / "metrics.csv").write_text('epoch,"lr-AdamW/encoders, late",step,loss\n0,0.5,29,1.5\n0,0.5')
+    assert step_of(one) == 29  # a row is being written; a name holds a comma
     (one.folder / "metrics.csv").write_text("epoch,step,loss\n")
     assert step_of(one) == 0
     (one.folder / LOG).write_bytes(b"first\nlast \x1b[31m\xff\n\n")

@@ -3,6 +3,7 @@
 A run is an ordinary run: killed, it goes on from its latest checkpoint; finished, it is read and not made again.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -276,10 +277,7 @@ def step_of(run: StudyRun) -> int:
     path = run.folder / "metrics.csv"
     if not path.is_file():
         return 0
-    with path.open(newline="") as file:
-        names = file.readline().rstrip("\r\n").split(",")
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 8192))
-        tail = file.read().splitlines()[-1:]
-    cells = dict(zip(names, tail[0].split(","), strict=False)) if tail and "step" in names else {}
-    return int(float(cells["step"])) if cells.get("step", "").replace(".", "").isdigit() else 0
+    with path.open(newline="") as file:  # names of columns hold commas: "lr-AdamW/encoders, late"
+        steps = [row.get("step") or "" for row in csv.DictReader(file)]
+    # A row that is being written may have lost its end.
+    return next((int(step) for step in reversed(steps) if step.isdigit()), 0)
