@@ -25,9 +25,13 @@ from maskvlm.model.encoders import ImageEncoder
 from maskvlm.objectives.masking import RandomBlocks
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.checkpointing import KeepState
-from maskvlm.training.lit import LitModel, check_length
+from maskvlm.training.lit import LitModel, check_length, check_source
 from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.errors import UserError
+from tasks.captioning.task import Captioning
+from tasks.retrieval.task import Retrieval
+from tasks.vqa.scenes import SceneQuestions
+from tasks.vqa.task import Vqa
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/how-to/in-python.md"
@@ -172,6 +176,28 @@ def test_a_model_is_not_trained_on_loaders_alone() -> None:
     trainer = L.Trainer(max_epochs=1, logger=False, accelerator="cpu", enable_checkpointing=False)
     with pytest.raises(UserError, match="trainer: has no PairData"):
         trainer.fit(LitModel(toy_backbone(), MaskedPretraining(mask_block=8)), [1])
+
+
+def test_a_task_of_pairs_is_not_trained_on_examples_nor_the_other_way_round() -> None:
+    pairs, examples = Scenes(train=8, val=4), SceneQuestions(train=8, val=4, test=4)
+    spec, kinds = toy_backbone().input_spec, ("pairs of images and captions", "examples of a downstream task")
+    vqa = Vqa(labels=["red"], head="classify")
+    for task, source, right in (
+        (MaskedPretraining(), pairs, True),
+        (MaskedPretraining(), examples, False),
+        (Retrieval(), examples, False),
+        (Captioning(), examples, False),
+        (vqa, examples, True),
+        (vqa, pairs, False),
+    ):
+        data = PairData(source, spec, batch_size=4, steps=1)
+        if right:
+            check_source(task, data)
+            continue
+        given, read = kinds[::-1] if source is examples else kinds
+        words = f"data.source: {type(source).__name__} gives {given}, {type(task).__name__} reads {read}"
+        with pytest.raises(UserError, match=words):
+            check_source(task, data)
 
 
 class Narrow(ImageEncoder):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskvlm.data.batch import Batch
+from maskvlm.data.batch import Batch, Source
 from maskvlm.data.inputs import MarkedTexts
 from maskvlm.data.text import no_words
 from maskvlm.model.cross_attention import Context
@@ -70,6 +70,7 @@ class Captioning(Task):
     """
 
     name = "captioning"
+    source_kind = Source
     methods = MappingProxyType({"caption": Method(caption_images, 1, "", "a caption of an image")})
 
     def __init__(self, beams: int = 3, image_ablation: bool = False) -> None:

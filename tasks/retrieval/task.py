@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskvlm.data.batch import Batch
+from maskvlm.data.batch import Batch, Source
 from maskvlm.model.heads import Matching, Projection, check_temperature
 from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
@@ -74,6 +74,7 @@ class Retrieval(Task):
         UserError: a negative weight, both weights 0, a size below 1; projections of another width are inherited.
     """
 
+    source_kind = Source
     stuck_hints = MappingProxyType({loss.name: loss.stuck_hint for loss in (ImageTextContrast, ImageTextMatching)})
 
     def __init__(

@@ -362,6 +362,31 @@ def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str
     assert said == f"data.source: it has no labels for the task to decide among. {todo}"
 
 
+def test_data_of_another_kind_than_the_task_reads(fails: Callable[..., str]) -> None:
+    said = fails("--data.source", "tasks.vqa.scenes.SceneQuestions")
+    pairs, examples = "pairs of images and captions", "examples of a downstream task"
+    assert (
+        said
+        == f"data.source: SceneQuestions gives {examples}, MaskedPretraining reads {pairs}. Choose data of the task."
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--model.task.image_mask_ratio", "2"],  # while it is built
+        ["--data.source", "tasks.vqa.scenes.SceneQuestions"],  # while it is set up
+    ],
+)
+def test_a_failed_start_leaves_no_folder(fails: Callable[..., str], tmp_path: Path, wrong: list[str]) -> None:
+    fails(*wrong)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    fails(*wrong)
+    assert (tmp_path / "run/notes.txt").exists()
+
+
 def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:
     asked = torch.cuda.device_count() + 3
     said = fails("--trainer.accelerator", "gpu", "--trainer.devices", str(asked), code=ExitCode.UNAVAILABLE)

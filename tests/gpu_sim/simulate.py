@@ -168,7 +168,8 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
             recorder.phase = "backward"
             loss.backward()
             recorder.phase = "update"
-            nn.utils.clip_grad_norm_(learned, 1.0, foreach=True)  # as torch does it on a GPU; it does not know fake ones
+            # As torch does it on a GPU by itself; it does not take these for some.
+            nn.utils.clip_grad_norm_(learned, 1.0, foreach=True)
         untouched = [name for name, x in step.named_parameters() if x.requires_grad and x.grad is None]
         forward_flops = 0
         if not options.memory_alone:

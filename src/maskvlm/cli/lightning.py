@@ -326,6 +326,10 @@ class LightningCommand(LightningCLI):
         try:
             with attempted(Path(self.settings.run)), writing(self.settings.run), told_of_interval(), memory:
                 super()._run_subcommand(subcommand)
+        except UserError:  # with another error there is a report of it
+            if self.claimed and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                give_up_folder(Path(self.settings.run))
+            raise
         finally:
             CAUGHT.restore()
             HELD.release()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskvlm.data.examples import ExampleBatch, asked
+from maskvlm.data.examples import ExampleBatch, ExampleSource, asked
 from maskvlm.model.heads import Classifier, Matching, Projection, masked_mean
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
@@ -76,6 +76,7 @@ class Classification(Task):
     """
 
     name = "classification"
+    source_kind = ExampleSource
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.checkpoint.weights import resize_positions
-from maskvlm.data.batch import Batch
+from maskvlm.data.batch import Batch, Source
 from maskvlm.model.encoders import encoders_frozen
 from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
 from maskvlm.model.init import init_normal
@@ -142,6 +142,7 @@ class MaskedPretraining(Task):
             the patch size.
     """
 
+    source_kind = Source
     projection: Projection
     matching: Matching
     tokens: TokenHead

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
+from maskvlm.data.batch import Source
+from maskvlm.data.examples import ExampleSource
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.utils.constructor import given_arguments
@@ -67,6 +69,7 @@ class Task(nn.Module, ABC):
         stuck_hints: of each loss term, what it means that it stays at its chance level, and where to look.
         run_progress: share of the run's steps that were made before the current one; 1 outside a run.
         compares_examples: a loss depends on which examples are together in a pass, as contrast does.
+        source_kind: what its data source is, `Source` of pairs or `ExampleSource`; None: whatever gives its batches.
         arguments: that it was built with.
         built: whether it has its heads.
     """
@@ -75,6 +78,7 @@ class Task(nn.Module, ABC):
     uniform: Uniform
     run_progress: float = 1.0
     compares_examples: bool = False
+    source_kind: type[Source] | type[ExampleSource] | None = None
     weights: Mapping[str, float] = MappingProxyType({})
     methods: Mapping[str, Method] = MappingProxyType({})
     stuck_hints: Mapping[str, str] = MappingProxyType({})

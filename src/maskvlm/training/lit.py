@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from maskvlm.checkpoint.model_spec import backbone_yaml, spec_of_modules, task_yaml
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.warm_start import Seen, training_history_of
-from maskvlm.data.batch import Batch
+from maskvlm.data.batch import Batch, Source
+from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
@@ -49,6 +50,19 @@ def check_length(trainer: L.Trainer, data: PairData) -> None:
     if trainer.max_steps != -1:
         what = f"{trainer.max_steps}, but the length of a run is the data's"
         raise UserError("Trainer(max_steps)", what, "Leave it out, and give PairData(steps=...)")
+
+
+def check_source(task: Task, data: PairData) -> None:
+    """Hold what a task reads against what the data give.
+
+    Raises:
+        UserError: pairs for a task of examples, or examples for one of pairs.
+    """
+    kinds = {Source: "pairs of images and captions", ExampleSource: "examples of a downstream task"}
+    read, given = task.source_kind, next((kind for kind in kinds if isinstance(data.source, kind)), None)
+    if read is not None and given is not None and given != read:
+        what = f"{type(data.source).__name__} gives {kinds[given]}, {type(task).__name__} reads {kinds[read]}"
+        raise UserError("data.source", what, "Choose data of the task")
 
 
 def class_path(kind: type) -> str:
@@ -182,6 +196,7 @@ class LitModel(L.LightningModule):
         self.trained |= stage == "fit"
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
+        check_source(self.task, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
         # Before an evaluation, too: it measures with the attention that the run had.

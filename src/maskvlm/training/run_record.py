@@ -31,6 +31,8 @@ from maskvlm.utils.whole_files import whole_file
 from maskvlm.utils.write_errors import cannot_write
 
 BAD = "bad_samples.json"
+STARTS_WITH = ("versions.json", "run.lock", "config-fit.yaml", "hparams.yaml", "provenance.json")
+"""What a run writes before its first step, besides the logger's events."""
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "tokenizers", "timm", "datasets", "pillow")
 
 
@@ -45,9 +47,11 @@ def claim_folder(folder: Path) -> None:
 
 
 def give_up_folder(folder: Path) -> None:
-    """After `claim_folder`, of a run that could not be built: leaves nothing, where the start alone has written."""
-    if {path.name for path in folder.iterdir()} <= {"versions.json", "run.lock"}:
-        (folder / "versions.json").unlink(missing_ok=True)
+    """After `claim_folder`, of a run that could not begin: leaves nothing, where the start alone has written."""
+    names = {path.name for path in folder.iterdir()}
+    if all(name in STARTS_WITH or name.startswith("events.out.tfevents.") for name in names):
+        for name in names - {"run.lock"}:
+            (folder / name).unlink(missing_ok=True)
         HELD.withdraw()
         with suppress(OSError):  # somebody else has begun there
             folder.rmdir()
