@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, commands are understood, layouts and licences are the code's, the notebook
 runs. `make docs` executes the tutorials; here nothing is built."""
 
+import ast
 import configparser
 import importlib
 import inspect
@@ -163,6 +164,18 @@ def layouts() -> dict[str, tuple[str, set[str]]]:
         block = section.split("```")[1].removeprefix("text\n")
         found[name] = section, {line.split()[0] for line in block.splitlines() if line != "or"}
     return found
+
+
+SCRIPTS = sorted(path for folder in ("bench", "docs/results") for path in ROOT.joinpath(folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_script_takes_from_the_package_is_there(script: Path) -> None:
+    """Scripts of the pages' figures run for minutes to hours; a name that moved would end them at once."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("maskvlm", "tasks"):
+            module = importlib.import_module(str(node.module))
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 @pytest.mark.parametrize("toy", TOYS)

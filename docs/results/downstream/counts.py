@@ -22,7 +22,7 @@ from torch.nn.functional import max_pool2d
 
 from maskvlm import MaskVLM
 from maskvlm.data.images import safe_open
-from maskvlm.inference.embeddings import encode_text
+from maskvlm.inference.embeddings import text_features
 
 COLOURS = torch.tensor([[255, 255, 0], [0, 153, 255], [0, 0, 0]])  # yellow, blue, black
 NEAR = 90  # sum of the differences in red, green and blue
@@ -87,12 +87,8 @@ def read(model: Any, split: Any, name: str) -> Rows:
     for each in track(examples, description=name):
         if each["image_ids"][0] not in seen:
             seen[each["image_ids"][0]] = numbers(each["images"])
-    text_NF = torch.stack(
-        [
-            torch.cat([text_TD[0], text_TD.mean(0)])
-            for text_TD in encode_text(model, [each["text"] for each in examples]).features
-        ]
-    )
+    text_NTD = text_features(model, [each["text"] for each in examples])
+    text_NF = torch.stack([torch.cat([text_TD[0], text_TD.mean(0)]) for text_TD in text_NTD])
     place = {group: number for number, group in enumerate(dict.fromkeys(each["group"] for each in examples))}
     return Rows(
         text_NF,

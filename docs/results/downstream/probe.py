@@ -21,7 +21,7 @@ from torch import Tensor
 
 from maskvlm import MaskVLM
 from maskvlm.data.examples import Example, ExampleSource
-from maskvlm.inference.embeddings import encode_image, encode_text, log_odds
+from maskvlm.inference.embeddings import encode, image_features, log_odds, text_features
 from tasks.entailment.data import SnliVe
 from tasks.nlvr.data import Nlvr2
 from tasks.vqa.data import VqaV2
@@ -51,20 +51,20 @@ def read(model: Any, examples: list[Example]) -> Rows:
     place = {name: number for number, name in enumerate(photos)}
     every, parts = list(photos.values()), []
     for first in range(0, len(every), CHUNK):
-        side = encode_image(model, every[first : first + CHUNK])
-        features_MLD = torch.stack(side.features)
-        parts.append((features_MLD.half(), side.vector_XE))
+        features_MLD = torch.stack(image_features(model, every[first : first + CHUNK]))
+        parts.append((features_MLD.half(), model.head("projection", "probe").embed_image(features_MLD)))
         print(f"\r{first + len(features_MLD)} of {len(every)} photos", end="", file=sys.stderr, flush=True)
     image_MLD, image_ME = (torch.cat(part) for part in zip(*parts, strict=True))
     where_NP = torch.tensor([[place[name] for name in each["image_ids"]] for each in examples])
-    text = encode_text(model, [each["text"] for each in examples])
-    text_NF = torch.stack([torch.cat([each_TD[0], each_TD.mean(0)]) for each_TD in text.features])
-    cosine_NP = ((image_ME - image_ME.mean(0))[where_NP] * text.vector_XE[:, None]).sum(2)  # beyond the usual photo's
+    texts = [each["text"] for each in examples]
+    text_NTD, text_NE = text_features(model, texts), encode(model, texts, images=False).vector_XE
+    text_NF = torch.stack([torch.cat([text_TD[0], text_TD.mean(0)]) for text_TD in text_NTD])
+    cosine_NP = ((image_ME - image_ME.mean(0))[where_NP] * text_NE[:, None]).sum(2)  # beyond the usual photo's
     odds = []
     for photo_N in where_NP.T:
         for first in range(0, len(examples), CHUNK):
             features = [image_MLD[number].float() for number in photo_N[first : first + CHUNK].tolist()]
-            odds.append(log_odds(model, features, text.features[first : first + CHUNK]))
+            odds.append(log_odds(model, features, text_NTD[first : first + CHUNK]))
     summary_MF = torch.cat([image_MLD[:, 0], image_MLD[:, 1:].float().mean(1).half()], 1).float()
     score_NS = torch.cat([cosine_NP, torch.cat(odds).view(-1, len(examples)).T], 1)
     answers = [Counter(each["answers"]).most_common(1)[0][0] for each in examples]
