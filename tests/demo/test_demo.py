@@ -420,6 +420,22 @@ def test_strange_texts_are_answered_or_refused_in_one_line(asker: Asker) -> None
         assert "Traceback" not in asker.ask("match", image=image, texts=strange)
 
 
+def test_words_that_the_model_does_not_know_are_named_wherever_a_text_is_asked(asker: Asker) -> None:
+    image, text = asker.image(GOOD), "a red zebrafish <b>"
+    told = "tokenizer does not know: "
+    for _ in range(2):  # each time: another visitor may ask
+        shown = asker.tell("text", "blur", image=image, text=text)["strange"]
+        assert told in shown
+        assert "zebrafish" in shown
+        assert "<b>" not in shown
+    assert told not in asker.tell("text", "blur", image=image, text="a red square")["strange"]
+    assert told in asker.tell("text", "blur", image=None, text=text)["strange"]
+    assert told in asker.tell("match", "click", image=image, texts=f"a red square\n{text}")["matches"]
+    assert told not in asker.tell("match", "click", image=image, texts="a red square")["matches"]
+    assert told in asker.tell("find", "click", query=text)["found"]
+    assert told in asker.tell("other", "blur", image=image, text="a red square", other=text)["right"]
+
+
 def test_fifty_at_once(asker: Asker) -> None:
     image = asker.image(GOOD)
     with ThreadPoolExecutor(50) as pool:

@@ -227,7 +227,7 @@ def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path)
     said = {}
     for sign in (1, -1):
         checkpoint.save(checkpoint.load(path) | {"known_images": sample_of(sign * feature_ND)}, path)
-        said[sign] = ChosenRun(Models(find_models(tmp_path)), 0, None, None).strange(photos[0])
+        said[sign] = ChosenRun(Models(find_models(tmp_path)), 0, None, None).strange(photos[0], "")
     assert said[1] == ""
     assert said[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from maskvlm.data.inputs import MASK, ImageInput
 from maskvlm.demo.samples import Hit
 from maskvlm.inference.infill import Guess
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, unknown_line
 from maskvlm.utils.errors import UserError
 
 Mask = list[list[bool]]
@@ -53,6 +53,12 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
         if masked:
             told.append("" if word == MASK else word)
     return made + text[end:], told
+
+
+def unknown(model: PretrainedMaskVLM, texts: Sequence[str]) -> str:
+    """A line about the words that the model's tokenizer does not know; "" where it knows all."""
+    words = model.unknown_words(texts)
+    return note(sentence(unknown_line(words))) if words else ""
 
 
 def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, chosen: Sequence[int]) -> str:
@@ -124,6 +130,11 @@ def hits(found: Iterable[Hit], title: str) -> str:
         for number, hit in enumerate(found, 1)
     ]
     return f'<h2>{escape(title)}</h2><ol class="hits">{"".join(made)}</ol>'
+
+
+def sentence(line: str) -> str:
+    """A line as a sentence; words in it keep their case."""
+    return f"{line[0].upper()}{line[1:]}."
 
 
 def note(line: str) -> str:

@@ -53,7 +53,7 @@ class Worker:
 
 def _quietly(function: Callable[..., T], *arguments: Any) -> T:
     """Without warnings of strange words and images: Python remembers each that it has shown, and visitors bring any
-    number. Of an image the page tells it in a place of its own."""
+    number. The page tells both in places of their own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FarFromTraining)
         warnings.simplefilter("ignore", UnknownWords)

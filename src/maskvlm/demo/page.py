@@ -68,10 +68,11 @@ class ChosenRun:
         others = [each.text for each in self.samples if each is not sample]
         return "\n".join([sample.text, sample.other, *others[:2]])
 
-    def strange(self, image: Image.Image) -> str:
-        """A line where an image is unlike what the model has seen, else nothing."""
-        line = self.model.far([image])[0]
-        return answers.note(f"{line[0].upper()}{line[1:]}.") if line else ""
+    def strange(self, image: Image.Image | None, text: str) -> str:
+        """A line where an image is unlike what the model has seen, and one of words that it does not know."""
+        line = None if image is None else self.model.far([image])[0]
+        told = answers.note(answers.sentence(line)) if line else ""
+        return told + answers.unknown(self.model, [text])
 
 
 class Desk:
@@ -184,7 +185,7 @@ class Desk:
             **told,
             **words,
             self.text: text,
-            self.strange: self.chosen(number).strange(image),
+            self.strange: self.chosen(number).strange(image, text),
             **self.worded.of(model, image, text, []),
             **self.painted.of(model, image, text, mask, other),
         }
@@ -267,7 +268,7 @@ def given(desk: Desk) -> None:
         elem_id="image",
     )
     desk.status = gr.HTML("", elem_id="status")
-    desk.strange = gr.HTML(desk.worker.run(desk.chosen(0).strange, first.image), elem_id="strange")
+    desk.strange = gr.HTML(desk.worker.run(desk.chosen(0).strange, first.image, first.text), elem_id="strange")
     desk.sample = gr.State(0)
     # Below the tabs on a telephone: rendered by `more`.
     desk.text = gr.Textbox(
@@ -329,9 +330,9 @@ def of_pretraining(desk: Desk) -> None:
         number: int, path: str | None, text: str, covered: list[int], mask: answers.Mask, other: str
     ) -> dict[Any, Any]:
         words = worded.answer(number, path, text, covered)
+        line = desk.chosen(number).strange(desk.open(path) if path else None, text)
         if not path:  # words are guessed without an image, too
-            return {**dict.fromkeys(painted.results, ""), **words, desk.strange: ""}
-        line = desk.chosen(number).strange(desk.open(path))
+            return {**dict.fromkeys(painted.results, ""), **words, desk.strange: line}
         return {**words, **painted.answer(number, path, text, mask, other), desk.strange: line}
 
     def brought(*given: Any) -> dict[Any, Any]:

@@ -156,6 +156,7 @@ class Patches:
         texts = (text, other)
         made = answers.painted(model, image, mask, texts)
         told = [answers.picture(each, f"The covered patches, from: {of}") for each, of in zip(made, texts, strict=True)]
+        told[1] += answers.unknown(model, [other])  # of the first text it stands under the image
         return [board, *told]
 
 
@@ -172,7 +173,8 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
 
     def matched(number: int, path: str | None, lines: str) -> dict[Any, Any]:
         given = input_limits.lines_of(lines)
-        return {likely: answers.matches(desk.chosen(number).model, desk.open(path), given)}
+        model = desk.chosen(number).model
+        return {likely: answers.matches(model, desk.open(path), given) + answers.unknown(model, given)}
 
     def captioned(number: int, path: str | None) -> dict[Any, Any]:
         return {written: answers.captioned(desk.chosen(number).model, desk.open(path))}
@@ -200,8 +202,10 @@ class SearchTab:
             self.found = gr.HTML("", elem_id="found")
 
         def texted(number: int, text: str) -> dict[Any, Any]:
-            found = desk.chosen(number).searched.by_text(input_limits.checked_text(text))
-            return {self.found: answers.hits(found, f"The best first, for: {text}")}
+            chosen = desk.chosen(number)
+            found = chosen.searched.by_text(input_limits.checked_text(text))
+            told = answers.unknown(chosen.model, [text])
+            return {self.found: told + answers.hits(found, f"The best first, for: {text}")}
 
         def imaged(number: int, path: str | None) -> dict[Any, Any]:
             found = desk.chosen(number).searched.by_image(desk.open(path))
@@ -337,4 +341,4 @@ class TaskTab:
             (found,) = loaded.method.run(loaded.model.task, loaded.model, [(*images, *asked)])
         own = said[0] and said[1] == digest(images[0])  # other tabs change the image, too
         known = answers.note(f"The example's own answer: {said[0]}") if own else ""
-        return {self.answer: answers.decided(found) + known}
+        return {self.answer: answers.decided(found) + known + answers.unknown(loaded.model, asked)}

@@ -200,13 +200,16 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         """See `Asked.notice_texts`. Names the words that the tokenizer does not know, if only a few texts are given."""
         if len(texts) > WATCHED:
             return
-        # Masked words are none; what is no text is told later.
-        read = [str(text).replace(MASK, " ").replace(str(self.words.tokenizer.mask_token), " ") for text in texts]
-        found = dict.fromkeys(word for text in read for word in self.words.captioner.unknown_words(text))
-        new = [word for word in found if word not in self.told_words]
+        new = [word for word in self.unknown_words(texts) if word not in self.told_words]
         if new:
             self.told_words += new
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
+
+    def unknown_words(self, texts: Sequence[Any]) -> list[str]:
+        """The words of some texts that the tokenizer does not know, or knows by their letters alone; each once."""
+        # Masked words are none; what is no text is told later.
+        read = [str(text).replace(MASK, " ").replace(str(self.words.tokenizer.mask_token), " ") for text in texts]
+        return list(dict.fromkeys(word for text in read for word in self.words.captioner.unknown_words(text)))
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
